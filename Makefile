@@ -1,0 +1,56 @@
+# Two commands on a fresh machine with Python >= 3.11, git and make:
+#   make run     set up, run the suite (SUITE=mini), say where the results are
+#   make test    set up, run every check and test; CI calls exactly this
+SUITE ?= mini
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint check bless ui
+
+help: ## list the commands
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## make .venv and install the suite; nothing when that is current
+
+$(STAMP): pyproject.toml
+	@python=$$(for name in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
+		$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done); \
+	if [ -z "$$python" ]; then echo "error: no Python >= 3.11 found; name one with PYTHON=/path/to/python" >&2; exit 1; fi; \
+	echo "Setting up $(VENV) with $$($$python --version); the first time takes minutes"; \
+	[ -x $(BIN)/python ] || $$python -m venv $(VENV) || \
+		{ echo "error: could not make $(VENV); on Debian install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[mini,dev]'
+	@touch $@
+
+run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
+	@$(BIN)/python workflow/scripts/unlock_stale.py
+	@echo "Running the suite '$(SUITE)': snakemake --cores all --config suite=$(SUITE)"
+	@$(BIN)/snakemake --cores all --config suite=$(SUITE)
+	@echo
+	@echo "Tables:  results/$(SUITE)/tables/   (csv, md, tex, html)"
+	@echo "Figures: results/$(SUITE)/figures/"
+	@echo "Report:  results/$(SUITE)/report.html"
+	@echo "MLflow:  make ui"
+
+test: lint ## every check and test
+	@echo "Running the tests"
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(STAMP) ## style, types, workflow style
+	@echo "Checking style, types and workflow"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/snakefmt --check Snakefile workflow
+	@$(BIN)/snakemake --lint
+
+check: $(STAMP) ## compare a suite's numbers with the blessed ones
+	@$(BIN)/python -m benchmarks check --suite $(SUITE)
+
+bless: $(STAMP) ## make a suite's present numbers the blessed ones
+	@$(BIN)/python -m benchmarks bless --suite $(SUITE)
+
+ui: $(STAMP) ## open the MLflow UI on the mirrored runs
+	@$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///results/mlflow.db}"

@@ -1,0 +1,140 @@
+"""``python -m benchmarks``: what the workflow calls, by hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from emoe.errors import EMoEError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Run, collect, compare and publish benchmark runs."""
+
+
+@cli.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+@click.option("--log", type=click.Path(path_type=Path), default=None, help="Log file; by default log.txt beside SPEC.")
+def run(spec: Path, threads: int, log: Path | None) -> None:
+    """Execute the run of a run.json; writes metrics.json beside it."""
+    from benchmarks.harness.execution import execute
+
+    execute(spec, threads=threads, log=log or spec.parent / "log.txt")
+
+
+@cli.command()
+@click.option("--output", type=click.Path(path_type=Path), default=None, help="Where to put the archive.")
+def fetch(output: Path | None) -> None:
+    """Download the human-rated sentiment set from the package index and check it."""
+    from benchmarks.harness import rated
+
+    rated.fetch(output or rated.ARCHIVE)
+
+
+@cli.command()
+@click.argument("spec")
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="Receipt that names the cached partition."
+)
+@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+def partition(spec: str, output: Path, threads: int) -> None:
+    """Cluster a model's neurons into the cache; SPEC is JSON with the model and the EMoE settings."""
+    from benchmarks.harness.methods import partition_to_cache
+
+    partition_to_cache(spec, output, threads=threads)
+
+
+_SUITE = click.option("--suite", default="mini", show_default=True, help="Which suite (a file in config/).")
+
+
+@cli.command()
+@_SUITE
+@click.option("--benchmark", required=True, help="Which benchmark.")
+def tables(suite: str, benchmark: str) -> None:
+    """Write the tables and figures of a benchmark whose runs are finished."""
+    from benchmarks.harness import paths
+    from benchmarks.harness.definition import load_benchmark
+    from benchmarks.harness.figures import ood_by_method_and_domain
+    from benchmarks.harness.suite import load_suite
+    from benchmarks.harness.tables import BenchmarkTables
+
+    definition = load_benchmark(benchmark)
+    runs = [run for run in load_suite({"suite": suite}).runs if run.benchmark == benchmark]
+    built = BenchmarkTables(definition, runs)
+    folder = paths.RESULTS / suite
+    for table in built.all():
+        table.write(folder / "tables")
+    ood_by_method_and_domain(definition, built.clean, folder / "figures")
+
+
+@cli.command()
+@_SUITE
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The HTML page.")
+def report(suite: str, output: Path) -> None:
+    """Write the one-page report of a suite whose tables exist."""
+    from benchmarks.harness.report import write_report
+    from benchmarks.harness.suite import load_suite
+
+    write_report(load_suite({"suite": suite}), output)
+
+
+@cli.command()
+@_SUITE
+@click.option("--uri", default=None, help="MLflow's store; by default the suite's.")
+@click.option("--output", type=click.Path(path_type=Path), default=None, help="Receipt to write.")
+def mirror(suite: str, uri: str | None, output: Path | None) -> None:
+    """Mirror a suite's finished runs to MLflow; doing it twice adds nothing."""
+    from benchmarks.harness.files import write_json
+    from benchmarks.harness.suite import load_suite
+    from benchmarks.harness.tracking import mirror as mirror_runs
+
+    loaded = load_suite({"suite": suite})
+    counts = mirror_runs(loaded.runs, uri or loaded.tracking_uri)
+    click.echo("MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items()), err=True)
+    if output:
+        write_json(output, {"uri": uri or loaded.tracking_uri, "runs": len(loaded.runs)})
+
+
+@cli.command()
+@_SUITE
+def check(suite: str) -> None:
+    """Compare a suite's numbers with the blessed ones; ends with status 1 where they differ."""
+    from benchmarks.harness.regression import compare
+    from benchmarks.harness.suite import load_suite
+
+    comparison = compare(load_suite({"suite": suite}).runs, suite)
+    click.echo(str(comparison))
+    if not comparison.passed:
+        sys.exit(1)
+
+
+@cli.command()
+@_SUITE
+def bless(suite: str) -> None:
+    """Make a suite's present numbers the reference that `check` compares with."""
+    from benchmarks.harness.regression import bless as bless_runs
+    from benchmarks.harness.suite import load_suite
+
+    click.echo(f"wrote {bless_runs(load_suite({'suite': suite}).runs, suite)}")
+
+
+def main() -> None:
+    """Entry point: expected errors are one line, not a traceback."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except EMoEError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Full fine-tuning of text classifiers, in and out of domain."""

@@ -1,0 +1,1 @@
+"""What all benchmarks share: definitions, runs, training, records, tables."""

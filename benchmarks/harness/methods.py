@@ -1,0 +1,74 @@
+"""Apply a method to a freshly loaded model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import emoe
+from benchmarks.harness.files import write_json
+from benchmarks.harness.models import load_backbone
+from benchmarks.harness.paths import PARTITIONS
+from benchmarks.harness.seeds import derive_seed
+from emoe.config import EMoEConfig
+from emoe.partitioning import Partition, load_partition, partition_key, save_partition
+
+
+def apply_method_(model: nn.Module, method: Mapping[str, Any], seed: int) -> emoe.ConversionReport | None:
+    """Turn a dense model into what the method trains, in place.
+
+    Args:
+        model: the pre-trained model.
+        method: the ``method`` part of a run's spec.
+        seed: the run's seed, for noisy tuning.
+
+    Returns:
+        The conversion's report; None for a dense model.
+    """
+    if method["noise"]:
+        emoe.noisy_tuning_(model, method["noise"], seed=derive_seed("noise", seed))
+    if method["config"] is None:
+        return None
+    config = emoe.config_from_dict(method["config"])
+    if isinstance(config, EMoEConfig) and config.partition == "kmeans":
+        return emoe.convert_(model, config, partition=cached_partition(model, config))
+    return emoe.convert_(model, config)
+
+
+def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
+    """Cluster ahead of the runs, and write a receipt that says where the partition is.
+
+    Args:
+        spec: JSON with a resolved ``model`` and the ``config`` of the EMoE.
+        output: the receipt.
+        threads: CPU threads.
+    """
+    content = json.loads(spec)
+    torch.set_num_threads(threads)
+    model, config = load_backbone(content["model"]), EMoEConfig.from_dict(content["config"])
+    found = cached_partition(model, config)
+    receipt = {
+        "partition": partition_key(model, config),
+        "explained": found.explained,
+        "seconds": found.seconds,
+        **content,
+    }
+    write_json(output, receipt)
+
+
+def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:
+    """The model's partition, from the cache where the same keys were clustered before.
+
+    The cache is keyed by content (see :func:`emoe.partitioning.partition_key`), never by name.
+    """
+    path = folder / f"{partition_key(model, config)}.safetensors"
+    if path.exists():
+        return load_partition(path)
+    found = emoe.partition(model, config)
+    save_partition(found, path)
+    return found

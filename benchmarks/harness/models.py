@@ -1,0 +1,94 @@
+"""Models by name: from the hub, a local folder, a package, or (for tests) a configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from benchmarks.harness.definition import load_models
+from benchmarks.harness.packages import DataError, package_folder
+from benchmarks.harness.paths import MODEL_ROOT
+from benchmarks.harness.seeds import derive_seed
+
+
+def locate(model: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Where a model's files are: a folder or a hub id, and the hub's revision.
+
+    A folder of the model's name below the model root (environment variable ``EMOE_MODEL_ROOT``) comes first.
+    """
+    root = os.environ.get(MODEL_ROOT)
+    if root and (Path(root) / model["name"]).is_dir():
+        return str(Path(root) / model["name"]), None
+    if "package" in model:
+        return str(package_folder(model["package"], model["path"], model["sha256"])), None
+    return model["hub"], model.get("revision")
+
+
+def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; one without a padding token (GPT-2) pads with its end token."""
+    if "config" in model:
+        name = model["tokenizer"]
+        return load_tokenizer({"name": name, **load_models()[name]})
+    place, revision = locate(model)
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, place, revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_backbone(model: Mapping[str, Any]) -> PreTrainedModel:
+    """The pre-trained model without a head, for clustering its neurons."""
+    if "config" in model:
+        classifier = load_classifier(model, 1, 0, None)
+        return cast(PreTrainedModel, classifier.base_model)
+    place, revision = locate(model)
+    loaded: PreTrainedModel = _from_pretrained(AutoModel, place, revision, dtype=torch.float32)
+    return loaded
+
+
+def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_token_id: int | None) -> PreTrainedModel:
+    """The pre-trained model with a new head, the head drawn from ``seed``.
+
+    Args:
+        model: a resolved entry of ``models.yaml``.
+        num_labels: classes; 1 for a regression.
+        seed: of the head.
+        pad_token_id: the tokenizer's padding token.
+    """
+    options: dict[str, Any] = {
+        "num_labels": num_labels,
+        "problem_type": "regression" if num_labels == 1 else "single_label_classification",
+    }
+    if "config" in model:
+        config = AutoConfig.for_model(**model["config"], **options)
+        torch.manual_seed(derive_seed("random weights", model["name"]))
+        loaded: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    else:
+        place, revision = locate(model)
+        torch.manual_seed(seed)
+        loaded = _from_pretrained(AutoModelForSequenceClassification, place, revision, dtype=torch.float32, **options)
+    if loaded.config.pad_token_id is None:
+        loaded.config.pad_token_id = pad_token_id
+    return loaded
+
+
+def _from_pretrained(loader: Any, place: str, revision: str | None, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(place, **({"revision": revision} if revision else {}), **options)
+    except OSError as error:
+        raise DataError(
+            f"could not load the model '{place}': {error}\n"
+            "Without the hub, put its folder below model_root (see config/README.md)"
+        ) from error

@@ -1,0 +1,23 @@
+"""Where things are, below the working directory, and the environment variables that say otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+SCHEMAS = BENCHMARKS / "schemas"
+CONFIG = ROOT / "config"
+REFERENCE = ROOT / "results" / "reference"
+
+# outputs, relative to the working directory
+RESULTS = Path("results")
+RUNS = RESULTS / "runs"
+PARTITIONS = Path("resources/partitions")
+PACKAGES = Path("resources/packages")
+
+# set from the configuration by the workflow, or by hand
+DATA_ROOT = "EMOE_DATA_ROOT"
+MODEL_ROOT = "EMOE_MODEL_ROOT"
+PLAN = "EMOE_PLAN"
+TRACKING_URI = "MLFLOW_TRACKING_URI"

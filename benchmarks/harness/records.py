@@ -1,0 +1,96 @@
+"""Collect finished runs into one tidy frame: a row a number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.harness.definition import DefinitionError
+from benchmarks.harness.paths import RUNS
+from benchmarks.harness.runs import Run
+
+RUN_KEYS = ["benchmark", "model", "task", "method", "variant", "learning_rate", "seed"]
+GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
+OOD_MEAN = "ood_mean"
+_COST = ("train_seconds", "step_seconds", "peak_memory_mb")
+_MODEL = ("parameters", "trainable_parameters", "active_neurons")
+_ROUTING = ("load_entropy", "load_max_over_mean")
+
+
+def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
+    """The ``metrics.json`` of a run.
+
+    Raises:
+        DefinitionError: the run is not finished, or its file is damaged.
+    """
+    path = root / run.folder / "metrics.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DefinitionError(
+            f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DefinitionError(
+            f"{path} is damaged ({error}); delete it and run `snakemake --cores all {path}`"
+        ) from error
+    if found.get("run_id") != run.id:
+        raise DefinitionError(f"{path} belongs to the run {found.get('run_id')!r}; delete it and run it again")
+    return found
+
+
+def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
+    """One row a number of every run.
+
+    Columns: those of :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``. Parts:
+
+    - ``dev``: the kept epoch on the dev split, which selects; ``dev_best``: the best epoch there;
+    - ``test``: the reported split of the training task; ``ood``: each other task;
+    - ``ood_mean``: mean of the scores over the other tasks (metric ``score``);
+    - ``cost``, ``model``, ``routing``: what the run took and what was trained.
+    """
+    rows = [
+        {**_keys(run), "run_id": run.id, "part": part, "eval_task": task, "metric": metric, "value": value}
+        for run in runs
+        for part, task, metric, value in _numbers(run, read_metrics(run, root))
+    ]
+    return pd.DataFrame(rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value"])
+
+
+def _keys(run: Run) -> dict[str, Any]:
+    spec = run.spec
+    return {
+        "benchmark": spec["benchmark"],
+        "model": spec["model"]["name"],
+        "task": spec["task"]["name"],
+        "method": spec["method"]["name"],
+        "variant": spec["method"]["variant"],
+        "learning_rate": spec["learning_rate"],
+        "seed": spec["seed"],
+    }
+
+
+def _numbers(run: Run, found: dict[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+    task, metric = run.spec["task"]["name"], run.spec["task"]["metric"]
+    for part, by_task in found["scores"].items():
+        for name, scores in by_task.items():
+            for key, value in scores.items():
+                yield part, name, key, value
+    yield "dev_best", task, metric, max(entry[metric] for entry in found["epochs"])
+    ood = [found["scores"]["ood"][other["name"]][other["metric"]] for other in run.spec["ood"]]
+    if ood:
+        yield OOD_MEAN, "", "score", sum(ood) / len(ood)
+    for part, names in (("cost", _COST), ("model", _MODEL), ("routing", _ROUTING)):
+        for name in names:
+            if name in found[part]:
+                yield part, "", name, found[part][name]
+
+
+def scores_of(records: pd.DataFrame, part: str) -> pd.DataFrame:
+    """The rows of one part with the task's own score (not the loss), the metric renamed to ``score``."""
+    rows = records[(records["part"] == part) & (records["metric"] != "loss")]
+    return rows.assign(metric="score")

@@ -1,0 +1,126 @@
+"""One self-contained HTML page: verdict, tables, figures, how it was made."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+import emoe
+from benchmarks.harness import paths
+from benchmarks.harness.definition import load_benchmark
+from benchmarks.harness.records import read_metrics
+from benchmarks.harness.runs import Run
+from benchmarks.harness.suite import FIGURES, TABLES, Suite
+from benchmarks.harness.tables import BenchmarkTables
+
+
+def write_report(suite: Suite, output: Path) -> None:
+    """Write the report of a suite whose tables and figures exist.
+
+    Args:
+        suite: the suite; all its runs are finished.
+        output: the page.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html.j2").render(
+        suite=suite.name,
+        version=emoe.__version__,
+        sections=[_section(suite, name) for name in suite.settings["benchmarks"]],
+        environments=_environments(suite.runs),
+        style=_trusted(Path(__file__).parent / "report.css"),
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page)
+
+
+def _section(suite: Suite, name: str) -> dict[str, Any]:
+    benchmark = load_benchmark(name)
+    runs = [run for run in suite.runs if run.benchmark == name]
+    folder = paths.RESULTS / suite.name
+    tables = [table for table in TABLES if table != "paper" or benchmark.definition["paper"]]
+    return {
+        "name": name,
+        "title": benchmark.definition["title"],
+        "runs": len(runs),
+        "random_weights": any("config" in run.spec["model"] for run in runs),
+        "verdicts": list(verdicts(BenchmarkTables(benchmark, runs))),
+        "data": _data(runs),
+        "training": runs[0].spec["training"],
+        "tables": {table: _trusted(folder / "tables" / f"{name}_{table}.html") for table in tables},
+        "figures": {figure: _image(folder / "figures" / f"{name}_{figure}.png") for figure in FIGURES},
+    }
+
+
+def verdicts(tables: BenchmarkTables) -> Iterator[str]:
+    """One sentence a model, training task and method of the paper: does it differ from the baseline?"""
+    frame = tables.results().frame
+    baseline = tables.benchmark.definition["baseline"]
+    for row in frame[frame["is_method"] & (frame["method"] != baseline)].itertuples():
+        parts = []
+        for label, prefix in (("in domain", "id_delta"), ("out of domain", "ood_delta")):
+            mean, low, high = (getattr(row, f"{prefix}_{end}") for end in ("mean", "low", "high"))
+            if math.isnan(mean):
+                continue
+            if math.isnan(low):
+                parts.append(f"{label} {mean * 100:+.1f} (one seed, no interval)")
+            else:
+                word = "within noise" if low <= 0 <= high else "better" if low > 0 else "worse"
+                parts.append(f"{label} {mean * 100:+.1f} [{low * 100:+.1f}, {high * 100:+.1f}], {word}")
+        if parts:
+            yield f"{row.method_title}, {row.model_title} trained on {row.task_title}: {'; '.join(parts)} (n = {row.n})."
+
+
+def _data(runs: list[Run]) -> list[dict[str, Any]]:
+    """Rows and labels of every split that was used, once a task."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in runs:
+        for part, summary in read_metrics(run)["data"].items():
+            task = part.removeprefix("ood:") if part.startswith("ood:") else run.spec["task"]["name"]
+            name = "test" if part.startswith("ood:") else part
+            labels = summary.get("labels") or {"from": summary["range"][0], "to": summary["range"][1]}
+            text = ", ".join(f"{label}: {count}" for label, count in labels.items())
+            found[task, name] = {
+                "task": task,
+                "split": name,
+                "rows": summary["rows"],
+                "labels": text,
+                "dropped": summary["dropped"],
+            }
+    return [found[key] for key in sorted(found)]
+
+
+def _environments(runs: list[Run]) -> list[dict[str, Any]]:
+    """The machines and versions that the runs ran on, the commonest first."""
+    seen: Counter[tuple[tuple[str, str], ...]] = Counter()
+    for run in runs:
+        found = read_metrics(run)["environment"]
+        packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+        gpus = ", ".join(found["gpus"]) or "none"
+        rows = {
+            "Processor": f"{found['processor']}, {found['cores']} cores; {found['threads']} thread(s) a run",
+            "GPUs": gpus,
+            "Memory": f"{found['memory_gb']} GB",
+            "System": f"{found['platform']}, Python {found['python']}",
+            "Packages": packages,
+            "Commit": f"{found['git_commit'] or 'unknown'}{' with uncommitted changes' if found['git_dirty'] else ''}",
+        }
+        seen[tuple(rows.items())] += 1
+    return [{"runs": count, "rows": dict(rows)} for rows, count in seen.most_common()]
+
+
+def _trusted(path: Path) -> Markup:
+    """Text of our own making: a stylesheet, or a table whose renderer escapes every cell."""
+    return Markup(path.read_text())  # noqa: S704
+
+
+def _image(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

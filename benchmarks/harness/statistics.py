@@ -1,0 +1,77 @@
+"""Uncertainty: paired differences over seeds, and ranks over data sets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference.
+
+    Attributes:
+        mean: of the differences.
+        low: lower end of the 95 % confidence interval (Student's t); nan with one pair.
+        high: upper end.
+        p: of the paired t-test; nan with one pair or where all differences are equal.
+        n: number of pairs.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+def paired_difference(values: pd.Series[float], baseline: pd.Series[float]) -> Difference:
+    """Difference to a baseline over the seeds that both have (the index is the seed)."""
+    both = values.index.intersection(baseline.index)
+    differences = (values.loc[both] - baseline.loc[both]).to_numpy(dtype=float)
+    n = len(differences)
+    mean = float(differences.mean()) if n else math.nan
+    if n < 2:
+        return Difference(mean, math.nan, math.nan, math.nan, n)
+    error = float(stats.sem(differences))
+    if error == 0:
+        return Difference(mean, mean, mean, math.nan, n)
+    low, high = stats.t.interval(CONFIDENCE, n - 1, loc=mean, scale=error)
+    return Difference(mean, float(low), float(high), float(stats.ttest_1samp(differences, 0.0).pvalue), n)
+
+
+def confidence_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
+    """95 % interval of a mean; the value itself where there is only one or all are equal."""
+    mean, n = float(values.mean()), len(values)
+    error = float(stats.sem(values)) if n > 1 else 0.0
+    if error == 0:
+        return mean, mean
+    low, high = stats.t.interval(CONFIDENCE, n - 1, loc=mean, scale=error)
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Friedman ranks: ``ranks`` by row (1 is best), the test's ``p`` (nan below three rows or two sets)."""
+
+    ranks: pd.Series[float]
+    p: float
+
+
+def friedman_ranks(scores: pd.DataFrame) -> Ranking:
+    """Average rank of each row over the columns; higher scores are better, ties share their mean rank.
+
+    Args:
+        scores: one row a method, one column a data set, no gaps. The rank only means something relative
+            to the rows that are ranked together.
+    """
+    ranks = scores.rank(axis=0, ascending=False, method="average").mean(axis=1)
+    if min(scores.shape[0] - 1, scores.shape[1]) < 2:
+        return Ranking(ranks, math.nan)
+    return Ranking(ranks, float(stats.friedmanchisquare(*scores.to_numpy()).pvalue))

@@ -1,0 +1,314 @@
+"""The tables of a text benchmark, from records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pandas as pd
+
+from benchmarks.harness.definition import Benchmark, load_metrics, load_models
+from benchmarks.harness.records import OOD_MEAN, collect, scores_of
+from benchmarks.harness.rendering import MISSING, Column, Table
+from benchmarks.harness.runs import Run
+from benchmarks.harness.selection import CELL, choices, select
+from benchmarks.harness.statistics import friedman_ranks, paired_difference
+
+_KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
+
+
+class BenchmarkTables:
+    """Builds every table of one benchmark.
+
+    Args:
+        benchmark: its definition.
+        runs: the finished runs.
+    """
+
+    def __init__(self, benchmark: Benchmark, runs: list[Run]) -> None:
+        self.benchmark = benchmark
+        self.records = collect(runs)
+        self.clean = select(self.records, "clean")
+        self.published = select(self.records, "published")
+        self._methods: dict[str, dict[str, str]] = benchmark.definition["methods"]
+        self._baseline: str = benchmark.definition["baseline"]
+
+    def all(self) -> list[Table]:
+        """Every table, in the order of the report."""
+        tables = [self.results(), self.ood(), self.cost(), self.choices()]
+        return [*tables, self.paper()] if self.benchmark.definition["paper"] else tables
+
+    def results(self) -> Table:
+        """In-domain and out-of-domain scores, differences to the baseline, ranks and what it took."""
+        test, ood = self._summary(self.clean, "test"), self._summary(self.clean, OOD_MEAN)
+        best = self._summary(self.published, "dev_best")
+        frame = self._cells(self.clean)
+        frame = frame.merge(test.add_prefix("id_"), left_on=CELL, right_index=True, how="left")
+        frame = frame.merge(ood.add_prefix("ood_"), left_on=CELL, right_index=True, how="left")
+        frame = frame.merge(best.add_prefix("published_"), left_on=CELL, right_index=True, how="left")
+        for part, prefix in (("test", "id_delta"), (OOD_MEAN, "ood_delta")):
+            frame = frame.merge(
+                self._differences(part).add_prefix(f"{prefix}_"), left_on=CELL, right_index=True, how="left"
+            )
+        frame = frame.merge(self._ranks(), left_on=CELL, right_index=True, how="left")
+        for part, metric in (("cost", "train_seconds"), ("model", "active_neurons"), ("model", "parameters")):
+            frame = frame.merge(self._means(part, metric), left_on=CELL, right_index=True, how="left")
+        return Table(
+            f"{self.benchmark.name}_results",
+            "Scores in domain (ID) and out of domain (OOD)",
+            f"Mean ± sample standard deviation over n seeds; differences to {self._title(self._baseline)} are paired by seed, with a 95 % "
+            "confidence interval (Student's t): where it contains 0, the difference is within noise. The dev split of the training domain "
+            "chose learning rate and variant; ID is the reported split, OOD the mean over the other domains without further training. "
+            "“Best dev epoch” is the authors' protocol, which reports the dev score that it selects by. "
+            f"{self._rank_note()} {self._metric_note()}",
+            {**_KEYS, "n": "n"},
+            [
+                Column("score", "id_mean", "ID", std="id_std", best=True),
+                Column("score", "ood_mean", "OOD", std="ood_std", best=True),
+                Column("score", "id_delta_mean", "Δ ID", interval=("id_delta_low", "id_delta_high"), signed=True),
+                Column("score", "ood_delta_mean", "Δ OOD", interval=("ood_delta_low", "ood_delta_high"), signed=True),
+                Column("ood_rank", "ood_rank", "OOD rank", best=True),
+                Column("score", "published_mean", "Best dev epoch", std="published_std"),
+                Column("train_seconds", "train_seconds"),
+                Column("active_neurons", "active_neurons"),
+                Column("parameters", "parameters"),
+            ],
+            frame,
+            group=("model", "task"),
+            compare="is_method",
+        )
+
+    def ood(self) -> Table:
+        """The score on every set."""
+        frame = self._cells(self.clean)
+        columns = []
+        parts = pd.concat([scores_of(self.clean, "test"), scores_of(self.clean, "ood")])
+        for name in dict.fromkeys(parts["eval_task"]):
+            summary = self._summarise(parts[parts["eval_task"] == name]).add_prefix(f"{name}_")
+            frame = frame.merge(summary, left_on=CELL, right_index=True, how="left")
+            columns.append(Column("score", f"{name}_mean", self._task_title(name), std=f"{name}_std", best=True))
+        return Table(
+            f"{self.benchmark.name}_ood",
+            "Scores by evaluation set",
+            f"Mean ± sample standard deviation over n seeds; the column of the training domain is its ID score. {self._metric_note()}",
+            {**_KEYS, "n": "n"},
+            columns,
+            frame,
+            group=("model", "task"),
+            compare="is_method",
+        )
+
+    def cost(self) -> Table:
+        """Time, memory, parameters and how the experts were used."""
+        frame = self._cells(self.clean)
+        for part, metric in (
+            ("cost", "train_seconds"),
+            ("cost", "step_seconds"),
+            ("cost", "peak_memory_mb"),
+            ("model", "active_neurons"),
+            ("model", "parameters"),
+            ("model", "trainable_parameters"),
+            ("routing", "load_entropy"),
+            ("routing", "load_max_over_mean"),
+        ):
+            frame = frame.merge(self._means(part, metric), left_on=CELL, right_index=True, how="left")
+        base = frame.loc[frame["method"] == self._baseline].set_index(["model", "task"])["step_seconds"]
+        frame["step_time_ratio"] = [
+            row.step_seconds / base.get((row.model, row.task), math.nan) for row in frame.itertuples()
+        ]
+        frame["drop_rate"] = [math.nan if math.isnan(entropy) else 0.0 for entropy in frame["load_entropy"]]
+        return Table(
+            f"{self.benchmark.name}_cost",
+            "What it took, and how the experts were used",
+            "Means over seeds, on the machine of the runs (see the environment below). Several runs share the machine, so times are "
+            "rough; the `masked` reference backend computes every expert and saves nothing. Active neurons are a share of all FFN neurons "
+            "of the model. Load entropy is 1 for a perfectly balanced load; both load columns are measured on the ID test split without "
+            "padding. Routing has no capacity limit, so no assignment is dropped.",
+            _KEYS,
+            [
+                Column("train_seconds", "train_seconds"),
+                Column("step_seconds", "step_seconds"),
+                Column("step_time_ratio", "step_time_ratio", f"Step time ÷ {self._title(self._baseline)}"),
+                Column("peak_memory_mb", "peak_memory_mb"),
+                Column("active_neurons", "active_neurons"),
+                Column("parameters", "parameters"),
+                Column("trainable_parameters", "trainable_parameters"),
+                Column("load_entropy", "load_entropy"),
+                Column("load_max_over_mean", "load_max_over_mean"),
+                Column("drop_rate", "drop_rate"),
+            ],
+            frame,
+        )
+
+    def choices(self) -> Table:
+        """Every choice of hyper-parameters with its dev score, and the chosen one."""
+        table = choices(self.records, "clean")
+        for part, prefix in (("test", "id_"), (OOD_MEAN, "ood_")):
+            rows = scores_of(self.records, part)
+            grouped = rows.groupby([*CELL, "variant", "learning_rate"], sort=False)["value"].agg(mean="mean", std="std")
+            table = table.merge(grouped.add_prefix(prefix).reset_index(), how="left")
+        table = self._with_titles(table)
+        table["variant"] = table["variant"].replace("", MISSING)
+        table["mark"] = table["chosen"].map({True: "✓", False: ""})
+        table["rate"] = table["learning_rate"].map("{:.1e}".format)
+        return Table(
+            f"{self.benchmark.name}_choices",
+            "Hyper-parameters and what was chosen",
+            "Dev is the mean over n seeds of the kept epoch's score on the dev split of the training domain; the best one of every method is "
+            "chosen (✓). ID and OOD stand beside it for the reader and chose nothing. In a variant N is the number of experts, k the share "
+            "of them that is used, L the converted layers.",
+            {**_KEYS, "variant": "Variant", "rate": "Learning rate", "n": "n", "mark": "Chosen"},
+            [
+                Column("score", "mean", "Dev", std="std"),
+                Column("score", "id_mean", "ID", std="id_std"),
+                Column("score", "ood_mean", "OOD", std="ood_std"),
+            ],
+            table,
+        )
+
+    def paper(self) -> Table:
+        """The paper's numbers beside ours, with their provenance."""
+        published = pd.read_csv(self.benchmark.folder / self.benchmark.definition["paper"])
+        published["value"] = published["value"] / 100
+        ours = self._our_averages()
+        frame = published.merge(ours, on=["model", "scope", "method"], how="outer", sort=False)
+        for value, delta in (("value", "paper_delta"), ("ours", "ours_delta")):
+            base = frame.loc[frame["method"] == self._baseline].set_index(["model", "scope"])[value]
+            frame[delta] = [
+                math.nan
+                if row.method == self._baseline
+                else getattr(row, value) - base.get((row.model, row.scope), math.nan)
+                for row in frame.itertuples()
+            ]
+        order = {name: place for place, name in enumerate(self._methods)}
+        frame = frame.sort_values(
+            ["model", "scope", "method"],
+            key=lambda column: column.map(order).fillna(-1) if column.name == "method" else column,
+        )
+        frame["model_title"] = frame["model"].map(self._model_title)
+        frame["method_title"] = frame["method"].map(self._title)
+        frame["source"] = frame["source"].fillna(MISSING)
+        return Table(
+            f"{self.benchmark.name}_paper",
+            "The paper's numbers beside ours",
+            "Averages over tasks, full fine-tuning. Δ is the difference to the dense model of the same column. A dash is a number that was not "
+            "published where we looked, or that this suite did not run: a small stand-in model and data set cannot confirm or refute "
+            "the paper's value, only show whether the effect has the same sign.",
+            {"model_title": "Model", "scope": "Average over", "method_title": "Method", "source": "Source"},
+            [
+                Column("score", "value", "Paper"),
+                Column("score", "paper_delta", "Δ paper", signed=True),
+                Column("score", "ours", "Ours"),
+                Column("score", "ours_delta", "Δ ours", signed=True),
+            ],
+            frame,
+        )
+
+    def _our_averages(self) -> pd.DataFrame:
+        """Mean over the tasks that both a method and the baseline ran; scopes are named after the set."""
+        summary = self._summary(self.clean, "test").reset_index()
+        rows = []
+        for model, of_model in summary.groupby("model", sort=False):
+            base = set(of_model.loc[of_model["method"] == self._baseline, "task"])
+            for method, of_method in of_model.groupby("method", sort=False):
+                tasks = [task for task in of_method["task"] if task in base]
+                if set(tasks) != base:
+                    continue
+                rated = all("rated" in self.benchmark.tasks[task]["source"] for task in tasks)
+                scope = (
+                    "GLUE average" if not rated else "sentiment: " + ", ".join(self._task_title(task) for task in tasks)
+                )
+                rows.append({"model": model, "scope": scope, "method": method, "ours": of_method["mean"].mean()})
+        return pd.DataFrame(rows, columns=["model", "scope", "method", "ours"])
+
+    def _cells(self, records: pd.DataFrame) -> pd.DataFrame:
+        """One row a model, task and method, in the order of the grid's tasks and the definition's methods."""
+        frame = records.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
+        order = {name: place for place, name in enumerate(self._methods)}
+        first = {
+            cell: place for place, cell in enumerate(dict.fromkeys(zip(frame["model"], frame["task"], strict=True)))
+        }
+        keys = [(first[row.model, row.task], order[row.method]) for row in frame.itertuples()]
+        frame = frame.iloc[sorted(range(len(frame)), key=keys.__getitem__)].reset_index(drop=True)
+        return self._with_titles(frame)
+
+    def _with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
+        return frame.assign(
+            model_title=frame["model"].map(self._model_title),
+            task_title=frame["task"].map(self._task_title),
+            method_title=frame["method"].map(self._title),
+            is_method=frame["method"].map(lambda name: self._methods[name]["role"] != "control"),
+        )
+
+    def _summarise(self, rows: pd.DataFrame) -> pd.DataFrame:
+        return rows.groupby(CELL, sort=False)["value"].agg(mean="mean", std="std")
+
+    def _summary(self, records: pd.DataFrame, part: str) -> pd.DataFrame:
+        return self._summarise(scores_of(records, part))
+
+    def _means(self, part: str, metric: str) -> pd.Series:
+        rows = self.clean[(self.clean["part"] == part) & (self.clean["metric"] == metric)]
+        return rows.groupby(CELL, sort=False)["value"].mean().rename(metric)
+
+    def _differences(self, part: str) -> pd.DataFrame:
+        rows = scores_of(self.clean, part)
+        found = {}
+        for (model, task), group in rows.groupby(["model", "task"], sort=False):
+            values = {method: of_method.set_index("seed")["value"] for method, of_method in group.groupby("method")}
+            if self._baseline in values:
+                for method, series in values.items():
+                    if method != self._baseline:
+                        found[model, task, method] = vars(paired_difference(series, values[self._baseline]))
+        index = (
+            pd.MultiIndex.from_tuples(found, names=CELL)
+            if found
+            else pd.MultiIndex.from_arrays([[], [], []], names=CELL)
+        )
+        return pd.DataFrame(list(found.values()), index=index, columns=["mean", "low", "high", "p", "n"])
+
+    def rankings(self) -> Iterator[tuple[str, str, pd.Series, float]]:
+        """Per model and training task: Friedman ranks over its OOD sets, and the test's p."""
+        rows = scores_of(self.clean, "ood")
+        for (model, task), group in rows.groupby(["model", "task"], sort=False):
+            table = group.pivot_table(index="method", columns="eval_task", values="value", aggfunc="mean")
+            ranking = friedman_ranks(table)
+            yield model, task, ranking.ranks, ranking.p
+
+    def _ranks(self) -> pd.DataFrame:
+        rows = [
+            {"model": model, "task": task, "method": method, "ood_rank": rank}
+            for model, task, ranks, _ in self.rankings()
+            for method, rank in ranks.items()
+        ]
+        return pd.DataFrame(rows, columns=[*CELL, "ood_rank"]).set_index(CELL)
+
+    def _rank_note(self) -> str:
+        notes = [
+            f"{self._task_title(task)}: {len(ranks)} rows" + ("" if math.isnan(p) else f", Friedman p = {p:.2f}")
+            for _, task, ranks, p in self.rankings()
+        ]
+        return (
+            f"OOD rank is the average rank over the OOD sets among the rows of the same training domain ({'; '.join(notes)})."
+            if notes
+            else ""
+        )
+
+    def _metric_note(self) -> str:
+        by_metric: dict[str, list[str]] = {}
+        for task in dict.fromkeys(self.records["task"]):
+            by_metric.setdefault(self.benchmark.tasks[task]["metric"], []).append(self._task_title(task))
+        parts = [
+            f"{load_metrics()[metric]['label'].lower()} ({', '.join(tasks)})" for metric, tasks in by_metric.items()
+        ]
+        return f"Scores are {'; '.join(parts)}, in %."
+
+    def _title(self, method: str) -> str:
+        return self._methods[method]["title"] if method in self._methods else method
+
+    def _task_title(self, task: str) -> str:
+        title: str = self.benchmark.tasks[task]["title"]
+        return title
+
+    def _model_title(self, model: str) -> str:
+        title: str = load_models()[model]["title"]
+        return title

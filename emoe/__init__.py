@@ -1,0 +1,40 @@
+"""Emergent Mixture-of-Experts: make any pre-trained transformer's FFNs a mixture of experts.
+
+import emoe
+
+config = emoe.EMoEConfig(num_experts=64, top_k=16, layers="last-half:2")
+print(emoe.convert_(model, config))
+"""
+
+from emoe.architectures import FFNSpec, register_ffn
+from emoe.checkpoint import from_pretrained, save_pretrained
+from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
+from emoe.convert import ConversionReport, convert_, to_dense_
+from emoe.errors import CheckpointError, ConfigError, ConversionError, EMoEError
+from emoe.layer import aux_loss
+from emoe.noise import noisy_tuning_
+from emoe.partitioning import partition
+from emoe.records import record_routing
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ConversionError",
+    "ConversionReport",
+    "EMoEConfig",
+    "EMoEError",
+    "FFNSpec",
+    "GMoEConfig",
+    "aux_loss",
+    "config_from_dict",
+    "convert_",
+    "from_pretrained",
+    "noisy_tuning_",
+    "partition",
+    "record_routing",
+    "register_ffn",
+    "save_pretrained",
+    "to_dense_",
+]

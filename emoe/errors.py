@@ -1,0 +1,31 @@
+"""The errors that users meet, and the "did you mean" that goes into them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EMoEError(ValueError):
+    """Base of every error this library raises on purpose."""
+
+
+class ConfigError(EMoEError):
+    """A configuration field or value that does not exist or is out of range."""
+
+
+class ConversionError(EMoEError):
+    """A model that cannot be converted as asked; the model is unchanged."""
+
+
+class CheckpointError(EMoEError):
+    """A checkpoint folder that is missing, damaged, or does not match its weights."""
+
+
+def did_you_mean(given: object, options: Iterable[object]) -> str:
+    """Return ``"; did you mean 'x'?"`` or, without a near match, ``"; choose from …"``."""
+    names = [str(option) for option in options]
+    close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; choose from {', '.join(names)}"

@@ -1,0 +1,37 @@
+"""Noisy tuning, the paper's perturbation baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def noisy_tuning_(
+    model: nn.Module, intensity: float = 0.15, *, seed: int = 0, exclude: Sequence[str] = ("classifier", "score")
+) -> int:
+    """Add uniform noise to the pre-trained weights before fine-tuning, in place (NoisyTune; paper §4).
+
+    Each parameter gets ``U(-1/2, 1/2) * intensity * std(parameter)``. Parameters with one element
+    have no standard deviation and are left alone, as is the new head.
+
+    Args:
+        model: any model.
+        intensity: lambda; the authors use 0.15.
+        seed: of the noise.
+        exclude: parts of a dotted name that mark the new head.
+
+    Returns:
+        The number of parameters that were changed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    changed = 0
+    for name, parameter in model.named_parameters():
+        if parameter.numel() < 2 or any(part in exclude for part in name.split(".")):
+            continue
+        noise = torch.rand(parameter.shape, generator=generator) - 0.5
+        parameter.add_((noise * intensity * parameter.float().std().cpu()).to(parameter))
+        changed += parameter.numel()
+    return changed

@@ -1,0 +1,27 @@
+"""Shared fixtures. Tests run on CPU, one thread each, without a hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from benchmarks.harness import rated
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real sentiment set: the checkout's, or fetched once a machine from the package index."""
+    path = ROOT / rated.ARCHIVE
+    if not path.exists():
+        rated.fetch(path)
+    return path

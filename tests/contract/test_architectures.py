@@ -1,0 +1,115 @@
+"""Every registered architecture keeps the library's promises."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+
+import emoe
+from emoe.architectures import find_ffns, registered_ffns
+from emoe.layer import routed_layers
+from tests import tiny_models
+
+ARCHITECTURES = sorted(registered_ffns())
+EMOE = emoe.EMoEConfig(num_experts=8, top_k=2, layers="last-half:1")
+
+
+def loader(model: torch.nn.Module):
+    return timm.create_model if hasattr(model, "pretrained_cfg") else type(model)
+
+
+def test_each_row_has_a_tiny_model() -> None:
+    assert sorted(tiny_models.BUILDERS) == ARCHITECTURES
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+class TestContract:
+    def test_all_experts_equal_the_dense_model(self, name: str) -> None:
+        model, values = tiny_models.build(name), tiny_models.inputs(name)
+        dense = tiny_models.output(model, values)
+        emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=8, layers="all"))
+        torch.testing.assert_close(tiny_models.output(model, values), dense, atol=1e-5, rtol=1e-5)
+
+    def test_fewer_experts_change_the_output_and_not_the_state_dict(self, name: str) -> None:
+        model, values = tiny_models.build(name), tiny_models.inputs(name)
+        dense, keys = tiny_models.output(model, values), {k: v.shape for k, v in model.state_dict().items()}
+        emoe.convert_(model, EMOE)
+        assert {k: v.shape for k, v in model.state_dict().items()} == keys
+        assert (tiny_models.output(model, values) - dense).abs().max() > 1e-3
+
+    def test_each_token_uses_exactly_top_k_experts(self, name: str) -> None:
+        model, values = tiny_models.build(name), tiny_models.inputs(name)
+        emoe.convert_(model, EMOE)
+        hidden: dict[int, torch.Tensor] = {}
+        for layer in routed_layers(model):
+            layer.register_forward_hook(lambda module, _args, result: hidden.__setitem__(module.ffn_index, result))
+        tiny_models.output(model, values)
+        for result in hidden.values():
+            used = result.detach().flatten(0, -2).unflatten(-1, (8, -1)).ne(0).any(-1).sum(-1)
+            assert used.eq(2).all()
+
+    def test_gradient_is_zero_for_neurons_that_no_token_used(self, name: str) -> None:
+        model, values = tiny_models.build(name), tiny_models.inputs(name, rows=1)
+        emoe.convert_(model, emoe.EMoEConfig(num_experts=16, top_k=1, layers=[3]))
+        with emoe.record_routing(model) as record:
+            tiny_models.output(model, values).square().sum().backward()
+        ffn = find_ffns(model)[3]
+        grads = ffn.proj_in.weight.grad
+        grads = (grads.t() if ffn.spec.transposed else grads).unflatten(0, (16, -1)).abs().sum((1, 2))
+        loads = record.layers[3].loads
+        assert grads[loads == 0].eq(0).all()
+        assert grads[loads > 0].gt(0).all()
+
+    def test_to_dense_restores_function_and_order(self, name: str) -> None:
+        model, values = tiny_models.build(name), tiny_models.inputs(name)
+        dense, state = tiny_models.output(model, values), copy.deepcopy(model.state_dict())
+        emoe.convert_(model, EMOE)
+        emoe.to_dense_(model, restore_order=True)
+        torch.testing.assert_close(tiny_models.output(model, values), dense, atol=0, rtol=0)
+        assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+    def test_checkpoint_loads_as_emoe_and_in_the_stock_class(self, name: str, tmp_path) -> None:
+        model, values = tiny_models.build(name), tiny_models.inputs(name)
+        dense = tiny_models.output(model, values)
+        emoe.convert_(model, EMOE)
+        routed = tiny_models.output(model, values)
+        emoe.save_pretrained(model, tmp_path)
+        again = emoe.from_pretrained(loader(model), tmp_path)
+        torch.testing.assert_close(tiny_models.output(again, values), routed, atol=1e-6, rtol=1e-6)
+        if loader(model) is timm.create_model:
+            stock = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        else:
+            stock = type(model).from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(tiny_models.output(stock, values), dense, atol=1e-5, rtol=1e-5)
+
+    def test_emoe_learn_saves_its_router_apart(self, name: str, tmp_path) -> None:
+        model, values = tiny_models.build(name), tiny_models.inputs(name)
+        config = emoe.EMoEConfig(num_experts=8, top_k=4, layers=[1], router="cosine", weighting="softmax_times_k")
+        report = emoe.convert_(model, config)
+        assert report.added_parameters > 0
+        routed = tiny_models.output(model, values)
+        emoe.save_pretrained(model, tmp_path)
+        again = emoe.from_pretrained(loader(model), tmp_path)
+        torch.testing.assert_close(tiny_models.output(again, values), routed, atol=1e-6, rtol=1e-6)
+
+    def test_gmoe_starts_as_the_dense_model_and_learns(self, name: str, tmp_path) -> None:
+        model, values = tiny_models.build(name), tiny_models.inputs(name)
+        dense = tiny_models.output(model, values)
+        emoe.convert_(model, emoe.GMoEConfig(num_experts=4, top_k=2, layers=[1, 3]))
+        torch.testing.assert_close(tiny_models.output(model, values), dense, atol=1e-5, rtol=1e-5)
+        model.train()
+        (tiny_models.output(model, values).square().mean() + emoe.aux_loss(model)).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+        model.eval()
+        trained = tiny_models.output(model, values)
+        emoe.save_pretrained(model, tmp_path)
+        again = emoe.from_pretrained(loader(model), tmp_path)
+        torch.testing.assert_close(tiny_models.output(again, values), trained, atol=1e-6, rtol=1e-6)
+        with pytest.raises(emoe.ConversionError, match="no dense equal"):
+            emoe.to_dense_(model)

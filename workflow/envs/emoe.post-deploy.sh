@@ -1,0 +1,2 @@
+set -euo pipefail
+python -m pip install --editable '.[mini,dev]'

@@ -1,0 +1,85 @@
+# Loads and checks the configuration; short input functions. Logic lives in benchmarks/harness.
+import os
+import sys
+
+sys.path.insert(0, str(workflow.basedir))
+
+from benchmarks.harness import suite as suites
+from emoe.errors import EMoEError
+
+try:
+    SUITE = suites.load_suite(config)
+    SUITE.runs
+except EMoEError as error:
+    # one line that explains it; a traceback would hide it
+    sys.exit(f"error: {error}")
+
+
+# only used with `--sdm conda`
+ENVIRONMENT = "../envs/emoe.yaml"
+
+
+wildcard_constraints:
+    suite="[a-z][a-z0-9_]*",
+    benchmark="[a-z][a-z0-9_]*",
+    run=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
+    partition=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
+
+
+# Local paths and the plan reach the jobs through the environment: as parameters of a rule they would
+# make Snakemake run everything again when they change.
+os.environ.update(SUITE.environment())
+
+
+onstart:
+    SUITE.write_plan()
+
+
+def suite_named(name):
+    """The configured suite, or another one by name (`snakemake smoke` under any configuration)."""
+    return SUITE if name == SUITE.name else suites.load_suite({"suite": name})
+
+
+def suite_outputs(suite):
+    folder = f"results/{suite.name}"
+    latest = ["results/report.html"] if suite is SUITE else []
+    return [
+        f"{folder}/report.html",
+        f"{folder}/mlflow.json",
+        *suite.output_files(),
+        *latest,
+    ]
+
+
+def run_of(wildcards):
+    return suites.find_run(f"{wildcards.benchmark}/{wildcards.run}", SUITE)[0]
+
+
+def run_json(wildcards):
+    return run_of(wildcards).to_json()
+
+
+def run_inputs(wildcards):
+    return suites.run_inputs(run_of(wildcards))
+
+
+def run_resource(name):
+    return lambda wildcards: run_of(wildcards).resources[name]
+
+
+def partition_json(wildcards):
+    return suites.find_partition(wildcards.partition, SUITE).to_json()
+
+
+def suite_metrics(wildcards):
+    return suite_named(wildcards.suite).metric_files(
+        getattr(wildcards, "benchmark", None)
+    )
+
+
+def suite_tables(wildcards):
+    return suite_named(wildcards.suite).output_files()
+
+
+def benchmark_digest(wildcards):
+    return suite_named(wildcards.suite).digest(wildcards.benchmark)

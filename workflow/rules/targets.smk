@@ -1,0 +1,35 @@
+# Names for what people ask for.
+
+
+rule smoke:
+    input:
+        suite_outputs(suite_named("smoke")),
+
+
+rule tables:
+    input:
+        SUITE.output_files(),
+
+
+rule check:
+    input:
+        SUITE.metric_files(),
+    log:
+        f"results/logs/{SUITE.name}/check.txt",
+    localrule: True
+    conda:
+        ENVIRONMENT
+    params:
+        suite=SUITE.name,
+    shell:
+        "python -m benchmarks check --suite {params.suite} 2>&1 | tee {log:q}"
+
+
+# one target per benchmark: `snakemake glue`
+for name in SUITE.settings["benchmarks"]:
+
+    rule:
+        name:
+            name
+        input:
+            SUITE.output_files(name),
