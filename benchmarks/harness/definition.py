@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jsonschema import Draft202012Validator
@@ -83,21 +83,22 @@ def check(content: Any, schema_name: str, where: str) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError) -> str:
+    rule: Any = error.validator_value
     key = _dotted(list(error.absolute_path)) or "the file"
     if error.validator == "additionalProperties" and isinstance(error.instance, Mapping):
-        known = list(error.schema.get("properties", {}))
+        known = list(cast(Mapping[str, Any], error.schema).get("properties", {}))
         unknown = [name for name in error.instance if name not in known]
         at = f"{key}." if error.absolute_path else ""
         return "; ".join(f"unknown key '{at}{name}'{did_you_mean(name, known)}" for name in unknown)
     if error.validator == "enum":
-        return f"'{key}' is {error.instance!r}{did_you_mean(error.instance, error.validator_value)}"
+        return f"'{key}' is {error.instance!r}{did_you_mean(error.instance, rule)}"
     if error.validator == "required":
-        missing = [name for name in error.validator_value if name not in error.instance]
+        missing = [name for name in rule if name not in error.instance]
         return f"'{key}' needs the key '{missing[0]}'"
     if error.validator == "propertyNames":
         return f"'{key}': {error.message}"
     if error.validator == "type":
-        return f"'{key}' is {error.instance!r}, but must be {_a(error.validator_value)}{_float_hint(error.instance)}"
+        return f"'{key}' is {error.instance!r}, but must be {_a(rule)}{_float_hint(error.instance)}"
     if error.validator in ("anyOf", "oneOf") and error.context:
         deepest = max(error.context, key=lambda inner: len(inner.absolute_path))
         if len(deepest.absolute_path) > len(error.absolute_path):

@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,9 @@ def _logged(path: Path) -> Iterator[Any]:
         os.dup2(log.fileno(), 2)
         try:
             yield terminal
+        except BaseException:
+            traceback.print_exc()  # into the log; the terminal gets the message
+            raise
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

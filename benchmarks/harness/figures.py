@@ -33,8 +33,8 @@ _STYLE: Any = {
 def ood_by_method_and_domain(benchmark: Benchmark, selected: pd.DataFrame, folder: Path) -> None:
     """Score by method, one panel a training and an evaluation set.
 
-    Small dots are seeds, the large one their mean, the bar its 95 % confidence interval where the interval
-    fits the panel. All panels share one axis, and the dashed line is the baseline's mean.
+    Small dots are seeds, the diamond their mean, the bar its 95 % confidence interval, cut at the panel's edge.
+    All panels share one axis, and the dashed line is the baseline's mean.
 
     Args:
         benchmark: for titles, roles and order.
@@ -45,25 +45,31 @@ def ood_by_method_and_domain(benchmark: Benchmark, selected: pd.DataFrame, folde
     rows = rows.assign(value=rows["value"] * 100)
     methods = benchmark.definition["methods"]
     groups = list(dict.fromkeys(zip(rows["model"], rows["task"], strict=True)))
-    sets = list(dict.fromkeys(rows["eval_task"]))
     low, high = rows["value"].min(), rows["value"].max()
     margin = max(high - low, 1.0) * 0.08
-    present = [name for name in methods if name in set(rows["method"])]
+    panels = {cell: list(dict.fromkeys(_of(rows, cell)["eval_task"])) for cell in groups}
+    present = {cell: [name for name in methods if name in set(_of(rows, cell)["method"])] for cell in groups}
+    columns = max(map(len, panels.values()))
+    heights = [len(names) + 1.5 for names in present.values()]
     with mpl.rc_context(_STYLE):
         figure, axes = plt.subplots(
             len(groups),
-            len(sets),
-            figsize=(2.1 * len(sets) + 1.4, (0.24 * len(present) + 0.7) * len(groups) + 0.5),
+            columns,
+            figsize=(2.1 * columns + 1.4, 0.25 * sum(heights) + 0.35 * len(groups) + 0.3),
+            height_ratios=heights,
             squeeze=False,
             sharex=True,
-            sharey=True,
+            sharey="row",
             layout="constrained",
         )
-        for axis_row, (model, task) in zip(axes, groups, strict=True):
-            own = rows[(rows["model"] == model) & (rows["task"] == task)]
-            for axis, name in zip(axis_row, sets, strict=True):
-                panel = own[own["eval_task"] == name]
-                for place, method in enumerate(present):
+        for axis_row, cell in zip(axes, groups, strict=True):
+            task = cell[1]
+            for axis in axis_row[len(panels[cell]) :]:
+                axis.set_visible(False)
+            for axis, name in zip(axis_row, panels[cell], strict=False):
+                panel = _of(rows, cell)
+                panel = panel[panel["eval_task"] == name]
+                for place, method in enumerate(present[cell]):
                     values = panel.loc[panel["method"] == method, "value"].to_numpy(dtype=float)
                     if len(values) == 0:
                         continue
@@ -85,8 +91,8 @@ def ood_by_method_and_domain(benchmark: Benchmark, selected: pd.DataFrame, folde
                     f"{benchmark.tasks[task]['title']} → {benchmark.tasks[name]['title']} ({role})", fontsize=8
                 )
                 axis.set_xlim(low - margin, high + margin)
-        axes[0][0].set_yticks(range(len(present)), [methods[name]["title"] for name in present])
-        axes[0][0].invert_yaxis()
+            axis_row[0].set_yticks(range(len(present[cell])), [methods[name]["title"] for name in present[cell]])
+            axis_row[0].set_ylim(len(present[cell]) - 0.4, -0.6)
         figure.supxlabel(
             "Score (%); diamonds: mean over seeds, dots: seeds, bars: 95 % confidence interval, cut at the panel's edge",
             fontsize=7.5,
@@ -95,3 +101,8 @@ def ood_by_method_and_domain(benchmark: Benchmark, selected: pd.DataFrame, folde
         figure.savefig(folder / f"{benchmark.name}_ood.pdf", metadata={"CreationDate": None})
         figure.savefig(folder / f"{benchmark.name}_ood.png", dpi=160, metadata={"Software": None})
         plt.close(figure)
+
+
+def _of(rows: pd.DataFrame, cell: tuple[str, str]) -> pd.DataFrame:
+    """The rows of one model and training task."""
+    return rows[(rows["model"] == cell[0]) & (rows["task"] == cell[1])]

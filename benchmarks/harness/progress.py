@@ -59,15 +59,20 @@ def clock(seconds: float) -> str:
 
 
 def _position(run_id: str) -> str:
-    """``run 7 of 24: `` from the plan that the workflow wrote, counting the runs that are done.
+    """``7 of 24 runs done, 9:10 left; `` from the plan that the workflow wrote when it started.
 
-    Outside the workflow there is no plan and nothing to count.
+    The time left is that of all runs, from the pace since the start; there is none before the first run is
+    done. Outside the workflow there is no plan and nothing to count.
     """
     path = os.environ.get(PLAN)
     if not path or not Path(path).exists():
         return ""
-    folders: list[str] = json.loads(Path(path).read_text())
+    plan = json.loads(Path(path).read_text())
+    folders: list[str] = plan["runs"]
     if not any(folder.endswith(f"/{run_id}") for folder in folders):
         return ""
     done = sum((RUNS / folder / "metrics.json").exists() for folder in folders)
-    return f"{done} of {len(folders)} done; "
+    left = ""
+    if done > plan["done"]:
+        left = f", {clock((time.time() - plan['started']) / (done - plan['done']) * (len(folders) - done))} left"
+    return f"{done} of {len(folders)} runs done{left}; "

@@ -27,6 +27,7 @@ class Column:
         interval: columns with the ends of a confidence interval, printed as ``value [low, high]``.
         signed: print a plus sign (differences).
         best: mark the best number of every group.
+        decimals: other than the metric's.
     """
 
     metric: str
@@ -36,6 +37,7 @@ class Column:
     interval: tuple[str, str] | None = None
     signed: bool = False
     best: bool = False
+    decimals: int | None = None
 
     @property
     def heading(self) -> str:
@@ -56,8 +58,9 @@ class Column:
         if value is None or math.isnan(value):
             return MISSING
         meta = load_metrics()[self.metric]
+        decimals = meta["decimals"] if self.decimals is None else self.decimals
         sign = "+" if (self.signed if signed is None else signed) else ""
-        return f"{value * meta['scale']:{sign}.{meta['decimals']}f}"
+        return f"{value * meta['scale']:{sign}z.{decimals}f}"
 
 
 @dataclass(frozen=True)

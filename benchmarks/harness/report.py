@@ -71,10 +71,10 @@ def verdicts(tables: BenchmarkTables) -> Iterator[str]:
             if math.isnan(mean):
                 continue
             if math.isnan(low):
-                parts.append(f"{label} {mean * 100:+.1f} (one seed, no interval)")
+                parts.append(f"{label} {mean * 100:+z.1f} (one seed, no interval)")
             else:
                 word = "within noise" if low <= 0 <= high else "better" if low > 0 else "worse"
-                parts.append(f"{label} {mean * 100:+.1f} [{low * 100:+.1f}, {high * 100:+.1f}], {word}")
+                parts.append(f"{label} {mean * 100:+z.1f} [{low * 100:+z.1f}, {high * 100:+z.1f}], {word}")
         if parts:
             yield f"{row.method_title}, {row.model_title} trained on {row.task_title}: {'; '.join(parts)} (n = {row.n})."
 

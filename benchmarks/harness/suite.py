@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ from benchmarks.harness.definition import (
     load_models,
     read_yaml,
 )
+from benchmarks.harness.files import write_json
 from benchmarks.harness.rated import ARCHIVE
 from benchmarks.harness.runs import Run, canonical_json, plan
 from emoe.errors import did_you_mean
@@ -186,10 +187,11 @@ class Suite:
         return found
 
     def write_plan(self) -> None:
-        """Write the list of runs that progress lines count."""
-        file = paths.RESULTS / self.name / "plan.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps([run.folder for run in self.runs], indent=1) + "\n")
+        """Write the list of runs that progress lines count, and where the work starts."""
+        folders = [run.folder for run in self.runs]
+        done = sum((paths.RUNS / folder / "metrics.json").exists() for folder in folders)
+        plan = {"started": time.time(), "done": done, "runs": folders}
+        write_json(paths.RESULTS / self.name / "plan.json", plan)
 
 
 def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:

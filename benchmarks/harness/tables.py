@@ -121,7 +121,7 @@ class BenchmarkTables:
             f"{self.benchmark.name}_cost",
             "What it took, and how the experts were used",
             "Means over seeds, on the machine of the runs (see the environment below). Several runs share the machine, so times are "
-            "rough; the `masked` reference backend computes every expert and saves nothing. Active neurons are a share of all FFN neurons "
+            "rough; the masked reference backend computes every expert and saves nothing. Active neurons are a share of all FFN neurons "
             "of the model. Load entropy is 1 for a perfectly balanced load; both load columns are measured on the ID test split without "
             "padding. Routing has no capacity limit, so no assignment is dropped.",
             _KEYS,
@@ -170,56 +170,76 @@ class BenchmarkTables:
         """The paper's numbers beside ours, with their provenance."""
         published = pd.read_csv(self.benchmark.folder / self.benchmark.definition["paper"])
         published["value"] = published["value"] / 100
-        ours = self._our_averages()
-        frame = published.merge(ours, on=["model", "scope", "method"], how="outer", sort=False)
-        for value, delta in (("value", "paper_delta"), ("ours", "ours_delta")):
-            base = frame.loc[frame["method"] == self._baseline].set_index(["model", "scope"])[value]
-            frame[delta] = [
-                math.nan
-                if row.method == self._baseline
-                else getattr(row, value) - base.get((row.model, row.scope), math.nan)
-                for row in frame.itertuples()
-            ]
+        base = published.loc[published["method"] == self._baseline].set_index(["model", "scope"])["value"]
+        published["paper_delta"] = [
+            math.nan if row.method == self._baseline else row.value - base.get((row.model, row.scope), math.nan)
+            for row in published.itertuples()
+        ]
+        frame = published.merge(self._our_averages(), on=["model", "scope", "method"], how="outer", sort=False)
         order = {name: place for place, name in enumerate(self._methods)}
         frame = frame.sort_values(
             ["model", "scope", "method"],
-            key=lambda column: column.map(order).fillna(-1) if column.name == "method" else column,
+            key=lambda column: column.map(order) if column.name == "method" else column,
+            kind="stable",
         )
-        frame["model_title"] = frame["model"].map(self._model_title)
-        frame["method_title"] = frame["method"].map(self._title)
-        frame["source"] = frame["source"].fillna(MISSING)
+        frame = frame.assign(
+            model_title=frame["model"].map(self._model_title),
+            method_title=frame["method"].map(self._title),
+            source=frame["source"].fillna(MISSING),
+        )
         return Table(
             f"{self.benchmark.name}_paper",
             "The paper's numbers beside ours",
-            "Averages over tasks, full fine-tuning. Δ is the difference to the dense model of the same column. A dash is a number that was not "
-            "published where we looked, or that this suite did not run: a small stand-in model and data set cannot confirm or refute "
-            "the paper's value, only show whether the effect has the same sign.",
-            {"model_title": "Model", "scope": "Average over", "method_title": "Method", "source": "Source"},
+            "Averages over tasks, full fine-tuning. Δ is the difference to the dense model; ours is the mean over tasks of the "
+            "difference paired by seed. A dash is a number that was not published where we looked, or that this suite did not run. "
+            "Another model and other data can neither confirm nor refute the paper's value.",
+            {
+                "model_title": "Model",
+                "scope": "Average over",
+                "method_title": "Method",
+                "source": "Source of the paper's number",
+            },
             [
-                Column("score", "value", "Paper"),
-                Column("score", "paper_delta", "Δ paper", signed=True),
-                Column("score", "ours", "Ours"),
-                Column("score", "ours_delta", "Δ ours", signed=True),
+                Column("score", "value", "Paper", decimals=2),
+                Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
+                Column("score", "ours", "Ours", decimals=2),
+                Column("score", "ours_delta", "Δ ours", signed=True, decimals=2),
             ],
             frame,
         )
 
     def _our_averages(self) -> pd.DataFrame:
-        """Mean over the tasks that both a method and the baseline ran; scopes are named after the set."""
-        summary = self._summary(self.clean, "test").reset_index()
+        """Mean ID score, and mean paired difference to the baseline, over the tasks that a method ran.
+
+        Methods that ran fewer tasks than others form a scope of their own, with the baseline on the same tasks.
+        """
+        means, deltas = self._summary(self.clean, "test")["mean"], self._differences("test")["mean"]
         rows = []
-        for model, of_model in summary.groupby("model", sort=False):
-            base = set(of_model.loc[of_model["method"] == self._baseline, "task"])
-            for method, of_method in of_model.groupby("method", sort=False):
-                tasks = [task for task in of_method["task"] if task in base]
-                if set(tasks) != base:
-                    continue
-                rated = all("rated" in self.benchmark.tasks[task]["source"] for task in tasks)
-                scope = (
-                    "GLUE average" if not rated else "sentiment: " + ", ".join(self._task_title(task) for task in tasks)
-                )
-                rows.append({"model": model, "scope": scope, "method": method, "ours": of_method["mean"].mean()})
-        return pd.DataFrame(rows, columns=["model", "scope", "method", "ours"])
+        for model in dict.fromkeys(means.index.get_level_values("model")):
+            tasks_of = {
+                method: tuple(means.xs((model, method), level=["model", "method"]).index)
+                for method in dict.fromkeys(means.loc[[model]].index.get_level_values("method"))
+            }
+            for tasks in dict.fromkeys(tasks_of.values()):
+                members = [method for method, own in tasks_of.items() if own == tasks or method == self._baseline]
+                for method in members:
+                    cells = [(model, task, method) for task in tasks if (model, task, method) in means.index]
+                    delta = deltas.reindex(cells).mean() if method != self._baseline else math.nan
+                    rows.append(
+                        {
+                            "model": model,
+                            "scope": self._scope(tasks),
+                            "method": method,
+                            "ours": means.loc[cells].mean(),
+                            "ours_delta": delta,
+                        }
+                    )
+        return pd.DataFrame(rows, columns=["model", "scope", "method", "ours", "ours_delta"])
+
+    def _scope(self, tasks: tuple[str, ...]) -> str:
+        """What an average is over: the whole of GLUE has the paper's name for it."""
+        hub = {name for name, task in self.benchmark.tasks.items() if "hub" in task["source"]}
+        return "GLUE average" if set(tasks) == hub else ", ".join(self._task_title(task) for task in tasks)
 
     def _cells(self, records: pd.DataFrame) -> pd.DataFrame:
         """One row a model, task and method, in the order of the grid's tasks and the definition's methods."""

@@ -173,7 +173,7 @@ def _read_tsv(file: Path, layout: Mapping[str, Any]) -> pd.DataFrame:
             usecols=list(layout["columns"].values()) if not header else None,
         )
 
-    frame = _guarded(read, file)
+    frame = _guarded(read, file).fillna("")  # rows that end early
     for name, column in layout["columns"].items():
         if column not in frame.columns:
             raise DataError(f"{file} has no column '{column}' for '{name}'{did_you_mean(column, frame.columns)}")

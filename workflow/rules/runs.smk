@@ -10,6 +10,8 @@ rule fetch_rated_sentences:
     localrule: True
     conda:
         ENVIRONMENT
+    message:
+        "Fetch the human-rated sentences"
     shell:
         "python -m benchmarks fetch --output {output:q} 2> {log:q}"
 
@@ -24,6 +26,8 @@ rule write_run_spec:
         ENVIRONMENT
     params:
         spec=run_json,
+    message:
+        "Write the settings of {wildcards.run}"
     shell:
         "printf '%s\\n' {params.spec:q} > {output:q} 2> {log:q}"
 
@@ -41,6 +45,8 @@ rule partition_neurons:
         runtime=60,
     params:
         spec=partition_json,
+    message:
+        "Cluster neurons: {wildcards.partition}"
     shell:
         "python -m benchmarks partition {params.spec:q} --output {output:q} --threads {threads} 2> {log:q}"
 
@@ -60,5 +66,7 @@ rule train_and_evaluate:
         mem_mb=run_resource("mem_mb"),
         runtime=run_resource("runtime"),
         gpu=run_resource("gpu"),
+    message:
+        "Train and evaluate {wildcards.run}"
     shell:
         "python -m benchmarks run {input.spec:q} --threads {threads} --log {log:q}"

@@ -27,6 +27,8 @@ rule tables_and_figures:
     params:
         # comments in the YAML files change nothing here, titles do
         definition=benchmark_digest,
+    message:
+        "Tables and figures of {wildcards.benchmark}, suite {wildcards.suite}"
     shell:
         "python -m benchmarks tables --suite {wildcards.suite} --benchmark {wildcards.benchmark} 2> {log:q}"
 
@@ -46,6 +48,8 @@ rule report:
     localrule: True
     conda:
         ENVIRONMENT
+    message:
+        "Report of the suite {wildcards.suite}"
     shell:
         "python -m benchmarks report --suite {wildcards.suite} --output {output:q} 2> {log:q}"
 
@@ -62,6 +66,8 @@ rule latest_report:
         ENVIRONMENT
     params:
         suite=SUITE.name,
+    message:
+        "Copy the report to {output}"
     shell:
         "cp {input:q} {output:q} 2> {log:q}"
 
@@ -81,5 +87,7 @@ rule mirror_to_mlflow:
         tracking=1,
     params:
         uri=SUITE.tracking_uri,
+    message:
+        "Mirror the runs to MLflow at {params.uri}"
     shell:
         "python -m benchmarks mirror --suite {wildcards.suite} --uri {params.uri:q} --output {output:q} 2> {log:q}"

@@ -21,6 +21,8 @@ rule check:
         ENVIRONMENT
     params:
         suite=SUITE.name,
+    message:
+        "Compare the suite {params.suite} with the blessed numbers"
     shell:
         "python -m benchmarks check --suite {params.suite} 2>&1 | tee {log:q}"
 

@@ -1,0 +1,71 @@
+"""Made-up ``metrics.json`` files for real plans: tables, mirrors and checks without training."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.runs import Run, plan
+
+ENVIRONMENT = {
+    "packages": {"torch": "2"},
+    "python": "3",
+    "platform": "Linux",
+    "git_commit": "abc",
+    "git_dirty": False,
+    "processor": "CPU",
+    "cores": 2,
+    "threads": 1,
+    "memory_gb": 4.0,
+    "gpus": [],
+}
+
+
+def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
+    """Plausible numbers; the same for the same run."""
+    draw = random.Random(run.id)
+    metric, task = run.spec["task"]["metric"], run.spec["task"]["name"]
+
+    def one(base: float) -> dict[str, float]:
+        return {metric: min(base + gain + draw.uniform(-0.02, 0.02), 1.0), "loss": 0.5}
+
+    config = run.spec["method"]["config"]
+    summary = {"rows": 10, "dropped": 1, "labels": {"0": 4, "1": 6}}
+    return {
+        "run_id": run.id,
+        "scores": {
+            "dev": {task: one(0.9)},
+            "test": {task: one(0.88)},
+            "ood": {other["name"]: one(0.75) for other in run.spec["ood"]},
+        },
+        "epochs": [{"epoch": 1.0, **one(0.85)}, {"epoch": 2.0, **one(0.9)}],
+        "kept_epoch": 2.0,
+        "routing": {"load_entropy": 0.9, "load_max_over_mean": 2.0} if config else {},
+        "model": {
+            "parameters": 1000,
+            "dense_parameters": 1000,
+            "trainable_parameters": 1000,
+            "active_neurons": 0.5,
+            "conversion": [],
+        },
+        "cost": {"steps": 2, "step_seconds": 0.5, "train_seconds": 1.0, "total_seconds": 2.0, "peak_memory_mb": 100.0},
+        "data": {
+            "train": summary,
+            "dev": summary,
+            "test": summary,
+            **{f"ood:{o['name']}": summary for o in run.spec["ood"]},
+        },
+        "environment": ENVIRONMENT,
+    }
+
+
+def write(folder: Path, suite: str = "mini", gains: dict[str, float] | None = None) -> list[Run]:
+    """Write the runs of a suite below ``folder``; ``gains`` shifts all scores of a method."""
+    runs = plan(["glue"], suite)
+    for run in runs:
+        path = folder / run.folder / "metrics.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(metrics(run, (gains or {}).get(run.spec["method"]["name"], 0.0))))
+    return runs

@@ -1,0 +1,299 @@
+"""Scores, selection, statistics, tables, figures, report, regression check, mirror: on made-up runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.tracking import MlflowClient
+from scipy import stats
+
+from benchmarks.harness import regression, report, tracking
+from benchmarks.harness.definition import DefinitionError, load_benchmark
+from benchmarks.harness.records import collect, read_metrics, scores_of
+from benchmarks.harness.rendering import Column, Table
+from benchmarks.harness.scores import SCORES, score
+from benchmarks.harness.selection import choices, select
+from benchmarks.harness.statistics import confidence_interval, friedman_ranks, paired_difference
+from benchmarks.harness.suite import Suite, load_suite
+from benchmarks.harness.tables import BenchmarkTables
+from tests import fake_runs
+
+
+@pytest.fixture
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    """The mini suite, finished with made-up numbers, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    fake_runs.write(tmp_path / "results" / "runs", gains={"emoe": 0.05, "random_partition": -0.1})
+    return load_suite({})
+
+
+# scores
+
+
+def test_scores_by_hand() -> None:
+    labels, logits = np.array([0, 0, 0, 1]), np.array([[2, 1], [2, 1], [1, 2], [1, 2]])
+    assert score("accuracy", logits, labels) == 0.75
+    assert score("balanced_accuracy", logits, labels) == pytest.approx((2 / 3 + 1) / 2)
+    assert score("f1", logits, labels) == pytest.approx(2 / 3)
+    assert score("accuracy_f1", logits, labels) == pytest.approx((0.75 + 2 / 3) / 2)
+    assert score("mcc", logits, labels) == pytest.approx((1 * 2 - 1 * 0) / math.sqrt(2 * 1 * 3 * 2))
+    targets, predictions = np.array([0.0, 1.0, 2.0, 5.0]), np.array([[0.1], [0.9], [3.0], [2.5]])
+    expected = (stats.pearsonr(targets, predictions[:, 0])[0] + stats.spearmanr(targets, predictions[:, 0])[0]) / 2
+    assert score("pearson_spearman", predictions, targets) == pytest.approx(expected)
+
+
+def test_collapsed_models_have_a_score() -> None:
+    labels = np.array([0, 1, 1, 0])
+    for metric in SCORES:
+        logits = np.ones((4, 1)) if metric == "pearson_spearman" else np.array([[1.0, 0.0]] * 4)
+        assert math.isfinite(score(metric, logits, labels))
+
+
+# statistics
+
+
+def test_paired_difference_is_scipys_paired_t_test() -> None:
+    ours = pd.Series([0.8, 0.9, 0.7, 0.85], index=[0, 1, 2, 3])
+    base = pd.Series([0.75, 0.8, 0.72, 0.8, 0.1], index=[0, 1, 2, 3, 9])
+    found = paired_difference(ours, base)
+    expected = stats.ttest_rel(ours, base.loc[:3])
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert found.n == 4
+
+
+def test_differences_without_spread_or_with_one_pair() -> None:
+    one = paired_difference(pd.Series([0.5], index=[0]), pd.Series([0.4], index=[0]))
+    assert one.mean == pytest.approx(0.1)
+    assert math.isnan(one.low)
+    same = paired_difference(pd.Series([0.5, 0.6]), pd.Series([0.5, 0.6]))
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    assert confidence_interval(np.array([0.3])) == (0.3, 0.3)
+
+
+def test_friedman_ranks() -> None:
+    table = pd.DataFrame({"x": [0.9, 0.8, 0.7], "y": [0.5, 0.6, 0.4], "z": [0.3, 0.3, 0.1]}, index=["a", "b", "c"])
+    found = friedman_ranks(table)
+    assert found.ranks.to_dict() == pytest.approx({"a": 4.5 / 3, "b": 4.5 / 3, "c": 3})
+    assert found.p == pytest.approx(stats.friedmanchisquare(*table.to_numpy()).pvalue)
+    assert math.isnan(friedman_ranks(table.head(2)).p)
+
+
+# selection
+
+
+def test_selection_takes_the_best_mean_dev_score_of_each_cell() -> None:
+    rows = []
+    for rate, values in ((1e-5, (0.8, 0.8)), (2e-5, (0.7, 0.95)), (3e-5, (0.9, 0.6))):
+        for seed, value in enumerate(values):
+            base = {
+                "benchmark": "b",
+                "model": "m",
+                "task": "t",
+                "method": "x",
+                "variant": "",
+                "learning_rate": rate,
+                "seed": seed,
+            }
+            for part, number in (("dev", value), ("dev_best", 1 - value), ("test", rate)):
+                rows.append(
+                    {
+                        **base,
+                        "run_id": f"{rate}{seed}",
+                        "part": part,
+                        "eval_task": "t",
+                        "metric": "accuracy",
+                        "value": number,
+                    }
+                )
+    records = pd.DataFrame(rows)
+    table = choices(records, "clean")
+    assert table.loc[table["chosen"], "learning_rate"].tolist() == [2e-5]
+    assert scores_of(select(records, "clean"), "test")["value"].tolist() == [2e-5, 2e-5]
+    assert scores_of(select(records, "published"), "test")["value"].tolist() == [3e-5, 3e-5]
+
+
+# records
+
+
+def test_records_name_unfinished_damaged_and_foreign_files(finished: Suite) -> None:
+    run, other = finished.runs[:2]
+    path = Path("results/runs") / run.folder / "metrics.json"
+    text = path.read_text()
+    path.write_text((Path("results/runs") / other.folder / "metrics.json").read_text())
+    with pytest.raises(DefinitionError, match=f"belongs to the run '{other.id}'"):
+        read_metrics(run)
+    path.write_text(text[:50])
+    with pytest.raises(DefinitionError, match="is damaged"):
+        read_metrics(run)
+    path.unlink()
+    with pytest.raises(DefinitionError, match="is not finished"):
+        read_metrics(run)
+
+
+# tables and figures
+
+
+def test_results_table_says_what_was_put_in(finished: Suite) -> None:
+    frame = BenchmarkTables(load_benchmark("glue"), finished.runs).results().frame.set_index(["task", "method"])
+    assert len(frame) == 10
+    assert frame.loc[("tweets", "vanilla"), "n"] == 3
+    assert frame.loc[("tweets", "noisy_tuning"), "n"] == 2
+    assert frame.loc[("tweets", "emoe"), "id_delta_mean"] == pytest.approx(0.05, abs=0.03)
+    assert frame.loc[("tweets", "random_partition"), "ood_delta_high"] < 0
+    assert math.isnan(frame.loc[("tweets", "vanilla"), "id_delta_mean"])
+    assert frame.loc[("tweets", "emoe"), "ood_rank"] == 1
+    assert frame.loc[("tweets", "random_partition"), "ood_rank"] == 8
+
+
+def test_differences_are_paired_by_seed(finished: Suite) -> None:
+    records = collect(finished.runs)
+    test = scores_of(records, "test")
+    test = test[test["task"] == "tweets"]
+    by_seed = {m: test[test["method"] == m].set_index("seed")["value"] for m in ("gmoe", "vanilla")}
+    expected = (by_seed["gmoe"] - by_seed["vanilla"]).dropna().mean()  # seeds 0 and 1 only
+    frame = BenchmarkTables(load_benchmark("glue"), finished.runs).results().frame.set_index(["task", "method"])
+    assert frame.loc[("tweets", "gmoe"), "id_delta_mean"] == pytest.approx(expected)
+
+
+def test_paper_table_puts_published_numbers_beside_ours(finished: Suite) -> None:
+    frame = BenchmarkTables(load_benchmark("glue"), finished.runs).paper().frame.set_index(["model", "scope", "method"])
+    published = frame.loc[("bert-base-cased", "GLUE average", "emoe")]
+    assert published["value"] == pytest.approx(0.8046)
+    assert published["paper_delta"] == pytest.approx(0.0088)
+    assert math.isnan(published["ours"])
+    ours = frame.loc[("minilm", "Tweets, Amazon", "emoe")]
+    assert ours["ours_delta"] > 0
+    assert math.isnan(ours["value"])
+    assert ("minilm", "Tweets", "gmoe") in frame.index
+
+
+def test_all_formats_and_the_report_are_written(finished: Suite) -> None:
+    from benchmarks.__main__ import cli
+
+    cli(["tables", "--suite", "mini", "--benchmark", "glue"], standalone_mode=False)
+    for file in finished.output_files():
+        assert Path(file).stat().st_size > 100, file
+    report.write_report(finished, Path("results/mini/report.html"))
+    page = Path("results/mini/report.html").read_text()
+    assert 'src="data:image/png;base64,' in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "EMoE, random partition" in page
+    assert "better" in page
+
+
+TABLE = Table(
+    "t",
+    "A & B",
+    "50 % of_it",
+    {"g": "Group", "name": "Name"},
+    [
+        Column("accuracy", "a", std="s", best=True),
+        Column("loss", "l", best=True),
+        Column("accuracy", "d", "Δ", interval=("lo", "hi"), signed=True),
+    ],
+    pd.DataFrame(
+        {
+            "g": ["x", "x", "y"],
+            "name": ["one", "two_<b>", "three"],
+            "a": [0.9999, 0.09999, 0.5],
+            "s": [0.01, math.nan, 0.0],
+            "l": [2.0, 10.0, math.nan],
+            "d": [-0.00001, 0.02, math.nan],
+            "lo": [-0.01, math.nan, math.nan],
+            "hi": [0.01, math.nan, math.nan],
+        }
+    ),
+    group=("g",),
+)
+
+
+def test_cells_and_the_best_by_number() -> None:
+    texts = TABLE.texts()
+    assert texts["Accuracy (%)"].tolist() == ["100.0 ± 1.0", "10.0", "50.0 ± 0.0"]
+    assert texts["Δ (%)"].tolist() == ["+0.0 [-1.0, +1.0]", "+2.0", "–"]
+    best = TABLE.best()
+    assert best["Accuracy (%)"].tolist() == [True, False, False]  # a group of one has no best
+    assert best["Loss"].tolist() == [True, False, False]  # 2 is better than 10, though "10" sorts first
+
+
+def test_every_format_escapes() -> None:
+    assert "**100.0 ± 1.0**" in TABLE.markdown()
+    latex = TABLE.latex()
+    for text in (r"\toprule", r"\textbf{100.0 $\pm$ 1.0}", r"A \& B", r"50 \% of\_it", r"two\_"):
+        assert text in latex
+    assert "two_&lt;b&gt;" in TABLE.html()
+    assert "<strong>100.0 ± 1.0</strong>" in TABLE.html()
+
+
+def test_an_empty_table_is_still_a_table(tmp_path: Path) -> None:
+    empty = Table(
+        "e", "E", "", {"name": "Name"}, [Column("accuracy", "a", best=True)], pd.DataFrame({"name": [], "a": []})
+    )
+    empty.write(tmp_path)
+    assert "Accuracy" in (tmp_path / "e.md").read_text()
+
+
+# regression check
+
+
+def test_check_passes_on_the_blessed_numbers_and_names_what_moved(finished: Suite, tmp_path: Path) -> None:
+    path = regression.bless(finished.runs, "mini", tmp_path)
+    same = regression.compare(finished.runs, "mini", tmp_path)
+    assert same.passed
+    assert same.equal == len(pd.read_csv(path))
+
+    table = pd.read_csv(path)
+    row = table.index[(table["metric"] == "balanced_accuracy") & (table["part"] == "test")][0]
+    table.loc[row, "mean"] += 0.031
+    lost = table.index[-1]
+    table.drop(index=lost).to_csv(path, index=False)
+    found = regression.compare(finished.runs[:-1], "mini", tmp_path)
+    assert not found.passed
+    assert [len(found.changed), len(found.new)] == [1, 1]
+    text = str(found)
+    assert "changed" in text
+    assert "(tolerance 0.03)" in text
+
+    table.loc[row, "mean"] -= 0.031
+    table.to_csv(path, index=False)
+    vanilla = [run for run in finished.runs if run.spec["method"]["name"] != "gmoe"]
+    assert len(regression.compare(vanilla, "mini", tmp_path).missing) > 5
+
+
+def test_check_without_a_reference_or_with_a_damaged_one(finished: Suite, tmp_path: Path) -> None:
+    with pytest.raises(DefinitionError, match="bless a run of the suite first"):
+        regression.compare(finished.runs, "mini", tmp_path / "none")
+    (tmp_path / "mini.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DefinitionError, match="no table of blessed numbers"):
+        regression.compare(finished.runs, "mini", tmp_path)
+
+
+# MLflow
+
+
+def test_mirroring_twice_adds_nothing_and_a_new_number_replaces(finished: Suite, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    runs = finished.runs[:4]
+    assert tracking.mirror(runs, uri) == {"added": 4, "replaced": 0, "unchanged": 0}
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("glue").experiment_id
+    # three vanilla seeds and the first of EMoE, each method with a parent
+    assert len(client.search_runs([experiment])) == 4 + 2
+    assert tracking.mirror(runs, uri) == {"added": 0, "replaced": 0, "unchanged": 4}
+    assert len(client.search_runs([experiment])) == 4 + 2
+
+    path = Path("results/runs") / runs[0].folder / "metrics.json"
+    content = json.loads(path.read_text())
+    content["scores"]["test"]["tweets"]["balanced_accuracy"] = 0.123
+    path.write_text(json.dumps(content))
+    assert tracking.mirror(runs, uri) == {"added": 0, "replaced": 1, "unchanged": 3}
+    found = client.search_runs([experiment], filter_string=f"tags.`emoe.run_id` = '{runs[0].id}'")
+    assert [run.data.metrics["test.tweets.balanced_accuracy"] for run in found] == [0.123]
+    assert found[0].data.params["learning_rate"] == "0.0001"
+    assert len(client.search_runs([experiment])) == 4 + 2

@@ -1,0 +1,81 @@
+"""The repository's own promises: layers, environments, targets."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.harness.suite import suite_names
+from tests.conftest import ROOT
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def imports(package: str) -> set[str]:
+    """Top-level names that a package imports anywhere."""
+    found = set()
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+    return found
+
+
+def test_one_arrow_workflow_benchmarks_emoe() -> None:
+    assert not imports("emoe") & {"benchmarks", "workflow", "snakemake", "mlflow", "datasets", "pandas", "sklearn"}
+    assert not imports("benchmarks") & {"workflow", "snakemake", "tests"}
+
+
+@pytest.mark.parametrize("file", ["environment.yml", "workflow/envs/emoe.yaml"])
+def test_conda_environments_follow_pyproject(file: str) -> None:
+    listed = yaml.safe_load((ROOT / file).read_text())["dependencies"]
+    assert [item for item in listed if isinstance(item, str)] == [
+        f"python{PYPROJECT['project']['requires-python']}",
+        "pip",
+    ]
+    install = "--editable .[mini,dev]"
+    assert listed[2:] == ([{"pip": [install]}] if file == "environment.yml" else [])
+    assert "--editable '.[mini,dev]'" in (ROOT / "workflow/envs/emoe.post-deploy.sh").read_text()
+    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"mini", "dev"}
+
+
+def test_torch_is_a_range() -> None:
+    for requirement in PYPROJECT["project"]["dependencies"]:
+        if requirement.startswith("torch"):
+            assert re.fullmatch(r"torch(vision)?>=[\d.]+", requirement)
+
+
+def test_ci_runs_the_command_of_the_readme() -> None:
+    assert "make test" in (ROOT / ".ci/run").read_text()
+    for command in ("make run", "make test"):
+        assert command in (ROOT / "README.md").read_text()
+
+
+def test_every_suite_has_a_configuration_and_the_other_way_round() -> None:
+    declared = set()
+    for path in (ROOT / "benchmarks").glob("*/benchmark.yaml"):
+        declared |= set(yaml.safe_load(path.read_text())["suites"])
+    assert set(suite_names()) == declared
+
+
+@pytest.mark.parametrize("suite", ["mini_search", "paper"])
+def test_larger_suites_plan(suite: str, tmp_path: Path) -> None:
+    command = [Path(sys.executable).with_name("snakemake"), "--snakefile", ROOT / "Snakefile", "--directory", tmp_path]
+    command += ["--cores", "1", "-n", "--quiet", "all", "--config", f"suite={suite}"]
+    found = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_every_configuration_key_is_documented() -> None:
+    text = (ROOT / "config/README.md").read_text()
+    for key in yaml.safe_load((ROOT / "benchmarks/schemas/config.schema.yaml").read_text())["properties"]:
+        assert f"`{key}`" in text

@@ -1,0 +1,261 @@
+"""The whole workflow on the smoke suite, in a copy of the checkout, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow.tracking import MlflowClient
+
+from benchmarks.harness import rated
+from benchmarks.harness.suite import load_suite
+from tests.conftest import ROOT
+
+# one worker runs all of these: they share one finished suite
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smoke")]
+
+SNAKEMAKE = Path(sys.executable).with_name("snakemake")
+SUITE = load_suite({"suite": "smoke"})
+
+
+class Checkout:
+    """A copy of the working tree."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        files = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for name in files.decode().split("\0"):
+            if name and (ROOT / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(self.folder)}
+
+    def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+        found = subprocess.run(
+            [str(word) for word in command],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert not check or found.returncode == 0, found.stdout + found.stderr
+        return found
+
+    def snakemake(self, *words: object, check: bool = True) -> str:
+        found = self.run(SNAKEMAKE, "--cores", 1, *words, check=check)
+        return found.stdout + found.stderr
+
+    def plan(self, *words: object) -> dict[str, int]:
+        """Jobs by rule that a dry run would start."""
+        text = self.snakemake("-n", *words)
+        return {name: int(count) for name, count in re.findall(r"^([a-z_]+) +(\d+)$", text, re.M) if name != "total"}
+
+    def scores(self) -> dict[str, dict]:
+        found = {}
+        for path in sorted((self.folder / "results/runs/glue").glob("*/metrics.json")):
+            content = json.loads(path.read_text())
+            found[content["run_id"]] = {key: content[key] for key in ("scores", "epochs", "routing")}
+        return found
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        path = self.folder / file
+        text = path.read_text()
+        assert text.count(old) >= 1
+        path.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Checkout:
+    """A checkout with a finished smoke suite."""
+    made = Checkout(tmp_path_factory.mktemp("checkout"))
+    (made.folder / rated.ARCHIVE).parent.mkdir(parents=True)
+    shutil.copy2(archive, made.folder / rated.ARCHIVE)
+    text = made.snakemake("smoke")
+    assert "Traceback" not in text
+    return made
+
+
+def test_everything_that_the_suite_promises_is_there(checkout: Checkout) -> None:
+    for file in (
+        *SUITE.metric_files(),
+        *SUITE.output_files(),
+        "results/smoke/report.html",
+        "results/smoke/mlflow.json",
+    ):
+        assert (checkout.folder / file).stat().st_size > 20, file
+    assert (checkout.folder / "results/runs" / SUITE.runs[0].folder / "log.txt").exists()
+    page = (checkout.folder / "results/smoke/report.html").read_text()
+    assert "its scores mean nothing" in page
+
+
+def test_again_does_nothing(checkout: Checkout) -> None:
+    assert "Nothing to be done" in checkout.snakemake("-n", "smoke")
+
+
+def test_the_numbers_are_the_blessed_ones(checkout: Checkout) -> None:
+    found = checkout.run(sys.executable, "-m", "benchmarks", "check", "--suite", "smoke", check=False)
+    assert found.returncode == 0, found.stdout
+
+
+def test_a_number_that_moved_fails_the_check(checkout: Checkout) -> None:
+    path = checkout.folder / "results/reference/smoke.csv"
+    text = path.read_text()
+    table = pd.read_csv(path, keep_default_na=False)
+    row = table.index[table["metric"] == "loss"][0]
+    table.loc[row, "mean"] *= 1.5
+    table.to_csv(path, index=False)
+    found = checkout.run(
+        "make", "-o", ".venv/.installed", f"BIN={Path(sys.executable).parent}", "check", "SUITE=smoke", check=False
+    )
+    path.write_text(text)
+    assert found.returncode != 0
+    assert "1 changed, 0 missing, 0 new" in found.stdout
+
+
+def test_using_all_experts_gives_the_dense_models_scores(checkout: Checkout) -> None:
+    scores = checkout.scores()
+    for seed in ("s0", "s1"):
+        of = {
+            name: value["scores"]
+            for run, value in scores.items()
+            for name in ("vanilla", "all_experts")
+            if f"-{name}-" in run and f"-{seed}-" in run
+        }
+        for part, by_task in of["vanilla"].items():
+            for task, expected in by_task.items():
+                assert of["all_experts"][part][task] == pytest.approx(expected, abs=1e-4)
+
+
+def test_one_deleted_result_is_run_again_alone_with_the_same_numbers(checkout: Checkout) -> None:
+    before = checkout.scores()
+    target = checkout.folder / SUITE.metric_files()[6]
+    target.unlink()
+    assert checkout.plan("smoke").get("train_and_evaluate") == 1
+    checkout.snakemake(SUITE.metric_files()[6])
+    assert checkout.scores() == before
+    checkout.snakemake("smoke")
+
+
+def test_a_comment_runs_nothing_and_a_seed_only_the_new_runs(checkout: Checkout) -> None:
+    file = "benchmarks/glue/benchmark.yaml"
+    original = (checkout.folder / file).read_text()
+    try:
+        checkout.edit(file, "  smoke:\n", "  smoke: # only a comment\n")
+        assert "Nothing to be done" in checkout.snakemake("-n", "smoke")
+        checkout.edit(
+            file, "learning_rate: [3.0e-3]\n        seed: [0, 1]", "learning_rate: [3.0e-3]\n        seed: [0, 1, 2]"
+        )
+        plan = checkout.plan("smoke")
+        assert plan["train_and_evaluate"] == plan["write_run_spec"] == 8
+        assert "partition_neurons" not in plan
+    finally:
+        (checkout.folder / file).write_text(original)
+
+
+def test_mirroring_again_adds_nothing(checkout: Checkout) -> None:
+    client = MlflowClient(f"sqlite:///{checkout.folder}/results/mlflow.db")
+    experiment = client.get_experiment_by_name("glue").experiment_id
+    count = len(client.search_runs([experiment]))
+    assert count == 16 + 8
+    found = checkout.run(sys.executable, "-m", "benchmarks", "mirror", "--suite", "smoke")
+    assert "0 added, 0 replaced, 16 unchanged" in found.stderr
+    assert len(client.search_runs([experiment])) == count
+
+
+def test_kill_9_of_the_main_job_then_again_gives_the_same_numbers(checkout: Checkout) -> None:
+    before = checkout.scores()
+    targets = SUITE.metric_files()[2:4]
+    for target in targets:
+        (checkout.folder / target).unlink()
+    log = checkout.folder / "killed.txt"
+    with log.open("w") as stream:
+        main = subprocess.Popen(
+            [str(SNAKEMAKE), "--cores", "1", *targets],
+            cwd=checkout.folder,
+            env=checkout.environment,
+            stdout=stream,
+            stderr=stream,
+        )
+        deadline = time.monotonic() + 120
+        while "training," not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        main.send_signal(signal.SIGKILL)
+        main.wait()
+    assert "LockException" in checkout.snakemake(*targets, check=False)
+    unlocked = checkout.run(sys.executable, "workflow/scripts/unlock_stale.py")
+    assert "was killed and left its lock" in unlocked.stderr
+    checkout.snakemake(*targets)
+    assert checkout.scores() == before
+
+
+def test_a_lock_that_is_in_use_is_not_removed(checkout: Checkout) -> None:
+    locks = checkout.folder / ".snakemake" / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    (locks / "0.input.lock").write_text("")
+    script = checkout.folder / "snakemake"
+    script.write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
+    with subprocess.Popen([sys.executable, str(script)], cwd=checkout.folder, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"up\n"
+            found = checkout.run(sys.executable, "workflow/scripts/unlock_stale.py", check=False)
+            assert found.returncode != 0
+            assert f"process {other.pid}) works in this folder" in found.stderr
+            assert list(locks.iterdir())
+        finally:
+            other.kill()
+            shutil.rmtree(locks)
+            script.unlink()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "suite=minni"], "there is no suite 'minni'; did you mean 'mini'?"),
+        (["--config", "sweet=mini"], "unknown key 'sweet'"),
+        (["--config", "suite=mini", "benchmarks=[gleu]"], "did you mean 'glue'?"),
+        (["results/runs/glue/minilm-tweets-vanilla-lr0.0001-s0-00000000/metrics.json"], "no suite has the run"),
+    ],
+)
+def test_wrong_words_end_with_one_clear_message(checkout: Checkout, words: list[str], message: str) -> None:
+    found = checkout.run(SNAKEMAKE, "--cores", 1, "-n", *words, check=False)
+    assert found.returncode != 0
+    assert message in found.stdout + found.stderr
+
+
+def test_a_failed_run_shows_its_log_and_the_others_go_on(checkout: Checkout) -> None:
+    before = checkout.scores()
+    archive = checkout.folder / rated.ARCHIVE
+    content, stamp = archive.read_bytes(), archive.stat()
+    target = checkout.folder / SUITE.metric_files()[0]
+    kept = target.read_bytes()
+    target.unlink()
+    archive.write_bytes(content[:-1])
+    os.utime(archive, (stamp.st_atime, stamp.st_mtime))
+    try:
+        found = checkout.run(SNAKEMAKE, "--cores", 1, SUITE.metric_files()[0], check=False)
+        assert found.returncode != 0
+        assert "is damaged or another version" in found.stdout + found.stderr
+        assert not target.exists()
+    finally:
+        archive.write_bytes(content)
+        os.utime(archive, (stamp.st_atime, stamp.st_mtime))
+        target.write_bytes(kept)
+    assert checkout.scores() == before
