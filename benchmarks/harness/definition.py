@@ -84,21 +84,22 @@ def check(content: Any, schema_name: str, where: str) -> dict[str, Any]:
 
 def _explain(error: ValidationError) -> str:
     rule: Any = error.validator_value
+    instance: Any = error.instance
     key = _dotted(list(error.absolute_path)) or "the file"
-    if error.validator == "additionalProperties" and isinstance(error.instance, Mapping):
+    if error.validator == "additionalProperties" and isinstance(instance, Mapping):
         known = list(cast(Mapping[str, Any], error.schema).get("properties", {}))
-        unknown = [name for name in error.instance if name not in known]
+        unknown = [name for name in instance if name not in known]
         at = f"{key}." if error.absolute_path else ""
         return "; ".join(f"unknown key '{at}{name}'{did_you_mean(name, known)}" for name in unknown)
     if error.validator == "enum":
-        return f"'{key}' is {error.instance!r}{did_you_mean(error.instance, rule)}"
+        return f"'{key}' is {instance!r}{did_you_mean(instance, rule)}"
     if error.validator == "required":
-        missing = [name for name in rule if name not in error.instance]
+        missing = [name for name in rule if name not in instance]
         return f"'{key}' needs the key '{missing[0]}'"
     if error.validator == "propertyNames":
         return f"'{key}': {error.message}"
     if error.validator == "type":
-        return f"'{key}' is {error.instance!r}, but must be {_a(rule)}{_float_hint(error.instance)}"
+        return f"'{key}' is {instance!r}, but must be {_a(rule)}{_float_hint(instance)}"
     if error.validator in ("anyOf", "oneOf") and error.context:
         deepest = max(error.context, key=lambda inner: len(inner.absolute_path))
         if len(deepest.absolute_path) > len(error.absolute_path):
@@ -106,7 +107,7 @@ def _explain(error: ValidationError) -> str:
         wanted = " or ".join(
             str(inner.validator_value) for inner in error.context if inner.validator in ("type", "enum")
         )
-        return f"'{key}' is {error.instance!r}, but must be {wanted}{_float_hint(error.instance)}"
+        return f"'{key}' is {instance!r}, but must be {wanted}{_float_hint(instance)}"
     return f"'{key}': {error.message}"
 
 

@@ -107,7 +107,7 @@ def changed(monkeypatch):
             r"suites\.mini\.methods.*unknown key 'methods\.emoe\.layer'; did you mean 'layers'",
         ),
         ("suites.mini.methods.emoe.top_k", 4, "both top_k and top_k_fraction"),
-        ("suites.mini.methods.emoe.top_k_fraction", 0.3, "of 32 experts is 9.6, not a whole number"),
+        ("suites.mini.methods.emoe.top_k_fraction", 0.3, "of 16 experts is 4.8, not a whole number"),
         ("suites.mini.methods.vanilla", {"num_experts": 4}, "is dense and takes no 'num_experts'"),
         ("suites.mini.methods.emoe_learn.weighting", "binary", "router gets no gradient"),
         ("training.epochs_by_task", {"mlni": 3}, "did you mean 'mnli'"),
