@@ -36,7 +36,7 @@ run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
 
 test: lint ## every check and test
 	@echo "Running the tests"
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP) ## style, types, workflow style
 	@echo "Checking style, types and workflow"

@@ -21,6 +21,8 @@ rule all:
     default_target: True
     input:
         suite_outputs(SUITE),
+    message:
+        "The suite is complete"
 
 
 include: "workflow/rules/runs.smk"

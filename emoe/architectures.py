@@ -141,7 +141,7 @@ def find_spec(model: nn.Module) -> FFNSpec:
         ConversionError: the architecture has no row.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    names = [model_type] if model_type else [cls.__name__ for cls in type(model).__mro__]
+    names = [*([model_type] if model_type else []), *(cls.__name__ for cls in type(model).__mro__)]
     for name in names:
         if name in _REGISTRY:
             return _REGISTRY[name]

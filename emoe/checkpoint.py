@@ -13,7 +13,6 @@ its shapes differ. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -191,7 +190,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _load_model(loader: Any, folder: Path, options: Mapping[str, Any], *, copies: bool) -> nn.Module:
     load: Callable[..., nn.Module] = getattr(loader, "from_pretrained", loader)
     try:
-        if (inspect.getmodule(loader) or inspect).__name__.startswith("timm."):
+        if getattr(loader, "__module__", "").startswith("timm."):
             model = load(f"local-dir:{folder}", pretrained=not copies, **options)
             if copies:
                 _load_matching(model, folder / "model.safetensors")

@@ -112,30 +112,23 @@ class BenchmarkTables:
             ("routing", "load_max_over_mean"),
         ):
             frame = frame.merge(self._means(part, metric), left_on=CELL, right_index=True, how="left")
-        base = frame.loc[frame["method"] == self._baseline].set_index(["model", "task"])["step_seconds"]
-        frame["step_time_ratio"] = [
-            row.step_seconds / base.get((row.model, row.task), math.nan) for row in frame.itertuples()
-        ]
-        frame["drop_rate"] = [math.nan if math.isnan(entropy) else 0.0 for entropy in frame["load_entropy"]]
         return Table(
             f"{self.benchmark.name}_cost",
             "What it took, and how the experts were used",
-            "Means over seeds, on the machine of the runs (see the environment below). Several runs share the machine, so times are "
-            "rough; the masked reference backend computes every expert and saves nothing. Active neurons are a share of all FFN neurons "
+            "Means over seeds, on the machine of the runs (see the environment below). Runs share the machine, so times are rough: "
+            "they do not compare methods. The masked reference backend computes every expert and saves nothing. Active neurons are a share of all FFN neurons "
             "of the model. Load entropy is 1 for a perfectly balanced load; both load columns are measured on the ID test split without "
             "padding. Routing has no capacity limit, so no assignment is dropped.",
             _KEYS,
             [
                 Column("train_seconds", "train_seconds"),
                 Column("step_seconds", "step_seconds"),
-                Column("step_time_ratio", "step_time_ratio", f"Step time ÷ {self._title(self._baseline)}"),
                 Column("peak_memory_mb", "peak_memory_mb"),
                 Column("active_neurons", "active_neurons"),
                 Column("parameters", "parameters"),
                 Column("trainable_parameters", "trainable_parameters"),
                 Column("load_entropy", "load_entropy"),
                 Column("load_max_over_mean", "load_max_over_mean"),
-                Column("drop_rate", "drop_rate"),
             ],
             frame,
         )

@@ -4,11 +4,15 @@
 rule smoke:
     input:
         suite_outputs(suite_named("smoke")),
+    message:
+        "The smoke suite is complete"
 
 
 rule tables:
     input:
         SUITE.output_files(),
+    message:
+        "All tables and figures are up to date"
 
 
 rule check:
@@ -35,3 +39,5 @@ for name in SUITE.settings["benchmarks"]:
             name
         input:
             SUITE.output_files(name),
+        message:
+            "The tables and figures of the benchmark are up to date"
