@@ -36,7 +36,7 @@ run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
 
 test: lint ## every check and test
 	@echo "Running the tests"
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP) ## style, types, workflow style
 	@echo "Checking style, types and workflow"
@@ -53,4 +53,4 @@ bless: $(STAMP) ## make a suite's present numbers the blessed ones
 	@$(BIN)/python -m benchmarks bless --suite $(SUITE)
 
 ui: $(STAMP) ## open the MLflow UI on the mirrored runs
-	@$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///results/mlflow.db}"
+	@$(BIN)/python -m benchmarks ui --suite $(SUITE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,6 +98,19 @@ def mirror(suite: str, uri: str | None, output: Path | None) -> None:
     click.echo("MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items()), err=True)
     if output:
         write_json(output, {"uri": uri or loaded.tracking_uri, "runs": len(loaded.runs)})
+
+
+@cli.command()
+@_SUITE
+def ui(suite: str) -> None:
+    """Open the MLflow UI on the suite's store."""
+    from benchmarks.harness.suite import load_suite
+
+    uri = load_suite({"suite": suite}).tracking_uri
+    if uri.startswith("http"):
+        click.echo(f"The runs are on the MLflow server {uri}")
+    else:
+        subprocess.run([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri], check=False)
 
 
 @cli.command()

@@ -39,8 +39,8 @@ class LayerReport:
 class ConversionReport:
     """What :func:`convert_` did; ``print`` it for a table.
 
-    ``active_neurons`` is the share of all FFN neurons of the model (converted or not, counted as
-    in the converted model) that a token uses.
+    ``active_neurons`` is the number of FFN neurons that a token uses, over all layers, as a share of the
+    dense model's: below 1 for EMoE, above 1 for GMoE with more than one copy in use.
     """
 
     layers: tuple[LayerReport, ...]
@@ -99,7 +99,6 @@ def convert_(
             raise ConversionError("GMoE copies whole FFNs; it takes no partition")
         reports = [_copy(ffn, config) for ffn in chosen]
         active = neurons + sum(r.expert_size * (config.top_k - 1) for r in reports)
-        neurons += sum(r.expert_size * (config.num_experts - 1) for r in reports)
     else:
         check_divisible(chosen, config.num_experts)
         if partition is None:

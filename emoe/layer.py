@@ -118,6 +118,10 @@ class RoutedActivation(nn.Module):
             scores = scores - bias.float().unflatten(0, (self.config.num_experts, -1)).mean(-1)
         return scores
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies take along: nothing of the last forward pass."""
+        return {**self.__dict__, "aux_loss": None, "record": None, "_input": None}
+
     def extra_repr(self) -> str:
         return f"{self.config.kind}, experts={self.config.num_experts}, top_k={self.config.top_k}"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import emoe
 from benchmarks.harness.methods import apply_method_
-from benchmarks.harness.models import load_classifier, load_tokenizer
+from benchmarks.harness.models import describe, load_classifier, load_tokenizer, weights_digest
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.seeds import derive_seed
 from benchmarks.harness.text import TextSplit, load_split
@@ -37,6 +37,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         spec["model"], max(len(task["labels"]), 1), derive_seed("head", spec["seed"]), tokenizer.pad_token_id
     )
     dense_parameters = model.num_parameters()
+    source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model)}
     report = apply_method_(model, spec["method"], spec["seed"])
 
     trainer = TextTrainer(model, tokenizer, spec, splits["train"], splits["dev"], folder, progress)
@@ -53,13 +54,13 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     else:
         scores["test"] = {task["name"]: trainer.evaluate(splits["test"])}
     scores["ood"] = {name: trainer.evaluate(split) for name, split in ood.items()}
-    trainer.clean_up()
     return {
         "scores": scores,
         "epochs": result.epochs,
         "kept_epoch": result.kept["epoch"],
         "routing": routing,
         "model": {
+            "source": source,
             "parameters": model.num_parameters(),
             "dense_parameters": dense_parameters,
             "trainable_parameters": model.num_parameters(only_trainable=True),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,10 +182,35 @@ def load_benchmark(name: str) -> Benchmark:
     folder = BENCHMARKS / name
     definition = read_checked(folder / "benchmark.yaml", "benchmark")
     tasks = read_checked(folder / definition["tasks"], "tasks")["tasks"]
-    module = definition["pipeline"]
-    if importlib.util.find_spec(module) is None:
-        raise DefinitionError(f"{folder / 'benchmark.yaml'}: 'pipeline' is {module!r}, which is no module")
+    check_references(definition, tasks, folder)
     return Benchmark(name, definition, tasks)
+
+
+def check_references(definition: Mapping[str, Any], tasks: Mapping[str, Any], folder: Path) -> None:
+    """Check what a schema cannot: that names and files exist, and that settings go together.
+
+    Raises:
+        DefinitionError: names the file, the key and the nearest valid value.
+    """
+    file = folder / "benchmark.yaml"
+    if definition["baseline"] not in definition["methods"]:
+        near = did_you_mean(definition["baseline"], definition["methods"])
+        raise DefinitionError(f"{file}: 'baseline' is '{definition['baseline']}', which is no method{near}")
+    modules = [f"benchmarks.{path.parent.name}.pipeline" for path in BENCHMARKS.glob("*/pipeline.py")]
+    if definition["pipeline"] not in modules:
+        near = did_you_mean(definition["pipeline"], modules)
+        raise DefinitionError(f"{file}: 'pipeline' is '{definition['pipeline']}', which is no module{near}")
+    if definition["paper"] and not (folder / definition["paper"]).exists():
+        near = did_you_mean(definition["paper"], [path.name for path in folder.glob("*.csv")])
+        raise DefinitionError(f"{file}: 'paper' is '{definition['paper']}', which does not exist{near}")
+    for suite, part in definition["suites"].items():
+        training = {**definition["training"], **part.get("training", {})}
+        if training["patience"] is not None and training["keep"] != "best":
+            raise DefinitionError(f"{file}: 'suites.{suite}.training.patience' needs keep: best; set patience: null")
+    for name, task in tasks.items():
+        if task["metric"] not in load_metrics():
+            near = did_you_mean(task["metric"], load_metrics())
+            raise DefinitionError(f"{folder / definition['tasks']}: 'tasks.{name}.metric' is '{task['metric']}'{near}")
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 import traceback
@@ -66,11 +67,13 @@ def execute(path: Path, *, threads: int, log: Path) -> Path:
         with _logged(log) as terminal:
             progress = Progress(run.id, terminal)
             start = time.perf_counter()
+            captured = environment.capture()
             torch.manual_seed(derive_seed("run", run.spec["seed"]))
             metrics: dict[str, Any] = importlib.import_module(run.spec["pipeline"]).run(run.spec, folder, progress)
             seconds = time.perf_counter() - start
             metrics["cost"] |= {"total_seconds": seconds, "peak_memory_mb": _peak_memory_mb()}
-            write_json(output, {"run_id": run.id, **metrics, "environment": environment.capture()})
+            write_json(output, {"run_id": run.id, **metrics, "environment": captured})
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             progress.say(f"finished in {clock(seconds)}")
     return output
 
@@ -105,7 +108,7 @@ def _logged(path: Path) -> Iterator[Any]:
         try:
             yield terminal
         except BaseException:
-            traceback.print_exc()  # into the log; the terminal gets the message
+            traceback.print_exc(file=log)  # into the log; the terminal gets the message
             raise
         finally:
             sys.stdout.flush()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,6 +23,7 @@ from benchmarks.harness.definition import load_models
 from benchmarks.harness.packages import DataError, package_folder
 from benchmarks.harness.paths import MODEL_ROOT
 from benchmarks.harness.seeds import derive_seed
+from emoe.partitioning import tensor_digest
 
 
 def locate(model: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -28,9 +31,8 @@ def locate(model: Mapping[str, Any]) -> tuple[str, str | None]:
 
     A folder of the model's name below the model root (environment variable ``EMOE_MODEL_ROOT``) comes first.
     """
-    root = os.environ.get(MODEL_ROOT)
-    if root and (Path(root) / model["name"]).is_dir():
-        return str(Path(root) / model["name"]), None
+    if _in_model_root(model):
+        return str(Path(os.environ[MODEL_ROOT]) / model["name"]), None
     if "package" in model:
         return str(package_folder(model["package"], model["path"], model["sha256"])), None
     return model["hub"], model.get("revision")
@@ -82,6 +84,30 @@ def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_to
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = pad_token_id
     return loaded
+
+
+def describe(model: Mapping[str, Any], loaded: PreTrainedModel) -> str:
+    """Where the weights came from, for the record: folder, package, or hub id with its commit."""
+    if "config" in model:
+        return "random weights"
+    place, _ = locate(model)
+    commit = getattr(loaded.config, "_commit_hash", None)
+    if "package" in model and not _in_model_root(model):
+        return f"package {model['package']}"
+    return f"{place}@{commit}" if commit else place
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 (16 hex digits) over all weights of a model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tensor_digest(tensor)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _in_model_root(model: Mapping[str, Any]) -> bool:
+    root = os.environ.get(MODEL_ROOT)
+    return bool(root) and (Path(str(root)) / model["name"]).is_dir()
 
 
 def _from_pretrained(loader: Any, place: str, revision: str | None, **options: Any) -> Any:

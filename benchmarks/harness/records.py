@@ -79,7 +79,8 @@ def _numbers(run: Run, found: dict[str, Any]) -> Iterator[tuple[str, str, str, f
     for part, by_task in found["scores"].items():
         for name, scores in by_task.items():
             for key, value in scores.items():
-                yield part, name, key, value
+                if value is not None:  # the loss of a model that diverged
+                    yield part, name, key, value
     yield "dev_best", task, metric, max(entry[metric] for entry in found["epochs"])
     ood = [found["scores"]["ood"][other["name"]][other["metric"]] for other in run.spec["ood"]]
     if ood:

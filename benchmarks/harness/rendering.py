@@ -26,7 +26,7 @@ class Column:
         std: column with the standard deviation, printed as ``mean ± std``.
         interval: columns with the ends of a confidence interval, printed as ``value [low, high]``.
         signed: print a plus sign (differences).
-        best: mark the best number of every group.
+        best: column of the frame by which the best cell of every group is marked; None marks nothing.
         decimals: other than the metric's.
     """
 
@@ -36,7 +36,7 @@ class Column:
     std: str | None = None
     interval: tuple[str, str] | None = None
     signed: bool = False
-    best: bool = False
+    best: str | None = None
     decimals: int | None = None
 
     @property
@@ -101,9 +101,9 @@ class Table:
         taking_part = frame[self.compare] if self.compare else pd.Series(True, index=frame.index)
         for column in self.columns:
             direction = load_metrics()[column.metric]["direction"]
-            if not column.best or direction == "none" or frame.empty:
+            if column.best is None or direction == "none" or frame.empty:
                 continue
-            values = frame[column.value].where(taking_part)
+            values = frame[column.best].where(taking_part)
             groups = values.groupby([frame[key] for key in self.group]) if self.group else values.groupby(lambda _: 0)
             extreme = groups.transform("max" if direction == "higher" else "min")
             several = groups.transform("count") > 1

@@ -46,7 +46,6 @@ def _section(suite: Suite, name: str) -> dict[str, Any]:
     benchmark = load_benchmark(name)
     runs = [run for run in suite.runs if run.benchmark == name]
     folder = paths.RESULTS / suite.name
-    tables = [table for table in TABLES if table != "paper" or benchmark.definition["paper"]]
     return {
         "name": name,
         "title": benchmark.definition["title"],
@@ -54,8 +53,8 @@ def _section(suite: Suite, name: str) -> dict[str, Any]:
         "random_weights": any("config" in run.spec["model"] for run in runs),
         "verdicts": list(verdicts(BenchmarkTables(benchmark, runs))),
         "data": _data(runs),
-        "training": runs[0].spec["training"],
-        "tables": {table: _trusted(folder / "tables" / f"{name}_{table}.html") for table in tables},
+        "training": _training(runs),
+        "tables": {table: _trusted(folder / "tables" / f"{name}_{table}.html") for table in TABLES},
         "figures": {figure: _image(folder / "figures" / f"{name}_{figure}.png") for figure in FIGURES},
     }
 
@@ -71,7 +70,7 @@ def verdicts(tables: BenchmarkTables) -> Iterator[str]:
             if math.isnan(mean):
                 continue
             if math.isnan(low):
-                parts.append(f"{label} {mean * 100:+z.1f} (one seed, no interval)")
+                parts.append(f"{label} {mean * 100:+z.1f} (no interval)")
             else:
                 word = "within noise" if low <= 0 <= high else "better" if low > 0 else "worse"
                 parts.append(f"{label} {mean * 100:+z.1f} [{low * 100:+z.1f}, {high * 100:+z.1f}], {word}")
@@ -96,6 +95,22 @@ def _data(runs: list[Run]) -> list[dict[str, Any]]:
                 "dropped": summary["dropped"],
             }
     return [found[key] for key in sorted(found)]
+
+
+def _training(runs: list[Run]) -> dict[str, str]:
+    """Training settings; where tasks differ, each value with its tasks."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        for key, value in run.spec["training"].items():
+            tasks = found.setdefault(key, {}).setdefault("–" if value is None else str(value), [])
+            if run.spec["task"]["name"] not in tasks:
+                tasks.append(run.spec["task"]["name"])
+    return {
+        key: next(iter(values))
+        if len(values) == 1
+        else "; ".join(f"{value} ({', '.join(t)})" for value, t in values.items())
+        for key, values in found.items()
+    }
 
 
 def _environments(runs: list[Run]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,7 +58,7 @@ def run_from_spec(spec: Mapping[str, Any]) -> Run:
     digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:8]
     parts = [spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["method"]["variant"]]
     parts += [f"lr{spec['learning_rate']:g}", f"s{spec['seed']}"]
-    slug = "-".join(part for part in parts if part)
+    slug = re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(part for part in parts if part))
     return Run(f"{slug[: _SLUG_LENGTH - 9]}-{digest}", dict(spec))
 
 

@@ -35,8 +35,8 @@ def _accuracy_f1(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
 
 
 def _pearson_spearman(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
-    """Mean of both correlations; 0 for a constant prediction, which correlates with nothing."""
-    if np.ptp(predictions) == 0:
+    """Mean of both correlations; 0 for a prediction that is constant or not finite, which correlates with nothing."""
+    if not np.isfinite(predictions).all() or np.ptp(predictions) == 0:
         return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)

@@ -18,7 +18,8 @@ class Difference:
 
     Attributes:
         mean: of the differences.
-        low: lower end of the 95 % confidence interval (Student's t); nan with one pair.
+        low: lower end of the 95 % confidence interval (Student's t); nan with one pair, or where all
+            differences are the same number other than 0.
         high: upper end.
         p: of the paired t-test; nan with one pair or where all differences are equal.
         n: number of pairs.
@@ -40,8 +41,10 @@ def paired_difference(values: pd.Series[float], baseline: pd.Series[float]) -> D
     if n < 2:
         return Difference(mean, math.nan, math.nan, math.nan, n)
     error = float(stats.sem(differences))
-    if error == 0:
-        return Difference(mean, mean, mean, math.nan, n)
+    if np.allclose(differences, differences[0], rtol=0, atol=1e-12):
+        # equal differences say nothing of their spread, except where there is no difference at all
+        end = 0.0 if abs(mean) < 1e-12 else math.nan
+        return Difference(mean, end, end, math.nan, n)
     low, high = stats.t.interval(CONFIDENCE, n - 1, loc=mean, scale=error)
     return Difference(mean, float(low), float(high), float(stats.ttest_1samp(differences, 0.0).pvalue), n)
 

@@ -58,15 +58,16 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     check(content, "config", str(file))
     if content["suite"] != name:
         raise DefinitionError(f"{file}: 'suite' is '{content['suite']}', but must be '{name}' like the file's name")
-    settings = check({**content, **overrides}, "config", "--config" if overrides else str(file))
+    where = "--config" if set(overrides) - {"suite"} else str(file)
+    settings = check({**content, **overrides}, "config", where)
     for benchmark in settings["benchmarks"]:
         if benchmark not in benchmark_names():
             raise DefinitionError(
-                f"{file}: 'benchmarks' names '{benchmark}'{did_you_mean(benchmark, benchmark_names())}"
+                f"{where}: 'benchmarks' names '{benchmark}'{did_you_mean(benchmark, benchmark_names())}"
             )
     for key in ("data_root", "model_root"):
         if settings[key] and not Path(settings[key]).is_dir():
-            raise DefinitionError(f"{file}: '{key}' is '{settings[key]}', which is no folder")
+            raise DefinitionError(f"{where}: '{key}' is '{settings[key]}', which is no folder")
     return Suite(name, settings)
 
 
@@ -139,10 +140,9 @@ class Suite:
         return [file for name in names for file in (*self.table_files(name), *self.figure_files(name))]
 
     def table_files(self, benchmark: str) -> list[str]:
-        tables = [name for name in TABLES if name != "paper" or load_benchmark(benchmark).definition["paper"]]
         return [
             str(paths.RESULTS / self.name / "tables" / f"{benchmark}_{table}.{end}")
-            for table in tables
+            for table in TABLES
             for end in FORMATS
         ]
 

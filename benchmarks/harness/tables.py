@@ -14,6 +14,7 @@ from benchmarks.harness.runs import Run
 from benchmarks.harness.selection import CELL, choices, select
 from benchmarks.harness.statistics import friedman_ranks, paired_difference
 
+_ALL = "*"
 _KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
 
 
@@ -35,8 +36,7 @@ class BenchmarkTables:
 
     def all(self) -> list[Table]:
         """Every table, in the order of the report."""
-        tables = [self.results(), self.ood(), self.cost(), self.choices()]
-        return [*tables, self.paper()] if self.benchmark.definition["paper"] else tables
+        return [self.results(), self.ood(), self.cost(), self.choices(), self.paper()]
 
     def results(self) -> Table:
         """In-domain and out-of-domain scores, differences to the baseline, ranks and what it took."""
@@ -50,24 +50,26 @@ class BenchmarkTables:
             frame = frame.merge(
                 self._differences(part).add_prefix(f"{prefix}_"), left_on=CELL, right_index=True, how="left"
             )
+        for part, name in (("test", "id_common"), (OOD_MEAN, "ood_common")):
+            common = self._common(scores_of(self.clean, part)).rename(name)
+            frame = frame.merge(common, left_on=CELL, right_index=True, how="left")
         frame = frame.merge(self._ranks(), left_on=CELL, right_index=True, how="left")
         for part, metric in (("cost", "train_seconds"), ("model", "active_neurons"), ("model", "parameters")):
             frame = frame.merge(self._means(part, metric), left_on=CELL, right_index=True, how="left")
         return Table(
             f"{self.benchmark.name}_results",
             "Scores in domain (ID) and out of domain (OOD)",
-            f"Mean ± sample standard deviation over n seeds; differences to {self._title(self._baseline)} are paired by seed, with a 95 % "
-            "confidence interval (Student's t): where it contains 0, the difference is within noise. The dev split of the training domain "
-            "chose learning rate and variant; ID is the reported split, OOD the mean over the other domains without further training. "
-            "“Best dev epoch” is the authors' protocol, which reports the dev score that it selects by. "
-            f"{self._rank_note()} {self._metric_note()}",
+            f"Mean ± sample standard deviation over n seeds; differences to {self._title(self._baseline)} are paired by seed, with a "
+            "95 % confidence interval (Student's t): where it contains 0, the difference is within noise. "
+            f"{self._protocol_note()} {self._rank_note()} Bold marks the best method, controls apart; marks and ranks compare the seeds "
+            f"that all rows of a training domain have. {self._metric_note()}",
             {**_KEYS, "n": "n"},
             [
-                Column("score", "id_mean", "ID", std="id_std", best=True),
-                Column("score", "ood_mean", "OOD", std="ood_std", best=True),
+                Column("score", "id_mean", "ID", std="id_std", best="id_common"),
+                Column("score", "ood_mean", "OOD", std="ood_std", best="ood_common"),
                 Column("score", "id_delta_mean", "Δ ID", interval=("id_delta_low", "id_delta_high"), signed=True),
                 Column("score", "ood_delta_mean", "Δ OOD", interval=("ood_delta_low", "ood_delta_high"), signed=True),
-                Column("ood_rank", "ood_rank", "OOD rank", best=True),
+                Column("ood_rank", "ood_rank", "OOD rank", best="ood_rank"),
                 Column("score", "published_mean", "Best dev epoch", std="published_std"),
                 Column("train_seconds", "train_seconds"),
                 Column("active_neurons", "active_neurons"),
@@ -86,7 +88,11 @@ class BenchmarkTables:
         for name in dict.fromkeys(parts["eval_task"]):
             summary = self._summarise(parts[parts["eval_task"] == name]).add_prefix(f"{name}_")
             frame = frame.merge(summary, left_on=CELL, right_index=True, how="left")
-            columns.append(Column("score", f"{name}_mean", self._task_title(name), std=f"{name}_std", best=True))
+            common = self._common(parts[parts["eval_task"] == name]).rename(f"{name}_common")
+            frame = frame.merge(common, left_on=CELL, right_index=True, how="left")
+            columns.append(
+                Column("score", f"{name}_mean", self._task_title(name), std=f"{name}_std", best=f"{name}_common")
+            )
         return Table(
             f"{self.benchmark.name}_ood",
             "Scores by evaluation set",
@@ -116,8 +122,8 @@ class BenchmarkTables:
             f"{self.benchmark.name}_cost",
             "What it took, and how the experts were used",
             "Means over seeds, on the machine of the runs (see the environment below). Runs share the machine, so times are rough: "
-            "they do not compare methods. The masked reference backend computes every expert and saves nothing. Active neurons are a share of all FFN neurons "
-            "of the model. Load entropy is 1 for a perfectly balanced load; both load columns are measured on the ID test split without "
+            "they do not compare methods. The masked reference backend computes every expert and saves nothing. Active neurons are the FFN neurons "
+            "that a token uses, as a share of the dense model's. Load entropy is 1 for a perfectly balanced load; both load columns are measured on the ID test split without "
             "padding. Routing has no capacity limit, so no assignment is dropped.",
             _KEYS,
             [
@@ -140,6 +146,7 @@ class BenchmarkTables:
             rows = scores_of(self.records, part)
             grouped = rows.groupby([*CELL, "variant", "learning_rate"], sort=False)["value"].agg(mean="mean", std="std")
             table = table.merge(grouped.add_prefix(prefix).reset_index(), how="left")
+        table = pd.concat([table, _joint_choices(table)], ignore_index=True)
         table = self._with_titles(table)
         table["variant"] = table["variant"].replace("", MISSING)
         table["mark"] = table["chosen"].map({True: "✓", False: ""})
@@ -148,7 +155,8 @@ class BenchmarkTables:
             f"{self.benchmark.name}_choices",
             "Hyper-parameters and what was chosen",
             "Dev is the mean over n seeds of the kept epoch's score on the dev split of the training domain; the best one of every method is "
-            "chosen (✓). ID and OOD stand beside it for the reader and chose nothing. In a variant N is the number of experts, k the share "
+            "chosen (✓). ID and OOD stand beside it for the reader and chose nothing. Where several tasks were trained on, the rows of “all” are "
+            "means over them, with the best one choice for all. A method with more choices has more chances: compare with that in mind. In a variant N is the number of experts, k the share "
             "of them that is used, L the converted layers.",
             {**_KEYS, "variant": "Variant", "rate": "Learning rate", "n": "n", "mark": "Chosen"},
             [
@@ -161,7 +169,9 @@ class BenchmarkTables:
 
     def paper(self) -> Table:
         """The paper's numbers beside ours, with their provenance."""
-        published = pd.read_csv(self.benchmark.folder / self.benchmark.definition["paper"])
+        file = self.benchmark.definition["paper"]
+        columns = ["model", "scope", "method", "value", "status", "source"]
+        published = pd.read_csv(self.benchmark.folder / file) if file else pd.DataFrame(columns=columns)
         published["value"] = published["value"] / 100
         base = published.loc[published["method"] == self._baseline].set_index(["model", "scope"])["value"]
         published["paper_delta"] = [
@@ -234,6 +244,13 @@ class BenchmarkTables:
         hub = {name for name, task in self.benchmark.tasks.items() if "hub" in task["source"]}
         return "GLUE average" if set(tasks) == hub else ", ".join(self._task_title(task) for task in tasks)
 
+    def _common(self, rows: pd.DataFrame) -> pd.Series:
+        """Mean over the seeds that all rows of a model and task have: what marks and ranks compare."""
+        parts = [
+            group[group["seed"].isin(_common_seeds(group))] for _, group in rows.groupby(["model", "task"], sort=False)
+        ]
+        return pd.concat(parts).groupby(CELL, sort=False)["value"].mean() if parts else pd.Series(dtype=float)
+
     def _cells(self, records: pd.DataFrame) -> pd.DataFrame:
         """One row a model, task and method, in the order of the grid's tasks and the definition's methods."""
         frame = records.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
@@ -248,7 +265,7 @@ class BenchmarkTables:
     def _with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
         return frame.assign(
             model_title=frame["model"].map(self._model_title),
-            task_title=frame["task"].map(self._task_title),
+            task_title=frame["task"].map(lambda name: "all" if name == _ALL else self._task_title(name)),
             method_title=frame["method"].map(self._title),
             is_method=frame["method"].map(lambda name: self._methods[name]["role"] != "control"),
         )
@@ -283,6 +300,7 @@ class BenchmarkTables:
         """Per model and training task: Friedman ranks over its OOD sets, and the test's p."""
         rows = scores_of(self.clean, "ood")
         for (model, task), group in rows.groupby(["model", "task"], sort=False):
+            group = group[group["seed"].isin(_common_seeds(group))]
             table = group.pivot_table(index="method", columns="eval_task", values="value", aggfunc="mean")
             ranking = friedman_ranks(table)
             yield model, task, ranking.ranks, ranking.p
@@ -306,6 +324,17 @@ class BenchmarkTables:
             else ""
         )
 
+    def _protocol_note(self) -> str:
+        """Which split chose, and which is reported."""
+        tasks = [self.benchmark.tasks[name] for name in dict.fromkeys(self.records["task"])]
+        choice = "The dev split of the training domain chose learning rate and variant"
+        if all(task["splits"]["test"] is None for task in tasks):
+            return f"{choice} and is itself reported, as in the paper: the task has no other labelled split."
+        return (
+            f"{choice}; ID is the test split, OOD the mean over the other domains without further training. "
+            "“Best dev epoch” is the authors' protocol, which reports the dev score that it selects by."
+        )
+
     def _metric_note(self) -> str:
         by_metric: dict[str, list[str]] = {}
         for task in dict.fromkeys(self.records["task"]):
@@ -325,3 +354,26 @@ class BenchmarkTables:
     def _model_title(self, model: str) -> str:
         title: str = load_models()[model]["title"]
         return title
+
+
+def _common_seeds(rows: pd.DataFrame) -> set[int]:
+    """Seeds that every method of these rows has."""
+    return set.intersection(*(set(of_method["seed"]) for _, of_method in rows.groupby("method")))
+
+
+def _joint_choices(table: pd.DataFrame) -> pd.DataFrame:
+    """Choices that all tasks of a model and method have, averaged over the tasks; empty for a single task."""
+    keys = ["model", "method", "variant", "learning_rate"]
+    tasks = table.groupby(["model", "method"])["task"].transform("nunique")
+    grouped = table[tasks > 1].groupby(keys, sort=False)
+    joint = grouped.agg(
+        mean=("mean", "mean"),
+        id_mean=("id_mean", "mean"),
+        ood_mean=("ood_mean", "mean"),
+        n=("n", "sum"),
+        tasks=("task", "nunique"),
+    ).reset_index()
+    joint = joint[joint["tasks"] == joint.groupby(["model", "method"])["tasks"].transform("max")]
+    best = joint.groupby(["model", "method"], sort=False)["mean"].idxmax()
+    empty = {"std": math.nan, "id_std": math.nan, "ood_std": math.nan}
+    return joint.assign(task=_ALL, chosen=joint.index.isin(best), **empty).drop(columns="tasks")

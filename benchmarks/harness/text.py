@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pandas as pd
 
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.paths import DATA_ROOT
-from benchmarks.harness.rated import load_rated
+from benchmarks.harness.rated import PACKAGE, VERSION, load_rated
 from benchmarks.harness.seeds import derive_seed
 from emoe.errors import did_you_mean
 
@@ -29,11 +30,13 @@ class TextSplit:
         texts: one tuple a row, of one text or of a pair.
         labels: class numbers, or numbers for a regression.
         dropped: rows without a gold label, left out.
+        source: where they came from.
     """
 
     texts: list[tuple[str, ...]]
     labels: list[int] | list[float]
     dropped: int = 0
+    source: str = ""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -43,11 +46,12 @@ class TextSplit:
         if rows is None or rows >= len(self):
             return self
         chosen = sorted(random.Random(derive_seed("rows", seed_name)).sample(range(len(self)), rows))
-        return TextSplit([self.texts[i] for i in chosen], [self.labels[i] for i in chosen], self.dropped)
+        return replace(self, texts=[self.texts[i] for i in chosen], labels=[self.labels[i] for i in chosen])
 
     def summary(self) -> dict[str, Any]:
-        """Rows, dropped rows, and rows by class (or the range of a regression)."""
-        found: dict[str, Any] = {"rows": len(self), "dropped": self.dropped}
+        """Source, a digest of the rows, their number, dropped rows, and rows by class (or a regression's range)."""
+        digest = hashlib.sha256(repr((self.texts, self.labels)).encode()).hexdigest()[:16]
+        found: dict[str, Any] = {"source": self.source, "digest": digest, "rows": len(self), "dropped": self.dropped}
         if all(isinstance(label, int) for label in self.labels):
             found["labels"] = {str(label): count for label, count in sorted(Counter(self.labels).items())}
         else:
@@ -70,7 +74,9 @@ def load_split(task: Mapping[str, Any], part: str) -> TextSplit:
     source = task["source"]
     if "rated" in source:
         texts, labels, dropped = load_rated(source["rated"], split)
-        return TextSplit([(text,) for text in texts], labels, dropped)
+        return TextSplit(
+            [(text,) for text in texts], labels, dropped, f"{PACKAGE} {VERSION}, {source['rated']}, {split}"
+        )
     folder = local_folder(source)
     if folder is not None:
         rows, where = _read_folder(folder, task, split)
@@ -190,7 +196,7 @@ def _to_split(rows: pd.DataFrame, task: Mapping[str, Any], where: str) -> TextSp
     convert = _class_number if task["labels"] else _number
     labels = [convert(raw[i], task, where, i) for i in keep]
     columns = [rows[field].tolist() for field in task["fields"]]
-    return TextSplit([tuple(str(column[i]) for column in columns) for i in keep], labels, len(raw) - len(keep))
+    return TextSplit([tuple(str(column[i]) for column in columns) for i in keep], labels, len(raw) - len(keep), where)
 
 
 def _class_number(value: object, task: Mapping[str, Any], where: str, row: int) -> int:

@@ -48,7 +48,9 @@ def mirror(runs: list[Run], uri: str) -> dict[str, int]:
                 client.delete_run(present.info.run_id)
             counts["added" if present is None else "replaced"] += 1
             parent = _parent(client, experiment, run, known)
-            _write(client, experiment, run, metrics, {_PARENT: parent, _CONTENT: content})
+            identifier = _write(client, experiment, run, metrics, {_PARENT: parent})
+            # last, so that a run whose writing was cut short is written again
+            client.set_tag(identifier, _CONTENT, content)
     return counts
 
 
@@ -82,7 +84,7 @@ def _parent(client: MlflowClient, experiment: str, run: Run, known: dict[str, An
     return str(known[name].info.run_id)
 
 
-def _write(client: MlflowClient, experiment: str, run: Run, metrics: dict[str, Any], tags: dict[str, str]) -> None:
+def _write(client: MlflowClient, experiment: str, run: Run, metrics: dict[str, Any], tags: dict[str, str]) -> str:
     environment = metrics["environment"]
     tags = tags | {
         _ID: run.id,
@@ -105,6 +107,7 @@ def _write(client: MlflowClient, experiment: str, run: Run, metrics: dict[str, A
     parameters = [Param(key, str(value)[:500]) for key, value in _flat(run.spec) if not key.startswith("ood")]
     client.log_batch(identifier, metrics=logged, params=parameters[:100], tags=[RunTag("benchmark", run.benchmark)])
     client.set_terminated(identifier)
+    return str(identifier)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

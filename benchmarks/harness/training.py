@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import (
     DataCollatorWithPadding,
-    EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,14 +25,17 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import emoe
+from benchmarks.harness.files import write_json
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.scores import score
 from benchmarks.harness.seeds import derive_seed
 from benchmarks.harness.text import TextSplit
 
-_CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+_CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", TRAINER_STATE_NAME)
 
 
 class TokenisedRows(Dataset[dict[str, Any]]):
@@ -55,6 +58,11 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         if by_length:
             self._rows.sort(key=lambda row: len(row["input_ids"]))
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(row["input_ids"]) for row in self._rows]
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -66,17 +74,55 @@ class TokenisedRows(Dataset[dict[str, Any]]):
 class TrainingResult:
     """What training gives back beside the model's new weights.
 
-    ``epochs`` has the dev scores after every epoch; ``kept`` is the one whose weights the model has; ``step_seconds`` is measured over the steps of this process.
+    ``epochs`` has the dev scores after every epoch; ``kept`` is the one whose weights the model has; ``step_seconds`` is the mean over its steps.
     """
 
-    epochs: list[dict[str, float]]
-    kept: dict[str, float]
+    epochs: list[dict[str, Any]]
+    kept: dict[str, Any]
     steps: int
     step_seconds: float
 
 
+class EpochOrder(Sampler[int]):
+    """Order of the training rows: a function of the seed and the epoch, and of nothing else.
+
+    So all methods see the same rows in the same order, however much randomness they use up themselves,
+    and a run that goes on sees the order that it would have seen.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of a step.
+        seed: the run's seed.
+        by_length: put rows of like length into one batch.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, *, by_length: bool) -> None:
+        self._lengths, self._batch_size, self._seed, self._by_length = lengths, batch_size, seed, by_length
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before every epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derive_seed("order", self._seed, self._epoch))
+        if self._by_length:
+            return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
+        return iter(torch.randperm(len(self), generator=generator).tolist())
+
+
 class _RoutedTrainer(Trainer):
-    """Adds the balance loss of routed models to the task's."""
+    """Adds the balance loss of routed models to the task's, and orders the rows by seed and epoch."""
+
+    def __init__(self, *args: Any, order: EpochOrder, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._order = order
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+        return self._order
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, *args, **kwargs)
@@ -86,11 +132,42 @@ class _RoutedTrainer(Trainer):
         return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
 
 
+class Patience(TrainerCallback):
+    """Stops after a number of epochs without a new best dev score.
+
+    Counts in the log, which checkpoints keep, so that a run that goes on stops where it would have stopped.
+    """
+
+    def __init__(self, metric: str, epochs: int) -> None:
+        self._metric, self._epochs = f"eval_{metric}", epochs
+
+    def is_over(self, log: list[dict[str, float]]) -> bool:
+        """Whether the last evaluations of a log are that many without a new best."""
+        scores = [entry[self._metric] for entry in log if self._metric in entry]
+        return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= self._epochs
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.is_over(state.log_history):
+            control.should_training_stop = True
+
+
 class _Stopwatch(TrainerCallback):
-    """Time spent in steps, without evaluation and checkpoints."""
+    """Time spent in steps, without evaluation and checkpoints; kept beside every checkpoint."""
+
+    _FILE = "stopwatch.json"
 
     def __init__(self) -> None:
         self.seconds, self.steps, self._start = 0.0, 0, 0.0
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint's count."""
+        if (checkpoint / self._FILE).exists():
+            saved = json.loads((checkpoint / self._FILE).read_text())
+            self.seconds, self.steps = saved["seconds"], saved["steps"]
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        write_json(folder / self._FILE, {"seconds": self.seconds, "steps": self.steps})
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -134,30 +211,32 @@ class TextTrainer:
             weight_decay=self._training["weight_decay"],
             max_grad_norm=0.0,
             seed=derive_seed("dropout", spec["seed"]),
-            data_seed=derive_seed("order", spec["seed"]),
             eval_strategy="epoch",
             save_strategy="epoch",
             save_total_limit=1,
             load_best_model_at_end=best,
             metric_for_best_model=self._metric if best else None,
             greater_is_better=True if best else None,
-            train_sampling_strategy=self._training["sampling"],
             logging_strategy="epoch",
             report_to=[],
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
-        callbacks: list[TrainerCallback] = [progress, self._stopwatch]
-        if best and self._training["patience"] is not None:
-            callbacks.append(EarlyStoppingCallback(self._training["patience"]))
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # Trainer's DataParallel would multiply the batch size; one run takes one GPU
+        patience = self._training["patience"]
+        self._patience = None if patience is None else Patience(self._metric, patience)
+        rows = self._rows(train, by_length=False)
+        by_length = self._training["sampling"] == "group_by_length"
         self._trainer = _RoutedTrainer(
             model=model,
             args=arguments,
-            train_dataset=self._rows(train, by_length=False),
+            order=EpochOrder(rows.lengths, self._training["batch_size"], spec["seed"], by_length=by_length),
+            train_dataset=rows,
             eval_dataset=self._rows(dev, by_length=True),
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=self._scores,
-            callbacks=callbacks,
+            callbacks=[progress, self._stopwatch, *([self._patience] if self._patience else [])],
         )
 
     def _rows(self, split: TextSplit, *, by_length: bool) -> TokenisedRows:
@@ -170,10 +249,18 @@ class TextTrainer:
 
     def train(self) -> TrainingResult:
         """Train, from the last complete checkpoint where there is one."""
-        self._trainer.train(resume_from_checkpoint=last_complete_checkpoint(self._checkpoints))
+        checkpoint = last_complete_checkpoint(self._checkpoints)
+        if checkpoint:
+            self._stopwatch.resume(checkpoint)
+        saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
+        if saved and self._patience and self._patience.is_over(saved.log_history):
+            self._trainer.state = saved  # it had stopped already: only the best weights are missing
+            self._trainer._load_best_model()
+        else:
+            self._trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = self._trainer.state
-        epochs = [
-            {"epoch": entry["epoch"], self._metric: entry[f"eval_{self._metric}"], "loss": entry["eval_loss"]}
+        epochs: list[dict[str, Any]] = [
+            {"epoch": entry["epoch"], self._metric: entry[f"eval_{self._metric}"], "loss": _finite(entry["eval_loss"])}
             for entry in state.log_history
             if "eval_loss" in entry
         ]
@@ -184,32 +271,33 @@ class TextTrainer:
         )
         return TrainingResult(epochs, kept, state.global_step, self._stopwatch.seconds / max(self._stopwatch.steps, 1))
 
-    def evaluate(self, split: TextSplit) -> dict[str, float]:
+    def evaluate(self, split: TextSplit) -> dict[str, float | None]:
         """Score and loss on a split."""
         result = self._trainer.evaluate(self._rows(split, by_length=True))
-        return {self._metric: result[f"eval_{self._metric}"], "loss": result["eval_loss"]}
-
-    def clean_up(self) -> None:
-        """Delete the checkpoints of a finished run."""
-        shutil.rmtree(self._checkpoints, ignore_errors=True)
+        return {self._metric: result[f"eval_{self._metric}"], "loss": _finite(result["eval_loss"])}
 
 
-def last_complete_checkpoint(folder: Path) -> str | None:
+def _finite(loss: float) -> float | None:
+    """A loss, or None for that of a model that diverged: JSON knows no other numbers, and means shall not."""
+    return loss if math.isfinite(loss) else None
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; half-written ones are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for checkpoint in found:
         if _is_complete(checkpoint):
-            return str(checkpoint)
+            return checkpoint
         shutil.rmtree(checkpoint)
     return None
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    # Trainer writes trainer_state.json last
+    # Trainer writes its state last
     if not all((checkpoint / name).exists() for name in _CHECKPOINT_FILES):
         return False
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except json.JSONDecodeError:
         return False
     return True

@@ -71,6 +71,9 @@ def test_differences_without_spread_or_with_one_pair() -> None:
     one = paired_difference(pd.Series([0.5], index=[0]), pd.Series([0.4], index=[0]))
     assert one.mean == pytest.approx(0.1)
     assert math.isnan(one.low)
+    equal = paired_difference(pd.Series([0.625, 0.75]), pd.Series([0.5, 0.625]))
+    assert equal.mean == 0.125
+    assert math.isnan(equal.low)  # two equal differences are no certainty
     same = paired_difference(pd.Series([0.5, 0.6]), pd.Series([0.5, 0.6]))
     assert (same.mean, same.low, same.high) == (0, 0, 0)
     assert confidence_interval(np.array([0.3])) == (0.3, 0.3)
@@ -151,6 +154,31 @@ def test_results_table_says_what_was_put_in(finished: Suite) -> None:
     assert frame.loc[("tweets", "random_partition"), "ood_rank"] == 8
 
 
+def test_ranks_and_marks_compare_the_seeds_that_all_rows_have(finished: Suite) -> None:
+    for run in finished.runs:  # the control that trains exactly like the dense model
+        if run.spec["method"]["name"] == "all_experts":
+            twin = next(
+                other
+                for other in finished.runs
+                if (other.spec["method"]["name"], other.spec["task"]["name"], other.spec["seed"])
+                == ("vanilla", run.spec["task"]["name"], run.spec["seed"])
+            )
+            content = json.loads((Path("results/runs") / twin.folder / "metrics.json").read_text())
+            (Path("results/runs") / run.folder / "metrics.json").write_text(json.dumps({**content, "run_id": run.id}))
+    frame = BenchmarkTables(load_benchmark("glue"), finished.runs).results().frame.set_index(["task", "method"])
+    for column in ("id_common", "ood_common", "ood_rank"):
+        assert frame.loc[("tweets", "all_experts"), column] == frame.loc[("tweets", "vanilla"), column]
+    assert frame.loc[("tweets", "all_experts"), "id_mean"] != frame.loc[("tweets", "vanilla"), "id_mean"]
+
+
+def test_choices_name_the_best_one_for_all_tasks(finished: Suite) -> None:
+    frame = BenchmarkTables(load_benchmark("glue"), finished.runs).choices().frame
+    joint = frame[(frame["task_title"] == "all") & (frame["method"] == "emoe")]
+    own = frame[(frame["task_title"] != "all") & (frame["method"] == "emoe")]
+    assert len(own) == 2
+    assert joint["mean"].tolist() == pytest.approx([own["mean"].mean()])
+
+
 def test_differences_are_paired_by_seed(finished: Suite) -> None:
     records = collect(finished.runs)
     test = scores_of(records, "test")
@@ -193,8 +221,8 @@ TABLE = Table(
     "50 % of_it",
     {"g": "Group", "name": "Name"},
     [
-        Column("accuracy", "a", std="s", best=True),
-        Column("loss", "l", best=True),
+        Column("accuracy", "a", std="s", best="a"),
+        Column("loss", "l", best="l"),
         Column("accuracy", "d", "Δ", interval=("lo", "hi"), signed=True),
     ],
     pd.DataFrame(
@@ -233,7 +261,7 @@ def test_every_format_escapes() -> None:
 
 def test_an_empty_table_is_still_a_table(tmp_path: Path) -> None:
     empty = Table(
-        "e", "E", "", {"name": "Name"}, [Column("accuracy", "a", best=True)], pd.DataFrame({"name": [], "a": []})
+        "e", "E", "", {"name": "Name"}, [Column("accuracy", "a", best="a")], pd.DataFrame({"name": [], "a": []})
     )
     empty.write(tmp_path)
     assert "Accuracy" in (tmp_path / "e.md").read_text()
@@ -297,3 +325,7 @@ def test_mirroring_twice_adds_nothing_and_a_new_number_replaces(finished: Suite,
     assert [run.data.metrics["test.tweets.balanced_accuracy"] for run in found] == [0.123]
     assert found[0].data.params["learning_rate"] == "0.0001"
     assert len(client.search_runs([experiment])) == 4 + 2
+
+    # a mirror that was killed between making a run and writing its numbers
+    client.delete_tag(found[0].info.run_id, "emoe.content")
+    assert tracking.mirror(runs, uri) == {"added": 0, "replaced": 1, "unchanged": 3}

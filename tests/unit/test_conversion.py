@@ -125,7 +125,7 @@ def test_report_counts_and_prints() -> None:
     assert "encoder.layer.3" in str(report)
     assert "62.5% of FFN neurons active" in str(report)
     gmoe = emoe.convert_(tiny_models.build("bert"), emoe.GMoEConfig(num_experts=4, top_k=2, layers=[0]))
-    assert gmoe.active_neurons == pytest.approx((3 + 2) / (3 + 4))
+    assert gmoe.active_neurons == pytest.approx((3 + 2) / 4)
     assert gmoe.added_parameters > 3 * 2 * 64 * 32
 
 
@@ -264,6 +264,15 @@ def test_checkpoint_holds_only_the_dense_models_tensors(saved) -> None:
 def test_to_dense_of_a_dense_model_is_refused() -> None:
     with pytest.raises(emoe.ConversionError, match="no routed FFN"):
         emoe.to_dense_(tiny_models.build("bert"))
+
+
+def test_a_model_can_be_copied_after_a_training_step() -> None:
+    model, values = tiny_models.build("bert").train(), tiny_models.inputs("bert")
+    emoe.convert_(model, emoe.GMoEConfig(num_experts=2, top_k=2, layers=[1]))
+    (tiny_models.output(model, values).square().mean() + emoe.aux_loss(model)).backward()
+    twin = copy.deepcopy(model)
+    assert emoe.aux_loss(twin) == 0.0
+    assert emoe.aux_loss(model) > 0
 
 
 def test_deep_copies_are_independent() -> None:

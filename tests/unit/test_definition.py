@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import string
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from benchmarks.harness import definition, paths, runs, suite
 from benchmarks.harness.definition import DefinitionError, check, load_benchmark, read_checked, read_yaml
 
+SAFE = set(string.ascii_letters + string.digits + "._+-")
 GLUE = yaml.safe_load((paths.BENCHMARKS / "glue" / "benchmark.yaml").read_text())
 
 
@@ -118,6 +120,36 @@ def test_a_plan_that_cannot_run_is_refused_before_it_starts(changed, path, value
         changed(path, value)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("baseline", "vanila", "'baseline' is 'vanila', which is no method; did you mean 'vanilla'"),
+        ("pipeline", "benchmarks.gleu.pipeline", r"did you mean 'benchmarks\.glue\.pipeline'"),
+        ("paper", "papers.csv", r"'paper' is 'papers\.csv', which does not exist; did you mean 'paper\.csv'"),
+        ("suites.mini.training.patience", 3, r"'suites\.mini\.training\.patience' needs keep: best"),
+    ],
+)
+def test_names_that_lead_nowhere_are_refused(path, value, message) -> None:
+    real = load_benchmark("glue")
+    with pytest.raises(DefinitionError, match=message):
+        definition.check_references(check(edited(path, value), "benchmark", "b.yaml"), real.tasks, real.folder)
+
+
+def test_unknown_metrics_are_refused() -> None:
+    real = load_benchmark("glue")
+    tasks = {"cola": {**real.tasks["cola"], "metric": "acuracy"}}
+    with pytest.raises(
+        DefinitionError, match=r"tasks\.yaml: 'tasks\.cola\.metric' is 'acuracy'; did you mean 'accuracy'"
+    ):
+        definition.check_references(real.definition, tasks, real.folder)
+
+
+def test_layers_of_any_form_make_a_safe_id(changed) -> None:
+    planned = changed("suites.mini.grid.0.layers", ["last-half:2", "4:6"])
+    assert all(set(run.id) <= SAFE for run in planned)
+    assert any("Llast-half_2" in run.id for run in planned)
+
+
 def test_adding_a_seed_adds_runs_and_keeps_the_others(changed) -> None:
     before = {run.id for run in runs.plan(["glue"], "mini")}
     after = {run.id for run in changed("suites.mini.grid.0.seed", [0, 1, 2, 3])}
@@ -141,10 +173,10 @@ def test_ids_are_short_readable_and_safe() -> None:
         for run in runs.plan(["glue"], name):
             assert len(run.id) <= 80
             assert run.id.startswith(run.spec["model"]["name"])
-            assert set(run.id) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-")
+            assert set(run.id) <= SAFE
 
 
-def test_the_default_grid_is_what_the_readme_says() -> None:
+def test_the_default_grid_has_the_promised_seeds() -> None:
     planned = runs.plan(["glue"], "mini")
     seeds = {}
     for run in planned:

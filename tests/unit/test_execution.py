@@ -11,7 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import TrainerControl, TrainerState, TrainingArguments
+import torch
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.harness import progress as progress_module
 from benchmarks.harness.definition import DefinitionError
@@ -20,7 +21,10 @@ from benchmarks.harness.progress import Progress, clock
 from benchmarks.harness.rated import ARCHIVE
 from benchmarks.harness.runs import Run, plan, run_from_spec
 from benchmarks.harness.seeds import derive_seed
-from benchmarks.harness.training import last_complete_checkpoint
+from benchmarks.harness.text import TextSplit, load_split
+from benchmarks.harness.training import EpochOrder, TextTrainer, last_complete_checkpoint
+
+SPEC = next(run.spec for run in plan(["glue"], "smoke"))
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def prepare(method: str, folder: str = "runs", **training: object) -> Path:
     spec = next(run.spec for run in plan(["glue"], "smoke") if run.spec["method"]["name"] == method)
     run = run_from_spec({**spec, "training": {**spec["training"], "train_rows": 48, "eval_rows": 30, **training}})
     path = Path(folder) / run.id / "run.json"
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(run.to_json())
     return path
 
@@ -81,11 +85,16 @@ def test_all_experts_train_exactly_like_the_dense_model(workdir: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["vanilla", "gmoe", "emoe", "emoe_learn"])
-@pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.parametrize(("keep", "sampling"), [("last", "group_by_length"), ("best", "random")])
 def test_a_killed_run_resumes_to_the_same_numbers(
-    workdir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], method: str, keep: str
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    method: str,
+    keep: str,
+    sampling: str,
 ) -> None:
-    whole = finish(prepare(method, "whole", keep=keep))
+    whole = finish(prepare(method, "whole", keep=keep, sampling=sampling))
 
     def die(
         self: Progress, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -93,7 +102,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(
         if state.global_step == 14:  # in the third epoch of three
             raise KeyboardInterrupt
 
-    killed = prepare(method, "killed", keep=keep)
+    killed = prepare(method, "killed", keep=keep, sampling=sampling)
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "on_step_end", die)
         with pytest.raises(KeyboardInterrupt):
@@ -104,6 +113,91 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     assert "resumed at step 12" in capfd.readouterr().err
 
 
+def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"keep": "best", "patience": 2, "epochs": 12}
+    path = prepare("vanilla", "whole", **settings)
+    whole = finish(path)
+    scores = [entry["balanced_accuracy"] for entry in whole["epochs"]]
+    best = scores.index(max(scores))
+    assert len(scores) == best + 3 < 12
+    assert whole["scores"]["dev"]["tweets"] == {k: whole["epochs"][best][k] for k in ("balanced_accuracy", "loss")}
+
+    # killed after it had stopped, while evaluating: the best weights are loaded again and nothing is trained
+    killed = prepare("vanilla", "killed", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(TextTrainer, "evaluate", lambda self, split: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finish(killed)
+    assert finish(killed) == whole
+    cost = json.loads((killed.parent / "metrics.json").read_text())["cost"]
+    assert cost["steps"] == 6 * len(scores)
+    assert cost["train_seconds"] > 0
+
+
+def test_the_loaded_weights_are_the_best_epochs(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluating the dev split again after training gives the kept epoch's score."""
+    again = {}
+    evaluate = TextTrainer.evaluate
+
+    def spy(self: TextTrainer, split: TextSplit) -> dict:
+        dev = load_split(SPEC["task"], "dev").head(30, "tweets/dev")
+        again.setdefault("dev", evaluate(self, dev))
+        return evaluate(self, split)
+
+    monkeypatch.setattr(TextTrainer, "evaluate", spy)
+    path = prepare("vanilla", keep="best", patience=2, epochs=12)
+    whole = finish(path)
+    assert whole["epochs"][-1] != {**whole["epochs"][-1], **whole["scores"]["dev"]["tweets"]}
+    assert again["dev"] == pytest.approx(whole["scores"]["dev"]["tweets"], abs=1e-6)
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_the_order_of_rows_depends_on_seed_and_epoch_alone(by_length: bool) -> None:
+    lengths = [3 + (7 * i) % 31 for i in range(64)]
+
+    def order(seed: int, epoch: int, noise: int = 0) -> list[int]:
+        torch.manual_seed(noise)
+        sampler = EpochOrder(lengths, 8, seed, by_length=by_length)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert sorted(order(0, 0)) == list(range(64))
+    assert order(0, 1) == order(0, 1, noise=5)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_methods_see_the_same_rows_in_the_same_order(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list] = {}
+    step = Trainer.training_step
+    for method in ("vanilla", "dense_dropout"):
+        batches = seen.setdefault(method, [])
+
+        def spy(
+            self: Trainer, model: torch.nn.Module, inputs: dict, *args: object, batches: list = batches
+        ) -> torch.Tensor:
+            batches.append(inputs["input_ids"].tolist())
+            return step(self, model, inputs, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "training_step", spy)
+            finish(prepare(method, sampling="group_by_length"))
+    assert len(seen["vanilla"]) == 18
+    assert seen["vanilla"] == seen["dense_dropout"]
+
+
+def test_a_diverged_run_is_recorded_as_such(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SPEC | {"learning_rate": 1e30}
+    run = run_from_spec({**spec, "training": {**spec["training"], "train_rows": 48, "eval_rows": 30}})
+    path = Path(run.id) / "run.json"
+    path.parent.mkdir()
+    path.write_text(run.to_json())
+    found = finish(path)
+    assert found["scores"]["test"]["tweets"]["loss"] is None
+    assert 0 <= found["scores"]["test"]["tweets"]["balanced_accuracy"] <= 1
+
+
 def test_checkpoints_that_are_not_complete_are_left_out(tmp_path: Path) -> None:
     for step in (6, 12):
         folder = tmp_path / f"checkpoint-{step}"
@@ -111,7 +205,7 @@ def test_checkpoints_that_are_not_complete_are_left_out(tmp_path: Path) -> None:
         for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
             (folder / name).write_text("x")
         (folder / "trainer_state.json").write_text('{"global_step": 6}' if step == 6 else '{"global_st')
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
     assert not (tmp_path / "checkpoint-12").exists()
     shutil.rmtree(tmp_path / "checkpoint-6")
     assert last_complete_checkpoint(tmp_path) is None

@@ -41,14 +41,10 @@ def suite_named(name):
 
 
 def suite_outputs(suite):
-    folder = f"results/{suite.name}"
-    latest = ["results/report.html"] if suite is SUITE else []
-    return [
-        f"{folder}/report.html",
-        f"{folder}/mlflow.json",
-        *suite.output_files(),
-        *latest,
-    ]
+    # the runs are named too: a deleted one is made again although its tables are still there
+    files = [*suite.metric_files(), *suite.output_files()]
+    files += [f"results/{suite.name}/report.html", f"results/{suite.name}/mlflow.json"]
+    return files + (["results/report.html"] if suite is SUITE else [])
 
 
 def run_of(wildcards):
