@@ -60,11 +60,11 @@ def tables(suite: str, benchmark: str) -> None:
     from benchmarks.harness import paths
     from benchmarks.harness.definition import load_benchmark
     from benchmarks.harness.figures import ood_by_method_and_domain
-    from benchmarks.harness.suite import load_suite
+    from benchmarks.harness.suite import suite_of_job
     from benchmarks.harness.tables import BenchmarkTables
 
     definition = load_benchmark(benchmark)
-    runs = [run for run in load_suite({"suite": suite}).runs if run.benchmark == benchmark]
+    runs = [run for run in suite_of_job(suite).runs if run.benchmark == benchmark]
     built = BenchmarkTables(definition, runs)
     folder = paths.RESULTS / suite
     for table in built.all():
@@ -78,9 +78,9 @@ def tables(suite: str, benchmark: str) -> None:
 def report(suite: str, output: Path) -> None:
     """Write the one-page report of a suite whose tables exist."""
     from benchmarks.harness.report import write_report
-    from benchmarks.harness.suite import load_suite
+    from benchmarks.harness.suite import suite_of_job
 
-    write_report(load_suite({"suite": suite}), output)
+    write_report(suite_of_job(suite), output)
 
 
 @cli.command()
@@ -90,10 +90,10 @@ def report(suite: str, output: Path) -> None:
 def mirror(suite: str, uri: str | None, output: Path | None) -> None:
     """Mirror a suite's finished runs to MLflow; doing it twice adds nothing."""
     from benchmarks.harness.files import write_json
-    from benchmarks.harness.suite import load_suite
+    from benchmarks.harness.suite import suite_of_job
     from benchmarks.harness.tracking import mirror as mirror_runs
 
-    loaded = load_suite({"suite": suite})
+    loaded = suite_of_job(suite)
     counts = mirror_runs(loaded.runs, uri or loaded.tracking_uri)
     click.echo("MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items()), err=True)
     if output:
@@ -104,9 +104,9 @@ def mirror(suite: str, uri: str | None, output: Path | None) -> None:
 @_SUITE
 def ui(suite: str) -> None:
     """Open the MLflow UI on the suite's store."""
-    from benchmarks.harness.suite import load_suite
+    from benchmarks.harness.suite import suite_of_job
 
-    uri = load_suite({"suite": suite}).tracking_uri
+    uri = suite_of_job(suite).tracking_uri
     if uri.startswith("http"):
         click.echo(f"The runs are on the MLflow server {uri}")
     else:
@@ -118,9 +118,9 @@ def ui(suite: str) -> None:
 def check(suite: str) -> None:
     """Compare a suite's numbers with the blessed ones; ends with status 1 where they differ."""
     from benchmarks.harness.regression import compare
-    from benchmarks.harness.suite import load_suite
+    from benchmarks.harness.suite import suite_of_job
 
-    comparison = compare(load_suite({"suite": suite}).runs, suite)
+    comparison = compare(suite_of_job(suite).runs, suite)
     click.echo(str(comparison))
     if not comparison.passed:
         sys.exit(1)
@@ -131,9 +131,9 @@ def check(suite: str) -> None:
 def bless(suite: str) -> None:
     """Make a suite's present numbers the reference that `check` compares with."""
     from benchmarks.harness.regression import bless as bless_runs
-    from benchmarks.harness.suite import load_suite
+    from benchmarks.harness.suite import suite_of_job
 
-    click.echo(f"wrote {bless_runs(load_suite({'suite': suite}).runs, suite)}")
+    click.echo(f"wrote {bless_runs(suite_of_job(suite).runs, suite)}")
 
 
 def main() -> None:

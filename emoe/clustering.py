@@ -40,7 +40,7 @@ class Clustering:
 
 @torch.no_grad()
 def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Clustering:
-    """Cluster L2-normalised rows into ``num_clusters`` groups of exactly equal size (paper §3.1).
+    """Cluster L2-normalised rows into ``num_clusters`` groups of exactly equal size (the paper's expert construction).
 
     Deterministic for a seed, a device and a number of threads. Memory is linear in the rows.
 

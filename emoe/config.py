@@ -109,7 +109,7 @@ class RoutingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EMoEConfig(RoutingConfig):
-    """Split each chosen FFN into experts by its own keys (paper §3).
+    """Split each chosen FFN into experts by its own keys (the paper's method).
 
     The plain constructor is the method without the confounders of the authors' code: no
     capacity, no router noise, no auxiliary loss, no extra dropout, one shared output bias.

@@ -67,7 +67,7 @@ class ConversionReport:
 def convert_(
     model: nn.Module, config: EMoEConfig | GMoEConfig, *, partition: Mapping[int, Tensor] | None = None
 ) -> ConversionReport:
-    """Turn the chosen FFNs of ``model`` into experts, in place (paper §3).
+    """Turn the chosen FFNs of ``model`` into experts, in place (the paper's method).
 
     EMoE permutes each FFN's neurons and routes between blocks of them; state-dict keys and shapes
     stay the dense model's (plus the router's with ``router="cosine"``). GMoE widens each chosen

@@ -79,7 +79,7 @@ def check_keys(ffns: Iterable[FFN]) -> None:
 
 
 def partition(model: nn.Module, config: EMoEConfig) -> Partition:
-    """Group the neurons of each chosen FFN into ``num_experts`` experts of equal size (paper §3.1).
+    """Group the neurons of each chosen FFN into ``num_experts`` experts of equal size (the paper's expert construction).
 
     The model is not changed. Biases are not part of the features.
 

@@ -83,7 +83,7 @@ def balance_loss(clean: Tensor, noisy: Tensor, mask: Tensor, noise_std: float) -
 
     Importance is the sum of softmax probabilities. Load is the expected number of tokens under the
     router's noise: the chance that a clean score passes the lowest chosen noisy score. (The
-    authors' code compares probabilities with scores there, flaw F10.) Without noise the load has
+    authors' code compares probabilities with scores there.) Without noise the load has
     no gradient and importance stands alone.
 
     Args:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,13 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     for key in ("data_root", "model_root"):
         if settings[key] and not Path(settings[key]).is_dir():
             raise DefinitionError(f"{where}: '{key}' is '{settings[key]}', which is no folder")
-    return Suite(name, settings)
+    return Suite(name, settings, dict(overrides))
+
+
+def suite_of_job(name: str) -> Suite:
+    """A suite as a job of the workflow sees it: with the command line's values, which reach it by its environment."""
+    overrides = json.loads(os.environ.get(paths.OVERRIDES, "{}"))
+    return load_suite(overrides if overrides.get("suite", "mini") == name else {"suite": name})
 
 
 @dataclass(frozen=True)
@@ -108,10 +115,12 @@ class Suite:
     Attributes:
         name: ``smoke``, ``mini``, …
         settings: the checked configuration.
+        overrides: what of it the command line said.
     """
 
     name: str
     settings: dict[str, Any]
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -178,6 +187,7 @@ class Suite:
         found = {
             "PATH": path,
             "TOKENIZERS_PARALLELISM": "false",
+            paths.OVERRIDES: canonical_json(self.overrides),
             paths.PLAN: str(paths.RESULTS / self.name / "plan.json"),
         }
         if self.settings["data_root"]:

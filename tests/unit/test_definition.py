@@ -200,6 +200,14 @@ def test_wrong_configuration_is_named(overrides, message) -> None:
         suite.load_suite(overrides)
 
 
+def test_jobs_see_the_command_lines_values(monkeypatch, tmp_path) -> None:
+    chosen = suite.load_suite({"suite": "smoke", "data_root": str(tmp_path)})
+    for name, value in chosen.environment().items():
+        monkeypatch.setenv(name, value)
+    assert suite.suite_of_job("smoke").settings == chosen.settings
+    assert suite.suite_of_job("mini").settings["data_root"] is None
+
+
 def test_runs_are_found_in_any_suite() -> None:
     mini = suite.load_suite({})
     smoke = suite.load_suite({"suite": "smoke"}).runs[0]
