@@ -60,7 +60,7 @@ class BenchmarkTables:
             f"{self.benchmark.name}_results",
             "Scores in domain (ID) and out of domain (OOD)",
             f"Mean ± sample standard deviation over n seeds; differences to {self._title(self._baseline)} are paired by seed, with a "
-            "95 % confidence interval (Student's t): where it contains 0, the difference is within noise. "
+            "95 % confidence interval (Student's t): where it contains 0, the difference is within noise; intervals are not corrected for their number. "
             f"{self._protocol_note()} {self._rank_note()} Bold marks the best method, controls apart; marks and ranks compare the seeds "
             f"that all rows of a training domain have. {self._metric_note()}",
             {**_KEYS, "n": "n"},
