@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -228,9 +229,18 @@ def find_partition(name: str, first: Suite) -> PartitionJob:
     raise DefinitionError(f"no suite needs the partition '{name}'{did_you_mean(name, first.partitions)}")
 
 
-def _suites(first: Suite) -> list[Suite]:
-    """The given suite, then the others as they are needed."""
-    return [first, *(load_suite({"suite": name}) for name in suite_names() if name != first.name)]
+@functools.cache
+def plain_suite(name: str) -> Suite:
+    """A suite without any value of the command line; planned once a process."""
+    return load_suite({"suite": name})
+
+
+def _suites(first: Suite) -> Iterator[Suite]:
+    """The given suite, then the others as they are needed, small ones first."""
+    yield first
+    for name in sorted(suite_names(), key=lambda name: (name != "smoke", name)):
+        if name != first.name:
+            yield plain_suite(name)
 
 
 def run_inputs(run: Run) -> list[str]:

@@ -37,7 +37,7 @@ onstart:
 
 def suite_named(name):
     """The configured suite, or another one by name (`snakemake smoke` under any configuration)."""
-    return SUITE if name == SUITE.name else suites.load_suite({"suite": name})
+    return SUITE if name == SUITE.name else suites.plain_suite(name)
 
 
 def suite_outputs(suite):
