@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,13 @@ class FFNSpec:
 
     Attributes:
         layers: dotted path of the list of layers; matched as a suffix, so that one row serves the
-            bare model, the model with a head, and a wrapped one.
+            bare model, the model with a head, and a wrapped one. ``*`` stands for any one name
+            (``stages.*.blocks``): then all lists that match are taken, in the model's order.
         proj_in: in-projection, whose rows are the keys. ``gate_proj`` for a gated FFN.
-        activation: the activation module between the projections.
+        activation: the activation between the projections: a module, or an attribute that holds a function.
         proj_out: out-projection, whose columns are the values.
         proj_up: second in-projection of a gated FFN (its output multiplies the activation's).
+        fused: the in-projection of a gated FFN holds both, the rows of the activated half first.
         transposed: weights are stored ``[in, out]`` (GPT-2's Conv1D) instead of ``[out, in]``.
         norm: a module between activation and out-projection that must be ``nn.Identity``.
     """
@@ -33,41 +37,100 @@ class FFNSpec:
     activation: str
     proj_out: str
     proj_up: str | None = None
+    fused: bool = False
     transposed: bool = False
     norm: str | None = None
+
+    def missing(self, layer: nn.Module) -> str | None:
+        """The first path of this row that a layer does not have, or None."""
+        for path in filter(None, (self.proj_in, self.proj_up, self.proj_out, self.activation)):
+            found = _attribute(layer, path)
+            if not isinstance(found, nn.Module) and not (path == self.activation and callable(found)):
+                return path
+        return None
 
 
 _BERT = FFNSpec("encoder.layer", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
 _GATED = FFNSpec("layers", "mlp.gate_proj", "mlp.act_fn", "mlp.down_proj", proj_up="mlp.up_proj")
 _HF_VIT = FFNSpec("layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2")
+_TORCH = FFNSpec("layers", "linear1", "activation", "linear2")
+_TIMM_VIT = FFNSpec("blocks", "mlp.fc1", "mlp.act", "mlp.fc2", norm="mlp.norm")
 
-_REGISTRY: dict[str, FFNSpec] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "distilbert": FFNSpec("transformer.layer", "ffn.lin1", "ffn.activation", "ffn.lin2"),
-    "gpt2": FFNSpec("h", "mlp.c_fc", "mlp.act", "mlp.c_proj", transposed=True),
-    "vit": _HF_VIT,
-    "deit": _HF_VIT,
-    "dinov2": FFNSpec("encoder.layer", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),
-    "llama": _GATED,
+
+def _t5(stack: str, position: int) -> list[FFNSpec]:
+    """The FFN of one of T5's two stacks in its two kinds: T5 1.0's, and the gated one of T5 1.1."""
+    ffn = f"layer.{position}.DenseReluDense"
+    return [
+        FFNSpec(f"{stack}.block", f"{ffn}.wi", f"{ffn}.act", f"{ffn}.wo"),
+        FFNSpec(f"{stack}.block", f"{ffn}.wi_0", f"{ffn}.act", f"{ffn}.wo", proj_up=f"{ffn}.wi_1"),
+    ]
+
+
+_REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
+    "bert": (_BERT,),
+    "roberta": (_BERT,),
+    "xlm-roberta": (_BERT,),
+    "electra": (_BERT,),
+    "deberta-v2": (_BERT,),
+    "distilbert": (FFNSpec("transformer.layer", "ffn.lin1", "ffn.activation", "ffn.lin2"),),
+    "modernbert": (FFNSpec("layers", "mlp.Wi", "mlp.act", "mlp.Wo", fused=True),),
+    "gpt2": (FFNSpec("h", "mlp.c_fc", "mlp.act", "mlp.c_proj", transposed=True),),
+    "gpt_neox": (FFNSpec("layers", "mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),),
+    "opt": (FFNSpec("decoder.layers", "fc1", "activation_fn", "fc2"),),
+    "t5": (*_t5("encoder", 1), *_t5("decoder", 2)),
+    "llama": (_GATED,),
+    "mistral": (_GATED,),
+    "qwen2": (_GATED,),
+    "qwen3": (_GATED,),
+    "gemma": (_GATED,),
+    "gemma2": (_GATED,),
+    "gemma3_text": (_GATED,),
+    "phi": (FFNSpec("layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),),
+    "phi3": (FFNSpec("layers", "mlp.gate_up_proj", "mlp.activation_fn", "mlp.down_proj", fused=True),),
+    "vit": (_HF_VIT,),
+    "deit": (_HF_VIT,),
+    "dinov2": (FFNSpec("encoder.layer", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),),
+    "clip_vision_model": (FFNSpec("encoder.layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),),
     # timm models have no model_type: keyed by class
-    "VisionTransformer": FFNSpec("blocks", "mlp.fc1", "mlp.act", "mlp.fc2", norm="mlp.norm"),
+    "VisionTransformer": (_TIMM_VIT,),
+    "Beit": (_TIMM_VIT,),
+    "SwinTransformer": (FFNSpec("layers.*.blocks", "mlp.fc1", "mlp.act", "mlp.fc2", norm="mlp.norm"),),
+    # torch's own
+    "TransformerEncoder": (_TORCH,),
+    "TransformerDecoder": (_TORCH,),
 }
 
 
-def register_ffn(key: str, spec: FFNSpec) -> None:
+def register_ffn(key: str, *specs: FFNSpec) -> None:
     """Add or replace the row of an architecture.
 
     Args:
         key: ``model.config.model_type`` or, for models without one, the name of the model's class.
-        spec: where its FFNs are.
+        *specs: where its FFNs are. Several for a model with several stacks of layers, or with FFNs of
+            several kinds; those that the model has are taken, in this order.
+
+    Raises:
+        ConversionError: no spec.
     """
-    _REGISTRY[key] = spec
+    if not specs:
+        raise ConversionError(f"register_ffn('{key}') needs at least one FFNSpec")
+    _REGISTRY[key] = specs
 
 
-def registered_ffns() -> dict[str, FFNSpec]:
+def registered_ffns() -> dict[str, tuple[FFNSpec, ...]]:
     """A copy of the registry."""
     return dict(_REGISTRY)
+
+
+class FunctionActivation(nn.Module):
+    """A plain function in the place of an activation module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.function(z)
 
 
 @dataclass(frozen=True)
@@ -93,11 +156,18 @@ class FFN:
 
     @property
     def activation(self) -> nn.Module:
-        return self.layer.get_submodule(self.spec.activation)
+        found = _attribute(self.layer, self.spec.activation)
+        return found if isinstance(found, nn.Module) else FunctionActivation(found)
 
     def replace(self, path: str, module: nn.Module) -> None:
-        """Put ``module`` at ``path`` below this layer."""
-        self.layer.set_submodule(path, module)
+        """Put ``module`` at ``path`` below this layer; a :class:`FunctionActivation` as the function that it holds."""
+        prefix, _, name = path.rpartition(".")
+        parent = self.layer.get_submodule(prefix)
+        if isinstance(module, FunctionActivation):
+            delattr(parent, name)
+            setattr(parent, name, module.function)
+        else:
+            setattr(parent, name, module)
 
     def inputs(self) -> list[tuple[str, nn.Module]]:
         """The in-projections with their paths: one, or two for a gated FFN."""
@@ -111,10 +181,36 @@ class FFN:
         """Dimension of an in-projection's weight that counts neurons."""
         return 1 if self.spec.transposed else 0
 
+    @property
+    def d(self) -> int:
+        """Number of neurons."""
+        return self.values().shape[1]
+
     def keys(self) -> Tensor:
         """Key vectors, one row a neuron: ``[d, h]``, a view of the weight."""
         weight = cast(Tensor, self.proj_in.weight)
+        rows = weight.t() if self.spec.transposed else weight
+        return rows.chunk(2)[0] if self.spec.fused else rows
+
+    def key_bias(self) -> Tensor | None:
+        """Bias of the pre-activations ``[d]``, a view, or None."""
+        bias = cast(Tensor | None, self.proj_in.bias)
+        return bias.chunk(2)[0] if self.spec.fused and bias is not None else bias
+
+    def values(self) -> Tensor:
+        """Value vectors, one column a neuron: ``[h, d]``, a view of the weight."""
+        weight = cast(Tensor, self.proj_out.weight)
         return weight.t() if self.spec.transposed else weight
+
+    def up(self, x: Tensor) -> Tensor:
+        """Up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
+        if self.spec.fused:
+            return cast(Tensor, self.proj_in(x).chunk(2, dim=-1)[1])
+        return cast(Tensor, cast(nn.Module, self.proj_up)(x))
+
+    @property
+    def gated(self) -> bool:
+        return self.spec.fused or self.spec.proj_up is not None
 
     @torch.no_grad()
     def permute_(self, permutation: Tensor) -> None:
@@ -126,20 +222,26 @@ class FFN:
         dim = self.neuron_dim_in
         for _, module in self.inputs():
             weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
-            order = permutation.to(weight.device)
-            weight.copy_(weight.index_select(dim, order))
-            if bias is not None:
-                bias.copy_(bias[order])
+            for part in self.parts(weight, dim):
+                part.copy_(part.index_select(dim, permutation.to(weight.device)))
+            for part in self.parts(bias, 0) if bias is not None else ():
+                part.copy_(part[permutation.to(weight.device)])
         values = cast(Tensor, self.proj_out.weight)
         values.copy_(values.index_select(1 - dim, permutation.to(values.device)))
 
+    def parts(self, tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """Views of an in-projection's tensor, each with one entry a neuron along ``dim``: two where it is fused."""
+        return tensor.chunk(2, dim) if self.spec.fused else (tensor,)
 
-def find_spec(model: nn.Module) -> FFNSpec:
+
+def find_specs(model: nn.Module) -> tuple[FFNSpec, ...]:
     """The registry row of a model.
 
     Raises:
         ConversionError: the architecture has no row.
     """
+    if hasattr(model, "get_base_model"):  # a PEFT model
+        model = cast(Any, model).get_base_model()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     names = [*([model_type] if model_type else []), *(cls.__name__ for cls in type(model).__mro__)]
     for name in names:
@@ -147,36 +249,56 @@ def find_spec(model: nn.Module) -> FFNSpec:
             return _REGISTRY[name]
     raise ConversionError(
         f"no FFN row for architecture '{names[0]}'{did_you_mean(names[0], _REGISTRY)}. "
-        "Add one with emoe.register_ffn(name, emoe.FFNSpec(...))"
+        "Add one with emoe.register_ffn(name, emoe.FFNSpec(...)), or convert the part of the model that has one"
     )
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
-    """All FFNs of a model, first layer first.
+    """All FFNs of a model, first layer first, numbered through.
 
     Raises:
         ConversionError: unknown architecture, no or several lists of layers, or a layer without
             the modules that the row names.
     """
-    spec = find_spec(model)
-    found = [
+    specs = find_specs(model)
+    found = [(spec, prefix, layer) for spec in specs for prefix, layer in _layers(model, spec)]
+    if not found:
+        wanted = " or ".join(sorted({f"'{spec.layers}'" for spec in specs}))
+        raise ConversionError(f"{type(model).__name__} has no list of layers {wanted}")
+    fitting = [(spec, name, layer) for spec, name, layer in found if not spec.missing(layer)]
+    if len(specs) == 1 and len(fitting) < len(found):
+        spec, name, layer = next((spec, name, layer) for spec, name, layer in found if spec.missing(layer))
+        raise ConversionError(f"{name} has no module '{spec.missing(layer)}', which the row of its architecture names")
+    if not fitting:
+        tried = ", ".join(sorted({path for spec, _, layer in found if (path := spec.missing(layer))}))
+        raise ConversionError(
+            f"no layer of {type(model).__name__} has an FFN of a known kind; missing modules: {tried}"
+        )
+    return [FFN(index, name, layer, spec) for index, (spec, name, layer) in enumerate(fitting)]
+
+
+def _layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]:
+    """The layers of the lists that a row names, with their qualified names."""
+    pattern = re.compile(r"(.*\.)?" + re.escape(spec.layers).replace(r"\*", r"[^.]+"))
+    lists = [
         (name, module)
         for name, module in model.named_modules()
-        if (name == spec.layers or name.endswith(f".{spec.layers}"))
-        and isinstance(module, nn.ModuleList | nn.Sequential)
+        if pattern.fullmatch(name) and isinstance(module, nn.ModuleList | nn.Sequential)
     ]
-    if len(found) != 1:
-        where = ", ".join(name for name, _ in found) or "none"
-        raise ConversionError(f"expected one list of layers '{spec.layers}' in {type(model).__name__}, found: {where}")
-    prefix, layers = found[0]
-    ffns = [FFN(index, f"{prefix}.{index}", layer, spec) for index, layer in enumerate(layers)]
-    for ffn in ffns:
-        for path in filter(None, (spec.proj_in, spec.proj_up, spec.activation, spec.proj_out)):
-            try:
-                ffn.layer.get_submodule(path)
-            except AttributeError as error:
-                raise ConversionError(f"{ffn.name} has no module '{path}' ({error})") from error
-    return ffns
+    if len(lists) > 1 and "*" not in spec.layers:
+        raise ConversionError(
+            f"{type(model).__name__} has several lists of layers '{spec.layers}': {', '.join(name for name, _ in lists)}. "
+            "Convert the part of the model that holds the one you mean"
+        )
+    return [(f"{name}.{place}", layer) for name, module in lists for place, layer in enumerate(module)]
+
+
+def _attribute(layer: nn.Module, path: str) -> Any:
+    """What stands at a dotted path below a layer, or None."""
+    try:
+        return operator.attrgetter(path)(layer)
+    except AttributeError:
+        return None
 
 
 def resolve_layers(layers: Layers, count: int) -> list[int]:

@@ -4,8 +4,8 @@ A folder holds what the library of the model writes (``model.safetensors``, ``co
 
 - ``emoe_config.json``: the :class:`emoe.EMoEConfig` or :class:`emoe.GMoEConfig`;
 - ``emoe_partition.safetensors``: permutations, and the key norms that tie the sidecar to its weights;
-- ``emoe_extra.safetensors``: parameters that the stock class has no place for, if there are any: those
-  of learned routers, and GMoE's copied projections.
+- ``emoe_extra.safetensors``: what the stock class has no place for, if there is any: learned routers,
+  running gates, output biases of single experts, and GMoE's copied projections.
 
 An EMoE's checkpoint loads into the stock dense class as it is; a GMoE's is refused there, because
 its shapes differ. Nothing is ever unpickled.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -27,15 +27,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from emoe.architectures import FFN, find_ffns
+from emoe.checks import check_divisible
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
-from emoe.convert import attach, widen
+from emoe.convert import attach, padding_watches, widen
 from emoe.errors import CheckpointError, ConfigError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
-from emoe.partitioning import check_divisible
+from emoe.partitioning import is_permutation
 
 CONFIG_FILE = "emoe_config.json"
 PARTITION_FILE = "emoe_partition.safetensors"
 EXTRA_FILE = "emoe_extra.safetensors"
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _NORM_TOLERANCE = 0.02  # key norms survive a cast to bf16 within this
 
 
@@ -56,33 +58,40 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise ConversionError("save_pretrained: merge the adapters first (model = model.merge_and_unload())")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    routers = {name for name in model.state_dict() if _is_router(name, layers, model)}
-    _save_weights(model, folder, {name: tensor for name, tensor in model.state_dict().items() if name not in routers})
-    ffns = {ffn.index: ffn for ffn in find_ffns(model)}
+    save_weights(model, folder, _stock_state(model))
     tensors: dict[str, Tensor] = {}
     for layer in layers:
-        tensors[f"key_norms.{layer.ffn_index}"] = _key_norms(ffns[layer.ffn_index])
+        tensors[f"key_norms.{layer.ffn_index}"] = _key_norms(layer.ffn)
         if layer.permutation is not None:
             tensors[f"permutation.{layer.ffn_index}"] = layer.permutation.contiguous()
     save_file(tensors, folder / PARTITION_FILE)
-    extra = {
-        name: tensor.detach().cpu().contiguous()
-        for layer in layers
-        for name, tensor in _extra(layer, ffns[layer.ffn_index]).items()
-    }
+    extra = {name: tensor.detach().cpu().contiguous() for layer in layers for name, tensor in _extra(layer).items()}
     if extra:
         save_file(extra, folder / EXTRA_FILE)
+    else:
+        (folder / EXTRA_FILE).unlink(missing_ok=True)
     text = {"config": layers[0].config.to_dict(), "layers": [layer.ffn_index for layer in layers]}
     (folder / CONFIG_FILE).write_text(json.dumps(text, indent=2) + "\n")
 
 
-def _extra(layer: RoutedActivation, ffn: FFN) -> dict[str, Tensor]:
-    """Parameters of one layer beyond the dense model's, by ``"<layer>.<name>"``."""
-    found = (
-        {}
-        if layer.router is None
-        else {f"{ffn.index}.router.{name}": tensor for name, tensor in layer.router.state_dict().items()}
-    )
+def _stock_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state that the stock class has a place for, with one output bias a layer."""
+    state = dict(model.state_dict())
+    for path, layer in model.named_modules():
+        if not isinstance(layer, RoutedActivation):
+            continue
+        for name in layer.state_dict():
+            del state[f"{path}.{name}"]
+        if layer.output_bias is not None:
+            proj_out = next(name for name, module in model.named_modules() if module is layer.ffn.proj_out)
+            state[f"{proj_out}.bias"] = layer.mean_output_bias()
+    return state
+
+
+def _extra(layer: RoutedActivation) -> dict[str, Tensor]:
+    """State of one layer beyond the dense model's, by ``"<layer>.<name>"``."""
+    ffn = layer.ffn
+    found = {f"{ffn.index}.routing.{name}": tensor for name, tensor in layer.state_dict().items()}
     if isinstance(layer.config, GMoEConfig):
         for path in _projections(ffn):
             found |= {
@@ -96,23 +105,21 @@ def _projections(ffn: FFN) -> list[str]:
     return [*(path for path, _ in ffn.inputs()), ffn.spec.proj_out]
 
 
-def _is_router(name: str, layers: list[RoutedActivation], model: nn.Module) -> bool:
-    paths = [path for path, module in model.named_modules() if any(module is layer for layer in layers)]
-    return any(name.startswith(f"{path}.router.") for path in paths)
-
-
-def _save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
+def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write a model as its own library does, with another state where one is given; a plain module as its tensors."""
+    state = model.state_dict() if state is None else state
     if hasattr(model, "save_pretrained"):
         cast(Any, model).save_pretrained(folder, state_dict=state)
-    elif hasattr(model, "pretrained_cfg"):
+        return
+    if hasattr(model, "pretrained_cfg"):
         from timm.models._hub import save_config_for_hf
 
         save_config_for_hf(model, str(folder / "config.json"))
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
-    else:
-        raise ConversionError(
-            f"{type(model).__name__} is neither a transformers nor a timm model; use emoe.to_dense_ and torch's own saving"
-        )
+    # tied tensors are written under each of their names
+    save_file(
+        {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()},
+        folder / "model.safetensors",
+    )
 
 
 def _key_norms(ffn: FFN) -> Tensor:
@@ -123,7 +130,8 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     """Load what :func:`save_pretrained` wrote.
 
     Args:
-        loader: a transformers class (``AutoModelForSequenceClassification``) or ``timm.create_model``.
+        loader: a transformers class (``AutoModelForSequenceClassification``), ``timm.create_model``, or for a
+            plain module whatever builds the dense model.
         folder: the checkpoint folder.
         **options: passed to the loader.
 
@@ -131,10 +139,9 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         CheckpointError: a missing or damaged file, or a sidecar of other weights.
     """
     folder = Path(folder)
-    config, indices = _read_config(folder / CONFIG_FILE)
-    tensors = _read(folder / PARTITION_FILE)
-    extra = _read(folder / EXTRA_FILE) if (folder / EXTRA_FILE).exists() else {}
-    model = _load_model(loader, folder, options, copies=isinstance(config, GMoEConfig))
+    config, indices, tensors, extra = read_sidecars(folder)
+    load = _load_around_copies if isinstance(config, GMoEConfig) else load_stock
+    model = load(loader, folder, **options)
     ffns = {ffn.index: ffn for ffn in find_ffns(model)}
     missing = [index for index in indices if index not in ffns or f"key_norms.{index}" not in tensors]
     if missing:
@@ -144,15 +151,19 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     chosen = [ffns[index] for index in indices]
     if isinstance(config, EMoEConfig):
         check_divisible(chosen, config.num_experts)
+    for ffn in chosen if isinstance(config, EMoEConfig) else []:
+        if not is_permutation(tensors.get(f"permutation.{ffn.index}"), ffn.d):
+            raise CheckpointError(f"{folder / PARTITION_FILE} has no permutation of {ffn.name}'s {ffn.d} neurons")
+    padding = padding_watches(model, chosen, config)
     for ffn in chosen:
         if isinstance(config, GMoEConfig):
             widen(ffn, config.num_experts)
+        layer = attach(ffn, config, tensors.get(f"permutation.{ffn.index}"), padding.get(ffn.index))
+        if isinstance(config, GMoEConfig):
             for path in _projections(ffn):
                 _restore(ffn.layer.get_submodule(path), f"{ffn.index}.{path}.", extra, folder)
         _check_norms(ffn, tensors[f"key_norms.{ffn.index}"], folder)
-        layer = attach(ffn, config, tensors.get(f"permutation.{ffn.index}"))
-        if layer.router is not None:
-            _restore(layer.router, f"{ffn.index}.router.", extra, folder)
+        _restore(layer, f"{ffn.index}.routing.", extra, folder)
     return model.eval()
 
 
@@ -164,6 +175,18 @@ def _restore(module: nn.Module, prefix: str, extra: dict[str, Tensor], folder: P
         raise CheckpointError(
             f"{folder / EXTRA_FILE} does not hold '{prefix}*' as the model needs it: {error}"
         ) from error
+
+
+def read_sidecars(folder: Path) -> tuple[EMoEConfig | GMoEConfig, list[int], dict[str, Tensor], dict[str, Tensor]]:
+    """Configuration, layer numbers, permutations with key norms, and extra state of a converted checkpoint.
+
+    Raises:
+        CheckpointError: a missing or damaged file.
+    """
+    config, indices = _read_config(folder / CONFIG_FILE)
+    tensors = _read(folder / PARTITION_FILE)
+    extra = _read(folder / EXTRA_FILE) if (folder / EXTRA_FILE).exists() else {}
+    return config, indices, tensors, extra
 
 
 def _read_config(path: Path) -> tuple[EMoEConfig | GMoEConfig, list[int]]:
@@ -187,27 +210,45 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def _load_model(loader: Any, folder: Path, options: Mapping[str, Any], *, copies: bool) -> nn.Module:
-    load: Callable[..., nn.Module] = getattr(loader, "from_pretrained", loader)
+def load_stock(loader: Any, folder: Path, **options: Any) -> nn.Module:
+    """Load an ordinary checkpoint, safetensors only.
+
+    Raises:
+        CheckpointError: no safetensors, or damaged or other ones.
+    """
+    if not any((folder / name).exists() for name in WEIGHT_FILES):
+        raise CheckpointError(f"{folder} holds no {' or '.join(WEIGHT_FILES)}; other formats are not read")
     try:
-        if getattr(loader, "__module__", "").startswith("timm."):
-            model = load(f"local-dir:{folder}", pretrained=not copies, **options)
-            if copies:
-                _load_matching(model, folder / "model.safetensors")
-            return model
-        if not copies:
-            return load(str(folder), **options)
-        with _quiet():  # the mismatch that it would report is GMoE's own
-            return load(str(folder), ignore_mismatched_sizes=True, **options)
+        if hasattr(loader, "from_pretrained"):
+            return cast(nn.Module, loader.from_pretrained(str(folder), use_safetensors=True, **options))
+        if _is_timm(loader):
+            return cast(nn.Module, loader(f"local-dir:{folder}", **{"pretrained": True, **options}))
+        model = cast(nn.Module, loader(**options))
+        model.load_state_dict(_read(folder / WEIGHT_FILES[0]))
+        return model
     except SafetensorError as error:
         raise CheckpointError(f"the weights in {folder} are damaged: {error}") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {folder} are not those of this model: {error}") from error
 
 
-def _load_matching(model: nn.Module, path: Path) -> None:
-    """Load the tensors whose shapes are the stock model's; the others are restored apart."""
+def _load_around_copies(loader: Any, folder: Path, **options: Any) -> nn.Module:
+    """Load what of a GMoE's checkpoint fits the stock class; its copied projections are restored apart."""
+    if hasattr(loader, "from_pretrained"):
+        with _quiet():  # the mismatch that it would report is GMoE's own
+            return load_stock(loader, folder, ignore_mismatched_sizes=True, **options)
+    model = loader(f"local-dir:{folder}", pretrained=False, **options) if _is_timm(loader) else loader(**options)
     own = model.state_dict()
-    state = {name: tensor for name, tensor in _read(path).items() if name in own and own[name].shape == tensor.shape}
-    model.load_state_dict(state, strict=False)
+    state = _read(folder / WEIGHT_FILES[0])
+    model.load_state_dict(
+        {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape},
+        strict=False,
+    )
+    return cast(nn.Module, model)
+
+
+def _is_timm(loader: Any) -> bool:
+    return str(getattr(loader, "__module__", "")).startswith("timm.")
 
 
 @contextmanager

@@ -76,6 +76,13 @@ def inertia(rows: Tensor, labels: Tensor, num_clusters: int) -> float:
     return float((rows.square().sum() - (sums.square().sum(1) / counts).sum()).clamp(min=0))
 
 
+def explained_share(points: Tensor, labels: Tensor, num_clusters: int) -> float:
+    """Share of the variance between the L2-normalised ``points`` ``[n, h]`` that a grouping explains, 0 to 1."""
+    rows = F.normalize(points.detach().float(), dim=1)
+    total = inertia(rows, torch.zeros_like(labels), 1)
+    return 1.0 - inertia(rows, labels, num_clusters) / total if total > 0 else 0.0
+
+
 def _sums(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     return rows.new_zeros(num_clusters, rows.shape[1]).index_add_(0, labels, rows)
 

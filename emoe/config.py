@@ -11,37 +11,111 @@ from typing import Any, ClassVar, Literal, Self, cast
 from emoe.errors import ConfigError, did_you_mean
 
 Layers = str | tuple[int, ...]
-Partition = Literal["kmeans", "random", "contiguous"]
+Partition = Literal["kmeans", "random", "contiguous", "coactivation"]
 Router = Literal["avg_k", "cosine"]
 Selection = Literal["top", "bottom", "not_top", "random"]
+Score = Literal["keys", "gate", "up", "up_abs", "inter", "inter_abs"]
 Weighting = Literal["binary", "softmax", "softmax_times_k"]
 Backend = Literal["auto", "masked"]
+BalanceLoss = Literal["corrected", "published"]
+DropoutPosition = Literal["before", "after"]
+OutputBias = Literal["shared", "per_expert"]
 
 CONFIG_VERSION = 1
+
+# The authors' Tutel layer with the settings of their language scripts.
+_TUTEL: dict[str, Any] = {
+    "capacity_factor": 1.5,
+    "count_padding": True,
+    "router_noise": 1.0,
+    "aux_loss_coefficient": 0.01,
+    "balance_loss": "published",
+    "expert_dropout": 0.1,
+    "dropout_position": "before",
+    "output_bias": "per_expert",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """What every routed FFN has in common. Use :class:`EMoEConfig` or :class:`GMoEConfig`."""
+    """What every routed FFN has in common. Use :class:`EMoEConfig` or :class:`GMoEConfig`.
+
+    Attributes:
+        num_experts: N. EMoE: must divide the FFN's width.
+        top_k: experts that each token uses.
+        layers: which FFNs: ``[8, 10]``, ``"all"``, ``"last:2"`` (the last two), ``"last-half:2"``
+            (every second one of the latter half) or a slice such as ``"8:12:2"``.
+        backend: ``masked`` is the reference; ``auto`` picks the best available.
+        score_threshold: in evaluation, use every expert whose score is at least this, and the best one
+            in any case, instead of ``top_k``; None for always ``top_k``. See :func:`emoe.set_top_k_`.
+        capacity_factor: None for no limit. A number c limits each expert to
+            ``top_k * int(c * ceil(T / N))`` of a forward pass's T tokens; assignments beyond that are
+            dropped, those of the most confident tokens last (batch-prioritised routing).
+        count_padding: padding tokens take places under the capacity and count in the balance loss.
+            When false they do neither: the model is then to be called with its ``attention_mask``.
+        router_noise: standard deviation, times num_experts, of the noise on training scores.
+        aux_loss_coefficient: weight that :func:`emoe.aux_loss` gives to the balance loss.
+        balance_loss: ``corrected``, or ``published`` for the authors' formula, which compares
+            probabilities with scores (see :func:`emoe.routing.balance_loss`).
+        expert_dropout: dropout on the hidden neurons of the converted FFNs.
+        dropout_position: ``after`` the activation (the authors' vision code) or ``before`` it (language).
+        output_bias: ``shared`` keeps the FFN's one output bias. ``per_expert`` gives each expert its own,
+            at first the FFN's divided by the number of experts in use, as the authors' Tutel layer does.
+        version: of the configuration's format.
+    """
 
     kind: ClassVar[str]
+    _published: ClassVar[dict[str, dict[str, Any]]]
 
     num_experts: int
     top_k: int
     layers: Layers | Sequence[int] = "last-half:2"
     backend: Backend = "auto"
+    score_threshold: float | None = None
+    capacity_factor: float | None = None
+    count_padding: bool = False
     router_noise: float = 0.0
     aux_loss_coefficient: float = 0.0
+    balance_loss: BalanceLoss = "corrected"
     expert_dropout: float = 0.0
+    dropout_position: DropoutPosition = "after"
+    output_bias: OutputBias = "shared"
     version: int = CONFIG_VERSION
 
     def __new__(cls, *_args: object, **values: object) -> Self:
         # Checked here because the generated __init__ would only raise Python's own TypeError.
-        names = [field.name for field in dataclasses.fields(cls)]
+        fields = dataclasses.fields(cls)
+        names = [field.name for field in fields]
         for name in values:
             if name not in names:
                 raise ConfigError(f"{cls.__name__} has no field '{name}'{did_you_mean(name, names)}")
+        for field in fields if values else ():  # copy.copy calls without any
+            if field.default is dataclasses.MISSING and field.name not in values:
+                raise ConfigError(f"{cls.__name__} needs the field '{field.name}'")
         return super().__new__(cls)
+
+    @classmethod
+    def as_published(cls, implementation: str, **values: Any) -> Self:
+        """The authors' own settings instead of the clean method's.
+
+        Args:
+            implementation: ``"tutel"``, their language and vision code: capacity 1.5, router noise,
+                balance loss, dropout inside the experts, an output bias per expert. For EMoE also
+                ``"llama"``, their block mask on gated FFNs.
+            **values: the other fields, and those to set otherwise (their vision code has
+                ``dropout_position="after"``). Their ``capacity_factor=0``, no limit, is None here.
+
+        Raises:
+            ConfigError: an unknown implementation, field or value.
+        """
+        if implementation not in cls._published:
+            raise ConfigError(
+                f"{cls.__name__}.as_published: implementation is {implementation!r}"
+                f"{did_you_mean(implementation, cls._published)}"
+            )
+        if values.get("capacity_factor", 1) == 0:
+            values["capacity_factor"] = None
+        return cls(**{**cls._published[implementation], **values})
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -56,6 +130,14 @@ class RoutingConfig:
         for name in ("router_noise", "aux_loss_coefficient"):
             self._check_number(name, low=0.0)
         self._check_number("expert_dropout", low=0.0, below=1.0)
+        if self.score_threshold is not None:
+            self._check_number("score_threshold", low=float("-inf"))
+        if self.capacity_factor is not None:
+            self._check_number("capacity_factor", low=0.0)
+            if self.capacity_factor == 0:
+                raise self._error("capacity_factor", "above 0, or null for no limit")
+        if self.balance_loss == "published" and self.aux_loss_coefficient and not self.router_noise:
+            raise self._error("router_noise", "above 0 with balance_loss='published', which divides by it")
         object.__setattr__(self, "layers", self._plain_layers())
 
     def _plain_layers(self) -> Layers:
@@ -69,20 +151,27 @@ class RoutingConfig:
     def _check_choices(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if typing.get_origin(hints[field.name]) is Literal:
                 options = typing.get_args(hints[field.name])
-                value = getattr(self, field.name)
                 if value not in options:
                     raise ConfigError(f"{type(self).__name__}.{field.name} is {value!r}{did_you_mean(value, options)}")
+            elif hints[field.name] is bool and not isinstance(value, bool):
+                raise self._error(field.name, "true or false")
 
     def _check_number(self, name: str, *, low: float, below: float = float("inf")) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < below:
-            bound = f"a number of at least {low}" + (f" and below {below}" if below < float("inf") else "")
-            raise self._error(name, bound)
+            bounds = [f"of at least {low}"] * (low > float("-inf")) + [f"below {below}"] * (below < float("inf"))
+            raise self._error(name, " ".join(["a number", " and ".join(bounds)]).strip())
 
     def _error(self, name: str, wanted: str) -> ConfigError:
         return ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}; it must be {wanted}")
+
+    @property
+    def experts_in_use(self) -> int:
+        """How many experts a token uses: ``top_k``, or the others with ``selection="not_top"``."""
+        return self.top_k
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, with the ``kind`` that :func:`config_from_dict` reads back."""
@@ -101,9 +190,6 @@ class RoutingConfig:
         given = {name: value for name, value in values.items() if name != "kind"}
         if values.get("kind", cls.kind) != cls.kind:
             raise ConfigError(f"{cls.__name__} cannot read a configuration of kind {values['kind']!r}")
-        for field in dataclasses.fields(cls):
-            if field.default is dataclasses.MISSING and field.name not in given:
-                raise ConfigError(f"{cls.__name__} needs the field '{field.name}'")
         return cls(**given)
 
 
@@ -113,52 +199,83 @@ class EMoEConfig(RoutingConfig):
 
     The plain constructor is the method without the confounders of the authors' code: no
     capacity, no router noise, no auxiliary loss, no extra dropout, one shared output bias.
+    :meth:`as_published` gives their settings. Fields beyond those of :class:`RoutingConfig`:
 
     Attributes:
-        num_experts: N. Must divide the FFN's width.
-        top_k: experts that each token uses.
-        layers: which FFNs: ``[8, 10]``, ``"all"``, ``"last:2"`` (the last two), ``"last-half:2"``
-            (every second one of the latter half) or a slice such as ``"8:12:2"``.
         partition: how neurons are grouped: ``kmeans`` (balanced, on L2-normalised keys),
-            ``random`` (seeded), ``contiguous``.
+            ``coactivation`` (the same on how strongly each neuron fires for the tokens of a calibration
+            set), ``random`` (seeded), ``contiguous``.
         partition_seed: seed of the partition.
         router: ``avg_k`` scores an expert by the mean of its keys and has no parameters;
             ``cosine`` is the learned router of EMoE-learn.
         selection: which experts are used: the ``top`` k scores, the ``bottom`` k, all except the
             top k (``not_top``), or k at ``random``.
-        score_bias: add the mean bias of the expert's neurons to its avg-k score (off in the paper).
+        score: what avg-k scores an expert by: ``keys``, the input's product with the mean key (the
+            paper); or a mean over the expert's neurons of: ``gate``, the pre-activation; ``up`` or
+            ``up_abs``, the up-projection of a gated FFN or its size; ``inter`` or ``inter_abs``, what
+            goes into the out-projection or its size. ``up_abs`` and, on gated FFNs, the two ``inter``
+            compute the up-projection a second time.
+        score_bias: add the mean bias of the expert's neurons to the ``keys`` score (off in the paper).
+        normalize_gate: the ``keys`` score takes input and mean keys at unit length.
+        value_norm_weighted: the ``keys`` score weights each key in the mean by the norm of its neuron's value.
+        gate_momentum: m. The mean keys become a running mean: :func:`emoe.retie_gates_`, to be
+            called after each optimiser step, sets them to ``m * before + (1 - m) * mean keys``. With 0
+            they are exactly those of the present weights and there is nothing to call.
         weighting: ``binary`` gives every chosen expert weight 1. ``softmax`` normalises over the
             chosen ones (weights sum to 1, the published EMoE-learn, whose output starts at about
-            1/k of the dense scale); ``softmax_times_k`` multiplies by k and removes that confounder.
-        backend: ``masked`` is the reference; ``auto`` picks the best available.
-        router_noise: standard deviation, times num_experts, of the noise on training scores.
-        aux_loss_coefficient: weight that :func:`emoe.aux_loss` gives to the balance loss.
-        expert_dropout: dropout on the hidden activation of the converted FFNs, after the activation.
+            1/k of the dense scale; with ``top_k=1``, where that would be the constant 1, the weight is the
+            probability among all experts). ``softmax_times_k`` multiplies by k and removes that confounder.
     """
 
     kind: ClassVar[str] = "emoe"
+    _published: ClassVar[dict[str, dict[str, Any]]] = {"tutel": _TUTEL, "llama": {"score": "gate"}}
 
     partition: Partition = "kmeans"
     partition_seed: int = 0
     router: Router = "avg_k"
     selection: Selection = "top"
+    score: Score = "keys"
     score_bias: bool = False
+    normalize_gate: bool = False
+    value_norm_weighted: bool = False
+    gate_momentum: float = 0.0
     weighting: Weighting = "binary"
+
+    @classmethod
+    def as_published(cls, implementation: str, **values: Any) -> Self:
+        """See :meth:`RoutingConfig.as_published`; with ``router="cosine"`` weights are normalised as theirs are."""
+        if values.get("router") == "cosine":
+            values.setdefault("weighting", "softmax")
+        return super().as_published(implementation, **values)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.partition_seed, bool) or not isinstance(self.partition_seed, int):
             raise self._error("partition_seed", "a whole number")
-        if not isinstance(self.score_bias, bool):
-            raise self._error("score_bias", "true or false")
-        if self.score_bias and self.router != "avg_k":
-            raise self._error("score_bias", "false with router='cosine', which does not score by keys")
+        self._check_number("gate_momentum", low=0.0, below=1.0)
+        if self.router == "cosine" and self.score != "keys":
+            raise self._error("score", "'keys' with router='cosine', which learns its scores")
+        for name in ("score_bias", "normalize_gate", "value_norm_weighted", "gate_momentum"):
+            if getattr(self, name) and (self.router != "avg_k" or self.score != "keys"):
+                raise self._error(name, "off unless router is 'avg_k' and score is 'keys', whose mean keys it shapes")
+        if self.score_bias and self.normalize_gate:
+            raise self._error("score_bias", "false with normalize_gate=True: a bias has no unit length")
         if self.router == "cosine" and self.weighting == "binary":
             raise self._error(
                 "weighting", "'softmax' or 'softmax_times_k' with router='cosine', else the router gets no gradient"
             )
+        if self.weighting == "softmax_times_k" and self.top_k == 1 < self.num_experts and self.router == "cosine":
+            raise self._error(
+                "top_k", "at least 2 with weighting='softmax_times_k': the weight of a single expert would be 1"
+            )
         if self.selection == "not_top" and self.top_k == self.num_experts:
             raise self._error("top_k", "below num_experts with selection='not_top', or no expert is left")
+        if self.score_threshold is not None and self.selection != "top":
+            raise self._error("score_threshold", "null unless selection is 'top'")
+
+    @property
+    def experts_in_use(self) -> int:
+        return self.num_experts - self.top_k if self.selection == "not_top" else self.top_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,21 +283,18 @@ class GMoEConfig(RoutingConfig):
     """Replace each chosen FFN by ``num_experts`` full copies and a learned cosine router (paper's baseline).
 
     Weights are normalised over the chosen experts and the output bias is shared, so that the
-    converted model equals the dense one until the copies are trained apart. ``top_k=1`` is
-    refused: a normalised single weight is the constant 1 and the router would learn nothing.
-    Fields are those of :class:`EMoEConfig`.
+    converted model equals the dense one until the copies are trained apart. With ``top_k=1`` a
+    normalised weight would be the constant 1 and the router would learn nothing; the weight is then the
+    probability among all experts, at first about 1/N, as in the authors' layer. Fields are those of
+    :class:`RoutingConfig`.
     """
 
     kind: ClassVar[str] = "gmoe"
+    _published: ClassVar[dict[str, dict[str, Any]]] = {"tutel": {**_TUTEL, "num_experts": 6, "top_k": 1}}
 
     num_experts: int = 6
     top_k: int = 2
     aux_loss_coefficient: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top_k == 1 and self.num_experts > 1:
-            raise self._error("top_k", "at least 2, so that the normalised weights carry a gradient to the router")
 
 
 def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:

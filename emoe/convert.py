@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
 
 from emoe.architectures import FFN, find_ffns, resolve_layers
+from emoe.calibration import Batch
+from emoe.checks import check_divisible, check_gated, check_plain, check_trainable, check_weights
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation, routed_layers
-from emoe.partitioning import Partition, check_divisible, check_keys
+from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
+from emoe.tokens import PaddingWatch, watch_padding
+
+_ALIGNMENT = ("right", "left", *["right"] * 6)
 
 
 @dataclass(frozen=True)
@@ -49,28 +55,39 @@ class ConversionReport:
     added_parameters: int
 
     def __str__(self) -> str:
-        head = f"{'layer':<28}{'neurons':>9}{'experts':>9}{'size':>7}{'top_k':>7}{'explained':>11}{'seconds':>9}"
-        lines = [head, "-" * len(head)]
-        for row in self.layers:
-            explained = "-" if row.explained is None else f"{row.explained:.3f}"
-            seconds = "-" if row.seconds is None else f"{row.seconds:.2f}"
-            lines.append(
-                f"{row.name:<28}{row.neurons:>9}{row.experts:>9}{row.expert_size:>7}{row.top_k:>7}{explained:>11}{seconds:>9}"
-            )
-        lines.append(
-            f"{len(self.layers)} of {self.total_layers} FFNs converted, "
+        rows = [
+            {
+                "layer": row.index,
+                "FFN": row.name,
+                "neurons": row.neurons,
+                "experts": row.experts,
+                "size": row.expert_size,
+                "top_k": row.top_k,
+                "explained": "-" if row.explained is None else f"{row.explained:.3f}",
+                "seconds": "-" if row.seconds is None else f"{row.seconds:.2f}",
+            }
+            for row in self.layers
+        ]
+        table = tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=[1, 6, 7], colalign=_ALIGNMENT)
+        return (
+            f"{table}\n{len(self.layers)} of {self.total_layers} FFNs converted, "
             f"{self.active_neurons:.1%} of FFN neurons active per token, {self.added_parameters:,} parameters added"
         )
-        return "\n".join(lines)
 
 
 def convert_(
-    model: nn.Module, config: EMoEConfig | GMoEConfig, *, partition: Mapping[int, Tensor] | None = None
+    model: nn.Module,
+    config: EMoEConfig | GMoEConfig,
+    *,
+    partition: Mapping[int, Tensor] | None = None,
+    calibration: Iterable[Batch] | None = None,
+    progress: bool = False,
 ) -> ConversionReport:
     """Turn the chosen FFNs of ``model`` into experts, in place (the paper's method).
 
     EMoE permutes each FFN's neurons and routes between blocks of them; state-dict keys and shapes
-    stay the dense model's (plus the router's with ``router="cosine"``). GMoE widens each chosen
+    stay the dense model's (plus the router's with ``router="cosine"``, ``gate`` with ``gate_momentum`` and
+    ``output_bias`` with ``output_bias="per_expert"``). GMoE widens each chosen
     FFN to ``num_experts`` copies. Every check is made before anything is changed.
 
     Args:
@@ -78,62 +95,64 @@ def convert_(
         config: what to build.
         partition: layer number to permutation, from :func:`emoe.partition` or a cache; built here
             when not given. EMoE only.
+        calibration: batches for a co-activation partition, see :func:`emoe.partition`.
+        progress: show a progress bar while neurons are grouped.
 
     Raises:
         ConversionError: the model was converted before, its architecture is unknown, a width does not
-            divide, a norm stands inside an FFN, weights are quantised, wrapped or not finite, or the
-            partition does not fit. The model is unchanged.
+            divide, a norm stands inside an FFN, weights are quantised, sharded, wrapped, shared or not
+            finite, keys are zero or equal (k-means only), the FFN is frozen (GMoE only), it has no
+            up-projection to score by, or the partition does not fit. The model is unchanged.
         ConfigError: ``layers`` matches nothing.
     """
     if routed_layers(model):
         raise ConversionError(f"{type(model).__name__} is converted already; call emoe.to_dense_ first")
     ffns = find_ffns(model)
     chosen = [ffns[i] for i in resolve_layers(config.layers, len(ffns))]  # type: ignore[arg-type]
-    check_keys(chosen)
-    for ffn in chosen:
-        _check_no_norm(ffn)
+    check_weights(model, chosen)
     before = sum(p.numel() for p in model.parameters())
-    neurons = sum(ffn.keys().shape[0] for ffn in ffns)
+    neurons = sum(ffn.d for ffn in ffns)
     if isinstance(config, GMoEConfig):
-        if partition is not None:
+        if partition is not None or calibration is not None:
             raise ConversionError("GMoE copies whole FFNs; it takes no partition")
-        reports = [_copy(ffn, config) for ffn in chosen]
+        check_trainable(chosen)
+        padding = padding_watches(model, chosen, config)
+        reports = [_copy(ffn, config, padding.get(ffn.index)) for ffn in chosen]
         active = neurons + sum(r.expert_size * (config.top_k - 1) for r in reports)
     else:
         check_divisible(chosen, config.num_experts)
+        if config.score in ("up", "up_abs"):
+            check_gated(chosen)
         if partition is None:
-            partition = build_partition(model, config)
+            partition = build_partition(model, config, calibration=calibration, progress=progress)
         _check_partition(chosen, partition)
-        reports = [_split(ffn, config, partition) for ffn in chosen]
-        used = config.num_experts - config.top_k if config.selection == "not_top" else config.top_k
-        active = neurons - sum(r.expert_size * (config.num_experts - used) for r in reports)
+        padding = padding_watches(model, chosen, config)
+        reports = [_split(ffn, config, partition, padding.get(ffn.index)) for ffn in chosen]
+        active = neurons - sum(r.expert_size * (config.num_experts - config.experts_in_use) for r in reports)
     added = sum(p.numel() for p in model.parameters()) - before
     return ConversionReport(tuple(reports), len(ffns), active / neurons, added)
 
 
-def _check_no_norm(ffn: FFN) -> None:
-    if ffn.spec.norm is None:
-        return
-    norm = ffn.layer.get_submodule(ffn.spec.norm)
-    if not isinstance(norm, nn.Identity):
-        raise ConversionError(
-            f"{ffn.name}.{ffn.spec.norm} is {type(norm).__name__}: a norm between activation and out-projection mixes the experts"
-        )
+def padding_watches(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> dict[int, PaddingWatch]:
+    """What tells the routed layers which tokens are padding, where the configuration makes them care."""
+    cares = not config.count_padding and (config.capacity_factor is not None or config.aux_loss_coefficient > 0)
+    return watch_padding(model, ffns) if cares else {}
 
 
 def _check_partition(chosen: list[FFN], partition: Mapping[int, Tensor]) -> None:
     for ffn in chosen:
         if ffn.index not in partition:
             raise ConversionError(f"the partition has no layer {ffn.index}; it has {sorted(partition)}")
-        d = ffn.keys().shape[0]
-        if not torch.equal(partition[ffn.index].sort().values.cpu(), torch.arange(d)):
-            raise ConversionError(f"the partition's layer {ffn.index} is no permutation of {ffn.name}'s {d} neurons")
+        if not is_permutation(partition[ffn.index], ffn.d):
+            raise ConversionError(
+                f"the partition's layer {ffn.index} is no permutation of {ffn.name}'s {ffn.d} neurons"
+            )
 
 
-def _split(ffn: FFN, config: EMoEConfig, partition: Mapping[int, Tensor]) -> LayerReport:
+def _split(ffn: FFN, config: EMoEConfig, partition: Mapping[int, Tensor], padding: PaddingWatch | None) -> LayerReport:
     permutation = partition[ffn.index].cpu()
     ffn.permute_(permutation)
-    attach(ffn, config, permutation)
+    attach(ffn, config, permutation, padding)
     notes = partition if isinstance(partition, Partition) else Partition({})
     return _report(
         ffn,
@@ -144,10 +163,10 @@ def _split(ffn: FFN, config: EMoEConfig, partition: Mapping[int, Tensor]) -> Lay
     )
 
 
-def _copy(ffn: FFN, config: GMoEConfig) -> LayerReport:
-    size = ffn.keys().shape[0]
+def _copy(ffn: FFN, config: GMoEConfig, padding: PaddingWatch | None) -> LayerReport:
+    size = ffn.d
     widen(ffn, config.num_experts)
-    attach(ffn, config, None)
+    attach(ffn, config, None, padding)
     return _report(ffn, config, size, None, None)
 
 
@@ -159,9 +178,11 @@ def _report(
     )
 
 
-def attach(ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None) -> RoutedActivation:
+def attach(
+    ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None, padding: PaddingWatch | None
+) -> RoutedActivation:
     """Put the router in place on weights that are in expert order already."""
-    layer = RoutedActivation(ffn, config, permutation).train(ffn.layer.training)
+    layer = RoutedActivation(ffn, config, permutation, padding).train(ffn.layer.training)
     ffn.replace(ffn.spec.activation, layer)
     return layer
 
@@ -170,29 +191,37 @@ def attach(ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None
 def widen(ffn: FFN, copies: int) -> None:
     """Replace the projections by ``copies`` copies side by side; the output bias stays single."""
     dim = ffn.neuron_dim_in
+
+    def repeat_in(tensor: Tensor, dim: int) -> Tensor:
+        return torch.cat([part for part in ffn.parts(tensor, dim) for _ in range(copies)], dim)
+
     for path, module in ffn.inputs():
-        ffn.replace(path, _repeated(module, copies, dim, repeat_bias=True))
-    ffn.replace(ffn.spec.proj_out, _repeated(ffn.proj_out, copies, 1 - dim, repeat_bias=False))
+        weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
+        wide = _like(module, repeat_in(weight, dim), None if bias is None else repeat_in(bias, 0))
+        ffn.replace(path, wide)
+    module = ffn.proj_out
+    values, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
+    ffn.replace(
+        ffn.spec.proj_out, _like(module, torch.cat([values] * copies, 1 - dim), None if bias is None else bias.clone())
+    )
 
 
-def _repeated(module: nn.Module, copies: int, dim: int, *, repeat_bias: bool) -> nn.Module:
-    """A module of the same class and settings whose weight is repeated along ``dim``."""
-    weight, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter | None, module.bias)
-    repeats = [copies if i == dim else 1 for i in range(2)]
+def _like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A module of the same class and settings with other weights; its sizes follow them."""
     wide = module.__class__.__new__(module.__class__)
     nn.Module.__init__(wide)
     wide.training = module.training
     for name, value in vars(module).items():
         if not name.startswith("_") and name != "training":
             setattr(wide, name, value)
-    for name in ("out_features", "nf") if repeat_bias else ("in_features", "nx"):
+    # nn.Linear stores [out, in] and GPT-2's Conv1D [in, out]
+    for name, size in zip(("out_features", "in_features", "nx", "nf"), (*weight.shape, *weight.shape), strict=True):
         if hasattr(wide, name):
-            setattr(wide, name, getattr(wide, name) * copies)
-    wide.weight = nn.Parameter(weight.repeat(repeats), requires_grad=weight.requires_grad)
-    if bias is None:
-        wide.register_parameter("bias", None)
-    else:
-        wide.bias = nn.Parameter(bias.repeat(copies) if repeat_bias else bias.clone(), requires_grad=bias.requires_grad)
+            setattr(wide, name, size)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        old = cast(Tensor | None, getattr(module, name))
+        trains = old is not None and old.requires_grad
+        wide.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=trains))
     return wide
 
 
@@ -200,7 +229,8 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     """Fold the experts back into the dense FFN, in place: the routing is removed (EMoE2Dense).
 
     The weights stay as they are, so for a model whose every expert was in use
-    (``top_k == num_experts``) the function does not change.
+    (``top_k == num_experts``) the function does not change. Output biases of single experts become one:
+    ``k / N`` times their sum, which is the FFN's own bias until they are trained. Adapters stay where they are.
 
     Args:
         model: a model converted with an :class:`EMoEConfig`.
@@ -218,17 +248,10 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         raise ConversionError(f"{type(model).__name__} has no routed FFN to fold back")
     if any(isinstance(layer.config, GMoEConfig) for layer in layers):
         raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained apart")
-    ffns = {layer.ffn_index: _ffn_of(model, layer) for layer in layers}
     if restore_order:
-        check_keys(ffns.values())
+        check_plain(layer.ffn for layer in layers)
     for layer in layers:
-        ffn = ffns[layer.ffn_index]
-        layer.remove_hook()
-        ffn.replace(ffn.spec.activation, layer.activation)
+        layer.remove_()
         if restore_order and layer.permutation is not None:
-            ffn.permute_(torch.argsort(layer.permutation))
+            layer.ffn.permute_(torch.argsort(layer.permutation))
     return model
-
-
-def _ffn_of(model: nn.Module, layer: RoutedActivation) -> FFN:
-    return next(ffn for ffn in find_ffns(model) if ffn.index == layer.ffn_index)

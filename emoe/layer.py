@@ -7,6 +7,7 @@ Everything else, from the projections to LoRA, saving and sharding, stays what i
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,7 +16,20 @@ from torch.nn import functional as F
 
 from emoe.architectures import FFN
 from emoe.config import EMoEConfig, GMoEConfig
-from emoe.routing import CosineRouter, avg_k_scores, balance_loss, expert_weights, select_experts
+from emoe.errors import ConversionError
+from emoe.routing import (
+    CosineRouter,
+    balance_loss,
+    block_means,
+    expert_means,
+    expert_weights,
+    key_scores,
+    places_within_capacity,
+    select_experts,
+    slot_mask,
+    slots_above,
+)
+from emoe.tokens import PaddingWatch
 
 if TYPE_CHECKING:
     from emoe.records import LayerRecord
@@ -29,41 +43,95 @@ class RoutedActivation(nn.Module):
 
     Attributes:
         activation: the FFN's own activation.
-        router: the learned router, or None for avg-k.
-        ffn_name: qualified name of the layer.
-        ffn_index: number of the layer.
+        ffn: the FFN that it stands in.
+        config: how it routes.
         permutation: ``[d]`` on the CPU, kept for provenance and to undo the conversion.
+        router: the learned router, or None for avg-k.
+        gate: running mean keys ``[N, h]``, float32, where ``gate_momentum`` asks for them, or None.
+        output_bias: ``[N, h]``, where the configuration says ``per_expert`` and the FFN has a bias, or None;
+            the out-projection's own bias is then zero and stays so.
         aux_loss: balance loss of the last forward pass, None before the first or where not asked for.
         record: where :func:`emoe.record_routing` collects; None when it does not.
+        padding: tells which tokens are padding, for a configuration that has to know; None otherwise.
     """
 
-    def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None) -> None:
+    router: CosineRouter | None
+    gate: Tensor | None
+    output_bias: nn.Parameter | None
+
+    def __init__(
+        self, ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None, padding: PaddingWatch | None = None
+    ) -> None:
         super().__init__()
         keys = ffn.keys()
         self.activation = ffn.activation
         self.config = config
-        self.ffn_name = ffn.name
-        self.ffn_index = ffn.index
         self.permutation = permutation
-        self.learned = isinstance(config, GMoEConfig) or config.router == "cosine"
-        self.router = (
-            CosineRouter(keys.shape[1], config.num_experts).to(keys.device, keys.dtype) if self.learned else None
-        )
+        self.padding = padding
+        # In a tuple, so that the FFN's layer does not become a child of its own activation.
+        self._ffn = (ffn,)
+        learned = isinstance(config, GMoEConfig) or config.router == "cosine"
+        self.router = CosineRouter(keys.shape[1], config.num_experts).to(keys.device, keys.dtype) if learned else None
+        momentum = isinstance(config, EMoEConfig) and config.gate_momentum > 0
+        self.register_buffer("gate", self.present_gate().detach().clone() if momentum else None)
+        self.output_bias = None
         self.aux_loss: Tensor | None = None
         self.record: LayerRecord | None = None
         self._input: Tensor | None = None
-        self._path_in = ffn.spec.proj_in
-        self._transposed = ffn.spec.transposed
-        # In a tuple, so that the layer does not become a child of its own activation.
-        self._layer = (ffn.layer,)
-        self._hook = ffn.proj_in.register_forward_pre_hook(self._remember_input)
+        self._weights: Tensor | None = None
+        self._hooks = [ffn.proj_in.register_forward_pre_hook(self._remember_input)]
+        if config.output_bias == "per_expert":
+            self._divide_output_bias()
+
+    @property
+    def ffn(self) -> FFN:
+        return self._ffn[0]
+
+    @property
+    def ffn_name(self) -> str:
+        return self.ffn.name
+
+    @property
+    def ffn_index(self) -> int:
+        return self.ffn.index
+
+    def remove_(self) -> None:
+        """Give the FFN back its activation and its one output bias: ``(k / N) * sum of the experts'`` biases."""
+        for hook in self._hooks:
+            hook.remove()
+        if self.padding is not None:
+            self.padding.remove()
+        self.ffn.replace(self.ffn.spec.activation, self.activation)
+        if self.output_bias is not None:
+            proj_out = _without_adapter(self.ffn.proj_out)
+            bias = nn.Parameter(self.mean_output_bias(), requires_grad=self.output_bias.requires_grad)
+            delattr(proj_out, "bias")
+            proj_out.register_parameter("bias", bias)
+
+    def _divide_output_bias(self) -> None:
+        proj_out = self.ffn.proj_out
+        bias = cast(Tensor | None, proj_out.bias)
+        if bias is None:
+            return
+        share = bias.detach() / self.config.experts_in_use
+        self.output_bias = nn.Parameter(share.repeat(self.config.num_experts, 1), requires_grad=bias.requires_grad)
+        # a buffer of zeros, because not every projection works without a bias (GPT-2's Conv1D)
+        delattr(proj_out, "bias")
+        proj_out.register_buffer("bias", torch.zeros_like(share))
+        self._hooks.append(proj_out.register_forward_hook(self._add_output_bias))
+
+    def mean_output_bias(self) -> Tensor:
+        """The one bias ``[h]`` that stands for the experts' own in a dense FFN, equal to it at the conversion."""
+        biases = cast(Tensor, self.output_bias).detach()
+        return biases.sum(0) * (self.config.experts_in_use / self.config.num_experts)
 
     def _remember_input(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         self._input = args[0]
 
-    def remove_hook(self) -> None:
-        """Stop listening to the in-projection."""
-        self._hook.remove()
+    def _add_output_bias(self, _module: nn.Module, _args: tuple[Any, ...], y: Tensor) -> Tensor:
+        weights, self._weights = self._weights, None
+        biases = cast(Tensor, self.output_bias)
+        return y + (cast(Tensor, weights).to(biases.dtype) @ biases).view_as(y).to(y.dtype)
 
     def forward(self, z: Tensor) -> Tensor:
         """Activate and route.
@@ -71,59 +139,130 @@ class RoutedActivation(nn.Module):
         Args:
             z: pre-activations ``[..., d]``.
         """
-        x = self._input
+        config, x = self.config, self._input
         if x is None:
             raise RuntimeError(f"{self.ffn_name}: the activation ran without its in-projection")
+        if z.is_nested:
+            raise RuntimeError(
+                f"{self.ffn_name}: nested tensors cannot be routed; build nn.TransformerEncoder with enable_nested_tensor=False"
+            )
+        before = config.expert_dropout if config.dropout_position == "before" else 0.0
+        after = config.expert_dropout if config.dropout_position == "after" else 0.0
+        hidden = self.activation(F.dropout(z, before, self.training) if before else z)
+        weights = self._route(x, z, hidden)
         self._input = None
-        weights = self._route(x.flatten(0, -2), z.flatten(0, -2))
-        hidden = self.activation(z)
-        if self.config.expert_dropout:
-            hidden = F.dropout(hidden, self.config.expert_dropout, self.training)
-        blocks = hidden.unflatten(-1, (self.config.num_experts, -1))
-        return (blocks * weights.view(*z.shape[:-1], -1, 1).to(z.dtype)).flatten(-2)
+        if self.output_bias is not None:
+            self._weights = weights
+        if after:
+            hidden = F.dropout(hidden, after, self.training)
+        blocks = hidden.unflatten(-1, (config.num_experts, -1))
+        return (blocks * weights.view(*z.shape[:-1], -1, 1).to(hidden.dtype)).flatten(-2)
 
-    def _route(self, x: Tensor, z: Tensor) -> Tensor:
+    def _route(self, x: Tensor, z: Tensor, hidden: Tensor) -> Tensor:
         config = self.config
         weighting = config.weighting if isinstance(config, EMoEConfig) else "softmax"
         selection = config.selection if isinstance(config, EMoEConfig) else "top"
-        needs_aux = config.aux_loss_coefficient > 0 and self.training
+        needs_aux = config.aux_loss_coefficient > 0
+        noise_std = config.router_noise / config.num_experts
         # A binary mask passes no gradient to the scores, so none is recorded for them.
         with torch.set_grad_enabled(torch.is_grad_enabled() and (weighting != "binary" or needs_aux)):
-            clean = self._scores(x, z)
-            noise_std = config.router_noise / config.num_experts if self.training else 0.0
-            noisy = clean + torch.randn_like(clean) * noise_std if noise_std else clean
-            mask = select_experts(noisy, config.top_k, selection)
-            weights = expert_weights(noisy, mask, weighting)
-            self.aux_loss = balance_loss(clean, noisy, mask, noise_std) if needs_aux else None
+            clean = self._scores(x, z, hidden).flatten(0, -2)
+            noisy = clean + torch.randn_like(clean) * noise_std if noise_std and self.training else clean
+            threshold = None if self.training else config.score_threshold
+            slots = select_experts(noisy, config.num_experts if threshold is not None else config.top_k, selection)
+            used = None if threshold is None else slots_above(noisy, slots, threshold)
+            mask = slot_mask(slots, config.num_experts, used)
+            weights = expert_weights(noisy, mask, weighting, config.top_k)
+            counted = self.padding.real_tokens(len(clean)) if self.padding is not None else None
+            kept = mask
+            if config.capacity_factor is not None:
+                placed = places_within_capacity(
+                    noisy.detach(), slots, config.capacity_factor, config.experts_in_use, counted, used
+                )
+                kept = slot_mask(slots, config.num_experts, placed if used is None else placed & used)
+                weights = weights * kept
+            self.aux_loss = None
+            if needs_aux:
+                # their formula divides by the noise in evaluation too
+                std = noise_std if self.training or config.balance_loss == "published" else 0.0
+                self.aux_loss = balance_loss(clean, noisy, mask, std, config.balance_loss, counted)
         if self.record is not None:
-            self.record.update(mask)
+            self.record.update(mask, kept)
         return weights
 
-    def _scores(self, x: Tensor, z: Tensor) -> Tensor:
+    def _scores(self, x: Tensor, z: Tensor, hidden: Tensor) -> Tensor:
+        """``[..., N]`` float32."""
+        config = self.config
         if self.router is not None:
-            return cast(Tensor, self.router(x))
-        score_bias = isinstance(self.config, EMoEConfig) and self.config.score_bias
-        proj_in = self._layer[0].get_submodule(self._path_in)
-        if hasattr(proj_in, "base_layer"):
-            return self._adapted_scores(z, cast(nn.Module, proj_in.base_layer), score_bias)
-        weight, bias = cast(Tensor, proj_in.weight), cast(Tensor | None, proj_in.bias)
-        keys = weight.t() if self._transposed else weight
-        return avg_k_scores(x, keys, self.config.num_experts, bias if score_bias else None)
+            return self.router(x)
+        assert isinstance(config, EMoEConfig)  # noqa: S101 -- a GMoE has a router
+        n = config.num_experts
+        match config.score:
+            case "keys":
+                return self._key_scores(x, z)
+            case "gate":
+                return block_means(z, n)
+            case "up":
+                return block_means(self.ffn.up(x), n)
+            case "up_abs":
+                return block_means(self.ffn.up(x).abs(), n)
+        inter = hidden * self.ffn.up(x) if self.ffn.gated else hidden
+        return block_means(inter.abs() if config.score == "inter_abs" else inter, n)
 
-    def _adapted_scores(self, z: Tensor, base: nn.Module, score_bias: bool) -> Tensor:
-        """Scores when an adapter is added to the in-projection: the keys are then only known by their effect."""
-        scores = z.float().unflatten(-1, (self.config.num_experts, -1)).mean(-1)
-        bias = cast(Tensor | None, base.bias)
-        if bias is not None and not score_bias:
-            scores = scores - bias.float().unflatten(0, (self.config.num_experts, -1)).mean(-1)
-        return scores
+    def _key_scores(self, x: Tensor, z: Tensor) -> Tensor:
+        config = cast(EMoEConfig, self.config)
+        adapted = hasattr(self.ffn.proj_in, "base_layer")
+        # pre-activations come with the bias, products with mean keys without it
+        bias = self.ffn.key_bias() if config.score_bias != adapted else None
+        mean_bias = None
+        if bias is not None:
+            mean_bias = expert_means(bias.detach(), config.num_experts, self._value_norms())
+        if adapted:
+            if config.normalize_gate or config.value_norm_weighted or config.gate_momentum:
+                raise ConversionError(
+                    f"{self.ffn_name}.{self.ffn.spec.proj_in} carries an adapter, and normalize_gate, value_norm_weighted and "
+                    "gate_momentum need its keys: merge the adapter, or adapt other modules"
+                )
+            # an adapter's part of the keys is known only by its effect
+            scores = block_means(z, config.num_experts)
+            return scores if mean_bias is None else scores - mean_bias
+        gate = self.present_gate() if self.gate is None else self.gate.float()
+        return key_scores(x, gate, mean_bias, unit_length=config.normalize_gate)
+
+    def _value_norms(self) -> Tensor | None:
+        config = self.config
+        if not (isinstance(config, EMoEConfig) and config.value_norm_weighted):
+            return None
+        return _whole(self.ffn.values()).float().norm(dim=0)
+
+    def present_gate(self) -> Tensor:
+        """Mean keys ``[N, h]`` of the present weights. They are derived, so no gradient reaches the keys through them."""
+        means = expert_means(_whole(self.ffn.keys()), self.config.num_experts, self._value_norms())
+        unit_length = isinstance(self.config, EMoEConfig) and self.config.normalize_gate
+        return F.normalize(means, dim=-1) if unit_length else means
+
+    @torch.no_grad()
+    def retie_gate_(self) -> None:
+        """``gate = m * gate + (1 - m) * mean keys``; nothing without a momentum."""
+        if self.gate is not None:
+            self.gate.lerp_(self.present_gate(), 1 - cast(EMoEConfig, self.config).gate_momentum)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies take along: nothing of the last forward pass."""
-        return {**self.__dict__, "aux_loss": None, "record": None, "_input": None}
+        return {**self.__dict__, "aux_loss": None, "record": None, "_input": None, "_weights": None}
 
     def extra_repr(self) -> str:
         return f"{self.config.kind}, experts={self.config.num_experts}, top_k={self.config.top_k}"
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A weight without its history, and in one piece where FSDP has it sharded (which it has between forward passes)."""
+    full = getattr(weight, "full_tensor", None)
+    return (weight if full is None else full()).detach()
+
+
+def _without_adapter(module: nn.Module) -> nn.Module:
+    return cast(nn.Module, getattr(module, "base_layer", module))
 
 
 def routed_layers(model: nn.Module) -> list[RoutedActivation]:
@@ -133,9 +272,9 @@ def routed_layers(model: nn.Module) -> list[RoutedActivation]:
 
 
 def aux_loss(model: nn.Module) -> Tensor | float:
-    """Balance loss of the last training forward pass, summed over layers, times its coefficient.
+    """Balance loss of the last forward pass, summed over layers, times its coefficient.
 
-    Add it to the task loss. It is the number 0.0 where the configuration asks for none.
+    Add it to the task loss of a training step. It is the number 0.0 where the configuration asks for none.
     """
     losses = [
         layer.aux_loss * layer.config.aux_loss_coefficient
@@ -143,3 +282,39 @@ def aux_loss(model: nn.Module) -> Tensor | float:
         if layer.aux_loss is not None
     ]
     return torch.stack(losses).sum() if losses else 0.0
+
+
+def retie_gates_(model: nn.Module) -> None:
+    """Move running gates towards the present mean keys; call it after each optimiser step.
+
+    Only a configuration with ``gate_momentum`` has running gates. Without it gates are computed from the weights
+    in every forward pass, and this does nothing.
+    """
+    for layer in routed_layers(model):
+        layer.retie_gate_()
+
+
+def set_top_k_(model: nn.Module, top_k: int | None = None, *, score_threshold: float | None = None) -> None:
+    """Change how many experts a converted model uses, in place. Exactly one of the two is given.
+
+    Args:
+        model: a converted model.
+        top_k: from now on this many for each token, in training too.
+        score_threshold: in evaluation, each expert whose score is at least this, and the best one in any
+            case. Scores are those of ``config.score``; :func:`emoe.record_routing` tells how many are then used.
+
+    Raises:
+        ConfigError: a value out of range.
+        ConversionError: the model is not converted, or not exactly one of the two is given.
+    """
+    layers = routed_layers(model)
+    if not layers:
+        raise ConversionError("set_top_k_: the model has no routed FFN; convert it first")
+    if (top_k is None) == (score_threshold is None):
+        raise ConversionError("set_top_k_ takes either top_k or score_threshold")
+    change: dict[str, Any] = (
+        {"score_threshold": score_threshold} if top_k is None else {"top_k": top_k, "score_threshold": None}
+    )
+    changed = [dataclasses.replace(layer.config, **change) for layer in layers]
+    for layer, config in zip(layers, changed, strict=True):
+        layer.config = config

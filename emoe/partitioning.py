@@ -18,9 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from emoe.architectures import FFN, find_ffns, resolve_layers
-from emoe.clustering import balanced_kmeans, inertia
+from emoe.calibration import Batch, record_activations
+from emoe.checks import check_distinct_keys, check_divisible, check_weights
+from emoe.clustering import balanced_kmeans, explained_share
 from emoe.config import EMoEConfig
 from emoe.errors import CheckpointError, ConversionError
 
@@ -53,77 +56,73 @@ class Partition(Mapping[int, Tensor]):
         return len(self.permutations)
 
 
-def check_divisible(ffns: Iterable[FFN], num_experts: int) -> None:
-    """Raise :class:`ConversionError` unless ``num_experts`` divides the width of every FFN."""
-    for ffn in ffns:
-        d = ffn.keys().shape[0]
-        if d % num_experts:
-            near = [n for n in range(1, d + 1) if d % n == 0]
-            best = min(near, key=lambda n: abs(n - num_experts))
-            raise ConversionError(
-                f"{ffn.name}: {d} neurons cannot be split into {num_experts} equal experts; the nearest number that can is {best}"
-            )
-
-
-def check_keys(ffns: Iterable[FFN]) -> None:
-    """Raise :class:`ConversionError` for keys that are quantised or not finite."""
-    for ffn in ffns:
-        for path, module in [*ffn.inputs(), (ffn.spec.proj_out, ffn.proj_out)]:
-            weight = getattr(module, "weight", None)
-            if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
-                raise ConversionError(
-                    f"{ffn.name}.{path} ({type(module).__name__}) has no plain floating-point weight; convert before quantising or adding adapters"
-                )
-            if not torch.isfinite(weight).all():
-                raise ConversionError(f"{ffn.name}.{path}.weight holds values that are not finite")
-
-
-def partition(model: nn.Module, config: EMoEConfig) -> Partition:
+def partition(
+    model: nn.Module, config: EMoEConfig, *, calibration: Iterable[Batch] | None = None, progress: bool = False
+) -> Partition:
     """Group the neurons of each chosen FFN into ``num_experts`` experts of equal size (the paper's expert construction).
 
     The model is not changed. Biases are not part of the features.
 
     Args:
-        model: any model with a row in the registry (see :func:`emoe.register_ffn`).
+        model: any dense model with a row in the registry (see :func:`emoe.register_ffn`).
         config: uses ``num_experts``, ``layers``, ``partition`` and ``partition_seed``.
+        calibration: batches to call the model with, dictionaries of arguments or tensors; for
+            ``partition="coactivation"``, which groups neurons that fire for the same tokens.
+        progress: show a progress bar.
 
     Raises:
-        ConversionError: unknown architecture, indivisible width, non-finite or quantised keys.
+        ConversionError: unknown architecture, indivisible width, weights that are quantised, shared
+            or not finite; with ``kmeans`` zero or equal keys; with ``coactivation`` no calibration.
     """
     ffns = find_ffns(model)
     chosen = [ffns[i] for i in resolve_layers(config.layers, len(ffns))]  # type: ignore[arg-type]
-    check_keys(chosen)
+    check_weights(model, chosen)
     check_divisible(chosen, config.num_experts)
+    features: dict[int, Tensor] = {}
+    if config.partition == "kmeans":
+        check_distinct_keys(chosen)
+    if config.partition == "coactivation":
+        if calibration is None:
+            raise ConversionError("partition='coactivation' needs calibration batches: pass calibration=[...]")
+        features = record_activations(model, chosen, calibration, seed=config.partition_seed)
     permutations, explained, seconds = {}, {}, {}
-    for ffn in chosen:
+    for ffn in tqdm(chosen, desc="Grouping neurons", unit="layer", disable=not progress):
         start = time.perf_counter()
-        labels = _labels(ffn, config)
-        rows = torch.nn.functional.normalize(ffn.keys().detach().float(), dim=1)
-        total = inertia(rows, torch.zeros_like(labels), 1)
+        labels, share = _group(ffn, config, features.get(ffn.index))
         permutations[ffn.index] = torch.sort(labels, stable=True).indices
-        explained[ffn.index] = 1 - inertia(rows, labels, config.num_experts) / total if total else 0.0
+        explained[ffn.index] = share
         seconds[ffn.index] = time.perf_counter() - start
     return Partition(permutations, explained, seconds)
 
 
-def _labels(ffn: FFN, config: EMoEConfig) -> Tensor:
-    keys = ffn.keys()
-    d = keys.shape[0]
+def _group(ffn: FFN, config: EMoEConfig, activations: Tensor | None) -> tuple[Tensor, float]:
+    """Each neuron's expert ``[d]``, and the share of the variance between keys that this explains."""
+    keys, n, seed = ffn.keys(), config.num_experts, config.partition_seed
     if config.partition == "kmeans":
-        return balanced_kmeans(keys, config.num_experts, seed=config.partition_seed).labels
-    blocks = torch.arange(config.num_experts).repeat_interleave(d // config.num_experts)
-    if config.partition == "contiguous":
-        return blocks
-    digest = hashlib.sha256(f"random partition, seed {config.partition_seed}, layer {ffn.index}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return blocks[torch.randperm(d, generator=generator)]
+        found = balanced_kmeans(keys, n, seed=seed)
+        return found.labels, found.explained
+    if activations is not None:
+        labels = balanced_kmeans(activations, n, seed=seed).labels
+    else:
+        labels = torch.arange(n).repeat_interleave(ffn.d // n)
+        if config.partition == "random":
+            text = f"random partition, seed {seed}, layer {ffn.index}"
+            digest = hashlib.sha256(text.encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            labels = labels[torch.randperm(ffn.d, generator=generator)]
+    return labels, explained_share(keys, labels, n)
 
 
 def partition_key(model: nn.Module, config: EMoEConfig) -> str:
     """Content hash (16 hex digits) of the chosen keys and of every setting that shapes the partition.
 
     Two models share a cached partition only if their keys are equal to the bit.
+
+    Raises:
+        ConversionError: a co-activation partition, which also depends on its calibration set.
     """
+    if config.partition == "coactivation":
+        raise ConversionError("a co-activation partition has no key: it depends on the calibration set")
     ffns = find_ffns(model)
     digest = hashlib.sha256()
     settings = (ALGORITHM_VERSION, config.num_experts, config.partition, config.partition_seed)
@@ -139,6 +138,16 @@ def tensor_digest(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
     digest.update(plain.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def is_permutation(tensor: Tensor | None, length: int) -> bool:
+    """Whether a tensor is an int64 permutation of ``0 … length - 1``."""
+    return (
+        tensor is not None
+        and tensor.dtype == torch.int64
+        and tensor.shape == (length,)
+        and torch.equal(tensor.sort().values.cpu(), torch.arange(length))
+    )
 
 
 def save_partition(partition: Partition, path: str | os.PathLike[str]) -> None:
@@ -168,9 +177,7 @@ def load_partition(path: str | os.PathLike[str]) -> Partition:
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     for layer, permutation in permutations.items():
-        if permutation.dtype != torch.int64 or not torch.equal(
-            permutation.sort().values, torch.arange(len(permutation))
-        ):
+        if not is_permutation(permutation, permutation.numel()):
             raise CheckpointError(f"{path}: layer.{layer} is not a permutation")
     numbers = {
         name: {int(k): float(v) for k, v in json.loads(notes.get(name, "{}")).items()}

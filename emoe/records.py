@@ -5,59 +5,119 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from emoe.errors import ConversionError
 from emoe.layer import routed_layers
+from emoe.tokens import LabelWatch, PaddingWatch, watch_padding
 
 
-@dataclass
 class LayerRecord:
-    """Counts of one routed FFN.
+    """Counts of one routed FFN. Choices are counted before the capacity drops any; padding is not counted.
 
     Attributes:
         num_experts: N.
-        loads: ``[N]``, how often each expert was chosen.
-        tokens: number of tokens seen.
-        by_label: label to loads ``[N]``, when labels were set.
+        windows: loads ``[N]`` of each finished window of forward passes, when windows were asked for.
     """
 
-    num_experts: int
-    loads: Tensor
-    tokens: int = 0
-    by_label: dict[int, Tensor] = field(default_factory=dict)
-    context: TokenContext | None = None
+    def __init__(
+        self,
+        num_experts: int,
+        device: torch.device,
+        labels: LabelWatch,
+        padding: PaddingWatch | None,
+        window: int | None,
+    ) -> None:
+        self.num_experts = num_experts
+        self.windows: list[Tensor] = []
+        self._labels, self._padding, self._window, self._passes = labels, padding, window, 0
+        # on the layer's device: reading a number from an accelerator in every step would stop it
+        self._loads = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self._labelled = self._loads.new_zeros(0, num_experts)
+        self._tokens = self._loads.new_zeros(())
+        self._dropped = self._loads.new_zeros(())
+        self._window_start = self._loads.clone()
 
-    def update(self, mask: Tensor) -> None:
-        """Add the choices ``[T, N]`` of one forward pass; padding tokens are left out."""
-        mask = mask.detach()
-        context = self.context
-        keep = context.keep if context is not None else None
-        labels = context.labels if context is not None else None
-        if keep is not None and keep.numel() == mask.shape[0]:
-            keep = keep.flatten().to(mask.device)
+    @torch.no_grad()
+    def update(self, chosen: Tensor, kept: Tensor) -> None:
+        """Add one forward pass.
+
+        Args:
+            chosen: ``[T, N]`` experts chosen.
+            kept: ``[T, N]`` those that found a place.
+        """
+        if _is_recomputed():
+            return
+        tokens = chosen.shape[0]
+        real = None if self._padding is None else self._padding.real_tokens(tokens)
+        dropped = chosen & ~kept if kept is not chosen else None
+        if real is not None:
+            real = real.to(chosen.device).unsqueeze(1)
+            chosen = chosen & real
+        labels = self._labels.labels
+        if labels is None:
+            loads = chosen.sum(0)
         else:
-            keep = torch.ones(mask.shape[0], dtype=torch.bool, device=mask.device)
-        self.loads += mask[keep].sum(0).cpu()
-        self.tokens += int(keep.sum())
-        if labels is not None:
-            per_token = labels.to(mask.device).repeat_interleave(mask.shape[0] // labels.numel())
-            for label in labels.unique().tolist():
-                chosen = mask[keep & (per_token == label)].sum(0).cpu()
-                self.by_label[label] = self.by_label.get(label, torch.zeros_like(chosen)) + chosen
+            by_row = chosen.unflatten(0, (labels.numel(), -1)).sum(1)
+            loads = by_row.sum(0)
+            self._count_labels(labels.to(by_row.device), by_row)
+        self._loads += loads
+        self._tokens += tokens if real is None else real.sum()
+        if dropped is not None:
+            self._dropped += dropped.sum() if real is None else (dropped & real).sum()
+        self._passes += 1
+        if self._window and self._passes % self._window == 0:
+            self.windows.append((self._loads - self._window_start).cpu())
+            self._window_start = self._loads.clone()
+
+    def _count_labels(self, labels: Tensor, by_row: Tensor) -> None:
+        missing = self._labels.num_labels - self._labelled.shape[0]
+        if missing > 0:
+            self._labelled = torch.cat([self._labelled, self._labelled.new_zeros(missing, self.num_experts)])
+        self._labelled.index_add_(0, labels, by_row)
+
+    @property
+    def loads(self) -> Tensor:
+        """``[N]`` int64, how often each expert was chosen."""
+        return self._loads.cpu()
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens seen."""
+        return int(self._tokens)
+
+    @property
+    def dropped(self) -> int:
+        """Choices that found no place under the capacity."""
+        return int(self._dropped)
+
+    @property
+    def by_label(self) -> dict[int, Tensor]:
+        """Label to loads ``[N]``, where labels were known."""
+        return {label: loads for label, loads in enumerate(self._labelled.cpu()) if loads.any()}
 
     @property
     def shares(self) -> Tensor:
         """``[N]`` float64, share of all choices that went to each expert; sums to 1."""
-        return self.loads.double() / max(int(self.loads.sum()), 1)
+        return _shares(self.loads)
 
     @property
     def experts_per_token(self) -> float:
+        """Mean number of experts that a token chose."""
         return int(self.loads.sum()) / max(self.tokens, 1)
+
+    @property
+    def drop_rate(self) -> float:
+        """Share of the choices that found no place under the capacity."""
+        return self.dropped / max(int(self.loads.sum()), 1)
+
+    @property
+    def active_neurons(self) -> float:
+        """Share of the layer's neurons that took part for a token, in the mean, after drops."""
+        return self.experts_per_token * (1 - self.drop_rate) / self.num_experts
 
     @property
     def entropy(self) -> float:
@@ -71,13 +131,22 @@ class LayerRecord:
         """Load of the busiest expert over the mean load; 1 is balanced."""
         return float(self.shares.max() * self.num_experts)
 
+    @property
+    def change(self) -> float | None:
+        """Mean L1 distance between the shares of one window and the next (0 to 2); None below two windows."""
+        if len(self.windows) < 2:
+            return None
+        shares = torch.stack([_shares(loads) for loads in self.windows])
+        return float(shares.diff(dim=0).abs().sum(1).mean())
 
-@dataclass
-class TokenContext:
-    """What the root model was called with: which tokens are no padding, and the rows' labels."""
 
-    keep: Tensor | None = None
-    labels: Tensor | None = None
+def _shares(loads: Tensor) -> Tensor:
+    return loads.double() / max(int(loads.sum()), 1)
+
+
+def _is_recomputed() -> bool:
+    """Whether this is a forward pass that activation checkpointing repeats within the backward pass."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @dataclass(frozen=True)
@@ -85,25 +154,50 @@ class RoutingRecord:
     """What :func:`record_routing` collected, by layer number."""
 
     layers: dict[int, LayerRecord]
+    _labels: LabelWatch
+
+    def set_labels(self, labels: Tensor | None) -> None:
+        """Labels of the rows ``[rows]`` of the coming forward passes, for models that are not called with them."""
+        self._labels.given = labels
 
     def summary(self) -> dict[str, float]:
-        """Means over layers: ``load_entropy``, ``load_max_over_mean``, ``experts_per_token``."""
+        """Means over layers of the records' properties, by ``load_entropy``, ``load_max_over_mean``,
+        ``experts_per_token``, ``drop_rate``, ``active_neurons`` and, with windows, ``load_change``."""
         records = list(self.layers.values())
-        if not records:
-            return {}
+
+        def mean(values: list[float]) -> float:
+            return sum(values) / len(values)
+
+        changes = [record.change for record in records if record.change is not None]
         return {
-            "load_entropy": sum(r.entropy for r in records) / len(records),
-            "load_max_over_mean": sum(r.max_over_mean for r in records) / len(records),
-            "experts_per_token": sum(r.experts_per_token for r in records) / len(records),
-        }
+            "load_entropy": mean([record.entropy for record in records]),
+            "load_max_over_mean": mean([record.max_over_mean for record in records]),
+            "experts_per_token": mean([record.experts_per_token for record in records]),
+            "drop_rate": mean([record.drop_rate for record in records]),
+            "active_neurons": mean([record.active_neurons for record in records]),
+        } | ({"load_change": mean(changes)} if changes else {})
+
+    def __str__(self) -> str:
+        head = f"{'layer':>5}{'tokens':>10}{'experts':>9}{'active':>9}{'dropped':>9}{'entropy':>9}{'max/mean':>10}"
+        lines = [
+            f"{index:>5}{record.tokens:>10}{record.experts_per_token:>9.2f}{record.active_neurons:>9.1%}"
+            f"{record.drop_rate:>9.1%}{record.entropy:>9.3f}{record.max_over_mean:>10.2f}"
+            for index, record in self.layers.items()
+        ]
+        return "\n".join([head, "-" * len(head), *lines])
 
 
 @contextmanager
-def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
+def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[RoutingRecord]:
     """Count the experts' loads during the forward passes inside the ``with`` block.
 
     Padding is left out when the model is called with a two-dimensional ``attention_mask``, and
-    loads are also kept by label when it is called with one integer label a row.
+    loads are also kept by label when it is called with one integer label a row (or was told by
+    :meth:`RoutingRecord.set_labels`). Passes that activation checkpointing repeats are not counted.
+
+    Args:
+        model: a converted model, the one that is then called.
+        window: also keep the loads of each that many forward passes, to see routing change.
 
     Raises:
         ConversionError: the model has no routed FFN, or is being recorded already.
@@ -113,22 +207,17 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
         raise ConversionError("record_routing: the model has no routed FFN; convert it first")
     if any(layer.record is not None for layer in layers):
         raise ConversionError("record_routing: the model is being recorded already")
-    context = TokenContext()
-
-    def remember(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
-        context.keep = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        context.labels = (
-            labels if isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point() else None
-        )
-
-    hook = model.register_forward_pre_hook(remember, with_kwargs=True)
+    labels = LabelWatch(model)
+    padding = watch_padding(model, [layer.ffn for layer in layers])
+    records = {}
     try:
         for layer in layers:
-            n = layer.config.num_experts
-            layer.record = LayerRecord(n, torch.zeros(n, dtype=torch.int64), context=context)
-        yield RoutingRecord({layer.ffn_index: layer.record for layer in layers if layer.record is not None})
+            n, device = layer.config.num_experts, layer.ffn.keys().device
+            layer.record = LayerRecord(n, device, labels, padding.get(layer.ffn_index), window)
+            records[layer.ffn_index] = layer.record
+        yield RoutingRecord(records, labels)
     finally:
-        hook.remove()
+        for watch in (labels, *padding.values()):
+            watch.remove()
         for layer in layers:
             layer.record = None

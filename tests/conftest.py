@@ -11,9 +11,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+import emoe
 from benchmarks.harness import rated
+from emoe import architectures
+from tests.plain_net import SPECS
 
 torch.set_num_threads(1)
+emoe.register_ffn("PlainNet", *SPECS)
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
+
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -45,22 +47,45 @@ def test_saving_with_adapters_is_refused(tmp_path) -> None:
         emoe.save_pretrained(adapted("attention", SOME), tmp_path)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
-    values = tiny_models.inputs("bert")
-    gradients = []
+PUBLISHED = {
+    "emoe": emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, layers="all"),
+    "emoe_learn": emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, layers="all", router="cosine"),
+    "gmoe": emoe.GMoEConfig.as_published("tutel", num_experts=4, layers="all", count_padding=False),
+}
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_checkpointing_replays_noise_dropout_and_drops(method: str) -> None:
+    values, gradients = tiny_models.inputs("bert"), []
     for checkpointing in (False, True):
         model = tiny_models.build("bert")
-        emoe.convert_(model, SOME)
+        torch.manual_seed(0)
+        emoe.convert_(model, PUBLISHED[method])
         model.train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
         if checkpointing:
-            model.gradient_checkpointing_enable()
-        tiny_models.output(model, values).square().sum().backward()
-        gradients.append([p.grad for p in model.encoder.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(recomputed, plain)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(1)
+        (tiny_models.output(model, values).square().sum() + 100 * emoe.aux_loss(model)).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, plain in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], plain, atol=1e-4 * float(plain.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_published_layers_compile_without_a_graph_break(method: str, training: bool) -> None:
+    values = {**tiny_models.inputs("bert"), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
+    model = tiny_models.build("bert")
+    emoe.convert_(model, dataclasses.replace(PUBLISHED[method], expert_dropout=0.0, router_noise=1e-6))
+    for module in model.train(training).modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    expected, loss = tiny_models.output(model, values), emoe.aux_loss(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(tiny_models.output(compiled, values), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(emoe.aux_loss(model), loss, atol=1e-4, rtol=1e-3)
 
 
 def test_bf16_autocast_keeps_the_choice_of_experts() -> None:

@@ -1,117 +1,165 @@
-"""Against outputs and gradients that were recorded from the authors' two implementations (float32, CPU).
+"""Against outputs, losses, gradients and trained weights that were recorded from the authors' two implementations.
 
-The clean method equals their Llama block mask, and their Tutel layer without capacity limit and noise. Where their layer holds
-one output bias per expert, ours holds the sum over the chosen ones.
+Float32, CPU. ``as_published`` has to reproduce them to rounding; ``tests/golden/data/README.md`` says what each array is.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor
 
 import emoe
-from emoe import architectures
+from emoe.layer import RoutedActivation, routed_layers
+from tests.plain_net import FFN, PlainNet
 
 DATA = Path(__file__).parent / "data"
+# their array: our parameter below the layer
+ROUTER = {
+    "gate_proj_weight": "act.router.proj.weight",
+    "gate_proj_bias": "act.router.proj.bias",
+    "gate_sim_matrix": "act.router.expert_embeddings",
+    "gate_temperature": "act.router.temperature",
+}
+TUTEL = {
+    "fc1_weight": "inner.weight",
+    "fc1_bias": "inner.bias",
+    "fc2_weight": "outer.weight",
+    "fc2_bias_per_expert": "act.output_bias",
+}
+LLAMA = {"gate_proj_weight": "inner.weight", "up_proj_weight": "up.weight", "down_proj_weight": "outer.weight"}
 
 
-class FFN(nn.Module):
-    def __init__(self, hidden: int, width: int, *, gated: bool) -> None:
-        super().__init__()
-        self.inner = nn.Linear(hidden, width, bias=not gated)
-        self.up = nn.Linear(hidden, width, bias=False) if gated else None
-        self.act = nn.SiLU() if gated else nn.GELU()
-        self.outer = nn.Linear(width, hidden, bias=not gated)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.act(self.inner(x))
-        return self.outer(h * self.up(x) if self.up is not None else h)
-
-
-class RecordedNet(nn.Module):
-    def __init__(self, ffn: FFN) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([ffn])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers[0](x)
-
-
-@pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
-
-    def register(*, gated: bool) -> None:
-        emoe.register_ffn(
-            "RecordedNet", emoe.FFNSpec("layers", "inner", "act", "outer", proj_up="up" if gated else None)
-        )
-
-    return register
-
-
-def load(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+def load(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     arrays = np.load(DATA / f"{name}.npz")
-    return json.loads(str(arrays["meta"])), {
-        key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "meta"
+    meta = json.loads(str(arrays["meta"]))
+    return meta, {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "meta"}
+
+
+def names(kind: str) -> list[str]:
+    return sorted(path.stem for path in DATA.glob("*.npz") if path.stem.startswith("llama") == (kind == "llama"))
+
+
+def close(found: Tensor | None, expected: Tensor, what: str) -> None:
+    assert found is not None, what
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(
+        found, expected.to(found.dtype), rtol=1e-5, atol=1e-5 * scale, msg=lambda text: f"{what}: {text}"
+    )
+
+
+def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor]) -> PlainNet:
+    """A dense net converted as published, with the recorded weights put in."""
+    copies = name.startswith("gmoe")
+    size, n = meta["expert_size"], meta["num_experts"]
+    net = PlainNet(FFN(meta["hidden"], size if copies else size * n, meta["activation"], gated=False))
+    values: dict[str, Any] = {
+        "num_experts": n,
+        "top_k": meta["top_k"],
+        "layers": [0],
+        "capacity_factor": meta["capacity_factor"],
+        "router_noise": meta["gate_noise"],
+        "aux_loss_coefficient": meta["aux_loss_coefficient"],
+        "expert_dropout": 0.0,
     }
+    if copies:
+        emoe.convert_(net, emoe.GMoEConfig.as_published("tutel", **values))
+    else:
+        values |= {"partition": "contiguous", "router": meta["router"], "gate_momentum": meta["gate_momentum"]}
+        net.layers[0].inner.weight.data = data["fc1_weight"].clone()  # a running gate starts as their means
+        emoe.convert_(net, emoe.EMoEConfig.as_published("tutel", **values))
+    state = {f"layers.0.{ours}": data[theirs] for theirs, ours in (TUTEL | ROUTER).items() if theirs in data}
+    missing = net.load_state_dict(state, strict=False)
+    assert not missing.unexpected_keys
+    assert set(missing.missing_keys) <= {"layers.0.outer.bias", "layers.0.act.gate"}
+    return net.train(meta["training"])
 
 
-def run(net: RecordedNet, meta: dict, data: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and input gradient. The recorded experts are contiguous blocks already."""
-    config = emoe.EMoEConfig(num_experts=meta["num_experts"], top_k=meta["top_k"], layers=[0], partition="contiguous")
+def with_noise(monkeypatch: pytest.MonkeyPatch, noise: Tensor | None) -> None:
+    if noise is not None:
+        draws = iter(noise)
+        monkeypatch.setattr(torch, "randn_like", lambda _scores: next(draws))
+
+
+@pytest.mark.parametrize("name", [name for name in names("tutel") if "steps" not in name])
+def test_tutel_layer_output_loss_and_all_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta, data = load(name)
+    net = tutel_net(name, meta, data)
+    with_noise(monkeypatch, data.get("router_noise"))
+    x = data["x"].clone().requires_grad_()
+    y = net(x)
+    loss = emoe.aux_loss(net)
+    assert isinstance(loss, Tensor)
+    close(y, data["y"], "y")
+    close(loss / meta["aux_loss_coefficient"], data["l_aux"], "l_aux")
+    ((y * data["grad_y"]).sum() + loss).backward()
+    close(x.grad, data["grad_x"], "x")
+    for theirs, ours in (TUTEL | ROUTER).items():
+        if f"grad_{theirs}" in data:
+            close(net.get_parameter(f"layers.0.{ours}").grad, data[f"grad_{theirs}"], theirs)
+
+
+@pytest.mark.parametrize("name", [name for name in names("tutel") if "steps" in name])
+def test_tutel_layer_after_optimiser_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta, data = load(name)
+    net = tutel_net(name, meta, data)
+    with_noise(monkeypatch, data.get("router_noise"))
+    optimizer = torch.optim.SGD(net.parameters(), lr=meta["sgd_lr"])
+    for step in range(meta["steps"]):
+        y, loss = net(data["steps_x"][step]), emoe.aux_loss(net)
+        close(y, data["steps_y"][step], f"y of step {step}")
+        close(loss / meta["aux_loss_coefficient"], data["steps_l_aux"][step], f"l_aux of step {step}")
+        optimizer.zero_grad()
+        ((y - data["steps_target"][step]).square().mean() + loss).backward()
+        optimizer.step()
+        emoe.retie_gates_(net)
+    for theirs, ours in TUTEL.items():
+        close(net.get_parameter(f"layers.0.{ours}").detach(), data[f"final_{theirs}"], theirs)
+    if "final_gate_weight" in data:
+        layer: RoutedActivation = routed_layers(net)[0]
+        close(layer.gate if layer.gate is not None else layer.present_gate(), data["final_gate_weight"], "gate")
+
+
+@pytest.mark.parametrize("name", names("llama"))
+def test_llama_block_mask(name: str) -> None:
+    meta, data = load(name)
+    ffn = FFN(meta["hidden"], meta["intermediate"], meta["activation"], gated=True)
+    ffn.load_state_dict({ours: data[theirs] for theirs, ours in LLAMA.items()})
+    net = PlainNet(ffn)
+    config = emoe.EMoEConfig.as_published(
+        "llama",
+        num_experts=meta["num_experts"],
+        top_k=meta["top_k"],
+        layers=[0],
+        partition="contiguous",
+        score=meta["select"],
+    )
     emoe.convert_(net, config)
     x = data["x"].clone().requires_grad_()
     y = net(x)
+    close(y, data["y"], "y")
     (y * data["grad_y"]).sum().backward()
-    assert x.grad is not None
-    return y, x.grad
+    close(x.grad, data["grad_x"], "x")
+    for theirs, ours in LLAMA.items():
+        close(net.get_parameter(f"layers.0.{ours}").grad, data[f"grad_{theirs}"], theirs)
 
 
-def close(found: torch.Tensor | None, expected: torch.Tensor) -> None:
-    assert found is not None
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-
-
-def test_llama_block_mask(registered) -> None:
-    registered(gated=True)
-    meta, data = load("llama_mask_gate")
-    ffn = FFN(meta["hidden"], meta["intermediate"], gated=True)
-    ffn.load_state_dict(
-        {
-            "inner.weight": data["gate_proj_weight"],
-            "up.weight": data["up_proj_weight"],
-            "outer.weight": data["down_proj_weight"],
-        }
-    )
-    y, grad_x = run(RecordedNet(ffn), meta, data)
-    close(y, data["y"])
-    close(grad_x, data["grad_x"])
-    close(ffn.inner.weight.grad, data["grad_gate_proj_weight"])
-    close(ffn.up.weight.grad, data["grad_up_proj_weight"])
-    close(ffn.outer.weight.grad, data["grad_down_proj_weight"])
-
-
-def test_tutel_layer_without_capacity_limit(registered) -> None:
-    registered(gated=False)
+def test_the_clean_method_is_theirs_without_capacity_noise_and_loss() -> None:
+    """One shared output bias does what the experts' own do while they are equal."""
     meta, data = load("emoe_eval_dropless")
-    ffn = FFN(meta["hidden"], meta["num_experts"] * meta["expert_size"], gated=False)
-    ffn.load_state_dict(
-        {
-            "inner.weight": data["fc1_weight"],
-            "inner.bias": data["fc1_bias"],
-            "outer.weight": data["fc2_weight"],
-            "outer.bias": data["fc2_bias_per_expert"][0] * meta["top_k"],
-        }
-    )
-    y, _ = run(
-        RecordedNet(ffn), meta, data
-    )  # their input gradient also has the balance loss of a gate that we do not have
-    close(y, data["y"])
-    close(ffn.inner.weight.grad, data["grad_fc1_weight"])
-    close(ffn.inner.bias.grad, data["grad_fc1_bias"])
-    close(ffn.outer.weight.grad, data["grad_fc2_weight"])
+    net = PlainNet(FFN(meta["hidden"], meta["num_experts"] * meta["expert_size"], meta["activation"], gated=False))
+    state = {f"layers.0.{TUTEL[theirs]}": data[theirs] for theirs in ("fc1_weight", "fc1_bias", "fc2_weight")}
+    state["layers.0.outer.bias"] = data["fc2_bias_per_expert"][0] * meta["top_k"]
+    net.load_state_dict(state)
+    config = emoe.EMoEConfig(num_experts=meta["num_experts"], top_k=meta["top_k"], layers=[0], partition="contiguous")
+    emoe.convert_(net, config)
+    y = net(data["x"])
+    close(y, data["y"], "y")
+    (y * data["grad_y"]).sum().backward()
+    for theirs in ("fc1_weight", "fc1_bias", "fc2_weight"):
+        close(net.get_parameter(f"layers.0.{TUTEL[theirs]}").grad, data[f"grad_{theirs}"], theirs)

@@ -33,6 +33,27 @@ def test_round_trip_through_plain_values() -> None:
         ({"num_experts": 8, "top_k": 2, "version": 99}, "newer release"),
         ({"num_experts": 8, "top_k": 2, "partition_seed": "0"}, "partition_seed"),
         ({"num_experts": 8, "top_k": 2, "score_bias": 1}, "true or false"),
+        ({"num_experts": 8}, "needs the field 'top_k'"),
+        ({"num_experts": 8, "top_k": 2, "capacity_factor": 0}, "above 0, or null"),
+        ({"num_experts": 8, "top_k": 2, "capacity_factor": "1.5"}, "capacity_factor"),
+        ({"num_experts": 8, "top_k": 2, "score_threshold": "high"}, "must be a number"),
+        (
+            {"num_experts": 8, "top_k": 2, "score_threshold": 0.1, "selection": "bottom"},
+            "null unless selection is 'top'",
+        ),
+        ({"num_experts": 8, "top_k": 2, "score": "gates"}, "did you mean 'gate'"),
+        ({"num_experts": 8, "top_k": 2, "gate_momentum": 1.0}, "below 1.0"),
+        ({"num_experts": 8, "top_k": 2, "gate_momentum": 0.5, "score": "inter"}, "off unless router is 'avg_k'"),
+        ({"num_experts": 8, "top_k": 2, "score_bias": True, "normalize_gate": True}, "no unit length"),
+        (
+            {"num_experts": 8, "top_k": 2, "score": "up", "router": "cosine", "weighting": "softmax"},
+            "learns its scores",
+        ),
+        ({"num_experts": 8, "top_k": 1, "router": "cosine", "weighting": "softmax_times_k"}, "at least 2"),
+        (
+            {"num_experts": 8, "top_k": 2, "balance_loss": "published", "aux_loss_coefficient": 0.1},
+            "router_noise is 0.0; it must be above 0",
+        ),
     ],
 )
 def test_wrong_values_are_named(values: dict, message: str) -> None:
@@ -47,6 +68,19 @@ def test_reading_back_names_what_is_missing_or_wrong() -> None:
         emoe.config_from_dict({"kind": "gmoee"})
 
 
-def test_gmoe_with_one_chosen_expert_is_refused() -> None:
-    with pytest.raises(emoe.ConfigError, match="gradient to the router"):
-        emoe.GMoEConfig(num_experts=6, top_k=1)
+def test_as_published_names_the_authors_settings() -> None:
+    tutel = emoe.EMoEConfig.as_published("tutel", num_experts=64, top_k=16)
+    assert (tutel.capacity_factor, tutel.router_noise, tutel.aux_loss_coefficient) == (1.5, 1.0, 0.01)
+    assert (tutel.output_bias, tutel.balance_loss, tutel.dropout_position) == ("per_expert", "published", "before")
+    assert tutel.count_padding
+    assert tutel.weighting == "binary"
+    assert emoe.EMoEConfig.as_published("tutel", num_experts=64, top_k=16, router="cosine").weighting == "softmax"
+    assert emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, capacity_factor=0).capacity_factor is None
+    vision = emoe.GMoEConfig.as_published("tutel", dropout_position="after")
+    assert (vision.num_experts, vision.top_k, vision.dropout_position) == (6, 1, "after")
+    assert emoe.EMoEConfig.as_published("llama", num_experts=64, top_k=16).score == "gate"
+    assert emoe.config_from_dict(tutel.to_dict()) == tutel
+    with pytest.raises(emoe.ConfigError, match="did you mean 'tutel'"):
+        emoe.EMoEConfig.as_published("tutle", num_experts=8, top_k=2)
+    with pytest.raises(emoe.ConfigError, match="choose from tutel"):
+        emoe.GMoEConfig.as_published("llama")

@@ -26,11 +26,6 @@ def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
     return now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
 
 
-def break_nan(model: nn.Module) -> None:
-    with torch.no_grad():
-        find_ffns(model)[3].proj_in.weight[0, 0] = float("nan")
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -64,24 +59,6 @@ def test_converting_twice_is_refused() -> None:
     assert unchanged(model, before)
 
 
-def test_weights_that_are_not_finite_are_refused() -> None:
-    model = tiny_models.build("bert")
-    break_nan(model)
-    with pytest.raises(
-        emoe.ConversionError, match=r"encoder\.layer\.3\.intermediate\.dense\.weight holds values that are not finite"
-    ):
-        emoe.convert_(model, CONFIG)
-    assert not routed_layers(model)
-
-
-def test_a_norm_inside_the_ffn_is_refused() -> None:
-    model = tiny_models.build("VisionTransformer")
-    model.blocks[3].mlp.norm = nn.LayerNorm(192)
-    with pytest.raises(emoe.ConversionError, match="LayerNorm: a norm between"):
-        emoe.convert_(model, CONFIG)
-    assert not routed_layers(model)
-
-
 def test_unknown_architecture_names_the_remedy_and_can_be_registered() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -105,16 +82,11 @@ def test_unknown_architecture_names_the_remedy_and_can_be_registered() -> None:
     with pytest.raises(emoe.ConversionError, match="register_ffn"):
         emoe.convert_(model, CONFIG)
     emoe.register_ffn("MyOwnNet", emoe.FFNSpec("stack", "up", "act", "down"))
-    try:
-        x = torch.randn(5, 8)
-        dense = model(x)
-        report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=4, layers="all"))
-        torch.testing.assert_close(model(x), dense)
-        assert [layer.expert_size for layer in report.layers] == [4, 4]
-    finally:
-        from emoe import architectures
-
-        del architectures._REGISTRY["MyOwnNet"]
+    x = torch.randn(5, 8)
+    dense = model(x)
+    report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=4, layers="all"))
+    torch.testing.assert_close(model(x), dense)
+    assert [layer.expert_size for layer in report.layers] == [4, 4]
 
 
 def test_report_counts_and_prints() -> None:

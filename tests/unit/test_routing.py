@@ -5,7 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emoe.routing import CosineRouter, avg_k_scores, balance_loss, expert_weights, select_experts
+from emoe.routing import (
+    CosineRouter,
+    balance_loss,
+    block_means,
+    expert_means,
+    expert_weights,
+    key_scores,
+    places_within_capacity,
+    select_experts,
+    slot_mask,
+    slots_above,
+)
 
 sizes = st.tuples(st.integers(1, 8), st.integers(1, 6), st.integers(1, 5), st.integers(1, 9), st.integers(0, 99))
 
@@ -18,18 +29,41 @@ def test_mean_keys_score_the_mean_pre_activation_without_bias(size) -> None:
     keys = torch.randn(experts * neurons, hidden, generator=generator)
     bias = torch.randn(experts * neurons, generator=generator)
     x = torch.randn(tokens, hidden, generator=generator)
-    plain = (x @ keys.t()).unflatten(-1, (experts, neurons)).mean(-1)
-    torch.testing.assert_close(avg_k_scores(x, keys, experts), plain, atol=1e-5, rtol=1e-5)
-    with_bias = (x @ keys.t() + bias).unflatten(-1, (experts, neurons)).mean(-1)
-    torch.testing.assert_close(avg_k_scores(x, keys, experts, bias), with_bias, atol=1e-5, rtol=1e-5)
+    gate = expert_means(keys, experts)
+    torch.testing.assert_close(key_scores(x, gate), block_means(x @ keys.t(), experts), atol=1e-5, rtol=1e-5)
+    with_bias = key_scores(x, gate, expert_means(bias, experts))
+    torch.testing.assert_close(with_bias, block_means(x @ keys.t() + bias, experts), atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes)
+def test_value_norms_weight_the_mean_within_each_expert(size) -> None:
+    experts, neurons, _, hidden, seed = size
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(experts * neurons, hidden, generator=generator)
+    norms = torch.rand(experts * neurons, generator=generator) + 0.1
+    by_hand = torch.stack(
+        [
+            (keys[block] * norms[block, None]).sum(0) / norms[block].sum()
+            for block in torch.arange(experts * neurons).view(experts, neurons)
+        ]
+    )
+    torch.testing.assert_close(expert_means(keys, experts, norms), by_hand)
+    torch.testing.assert_close(expert_means(keys, experts, torch.ones_like(norms)), expert_means(keys, experts))
 
 
 def test_scores_stay_in_float32_under_autocast() -> None:
-    x, keys = torch.randn(5, 16), torch.randn(24, 16)
+    x, gate = torch.randn(5, 16), torch.randn(4, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = avg_k_scores(x, keys, 4)
+        scores = key_scores(x, gate)
     assert scores.dtype == torch.float32
-    assert torch.equal(scores, avg_k_scores(x, keys, 4))
+    assert torch.equal(scores, key_scores(x, gate))
+
+
+def test_unit_length_scores_are_cosines() -> None:
+    x, gate = torch.randn(5, 16), torch.nn.functional.normalize(torch.randn(4, 16), dim=1)
+    torch.testing.assert_close(key_scores(x, gate, unit_length=True), key_scores(x * 7, gate, unit_length=True))
+    assert key_scores(x, gate, unit_length=True).abs().max() <= 1
 
 
 SCORES = torch.tensor([[0.1, 0.4, 0.3, 0.2], [1.0, 1.0, 1.0, 0.0]])
@@ -37,27 +71,75 @@ SCORES = torch.tensor([[0.1, 0.4, 0.3, 0.2], [1.0, 1.0, 1.0, 0.0]])
 
 @pytest.mark.parametrize(
     ("selection", "chosen"),
-    [("top", [[1, 2], [0, 1]]), ("bottom", [[0, 3], [0, 3]]), ("not_top", [[0, 3], [2, 3]])],
+    [("top", [[1, 2], [0, 1]]), ("bottom", [[0, 3], [3, 0]]), ("not_top", [[3, 0], [2, 3]])],
 )
 def test_selection_and_ties(selection, chosen) -> None:
-    mask = select_experts(SCORES, 2, selection)
-    assert [row.nonzero().flatten().tolist() for row in mask] == chosen
+    assert select_experts(SCORES, 2, selection).tolist() == chosen
 
 
 def test_random_selection_takes_k_and_varies() -> None:
     torch.manual_seed(0)
-    mask = select_experts(torch.zeros(200, 6), 2, "random")
+    mask = slot_mask(select_experts(torch.zeros(200, 6), 2, "random"), 6)
     assert mask.sum(-1).eq(2).all()
     assert mask.sum(0).gt(20).all()
 
 
+def test_a_threshold_takes_what_is_above_it_and_always_the_best() -> None:
+    slots = select_experts(SCORES, 4, "top")
+    above = slots_above(SCORES, slots, 0.3)
+    assert slot_mask(slots, 4, above).tolist() == [[False, True, True, False], [True, True, True, False]]
+    assert slots_above(SCORES, slots, 9.0).sum(1).tolist() == [1, 1]
+
+
 def test_weights() -> None:
-    mask = select_experts(SCORES, 2, "top")
-    assert torch.equal(expert_weights(SCORES, mask, "binary"), mask.float())
-    soft = expert_weights(SCORES, mask, "softmax")
+    mask = slot_mask(select_experts(SCORES, 2, "top"), 4)
+    assert torch.equal(expert_weights(SCORES, mask, "binary", 2), mask.float())
+    soft = expert_weights(SCORES, mask, "softmax", 2)
     torch.testing.assert_close(soft.sum(-1), torch.ones(2))
     assert soft[~mask].eq(0).all()
-    torch.testing.assert_close(expert_weights(SCORES, mask, "softmax_times_k"), soft * 2)
+    torch.testing.assert_close(expert_weights(SCORES, mask, "softmax_times_k", 2), soft * 2)
+    first = slot_mask(select_experts(SCORES, 1, "top"), 4)
+    torch.testing.assert_close(expert_weights(SCORES, first, "softmax", 1), SCORES.softmax(-1) * first)
+
+
+def places_by_hand(scores, slots, factor: float, top_k: int, counted, used) -> torch.Tensor:
+    """The rule, one assignment at a time."""
+    n = scores.shape[1]
+    real = counted.tolist() if counted is not None else [True] * len(slots)
+    capacity = top_k * int(factor * -(-sum(real) // n))
+    order = sorted(range(len(slots)), key=lambda t: -float(scores[t].softmax(0).max()))
+    room, fits = [capacity] * n, torch.ones_like(slots, dtype=torch.bool)
+    for slot in range(slots.shape[1]):
+        for token in order:
+            if not real[token] or (used is not None and not used[token, slot]):
+                continue
+            expert = int(slots[token, slot])
+            fits[token, slot] = room[expert] > 0
+            room[expert] -= 1
+    return fits
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    experts=st.integers(2, 8),
+    data=st.data(),
+    factor=st.sampled_from([0.3, 0.5, 1.0, 1.5, 4.0]),
+    padding=st.booleans(),
+    dynamic=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_places_are_given_in_order_of_choice_and_confidence(
+    tokens, experts, data, factor, padding, dynamic, seed
+) -> None:
+    top_k = data.draw(st.integers(1, experts))
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(tokens, experts, generator=generator)
+    slots = select_experts(scores, top_k, "top")
+    counted = torch.rand(tokens, generator=generator) < 0.6 if padding else None
+    used = slots_above(scores, slots, 0.0) if dynamic else None
+    found = places_within_capacity(scores, slots, factor, top_k, counted, used)
+    assert torch.equal(found, places_by_hand(scores, slots, factor, top_k, counted, used))
 
 
 def test_cosine_router_ignores_the_length_of_its_projection() -> None:
@@ -77,6 +159,16 @@ def test_balance_loss_prefers_balance() -> None:
     balanced = torch.eye(4).repeat(8, 1) * 4
     skewed = torch.tensor([[4.0, 0, 0, 0]]).repeat(32, 1)
     for noise in (0.0, 0.5):
-        losses = [float(balance_loss(s, s, select_experts(s, 1, "top"), noise)) for s in (balanced, skewed)]
+        losses = [float(balance_loss(s, s, slot_mask(s.topk(1).indices, 4), noise)) for s in (balanced, skewed)]
         assert losses[0] < 1e-3 < losses[1]
     assert float(balance_loss(torch.ones(3, 1), torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool), 0.0)) == 0.0
+
+
+@pytest.mark.parametrize("formula", ["corrected", "published"])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_tokens_that_do_not_count_do_not_change_the_balance_loss(formula, noise: float) -> None:
+    scores = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    mask = slot_mask(scores.topk(2).indices, 4)
+    counted = torch.arange(20) < 12
+    some = balance_loss(scores, scores, mask, noise, formula, counted)
+    torch.testing.assert_close(some, balance_loss(scores[:12], scores[:12], mask[:12], noise, formula))

@@ -1,0 +1,150 @@
+"""What can be wrong with a model, found before anything is changed. Every check raises :class:`ConversionError`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from emoe.architectures import FFN
+from emoe.errors import ConversionError
+
+
+def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
+    """Plain, finite, unshared floating-point weights of matching shapes, and nothing between the neurons."""
+    check_plain(ffns)
+    for ffn in ffns:
+        _check_shapes(ffn)
+        _check_between(ffn)
+    _check_unshared(model, ffns)
+
+
+def check_plain(ffns: Iterable[FFN]) -> None:
+    """Plain, finite floating-point weights: not quantised, sharded or wrapped by an adapter."""
+    for ffn in ffns:
+        for path, module in _projections(ffn):
+            _check_weight(f"{ffn.name}.{path}", module)
+
+
+def _projections(ffn: FFN) -> list[tuple[str, nn.Module]]:
+    return [*ffn.inputs(), (ffn.spec.proj_out, ffn.proj_out)]
+
+
+def _check_weight(name: str, module: nn.Module) -> None:
+    weight = getattr(module, "weight", None)
+    plain = isinstance(weight, Tensor) and type(weight.detach()) is Tensor
+    if not isinstance(weight, Tensor) or not plain or not weight.is_floating_point() or weight.ndim != 2:
+        what = f"a {type(weight).__name__}" if isinstance(weight, Tensor) and not plain else "no plain weight"
+        raise ConversionError(
+            f"{name} ({type(module).__name__}) has {what}: convert before quantising, sharding or adding adapters"
+        )
+    if hasattr(module, "base_layer"):
+        raise ConversionError(f"{name} carries an adapter: convert first, or merge it (model.merge_and_unload())")
+    if weight.is_meta:
+        raise ConversionError(f"{name}.weight is on the meta device: load the weights before converting")
+    if weight.is_inference():
+        raise ConversionError(
+            f"{name}.weight is frozen: it was made under torch.inference_mode and cannot be changed; load the model outside of it"
+        )
+    for part in ("weight", "bias"):
+        tensor = getattr(module, part, None)
+        if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+            raise ConversionError(f"{name}.{part} holds values that are not finite")
+
+
+def _check_shapes(ffn: FFN) -> None:
+    d, factor = ffn.d, 2 if ffn.spec.fused else 1
+    if d == 0:
+        raise ConversionError(f"{ffn.name}.{ffn.spec.proj_out} has no neurons")
+    for path, module in ffn.inputs():
+        rows = module.weight.shape[ffn.neuron_dim_in]  # type: ignore[index]
+        if rows != factor * d:
+            raise ConversionError(
+                f"{ffn.name}.{path} has {rows} outputs where {ffn.spec.proj_out} has {d} inputs: they are not the two sides "
+                f"of one FFN{' (a fused gate and up-projection? say fused=True)' if rows == 2 * d else ''}"
+            )
+
+
+def _check_between(ffn: FFN) -> None:
+    if next(ffn.activation.parameters(), None) is not None:
+        raise ConversionError(
+            f"{ffn.name}.{ffn.spec.activation} ({type(ffn.activation).__name__}) has parameters of its own, "
+            "which the routed FFN has no place for"
+        )
+    if ffn.spec.norm is None:
+        return
+    norm = ffn.layer.get_submodule(ffn.spec.norm)
+    if not isinstance(norm, nn.Identity):
+        raise ConversionError(
+            f"{ffn.name}.{ffn.spec.norm} is {type(norm).__name__}: a norm between activation and out-projection mixes the experts"
+        )
+
+
+def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
+    """Permuting a weight that another module uses too would change that module."""
+    users: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), set()).add(name)
+    for ffn in ffns:
+        for path, module in _projections(ffn):
+            others = users.get(id(module.weight), set()) - {f"{ffn.name}.{path}"}
+            if others:
+                raise ConversionError(
+                    f"{ffn.name}.{path}.weight is shared with {', '.join(sorted(others))}: untie them before converting"
+                )
+
+
+def check_divisible(ffns: Iterable[FFN], num_experts: int) -> None:
+    """``num_experts`` divides the width of every FFN."""
+    for ffn in ffns:
+        if ffn.d % num_experts:
+            near = [n for n in range(1, ffn.d + 1) if ffn.d % n == 0]
+            best = min(near, key=lambda n: abs(n - num_experts))
+            raise ConversionError(
+                f"{ffn.name}: {ffn.d} neurons cannot be split into {num_experts} equal experts; the nearest number that can is {best}"
+            )
+
+
+def check_trainable(ffns: Iterable[FFN]) -> None:
+    """The FFNs train; copies of a frozen one would stay equal, and routing between them would mean nothing."""
+    for ffn in ffns:
+        for path, module in _projections(ffn):
+            if not module.weight.requires_grad:
+                raise ConversionError(
+                    f"{ffn.name}.{path} is frozen: GMoE's copies would never differ. Set requires_grad before converting "
+                    "(EMoE takes frozen FFNs)"
+                )
+
+
+def check_gated(ffns: Iterable[FFN]) -> None:
+    """The FFNs have an up-projection."""
+    for ffn in ffns:
+        if not ffn.gated:
+            raise ConversionError(
+                f"{ffn.name} is no gated FFN and has no up-projection to score by; choose score 'keys', 'gate', 'inter' or 'inter_abs'"
+            )
+
+
+def check_distinct_keys(ffns: Iterable[FFN]) -> None:
+    """Every key has a direction, and no two neurons have the same key; k-means cannot tell such neurons apart."""
+    way_out = "use partition='random', 'contiguous' or 'coactivation', or pass a partition of your own"
+    for ffn in ffns:
+        keys = ffn.keys().detach()
+        name = f"{ffn.name}.{ffn.spec.proj_in}"
+        zero = (keys == 0).all(1).nonzero().flatten().tolist()
+        if zero:
+            raise ConversionError(
+                f"{name}: the keys of neurons {_some(zero)} are all zero and have no direction; {way_out}"
+            )
+        seen: dict[bytes, int] = {}
+        for row, key in enumerate(keys.float().cpu().contiguous()):
+            first = seen.setdefault(hashlib.sha256(key.numpy().data).digest(), row)
+            if first != row:
+                raise ConversionError(f"{name}: neurons {first} and {row} have the same key; {way_out}")
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")

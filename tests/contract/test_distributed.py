@@ -1,0 +1,112 @@
+"""Converted models on two processes: DDP and FSDP2 train as one process does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import emoe
+from emoe.architectures import find_ffns
+from tests import tiny_models
+
+WORLD, ROWS, STEPS = 2, 4, 3
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def as_ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def as_fsdp(model: nn.Module) -> nn.Module:
+    for ffn in find_ffns(model):
+        fully_shard(ffn.layer)
+    fully_shard(model)
+    return model
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": as_ddp, "fsdp2": as_fsdp}
+
+
+CLEAN = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all")
+# state beside the weights: a bias for each expert, a gate that runs after the keys
+WITH_STATE = dataclasses.replace(CLEAN, output_bias="per_expert", gate_momentum=0.5, value_norm_weighted=True)
+CASES = {**dict.fromkeys(tiny_models.BUILDERS, CLEAN), "bert with state": WITH_STATE, "gpt2 with state": WITH_STATE}
+
+
+def losses(case: str, wrap: Callable[[nn.Module], nn.Module], rows: slice) -> list[float]:
+    """Train a few steps on these rows of the batch; the loss before each."""
+    name = case.removesuffix(" with state")
+    model = tiny_models.build(name)
+    emoe.convert_(model, CASES[case])
+    model = wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    values = {key: value[rows] for key, value in tiny_models.inputs(name, rows=ROWS).items()}
+    found = []
+    for _ in range(STEPS):
+        result = tiny_models.output(model, values)
+        loss = (result - torch.linspace(-1, 1, result.shape[-1])).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        emoe.retie_gates_(model)
+        found.append(float(loss.detach()))
+    return found
+
+
+def main(folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    share = slice(rank * ROWS // WORLD, (rank + 1) * ROWS // WORLD)
+    found: dict[str, dict[str, list[float] | str]] = {}
+    for name in CASES:
+        found[name] = {}
+        for kind, wrap in WRAPPERS.items():
+            mine = torch.tensor(losses(name, wrap, share), dtype=torch.float64)
+            dist.all_reduce(mine)
+            found[name][kind] = (mine / WORLD).tolist()
+    if rank == 0:
+        (folder / "losses.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
+    folder = tmp_path_factory.mktemp("distributed")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.contract.test_distributed", str(folder), str(rank)],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    texts = [process.communicate(timeout=900)[1] for process in processes]
+    assert not any(process.returncode for process in processes), texts
+    return json.loads((folder / "losses.json").read_text())
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_have_the_loss_of_one(two_processes, name: str, kind: str) -> None:
+    alone = losses(name, lambda model: model, slice(None))
+    assert alone[-1] < alone[0]
+    assert two_processes[name][kind] == pytest.approx(alone, rel=1e-4)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
