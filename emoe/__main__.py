@@ -1,0 +1,151 @@
+"""``python -m emoe``: convert, inspect and fold back model folders from the shell."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+import emoe
+from emoe.checkpoint import EXTRA_FILE, read_sidecars, save_weights
+from emoe.errors import ConfigError, EMoEError
+from emoe.folders import check_new, copy_companions, load_dense, loader_for, model_folder
+
+_FOLDER = click.Path(path_type=Path)
+_KINDS: dict[str, type[emoe.EMoEConfig] | type[emoe.GMoEConfig]] = {"emoe": emoe.EMoEConfig, "gmoe": emoe.GMoEConfig}
+
+
+def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except EMoEError as error:
+            raise click.ClickException(str(error)) from error
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Turn a pre-trained transformer's FFNs into experts, and back."""
+
+
+def _plain_layers(text: str) -> str | list[int]:
+    """``8,10`` is a list of layers; everything else is passed on as it is."""
+    return [int(part) for part in text.split(",")] if re.fullmatch(r"-?\d+(,-?\d+)*", text) else text
+
+
+def _plain_value(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"--set {text}: write name=value, for example --set selection=bottom")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=_FOLDER)
+@click.option("--num-experts", type=int, required=True, help="N, experts of each converted FFN.")
+@click.option("--top-k", type=int, required=True, help="Experts that each token uses.")
+@click.option("--layers", default="last-half:2", show_default=True, help="8,10 or all, last:2, last-half:2, 8:12:2.")
+@click.option("--partition", default=None, help="How neurons are grouped: kmeans (the default), random, contiguous.")
+@click.option(
+    "--kind", type=click.Choice(list(_KINDS)), default="emoe", show_default=True, help="Split or copied FFNs."
+)
+@click.option("--as-published", default=None, help="The authors' settings: tutel or llama.")
+@click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other field of the configuration.")
+@_with_clear_errors
+def convert(
+    model: str,
+    out: Path,
+    num_experts: int,
+    top_k: int,
+    layers: str,
+    partition: str | None,
+    kind: str,
+    as_published: str | None,
+    others: tuple[str, ...],
+) -> None:
+    """Convert MODEL, a folder or hub id of transformers or timm, and write it to the new folder OUT."""
+    values: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "layers": _plain_layers(layers)}
+    values |= {"partition": partition} if partition else {}
+    values |= dict(_plain_value(text) for text in others)
+    cls = _KINDS[kind]
+    config = cls.as_published(as_published, **values) if as_published else cls(**values)
+    if getattr(config, "partition", None) == "coactivation":
+        raise ConfigError("a co-activation partition needs calibration data; convert in Python (docs/library.md)")
+    check_new(out)
+    source = model_folder(model)
+    loaded = load_dense(source)
+    report = emoe.convert_(loaded, config, progress=True)
+    emoe.save_pretrained(loaded, out)
+    copy_companions(source, out)
+    click.echo(report)
+    click.echo(f"Written to {out}")
+
+
+@cli.command()
+@click.argument("folder", type=_FOLDER)
+@_with_clear_errors
+def inspect(folder: Path) -> None:
+    """Show the configuration, experts and files of a converted FOLDER; its weights are not loaded."""
+    config, indices, tensors, extra = read_sidecars(folder)
+    defaults = type(config)(num_experts=config.num_experts, top_k=config.top_k).to_dict()
+    settings = [
+        (name, json.dumps(value), "" if value == defaults[name] else "*") for name, value in config.to_dict().items()
+    ]
+    click.echo(tabulate(settings, headers=["field", "value", "set"], tablefmt="simple"))
+    rows = []
+    for index in indices:
+        norms, order = tensors[f"key_norms.{index}"], tensors.get(f"permutation.{index}")
+        moved = "-" if order is None else f"{float((order != order.sort().values).float().mean()):.0%}"
+        rows.append(
+            {
+                "layer": index,
+                "neurons": len(norms),
+                "experts": config.num_experts,
+                "size": len(norms) // config.num_experts,
+                "moved": moved,
+                "smallest key": f"{float(norms.min()):.3f}",
+                "largest key": f"{float(norms.max()):.3f}",
+            }
+        )
+    click.echo()
+    click.echo(tabulate(rows, headers="keys", tablefmt="simple"))
+    files = [(path.name, f"{path.stat().st_size / 1e6:.2f} MB") for path in sorted(folder.iterdir()) if path.is_file()]
+    click.echo()
+    click.echo(tabulate(files, headers=["file", "size"], tablefmt="simple", colalign=("left", "right")))
+    if extra:
+        numbers = sum(tensor.numel() for tensor in extra.values())
+        click.echo(f"\n{EXTRA_FILE}: {numbers:,} numbers that the stock class has no place for")
+
+
+@cli.command()
+@click.argument("folder", type=_FOLDER)
+@click.argument("out", type=_FOLDER)
+@click.option("--restore-order", is_flag=True, help="Put the neurons back where they stood before the conversion.")
+@_with_clear_errors
+def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
+    """Fold the experts of a converted FOLDER back, and write the dense model to the new folder OUT."""
+    check_new(out)
+    source = model_folder(str(folder))
+    model = emoe.from_pretrained(loader_for(source), source)
+    emoe.to_dense_(model, restore_order=restore_order)
+    out.mkdir(parents=True, exist_ok=True)
+    save_weights(model, out)
+    copy_companions(source, out)
+    click.echo(f"Written to {out}")
+
+
+if __name__ == "__main__":
+    cli(prog_name="python -m emoe")

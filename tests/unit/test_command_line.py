@@ -1,0 +1,114 @@
+"""``python -m emoe``: model folders converted, shown and folded back from the shell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification
+
+import emoe
+from emoe.__main__ import cli
+from emoe.layer import routed_layers
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
+    folder = tmp_path / "bert"
+    BertForSequenceClassification(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("[PAD]\n")
+    return folder
+
+
+@pytest.fixture
+def vit(tmp_path: Path) -> Path:
+    from emoe.checkpoint import save_weights
+
+    torch.manual_seed(0)
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    save_weights(timm.create_model("test_vit"), folder)
+    return folder
+
+
+def call(*arguments: object, fails: bool = False) -> str:
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert (result.exit_code != 0) == fails, result.output
+    assert not result.exception or isinstance(result.exception, SystemExit)
+    return result.output
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_convert_inspect_and_fold_back(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    source, out, dense = request.getfixturevalue(kind), tmp_path / "out", tmp_path / "dense"
+    size = ("--num-experts", 8, "--top-k", 2, "--layers", "last:2")
+    text = call("convert", source, out, *size, "--set", "selection=bottom")
+    assert "2 of" in text
+    assert "% of FFN neurons active" in text
+    text = call("inspect", out)
+    assert '"bottom"' in text
+    assert "emoe_partition.safetensors" in text
+    loader = BertForSequenceClassification if kind == "bert" else timm.create_model
+    model = emoe.from_pretrained(loader, out)
+    assert [layer.config.selection for layer in routed_layers(model)] == ["bottom", "bottom"]
+    call("to-dense", out, dense, "--restore-order")
+    before, after = load_file(source / "model.safetensors"), load_file(dense / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    if kind == "bert":
+        assert (out / "vocab.txt").exists()
+        assert (dense / "vocab.txt").exists()
+
+
+def test_published_settings_copies_and_layer_lists(bert: Path, tmp_path: Path) -> None:
+    call(
+        "convert", bert, tmp_path / "a", "--num-experts", 8, "--top-k", 2, "--layers", "1,3", "--as-published", "tutel"
+    )
+    text = call("inspect", tmp_path / "a")
+    assert '"per_expert"' in text
+    assert "numbers that the stock class has no place for" in text
+    call("convert", bert, tmp_path / "b", "--kind", "gmoe", "--num-experts", 3, "--top-k", 2, "--layers", "1")
+    assert '"gmoe"' in call("inspect", tmp_path / "b")
+    assert "no dense equal" in call("to-dense", tmp_path / "b", tmp_path / "c", fails=True)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-experts", 7, "--top-k", 2], "64 neurons cannot be split into 7"),
+        (["--num-experts", 8, "--top-k", 9], "top_k is 9; it must be at most num_experts"),
+        (["--num-experts", 8, "--top-k", 2, "--layers", "last:9"], "more than the model's 4 layers"),
+        (["--num-experts", 8, "--top-k", 2, "--set", "selektion=top"], "did you mean 'selection'"),
+        (["--num-experts", 8, "--top-k", 2, "--set", "selection"], "write name=value"),
+        (["--num-experts", 8, "--top-k", 2, "--partition", "coactivation"], "needs calibration data"),
+        (["--num-experts", 8, "--top-k", 2, "--as-published", "tutle"], "did you mean 'tutel'"),
+    ],
+)
+def test_wrong_settings_are_named_and_nothing_is_written(bert: Path, tmp_path: Path, arguments, message: str) -> None:
+    assert message in call("convert", bert, tmp_path / "out", *arguments, fails=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_folders_are_named(bert: Path, tmp_path: Path) -> None:
+    size, out = ("--num-experts", 8, "--top-k", 2), tmp_path / "out"
+    assert "exists and is not empty" in call("convert", bert, bert, *size, fails=True)
+    assert "is no folder, and the hub gives out no model" in call("convert", "no/such-model", out, *size, fails=True)
+    assert "not a folder that emoe.save_pretrained wrote" in call("inspect", bert, fails=True)
+    call("convert", bert, out, *size)
+    assert "holds experts already" in call("convert", out, tmp_path / "again", *size, fails=True)
+    (bert / "model.safetensors").unlink()
+    assert "holds no model.safetensors" in call("convert", bert, tmp_path / "x", *size, fails=True)
+    (bert / "config.json").write_text("{")
+    (bert / "model.safetensors").write_text("")
+    assert "config.json is damaged" in call("convert", bert, tmp_path / "x", *size, fails=True)
+    (bert / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "bert"}')
+    assert "which transformers does not have" in call("convert", bert, tmp_path / "x", *size, fails=True)
+    (bert / "config.json").unlink()
+    assert "holds no config.json" in call("convert", bert, tmp_path / "x", *size, fails=True)
