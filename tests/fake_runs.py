@@ -42,7 +42,7 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
         },
         "epochs": [{"epoch": 1.0, **one(0.85)}, {"epoch": 2.0, **one(0.9)}],
         "kept_epoch": 2.0,
-        "routing": {"load_entropy": 0.9, "load_max_over_mean": 2.0} if config else {},
+        "routing": {"load_entropy": 0.9, "load_max_over_mean": 2.0, "drop_rate": 0.0} if config else {},
         "model": {
             "parameters": 1000,
             "dense_parameters": 1000,

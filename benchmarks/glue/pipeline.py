@@ -13,7 +13,7 @@ from benchmarks.harness.models import describe, load_classifier, load_tokenizer,
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.seeds import derive_seed
 from benchmarks.harness.text import TextSplit, load_split
-from benchmarks.harness.training import TextTrainer
+from benchmarks.harness.training import TextTrainer, calibration_batches
 from emoe.layer import routed_layers
 
 
@@ -38,7 +38,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     )
     dense_parameters = model.num_parameters()
     source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model)}
-    report = apply_method_(model, spec["method"], spec["seed"])
+    calibration = calibration_batches(splits["train"], tokenizer, training)
+    report = apply_method_(model, spec["method"], spec["seed"], calibration)
 
     trainer = TextTrainer(model, tokenizer, spec, splits["train"], splits["dev"], folder, progress)
     result = trainer.train()

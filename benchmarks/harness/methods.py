@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ from emoe.config import EMoEConfig
 from emoe.partitioning import Partition, load_partition, partition_key, save_partition
 
 
-def apply_method_(model: nn.Module, method: Mapping[str, Any], seed: int) -> emoe.ConversionReport | None:
+def apply_method_(
+    model: nn.Module, method: Mapping[str, Any], seed: int, calibration: Iterable[Mapping[str, Any]] = ()
+) -> emoe.ConversionReport | None:
     """Turn a dense model into what the method trains, in place.
 
     Args:
         model: the pre-trained model.
         method: the ``method`` part of a run's spec.
         seed: the run's seed, for noisy tuning.
+        calibration: batches of training rows, read for a co-activation partition only.
 
     Returns:
         The conversion's report; None for a dense model.
@@ -37,6 +40,8 @@ def apply_method_(model: nn.Module, method: Mapping[str, Any], seed: int) -> emo
     config = emoe.config_from_dict(method["config"])
     if isinstance(config, EMoEConfig) and config.partition == "kmeans":
         return emoe.convert_(model, config, partition=cached_partition(model, config))
+    if isinstance(config, EMoEConfig) and config.partition == "coactivation":
+        return emoe.convert_(model, config, calibration=calibration)
     return emoe.convert_(model, config)
 
 

@@ -18,7 +18,7 @@ GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
 OOD_MEAN = "ood_mean"
 _COST = ("train_seconds", "step_seconds", "peak_memory_mb")
 _MODEL = ("parameters", "trainable_parameters", "active_neurons")
-_ROUTING = ("load_entropy", "load_max_over_mean")
+_ROUTING = ("load_entropy", "load_max_over_mean", "drop_rate")
 
 
 def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:

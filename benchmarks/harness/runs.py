@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.harness.definition import Benchmark, DefinitionError, check, load_benchmark, load_models
-from emoe.config import config_from_dict
+from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConfigError, did_you_mean
 
 _SLUG_LENGTH = 80
 _VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
-_NOT_CONFIG = ("title", "role", "noise", "top_k_fraction")
+_NOT_CONFIG = ("title", "role", "kind", "noise", "top_k_fraction", "as_published")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _variant(varied: Mapping[str, Any]) -> str:
 def _method_config(method: Mapping[str, Any], seed: int, where: str) -> dict[str, Any] | None:
     """The full configuration of an EMoE or GMoE with all its defaults, or None for a dense model."""
     if method["kind"] == "dense":
-        extra = sorted(set(method) - {"kind", *_NOT_CONFIG})
+        extra = sorted(set(method) - set(_NOT_CONFIG) | ({"as_published"} & set(method)))
         if extra:
             raise DefinitionError(f"{where} is dense and takes no '{extra[0]}'")
         return None
@@ -178,7 +178,10 @@ def _method_config(method: Mapping[str, Any], seed: int, where: str) -> dict[str
         values["top_k"] = int(share)
     if values.get("partition_seed") == "run":
         values["partition_seed"] = seed
+    config: type[EMoEConfig] | type[GMoEConfig] = EMoEConfig if method["kind"] == "emoe" else GMoEConfig
     try:
-        return config_from_dict(values).to_dict()
+        if "as_published" in method:
+            return config.as_published(method["as_published"], **values).to_dict()
+        return config(**values).to_dict()
     except ConfigError as error:
         raise DefinitionError(f"{where}: {error}") from error

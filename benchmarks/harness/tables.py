@@ -116,6 +116,7 @@ class BenchmarkTables:
             ("model", "trainable_parameters"),
             ("routing", "load_entropy"),
             ("routing", "load_max_over_mean"),
+            ("routing", "drop_rate"),
         ):
             frame = frame.merge(self._means(part, metric), left_on=CELL, right_index=True, how="left")
         return Table(
@@ -123,8 +124,8 @@ class BenchmarkTables:
             "What it took, and how the experts were used",
             "Means over seeds, on the machine of the runs (see the environment below). Runs share the machine, so times are rough: "
             "they do not compare methods. The masked reference backend computes every expert and saves nothing. Active neurons are the FFN neurons "
-            "that a token uses, as a share of the dense model's. Load entropy is 1 for a perfectly balanced load; both load columns are measured on the ID test split without "
-            "padding. Routing has no capacity limit, so no assignment is dropped.",
+            "that a token uses, as a share of the dense model's. Load entropy is 1 for a perfectly balanced load; both load columns and the drops are measured on the ID test split without "
+            "padding. Only the published settings limit the capacity of experts, so only there are choices dropped.",
             _KEYS,
             [
                 Column("train_seconds", "train_seconds"),
@@ -135,6 +136,7 @@ class BenchmarkTables:
                 Column("trainable_parameters", "trainable_parameters"),
                 Column("load_entropy", "load_entropy"),
                 Column("load_max_over_mean", "load_max_over_mean"),
+                Column("drop_rate", "drop_rate"),
             ],
             frame,
         )

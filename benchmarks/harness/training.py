@@ -70,6 +70,19 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         return self._rows[index]
 
 
+def calibration_batches(
+    split: TextSplit, tokenizer: PreTrainedTokenizerBase, training: Mapping[str, Any], rows: int = 256
+) -> Iterator[dict[str, Any]]:
+    """The first ``rows`` rows of a split as batches to call a model with, without labels."""
+    encoded = TokenisedRows(
+        split.head(min(rows, len(split)), "calibration"), tokenizer, training["max_length"], by_length=True
+    )
+    collate = DataCollatorWithPadding(tokenizer)
+    for start in range(0, len(encoded), training["eval_batch_size"]):
+        chosen = [encoded[i] for i in range(start, min(start + training["eval_batch_size"], len(encoded)))]
+        yield {name: value for name, value in collate(chosen).items() if name != "labels"}
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """What training gives back beside the model's new weights.
@@ -149,6 +162,21 @@ class Patience(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.is_over(state.log_history):
             control.should_training_stop = True
+
+
+class _RetieGates(TrainerCallback):
+    """Lets running gates follow the keys after each optimiser step."""
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if model is not None:
+            emoe.retie_gates_(model)
 
 
 class _Stopwatch(TrainerCallback):
@@ -236,7 +264,7 @@ class TextTrainer:
             eval_dataset=self._rows(dev, by_length=True),
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=self._scores,
-            callbacks=[progress, self._stopwatch, *([self._patience] if self._patience else [])],
+            callbacks=[progress, self._stopwatch, _RetieGates(), *([self._patience] if self._patience else [])],
         )
 
     def _rows(self, split: TextSplit, *, by_length: bool) -> TokenisedRows:

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
+import emoe
 from benchmarks.harness.definition import load_benchmark
 from benchmarks.harness.execution import execute
 from benchmarks.harness.packages import DataError
@@ -102,6 +103,32 @@ def test_every_task_trains_and_evaluates(
     assert -1 <= found["scores"]["test"][task][metric] <= 1
     assert found["scores"]["ood"] == {}
     assert found["model"]["active_neurons"] == pytest.approx((11 + 0.25) / 12)
+
+
+def test_calibration_and_running_gates_reach_the_library(roots, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(MODEL_ROOT, str(roots[0]))
+    monkeypatch.setenv(DATA_ROOT, str(roots[1]))
+    spec = next(
+        run.spec
+        for run in plan(["glue"], "paper")
+        if (run.spec["task"]["name"], run.spec["model"]["name"]) == ("rte", "bert-base-cased")
+        and run.spec["method"]["name"] == "emoe_published"
+    )
+    assert spec["method"]["config"]["capacity_factor"] == 1.5
+    config = {**spec["method"]["config"], "partition": "coactivation", "gate_momentum": 0.9}
+    spec = {**spec, "method": {**spec["method"], "config": config}, "training": {**spec["training"], "epochs": 1}}
+    run = run_from_spec(spec)
+    path = Path(run.id) / "run.json"
+    path.parent.mkdir()
+    path.write_text(run.to_json())
+    calls: list[object] = []
+    monkeypatch.setattr(emoe, "retie_gates_", calls.append)
+    found = json.loads(execute(path, threads=1, log=path.parent / "log.txt").read_text())
+    assert len(calls) == found["cost"]["steps"] > 0
+    assert 0 <= found["routing"]["drop_rate"] < 1
+    (layer,) = found["model"]["conversion"]
+    assert layer["experts"] == 64
 
 
 def test_a_model_that_is_nowhere_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roots) -> None:

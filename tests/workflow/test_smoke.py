@@ -163,7 +163,7 @@ def test_a_comment_runs_nothing_and_a_seed_only_the_new_runs(checkout: Checkout)
             file, "learning_rate: [3.0e-3]\n        seed: [0, 1]", "learning_rate: [3.0e-3]\n        seed: [0, 1, 2]"
         )
         plan = checkout.plan("smoke")
-        assert plan["train_and_evaluate"] == plan["write_run_spec"] == 8
+        assert plan["train_and_evaluate"] == plan["write_run_spec"] == 11
         assert "partition_neurons" not in plan
     finally:
         (checkout.folder / file).write_text(original)
@@ -173,9 +173,9 @@ def test_mirroring_again_adds_nothing(checkout: Checkout) -> None:
     client = MlflowClient(f"sqlite:///{checkout.folder}/results/mlflow.db")
     experiment = client.get_experiment_by_name("glue").experiment_id
     count = len(client.search_runs([experiment]))
-    assert count == 16 + 8
+    assert count == 22 + 11
     found = checkout.run(sys.executable, "-m", "benchmarks", "mirror", "--suite", "smoke")
-    assert "0 added, 0 replaced, 16 unchanged" in found.stderr
+    assert "0 added, 0 replaced, 22 unchanged" in found.stderr
     assert len(client.search_runs([experiment])) == count
 
 
