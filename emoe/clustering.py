@@ -14,8 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _LLOYD_ITERATIONS = 30
-_SWAP_CANDIDATES = 4
+_SWAP_CANDIDATES = 2
 _SWAP_ROUNDS = 500
+_SWAPS_PER_CLUSTER = 16
+_PAIRS_PER_CLUSTER = 16
+# of the sum of squares, per round: below the first exchanges are made singly, below the second no more
+_SMALL_GAIN = 1e-4
+_NEGLIGIBLE_GAIN = 2e-5
 
 
 @dataclass(frozen=True)
@@ -92,15 +97,20 @@ def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     first = int(torch.randint(rows.shape[0], (1,), generator=generator))
     chosen = [first]
-    distance = (rows - rows[first]).square().sum(1)
+    squares = rows.square().sum(1)
+
+    def distance_to(row: int) -> Tensor:
+        return squares + squares[row] - 2 * (rows @ rows[row])
+
+    distance = distance_to(first)
     for _ in range(num_clusters - 1):
         weights = distance.double().cpu().clamp(min=0)
         weights[chosen] = 0
-        if float(weights.sum()) == 0:  # only duplicates are left
+        if float(weights.sum()) < 1e-3:  # only duplicates are left: the distances are rounding
             weights = torch.ones(rows.shape[0], dtype=torch.float64)
             weights[chosen] = 0
         chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
-        distance = torch.minimum(distance, (rows - rows[chosen[-1]]).square().sum(1))
+        distance = torch.minimum(distance, distance_to(chosen[-1]))
     return rows[chosen]
 
 
@@ -141,47 +151,91 @@ def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
 
     With S_c the sum of cluster c, inertia is a constant minus sum |S_c|^2 / size. Exchanging i in a
     with j in b raises the sum of squares by 2 (g_i + g_j) + 2 |x_i - x_j|^2, where
-    g_i = (S_b - S_a) x_i and g_j = (S_a - S_b) x_j.
+    g_i = (S_b - S_a) x_i and g_j = (S_a - S_b) x_j. Every round makes many exchanges at once. Those of
+    one cluster disturb each other a little, so the sum is checked, and a round that did not raise it is
+    made again with one exchange a cluster, which is exact.
     """
-    size = rows.shape[0] // num_clusters
     labels = labels.clone()
-    candidates = min(_SWAP_CANDIDATES, size)
-    sums = _sums(rows, labels, num_clusters)
-    products = rows @ sums.t()
     squares = rows.square().sum(1)
-    first, second = torch.triu_indices(num_clusters, num_clusters, 1, device=rows.device)
+    sums = _sums(rows, labels, num_clusters)
+    score, depth = float(sums.double().square().sum()), _SWAPS_PER_CLUSTER
+    everywhere = False
     for _ in range(_SWAP_ROUNDS):
-        members = torch.sort(labels, stable=True).indices.view(num_clusters, size)
-        # gain[a, i, b]: what the i-th member of a gains by going to b
-        own = products.gather(1, labels[:, None])
-        gain = (products - own)[members]
-        value, place = gain.topk(candidates, dim=1)
-        moved = members.gather(1, place.reshape(num_clusters, -1)).view_as(place)
-        left, right = moved[first, :, second], moved[second, :, first]
-        cross = _cross(rows, left, right)
-        apart = squares[left][:, :, None] + squares[right][:, None, :] - 2 * cross
-        total = value[first, :, second][:, :, None] + value[second, :, first][:, None, :] + apart
-        best, where = total.flatten(1).max(1)
-        order = torch.sort(best, descending=True, stable=True).indices
-        order = order[best[order] > 1e-5]
-        used: set[int] = set()
-        swaps: list[tuple[int, int, int, int]] = []
-        for pair in order.tolist():
-            a, b = int(first[pair]), int(second[pair])
-            if a in used or b in used:
-                continue
-            used |= {a, b}
-            i, j = divmod(int(where[pair]), candidates)
-            swaps.append((a, b, int(left[pair, i]), int(right[pair, j])))
-        if not swaps:
+        moves = _best_exchanges(rows, squares, labels, sums, depth, everywhere=everywhere)
+        if not moves.numel():
+            if depth == 1 and everywhere:
+                break
+            depth, everywhere = 1, True
+            continue
+        i, j = moves
+        changed = labels.clone()
+        changed[i], changed[j] = labels[j], labels[i]
+        changed_sums = _sums(rows, changed, num_clusters)
+        changed_score = float(changed_sums.double().square().sum())
+        if changed_score <= score:
+            if depth == 1:
+                break  # only rounding is left
+            depth = 1
+            continue
+        gain = (changed_score - score) / score
+        labels, sums, score = changed, changed_sums, changed_score
+        if gain < _NEGLIGIBLE_GAIN:
             break
-        a_ids, b_ids, i_ids, j_ids = (torch.tensor(column, device=rows.device) for column in zip(*swaps, strict=True))
-        labels[i_ids], labels[j_ids] = b_ids, a_ids
-        step = rows[j_ids] - rows[i_ids]
-        change = rows @ step.t()
-        products[:, a_ids] += change
-        products[:, b_ids] -= change
+        if gain < _SMALL_GAIN:
+            depth = 1
     return labels
+
+
+def _best_exchanges(
+    rows: Tensor, squares: Tensor, labels: Tensor, sums: Tensor, depth: int, *, everywhere: bool
+) -> Tensor:
+    """Exchanges that pay off, ``[2, count]`` rows: no row twice, no cluster more than ``depth`` times.
+
+    Args:
+        rows: ``[n, h]``.
+        squares: ``[n]``, their squared lengths.
+        labels: ``[n]``, their clusters.
+        sums: ``[clusters, h]``.
+        depth: exchanges of one cluster.
+        everywhere: look at all pairs of clusters, not only at the most promising.
+    """
+    clusters = sums.shape[0]
+    size = rows.shape[0] // clusters
+    candidates = min(_SWAP_CANDIDATES, size)
+    members = torch.sort(labels, stable=True).indices.view(clusters, size)
+    products = rows @ sums.t()
+    # gain[a, b, i]: what the i-th member of a gains by going to b
+    gain = (products - products.gather(1, labels[:, None]))[members].transpose(1, 2).contiguous()
+    value, place = gain.topk(candidates, dim=2)
+    moved = members.gather(1, place.view(clusters, -1)).view_as(place)
+    first, second = torch.triu_indices(clusters, clusters, 1, device=rows.device)
+    if not everywhere:
+        hope = value[first, second, 0] + value[second, first, 0]
+        chosen = hope.topk(min(_PAIRS_PER_CLUSTER * clusters, hope.numel())).indices
+        first, second = first[chosen], second[chosen]
+    left, right = moved[first, second], moved[second, first]
+    apart = squares[left][:, :, None] + squares[right][:, None, :] - 2 * _cross(rows, left, right)
+    total = value[first, second][:, :, None] + value[second, first][:, None, :] + apart
+    best, where = total.flatten(1).max(1)
+    order = torch.sort(best, descending=True, stable=True).indices
+    order = order[best[order] > 1e-5]
+    where = where[order]
+    table = torch.stack(
+        [
+            first[order],
+            second[order],
+            left[order, where // candidates],
+            right[order, where % candidates],
+        ]
+    )
+    busy, used, moves = [0] * clusters, set(), []
+    for a, b, i, j in table.t().tolist():
+        if busy[a] < depth and busy[b] < depth and i not in used and j not in used:
+            busy[a] += 1
+            busy[b] += 1
+            used |= {i, j}
+            moves.append((i, j))
+    return torch.tensor(moves, dtype=torch.int64, device=rows.device).t()
 
 
 def _cross(rows: Tensor, left: Tensor, right: Tensor, chunk: int = 256) -> Tensor:
