@@ -6,13 +6,15 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from emoe.config import Layers
 from emoe.errors import ConfigError, ConversionError, did_you_mean
+
+_HALVES = ("first", "last")
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,12 @@ class FFNSpec:
             bare model, the model with a head, and a wrapped one. ``*`` stands for any one name
             (``stages.*.blocks``): then all lists that match are taken, in the model's order.
         proj_in: in-projection, whose rows are the keys. ``gate_proj`` for a gated FFN.
-        activation: the activation between the projections: a module, or an attribute that holds a function.
+        activation: the activation between the projections: a module, or an attribute of the instance that holds a
+            function (a method cannot be replaced).
         proj_out: out-projection, whose columns are the values.
         proj_up: second in-projection of a gated FFN (its output multiplies the activation's).
-        fused: the in-projection of a gated FFN holds both, the rows of the activated half first.
+        fused: the in-projection of a gated FFN holds both halves; says where the activated one, whose rows
+            are the keys, stands: ``"first"`` or ``"last"``.
         transposed: weights are stored ``[in, out]`` (GPT-2's Conv1D) instead of ``[out, in]``.
         norm: a module between activation and out-projection that must be ``nn.Identity``.
     """
@@ -37,7 +41,7 @@ class FFNSpec:
     activation: str
     proj_out: str
     proj_up: str | None = None
-    fused: bool = False
+    fused: Literal["first", "last"] | None = None
     transposed: bool = False
     norm: str | None = None
 
@@ -45,7 +49,7 @@ class FFNSpec:
         """The first path of this row that a layer does not have, or None."""
         for path in filter(None, (self.proj_in, self.proj_up, self.proj_out, self.activation)):
             found = _attribute(layer, path)
-            if not isinstance(found, nn.Module) and not (path == self.activation and callable(found)):
+            if not isinstance(found, nn.Module) and not (path == self.activation and _is_own(layer, path)):
                 return path
         return None
 
@@ -73,7 +77,7 @@ _REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
     "electra": (_BERT,),
     "deberta-v2": (_BERT,),
     "distilbert": (FFNSpec("transformer.layer", "ffn.lin1", "ffn.activation", "ffn.lin2"),),
-    "modernbert": (FFNSpec("layers", "mlp.Wi", "mlp.act", "mlp.Wo", fused=True),),
+    "modernbert": (FFNSpec("layers", "mlp.Wi", "mlp.act", "mlp.Wo", fused="first"),),
     "gpt2": (FFNSpec("h", "mlp.c_fc", "mlp.act", "mlp.c_proj", transposed=True),),
     "gpt_neox": (FFNSpec("layers", "mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),),
     "opt": (FFNSpec("decoder.layers", "fc1", "activation_fn", "fc2"),),
@@ -86,7 +90,7 @@ _REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
     "gemma2": (_GATED,),
     "gemma3_text": (_GATED,),
     "phi": (FFNSpec("layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),),
-    "phi3": (FFNSpec("layers", "mlp.gate_up_proj", "mlp.activation_fn", "mlp.down_proj", fused=True),),
+    "phi3": (FFNSpec("layers", "mlp.gate_up_proj", "mlp.activation_fn", "mlp.down_proj", fused="first"),),
     "vit": (_HF_VIT,),
     "deit": (_HF_VIT,),
     "dinov2": (FFNSpec("encoder.layer", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),),
@@ -189,13 +193,16 @@ class FFN:
     def keys(self) -> Tensor:
         """Key vectors, one row a neuron: ``[d, h]``, a view of the weight."""
         weight = cast(Tensor, self.proj_in.weight)
-        rows = weight.t() if self.spec.transposed else weight
-        return rows.chunk(2)[0] if self.spec.fused else rows
+        return self._activated(weight.t() if self.spec.transposed else weight)
 
     def key_bias(self) -> Tensor | None:
         """Bias of the pre-activations ``[d]``, a view, or None."""
-        bias = cast(Tensor | None, self.proj_in.bias)
-        return bias.chunk(2)[0] if self.spec.fused and bias is not None else bias
+        bias = bias_of(self.proj_in)
+        return None if bias is None else self._activated(bias)
+
+    def _activated(self, tensor: Tensor) -> Tensor:
+        """The activated half of a fused in-projection's tensor, neurons first; another one as it is."""
+        return tensor.chunk(2)[_HALVES.index(self.spec.fused)] if self.spec.fused else tensor
 
     def values(self) -> Tensor:
         """Value vectors, one column a neuron: ``[h, d]``, a view of the weight."""
@@ -205,12 +212,12 @@ class FFN:
     def up(self, x: Tensor) -> Tensor:
         """Up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
         if self.spec.fused:
-            return cast(Tensor, self.proj_in(x).chunk(2, dim=-1)[1])
+            return cast(Tensor, self.proj_in(x).chunk(2, dim=-1)[1 - _HALVES.index(self.spec.fused)])
         return cast(Tensor, cast(nn.Module, self.proj_up)(x))
 
     @property
     def gated(self) -> bool:
-        return self.spec.fused or self.spec.proj_up is not None
+        return self.spec.fused is not None or self.spec.proj_up is not None
 
     @torch.no_grad()
     def permute_(self, permutation: Tensor) -> None:
@@ -221,7 +228,7 @@ class FFN:
         """
         dim = self.neuron_dim_in
         for _, module in self.inputs():
-            weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
+            weight, bias = cast(Tensor, module.weight), bias_of(module)
             for part in self.parts(weight, dim):
                 part.copy_(part.index_select(dim, permutation.to(weight.device)))
             for part in self.parts(bias, 0) if bias is not None else ():
@@ -291,6 +298,18 @@ def _layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]:
             "Convert the part of the model that holds the one you mean"
         )
     return [(f"{name}.{place}", layer) for name, module in lists for place, layer in enumerate(module)]
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """A projection's bias, where it has one."""
+    return cast(Tensor | None, getattr(module, "bias", None))
+
+
+def _is_own(layer: nn.Module, path: str) -> bool:
+    """Whether a callable at a path is an attribute of the instance, which can be replaced, and no method."""
+    prefix, _, name = path.rpartition(".")
+    parent = _attribute(layer, prefix) if prefix else layer
+    return callable(getattr(parent, "__dict__", {}).get(name))
 
 
 def _attribute(layer: nn.Module, path: str) -> Any:

@@ -24,7 +24,7 @@ def record_activations(
     """Run the model and keep ``|activation|`` of every neuron for a random sample of the tokens.
 
     What is recorded is the out-projection's input. Padding is left out where a batch has an
-    ``attention_mask``. The model is run in evaluation mode and given back in the mode that it had.
+    ``attention_mask``. The model is run in evaluation mode and given back in the modes that its parts had.
 
     Args:
         model: the model to call.
@@ -43,13 +43,14 @@ def record_activations(
     hooks = [
         ffn.proj_out.register_forward_pre_hook(_collector(samples[ffn.index], padding.get(ffn.index))) for ffn in ffns
     ]
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for batch in batches:
             _call(model, batch)
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
         for watch in padding.values():
             watch.remove()
         for hook in hooks:

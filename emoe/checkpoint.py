@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from emoe.architectures import FFN, find_ffns
 from emoe.checks import check_divisible
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
-from emoe.convert import attach, padding_watches, widen
+from emoe.convert import attach, padding_watches, watch_start, widen
 from emoe.errors import CheckpointError, ConfigError, ConversionError
-from emoe.layer import RoutedActivation, routed_layers
+from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
 from emoe.partitioning import is_permutation
 
 CONFIG_FILE = "emoe_config.json"
@@ -56,6 +56,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise ConversionError("save_pretrained: the model has no routed FFN; save it with its own library")
     if hasattr(model, "peft_config"):
         raise ConversionError("save_pretrained: merge the adapters first (model = model.merge_and_unload())")
+    check_one_conversion(layers, "save_pretrained")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder, _stock_state(model))
@@ -64,6 +65,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         tensors[f"key_norms.{layer.ffn_index}"] = _key_norms(layer.ffn)
         if layer.permutation is not None:
             tensors[f"permutation.{layer.ffn_index}"] = layer.permutation.contiguous()
+    tensors["num_experts"] = torch.tensor(layers[0].config.num_experts)
     save_file(tensors, folder / PARTITION_FILE)
     extra = {name: tensor.detach().cpu().contiguous() for layer in layers for name, tensor in _extra(layer).items()}
     if extra:
@@ -143,11 +145,9 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     load = _load_around_copies if isinstance(config, GMoEConfig) else load_stock
     model = load(loader, folder, **options)
     ffns = {ffn.index: ffn for ffn in find_ffns(model)}
-    missing = [index for index in indices if index not in ffns or f"key_norms.{index}" not in tensors]
+    missing = [index for index in indices if index not in ffns]
     if missing:
-        raise CheckpointError(
-            f"{folder / PARTITION_FILE} and the model do not share the layers {missing} that {CONFIG_FILE} names"
-        )
+        raise CheckpointError(f"{folder / CONFIG_FILE} names the layers {missing}, which the model does not have")
     chosen = [ffns[index] for index in indices]
     if isinstance(config, EMoEConfig):
         check_divisible(chosen, config.num_experts)
@@ -164,6 +164,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
                 _restore(ffn.layer.get_submodule(path), f"{ffn.index}.{path}.", extra, folder)
         _check_norms(ffn, tensors[f"key_norms.{ffn.index}"], folder)
         _restore(layer, f"{ffn.index}.routing.", extra, folder)
+    watch_start(model)
     return model.eval()
 
 
@@ -186,19 +187,27 @@ def read_sidecars(folder: Path) -> tuple[EMoEConfig | GMoEConfig, list[int], dic
     config, indices = _read_config(folder / CONFIG_FILE)
     tensors = _read(folder / PARTITION_FILE)
     extra = _read(folder / EXTRA_FILE) if (folder / EXTRA_FILE).exists() else {}
+    known = sorted(int(name.rpartition(".")[2]) for name in tensors if name.startswith("key_norms."))
+    if sorted(indices) != known or tensors.get("num_experts", torch.tensor(0)) != config.num_experts:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} names {config.num_experts} experts in the layers {indices}, but {PARTITION_FILE} is of "
+            f"{int(tensors.get('num_experts', torch.tensor(0)))} experts in the layers {known}"
+        )
     return config, indices, tensors, extra
 
 
 def _read_config(path: Path) -> tuple[EMoEConfig | GMoEConfig, list[int]]:
     try:
         text = json.loads(path.read_text())
+        if not isinstance(text["config"], dict):
+            raise TypeError("'config' is no object")
         return config_from_dict(text["config"]), [int(index) for index in text["layers"]]
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist: not a folder that emoe.save_pretrained wrote") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:  # no JSON, no text, or not of this form
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -220,16 +229,31 @@ def load_stock(loader: Any, folder: Path, **options: Any) -> nn.Module:
         raise CheckpointError(f"{folder} holds no {' or '.join(WEIGHT_FILES)}; other formats are not read")
     try:
         if hasattr(loader, "from_pretrained"):
-            return cast(nn.Module, loader.from_pretrained(str(folder), use_safetensors=True, **options))
+            model, notes = loader.from_pretrained(
+                str(folder), use_safetensors=True, output_loading_info=True, **options
+            )
+            _check_complete(model, notes["missing_keys"], folder)
+            return cast(nn.Module, model)
         if _is_timm(loader):
             return cast(nn.Module, loader(f"local-dir:{folder}", **{"pretrained": True, **options}))
         model = cast(nn.Module, loader(**options))
         model.load_state_dict(_read(folder / WEIGHT_FILES[0]))
         return model
-    except SafetensorError as error:
-        raise CheckpointError(f"the weights in {folder} are damaged: {error}") from error
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"the checkpoint in {folder} is damaged: {error}") from error
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {folder} are not those of this model: {error}") from error
+
+
+def _check_complete(model: nn.Module, missing: Iterable[str], folder: Path) -> None:
+    """A new head may be missing from a checkpoint; a part of the model's layers may not."""
+    try:
+        prefixes = tuple(f"{ffn.name}." for ffn in find_ffns(model))
+    except ConversionError:  # an architecture that has no row is not ours to judge
+        return
+    parts = sorted(name for name in missing if name.startswith(prefixes))
+    if parts:
+        raise CheckpointError(f"the checkpoint in {folder} lacks {', '.join(parts[:3])} ({len(parts)} tensors in all)")
 
 
 def _load_around_copies(loader: Any, folder: Path, **options: Any) -> nn.Module:

@@ -33,15 +33,18 @@ def _projections(ffn: FFN) -> list[tuple[str, nn.Module]]:
 
 
 def _check_weight(name: str, module: nn.Module) -> None:
-    weight = getattr(module, "weight", None)
-    plain = isinstance(weight, Tensor) and type(weight.detach()) is Tensor
-    if not isinstance(weight, Tensor) or not plain or not weight.is_floating_point() or weight.ndim != 2:
-        what = f"a {type(weight).__name__}" if isinstance(weight, Tensor) and not plain else "no plain weight"
-        raise ConversionError(
-            f"{name} ({type(module).__name__}) has {what}: convert before quantising, sharding or adding adapters"
-        )
     if hasattr(module, "base_layer"):
         raise ConversionError(f"{name} carries an adapter: convert first, or merge it (model.merge_and_unload())")
+    weight = module._parameters.get("weight")
+    what = f"{name} ({type(module).__name__})"
+    # one that is computed (weight norm, pruning) is no parameter, a sharded or quantised one of another class
+    if weight is None:
+        raise ConversionError(f"{what} has no plain weight: convert before quantising, pruning or parametrising")
+    if type(weight.detach()) is not Tensor or not weight.is_floating_point():
+        kind = str(weight.dtype) if type(weight.detach()) is Tensor else type(weight).__name__
+        raise ConversionError(f"{what} has a weight of {kind}: convert before quantising, sharding or adding adapters")
+    if weight.ndim != 2:
+        raise ConversionError(f"{what} has a weight of {weight.ndim} dimensions; only linear projections can be split")
     if weight.is_meta:
         raise ConversionError(f"{name}.weight is on the meta device: load the weights before converting")
     if weight.is_inference():
@@ -63,7 +66,7 @@ def _check_shapes(ffn: FFN) -> None:
         if rows != factor * d:
             raise ConversionError(
                 f"{ffn.name}.{path} has {rows} outputs where {ffn.spec.proj_out} has {d} inputs: they are not the two sides "
-                f"of one FFN{' (a fused gate and up-projection? say fused=True)' if rows == 2 * d else ''}"
+                f"of one FFN{' (a fused gate and up-projection? see fused in emoe.FFNSpec)' if rows == 2 * d else ''}"
             )
 
 
@@ -85,7 +88,7 @@ def _check_between(ffn: FFN) -> None:
 def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
     """Permuting a weight that another module uses too would change that module."""
     users: dict[int, set[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), set()).add(name)
     for ffn in ffns:

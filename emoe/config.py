@@ -103,7 +103,8 @@ class RoutingConfig:
                 balance loss, dropout inside the experts, an output bias per expert. For EMoE also
                 ``"llama"``, their block mask on gated FFNs.
             **values: the other fields, and those to set otherwise (their vision code has
-                ``dropout_position="after"``). Their ``capacity_factor=0``, no limit, is None here.
+                ``dropout_position="after"``). Their ``capacity_factor=0``, no limit, is None here, and a
+                negative one, which only saves memory beside the positive, the positive.
 
         Raises:
             ConfigError: an unknown implementation, field or value.
@@ -113,8 +114,9 @@ class RoutingConfig:
                 f"{cls.__name__}.as_published: implementation is {implementation!r}"
                 f"{did_you_mean(implementation, cls._published)}"
             )
-        if values.get("capacity_factor", 1) == 0:
-            values["capacity_factor"] = None
+        factor = values.get("capacity_factor")
+        if isinstance(factor, int | float) and factor <= 0:
+            values["capacity_factor"] = -factor or None
         return cls(**{**cls._published[implementation], **values})
 
     def __post_init__(self) -> None:
@@ -188,6 +190,9 @@ class RoutingConfig:
             ConfigError: an unknown field, a missing field or a value out of range.
         """
         given = {name: value for name, value in values.items() if name != "kind"}
+        version = given.get("version")
+        if isinstance(version, int) and version > CONFIG_VERSION:  # before its new fields are called unknown
+            raise ConfigError(f"{cls.__name__}.version is {version}; a newer release of emoe wrote it")
         if values.get("kind", cls.kind) != cls.kind:
             raise ConfigError(f"{cls.__name__} cannot read a configuration of kind {values['kind']!r}")
         return cls(**given)

@@ -10,12 +10,12 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from emoe.architectures import FFN, find_ffns, resolve_layers
+from emoe.architectures import FFN, bias_of, find_ffns, resolve_layers
 from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_gated, check_plain, check_trainable, check_weights
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
-from emoe.layer import RoutedActivation, routed_layers
+from emoe.layer import ForwardStart, RoutedActivation, routed_layers
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
 from emoe.tokens import PaddingWatch, watch_padding
@@ -129,6 +129,7 @@ def convert_(
         padding = padding_watches(model, chosen, config)
         reports = [_split(ffn, config, partition, padding.get(ffn.index)) for ffn in chosen]
         active = neurons - sum(r.expert_size * (config.num_experts - config.experts_in_use) for r in reports)
+    watch_start(model)
     added = sum(p.numel() for p in model.parameters()) - before
     return ConversionReport(tuple(reports), len(ffns), active / neurons, added)
 
@@ -137,6 +138,14 @@ def padding_watches(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoE
     """What tells the routed layers which tokens are padding, where the configuration makes them care."""
     cares = not config.count_padding and (config.capacity_factor is not None or config.aux_loss_coefficient > 0)
     return watch_padding(model, ffns) if cares else {}
+
+
+def watch_start(model: nn.Module) -> None:
+    """Let the layers of a freshly converted model know where a forward pass begins, if they have a balance loss."""
+    layers = [layer for layer in routed_layers(model) if layer.config.aux_loss_coefficient > 0]
+    start = ForwardStart(model, layers) if layers else None
+    for layer in layers:
+        layer.start = start
 
 
 def _check_partition(chosen: list[FFN], partition: Mapping[int, Tensor]) -> None:
@@ -196,11 +205,11 @@ def widen(ffn: FFN, copies: int) -> None:
         return torch.cat([part for part in ffn.parts(tensor, dim) for _ in range(copies)], dim)
 
     for path, module in ffn.inputs():
-        weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
+        weight, bias = cast(Tensor, module.weight), bias_of(module)
         wide = _like(module, repeat_in(weight, dim), None if bias is None else repeat_in(bias, 0))
         ffn.replace(path, wide)
     module = ffn.proj_out
-    values, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
+    values, bias = cast(Tensor, module.weight), bias_of(module)
     ffn.replace(
         ffn.spec.proj_out, _like(module, torch.cat([values] * copies, 1 - dim), None if bias is None else bias.clone())
     )
@@ -219,7 +228,7 @@ def _like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
         if hasattr(wide, name):
             setattr(wide, name, size)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        old = cast(Tensor | None, getattr(module, name))
+        old = cast(Tensor | None, getattr(module, name, None))
         trains = old is not None and old.requires_grad
         wide.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=trains))
     return wide

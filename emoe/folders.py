@@ -53,6 +53,8 @@ def loader_for(folder: Path) -> Any:
         settings = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file} is damaged: it holds no object")
     if "architecture" in settings:
         import timm
 
@@ -85,16 +87,17 @@ def check_new(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is not empty; name a new folder")
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
+def copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer, templates and the like, which belong to the model but are not written with its weights."""
-    names = [
-        path.name
-        for path in sorted(source.iterdir())
-        if path.suffix in _COMPANIONS
+    files = [
+        path.relative_to(source)
+        for path in sorted(source.rglob("*"))
+        if path.is_file()
+        and path.suffix in _COMPANIONS
         and not path.name.endswith(".index.json")
         and path.name != CONFIG_FILE
-        and not (target / path.name).exists()
+        and not (target / path.relative_to(source)).exists()
     ]
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / file, target / file)

@@ -8,14 +8,15 @@ Everything else, from the projections to LoRA, saving and sharding, stays what i
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emoe.architectures import FFN
-from emoe.config import EMoEConfig, GMoEConfig
+from emoe.architectures import FFN, bias_of
+from emoe.config import EMoEConfig, GMoEConfig, Weighting
 from emoe.errors import ConversionError
 from emoe.routing import (
     CosineRouter,
@@ -29,7 +30,7 @@ from emoe.routing import (
     slot_mask,
     slots_above,
 )
-from emoe.tokens import PaddingWatch
+from emoe.tokens import PaddingWatch, is_recomputed
 
 if TYPE_CHECKING:
     from emoe.records import LayerRecord
@@ -50,14 +51,17 @@ class RoutedActivation(nn.Module):
         gate: running mean keys ``[N, h]``, float32, where ``gate_momentum`` asks for them, or None.
         output_bias: ``[N, h]``, where the configuration says ``per_expert`` and the FFN has a bias, or None;
             the out-projection's own bias is then zero and stays so.
+        output_bias_parts: how many experts' biases made up the FFN's own when it was divided, or None.
         aux_loss: balance loss of the last forward pass, None before the first or where not asked for.
         record: where :func:`emoe.record_routing` collects; None when it does not.
         padding: tells which tokens are padding, for a configuration that has to know; None otherwise.
+        start: forgets balance losses at the start of a pass, for a configuration that has them; None otherwise.
     """
 
     router: CosineRouter | None
     gate: Tensor | None
     output_bias: nn.Parameter | None
+    output_bias_parts: Tensor | None
 
     def __init__(
         self, ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None, padding: PaddingWatch | None = None
@@ -68,6 +72,7 @@ class RoutedActivation(nn.Module):
         self.config = config
         self.permutation = permutation
         self.padding = padding
+        self.start: ForwardStart | None = None
         # In a tuple, so that the FFN's layer does not become a child of its own activation.
         self._ffn = (ffn,)
         learned = isinstance(config, GMoEConfig) or config.router == "cosine"
@@ -75,11 +80,12 @@ class RoutedActivation(nn.Module):
         momentum = isinstance(config, EMoEConfig) and config.gate_momentum > 0
         self.register_buffer("gate", self.present_gate().detach().clone() if momentum else None)
         self.output_bias = None
+        self.register_buffer("output_bias_parts", None)
         self.aux_loss: Tensor | None = None
         self.record: LayerRecord | None = None
         self._input: Tensor | None = None
         self._weights: Tensor | None = None
-        self._hooks = [ffn.proj_in.register_forward_pre_hook(self._remember_input)]
+        self._hooks = [ffn.proj_in.register_forward_pre_hook(self._remember_input, with_kwargs=True)]
         if config.output_bias == "per_expert":
             self._divide_output_bias()
 
@@ -99,8 +105,9 @@ class RoutedActivation(nn.Module):
         """Give the FFN back its activation and its one output bias: ``(k / N) * sum of the experts'`` biases."""
         for hook in self._hooks:
             hook.remove()
-        if self.padding is not None:
-            self.padding.remove()
+        for watch in (self.padding, self.start):
+            if watch is not None:
+                watch.remove()
         self.ffn.replace(self.ffn.spec.activation, self.activation)
         if self.output_bias is not None:
             proj_out = _without_adapter(self.ffn.proj_out)
@@ -110,9 +117,11 @@ class RoutedActivation(nn.Module):
 
     def _divide_output_bias(self) -> None:
         proj_out = self.ffn.proj_out
-        bias = cast(Tensor | None, proj_out.bias)
+        bias = bias_of(proj_out)
         if bias is None:
             return
+        # a whole number, which no cast of the model rounds
+        self.output_bias_parts = torch.tensor(self.config.experts_in_use, device=bias.device)
         share = bias.detach() / self.config.experts_in_use
         self.output_bias = nn.Parameter(share.repeat(self.config.num_experts, 1), requires_grad=bias.requires_grad)
         # a buffer of zeros, because not every projection works without a bias (GPT-2's Conv1D)
@@ -122,11 +131,10 @@ class RoutedActivation(nn.Module):
 
     def mean_output_bias(self) -> Tensor:
         """The one bias ``[h]`` that stands for the experts' own in a dense FFN, equal to it at the conversion."""
-        biases = cast(Tensor, self.output_bias).detach()
-        return biases.sum(0) * (self.config.experts_in_use / self.config.num_experts)
+        return cast(Tensor, self.output_bias).detach().mean(0) * cast(Tensor, self.output_bias_parts)
 
-    def _remember_input(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._input = args[0]
+    def _remember_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._input = args[0] if args else next(iter(kwargs.values()))
 
     def _add_output_bias(self, _module: nn.Module, _args: tuple[Any, ...], y: Tensor) -> Tensor:
         weights, self._weights = self._weights, None
@@ -139,40 +147,62 @@ class RoutedActivation(nn.Module):
         Args:
             z: pre-activations ``[..., d]``.
         """
-        config, x = self.config, self._input
-        if x is None:
-            raise RuntimeError(f"{self.ffn_name}: the activation ran without its in-projection")
-        if z.is_nested:
-            raise RuntimeError(
-                f"{self.ffn_name}: nested tensors cannot be routed; build nn.TransformerEncoder with enable_nested_tensor=False"
-            )
+        config, x = self.config, self._present_input(z)
         before = config.expert_dropout if config.dropout_position == "before" else 0.0
         after = config.expert_dropout if config.dropout_position == "after" else 0.0
+        # scored before the activation runs, which may be one that writes over its input
+        by_product = isinstance(config, EMoEConfig) and config.score.startswith("inter")
+        scores = None if by_product else self._scores(x, z)
         hidden = self.activation(F.dropout(z, before, self.training) if before else z)
-        weights = self._route(x, z, hidden)
+        weights = self._route(self._product_scores(x, hidden) if scores is None else scores)
         self._input = None
         if self.output_bias is not None:
             self._weights = weights
         if after:
             hidden = F.dropout(hidden, after, self.training)
         blocks = hidden.unflatten(-1, (config.num_experts, -1))
-        return (blocks * weights.view(*z.shape[:-1], -1, 1).to(hidden.dtype)).flatten(-2)
+        return (blocks * weights.view(*z.shape[:-1], config.num_experts, 1).to(hidden.dtype)).flatten(-2)
 
-    def _route(self, x: Tensor, z: Tensor, hidden: Tensor) -> Tensor:
+    def _present_input(self, z: Tensor) -> Tensor:
+        """The FFN's input, once it is clear that this call is one of the FFN's."""
+        x = self._input
+        if x is None:
+            raise RuntimeError(
+                f"{self.ffn_name}: the activation ran without its in-projection, or that was replaced by a copy (for PEFT's "
+                "modules_to_save name the whole FFN or layer, not its projections)"
+            )
+        if z.is_nested:
+            raise RuntimeError(
+                f"{self.ffn_name}: nested tensors cannot be routed; build nn.TransformerEncoder with enable_nested_tensor=False"
+            )
+        if z.shape[-1] != self.ffn.d:
+            raise RuntimeError(
+                f"{self.ffn_name}: the activation was called with {z.shape[-1]} values a token, but the FFN has {self.ffn.d} neurons; "
+                "does it stand between the projections that its row names?"
+            )
+        return x
+
+    @property
+    def _weighting(self) -> Weighting:
+        return self.config.weighting if isinstance(self.config, EMoEConfig) else "softmax"
+
+    def _with_gradient(self) -> torch.set_grad_enabled:
+        """A binary mask passes no gradient to the scores, so none is recorded for them unless the balance loss needs it."""
+        needed = self._weighting != "binary" or self.config.aux_loss_coefficient > 0
+        return torch.set_grad_enabled(torch.is_grad_enabled() and needed)
+
+    def _route(self, clean: Tensor) -> Tensor:
+        """Weights ``[T, N]`` of the experts from their scores; also the balance loss and the record."""
         config = self.config
-        weighting = config.weighting if isinstance(config, EMoEConfig) else "softmax"
         selection = config.selection if isinstance(config, EMoEConfig) else "top"
-        needs_aux = config.aux_loss_coefficient > 0
         noise_std = config.router_noise / config.num_experts
-        # A binary mask passes no gradient to the scores, so none is recorded for them.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (weighting != "binary" or needs_aux)):
-            clean = self._scores(x, z, hidden).flatten(0, -2)
+        with self._with_gradient():
             noisy = clean + torch.randn_like(clean) * noise_std if noise_std and self.training else clean
             threshold = None if self.training else config.score_threshold
             slots = select_experts(noisy, config.num_experts if threshold is not None else config.top_k, selection)
             used = None if threshold is None else slots_above(noisy, slots, threshold)
             mask = slot_mask(slots, config.num_experts, used)
-            weights = expert_weights(noisy, mask, weighting, config.top_k)
+            weights = expert_weights(noisy, mask, self._weighting, config.top_k)
             counted = self.padding.real_tokens(len(clean)) if self.padding is not None else None
             kept = mask
             if config.capacity_factor is not None:
@@ -181,33 +211,39 @@ class RoutedActivation(nn.Module):
                 )
                 kept = slot_mask(slots, config.num_experts, placed if used is None else placed & used)
                 weights = weights * kept
-            self.aux_loss = None
-            if needs_aux:
+            if config.aux_loss_coefficient > 0:
                 # their formula divides by the noise in evaluation too
                 std = noise_std if self.training or config.balance_loss == "published" else 0.0
-                self.aux_loss = balance_loss(clean, noisy, mask, std, config.balance_loss, counted)
+                loss = balance_loss(clean, noisy, mask, std, config.balance_loss, counted)
+                if not is_recomputed():
+                    self.aux_loss = loss if self.aux_loss is None else self.aux_loss + loss
         if self.record is not None:
             self.record.update(mask, kept)
         return weights
 
-    def _scores(self, x: Tensor, z: Tensor, hidden: Tensor) -> Tensor:
-        """``[..., N]`` float32."""
-        config = self.config
-        if self.router is not None:
-            return self.router(x)
-        assert isinstance(config, EMoEConfig)  # noqa: S101 -- a GMoE has a router
-        n = config.num_experts
-        match config.score:
-            case "keys":
-                return self._key_scores(x, z)
-            case "gate":
-                return block_means(z, n)
-            case "up":
-                return block_means(self.ffn.up(x), n)
-            case "up_abs":
-                return block_means(self.ffn.up(x).abs(), n)
-        inter = hidden * self.ffn.up(x) if self.ffn.gated else hidden
-        return block_means(inter.abs() if config.score == "inter_abs" else inter, n)
+    def _scores(self, x: Tensor, z: Tensor) -> Tensor:
+        """``[T, N]`` float32."""
+        with self._with_gradient():
+            if self.router is not None:
+                return cast(Tensor, self.router(x)).flatten(0, -2)
+            n = self.config.num_experts
+            match cast(EMoEConfig, self.config).score:
+                case "gate":
+                    scores = block_means(z, n)
+                case "up":
+                    scores = block_means(self.ffn.up(x), n)
+                case "up_abs":
+                    scores = block_means(self.ffn.up(x).abs(), n)
+                case _:
+                    scores = self._key_scores(x, z)
+            return scores.flatten(0, -2)
+
+    def _product_scores(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """``[T, N]`` float32, by what goes into the out-projection."""
+        with self._with_gradient():
+            inter = hidden * self.ffn.up(x) if self.ffn.gated else hidden
+            absolute = cast(EMoEConfig, self.config).score == "inter_abs"
+            return block_means(inter.abs() if absolute else inter, self.config.num_experts).flatten(0, -2)
 
     def _key_scores(self, x: Tensor, z: Tensor) -> Tensor:
         config = cast(EMoEConfig, self.config)
@@ -226,7 +262,7 @@ class RoutedActivation(nn.Module):
             # an adapter's part of the keys is known only by its effect
             scores = block_means(z, config.num_experts)
             return scores if mean_bias is None else scores - mean_bias
-        gate = self.present_gate() if self.gate is None else self.gate.float()
+        gate = self.present_gate() if self.gate is None else self.gate
         return key_scores(x, gate, mean_bias, unit_length=config.normalize_gate)
 
     def _value_norms(self) -> Tensor | None:
@@ -240,6 +276,14 @@ class RoutedActivation(nn.Module):
         means = expert_means(_whole(self.ffn.keys()), self.config.num_experts, self._value_norms())
         unit_length = isinstance(self.config, EMoEConfig) and self.config.normalize_gate
         return F.normalize(means, dim=-1) if unit_length else means
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Casts and moves, but a running gate stays in float32."""
+        gate = self.gate
+        super()._apply(fn, recurse)
+        if gate is not None and self.gate is not None:
+            self.gate = gate.to(self.gate.device)
+        return self
 
     @torch.no_grad()
     def retie_gate_(self) -> None:
@@ -269,6 +313,35 @@ def routed_layers(model: nn.Module) -> list[RoutedActivation]:
     """The routed FFNs of a model in layer order; empty for a dense model."""
     found = [module for module in model.modules() if isinstance(module, RoutedActivation)]
     return sorted(found, key=lambda module: module.ffn_index)
+
+
+class ForwardStart:
+    """Forgets the balance losses of the last forward pass when the next one begins.
+
+    Layers add to them, because a layer may be called several times in a pass, or be skipped.
+
+    Args:
+        model: the model that is called.
+        layers: routed layers of it.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[RoutedActivation]) -> None:
+        self._layers = layers
+        self._hook = model.register_forward_pre_hook(self._forget)
+
+    def _forget(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
+        for layer in self._layers:
+            layer.aux_loss = None
+
+    def remove(self) -> None:
+        """Stop listening."""
+        self._hook.remove()
+
+
+def check_one_conversion(layers: Sequence[RoutedActivation], what: str) -> None:
+    """Refuse a model whose parts were converted apart (:class:`ConversionError`): their layer numbers collide."""
+    if len({layer.ffn_index for layer in layers}) < len(layers) or len({layer.config for layer in layers}) > 1:
+        raise ConversionError(f"{what}: parts of the model were converted apart; take each part for itself")
 
 
 def aux_loss(model: nn.Module) -> Tensor | float:

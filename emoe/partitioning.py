@@ -28,7 +28,7 @@ from emoe.config import EMoEConfig
 from emoe.errors import CheckpointError, ConversionError
 
 # Part of every cache key: raise it when the same settings would give another partition.
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ def partition(
     features: dict[int, Tensor] = {}
     if config.partition == "kmeans":
         check_distinct_keys(chosen)
+    if config.partition != "coactivation" and calibration is not None:
+        raise ConversionError(f"partition='{config.partition}' reads no calibration batches; 'coactivation' does")
     if config.partition == "coactivation":
         if calibration is None:
             raise ConversionError("partition='coactivation' needs calibration batches: pass calibration=[...]")

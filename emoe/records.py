@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from emoe.errors import ConversionError
-from emoe.layer import routed_layers
-from emoe.tokens import LabelWatch, PaddingWatch, watch_padding
+from emoe.layer import check_one_conversion, routed_layers
+from emoe.tokens import LabelWatch, PaddingWatch, is_recomputed, watch_padding
 
 
 class LayerRecord:
@@ -49,16 +50,16 @@ class LayerRecord:
             chosen: ``[T, N]`` experts chosen.
             kept: ``[T, N]`` those that found a place.
         """
-        if _is_recomputed():
+        if is_recomputed():
             return
         tokens = chosen.shape[0]
-        real = None if self._padding is None else self._padding.real_tokens(tokens)
+        real = self._real_tokens(tokens)
         dropped = chosen & ~kept if kept is not chosen else None
         if real is not None:
             real = real.to(chosen.device).unsqueeze(1)
             chosen = chosen & real
         labels = self._labels.labels
-        if labels is None:
+        if labels is None or tokens % max(labels.numel(), 1):
             loads = chosen.sum(0)
         else:
             by_row = chosen.unflatten(0, (labels.numel(), -1)).sum(1)
@@ -73,7 +74,16 @@ class LayerRecord:
             self.windows.append((self._loads - self._window_start).cpu())
             self._window_start = self._loads.clone()
 
+    def _real_tokens(self, tokens: int) -> Tensor | None:
+        try:
+            return None if self._padding is None else self._padding.real_tokens(tokens)
+        except RuntimeError as error:  # a statistic is no reason to stop a forward pass
+            warnings.warn(f"padding is counted: {error}", stacklevel=2)
+            return None
+
     def _count_labels(self, labels: Tensor, by_row: Tensor) -> None:
+        named = labels >= 0
+        labels, by_row = labels[named], by_row[named]
         missing = self._labels.num_labels - self._labelled.shape[0]
         if missing > 0:
             self._labelled = torch.cat([self._labelled, self._labelled.new_zeros(missing, self.num_experts)])
@@ -144,11 +154,6 @@ def _shares(loads: Tensor) -> Tensor:
     return loads.double() / max(int(loads.sum()), 1)
 
 
-def _is_recomputed() -> bool:
-    """Whether this is a forward pass that activation checkpointing repeats within the backward pass."""
-    return torch._C._current_graph_task_id() != -1
-
-
 @dataclass(frozen=True)
 class RoutingRecord:
     """What :func:`record_routing` collected, by layer number."""
@@ -191,7 +196,8 @@ class RoutingRecord:
 def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[RoutingRecord]:
     """Count the experts' loads during the forward passes inside the ``with`` block.
 
-    Padding is left out when the model is called with a two-dimensional ``attention_mask``, and
+    Padding is left out where a two-dimensional mask tells it (otherwise it is counted, with a warning if there is a mask
+    that does not fit), and
     loads are also kept by label when it is called with one integer label a row (or was told by
     :meth:`RoutingRecord.set_labels`). Passes that activation checkpointing repeats are not counted.
 
@@ -200,11 +206,13 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
         window: also keep the loads of each that many forward passes, to see routing change.
 
     Raises:
-        ConversionError: the model has no routed FFN, or is being recorded already.
+        ConversionError: the model has no routed FFN, parts of it were converted apart, or it is being
+            recorded already.
     """
     layers = routed_layers(model)
     if not layers:
         raise ConversionError("record_routing: the model has no routed FFN; convert it first")
+    check_one_conversion(layers, "record_routing")
     if any(layer.record is not None for layer in layers):
         raise ConversionError("record_routing: the model is being recorded already")
     labels = LabelWatch(model)

@@ -76,7 +76,11 @@ def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor]) -> Plain
     state = {f"layers.0.{ours}": data[theirs] for theirs, ours in (TUTEL | ROUTER).items() if theirs in data}
     missing = net.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys
-    assert set(missing.missing_keys) <= {"layers.0.outer.bias", "layers.0.act.gate"}
+    assert set(missing.missing_keys) <= {
+        "layers.0.outer.bias",
+        "layers.0.act.gate",
+        "layers.0.act.output_bias_parts",
+    }
     return net.train(meta["training"])
 
 

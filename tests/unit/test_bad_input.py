@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune
 
 import emoe
-from emoe.architectures import find_ffns
-from emoe.layer import routed_layers
+from emoe.layer import RoutedActivation, routed_layers
 from tests import tiny_models
 from tests.plain_net import FFN, PlainNet, plain_net
 
@@ -80,6 +80,40 @@ def of_other_width(layer: Any) -> None:
     layer.output.dense = nn.Linear(32, 32)
 
 
+def normed(layer: Any) -> None:
+    nn.utils.parametrizations.weight_norm(layer.intermediate.dense)
+
+
+def pruned(layer: Any) -> None:
+    prune.l1_unstructured(layer.output.dense, "weight", 0.5)
+
+
+def spectral(layer: Any) -> None:
+    nn.utils.spectral_norm(layer.output.dense)
+
+
+def convolution(layer: Any) -> None:
+    layer.output.dense = nn.Conv1d(64, 32, 1)
+
+
+class Methodical(type(tiny_models.build("bert").encoder.layer[3].intermediate)):  # type: ignore[misc]
+    """Its activation is a method, which an instance's attribute does not replace."""
+
+    def intermediate_act_fn(self, z: torch.Tensor) -> torch.Tensor:
+        return nn.functional.gelu(z)
+
+
+def with_method(layer: Any) -> None:
+    del layer.intermediate.intermediate_act_fn
+    layer.intermediate.__class__ = Methodical
+
+
+def used_twice() -> nn.Module:
+    model = tiny_models.build("bert")
+    model.encoder.layer[2] = model.encoder.layer[1]
+    return model
+
+
 def shared_weight() -> nn.Module:
     model = tiny_models.build("bert")
     model.encoder.layer[1].intermediate.dense.weight = model.encoder.layer[3].intermediate.dense.weight
@@ -101,8 +135,14 @@ BROKEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "infinite bias": (edit(infinite_bias), r"encoder\.layer\.3\.intermediate\.dense\.bias holds values that are not"),
     "zero rows": (edit(zero_rows), r"keys of neurons 3, 9 are all zero .* partition='random'"),
     "equal rows": (edit(equal_rows), r"neurons 3 and 9 have the same key; use partition='random'"),
-    "quantised": (edit(quantised), r"intermediate\.dense \(Linear\) has no plain weight: convert before quantising"),
-    "sharded": (edit(sharded), r"output\.dense \(Linear\) has a Subclass: convert before quantising, sharding"),
+    "quantised": (
+        edit(quantised),
+        r"intermediate\.dense \(Linear\) has a weight of torch\.int8: convert before quantising",
+    ),
+    "sharded": (
+        edit(sharded),
+        r"output\.dense \(Linear\) has a weight of Subclass: convert before quantising, sharding",
+    ),
     "meta": (edit(on_meta), r"output\.dense\.weight is on the meta device: load the weights"),
     "inference": (
         edit(made_for_inference),
@@ -124,7 +164,7 @@ def test_models_that_cannot_be_converted(what: str) -> None:
     with pytest.raises(emoe.ConversionError, match=message):
         emoe.convert_(model, CONFIG)
     assert not routed_layers(model)
-    assert not any(ffn.proj_in._forward_pre_hooks for ffn in find_ffns(model))
+    assert not any(isinstance(module, RoutedActivation) for module in model.modules())
     for name, tensor in model.state_dict().items():
         assert tensor.is_meta or torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
 
@@ -256,7 +296,7 @@ def test_truncated_files_are_named(folder, name: str, keep: float) -> None:
         ("emoe_partition", {"permutation.3": None}, r"has no permutation of encoder\.layer\.3's 64 neurons"),
         ("emoe_partition", {"permutation.3": torch.zeros(64, dtype=torch.int64)}, "has no permutation"),
         ("emoe_partition", {"permutation.3": torch.arange(32)}, "has no permutation"),
-        ("emoe_partition", {"key_norms.1": None}, r"do not share the layers \[1\]"),
+        ("emoe_partition", {"key_norms.1": None}, r"in the layers \[1, 3\], but .* in the layers \[3\]"),
         ("emoe_partition", {"key_norms.1": torch.ones(64)}, "does not match the weights"),
         ("emoe_extra", {"1.routing.gate": None}, r"does not hold '1\.routing\.\*'"),
         ("emoe_extra", {"1.routing.gate": torch.ones(4, 32)}, r"does not hold '1\.routing\.\*'"),
@@ -270,6 +310,51 @@ def test_sidecars_that_do_not_fit_are_named(folder, file: str, change: dict, mes
     save_file(tensors, path)
     with pytest.raises(emoe.CheckpointError, match=message):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"layers": []}, r"names 8 experts in the layers \[\], but .* in the layers \[1, 3\]"),
+        ({"layers": [1]}, r"in the layers \[1\], but"),
+        ({"layers": [1, 1, 3]}, r"in the layers \[1, 1, 3\], but"),
+        ({"layers": ["x"]}, "is damaged"),
+        ({"config": None}, "is damaged: .*no object"),
+        ({"config": {"kind": "emoe", "num_experts": 4, "top_k": 2}}, r"names 4 experts .* is of 8 experts"),
+        ({"config": {"kind": "emoe", "num_experts": 8, "top_k": 2, "version": 9, "new": 1}}, "newer release"),
+    ],
+)
+def test_settings_that_are_not_those_of_the_partition(folder, content: dict, message: str) -> None:
+    text = json.loads((folder / "emoe_config.json").read_text())
+    (folder / "emoe_config.json").write_text(json.dumps({**text, **content}))
+    with pytest.raises(emoe.CheckpointError, match=message):
+        load(folder)
+
+
+def test_weights_that_lack_a_part_of_a_layer_are_refused(folder) -> None:
+    state = load_file(folder / "model.safetensors")
+    name = "encoder.layer.0.attention.self.query.weight"
+    save_file(
+        {key: tensor for key, tensor in state.items() if key != name}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(emoe.CheckpointError, match=r"lacks encoder\.layer\.0\.attention\.self\.query\.weight"):
+        load(folder)
+
+
+def test_a_truncated_stock_configuration_is_refused(folder) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(emoe.CheckpointError, match="is damaged"):
+        load(folder)
+
+
+def test_calibration_of_modes_and_of_partitions_that_read_none() -> None:
+    net = plain_net(4, 16, layers=2).train()
+    net.layers[1].eval()
+    config = emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0], partition="coactivation")
+    emoe.partition(net, config, calibration=[torch.randn(9, 4)])
+    assert [layer.training for layer in net.layers] == [True, False]
+    with pytest.raises(emoe.ConversionError, match="'kmeans' reads no calibration"):
+        emoe.convert_(net, emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0]), calibration=[torch.randn(9, 4)])
 
 
 def test_pickled_weights_are_never_read(folder) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import emoe
 from emoe.layer import routed_layers
@@ -30,6 +30,7 @@ shapes = st.fixed_dictionaries(
 
 def net_of(shape: dict) -> tuple[PlainNet, Tensor]:
     net = plain_net(shape["hidden"], shape["experts"] * shape["size"], gated=shape["gated"], seed=shape["seed"])
+    net.layers[0].act = nn.Sigmoid()  # never zero, so that what is zero was not chosen
     return net, torch.randn(shape["tokens"], shape["hidden"])
 
 

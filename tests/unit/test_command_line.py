@@ -23,6 +23,8 @@ def bert(tmp_path: Path) -> Path:
     folder = tmp_path / "bert"
     BertForSequenceClassification(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("[PAD]\n")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
     return folder
 
 
@@ -64,6 +66,7 @@ def test_convert_inspect_and_fold_back(kind: str, request: pytest.FixtureRequest
     if kind == "bert":
         assert (out / "vocab.txt").exists()
         assert (dense / "vocab.txt").exists()
+        assert (dense / "1_Pooling" / "config.json").exists()
 
 
 def test_published_settings_copies_and_layer_lists(bert: Path, tmp_path: Path) -> None:

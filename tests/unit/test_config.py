@@ -76,6 +76,7 @@ def test_as_published_names_the_authors_settings() -> None:
     assert tutel.weighting == "binary"
     assert emoe.EMoEConfig.as_published("tutel", num_experts=64, top_k=16, router="cosine").weighting == "softmax"
     assert emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, capacity_factor=0).capacity_factor is None
+    assert emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, capacity_factor=-1.5).capacity_factor == 1.5
     vision = emoe.GMoEConfig.as_published("tutel", dropout_position="after")
     assert (vision.num_experts, vision.top_k, vision.dropout_position) == (6, 1, "after")
     assert emoe.EMoEConfig.as_published("llama", num_experts=64, top_k=16).score == "gate"

@@ -4,10 +4,12 @@ import time
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification, CLIPConfig, CLIPModel
 
 import emoe
 from tests import tiny_models
+from tests.plain_net import plain_net
 
 
 def test_loads_count_every_token_and_leave_padding_out() -> None:
@@ -168,3 +170,77 @@ def test_recording_is_cheap_enough_to_stay_on(capsys: pytest.CaptureFixture[str]
     with capsys.disabled():
         print(f"\nrecording: {ratio:.3f} of the time of a step without it")  # noqa: T201 -- the figure of docs/library.md
     assert ratio < 1.10  # measured when nothing else runs: see docs/library.md
+
+
+def test_recording_follows_the_layer_through_wrappers() -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **values: torch.Tensor) -> object:
+            return self.inner(**values)
+
+    model, values = tiny_models.build("t5"), tiny_models.inputs("t5")
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all"))
+    masks = {
+        "attention_mask": (torch.arange(11) < 4).long().repeat(3, 1),
+        "decoder_attention_mask": (torch.arange(7) < 5).long().repeat(3, 1),
+    }
+    for whole in (Wrapper(model), get_peft_model(model, LoraConfig(target_modules=["q"]))):
+        with emoe.record_routing(whole) as record:
+            whole(**values, **masks)
+        assert [layer.tokens for layer in record.layers.values()] == [12, 12, 15, 15]
+
+
+def test_masks_of_other_tokens_are_not_taken() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": 60, "eos_token_id": 2},
+        vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    model = CLIPModel(config).eval()
+    emoe.convert_(model.vision_model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1]))
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    with emoe.record_routing(model) as record:
+        model(torch.randint(3, 60, (2, 9)), torch.randn(2, 3, 32, 32), attention_mask=mask)
+    assert record.layers[1].tokens == 2 * 17
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_padding_masks_of_torchs_own_encoder(batch_first: bool) -> None:
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=batch_first)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0], capacity_factor=1.0))
+    x, padding = torch.randn(3, 9, 32), torch.arange(9).repeat(3, 1) >= torch.tensor([[9], [5], [4]])
+    noise = torch.where(padding.unsqueeze(-1), 30 * torch.randn(3, 9, 32), 0)
+    outputs = []
+    for rows in (x, x + noise):
+        with emoe.record_routing(model) as record:
+            y = model(rows if batch_first else rows.transpose(0, 1), src_key_padding_mask=padding)
+        assert record.layers[0].tokens == 18
+        outputs.append((y if batch_first else y.transpose(0, 1))[~padding])
+    torch.testing.assert_close(*outputs)
+
+
+def test_a_mask_that_does_not_fit_is_said_and_labels_below_zero_are_none() -> None:
+    net, x = plain_net(6, 32), torch.randn(4, 5, 6)
+    emoe.convert_(net, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0]))
+    with emoe.record_routing(net) as record, pytest.warns(UserWarning, match="padding is counted: attention_mask"):
+        net(x, attention_mask=torch.ones(4, 9))
+    assert record.layers[0].tokens == 20
+    with emoe.record_routing(net) as record:
+        record.set_labels(torch.tensor([1, -100, 1, 0]))
+        net(x)
+    assert {label: int(loads.sum()) for label, loads in record.layers[0].by_label.items()} == {0: 10, 1: 20}
+
+
+def test_parts_that_were_converted_apart_are_not_mixed_up(tmp_path) -> None:
+    model = torch.nn.ModuleDict({"a": plain_net(4, 8), "b": plain_net(4, 8)})
+    for name, top_k in (("a", 1), ("b", 3)):
+        emoe.convert_(model[name], emoe.EMoEConfig(num_experts=4, top_k=top_k, layers=[0]))
+    with pytest.raises(emoe.ConversionError, match="converted apart"), emoe.record_routing(model):
+        pass
+    with pytest.raises(emoe.ConversionError, match="converted apart"):
+        emoe.save_pretrained(model, tmp_path)

@@ -235,3 +235,86 @@ def test_deep_copies_of_a_published_layer_fold_back_apart() -> None:
     assert not twin._forward_pre_hooks
     assert routed_layers(net)
     assert net._forward_pre_hooks
+
+
+@pytest.mark.parametrize("score", ["keys", "gate"])
+def test_an_activation_that_writes_over_its_input_changes_no_choice(score: str) -> None:
+    outputs = []
+    for inplace in (False, True):
+        net = plain_net(H, N * S)
+        net.layers[0].act = torch.nn.ReLU(inplace=inplace)
+        emoe.convert_(net, emoe.EMoEConfig(num_experts=N, top_k=2, layers=[0], score=score))
+        outputs.append(net(inputs()))
+    assert torch.equal(*outputs)
+
+
+def test_other_top_k_leaves_the_folded_bias_alone(tmp_path) -> None:
+    net, dense = converted(output_bias="per_expert"), plain_net(H, N * S)
+    emoe.set_top_k_(net, N)
+    emoe.save_pretrained(net, tmp_path)
+    again = emoe.from_pretrained(plain_net, tmp_path, hidden=H, width=N * S)
+    for model in (net, again):
+        emoe.to_dense_(model, restore_order=True)
+        torch.testing.assert_close(model.layers[0].outer.bias, dense.layers[0].outer.bias)
+
+
+def test_a_layer_used_twice_or_skipped_counts_as_often_in_the_balance_loss() -> None:
+    class Repeated(PlainNet):
+        repeats = 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(self.repeats):
+                x = self.layers[0](x)
+            return x
+
+    emoe.register_ffn("Repeated", emoe.FFNSpec("layers", "inner", "act", "outer"))
+    net, x = Repeated(*plain_net(H, N * S).layers), inputs()
+    emoe.convert_(net, emoe.EMoEConfig(num_experts=N, top_k=2, layers=[0], aux_loss_coefficient=1.0))
+    twice = (net(x), emoe.aux_loss(net))[1]
+    net.repeats = 1
+    first = (net(x), emoe.aux_loss(net))[1]
+    second = (net(net.layers[0](x)), emoe.aux_loss(net))[1]
+    torch.testing.assert_close(twice, first + second)
+    net.repeats = 0
+    net(x)
+    assert emoe.aux_loss(net) == 0.0
+
+
+def test_fused_projections_name_their_activated_half() -> None:
+    class Fused(torch.nn.Module):
+        def __init__(self, order: str) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.act, self.outer = (
+                torch.nn.Linear(H, 2 * N * S),
+                torch.nn.Sigmoid(),
+                torch.nn.Linear(N * S, H),
+            )
+            self.order = order
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.inner(x).chunk(2, -1)
+            return self.outer(self.act(a) * b if self.order == "first" else a * self.act(b))
+
+    for order in ("first", "last"):
+        emoe.register_ffn("PlainNet", emoe.FFNSpec("layers", "inner", "act", "outer", fused=order))
+        ffn, x = Fused(order), inputs()
+        keys = ffn.inner.weight.detach().chunk(2)[order == "last"].unflatten(0, (N, S))
+        net = PlainNet(ffn)
+        emoe.convert_(net, emoe.EMoEConfig(num_experts=N, top_k=2, layers=[0]), partition={0: torch.arange(N * S)})
+        assert torch.equal(choices(net, x), best(x @ keys.mean(1).t()))
+        gmoe = PlainNet(Fused(order))
+        dense = gmoe(x)
+        emoe.convert_(gmoe, emoe.GMoEConfig(num_experts=3, top_k=2, layers=[0]))
+        torch.testing.assert_close(gmoe(x), dense)
+
+
+def test_empty_batches_keyword_inputs_and_casts() -> None:
+    net = converted(gate_momentum=0.5)
+    assert net(torch.empty(0, 3, H)).shape == (0, 3, H)
+    net.bfloat16()
+    assert routed_layers(net)[0].gate.dtype == torch.float32
+    emoe.retie_gates_(net)
+    net(inputs().bfloat16())
+    ffn = converted().layers[0]
+    assert torch.equal(ffn.outer(ffn.act(ffn.inner(input=inputs()))), ffn(inputs()))
