@@ -33,7 +33,7 @@ class FFNSpec:
         fused: the in-projection of a gated FFN holds both halves; says where the activated one, whose rows
             are the keys, stands: ``"first"`` or ``"last"``.
         transposed: weights are stored ``[in, out]`` (GPT-2's Conv1D) instead of ``[out, in]``.
-        norm: a module between activation and out-projection that must be ``nn.Identity``.
+        between: modules between activation and out-projection. Each must be a dropout or an ``nn.Identity``.
     """
 
     layers: str
@@ -43,7 +43,7 @@ class FFNSpec:
     proj_up: str | None = None
     fused: Literal["first", "last"] | None = None
     transposed: bool = False
-    norm: str | None = None
+    between: tuple[str, ...] = ()
 
     def missing(self, layer: nn.Module) -> str | None:
         """The first path of this row that a layer does not have, or None."""
@@ -57,16 +57,17 @@ class FFNSpec:
 _BERT = FFNSpec("encoder.layer", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
 _GATED = FFNSpec("layers", "mlp.gate_proj", "mlp.act_fn", "mlp.down_proj", proj_up="mlp.up_proj")
 _HF_VIT = FFNSpec("layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2")
-_TORCH = FFNSpec("layers", "linear1", "activation", "linear2")
-_TIMM_VIT = FFNSpec("blocks", "mlp.fc1", "mlp.act", "mlp.fc2", norm="mlp.norm")
+_TORCH = FFNSpec("layers", "linear1", "activation", "linear2", between=("dropout",))
+_TIMM_VIT = FFNSpec("blocks", "mlp.fc1", "mlp.act", "mlp.fc2", between=("mlp.drop1", "mlp.norm"))
 
 
 def _t5(stack: str, position: int) -> list[FFNSpec]:
     """The FFN of one of T5's two stacks in its two kinds: T5 1.0's, and the gated one of T5 1.1."""
     ffn = f"layer.{position}.DenseReluDense"
+    between = (f"{ffn}.dropout",)
     return [
-        FFNSpec(f"{stack}.block", f"{ffn}.wi", f"{ffn}.act", f"{ffn}.wo"),
-        FFNSpec(f"{stack}.block", f"{ffn}.wi_0", f"{ffn}.act", f"{ffn}.wo", proj_up=f"{ffn}.wi_1"),
+        FFNSpec(f"{stack}.block", f"{ffn}.wi", f"{ffn}.act", f"{ffn}.wo", between=between),
+        FFNSpec(f"{stack}.block", f"{ffn}.wi_0", f"{ffn}.act", f"{ffn}.wo", proj_up=f"{ffn}.wi_1", between=between),
     ]
 
 
@@ -77,7 +78,7 @@ _REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
     "electra": (_BERT,),
     "deberta-v2": (_BERT,),
     "distilbert": (FFNSpec("transformer.layer", "ffn.lin1", "ffn.activation", "ffn.lin2"),),
-    "modernbert": (FFNSpec("layers", "mlp.Wi", "mlp.act", "mlp.Wo", fused="first"),),
+    "modernbert": (FFNSpec("layers", "mlp.Wi", "mlp.act", "mlp.Wo", fused="first", between=("mlp.drop",)),),
     "gpt2": (FFNSpec("h", "mlp.c_fc", "mlp.act", "mlp.c_proj", transposed=True),),
     "gpt_neox": (FFNSpec("layers", "mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),),
     "opt": (FFNSpec("decoder.layers", "fc1", "activation_fn", "fc2"),),
@@ -98,7 +99,9 @@ _REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
     # timm models have no model_type: keyed by class
     "VisionTransformer": (_TIMM_VIT,),
     "Beit": (_TIMM_VIT,),
-    "SwinTransformer": (FFNSpec("layers.*.blocks", "mlp.fc1", "mlp.act", "mlp.fc2", norm="mlp.norm"),),
+    "SwinTransformer": (
+        FFNSpec("layers.*.blocks", "mlp.fc1", "mlp.act", "mlp.fc2", between=("mlp.drop1", "mlp.norm")),
+    ),
     # torch's own
     "TransformerEncoder": (_TORCH,),
     "TransformerDecoder": (_TORCH,),
@@ -208,6 +211,27 @@ class FFN:
         """Value vectors, one column a neuron: ``[h, d]``, a view of the weight."""
         weight = cast(Tensor, self.proj_out.weight)
         return weight.t() if self.spec.transposed else weight
+
+    def blocks(self, num_experts: int) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
+        """Views by expert: ``[N, s, h]`` weight and ``[N, s]`` bias of each in-projection (the activated one first), ``[N, s, h]`` values."""
+
+        def split(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (num_experts, -1))
+
+        inputs = [(self.keys(), self.key_bias())]
+        if self.spec.proj_up or self.spec.fused:
+            inputs.append(self._up_rows())
+        split_inputs = [(split(rows), None if bias is None else split(bias)) for rows, bias in inputs]
+        return split_inputs, split(self.values().t())
+
+    def _up_rows(self) -> tuple[Tensor, Tensor | None]:
+        module = self.proj_up or self.proj_in
+        weight, bias = cast(Tensor, module.weight), bias_of(module)
+        rows = weight.t() if self.spec.transposed else weight
+        if not self.spec.fused:
+            return rows, bias
+        half = 1 - _HALVES.index(self.spec.fused)
+        return rows.chunk(2)[half], None if bias is None else bias.chunk(2)[half]
 
     def up(self, x: Tensor) -> Tensor:
         """Up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""

@@ -76,13 +76,12 @@ def _check_between(ffn: FFN) -> None:
             f"{ffn.name}.{ffn.spec.activation} ({type(ffn.activation).__name__}) has parameters of its own, "
             "which the routed FFN has no place for"
         )
-    if ffn.spec.norm is None:
-        return
-    norm = ffn.layer.get_submodule(ffn.spec.norm)
-    if not isinstance(norm, nn.Identity):
-        raise ConversionError(
-            f"{ffn.name}.{ffn.spec.norm} is {type(norm).__name__}: a norm between activation and out-projection mixes the experts"
-        )
+    for path in ffn.spec.between:
+        module = ffn.layer.get_submodule(path)
+        if not isinstance(module, nn.Identity | nn.Dropout):
+            raise ConversionError(
+                f"{ffn.name}.{path} is {type(module).__name__}: a norm between activation and out-projection mixes the experts"
+            )
 
 
 def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:

@@ -15,8 +15,10 @@ Partition = Literal["kmeans", "random", "contiguous", "coactivation"]
 Router = Literal["avg_k", "cosine"]
 Selection = Literal["top", "bottom", "not_top", "random"]
 Score = Literal["keys", "gate", "up", "up_abs", "inter", "inter_abs"]
+# linear in the FFN's input, so that mean weights give them before any neuron is computed
+LINEAR_SCORES = ("keys", "gate", "up")
 Weighting = Literal["binary", "softmax", "softmax_times_k"]
-Backend = Literal["auto", "masked"]
+Backend = Literal["auto", "masked", "sparse"]
 BalanceLoss = Literal["corrected", "published"]
 DropoutPosition = Literal["before", "after"]
 OutputBias = Literal["shared", "per_expert"]
@@ -45,7 +47,10 @@ class RoutingConfig:
         top_k: experts that each token uses.
         layers: which FFNs: ``[8, 10]``, ``"all"``, ``"last:2"`` (the last two), ``"last-half:2"``
             (every second one of the latter half) or a slice such as ``"8:12:2"``.
-        backend: ``masked`` is the reference; ``auto`` picks the best available.
+        backend: ``masked`` is the reference: all neurons are computed and those of other experts set to zero.
+            ``sparse`` computes the chosen experts only, with the same results to rounding, and goes back to
+            ``masked`` in forward passes where it cannot (see :mod:`emoe.backends`). ``auto`` takes, in each forward
+            pass, the one that is expected to be faster (see :mod:`emoe.costs`).
         score_threshold: in evaluation, use every expert whose score is at least this, and the best one
             in any case, instead of ``top_k``; None for always ``top_k``. See :func:`emoe.set_top_k_`.
         capacity_factor: None for no limit. A number c limits each expert to
@@ -263,6 +268,9 @@ class EMoEConfig(RoutingConfig):
         for name in ("score_bias", "normalize_gate", "value_norm_weighted", "gate_momentum"):
             if getattr(self, name) and (self.router != "avg_k" or self.score != "keys"):
                 raise self._error(name, "off unless router is 'avg_k' and score is 'keys', whose mean keys it shapes")
+        if self.backend == "sparse" and self.score not in LINEAR_SCORES:
+            near = " or ".join(map(repr, LINEAR_SCORES))
+            raise self._error("backend", f"'masked' unless score is {near}: the others need every neuron")
         if self.score_bias and self.normalize_gate:
             raise self._error("score_bias", "false with normalize_gate=True: a bias has no unit length")
         if self.router == "cosine" and self.weighting == "binary":

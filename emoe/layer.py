@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, bias_of
+from emoe.backends import SparsePath, may_take_sparse_path
 from emoe.config import EMoEConfig, GMoEConfig, Weighting
 from emoe.errors import ConversionError
 from emoe.routing import (
@@ -85,6 +86,7 @@ class RoutedActivation(nn.Module):
         self.record: LayerRecord | None = None
         self._input: Tensor | None = None
         self._weights: Tensor | None = None
+        self.sparse = SparsePath(self) if may_take_sparse_path(config) else None
         self._hooks = [ffn.proj_in.register_forward_pre_hook(self._remember_input, with_kwargs=True)]
         if config.output_bias == "per_expert":
             self._divide_output_bias()
@@ -105,7 +107,7 @@ class RoutedActivation(nn.Module):
         """Give the FFN back its activation and its one output bias: ``(k / N) * sum of the experts'`` biases."""
         for hook in self._hooks:
             hook.remove()
-        for watch in (self.padding, self.start):
+        for watch in (self.padding, self.start, self.sparse):
             if watch is not None:
                 watch.remove()
         self.ffn.replace(self.ffn.spec.activation, self.activation)
@@ -147,6 +149,8 @@ class RoutedActivation(nn.Module):
         Args:
             z: pre-activations ``[..., d]``.
         """
+        if self.sparse is not None and self.sparse.active:
+            return self._forward_sparse(z)
         config, x = self.config, self._present_input(z)
         before = config.expert_dropout if config.dropout_position == "before" else 0.0
         after = config.expert_dropout if config.dropout_position == "after" else 0.0
@@ -154,7 +158,7 @@ class RoutedActivation(nn.Module):
         by_product = isinstance(config, EMoEConfig) and config.score.startswith("inter")
         scores = None if by_product else self._scores(x, z)
         hidden = self.activation(F.dropout(z, before, self.training) if before else z)
-        weights = self._route(self._product_scores(x, hidden) if scores is None else scores)
+        _, weights = self._route(self._product_scores(x, hidden) if scores is None else scores)
         self._input = None
         if self.output_bias is not None:
             self._weights = weights
@@ -162,6 +166,17 @@ class RoutedActivation(nn.Module):
             hidden = F.dropout(hidden, after, self.training)
         blocks = hidden.unflatten(-1, (config.num_experts, -1))
         return (blocks * weights.view(*z.shape[:-1], config.num_experts, 1).to(hidden.dtype)).flatten(-2)
+
+    def _forward_sparse(self, z: Tensor) -> Tensor:
+        """Route; what is computed of the neurons is computed in the place of the out-projection."""
+        x, sparse = cast(Tensor, self._input), cast(SparsePath, self.sparse)
+        self._input = None
+        mask, weights = self._route(self._scores(x, None))
+        if self.output_bias is not None:
+            self._weights = weights
+        plain = self._weighting == "binary"
+        sparse.routed = (x, mask, None if plain else weights)
+        return z
 
     def _present_input(self, z: Tensor) -> Tensor:
         """The FFN's input, once it is clear that this call is one of the FFN's."""
@@ -191,8 +206,8 @@ class RoutedActivation(nn.Module):
         needed = self._weighting != "binary" or self.config.aux_loss_coefficient > 0
         return torch.set_grad_enabled(torch.is_grad_enabled() and needed)
 
-    def _route(self, clean: Tensor) -> Tensor:
-        """Weights ``[T, N]`` of the experts from their scores; also the balance loss and the record."""
+    def _route(self, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask and weights ``[T, N]`` of the experts in use from their scores; also the balance loss and the record."""
         config = self.config
         selection = config.selection if isinstance(config, EMoEConfig) else "top"
         noise_std = config.router_noise / config.num_experts
@@ -219,17 +234,19 @@ class RoutedActivation(nn.Module):
                     self.aux_loss = loss if self.aux_loss is None else self.aux_loss + loss
         if self.record is not None:
             self.record.update(mask, kept)
-        return weights
+        return kept, weights
 
-    def _scores(self, x: Tensor, z: Tensor) -> Tensor:
-        """``[T, N]`` float32."""
+    def _scores(self, x: Tensor, z: Tensor | None) -> Tensor:
+        """``[T, N]`` float32; by the pre-activations ``z``, or where they are not computed by mean weights."""
         with self._with_gradient():
             if self.router is not None:
                 return cast(Tensor, self.router(x)).flatten(0, -2)
             n = self.config.num_experts
             match cast(EMoEConfig, self.config).score:
+                case "gate" | "up" as kind if z is None:
+                    scores = self._mean_scores(x, up=kind == "up")
                 case "gate":
-                    scores = block_means(z, n)
+                    scores = block_means(cast(Tensor, z), n)
                 case "up":
                     scores = block_means(self.ffn.up(x), n)
                 case "up_abs":
@@ -238,6 +255,11 @@ class RoutedActivation(nn.Module):
                     scores = self._key_scores(x, z)
             return scores.flatten(0, -2)
 
+    def _mean_scores(self, x: Tensor, *, up: bool) -> Tensor:
+        """Means of what an in-projection gives, from the means of its weights: the same, because it is linear."""
+        weight, bias = self.ffn.blocks(self.config.num_experts)[0][up]
+        return key_scores(x, weight.float().mean(1), None if bias is None else bias.float().mean(1))
+
     def _product_scores(self, x: Tensor, hidden: Tensor) -> Tensor:
         """``[T, N]`` float32, by what goes into the out-projection."""
         with self._with_gradient():
@@ -245,9 +267,9 @@ class RoutedActivation(nn.Module):
             absolute = cast(EMoEConfig, self.config).score == "inter_abs"
             return block_means(inter.abs() if absolute else inter, self.config.num_experts).flatten(0, -2)
 
-    def _key_scores(self, x: Tensor, z: Tensor) -> Tensor:
+    def _key_scores(self, x: Tensor, z: Tensor | None) -> Tensor:
         config = cast(EMoEConfig, self.config)
-        adapted = hasattr(self.ffn.proj_in, "base_layer")
+        adapted = z is not None and hasattr(self.ffn.proj_in, "base_layer")
         # pre-activations come with the bias, products with mean keys without it
         bias = self.ffn.key_bias() if config.score_bias != adapted else None
         mean_bias = None
@@ -260,7 +282,7 @@ class RoutedActivation(nn.Module):
                     "gate_momentum need its keys: merge the adapter, or adapt other modules"
                 )
             # an adapter's part of the keys is known only by its effect
-            scores = block_means(z, config.num_experts)
+            scores = block_means(cast(Tensor, z), config.num_experts)
             return scores if mean_bias is None else scores - mean_bias
         gate = self.present_gate() if self.gate is None else self.gate
         return key_scores(x, gate, mean_bias, unit_length=config.normalize_gate)

@@ -42,12 +42,17 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": as_ddp, "fsdp2":
 CLEAN = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all")
 # state beside the weights: a bias for each expert, a gate that runs after the keys
 WITH_STATE = dataclasses.replace(CLEAN, output_bias="per_expert", gate_momentum=0.5, value_norm_weighted=True)
-CASES = {**dict.fromkeys(tiny_models.BUILDERS, CLEAN), "bert with state": WITH_STATE, "gpt2 with state": WITH_STATE}
+SPARSE = dataclasses.replace(CLEAN, backend="sparse")
+CASES = {
+    **dict.fromkeys(tiny_models.BUILDERS, CLEAN),
+    **dict.fromkeys(("bert, state", "gpt2, state"), WITH_STATE),
+    **dict.fromkeys(("bert, sparse", "gpt2, sparse", "llama, sparse"), SPARSE),
+}
 
 
 def losses(case: str, wrap: Callable[[nn.Module], nn.Module], rows: slice) -> list[float]:
     """Train a few steps on these rows of the batch; the loss before each."""
-    name = case.removesuffix(" with state")
+    name = case.split(",")[0]
     model = tiny_models.build(name)
     emoe.convert_(model, CASES[case])
     model = wrap(model)
@@ -78,6 +83,7 @@ def main(folder: Path, rank: int) -> None:
             found[name][kind] = (mine / WORLD).tolist()
     if rank == 0:
         (folder / "losses.json").write_text(json.dumps(found))
+    dist.barrier()  # neither takes the connection down while the other still uses it
     dist.destroy_process_group()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import emoe
+from emoe.config import LINEAR_SCORES
 from emoe.layer import RoutedActivation, routed_layers
 from tests.plain_net import FFN, PlainNet
 
@@ -53,7 +54,7 @@ def close(found: Tensor | None, expected: Tensor, what: str) -> None:
     )
 
 
-def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor]) -> PlainNet:
+def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor], backend: str) -> PlainNet:
     """A dense net converted as published, with the recorded weights put in."""
     copies = name.startswith("gmoe")
     size, n = meta["expert_size"], meta["num_experts"]
@@ -66,6 +67,7 @@ def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor]) -> Plain
         "router_noise": meta["gate_noise"],
         "aux_loss_coefficient": meta["aux_loss_coefficient"],
         "expert_dropout": 0.0,
+        "backend": backend,
     }
     if copies:
         emoe.convert_(net, emoe.GMoEConfig.as_published("tutel", **values))
@@ -90,10 +92,11 @@ def with_noise(monkeypatch: pytest.MonkeyPatch, noise: Tensor | None) -> None:
         monkeypatch.setattr(torch, "randn_like", lambda _scores: next(draws))
 
 
+@pytest.mark.parametrize("backend", ["masked", "sparse"])
 @pytest.mark.parametrize("name", [name for name in names("tutel") if "steps" not in name])
-def test_tutel_layer_output_loss_and_all_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tutel_layer_output_loss_and_all_gradients(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     meta, data = load(name)
-    net = tutel_net(name, meta, data)
+    net = tutel_net(name, meta, data, backend)
     with_noise(monkeypatch, data.get("router_noise"))
     x = data["x"].clone().requires_grad_()
     y = net(x)
@@ -108,10 +111,11 @@ def test_tutel_layer_output_loss_and_all_gradients(name: str, monkeypatch: pytes
             close(net.get_parameter(f"layers.0.{ours}").grad, data[f"grad_{theirs}"], theirs)
 
 
+@pytest.mark.parametrize("backend", ["masked", "sparse"])
 @pytest.mark.parametrize("name", [name for name in names("tutel") if "steps" in name])
-def test_tutel_layer_after_optimiser_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tutel_layer_after_optimiser_steps(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     meta, data = load(name)
-    net = tutel_net(name, meta, data)
+    net = tutel_net(name, meta, data, backend)
     with_noise(monkeypatch, data.get("router_noise"))
     optimizer = torch.optim.SGD(net.parameters(), lr=meta["sgd_lr"])
     for step in range(meta["steps"]):
@@ -129,9 +133,12 @@ def test_tutel_layer_after_optimiser_steps(name: str, monkeypatch: pytest.Monkey
         close(layer.gate if layer.gate is not None else layer.present_gate(), data["final_gate_weight"], "gate")
 
 
+@pytest.mark.parametrize("backend", ["masked", "sparse"])
 @pytest.mark.parametrize("name", names("llama"))
-def test_llama_block_mask(name: str) -> None:
+def test_llama_block_mask(name: str, backend: str) -> None:
     meta, data = load(name)
+    if backend == "sparse" and meta["select"] not in LINEAR_SCORES:
+        pytest.skip("this score needs every neuron")
     ffn = FFN(meta["hidden"], meta["intermediate"], meta["activation"], gated=True)
     ffn.load_state_dict({ours: data[theirs] for theirs, ours in LLAMA.items()})
     net = PlainNet(ffn)
@@ -142,6 +149,7 @@ def test_llama_block_mask(name: str) -> None:
         layers=[0],
         partition="contiguous",
         score=meta["select"],
+        backend=backend,
     )
     emoe.convert_(net, config)
     x = data["x"].clone().requires_grad_()

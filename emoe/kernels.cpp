@@ -1,0 +1,122 @@
+// The three products of an FFN of experts, restricted to the chosen (token, expert) pairs.
+//
+// Pairs are sorted by chunk of tokens, then expert, then token: the pairs of chunk c and expert n are
+// rows[starts[c * N + n]] ... rows[starts[c * N + n + 1] - 1]. Chunks of tokens share no output row and experts share no
+// weight, so each product runs in parallel without locks, and in the same order for the same number of chunks.
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+
+namespace {
+
+using at::Tensor;
+
+struct Pairs {
+  Tensor rows;
+  std::vector<int64_t> starts;
+  int64_t chunks, experts;
+
+  Pairs(const Tensor& rows, const Tensor& starts, int64_t experts)
+      : rows(rows),
+        starts(starts.data_ptr<int64_t>(), starts.data_ptr<int64_t>() + starts.numel()),
+        chunks((starts.numel() - 1) / experts),
+        experts(experts) {}
+
+  int64_t start(int64_t chunk, int64_t expert) const { return starts[chunk * experts + expert]; }
+  int64_t size(int64_t chunk, int64_t expert) const { return starts[chunk * experts + expert + 1] - start(chunk, expert); }
+  Tensor of(int64_t chunk, int64_t expert) const { return rows.narrow(0, start(chunk, expert), size(chunk, expert)); }
+};
+
+// [pairs, s]: x[token] times the expert's rows of w [N, s, h], plus b [N, s]
+Tensor gather_mm(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, const Tensor& rows, const Tensor& starts) {
+  const Pairs pairs(rows, starts, w.size(0));
+  Tensor out = at::empty({rows.size(0), w.size(1)}, x.options());
+  at::parallel_for(0, pairs.chunks, 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t n = 0; n < pairs.experts; ++n) {
+        if (pairs.size(c, n) == 0) continue;
+        Tensor part = out.narrow(0, pairs.start(c, n), pairs.size(c, n));
+        Tensor picked = x.index_select(0, pairs.of(c, n));
+        if (b.has_value()) {
+          at::addmm_out(part, b->select(0, n), picked, w.select(0, n).t());
+        } else {
+          at::mm_out(part, picked, w.select(0, n).t());
+        }
+      }
+    }
+  });
+  return out;
+}
+
+template <typename scalar_t>
+void add_rows(scalar_t* to, const scalar_t* from, const int64_t* rows, int64_t count, int64_t width) {
+  for (int64_t i = 0; i < count; ++i) {
+    scalar_t* __restrict target = to + rows[i] * width;
+    const scalar_t* __restrict source = from + i * width;
+    for (int64_t j = 0; j < width; ++j) target[j] += source[j];
+  }
+}
+
+// Sums over pairs are kept in float32 (float64 for float64) whatever the weights are.
+at::ScalarType sum_type(const Tensor& a) { return a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// [T, h]: sum over a token's pairs of a[pair] times the expert's w [N, s, h]
+Tensor scatter_mm(const Tensor& a, const Tensor& w, const Tensor& rows, const Tensor& starts, int64_t tokens) {
+  const Pairs pairs(rows, starts, w.size(0));
+  const int64_t width = w.size(2);
+  Tensor out = at::zeros({tokens, width}, a.options().dtype(sum_type(a)));
+  at::parallel_for(0, pairs.chunks, 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t n = 0; n < pairs.experts; ++n) {
+        const int64_t count = pairs.size(c, n);
+        if (count == 0) continue;
+        Tensor product = at::mm(a.narrow(0, pairs.start(c, n), count), w.select(0, n)).to(out.scalar_type());
+        const int64_t* tokens_of = rows.data_ptr<int64_t>() + pairs.start(c, n);
+        if (out.scalar_type() == at::kDouble) {
+          add_rows(out.data_ptr<double>(), product.data_ptr<double>(), tokens_of, count, width);
+        } else {
+          add_rows(out.data_ptr<float>(), product.data_ptr<float>(), tokens_of, count, width);
+        }
+      }
+    }
+  });
+  return out.to(a.scalar_type());
+}
+
+// Sum over an expert's pairs of a[pair]^T x[token], written into out [N, s, h]
+void outer_mm(const Tensor& a, const Tensor& x, const Tensor& rows, const Tensor& starts, Tensor out) {
+  const Pairs pairs(rows, starts, out.size(0));
+  at::parallel_for(0, pairs.experts, 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (int64_t n = begin; n < end; ++n) {
+      Tensor part = out.select(0, n);
+      Tensor sum;  // of all chunks but the first
+      bool first = true;
+      for (int64_t c = 0; c < pairs.chunks; ++c) {
+        if (pairs.size(c, n) == 0) continue;
+        Tensor left = a.narrow(0, pairs.start(c, n), pairs.size(c, n)).t();
+        Tensor picked = x.index_select(0, pairs.of(c, n));
+        if (first) {
+          at::mm_out(part, left, picked);
+        } else if (part.scalar_type() == sum_type(a)) {
+          part.addmm_(left, picked);
+        } else {
+          if (!sum.defined()) sum = part.to(sum_type(a));
+          sum.add_(at::mm(left, picked));
+        }
+        first = false;
+      }
+      if (first) part.zero_();
+      if (sum.defined()) part.copy_(sum);
+    }
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("gather_mm", &gather_mm, py::call_guard<py::gil_scoped_release>());
+  m.def("scatter_mm", &scatter_mm, py::call_guard<py::gil_scoped_release>());
+  m.def("outer_mm", &outer_mm, py::call_guard<py::gil_scoped_release>());
+}

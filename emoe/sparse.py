@@ -1,0 +1,101 @@
+"""An FFN of experts that computes only the chosen experts, forward and backward, on the dense weights as they are.
+
+For the backward pass it keeps the FFN's input and the pre-activations of the chosen experts; the activation is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emoe.kernels import Pairs, expert_sums, gather_mm, outer_mm, scatter_mm
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def sparse_ffn(
+    x: Tensor,
+    inputs: Sequence[tuple[Tensor, Tensor | None]],
+    values: Tensor,
+    activation: Activation,
+    mask: Tensor,
+    weights: Tensor | None,
+) -> Tensor:
+    """Sum of the chosen experts' outputs, without the output bias.
+
+    Args:
+        x: ``[T, h]``.
+        inputs: ``[N, s, h]`` weight and ``[N, s]`` bias (or None) of the in-projection whose output is activated,
+            and of the up-projection of a gated FFN.
+        values: ``[N, s, h]``.
+        activation: elementwise; must not write over its input.
+        mask: ``[T, N]`` bool, the chosen experts.
+        weights: ``[T, N]`` of the chosen experts, or None where all are 1.
+
+    Returns:
+        ``[T, h]`` in the dtype of ``x`` (under autocast in autocast's).
+    """
+    pairs = Pairs.of(mask)
+    per_pair = None if weights is None else weights[pairs.rows, pairs.experts]
+    tensors = [x, values, *(tensor for pair in inputs for tensor in pair)]
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    with torch.autocast(x.device.type, enabled=False):
+        return _SparseFFN.apply(activation, pairs, per_pair, *tensors)
+
+
+class _SparseFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        activation: Activation,
+        pairs: Pairs,
+        per_pair: Tensor | None,
+        x: Tensor,
+        values: Tensor,
+        *inputs: Tensor | None,
+    ) -> Tensor:
+        weights, biases = inputs[::2], inputs[1::2]
+        pre = [gather_mm(x, w, b, pairs) for w, b in zip(weights, biases, strict=True)]  # type: ignore[arg-type]
+        ctx.activation, ctx.pairs = activation, pairs
+        ctx.save_for_backward(per_pair, x, values, *weights, *biases, *pre)
+        return scatter_mm(_hidden(activation, pre, per_pair), values, pairs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        per_pair, x, values, *rest = ctx.saved_tensors
+        count = len(rest) // 3
+        weights, biases, pre = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        pairs, needed = ctx.pairs, ctx.needs_input_grad
+        with torch.enable_grad():
+            leaves = [z.detach().requires_grad_() for z in pre]
+            scale = None if per_pair is None else per_pair.detach().requires_grad_()
+            hidden = _hidden(ctx.activation, leaves, scale)
+        d_values = outer_mm(hidden.detach(), dy, pairs, values) if needed[4] else None
+        d_hidden = gather_mm(dy, values, None, pairs)
+        wanted = leaves if scale is None else [*leaves, scale]
+        grads = torch.autograd.grad(hidden, wanted, d_hidden)
+        d_scale = None if scale is None else grads[-1]
+        d_x: Tensor | None = None
+        d_inputs: list[Tensor | None] = []
+        for place, (weight, bias, dz) in enumerate(zip(weights, biases, grads, strict=False)):
+            d_inputs.append(outer_mm(dz, x, pairs, weight) if needed[5 + 2 * place] else None)
+            d_inputs.append(
+                expert_sums(dz, pairs, weight.shape[0]) if bias is not None and needed[6 + 2 * place] else None
+            )
+            if needed[3]:
+                part = scatter_mm(dz, weight, pairs)
+                d_x = part if d_x is None else d_x + part
+        return None, None, d_scale, d_x, d_values, *d_inputs
+
+
+def _hidden(activation: Activation, pre: Sequence[Tensor], per_pair: Tensor | None) -> Tensor:
+    """What goes into the out-projection, ``[P, s]``."""
+    hidden = activation(pre[0])
+    if len(pre) > 1:
+        hidden = hidden * pre[1]
+    return hidden if per_pair is None else hidden * per_pair.unsqueeze(1).to(hidden.dtype)

@@ -1,0 +1,305 @@
+"""The sparse backend gives what the masked one gives: outputs, gradients, records, for every architecture and variant."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import emoe
+from emoe import backends, kernels
+from emoe.costs import sparse_share
+from emoe.kernels import Pairs, expert_sums, gather_mm, outer_mm, scatter_mm
+from emoe.sparse import sparse_ffn
+from tests import tiny_models
+
+MASKED = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", backend="masked")
+CONFIGS: dict[str, emoe.EMoEConfig | emoe.GMoEConfig] = {
+    "emoe": MASKED,
+    "not_top": dataclasses.replace(MASKED, selection="not_top"),
+    "learned": dataclasses.replace(MASKED, router="cosine", weighting="softmax_times_k", aux_loss_coefficient=0.1),
+    "published": emoe.EMoEConfig.as_published(
+        "tutel", num_experts=8, top_k=2, layers="all", expert_dropout=0.0, backend="masked"
+    ),
+    "gmoe": emoe.GMoEConfig(num_experts=4, top_k=2, layers="all", backend="masked"),
+    "gate": dataclasses.replace(MASKED, score="gate", weighting="softmax_times_k"),
+    "up": dataclasses.replace(MASKED, score="up", weighting="softmax_times_k"),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_told", set())
+
+
+@pytest.fixture(params=["compiled", "pytorch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "pytorch":
+        monkeypatch.setattr(kernels, "compiled_kernels", lambda: None)
+    elif kernels.compiled_kernels() is None:
+        pytest.skip("no compiler on this machine")
+    return request.param
+
+
+def pair(name: str, config: emoe.EMoEConfig | emoe.GMoEConfig) -> tuple[nn.Module, nn.Module]:
+    """The same converted model with both backends."""
+    models = []
+    for backend in ("masked", "sparse"):
+        model = tiny_models.build(name)
+        torch.manual_seed(0)
+        emoe.convert_(model, dataclasses.replace(config, backend=backend))
+        models.append(model)
+    return models[0], models[1]
+
+
+def results(model: nn.Module, values: dict[str, Tensor], **context) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(1)
+    model.zero_grad()
+    y = tiny_models.output(model, values)
+    loss = (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() + emoe.aux_loss(model)
+    loss.backward()
+    return y.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def agree(first, second, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(second[0], first[0], atol=tolerance, rtol=tolerance)
+    assert first[1].keys() == second[1].keys()
+    # some gradients are zero but for rounding (a bias that softmax ignores), so all are held to the largest
+    scale = max(float(grad.abs().max()) for grad in first[1].values())
+    for name, grad in first[1].items():
+        torch.testing.assert_close(second[1][name], grad, atol=1e-5 * scale, rtol=1e-3, msg=name)
+
+
+def takes_sparse_path(model: nn.Module, values: dict[str, Tensor]) -> bool:
+    with mock.patch.object(backends, "sparse_ffn", side_effect=sparse_ffn) as spy:
+        tiny_models.output(model, values)
+    return spy.called
+
+
+@pytest.mark.parametrize("name", sorted(tiny_models.BUILDERS))
+@pytest.mark.parametrize("training", [False, True])
+def test_every_architecture(name: str, training: bool) -> None:
+    values = tiny_models.inputs(name)
+    masked, sparse = (model.train(training) for model in pair(name, MASKED))
+    agree(results(masked, values), results(sparse, values))
+    assert takes_sparse_path(sparse.eval(), values) != name.startswith("Transformer")  # their activation is a function
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_variant(name: str, kind: str, implementation: str) -> None:
+    if kind == "up" and name in ("bert", "gpt2"):
+        pytest.skip("no up-projection")
+    values = tiny_models.inputs(name)
+    values["attention_mask"] = (torch.arange(11) < torch.tensor([[11], [7], [4]])).long()
+    masked, sparse = (model.train() for model in pair(name, CONFIGS[kind]))
+    agree(results(masked, values), results(sparse, values))
+    with emoe.record_routing(masked) as one, emoe.record_routing(sparse) as other:
+        for model in (masked, sparse):
+            torch.manual_seed(2)
+            tiny_models.output(model, values)
+    assert all(torch.equal(one.layers[i].loads, other.layers[i].loads) for i in one.layers)
+
+
+def test_the_state_is_the_dense_models_and_folds_back(tmp_path) -> None:
+    values = tiny_models.inputs("bert")
+    dense = tiny_models.build("bert")
+    _, sparse = pair("bert", MASKED)
+    assert sparse.state_dict().keys() == dense.state_dict().keys()
+    expected = tiny_models.output(sparse, values)
+    twin = copy.deepcopy(sparse)
+    emoe.save_pretrained(sparse, tmp_path)
+    for model in (twin, emoe.from_pretrained(type(dense), tmp_path)):
+        torch.testing.assert_close(tiny_models.output(model, values), expected)
+        assert takes_sparse_path(model, values)
+    emoe.to_dense_(sparse, restore_order=True)
+    torch.testing.assert_close(tiny_models.output(sparse, values), tiny_models.output(dense, values))
+    assert not any("forward" in vars(module) for module in sparse.modules())
+
+
+def test_adapters_and_dropout_take_the_masked_path_and_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    values = tiny_models.inputs("bert")
+    outputs = []
+    for model in pair("bert", MASKED):
+        torch.manual_seed(1)
+        adapted = get_peft_model(
+            model, LoraConfig(target_modules=["intermediate.dense"], init_lora_weights=False)
+        ).eval()
+        with caplog.at_level(logging.WARNING):
+            outputs += [tiny_models.output(adapted, values) for _ in range(2)]
+    torch.testing.assert_close(outputs[0], outputs[2])
+    told = [record.message for record in caplog.records if "takes the masked path" in record.message]
+    assert told == ["emoe: encoder.layer.0 takes the masked path: a projection carries an adapter"]
+    merged = adapted.merge_and_unload()
+    assert takes_sparse_path(merged, values)
+    _, dropping = pair("bert", dataclasses.replace(MASKED, expert_dropout=0.5))
+    assert not takes_sparse_path(dropping.train(), values)
+    assert takes_sparse_path(dropping.eval(), values)
+
+
+def test_hooks_see_hidden_neurons() -> None:
+    values, seen = tiny_models.inputs("bert"), []
+    _, sparse = pair("bert", MASKED)
+    layer = sparse.encoder.layer[0]
+    for module in (layer.intermediate.dense, layer.intermediate.intermediate_act_fn):
+        hook = module.register_forward_hook(lambda m, args, y: seen.append(y))
+        tiny_models.output(sparse, values)
+        hook.remove()
+    hook = layer.output.dense.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    tiny_models.output(sparse, values)
+    hook.remove()
+    assert [y.shape[-1] for y in seen] == [layer.intermediate.dense.out_features] * 3
+    assert takes_sparse_path(sparse, values)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_bf16(whole: bool, implementation: str) -> None:
+    values = tiny_models.inputs("llama")
+    masked, sparse = pair("llama", MASKED)
+    reference = tiny_models.output(masked, values)
+    errors = []
+    for model in (masked, sparse):
+        if whole:
+            y, grads = results(model.bfloat16(), values)
+        else:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y, grads = results(model, values)
+        assert all(torch.isfinite(grad).all() for grad in grads.values())
+        errors.append(float((y.float() - reference).abs().mean()))
+    assert errors[1] < 1.2 * errors[0] + 1e-4
+
+
+def test_a_compiled_model_takes_the_masked_path_in_one_graph() -> None:
+    values = tiny_models.inputs("bert")
+    _, sparse = pair("bert", MASKED)
+    expected = tiny_models.output(sparse.eval(), values)
+    compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(tiny_models.output(compiled, values), expected)
+
+
+def test_auto_takes_the_path_that_is_expected_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.plain_net import plain_net
+
+    def takes_sparse(tokens: int, dtype: torch.dtype = torch.float32, **config) -> bool:
+        net = plain_net(64, 1536).to(dtype)
+        emoe.convert_(net, emoe.EMoEConfig(layers=[0], partition="random", **config))
+        with mock.patch.object(backends, "sparse_ffn", side_effect=sparse_ffn) as spy:
+            net(torch.randn(tokens, 64, dtype=dtype))
+        return spy.called
+
+    monkeypatch.setattr(backends, "compiled_kernels", object)
+    assert takes_sparse(2000, num_experts=16, top_k=4)
+    assert not takes_sparse(2000, num_experts=16, top_k=16)
+    assert not takes_sparse(2, num_experts=16, top_k=4)
+    assert not takes_sparse(2000, num_experts=256, top_k=128)
+    assert not takes_sparse(2000, num_experts=16, top_k=4, backend="masked")
+    assert not takes_sparse(2000, num_experts=16, top_k=4, score="inter")
+    assert not takes_sparse(2000, dtype=torch.float16, num_experts=16, top_k=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not takes_sparse(2000, num_experts=64, top_k=32)  # pays in float32 only
+    assert takes_sparse(2000, num_experts=64, top_k=32)
+    monkeypatch.setattr(backends, "compiled_kernels", lambda: None)
+    assert not takes_sparse(2000, num_experts=16, top_k=4)
+
+
+def test_the_expected_time_grows_with_what_costs_time() -> None:
+    usual = {"tokens": 1024, "hidden": 768, "expert_size": 48, "active": 0.25, "dtype": torch.float32, "threads": 1}
+
+    def share(**changes) -> float:
+        found = sparse_share(**{**usual, **changes})
+        assert found is not None
+        return found
+
+    assert 0.25 < share() < 0.4
+    assert share(active=0.5) > share()
+    assert share(expert_size=12) > share()
+    assert share(tokens=16) > share(tokens=128) > share()
+    assert share(threads=4) > share()
+    assert share(dtype=torch.bfloat16) > share()
+
+
+def test_gradient_checkpointing() -> None:
+    values, found = tiny_models.inputs("llama"), []
+    for checkpointing in (False, True):
+        _, sparse = pair("llama", MASKED)
+        if checkpointing:
+            sparse.train().gradient_checkpointing_enable({"use_reentrant": False})
+        found.append(results(sparse, values))
+    agree(*found)
+
+
+shapes = st.tuples(st.integers(0, 40), st.integers(1, 6), st.integers(1, 5), st.integers(1, 7), st.integers(0, 999))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes)
+def test_products_of_random_pairs(shape) -> None:
+    tokens, n, s, h, seed = shape
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(tokens, n, generator=generator) < 0.4
+    x, w = (torch.randn(size, generator=generator) for size in ((tokens, h), (n, s, h)))
+    b = torch.randn(n, s, generator=generator)
+    pairs = Pairs.of(mask)
+    a = torch.randn(len(pairs.rows), s, generator=generator)
+    dense = torch.zeros(tokens, n, s)
+    dense[pairs.rows, pairs.experts] = a
+    for compiled in (kernels.compiled_kernels(), None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "compiled_kernels", lambda compiled=compiled: compiled)
+            full = torch.einsum("th,nsh->tns", x, w) + b
+            torch.testing.assert_close(gather_mm(x, w, b, pairs), full[pairs.rows, pairs.experts], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                scatter_mm(a, w, pairs), torch.einsum("tns,nsh->th", dense, w), atol=1e-5, rtol=1e-5
+            )
+            outer = torch.einsum("tns,th->nsh", dense, x)
+            torch.testing.assert_close(outer_mm(a, x, pairs, w), outer, atol=1e-5, rtol=1e-5)
+            values = torch.randn(h, n * s).t().unflatten(0, (n, s))
+            found = outer_mm(a, x, pairs, values)
+            assert found.stride() == values.stride()
+            torch.testing.assert_close(found, outer, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(expert_sums(a, pairs, n), dense.sum(0), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_are_right_in_double_precision(implementation: str) -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(9, 4) < 0.5
+    tensors = [
+        torch.randn(size, dtype=torch.float64) for size in ((9, 3), (4, 2, 3), (4, 2), (4, 2, 3), (4, 2, 3), (9, 4))
+    ]
+
+    def function(x, w, b, up, values, weights):
+        return sparse_ffn(x, [(w, b), (up, None)], values, nn.functional.silu, mask, weights)
+
+    assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in tensors])
+
+
+def test_less_is_kept_for_the_backward_pass() -> None:
+    """At half of the experts at most 0.35 of what the dense FFN keeps."""
+
+    def kept(function) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            function()
+        return sum(size for pointer, size in sizes.items() if pointer not in parameters)
+
+    from tests.plain_net import plain_net
+
+    dense, sparse = plain_net(64, 256), plain_net(64, 256)
+    emoe.convert_(sparse, emoe.EMoEConfig(num_experts=8, top_k=4, layers=[0], backend="sparse"))
+    parameters = {p.untyped_storage().data_ptr() for net in (dense, sparse) for p in net.parameters()}
+    x = torch.randn(2048, 64, requires_grad=True)
+    assert kept(lambda: sparse(x)) <= 0.35 * kept(lambda: dense(x))
