@@ -3,11 +3,11 @@
 Time of the sparse path as a share of the dense FFN's, forward and backward, with T tokens, experts of s neurons, k of N
 used, width h::
 
-    k / N * (1 + per_neuron / s)  +  threads * (per_call + per_product / (h * s)) / T
+    k/N  +  (per_expert + per_share * k/N) / s  +  threads * (per_call + per_product / (h * s)) / T
 
-The first part is what the products cost, which are the less efficient the smaller an expert is. The second is what costs the same however
-many tokens there are. The constants are a fit to 116 (float32) and 112 (bfloat16) measured points on two cores of an AMD EPYC (Zen 4), one and two
-threads, T 16 to 2048, s 12 to 384, h 384 to 2048, with k/N 1/4 and 1/2; ``snakemake speed`` shows how well it holds where it runs.
+The second term is what small experts lose in efficiency, the third what costs the same however many tokens there are. The constants are a fit to 116
+(float32) and 112 (bfloat16) measured points on two cores of an AMD EPYC (Zen 4): one and two threads, T 16 to 2048, s 12 to 384, h 384 to 2048, k/N 1/4 and
+1/2. ``snakemake speed`` shows how well it holds where it runs.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import torch
 
 
 class _Costs(NamedTuple):
-    per_neuron: float
+    per_expert: float
+    per_share: float
     per_call: float
     per_product: float
 
 
-_FLOAT32 = _Costs(20.0, 8.0, 1.3e5)
-_COSTS = {torch.float32: _FLOAT32, torch.float64: _FLOAT32, torch.bfloat16: _Costs(65.0, 50.0, 1.8e6)}
+_FLOAT32 = _Costs(3.7, 10.0, 7.2, 1.26e5)
+_COSTS = {torch.float32: _FLOAT32, torch.float64: _FLOAT32, torch.bfloat16: _Costs(11.0, 36.0, 48.0, 1.7e6)}
 
 
 def sparse_share(
@@ -43,5 +44,6 @@ def sparse_share(
     costs = _COSTS.get(dtype)
     if costs is None:
         return None
-    overhead = threads * (costs.per_call + costs.per_product / (hidden * expert_size))
-    return active * (1 + costs.per_neuron / expert_size) + overhead / max(tokens, 1)
+    small_experts = (costs.per_expert + costs.per_share * active) / expert_size
+    few_tokens = threads * (costs.per_call + costs.per_product / (hidden * expert_size)) / max(tokens, 1)
+    return active + small_experts + few_tokens

@@ -24,7 +24,21 @@ struct Pairs {
   int64_t start(int64_t chunk, int64_t expert) const { return starts[chunk * experts + expert]; }
   int64_t size(int64_t chunk, int64_t expert) const { return starts[chunk * experts + expert + 1] - start(chunk, expert); }
   Tensor of(int64_t chunk, int64_t expert) const { return rows.narrow(0, start(chunk, expert), size(chunk, expert)); }
+
+  // Memory for the rows of any block, asked for once: a request a block would cost page faults.
+  Tensor buffer(const Tensor& like, int64_t width) const {
+    int64_t longest = 0;
+    for (size_t i = 1; i < starts.size(); ++i) longest = std::max(longest, starts[i] - starts[i - 1]);
+    return at::empty({longest, width}, like.options());
+  }
 };
+
+// The rows of x, in the first places of a buffer.
+Tensor gathered(Tensor& buffer, const Tensor& x, const Tensor& rows) {
+  Tensor place = buffer.narrow(0, 0, rows.size(0));
+  at::index_select_out(place, x, 0, rows);
+  return place;
+}
 
 // [pairs, s]: x[token] times the expert's rows of w [N, s, h], plus b [N, s]
 Tensor gather_mm(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, const Tensor& rows, const Tensor& starts) {
@@ -32,11 +46,12 @@ Tensor gather_mm(const Tensor& x, const Tensor& w, const std::optional<Tensor>& 
   Tensor out = at::empty({rows.size(0), w.size(1)}, x.options());
   at::parallel_for(0, pairs.chunks, 1, [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    Tensor buffer = pairs.buffer(x, x.size(1));
     for (int64_t c = begin; c < end; ++c) {
       for (int64_t n = 0; n < pairs.experts; ++n) {
         if (pairs.size(c, n) == 0) continue;
         Tensor part = out.narrow(0, pairs.start(c, n), pairs.size(c, n));
-        Tensor picked = x.index_select(0, pairs.of(c, n));
+        Tensor picked = gathered(buffer, x, pairs.of(c, n));
         if (b.has_value()) {
           at::addmm_out(part, b->select(0, n), picked, w.select(0, n).t());
         } else {
@@ -48,12 +63,13 @@ Tensor gather_mm(const Tensor& x, const Tensor& w, const std::optional<Tensor>& 
   return out;
 }
 
-template <typename scalar_t>
-void add_rows(scalar_t* to, const scalar_t* from, const int64_t* rows, int64_t count, int64_t width) {
-  for (int64_t i = 0; i < count; ++i) {
-    scalar_t* __restrict target = to + rows[i] * width;
-    const scalar_t* __restrict source = from + i * width;
-    for (int64_t j = 0; j < width; ++j) target[j] += source[j];
+template <typename sum_t, typename scalar_t>
+void add_rows(Tensor& to, const Tensor& from, const int64_t* rows) {
+  const int64_t width = to.size(1);
+  for (int64_t i = 0; i < from.size(0); ++i) {
+    sum_t* __restrict target = to.data_ptr<sum_t>() + rows[i] * width;
+    const scalar_t* __restrict source = from.data_ptr<scalar_t>() + i * width;
+    for (int64_t j = 0; j < width; ++j) target[j] += static_cast<sum_t>(source[j]);
   }
 }
 
@@ -67,16 +83,20 @@ Tensor scatter_mm(const Tensor& a, const Tensor& w, const Tensor& rows, const Te
   Tensor out = at::zeros({tokens, width}, a.options().dtype(sum_type(a)));
   at::parallel_for(0, pairs.chunks, 1, [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    Tensor buffer = pairs.buffer(a, width);
     for (int64_t c = begin; c < end; ++c) {
       for (int64_t n = 0; n < pairs.experts; ++n) {
         const int64_t count = pairs.size(c, n);
         if (count == 0) continue;
-        Tensor product = at::mm(a.narrow(0, pairs.start(c, n), count), w.select(0, n)).to(out.scalar_type());
+        Tensor product = buffer.narrow(0, 0, count);
+        at::mm_out(product, a.narrow(0, pairs.start(c, n), count), w.select(0, n));
         const int64_t* tokens_of = rows.data_ptr<int64_t>() + pairs.start(c, n);
-        if (out.scalar_type() == at::kDouble) {
-          add_rows(out.data_ptr<double>(), product.data_ptr<double>(), tokens_of, count, width);
+        if (a.scalar_type() == at::kDouble) {
+          add_rows<double, double>(out, product, tokens_of);
+        } else if (a.scalar_type() == at::kBFloat16) {
+          add_rows<float, at::BFloat16>(out, product, tokens_of);
         } else {
-          add_rows(out.data_ptr<float>(), product.data_ptr<float>(), tokens_of, count, width);
+          add_rows<float, float>(out, product, tokens_of);
         }
       }
     }
@@ -89,6 +109,7 @@ void outer_mm(const Tensor& a, const Tensor& x, const Tensor& rows, const Tensor
   const Pairs pairs(rows, starts, out.size(0));
   at::parallel_for(0, pairs.experts, 1, [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    Tensor buffer = pairs.buffer(x, x.size(1));
     for (int64_t n = begin; n < end; ++n) {
       Tensor part = out.select(0, n);
       Tensor sum;  // of all chunks but the first
@@ -96,7 +117,7 @@ void outer_mm(const Tensor& a, const Tensor& x, const Tensor& rows, const Tensor
       for (int64_t c = 0; c < pairs.chunks; ++c) {
         if (pairs.size(c, n) == 0) continue;
         Tensor left = a.narrow(0, pairs.start(c, n), pairs.size(c, n)).t();
-        Tensor picked = x.index_select(0, pairs.of(c, n));
+        Tensor picked = gathered(buffer, x, pairs.of(c, n));
         if (first) {
           at::mm_out(part, left, picked);
         } else if (part.scalar_type() == sum_type(a)) {

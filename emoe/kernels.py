@@ -1,4 +1,4 @@
-"""The three products of an FFN of experts, in C++ where a compiler is found, else in PyTorch; with the same results.
+"""The three products of an FFN of experts: in C++ on a CPU with a compiler, grouped on an accelerator, else one expert at a time; with the same results.
 
 A *pair* is a token and one of its experts. Shapes: T tokens, N experts of s neurons, h width, P pairs.
 """
@@ -19,6 +19,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from emoe import grouped
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _NAME = "emoe_kernels"
@@ -46,7 +48,7 @@ class Pairs:
     def of(mask: Tensor) -> Pairs:
         """The pairs of a boolean mask ``[T, N]``."""
         tokens, num_experts = mask.shape
-        chunks = _chunks(tokens) if mask.device.type == "cpu" else 1
+        chunks = _chunks(tokens) if mask.device.type == "cpu" and compiled_kernels() else 1
         length = -(-tokens // chunks)
         padded = torch.nn.functional.pad(mask, (0, 0, 0, length * chunks - tokens))
         by_expert = padded.view(chunks, length, num_experts).transpose(1, 2)
@@ -66,6 +68,8 @@ def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> T
     """``x[token]`` times the expert's rows of ``weight [N, s, h]``, plus ``bias [N, s]``: ``[P, s]``."""
     if compiled := _usable(x):
         return compiled.gather_mm(x.contiguous(), weight, bias, pairs.rows, pairs.starts)
+    if grouped.is_usable(x):
+        return grouped.gather_mm(x, weight, bias, pairs)
     out = x.new_empty(len(pairs.rows), weight.shape[1])
     for expert, low, high in _blocks(pairs, weight.shape[0]):
         picked = x.index_select(0, pairs.rows[low:high])
@@ -77,6 +81,8 @@ def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
     """Sum over each token's pairs of ``a [P, s]`` times the expert's ``weight [N, s, h]``: ``[T, h]``, summed in float32."""
     if compiled := _usable(a):
         return compiled.scatter_mm(a.contiguous(), weight, pairs.rows, pairs.starts, pairs.tokens)
+    if grouped.is_usable(weight):
+        return grouped.scatter_mm(a, weight, pairs)
     out = torch.zeros(pairs.tokens, weight.shape[2], dtype=_sum_type(a), device=a.device)
     for expert, low, high in _blocks(pairs, weight.shape[0]):
         out.index_add_(0, pairs.rows[low:high], (a[low:high] @ weight[expert]).to(out.dtype))
@@ -89,6 +95,8 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, like: Tensor) -> Tensor:
     if compiled := _usable(a):
         compiled.outer_mm(a.contiguous(), x.contiguous(), pairs.rows, pairs.starts, out)
         return out
+    if grouped.is_usable(x):
+        return out.copy_(grouped.outer_mm(a, x, pairs))
     sums = torch.zeros(like.shape, dtype=_sum_type(a), device=a.device)
     for expert, low, high in _blocks(pairs, like.shape[0]):
         sums[expert] += a[low:high].t() @ x.index_select(0, pairs.rows[low:high])
@@ -97,10 +105,9 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, like: Tensor) -> Tensor:
 
 def expert_sums(a: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
     """Sum over each expert's pairs of ``a [P, s]``: ``[N, s]``."""
-    sums = torch.zeros(num_experts, a.shape[1], dtype=_sum_type(a), device=a.device)
-    for expert, low, high in _blocks(pairs, num_experts):
-        sums[expert] += a[low:high].sum(0, dtype=sums.dtype)
-    return sums.to(a.dtype)
+    dtype = _sum_type(a)
+    sums = torch.zeros(num_experts, a.shape[1], dtype=dtype, device=a.device)
+    return sums.index_add_(0, pairs.experts, a.to(dtype)).to(a.dtype)
 
 
 def _sum_type(a: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 from unittest import mock
 
@@ -15,11 +16,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import emoe
-from emoe import backends, kernels
+from benchmarks.speed.layer import kept_bytes
+from emoe import backends, grouped, kernels
 from emoe.costs import sparse_share
 from emoe.kernels import Pairs, expert_sums, gather_mm, outer_mm, scatter_mm
 from emoe.sparse import sparse_ffn
 from tests import tiny_models
+from tests.plain_net import plain_net
 
 MASKED = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", backend="masked")
 CONFIGS: dict[str, emoe.EMoEConfig | emoe.GMoEConfig] = {
@@ -40,12 +43,21 @@ def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_told", set())
 
 
-@pytest.fixture(params=["compiled", "pytorch"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "pytorch":
-        monkeypatch.setattr(kernels, "compiled_kernels", lambda: None)
-    elif kernels.compiled_kernels() is None:
+def use(implementation: str, patch: pytest.MonkeyPatch) -> None:
+    """Take one implementation of the products, whatever the device."""
+    if implementation == "compiled" and kernels.compiled_kernels() is None:
         pytest.skip("no compiler on this machine")
+    if implementation != "compiled":
+        patch.setattr(kernels, "compiled_kernels", lambda: None)
+    if implementation == "grouped":
+        if not hasattr(nn.functional, "grouped_mm"):
+            pytest.skip("this torch has no grouped_mm")
+        patch.setattr(grouped, "is_usable", lambda x: x.dtype != torch.float64 and not x.shape[-1] % 8)
+
+
+@pytest.fixture(params=["compiled", "grouped", "pytorch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    use(request.param, monkeypatch)
     return request.param
 
 
@@ -239,33 +251,33 @@ def test_gradient_checkpointing() -> None:
 shapes = st.tuples(st.integers(0, 40), st.integers(1, 6), st.integers(1, 5), st.integers(1, 7), st.integers(0, 999))
 
 
+@pytest.mark.parametrize("implementation", ["compiled", "grouped", "pytorch"])
 @settings(max_examples=60, deadline=None)
 @given(shapes)
-def test_products_of_random_pairs(shape) -> None:
+def test_products_of_random_pairs(implementation: str, shape) -> None:
     tokens, n, s, h, seed = shape
+    h = 8 * h if implementation == "grouped" else h
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(tokens, n, generator=generator) < 0.4
     x, w = (torch.randn(size, generator=generator) for size in ((tokens, h), (n, s, h)))
     b = torch.randn(n, s, generator=generator)
-    pairs = Pairs.of(mask)
-    a = torch.randn(len(pairs.rows), s, generator=generator)
-    dense = torch.zeros(tokens, n, s)
-    dense[pairs.rows, pairs.experts] = a
-    for compiled in (kernels.compiled_kernels(), None):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "compiled_kernels", lambda compiled=compiled: compiled)
-            full = torch.einsum("th,nsh->tns", x, w) + b
-            torch.testing.assert_close(gather_mm(x, w, b, pairs), full[pairs.rows, pairs.experts], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(
-                scatter_mm(a, w, pairs), torch.einsum("tns,nsh->th", dense, w), atol=1e-5, rtol=1e-5
-            )
-            outer = torch.einsum("tns,th->nsh", dense, x)
-            torch.testing.assert_close(outer_mm(a, x, pairs, w), outer, atol=1e-5, rtol=1e-5)
-            values = torch.randn(h, n * s).t().unflatten(0, (n, s))
-            found = outer_mm(a, x, pairs, values)
-            assert found.stride() == values.stride()
-            torch.testing.assert_close(found, outer, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(expert_sums(a, pairs, n), dense.sum(0), atol=1e-5, rtol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        use(implementation, patch)
+        pairs = Pairs.of(mask)
+        a = torch.randn(len(pairs.rows), s, generator=generator)
+        dense = torch.zeros(tokens, n, s)
+        dense[pairs.rows, pairs.experts] = a
+        close = functools.partial(torch.testing.assert_close, atol=3e-5, rtol=1e-5)
+        full = torch.einsum("th,nsh->tns", x, w) + b
+        close(gather_mm(x, w, b, pairs), full[pairs.rows, pairs.experts])
+        close(scatter_mm(a, w, pairs), torch.einsum("tns,nsh->th", dense, w))
+        outer = torch.einsum("tns,th->nsh", dense, x)
+        close(outer_mm(a, x, pairs, w), outer)
+        values = torch.randn(h, n * s).t().unflatten(0, (n, s))
+        found = outer_mm(a, x, pairs, values)
+        assert found.stride() == values.stride()
+        close(found, outer)
+        close(expert_sums(a, pairs, n), dense.sum(0))
 
 
 def test_gradients_are_right_in_double_precision(implementation: str) -> None:
@@ -283,23 +295,7 @@ def test_gradients_are_right_in_double_precision(implementation: str) -> None:
 
 def test_less_is_kept_for_the_backward_pass() -> None:
     """At half of the experts at most 0.35 of what the dense FFN keeps."""
-
-    def kept(function) -> int:
-        sizes: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            function()
-        return sum(size for pointer, size in sizes.items() if pointer not in parameters)
-
-    from tests.plain_net import plain_net
-
     dense, sparse = plain_net(64, 256), plain_net(64, 256)
     emoe.convert_(sparse, emoe.EMoEConfig(num_experts=8, top_k=4, layers=[0], backend="sparse"))
-    parameters = {p.untyped_storage().data_ptr() for net in (dense, sparse) for p in net.parameters()}
     x = torch.randn(2048, 64, requires_grad=True)
-    assert kept(lambda: sparse(x)) <= 0.35 * kept(lambda: dense(x))
+    assert kept_bytes(sparse, lambda: sparse(x)) <= 0.35 * kept_bytes(dense, lambda: dense(x))
