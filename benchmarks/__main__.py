@@ -22,9 +22,11 @@ def cli() -> None:
 @click.option("--log", type=click.Path(path_type=Path), default=None, help="Log file; by default log.txt beside SPEC.")
 def run(spec: Path, threads: int, log: Path | None) -> None:
     """Execute the run of a run.json; writes metrics.json beside it."""
+    import psutil
+
     from benchmarks.harness.execution import execute
 
-    execute(spec, threads=threads, log=log or spec.parent / "log.txt")
+    execute(spec, threads=threads, log=log or spec.parent / "log.txt", started=psutil.Process().create_time())
 
 
 @cli.command()
@@ -59,17 +61,15 @@ def tables(suite: str, benchmark: str) -> None:
     """Write the tables and figures of a benchmark whose runs are finished."""
     from benchmarks.harness import paths
     from benchmarks.harness.definition import load_benchmark
-    from benchmarks.harness.figures import ood_by_method_and_domain
+    from benchmarks.harness.presentation import present
     from benchmarks.harness.suite import suite_of_job
-    from benchmarks.harness.tables import BenchmarkTables
 
-    definition = load_benchmark(benchmark)
     runs = [run for run in suite_of_job(suite).runs if run.benchmark == benchmark]
-    built = BenchmarkTables(definition, runs)
+    presented = present(load_benchmark(benchmark), runs)
     folder = paths.RESULTS / suite
-    for table in built.all():
+    for table in presented.tables:
         table.write(folder / "tables")
-    ood_by_method_and_domain(definition, built.clean, folder / "figures")
+    presented.draw(folder / "figures")
 
 
 @cli.command()

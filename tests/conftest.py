@@ -17,6 +17,7 @@ from emoe import architectures
 from tests.plain_net import SPECS
 
 torch.set_num_threads(1)
+SHIPPED = frozenset(architectures.registered_ffns())  # before tests and benchmarks add theirs
 emoe.register_ffn("PlainNet", *SPECS)
 
 

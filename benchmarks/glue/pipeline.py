@@ -72,6 +72,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             "steps": result.steps,
             "step_seconds": result.step_seconds,
             "train_seconds": result.step_seconds * result.steps,
+            "evaluation_seconds": trainer.evaluation_seconds,
         },
         "data": {part: split.summary() for part, split in splits.items()}
         | {f"ood:{name}": split.summary() for name, split in ood.items()},

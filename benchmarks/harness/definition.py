@@ -148,13 +148,21 @@ def _with_defaults(content: Any, part: Mapping[str, Any], root: Mapping[str, Any
     return content
 
 
+# by the kind of a benchmark
+_SCHEMAS = {"training": "benchmark", "measurement": "measurement"}
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark folder: its definition, its tasks, and where it is."""
+    """One benchmark folder: its definition, its tasks (of measurements: the measures), and where it is."""
 
     name: str
     definition: dict[str, Any]
     tasks: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return str(self.definition["kind"])
 
     @property
     def folder(self) -> Path:
@@ -180,8 +188,15 @@ def load_benchmark(name: str) -> Benchmark:
     if name not in benchmark_names():
         raise DefinitionError(f"there is no benchmark '{name}'{did_you_mean(name, benchmark_names())}")
     folder = BENCHMARKS / name
-    definition = read_checked(folder / "benchmark.yaml", "benchmark")
-    tasks = read_checked(folder / definition["tasks"], "tasks")["tasks"]
+    content = read_yaml(folder / "benchmark.yaml")
+    kind = content.get("kind", "training") if isinstance(content, dict) else "training"
+    if kind not in _SCHEMAS:
+        raise DefinitionError(f"{folder / 'benchmark.yaml'}: 'kind' is {kind!r}{did_you_mean(kind, _SCHEMAS)}")
+    definition = check(content, _SCHEMAS[kind], str(folder / "benchmark.yaml"))
+    if kind == "measurement":
+        tasks = definition["measures"]
+    else:
+        tasks = read_checked(folder / definition["tasks"], "tasks")["tasks"]
     check_references(definition, tasks, folder)
     return Benchmark(name, definition, tasks)
 
@@ -193,13 +208,15 @@ def check_references(definition: Mapping[str, Any], tasks: Mapping[str, Any], fo
         DefinitionError: names the file, the key and the nearest valid value.
     """
     file = folder / "benchmark.yaml"
-    if definition["baseline"] not in definition["methods"]:
-        near = did_you_mean(definition["baseline"], definition["methods"])
-        raise DefinitionError(f"{file}: 'baseline' is '{definition['baseline']}', which is no method{near}")
     modules = [f"benchmarks.{path.parent.name}.pipeline" for path in BENCHMARKS.glob("*/pipeline.py")]
     if definition["pipeline"] not in modules:
         near = did_you_mean(definition["pipeline"], modules)
         raise DefinitionError(f"{file}: 'pipeline' is '{definition['pipeline']}', which is no module{near}")
+    if definition["kind"] == "measurement":
+        return
+    if definition["baseline"] not in definition["methods"]:
+        near = did_you_mean(definition["baseline"], definition["methods"])
+        raise DefinitionError(f"{file}: 'baseline' is '{definition['baseline']}', which is no method{near}")
     if definition["paper"] and not (folder / definition["paper"]).exists():
         near = did_you_mean(definition["paper"], [path.name for path in folder.glob("*.csv")])
         raise DefinitionError(f"{file}: 'paper' is '{definition['paper']}', which does not exist{near}")

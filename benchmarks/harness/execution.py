@@ -45,7 +45,7 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def execute(path: Path, *, threads: int, log: Path) -> Path:
+def execute(path: Path, *, threads: int, log: Path, started: float | None = None) -> Path:
     """Execute the run of a ``run.json`` and write ``metrics.json`` beside it.
 
     Two processes never work on one run: the second waits, and takes the first one's result.
@@ -54,10 +54,12 @@ def execute(path: Path, *, threads: int, log: Path) -> Path:
         path: the ``run.json``.
         threads: CPU threads.
         log: gets all output but the progress lines.
+        started: when the process began (``time.time()``); now, where it did not begin for this run.
 
     Returns:
         The path of ``metrics.json``.
     """
+    started = time.time() if started is None else started
     run = read_run(path)
     folder, output = path.parent, path.parent / "metrics.json"
     torch.set_num_threads(threads)
@@ -66,12 +68,17 @@ def execute(path: Path, *, threads: int, log: Path) -> Path:
             return output
         with _logged(log) as terminal:
             progress = Progress(run.id, terminal)
-            start = time.perf_counter()
             captured = environment.capture()
             torch.manual_seed(derive_seed("run", run.spec["seed"]))
-            metrics: dict[str, Any] = importlib.import_module(run.spec["pipeline"]).run(run.spec, folder, progress)
-            seconds = time.perf_counter() - start
-            metrics["cost"] |= {"total_seconds": seconds, "peak_memory_mb": _peak_memory_mb()}
+            pipeline = importlib.import_module(run.spec["pipeline"])
+            startup = time.time() - started
+            metrics: dict[str, Any] = pipeline.run(run.spec, folder, progress)
+            seconds = time.time() - started
+            metrics["cost"] |= {
+                "startup_seconds": startup,
+                "job_seconds": seconds,
+                "peak_memory_mb": _peak_memory_mb(),
+            }
             write_json(output, {"run_id": run.id, **metrics, "environment": captured})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             progress.say(f"finished in {clock(seconds)}")

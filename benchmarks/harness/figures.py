@@ -16,7 +16,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 _COLOURS = {"baseline": "#444444", "method": "#0072b2", "control": "#999999"}
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -51,7 +51,7 @@ def ood_by_method_and_domain(benchmark: Benchmark, selected: pd.DataFrame, folde
     present = {cell: [name for name in methods if name in set(_of(rows, cell)["method"])] for cell in groups}
     columns = max(map(len, panels.values()))
     heights = [len(names) + 1.5 for names in present.values()]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(groups),
             columns,
@@ -97,10 +97,15 @@ def ood_by_method_and_domain(benchmark: Benchmark, selected: pd.DataFrame, folde
             "Score (%); diamonds: mean over seeds, dots: seeds, bars: 95 % confidence interval, cut at the panel's edge",
             fontsize=7.5,
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{benchmark.name}_ood.pdf", metadata={"CreationDate": None})
-        figure.savefig(folder / f"{benchmark.name}_ood.png", dpi=160, metadata={"Software": None})
-        plt.close(figure)
+        save(figure, folder / f"{benchmark.name}_ood")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write ``<path>.pdf`` and ``.png``, the same bytes for the same numbers, and close the figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
+    plt.close(figure)
 
 
 def _of(rows: pd.DataFrame, cell: tuple[str, str]) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from benchmarks.harness.files import write_json
 from benchmarks.harness.models import load_backbone
 from benchmarks.harness.paths import PARTITIONS
 from benchmarks.harness.seeds import derive_seed
+from emoe.architectures import find_ffns, resolve_layers
 from emoe.config import EMoEConfig
 from emoe.partitioning import Partition, load_partition, partition_key, save_partition
 
@@ -58,7 +60,7 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
     model, config = load_backbone(content["model"]), EMoEConfig.from_dict(content["config"])
     found = cached_partition(model, config)
     receipt = {
-        "partition": partition_key(model, config),
+        "partitions": {layer: partition_key(model, single) for layer, single in _by_layer(model, config)},
         "explained": found.explained,
         "seconds": found.seconds,
         **content,
@@ -67,13 +69,24 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
 
 
 def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:
-    """The model's partition, from the cache where the same keys were clustered before.
+    """The model's partition, each layer from the cache where the same keys were clustered before.
 
     The cache is keyed by content (see :func:`emoe.partitioning.partition_key`), never by name.
     """
-    path = folder / f"{partition_key(model, config)}.safetensors"
-    if path.exists():
-        return load_partition(path)
-    found = emoe.partition(model, config)
-    save_partition(found, path)
-    return found
+    parts = []
+    for _, single in _by_layer(model, config):
+        path = folder / f"{partition_key(model, single)}.safetensors"
+        if not path.exists():
+            save_partition(emoe.partition(model, single), path)
+        parts.append(load_partition(path))
+    return Partition(
+        {layer: permutation for part in parts for layer, permutation in part.items()},
+        {layer: share for part in parts for layer, share in part.explained.items()},
+        {layer: seconds for part in parts for layer, seconds in part.seconds.items()},
+    )
+
+
+def _by_layer(model: nn.Module, config: EMoEConfig) -> list[tuple[int, EMoEConfig]]:
+    """The chosen layers, each with a configuration of its own."""
+    layers = resolve_layers(config.layers, len(find_ffns(model)))  # type: ignore[arg-type]
+    return [(layer, dataclasses.replace(config, layers=[layer])) for layer in layers]

@@ -16,7 +16,7 @@ from benchmarks.harness.runs import Run
 RUN_KEYS = ["benchmark", "model", "task", "method", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
 OOD_MEAN = "ood_mean"
-_COST = ("train_seconds", "step_seconds", "peak_memory_mb")
+_COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
 _MODEL = ("parameters", "trainable_parameters", "active_neurons")
 _ROUTING = ("load_entropy", "load_max_over_mean", "drop_rate")
 
@@ -52,6 +52,8 @@ def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
     - ``test``: the reported split of the training task; ``ood``: each other task;
     - ``ood_mean``: mean of the scores over the other tasks (metric ``score``);
     - ``cost``, ``model``, ``routing``: what the run took and what was trained.
+
+    A measurement has one part, its measure, with the candidate in the place of the evaluation task.
     """
     rows = [
         {**_keys(run), "run_id": run.id, "part": part, "eval_task": task, "metric": metric, "value": value}
@@ -75,7 +77,13 @@ def _keys(run: Run) -> dict[str, Any]:
 
 
 def _numbers(run: Run, found: dict[str, Any]) -> Iterator[tuple[str, str, str, float]]:
-    task, metric = run.spec["task"]["name"], run.spec["task"]["metric"]
+    task = run.spec["task"]["name"]
+    if "measured" in found:
+        for candidate, values in found["measured"].items():
+            for name, value in values.items():
+                yield task, candidate, name, value
+        return
+    metric = run.spec["task"]["metric"]
     for part, by_task in found["scores"].items():
         for name, scores in by_task.items():
             for key, value in scores.items():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,10 @@ from markupsafe import Markup
 import emoe
 from benchmarks.harness import paths
 from benchmarks.harness.definition import load_benchmark
+from benchmarks.harness.presentation import present
 from benchmarks.harness.records import read_metrics
 from benchmarks.harness.runs import Run
-from benchmarks.harness.suite import FIGURES, TABLES, Suite
-from benchmarks.harness.tables import BenchmarkTables
+from benchmarks.harness.suite import Suite
 
 
 def write_report(suite: Suite, output: Path) -> None:
@@ -45,37 +43,25 @@ def write_report(suite: Suite, output: Path) -> None:
 def _section(suite: Suite, name: str) -> dict[str, Any]:
     benchmark = load_benchmark(name)
     runs = [run for run in suite.runs if run.benchmark == name]
-    folder = paths.RESULTS / suite.name
+    folder, definition = paths.RESULTS / suite.name, benchmark.definition
+    trained = benchmark.kind == "training"
+    presented = present(benchmark, runs)
     return {
         "name": name,
-        "title": benchmark.definition["title"],
+        "title": definition["title"],
         "runs": len(runs),
-        "random_weights": any("config" in run.spec["model"] for run in runs),
-        "verdicts": list(verdicts(BenchmarkTables(benchmark, runs))),
-        "data": _data(runs),
-        "training": _training(runs),
-        "tables": {table: _trusted(folder / "tables" / f"{name}_{table}.html") for table in TABLES},
-        "figures": {figure: _image(folder / "figures" / f"{name}_{figure}.png") for figure in FIGURES},
+        "trained": trained,
+        "random_weights": trained and any("config" in run.spec["model"] for run in runs),
+        "verdicts": presented.verdicts,
+        "note": presented.note,
+        "data": _data(runs) if trained else [],
+        "training": _training(runs) if trained else {},
+        "tables": [_trusted(folder / "tables" / f"{name}_{table}.html") for table in definition["tables"]],
+        "figures": [
+            {"image": _image(folder / "figures" / f"{name}_{figure}.png"), "caption": caption}
+            for figure, caption in definition["figures"].items()
+        ],
     }
-
-
-def verdicts(tables: BenchmarkTables) -> Iterator[str]:
-    """One sentence a model, training task and method of the paper: does it differ from the baseline?"""
-    frame = tables.results().frame
-    baseline = tables.benchmark.definition["baseline"]
-    for row in frame[frame["is_method"] & (frame["method"] != baseline)].itertuples():
-        parts = []
-        for label, prefix in (("in domain", "id_delta"), ("out of domain", "ood_delta")):
-            mean, low, high = (getattr(row, f"{prefix}_{end}") for end in ("mean", "low", "high"))
-            if math.isnan(mean):
-                continue
-            if math.isnan(low):
-                parts.append(f"{label} {mean * 100:+z.1f} (no interval)")
-            else:
-                word = "within noise" if low <= 0 <= high else "better" if low > 0 else "worse"
-                parts.append(f"{label} {mean * 100:+z.1f} [{low * 100:+z.1f}, {high * 100:+z.1f}], {word}")
-        if parts:
-            yield f"{row.method_title}, {row.model_title} trained on {row.task_title}: {'; '.join(parts)} (n = {row.n})."
 
 
 def _data(runs: list[Run]) -> list[dict[str, Any]]:

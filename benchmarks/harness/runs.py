@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.harness.definition import Benchmark, DefinitionError, check, load_benchmark, load_models
+from benchmarks.harness.measurements import measurement_specs
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConfigError, did_you_mean
 
@@ -57,7 +58,8 @@ def run_from_spec(spec: Mapping[str, Any]) -> Run:
     """Name a spec."""
     digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:8]
     parts = [spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["method"]["variant"]]
-    parts += [f"lr{spec['learning_rate']:g}", f"s{spec['seed']}"]
+    if spec["learning_rate"]:  # else nothing was trained
+        parts += [f"lr{spec['learning_rate']:g}", f"s{spec['seed']}"]
     slug = re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(part for part in parts if part))
     return Run(f"{slug[: _SLUG_LENGTH - 9]}-{digest}", dict(spec))
 
@@ -77,6 +79,10 @@ def _benchmark_runs(benchmark: Benchmark, suite: str) -> Iterator[Run]:
     if suite not in suites:
         raise DefinitionError(f"{benchmark.file}: 'suites' has no suite '{suite}'{did_you_mean(suite, suites)}")
     part = suites[suite]
+    if benchmark.kind == "measurement":
+        for spec in measurement_specs(benchmark, suite):
+            yield replace(run_from_spec(spec), resources=part["resources"])
+        return
     methods = _suite_methods(benchmark, suite)
     for number, block in enumerate(part["grid"]):
         where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"

@@ -31,8 +31,6 @@ from benchmarks.harness.runs import Run, canonical_json, plan
 from emoe.errors import did_you_mean
 
 FORMATS = ("csv", "md", "tex", "html")
-TABLES = ("results", "ood", "cost", "choices", "paper")
-FIGURES = ("ood",)
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
 
 
@@ -81,7 +79,7 @@ def suite_of_job(name: str) -> Suite:
 
 @dataclass(frozen=True)
 class PartitionJob:
-    """The clustering of one model under one setting, shared by all runs that need it."""
+    """The clustering of one layer of a model under one setting, shared by all runs that need it."""
 
     model: dict[str, Any]
     config: dict[str, Any]
@@ -92,7 +90,8 @@ class PartitionJob:
     @property
     def id(self) -> str:
         digest = hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
-        return f"{self.model['name']}-N{self.config['num_experts']}-{digest}"
+        layers = "+".join(map(str, self.config["layers"])) if isinstance(self.config["layers"], list) else "layers"
+        return f"{self.model['name']}-N{self.config['num_experts']}-L{layers}-{digest}"
 
     @property
     def file(self) -> str:
@@ -100,13 +99,16 @@ class PartitionJob:
         return str(paths.PARTITIONS / f"{self.id}.json")
 
 
-def partition_job(run: Run) -> PartitionJob | None:
-    """The clustering that a run needs before it starts; None where there is nothing to cluster."""
+def partition_jobs(run: Run) -> list[PartitionJob]:
+    """The clusterings that a run needs before it starts, one for each layer that its configuration lists."""
     config = run.spec["method"]["config"]
     if config is None or config.get("partition") != "kmeans":
-        return None
-    keys = ("num_experts", "layers", "partition", "partition_seed")
-    return PartitionJob(run.spec["model"], {"kind": "emoe", "top_k": 1, **{key: config[key] for key in keys}})
+        return []
+    keys = ("num_experts", "partition", "partition_seed")
+    shared = {"kind": "emoe", "top_k": 1, **{key: config[key] for key in keys}}
+    # how many layers a word such as "all" means is known when the model is loaded
+    layers = [[layer] for layer in config["layers"]] if isinstance(config["layers"], list) else [config["layers"]]
+    return [PartitionJob(run.spec["model"], {**shared, "layers": chosen}) for chosen in layers]
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,7 @@ class Suite:
     @cached_property
     def partitions(self) -> dict[str, PartitionJob]:
         """The clusterings that the runs need, by id."""
-        jobs = [partition_job(run) for run in self.runs]
-        return {job.id: job for job in jobs if job is not None}
+        return {job.id: job for run in self.runs for job in partition_jobs(run)}
 
     def metric_files(self, benchmark: str | None = None) -> list[str]:
         """``metrics.json`` of every run, or of one benchmark's."""
@@ -152,14 +153,14 @@ class Suite:
     def table_files(self, benchmark: str) -> list[str]:
         return [
             str(paths.RESULTS / self.name / "tables" / f"{benchmark}_{table}.{end}")
-            for table in TABLES
+            for table in load_benchmark(benchmark).definition["tables"]
             for end in FORMATS
         ]
 
     def figure_files(self, benchmark: str) -> list[str]:
         return [
             str(paths.RESULTS / self.name / "figures" / f"{benchmark}_{figure}.{end}")
-            for figure in FIGURES
+            for figure in load_benchmark(benchmark).definition["figures"]
             for end in ("pdf", "png")
         ]
 
@@ -171,7 +172,7 @@ class Suite:
     def digest(self, benchmark: str) -> str:
         """Hash of everything that shapes a benchmark's tables beside its runs; comments do not count."""
         loaded = load_benchmark(benchmark)
-        paper = loaded.definition["paper"]
+        paper = loaded.definition.get("paper")
         content: list[object] = [
             loaded.definition,
             loaded.tasks,
@@ -245,7 +246,6 @@ def _suites(first: Suite) -> Iterator[Suite]:
 
 def run_inputs(run: Run) -> list[str]:
     """Files beside ``run.json`` that a run needs."""
-    job = partition_job(run)
     tasks = [run.spec["task"], *run.spec["ood"]]
-    rated = any("rated" in task["source"] for task in tasks)
-    return [*([str(ARCHIVE)] if rated else []), *([job.file] if job else [])]
+    rated = any("rated" in task.get("source", ()) for task in tasks)
+    return [*([str(ARCHIVE)] if rated else []), *(job.file for job in partition_jobs(run))]

@@ -110,6 +110,9 @@ class BenchmarkTables:
         for part, metric in (
             ("cost", "train_seconds"),
             ("cost", "step_seconds"),
+            ("cost", "evaluation_seconds"),
+            ("cost", "startup_seconds"),
+            ("cost", "job_seconds"),
             ("cost", "peak_memory_mb"),
             ("model", "active_neurons"),
             ("model", "parameters"),
@@ -123,13 +126,16 @@ class BenchmarkTables:
             f"{self.benchmark.name}_cost",
             "What it took, and how the experts were used",
             "Means over seeds, on the machine of the runs (see the environment below). Runs share the machine, so times are rough: "
-            "they do not compare methods. The masked reference backend computes every expert and saves nothing. Active neurons are the FFN neurons "
+            "they do not compare methods. Start-up is what passes before the run's own work begins, mostly imports. Active neurons are the FFN neurons "
             "that a token uses, as a share of the dense model's. Load entropy is 1 for a perfectly balanced load; both load columns and the drops are measured on the ID test split without "
             "padding. Only the published settings limit the capacity of experts, so only there are choices dropped.",
             _KEYS,
             [
                 Column("train_seconds", "train_seconds"),
                 Column("step_seconds", "step_seconds"),
+                Column("evaluation_seconds", "evaluation_seconds"),
+                Column("startup_seconds", "startup_seconds"),
+                Column("job_seconds", "job_seconds"),
                 Column("peak_memory_mb", "peak_memory_mb"),
                 Column("active_neurons", "active_neurons"),
                 Column("parameters", "parameters"),
@@ -212,6 +218,23 @@ class BenchmarkTables:
             ],
             frame,
         )
+
+    def verdicts(self) -> Iterator[str]:
+        """One sentence a model, training task and method of the paper: does it differ from the baseline?"""
+        frame = self.results().frame
+        for row in frame[frame["is_method"] & (frame["method"] != self._baseline)].itertuples():
+            parts = []
+            for label, prefix in (("in domain", "id_delta"), ("out of domain", "ood_delta")):
+                mean, low, high = (getattr(row, f"{prefix}_{end}") for end in ("mean", "low", "high"))
+                if math.isnan(mean):
+                    continue
+                if math.isnan(low):
+                    parts.append(f"{label} {mean * 100:+z.1f} (no interval)")
+                else:
+                    word = "within noise" if low <= 0 <= high else "better" if low > 0 else "worse"
+                    parts.append(f"{label} {mean * 100:+z.1f} [{low * 100:+z.1f}, {high * 100:+z.1f}], {word}")
+            if parts:
+                yield f"{row.method_title}, {row.model_title} trained on {row.task_title}: {'; '.join(parts)} (n = {row.n})."
 
     def _our_averages(self) -> pd.DataFrame:
         """Mean ID score, and mean paired difference to the baseline, over the tasks that a method ran.

@@ -77,7 +77,7 @@ def _all_runs(client: MlflowClient, experiment: str) -> Iterator[Any]:
 
 def _parent(client: MlflowClient, experiment: str, run: Run, known: dict[str, Any]) -> str:
     spec = run.spec
-    name = f"{spec['model']['name']} / {spec['task']['name']} / {spec['method']['name']}"
+    name = " / ".join(filter(None, (spec[part]["name"] for part in ("model", "task", "method"))))
     if name not in known:
         known[name] = client.create_run(experiment, run_name=name, tags={_ID: name})
         client.set_terminated(known[name].info.run_id)
@@ -98,7 +98,7 @@ def _write(client: MlflowClient, experiment: str, run: Run, metrics: dict[str, A
         Metric(".".join(filter(None, (row.part, row.eval_task, row.metric))), float(row.value), 0, 0)
         for row in numbers.itertuples()
     ]
-    for entry in metrics["epochs"]:
+    for entry in metrics.get("epochs", []):
         logged += [
             Metric(f"epoch.{key}", float(value), 0, round(entry["epoch"]))
             for key, value in entry.items()

@@ -180,22 +180,33 @@ class _RetieGates(TrainerCallback):
 
 
 class _Stopwatch(TrainerCallback):
-    """Time spent in steps, without evaluation and checkpoints; kept beside every checkpoint."""
+    """Time spent in steps, without evaluation and checkpoints, and in evaluation; kept beside every checkpoint."""
 
     _FILE = "stopwatch.json"
 
     def __init__(self) -> None:
-        self.seconds, self.steps, self._start = 0.0, 0, 0.0
+        self.seconds, self.steps, self.evaluation, self._start = 0.0, 0, 0.0, 0.0
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint's count."""
         if (checkpoint / self._FILE).exists():
             saved = json.loads((checkpoint / self._FILE).read_text())
-            self.seconds, self.steps = saved["seconds"], saved["steps"]
+            self.seconds, self.steps, self.evaluation = saved["seconds"], saved["steps"], saved["evaluation"]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        write_json(folder / self._FILE, {"seconds": self.seconds, "steps": self.steps})
+        content = {"seconds": self.seconds, "steps": self.steps, "evaluation": self.evaluation}
+        write_json(folder / self._FILE, content)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.evaluation += (metrics or {}).get("eval_runtime", 0.0)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -266,6 +277,11 @@ class TextTrainer:
             compute_metrics=self._scores,
             callbacks=[progress, self._stopwatch, _RetieGates(), *([self._patience] if self._patience else [])],
         )
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Time spent in evaluations so far, those during training included."""
+        return self._stopwatch.evaluation
 
     def _rows(self, split: TextSplit, *, by_length: bool) -> TokenisedRows:
         return TokenisedRows(split, self._tokenizer, self._training["max_length"], by_length=by_length)

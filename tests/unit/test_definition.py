@@ -170,7 +170,7 @@ def test_suites_share_runs() -> None:
 
 def test_ids_are_short_readable_and_safe() -> None:
     for name in suite.suite_names():
-        for run in runs.plan(["glue"], name):
+        for run in suite.plain_suite(name).runs:
             assert len(run.id) <= 80
             assert run.id.startswith(run.spec["model"]["name"])
             assert set(run.id) <= SAFE
@@ -219,6 +219,13 @@ def test_runs_are_found_in_any_suite() -> None:
 
 def test_only_clustered_methods_wait_for_a_partition() -> None:
     mini = suite.load_suite({})
-    needs = {run.spec["method"]["name"]: suite.partition_job(run) is not None for run in mini.runs}
+    needs = {run.spec["method"]["name"]: bool(suite.partition_jobs(run)) for run in mini.runs}
     assert [name for name, needed in needs.items() if needed] == ["emoe", "emoe_learn", "emoe_published", "all_experts"]
     assert len(mini.partitions) == 1  # one clustering serves all four
+
+
+def test_layers_are_clustered_one_by_one_and_shared() -> None:
+    search = suite.plain_suite("mini_search")
+    runs_of_both = [run for run in search.runs if run.spec["method"]["config"]["layers"] == [3, 5]]
+    assert all(len(suite.partition_jobs(run)) == 2 for run in runs_of_both)
+    assert len(search.partitions) == 3 * 2  # three numbers of experts, layers 3 and 5

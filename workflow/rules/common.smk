@@ -47,6 +47,13 @@ def suite_outputs(suite):
     return files + (["results/report.html"] if suite is SUITE else [])
 
 
+def outputs_of(benchmark):
+    # of the configured suite; a benchmark that is not in it has a suite of its own
+    if benchmark in SUITE.settings["benchmarks"]:
+        return SUITE.output_files(benchmark)
+    return suite_outputs(suite_named(benchmark))
+
+
 def run_of(wildcards):
     return suites.find_run(f"{wildcards.benchmark}/{wildcards.run}", SUITE)[0]
 
@@ -63,19 +70,18 @@ def run_resource(name):
     return lambda wildcards: run_of(wildcards).resources[name]
 
 
+def run_threads(wildcards):
+    # 0 stands for all, so that nothing runs beside a measurement
+    return run_of(wildcards).resources["threads"] or workflow.cores
+
+
 def partition_json(wildcards):
     return suites.find_partition(wildcards.partition, SUITE).to_json()
 
 
 def suite_metrics(wildcards):
-    return suite_named(wildcards.suite).metric_files(
-        getattr(wildcards, "benchmark", None)
-    )
+    return suite_named(wildcards.suite).metric_files()
 
 
 def suite_tables(wildcards):
     return suite_named(wildcards.suite).output_files()
-
-
-def benchmark_digest(wildcards):
-    return suite_named(wildcards.suite).digest(wildcards.benchmark)

@@ -61,12 +61,12 @@ rule train_and_evaluate:
         "results/runs/{benchmark}/{run}/log.txt",
     conda:
         ENVIRONMENT
-    threads: run_resource("threads")
+    threads: run_threads
     resources:
         mem_mb=run_resource("mem_mb"),
         runtime=run_resource("runtime"),
         gpu=run_resource("gpu"),
     message:
-        "Train and evaluate {wildcards.run}"
+        "Run {wildcards.run}"
     shell:
         "python -m benchmarks run {input.spec:q} --threads {threads} --log {log:q}"

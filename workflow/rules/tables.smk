@@ -1,36 +1,50 @@
 # From the runs' metrics.json to tables, figures, the report and the MLflow mirror.
 
 
-rule tables_and_figures:
-    input:
-        suite_metrics,
-    output:
-        tables=expand(
-            "results/{{suite}}/tables/{{benchmark}}_{table}.{end}",
-            table=suites.TABLES,
-            end=suites.FORMATS,
-        ),
-        figures=report(
-            expand(
-                "results/{{suite}}/figures/{{benchmark}}_{figure}.{end}",
-                figure=suites.FIGURES,
-                end=["png", "pdf"],
+# One rule a benchmark, because each has its own tables and figures: `tables_of_glue`.
+for benchmark in suites.benchmark_names():
+    definition = suites.load_benchmark(benchmark).definition
+
+    rule:
+        name:
+            f"tables_of_{benchmark}"
+        input:
+            lambda wildcards, benchmark=benchmark: suite_named(
+                wildcards.suite
+            ).metric_files(benchmark),
+        output:
+            tables=expand(
+                "results/{{suite}}/tables/{benchmark}_{table}.{end}",
+                benchmark=benchmark,
+                table=definition["tables"],
+                end=suites.FORMATS,
             ),
-            caption="../report/figure.rst",
-            category="{benchmark}",
-        ),
-    log:
-        "results/logs/{suite}/{benchmark}_tables_and_figures.txt",
-    localrule: True
-    conda:
-        ENVIRONMENT
-    params:
-        # comments in the YAML files change nothing here, titles do
-        definition=benchmark_digest,
-    message:
-        "Tables and figures of {wildcards.benchmark}, suite {wildcards.suite}"
-    shell:
-        "python -m benchmarks tables --suite {wildcards.suite} --benchmark {wildcards.benchmark} 2> {log:q}"
+            figures=report(
+                expand(
+                    "results/{{suite}}/figures/{benchmark}_{figure}.{end}",
+                    benchmark=benchmark,
+                    figure=definition["figures"],
+                    end=["png", "pdf"],
+                ),
+                caption="../report/figure.rst",
+                category=benchmark,
+            ),
+        log:
+            f"results/logs/{{suite}}/tables_of_{benchmark}.txt",
+        localrule: True
+        conda:
+            ENVIRONMENT
+        params:
+            benchmark=benchmark,
+            captions=" ".join(definition["figures"].values()),
+            # comments in the YAML files change nothing here, titles do
+            definition=lambda wildcards, benchmark=benchmark: suite_named(
+                wildcards.suite
+            ).digest(benchmark),
+        message:
+            f"Tables and figures of {benchmark}, suite {{wildcards.suite}}"
+        shell:
+            "python -m benchmarks tables --suite {wildcards.suite} --benchmark {params.benchmark} 2> {log:q}"
 
 
 rule report:

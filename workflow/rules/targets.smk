@@ -31,13 +31,14 @@ rule check:
         "python -m benchmarks check --suite {params.suite} 2>&1 | tee {log:q}"
 
 
-# one target per benchmark: `snakemake glue`
-for name in SUITE.settings["benchmarks"]:
+# one target per benchmark: `snakemake glue`, `snakemake speed`
+for name in suites.benchmark_names():
+    if name in SUITE.settings["benchmarks"] or name in suites.suite_names():
 
-    rule:
-        name:
-            name
-        input:
-            SUITE.output_files(name),
-        message:
-            "The tables and figures of the benchmark are up to date"
+        rule:
+            name:
+                name
+            input:
+                outputs_of(name),
+            message:
+                "The tables and figures of the benchmark are up to date"

@@ -1,0 +1,1 @@
+"""What experts cost: one FFN, a whole training step, finding them."""

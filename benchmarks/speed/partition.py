@@ -1,0 +1,78 @@
+"""Time and quality of balanced clustering, beside the library that the authors use."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.harness.definition import load_models
+from benchmarks.harness.models import load_backbone
+from benchmarks.harness.packages import DataError
+from benchmarks.harness.seeds import derive_seed
+from emoe.architectures import find_ffns
+from emoe.clustering import balanced_kmeans, inertia
+
+
+def measure(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Seconds, ratio to the library and unexplained share of the variance, by candidate.
+
+    Args:
+        model: ``layer`` of a model in ``models.yaml`` whose FFN's keys are clustered; or ``hidden`` and ``neurons`` of made-up keys.
+        settings: ``num_experts``, ``starts`` of the library, ``candidates``.
+    """
+    rows = keys_of(model)
+    n = settings["num_experts"]
+    total = inertia(F.normalize(rows, dim=1), torch.zeros(len(rows), dtype=torch.long), 1)
+    found: dict[str, dict[str, float]] = {}
+    for name in settings["candidates"]:
+        start, cpu = time.perf_counter(), time.process_time()
+        labels = CANDIDATES[name](rows, n, settings)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+        unexplained = inertia(F.normalize(rows, dim=1), labels, n) / total
+        found[name] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "inertia": unexplained}
+    base = found.get("kmeans_constrained")
+    if base is not None:
+        for row in found.values():
+            row["ratio"] = row["seconds"] / base["seconds"]
+    return found
+
+
+def keys_of(model: Mapping[str, Any]) -> Tensor:
+    """Key vectors ``[d, h]``: real ones, or Gaussian rows around 128 centres whose spread is a quarter of theirs."""
+    if "model" in model:
+        loaded = load_backbone({"name": model["model"], **load_models()[model["model"]]})
+        return find_ffns(loaded)[model["layer"]].keys().detach().float()
+    generator = torch.Generator().manual_seed(derive_seed("keys", model["neurons"], model["hidden"]))
+    centres = torch.randn(128, model["hidden"], generator=generator)
+    own = torch.randn(model["neurons"], model["hidden"], generator=generator)
+    return own + 0.25 * centres[torch.randint(128, (model["neurons"],), generator=generator)]
+
+
+def _ours(rows: Tensor, num_clusters: int, _settings: Mapping[str, Any]) -> Tensor:
+    return balanced_kmeans(rows, num_clusters).labels
+
+
+def _library(rows: Tensor, num_clusters: int, settings: Mapping[str, Any]) -> Tensor:
+    """The authors' call: normalised keys, equal sizes, random state 0."""
+    if importlib.util.find_spec("k_means_constrained") is None:
+        raise DataError("k-means-constrained is not installed: pip install '.[mini]'")
+    from k_means_constrained import KMeansConstrained
+
+    size = len(rows) // num_clusters
+    clusterer = KMeansConstrained(
+        n_clusters=num_clusters, size_min=size, size_max=size, n_init=settings["starts"], random_state=0
+    )
+    return torch.from_numpy(clusterer.fit_predict(F.normalize(rows, dim=1).double().numpy()).astype(np.int64))
+
+
+CANDIDATES: dict[str, Callable[[Tensor, int, Mapping[str, Any]], Tensor]] = {
+    "emoe": _ours,
+    "kmeans_constrained": _library,
+}

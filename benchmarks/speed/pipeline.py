@@ -1,0 +1,32 @@
+"""Measure one thing under one setting, all candidates in turn in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.seeds import derive_seed
+from benchmarks.speed import layer, partition, step
+
+_MEASURES = {"layer": layer.measure, "partition": partition.measure, "step": step.measure}
+
+
+def run(spec: Mapping[str, Any], _folder: Path, progress: Progress) -> dict[str, Any]:
+    """Run one spec.
+
+    Args:
+        spec: the content of ``run.json``.
+        _folder: the run's folder; nothing is written there.
+        progress: where to say what is going on.
+
+    Returns:
+        The content of ``metrics.json``, less what the harness adds: ``measured`` by candidate.
+    """
+    torch.set_num_threads(spec["settings"]["threads"])
+    torch.manual_seed(derive_seed("speed", spec["seed"]))
+    progress.say(f"measuring the {spec['task']['name']}")
+    return {"measured": _MEASURES[spec["task"]["name"]](spec["model"], spec["settings"]), "cost": {}}

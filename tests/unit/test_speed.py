@@ -1,0 +1,213 @@
+"""The speed benchmark: what is compared does the same work, times are taken in turn, plans and tables are right."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from benchmarks.harness import definition, report, runs
+from benchmarks.harness.definition import DefinitionError, check, load_benchmark
+from benchmarks.harness.packages import DataError
+from benchmarks.harness.presentation import present
+from benchmarks.harness.suite import load_suite
+from benchmarks.speed import layer, partition, pipeline, step, timing
+from benchmarks.speed.ffn import CANDIDATES, FFN
+from tests import fake_runs
+from tests.conftest import ROOT
+
+# what is compared
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", [name for name in CANDIDATES if name != "dense"])
+def test_with_all_experts_every_candidate_is_the_dense_ffn(name: str, gated: bool) -> None:
+    torch.manual_seed(0)
+    ffn, x = FFN(8, 32, gated=gated), torch.randn(10, 8)
+    if not gated:
+        for module in (ffn.inner, ffn.outer):
+            torch.nn.init.zeros_(module.bias)  # transformers' plain experts have none
+    torch.testing.assert_close(CANDIDATES[name](ffn, 4, 4)(x), ffn(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_others_choose_the_same_experts(gated: bool) -> None:
+    torch.manual_seed(0)
+    ffn, x = FFN(8, 32, gated=gated), torch.randn(10, 8)
+    if not gated:
+        for module in (ffn.inner, ffn.outer):
+            torch.nn.init.zeros_(module.bias)
+    expected = CANDIDATES["block_mask"](ffn, 4, 2)(x)
+    assert not torch.allclose(expected, ffn(x), atol=1e-3)
+    for name in ("transformers_eager", "transformers_grouped"):
+        torch.testing.assert_close(CANDIDATES[name](ffn, 4, 2)(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_memory_counts_what_is_kept_and_not_the_weights() -> None:
+    net, x = torch.nn.Linear(4, 4), torch.randn(6, 4, requires_grad=True)
+    assert layer.kept_bytes(net, functools.partial(net, x)) == 6 * 4 * 4
+    assert layer.kept_bytes(net, lambda: net(x).exp()) == 2 * 6 * 4 * 4
+
+
+# timing
+
+
+def test_calls_run_in_turn_after_a_round_that_does_not_count() -> None:
+    order: list[str] = []
+    taken = timing.side_by_side({name: functools.partial(order.append, name) for name in "ab"}, 3)
+    assert order == ["a", "b"] * 4
+    assert {name: len(seconds) for name, seconds in taken.items()} == {"a": 3, "b": 3}
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    found = timing.ratios({"dense": [1.0, 2.0, 4.0], "other": [0.5, 1.2, 1.6]}, "dense")
+    assert found["other"] == pytest.approx({"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6, "seconds": 1.2})
+    assert found["dense"]["ratio"] == 1
+
+
+# measures
+
+
+class Silent:
+    def say(self, text: str) -> None: ...
+
+
+@pytest.mark.parametrize("measure", ["layer", "step", "partition"])
+def test_each_measure_gives_a_row_a_candidate(measure: str, tmp_path: Path) -> None:
+    models = {
+        "layer": {"hidden": 16, "neurons": 64, "gated": True},
+        "step": {
+            "config": {
+                "model_type": "bert",
+                "vocab_size": 50,
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+            }
+        },
+        "partition": {"hidden": 16, "neurons": 64},
+    }
+    usual = load_benchmark("speed").definition["measures"][measure]["settings"]
+    small = {"num_experts": 8, "tokens": 20, "rounds": 2, "batch_size": 2, "length": 4, "starts": 1}
+    settings = usual | {name: value for name, value in small.items() if name in usual}
+    spec = {"task": {"name": measure}, "model": models[measure], "settings": settings, "seed": 0}
+    threads = torch.get_num_threads()
+    found = pipeline.run(spec, tmp_path, Silent())["measured"]
+    torch.set_num_threads(threads)
+    assert set(settings["candidates"]) <= set(found)
+    assert all(row["ratio"] > 0 and row["seconds"] > 0 for row in found.values())
+    if measure == "layer":
+        assert found["sparse"]["memory_ratio"] < 1
+        assert found["sparse"]["expected_ratio"] > 0.25
+    if measure == "partition":
+        assert 0 < found["emoe"]["inertia"] <= found["kmeans_constrained"]["inertia"] + 0.05 < 1
+
+
+def test_pictures_are_fed_to_models_that_read_them() -> None:
+    config = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config |= {"intermediate_size": 32, "image_size": 32, "patch_size": 16}
+    settings = {"layers": "all", "num_experts": 4, "top_k_fraction": 0.5, "batch_size": 2, "length": 9, "rounds": 1}
+    assert set(step.measure({"config": config}, {**settings, "candidates": ["masked"]})) == {"dense", "masked"}
+
+
+def test_keys_are_real_or_made_up_and_the_same_each_time() -> None:
+    made = partition.keys_of({"hidden": 16, "neurons": 64})
+    assert made.shape == (64, 16)
+    assert torch.equal(made, partition.keys_of({"hidden": 16, "neurons": 64}))
+    assert partition.keys_of({"model": "minilm", "layer": 5}).shape == (1536, 384)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="k-means-constrained is not installed"):
+        partition.CANDIDATES["kmeans_constrained"](torch.randn(8, 4), 2, {"starts": 1})
+
+
+# plans
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"measure": "layers", "model": ["bert-base"]}, "did you mean 'layer'"),
+        ({"measure": "layer", "model": ["bert-bass"]}, "did you mean 'bert-base'"),
+        ({"measure": "layer", "model": ["bert-base"], "settings": {"token": [1]}}, "did you mean 'tokens'"),
+        (
+            {"measure": "layer", "model": ["bert-base"], "settings": {"tokens": ["1"]}},
+            "has '1', but must be int like 2048",
+        ),
+        (
+            {"measure": "layer", "model": ["bert-base"], "settings": {"candidates": [["spars"]]}},
+            "did you mean 'sparse'",
+        ),
+        ({"measure": "layer", "model": ["bert-base", "bert-base"]}, "measures layer bert-base a second time"),
+        ({"measure": "layer", "models": ["bert-base"]}, "unknown key"),
+    ],
+)
+def test_a_wrong_grid_is_refused_with_the_nearest_name(block, message, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = yaml.safe_load((ROOT / "benchmarks/speed/benchmark.yaml").read_text())
+    content["suites"]["smoke"]["grid"] = [block]
+    real = load_benchmark("speed")
+
+    def load(name: str) -> definition.Benchmark:
+        return definition.Benchmark(name, check(content, "measurement", "benchmark.yaml"), real.tasks)
+
+    monkeypatch.setattr(runs, "load_benchmark", load)
+    with pytest.raises(DefinitionError, match=message):
+        runs.plan(["speed"], "smoke")
+
+
+def test_an_unknown_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(definition, "read_yaml", lambda path: {"kind": "measurements"})
+    with pytest.raises(DefinitionError, match="did you mean 'measurement'"):
+        load_benchmark.__wrapped__("speed")
+
+
+def test_how_often_shapes_the_id_and_not_the_name_of_the_variant() -> None:
+    first, *_ = runs.plan(["speed"], "smoke")
+    assert first.id.startswith("bert-base-layer-T1024-")
+    other = copy.deepcopy(first.spec)
+    other["settings"]["rounds"] += 1
+    assert runs.run_from_spec(other).id != first.id
+
+
+# tables, figures, report
+
+
+def test_tables_figures_and_report_show_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = fake_runs.write(tmp_path / "results" / "runs", "speed", benchmark="speed")
+    suite = load_suite({"suite": "speed"})
+    shown = present(load_benchmark("speed"), made)
+    counts = {name: sum(run.spec["task"]["name"] == name for run in made) for name in ("layer", "step", "partition")}
+    assert {table.name: len(table.frame) for table in shown.tables} == {
+        f"speed_{name}": n for name, n in counts.items()
+    }
+    assert len(shown.verdicts) == counts["layer"] + counts["step"]
+    cells = shown.tables[0].texts()
+    ratio = fake_runs.measured(made[0])["measured"]["sparse"]["ratio"]
+    assert cells.loc[0, "sparse"] == f"{ratio:.2f} [{0.9 * ratio:.2f}, {1.1 * ratio:.2f}]"
+    assert (cells.loc[0, "FFN"], cells.loc[0, "Neurons an expert"]) == ("BERT-base", "48")
+    for table in shown.tables:
+        table.write(tmp_path / "results/speed/tables")
+    shown.draw(tmp_path / "results/speed/figures")
+    for file in suite.output_files():
+        assert (tmp_path / file).stat().st_size > 100, file
+    report.write_report(suite, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "BERT-base, FFN: N 64, k/N 0.25, 2048 tokens, 1 thread(s), float32:" in page
+    assert "Data and training" not in page
+
+
+def test_a_presentation_that_makes_other_tables_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = fake_runs.write(tmp_path / "results" / "runs", "smoke", benchmark="speed")
+    real = load_benchmark("speed")
+    other = definition.Benchmark("speed", {**real.definition, "tables": ["layer"]}, real.tasks)
+    with pytest.raises(DefinitionError, match="'tables' names"):
+        present(other, made)
