@@ -80,7 +80,7 @@ class _Shown:
         )
         first = rows.drop_duplicates("run_id").set_index("run_id")
         frame = first.join(values).reset_index()
-        for column in ("top_k_fraction", "num_experts"):
+        for column in ("top_k_fraction", "num_experts", "tokens", "threads", "starts"):
             if column in frame:
                 frame[column] = frame[column].map("{:g}".format)
         return frame
@@ -95,7 +95,6 @@ class _Shown:
     def layer(self) -> Table:
         frame = self._wide("layer")
         frame["size"] = [f"{row.neurons / float(row.num_experts):g}" for row in frame.itertuples()]
-        frame["tokens"], frame["threads"] = frame["tokens"].map("{:g}".format), frame["threads"].map("{:g}".format)
         return Table(
             f"{self.benchmark.name}_layer",
             "One FFN of experts beside the dense FFN",
@@ -124,7 +123,6 @@ class _Shown:
     def step(self) -> Table:
         frame = self._wide("step")
         frame["batch"] = [f"{row.batch_size:g} × {row.length:g}" for row in frame.itertuples()]
-        frame["threads"] = frame["threads"].map("{:g}".format)
         return Table(
             f"{self.benchmark.name}_step",
             "A training step beside the dense model's",
@@ -143,7 +141,6 @@ class _Shown:
 
     def partition(self) -> Table:
         frame = self._wide("partition")
-        frame["threads"] = frame["threads"].map("{:g}".format)
         frame["speedup"] = 1 / frame["emoe_ratio"] if "emoe_ratio" in frame else math.nan
         has_library = "kmeans_constrained_seconds" in frame
         library = [
@@ -286,13 +283,23 @@ class _Shown:
                 axis.axhline(1, color="#444444", ls="--", lw=0.8, zorder=0)
                 if column != "top_k_fraction":
                     axis.set_xscale("log", base=2)
-                    _plain_ticks(axis.xaxis, sorted(own[column].unique()))
+                    _plain_ticks(axis.xaxis, _apart(sorted(own[column].unique())))
                 axis.set_xlabel(label)
                 axis.grid(axis="y", color="#e3e3e3")
                 axis.set_ylim(0, 2)
             axes[0].set_ylabel("Time ÷ dense")
             _legend(figure, axes[0])
             save(figure, folder / f"{self.benchmark.name}_scaling")
+
+
+def _apart(places: list[float]) -> list[float]:
+    """Those of sorted places that are at least a seventh of a logarithmic axis apart, so that their labels do not touch."""
+    least = (places[-1] / places[0]) ** (1 / 7)
+    kept = places[:1]
+    for place in places[1:]:
+        if place >= least * kept[-1]:
+            kept.append(place)
+    return kept
 
 
 def _plain_ticks(axis: Any, places: list[float]) -> None:
