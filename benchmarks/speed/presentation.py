@@ -46,7 +46,7 @@ def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
     return Presentation(
         [shown.layer(), shown.step(), shown.partition()],
         list(shown.verdicts()),
-        "Time as a ratio to the dense model in the same round, candidates in turn in one process: median [lowest, highest].",
+        "Each ratio is the median over rounds in which all candidates ran in turn in one process. The middle here is the median over settings.",
         shown.draw,
     )
 
@@ -163,19 +163,19 @@ class _Shown:
         )
 
     def verdicts(self) -> Iterator[str]:
-        """A sentence a run that has ratios to a dense model."""
-        rows = self.records[
-            (self.records["eval_task"] == "auto") & self.records["metric"].isin(["ratio", "ratio_low", "ratio_high"])
-        ]
-        for _, found in rows.groupby("run_id", sort=False):
-            value = found.set_index("metric")["value"]
-            first = found.iloc[0]
-            what = "FFN" if first["task"] == "layer" else f"training step, layers {first['layers']}"
-            size = f"{first['tokens']:g} tokens" if first["task"] == "layer" else f"batch {first['batch_size']:g}"
-            kind = f", {first['dtype']}" if first["task"] == "layer" else ""
+        """A sentence for each measure, type and share of experts: the middle over its settings, and both ends."""
+        rows = self.records[(self.records["eval_task"] == "auto") & (self.records["metric"] == "ratio")]
+        for (measure, dtype, share), found in rows.groupby(
+            ["task", "dtype", "top_k_fraction"], dropna=False, sort=False
+        ):
+            found = found.sort_values("value")
+            first, last = found.iloc[0], found.iloc[-1]
+            title = self.benchmark.definition["measures"][measure]["title"]
+            kind = "" if pd.isna(dtype) else f", {dtype}"
+            range_ = f", from {_setting(first)} to {_setting(last)}" if len(found) > 1 else ""
+            settings = "settings" if len(found) > 1 else "setting"
             yield (
-                f"{first['model_title']}, {what}: N {first['num_experts']}, k/N {first['top_k_fraction']:g}, {size}, {first['threads']} thread(s){kind}: "
-                f"{value['ratio']:.2f} [{value['ratio_low']:.2f}, {value['ratio_high']:.2f}]."
+                f"{title}{kind}, k/N {share:g}, {len(found)} {settings}: {found['value'].median():.2f} of the dense time{range_}."
             )
 
     def draw(self, folder: Path) -> None:
@@ -290,6 +290,12 @@ class _Shown:
             axes[0].set_ylabel("Time ÷ dense")
             _legend(figure, axes[0])
             save(figure, folder / f"{self.benchmark.name}_scaling")
+
+
+def _setting(row: Any) -> str:
+    threads = f"{row['threads']:g} thread{'s' if row['threads'] > 1 else ''}"
+    where = f"layers {row['layers']}" if row["task"] == "step" else f"{row['tokens']:g} tokens, {threads}"
+    return f"{row['value']:.2f} ({row['model_title']}, N {row['num_experts']:g}, {where})"
 
 
 def _apart(places: list[float]) -> list[float]:
