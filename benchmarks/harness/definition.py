@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -199,6 +199,23 @@ def load_benchmark(name: str) -> Benchmark:
         tasks = read_checked(folder / definition["tasks"], "tasks")["tasks"]
     check_references(definition, tasks, folder)
     return Benchmark(name, definition, tasks)
+
+
+def check_names(where: str, key: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Check the names that a file gives under a key.
+
+    Args:
+        where: the file, a quotation mark, and what stands before the key.
+        key: the key.
+        names: what it names.
+        known: what exists.
+
+    Raises:
+        DefinitionError: names the nearest that exists.
+    """
+    for name in names:
+        if name not in known:
+            raise DefinitionError(f"{where}.{key}' is '{name}', which does not exist{did_you_mean(name, known)}")
 
 
 def check_references(definition: Mapping[str, Any], tasks: Mapping[str, Any], folder: Path) -> None:

@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.harness.definition import Benchmark, DefinitionError
-from emoe.errors import did_you_mean
+from benchmarks.harness.definition import Benchmark, DefinitionError, check_names
 
 # shape how much is measured, not what
 _NOT_IN_VARIANT = ("candidates", "rounds")
@@ -32,10 +31,10 @@ def measurement_specs(benchmark: Benchmark, suite: str) -> Iterator[dict[str, An
     seen: set[tuple[str, str, str]] = set()
     for number, block in enumerate(definition["suites"][suite]["grid"]):
         where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-        _check(f"{where}.measure'", [block["measure"]], definition["measures"])
-        _check(f"{where}.model'", block["model"], definition["models"])
+        check_names(where, "measure", [block["measure"]], definition["measures"])
+        check_names(where, "model", block["model"], definition["models"])
         usual: dict[str, Any] = definition["measures"][block["measure"]]["settings"]
-        _check(f"{where}.settings'", list(block["settings"]), usual)
+        check_names(where, "settings", block["settings"], usual)
         for name, values in block["settings"].items():
             for value in values:
                 if type(value) is not type(usual[name]):
@@ -44,7 +43,7 @@ def measurement_specs(benchmark: Benchmark, suite: str) -> Iterator[dict[str, An
                         f"{where}.settings.{name}' has {value!r}, but must be {kind} like {usual[name]!r}"
                     )
         candidates = [name for values in block["settings"].get("candidates", []) for name in values]
-        _check(f"{where}.settings.candidates'", candidates, definition["candidates"])
+        check_names(where, "settings.candidates", candidates, definition["candidates"])
         for model, *values in itertools.product(block["model"], *block["settings"].values()):
             settings = {**usual, **dict(zip(block["settings"], values, strict=True))}
             spec = _spec(benchmark, block["measure"], model, settings, usual)
@@ -82,9 +81,3 @@ def _spec(
 
 def _short(name: str, value: Any) -> str:
     return f"{_SHORT.get(name, '')}{value:g}" if isinstance(value, int | float) else f"{_SHORT.get(name, '')}{value}"
-
-
-def _check(where: str, names: list[str], known: Mapping[str, Any]) -> None:
-    for name in names:
-        if name not in known:
-            raise DefinitionError(f"{where} is '{name}', which does not exist{did_you_mean(name, known)}")

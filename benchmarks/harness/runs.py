@@ -10,7 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.harness.definition import Benchmark, DefinitionError, check, load_benchmark, load_models
+from benchmarks.harness.definition import (
+    Benchmark,
+    DefinitionError,
+    check,
+    check_names,
+    load_benchmark,
+    load_models,
+)
 from benchmarks.harness.measurements import measurement_specs
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConfigError, did_you_mean
@@ -86,19 +93,13 @@ def _benchmark_runs(benchmark: Benchmark, suite: str) -> Iterator[Run]:
     methods = _suite_methods(benchmark, suite)
     for number, block in enumerate(part["grid"]):
         where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-        _check_names(where, "model", block["model"], load_models())
-        _check_names(where, "task", block["task"], benchmark.tasks)
-        _check_names(where, "method", block["method"], methods)
+        check_names(where, "model", block["model"], load_models())
+        check_names(where, "task", block["task"], benchmark.tasks)
+        check_names(where, "method", block["method"], methods)
         axes = [key for key in ("model", "task", "method", *_VARIANT_KEYS, "learning_rate", "seed") if key in block]
         for values in itertools.product(*(block[key] for key in axes)):
             point = dict(zip(axes, values, strict=True))
             yield replace(_resolve(benchmark, suite, methods, point, where), resources=part["resources"])
-
-
-def _check_names(where: str, key: str, names: list[str], known: Mapping[str, Any]) -> None:
-    for name in names:
-        if name not in known:
-            raise DefinitionError(f"{where}.{key}' is '{name}', which does not exist{did_you_mean(name, known)}")
 
 
 def _suite_methods(benchmark: Benchmark, suite: str) -> dict[str, dict[str, Any]]:
@@ -106,7 +107,7 @@ def _suite_methods(benchmark: Benchmark, suite: str) -> dict[str, dict[str, Any]
     methods: dict[str, dict[str, Any]] = benchmark.definition["methods"]
     changes = benchmark.definition["suites"][suite].get("methods", {})
     where = f"{benchmark.file}: 'suites.{suite}"
-    _check_names(where, "methods", list(changes), methods)
+    check_names(where, "methods", list(changes), methods)
     merged = {name: {**method, **changes.get(name, {})} for name, method in methods.items()}
     # checked again as a whole, because a suite's settings are written outside `methods`
     checked = check({**benchmark.definition, "methods": merged}, "benchmark", f"{where}.methods'")
@@ -124,10 +125,10 @@ def _resolve(
         raise DefinitionError(f"{where}': method '{point['method']}' sets both top_k and top_k_fraction; keep one")
     training = {**benchmark.definition["training"], **benchmark.definition["suites"][suite].get("training", {})}
     by_task = training.pop("epochs_by_task", {})
-    _check_names(f"{benchmark.file}: 'training", "epochs_by_task", list(by_task), benchmark.tasks)
+    check_names(f"{benchmark.file}: 'training", "epochs_by_task", list(by_task), benchmark.tasks)
     training["epochs"] = by_task.get(point["task"], training["epochs"])
     task = benchmark.tasks[point["task"]]
-    _check_names(
+    check_names(
         f"{benchmark.folder / benchmark.definition['tasks']}: 'tasks.{point['task']}",
         "ood",
         task["ood"],

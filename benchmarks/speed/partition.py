@@ -17,7 +17,7 @@ from benchmarks.harness.models import load_backbone
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.seeds import derive_seed
 from emoe.architectures import find_ffns
-from emoe.clustering import balanced_kmeans, inertia
+from emoe.clustering import balanced_kmeans, explained_share
 
 
 def measure(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -29,13 +29,12 @@ def measure(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, 
     """
     rows = keys_of(model)
     n = settings["num_experts"]
-    total = inertia(F.normalize(rows, dim=1), torch.zeros(len(rows), dtype=torch.long), 1)
     found: dict[str, dict[str, float]] = {}
     for name in settings["candidates"]:
         start, cpu = time.perf_counter(), time.process_time()
         labels = CANDIDATES[name](rows, n, settings)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-        unexplained = inertia(F.normalize(rows, dim=1), labels, n) / total
+        unexplained = 1 - explained_share(rows, labels, n)
         found[name] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "inertia": unexplained}
     base = found.get("kmeans_constrained")
     if base is not None:

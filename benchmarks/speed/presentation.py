@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
+import torch
+from matplotlib import pyplot as plt
 
 from benchmarks.harness.definition import Benchmark
 from benchmarks.harness.figures import STYLE, save
@@ -17,10 +18,6 @@ from benchmarks.harness.records import collect
 from benchmarks.harness.rendering import Column, Table
 from benchmarks.harness.runs import Run
 from emoe.costs import sparse_share
-
-mpl.use("Agg")
-import torch
-from matplotlib import pyplot as plt
 
 _COLOURS = {
     "auto": "#0072b2",
@@ -141,8 +138,9 @@ class _Shown:
 
     def partition(self) -> Table:
         frame = self._wide("partition")
-        frame["speedup"] = 1 / frame["emoe_ratio"] if "emoe_ratio" in frame else math.nan
         has_library = "kmeans_constrained_seconds" in frame
+        if has_library:
+            frame["speedup"] = 1 / frame["emoe_ratio"]
         library = [
             Column("seconds", "kmeans_constrained_seconds", "k-means-constrained"),
             Column("speedup", "speedup"),
@@ -231,7 +229,7 @@ class _Shown:
                 axis.axvline(1, color="#444444", ls="--", lw=0.8, zorder=0)
                 axis.set_xscale("log")
                 _plain_ticks(axis.xaxis, [0.25, 0.5, 1, 2, 4])
-                axis.set_title(f"{threads:g} thread{'s' if threads > 1 else ''}")
+                axis.set_title(_threads(threads))
                 axis.set_xlabel("Time ÷ dense")
             axes[0][0].set_yticks(range(len(cells)), [f"{title}, k/N {share:g}" for title, share in cells])
             axes[0][0].set_ylim(len(cells) - 0.5, -0.5)
@@ -292,9 +290,14 @@ class _Shown:
             save(figure, folder / f"{self.benchmark.name}_scaling")
 
 
+def _threads(count: float) -> str:
+    return f"{count:g} thread{'s' if count > 1 else ''}"
+
+
 def _setting(row: Any) -> str:
-    threads = f"{row['threads']:g} thread{'s' if row['threads'] > 1 else ''}"
-    where = f"layers {row['layers']}" if row["task"] == "step" else f"{row['tokens']:g} tokens, {threads}"
+    where = (
+        f"layers {row['layers']}" if row["task"] == "step" else f"{row['tokens']:g} tokens, {_threads(row['threads'])}"
+    )
     return f"{row['value']:.2f} ({row['model_title']}, N {row['num_experts']:g}, {where})"
 
 

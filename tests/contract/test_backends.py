@@ -198,8 +198,6 @@ def test_a_compiled_model_takes_the_masked_path_in_one_graph() -> None:
 
 
 def test_auto_takes_the_path_that_is_expected_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.plain_net import plain_net
-
     def takes_sparse(tokens: int, dtype: torch.dtype = torch.float32, **config) -> bool:
         net = plain_net(64, 1536).to(dtype)
         emoe.convert_(net, emoe.EMoEConfig(layers=[0], partition="random", **config))
