@@ -56,6 +56,37 @@ _SUITE = click.option("--suite", default="mini", show_default=True, help="Which 
 
 @cli.command()
 @_SUITE
+@click.option("--check", is_flag=True, help="Only look; download nothing.")
+@click.option(
+    "--data-root",
+    type=click.Path(exists=True, file_okay=False),
+    default=None,
+    help="Folder with data sets; by default the suite's.",
+)
+def data(suite: str, check: bool, data_root: str | None) -> None:
+    """Fetch the data of a suite and say for every set what is there; ends with status 1 where something is missing."""
+    import os
+
+    from benchmarks.harness import data as sets
+    from benchmarks.harness.paths import DATA_ROOT
+    from benchmarks.harness.suite import suite_of_job
+
+    loaded = suite_of_job(suite)
+    os.environ.update(loaded.environment())
+    if data_root:
+        os.environ[DATA_ROOT] = data_root
+    if check:
+        sets.stay_offline()
+    else:
+        sets.fetch_packaged(loaded)
+    parts = list(sets.survey(loaded))
+    click.echo(sets.describe(parts))
+    if any(part.found is None for part in parts):
+        sys.exit(1)
+
+
+@cli.command()
+@_SUITE
 @click.option("--benchmark", required=True, help="Which benchmark.")
 def tables(suite: str, benchmark: str) -> None:
     """Write the tables and figures of a benchmark whose runs are finished."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +159,7 @@ def save_partition(partition: Partition, path: str | os.PathLike[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"layer.{layer}": permutation.contiguous() for layer, permutation in partition.items()}
     notes = {"explained": json.dumps(partition.explained), "seconds": json.dumps(partition.seconds)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     save_file(tensors, temporary, metadata=notes)
     temporary.replace(path)
 

@@ -28,17 +28,29 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
     draw = random.Random(run.id)
     metric, task = run.spec["task"]["metric"], run.spec["task"]["name"]
 
-    def one(base: float) -> dict[str, float]:
-        return {metric: min(base + gain + draw.uniform(-0.02, 0.02), 1.0), "loss": 0.5}
+    def one(base: float, metrics: tuple[str, ...] = (metric,)) -> dict[str, float]:
+        return {name: min(base + gain + draw.uniform(-0.02, 0.02), 1.0) for name in metrics} | {"loss": 0.5}
 
     config = run.spec["method"]["config"]
     summary = {"rows": 10, "dropped": 1, "labels": {"0": 4, "1": 6}}
+    ood = {other["name"]: one(0.75, tuple(other["ood_metrics"])) for other in run.spec["ood"]}
+    data = {f"ood:{other['name']}": summary for other in run.spec["ood"]}
+    if "candidates" in run.spec:
+        return {
+            "run_id": run.id,
+            "scores": {"ood": ood},
+            "chosen": {"run": run.spec["candidates"][0], "learning_rate": 0.1, "variant": ""},
+            "cost": {"evaluation_seconds": 1.0, "startup_seconds": 0.2, "job_seconds": 2.0, "peak_memory_mb": 100.0},
+            "data": data,
+            "environment": ENVIRONMENT,
+        }
+    same = {"parameters": 10, "names": "same"}
     return {
         "run_id": run.id,
         "scores": {
             "dev": {task: one(0.9)},
             "test": {task: one(0.88)},
-            "ood": {other["name"]: one(0.75) for other in run.spec["ood"]},
+            "ood": ood,
         },
         "epochs": [{"epoch": 1.0, **one(0.85)}, {"epoch": 2.0, **one(0.9)}],
         "kept_epoch": 2.0,
@@ -47,6 +59,7 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
             "parameters": 1000,
             "dense_parameters": 1000,
             "trainable_parameters": 1000,
+            "trained": {"adapters": same, "head": same} if run.spec["training"]["lora"] else {},
             "active_neurons": 0.5,
             "conversion": [],
         },
@@ -63,7 +76,7 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
             "train": summary,
             "dev": summary,
             "test": summary,
-            **{f"ood:{o['name']}": summary for o in run.spec["ood"]},
+            **data,
         },
         "environment": ENVIRONMENT,
     }
@@ -83,10 +96,10 @@ def measured(run: Run) -> dict[str, Any]:
 
 
 def write(
-    folder: Path, suite: str = "mini", gains: dict[str, float] | None = None, benchmark: str = "glue"
+    folder: Path, suite: str = "mini", gains: dict[str, float] | None = None, benchmarks: tuple[str, ...] = ("glue",)
 ) -> list[Run]:
     """Write the runs of a suite below ``folder``; ``gains`` shifts all scores of a method."""
-    runs = plan([benchmark], suite)
+    runs = plan(list(benchmarks), suite)
     for run in runs:
         path = folder / run.folder / "metrics.json"
         path.parent.mkdir(parents=True, exist_ok=True)

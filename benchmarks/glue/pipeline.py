@@ -1,19 +1,18 @@
-"""Fine-tune a text classifier on one task; evaluate it there and, untouched, on others."""
+"""Fine-tune a text classifier on one task, in full or by adapters; evaluate it there and, untouched, on others."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import emoe
-from benchmarks.harness.methods import apply_method_
-from benchmarks.harness.models import describe, load_classifier, load_tokenizer, weights_digest
+from benchmarks.harness.classifier import build_classifier, save_trained
+from benchmarks.harness.models import load_tokenizer
 from benchmarks.harness.progress import Progress
-from benchmarks.harness.seeds import derive_seed
-from benchmarks.harness.text import TextSplit, load_split
-from benchmarks.harness.training import TextTrainer, calibration_batches
+from benchmarks.harness.text import TextSplit, load_part
+from benchmarks.harness.tokenised import calibration_batches
+from benchmarks.harness.training import TextTrainer
 from emoe.layer import routed_layers
 
 
@@ -22,66 +21,64 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
     Args:
         spec: the content of ``run.json``.
-        folder: the run's folder, for checkpoints.
+        folder: the run's folder, for checkpoints and what is kept of the weights.
         progress: where to say what is going on.
 
     Returns:
         The content of ``metrics.json``, less what the harness adds.
     """
     task, training = spec["task"], spec["training"]
-    splits = {part: _load(task, part, training) for part in ("train", "dev", "test")}
-    ood = {other["name"]: _load(other, "test", training) for other in spec["ood"]}
+    splits = _splits(task, training)
+    ood = {other["name"]: load_part(other, "test", training["eval_rows"]) for other in spec["ood"]}
 
     tokenizer = load_tokenizer(spec["model"])
-    model = load_classifier(
-        spec["model"], max(len(task["labels"]), 1), derive_seed("head", spec["seed"]), tokenizer.pad_token_id
-    )
-    dense_parameters = model.num_parameters()
-    source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model)}
-    calibration = calibration_batches(splits["train"], tokenizer, training)
-    report = apply_method_(model, spec["method"], spec["seed"], calibration)
-
-    trainer = TextTrainer(model, tokenizer, spec, splits["train"], splits["dev"], folder, progress)
+    classifier = build_classifier(spec, tokenizer, calibration_batches(splits["train"], tokenizer, training))
+    if classifier.summary["trained"]:
+        groups = classifier.summary["trained"].items()
+        progress.say("trained parameters: " + ", ".join(f"{name} {found['parameters']:,}" for name, found in groups))
+    trainer = TextTrainer(classifier, tokenizer, spec, splits["train"], splits["dev"], folder, progress)
     result = trainer.train()
     progress.say("evaluating")
     scores = {"dev": {task["name"]: {name: value for name, value in result.kept.items() if name != "epoch"}}}
     routing: dict[str, Any] = {}
-    if routed_layers(model):
-        with emoe.record_routing(model) as record:
+    if routed_layers(classifier.model):
+        with emoe.record_routing(classifier.model) as record:
             scores["test"] = {task["name"]: trainer.evaluate(splits["test"])}
         routing = record.summary() | {
             "shares": {str(layer): found.shares.tolist() for layer, found in record.layers.items()}
         }
     else:
         scores["test"] = {task["name"]: trainer.evaluate(splits["test"])}
-    scores["ood"] = {name: trainer.evaluate(split) for name, split in ood.items()}
+    scores["ood"] = {other["name"]: trainer.evaluate(ood[other["name"]], other) for other in spec["ood"]}
+    if training["keep_weights"]:
+        save_trained(classifier.model, folder / "model")
     return {
         "scores": scores,
         "epochs": result.epochs,
         "kept_epoch": result.kept["epoch"],
         "routing": routing,
-        "model": {
-            "source": source,
-            "parameters": model.num_parameters(),
-            "dense_parameters": dense_parameters,
-            "trainable_parameters": model.num_parameters(only_trainable=True),
-            "active_neurons": report.active_neurons if report else 1.0,
-            "conversion": [dataclasses.asdict(layer) for layer in report.layers] if report else [],
-        },
+        "model": classifier.summary,
         "cost": {
             "steps": result.steps,
             "step_seconds": result.step_seconds,
             "train_seconds": result.step_seconds * result.steps,
             "evaluation_seconds": trainer.evaluation_seconds,
+            "precision": trainer.precision,
         },
         "data": {part: split.summary() for part, split in splits.items()}
         | {f"ood:{name}": split.summary() for name, split in ood.items()},
     }
 
 
-def _load(task: Mapping[str, Any], part: str, training: Mapping[str, Any]) -> TextSplit:
-    """One part of a task, cut to the rows that the run uses. Without a test split the dev split is reported."""
-    if part == "test" and task["splits"]["test"] is None:
-        part = "dev"
-    rows = training["train_rows" if part == "train" else "eval_rows"]
-    return load_split(task, part).head(rows, f"{task['name']}/{part}")
+def _splits(task: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, TextSplit]:
+    """Train, dev (which selects) and test (which is reported), cut to the rows that the run uses.
+
+    Without a test split the dev split is reported. A clean run then holds out a share of the training rows to select by.
+    """
+    train = load_part(task, "train", training["train_rows"])
+    test = load_part(task, "test", training["eval_rows"])
+    if training["held_out"]:
+        train, dev = train.divided(training["held_out"], f"{task['name']}/held out")
+    else:
+        dev = load_part(task, "dev", training["eval_rows"])
+    return {"train": train, "dev": dev, "test": test}

@@ -1,23 +1,24 @@
-"""The benchmark's tables, figure and verdicts: those of every text benchmark."""
+"""Tables, figure and verdicts of full fine-tuning."""
 
 from __future__ import annotations
 
-import functools
+from pathlib import Path
 
+from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.definition import Benchmark
-from benchmarks.harness.figures import ood_by_method_and_domain
-from benchmarks.harness.presentation import Presentation
+from benchmarks.harness.figures import panels_by_training_task, score_panels
+from benchmarks.harness.presentation import NOTE, Presentation
 from benchmarks.harness.runs import Run
-from benchmarks.harness.tables import BenchmarkTables
+from benchmarks.harness.tables import TextTables
 
 
 def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
-    tables = BenchmarkTables(benchmark, runs)
-    return Presentation(
-        tables.all(),
-        list(tables.verdicts()),
-        "In points, mean over paired seeds with its 95 % confidence interval, not corrected for the number of comparisons. With two seeds an "
-        "interval rests on two differences: read it as a hint.",
-        functools.partial(ood_by_method_and_domain, benchmark, tables.clean),
-    )
+    comparison = Comparison(benchmark, runs)
+    tables = TextTables(comparison)
+
+    def draw(folder: Path) -> None:
+        score_panels(comparison, panels_by_training_task(comparison), folder / f"{benchmark.name}_ood")
+
+    names = benchmark.definition["tables"]
+    return Presentation(tables.named(names), list(tables.verdicts()), NOTE, draw)

@@ -13,6 +13,7 @@ import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
+from benchmarks.harness.classes import reading
 from benchmarks.harness.paths import BENCHMARKS, SCHEMAS
 from emoe.errors import EMoEError, did_you_mean
 
@@ -148,8 +149,10 @@ def _with_defaults(content: Any, part: Mapping[str, Any], root: Mapping[str, Any
     return content
 
 
+# of a task: for readers, or for what stands around a run
+_NOT_IN_SPEC = ("title", "ood", "rows", "obtain")
 # by the kind of a benchmark
-_SCHEMAS = {"training": "benchmark", "measurement": "measurement"}
+_SCHEMAS = {"training": "benchmark", "measurement": "measurement", "evaluation": "evaluation"}
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,12 @@ class Benchmark:
     def file(self) -> Path:
         return self.folder / "benchmark.yaml"
 
+    def task_spec(self, name: str) -> dict[str, Any]:
+        """What of a task shapes a run's numbers, with its name."""
+        task = self.tasks[name]
+        found = {"name": name, **{key: value for key, value in task.items() if key not in _NOT_IN_SPEC}}
+        return {**found, "ood_metrics": task.get("ood_metrics", [task["metric"]])}
+
 
 def benchmark_names() -> list[str]:
     """Names of all benchmarks: the folders with a ``benchmark.yaml``."""
@@ -189,16 +198,31 @@ def load_benchmark(name: str) -> Benchmark:
         raise DefinitionError(f"there is no benchmark '{name}'{did_you_mean(name, benchmark_names())}")
     folder = BENCHMARKS / name
     content = read_yaml(folder / "benchmark.yaml")
-    kind = content.get("kind", "training") if isinstance(content, dict) else "training"
+    kind = _kind(content)
     if kind not in _SCHEMAS:
         raise DefinitionError(f"{folder / 'benchmark.yaml'}: 'kind' is {kind!r}{did_you_mean(kind, _SCHEMAS)}")
     definition = check(content, _SCHEMAS[kind], str(folder / "benchmark.yaml"))
     if kind == "measurement":
         tasks = definition["measures"]
+    elif kind == "evaluation":
+        trained = [
+            other
+            for other in benchmark_names()
+            if _kind(read_yaml(BENCHMARKS / other / "benchmark.yaml")) == "training"
+        ]
+        check_names(f"{folder / 'benchmark.yaml'}: '", "evaluates", [definition["evaluates"]], trained)
+        other = load_benchmark(definition["evaluates"])
+        tasks = other.tasks
+        definition |= {key: other.definition[key] for key in ("methods", "baseline")}
     else:
         tasks = read_checked(folder / definition["tasks"], "tasks")["tasks"]
     check_references(definition, tasks, folder)
     return Benchmark(name, definition, tasks)
+
+
+def _kind(content: Any) -> Any:
+    """The kind that a benchmark's file says; training where it says none."""
+    return content.get("kind", "training") if isinstance(content, dict) else "training"
 
 
 def check_names(where: str, key: str, names: Iterable[str], known: Collection[str]) -> None:
@@ -215,7 +239,8 @@ def check_names(where: str, key: str, names: Iterable[str], known: Collection[st
     """
     for name in names:
         if name not in known:
-            raise DefinitionError(f"{where}.{key}' is '{name}', which does not exist{did_you_mean(name, known)}")
+            at = f"{where}.{key}" if not where.endswith("'") else f"{where}{key}"
+            raise DefinitionError(f"{at}' is '{name}', which does not exist{did_you_mean(name, known)}")
 
 
 def check_references(definition: Mapping[str, Any], tasks: Mapping[str, Any], folder: Path) -> None:
@@ -237,14 +262,38 @@ def check_references(definition: Mapping[str, Any], tasks: Mapping[str, Any], fo
     if definition["paper"] and not (folder / definition["paper"]).exists():
         near = did_you_mean(definition["paper"], [path.name for path in folder.glob("*.csv")])
         raise DefinitionError(f"{file}: 'paper' is '{definition['paper']}', which does not exist{near}")
+    if definition["kind"] == "evaluation":
+        check_names(f"{file}: '", "ranked", definition["ranked"], definition["methods"])
+        return
     for suite, part in definition["suites"].items():
         training = {**definition["training"], **part.get("training", {})}
         if training["patience"] is not None and training["keep"] != "best":
             raise DefinitionError(f"{file}: 'suites.{suite}.training.patience' needs keep: best; set patience: null")
     for name, task in tasks.items():
-        if task["metric"] not in load_metrics():
-            near = did_you_mean(task["metric"], load_metrics())
-            raise DefinitionError(f"{folder / definition['tasks']}: 'tasks.{name}.metric' is '{task['metric']}'{near}")
+        _check_task(f"{folder / definition['tasks']}: 'tasks.{name}", task, tasks)
+
+
+def _check_task(where: str, task: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+    metrics = [task["metric"], *task.get("ood_metrics", ())]
+    check_names(where, "metric" if task["metric"] not in load_metrics() else "ood_metrics", metrics, load_metrics())
+    check_names(where, "ood", task["ood"], tasks)
+    for name in task["ood"]:
+        try:
+            reading(task, tasks[name], name)
+        except EMoEError as error:
+            raise DefinitionError(f"{where}.ood': {error}") from error
+    check_names(where, "label_names", task["label_names"].values(), task["labels"])
+    if not {"hub", "rated"} & set(task["source"]) and "obtain" not in task:
+        raise DefinitionError(
+            f"{where}' is neither on the hub nor in a package, so it needs 'obtain': from whom, which file"
+        )
+    for number, layout in enumerate(task.get("own", ())):
+        wanted = [*task["fields"], *([] if layout["format"] == "folders" else [task["label"]])]
+        if missing := [column for column in wanted if column not in layout["columns"]]:
+            raise DefinitionError(f"{where}.own[{number}].columns' lacks '{missing[0]}'")
+        check_names(where, f"own[{number}].label_names", layout["label_names"].values(), task["labels"])
+        named = {split for part in task["splits"].values() if part for split in part.split("+")}
+        check_names(where, f"own[{number}].files", layout["files"], named)
 
 
 @functools.cache

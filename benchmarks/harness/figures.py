@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
+import scikit_posthocs
 
-from benchmarks.harness.definition import Benchmark
-from benchmarks.harness.records import scores_of
-from benchmarks.harness.statistics import confidence_interval
+from benchmarks.harness.comparison import ID, OOD, Comparison, Ranked
+from benchmarks.harness.selection import PROTOCOLS
+from benchmarks.harness.statistics import SIGNIFICANCE, confidence_interval, critical_difference, nemenyi
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -30,74 +33,151 @@ STYLE: Any = {
 }
 
 
-def ood_by_method_and_domain(benchmark: Benchmark, selected: pd.DataFrame, folder: Path) -> None:
-    """Score by method, one panel a training and an evaluation set.
+@dataclass(frozen=True)
+class Panel:
+    """One panel of :func:`score_panels`: its title, and a row a method and seed with ``value``."""
+
+    title: str
+    rows: pd.DataFrame
+
+
+def panels_by_training_task(comparison: Comparison) -> list[list[Panel]]:
+    """A row a selection, model and training task, a panel an evaluation set, the training task's own first."""
+    return [
+        [
+            Panel(
+                _selected(
+                    comparison,
+                    protocol,
+                    f"{comparison.task_title(task)} → {comparison.task_title(name)} ({'ID' if name == task else 'OOD'})",
+                ),
+                part,
+            )
+            for name, part in rows.groupby("eval_task", sort=False)
+        ]
+        for (protocol, _, task), rows in _shown(comparison, [ID, OOD]).groupby(
+            ["protocol", "model", "task"], sort=False
+        )
+    ]
+
+
+def panels_by_model(comparison: Comparison, domain: str, columns: int = 4) -> list[list[Panel]]:
+    """A few rows a selection and model, a panel a training task, or a pair of training task and OOD set."""
+    found: list[list[Panel]] = []
+    for (protocol, model), rows in _shown(comparison, [domain]).groupby(["protocol", "model"], sort=False):
+        above = _selected(comparison, protocol, comparison.model_title(model))
+        panels = [
+            Panel(f"{above}\n{comparison.pair_title(task, name)}", part)
+            for (task, name), part in rows.groupby(["task", "eval_task"], sort=False)
+        ]
+        found += [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    return found
+
+
+def _shown(comparison: Comparison, domains: list[str]) -> pd.DataFrame:
+    """The scores of the protocols that have runs of their own."""
+    seeds = comparison.seeds
+    return seeds[seeds["domain"].isin(domains) & seeds["protocol"].isin(comparison.run_protocols)]
+
+
+def _selected(comparison: Comparison, protocol: str, title: str) -> str:
+    """A title that says which selection, where there are two."""
+    return title if len(comparison.run_protocols) == 1 else f"{title}, {PROTOCOLS[protocol]} selection"
+
+
+def score_panels(comparison: Comparison, panels: list[list[Panel]], path: Path) -> None:
+    """Score by method, one panel a set.
 
     Small dots are seeds, the diamond their mean, the bar its 95 % confidence interval, cut at the panel's edge.
     All panels share one axis, and the dashed line is the baseline's mean.
 
     Args:
-        benchmark: for titles, roles and order.
-        selected: records of the chosen runs.
-        folder: gets ``<benchmark>_ood.pdf`` and ``.png``.
+        comparison: for titles, roles and order.
+        panels: by row and column.
+        path: of the files, without ending.
     """
-    rows = pd.concat([scores_of(selected, "test"), scores_of(selected, "ood")])
-    rows = rows.assign(value=rows["value"] * 100)
-    methods = benchmark.definition["methods"]
-    groups = list(dict.fromkeys(zip(rows["model"], rows["task"], strict=True)))
-    low, high = rows["value"].min(), rows["value"].max()
+    values = pd.concat([panel.rows["value"] for row in panels for panel in row]) * 100
+    low, high = values.min(), values.max()
     margin = max(high - low, 1.0) * 0.08
-    panels = {cell: list(dict.fromkeys(_of(rows, cell)["eval_task"])) for cell in groups}
-    present = {cell: [name for name in methods if name in set(_of(rows, cell)["method"])] for cell in groups}
-    columns = max(map(len, panels.values()))
-    heights = [len(names) + 1.5 for names in present.values()]
+    methods = comparison.methods
+    present = [[name for name in methods if any(name in set(panel.rows["method"]) for panel in row)] for row in panels]
+    columns = max(map(len, panels))
+    heights = [len(names) + 1.5 for names in present]
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
-            len(groups),
+            len(panels),
             columns,
-            figsize=(2.1 * columns + 1.4, 0.25 * sum(heights) + 0.35 * len(groups) + 0.3),
+            figsize=(2.1 * columns + 1.6, 0.25 * sum(heights) + 0.45 * len(panels) + 0.3),
             height_ratios=heights,
             squeeze=False,
             sharex=True,
             sharey="row",
             layout="constrained",
         )
-        for axis_row, cell in zip(axes, groups, strict=True):
-            task = cell[1]
-            for axis in axis_row[len(panels[cell]) :]:
+        for axis_row, row, names in zip(axes, panels, present, strict=True):
+            for axis in axis_row[len(row) :]:
                 axis.set_visible(False)
-            for axis, name in zip(axis_row, panels[cell], strict=False):
-                panel = _of(rows, cell)
-                panel = panel[panel["eval_task"] == name]
-                for place, method in enumerate(present[cell]):
-                    values = panel.loc[panel["method"] == method, "value"].to_numpy(dtype=float)
-                    if len(values) == 0:
-                        continue
-                    colour = _COLOURS[methods[method]["role"]]
-                    ends = confidence_interval(values)
-                    axis.plot(
-                        [max(ends[0], low - margin), min(ends[1], high + margin)],
-                        [place, place],
-                        color=colour,
-                        lw=1.2,
-                        alpha=0.6,
-                    )
-                    axis.plot(values, [place] * len(values), "o", ms=2.6, color=colour, alpha=0.55, mew=0)
-                    axis.plot(values.mean(), place, "D", ms=4.2, color=colour, mec="white", mew=0.6)
-                    if method == benchmark.definition["baseline"]:
-                        axis.axvline(values.mean(), color=colour, lw=0.8, ls="--", zorder=0)
-                role = "ID" if name == task else "OOD"
-                axis.set_title(
-                    f"{benchmark.tasks[task]['title']} → {benchmark.tasks[name]['title']} ({role})", fontsize=8
-                )
+            for axis, panel in zip(axis_row, row, strict=False):
+                for place, method in enumerate(names):
+                    scores = panel.rows.loc[panel.rows["method"] == method, "value"].to_numpy(dtype=float) * 100
+                    if len(scores):
+                        _draw_method(
+                            axis, place, scores, _COLOURS[methods[method]["role"]], (low - margin, high + margin)
+                        )
+                    if len(scores) and method == comparison.baseline:
+                        axis.axvline(scores.mean(), color=_COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
+                axis.set_title(panel.title, fontsize=8)
                 axis.set_xlim(low - margin, high + margin)
-            axis_row[0].set_yticks(range(len(present[cell])), [methods[name]["title"] for name in present[cell]])
-            axis_row[0].set_ylim(len(present[cell]) - 0.4, -0.6)
-        figure.supxlabel(
-            "Score (%); diamonds: mean over seeds, dots: seeds, bars: 95 % confidence interval, cut at the panel's edge",
-            fontsize=7.5,
+            axis_row[0].set_yticks(range(len(names)), [methods[name]["title"] for name in names])
+            axis_row[0].set_ylim(len(names) - 0.4, -0.6)
+        label = (
+            "Score (%); diamonds: mean over seeds, dots: seeds, bars: 95 % confidence interval, cut at the panel's edge"
         )
-        save(figure, folder / f"{benchmark.name}_ood")
+        figure.supxlabel("\n".join(textwrap.wrap(label, 38 * columns)), fontsize=7.5)
+        save(figure, path)
+
+
+def _draw_method(axis: Any, place: int, scores: Any, colour: str, limits: tuple[float, float]) -> None:
+    ends = confidence_interval(scores)
+    axis.plot([max(ends[0], limits[0]), min(ends[1], limits[1])], [place, place], color=colour, lw=1.2, alpha=0.6)
+    axis.plot(scores, [place] * len(scores), "o", ms=2.6, color=colour, alpha=0.55, mew=0)
+    axis.plot(scores.mean(), place, "D", ms=4.2, color=colour, mec="white", mew=0.6)
+
+
+def rank_diagram(comparison: Comparison, rankings: list[Ranked], path: Path) -> None:
+    """Critical difference diagrams (Demšar 2006), one a model and selection.
+
+    Args:
+        comparison: for titles.
+        rankings: what was ranked.
+        path: of the files, without ending.
+    """
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        rows = max(len(one.scores) for one in rankings)
+        figure, axes = plt.subplots(
+            len(rankings), 1, figsize=(7.2, (0.9 + 0.2 * rows) * len(rankings)), squeeze=False, layout="constrained"
+        )
+        for axis, one in zip(axes[:, 0], rankings, strict=True):
+            names = {method: comparison.method_title(method) for method in one.scores.index}
+            ranks, p = one.ranking.ranks.rename(names), nemenyi(one.scores).rename(index=names, columns=names)
+            scikit_posthocs.critical_difference_diagram(
+                ranks,
+                p,
+                alpha=SIGNIFICANCE,
+                ax=axis,
+                label_fmt_left="{label} ({rank:.2f}) ",
+                label_fmt_right=" ({rank:.2f}) {label}",
+                color_palette=dict.fromkeys(ranks.index, _COLOURS["method"]),
+                crossbar_props={"color": _COLOURS["baseline"]},
+            )
+            axis.set_xlim(1, len(ranks))  # all ranks that there are
+            axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            axis.set_title(
+                f"{comparison.model_title(one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: mean rank over {one.scores.shape[1]} sets, "
+                f"critical difference {critical_difference(*one.scores.shape):.2f}",
+                fontsize=8,
+            )
+        save(figure, path)
 
 
 def save(figure: Any, path: Path) -> None:
@@ -106,8 +186,3 @@ def save(figure: Any, path: Path) -> None:
     figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
     plt.close(figure)
-
-
-def _of(rows: pd.DataFrame, cell: tuple[str, str]) -> pd.DataFrame:
-    """The rows of one model and training task."""
-    return rows[(rows["model"] == cell[0]) & (rows["task"] == cell[1])]

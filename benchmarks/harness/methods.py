@@ -22,7 +22,11 @@ from emoe.partitioning import Partition, load_partition, partition_key, save_par
 
 
 def apply_method_(
-    model: nn.Module, method: Mapping[str, Any], seed: int, calibration: Iterable[Mapping[str, Any]] = ()
+    model: nn.Module,
+    method: Mapping[str, Any],
+    seed: int,
+    calibration: Iterable[Mapping[str, Any]] = (),
+    partition: Mapping[int, torch.Tensor] | None = None,
 ) -> emoe.ConversionReport | None:
     """Turn a dense model into what the method trains, in place.
 
@@ -31,6 +35,7 @@ def apply_method_(
         method: the ``method`` part of a run's spec.
         seed: the run's seed, for noisy tuning.
         calibration: batches of training rows, read for a co-activation partition only.
+        partition: of a model that is built again; made, or taken from the cache, where None.
 
     Returns:
         The conversion's report; None for a dense model.
@@ -40,6 +45,8 @@ def apply_method_(
     if method["config"] is None:
         return None
     config = emoe.config_from_dict(method["config"])
+    if isinstance(config, EMoEConfig) and partition is not None:
+        return emoe.convert_(model, config, partition=partition)
     if isinstance(config, EMoEConfig) and config.partition == "kmeans":
         return emoe.convert_(model, config, partition=cached_partition(model, config))
     if isinstance(config, EMoEConfig) and config.partition == "coactivation":

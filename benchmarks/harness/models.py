@@ -39,7 +39,7 @@ def locate(model: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; one without a padding token (GPT-2) pads with its end token."""
+    """The model's tokenizer, which pads on the right; one without a padding token (GPT-2) pads with its end token."""
     if "config" in model:
         name = model["tokenizer"]
         return load_tokenizer({"name": name, **load_models()[name]})
@@ -47,6 +47,8 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, place, revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # padding on the left would shift the positions of a decoder, by what else is in the batch
+    tokenizer.padding_side = "right"
     return tokenizer
 
 

@@ -15,6 +15,7 @@ RESULTS = Path("results")
 RUNS = RESULTS / "runs"
 PARTITIONS = Path("resources/partitions")
 PACKAGES = Path("resources/packages")
+TOKENS = Path("resources/tokens")
 
 # set from the configuration by the workflow, or by hand
 DATA_ROOT = "EMOE_DATA_ROOT"

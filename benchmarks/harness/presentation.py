@@ -11,6 +11,11 @@ from benchmarks.harness.definition import Benchmark, DefinitionError
 from benchmarks.harness.rendering import Table
 from benchmarks.harness.runs import Run
 
+NOTE = (
+    "In points, mean over paired seeds with its 95 % confidence interval; verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's tasks, not over "
+    "methods. With two seeds a test rests on two differences: read it as a hint."
+)
+
 
 @dataclass(frozen=True)
 class Presentation:

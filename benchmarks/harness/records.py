@@ -13,7 +13,7 @@ from benchmarks.harness.definition import DefinitionError
 from benchmarks.harness.paths import RUNS
 from benchmarks.harness.runs import Run
 
-RUN_KEYS = ["benchmark", "model", "task", "method", "variant", "learning_rate", "seed"]
+RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
 OOD_MEAN = "ood_mean"
 _COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
@@ -46,9 +46,11 @@ def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
 def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
     """One row a number of every run.
 
-    Columns: those of :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``. Parts:
+    Columns: those of :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``, and ``is_score`` for the
+    one number by which the task is judged. Parts:
 
-    - ``dev``: the kept epoch on the dev split, which selects; ``dev_best``: the best epoch there;
+    - ``dev``: the kept epoch on the split that selects; ``dev_best``: the best epoch there, of clean runs of tasks with
+      a dev split of their own (of the others it is the reported score, or the score of rows held out);
     - ``test``: the reported split of the training task; ``ood``: each other task;
     - ``ood_mean``: mean of the scores over the other tasks (metric ``score``);
     - ``cost``, ``model``, ``routing``: what the run took and what was trained.
@@ -56,11 +58,26 @@ def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
     A measurement has one part, its measure, with the candidate in the place of the evaluation task.
     """
     rows = [
-        {**_keys(run), "run_id": run.id, "part": part, "eval_task": task, "metric": metric, "value": value}
-        for run in runs
+        {
+            **_keys(run),
+            "run_id": run.id,
+            "part": part,
+            "eval_task": task,
+            "metric": metric,
+            "value": value,
+            "is_score": metric == judged.get((part, task), "score"),
+        }
+        for run, judged in ((run, _judged_by(run)) for run in runs)
         for part, task, metric, value in _numbers(run, read_metrics(run, root))
     ]
-    return pd.DataFrame(rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value"])
+    return pd.DataFrame(rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"])
+
+
+def _judged_by(run: Run) -> dict[tuple[str, str], str]:
+    """The metric of every part and set by which it is judged: the task's own, out of domain the paper's."""
+    task = run.spec["task"]
+    own = {(part, task["name"]): task.get("metric", "") for part in ("dev", "dev_best", "test")}
+    return own | {("ood", other["name"]): other["ood_metrics"][0] for other in run.spec["ood"]}
 
 
 def _keys(run: Run) -> dict[str, Any]:
@@ -70,6 +87,7 @@ def _keys(run: Run) -> dict[str, Any]:
         "model": spec["model"]["name"],
         "task": spec["task"]["name"],
         "method": spec["method"]["name"],
+        "protocol": spec.get("protocol", ""),
         "variant": spec["method"]["variant"],
         "learning_rate": spec["learning_rate"],
         "seed": spec["seed"],
@@ -83,23 +101,23 @@ def _numbers(run: Run, found: dict[str, Any]) -> Iterator[tuple[str, str, str, f
             for name, value in values.items():
                 yield task, candidate, name, value
         return
-    metric = run.spec["task"]["metric"]
     for part, by_task in found["scores"].items():
         for name, scores in by_task.items():
             for key, value in scores.items():
                 if value is not None:  # the loss of a model that diverged
                     yield part, name, key, value
-    yield "dev_best", task, metric, max(entry[metric] for entry in found["epochs"])
-    ood = [found["scores"]["ood"][other["name"]][other["metric"]] for other in run.spec["ood"]]
+    if run.spec["task"]["splits"]["test"] is not None and "epochs" in found:
+        metric = run.spec["task"]["metric"]
+        yield "dev_best", task, metric, max(entry[metric] for entry in found["epochs"])
+    ood = [found["scores"]["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]]
     if ood:
         yield OOD_MEAN, "", "score", sum(ood) / len(ood)
     for part, names in (("cost", _COST), ("model", _MODEL), ("routing", _ROUTING)):
         for name in names:
-            if name in found[part]:
+            if name in found.get(part, ()):
                 yield part, "", name, found[part][name]
 
 
 def scores_of(records: pd.DataFrame, part: str) -> pd.DataFrame:
-    """The rows of one part with the task's own score (not the loss), the metric renamed to ``score``."""
-    rows = records[(records["part"] == part) & (records["metric"] != "loss")]
-    return rows.assign(metric="score")
+    """The rows of one part with the number by which its sets are judged, the metric renamed to ``score``."""
+    return records[(records["part"] == part) & records["is_score"]].assign(metric="score")

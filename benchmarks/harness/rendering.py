@@ -87,19 +87,24 @@ class Table:
     group: Sequence[str] = field(default_factory=tuple)
     compare: str | None = None
 
+    @property
+    def shown(self) -> list[Column]:
+        """Columns that have a number somewhere; all of an empty table."""
+        return [column for column in self.columns if self.frame.empty or self.frame[column.value].notna().any()]
+
     def texts(self) -> pd.DataFrame:
         """The printed cells."""
         cells = {heading: self.frame[key].astype(str) for key, heading in self.keys.items()}
-        for column in self.columns:
+        for column in self.shown:
             cells[column.heading] = self.frame.apply(column.text, axis=1) if len(self.frame) else pd.Series(dtype=str)
         return pd.DataFrame(cells).reset_index(drop=True)
 
     def best(self) -> pd.DataFrame:
         """Boolean mask of the printed cells that hold the best number of their group, by number, not by text."""
         frame = self.frame.reset_index(drop=True)
-        mask = pd.DataFrame(False, index=frame.index, columns=[*self.keys.values(), *(c.heading for c in self.columns)])
+        mask = pd.DataFrame(False, index=frame.index, columns=[*self.keys.values(), *(c.heading for c in self.shown)])
         taking_part = frame[self.compare] if self.compare else pd.Series(True, index=frame.index)
-        for column in self.columns:
+        for column in self.shown:
             direction = load_metrics()[column.metric]["direction"]
             if column.best is None or direction == "none" or frame.empty:
                 continue
@@ -120,7 +125,7 @@ class Table:
         best = self.best()
         escaped = self.texts().map(_latex).where(~best, lambda cells: r"\textbf{" + cells + "}")
         escaped.columns = [_latex(name) for name in escaped.columns]
-        layout = "l" * len(self.keys) + "r" * len(self.columns)
+        layout = "l" * len(self.keys) + "r" * len(self.shown)
         body = escaped.style.hide(axis="index").to_latex(hrules=True, column_format=layout)
         return f"\\begin{{table}}\n\\centering\n\\small\n\\caption{{{_latex(self.title)}. {_latex(self.caption)}}}\n{body}\\end{{table}}\n"
 

@@ -44,18 +44,18 @@ def _section(suite: Suite, name: str) -> dict[str, Any]:
     benchmark = load_benchmark(name)
     runs = [run for run in suite.runs if run.benchmark == name]
     folder, definition = paths.RESULTS / suite.name, benchmark.definition
-    trained = benchmark.kind == "training"
+    models = benchmark.kind != "measurement"
     presented = present(benchmark, runs)
     return {
         "name": name,
         "title": definition["title"],
         "runs": len(runs),
-        "trained": trained,
-        "random_weights": trained and any("config" in run.spec["model"] for run in runs),
+        "models": models,
+        "random_weights": models and any("config" in run.spec["model"] for run in runs),
         "verdicts": presented.verdicts,
         "note": presented.note,
-        "data": _data(runs) if trained else [],
-        "training": _training(runs) if trained else {},
+        "data": _data(runs) if models else [],
+        "training": _training(runs) if benchmark.kind == "training" else {},
         "tables": [_trusted(folder / "tables" / f"{name}_{table}.html") for table in definition["tables"]],
         "figures": [
             {"image": _image(folder / "figures" / f"{name}_{figure}.png"), "caption": caption}

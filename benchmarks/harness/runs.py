@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,13 +19,16 @@ from benchmarks.harness.definition import (
     load_benchmark,
     load_models,
 )
+from benchmarks.harness.evaluations import evaluation_specs
 from benchmarks.harness.measurements import measurement_specs
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConfigError, did_you_mean
 
 _SLUG_LENGTH = 80
 _VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
-_NOT_CONFIG = ("title", "role", "kind", "noise", "top_k_fraction", "as_published")
+_OTHER_AXES = ("protocol", "learning_rate", "seed")
+_NOT_CONFIG = ("title", "role", "kind", "noise", "top_k_fraction", "as_published", "tune", "also_train")
+PUBLISHED, CLEAN = "published", "clean"
 
 
 @dataclass(frozen=True)
@@ -65,41 +69,61 @@ def run_from_spec(spec: Mapping[str, Any]) -> Run:
     """Name a spec."""
     digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:8]
     parts = [spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["method"]["variant"]]
+    if spec.get("protocol") == CLEAN and spec["task"]["splits"]["test"] is None:
+        parts.append(CLEAN)
     if spec["learning_rate"]:  # else nothing was trained
-        parts += [f"lr{spec['learning_rate']:g}", f"s{spec['seed']}"]
+        parts.append(f"lr{spec['learning_rate']:g}")
+    if "protocol" in spec:  # else it is a measurement
+        parts.append(f"s{spec['seed']}")
     slug = re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(part for part in parts if part))
     return Run(f"{slug[: _SLUG_LENGTH - 9]}-{digest}", dict(spec))
 
 
-def plan(benchmark_names: list[str], suite: str) -> list[Run]:
+def plan(benchmark_names: list[str], suite: str, without: Collection[str] = ()) -> list[Run]:
     """Every run of a suite, each once, in grid order.
+
+    Args:
+        benchmark_names: whose runs.
+        suite: the suite.
+        without: OOD sets to leave out.
 
     Raises:
         DefinitionError: a name in a grid that does not exist, or a method that cannot be built.
     """
-    runs = [run for name in benchmark_names for run in _benchmark_runs(load_benchmark(name), suite)]
+    runs = [run for name in benchmark_names for run in _benchmark_runs(load_benchmark(name), suite, without)]
     return list({run.id: run for run in runs}.values())
 
 
-def _benchmark_runs(benchmark: Benchmark, suite: str) -> Iterator[Run]:
+def _benchmark_runs(benchmark: Benchmark, suite: str, without: Collection[str]) -> Iterator[Run]:
     suites = benchmark.definition["suites"]
     if suite not in suites:
         raise DefinitionError(f"{benchmark.file}: 'suites' has no suite '{suite}'{did_you_mean(suite, suites)}")
     part = suites[suite]
-    if benchmark.kind == "measurement":
-        for spec in measurement_specs(benchmark, suite):
-            yield replace(run_from_spec(spec), resources=part["resources"])
+    if benchmark.kind == "training":
+        yield from _training_runs(benchmark, suite, without)
         return
+    if benchmark.kind == "measurement":
+        specs = measurement_specs(benchmark, suite)
+    else:
+        others = list(_benchmark_runs(load_benchmark(benchmark.definition["evaluates"]), suite, without))
+        specs = evaluation_specs(benchmark, suite, {run.folder: run.spec for run in others}, without)
+    for spec in specs:
+        yield replace(run_from_spec(spec), resources=part["resources"])
+
+
+def _training_runs(benchmark: Benchmark, suite: str, without: Collection[str]) -> Iterator[Run]:
+    part = benchmark.definition["suites"][suite]
     methods = _suite_methods(benchmark, suite)
+    trainable = [name for name, task in benchmark.tasks.items() if task["splits"]["train"] and task["splits"]["dev"]]
     for number, block in enumerate(part["grid"]):
         where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
         check_names(where, "model", block["model"], load_models())
-        check_names(where, "task", block["task"], benchmark.tasks)
+        check_names(where, "task", block["task"], trainable)
         check_names(where, "method", block["method"], methods)
-        axes = [key for key in ("model", "task", "method", *_VARIANT_KEYS, "learning_rate", "seed") if key in block]
+        axes = [key for key in ("model", "task", "method", *_VARIANT_KEYS, *_OTHER_AXES) if key in block]
         for values in itertools.product(*(block[key] for key in axes)):
             point = dict(zip(axes, values, strict=True))
-            yield replace(_resolve(benchmark, suite, methods, point, where), resources=part["resources"])
+            yield replace(_resolve(benchmark, suite, methods, point, where, without), resources=part["resources"])
 
 
 def _suite_methods(benchmark: Benchmark, suite: str) -> dict[str, dict[str, Any]]:
@@ -115,37 +139,41 @@ def _suite_methods(benchmark: Benchmark, suite: str) -> dict[str, dict[str, Any]
 
 
 def _resolve(
-    benchmark: Benchmark, suite: str, methods: Mapping[str, dict[str, Any]], point: Mapping[str, Any], where: str
+    benchmark: Benchmark,
+    suite: str,
+    methods: Mapping[str, dict[str, Any]],
+    point: Mapping[str, Any],
+    where: str,
+    without: Collection[str],
 ) -> Run:
     base = methods[point["method"]]
-    # a dense model has no experts to vary: it is one run for all variants
-    varied = {key: point[key] for key in _VARIANT_KEYS if key in point and base["kind"] != "dense"}
+    # a dense model has no experts to vary: it is one run for all variants, but for the blocks that it trains
+    varying = _VARIANT_KEYS if base["kind"] != "dense" else ("layers",) if "tune" in base else ()
+    varied = {key: point[key] for key in varying if key in point}
     method = {**base, **varied}
+    named = f"{where}': method '{point['method']}'"
     if "top_k_fraction" in method and "top_k" in method:
-        raise DefinitionError(f"{where}': method '{point['method']}' sets both top_k and top_k_fraction; keep one")
-    training = {**benchmark.definition["training"], **benchmark.definition["suites"][suite].get("training", {})}
-    by_task = training.pop("epochs_by_task", {})
-    check_names(f"{benchmark.file}: 'training", "epochs_by_task", list(by_task), benchmark.tasks)
-    training["epochs"] = by_task.get(point["task"], training["epochs"])
+        raise DefinitionError(f"{named} sets both top_k and top_k_fraction; keep one")
     task = benchmark.tasks[point["task"]]
-    check_names(
-        f"{benchmark.folder / benchmark.definition['tasks']}: 'tasks.{point['task']}",
-        "ood",
-        task["ood"],
-        benchmark.tasks,
-    )
+    protocol = _protocol(task, point, where)
+    training = _training(benchmark, suite, point)
+    if protocol == PUBLISHED or task["splits"]["test"] is not None:
+        training["held_out"] = 0.0
+    ood = [name for name in task["ood"] if name not in without] if training.pop("evaluate_ood") else []
     spec = {
         "benchmark": benchmark.name,
         "version": benchmark.definition["version"],
         "pipeline": benchmark.definition["pipeline"],
+        "protocol": protocol,
         "model": _without_title(point["model"], load_models()[point["model"]]),
-        "task": _without_title(point["task"], task),
-        "ood": [_without_title(name, benchmark.tasks[name]) for name in task["ood"]],
+        "task": benchmark.task_spec(point["task"]),
+        "ood": [benchmark.task_spec(name) for name in ood],
         "method": {
             "name": point["method"],
             "variant": _variant(varied),
             "noise": float(method["noise"]),
-            "config": _method_config(method, point["seed"], f"{where}': method '{point['method']}'"),
+            "config": _method_config(method, point["seed"], named),
+            "tune": _tuned(method, training["lora"], named),
         },
         "training": training,
         "learning_rate": float(point["learning_rate"]),
@@ -154,9 +182,45 @@ def _resolve(
     return run_from_spec(spec)
 
 
+def _protocol(task: Mapping[str, Any], point: Mapping[str, Any], where: str) -> str:
+    """What chooses epoch and hyper-parameters: a split that is also reported (the authors'), or one that is not."""
+    usual = PUBLISHED if task["splits"]["test"] is None else CLEAN
+    asked = point.get("protocol", usual)
+    if asked == PUBLISHED != usual:
+        raise DefinitionError(
+            f"{where}.protocol': '{PUBLISHED}' is for tasks without a test split; a clean run of '{point['task']}' has its "
+            "number too, as the score of the best dev epoch"
+        )
+    return str(asked)
+
+
+def _training(benchmark: Benchmark, suite: str, point: Mapping[str, Any]) -> dict[str, Any]:
+    """The training settings of one run: the benchmark's, the suite's, those of its model and of its task."""
+    found = {**benchmark.definition["training"], **benchmark.definition["suites"][suite].get("training", {})}
+    by_task, by_model = found.pop("epochs_by_task", {}), found.pop("by_model", {})
+    where = f"{benchmark.file}: 'suites.{suite}.training"
+    check_names(where, "by_model", by_model, load_models())
+    check_names(where, "epochs_by_task", by_task, benchmark.tasks)
+    found |= by_model.get(point["model"], {})
+    found["epochs"] = by_task.get(point["task"], found["epochs"])
+    return copy.deepcopy(found)
+
+
+def _tuned(method: Mapping[str, Any], lora: Mapping[str, Any] | None, where: str) -> dict[str, Any] | None:
+    """What is trained beside adapters and head; None where everything is trained."""
+    asked = [key for key in ("tune", "also_train") if key in method]
+    if lora is None:
+        if asked:
+            raise DefinitionError(f"{where} sets '{asked[0]}', which needs training.lora")
+        return None
+    if "tune" in method and "layers" not in method:
+        raise DefinitionError(f"{where} sets 'tune' but no 'layers', which name the blocks")
+    return {"blocks": method["layers"] if "tune" in method else [], "also": method.get("also_train", [])}
+
+
 def _without_title(name: str, definition: Mapping[str, Any]) -> dict[str, Any]:
     """A definition by name; titles are for readers and do not shape numbers."""
-    return {"name": name, **{key: value for key, value in definition.items() if key not in ("title", "ood")}}
+    return {"name": name, **{key: value for key, value in definition.items() if key != "title"}}
 
 
 def _variant(varied: Mapping[str, Any]) -> str:
@@ -171,7 +235,8 @@ def _variant(varied: Mapping[str, Any]) -> str:
 def _method_config(method: Mapping[str, Any], seed: int, where: str) -> dict[str, Any] | None:
     """The full configuration of an EMoE or GMoE with all its defaults, or None for a dense model."""
     if method["kind"] == "dense":
-        extra = sorted(set(method) - set(_NOT_CONFIG) | ({"as_published"} & set(method)))
+        known = {*_NOT_CONFIG, *(("layers",) if "tune" in method else ())} - {"as_published"}
+        extra = sorted(set(method) - known)
         if extra:
             raise DefinitionError(f"{where} is dense and takes no '{extra[0]}'")
         return None

@@ -7,9 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn import metrics
+
+from benchmarks.harness.classes import Reading
 
 Score = Callable[[NDArray[Any], NDArray[Any]], float]
 
@@ -53,7 +57,24 @@ SCORES: dict[str, Score] = {
 }
 
 
-def score(metric: str, logits: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Score logits ``[rows, classes]``, or ``[rows, 1]`` for a regression, against labels ``[rows]``."""
+def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], read: Reading | None = None) -> float:
+    """Score logits ``[rows, classes]``, or ``[rows, 1]`` for a regression, against labels ``[rows]``.
+
+    Args:
+        metric: a key of :data:`SCORES`.
+        logits: of the head.
+        labels: of the set.
+        read: how classes are compared where head and set have different ones.
+    """
     predictions = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
+    if read is not None:
+        predictions, labels = read.read(predictions, labels)
     return SCORES[metric](labels, predictions)
+
+
+def mean_loss(logits: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Mean over rows of the cross entropy, or of the squared error of a regression."""
+    values = torch.as_tensor(logits, dtype=torch.float64)
+    if values.shape[1] == 1:
+        return float(F.mse_loss(values[:, 0], torch.as_tensor(labels, dtype=torch.float64)))
+    return float(F.cross_entropy(values, torch.as_tensor(labels, dtype=torch.int64)))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import scikit_posthocs
 from scipy import stats
 
-CONFIDENCE = 0.95
+CONFIDENCE, SIGNIFICANCE = 0.95, 0.05
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,14 @@ def paired_difference(values: pd.Series[float], baseline: pd.Series[float]) -> D
     return Difference(mean, float(low), float(high), float(stats.ttest_1samp(differences, 0.0).pvalue), n)
 
 
+def holm(p: pd.Series[float]) -> pd.Series[float]:
+    """p-values of one family, corrected by Holm's step-down procedure; without those that do not exist (nan)."""
+    # by hand: statsmodels' multipletests collects garbage at every call, which takes longer than all else here
+    ordered = p.dropna().sort_values()
+    steps = ordered * np.arange(len(ordered), 0, -1)
+    return steps.cummax().clip(upper=1.0).reindex(p.index)
+
+
 def confidence_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
     """95 % interval of a mean; the value itself where there is only one or all are equal."""
     mean, n = float(values.mean()), len(values)
@@ -75,6 +84,19 @@ def friedman_ranks(scores: pd.DataFrame) -> Ranking:
             to the rows that are ranked together.
     """
     ranks = scores.rank(axis=0, ascending=False, method="average").mean(axis=1)
-    if min(scores.shape[0] - 1, scores.shape[1]) < 2:
+    all_tied = bool((scores.nunique(axis=0) == 1).all())
+    if min(scores.shape[0] - 1, scores.shape[1]) < 2 or all_tied:
         return Ranking(ranks, math.nan)
     return Ranking(ranks, float(stats.friedmanchisquare(*scores.to_numpy()).pvalue))
+
+
+def nemenyi(scores: pd.DataFrame) -> pd.DataFrame:
+    """p of every pair of rows by Nemenyi's test on their Friedman ranks (Demšar 2006); rows and columns are the methods."""
+    found = scikit_posthocs.posthoc_nemenyi_friedman(scores.to_numpy().T)
+    return pd.DataFrame(found.to_numpy(), index=scores.index, columns=scores.index)
+
+
+def critical_difference(methods: int, sets: int) -> float:
+    """The distance of two mean ranks from which Nemenyi's test tells them apart at 5 % (Demšar 2006)."""
+    quantile = float(stats.studentized_range.ppf(CONFIDENCE, methods, math.inf)) / math.sqrt(2)
+    return quantile * math.sqrt(methods * (methods + 1) / (6 * sets))

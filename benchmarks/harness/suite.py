@@ -20,6 +20,7 @@ from benchmarks.harness.definition import (
     DefinitionError,
     benchmark_names,
     check,
+    check_names,
     load_benchmark,
     load_metrics,
     load_models,
@@ -64,6 +65,15 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
         if benchmark not in benchmark_names():
             raise DefinitionError(
                 f"{where}: 'benchmarks' names '{benchmark}'{did_you_mean(benchmark, benchmark_names())}"
+            )
+    definitions = [task for benchmark in settings["benchmarks"] for task in load_benchmark(benchmark).tasks.values()]
+    known = {name for task in definitions for name in task.get("ood", ())}
+    check_names(f"{where}: '", "without", settings["without"], known)
+    for benchmark in settings["benchmarks"]:
+        other = load_benchmark(benchmark).definition.get("evaluates")
+        if other and other not in settings["benchmarks"]:
+            raise DefinitionError(
+                f"{where}: 'benchmarks' names '{benchmark}', which evaluates '{other}'; name that too"
             )
     for key in ("data_root", "model_root"):
         if settings[key] and not Path(settings[key]).is_dir():
@@ -128,7 +138,7 @@ class Suite:
     @cached_property
     def runs(self) -> list[Run]:
         """Every run, each once, in the order of the grids."""
-        return plan(self.settings["benchmarks"], self.name)
+        return plan(self.settings["benchmarks"], self.name, self.settings["without"])
 
     @cached_property
     def runs_by_folder(self) -> dict[str, Run]:
@@ -245,7 +255,8 @@ def _suites(first: Suite) -> Iterator[Suite]:
 
 
 def run_inputs(run: Run) -> list[str]:
-    """Files beside ``run.json`` that a run needs."""
+    """Files beside ``run.json`` that a run needs: data, partitions, and the runs that it evaluates."""
     tasks = [run.spec["task"], *run.spec["ood"]]
     rated = any("rated" in task.get("source", ()) for task in tasks)
-    return [*([str(ARCHIVE)] if rated else []), *(job.file for job in partition_jobs(run))]
+    evaluated = [str(paths.RUNS / folder / "metrics.json") for folder in run.spec.get("candidates", ())]
+    return [*([str(ARCHIVE)] if rated else []), *evaluated, *(job.file for job in partition_jobs(run))]

@@ -1,102 +1,204 @@
-"""The tables of a text benchmark, from records."""
+"""The tables of a text benchmark, laid out from a comparison."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.definition import Benchmark, load_metrics, load_models
-from benchmarks.harness.records import OOD_MEAN, collect, scores_of
+from benchmarks.harness.comparison import ID, OOD, OOD_MEAN, Comparison, Ranked, ranked
+from benchmarks.harness.definition import check_names, load_metrics
+from benchmarks.harness.paper_tables import paper_table
+from benchmarks.harness.records import OOD_MEAN as OOD_MEAN_PART
+from benchmarks.harness.records import scores_of
 from benchmarks.harness.rendering import MISSING, Column, Table
-from benchmarks.harness.runs import Run
-from benchmarks.harness.selection import CELL, choices, select
-from benchmarks.harness.statistics import friedman_ranks, paired_difference
+from benchmarks.harness.runs import CLEAN, PUBLISHED
+from benchmarks.harness.selection import CELL, PROTOCOLS, choices
 
 _ALL = "*"
 _KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
+_BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
+SELECTIONS = (
+    "Selection says what chose epoch, learning rate and variant. Clean: a split that is not reported (of tasks without a test split a tenth of "
+    "the training rows, held out). Authors': the dev split, which is also reported, so that the number is optimistic (of tasks with a test split "
+    "the score of the best dev epoch)."
+)
 
 
-class BenchmarkTables:
-    """Builds every table of one benchmark.
+class TextTables:
+    """Builds the tables that text benchmarks share.
 
     Args:
-        benchmark: its definition.
-        runs: the finished runs.
+        comparison: the finished runs.
     """
 
-    def __init__(self, benchmark: Benchmark, runs: list[Run]) -> None:
-        self.benchmark = benchmark
-        self.records = collect(runs)
-        self.clean = select(self.records, "clean")
-        self.published = select(self.records, "published")
-        self._methods: dict[str, dict[str, str]] = benchmark.definition["methods"]
-        self._baseline: str = benchmark.definition["baseline"]
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.name = comparison.benchmark.name
 
-    def all(self) -> list[Table]:
-        """Every table, in the order of the report."""
-        return [self.results(), self.ood(), self.cost(), self.choices(), self.paper()]
+    def named(self, names: list[str]) -> list[Table]:
+        """The tables that a definition names.
+
+        Raises:
+            DefinitionError: there is no such table.
+        """
+        makers = {
+            "results": self.results,
+            "tasks": self.tasks,
+            "tests": self.tests,
+            "ood": self.ood,
+            "cost": self.cost,
+            "choices": self.choices,
+            "paper": lambda: paper_table(self.comparison, ID),
+        }
+        check_names(f"{self.comparison.benchmark.file}: '", "tables", names, makers)
+        return [makers[name]() for name in names]
 
     def results(self) -> Table:
-        """In-domain and out-of-domain scores, differences to the baseline, ranks and what it took."""
-        test, ood = self._summary(self.clean, "test"), self._summary(self.clean, OOD_MEAN)
-        best = self._summary(self.published, "dev_best")
-        frame = self._cells(self.clean)
-        frame = frame.merge(test.add_prefix("id_"), left_on=CELL, right_index=True, how="left")
-        frame = frame.merge(ood.add_prefix("ood_"), left_on=CELL, right_index=True, how="left")
-        frame = frame.merge(best.add_prefix("published_"), left_on=CELL, right_index=True, how="left")
-        for part, prefix in (("test", "id_delta"), (OOD_MEAN, "ood_delta")):
-            frame = frame.merge(
-                self._differences(part).add_prefix(f"{prefix}_"), left_on=CELL, right_index=True, how="left"
-            )
-        for part, name in (("test", "id_common"), (OOD_MEAN, "ood_common")):
-            common = self._common(scores_of(self.clean, part)).rename(name)
-            frame = frame.merge(common, left_on=CELL, right_index=True, how="left")
+        """In-domain and out-of-domain scores under both selections, differences to the baseline, ranks and what it took."""
+        frame = self._cells()
+        for domain, protocol, prefix in ((ID, CLEAN, "id"), (OOD_MEAN, CLEAN, "ood"), (ID, PUBLISHED, "published")):
+            rows = self.comparison.of(domain, protocol).set_index(CELL)
+            numbers = rows[["mean", "std", "population_std", "common", "delta", "low", "high", "verdict"]]
+            frame = frame.merge(numbers.add_prefix(f"{prefix}_"), left_on=CELL, right_index=True, how="left")
         frame = frame.merge(self._ranks(), left_on=CELL, right_index=True, how="left")
-        for part, metric in (("cost", "train_seconds"), ("model", "active_neurons"), ("model", "parameters")):
+        for part, metric in (("cost", "train_seconds"), ("model", "active_neurons"), ("model", "trainable_parameters")):
             frame = frame.merge(self._means(part, metric), left_on=CELL, right_index=True, how="left")
         return Table(
-            f"{self.benchmark.name}_results",
-            "Scores in domain (ID) and out of domain (OOD)",
-            f"Mean ± sample standard deviation over n seeds; differences to {self._title(self._baseline)} are paired by seed, with a "
-            "95 % confidence interval (Student's t): where it contains 0, the difference is within noise; intervals are not corrected for their number. "
-            f"{self._protocol_note()} {self._rank_note()} Bold marks the best method, controls apart; marks and ranks compare the seeds "
-            f"that all rows of a training domain have. {self._metric_note()}",
+            f"{self.name}_results",
+            f"Scores under both selections, and differences to {self._baseline}",
+            f"Mean ± standard deviation over n seeds (sample; of the authors' selection the population's, as theirs); differences to {self._baseline} are paired by "
+            "seed, with a 95 % confidence interval (Student's t), not corrected for their number: the table of tests is. ID is the training task"
+            f"{', OOD the mean over the other sets without further training' if self._of('task', OOD) else ''}. {SELECTIONS} {self._rank_note()} Bold marks the best method, controls apart; marks and ranks compare the "
+            f"seeds that all rows of a training task have. n, training time, neurons and parameters are of the clean runs, of rows without such of the others. {self.metric_note()}",
             {**_KEYS, "n": "n"},
             [
                 Column("score", "id_mean", "ID", std="id_std", best="id_common"),
+                Column("score", "id_delta", "Δ ID", interval=("id_low", "id_high"), signed=True),
                 Column("score", "ood_mean", "OOD", std="ood_std", best="ood_common"),
-                Column("score", "id_delta_mean", "Δ ID", interval=("id_delta_low", "id_delta_high"), signed=True),
-                Column("score", "ood_delta_mean", "Δ OOD", interval=("ood_delta_low", "ood_delta_high"), signed=True),
+                Column("score", "ood_delta", "Δ OOD", interval=("ood_low", "ood_high"), signed=True),
                 Column("ood_rank", "ood_rank", "OOD rank", best="ood_rank"),
-                Column("score", "published_mean", "Best dev epoch", std="published_std"),
+                Column(
+                    "score",
+                    "published_mean",
+                    "ID, authors' selection",
+                    std="published_population_std",
+                    best="published_common",
+                ),
+                Column(
+                    "score",
+                    "published_delta",
+                    "Δ, authors' selection",
+                    interval=("published_low", "published_high"),
+                    signed=True,
+                ),
                 Column("train_seconds", "train_seconds"),
                 Column("active_neurons", "active_neurons"),
-                Column("parameters", "parameters"),
+                Column("trainable_parameters", "trainable_parameters"),
             ],
             frame,
             group=("model", "task"),
             compare="is_method",
         )
 
-    def ood(self) -> Table:
-        """The score on every set."""
-        frame = self._cells(self.clean)
+    def tasks(self, name: str = "tasks", domain: str = ID) -> Table:
+        """The paper's layout: a row a model, selection and method, a column a task (or a pair of tasks), and the average."""
+        rows = self.comparison.rows[self.comparison.rows["domain"] == domain]
+        keys = ["model", "protocol", "method"]
+        frame = rows.groupby(keys, sort=False).agg(n=("n", "max")).reset_index()
         columns = []
-        parts = pd.concat([scores_of(self.clean, "test"), scores_of(self.clean, "ood")])
-        for name in dict.fromkeys(parts["eval_task"]):
-            summary = self._summarise(parts[parts["eval_task"] == name]).add_prefix(f"{name}_")
-            frame = frame.merge(summary, left_on=CELL, right_index=True, how="left")
-            common = self._common(parts[parts["eval_task"] == name]).rename(f"{name}_common")
-            frame = frame.merge(common, left_on=CELL, right_index=True, how="left")
-            columns.append(
-                Column("score", f"{name}_mean", self._task_title(name), std=f"{name}_std", best=f"{name}_common")
-            )
+        pairs = list(dict.fromkeys(zip(rows["task"], rows["eval_task"], strict=True)))
+        for task, eval_task in pairs:
+            label = self.comparison.pair_title(task, eval_task)
+            of_pair = rows[(rows["task"] == task) & (rows["eval_task"] == eval_task)]
+            std = of_pair["std"].where(of_pair["protocol"] == CLEAN, of_pair["population_std"])
+            numbers = of_pair[[*keys, "mean", "common"]].assign(std=std).set_index(keys).add_prefix(f"{label} ")
+            frame = frame.merge(numbers, left_on=keys, right_index=True, how="left")
+            columns.append(Column("score", f"{label} mean", label, std=f"{label} std", best=f"{label} common"))
+        if len(pairs) > 1:
+            # only over all of them: an average over fewer is another number
+            averages = frame[[column.value for column in columns]].mean(axis=1, skipna=False)
+            frame = frame.assign(average=averages)
+            columns.append(Column("score", "average", "Average", best="average"))
+        if domain == OOD:
+            frame, beside = self._beside(frame)
+            columns += beside
         return Table(
-            f"{self.benchmark.name}_ood",
+            f"{self.name}_{name}",
+            "Scores by task" if domain == ID else "Scores by OOD set",
+            "Mean ± standard deviation over n seeds (sample; of the authors' selection the population's, as theirs). The average is over all tasks, where a row has all. "
+            f"{SELECTIONS} {self.metric_note() if domain == ID else self.ood_metric_note()}",
+            {**_BY_SELECTION, "n": "n"},
+            columns,
+            self.comparison.order(frame, ["model", "protocol"]),
+            group=("model", "protocol"),
+            compare="is_method",
+        )
+
+    def _beside(self, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Column]]:
+        """Columns of the metrics that stand beside the paper's."""
+        columns = []
+        for protocol in self.comparison.protocols:
+            records = self.comparison.chosen(protocol)
+            records = records[(records["part"] == OOD) & ~records["is_score"] & (records["metric"] != "loss")]
+            for (task, eval_task, metric), rows in records.groupby(["task", "eval_task", "metric"], sort=False):
+                label = f"{self.comparison.pair_title(task, eval_task)}, {load_metrics()[metric]['label']}"
+                value = f"{label} mean"
+                if value not in frame:
+                    frame[value] = frame[f"{label} std"] = math.nan
+                    columns.append(Column(metric, value, label, std=f"{label} std"))
+                for (model, method), found in rows.groupby(["model", "method"]):
+                    place = (frame["model"] == model) & (frame["method"] == method) & (frame["protocol"] == protocol)
+                    frame.loc[place, value] = found["value"].mean()
+                    frame.loc[place, f"{label} std"] = found["value"].std(ddof=1 if protocol == CLEAN else 0)
+        return frame, columns
+
+    def tests(self) -> Table:
+        """Paired tests over seeds against the baseline, corrected over the tasks."""
+        rows = self.comparison.rows
+        rows = rows[rows["domain"].isin([ID, OOD]) & (rows["method"] != self.comparison.baseline)]
+        frame = self.comparison.order(rows, ["model", "protocol", "domain", "task", "eval_task"])
+        frame["verdict"] = frame["verdict"].replace("", MISSING)
+        return Table(
+            f"{self.name}_tests",
+            f"Tests against {self._baseline}",
+            f"Differences to {self._baseline}, paired by seed, over n seeds, with a 95 % confidence interval; p of the paired t-test, and p corrected by Holm's procedure over all "
+            "tasks of a model, method and selection (in domain and out of domain apart). The verdict takes the corrected p at 5 %; a dash means that there is no test: one seed, or equal "
+            f"differences. {SELECTIONS}",
+            {
+                "model_title": "Model",
+                "selection": "Selection",
+                "task_title": "Trained on",
+                "eval_task_title": "Evaluated on",
+                "method_title": "Method",
+                "n": "n",
+                "verdict": "Verdict",
+            },
+            [
+                Column("score", "delta", "Δ", interval=("low", "high"), signed=True),
+                Column("p_value", "p", "p"),
+                Column("p_value", "p_holm", "p (Holm)"),
+            ],
+            frame,
+        )
+
+    def ood(self) -> Table:
+        """The score on every set, of models trained on one."""
+        rows = self.comparison.rows
+        rows = rows[(rows["protocol"] == CLEAN) & rows["domain"].isin([ID, OOD])]
+        frame = self._cells()
+        columns = []
+        for name in dict.fromkeys(rows["eval_task"]):
+            found = rows[rows["eval_task"] == name].set_index(CELL)[["mean", "std", "common"]].add_prefix(f"{name}_")
+            frame = frame.merge(found, left_on=CELL, right_index=True, how="left")
+            title = self.comparison.task_title(name)
+            columns.append(Column("score", f"{name}_mean", title, std=f"{name}_std", best=f"{name}_common"))
+        return Table(
+            f"{self.name}_ood",
             "Scores by evaluation set",
-            f"Mean ± sample standard deviation over n seeds; the column of the training domain is its ID score. {self._metric_note()}",
+            f"Clean selection. Mean ± sample standard deviation over n seeds; the column of the training domain is its ID score. {self.metric_note()}",
             {**_KEYS, "n": "n"},
             columns,
             frame,
@@ -106,8 +208,8 @@ class BenchmarkTables:
 
     def cost(self) -> Table:
         """Time, memory, parameters and how the experts were used."""
-        frame = self._cells(self.clean)
-        for part, metric in (
+        frame = self._cells()
+        shown = [
             ("cost", "train_seconds"),
             ("cost", "step_seconds"),
             ("cost", "evaluation_seconds"),
@@ -120,228 +222,143 @@ class BenchmarkTables:
             ("routing", "load_entropy"),
             ("routing", "load_max_over_mean"),
             ("routing", "drop_rate"),
-        ):
+        ]
+        for part, metric in shown:
             frame = frame.merge(self._means(part, metric), left_on=CELL, right_index=True, how="left")
         return Table(
-            f"{self.benchmark.name}_cost",
+            f"{self.name}_cost",
             "What it took, and how the experts were used",
-            "Means over seeds, on the machine of the runs (see the environment below). Runs share the machine, so times are rough: "
+            "Means over seeds of the chosen runs, on the machine of the runs (see the environment below). Runs share the machine, so times are rough: "
             "they do not compare methods. Start-up is what passes before the run's own work begins, mostly imports. Active neurons are the FFN neurons "
             "that a token uses, as a share of the dense model's. Load entropy is 1 for a perfectly balanced load; both load columns and the drops are measured on the ID test split without "
             "padding. Only the published settings limit the capacity of experts, so only there are choices dropped.",
             _KEYS,
-            [
-                Column("train_seconds", "train_seconds"),
-                Column("step_seconds", "step_seconds"),
-                Column("evaluation_seconds", "evaluation_seconds"),
-                Column("startup_seconds", "startup_seconds"),
-                Column("job_seconds", "job_seconds"),
-                Column("peak_memory_mb", "peak_memory_mb"),
-                Column("active_neurons", "active_neurons"),
-                Column("parameters", "parameters"),
-                Column("trainable_parameters", "trainable_parameters"),
-                Column("load_entropy", "load_entropy"),
-                Column("load_max_over_mean", "load_max_over_mean"),
-                Column("drop_rate", "drop_rate"),
-            ],
+            [Column(metric, metric) for _, metric in shown],
             frame,
         )
 
     def choices(self) -> Table:
         """Every choice of hyper-parameters with its dev score, and the chosen one."""
-        table = choices(self.records, "clean")
-        for part, prefix in (("test", "id_"), (OOD_MEAN, "ood_")):
-            rows = scores_of(self.records, part)
-            grouped = rows.groupby([*CELL, "variant", "learning_rate"], sort=False)["value"].agg(mean="mean", std="std")
-            table = table.merge(grouped.add_prefix(prefix).reset_index(), how="left")
-        table = pd.concat([table, _joint_choices(table)], ignore_index=True)
-        table = self._with_titles(table)
+        records = self.comparison.records
+        parts = []
+        for protocol in self.comparison.protocols:
+            table = choices(records, protocol)
+            for part, prefix in (("test", "id_"), (OOD_MEAN_PART, "ood_")):
+                rows = scores_of(records[records["protocol"] == protocol], part)
+                grouped = rows.groupby([*CELL, "variant", "learning_rate"], sort=False)["value"]
+                numbers = grouped.agg(mean="mean", std="std").add_prefix(prefix).reset_index()
+                table = table.merge(numbers, how="left")
+            parts += [part.assign(protocol=protocol) for part in (table, _joint_choices(table))]
+        table = self.comparison.titled(pd.concat(parts, ignore_index=True))
+        table["task_title"] = table["task_title"].replace(_ALL, "all")
         table["variant"] = table["variant"].replace("", MISSING)
         table["mark"] = table["chosen"].map({True: "✓", False: ""})
         table["rate"] = table["learning_rate"].map("{:.1e}".format)
         return Table(
-            f"{self.benchmark.name}_choices",
+            f"{self.name}_choices",
             "Hyper-parameters and what was chosen",
-            "Dev is the mean over n seeds of the kept epoch's score on the dev split of the training domain; the best one of every method is "
+            "Choosing score is the mean over n seeds of the score that chooses; the best one of every method is "
             "chosen (✓). ID and OOD stand beside it for the reader and chose nothing. Where several tasks were trained on, the rows of “all” are "
             "means over them, with the best one choice for all. A method with more choices has more chances: compare with that in mind. In a variant N is the number of experts, k the share "
-            "of them that is used, L the converted layers.",
-            {**_KEYS, "variant": "Variant", "rate": "Learning rate", "n": "n", "mark": "Chosen"},
+            f"of them that is used, L the converted layers. {SELECTIONS}",
+            {
+                "model_title": "Model",
+                "selection": "Selection",
+                **_KEYS,
+                "variant": "Variant",
+                "rate": "Learning rate",
+                "n": "n",
+                "mark": "Chosen",
+            },
             [
-                Column("score", "mean", "Dev", std="std"),
+                Column("score", "mean", "Choosing score", std="std"),
                 Column("score", "id_mean", "ID", std="id_std"),
                 Column("score", "ood_mean", "OOD", std="ood_std"),
             ],
             table,
         )
 
-    def paper(self) -> Table:
-        """The paper's numbers beside ours, with their provenance."""
-        file = self.benchmark.definition["paper"]
-        columns = ["model", "scope", "method", "value", "status", "source"]
-        published = pd.read_csv(self.benchmark.folder / file) if file else pd.DataFrame(columns=columns)
-        published["value"] = published["value"] / 100
-        base = published.loc[published["method"] == self._baseline].set_index(["model", "scope"])["value"]
-        published["paper_delta"] = [
-            math.nan if row.method == self._baseline else row.value - base.get((row.model, row.scope), math.nan)
-            for row in published.itertuples()
-        ]
-        frame = published.merge(self._our_averages(), on=["model", "scope", "method"], how="outer", sort=False)
-        order = {name: place for place, name in enumerate(self._methods)}
-        frame = frame.sort_values(
-            ["model", "scope", "method"],
-            key=lambda column: column.map(order) if column.name == "method" else column,
-            kind="stable",
-        )
-        frame = frame.assign(
-            model_title=frame["model"].map(self._model_title),
-            method_title=frame["method"].map(self._title),
-            source=frame["source"].fillna(MISSING),
-        )
-        return Table(
-            f"{self.benchmark.name}_paper",
-            "The paper's numbers beside ours",
-            "Averages over tasks, full fine-tuning. Δ is the difference to the dense model; ours is the mean over tasks of the "
-            "difference paired by seed. A dash is a number that was not published where we looked, or that this suite did not run. "
-            "Another model and other data can neither confirm nor refute the paper's value.",
-            {
-                "model_title": "Model",
-                "scope": "Average over",
-                "method_title": "Method",
-                "source": "Source of the paper's number",
-            },
-            [
-                Column("score", "value", "Paper", decimals=2),
-                Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
-                Column("score", "ours", "Ours", decimals=2),
-                Column("score", "ours_delta", "Δ ours", signed=True, decimals=2),
-            ],
-            frame,
-        )
-
     def verdicts(self) -> Iterator[str]:
-        """One sentence a model, training task and method of the paper: does it differ from the baseline?"""
-        frame = self.results().frame
-        for row in frame[frame["is_method"] & (frame["method"] != self._baseline)].itertuples():
-            parts = []
-            for label, prefix in (("in domain", "id_delta"), ("out of domain", "ood_delta")):
-                mean, low, high = (getattr(row, f"{prefix}_{end}") for end in ("mean", "low", "high"))
-                if math.isnan(mean):
-                    continue
-                if math.isnan(low):
-                    parts.append(f"{label} {mean * 100:+z.1f} (no interval)")
-                else:
-                    word = "within noise" if low <= 0 <= high else "better" if low > 0 else "worse"
-                    parts.append(f"{label} {mean * 100:+z.1f} [{low * 100:+z.1f}, {high * 100:+z.1f}], {word}")
-            if parts:
-                yield f"{row.method_title}, {row.model_title} trained on {row.task_title}: {'; '.join(parts)} (n = {row.n})."
+        """A sentence a model, method of the paper and selection: does it differ from the baseline?"""
+        rows = self.comparison.rows
+        names = [name for name, method in self.comparison.methods.items() if method["role"] == "method"]
+        rows = rows[rows["method"].isin(names) & rows["delta"].notna()]
+        for (model, protocol, method), found in self.comparison.order(rows, ["model", "protocol"]).groupby(
+            ["model", "protocol", "method"], sort=False
+        ):
+            parts = [
+                f"{label} {_phrase(part, self.comparison)}"
+                for label, domain in (
+                    ("in domain", ID),
+                    ("out of domain", OOD_MEAN if ID in set(found["domain"]) else OOD),
+                )
+                if not (part := found[found["domain"] == domain]).empty
+            ]
+            title = f"{self.comparison.method_title(method)}, {self.comparison.model_title(model)}"
+            yield f"{title}, {PROTOCOLS[protocol]} selection: {'; '.join(parts)}."
 
-    def _our_averages(self) -> pd.DataFrame:
-        """Mean ID score, and mean paired difference to the baseline, over the tasks that a method ran.
+    def metric_note(self) -> str:
+        """Which task is scored by what."""
+        tasks = self.comparison.benchmark.tasks
+        return _metric_note((tasks[name]["metric"], self.comparison.task_title(name)) for name in self._of("task", ID))
 
-        Methods that ran fewer tasks than others form a scope of their own, with the baseline on the same tasks.
-        """
-        means, deltas = self._summary(self.clean, "test")["mean"], self._differences("test")["mean"]
-        rows = []
-        for model in dict.fromkeys(means.index.get_level_values("model")):
-            tasks_of = {
-                method: tuple(means.xs((model, method), level=["model", "method"]).index)
-                for method in dict.fromkeys(means.loc[[model]].index.get_level_values("method"))
-            }
-            for tasks in dict.fromkeys(tasks_of.values()):
-                members = [method for method, own in tasks_of.items() if own == tasks or method == self._baseline]
-                for method in members:
-                    cells = [(model, task, method) for task in tasks if (model, task, method) in means.index]
-                    delta = deltas.reindex(cells).mean() if method != self._baseline else math.nan
-                    rows.append(
-                        {
-                            "model": model,
-                            "scope": self._scope(tasks),
-                            "method": method,
-                            "ours": means.loc[cells].mean(),
-                            "ours_delta": delta,
-                        }
-                    )
-        return pd.DataFrame(rows, columns=["model", "scope", "method", "ours", "ours_delta"])
-
-    def _scope(self, tasks: tuple[str, ...]) -> str:
-        """What an average is over: the whole of GLUE has the paper's name for it."""
-        hub = {name for name, task in self.benchmark.tasks.items() if "hub" in task["source"]}
-        return "GLUE average" if set(tasks) == hub else ", ".join(self._task_title(task) for task in tasks)
-
-    def _common(self, rows: pd.DataFrame) -> pd.Series:
-        """Mean over the seeds that all rows of a model and task have: what marks and ranks compare."""
-        parts = [
-            group[group["seed"].isin(_common_seeds(group))] for _, group in rows.groupby(["model", "task"], sort=False)
-        ]
-        return pd.concat(parts).groupby(CELL, sort=False)["value"].mean() if parts else pd.Series(dtype=float)
-
-    def _cells(self, records: pd.DataFrame) -> pd.DataFrame:
-        """One row a model, task and method, in the order of the grid's tasks and the definition's methods."""
-        frame = records.groupby(CELL, sort=False).agg(n=("seed", "nunique")).reset_index()
-        order = {name: place for place, name in enumerate(self._methods)}
-        first = {
-            cell: place for place, cell in enumerate(dict.fromkeys(zip(frame["model"], frame["task"], strict=True)))
-        }
-        keys = [(first[row.model, row.task], order[row.method]) for row in frame.itertuples()]
-        frame = frame.iloc[sorted(range(len(frame)), key=keys.__getitem__)].reset_index(drop=True)
-        return self._with_titles(frame)
-
-    def _with_titles(self, frame: pd.DataFrame) -> pd.DataFrame:
-        return frame.assign(
-            model_title=frame["model"].map(self._model_title),
-            task_title=frame["task"].map(lambda name: "all" if name == _ALL else self._task_title(name)),
-            method_title=frame["method"].map(self._title),
-            is_method=frame["method"].map(lambda name: self._methods[name]["role"] != "control"),
+    def ood_metric_note(self) -> str:
+        """Which OOD set is scored by what."""
+        tasks = self.comparison.benchmark.tasks
+        return _metric_note(
+            (tasks[name].get("ood_metrics", [tasks[name]["metric"]])[0], self.comparison.task_title(name))
+            for name in self._of("eval_task", OOD)
         )
 
-    def _summarise(self, rows: pd.DataFrame) -> pd.DataFrame:
-        return rows.groupby(CELL, sort=False)["value"].agg(mean="mean", std="std")
+    def _of(self, key: str, domain: str) -> list[str]:
+        rows = self.comparison.rows
+        return list(dict.fromkeys(rows.loc[rows["domain"] == domain, key]))
 
-    def _summary(self, records: pd.DataFrame, part: str) -> pd.DataFrame:
-        return self._summarise(scores_of(records, part))
+    @property
+    def _baseline(self) -> str:
+        return self.comparison.method_title(self.comparison.baseline)
+
+    def _cells(self) -> pd.DataFrame:
+        """One row a model, task and method, with its number of seeds: of the clean runs where there are any."""
+        rows = self.comparison.rows[self.comparison.rows["domain"] == ID]
+        rows = rows.sort_values("protocol", key=lambda column: column != CLEAN, kind="stable")
+        frame = rows.drop_duplicates(CELL)[[*CELL, "n"]].reset_index(drop=True)
+        return self.comparison.order(frame, ["model", "task"])
 
     def _means(self, part: str, metric: str) -> pd.Series:
-        rows = self.clean[(self.clean["part"] == part) & (self.clean["metric"] == metric)]
-        return rows.groupby(CELL, sort=False)["value"].mean().rename(metric)
-
-    def _differences(self, part: str) -> pd.DataFrame:
-        rows = scores_of(self.clean, part)
-        found = {}
-        for (model, task), group in rows.groupby(["model", "task"], sort=False):
-            values = {method: of_method.set_index("seed")["value"] for method, of_method in group.groupby("method")}
-            if self._baseline in values:
-                for method, series in values.items():
-                    if method != self._baseline:
-                        found[model, task, method] = vars(paired_difference(series, values[self._baseline]))
+        found: dict[Any, float] = {}
+        for protocol in self.comparison.protocols:
+            chosen = self.comparison.chosen(protocol)
+            rows = chosen[(chosen["part"] == part) & (chosen["metric"] == metric)]
+            found |= {
+                cell: value
+                for cell, value in rows.groupby(CELL, sort=False)["value"].mean().items()
+                if cell not in found
+            }
         index = (
             pd.MultiIndex.from_tuples(found, names=CELL)
             if found
             else pd.MultiIndex.from_arrays([[], [], []], names=CELL)
         )
-        return pd.DataFrame(list(found.values()), index=index, columns=["mean", "low", "high", "p", "n"])
-
-    def rankings(self) -> Iterator[tuple[str, str, pd.Series, float]]:
-        """Per model and training task: Friedman ranks over its OOD sets, and the test's p."""
-        rows = scores_of(self.clean, "ood")
-        for (model, task), group in rows.groupby(["model", "task"], sort=False):
-            group = group[group["seed"].isin(_common_seeds(group))]
-            table = group.pivot_table(index="method", columns="eval_task", values="value", aggfunc="mean")
-            ranking = friedman_ranks(table)
-            yield model, task, ranking.ranks, ranking.p
+        return pd.Series(list(found.values()), index=index, name=metric, dtype=float)
 
     def _ranks(self) -> pd.DataFrame:
         rows = [
-            {"model": model, "task": task, "method": method, "ood_rank": rank}
-            for model, task, ranks, _ in self.rankings()
-            for method, rank in ranks.items()
+            {**found.key, "method": method, "ood_rank": rank}
+            for found in self._rankings()
+            for method, rank in found.ranking.ranks.items()
         ]
         return pd.DataFrame(rows, columns=[*CELL, "ood_rank"]).set_index(CELL)
 
+    def _rankings(self) -> list[Ranked]:
+        found = ranked(self.comparison, list(self.comparison.methods), ["protocol", "model", "task"])
+        return [one for one in found if one.key["protocol"] == CLEAN]
+
     def _rank_note(self) -> str:
         notes = [
-            f"{self._task_title(task)}: {len(ranks)} rows" + ("" if math.isnan(p) else f", Friedman p = {p:.2f}")
-            for _, task, ranks, p in self.rankings()
+            f"{self.comparison.task_title(one.key['task'])}: {len(one.ranking.ranks)} rows"
+            + ("" if math.isnan(one.ranking.p) else f", Friedman p = {one.ranking.p:.2f}")
+            for one in self._rankings()
         ]
         return (
             f"OOD rank is the average rank over the OOD sets among the rows of the same training domain ({'; '.join(notes)})."
@@ -349,41 +366,31 @@ class BenchmarkTables:
             else ""
         )
 
-    def _protocol_note(self) -> str:
-        """Which split chose, and which is reported."""
-        tasks = [self.benchmark.tasks[name] for name in dict.fromkeys(self.records["task"])]
-        choice = "The dev split of the training domain chose learning rate and variant"
-        if all(task["splits"]["test"] is None for task in tasks):
-            return f"{choice} and is itself reported, as in the paper: the task has no other labelled split."
-        return (
-            f"{choice}; ID is the test split, OOD the mean over the other domains without further training. "
-            "“Best dev epoch” is the authors' protocol, which reports the dev score that it selects by."
-        )
 
-    def _metric_note(self) -> str:
-        by_metric: dict[str, list[str]] = {}
-        for task in dict.fromkeys(self.records["task"]):
-            by_metric.setdefault(self.benchmark.tasks[task]["metric"], []).append(self._task_title(task))
-        parts = [
-            f"{load_metrics()[metric]['label'].lower()} ({', '.join(tasks)})" for metric, tasks in by_metric.items()
-        ]
-        return f"Scores are {'; '.join(parts)}, in %."
-
-    def _title(self, method: str) -> str:
-        return self._methods[method]["title"] if method in self._methods else method
-
-    def _task_title(self, task: str) -> str:
-        title: str = self.benchmark.tasks[task]["title"]
-        return title
-
-    def _model_title(self, model: str) -> str:
-        title: str = load_models()[model]["title"]
-        return title
+def _metric_note(pairs: Iterator[tuple[str, str]]) -> str:
+    by_metric: dict[str, list[str]] = {}
+    for metric, title in pairs:
+        by_metric.setdefault(metric, []).append(title)
+    parts = [f"{load_metrics()[metric]['label'].lower()} ({', '.join(titles)})" for metric, titles in by_metric.items()]
+    return f"Scores are {'; '.join(parts)}, in %."
 
 
-def _common_seeds(rows: pd.DataFrame) -> set[int]:
-    """Seeds that every method of these rows has."""
-    return set.intersection(*(set(of_method["seed"]) for _, of_method in rows.groupby("method")))
+def _phrase(rows: pd.DataFrame, comparison: Comparison) -> str:
+    """What came out over one or many tasks, in points."""
+    if len(rows) == 1:
+        row = rows.iloc[0]
+        interval = "" if math.isnan(row["low"]) else f" [{row['low'] * 100:+z.1f}, {row['high'] * 100:+z.1f}]"
+        verdict = f", {row['verdict']}" if row["verdict"] else ", no test"
+        return f"{row['delta'] * 100:+z.1f}{interval}{verdict} ({comparison.pair_title(row['task'], row['eval_task'] or row['task'])}, n = {row['n']})"
+    words = []
+    for verdict in ("better", "worse"):
+        pairs = rows.loc[rows["verdict"] == verdict, ["task", "eval_task"]].itertuples(index=False)
+        titles = [comparison.pair_title(task, eval_task or task) for task, eval_task in pairs]
+        words += [f"{verdict} on {', '.join(titles)}"] if titles else []
+    for verdict, text in (("within noise", "within noise"), ("equal", "equal"), ("", "no test")):
+        count = int((rows["verdict"] == verdict).sum())
+        words += [f"{text} on {count} of {len(rows)}"] if count else []
+    return f"{rows['delta'].mean() * 100:+z.1f} on average, {', '.join(words)}"
 
 
 def _joint_choices(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,24 +1,20 @@
-"""Text classification sets: from the hub, a local folder in any common format, or a package."""
+"""Text classification sets: rows, labels and their splits, whatever they were read from."""
 
 from __future__ import annotations
 
-import csv
+import functools
 import hashlib
 import math
-import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from benchmarks.harness.packages import DataError
-from benchmarks.harness.paths import DATA_ROOT
 from benchmarks.harness.rated import PACKAGE, VERSION, load_rated
 from benchmarks.harness.seeds import derive_seed
+from benchmarks.harness.text_files import Rows, read_rows
 from emoe.errors import did_you_mean
 
 
@@ -29,7 +25,7 @@ class TextSplit:
     Attributes:
         texts: one tuple a row, of one text or of a pair.
         labels: class numbers, or numbers for a regression.
-        dropped: rows without a gold label, left out.
+        dropped: rows without a gold label or without text, left out.
         source: where they came from.
     """
 
@@ -45,18 +41,48 @@ class TextSplit:
         """``rows`` rows drawn once and for all (not by the run's seed); all of them for None."""
         if rows is None or rows >= len(self):
             return self
-        chosen = sorted(random.Random(derive_seed("rows", seed_name)).sample(range(len(self)), rows))
+        return self._rows(sorted(random.Random(derive_seed("rows", seed_name)).sample(range(len(self)), rows)))
+
+    def divided(self, share: float, seed_name: str) -> tuple[TextSplit, TextSplit]:
+        """The rows without a share of them, and that share, drawn once and for all (not by the run's seed)."""
+        count = round(len(self) * share)
+        if not 0 < count < len(self):
+            raise DataError(f"{self.source}: a share of {share:g} of {len(self)} rows cannot be held out")
+        chosen = set(random.Random(derive_seed("held out", seed_name)).sample(range(len(self)), count))
+        return self._rows([i for i in range(len(self)) if i not in chosen]), self._rows(sorted(chosen))
+
+    def _rows(self, chosen: Sequence[int]) -> TextSplit:
         return replace(self, texts=[self.texts[i] for i in chosen], labels=[self.labels[i] for i in chosen])
+
+    @functools.cached_property
+    def texts_digest(self) -> str:
+        """sha256 of the texts."""
+        return _digest(self.texts)
 
     def summary(self) -> dict[str, Any]:
         """Source, a digest of the rows, their number, dropped rows, and rows by class (or a regression's range)."""
-        digest = hashlib.sha256(repr((self.texts, self.labels)).encode()).hexdigest()[:16]
+        digest = _digest(zip(self.texts, self.labels, strict=True))[:16]
         found: dict[str, Any] = {"source": self.source, "digest": digest, "rows": len(self), "dropped": self.dropped}
         if all(isinstance(label, int) for label in self.labels):
             found["labels"] = {str(label): count for label, count in sorted(Counter(self.labels).items())}
         else:
             found["range"] = [min(self.labels), max(self.labels)]
         return found
+
+
+def _digest(rows: Iterable[object]) -> str:
+    """sha256 of rows, one at a time."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+def load_part(task: Mapping[str, Any], part: str, rows: int | None) -> TextSplit:
+    """The ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``. Without a test split the dev split is reported."""
+    if part == "test" and task["splits"]["test"] is None:
+        part = "dev"
+    return load_split(task, part).head(rows, f"{task['name']}/{part}")
 
 
 def load_split(task: Mapping[str, Any], part: str) -> TextSplit:
@@ -77,131 +103,44 @@ def load_split(task: Mapping[str, Any], part: str) -> TextSplit:
         return TextSplit(
             [(text,) for text in texts], labels, dropped, f"{PACKAGE} {VERSION}, {source['rated']}, {split}"
         )
-    folder = local_folder(source)
-    if folder is not None:
-        rows, where = _read_folder(folder, task, split)
-    else:
-        rows, where = _read_hub(source, split), f"{source['hub']} ({source.get('config')}), split {split}"
-    return _to_split(rows, task, where)
+    return _to_split(read_rows(task, split), task)
 
 
-def local_folder(source: Mapping[str, Any]) -> Path | None:
-    """The set's folder below the data root, if the user has one."""
-    root = os.environ.get(DATA_ROOT)
-    if not root or "folder" not in source:
-        return None
-    folder = Path(root) / source["folder"]
-    return folder if folder.is_dir() else None
+def _to_split(rows: Rows, task: Mapping[str, Any]) -> TextSplit:
+    texts: list[tuple[str, ...]] = []
+    labels: list[Any] = []
+    unlabelled, total = set(task["unlabelled"]), 0
+    for file in rows:
+        frame = file.frame.rename(columns=task["also_named"])
+        for column in (*task["fields"], task["label"]):
+            if column not in frame.columns:
+                raise DataError(f"{file.where} has no column '{column}'{did_you_mean(column, frame.columns)}")
+        raw = frame[task["label"]].tolist()
+        written = list(zip(*(map(_text, frame[field]) for field in task["fields"]), strict=True))
+        total += len(raw)
+        keep = [i for i, value in enumerate(raw) if value not in unlabelled and any(written[i])]
+        convert = _class_number if task["labels"] else _number
+        labels += [convert(raw[i], task, file.label_names, file.where, i) for i in keep]
+        texts += [written[i] for i in keep]
+    where = ", ".join(file.where for file in rows)
+    if not texts:
+        raise DataError(f"{where} has no row with text and label ({total} without)")
+    return TextSplit(texts, labels, total - len(texts), where)
 
 
-def _read_hub(source: Mapping[str, Any], split: str) -> pd.DataFrame:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(
-            source["hub"], source.get("config"), split=split, revision=source.get("revision")
-        )
-    except Exception as error:  # the hub raises many kinds; all mean the same to the user
-        root = os.environ.get(DATA_ROOT)
-        place = (
-            Path(root) / source["folder"] if root else f"<data_root>/{source['folder']} and set data_root in config/"
-        )
-        raise DataError(
-            f"could not load '{source['hub']}' ({source.get('config')}) from the hub: {type(error).__name__}: {error}\n"
-            f"Without the hub, put the set's own files into {place}"
-        ) from error
-    return _frame(loaded)
+def _text(value: object) -> str:
+    """A cell as text; a missing one is empty."""
+    return "" if value is None or value != value else str(value)
 
 
-def _frame(loaded: Any) -> pd.DataFrame:
-    frame = loaded.to_pandas()
-    assert isinstance(frame, pd.DataFrame)  # noqa: S101
-    return frame
-
-
-def _read_folder(folder: Path, task: Mapping[str, Any], split: str) -> tuple[pd.DataFrame, str]:
-    """Read a split from a local folder: saved `datasets`, parquet, JSON lines, CSV, or the set's own TSV."""
-    if (folder / "dataset_dict.json").exists():
-        import datasets
-
-        loaded = datasets.load_from_disk(str(folder))
-        if split not in loaded:
-            raise DataError(f"{folder} has no split '{split}'{did_you_mean(split, loaded)}")
-        return _frame(loaded[split]), f"{folder} [{split}]"
-    config = task["source"].get("config")
-    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        "parquet": pd.read_parquet,
-        "jsonl": lambda path: pd.read_json(path, lines=True),
-        "csv": lambda path: pd.read_csv(path, keep_default_na=False),
-    }
-    for place in [folder, *([folder / config, folder / "data"] if config else [])]:
-        for suffix, read in readers.items():
-            files = sorted({*place.glob(f"{split}.{suffix}"), *place.glob(f"{split}-*.{suffix}")})
-            if files:
-                return pd.concat([_guarded(read, file) for file in files], ignore_index=True), str(files[0])
-    layout = task.get("tsv")
-    if layout and split in layout["files"]:
-        file = folder / layout["files"][split]
-        if file.exists():
-            return _read_tsv(file, layout), str(file)
-    wanted = [
-        f"{split}.parquet",
-        f"{split}.jsonl",
-        f"{split}.csv",
-        *([layout["files"].get(split, "")] if layout else []),
-    ]
-    present = sorted(path.name for path in folder.iterdir())
-    raise DataError(
-        f"{folder} has no file for the split '{split}': wanted one of {', '.join(filter(None, wanted))}; it holds {', '.join(present) or 'nothing'}"
-    )
-
-
-def _guarded(read: Callable[[Path], pd.DataFrame], file: Path) -> pd.DataFrame:
-    try:
-        return read(file)
-    except (ValueError, OSError) as error:  # what pandas and pyarrow raise on damaged files
-        raise DataError(f"{file} cannot be read: {error}") from error
-
-
-def _read_tsv(file: Path, layout: Mapping[str, Any]) -> pd.DataFrame:
-    """A set's own TSV: no quoting, every value text. Columns are renamed to the task's names."""
-    header = layout["header"]
-
-    def read(path: Path) -> pd.DataFrame:
-        return pd.read_csv(
-            path,
-            sep="\t",
-            header=0 if header else None,
-            quoting=csv.QUOTE_NONE,
-            dtype=str,
-            keep_default_na=False,
-            encoding="utf-8",
-            usecols=list(layout["columns"].values()) if not header else None,
-        )
-
-    frame = _guarded(read, file).fillna("")  # rows that end early
-    for name, column in layout["columns"].items():
-        if column not in frame.columns:
-            raise DataError(f"{file} has no column '{column}' for '{name}'{did_you_mean(column, frame.columns)}")
-    return frame.rename(columns={column: name for name, column in layout["columns"].items()})[list(layout["columns"])]
-
-
-def _to_split(rows: pd.DataFrame, task: Mapping[str, Any], where: str) -> TextSplit:
-    for column in (*task["fields"], task["label"]):
-        if column not in rows.columns:
-            raise DataError(f"{where} has no column '{column}'{did_you_mean(column, rows.columns)}")
-    raw = rows[task["label"]].tolist()
-    unlabelled = set(task["unlabelled"])
-    keep = [i for i, value in enumerate(raw) if value not in unlabelled]
-    convert = _class_number if task["labels"] else _number
-    labels = [convert(raw[i], task, where, i) for i in keep]
-    columns = [rows[field].tolist() for field in task["fields"]]
-    return TextSplit([tuple(str(column[i]) for column in columns) for i in keep], labels, len(raw) - len(keep), where)
-
-
-def _class_number(value: object, task: Mapping[str, Any], where: str, row: int) -> int:
+def _class_number(value: object, task: Mapping[str, Any], spelled: Mapping[str, str], where: str, row: int) -> int:
+    """The number of a class from its name, its number, or what files call it; ``spelled`` leaves no other names."""
     names: Sequence[str] = task["labels"]
     text = str(value).strip()
+    if spelled:
+        if text not in spelled:
+            raise _wrong_label(value, spelled, task, where, row)
+        return names.index(spelled[text])
     text = task["label_names"].get(text, text)
     if text in names:
         return names.index(text)
@@ -210,7 +149,7 @@ def _class_number(value: object, task: Mapping[str, Any], where: str, row: int) 
     raise _wrong_label(value, [*names, *map(str, range(len(names)))], task, where, row)
 
 
-def _number(value: Any, task: Mapping[str, Any], where: str, row: int) -> float:
+def _number(value: Any, task: Mapping[str, Any], _spelled: Mapping[str, str], where: str, row: int) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):

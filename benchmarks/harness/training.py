@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from transformers import (
-    DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,58 +27,25 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import emoe
-from benchmarks.harness.files import write_json
+from benchmarks.harness.classifier import Classifier, load_trained_, trained_state
+from benchmarks.harness.prediction import (
+    Stopwatch,
+    evaluate_split,
+    finite,
+    padding_collator,
+    plain_logits,
+    precision_here,
+    quiet_arguments,
+)
 from benchmarks.harness.progress import Progress
-from benchmarks.harness.scores import score
+from benchmarks.harness.scores import mean_loss, score
 from benchmarks.harness.seeds import derive_seed
 from benchmarks.harness.text import TextSplit
+from benchmarks.harness.tokenised import TokenisedRows
+from emoe.errors import EMoEError
 
-_CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", TRAINER_STATE_NAME)
-
-
-class TokenisedRows(Dataset[dict[str, Any]]):
-    """A split as the model reads it.
-
-    Args:
-        split: the rows.
-        tokenizer: the model's.
-        max_length: tokens kept.
-        by_length: sort by length, so that evaluation batches need little padding.
-    """
-
-    def __init__(
-        self, split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, *, by_length: bool
-    ) -> None:
-        columns = [list(column) for column in zip(*split.texts, strict=True)]
-        encoded = tokenizer(*columns, truncation=True, max_length=max_length)
-        rows = [{name: encoded[name][i] for name in encoded} for i in range(len(split))]
-        self._rows = [{**row, "labels": label} for row, label in zip(rows, split.labels, strict=True)]
-        if by_length:
-            self._rows.sort(key=lambda row: len(row["input_ids"]))
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return [len(row["input_ids"]) for row in self._rows]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index]
-
-
-def calibration_batches(
-    split: TextSplit, tokenizer: PreTrainedTokenizerBase, training: Mapping[str, Any], rows: int = 256
-) -> Iterator[dict[str, Any]]:
-    """The first ``rows`` rows of a split as batches to call a model with, without labels."""
-    encoded = TokenisedRows(
-        split.head(min(rows, len(split)), "calibration"), tokenizer, training["max_length"], by_length=True
-    )
-    collate = DataCollatorWithPadding(tokenizer)
-    for start in range(0, len(encoded), training["eval_batch_size"]):
-        chosen = [encoded[i] for i in range(start, min(start + training["eval_batch_size"], len(encoded)))]
-        yield {name: value for name, value in collate(chosen).items() if name != "labels"}
+_WEIGHTS, _LOSS = "trained.safetensors", "mean_loss"
+_CHECKPOINT_FILES = (_WEIGHTS, "optimizer.pt", "scheduler.pt", TRAINER_STATE_NAME)
 
 
 @dataclass(frozen=True)
@@ -94,6 +59,10 @@ class TrainingResult:
     kept: dict[str, Any]
     steps: int
     step_seconds: float
+
+
+class TrainedSetError(EMoEError):
+    """What the optimiser trains is not what the run's method says."""
 
 
 class EpochOrder(Sampler[int]):
@@ -128,14 +97,40 @@ class EpochOrder(Sampler[int]):
 
 
 class _RoutedTrainer(Trainer):
-    """Adds the balance loss of routed models to the task's, and orders the rows by seed and epoch."""
+    """Trainer for routed and adapted models.
 
-    def __init__(self, *args: Any, order: EpochOrder, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._order = order
+    Adds the balance loss to the task's, orders the rows by seed and epoch, gives some parameters a share of the learning
+    rate, trains what it shall and nothing else, and keeps that in its checkpoints.
+    """
+
+    # every loss here is the mean of a batch, so that the Trainer divides by the number of batches of a step
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *, order: EpochOrder, classifier: Classifier, slow_share: float, **kwargs: Any) -> None:
+        super().__init__(model=classifier.model, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self._order, self._classifier, self._slow_share = order, classifier, slow_share
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         return self._order
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        names = {id(parameter): name for name, parameter in self._trained.named_parameters()}
+        taken = {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
+        if taken != self._classifier.trained:
+            odd = sorted(taken ^ self._classifier.trained)
+            raise TrainedSetError(
+                f"{len(odd)} parameters are trained that shall not be, or the other way round, among them '{odd[0]}'"
+            )
+        slow = {place for place, name in names.items() if name in self._classifier.slow}
+        for group in list(optimizer.param_groups) if slow else []:
+            members = group["params"]
+            group["params"] = [parameter for parameter in members if id(parameter) not in slow]
+            theirs = [parameter for parameter in members if id(parameter) in slow]
+            if theirs:
+                optimizer.add_param_group({**group, "params": theirs, "lr": group["lr"] * self._slow_share})
+        return optimizer
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, *args, **kwargs)
@@ -143,6 +138,21 @@ class _RoutedTrainer(Trainer):
         if not isinstance(extra, Tensor):
             return result
         return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
+
+    @property
+    def _trained(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained_state(self._trained), folder / _WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained_(self._trained, Path(resume_from_checkpoint) / _WEIGHTS)
+
+    def _load_best_model(self) -> None:
+        load_trained_(self._trained, Path(str(self.state.best_model_checkpoint)) / _WEIGHTS)
 
 
 class Patience(TrainerCallback):
@@ -179,45 +189,6 @@ class _RetieGates(TrainerCallback):
             emoe.retie_gates_(model)
 
 
-class _Stopwatch(TrainerCallback):
-    """Time spent in steps, without evaluation and checkpoints, and in evaluation; kept beside every checkpoint."""
-
-    _FILE = "stopwatch.json"
-
-    def __init__(self) -> None:
-        self.seconds, self.steps, self.evaluation, self._start = 0.0, 0, 0.0, 0.0
-
-    def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint's count."""
-        if (checkpoint / self._FILE).exists():
-            saved = json.loads((checkpoint / self._FILE).read_text())
-            self.seconds, self.steps, self.evaluation = saved["seconds"], saved["steps"], saved["evaluation"]
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        content = {"seconds": self.seconds, "steps": self.steps, "evaluation": self.evaluation}
-        write_json(folder / self._FILE, content)
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.evaluation += (metrics or {}).get("eval_runtime", 0.0)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self._start
-        self.steps += 1
-
-
 class TextTrainer:
     """Trains and evaluates one text classifier as a run's spec says.
 
@@ -227,7 +198,7 @@ class TextTrainer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        classifier: Classifier,
         tokenizer: PreTrainedTokenizerBase,
         spec: Mapping[str, Any],
         train: TextSplit,
@@ -235,20 +206,24 @@ class TextTrainer:
         folder: Path,
         progress: Progress,
     ) -> None:
-        self._tokenizer, self._training, self._metric = tokenizer, spec["training"], spec["task"]["metric"]
+        self._tokenizer, self._training, self._task = tokenizer, spec["training"], spec["task"]
+        self._metric: str = spec["task"]["metric"]
         self._checkpoints = folder / "checkpoints"
-        self._stopwatch = _Stopwatch()
+        self._stopwatch = Stopwatch()
         best = self._training["keep"] == "best"
-        arguments = TrainingArguments(
-            output_dir=str(self._checkpoints),
+        self.precision = precision_here(self._training["precision"])
+        arguments = quiet_arguments(
+            self._checkpoints,
             num_train_epochs=self._training["epochs"],
             per_device_train_batch_size=self._training["batch_size"],
             per_device_eval_batch_size=self._training["eval_batch_size"],
+            gradient_accumulation_steps=self._training["accumulate"],
             learning_rate=spec["learning_rate"],
             lr_scheduler_type="linear",
             warmup_steps=self._training["warmup"],
             weight_decay=self._training["weight_decay"],
             max_grad_norm=0.0,
+            precision=self.precision,
             seed=derive_seed("dropout", spec["seed"]),
             eval_strategy="epoch",
             save_strategy="epoch",
@@ -257,23 +232,20 @@ class TextTrainer:
             metric_for_best_model=self._metric if best else None,
             greater_is_better=True if best else None,
             logging_strategy="epoch",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
         )
-        if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # Trainer's DataParallel would multiply the batch size; one run takes one GPU
         patience = self._training["patience"]
         self._patience = None if patience is None else Patience(self._metric, patience)
-        rows = self._rows(train, by_length=False)
+        rows, self._dev = self._rows(train, by_length=False), self._rows(dev, by_length=True)
         by_length = self._training["sampling"] == "group_by_length"
+        lora = self._training["lora"]
         self._trainer = _RoutedTrainer(
-            model=model,
             args=arguments,
             order=EpochOrder(rows.lengths, self._training["batch_size"], spec["seed"], by_length=by_length),
+            classifier=classifier,
+            slow_share=lora["rest_rate"] if lora else 1.0,
             train_dataset=rows,
-            eval_dataset=self._rows(dev, by_length=True),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            eval_dataset=self._dev,
+            data_collator=padding_collator(tokenizer, self.precision),
             compute_metrics=self._scores,
             callbacks=[progress, self._stopwatch, _RetieGates(), *([self._patience] if self._patience else [])],
         )
@@ -287,9 +259,9 @@ class TextTrainer:
         return TokenisedRows(split, self._tokenizer, self._training["max_length"], by_length=by_length)
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
-        predictions, labels = cast(Any, prediction.predictions), cast(Any, prediction.label_ids)
-        logits = predictions[0] if isinstance(predictions, tuple) else predictions
-        return {self._metric: score(self._metric, logits, labels)}
+        # Trainer's own labels are rounded to float32, and its loss counts a last batch that is not full as if it were
+        logits, labels = plain_logits(prediction.predictions), self._dev.labels
+        return {self._metric: score(self._metric, logits, labels), _LOSS: mean_loss(logits, labels)}
 
     def train(self) -> TrainingResult:
         """Train, from the last complete checkpoint where there is one."""
@@ -304,9 +276,13 @@ class TextTrainer:
             self._trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = self._trainer.state
         epochs: list[dict[str, Any]] = [
-            {"epoch": entry["epoch"], self._metric: entry[f"eval_{self._metric}"], "loss": _finite(entry["eval_loss"])}
+            {
+                "epoch": entry["epoch"],
+                self._metric: entry[f"eval_{self._metric}"],
+                "loss": finite(entry[f"eval_{_LOSS}"]),
+            }
             for entry in state.log_history
-            if "eval_loss" in entry
+            if f"eval_{_LOSS}" in entry
         ]
         kept = (
             max(epochs, key=lambda entry: (entry[self._metric], -entry["epoch"]))
@@ -315,15 +291,9 @@ class TextTrainer:
         )
         return TrainingResult(epochs, kept, state.global_step, self._stopwatch.seconds / max(self._stopwatch.steps, 1))
 
-    def evaluate(self, split: TextSplit) -> dict[str, float | None]:
-        """Score and loss on a split."""
-        result = self._trainer.evaluate(self._rows(split, by_length=True))
-        return {self._metric: result[f"eval_{self._metric}"], "loss": _finite(result["eval_loss"])}
-
-
-def _finite(loss: float) -> float | None:
-    """A loss, or None for that of a model that diverged: JSON knows no other numbers, and means shall not."""
-    return loss if math.isfinite(loss) else None
+    def evaluate(self, split: TextSplit, task: Mapping[str, Any] | None = None) -> dict[str, float | None]:
+        """Scores and loss on a split: of the training task, or of another as it is read out of domain."""
+        return evaluate_split(self._trainer, self._tokenizer, self._training["max_length"], split, self._task, task)
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:

@@ -13,14 +13,24 @@ from mlflow.tracking import MlflowClient
 from scipy import stats
 
 from benchmarks.harness import regression, report, tracking
+from benchmarks.harness.comparison import Comparison, ranked
 from benchmarks.harness.definition import DefinitionError, load_benchmark
+from benchmarks.harness.paper_tables import paper_table, rank_table
 from benchmarks.harness.records import collect, read_metrics, scores_of
 from benchmarks.harness.rendering import Column, Table
+from benchmarks.harness.runs import Run
 from benchmarks.harness.scores import SCORES, score
-from benchmarks.harness.selection import choices, select
-from benchmarks.harness.statistics import confidence_interval, friedman_ranks, paired_difference
+from benchmarks.harness.selection import choices, reported, select
+from benchmarks.harness.statistics import (
+    confidence_interval,
+    critical_difference,
+    friedman_ranks,
+    holm,
+    nemenyi,
+    paired_difference,
+)
 from benchmarks.harness.suite import Suite, load_suite
-from benchmarks.harness.tables import BenchmarkTables
+from benchmarks.harness.tables import TextTables
 from tests import fake_runs
 
 
@@ -28,8 +38,20 @@ from tests import fake_runs
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     """The mini suite, finished with made-up numbers, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    fake_runs.write(tmp_path / "results" / "runs", gains={"emoe": 0.05, "random_partition": -0.1})
+    benchmarks = ("glue", "glue_lora", "glue_ood")
+    fake_runs.write(
+        tmp_path / "results" / "runs", gains={"emoe": 0.05, "random_partition": -0.1}, benchmarks=benchmarks
+    )
     return load_suite({})
+
+
+def tables_of(suite: Suite) -> TextTables:
+    """The tables of full fine-tuning."""
+    return TextTables(comparison_of(suite.runs))
+
+
+def comparison_of(runs: list[Run], benchmark: str = "glue") -> Comparison:
+    return Comparison(load_benchmark(benchmark), [run for run in runs if run.benchmark == benchmark])
 
 
 # scores
@@ -87,38 +109,56 @@ def test_friedman_ranks() -> None:
     assert math.isnan(friedman_ranks(table.head(2)).p)
 
 
+def test_holm_by_hand() -> None:
+    p = pd.Series([0.01, math.nan, 0.04, 0.03], index=list("abcd"))
+    assert holm(p).fillna(-1).to_dict() == pytest.approx({"a": 0.03, "b": -1, "c": 0.06, "d": 0.06})
+    assert holm(pd.Series([math.nan])).isna().all()
+
+
+def test_critical_differences_are_demsars() -> None:
+    # Demšar (2006), section 3.2.2 and table 5: four classifiers on fourteen sets
+    assert critical_difference(4, 14) == pytest.approx(1.25, abs=0.005)
+
+
+def test_nemenyi_tells_apart_what_is_further_apart_than_the_critical_difference() -> None:
+    generator = np.random.default_rng(0)
+    scores = pd.DataFrame(generator.normal(size=(5, 12)) + np.arange(5)[:, None], index=list("abcde"))
+    ranks, p, limit = friedman_ranks(scores).ranks, nemenyi(scores), critical_difference(5, 12)
+    for one in scores.index:
+        for other in scores.index:
+            assert (p.loc[one, other] < 0.05) == (abs(ranks[one] - ranks[other]) > limit)
+
+
+def test_ties_everywhere_have_no_test() -> None:
+    found = friedman_ranks(pd.DataFrame(np.ones((3, 4)), index=list("abc")))
+    assert found.ranks.tolist() == [2, 2, 2]
+    assert math.isnan(found.p)
+
+
 # selection
 
 
 def test_selection_takes_the_best_mean_dev_score_of_each_cell() -> None:
+    """Of a task with a test split: by the kept epoch, or, as the authors would, by the best dev epoch, which they report."""
     rows = []
     for rate, values in ((1e-5, (0.8, 0.8)), (2e-5, (0.7, 0.95)), (3e-5, (0.9, 0.6))):
         for seed, value in enumerate(values):
-            base = {
-                "benchmark": "b",
-                "model": "m",
-                "task": "t",
-                "method": "x",
-                "variant": "",
+            run = {"benchmark": "b", "model": "m", "task": "t", "method": "x", "protocol": "clean", "variant": ""}
+            run |= {
                 "learning_rate": rate,
                 "seed": seed,
+                "run_id": f"{rate}{seed}",
+                "eval_task": "t",
+                "metric": "accuracy",
             }
             for part, number in (("dev", value), ("dev_best", 1 - value), ("test", rate)):
-                rows.append(
-                    {
-                        **base,
-                        "run_id": f"{rate}{seed}",
-                        "part": part,
-                        "eval_task": "t",
-                        "metric": "accuracy",
-                        "value": number,
-                    }
-                )
+                rows.append({**run, "part": part, "value": number, "is_score": True})
     records = pd.DataFrame(rows)
     table = choices(records, "clean")
     assert table.loc[table["chosen"], "learning_rate"].tolist() == [2e-5]
-    assert scores_of(select(records, "clean"), "test")["value"].tolist() == [2e-5, 2e-5]
+    assert reported(records, "clean")["value"].tolist() == [2e-5, 2e-5]
     assert scores_of(select(records, "published"), "test")["value"].tolist() == [3e-5, 3e-5]
+    assert reported(records, "published")["value"].tolist() == pytest.approx([0.1, 0.4])
 
 
 # records
@@ -143,13 +183,13 @@ def test_records_name_unfinished_damaged_and_foreign_files(finished: Suite) -> N
 
 
 def test_results_table_says_what_was_put_in(finished: Suite) -> None:
-    frame = BenchmarkTables(load_benchmark("glue"), finished.runs).results().frame.set_index(["task", "method"])
+    frame = tables_of(finished).results().frame.set_index(["task", "method"])
     assert len(frame) == 11
     assert frame.loc[("tweets", "vanilla"), "n"] == 3
     assert frame.loc[("tweets", "noisy_tuning"), "n"] == 2
-    assert frame.loc[("tweets", "emoe"), "id_delta_mean"] == pytest.approx(0.05, abs=0.03)
-    assert frame.loc[("tweets", "random_partition"), "ood_delta_high"] < 0
-    assert math.isnan(frame.loc[("tweets", "vanilla"), "id_delta_mean"])
+    assert frame.loc[("tweets", "emoe"), "id_delta"] == pytest.approx(0.05, abs=0.03)
+    assert frame.loc[("tweets", "random_partition"), "ood_delta"] < -0.05
+    assert math.isnan(frame.loc[("tweets", "vanilla"), "id_delta"])
     assert frame.loc[("tweets", "emoe"), "ood_rank"] == 1
     assert frame.loc[("tweets", "random_partition"), "ood_rank"] == 9
 
@@ -165,16 +205,17 @@ def test_ranks_and_marks_compare_the_seeds_that_all_rows_have(finished: Suite) -
             )
             content = json.loads((Path("results/runs") / twin.folder / "metrics.json").read_text())
             (Path("results/runs") / run.folder / "metrics.json").write_text(json.dumps({**content, "run_id": run.id}))
-    frame = BenchmarkTables(load_benchmark("glue"), finished.runs).results().frame.set_index(["task", "method"])
+    frame = tables_of(finished).results().frame.set_index(["task", "method"])
     for column in ("id_common", "ood_common", "ood_rank"):
         assert frame.loc[("tweets", "all_experts"), column] == frame.loc[("tweets", "vanilla"), column]
     assert frame.loc[("tweets", "all_experts"), "id_mean"] != frame.loc[("tweets", "vanilla"), "id_mean"]
 
 
 def test_choices_name_the_best_one_for_all_tasks(finished: Suite) -> None:
-    frame = BenchmarkTables(load_benchmark("glue"), finished.runs).choices().frame
+    frame = tables_of(finished).choices().frame
     joint = frame[(frame["task_title"] == "all") & (frame["method"] == "emoe")]
-    own = frame[(frame["task_title"] != "all") & (frame["method"] == "emoe")]
+    joint = joint[joint["protocol"] == "clean"]
+    own = frame[(frame["task_title"] != "all") & (frame["method"] == "emoe") & (frame["protocol"] == "clean")]
     assert len(own) == 2
     assert joint["mean"].tolist() == pytest.approx([own["mean"].mean()])
 
@@ -185,26 +226,157 @@ def test_differences_are_paired_by_seed(finished: Suite) -> None:
     test = test[test["task"] == "tweets"]
     by_seed = {m: test[test["method"] == m].set_index("seed")["value"] for m in ("gmoe", "vanilla")}
     expected = (by_seed["gmoe"] - by_seed["vanilla"]).dropna().mean()  # seeds 0 and 1 only
-    frame = BenchmarkTables(load_benchmark("glue"), finished.runs).results().frame.set_index(["task", "method"])
-    assert frame.loc[("tweets", "gmoe"), "id_delta_mean"] == pytest.approx(expected)
+    frame = tables_of(finished).results().frame.set_index(["task", "method"])
+    assert frame.loc[("tweets", "gmoe"), "id_delta"] == pytest.approx(expected)
 
 
 def test_paper_table_puts_published_numbers_beside_ours(finished: Suite) -> None:
-    frame = BenchmarkTables(load_benchmark("glue"), finished.runs).paper().frame.set_index(["model", "scope", "method"])
-    published = frame.loc[("bert-base-cased", "GLUE average", "emoe")]
+    table = paper_table(comparison_of(finished.runs), "id")
+    frame = table.frame.set_index(["model", "scope", "method"])
+    published = frame.loc[("bert-base-cased", "average", "emoe")]
     assert published["value"] == pytest.approx(0.8046)
     assert published["paper_delta"] == pytest.approx(0.0088)
-    assert math.isnan(published["ours"])
+    assert published["status"] == "published"
+    assert math.isnan(published["clean"])
     ours = frame.loc[("minilm", "Tweets, Amazon", "emoe")]
-    assert ours["ours_delta"] > 0
+    assert ours["clean_delta"] > 0
+    assert ours["published_delta"] > 0
     assert math.isnan(ours["value"])
     assert ("minilm", "Tweets", "gmoe") in frame.index
+    # what was not found is not shown where we have no number either
+    assert ("gpt2", "CoLA", "emoe") not in frame.index
+    assert "inferred" in table.markdown()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("gpt2,CoLA,emoe,1.0,publshed,Fig. 9", "line 2: status is 'publshed'; did you mean 'published'"),
+        ("gpt2,CoLA,emoe,,published,Fig. 9", "line 2: a value is given where it is known, and only there"),
+        ("gpt2,CoLA,emoe,1.0,unknown,", "line 2: a value is given where it is known, and only there"),
+    ],
+)
+def test_wrong_cells_of_the_paper_are_named(finished: Suite, tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "paper.csv"
+    path.write_text(f"model,scope,method,value,status,source\n{line}\n")
+    comparison = comparison_of(finished.runs)
+    comparison.benchmark.definition["paper"], saved = str(path), comparison.benchmark.definition["paper"]
+    try:
+        with pytest.raises(DefinitionError, match=message):
+            paper_table(comparison, "id")
+    finally:
+        comparison.benchmark.definition["paper"] = saved
+
+
+# both selections, on GLUE's own tasks
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
+    """A part of the paper suite with made-up numbers: two models' LoRA rows on all tasks, and GLUE-X."""
+    root = tmp_path_factory.mktemp("paper") / "results" / "runs"
+    return root, fake_runs.write(root, "paper", {"lora_emoe": 0.05}, ("glue_lora", "glue_ood"))
+
+
+def test_published_and_clean_runs_stand_side_by_side(paper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(paper[0].parents[1])
+    comparison = comparison_of(paper[1], "glue_lora")
+    frame = TextTables(comparison).tasks().frame
+    assert set(frame["selection"]) == {"clean", "authors'"}
+    by = frame.set_index(["model", "protocol", "method"])
+    assert len(by.loc["gpt2-xl"].loc["published"]) == 12  # all rows; the paper's five were trained clean too
+    assert len(by.loc["gpt2-xl"].loc["clean"]) == 5
+    # the authors' numbers: best learning rate by its mean over seeds, that mean, and the population's standard deviation
+    rows = comparison.records
+    rows = rows[
+        (rows["model"] == "gpt2-xl")
+        & (rows["task"] == "cola")
+        & (rows["method"] == "lora")
+        & (rows["protocol"] == "published")
+    ]
+    dev = rows[(rows["part"] == "dev") & rows["is_score"]].groupby("learning_rate")["value"].mean()
+    test = rows[(rows["part"] == "test") & rows["is_score"] & (rows["learning_rate"] == dev.idxmax())]["value"]
+    cell = by.loc[("gpt2-xl", "published", "lora")]
+    assert cell["CoLA mean"] == pytest.approx(test.mean())
+    assert cell["CoLA std"] == pytest.approx(np.std(test))
+    assert cell["average"] == pytest.approx(
+        by.loc[("gpt2-xl", "published", "lora"), [c for c in by if c.endswith(" mean")]].mean()
+    )
+
+
+def test_an_average_is_over_all_tasks_or_not_given(paper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(paper[0].parents[1])
+    some = [
+        run
+        for run in paper[1]
+        if not (run.spec["method"]["name"] == "lora_block" and run.spec["task"]["name"] == "cola")
+    ]
+    by = TextTables(comparison_of(some, "glue_lora")).tasks().frame.set_index(["model", "protocol", "method"])
+    assert math.isnan(by.loc[("gpt2-xl", "clean", "lora_block"), "average"])
+    assert not math.isnan(by.loc[("gpt2-xl", "clean", "lora"), "average"])
+
+
+def test_p_values_are_corrected_over_the_tasks_of_a_method(paper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(paper[0].parents[1])
+    frame = TextTables(comparison_of(paper[1], "glue_lora")).tests().frame
+    family = frame[(frame["model"] == "gpt2-xl") & (frame["protocol"] == "clean") & (frame["method"] == "lora_emoe")]
+    assert len(family) == 8
+    ordered = family.sort_values("p")
+    steps = [min(1.0, p * (8 - place)) for place, p in enumerate(ordered["p"])]
+    assert ordered["p_holm"].tolist() == pytest.approx(np.maximum.accumulate(steps).tolist())
+    for row in frame.itertuples():
+        if row.p_holm >= 0.05:
+            assert row.verdict == "within noise"
+        elif row.p_holm < 0.05:
+            assert row.verdict == ("better" if row.delta > 0 else "worse")
+    assert set(family["verdict"]) <= {"better", "within noise"}
+
+
+def test_ranks_state_what_was_ranked(paper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(paper[0].parents[1])
+    comparison = comparison_of(paper[1], "glue_ood")
+    methods = comparison.benchmark.definition["ranked"]
+    rankings = list(ranked(comparison, methods, ["protocol", "model"]))
+    assert len(rankings) == 4
+    for one in rankings:
+        assert one.scores.shape == (5, 15)
+        assert one.ranking.ranks.sum() == pytest.approx(15)  # 1 + 2 + 3 + 4 + 5
+        assert one.ranking.ranks.idxmin() == "lora_emoe"
+    table = rank_table(comparison, rankings)
+    assert "of 5 rows: LoRA, LoRA + Block, LoRA + GMoE, LoRA + EMoE, LoRA + EMoE-learn" in table.caption
+    assert "Sets (15): " in table.caption
+    assert "critical difference 1.57" in table.caption  # 2.728 * sqrt(5 * 6 / (6 * 15)), Demšar's table
+    frame = table.frame.set_index(["model", "protocol", "method"])
+    assert frame.loc[("gpt2-xl", "published", "lora_emoe"), "paper"] == 3.88
+
+
+def test_own_metrics_stand_beside_the_papers(paper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(paper[0].parents[1])
+    headings = TextTables(comparison_of(paper[1], "glue_ood")).tasks("scores", "ood").texts().columns
+    assert "CoLA → Grammar Test (%)" in headings
+    assert "CoLA → Grammar Test, Matthews correlation (%)" in headings
+    for pair in ("MRPC → QQP", "MRPC → Twitter-PIT", "QQP → MRPC", "QQP → Twitter-PIT"):
+        assert f"{pair}, F1 (%)" in headings
+
+
+def test_rows_that_train_other_things_are_not_compared(finished: Suite) -> None:
+    from benchmarks.glue_lora.presentation import present
+
+    runs = [run for run in finished.runs if run.benchmark == "glue_lora"]
+    present(load_benchmark("glue_lora"), runs)
+    path = Path("results/runs") / runs[-1].folder / "metrics.json"
+    content = json.loads(path.read_text())
+    content["model"]["trained"]["head"]["names"] = "other"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DefinitionError, match=f"{runs[-1].folder} and .* train other adapters or another head"):
+        present(load_benchmark("glue_lora"), runs)
 
 
 def test_all_formats_and_the_report_are_written(finished: Suite) -> None:
     from benchmarks.__main__ import cli
 
-    cli(["tables", "--suite", "mini", "--benchmark", "glue"], standalone_mode=False)
+    for benchmark in finished.settings["benchmarks"]:
+        cli(["tables", "--suite", "mini", "--benchmark", benchmark], standalone_mode=False)
     for file in finished.output_files():
         assert Path(file).stat().st_size > 100, file
     report.write_report(finished, Path("results/mini/report.html"))

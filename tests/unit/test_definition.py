@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import string
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 
 from benchmarks.harness import definition, paths, runs, suite
 from benchmarks.harness.definition import DefinitionError, check, load_benchmark, read_checked, read_yaml
+from benchmarks.harness.evaluations import evaluation_specs
 
 SAFE = set(string.ascii_letters + string.digits + "._+-")
 GLUE = yaml.safe_load((paths.BENCHMARKS / "glue" / "benchmark.yaml").read_text())
@@ -110,6 +112,11 @@ def changed(monkeypatch):
         ),
         ("suites.mini.methods.emoe.top_k", 4, "both top_k and top_k_fraction"),
         ("suites.mini.methods.emoe.top_k_fraction", 0.3, "of 16 experts is 4.8, not a whole number"),
+        ("suites.mini.grid.0.task", ["imdb"], "task' is 'imdb', which does not exist"),  # it has no training split
+        ("suites.mini.grid.0.protocol", ["published"], "'published' is for tasks without a test split"),
+        ("training.by_model", {"gpt2-x": {"batch_size": 8}}, "did you mean 'gpt2-xl'"),
+        ("methods.vanilla.tune", "blocks", "sets 'tune', which needs training.lora"),
+        ("methods.emoe.also_train", ["pooler"], "sets 'also_train', which needs training.lora"),
         ("suites.mini.methods.vanilla", {"num_experts": 4}, "is dense and takes no 'num_experts'"),
         ("suites.mini.methods.emoe_learn.weighting", "binary", "router gets no gradient"),
         ("training.epochs_by_task", {"mlni": 3}, "did you mean 'mnli'"),
@@ -135,13 +142,107 @@ def test_names_that_lead_nowhere_are_refused(path, value, message) -> None:
         definition.check_references(check(edited(path, value), "benchmark", "b.yaml"), real.tasks, real.folder)
 
 
-def test_unknown_metrics_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        (
+            "cola",
+            "metric",
+            "acuracy",
+            r"'tasks\.cola\.metric' is 'acuracy', which does not exist; did you mean 'accuracy'",
+        ),
+        (
+            "hans",
+            "ood_metrics",
+            ["accuracy", "f1_"],
+            r"'tasks\.hans\.ood_metrics' is 'f1_', which does not exist; did you mean 'f1'",
+        ),
+        ("rte", "ood", ["hnas"], r"'tasks\.rte\.ood' is 'hnas', which does not exist; did you mean 'hans'"),
+        ("stsb", "ood", ["hans"], r"'tasks\.stsb\.ood': 'hans' has classes as labels, the model numbers"),
+        ("rte", "folds", {}, None),
+        ("mnli", "ood", ["hans"], None),  # folded
+        (
+            "flipkart",
+            "label_names",
+            {"neutral": "negativ"},
+            r"label_names' is 'negativ', which does not exist; did you mean 'negative'",
+        ),
+    ],
+)
+def test_tasks_that_lead_nowhere_are_refused(name: str, key: str, value: object, message: str | None) -> None:
     real = load_benchmark("glue")
-    tasks = {"cola": {**real.tasks["cola"], "metric": "acuracy"}}
+    tasks = {**real.tasks, name: {**real.tasks[name], key: value}}
+    if message is None:
+        definition.check_references(real.definition, tasks, real.folder)
+        return
+    with pytest.raises(DefinitionError, match=message) as caught:
+        definition.check_references(real.definition, tasks, real.folder)
+    assert "tasks.yaml: " in str(caught.value)
+
+
+def test_sets_that_nobody_could_find_are_refused() -> None:
+    real = load_benchmark("glue")
+    tasks = {**real.tasks, "flipkart": {key: value for key, value in real.tasks["flipkart"].items() if key != "obtain"}}
     with pytest.raises(
-        DefinitionError, match=r"tasks\.yaml: 'tasks\.cola\.metric' is 'acuracy'; did you mean 'accuracy'"
+        DefinitionError, match=r"'tasks\.flipkart' is neither on the hub nor in a package, so it needs 'obtain'"
     ):
         definition.check_references(real.definition, tasks, real.folder)
+
+
+def test_file_forms_without_a_column_are_refused() -> None:
+    real = load_benchmark("glue")
+    own = [{**real.tasks["hans"]["own"][0], "columns": {"premise": "sentence1", "label": "gold_label"}}]
+    with pytest.raises(DefinitionError, match=r"'tasks\.hans\.own\[0\]\.columns' lacks 'hypothesis'"):
+        definition.check_references(
+            real.definition, {**real.tasks, "hans": {**real.tasks["hans"], "own": own}}, real.folder
+        )
+
+
+@pytest.mark.parametrize("other", ["glue_ood", "speed", "glue_lra"])
+def test_only_trained_benchmarks_can_be_evaluated(other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("glue", "glue_lora", "glue_ood", "speed"):
+        shutil.copytree(paths.BENCHMARKS / name, tmp_path / name)
+    file = tmp_path / "glue_ood" / "benchmark.yaml"
+    file.write_text(file.read_text().replace("evaluates: glue_lora", f"evaluates: {other}"))
+    monkeypatch.setattr(definition, "BENCHMARKS", tmp_path)
+    with pytest.raises(
+        DefinitionError, match=f"'evaluates' is '{other}', which does not exist; (did you mean|choose from)"
+    ):
+        load_benchmark.__wrapped__("glue_ood")
+
+
+def test_classes_without_a_fold_are_refused() -> None:
+    real = load_benchmark("glue")
+    tasks = {**real.tasks, "mnli": {**real.tasks["mnli"], "ood": ["hans"], "folds": {}}}
+    with pytest.raises(DefinitionError, match=r"'tasks\.mnli\.ood': 'hans' has 2 classes, the model 3"):
+        definition.check_references(real.definition, tasks, real.folder)
+
+
+def test_files_of_splits_that_the_task_does_not_have_are_refused() -> None:
+    real = load_benchmark("glue")
+    own = [{**real.tasks["hans"]["own"][0], "files": {"validaton": "x.txt"}}]
+    tasks = {**real.tasks, "hans": {**real.tasks["hans"], "own": own}}
+    with pytest.raises(DefinitionError, match=r"own\[0\]\.files' is 'validaton'.*did you mean 'validation'"):
+        definition.check_references(real.definition, tasks, real.folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("ranked", ["lora", "lora_emo"], "'ranked' is 'lora_emo', which does not exist; did you mean 'lora_emoe'"),
+        ("pipeline", "benchmarks.glue_odo.pipeline", r"did you mean 'benchmarks\.glue_ood\.pipeline'"),
+    ],
+)
+def test_evaluations_name_what_exists(key: str, value: object, message: str) -> None:
+    real = load_benchmark("glue_ood")
+    with pytest.raises(DefinitionError, match=message):
+        definition.check_references({**real.definition, key: value}, real.tasks, real.folder)
+
+
+def test_runs_that_keep_no_weights_cannot_be_evaluated() -> None:
+    others = {run.folder: run.spec for run in runs.plan(["glue"], "smoke")}
+    with pytest.raises(DefinitionError, match=r"do not keep their weights; set training\.keep_weights: true there"):
+        list(evaluation_specs(load_benchmark("glue_ood"), "smoke", others, ()))
 
 
 def test_layers_of_any_form_make_a_safe_id(changed) -> None:
@@ -192,6 +293,9 @@ def test_the_default_grid_has_the_promised_seeds() -> None:
         ({"suite": "minni"}, "did you mean 'mini'"),
         ({"suit": "mini"}, "did you mean 'suite'"),
         ({"benchmarks": ["gleu"]}, "did you mean 'glue'"),
+        ({"without": ["flipkrt"]}, "'without' is 'flipkrt', which does not exist; did you mean 'flipkart'"),
+        ({"without": ["cola"]}, "'without' is 'cola', which does not exist"),  # not evaluated out of domain
+        ({"benchmarks": ["glue_ood"]}, "'benchmarks' names 'glue_ood', which evaluates 'glue_lora'; name that too"),
         ({"data_root": "/no/such/folder"}, "'data_root' is '/no/such/folder', which is no folder"),
     ],
 )
@@ -219,9 +323,11 @@ def test_runs_are_found_in_any_suite() -> None:
 
 def test_only_clustered_methods_wait_for_a_partition() -> None:
     mini = suite.load_suite({})
-    needs = {run.spec["method"]["name"]: bool(suite.partition_jobs(run)) for run in mini.runs}
-    assert [name for name, needed in needs.items() if needed] == ["emoe", "emoe_learn", "emoe_published", "all_experts"]
-    assert len(mini.partitions) == 1  # one clustering serves all four
+    trained = [run for run in mini.runs if run.benchmark != "glue_ood"]
+    needs = {run.spec["method"]["name"]: bool(suite.partition_jobs(run)) for run in trained}
+    clustered = ["emoe", "emoe_learn", "emoe_published", "all_experts", "lora_emoe", "lora_emoe_learn"]
+    assert [name for name, needed in needs.items() if needed] == clustered
+    assert len(mini.partitions) == 1  # one clustering serves all six
 
 
 def test_layers_are_clustered_one_by_one_and_shared() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import shutil
@@ -24,7 +25,8 @@ from benchmarks.harness.seeds import derive_seed
 from benchmarks.harness.text import TextSplit, load_split
 from benchmarks.harness.training import EpochOrder, TextTrainer, last_complete_checkpoint
 
-SPEC = next(run.spec for run in plan(["glue"], "smoke"))
+SMOKE = plan(["glue", "glue_lora"], "smoke")
+SPEC = SMOKE[0].spec
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def workdir(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 def prepare(method: str, folder: str = "runs", **training: object) -> Path:
     """The ``run.json`` of a small smoke run."""
-    spec = next(run.spec for run in plan(["glue"], "smoke") if run.spec["method"]["name"] == method)
+    spec = next(run.spec for run in SMOKE if run.spec["method"]["name"] == method)
     run = run_from_spec({**spec, "training": {**spec["training"], "train_rows": 48, "eval_rows": 30, **training}})
     path = Path(folder) / run.id / "run.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +51,7 @@ def prepare(method: str, folder: str = "runs", **training: object) -> Path:
 def finish(path: Path) -> dict:
     output = execute(path, threads=1, log=path.parent / "log.txt")
     content = json.loads(output.read_text())
-    return {key: content[key] for key in ("scores", "epochs", "routing", "model")}
+    return {key: content[key] for key in ("scores", "epochs", "routing", "model", "data")}
 
 
 def test_a_run_leaves_numbers_and_a_log_and_says_little(workdir: Path) -> None:
@@ -77,14 +79,18 @@ def test_same_input_same_numbers_and_a_finished_run_is_not_repeated(workdir: Pat
     assert (first.parent / "metrics.json").stat().st_mtime_ns == stamp
 
 
-def test_all_experts_train_exactly_like_the_dense_model(workdir: Path) -> None:
-    dense, routed = finish(prepare("vanilla")), finish(prepare("all_experts"))
+@pytest.mark.parametrize("pair", [("vanilla", "all_experts"), ("lora", "lora_all_experts")])
+def test_all_experts_train_exactly_like_the_dense_model(workdir: Path, pair: tuple[str, str]) -> None:
+    dense, routed = (finish(prepare(method)) for method in pair)
     for part, by_task in dense["scores"].items():
         for task, scores in by_task.items():
             assert routed["scores"][part][task] == pytest.approx(scores, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["vanilla", "gmoe", "emoe", "emoe_learn"])
+@pytest.mark.parametrize(
+    "method",
+    ["vanilla", "gmoe", "emoe", "emoe_learn", "emoe_published", "lora", "lora_gmoe_published", "lora_emoe_learn"],
+)
 @pytest.mark.parametrize(("keep", "sampling"), [("last", "group_by_length"), ("best", "random")])
 def test_a_killed_run_resumes_to_the_same_numbers(
     workdir: Path,
@@ -94,7 +100,8 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     keep: str,
     sampling: str,
 ) -> None:
-    whole = finish(prepare(method, "whole", keep=keep, sampling=sampling))
+    settings = {"keep": keep, "sampling": sampling, "epochs": 3}
+    whole = finish(prepare(method, "whole", **settings))
 
     def die(
         self: Progress, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -102,7 +109,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(
         if state.global_step == 14:  # in the third epoch of three
             raise KeyboardInterrupt
 
-    killed = prepare(method, "killed", keep=keep, sampling=sampling)
+    killed = prepare(method, "killed", **settings)
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "on_step_end", die)
         with pytest.raises(KeyboardInterrupt):
@@ -127,7 +134,7 @@ def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
     # killed after it had stopped, while evaluating: the best weights are loaded again and nothing is trained
     killed = prepare("vanilla", "killed", **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(TextTrainer, "evaluate", lambda self, split: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(TextTrainer, "evaluate", lambda self, split, task=None: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finish(killed)
     assert finish(killed) == whole
@@ -141,16 +148,34 @@ def test_the_loaded_weights_are_the_best_epochs(workdir: Path, monkeypatch: pyte
     again = {}
     evaluate = TextTrainer.evaluate
 
-    def spy(self: TextTrainer, split: TextSplit) -> dict:
+    def spy(self: TextTrainer, split: TextSplit, task: object = None) -> dict:
         dev = load_split(SPEC["task"], "dev").head(30, "tweets/dev")
         again.setdefault("dev", evaluate(self, dev))
-        return evaluate(self, split)
+        return evaluate(self, split, task)
 
     monkeypatch.setattr(TextTrainer, "evaluate", spy)
     path = prepare("vanilla", keep="best", patience=2, epochs=12)
     whole = finish(path)
     assert whole["epochs"][-1] != {**whole["epochs"][-1], **whole["scores"]["dev"]["tweets"]}
     assert again["dev"] == pytest.approx(whole["scores"]["dev"]["tweets"], abs=1e-6)
+
+
+def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(workdir: Path) -> None:
+    """The reported split is the dev split, and chooses nothing: epochs are scored on rows that were never trained on."""
+    spec = copy.deepcopy(SPEC)
+    spec["task"]["splits"]["test"] = None
+    spec["training"] |= {"train_rows": 60, "eval_rows": 30, "held_out": 0.1, "keep": "best", "epochs": 2}
+    run = run_from_spec(spec)
+    assert "-clean-" in run.id
+    path = Path(run.id) / "run.json"
+    path.parent.mkdir()
+    path.write_text(run.to_json())
+    found = finish(path)
+    assert [found["data"][part]["rows"] for part in ("train", "dev", "test")] == [54, 6, 30]
+    kept = found["scores"]["dev"]["tweets"]
+    assert kept in [{k: epoch[k] for k in ("balanced_accuracy", "loss")} for epoch in found["epochs"]]
+    dev = load_split(spec["task"], "dev").head(30, "tweets/dev")
+    assert found["data"]["test"] == dev.summary()
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -202,7 +227,7 @@ def test_checkpoints_that_are_not_complete_are_left_out(tmp_path: Path) -> None:
     for step in (6, 12):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        for name in ("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
             (folder / name).write_text("x")
         (folder / "trainer_state.json").write_text('{"global_step": 6}' if step == 6 else '{"global_st')
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-6"

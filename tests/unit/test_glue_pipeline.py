@@ -6,73 +6,22 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
 import emoe
-from benchmarks.harness.definition import load_benchmark
 from benchmarks.harness.execution import execute
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.paths import DATA_ROOT, MODEL_ROOT
 from benchmarks.harness.runs import plan, run_from_spec
-from tests.unit.test_text import GLUE, TSV
-
-WORDS = [
-    "a",
-    "the",
-    "he",
-    "she",
-    "it",
-    "rain",
-    "sun",
-    "dog",
-    "cat",
-    "ran",
-    "won",
-    "fell",
-    "train",
-    "man",
-    "film",
-    "fine",
-    "dull",
-    "when",
-    "where",
-    "who",
-]
+from tests.text_sets import GLUE
+from tests.tiny_hub import write_data, write_models
 
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model root with twelve-layer models as narrow as can be, and a data root with every task."""
+    """A model root and a data root."""
     model_root, data_root = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("data")
-    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    size = {"vocab_size": len(vocabulary)}
-    torch.manual_seed(0)
-    bert = BertModel(
-        BertConfig(**size, hidden_size=16, num_hidden_layers=12, num_attention_heads=2, intermediate_size=64)
-    )
-    bert.save_pretrained(model_root / "bert-base-cased")
-    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        model_root / "bert-base-cased"
-    )
-    gpt2 = GPT2Model(GPT2Config(**size, n_embd=16, n_layer=12, n_head=2, n_inner=64, bos_token_id=2, eos_token_id=2))
-    gpt2.save_pretrained(model_root / "gpt2")
-    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="[EOS]", unk_token="[UNK]").save_pretrained(
-        model_root / "gpt2"
-    )
-
-    for name in GLUE:
-        file, lines = TSV[name]
-        definition = load_benchmark("glue").tasks[name]
-        folder = data_root / definition["source"]["folder"]
-        folder.mkdir()
-        header = lines[:1] if definition["tsv"]["header"] else []
-        rows = lines[len(header) :] * 8
-        for part in (file, "train.tsv"):
-            (folder / part).write_text("\n".join([*header, *rows]) + "\n")
+    write_models(model_root, ["bert-base-cased", "gpt2"])
+    write_data(data_root)
     return model_root, data_root
 
 

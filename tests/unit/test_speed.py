@@ -181,7 +181,7 @@ def test_how_often_shapes_the_id_and_not_the_name_of_the_variant() -> None:
 
 def test_tables_figures_and_report_show_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = fake_runs.write(tmp_path / "results" / "runs", "speed", benchmark="speed")
+    made = fake_runs.write(tmp_path / "results" / "runs", "speed", benchmarks=("speed",))
     suite = load_suite({"suite": "speed"})
     shown = present(load_benchmark("speed"), made)
     counts = {name: sum(run.spec["task"]["name"] == name for run in made) for name in ("layer", "step", "partition")}
@@ -208,7 +208,7 @@ def test_tables_figures_and_report_show_what_was_measured(tmp_path: Path, monkey
 
 def test_a_presentation_that_makes_other_tables_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = fake_runs.write(tmp_path / "results" / "runs", "smoke", benchmark="speed")
+    made = fake_runs.write(tmp_path / "results" / "runs", "smoke", benchmarks=("speed",))
     real = load_benchmark("speed")
     other = definition.Benchmark("speed", {**real.definition, "tables": ["layer"]}, real.tasks)
     with pytest.raises(DefinitionError, match="'tables' names"):

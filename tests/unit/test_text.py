@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import datasets
@@ -12,92 +13,20 @@ from benchmarks.harness.definition import load_benchmark
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.paths import DATA_ROOT
 from benchmarks.harness.rated import load_rated
-from benchmarks.harness.text import TextSplit, load_split
+from benchmarks.harness.text import TextSplit, load_part, load_split
+from tests.text_sets import GLUE, LABELS, MEANING, OWN_FILES, TASKS, write_glue, write_own, write_saved
 
-TASKS = load_benchmark("glue").tasks
-
-# the headers are those of the files that gluebenchmark.com hands out
-TSV = {
-    "cola": ("dev.tsv", ['gj04\t1\t\tThe dog "barked.', "gj04\t0\t*\tDog the barked."]),
-    "sst2": ("dev.tsv", ["sentence\tlabel", 'a "fine film \t1', "dull \t0"]),
-    "mrpc": (
-        "dev.tsv",
-        [
-            "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
-            '1\t10\t11\tHe "said so.\tSo he said.',
-            "0\t12\t13\tRain.\tSun.",
-        ],
-    ),
-    "stsb": (
-        "dev.tsv",
-        [
-            "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
-            "0\tmain-captions\tMSRvid\t2012test\t1\tnone\tnone\tA man plays.\tA man is playing.\t4.800",
-            "1\tmain-captions\tMSRvid\t2012test\t4\tnone\tnone\tA cat.\tA train.\t0.000",
-        ],
-    ),
-    "qqp": (
-        "dev.tsv",
-        [
-            "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
-            "7\t1\t2\tHow?\tIn what way?\t1",
-            "9\t5\t6\tThis row ends early",
-            "8\t3\t4\tWho?\tWhere?\t0",
-        ],
-    ),
-    "mnli": (
-        "dev_matched.tsv",
-        [
-            "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
-            "\tsentence1\tsentence2\tlabel1\tlabel2\tlabel3\tlabel4\tlabel5\tgold_label",
-            "0\t1\t1n\tfiction\t( x )\t( y )\t(R x)\t(R y)\tHe ran.\tHe moved.\te\te\te\te\te\tentailment",
-            "1\t1\t2n\tfiction\t( x )\t( y )\t(R x)\t(R y)\tHe ran.\tHe won.\tn\tn\tn\tn\tn\tneutral",
-            "2\t1\t3n\tfiction\t( x )\t( y )\t(R x)\t(R y)\tHe ran.\tHe slept.\tc\tc\tc\tc\tc\tcontradiction",
-            "3\t1\t4n\tfiction\t( x )\t( y )\t(R x)\t(R y)\tHe ran.\tPerhaps.\te\tn\tc\te\tn\t-",
-        ],
-    ),
-    "qnli": (
-        "dev.tsv",
-        ["index\tquestion\tsentence\tlabel", "0\tWhen?\tIn 1990.\tentailment", "1\tWhen?\tBlue.\tnot_entailment"],
-    ),
-    "rte": (
-        "dev.tsv",
-        [
-            "index\tsentence1\tsentence2\tlabel",
-            "0\tRain fell.\tIt rained.\tentailment",
-            "1\tRain fell.\tSnow.\tnot_entailment",
-        ],
-    ),
-}
-LABELS = {
-    "cola": [1, 0],
-    "sst2": [1, 0],
-    "mrpc": [1, 0],
-    "stsb": [4.8, 0.0],
-    "qqp": [1, 0],
-    "mnli": [0, 1, 2],
-    "qnli": [0, 1],
-    "rte": [0, 1],
-}
-GLUE = list(TSV)
+BENCHMARK = load_benchmark("glue")
 
 
 def task(name: str) -> dict:
-    return {"name": name, **TASKS[name]}
+    return BENCHMARK.task_spec(name)
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(DATA_ROOT, str(tmp_path))
     return tmp_path
-
-
-def write_tsv(root: Path, name: str) -> Path:
-    file, lines = TSV[name]
-    folder = root / TASKS[name]["source"]["folder"]
-    folder.mkdir()
-    (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder / file
 
 
 def hub_frame(name: str) -> pd.DataFrame:
@@ -108,12 +37,17 @@ def hub_frame(name: str) -> pd.DataFrame:
 
 
 def test_all_eight_tasks_are_covered() -> None:
-    assert sorted(GLUE) == sorted(name for name, definition in TASKS.items() if "hub" in definition["source"])
+    trained = [
+        name
+        for name, definition in TASKS.items()
+        if definition["splits"]["train"] and "rated" not in definition["source"]
+    ]
+    assert sorted(GLUE) == sorted(trained)
 
 
 @pytest.mark.parametrize("name", GLUE)
 def test_own_tsv(root: Path, name: str) -> None:
-    write_tsv(root, name)
+    write_glue(root, name)
     split = load_split(task(name), "dev")
     assert split.labels == LABELS[name]
     assert {len(texts) for texts in split.texts} == {len(TASKS[name]["fields"])}
@@ -121,7 +55,7 @@ def test_own_tsv(root: Path, name: str) -> None:
 
 
 def test_quotes_are_text(root: Path) -> None:
-    write_tsv(root, "cola")
+    write_glue(root, "cola")
     assert load_split(task("cola"), "dev").texts[0] == ('The dog "barked.',)
 
 
@@ -171,7 +105,7 @@ def test_rows_without_a_gold_label_are_dropped_and_counted(root: Path) -> None:
     ],
 )
 def test_wrong_labels_and_columns_name_file_row_and_nearest(root: Path, name, old, new, message) -> None:
-    path = write_tsv(root, name)
+    path = write_glue(root, name)
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(DataError, match=message) as caught:
         load_split(task(name), "dev")
@@ -199,6 +133,219 @@ def test_head_draws_rows_once_and_for_all() -> None:
     assert split.head(10, "a") == split.head(10, "a") != split.head(10, "b")
     assert split.head(None, "a") is split
     assert len(split.head(500, "a")) == 100
+
+
+# GLUE-X
+
+
+def test_fifteen_pairs_over_thirteen_sets() -> None:
+    pairs = [(name, other) for name in GLUE for other in TASKS[name]["ood"]]
+    assert len(pairs) == 15
+    assert len({TASKS[other]["source"]["folder"] for _, other in pairs}) == 13
+
+
+@pytest.mark.parametrize("name", sorted(OWN_FILES))
+def test_own_files_of_glue_x(root: Path, name: str) -> None:
+    write_own(root, name)
+    split = load_split(task(name), "test")
+    labels, dropped = MEANING[name]
+    assert split.labels == labels
+    assert split.dropped == dropped
+    assert {len(texts) for texts in split.texts} == {len(TASKS[name]["fields"])}
+    assert all(any(texts) for texts in split.texts)
+
+
+def test_texts_are_read_as_they_stand(root: Path) -> None:
+    for name in (
+        "imdb",
+        "yelp_polarity",
+        "amazon_polarity",
+        "flipkart",
+        "snli",
+        "scitail",
+        "hans",
+        "sick_entailment",
+        "twitter_pit",
+    ):
+        write_own(root, name)
+    first = {name: load_split(task(name), "test").texts[0] for name in sorted(OWN_FILES) if name != "sick_relatedness"}
+    assert first["imdb"] == ("Dull\n film.",)
+    assert first["yelp_polarity"] == ('Dull food, "cold".\\nNever again.',)
+    assert first["amazon_polarity"] == ("Fine, really.",)  # without the title
+    assert first["flipkart"] == ("great cooler",)
+    assert first["snli"] == ('He "ran".', "He won.")
+    assert first["scitail"] == ('Rain "fell.', "It rained.")
+    assert first["hans"] == ("The man saw the dog .", "The dog saw the man .")
+    assert first["sick_entailment"] == ("A dog ran.", "A dog moved.")
+    assert first["twitter_pit"] == ("It rains", "Rain")
+
+
+def test_semevals_own_file_of_sick_has_its_columns_the_other_way_round(root: Path) -> None:
+    (root / "SICK").mkdir()
+    (root / "SICK" / "SICK_test_annotated.txt").write_text(
+        "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n6\tA dog.\tA cat.\t3.3\tNEUTRAL\n"
+    )
+    assert load_split(task("sick_relatedness"), "test").labels == [3.3]
+    assert load_split(task("sick_entailment"), "test").labels == [1]
+
+
+def test_snlis_text_file_says_the_same_as_its_json(root: Path) -> None:
+    folder = root / "snli_1.0"
+    folder.mkdir()
+    header = "gold_label\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tcaptionID\tpairID\tlabel1"
+    rows = ['neutral\tx\ty\tx\ty\tHe "ran".\tHe won.\t1\t1n\tneutral', "-\tx\ty\tx\ty\tHe ran.\tHe swam.\t1\t1n\t"]
+    (folder / "snli_1.0_test.txt").write_text("\n".join([header, *rows]) + "\n")
+    split = load_split(task("snli"), "test")
+    assert (split.texts, split.labels, split.dropped) == ([('He "ran".', "He won.")], [1], 1)
+
+
+# the hub's numbers: what its cards say
+HUB_LABELS = {
+    "imdb": ([0, 1], [0, 1]),
+    "yelp_polarity": ([0, 1], [0, 1]),  # named "1" and "2" there, negative and positive
+    "amazon_polarity": ([0, 1], [0, 1]),
+    "sick_relatedness": ([1.5, 5.0], [1.5, 5.0]),
+    "sick_entailment": ([0, 1, 2], [0, 1, 2]),
+    "snli": ([2, -1, 0], [2, 0]),
+    "scitail": (["entailment", "neutral"], [0, 1]),
+    "hans": ([0, 1], [0, 1]),
+    "grammar_test": ([1, 0], [1, 0]),
+    "flipkart": ([1, 0], [1, 0]),
+    "twitter_pit": ([1, 0], [1, 0]),
+    "newsqa_qnli": (["not_entailment", "entailment"], [1, 0]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(HUB_LABELS))
+def test_saved_sets_of_glue_x_are_read_whole(root: Path, name: str) -> None:
+    written, labels = HUB_LABELS[name]
+    write_saved(root, name, list(written))
+    split = load_split(task(name), "test")
+    assert split.labels == labels
+    assert split.texts[0] == tuple(f"{field} 0" for field in TASKS[name]["fields"])
+
+
+@pytest.mark.parametrize("name", ["hans", "imdb", "snli"])
+def test_the_split_that_the_paper_tests_on_is_read(root: Path, name: str) -> None:
+    split = {"hans": "validation"}.get(name, "test")
+    write_saved(root, name, [0, 1], split=split)
+    assert load_split(task(name), "test").labels == [0, 1]
+
+
+def test_parquet_of_the_hub_with_other_names(root: Path) -> None:
+    folder = root / "SciTailV1.1" / "snli_format"
+    folder.mkdir(parents=True)
+    for split, label in (("train", "entailment"), ("validation", "neutral"), ("test", "entailment")):
+        frame = pd.DataFrame(
+            {"sentence1_parse": ["x"], "sentence1": [split], "sentence2": ["b"], "gold_label": [label]}
+        )
+        frame.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    split = load_split(task("scitail"), "test")
+    assert [texts[0] for texts in split.texts] == ["train", "validation", "test"]
+    assert split.labels == [0, 1, 0]
+
+
+def test_a_csv_with_the_hubs_header_is_not_taken_for_the_sets_own(root: Path) -> None:
+    folder = root / "yelp_review_polarity_csv"
+    folder.mkdir()
+    (folder / "test.csv").write_text("label,text\n1,Fine food.\n0,Dull food.\n")
+    assert load_split(task("yelp_polarity"), "test").labels == [1, 0]
+
+
+def test_one_saved_set_cannot_be_both_training_and_dev_split(root: Path) -> None:
+    write_saved(root, "rte", [0, 1])
+    with pytest.raises(DataError, match="is one saved set without splits, but 'rte' is trained on one split"):
+        load_split(task("rte"), "train")
+
+
+def test_a_conversion_on_the_hub_is_loaded_by_the_configuration_that_it_has(tmp_path: Path) -> None:
+    """Such a branch has folders by configuration and split, and no card: `datasets` knows one configuration, the default."""
+    folder = tmp_path / "conversion" / "plain_text" / "validation"
+    folder.mkdir(parents=True)
+    frame = pd.DataFrame({"premise": ["a"], "hypothesis": ["b"], "label": [1]})
+    frame.to_parquet(folder / "0000.parquet")
+    config = task("hans")["source"]["config"]
+    found = datasets.load_dataset(
+        str(tmp_path / "conversion"), config, split="validation", cache_dir=str(tmp_path / "cache")
+    )
+    assert found.to_pandas()["label"].tolist() == [1]
+
+
+def test_folders_of_parquet_by_split(root: Path) -> None:
+    folder = root / "hans" / "validation"
+    folder.mkdir(parents=True)
+    pd.DataFrame({"premise": ["a"], "hypothesis": ["b"], "label": [1]}).to_parquet(folder / "0000.parquet")
+    assert load_split(task("hans"), "test").labels == [1]
+
+
+def test_a_folder_of_the_tasks_name_will_do(root: Path) -> None:
+    write_own(root, "snli").rename(root / "snli")
+    assert load_split(task("snli"), "test").labels == MEANING["snli"][0]
+
+
+def test_json_forms_of_the_makers(root: Path) -> None:
+    rows = [("entailment", "a"), ("neutral", "b")]
+    for split in ("train", "dev", "test"):
+        path = root / "SciTailV1.1" / "snli_format" / f"scitail_1.0_{split}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            "".join(json.dumps({"gold_label": g, "sentence1": t, "sentence2": split}) + "\n" for g, t in rows)
+        )
+    assert load_split(task("scitail"), "test").labels == [0, 1] * 3
+    (root / "hans").mkdir()
+    line = json.dumps({"gold_label": "non-entailment", "sentence1": "a", "sentence2": "b", "heuristic": "constituent"})
+    (root / "hans" / "heuristics_evaluation_set.jsonl").write_text(line + "\n")
+    assert load_split(task("hans"), "test").labels == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "old", "new", "message"),
+    [
+        ("yelp_polarity", "test.csv", '"2"', '"3"', "'3' is no label of task 'yelp_polarity'"),
+        ("yelp_polarity", "test.csv", '"2"', '"0"', "'0' is no label"),  # 0 is the hub's negative, not this file's
+        ("twitter_pit", "dev.data", "(1, 4)", "(1, 5)", r"dev\.data, row 2: '\(1, 5\)' is no label"),
+        ("hans", "heuristics_evaluation_set.txt", "non-entailment", "non-entailmnt", "did you mean 'non-entailment'"),
+        ("sick_entailment", "SICK.txt", "entailment_label", "entailment_labl", "did you mean 'entailment_labl'"),
+        ("scitail", "tsv_format/scitail_1.0_dev.tsv", "neutral", "neutrl", "did you mean 'neutral'"),
+    ],
+)
+def test_wrong_labels_of_glue_x_are_named(root: Path, name, file, old, new, message) -> None:
+    path = write_own(root, name) / file
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(DataError, match=message):
+        load_split(task(name), "test")
+
+
+def test_sets_that_only_exist_by_hand_say_so(root: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"'flipkart' is not on the hub and not in .*flipkart; `python -m benchmarks data --check`"
+    ):
+        load_split(task("flipkart"), "test")
+
+
+def test_a_folder_without_one_of_its_labels_is_refused(root: Path) -> None:
+    folder = write_own(root, "imdb")
+    (folder / "test/neg/0_2.txt").unlink()
+    with pytest.raises(DataError, match=r"test/neg holds no \.txt file"):
+        load_split(task("imdb"), "test")
+
+
+# parts of a split
+
+
+def test_a_held_out_share_is_the_same_for_everyone_and_never_trained_on() -> None:
+    split = TextSplit([(str(i),) for i in range(100)], list(range(100)))
+    train, held = split.divided(0.1, "cola/held out")
+    assert (len(train), len(held)) == (90, 10)
+    assert sorted(train.labels + held.labels) == list(range(100))
+    assert split.divided(0.1, "cola/held out") == (train, held) != split.divided(0.1, "rte/held out")
+    with pytest.raises(DataError, match="cannot be held out"):
+        TextSplit([("a",)], [0], source="x").divided(0.1, "x")
+
+
+def test_without_a_test_split_the_dev_split_is_reported(root: Path) -> None:
+    write_glue(root, "rte")
+    assert load_part(task("rte"), "test", None) == load_part(task("rte"), "dev", None)
 
 
 @pytest.mark.parametrize("domain", ["amazon", "movie", "nyt", "tweets"])

@@ -141,17 +141,49 @@ def test_a_number_that_moved_fails_the_check(checkout: Checkout) -> None:
 
 
 def test_using_all_experts_gives_the_dense_models_scores(checkout: Checkout) -> None:
-    scores = checkout.scores()
-    for seed in ("s0", "s1"):
-        of = {
-            name: value["scores"]
-            for run, value in scores.items()
-            for name in ("vanilla", "all_experts")
-            if f"-{name}-" in run and f"-{seed}-" in run
-        }
-        for part, by_task in of["vanilla"].items():
-            for task, expected in by_task.items():
-                assert of["all_experts"][part][task] == pytest.approx(expected, abs=1e-4)
+    scores = {
+        name: value["scores"]
+        for run, value in checkout.scores().items()
+        for name in ("vanilla", "all_experts")
+        if f"-{name}-" in run and "-s0-" in run
+    }
+    for part, by_task in scores["vanilla"].items():
+        for task, expected in by_task.items():
+            assert scores["all_experts"][part][task] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_chosen_weights_were_evaluated_out_of_domain(checkout: Checkout) -> None:
+    """Of the row with two choices, the one with the better dev score; and again, from its weights alone, with the same numbers."""
+    runs = {run.folder: run for run in SUITE.runs}
+    (search,) = (
+        run for run in runs.values() if run.benchmark == "glue_ood" and run.spec["method"]["name"] == "lora_emoe_search"
+    )
+    path = checkout.folder / "results/runs" / search.folder / "metrics.json"
+    found = json.loads(path.read_text())
+    dev = {
+        folder: json.loads((checkout.folder / "results/runs" / folder / "metrics.json").read_text())["scores"]["dev"][
+            "tweets"
+        ]["balanced_accuracy"]
+        for folder in search.spec["candidates"]
+    }
+    assert len(dev) == 2
+    assert dev[found["chosen"]["run"]] == max(dev.values())
+    path.unlink()
+    assert checkout.plan("smoke").get("train_and_evaluate") == 1
+    checkout.snakemake("smoke")
+    assert json.loads(path.read_text())["scores"] == found["scores"]
+
+
+def test_an_evaluation_as_a_target_trains_what_it_needs(checkout: Checkout) -> None:
+    target = next(run for run in SUITE.runs if run.benchmark == "glue_ood")
+    (trained,) = target.spec["candidates"]
+    kept = {}
+    for folder in (target.folder, trained):
+        path = checkout.folder / "results/runs" / folder / "metrics.json"
+        kept[path] = json.loads(path.read_text())["scores"]
+        path.unlink()
+    checkout.snakemake(f"results/runs/{target.folder}/metrics.json")
+    assert {path: json.loads(path.read_text())["scores"] for path in kept} == kept
 
 
 def test_one_deleted_result_is_run_again_alone_with_the_same_numbers(checkout: Checkout) -> None:
@@ -173,7 +205,7 @@ def test_a_comment_runs_nothing_and_a_seed_only_the_new_runs(checkout: Checkout)
             file, "learning_rate: [3.0e-3]\n        seed: [0, 1]", "learning_rate: [3.0e-3]\n        seed: [0, 1, 2]"
         )
         plan = checkout.plan("smoke")
-        assert plan["train_and_evaluate"] == plan["write_run_spec"] == 11
+        assert plan["train_and_evaluate"] == plan["write_run_spec"] == 2
         assert "partition_neurons" not in plan
     finally:
         (checkout.folder / file).write_text(original)
@@ -183,9 +215,9 @@ def test_mirroring_again_adds_nothing(checkout: Checkout) -> None:
     client = MlflowClient(f"sqlite:///{checkout.folder}/results/mlflow.db")
     experiment = client.get_experiment_by_name("glue").experiment_id
     count = len(client.search_runs([experiment]))
-    assert count == 22 + 11
+    assert count == 15 + 12
     found = checkout.run(sys.executable, "-m", "benchmarks", "mirror", "--suite", "smoke")
-    assert "0 added, 0 replaced, 25 unchanged" in found.stderr
+    assert "0 added, 0 replaced, 43 unchanged" in found.stderr
     assert len(client.search_runs([experiment])) == count
 
 

@@ -1,0 +1,1 @@
+"""GLUE by low-rank adapters."""

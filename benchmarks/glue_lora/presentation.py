@@ -1,0 +1,51 @@
+"""Tables, figure and verdicts of tuning by adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.harness.comparison import ID, Comparison
+from benchmarks.harness.definition import Benchmark, DefinitionError
+from benchmarks.harness.figures import panels_by_model, score_panels
+from benchmarks.harness.presentation import NOTE, Presentation
+from benchmarks.harness.records import read_metrics
+from benchmarks.harness.runs import Run
+from benchmarks.harness.tables import TextTables
+
+# what every row trains; the rest is what the row is about
+_SHARED = ("adapters", "head")
+
+
+def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
+    """Present finished runs.
+
+    Raises:
+        DefinitionError: two rows of a model do not train the same adapters and head.
+    """
+    check_same_trained(runs)
+    comparison = Comparison(benchmark, runs)
+    tables = TextTables(comparison)
+
+    def draw(folder: Path) -> None:
+        score_panels(comparison, panels_by_model(comparison, ID), folder / f"{benchmark.name}_scores")
+
+    names = benchmark.definition["tables"]
+    return Presentation(tables.named(names), list(tables.verdicts()), NOTE, draw)
+
+
+def check_same_trained(runs: list[Run]) -> None:
+    """Check that all rows of a model train the same adapters and the same head.
+
+    Raises:
+        DefinitionError: names two runs that do not.
+    """
+    first: dict[tuple[str, str], tuple[Run, object]] = {}
+    for run in runs:
+        trained = read_metrics(run)["model"]["trained"]
+        found = [trained[group] for group in _SHARED]
+        key = (run.spec["model"]["name"], str(len(run.spec["task"]["labels"])))
+        other, expected = first.setdefault(key, (run, found))
+        if found != expected:
+            raise DefinitionError(
+                f"{run.folder} and {other.folder} train other adapters or another head: they cannot be compared"
+            )

@@ -1,0 +1,1 @@
+"""GLUE-X: chosen models of `glue_lora`, out of distribution."""

@@ -1,0 +1,83 @@
+"""Evaluate the chosen run of another benchmark on sets that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.classifier import reopen_classifier
+from benchmarks.harness.execution import read_run
+from benchmarks.harness.models import load_tokenizer
+from benchmarks.harness.packages import DataError
+from benchmarks.harness.paths import RUNS
+from benchmarks.harness.prediction import TextEvaluator
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.records import collect, read_metrics
+from benchmarks.harness.runs import Run
+from benchmarks.harness.selection import CHOICE, select
+from benchmarks.harness.text import TextSplit, load_part
+from emoe.errors import CheckpointError
+
+
+def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+    """Run one spec.
+
+    Args:
+        spec: the content of ``run.json``.
+        folder: the run's folder.
+        progress: where to say what is going on.
+
+    Returns:
+        The content of ``metrics.json``, less what the harness adds; ``chosen`` is the folder of the run that was evaluated.
+    """
+    settings = spec["evaluation"]
+    splits = {other["name"]: _load(other, settings["rows"]) for other in spec["ood"]}
+    chosen = _chosen(spec)
+    recorded = read_metrics(chosen)
+    weights = RUNS / chosen.folder / "model"
+    tokenizer = load_tokenizer(chosen.spec["model"])
+    try:
+        classifier = reopen_classifier(chosen.spec, recorded["model"]["source"]["weights"], tokenizer, weights)
+    except (DataError, CheckpointError) as error:
+        raise DataError(
+            f"{error}\nDelete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
+        ) from error
+    precision = chosen.spec["training"]["precision"]
+    evaluator = TextEvaluator(classifier, tokenizer, chosen.spec["task"], settings, precision, folder)
+    scores: dict[str, Any] = {}
+    for other in spec["ood"]:
+        progress.say(f"evaluating on {other['name']}, {len(splits[other['name']]):,} rows")
+        scores[other["name"]] = evaluator.evaluate(splits[other["name"]], other)
+    return {
+        "scores": {"ood": scores},
+        "chosen": {
+            "run": chosen.folder,
+            "learning_rate": chosen.spec["learning_rate"],
+            "variant": chosen.spec["method"]["variant"],
+        },
+        "cost": {"evaluation_seconds": evaluator.evaluation_seconds, "precision": evaluator.precision},
+        "data": {f"ood:{name}": split.summary() for name, split in splits.items()},
+    }
+
+
+def _load(other: Mapping[str, Any], rows: int | None) -> TextSplit:
+    try:
+        return load_part(other, "test", rows)
+    except DataError as error:
+        raise DataError(f"{error}\nTo go on without it: `--config without=[{other['name']}]`") from error
+
+
+def _chosen(spec: Mapping[str, Any]) -> Run:
+    """The candidate with this seed and the learning rate and variant of the best mean dev score over all seeds."""
+    candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec["candidates"]]
+    records = select(collect(candidates), spec["protocol"])
+    best = records.iloc[0][[*CHOICE]]
+    for candidate in candidates:
+        found = (candidate.spec["method"]["variant"], candidate.spec["learning_rate"])
+        if found == tuple(best) and candidate.spec["seed"] == spec["seed"]:
+            return candidate
+    raise DataError(
+        f"{spec['benchmark']}: seed {spec['seed']} did not train {spec['method']['name']} with the chosen "
+        f"{' '.join(f'{key} {best[key]}' for key in CHOICE)}; give every seed the same grid"
+    )

@@ -1,0 +1,157 @@
+"""A run's classifier: loaded, converted and adapted as its spec says, for training or to evaluate what was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.harness.adapters import FAST, adapt_, trainable_groups
+from benchmarks.harness.methods import apply_method_
+from benchmarks.harness.models import describe, load_classifier, weights_digest
+from benchmarks.harness.packages import DataError
+from benchmarks.harness.seeds import derive_seed
+from emoe.layer import routed_layers
+from emoe.partitioning import Partition, load_partition, save_partition
+
+_TRAINED, _PARTITION = "trained.safetensors", "partition.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A classifier and what is known of it.
+
+    Attributes:
+        model: as it is trained.
+        summary: the ``model`` part of ``metrics.json``.
+        trained: names of the parameters that shall be trained.
+        slow: those of them that take a share of the learning rate (:data:`~benchmarks.harness.adapters.FAST`).
+    """
+
+    model: PreTrainedModel
+    summary: dict[str, Any]
+    trained: frozenset[str]
+    slow: frozenset[str]
+
+
+def build_classifier(
+    spec: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Iterable[Mapping[str, Any]] = (),
+    partition: Mapping[int, torch.Tensor] | None = None,
+) -> Classifier:
+    """Load, convert and adapt.
+
+    Args:
+        spec: of a training run.
+        tokenizer: the model's.
+        calibration: batches of training rows, for a co-activation partition.
+        partition: of a classifier that is built again.
+    """
+    seed, lora, tune = spec["seed"], spec["training"]["lora"], spec["method"]["tune"]
+    model = load_classifier(
+        spec["model"], max(len(spec["task"]["labels"]), 1), derive_seed("head", seed), tokenizer.pad_token_id
+    )
+    dense_parameters = model.num_parameters()
+    source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model)}
+    report = apply_method_(model, spec["method"], seed, calibration, partition)
+    slow: list[str] = []
+    names = [name for name, _ in model.named_parameters()]
+    trained: dict[str, Any] = {}
+    if lora is not None:
+        adapt_(model, lora, tune, seed)
+        groups = trainable_groups(model, tune)
+        names = [name for found in groups.values() for name, _ in found]
+        slow = [name for group, found in groups.items() if group not in FAST for name, _ in found]
+        trained = {
+            group: {
+                "parameters": sum(parameter.numel() for _, parameter in found),
+                "names": _digest(name for name, _ in found),
+            }
+            for group, found in groups.items()
+        }
+    summary = {
+        "source": source,
+        "parameters": model.num_parameters(),
+        "dense_parameters": dense_parameters,
+        "trainable_parameters": model.num_parameters(only_trainable=True),
+        "trained": trained,
+        "active_neurons": report.active_neurons if report else 1.0,
+        "conversion": [dataclasses.asdict(layer) for layer in report.layers] if report else [],
+    }
+    return Classifier(model, summary, frozenset(names), frozenset(slow))
+
+
+def trained_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The part of a model's state that training changes: trained parameters, and buffers such as running gates."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items() if name not in frozen
+    }
+
+
+def load_trained_(model: PreTrainedModel, file: Path) -> None:
+    """Put what :func:`trained_state` saved back into a model that was built the same way.
+
+    Raises:
+        DataError: the file is missing, damaged, or of another model.
+    """
+    try:
+        state = load_file(file)
+    except FileNotFoundError as error:
+        raise DataError(f"{file} does not exist") from error
+    except SafetensorError as error:
+        raise DataError(f"{file} is damaged: {error}") from error
+    wanted = {name: tensor.shape for name, tensor in trained_state(model).items()}
+    if {name: tensor.shape for name, tensor in state.items()} != wanted:
+        odd = sorted(set(state) ^ set(wanted)) or sorted(n for n in wanted if state[n].shape != wanted[n])
+        raise DataError(f"{file} belongs to another model: they differ in '{odd[0]}'")
+    model.load_state_dict(state, strict=False)
+
+
+def save_trained(model: PreTrainedModel, folder: Path) -> None:
+    """Keep what training made of a classifier: its trained tensors, and the grouping of its neurons."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {layer.ffn_index: layer.permutation for layer in routed_layers(model) if layer.permutation is not None}
+    if found:
+        save_partition(Partition(found), folder / _PARTITION)
+    save_file(trained_state(model), folder / _TRAINED)
+
+
+def reopen_classifier(
+    spec: Mapping[str, Any], weights: str, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> Classifier:
+    """The classifier of a finished run, routed as it was trained.
+
+    Args:
+        spec: of the training run.
+        weights: digest of the pre-trained weights that the run recorded.
+        tokenizer: the model's.
+        folder: what :func:`save_trained` wrote.
+
+    Raises:
+        DataError: trained tensors are missing or damaged, or the pre-trained weights are other ones now.
+        CheckpointError: the grouping is missing or damaged.
+    """
+    config = spec["method"]["config"]
+    partition = load_partition(folder / _PARTITION) if config and config["kind"] == "emoe" else None
+    found = build_classifier(spec, tokenizer, partition=partition)
+    now = found.summary["source"]["weights"]
+    if now != weights:
+        raise DataError(
+            f"the weights of '{spec['model']['name']}' changed since the run was trained: {now} instead of {weights}"
+        )
+    load_trained_(found.model, folder / _TRAINED)
+    return found
+
+
+def _digest(names: Iterable[str]) -> str:
+    """To tell whether two rows train the same."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]

@@ -1,0 +1,194 @@
+"""Small made-up rows in the real on-disk formats of GLUE and GLUE-X, and what their labels mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pandas as pd
+
+from benchmarks.harness.definition import load_benchmark
+
+TASKS = load_benchmark("glue").tasks
+
+# the headers are those of the files that gluebenchmark.com hands out
+TSV = {
+    "cola": ("dev.tsv", ['gj04\t1\t\tThe dog "barked.', "gj04\t0\t*\tDog the barked."]),
+    "sst2": ("dev.tsv", ["sentence\tlabel", 'a "fine film \t1', "dull \t0"]),
+    "mrpc": (
+        "dev.tsv",
+        [
+            "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+            '1\t10\t11\tHe "said so.\tSo he said.',
+            "0\t12\t13\tRain.\tSun.",
+        ],
+    ),
+    "stsb": (
+        "dev.tsv",
+        [
+            "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+            "0\tmain-captions\tMSRvid\t2012test\t1\tnone\tnone\tA man plays.\tA man is playing.\t4.800",
+            "1\tmain-captions\tMSRvid\t2012test\t4\tnone\tnone\tA cat.\tA train.\t0.000",
+        ],
+    ),
+    "qqp": (
+        "dev.tsv",
+        [
+            "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+            "7\t1\t2\tHow?\tIn what way?\t1",
+            "9\t5\t6\tThis row ends early",
+            "8\t3\t4\tWho?\tWhere?\t0",
+        ],
+    ),
+    "mnli": (
+        "dev_matched.tsv",
+        [
+            "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
+            "\tsentence1\tsentence2\tlabel1\tlabel2\tlabel3\tlabel4\tlabel5\tgold_label",
+            "0\t1\t1n\tfiction\t( x )\t( y )\t(R x)\t(R y)\tHe ran.\tHe moved.\te\te\te\te\te\tentailment",
+            "1\t1\t2n\tfiction\t( x )\t( y )\t(R x)\t(R y)\tHe ran.\tHe won.\tn\tn\tn\tn\tn\tneutral",
+            "2\t1\t3n\tfiction\t( x )\t( y )\t(R x)\t(R y)\tHe ran.\tHe slept.\tc\tc\tc\tc\tc\tcontradiction",
+            "3\t1\t4n\tfiction\t( x )\t( y )\t(R x)\t(R y)\tHe ran.\tPerhaps.\te\tn\tc\te\tn\t-",
+        ],
+    ),
+    "qnli": (
+        "dev.tsv",
+        ["index\tquestion\tsentence\tlabel", "0\tWhen?\tIn 1990.\tentailment", "1\tWhen?\tBlue.\tnot_entailment"],
+    ),
+    "rte": (
+        "dev.tsv",
+        [
+            "index\tsentence1\tsentence2\tlabel",
+            "0\tRain fell.\tIt rained.\tentailment",
+            "1\tRain fell.\tSnow.\tnot_entailment",
+        ],
+    ),
+}
+LABELS = {
+    "cola": [1, 0],
+    "sst2": [1, 0],
+    "mrpc": [1, 0],
+    "stsb": [4.8, 0.0],
+    "qqp": [1, 0],
+    "mnli": [0, 1, 2],
+    "qnli": [0, 1],
+    "rte": [0, 1],
+}
+GLUE = list(TSV)
+
+_PARSES = "( x )\t( y )\t(R x)\t(R y)"
+_PIT = "49\tShocking\t{}\t{}\t{}\tIt/O/PRP\tSo/O/RB"
+_SICK = "pair_ID\tsentence_A\tsentence_B\tentailment_label\trelatedness_score\tentailment_AB\tentailment_BA\tsentence_A_original"
+_SICK += "\tsentence_B_original\tsentence_A_dataset\tsentence_B_dataset\tSemEval_set"
+_SICK_ROW = "{}\tA dog ran.\tA {}.\t{}\t{}\tA_entails_B\tB_neutral_A\tA dog ran.\tA dog.\tFLICKR\tFLICKR\t{}"
+
+# GLUE-X: every file of a set in its makers' form, by its path below the set's folder
+OWN_FILES: dict[str, dict[str, str]] = {
+    "imdb": {
+        "test/pos/0_9.txt": 'Fine "film".<br />',
+        "test/pos/1_10.txt": "Good.",
+        "test/neg/0_2.txt": "Dull\n film.",
+    },
+    "yelp_polarity": {"test.csv": '"1","Dull food, ""cold"".\\nNever again."\n"2","Fine food."\n'},
+    "amazon_polarity": {"test.csv": '"2","A title","Fine, really."\n"1","Dull","Broke at once."\n'},
+    "flipkart": {
+        "Dataset-SA.csv": "product_name,product_price,Rate,Review,Summary,Sentiment\n"
+        '"Cooler, 4 L",3999,5,super!,great cooler,positive\nCooler,3999,3,fair,it is okay,neutral\nCooler,3999,1,,broke,negative\n'
+        "Cooler,3999,1,bad,,negative\nCooler,3999,4,good,nice,\n"
+    },
+    "twitter_pit": {
+        "train.data": "\n".join(_PIT.format("It rains", "Rain", votes) for votes in ("(3, 2)", "(2, 3)", "(0, 5)"))
+        + "\n",
+        "dev.data": "\n".join(_PIT.format("It snows", '"Snow', votes) for votes in ("(5, 0)", "(1, 4)", "(4, 1)"))
+        + "\n",
+        "test.data": "\n".join(_PIT.format("He won", "He lost", grade) for grade in "54321 0".replace(" ", "")) + "\n",
+    },
+    "sick_relatedness": {
+        "SICK.txt": "\n".join(
+            [
+                _SICK,
+                _SICK_ROW.format(1, "dog moved", "ENTAILMENT", "4.5", "TRAIN"),
+                _SICK_ROW.format(2, "dog moved", "ENTAILMENT", "4.9", "TEST"),
+                _SICK_ROW.format(3, "cat slept", "NEUTRAL", "2.1", "TEST"),
+                _SICK_ROW.format(4, "dog slept", "CONTRADICTION", "3.35", "TEST"),
+                _SICK_ROW.format(5, "dog slept", "CONTRADICTION", "3.3", "TRIAL"),
+            ]
+        )
+        + "\n"
+    },
+    "snli": {
+        "snli_1.0_test.jsonl": "".join(
+            json.dumps(
+                {
+                    "annotator_labels": ["neutral"],
+                    "captionID": "1.jpg#0",
+                    "gold_label": label,
+                    "pairID": "1.jpg#0r1n",
+                    "sentence1": 'He "ran".',
+                    "sentence1_parse": "x",
+                    "sentence2": f"He {word}.",
+                    "sentence2_parse": "y",
+                }
+            )
+            + "\n"
+            for label, word in (("neutral", "won"), ("entailment", "moved"), ("-", "swam"), ("contradiction", "slept"))
+        )
+    },
+    "scitail": {
+        "tsv_format/scitail_1.0_train.tsv": 'Rain "fell.\tIt rained.\tentails\n',
+        "tsv_format/scitail_1.0_dev.tsv": "Rain fell.\tIt snowed.\tneutral\n",
+        "tsv_format/scitail_1.0_test.tsv": "Water boils.\tIt is hot.\tentails\nWater boils.\tIt is blue.\tneutral\n",
+    },
+    "hans": {
+        "heuristics_evaluation_set.txt": "gold_label\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2"
+        "\tpairID\theuristic\tsubcase\ttemplate\n"
+        f"non-entailment\t{_PARSES}\tThe man saw the dog .\tThe dog saw the man .\tex0\tlexical_overlap\tln_s\ttemp1\n"
+        f"entailment\t{_PARSES}\tThe man ran and won .\tThe man ran .\tex1\tsubsequence\tse_c\ttemp2\n"
+    },
+}
+OWN_FILES["sick_entailment"] = OWN_FILES["sick_relatedness"]
+
+# what the sets' documentation says of these rows: labels in reading order, and how many rows have none (or no text)
+MEANING: dict[str, tuple[list[float], int]] = {
+    "imdb": ([0, 1, 1], 0),
+    "yelp_polarity": ([0, 1], 0),
+    "amazon_polarity": ([1, 0], 0),
+    "flipkart": ([1, 0, 0], 2),
+    "twitter_pit": ([1, 0, 1, 0, 1, 1, 1, 0, 0, 0], 2),
+    "sick_relatedness": ([4.9, 2.1, 3.35], 0),
+    "sick_entailment": ([0, 1, 2], 0),
+    "snli": ([1, 0, 2], 1),
+    "scitail": ([0, 1, 0, 1], 0),
+    "hans": ([1, 0], 0),
+}
+
+
+def write_glue(root: Path, name: str, *, train: bool = False, copies: int = 1) -> Path:
+    """A GLUE task's own files below a data root: the dev file, and the training file where asked for; gives back the first."""
+    file, lines = TSV[name]
+    folder = root / TASKS[name]["source"]["folder"]
+    folder.mkdir()
+    header = lines[:1] if TASKS[name]["own"][0]["header"] else []
+    rows = lines[len(header) :] * copies
+    for part in (file, "train.tsv") if train else (file,):
+        (folder / part).write_text("\n".join([*header, *rows]) + "\n", encoding="utf-8")
+    return folder / file
+
+
+def write_own(root: Path, name: str) -> Path:
+    """A GLUE-X set as its makers hand it out, below a data root; gives back its folder."""
+    folder: Path = root / TASKS[name]["source"]["folder"]
+    for path, text in OWN_FILES[name].items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text, encoding="utf-8")
+    return folder
+
+
+def write_saved(root: Path, name: str, labels: list[object], *, split: str | None = None) -> Path:
+    """A set as `datasets` saves it, under the hub's names: flat, as GLUE-X hands them out, or with a split."""
+    folder: Path = root / TASKS[name]["source"]["folder"]
+    fields = {field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]}
+    saved = datasets.Dataset.from_pandas(pd.DataFrame({**fields, TASKS[name]["label"]: labels}))
+    (datasets.DatasetDict({split: saved}) if split else saved).save_to_disk(str(folder))
+    return folder

@@ -1,0 +1,62 @@
+"""A model root and a data root for the paper's own runs: models under the real names, with all layers, as narrow as can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+from tests.text_sets import GLUE, write_glue
+
+WORDS = [
+    "a",
+    "the",
+    "he",
+    "she",
+    "it",
+    "rain",
+    "sun",
+    "dog",
+    "cat",
+    "ran",
+    "won",
+    "fell",
+    "train",
+    "man",
+    "film",
+    "fine",
+    "dull",
+    "when",
+    "where",
+    "who",
+]
+LAYERS = {"bert-base-cased": 12, "gpt2": 12, "bert-large-cased": 24, "gpt2-xl": 48}
+
+
+def write_models(root: Path, names: list[str]) -> None:
+    """Models and tokenizers below a model root."""
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    for name in names:
+        torch.manual_seed(0)
+        size, layers = {"vocab_size": len(vocabulary)}, LAYERS[name]
+        if name.startswith("bert"):
+            config = BertConfig(
+                **size, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=64
+            )
+            BertModel(config).save_pretrained(root / name)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
+        else:
+            gpt2 = GPT2Config(**size, n_embd=16, n_layer=layers, n_head=2, n_inner=64, bos_token_id=2, eos_token_id=2)
+            GPT2Model(gpt2).save_pretrained(root / name)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="[EOS]", unk_token="[UNK]")
+        tokenizer.save_pretrained(root / name)
+
+
+def write_data(root: Path) -> None:
+    """Every GLUE task's own files below a data root."""
+    for name in GLUE:
+        write_glue(root, name, train=True, copies=8)

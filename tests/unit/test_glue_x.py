@@ -1,0 +1,301 @@
+"""GLUE-X end to end: trained, chosen, opened again and evaluated, on tiny models and made-up rows in the real files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn import metrics
+
+import emoe
+from benchmarks.harness.classes import Reading, reading
+from benchmarks.harness.classifier import reopen_classifier
+from benchmarks.harness.definition import DefinitionError, load_benchmark
+from benchmarks.harness.evaluations import evaluation_specs
+from benchmarks.harness.execution import execute
+from benchmarks.harness.models import load_tokenizer
+from benchmarks.harness.packages import DataError
+from benchmarks.harness.paths import DATA_ROOT, MODEL_ROOT, RUNS
+from benchmarks.harness.prediction import TextEvaluator
+from benchmarks.harness.runs import Run, plan, run_from_spec
+from benchmarks.harness.scores import mean_loss, score
+from benchmarks.harness.text import load_part
+from benchmarks.harness.tokenised import TokenisedRows
+from emoe.errors import EMoEError
+from emoe.layer import routed_layers
+from tests.text_sets import MEANING, OWN_FILES, TASKS, write_own, write_saved
+from tests.tiny_hub import write_data, write_models
+
+GLUE_OOD = load_benchmark("glue_ood")
+PAPER = plan(["glue_lora"], "paper")
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model root with BERT-large and GPT2-XL, and a data root with GLUE and GLUE-X."""
+    model_root, data_root = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("data")
+    write_models(model_root, ["bert-large-cased", "gpt2-xl"])
+    write_data(data_root)
+    for name in sorted(set(OWN_FILES) - {"sick_entailment"}):  # one folder, two sets
+        write_own(data_root, name)
+    write_saved(data_root, "grammar_test", [0, 1, 1, 0])
+    write_saved(data_root, "newsqa_qnli", ["entailment", "not_entailment", "entailment"])
+    return model_root, data_root
+
+
+@pytest.fixture
+def workdir(roots: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(MODEL_ROOT, str(roots[0]))
+    monkeypatch.setenv(DATA_ROOT, str(roots[1]))
+    return tmp_path
+
+
+def finish(run: Run) -> dict[str, Any]:
+    path = RUNS / run.folder / "run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(run.to_json())
+    return json.loads(execute(path, threads=1, log=path.parent / "log.txt").read_text())
+
+
+def trainings(
+    model: str, task: str, method: str, *, rates: int = 1, seeds: int = 1, protocol: str = "published"
+) -> list[Run]:
+    """The paper's runs of one cell, cut to one epoch, and to a few learning rates and seeds."""
+    cell = [
+        run.spec
+        for run in PAPER
+        if (run.spec["model"]["name"], run.spec["task"]["name"], run.spec["method"]["name"], run.spec["protocol"])
+        == (model, task, method, protocol)
+    ]
+    first = sorted({spec["learning_rate"] for spec in cell})[:rates]
+    return [
+        run_from_spec({**spec, "training": {**spec["training"], "epochs": 1, "patience": None}})
+        for spec in cell
+        if spec["learning_rate"] in first and spec["seed"] < seeds
+    ]
+
+
+def evaluations(runs: list[Run]) -> list[Run]:
+    specs = evaluation_specs(GLUE_OOD, "paper", {run.folder: run.spec for run in runs}, ())
+    return [run_from_spec(spec) for spec in specs]
+
+
+PAIRS = [(name, other) for name in TASKS for other in TASKS[name]["ood"] if "rated" not in TASKS[other]["source"]]
+
+
+@pytest.mark.parametrize("task", sorted({name for name, _ in PAIRS}))
+def test_every_pair_is_evaluated_as_the_libraries_would(workdir: Path, task: str) -> None:
+    """Scores are scikit-learn's and scipy's on predictions of the plain model, labels those of the sets' documentation."""
+    model = "gpt2-xl" if task in ("cola", "stsb", "rte") else "bert-large-cased"
+    method = "lora_emoe" if task in ("cola", "mnli", "rte") else "lora_gmoe"
+    runs = trainings(model, task, method)
+    trained = finish(runs[0])
+    (evaluation,) = evaluations(runs)
+    found = finish(evaluation)
+    assert set(found["scores"]["ood"]) == {other for name, other in PAIRS if name == task}
+    assert found["chosen"]["run"] == runs[0].folder
+
+    spec = runs[0].spec
+    tokenizer = load_tokenizer(spec["model"])
+    opened = reopen_classifier(spec, trained["model"]["source"]["weights"], tokenizer, RUNS / runs[0].folder / "model")
+    for other in evaluation.spec["ood"]:
+        split = load_part(other, "test", None)
+        if other["name"] in MEANING:
+            assert split.labels == MEANING[other["name"]][0]
+        logits = []
+        for texts in split.texts:  # one by one, without padding
+            with torch.no_grad():
+                logits.append(opened.model.eval()(**tokenizer(*texts, return_tensors="pt")).logits[0])
+        values, scores = torch.stack(logits), found["scores"]["ood"][other["name"]]
+        if task == "stsb":
+            plain = values[:, 0].numpy()
+            expected = (stats.pearsonr(split.labels, plain)[0] + stats.spearmanr(split.labels, plain)[0]) / 2
+            assert scores["pearson_spearman"] == pytest.approx(expected, abs=1e-3)
+            continue
+        predicted = values.argmax(-1)
+        assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(split.labels, predicted))
+        if "f1" in scores:
+            assert scores["f1"] == pytest.approx(metrics.f1_score(split.labels, predicted, zero_division=0.0))
+        if "mcc" in scores:
+            assert scores["mcc"] == pytest.approx(metrics.matthews_corrcoef(split.labels, predicted))
+        assert scores["loss"] == pytest.approx(
+            float(torch.nn.functional.cross_entropy(values, torch.tensor(split.labels))), abs=1e-5
+        )
+
+
+def test_the_chosen_runs_of_all_seeds_are_evaluated(workdir: Path) -> None:
+    runs = trainings("bert-large-cased", "mrpc", "lora_emoe", rates=2, seeds=2)
+    for run in runs:
+        finish(run)
+    rates = sorted({run.spec["learning_rate"] for run in runs})
+    # made-up dev scores: one rate has the best single run, the other the best mean over seeds
+    for run in runs:
+        path = RUNS / run.folder / "metrics.json"
+        content = json.loads(path.read_text())
+        values = {(rates[0], 0): 0.9, (rates[0], 1): 0.5, (rates[1], 0): 0.8, (rates[1], 1): 0.8}
+        content["scores"]["dev"]["mrpc"]["accuracy_f1"] = values[run.spec["learning_rate"], run.spec["seed"]]
+        path.write_text(json.dumps(content))
+    for evaluation in evaluations(runs):
+        chosen = finish(evaluation)["chosen"]
+        assert chosen["learning_rate"] == rates[1]
+        assert f"-s{evaluation.spec['seed']}-" in chosen["run"]
+
+
+def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
+    workdir: Path, roots: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = trainings("bert-large-cased", "rte", "lora_emoe")
+    finish(runs[0])
+    (evaluation,) = evaluations(runs)
+    kept = RUNS / runs[0].folder / "model" / "trained.safetensors"
+    whole = kept.read_bytes()
+
+    kept.write_bytes(whole[:-8])
+    with pytest.raises(DataError, match="is damaged") as caught:
+        finish(evaluation)
+    assert f"Delete {RUNS / runs[0].folder / 'metrics.json'}" in str(caught.value)
+    kept.unlink()
+    with pytest.raises(DataError, match=r"trained\.safetensors does not exist"):
+        finish(evaluation)
+    kept.write_bytes(whole)
+    # without the grouping it would be routed in another way than it was trained
+    grouping = kept.with_name("partition.safetensors")
+    moved = grouping.rename(grouping.with_suffix(".away"))
+    with pytest.raises(DataError, match=r"partition\.safetensors does not exist"):
+        finish(evaluation)
+    moved.rename(grouping)
+
+    changed = tmp_path / "models"
+    shutil.copytree(roots[0], changed)
+    write_models(changed, ["bert-large-cased"])
+    config = json.loads((changed / "bert-large-cased" / "config.json").read_text())
+    weights = changed / "bert-large-cased" / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(weights)
+    state["embeddings.word_embeddings.weight"][0, 0] += 1
+    save_file(state, weights, metadata={"format": "pt"})
+    assert config["num_hidden_layers"] == 24
+    monkeypatch.setenv(MODEL_ROOT, str(changed))
+    with pytest.raises(DataError, match="the weights of 'bert-large-cased' changed since the run was trained"):
+        finish(evaluation)
+    monkeypatch.setenv(MODEL_ROOT, str(roots[0]))
+    assert finish(evaluation)["chosen"]["run"] == runs[0].folder
+
+
+@pytest.mark.parametrize("model", ["bert-large-cased", "gpt2-xl"])
+@pytest.mark.parametrize("method", ["lora", "lora_block", "lora_gmoe", "lora_emoe", "lora_emoe_learn"])
+def test_the_evaluation_batch_size_changes_no_number(workdir: Path, model: str, method: str) -> None:
+    runs = trainings(model, "cola", method)
+    trained = finish(runs[0])
+    spec = runs[0].spec
+    tokenizer = load_tokenizer(spec["model"])
+    opened = reopen_classifier(spec, trained["model"]["source"]["weights"], tokenizer, RUNS / runs[0].folder / "model")
+    split = load_part(spec["task"], "train", None)
+    rows = TokenisedRows(split, tokenizer, 128, by_length=True, labelled=False)
+    found, scores = [], []
+    for size in (1, 8, 32):
+        evaluator = TextEvaluator(
+            opened, tokenizer, spec["task"], {"batch_size": size, "max_length": 128}, "fp32", workdir
+        )
+        found.append(evaluator._trainer.predict(rows).predictions)
+        scores.append(evaluator.evaluate(split, spec["task"]))
+    for other, values in zip(found[1:], scores[1:], strict=True):
+        np.testing.assert_allclose(other, found[0], atol=1e-5)
+        assert (other.argmax(-1) == found[0].argmax(-1)).all()
+        assert values == pytest.approx(scores[0], abs=1e-6)
+
+
+def test_only_capacity_depends_on_the_batch(workdir: Path) -> None:
+    """The documented exception: as published, experts are full when a batch is, and choices are dropped."""
+    (run,) = trainings("bert-large-cased", "cola", "lora_emoe_published")
+    assert run.spec["method"]["config"]["capacity_factor"] == 1.5
+    config = {
+        **run.spec["method"]["config"],
+        "capacity_factor": 0.5,
+    }  # made-up sentences are few: so that experts get full
+    runs = [run_from_spec({**run.spec, "method": {**run.spec["method"], "config": config}})]
+    trained = finish(runs[0])
+    spec = runs[0].spec
+    tokenizer = load_tokenizer(spec["model"])
+    opened = reopen_classifier(spec, trained["model"]["source"]["weights"], tokenizer, RUNS / runs[0].folder / "model")
+    assert routed_layers(opened.model)[0].config.capacity_factor == 0.5
+    split, rates = load_part(spec["task"], "train", None), []
+    for size in (1, 32):
+        with emoe.record_routing(opened.model) as record:
+            settings = {"batch_size": size, "max_length": 128}
+            TextEvaluator(opened, tokenizer, spec["task"], settings, "fp32", workdir).evaluate(split, spec["task"])
+        rates.append(record.summary()["drop_rate"])
+    assert max(rates) > 0
+    assert rates[0] != rates[1]
+
+
+# classes that differ in number
+
+
+def test_a_three_way_model_on_a_two_way_set_and_the_other_way_round() -> None:
+    mnli, hans, snli, rte = (GLUE_OOD.task_spec(name) for name in ("mnli", "hans", "snli", "rte"))
+    three_on_two = reading(mnli, hans, "hans")
+    assert three_on_two == Reading(predictions=(0, 1, 1))
+    logits = np.array([[3, 1, 2], [0, 2, 1], [0, 1, 2], [2, 0, 1]])
+    assert score("accuracy", logits, np.array([0, 1, 1, 1]), three_on_two) == 0.75
+    two_on_three = reading(rte, snli, "snli")
+    assert two_on_three == Reading(labels=(0, 1, 1))
+    assert score("accuracy", np.array([[1, 0], [0, 1], [0, 1]]), np.array([0, 1, 2]), two_on_three) == 1.0
+    assert not two_on_three.same
+    assert reading(mnli, snli, "snli").same
+
+
+def test_classes_that_cannot_be_compared_are_refused() -> None:
+    mnli, hans, stsb = (GLUE_OOD.task_spec(name) for name in ("mnli", "hans", "stsb"))
+    with pytest.raises(EMoEError, match="'hans' has 2 classes, the model 3: the task with 3 needs 'folds' with \"2\""):
+        reading({**mnli, "folds": {}}, hans, "hans")
+    with pytest.raises(EMoEError, match="'hans' has classes as labels, the model numbers"):
+        reading(stsb, hans, "hans")
+
+
+def test_a_three_way_model_is_evaluated_on_hans(workdir: Path) -> None:
+    runs = trainings("bert-large-cased", "mnli", "lora")
+    finish(runs[0])
+    (evaluation,) = evaluations(runs)
+    found = finish(run_from_spec({**evaluation.spec, "ood": [GLUE_OOD.task_spec("hans")]}))
+    assert set(found["scores"]["ood"]["hans"]) == {"accuracy"}  # no loss: the classes are others
+    assert 0 <= found["scores"]["ood"]["hans"]["accuracy"] <= 1
+
+
+# plans
+
+
+def test_sets_that_one_cannot_obtain_are_left_out() -> None:
+    runs = plan(["glue_lora", "glue_ood"], "paper", without=["flipkart", "newsqa_qnli"])
+    sets = {other["name"] for run in runs if run.benchmark == "glue_ood" for other in run.spec["ood"]}
+    assert {"imdb", "hans"} <= sets
+    assert not {"flipkart", "newsqa_qnli"} & sets
+    assert not any(run.benchmark == "glue_ood" and run.spec["task"]["name"] == "qnli" for run in runs)
+    with pytest.raises(DefinitionError, match="has an OOD set left"):
+        plan(["glue_ood"], "mini", without=["amazon", "movie", "nyt"])
+
+
+def test_an_evaluation_waits_for_all_runs_of_its_cell() -> None:
+    runs = plan(["glue_lora", "glue_ood"], "paper")
+    trained = {run.folder: run.spec for run in runs if run.benchmark == "glue_lora"}
+    for run in runs:
+        if run.benchmark == "glue_ood":
+            specs = [trained[folder] for folder in run.spec["candidates"]]
+            assert {spec["method"]["name"] for spec in specs} == {run.spec["method"]["name"]}
+            assert {spec["protocol"] for spec in specs} == {run.spec["protocol"]}
+            assert len(specs) == 9 * (3 if run.spec["method"]["name"] == "lora_emoe_search" else 1)
+
+
+def test_losses_are_torchs() -> None:
+    logits, labels = np.array([[1.0, 2.0, 0.5], [0.2, 0.1, 3.0]], dtype=np.float32), np.array([1, 0])
+    expected = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels))
+    assert mean_loss(logits, labels) == pytest.approx(float(expected))
+    assert mean_loss(np.array([[1.0], [3.0]]), np.array([2.0, 2.0])) == 1.0

@@ -1,0 +1,103 @@
+"""Tokens: cached once for each set, tokenizer and length, and equal to what the tokenizer gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.harness import tokenised
+from benchmarks.harness.definition import load_models
+from benchmarks.harness.models import load_tokenizer
+from benchmarks.harness.paths import TOKENS
+from benchmarks.harness.text import TextSplit
+from benchmarks.harness.tokenised import TokenisedRows, calibration_batches
+
+PAIRS = TextSplit([("a longer first sentence", "so it is"), ("short", "too"), ("", "empty first")], [1, 0, 1])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer({"name": "minilm", **load_models()["minilm"]})
+
+
+@pytest.fixture(autouse=True)
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    made: list[int] = []
+    whole = tokenised._tokenise
+
+    def spy(split: TextSplit, *args: object) -> object:
+        made.append(len(split))
+        return whole(split, *args)
+
+    monkeypatch.setattr(tokenised, "_tokenise", spy)
+    return made
+
+
+def test_rows_are_what_the_tokenizer_gives(tokenizer: PreTrainedTokenizerBase) -> None:
+    for _ in range(2):  # made, and from the cache
+        rows = TokenisedRows(PAIRS, tokenizer, 8, by_length=False)
+        for row, texts, label in zip(rows, PAIRS.texts, PAIRS.labels, strict=True):
+            assert row == {**tokenizer(*texts, truncation=True, max_length=8), "labels": label}
+    assert max(rows.lengths) == 8
+
+
+def test_sorted_rows_keep_their_labels(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = TokenisedRows(PAIRS, tokenizer, 32, by_length=True)
+    assert rows.lengths == sorted(rows.lengths)
+    plain = {tuple(row["input_ids"]): row["labels"] for row in TokenisedRows(PAIRS, tokenizer, 32, by_length=False)}
+    assert [plain[tuple(row["input_ids"])] for row in rows] == rows.labels.tolist()
+    assert "labels" not in TokenisedRows(PAIRS, tokenizer, 32, by_length=True, labelled=False)[0]
+
+
+def test_one_set_is_tokenised_once_for_each_tokenizer_and_length(
+    tokenizer: PreTrainedTokenizerBase, calls: list[int]
+) -> None:
+    other_labels = TextSplit(PAIRS.texts, [0, 0, 0])
+    for split in (PAIRS, other_labels):
+        TokenisedRows(split, tokenizer, 16, by_length=False)
+        TokenisedRows(split, tokenizer, 16, by_length=True)
+    assert calls == [3]
+    TokenisedRows(PAIRS, tokenizer, 17, by_length=False)
+    TokenisedRows(TextSplit(PAIRS.texts[:2], [1, 0]), tokenizer, 16, by_length=False)
+    changed = load_tokenizer({"name": "minilm", **load_models()["minilm"]})
+    changed.add_tokens(["longer"])
+    TokenisedRows(PAIRS, changed, 16, by_length=False)
+    assert calls == [3, 3, 2, 3]
+    assert len(list(TOKENS.glob("*.safetensors"))) == 4
+    # calls with other settings leave a fast tokenizer's own state changed; that is no other tokenizer
+    tokenizer("a b c", truncation=True, max_length=3, padding="max_length")
+    TokenisedRows(PAIRS, tokenizer, 16, by_length=False)
+    assert len(calls) == 4
+
+
+def test_a_damaged_cache_is_made_again(tokenizer: PreTrainedTokenizerBase, calls: list[int]) -> None:
+    before = list(TokenisedRows(PAIRS, tokenizer, 16, by_length=False))
+    (file,) = TOKENS.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-4])
+    assert list(TokenisedRows(PAIRS, tokenizer, 16, by_length=False)) == before
+    assert calls == [3, 3]
+
+
+def test_large_sets_are_tokenised_in_parts(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(TokenisedRows(PAIRS, tokenizer, 16, by_length=False))
+    monkeypatch.setattr(tokenised, "_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(tokenised, "_VERSION", -1)  # another key
+    assert list(TokenisedRows(PAIRS, tokenizer, 16, by_length=False)) == whole
+
+
+def test_calibration_batches_are_the_models_inputs(tokenizer: PreTrainedTokenizerBase) -> None:
+    batches = list(calibration_batches(PAIRS, tokenizer, {"max_length": 16, "eval_batch_size": 2}))
+    assert [len(batch["input_ids"]) for batch in batches] == [2, 1]
+    assert all("labels" not in batch for batch in batches)
+
+
+def test_tokenizers_pad_on_the_right(tmp_path: Path) -> None:
+    model = {"name": "minilm", **load_models()["minilm"]}
+    assert load_tokenizer(model).padding_side == "right"
