@@ -78,8 +78,6 @@ def paper_table(comparison: Comparison, domain: str) -> Table:
             "model_title": "Model",
             "scope": "Task",
             "method_title": "Method",
-            "status": "Status",
-            "source": "Source of the paper's number",
         },
         [
             Column("score", "value", "Paper", decimals=2),
@@ -94,6 +92,7 @@ def paper_table(comparison: Comparison, domain: str) -> Table:
             ),
         ],
         frame,
+        notes={"status": "Status", "source": "Source of the paper's number"},
     )
 
 

@@ -76,6 +76,7 @@ class Table:
         frame: the numbers.
         group: text columns within which ``best`` compares.
         compare: rows that take part in the comparison, a Boolean column of the frame; all where None.
+        notes: text columns that stand after the numbers, with their headings.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Table:
     frame: pd.DataFrame
     group: Sequence[str] = field(default_factory=tuple)
     compare: str | None = None
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def shown(self) -> list[Column]:
@@ -97,12 +99,17 @@ class Table:
         cells = {heading: self.frame[key].astype(str) for key, heading in self.keys.items()}
         for column in self.shown:
             cells[column.heading] = self.frame.apply(column.text, axis=1) if len(self.frame) else pd.Series(dtype=str)
+        cells |= {heading: self.frame[key].astype(str) for key, heading in self.notes.items()}
         return pd.DataFrame(cells).reset_index(drop=True)
 
     def best(self) -> pd.DataFrame:
         """Boolean mask of the printed cells that hold the best number of their group, by number, not by text."""
         frame = self.frame.reset_index(drop=True)
-        mask = pd.DataFrame(False, index=frame.index, columns=[*self.keys.values(), *(c.heading for c in self.shown)])
+        mask = pd.DataFrame(
+            False,
+            index=frame.index,
+            columns=[*self.keys.values(), *(c.heading for c in self.shown), *self.notes.values()],
+        )
         taking_part = frame[self.compare] if self.compare else pd.Series(True, index=frame.index)
         for column in self.shown:
             direction = load_metrics()[column.metric]["direction"]
@@ -125,7 +132,7 @@ class Table:
         best = self.best()
         escaped = self.texts().map(_latex).where(~best, lambda cells: r"\textbf{" + cells + "}")
         escaped.columns = [_latex(name) for name in escaped.columns]
-        layout = "l" * len(self.keys) + "r" * len(self.shown)
+        layout = "l" * len(self.keys) + "r" * len(self.shown) + "l" * len(self.notes)
         body = escaped.style.hide(axis="index").to_latex(hrules=True, column_format=layout)
         return f"\\begin{{table}}\n\\centering\n\\small\n\\caption{{{_latex(self.title)}. {_latex(self.caption)}}}\n{body}\\end{{table}}\n"
 

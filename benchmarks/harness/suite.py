@@ -208,6 +208,14 @@ class Suite:
             found[paths.MODEL_ROOT] = str(Path(self.settings["model_root"]).resolve())
         return found
 
+    def missing_sets(self) -> list[str]:
+        """OOD sets that only exist by hand and are not there: said before work starts, because their evaluations will fail."""
+        from benchmarks.harness.text_files import local_folder
+
+        used = {other["name"]: other for run in self.runs for other in run.spec["ood"]}
+        by_hand = [task for task in used.values() if not {"hub", "rated"} & set(task["source"])]
+        return [task["name"] for task in by_hand if local_folder(task) is None]
+
     def write_plan(self) -> None:
         """Write the list of runs that progress lines count, and where the work starts."""
         folders = [run.folder for run in self.runs]

@@ -174,7 +174,6 @@ class TextTables:
                 "eval_task_title": "Evaluated on",
                 "method_title": "Method",
                 "n": "n",
-                "verdict": "Verdict",
             },
             [
                 Column("score", "delta", "Δ", interval=("low", "high"), signed=True),
@@ -182,6 +181,7 @@ class TextTables:
                 Column("p_value", "p_holm", "p (Holm)"),
             ],
             frame,
+            notes={"verdict": "Verdict"},
         )
 
     def ood(self) -> Table:

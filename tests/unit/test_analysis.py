@@ -246,6 +246,8 @@ def test_paper_table_puts_published_numbers_beside_ours(finished: Suite) -> None
     # what was not found is not shown where we have no number either
     assert ("gpt2", "CoLA", "emoe") not in frame.index
     assert "inferred" in table.markdown()
+    # long texts stand after the numbers
+    assert table.texts().columns[-1] == "Source of the paper's number"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.__main__ import cli
+from benchmarks.harness.paths import DATA_ROOT
 from benchmarks.harness.rated import ARCHIVE
+from benchmarks.harness.suite import load_suite
 from tests.text_sets import OWN_FILES, write_own, write_saved
 from tests.tiny_hub import write_data
 
@@ -71,6 +73,17 @@ def test_a_wrong_label_is_reported_and_the_others_are_counted(root: Path) -> Non
     assert code == 1
     assert f"hans: {path}, row 1: 'contradiction' is no label of task 'hans'" in text
     assert row(text, "rte", "dev").split()[2] == "16"
+
+
+def test_sets_that_must_be_fetched_by_hand_are_named_before_work_starts(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paper = load_suite({"suite": "paper"})
+    monkeypatch.setenv(DATA_ROOT, str(root))
+    assert sorted(paper.missing_sets()) == ["flipkart", "grammar_test", "newsqa_qnli", "twitter_pit"]
+    write_own(root, "flipkart")
+    assert "flipkart" not in paper.missing_sets()
+    assert load_suite({}).missing_sets() == []
 
 
 def test_a_packaged_set_that_is_not_fetched_yet(root: Path, archive: Path) -> None:

@@ -33,6 +33,12 @@ os.environ.update(SUITE.environment())
 
 onstart:
     SUITE.write_plan()
+    if missing := SUITE.missing_sets():
+        print(
+            f"not there: {', '.join(missing)}. Evaluations on them will fail; `python -m benchmarks data --check "
+            f"--suite {SUITE.name}` says where they come from, `--config without=[{','.join(missing)}]` leaves them out",
+            file=sys.stderr,
+        )
 
 
 def suite_named(name):
