@@ -20,7 +20,9 @@ from emoe.layer import RoutedActivation
 FAST = ("adapters", "head")
 
 
-def adapt_(model: PreTrainedModel, lora: Mapping[str, Any], tune: Mapping[str, Any], seed: int) -> None:
+def adapt_(
+    model: PreTrainedModel, lora: Mapping[str, Any], tune: Mapping[str, Any], seed: int
+) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Freeze a model but for new adapters, its head, its routers, and what the method trains beside them.
 
     Every row of a comparison trains the same adapters and the same head; the rest is what the row's name says and
@@ -31,6 +33,9 @@ def adapt_(model: PreTrainedModel, lora: Mapping[str, Any], tune: Mapping[str, A
         lora: ``training.lora`` of the spec.
         tune: ``method.tune`` of the spec.
         seed: the run's seed; adapters are the same for all methods.
+
+    Returns:
+        What is trained, as :func:`trainable_groups` says.
 
     Raises:
         DefinitionError: no target layers for the model's type, or names that match nothing.
@@ -50,11 +55,12 @@ def adapt_(model: PreTrainedModel, lora: Mapping[str, Any], tune: Mapping[str, A
         inject_adapter_in_model(config, model)
     except ValueError as error:  # no such layer
         raise DefinitionError(f"training.lora.targets.{kind}: {error}") from error
-    blocks = _blocks(model, tune["blocks"])
-    also = _modules(model, tune["also"])
-    for group, parameters in _grouped(model, blocks, also).items():
+    groups = trainable_groups(model, tune)
+    model.requires_grad_(False)
+    for parameters in groups.values():
         for _, parameter in parameters:
-            parameter.requires_grad_(group != "frozen")
+            parameter.requires_grad_(True)
+    return groups
 
 
 def trainable_groups(model: PreTrainedModel, tune: Mapping[str, Any]) -> dict[str, list[tuple[str, nn.Parameter]]]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.adapters import FAST, adapt_, trainable_groups
+from benchmarks.harness.adapters import FAST, adapt_
 from benchmarks.harness.methods import apply_method_
 from benchmarks.harness.models import describe, load_classifier, weights_digest
 from benchmarks.harness.packages import DataError
@@ -66,8 +66,7 @@ def build_classifier(
     names = [name for name, _ in model.named_parameters()]
     trained: dict[str, Any] = {}
     if lora is not None:
-        adapt_(model, lora, tune, seed)
-        groups = trainable_groups(model, tune)
+        groups = adapt_(model, lora, tune, seed)
         names = [name for found in groups.values() for name, _ in found]
         slow = [name for group, found in groups.items() if group not in FAST for name, _ in found]
         trained = {
@@ -91,10 +90,12 @@ def build_classifier(
 
 def trained_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The part of a model's state that training changes: trained parameters, and buffers such as running gates."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(model).items()}
+
+
+def _trained(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items() if name not in frozen
-    }
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def load_trained_(model: PreTrainedModel, file: Path) -> None:
@@ -109,7 +110,7 @@ def load_trained_(model: PreTrainedModel, file: Path) -> None:
         raise DataError(f"{file} does not exist") from error
     except SafetensorError as error:
         raise DataError(f"{file} is damaged: {error}") from error
-    wanted = {name: tensor.shape for name, tensor in trained_state(model).items()}
+    wanted = {name: tensor.shape for name, tensor in _trained(model).items()}
     if {name: tensor.shape for name, tensor in state.items()} != wanted:
         odd = sorted(set(state) ^ set(wanted)) or sorted(n for n in wanted if state[n].shape != wanted[n])
         raise DataError(f"{file} belongs to another model: they differ in '{odd[0]}'")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import pandas as pd
 
 from benchmarks.harness.definition import Benchmark, DefinitionError, load_models
-from benchmarks.harness.records import collect, scores_of
+from benchmarks.harness.records import OOD_MEAN, collect, scores_of
 from benchmarks.harness.runs import Run
-from benchmarks.harness.selection import CELL, PROTOCOLS, reported, select
+from benchmarks.harness.selection import PROTOCOLS, reported, select
 from benchmarks.harness.statistics import SIGNIFICANCE, Ranking, friedman_ranks, holm, paired_difference
 
-ID, OOD, OOD_MEAN = "id", "ood", "ood_mean"
+ID, OOD = "id", "ood"
 _PAIR = ["model", "task", "eval_task"]
 _ROW = ["protocol", "domain", *_PAIR, "method"]
 
@@ -39,24 +39,27 @@ class Comparison:
         self.records = collect(runs)
         self.methods: dict[str, dict[str, str]] = benchmark.definition["methods"]
         self.baseline: str = benchmark.definition["baseline"]
+        self._chosen = {protocol: self._choose(protocol) for protocol in PROTOCOLS}
         self.seeds = pd.concat([self._seeds(protocol) for protocol in PROTOCOLS], ignore_index=True)
         self.protocols = [protocol for protocol in PROTOCOLS if protocol in set(self.seeds["protocol"])]
         self.rows = self._rows()
 
     def chosen(self, protocol: str) -> pd.DataFrame:
-        """The records of the chosen runs; a benchmark that evaluates others' runs has no others."""
+        """The records of the chosen runs."""
+        return self._chosen[protocol]
+
+    def _choose(self, protocol: str) -> pd.DataFrame:
+        # a benchmark that evaluates the chosen runs of another has no others
         if self.benchmark.kind == "evaluation":
             return self.records[self.records["protocol"] == protocol]
         return select(self.records, protocol)
 
     def _seeds(self, protocol: str) -> pd.DataFrame:
         chosen = self.chosen(protocol)
-        ood = scores_of(chosen[chosen["protocol"] == protocol], "ood")
-        parts = [ood.assign(domain=OOD)]
+        own = chosen[chosen["protocol"] == protocol]
+        parts = [scores_of(own, part).assign(domain=part) for part in (OOD, OOD_MEAN)]
         if self.benchmark.kind == "training":
             parts.insert(0, reported(self.records, protocol).assign(domain=ID))
-        mean = ood.groupby([*CELL, "seed"], sort=False)["value"].mean().reset_index()
-        parts.append(mean.assign(domain=OOD_MEAN, eval_task=""))
         return pd.concat(parts)[["domain", *_PAIR, "method", "seed", "value"]].assign(protocol=protocol)
 
     def _rows(self) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from benchmarks.harness import rated
 from benchmarks.harness.definition import load_benchmark
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.suite import Suite, run_inputs
-from benchmarks.harness.text import TextSplit, load_split
+from benchmarks.harness.text import TextSplit, load_split, part_read
 from benchmarks.harness.text_files import local_folder, wanted_place
 
 
@@ -72,7 +72,7 @@ def survey(suite: Suite) -> Iterator[Part]:
             *((t["name"], "test") for t in spec["ood"]),
         ]:
             task = load_benchmark(run.benchmark).tasks[name]
-            part = "dev" if part == "test" and task["splits"]["test"] is None else part
+            part = part_read(task, part)
             if (name, part) not in seen:
                 seen.add((name, part))
                 yield _look(name, part, {"name": name, **task})

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.harness.files import whole_file
 from emoe.errors import EMoEError
 
 
@@ -40,10 +41,8 @@ def fetch_sdist(name: str, version: str, checksum: str, output: Path) -> None:
                 f"Put it at {output} by hand (sha256 {checksum}) to go on without a network"
             )
         check_file(files[0], checksum)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = output.with_name(f".{output.name}")
-        temporary.write_bytes(files[0].read_bytes())
-        temporary.replace(output)
+        with whole_file(output) as temporary:
+            temporary.write_bytes(files[0].read_bytes())
 
 
 def check_file(path: Path, checksum: str) -> None:

@@ -153,11 +153,11 @@ def evaluate_split(
     The loss is left out where the set has other classes than the head.
     """
     rows = TokenisedRows(split, tokenizer, max_length, by_length=True, labelled=False)
-    logits = trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions
+    logits = plain_logits(trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
     read = reading(trained, other or trained, (other or trained)["name"])
     metrics = [trained["metric"]] if other is None else other["ood_metrics"]
-    scores: dict[str, float | None] = {name: score(name, plain_logits(logits), rows.labels, read) for name in metrics}
-    return {**scores, "loss": finite(mean_loss(plain_logits(logits), rows.labels))} if read.same else scores
+    scores: dict[str, float | None] = {name: score(name, logits, rows.labels, read) for name in metrics}
+    return {**scores, "loss": finite(mean_loss(logits, rows.labels))} if read.same else scores
 
 
 def plain_logits(predictions: Any) -> NDArray[Any]:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,11 +90,19 @@ def plan(benchmark_names: list[str], suite: str, without: Collection[str] = ()) 
     Raises:
         DefinitionError: a name in a grid that does not exist, or a method that cannot be built.
     """
-    runs = [run for name in benchmark_names for run in _benchmark_runs(load_benchmark(name), suite, without)]
-    return list({run.id: run for run in runs}.values())
+    planned: dict[str, list[Run]] = {}
+
+    def runs_of(name: str) -> list[Run]:
+        if name not in planned:  # a benchmark that evaluates another needs its runs too
+            planned[name] = list(_benchmark_runs(load_benchmark(name), suite, without, runs_of))
+        return planned[name]
+
+    return list({run.id: run for name in benchmark_names for run in runs_of(name)}.values())
 
 
-def _benchmark_runs(benchmark: Benchmark, suite: str, without: Collection[str]) -> Iterator[Run]:
+def _benchmark_runs(
+    benchmark: Benchmark, suite: str, without: Collection[str], runs_of: Callable[[str], list[Run]]
+) -> Iterator[Run]:
     suites = benchmark.definition["suites"]
     if suite not in suites:
         raise DefinitionError(f"{benchmark.file}: 'suites' has no suite '{suite}'{did_you_mean(suite, suites)}")
@@ -105,8 +113,8 @@ def _benchmark_runs(benchmark: Benchmark, suite: str, without: Collection[str]) 
     if benchmark.kind == "measurement":
         specs = measurement_specs(benchmark, suite)
     else:
-        others = list(_benchmark_runs(load_benchmark(benchmark.definition["evaluates"]), suite, without))
-        specs = evaluation_specs(benchmark, suite, {run.folder: run.spec for run in others}, without)
+        others = {run.folder: run.spec for run in runs_of(benchmark.definition["evaluates"])}
+        specs = evaluation_specs(benchmark, suite, others, without)
     for spec in specs:
         yield replace(run_from_spec(spec), resources=part["resources"])
 

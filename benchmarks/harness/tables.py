@@ -8,11 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.comparison import ID, OOD, OOD_MEAN, Comparison, Ranked, ranked
+from benchmarks.harness.comparison import ID, OOD, Comparison, Ranked, ranked
 from benchmarks.harness.definition import check_names, load_metrics
 from benchmarks.harness.paper_tables import paper_table
-from benchmarks.harness.records import OOD_MEAN as OOD_MEAN_PART
-from benchmarks.harness.records import scores_of
+from benchmarks.harness.records import OOD_MEAN, scores_of
 from benchmarks.harness.rendering import MISSING, Column, Table
 from benchmarks.harness.runs import CLEAN, PUBLISHED
 from benchmarks.harness.selection import CELL, PROTOCOLS, choices
@@ -243,7 +242,7 @@ class TextTables:
         parts = []
         for protocol in self.comparison.protocols:
             table = choices(records, protocol)
-            for part, prefix in (("test", "id_"), (OOD_MEAN_PART, "ood_")):
+            for part, prefix in (("test", "id_"), (OOD_MEAN, "ood_")):
                 rows = scores_of(records[records["protocol"] == protocol], part)
                 grouped = rows.groupby([*CELL, "variant", "learning_rate"], sort=False)["value"]
                 numbers = grouped.agg(mean="mean", std="std").add_prefix(prefix).reset_index()

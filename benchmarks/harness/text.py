@@ -78,10 +78,14 @@ def _digest(rows: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
+def part_read(task: Mapping[str, Any], part: str) -> str:
+    """The part that is read for a part: without a test split the dev split is reported."""
+    return "dev" if part == "test" and task["splits"]["test"] is None else part
+
+
 def load_part(task: Mapping[str, Any], part: str, rows: int | None) -> TextSplit:
-    """The ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``. Without a test split the dev split is reported."""
-    if part == "test" and task["splits"]["test"] is None:
-        part = "dev"
+    """The ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``."""
+    part = part_read(task, part)
     return load_split(task, part).head(rows, f"{task['name']}/{part}")
 
 
