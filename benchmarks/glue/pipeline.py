@@ -11,8 +11,8 @@ from benchmarks.harness.classifier import build_classifier, save_trained
 from benchmarks.harness.models import load_tokenizer
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.text import TextSplit, load_part
+from benchmarks.harness.text_training import TextTrainer
 from benchmarks.harness.tokenised import calibration_batches
-from benchmarks.harness.training import TextTrainer
 from emoe.layer import routed_layers
 
 

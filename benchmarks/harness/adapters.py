@@ -40,7 +40,7 @@ def adapt_(
     Raises:
         DefinitionError: no target layers for the model's type, or names that match nothing.
     """
-    kind = model.config.model_type
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in lora["targets"]:
         raise DefinitionError(f"training.lora.targets has no layers for '{kind}'{did_you_mean(kind, lora['targets'])}")
     config = LoraConfig(

@@ -6,14 +6,16 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.adapters import FAST, adapt_
+from benchmarks.harness.image_models import load_image_classifier
 from benchmarks.harness.methods import apply_method_
 from benchmarks.harness.models import describe, load_classifier, weights_digest
 from benchmarks.harness.packages import DataError
@@ -29,13 +31,13 @@ class Classifier:
     """A classifier and what is known of it.
 
     Attributes:
-        model: as it is trained.
+        model: as it is trained; called with ``labels`` it also gives the loss.
         summary: the ``model`` part of ``metrics.json``.
         trained: names of the parameters that shall be trained.
         slow: those of them that take a share of the learning rate (:data:`~benchmarks.harness.adapters.FAST`).
     """
 
-    model: PreTrainedModel
+    model: nn.Module
     summary: dict[str, Any]
     trained: frozenset[str]
     slow: frozenset[str]
@@ -55,18 +57,44 @@ def build_classifier(
         calibration: batches of training rows, for a co-activation partition.
         partition: of a classifier that is built again.
     """
-    seed, lora, tune = spec["seed"], spec["training"]["lora"], spec["method"]["tune"]
     model = load_classifier(
-        spec["model"], max(len(spec["task"]["labels"]), 1), derive_seed("head", seed), tokenizer.pad_token_id
+        spec["model"], max(len(spec["task"]["labels"]), 1), derive_seed("head", spec["seed"]), tokenizer.pad_token_id
     )
-    dense_parameters = model.num_parameters()
     source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model)}
-    report = apply_method_(model, spec["method"], seed, calibration, partition)
+    return _converted(model, model, source, spec, calibration, partition)
+
+
+def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Classifier:
+    """Load, convert and adapt a classifier of images.
+
+    Args:
+        spec: of a run that trains on images.
+        num_classes: classes of the set.
+    """
+    training = spec["training"]
+    model = load_image_classifier(
+        spec["model"], num_classes, training["image_size"], training["drop_path"], derive_seed("head", spec["seed"])
+    )
+    return _converted(model, model.network, model.source, spec)
+
+
+def _converted(
+    model: nn.Module,
+    network: nn.Module,
+    source: Mapping[str, Any],
+    spec: Mapping[str, Any],
+    calibration: Iterable[Mapping[str, Any]] = (),
+    partition: Mapping[int, torch.Tensor] | None = None,
+) -> Classifier:
+    """Convert and adapt a classifier's network, which is the classifier itself or a part of it."""
+    seed, lora, tune = spec["seed"], spec["training"]["lora"], spec["method"]["tune"]
+    dense_parameters = _count(model)
+    report = apply_method_(network, spec["method"], seed, calibration, partition)
     slow: list[str] = []
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in network.named_parameters()]
     trained: dict[str, Any] = {}
     if lora is not None:
-        groups = adapt_(model, lora, tune, seed)
+        groups = adapt_(cast(PreTrainedModel, network), lora, tune, seed)
         names = [name for found in groups.values() for name, _ in found]
         slow = [name for group, found in groups.items() if group not in FAST for name, _ in found]
         trained = {
@@ -77,28 +105,35 @@ def build_classifier(
             for group, found in groups.items()
         }
     summary = {
-        "source": source,
-        "parameters": model.num_parameters(),
+        "source": dict(source),
+        "parameters": _count(model),
         "dense_parameters": dense_parameters,
-        "trainable_parameters": model.num_parameters(only_trainable=True),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "trained": trained,
         "active_neurons": report.active_neurons if report else 1.0,
         "conversion": [dataclasses.asdict(layer) for layer in report.layers] if report else [],
     }
-    return Classifier(model, summary, frozenset(names), frozenset(slow))
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is network)
+    return Classifier(
+        model, summary, frozenset(prefix + name for name in names), frozenset(prefix + name for name in slow)
+    )
 
 
-def trained_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The part of a model's state that training changes: trained parameters, and buffers such as running gates."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(model).items()}
 
 
-def _trained(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
-def load_trained_(model: PreTrainedModel, file: Path) -> None:
+def load_trained_(model: nn.Module, file: Path) -> None:
     """Put what :func:`trained_state` saved back into a model that was built the same way.
 
     Raises:
@@ -117,7 +152,7 @@ def load_trained_(model: PreTrainedModel, file: Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def save_trained(model: PreTrainedModel, folder: Path) -> None:
+def save_trained(model: nn.Module, folder: Path) -> None:
     """Keep what training made of a classifier: its trained tensors, and the grouping of its neurons."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {layer.ffn_index: layer.permutation for layer in routed_layers(model) if layer.permutation is not None}

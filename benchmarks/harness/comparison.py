@@ -85,7 +85,7 @@ class Comparison:
         rows = pd.DataFrame(found, columns=[*_ROW, *numbers])
         families = rows.groupby(["protocol", "domain", "model", "method"], sort=False)["p"]
         rows["p_holm"] = families.transform(holm) if len(rows) else math.nan
-        rows["verdict"] = [_verdict(row.delta, row.low, row.high, row.p_holm) for row in rows.itertuples()]
+        rows["verdict"] = [verdict(row.delta, row.low, row.high, row.p_holm) for row in rows.itertuples()]
         return rows
 
     def of(self, domain: str, protocol: str) -> pd.DataFrame:
@@ -173,7 +173,7 @@ def ranked(comparison: Comparison, methods: list[str], within: list[str]) -> lis
     return found
 
 
-def _verdict(delta: float, low: float, high: float, p: float) -> str:
+def verdict(delta: float, low: float, high: float, p: float) -> str:
     """What a corrected test says of a difference; nothing where there is no test."""
     if low == high == 0:
         return "equal"

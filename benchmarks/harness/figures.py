@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib as mpl
 import pandas as pd
@@ -85,7 +85,19 @@ def _selected(comparison: Comparison, protocol: str, title: str) -> str:
     return title if len(comparison.run_protocols) == 1 else f"{title}, {PROTOCOLS[protocol]} selection"
 
 
-def score_panels(comparison: Comparison, panels: list[list[Panel]], path: Path) -> None:
+class Compared(Protocol):
+    """What a figure knows of methods: titles, roles and order, and which one is the baseline."""
+
+    methods: dict[str, dict[str, str]]
+    baseline: str
+
+
+def score_panels(
+    comparison: Compared,
+    panels: list[list[Panel]],
+    path: Path,
+    measure: str = "Score (%); diamonds: mean over seeds, dots: seeds",
+) -> None:
     """Score by method, one panel a set.
 
     Small dots are seeds, the diamond their mean, the bar its 95 % confidence interval, cut at the panel's edge.
@@ -95,6 +107,7 @@ def score_panels(comparison: Comparison, panels: list[list[Panel]], path: Path) 
         comparison: for titles, roles and order.
         panels: by row and column.
         path: of the files, without ending.
+        measure: what the axis shows, and what diamonds and dots are.
     """
     values = pd.concat([panel.rows["value"] for row in panels for panel in row]) * 100
     low, high = values.min(), values.max()
@@ -130,9 +143,7 @@ def score_panels(comparison: Comparison, panels: list[list[Panel]], path: Path) 
                 axis.set_xlim(low - margin, high + margin)
             axis_row[0].set_yticks(range(len(names)), [methods[name]["title"] for name in names])
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
-        label = (
-            "Score (%); diamonds: mean over seeds, dots: seeds, bars: 95 % confidence interval, cut at the panel's edge"
-        )
+        label = f"{measure}, bars: 95 % confidence interval, cut at the panel's edge"
         figure.supxlabel("\n".join(textwrap.wrap(label, 38 * columns)), fontsize=7.5)
         save(figure, path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,4 +28,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def write_json(path: Path, content: object) -> None:
     """Write JSON, all of it or nothing."""
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+        # a list of numbers on one line
+        text = re.sub(r"\[\n[\s\d.,eE+-]*\]", lambda found: "".join(found[0].split()).replace(",", ", "), text)
+        temporary.write_text(text + "\n")

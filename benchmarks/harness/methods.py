@@ -13,6 +13,7 @@ from torch import nn
 
 import emoe
 from benchmarks.harness.files import write_json
+from benchmarks.harness.image_models import is_image_model, load_image_network
 from benchmarks.harness.models import load_backbone
 from benchmarks.harness.paths import PARTITIONS
 from benchmarks.harness.seeds import derive_seed
@@ -64,7 +65,8 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
     """
     content = json.loads(spec)
     torch.set_num_threads(threads)
-    model, config = load_backbone(content["model"]), EMoEConfig.from_dict(content["config"])
+    load = load_image_network if is_image_model(content["model"]) else load_backbone
+    model, config = load(content["model"]), EMoEConfig.from_dict(content["config"])
     found = cached_partition(model, config)
     receipt = {
         "partitions": {layer: partition_key(model, single) for layer, single in _by_layer(model, config)},

@@ -21,7 +21,7 @@ from transformers import (
 
 from benchmarks.harness.definition import load_models
 from benchmarks.harness.packages import DataError, package_folder
-from benchmarks.harness.paths import MODEL_ROOT
+from benchmarks.harness.paths import MODEL_ROOT, MODELS
 from benchmarks.harness.seeds import derive_seed
 from emoe.partitioning import tensor_digest
 
@@ -33,6 +33,8 @@ def locate(model: Mapping[str, Any]) -> tuple[str, str | None]:
     """
     if _in_model_root(model):
         return str(Path(os.environ[MODEL_ROOT]) / model["name"]), None
+    if "rebuilt" in model:
+        return str(MODELS / model["name"]), None
     if "package" in model:
         return str(package_folder(model["package"], model["path"], model["sha256"])), None
     return model["hub"], model.get("revision")
@@ -44,7 +46,7 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         name = model["tokenizer"]
         return load_tokenizer({"name": name, **load_models()[name]})
     place, revision = locate(model)
-    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, place, revision)
+    tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, place, revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # padding on the left would shift the positions of a decoder, by what else is in the batch
@@ -53,12 +55,12 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def load_backbone(model: Mapping[str, Any]) -> PreTrainedModel:
-    """The pre-trained model without a head, for clustering its neurons."""
+    """The pre-trained text model without a head, for clustering its neurons."""
     if "config" in model:
         classifier = load_classifier(model, 1, 0, None)
         return cast(PreTrainedModel, classifier.base_model)
     place, revision = locate(model)
-    loaded: PreTrainedModel = _from_pretrained(AutoModel, place, revision, dtype=torch.float32)
+    loaded: PreTrainedModel = from_pretrained(AutoModel, place, revision, dtype=torch.float32)
     return loaded
 
 
@@ -82,7 +84,7 @@ def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_to
     else:
         place, revision = locate(model)
         torch.manual_seed(seed)
-        loaded = _from_pretrained(AutoModelForSequenceClassification, place, revision, dtype=torch.float32, **options)
+        loaded = from_pretrained(AutoModelForSequenceClassification, place, revision, dtype=torch.float32, **options)
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = pad_token_id
     return loaded
@@ -96,6 +98,8 @@ def describe(model: Mapping[str, Any], loaded: PreTrainedModel) -> str:
     commit = getattr(loaded.config, "_commit_hash", None)
     if "package" in model and not _in_model_root(model):
         return f"package {model['package']}"
+    if "rebuilt" in model and not _in_model_root(model):
+        return f"rebuilt from the package {model['rebuilt']}"
     return f"{place}@{commit}" if commit else place
 
 
@@ -112,7 +116,12 @@ def _in_model_root(model: Mapping[str, Any]) -> bool:
     return bool(root) and (Path(str(root)) / model["name"]).is_dir()
 
 
-def _from_pretrained(loader: Any, place: str, revision: str | None, **options: Any) -> Any:
+def from_pretrained(loader: Any, place: str, revision: str | None, **options: Any) -> Any:
+    """What one of transformers' auto classes loads.
+
+    Raises:
+        DataError: it is not there.
+    """
     try:
         return loader.from_pretrained(place, **({"revision": revision} if revision else {}), **options)
     except OSError as error:

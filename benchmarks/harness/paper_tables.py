@@ -7,7 +7,7 @@ import math
 import pandas as pd
 
 from benchmarks.harness.comparison import ID, Comparison, Ranked
-from benchmarks.harness.definition import DefinitionError
+from benchmarks.harness.definition import Benchmark, DefinitionError
 from benchmarks.harness.rendering import MISSING, Column, Table
 from benchmarks.harness.runs import CLEAN, PUBLISHED
 from benchmarks.harness.selection import PROTOCOLS
@@ -21,18 +21,22 @@ _KEY = ["model", "scope", "method"]
 
 
 def read_paper(comparison: Comparison) -> pd.DataFrame:
-    """A benchmark's ``paper.csv``: a row a cell of the paper's tables, its value in points (of a rank, as it is).
+    """The ``paper.csv`` of a text benchmark: a row a cell of the paper's tables."""
+    return read_published(comparison.benchmark, _COLUMNS)
+
+
+def read_published(benchmark: Benchmark, columns: list[str]) -> pd.DataFrame:
+    """A benchmark's ``paper.csv``: published numbers, values in points (of a rank, as it is), each with status and source.
 
     Raises:
         DefinitionError: a wrong column, status, or a value that does not go with its status.
     """
-    benchmark = comparison.benchmark
     if not benchmark.definition["paper"]:
-        return pd.DataFrame(columns=_COLUMNS)
+        return pd.DataFrame(columns=columns)
     path = benchmark.folder / benchmark.definition["paper"]
     found = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
-    if list(found.columns) != _COLUMNS:
-        raise DefinitionError(f"{path}: the columns are {list(found.columns)}, but must be {_COLUMNS}")
+    if list(found.columns) != columns:
+        raise DefinitionError(f"{path}: the columns are {list(found.columns)}, but must be {columns}")
     for number, row in enumerate(found.itertuples(), 2):
         if row.status not in _STATUS:
             raise DefinitionError(f"{path}, line {number}: status is '{row.status}'{did_you_mean(row.status, _STATUS)}")

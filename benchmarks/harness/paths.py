@@ -15,6 +15,8 @@ RESULTS = Path("results")
 RUNS = RESULTS / "runs"
 PARTITIONS = Path("resources/partitions")
 PACKAGES = Path("resources/packages")
+MODELS = Path("resources/models")
+IMAGES = Path("resources/images")
 TOKENS = Path("resources/tokens")
 
 # set from the configuration by the workflow, or by hand

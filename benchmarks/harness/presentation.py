@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.harness.definition import Benchmark, DefinitionError
@@ -18,6 +18,14 @@ NOTE = (
 
 
 @dataclass(frozen=True)
+class Part:
+    """Tables and figures of one set of a benchmark, named ``<benchmark>_<set>_…``."""
+
+    tables: list[Table]
+    draw: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
 class Presentation:
     """What ``benchmarks/<name>/presentation.py`` gives back from ``present(benchmark, runs)``.
 
@@ -26,12 +34,14 @@ class Presentation:
         verdicts: a sentence each: how do the methods differ from the dense model?
         note: how to read the verdicts.
         draw: writes the benchmark's ``figures``, as PDF and PNG, into a folder.
+        parts: what is shown of each of its sets alone, by the set's name; empty for benchmarks whose sets are shown together.
     """
 
     tables: list[Table]
     verdicts: list[str]
     note: str
-    draw: Callable[[Path], None]
+    draw: Callable[[Path], None] = lambda _: None
+    parts: dict[str, Part] = field(default_factory=dict)
 
 
 def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
@@ -41,8 +51,14 @@ def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
         DefinitionError: the tables are not those that its definition names.
     """
     found: Presentation = importlib.import_module(f"benchmarks.{benchmark.name}.presentation").present(benchmark, runs)
-    made = [table.name for table in found.tables]
-    named = [f"{benchmark.name}_{table}" for table in benchmark.definition["tables"]]
-    if made != named:
-        raise DefinitionError(f"{benchmark.file}: 'tables' names {named}, but {made} are made")
+    _check(benchmark, "tables", found.tables, benchmark.name)
+    for name, part in found.parts.items():
+        _check(benchmark, "set_tables", part.tables, f"{benchmark.name}_{name}")
     return found
+
+
+def _check(benchmark: Benchmark, key: str, tables: list[Table], prefix: str) -> None:
+    made = [table.name for table in tables]
+    named = [f"{prefix}_{table}" for table in benchmark.definition[key]]
+    if made != named:
+        raise DefinitionError(f"{benchmark.file}: '{key}' names {named}, but {made} are made")

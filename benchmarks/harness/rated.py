@@ -11,14 +11,11 @@ import random
 import tarfile
 from pathlib import Path
 
-from benchmarks.harness.packages import DataError, check_file, fetch_sdist
-from benchmarks.harness.paths import PACKAGES
+from benchmarks.harness.packages import RATED_SENTENCES, DataError
 from benchmarks.harness.seeds import derive_seed
 from emoe.errors import did_you_mean
 
-PACKAGE, VERSION = "vaderSentiment", "3.3.2"
-SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-ARCHIVE = PACKAGES / f"{PACKAGE}-{VERSION}.tar.gz"
+PACKAGE, VERSION, ARCHIVE = RATED_SENTENCES.package, RATED_SENTENCES.version, RATED_SENTENCES.path
 
 _INNER = f"{PACKAGE}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
 _FILES = {
@@ -29,11 +26,6 @@ _FILES = {
 }
 _NEUTRAL = 0.5
 _TEST_SHARE, _DEV_SHARE = 0.25, 0.15
-
-
-def fetch(output: Path = ARCHIVE) -> None:
-    """Download the archive."""
-    fetch_sdist(PACKAGE, VERSION, SHA256, output)
 
 
 def load_rated(domain: str, split: str, archive: Path = ARCHIVE) -> tuple[list[str], list[int], int]:
@@ -81,12 +73,7 @@ def load_rated(domain: str, split: str, archive: Path = ARCHIVE) -> tuple[list[s
 
 
 def _lines(domain: str, archive: Path) -> list[str]:
-    if not archive.exists():
-        raise DataError(
-            f"{archive} does not exist; get it with `snakemake --cores 1 {archive}` or `python -m benchmarks fetch`"
-        )
-    check_file(archive, SHA256)
-    with tarfile.open(archive) as outer:
+    with tarfile.open(RATED_SENTENCES.check(archive)) as outer:
         inner = outer.extractfile(_INNER)
         assert inner is not None  # noqa: S101  the checksum fixes the content
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as nested:

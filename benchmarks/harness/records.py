@@ -11,14 +11,14 @@ import pandas as pd
 
 from benchmarks.harness.definition import DefinitionError
 from benchmarks.harness.paths import RUNS
-from benchmarks.harness.runs import Run
+from benchmarks.harness.runs import Run, variant
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
 OOD_MEAN = "ood_mean"
 _COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
 _MODEL = ("parameters", "trainable_parameters", "active_neurons")
-_ROUTING = ("load_entropy", "load_max_over_mean", "drop_rate")
+_ROUTING = ("load_entropy", "load_max_over_mean", "drop_rate", "class_information", "environment_information")
 
 
 def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
@@ -47,13 +47,16 @@ def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
     """One row a number of every run.
 
     Columns: those of :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``, and ``is_score`` for the
-    one number by which the task is judged. Parts:
+    one number by which a text task is judged. Parts:
 
     - ``dev``: the kept epoch on the split that selects; ``dev_best``: the best epoch there, of clean runs of tasks with
       a dev split of their own (of the others it is the reported score, or the score of rows held out);
     - ``test``: the reported split of the training task; ``ood``: each other task;
     - ``ood_mean``: mean of the scores over the other tasks (metric ``score``);
     - ``cost``, ``model``, ``routing``: what the run took and what was trained.
+
+    A run of domain generalisation has the accuracies of the record that training-domain validation chooses among its own: ``dev``, the mean of the
+    training environments' *out* splits, and ``test``, each held-out environment's *in* split.
 
     A measurement has one part, its measure, with the candidate in the place of the evaluation task.
     """
@@ -88,7 +91,7 @@ def _keys(run: Run) -> dict[str, Any]:
         "task": spec["task"]["name"],
         "method": spec["method"]["name"],
         "protocol": spec.get("protocol", ""),
-        "variant": spec["method"]["variant"],
+        "variant": variant(spec),
         "learning_rate": spec["learning_rate"],
         "seed": spec["seed"],
     }
@@ -106,7 +109,7 @@ def _numbers(run: Run, found: dict[str, Any]) -> Iterator[tuple[str, str, str, f
             for key, value in scores.items():
                 if value is not None:  # the loss of a model that diverged
                     yield part, name, key, value
-    if run.spec["task"]["splits"]["test"] is not None and "epochs" in found:
+    if "epochs" in found and run.spec["task"]["splits"]["test"] is not None:
         metric = run.spec["task"]["metric"]
         yield "dev_best", task, metric, max(entry[metric] for entry in found["epochs"])
     ood = [found["scores"]["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]]

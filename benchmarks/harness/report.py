@@ -16,7 +16,11 @@ from benchmarks.harness.definition import load_benchmark
 from benchmarks.harness.presentation import present
 from benchmarks.harness.records import read_metrics
 from benchmarks.harness.runs import Run
-from benchmarks.harness.suite import Suite
+from benchmarks.harness.suite import Shown, Suite, shown_of
+
+_FEW_LABELS = 10
+# by the kind of a benchmark
+_OPTIMISERS = {"training": "AdamW, linear decay, no clipping", "domains": "Adam, constant rate, no clipping"}
 
 
 def write_report(suite: Suite, output: Path) -> None:
@@ -42,30 +46,50 @@ def write_report(suite: Suite, output: Path) -> None:
 
 def _section(suite: Suite, name: str) -> dict[str, Any]:
     benchmark = load_benchmark(name)
-    runs = [run for run in suite.runs if run.benchmark == name]
-    folder, definition = paths.RESULTS / suite.name, benchmark.definition
+    runs = suite.runs_of(name)
+    definition = benchmark.definition
     models = benchmark.kind != "measurement"
     presented = present(benchmark, runs)
+    shown = shown_of(name)
     return {
         "name": name,
         "title": definition["title"],
         "runs": len(runs),
         "models": models,
-        "random_weights": models and any("config" in run.spec["model"] for run in runs),
+        "random_weights": models and any({"config", "random"} & set(run.spec["model"]) for run in runs),
+        "suite_note": definition["suites"][suite.name].get("note", ""),
         "verdicts": presented.verdicts,
         "note": presented.note,
         "data": _data(runs) if models else [],
-        "training": _training(runs) if benchmark.kind == "training" else {},
-        "tables": [_trusted(folder / "tables" / f"{name}_{table}.html") for table in definition["tables"]],
-        "figures": [
-            {"image": _image(folder / "figures" / f"{name}_{figure}.png"), "caption": caption}
-            for figure, caption in definition["figures"].items()
+        "training": _training(runs) if benchmark.kind in _OPTIMISERS else {},
+        "optimiser": _OPTIMISERS.get(benchmark.kind, ""),
+        "tables": [_table(suite, shown, table) for table in shown.tables],
+        "figures": _figures(suite, shown),
+        "parts": [
+            {
+                "title": benchmark.tasks[part]["title"],
+                "tables": [_table(suite, shown_of(name, part), table) for table in definition["set_tables"]],
+                "figures": _figures(suite, shown_of(name, part)),
+            }
+            for part in presented.parts
         ],
     }
 
 
+def _table(suite: Suite, shown: Shown, table: str) -> Markup:
+    return _trusted(paths.RESULTS / suite.name / "tables" / f"{shown.name}_{table}.html")
+
+
+def _figures(suite: Suite, shown: Shown) -> list[dict[str, str]]:
+    folder = paths.RESULTS / suite.name / "figures"
+    return [
+        {"image": _image(folder / f"{shown.name}_{figure}.png"), "caption": caption}
+        for figure, caption in shown.figures.items()
+    ]
+
+
 def _data(runs: list[Run]) -> list[dict[str, Any]]:
-    """Rows and labels of every split that was used, once a task."""
+    """Rows and labels of every split that was used, once a task; of splits that differ between runs those of the last."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for run in runs:
         for part, summary in read_metrics(run)["data"].items():
@@ -73,6 +97,8 @@ def _data(runs: list[Run]) -> list[dict[str, Any]]:
             name = "test" if part.startswith("ood:") else part
             labels = summary.get("labels") or {"from": summary["range"][0], "to": summary["range"][1]}
             text = ", ".join(f"{label}: {count}" for label, count in labels.items())
+            if len(labels) > _FEW_LABELS:
+                text = f"{len(labels)} classes, {min(labels.values())} to {max(labels.values())} each"
             found[task, name] = {
                 "task": task,
                 "split": name,
@@ -87,7 +113,7 @@ def _training(runs: list[Run]) -> dict[str, str]:
     """Training settings; where tasks differ, each value with its tasks."""
     found: dict[str, dict[str, list[str]]] = {}
     for run in runs:
-        for key, value in run.spec["training"].items():
+        for key, value in {**run.spec["training"], **run.spec.get("hparams", {})}.items():
             tasks = found.setdefault(key, {}).setdefault("–" if value is None else str(value), [])
             if run.spec["task"]["name"] not in tasks:
                 tasks.append(run.spec["task"]["name"])

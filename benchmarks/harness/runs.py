@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import json
@@ -14,20 +13,18 @@ from typing import Any
 from benchmarks.harness.definition import (
     Benchmark,
     DefinitionError,
-    check,
     check_names,
     load_benchmark,
     load_models,
 )
+from benchmarks.harness.domains import domain_specs, held_out_names
 from benchmarks.harness.evaluations import evaluation_specs
 from benchmarks.harness.measurements import measurement_specs
-from emoe.config import EMoEConfig, GMoEConfig
-from emoe.errors import ConfigError, did_you_mean
+from benchmarks.harness.variants import VARIANT_KEYS, method_spec, suite_methods, training_settings, without_title
+from emoe.errors import did_you_mean
 
 _SLUG_LENGTH = 80
-_VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
 _OTHER_AXES = ("protocol", "learning_rate", "seed")
-_NOT_CONFIG = ("title", "role", "kind", "noise", "top_k_fraction", "as_published", "tune", "also_train")
 PUBLISHED, CLEAN = "published", "clean"
 
 
@@ -68,15 +65,22 @@ def canonical_json(value: object) -> str:
 def run_from_spec(spec: Mapping[str, Any]) -> Run:
     """Name a spec."""
     digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:8]
-    parts = [spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["method"]["variant"]]
+    parts = [spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], variant(spec)]
     if spec.get("protocol") == CLEAN and spec["task"]["splits"]["test"] is None:
         parts.append(CLEAN)
     if spec["learning_rate"]:  # else nothing was trained
         parts.append(f"lr{spec['learning_rate']:g}")
-    if "protocol" in spec:  # else it is a measurement
+    if "settings" not in spec:  # a measurement has no seed
         parts.append(f"s{spec['seed']}")
     slug = re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(part for part in parts if part))
     return Run(f"{slug[: _SLUG_LENGTH - 9]}-{digest}", dict(spec))
+
+
+def variant(spec: Mapping[str, Any]) -> str:
+    """What of a run's method is varied, which environments it holds out, and which draw of hyper-parameters it has."""
+    held_out = f"T{'+'.join(held_out_names(spec))}" if "test_envs" in spec else ""
+    draw = f"h{spec['hparams_seed']}" if spec.get("hparams_seed") else ""
+    return "-".join(filter(None, (spec["method"]["variant"], held_out, draw)))
 
 
 def plan(benchmark_names: list[str], suite: str, without: Collection[str] = ()) -> list[Run]:
@@ -85,7 +89,7 @@ def plan(benchmark_names: list[str], suite: str, without: Collection[str] = ()) 
     Args:
         benchmark_names: whose runs.
         suite: the suite.
-        without: OOD sets to leave out.
+        without: OOD sets and image sets to leave out.
 
     Raises:
         DefinitionError: a name in a grid that does not exist, or a method that cannot be built.
@@ -112,6 +116,8 @@ def _benchmark_runs(
         return
     if benchmark.kind == "measurement":
         specs = measurement_specs(benchmark, suite)
+    elif benchmark.kind == "domains":
+        specs = domain_specs(benchmark, suite, without)
     else:
         others = {run.folder: run.spec for run in runs_of(benchmark.definition["evaluates"])}
         specs = evaluation_specs(benchmark, suite, others, without)
@@ -121,29 +127,18 @@ def _benchmark_runs(
 
 def _training_runs(benchmark: Benchmark, suite: str, without: Collection[str]) -> Iterator[Run]:
     part = benchmark.definition["suites"][suite]
-    methods = _suite_methods(benchmark, suite)
+    methods = suite_methods(benchmark, suite)
     trainable = [name for name, task in benchmark.tasks.items() if task["splits"]["train"] and task["splits"]["dev"]]
     for number, block in enumerate(part["grid"]):
         where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-        check_names(where, "model", block["model"], load_models())
+        text_models = [name for name, model in load_models().items() if model.get("modality") != "image"]
+        check_names(where, "model", block["model"], text_models)
         check_names(where, "task", block["task"], trainable)
         check_names(where, "method", block["method"], methods)
-        axes = [key for key in ("model", "task", "method", *_VARIANT_KEYS, *_OTHER_AXES) if key in block]
+        axes = [key for key in ("model", "task", "method", *VARIANT_KEYS, *_OTHER_AXES) if key in block]
         for values in itertools.product(*(block[key] for key in axes)):
             point = dict(zip(axes, values, strict=True))
             yield replace(_resolve(benchmark, suite, methods, point, where, without), resources=part["resources"])
-
-
-def _suite_methods(benchmark: Benchmark, suite: str) -> dict[str, dict[str, Any]]:
-    """The benchmark's methods with the suite's own settings on top."""
-    methods: dict[str, dict[str, Any]] = benchmark.definition["methods"]
-    changes = benchmark.definition["suites"][suite].get("methods", {})
-    where = f"{benchmark.file}: 'suites.{suite}"
-    check_names(where, "methods", list(changes), methods)
-    merged = {name: {**method, **changes.get(name, {})} for name, method in methods.items()}
-    # checked again as a whole, because a suite's settings are written outside `methods`
-    checked = check({**benchmark.definition, "methods": merged}, "benchmark", f"{where}.methods'")
-    return dict(checked["methods"])
 
 
 def _resolve(
@@ -154,14 +149,6 @@ def _resolve(
     where: str,
     without: Collection[str],
 ) -> Run:
-    base = methods[point["method"]]
-    # a dense model has no experts to vary: it is one run for all variants, but for the blocks that it trains
-    varying = _VARIANT_KEYS if base["kind"] != "dense" else ("layers",) if "tune" in base else ()
-    varied = {key: point[key] for key in varying if key in point}
-    method = {**base, **varied}
-    named = f"{where}': method '{point['method']}'"
-    if "top_k_fraction" in method and "top_k" in method:
-        raise DefinitionError(f"{named} sets both top_k and top_k_fraction; keep one")
     task = benchmark.tasks[point["task"]]
     protocol = _protocol(task, point, where)
     training = _training(benchmark, suite, point)
@@ -173,16 +160,10 @@ def _resolve(
         "version": benchmark.definition["version"],
         "pipeline": benchmark.definition["pipeline"],
         "protocol": protocol,
-        "model": _without_title(point["model"], load_models()[point["model"]]),
+        "model": without_title(point["model"], load_models()[point["model"]]),
         "task": benchmark.task_spec(point["task"]),
         "ood": [benchmark.task_spec(name) for name in ood],
-        "method": {
-            "name": point["method"],
-            "variant": _variant(varied),
-            "noise": float(method["noise"]),
-            "config": _method_config(method, point["seed"], named),
-            "tune": _tuned(method, training["lora"], named),
-        },
+        "method": method_spec(methods, point, point["seed"], training["lora"], where),
         "training": training,
         "learning_rate": float(point["learning_rate"]),
         "seed": point["seed"],
@@ -203,65 +184,9 @@ def _protocol(task: Mapping[str, Any], point: Mapping[str, Any], where: str) -> 
 
 
 def _training(benchmark: Benchmark, suite: str, point: Mapping[str, Any]) -> dict[str, Any]:
-    """The training settings of one run: the benchmark's, the suite's, those of its model and of its task."""
-    found = {**benchmark.definition["training"], **benchmark.definition["suites"][suite].get("training", {})}
-    by_task, by_model = found.pop("epochs_by_task", {}), found.pop("by_model", {})
-    where = f"{benchmark.file}: 'suites.{suite}.training"
-    check_names(where, "by_model", by_model, load_models())
-    check_names(where, "epochs_by_task", by_task, benchmark.tasks)
-    found |= by_model.get(point["model"], {})
+    """The training settings of one run, those of its task included."""
+    found = training_settings(benchmark, suite, point["model"])
+    by_task = found.pop("epochs_by_task", {})
+    check_names(f"{benchmark.file}: 'suites.{suite}.training", "epochs_by_task", by_task, benchmark.tasks)
     found["epochs"] = by_task.get(point["task"], found["epochs"])
-    return copy.deepcopy(found)
-
-
-def _tuned(method: Mapping[str, Any], lora: Mapping[str, Any] | None, where: str) -> dict[str, Any] | None:
-    """What is trained beside adapters and head; None where everything is trained."""
-    asked = [key for key in ("tune", "also_train") if key in method]
-    if lora is None:
-        if asked:
-            raise DefinitionError(f"{where} sets '{asked[0]}', which needs training.lora")
-        return None
-    if "tune" in method and "layers" not in method:
-        raise DefinitionError(f"{where} sets 'tune' but no 'layers', which name the blocks")
-    return {"blocks": method["layers"] if "tune" in method else [], "also": method.get("also_train", [])}
-
-
-def _without_title(name: str, definition: Mapping[str, Any]) -> dict[str, Any]:
-    """A definition by name; titles are for readers and do not shape numbers."""
-    return {"name": name, **{key: value for key, value in definition.items() if key != "title"}}
-
-
-def _variant(varied: Mapping[str, Any]) -> str:
-    short = {"num_experts": "N", "top_k_fraction": "k", "layers": "L"}
-    values = {
-        key: "+".join(map(str, v)) if isinstance(v, list) else f"{v:g}" if isinstance(v, float) else str(v)
-        for key, v in varied.items()
-    }
-    return "-".join(f"{short[key]}{value}" for key, value in values.items())
-
-
-def _method_config(method: Mapping[str, Any], seed: int, where: str) -> dict[str, Any] | None:
-    """The full configuration of an EMoE or GMoE with all its defaults, or None for a dense model."""
-    if method["kind"] == "dense":
-        known = {*_NOT_CONFIG, *(("layers",) if "tune" in method else ())} - {"as_published"}
-        extra = sorted(set(method) - known)
-        if extra:
-            raise DefinitionError(f"{where} is dense and takes no '{extra[0]}'")
-        return None
-    values = {key: value for key, value in method.items() if key not in _NOT_CONFIG}
-    if "top_k_fraction" in method:
-        share = method["top_k_fraction"] * values.get("num_experts", 1)
-        if share != int(share) or share < 1:
-            raise DefinitionError(
-                f"{where}: top_k_fraction {method['top_k_fraction']} of {values.get('num_experts')} experts is {share:g}, not a whole number"
-            )
-        values["top_k"] = int(share)
-    if values.get("partition_seed") == "run":
-        values["partition_seed"] = seed
-    config: type[EMoEConfig] | type[GMoEConfig] = EMoEConfig if method["kind"] == "emoe" else GMoEConfig
-    try:
-        if "as_published" in method:
-            return config.as_published(method["as_published"], **values).to_dict()
-        return config(**values).to_dict()
-    except ConfigError as error:
-        raise DefinitionError(f"{where}: {error}") from error
+    return found

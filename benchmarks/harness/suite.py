@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.harness import paths
 from benchmarks.harness.definition import (
@@ -27,11 +26,12 @@ from benchmarks.harness.definition import (
     read_yaml,
 )
 from benchmarks.harness.files import write_json
-from benchmarks.harness.rated import ARCHIVE
+from benchmarks.harness.jobs import PartitionJob, SurveyJob, partition_jobs, survey_job
 from benchmarks.harness.runs import Run, canonical_json, plan
 from emoe.errors import did_you_mean
 
 FORMATS = ("csv", "md", "tex", "html")
+Job = TypeVar("Job")
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
 
 
@@ -68,6 +68,12 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
             )
     definitions = [task for benchmark in settings["benchmarks"] for task in load_benchmark(benchmark).tasks.values()]
     known = {name for task in definitions for name in task.get("ood", ())}
+    known |= {
+        name
+        for benchmark in settings["benchmarks"]
+        if load_benchmark(benchmark).kind == "domains"
+        for name in load_benchmark(benchmark).tasks
+    }
     check_names(f"{where}: '", "without", settings["without"], known)
     for benchmark in settings["benchmarks"]:
         other = load_benchmark(benchmark).definition.get("evaluates")
@@ -88,37 +94,62 @@ def suite_of_job(name: str) -> Suite:
 
 
 @dataclass(frozen=True)
-class PartitionJob:
-    """The clustering of one layer of a model under one setting, shared by all runs that need it."""
+class Shown:
+    """Tables and figures that are made together: a benchmark's own, or those of one of its sets.
 
-    model: dict[str, Any]
-    config: dict[str, Any]
+    Attributes:
+        benchmark: the benchmark.
+        part: the set; None for what is over all of them.
+        tables: names of the tables.
+        figures: names of the figures, with their captions.
+    """
 
-    def to_json(self) -> str:
-        return canonical_json(dataclasses.asdict(self))
+    benchmark: str
+    part: str | None
+    tables: list[str]
+    figures: dict[str, str]
 
     @property
-    def id(self) -> str:
-        digest = hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
-        layers = "+".join(map(str, self.config["layers"])) if isinstance(self.config["layers"], list) else "layers"
-        return f"{self.model['name']}-N{self.config['num_experts']}-L{layers}-{digest}"
+    def name(self) -> str:
+        """What files begin with, and the target of the workflow."""
+        return f"{self.benchmark}_{self.part}" if self.part else self.benchmark
 
-    @property
-    def file(self) -> str:
-        """The receipt, which names the cached partition by its content."""
-        return str(paths.PARTITIONS / f"{self.id}.json")
+    def table_files(self, suite: str) -> list[str]:
+        folder = paths.RESULTS / suite / "tables"
+        return [str(folder / f"{self.name}_{table}.{end}") for table in self.tables for end in FORMATS]
+
+    def figure_files(self, suite: str) -> list[str]:
+        folder = paths.RESULTS / suite / "figures"
+        return [str(folder / f"{self.name}_{figure}.{end}") for figure in self.figures for end in ("pdf", "png")]
 
 
-def partition_jobs(run: Run) -> list[PartitionJob]:
-    """The clusterings that a run needs before it starts, one for each layer that its configuration lists."""
-    config = run.spec["method"]["config"]
-    if config is None or config.get("partition") != "kmeans":
-        return []
-    keys = ("num_experts", "partition", "partition_seed")
-    shared = {"kind": "emoe", "top_k": 1, **{key: config[key] for key in keys}}
-    # how many layers a word such as "all" means is known when the model is loaded
-    layers = [[layer] for layer in config["layers"]] if isinstance(config["layers"], list) else [config["layers"]]
-    return [PartitionJob(run.spec["model"], {**shared, "layers": chosen}) for chosen in layers]
+def shown_of(benchmark: str, part: str | None = None) -> Shown:
+    """What a benchmark shows, or a part of it."""
+    definition = load_benchmark(benchmark).definition
+    keys = ("set_tables", "set_figures") if part else ("tables", "figures")
+    return Shown(benchmark, part, definition[keys[0]], definition[keys[1]])
+
+
+def all_shown() -> list[Shown]:
+    """What all benchmarks and all their parts show, whether a suite runs them or not."""
+    found = []
+    for name in benchmark_names():
+        loaded = load_benchmark(name)
+        parts = list(loaded.tasks) if loaded.kind == "domains" else []
+        found += [shown_of(name, part) for part in (None, *parts)]
+    return found
+
+
+def find_part(benchmark: str, part: str, first: Suite) -> Suite:
+    """The given suite where it runs the part of the benchmark, else the first other one that does.
+
+    Raises:
+        DefinitionError: no suite runs it.
+    """
+    for suite in _suites(first):
+        if benchmark in suite.settings["benchmarks"] and part in suite.parts(benchmark):
+            return suite
+    raise DefinitionError(f"no suite runs '{part}' of the benchmark '{benchmark}'")
 
 
 @dataclass(frozen=True)
@@ -149,38 +180,48 @@ class Suite:
         """The clusterings that the runs need, by id."""
         return {job.id: job for run in self.runs for job in partition_jobs(run)}
 
-    def metric_files(self, benchmark: str | None = None) -> list[str]:
-        """``metrics.json`` of every run, or of one benchmark's."""
-        return [
-            str(paths.RUNS / run.folder / "metrics.json") for run in self.runs if benchmark in (None, run.benchmark)
-        ]
+    @cached_property
+    def surveys(self) -> dict[str, SurveyJob]:
+        """The surveys of image sets that the runs need, by id."""
+        return {job.id: job for run in self.runs if (job := survey_job(run)) is not None}
 
-    def output_files(self, benchmark: str | None = None) -> list[str]:
-        """Tables and figures, of every benchmark or of one."""
+    def runs_of(self, benchmark: str, part: str | None = None) -> list[Run]:
+        """The runs of a benchmark, or of one of its parts."""
+        return [run for run in self.runs if run.benchmark == benchmark and part in (None, run.spec["task"]["name"])]
+
+    def parts(self, benchmark: str) -> list[str]:
+        """The sets of a benchmark that have tables and figures of their own, and runs in this suite."""
+        if load_benchmark(benchmark).kind != "domains":
+            return []
+        return list(dict.fromkeys(run.spec["task"]["name"] for run in self.runs_of(benchmark)))
+
+    def metric_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
+        """``metrics.json`` of every run, or of one benchmark's, or of one of its parts'."""
+        runs = self.runs if benchmark is None else self.runs_of(benchmark, part)
+        return [str(paths.RUNS / run.folder / "metrics.json") for run in runs]
+
+    def picture_files(self, benchmark: str, part: str | None) -> list[str]:
+        """Samples of a part's images, which its figures show; made by the survey."""
+        if part is None:
+            return []
+        jobs = [job for run in self.runs_of(benchmark, part) if (job := survey_job(run)) is not None]
+        return list(dict.fromkeys(job.picture for job in jobs))
+
+    def output_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
+        """Tables and figures: of every benchmark, of one with its parts, or of one part alone."""
         names = [name for name in self.settings["benchmarks"] if benchmark in (None, name)]
-        return [file for name in names for file in (*self.table_files(name), *self.figure_files(name))]
-
-    def table_files(self, benchmark: str) -> list[str]:
-        return [
-            str(paths.RESULTS / self.name / "tables" / f"{benchmark}_{table}.{end}")
-            for table in load_benchmark(benchmark).definition["tables"]
-            for end in FORMATS
+        shown = [
+            shown_of(name, found) for name in names for found in (None, *self.parts(name)) if part in (None, found)
         ]
-
-    def figure_files(self, benchmark: str) -> list[str]:
-        return [
-            str(paths.RESULTS / self.name / "figures" / f"{benchmark}_{figure}.{end}")
-            for figure in load_benchmark(benchmark).definition["figures"]
-            for end in ("pdf", "png")
-        ]
+        return [file for one in shown for file in (*one.table_files(self.name), *one.figure_files(self.name))]
 
     @property
     def tracking_uri(self) -> str:
         """Where MLflow is: the configuration, else ``MLFLOW_TRACKING_URI``, else SQLite below ``results/``."""
         return self.settings["tracking_uri"] or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
 
-    def digest(self, benchmark: str) -> str:
-        """Hash of everything that shapes a benchmark's tables beside its runs; comments do not count."""
+    def digest(self, benchmark: str, part: str | None = None) -> str:
+        """Hash of everything that shapes the tables of a benchmark or of a part beside its runs; comments do not count."""
         loaded = load_benchmark(benchmark)
         paper = loaded.definition.get("paper")
         content: list[object] = [
@@ -190,7 +231,7 @@ class Suite:
             {k: v["title"] for k, v in load_models().items()},
         ]
         content.append((loaded.folder / paper).read_text() if paper else None)
-        content.append([run.id for run in self.runs])
+        content.append([run.id for run in (self.runs_of(benchmark, part) if part else self.runs)])
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
 
     def environment(self) -> dict[str, str]:
@@ -209,11 +250,19 @@ class Suite:
         return found
 
     def missing_sets(self) -> list[str]:
-        """OOD sets that only exist by hand and are not there: said before work starts, because their evaluations will fail."""
+        """Sets that only exist by hand and are not there: said before work starts, because what needs them will fail."""
         from benchmarks.harness.text_files import local_folder
 
-        used = {other["name"]: other for run in self.runs for other in run.spec["ood"]}
-        by_hand = [task for task in used.values() if not {"hub", "rated"} & set(task["source"])]
+        used = {
+            task["name"]: task
+            for run in self.runs
+            for task in (*run.spec["ood"], *([run.spec["task"]] if "data_seed" in run.spec else ()))
+        }
+        by_hand = [
+            task
+            for task in used.values()
+            if not {"hub", "rated", "emoji"} & set(task["source"]) and task["source"].get("digits") != "package"
+        ]
         return [task["name"] for task in by_hand if local_folder(task) is None]
 
     def write_plan(self) -> None:
@@ -242,10 +291,23 @@ def find_partition(name: str, first: Suite) -> PartitionJob:
     Raises:
         DefinitionError: no suite needs such a clustering.
     """
+    return _find(name, first, lambda suite: suite.partitions, "partition")
+
+
+def find_survey(name: str, first: Suite) -> SurveyJob:
+    """The survey of that id, in the given suite or in any other.
+
+    Raises:
+        DefinitionError: no suite needs such a survey.
+    """
+    return _find(name, first, lambda suite: suite.surveys, "survey")
+
+
+def _find(name: str, first: Suite, jobs_of: Callable[[Suite], Mapping[str, Job]], word: str) -> Job:
     for suite in _suites(first):
-        if name in suite.partitions:
-            return suite.partitions[name]
-    raise DefinitionError(f"no suite needs the partition '{name}'{did_you_mean(name, first.partitions)}")
+        if name in jobs_of(suite):
+            return jobs_of(suite)[name]
+    raise DefinitionError(f"no suite needs the {word} '{name}'{did_you_mean(name, jobs_of(first))}")
 
 
 @functools.cache
@@ -255,16 +317,9 @@ def plain_suite(name: str) -> Suite:
 
 
 def _suites(first: Suite) -> Iterator[Suite]:
-    """The given suite, then the others as they are needed, small ones first."""
+    """The given suite, then the others as they are needed, the usual ones first."""
     yield first
-    for name in sorted(suite_names(), key=lambda name: (name != "smoke", name)):
+    usual = ("smoke", "mini", "paper")
+    for name in sorted(suite_names(), key=lambda name: (usual.index(name) if name in usual else len(usual), name)):
         if name != first.name:
             yield plain_suite(name)
-
-
-def run_inputs(run: Run) -> list[str]:
-    """Files beside ``run.json`` that a run needs: data, partitions, and the runs that it evaluates."""
-    tasks = [run.spec["task"], *run.spec["ood"]]
-    rated = any("rated" in task.get("source", ()) for task in tasks)
-    evaluated = [str(paths.RUNS / folder / "metrics.json") for folder in run.spec.get("candidates", ())]
-    return [*([str(ARCHIVE)] if rated else []), *evaluated, *(job.file for job in partition_jobs(run))]

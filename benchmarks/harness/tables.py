@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.comparison import ID, OOD, Comparison, Ranked, ranked
+from benchmarks.harness.cost_table import cost_table
 from benchmarks.harness.definition import check_names, load_metrics
 from benchmarks.harness.paper_tables import paper_table
 from benchmarks.harness.records import OOD_MEAN, scores_of
@@ -207,33 +208,14 @@ class TextTables:
 
     def cost(self) -> Table:
         """Time, memory, parameters and how the experts were used."""
-        frame = self._cells()
-        shown = [
-            ("cost", "train_seconds"),
-            ("cost", "step_seconds"),
-            ("cost", "evaluation_seconds"),
-            ("cost", "startup_seconds"),
-            ("cost", "job_seconds"),
-            ("cost", "peak_memory_mb"),
-            ("model", "active_neurons"),
-            ("model", "parameters"),
-            ("model", "trainable_parameters"),
-            ("routing", "load_entropy"),
-            ("routing", "load_max_over_mean"),
-            ("routing", "drop_rate"),
-        ]
-        for part, metric in shown:
-            frame = frame.merge(self._means(part, metric), left_on=CELL, right_index=True, how="left")
-        return Table(
+        return cost_table(
             f"{self.name}_cost",
-            "What it took, and how the experts were used",
-            "Means over seeds of the chosen runs, on the machine of the runs (see the environment below). Runs share the machine, so times are rough: "
-            "they do not compare methods. Start-up is what passes before the run's own work begins, mostly imports. Active neurons are the FFN neurons "
-            "that a token uses, as a share of the dense model's. Load entropy is 1 for a perfectly balanced load; both load columns and the drops are measured on the ID test split without "
-            "padding. Only the published settings limit the capacity of experts, so only there are choices dropped.",
             _KEYS,
-            [Column(metric, metric) for _, metric in shown],
-            frame,
+            self._cells(),
+            CELL,
+            self._means,
+            averaged="Means over seeds of the chosen runs",
+            measured_on="the ID test split without padding",
         )
 
     def choices(self) -> Table:

@@ -62,9 +62,10 @@ def read_rows(task: Mapping[str, Any], split: str) -> Rows:
 def local_folder(task: Mapping[str, Any]) -> Path | None:
     """The set's folder below the data root, if the user has one: under its makers' name, or the task's."""
     root = os.environ.get(DATA_ROOT)
-    if not root or "folder" not in task["source"]:
+    source = task["source"]
+    if not root or not {"folder", "mnist"} & set(source):
         return None
-    folders = [Path(root) / name for name in (task["source"]["folder"], task["name"])]
+    folders = [Path(root) / name for name in (source.get("folder", "MNIST/raw"), task["name"])]
     return next((folder for folder in folders if folder.is_dir()), None)
 
 

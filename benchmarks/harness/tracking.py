@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,9 +96,15 @@ def _write(client: MlflowClient, experiment: str, run: Run, metrics: dict[str, A
     identifier = client.create_run(experiment, run_name=run.id, tags=tags).info.run_id
     numbers = collect([run])
     logged = [
-        Metric(".".join(filter(None, (row.part, row.eval_task, row.metric))), float(row.value), 0, 0)
+        Metric(_plain(".".join(filter(None, (row.part, row.eval_task, row.metric)))), float(row.value), 0, 0)
         for row in numbers.itertuples()
     ]
+    for entry in metrics.get("records", []):
+        logged += [
+            Metric(f"record.{key}", float(value), 0, entry["step"])
+            for key, value in entry.items()
+            if key != "step" and value is not None
+        ]
     for entry in metrics.get("epochs", []):
         logged += [
             Metric(f"epoch.{key}", float(value), 0, round(entry["epoch"]))
@@ -108,6 +115,11 @@ def _write(client: MlflowClient, experiment: str, run: Run, metrics: dict[str, A
     client.log_batch(identifier, metrics=logged, params=parameters[:100], tags=[RunTag("benchmark", run.benchmark)])
     client.set_terminated(identifier)
     return str(identifier)
+
+
+def _plain(name: str) -> str:
+    """A metric's name without what MLflow does not allow (the environments of ColoredMNIST are called +90%)."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,100 +3,100 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import (
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import emoe
 from benchmarks.harness.classifier import Classifier, load_trained_, trained_state
-from benchmarks.harness.prediction import (
-    Stopwatch,
-    evaluate_split,
-    finite,
-    padding_collator,
-    plain_logits,
-    precision_here,
-    quiet_arguments,
-)
-from benchmarks.harness.progress import Progress
-from benchmarks.harness.scores import mean_loss, score
-from benchmarks.harness.seeds import derive_seed
-from benchmarks.harness.text import TextSplit
-from benchmarks.harness.tokenised import TokenisedRows
+from benchmarks.harness.files import write_json
 from emoe.errors import EMoEError
 
-_WEIGHTS, _LOSS = "trained.safetensors", "mean_loss"
+_WEIGHTS = "trained.safetensors"
 _CHECKPOINT_FILES = (_WEIGHTS, "optimizer.pt", "scheduler.pt", TRAINER_STATE_NAME)
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What training gives back beside the model's new weights.
-
-    ``epochs`` has the dev scores after every epoch; ``kept`` is the one whose weights the model has; ``step_seconds`` is the mean over its steps.
-    """
-
-    epochs: list[dict[str, Any]]
-    kept: dict[str, Any]
-    steps: int
-    step_seconds: float
 
 
 class TrainedSetError(EMoEError):
     """What the optimiser trains is not what the run's method says."""
 
 
-class EpochOrder(Sampler[int]):
-    """Order of the training rows: a function of the seed and the epoch, and of nothing else.
+class Stopwatch(TrainerCallback):
+    """Time spent in steps, without evaluation and checkpoints, and in evaluation; kept beside every checkpoint."""
 
-    So all methods see the same rows in the same order, however much randomness they use up themselves,
-    and a run that goes on sees the order that it would have seen.
+    _FILE = "stopwatch.json"
 
-    Args:
-        lengths: tokens of each row.
-        batch_size: rows of a step.
-        seed: the run's seed.
-        by_length: put rows of like length into one batch.
-    """
+    def __init__(self) -> None:
+        self.seconds, self.steps, self.evaluation, self._start = 0.0, 0, 0.0, 0.0
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, *, by_length: bool) -> None:
-        self._lengths, self._batch_size, self._seed, self._by_length = lengths, batch_size, seed, by_length
-        self._epoch = 0
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint's count."""
+        if (checkpoint / self._FILE).exists():
+            saved = json.loads((checkpoint / self._FILE).read_text())
+            self.seconds, self.steps, self.evaluation = saved["seconds"], saved["steps"], saved["evaluation"]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before every epoch."""
-        self._epoch = epoch
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        content = {"seconds": self.seconds, "steps": self.steps, "evaluation": self.evaluation}
+        write_json(folder / self._FILE, content)
 
-    def __len__(self) -> int:
-        return len(self._lengths)
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # several sets are evaluated one after the other, each with a time of its own
+        self.evaluation += sum(value for name, value in (metrics or {}).items() if name.endswith("_runtime"))
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(derive_seed("order", self._seed, self._epoch))
-        if self._by_length:
-            return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
-        return iter(torch.randperm(len(self), generator=generator).tolist())
+    on_predict = on_evaluate
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._start
+        self.steps += 1
 
 
-class _RoutedTrainer(Trainer):
+def precision_here(asked: str) -> str:
+    """The arithmetic that this machine computes in: mixed only on an accelerator."""
+    return asked if torch.cuda.is_available() else "fp32"
+
+
+def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArguments:
+    """Trainer's arguments for one quiet run on one device."""
+    found = TrainingArguments(
+        output_dir=str(folder),
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        fp16=precision == "fp16",
+        bf16=precision == "bf16",
+        **options,
+    )
+    if found.n_gpu > 1:
+        found._n_gpu = 1  # Trainer's DataParallel would multiply the batch size; one run takes one GPU
+    return found
+
+
+class RoutedTrainer(Trainer):
     """Trainer for routed and adapted models.
 
     Adds the balance loss to the task's, orders the rows by seed and epoch, gives some parameters a share of the learning
@@ -106,12 +106,12 @@ class _RoutedTrainer(Trainer):
     # every loss here is the mean of a batch, so that the Trainer divides by the number of batches of a step
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *, order: EpochOrder, classifier: Classifier, slow_share: float, **kwargs: Any) -> None:
+    def __init__(self, *, order: Sampler[Any], classifier: Classifier, slow_share: float, **kwargs: Any) -> None:
         super().__init__(model=classifier.model, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._order, self._classifier, self._slow_share = order, classifier, slow_share
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         return self._order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -140,8 +140,8 @@ class _RoutedTrainer(Trainer):
         return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
 
     @property
-    def _trained(self) -> PreTrainedModel:
-        return cast(PreTrainedModel, self.model)
+    def _trained(self) -> nn.Module:
+        return cast(nn.Module, self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -155,26 +155,7 @@ class _RoutedTrainer(Trainer):
         load_trained_(self._trained, Path(str(self.state.best_model_checkpoint)) / _WEIGHTS)
 
 
-class Patience(TrainerCallback):
-    """Stops after a number of epochs without a new best dev score.
-
-    Counts in the log, which checkpoints keep, so that a run that goes on stops where it would have stopped.
-    """
-
-    def __init__(self, metric: str, epochs: int) -> None:
-        self._metric, self._epochs = f"eval_{metric}", epochs
-
-    def is_over(self, log: list[dict[str, float]]) -> bool:
-        """Whether the last evaluations of a log are that many without a new best."""
-        scores = [entry[self._metric] for entry in log if self._metric in entry]
-        return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= self._epochs
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.is_over(state.log_history):
-            control.should_training_stop = True
-
-
-class _RetieGates(TrainerCallback):
+class RetieGates(TrainerCallback):
     """Lets running gates follow the keys after each optimiser step."""
 
     def on_optimizer_step(
@@ -187,113 +168,6 @@ class _RetieGates(TrainerCallback):
     ) -> None:
         if model is not None:
             emoe.retie_gates_(model)
-
-
-class TextTrainer:
-    """Trains and evaluates one text classifier as a run's spec says.
-
-    Checkpoints are written every epoch below ``folder``; a run that was killed goes on from the last
-    complete one and ends with the same numbers.
-    """
-
-    def __init__(
-        self,
-        classifier: Classifier,
-        tokenizer: PreTrainedTokenizerBase,
-        spec: Mapping[str, Any],
-        train: TextSplit,
-        dev: TextSplit,
-        folder: Path,
-        progress: Progress,
-    ) -> None:
-        self._tokenizer, self._training, self._task = tokenizer, spec["training"], spec["task"]
-        self._metric: str = spec["task"]["metric"]
-        self._checkpoints = folder / "checkpoints"
-        self._stopwatch = Stopwatch()
-        best = self._training["keep"] == "best"
-        self.precision = precision_here(self._training["precision"])
-        arguments = quiet_arguments(
-            self._checkpoints,
-            num_train_epochs=self._training["epochs"],
-            per_device_train_batch_size=self._training["batch_size"],
-            per_device_eval_batch_size=self._training["eval_batch_size"],
-            gradient_accumulation_steps=self._training["accumulate"],
-            learning_rate=spec["learning_rate"],
-            lr_scheduler_type="linear",
-            warmup_steps=self._training["warmup"],
-            weight_decay=self._training["weight_decay"],
-            max_grad_norm=0.0,
-            precision=self.precision,
-            seed=derive_seed("dropout", spec["seed"]),
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            save_total_limit=1,
-            load_best_model_at_end=best,
-            metric_for_best_model=self._metric if best else None,
-            greater_is_better=True if best else None,
-            logging_strategy="epoch",
-        )
-        patience = self._training["patience"]
-        self._patience = None if patience is None else Patience(self._metric, patience)
-        rows, self._dev = self._rows(train, by_length=False), self._rows(dev, by_length=True)
-        by_length = self._training["sampling"] == "group_by_length"
-        lora = self._training["lora"]
-        self._trainer = _RoutedTrainer(
-            args=arguments,
-            order=EpochOrder(rows.lengths, self._training["batch_size"], spec["seed"], by_length=by_length),
-            classifier=classifier,
-            slow_share=lora["rest_rate"] if lora else 1.0,
-            train_dataset=rows,
-            eval_dataset=self._dev,
-            data_collator=padding_collator(tokenizer, self.precision),
-            compute_metrics=self._scores,
-            callbacks=[progress, self._stopwatch, _RetieGates(), *([self._patience] if self._patience else [])],
-        )
-
-    @property
-    def evaluation_seconds(self) -> float:
-        """Time spent in evaluations so far, those during training included."""
-        return self._stopwatch.evaluation
-
-    def _rows(self, split: TextSplit, *, by_length: bool) -> TokenisedRows:
-        return TokenisedRows(split, self._tokenizer, self._training["max_length"], by_length=by_length)
-
-    def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
-        # Trainer's own labels are rounded to float32, and its loss counts a last batch that is not full as if it were
-        logits, labels = plain_logits(prediction.predictions), self._dev.labels
-        return {self._metric: score(self._metric, logits, labels), _LOSS: mean_loss(logits, labels)}
-
-    def train(self) -> TrainingResult:
-        """Train, from the last complete checkpoint where there is one."""
-        checkpoint = last_complete_checkpoint(self._checkpoints)
-        if checkpoint:
-            self._stopwatch.resume(checkpoint)
-        saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
-        if saved and self._patience and self._patience.is_over(saved.log_history):
-            self._trainer.state = saved  # it had stopped already: only the best weights are missing
-            self._trainer._load_best_model()
-        else:
-            self._trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        state = self._trainer.state
-        epochs: list[dict[str, Any]] = [
-            {
-                "epoch": entry["epoch"],
-                self._metric: entry[f"eval_{self._metric}"],
-                "loss": finite(entry[f"eval_{_LOSS}"]),
-            }
-            for entry in state.log_history
-            if f"eval_{_LOSS}" in entry
-        ]
-        kept = (
-            max(epochs, key=lambda entry: (entry[self._metric], -entry["epoch"]))
-            if self._training["keep"] == "best"
-            else epochs[-1]
-        )
-        return TrainingResult(epochs, kept, state.global_step, self._stopwatch.seconds / max(self._stopwatch.steps, 1))
-
-    def evaluate(self, split: TextSplit, task: Mapping[str, Any] | None = None) -> dict[str, float | None]:
-        """Scores and loss on a split: of the training task, or of another as it is read out of domain."""
-        return evaluate_split(self._trainer, self._tokenizer, self._training["max_length"], split, self._task, task)
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -315,3 +189,13 @@ def _is_complete(checkpoint: Path) -> bool:
     except json.JSONDecodeError:
         return False
     return True
+
+
+def plain_logits(predictions: Any) -> NDArray[Any]:
+    """The logits of what a model gave back."""
+    return cast(NDArray[Any], predictions[0] if isinstance(predictions, tuple) else predictions)
+
+
+def finite(loss: float) -> float | None:
+    """A loss, or None for that of a model that diverged: JSON knows no other numbers, and means shall not."""
+    return loss if math.isfinite(loss) else None

@@ -16,7 +16,8 @@ from benchmarks.harness.models import load_tokenizer
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.runs import plan
 from benchmarks.harness.text import TextSplit
-from benchmarks.harness.training import TextTrainer, TrainedSetError
+from benchmarks.harness.text_training import TextTrainer
+from benchmarks.harness.training import TrainedSetError
 from emoe.errors import EMoEError
 
 SMOKE = {run.spec["method"]["name"]: run.spec for run in plan(["glue_lora"], "smoke")}

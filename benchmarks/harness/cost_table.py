@@ -1,0 +1,62 @@
+"""What training took and how experts were used, for every kind of benchmark that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pandas as pd
+
+from benchmarks.harness.rendering import Column, Table
+
+_SHOWN = (
+    ("cost", "train_seconds"),
+    ("cost", "step_seconds"),
+    ("cost", "evaluation_seconds"),
+    ("cost", "startup_seconds"),
+    ("cost", "job_seconds"),
+    ("cost", "peak_memory_mb"),
+    ("model", "active_neurons"),
+    ("model", "parameters"),
+    ("model", "trainable_parameters"),
+    ("routing", "load_entropy"),
+    ("routing", "load_max_over_mean"),
+    ("routing", "drop_rate"),
+    ("routing", "class_information"),
+    ("routing", "environment_information"),
+)
+
+
+def cost_table(
+    name: str,
+    keys: Mapping[str, str],
+    frame: pd.DataFrame,
+    cell: Sequence[str],
+    means: Callable[[str, str], pd.Series],
+    *,
+    averaged: str,
+    measured_on: str,
+) -> Table:
+    """Time, memory, parameters and loads.
+
+    Args:
+        name: of the file.
+        keys: columns that name a row, with their headings.
+        frame: one row a cell, with titles.
+        cell: columns that identify a row.
+        means: of a part and metric of the records, over the runs of each cell.
+        averaged: which runs' means these are.
+        measured_on: where loads were counted.
+    """
+    for part, metric in _SHOWN:
+        frame = frame.merge(means(part, metric).rename(metric), left_on=list(cell), right_index=True, how="left")
+    return Table(
+        name,
+        "What it took, and how the experts were used",
+        f"{averaged}, on the machine of the runs (see the environment below). Runs share the machine, so times are rough: "
+        "they do not compare methods. Start-up is what passes before the run's own work begins, mostly imports. Active neurons are the FFN neurons "
+        f"that a token uses, as a share of the dense model's. Load entropy is 1 for a perfectly balanced load; loads and drops are measured on {measured_on}. "
+        "Only the published settings limit the capacity of experts, so only there are choices dropped.",
+        dict(keys),
+        [Column(metric, metric) for _, metric in _SHOWN],
+        frame,
+    )

@@ -1,0 +1,172 @@
+"""DomainBed's protocol (Gulrajani and Lopez-Paz, ICLR 2021): seeds, splits and hyper-parameters, number for number.
+
+Facts from github.com/facebookresearch/DomainBed at b93c22a, and for the registry ``emoe`` from the fork of the paper's authors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+HOLDOUT_FRACTION = 0.2
+BASELINE = "ERM"
+SMALL_IMAGES = ("Debug28", "RotatedMNIST", "ColoredMNIST")
+Registry = Literal["domainbed", "emoe"]
+
+# lr and weight decay by data set in the authors' fork, for GMoE and EMoE; what is not listed has DomainBed's own
+_FORK: Mapping[str, tuple[float, float]] = {
+    "VLCS": (3e-5, 1e-6),
+    "PACS": (3e-5, 1e-6),
+    "OfficeHome": (1e-5, 1e-6),
+    "TerraIncognita": (5e-5, 1e-4),
+    "DomainNet": (5e-5, 0.0),
+}
+_FORK_LR = 3e-5
+
+
+def seed_hash(*parts: object) -> int:
+    """DomainBed's seed of named parts: the md5 of the tuple's text, below 2**31.
+
+    >>> seed_hash(0, 3)
+    1796103049
+    """
+    text = str(parts)
+    return int(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest(), 16) % 2**31
+
+
+def sweep_seed(dataset: str, algorithm: str, test_envs: Sequence[int], hparams_seed: int, trial_seed: int) -> int:
+    """The seed that a sweep gives a run for all that has no seed of its own."""
+    return seed_hash(dataset, algorithm, list(test_envs), hparams_seed, trial_seed)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices of one environment: ``within`` (DomainBed's *in*) and ``out``, in DomainBed's order."""
+
+    within: list[int]
+    out: list[int]
+
+
+def split_environment(
+    rows: int,
+    env: int,
+    trial_seed: int,
+    *,
+    is_test: bool,
+    holdout_fraction: float = HOLDOUT_FRACTION,
+    uda_fraction: float = 0.0,
+) -> Split:
+    """Split an environment's rows.
+
+    Args:
+        rows: how many it has.
+        env: its number.
+        trial_seed: of the trial.
+        is_test: whether it is held out; its *in* split is then shuffled once more, by DomainBed's call for unlabelled rows.
+        holdout_fraction: share of the *out* split.
+        uda_fraction: share of a test environment's *in* split that DomainBed sets aside, unlabelled, for adaptation.
+    """
+    seed = seed_hash(trial_seed, env)
+    out, within = _shuffled_parts(list(range(rows)), int(rows * holdout_fraction), seed)
+    if is_test:
+        _, within = _shuffled_parts(within, int(len(within) * uda_fraction), seed)
+    return Split(within, out)
+
+
+def split_things(rows: int, trial_seed: int, *, is_test: bool, holdout_fraction: float = HOLDOUT_FRACTION) -> Split:
+    """Split the things that every environment of a paired set shows, so that none is on two sides; not DomainBed's, which has no such set.
+
+    The *out* rows are the same in all environments. Of the others a part of the same size is kept for held-out environments: what a model is judged by it
+    has not seen in any environment.
+
+    Args:
+        rows: how many things there are.
+        trial_seed: of the trial.
+        is_test: whether the environment is held out.
+        holdout_fraction: share of the *out* split, and of what is kept for held-out environments.
+    """
+    count = int(rows * holdout_fraction)
+    out, others = _shuffled_parts(list(range(rows)), count, seed_hash(trial_seed, "things"))
+    return Split(others[:count] if is_test else others[count:], out)
+
+
+def _shuffled_parts(rows: list[int], count: int, seed: int) -> tuple[list[int], list[int]]:
+    keys = list(range(len(rows)))
+    np.random.RandomState(seed).shuffle(keys)
+    return [rows[key] for key in keys[:count]], [rows[key] for key in keys[count:]]
+
+
+def class_weights(labels: Sequence[int]) -> list[float]:
+    """Sampling weight of every row under the class-balanced option: each class has the same share of the draws."""
+    counts = Counter(labels)
+    return [1 / (counts[label] * len(counts)) for label in labels]
+
+
+def held_out_combinations(count: int) -> Iterator[tuple[int, ...]]:
+    """Every single environment and every pair, in a sweep's order; leave-one-domain-out selection needs the pairs."""
+    for first in range(count):
+        yield (first,)
+        yield from ((first, second) for second in range(first + 1, count))
+
+
+def hyper_parameters(
+    registry: Registry, dataset: str, hparams_seed: int, trial_seed: int, algorithm: str = "ERM"
+) -> dict[str, Any]:
+    """A run's hyper-parameters.
+
+    Args:
+        registry: whose defaults and distributions: DomainBed's, or those of the EMoE authors' fork for GMoE and EMoE.
+        dataset: DomainBed's name of the set.
+        hparams_seed: 0 for the defaults, others for a random draw.
+        trial_seed: random draws differ between trials.
+        algorithm: DomainBed's name; only ARM's batch size hangs on it.
+
+    Returns:
+        ``data_augmentation, resnet18, resnet_dropout, class_balanced, nonlinear_classifier, lr, weight_decay, batch_size``
+        (those of a ResNet shape nothing here; they are kept so that a draw can be compared).
+    """
+    definitions = _definitions(registry, dataset, algorithm)
+    if hparams_seed == 0:
+        return {name: default for name, (default, _) in definitions.items()}
+    seed = seed_hash(hparams_seed, trial_seed)
+    return {name: draw(np.random.RandomState(seed_hash(seed, name))) for name, (_, draw) in definitions.items()}
+
+
+_Draw = Callable[[np.random.RandomState], Any]
+
+
+def _definitions(registry: Registry, dataset: str, algorithm: str) -> dict[str, tuple[Any, _Draw]]:
+    small = dataset in SMALL_IMAGES
+    found: dict[str, tuple[Any, _Draw]] = {
+        "data_augmentation": (True, lambda _: True),
+        "resnet18": (False, lambda _: False),
+        "resnet_dropout": (0.0, lambda random: float(random.choice([0.0, 0.1, 0.5]))),
+        "class_balanced": (False, lambda _: False),
+        "nonlinear_classifier": (False, lambda _: False),
+        "lr": (1e-3, _power(10, -4.5, -2.5)) if small else (5e-5, _power(10, -5, -3.5)),
+        "weight_decay": (0.0, lambda _: 0.0) if small else (0.0, _power(10, -6, -2)),
+    }
+    if registry == "emoe" and not small:
+        lr, weight_decay = _FORK.get(dataset, (_FORK_LR, 0.0))
+        found["lr"] = (lr, _power(10, -4.5, -2.5) if dataset in _FORK else _power(10, -5, -3.5))
+        found["weight_decay"] = (weight_decay, (lambda _: 0.0) if dataset in _FORK else _power(10, -6, -2))
+    if small:
+        found["batch_size"] = (64, _whole_power(3, 9))
+    elif algorithm == "ARM":
+        found["batch_size"] = (8, lambda _: 8)
+    else:
+        found["batch_size"] = (32, _whole_power(3, 5 if dataset == "DomainNet" else 5.5))
+    return found
+
+
+def _power(base: float, low: float, high: float) -> _Draw:
+    return lambda random: float(base ** random.uniform(low, high))
+
+
+def _whole_power(low: float, high: float) -> _Draw:
+    return lambda random: int(2 ** random.uniform(low, high))

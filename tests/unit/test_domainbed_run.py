@@ -1,0 +1,328 @@
+"""A run of domain generalisation from end to end, on a small PACS that is written to disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from benchmarks.domainbed import pipeline
+from benchmarks.domainbed.selection import best_record
+from benchmarks.domainbed.training import DomainTrainer
+from benchmarks.harness.definition import DefinitionError, load_models
+from benchmarks.harness.execution import execute
+from benchmarks.harness.packages import DataError
+from benchmarks.harness.paths import DATA_ROOT, MODEL_ROOT
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.runs import Run, plan, run_from_spec
+from tests.image_sets import pacs_run, write_pacs
+
+
+@pytest.fixture(autouse=True)
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory beside a data root."""
+    write_pacs(tmp_path / "data")
+    monkeypatch.setenv(DATA_ROOT, str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def prepare(run: Run, place: str = "runs") -> Path:
+    path = Path(place) / run.id / "run.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(run.to_json())
+    return path
+
+
+def finish(path: Path) -> dict[str, Any]:
+    """Execute, and give back what must be the same every time."""
+    execute(path, threads=1, log=path.parent / "log.txt")
+    found = json.loads((path.parent / "metrics.json").read_text())
+    return {key: found[key] for key in ("records", "scores", "confusion", "routing", "data", "model")}
+
+
+def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None:
+    run = pacs_run("emoe", held_out=2)
+    path = prepare(run)
+    found = finish(path)
+    records = found["records"]
+    assert [record["step"] for record in records] == [0, 3, 6]
+    names = {f"env{env}_{part}_acc" for env in range(4) for part in ("in", "out")}
+    assert all(names | {"step", "epoch", "loss"} == set(record) for record in records)
+    # 24 images an environment: 4 out, 20 in; 4 of them in a step
+    assert [record["epoch"] for record in records] == [0.0, 3 / 5, 6 / 5]
+    assert {name: data["rows"] for name, data in found["data"].items()} == {
+        f"{env} {part}": rows for env in "ACPS" for part, rows in (("in", 20), ("out", 4))
+    }
+    best = best_record(records, [2])
+    assert found["scores"]["dev"] == {"pacs": {"accuracy": best.value}}
+    assert found["scores"]["train"] == {"pacs": {"loss": best.record["loss"]}}
+    assert found["scores"]["test"] == {"P": {"accuracy": best.record["env2_in_acc"]}}
+    loads = torch.tensor(found["routing"]["loads"]["2"])
+    assert loads.shape == (4, 3, 8)
+    assert loads.sum() == 16 * 5 * 2  # out images, their tokens (four patches and a class token), experts of each
+    assert all(sum(map(sum, matrix)) == 4 for matrix in found["confusion"].values())
+    said = capfd.readouterr().err
+    assert said.index("all") < said.index("training, 7 steps")  # counts come before training
+    assert "held out: P; trained on: A, C, S" in said
+    assert not (path.parent / "checkpoints").exists()
+
+    lines = [json.loads(line) for line in (path.parent / "results.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 3, 6]
+    assert lines[0]["args"] == {
+        "dataset": "PACS",
+        "algorithm": "emoe@test-vit",
+        "test_envs": [2],
+        "hparams_seed": 0,
+        "trial_seed": 0,
+        "seed": run.spec["data_seed"],
+        "holdout_fraction": 0.2,
+        "task": "domain_generalization",
+        "steps": 7,
+    }
+    assert lines[0]["hparams"]["batch_size"] == 4
+
+
+def test_same_input_same_numbers() -> None:
+    run = pacs_run("emoe_learn")
+    assert finish(prepare(run, "a")) == finish(prepare(run, "b"))
+
+
+def test_all_experts_train_exactly_like_the_dense_model() -> None:
+    dense, routed = (finish(prepare(pacs_run(method)))["records"] for method in ("erm", "all_experts"))
+    for ours, theirs in zip(routed, dense, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["erm", "gmoe", "emoe_published"])
+def test_a_killed_run_resumes_to_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], method: str
+) -> None:
+    run = pacs_run(method)
+    whole = finish(prepare(run, "whole"))
+
+    def die(
+        self: Progress, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.global_step == 6:  # after the records of steps 0 and 3
+            raise KeyboardInterrupt
+
+    killed = prepare(run, "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "on_step_end", die)
+        with pytest.raises(KeyboardInterrupt):
+            finish(killed)
+    assert not (killed.parent / "metrics.json").exists()
+    assert finish(killed) == whole
+    assert "resumed at step 4" in capfd.readouterr().err
+
+
+def test_methods_train_on_the_same_images_drawn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
+    step = Trainer.training_step
+    for method in ("erm", "gmoe"):
+
+        def spy(self: Trainer, model: object, inputs: dict, *args: object, name: str = method) -> torch.Tensor:
+            seen.setdefault(name, []).append(inputs["pixel_values"].clone())
+            return step(self, model, inputs, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "training_step", spy)
+            finish(prepare(pacs_run(method)))
+    assert len(seen["erm"]) == 7
+    assert seen["erm"][0].shape == (12, 3, 32, 32)  # three environments, four images of each
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen["erm"], seen["gmoe"], strict=True))
+
+
+def test_held_out_images_are_never_trained_on(workdir: Path) -> None:
+    """Other held-out images give other test scores and nothing else."""
+    before = finish(prepare(pacs_run(held_out=3), "before"))
+    for path in sorted((workdir / "data/PACS/sketch").rglob("*.jpg")):
+        path.write_bytes((workdir / "data/PACS/photo/dog/000.jpg").read_bytes())
+    after = finish(prepare(pacs_run(held_out=3), "after"))
+    for ours, theirs in zip(before["records"], after["records"], strict=True):
+        same = {name: value for name, value in ours.items() if not name.startswith("env3")}
+        assert same == {name: value for name, value in theirs.items() if not name.startswith("env3")}
+    assert before["confusion"]["S"] != after["confusion"]["S"]
+
+
+def test_only_what_is_needed_is_evaluated_where_that_is_asked_for() -> None:
+    full = finish(prepare(pacs_run(), "full"))["records"]
+    needed = finish(prepare(pacs_run(evaluate="needed"), "needed"))["records"]
+    assert set(full[0]) - set(needed[0]) == {"env1_in_acc", "env2_in_acc", "env3_in_acc"}
+    for record, other in zip(full, needed, strict=True):
+        assert other == {name: record[name] for name in other}
+
+
+def test_augmented_validation_is_domainbeds_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of training environments only, and without a trace in training."""
+    seen: dict[str, dict[str, torch.Tensor]] = {"plain": {}, "augmented": {}}
+    original = pipeline._evaluated
+    records = {}
+    for name, val_augment in (("plain", False), ("augmented", True)):
+
+        def spy(*args: Any, name: str = name) -> Any:
+            found = original(*args)
+            seen[name] |= {split: rows[0]["pixel_values"] for split, rows in found.items()}
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "_evaluated", spy)
+            records[name] = finish(prepare(pacs_run(val_augment=val_augment), name))["records"]
+    for split, pixels in seen["plain"].items():
+        assert torch.equal(pixels, seen["augmented"][split]) == split.startswith("env0")
+    assert [record["loss"] for record in records["plain"]] == [record["loss"] for record in records["augmented"]]
+
+
+def test_worker_processes_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = finish(prepare(pacs_run("emoe"), "alone"))
+    monkeypatch.setattr("benchmarks.domainbed.training.reading_workers", lambda: 2)
+    assert finish(prepare(pacs_run("emoe"), "workers")) == alone
+
+
+def test_a_run_that_was_killed_after_its_last_step_trains_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = finish(prepare(pacs_run("emoe"), "whole"))
+    killed = prepare(pacs_run("emoe"), "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(DomainTrainer, "look", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finish(killed)
+    monkeypatch.setattr(Trainer, "training_step", lambda *args: pytest.fail("trained again"))
+    assert finish(killed) == whole
+
+
+def test_an_environment_that_cannot_be_split_is_named(workdir: Path) -> None:
+    for name in ("dog", "elephant", "giraffe"):
+        for path in sorted((workdir / "data/PACS/cartoon" / name).iterdir())[1:]:
+            path.unlink()
+    with pytest.raises(DataError, match=r"the environment 'C' has 3 images, too few to split"):
+        finish(prepare(pacs_run()))
+
+
+def test_a_run_that_diverges_says_so() -> None:
+    spec = pacs_run().spec
+    found = finish(prepare(run_from_spec({**spec, "hparams": {**spec["hparams"], "lr": 1e30}, "learning_rate": 1e30})))
+    assert found["records"][-1]["loss"] is None
+
+
+def test_a_damaged_image_ends_the_run_before_it_trains(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    image = workdir / "data/PACS/cartoon/dog/003.jpg"
+    image.write_bytes(image.read_bytes()[:300])
+    path = prepare(pacs_run())
+    with pytest.raises(
+        DataError,
+        match=r"1 of 96 images cannot be used:\n.*cartoon/dog/003.jpg cannot be used: ",
+    ):
+        finish(path)
+    assert "training," not in capfd.readouterr().err
+    assert not (path.parent / "checkpoints").exists()
+
+
+def test_adam_decays_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[torch.optim.Optimizer] = []
+    monkeypatch.setattr(
+        Trainer, "training_step", lambda self, *args: found.append(self.optimizer) or torch.zeros(()).requires_grad_()
+    )
+    finish(prepare(pacs_run()))
+    optimizer = found[0].optimizer
+    assert type(optimizer) is torch.optim.Adam
+    groups = [group for group in optimizer.param_groups if group["params"]]
+    assert [(group["weight_decay"], group["lr"]) for group in groups] == [(1e-6, 1e-3)]
+    assert len(groups[0]["params"]) > 70  # biases and norms too
+
+
+@pytest.fixture
+def model_root(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small models with random weights, as folders under the real names."""
+    root = workdir / "models"
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    vit = ViTConfig(**small, intermediate_size=64, image_size=48, patch_size=16, num_labels=5)
+    ViTForImageClassification(vit).save_pretrained(root / "vit-large")
+    Dinov2Model(Dinov2Config(**small, image_size=42, patch_size=14)).save_pretrained(root / "dinov2-small")
+    timm_model = timm.create_model("deit_small_patch16_224", num_classes=1000)
+    (root / "deit-small").mkdir()
+    save_file(timm_model.state_dict(), root / "deit-small" / "model.safetensors")
+    monkeypatch.setenv(MODEL_ROOT, str(root))
+    return root
+
+
+def with_model(name: str, method: str = "emoe", tune: dict[str, Any] | None = None, **changes: Any) -> Run:
+    spec = pacs_run(method).spec
+    config = spec["method"]["config"]
+    layers = {"layers": [1, 3]} if config else {}
+    method_spec = {**spec["method"], "config": {**config, **layers} if config else None, "tune": tune}
+    model = {"name": name, **{key: value for key, value in load_models()[name].items() if key != "title"}}
+    training = {**spec["training"], "steps": 2, "eval_every": 1, "eval_rows": 4, **changes}
+    return run_from_spec({**spec, "model": model, "method": method_spec, "training": training})
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "drop_path"), [("dinov2-small", 28, 0.1), ("vit-large", 32, 0.0), ("deit-small", 32, 0.1)]
+)
+def test_every_library_of_models_trains_from_a_local_folder(
+    model_root: Path, name: str, size: int, drop_path: float
+) -> None:
+    found = finish(prepare(with_model(name, image_size=size, drop_path=drop_path)))
+    assert found["model"]["source"]["from"] == str(model_root / name)
+    assert [layer["index"] for layer in found["model"]["conversion"]] == [1, 3]
+    assert found["model"]["parameters"] == found["model"]["dense_parameters"] == found["model"]["trainable_parameters"]
+
+
+def test_a_model_without_stochastic_depth_says_so(model_root: Path) -> None:
+    with pytest.raises(DefinitionError, match=r"'vit-large' has no drop_path; set training.drop_path to 0"):
+        finish(prepare(with_model("vit-large", image_size=32)))
+
+
+@pytest.mark.parametrize("name", ["deit-small", "dinov2-small"])
+def test_weights_of_another_model_are_refused(model_root: Path, name: str) -> None:
+    file = model_root / name / "model.safetensors"
+    state = load_file(file)
+    state.pop(next(key for key in state if key.endswith("fc1.weight")))
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=rf"does not hold the weights of '{name}': '.*fc1.weight' is missing"):
+        finish(prepare(with_model(name, image_size=28 if "dino" in name else 32)))
+
+
+def test_a_damaged_file_of_weights_is_named(model_root: Path) -> None:
+    file = model_root / "deit-small" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"deit-small/model.safetensors is damaged"):
+        finish(prepare(with_model("deit-small", image_size=32)))
+
+
+def test_weights_that_would_have_to_be_unpickled_are_refused(model_root: Path) -> None:
+    file = model_root / "deit-small" / "model.safetensors"
+    file.rename(file.with_name("pytorch_model.bin"))
+    with pytest.raises(DataError, match=r"deit-small has no model.safetensors"):
+        finish(prepare(with_model("deit-small", image_size=32)))
+
+
+@pytest.mark.parametrize("method", ["erm", "gmoe", "emoe", "emoe_learn"])
+def test_vit_large_by_adapters(model_root: Path, method: str) -> None:
+    plan_of = {run.spec["method"]["name"]: run.spec for run in plan(["domainbed"], "domainbed_large")}
+    spec = plan_of[method]
+    assert spec["training"]["lora"]["rank"] == 32
+    tune = spec["method"]["tune"] | {"blocks": [1, 3] if method == "gmoe" else []}
+    lora = spec["training"]["lora"]
+    run = with_model("vit-large", method, tune, image_size=32, drop_path=0.0, lora=lora)
+    trained = finish(prepare(run))["model"]["trained"]
+    blocks, routers = {"gmoe": {"blocks", "routers"}, "emoe_learn": {"routers"}}, {"gmoe", "emoe_learn"}
+    expected = {"adapters", "head", "also"} | ({"routers"} if method in routers else set()) | blocks.get(method, set())
+    assert set(trained) == expected
+    assert trained["adapters"]["parameters"] == 4 * 3 * 2 * 32 * 32  # layers, projections, two factors of rank 32

