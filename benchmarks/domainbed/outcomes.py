@@ -29,7 +29,7 @@ class Outcomes:
         methods: their titles and roles.
         baseline: the method that others are compared with.
         cells: a row a selection, model, set, held-out environment, method and trial: ``value`` (the accuracy that is
-            reported), ``chosen_by`` (the value by which it was chosen), ``step``, ``draw`` and ``variant`` of what was chosen.
+            reported), ``chosen_by`` (the value by which it was chosen), ``step``, ``hparams_seed`` and ``variant`` of what was chosen.
         records: every number of every run.
     """
 

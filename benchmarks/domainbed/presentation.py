@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.domainbed.figures import draw_accuracy, draw_confusion, draw_routing, draw_samples
 from benchmarks.domainbed.outcomes import Outcomes
-from benchmarks.domainbed.tables import domain_tables, results, verdicts
+from benchmarks.domainbed.tables import domain_tables, set_tables, verdicts
 from benchmarks.harness.definition import Benchmark, check_names
 from benchmarks.harness.presentation import Part, Presentation
 from benchmarks.harness.runs import Run
@@ -41,4 +41,4 @@ def _part(outcomes: Outcomes, name: str) -> Part:
         for figure in outcomes.benchmark.definition["set_figures"]:
             _DRAWERS[figure](outcomes, name, folder / f"{outcomes.benchmark.name}_{name}_{figure}")
 
-    return Part([results(outcomes, name)], draw)
+    return Part(set_tables(outcomes, name, outcomes.benchmark.definition["set_tables"]), draw)

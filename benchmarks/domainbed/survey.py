@@ -91,13 +91,15 @@ def look_at_all(found: ImageSet) -> dict[str, Any]:
     }
 
 
-def list_environments(task: Mapping[str, Any], seed: int) -> list[tuple[str, int, str, str]]:
-    """Name, images, images by class and source of every environment, without opening an image.
+def list_environments(task: Mapping[str, Any], seed: int, *, open_images: bool) -> list[tuple[str, int, str, str]]:
+    """Name, images, images by class and source of every environment.
 
     Raises:
-        DataError: the set is missing, or its folders are wrong.
+        DataError: the set is missing, its folders are wrong, or, where all images are opened, one of them is.
     """
     found = load_set(task, seed, truncated=REFUSE)
+    if open_images:
+        look_at_all(found)
     return [
         (environment.name, len(environment), _by_class(environment, found.classes), found.source)
         for environment in found.environments

@@ -32,6 +32,13 @@ def domain_tables(outcomes: Outcomes, names: list[str]) -> list[Table]:
     return [makers[name](outcomes) for name in names]
 
 
+def set_tables(outcomes: Outcomes, name: str, tables: list[str]) -> list[Table]:
+    """The tables of one set that a definition names."""
+    makers = {"results": results, "choices": choices}
+    check_names(f"{outcomes.benchmark.file}: '", "set_tables", tables, makers)
+    return [makers[table](outcomes, name) for table in tables]
+
+
 def results(outcomes: Outcomes, name: str) -> Table:
     """One set in DomainBed's layout: a column a held-out environment, and their mean."""
     cells = outcomes.cells[outcomes.cells["set"] == name]
@@ -61,6 +68,22 @@ def results(outcomes: Outcomes, name: str) -> Table:
         outcomes.order(frame, ["model", "selection"]),
         group=("model", "selection"),
         compare="is_method",
+    )
+
+
+def choices(outcomes: Outcomes, name: str) -> Table:
+    """What each selection chose on one set: step and draw of hyper-parameters by held-out environment and trial."""
+    frame = outcomes.order(outcomes.cells[outcomes.cells["set"] == name], ["model", "selection"])
+    frame["draw"] = frame["hparams_seed"].map(lambda seed: str(seed) if seed else "defaults")
+    varied = {"variant": "Variant"} if frame["variant"].any() else {}
+    return Table(
+        f"{outcomes.benchmark.name}_{name}_choices",
+        f"{outcomes.set_title(name)}: what was chosen",
+        "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection chose, by held-out environment and trial; the value by which it chose, and the accuracy on the held-out environment "
+        f"that is then reported. {_SELECTIONS}",
+        {**_KEYS, "env": "Held out", "trial": "Trial", "step": "Step", "draw": "Draw", **varied},
+        [Column("accuracy", "chosen_by", "Chosen by"), Column("accuracy", "value", "Accuracy")],
+        frame,
     )
 
 
@@ -183,11 +206,8 @@ def verdicts(outcomes: Outcomes) -> Iterator[str]:
 
 def _judged_on(outcomes: Outcomes, name: str) -> str:
     """Which images accuracies are of."""
-    share = (
-        "a fifth of the emoji, those that no training environment shows"
-        if name == "emoji_styles"
-        else "80 % of its images"
-    )
+    paired = "emoji" in outcomes.benchmark.tasks[name]["source"]
+    share = "a fifth of the emoji, which no training environment shows" if paired else "80 % of its images"
     limits = {run.spec["training"]["eval_rows"] for run in outcomes.runs if run.spec["task"]["name"] == name}
     cut = "".join(f", of which {limit} are used" for limit in limits if limit)
     return f"On the in split of the environment that was held out ({share}{cut})."

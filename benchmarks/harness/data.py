@@ -62,8 +62,13 @@ class Part:
         }
 
 
-def survey(suite: Suite) -> Iterator[Part]:
-    """Every part of every set that the suite's runs read, each once, as it is read."""
+def survey(suite: Suite, *, open_images: bool = False) -> Iterator[Part]:
+    """Every part of every set that the suite's runs read, each once, as it is read.
+
+    Args:
+        suite: the suite.
+        open_images: also open every image of image sets, which takes minutes.
+    """
     seen: set[tuple[str, str]] = set()
     for run in suite.runs:
         spec = run.spec
@@ -83,7 +88,7 @@ def survey(suite: Suite) -> Iterator[Part]:
             if part:
                 yield _look(name, part, {"name": name, **task})
             else:
-                yield from _look_at_images(run, task)
+                yield from _look_at_images(run, task, open_images)
 
 
 def _look(name: str, part: str, task: Mapping[str, Any]) -> Part:
@@ -95,15 +100,15 @@ def _look(name: str, part: str, task: Mapping[str, Any]) -> Part:
     return Part(name, part, len(found), found.dropped, expected, _labels(found, task["labels"]), found.source)
 
 
-def _look_at_images(run: Run, task: Mapping[str, Any]) -> list[Part]:
-    """The environments of an image set, counted but not opened."""
+def _look_at_images(run: Run, task: Mapping[str, Any], open_images: bool) -> list[Part]:
+    """The environments of an image set, their images counted, and opened where that is asked for."""
     survey_of = importlib.import_module(f"benchmarks.{run.benchmark}.survey")
     spec = run.spec
     try:
-        found = survey_of.list_environments(spec["task"], spec["data_seed"])
+        found = survey_of.list_environments(spec["task"], spec["data_seed"], open_images=open_images)
     except DataError as error:
         name = spec["task"]["name"]
-        text = f"{name}: {str(error).splitlines()[0]}\n    {task['obtain']}. Without it: `without: [{name}]`"
+        text = f"{name}: {error if open_images else str(error).splitlines()[0]}\n    {task['obtain']}. Without it: `without: [{name}]`"
         return [Part(name, "all", None, expected=task.get("images"), advice=text)]
     name, total = spec["task"]["name"], sum(rows for _, rows, _, _ in found)
     parts = [Part(name, env, rows, 0, None, labels, source) for env, rows, labels, source in found]

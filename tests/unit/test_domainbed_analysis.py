@@ -21,7 +21,7 @@ from benchmarks.domainbed.selection import (
     standard_error,
     training_domain_validation,
 )
-from benchmarks.domainbed.tables import paper, results, summary
+from benchmarks.domainbed.tables import choices, paper, results, summary
 from benchmarks.harness import paths
 from benchmarks.harness.definition import DefinitionError, load_benchmark
 from benchmarks.harness.presentation import present
@@ -167,6 +167,15 @@ def test_the_best_draw_is_reported_and_named(tmp_path: Path, monkeypatch: pytest
         env = ["A", "C", "P", "S"].index(row.env)
         last = {h: records[-1][f"env{env}_out_acc"] for (envs, h), records in metrics.items() if envs == (env,)}
         assert row.chosen_by == max(last.values()) == last[row.hparams_seed]
+
+
+def test_what_was_chosen_is_shown(finished: tuple[list[Run], Path]) -> None:
+    runs, _ = finished
+    text = choices(outcomes(runs), "rotated_mnist_5k").markdown()
+    assert "| training-domain validation" in text
+    assert "| defaults" in text
+    assert "Variant" not in text
+    assert len([line for line in text.splitlines() if line.startswith("| DINOv2")]) == 2 * 4 * 2 * 2
 
 
 def test_published_numbers_stand_beside_ours_where_there_are_any(finished: tuple[list[Run], Path]) -> None:
