@@ -47,12 +47,16 @@ def open_image(file: Path | bytes, where: str, *, truncated: str = REFUSE) -> tu
     except UnidentifiedImageError as error:
         raise DataError(f"{where} is no image that can be read") from error
     except Exception as error:  # Pillow's readers raise what their formats' code happens to
-        hint = "; to fill what is missing, as DomainBed does, set training.truncated: load" if _is_short(error) else ""
+        hint = (
+            "; to fill what is missing, as DomainBed does, set training.truncated: load"
+            if truncated == REFUSE and _is_short(error)
+            else ""
+        )
         raise DataError(f"{where} cannot be used: {error}{hint}") from error
 
 
 def _is_short(error: Exception) -> bool:
-    return "truncated" in str(error)
+    return "truncated" in str(error).lower()
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     training, hparams, held_out = spec["training"], spec["hparams"], spec["test_envs"]
     found = load_set(spec["task"], spec["data_seed"], truncated=training["truncated"])
     progress.say(f"{found.source}\n{counts(found)}")
-    ensure_surveyed(found, sorted(IMAGES.glob(f"{spec['task']['name']}-*.json")))
+    ensure_surveyed(found, sorted(IMAGES.glob(f"{spec['task']['name']}-*.json")), training["truncated"])
     envs = found.environments
     splits = [_split(found, env, spec["seed"], is_test=env in held_out) for env in range(len(envs))]
     for environment, split in zip(envs, splits, strict=True):

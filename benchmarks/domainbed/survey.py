@@ -44,15 +44,16 @@ def survey_to_file(job: Mapping[str, Any], output: Path) -> None:
     write_json(output, {**job, **summary, "samples": names})
 
 
-def ensure_surveyed(found: ImageSet, receipts: list[Path]) -> None:
-    """Look at all images, unless one of the receipts is of these files as they are now.
+def ensure_surveyed(found: ImageSet, receipts: list[Path], truncated: str) -> None:
+    """Look at all images, unless one of the receipts is of these files as they are now, read in the same way.
 
     Raises:
         DataError: images are damaged.
     """
     digest = _listing(found)
     for path in receipts:
-        if path.exists() and json.loads(path.read_text())["listing"] == digest:
+        receipt = json.loads(path.read_text())
+        if (receipt["listing"], receipt["truncated"]) == (digest, truncated):
             return
     look_at_all(found)
 

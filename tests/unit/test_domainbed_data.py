@@ -190,7 +190,7 @@ def test_a_survey_is_made_once_and_again_when_a_file_changes(root: Path, tmp_pat
     assert grid.shape == (8 * 34 + 2, 8 * 34 + 2, 3)  # four environments, plain and augmented; eight samples
     damage(root)
     with pytest.raises(DataError, match="cannot be used"):
-        ensure_surveyed(load(), [output])
+        ensure_surveyed(load(), [output], "refuse")
 
 
 def test_a_survey_that_is_current_is_trusted(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_a_survey_that_is_current_is_trusted(root: Path, tmp_path: Path, monkeyp
         {"benchmark": "domainbed", "task": TASK, "data_seed": 0, "image_size": 32, "truncated": "refuse"}, output
     )
     monkeypatch.setattr("benchmarks.domainbed.survey.look_at_all", lambda found: pytest.fail("looked again"))
-    ensure_surveyed(load(), [output])
+    ensure_surveyed(load(), [output], "refuse")
 
 
 def hub_copy(root: Path, folder: Path, **renamed: str) -> None:
@@ -381,3 +381,23 @@ def test_worker_processes_can_be_given_a_set(root: Path, packages: Path, task: d
     image = load(task=task).environments[0].open(0)[0]
     again = pickle.loads(pickle.dumps(plain(16)))  # noqa: S301
     assert torch.equal(again(image), plain(16)(image))
+
+
+def test_a_survey_that_filled_images_is_not_trusted_by_a_run_that_refuses_them(root: Path, tmp_path: Path) -> None:
+    image = root / "PACS" / "photo" / "dog" / "000.jpg"
+    image.write_bytes(image.read_bytes()[:-200])
+    output = tmp_path / "images" / "pacs-32px.json"
+    survey_to_file(
+        {"benchmark": "domainbed", "task": TASK, "data_seed": 0, "image_size": 32, "truncated": "load"}, output
+    )
+    ensure_surveyed(load("load"), [output], "load")
+    with pytest.raises(DataError, match="1 of 36 images cannot be used"):
+        ensure_surveyed(load(), [output], "refuse")
+
+
+@pytest.mark.parametrize("kept", [300, 450, 700])
+def test_a_file_that_ends_early_anywhere_says_how_to_load_it(root: Path, kept: int) -> None:
+    image = root / "PACS" / "photo" / "dog" / "000.jpg"
+    image.write_bytes(image.read_bytes()[:kept])
+    with pytest.raises(DataError, match=r"000.jpg cannot be used: .*training.truncated: load"):
+        look_at_all(load())
