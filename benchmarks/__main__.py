@@ -16,9 +16,12 @@ def cli() -> None:
     """Run, collect, compare and publish benchmark runs."""
 
 
+_THREADS = click.option("--threads", default=1, show_default=True, help="CPU threads.")
+
+
 @cli.command()
 @click.argument("spec", type=click.Path(path_type=Path))
-@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+@_THREADS
 @click.option("--log", type=click.Path(path_type=Path), default=None, help="Log file; by default log.txt beside SPEC.")
 def run(spec: Path, threads: int, log: Path | None) -> None:
     """Execute the run of a run.json; writes metrics.json beside it."""
@@ -53,7 +56,7 @@ def rebuild(output: Path) -> None:
 @click.option(
     "--output", type=click.Path(path_type=Path), required=True, help="Receipt that names the cached partition."
 )
-@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+@_THREADS
 def partition(spec: str, output: Path, threads: int) -> None:
     """Cluster a model's neurons into the cache; SPEC is JSON with the model and the EMoE settings."""
     from benchmarks.harness.methods import partition_to_cache
@@ -66,7 +69,7 @@ def partition(spec: str, output: Path, threads: int) -> None:
 @click.option(
     "--output", type=click.Path(path_type=Path), required=True, help="Counts; a grid of samples is put beside them."
 )
-@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+@_THREADS
 def survey(spec: str, output: Path, threads: int) -> None:
     """Look at every image of a set; SPEC is JSON with the set and how it is read."""
     import importlib

@@ -170,4 +170,4 @@ def write_runs(runs: list[Run], gains: dict[str, float] | None = None, folder: P
 def _made_up(run: Run, gain: float) -> dict[str, Any]:
     if "settings" in run.spec:
         return measured(run)
-    return domain_metrics(run, gain) if "data_seed" in run.spec else metrics(run, gain)
+    return domain_metrics(run, gain) if run.on_images else metrics(run, gain)

@@ -92,8 +92,3 @@ class EvaluationRows(Dataset[dict[str, Any]]):
         environment = self._environment
         pixels = seen(environment, row, self._transform, derive_seed("augment", environment.name, row))
         return {"pixel_values": pixels, "labels": environment.labels[row]}
-
-    @property
-    def labels(self) -> list[int]:
-        """Class numbers of the rows."""
-        return [self._environment.labels[row] for row in self._rows]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -19,6 +18,7 @@ from benchmarks.harness.domains import held_out_names
 from benchmarks.harness.figures import STYLE, Panel, save, score_panels
 from benchmarks.harness.jobs import survey_job
 from benchmarks.harness.packages import DataError
+from benchmarks.harness.records import read_metrics
 from benchmarks.harness.runs import Run
 
 _SELECTION = "training"
@@ -77,7 +77,7 @@ def draw_confusion(outcomes: Outcomes, name: str, path: Path) -> None:
         _say_nothing(path, _NO_SINGLE)
         return
     methods = [method for method in outcomes.methods if any(method in found for _, _, found in rows)]
-    classes: list[str] = outcomes.metrics(next(iter(rows[0][2].values())))["classes"]
+    classes: list[str] = read_metrics(next(iter(rows[0][2].values())))["classes"]
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
         figure, axes = plt.subplots(
             len(rows),
@@ -93,12 +93,14 @@ def draw_confusion(outcomes: Outcomes, name: str, path: Path) -> None:
                 if method not in found:
                     axis.set_visible(False)
                     continue
-                counts = np.array(outcomes.metrics(found[method])["confusion"][env])
+                counts = np.array(read_metrics(found[method])["confusion"][env])
                 shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
                 axis.imshow(shares, norm=_SHARE.norm, cmap=_SHARE.cmap)
                 accuracy = np.trace(counts) / max(counts.sum(), 1)
                 axis.set_title(f"{outcomes.method_title(method)}\n{env} held out: {accuracy * 100:.0f} %", fontsize=7)
-                _name_classes(axis, classes)
+                beside = _few(classes, _FEW)
+                axis.set_xticks(range(len(beside)), beside, rotation=90)
+                axis.set_yticks(range(len(beside)), beside)
             axis_row[0].set_ylabel(f"{textwrap.fill(outcomes.model_title(model), 24)}\ntrue class")
         for axis in axes[-1]:
             axis.set_xlabel("predicted class")
@@ -108,20 +110,22 @@ def draw_confusion(outcomes: Outcomes, name: str, path: Path) -> None:
 
 def draw_routing(outcomes: Outcomes, name: str, path: Path) -> None:
     """Which experts the images of each class and of each environment use, by method and layer; first environment, first trial."""
+    rows = _first_runs(outcomes, name)
+    if not rows:
+        _say_nothing(path, _NO_SINGLE)
+        return
+    model, env, runs = rows[0]
+    found = {method: read_metrics(run) for method, run in runs.items()}
     shown = [
         (method, layer, np.array(loads))
-        for model, env, found in _first_runs(outcomes, name)[:1]
-        for method, run in found.items()
-        for layer, loads in sorted(
-            outcomes.metrics(run)["routing"].get("loads", {}).items(), key=lambda one: int(one[0])
-        )
+        for method, metrics in found.items()
+        for layer, loads in sorted(metrics["routing"].get("loads", {}).items(), key=lambda one: int(one[0]))
     ]
-    env_names = outcomes.environments(name)
     if not shown:
         _say_nothing(path, "no method of these runs routes")
         return
-    first = _first_runs(outcomes, name)[0]
-    classes: list[str] = outcomes.metrics(next(iter(first[2].values())))["classes"]
+    env_names = outcomes.environments(name)
+    classes: list[str] = next(iter(found.values()))["classes"]
     heights = [min(len(classes), 20), len(env_names)]
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
         figure, axes = plt.subplots(
@@ -138,7 +142,8 @@ def draw_routing(outcomes: Outcomes, name: str, path: Path) -> None:
                 (axes[1, column], loads.sum(1), env_names),
             ):
                 axis.imshow(_relative(counts), norm=_USE.norm, cmap=_USE.cmap, aspect="auto")
-                _name_rows(axis, labels if column == 0 else [])
+                beside = _few(labels, 2 * _FEW) if column == 0 else []
+                axis.set_yticks(range(len(beside)), beside)
                 axis.set_xticks([])
             axes[0, column].set_title(
                 f"{outcomes.method_title(method)}, block {layer}\nclass {information(loads.sum(0)):.3f} bit", fontsize=7
@@ -148,9 +153,7 @@ def draw_routing(outcomes: Outcomes, name: str, path: Path) -> None:
         axes[0, 0].set_ylabel("class")
         axes[1, 0].set_ylabel("environment")
         figure.colorbar(_USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
-        figure.suptitle(
-            f"{outcomes.set_title(name)}, {outcomes.model_title(first[0])}, {first[1]} held out", fontsize=8
-        )
+        figure.suptitle(f"{outcomes.set_title(name)}, {outcomes.model_title(model)}, {env} held out", fontsize=8)
         save(figure, path)
 
 
@@ -174,15 +177,9 @@ def _first_runs(outcomes: Outcomes, name: str) -> list[tuple[str, str, dict[str,
     return [(model, env, found[model, env]) for model, env in keys]
 
 
-def _name_classes(axis: Any, classes: list[str]) -> None:
-    shown = classes if len(classes) <= _FEW else []
-    axis.set_xticks(range(len(shown)), shown, rotation=90)
-    axis.set_yticks(range(len(shown)), shown)
-
-
-def _name_rows(axis: Any, labels: list[str]) -> None:
-    shown = labels if len(labels) <= 2 * _FEW else []
-    axis.set_yticks(range(len(shown)), shown)
+def _few(names: list[str], most: int) -> list[str]:
+    """Names to stand beside an axis; none where there are too many to read."""
+    return names if len(names) <= most else []
 
 
 def _say_nothing(path: Path, text: str) -> None:

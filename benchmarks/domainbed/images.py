@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ from benchmarks.harness.packages import DataError
 REFUSE, LOAD = "refuse", "load"
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _THIRTY_TWO_BITS = ("I", "F")
-_lock = threading.Lock()
 
 
 def open_image(file: Path | bytes, where: str, *, truncated: str = REFUSE) -> tuple[Image.Image, str]:
@@ -62,10 +60,9 @@ def _is_short(error: Exception) -> bool:
 @contextmanager
 def _truncation(asked: str) -> Iterator[None]:
     """Pillow's setting is one for the whole process."""
-    with _lock:
-        before = ImageFile.LOAD_TRUNCATED_IMAGES
-        ImageFile.LOAD_TRUNCATED_IMAGES = asked == LOAD
-        try:
-            yield
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = before
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = asked == LOAD
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before

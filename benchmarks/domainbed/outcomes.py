@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pandas as pd
 
 from benchmarks.domainbed.selection import SELECTIONS, Chosen, Trained
-from benchmarks.harness.comparison import verdict
 from benchmarks.harness.definition import Benchmark, load_models
-from benchmarks.harness.records import collect, read_metrics
+from benchmarks.harness.records import collect_from, read_metrics
 from benchmarks.harness.runs import Run
-from benchmarks.harness.statistics import holm, paired_difference
+from benchmarks.harness.statistics import Difference, paired_difference, with_verdicts
 
 CELL = ["selection", "model", "set", "method"]
 _CHOICE = ("hparams_seed", "variant")
@@ -37,16 +36,19 @@ class Outcomes:
         self.benchmark, self.runs = benchmark, runs
         self.methods: dict[str, dict[str, str]] = benchmark.definition["methods"]
         self.baseline: str = benchmark.definition["baseline"]
-        self.records = collect(runs)
-        self._records = {run.id: read_metrics(run)["records"] for run in runs}
+        self._steps: dict[str, list[dict[str, Any]]] = {}
+        self.records = collect_from(self._read())
         self.cells = pd.DataFrame(
             self._cells(), columns=[*CELL, "env", "trial", "value", "chosen_by", "step", *_CHOICE]
         )
         self.tests = self._tests()
 
-    def metrics(self, run: Run) -> dict[str, Any]:
-        """The ``metrics.json`` of a run; large, so that it is not kept."""
-        return read_metrics(run)
+    def _read(self) -> Iterator[tuple[Run, dict[str, Any]]]:
+        """Every run's ``metrics.json``, once; only the records of its steps are kept."""
+        for run in self.runs:
+            found = read_metrics(run)
+            self._steps[run.id] = found["records"]
+            yield run, found
 
     @property
     def sets(self) -> list[str]:
@@ -68,7 +70,7 @@ class Outcomes:
             # in the order of DomainBed's hparams_seed, and of one seed in the grid's
             choices = sorted({_choice(run): None for run in members}, key=lambda choice: choice[0])
             trained = [
-                Trained(tuple(run.spec["test_envs"]), choices.index(_choice(run)), self._records[run.id])
+                Trained(tuple(run.spec["test_envs"]), choices.index(_choice(run)), self._steps[run.id])
                 for run in members
             ]
             for selection, (_, choose) in SELECTIONS.items():
@@ -104,14 +106,10 @@ class Outcomes:
             for method in [name for name in values if name != self.baseline and self.baseline in values]:
                 both = values[[method, self.baseline]].dropna().groupby("trial").mean()
                 difference = paired_difference(both[method], both[self.baseline])
-                row = dict(zip(keys, key, strict=True)) | {"method": method, "delta": difference.mean}
-                found.append(
-                    row | {"low": difference.low, "high": difference.high, "p": difference.p, "n": difference.n}
-                )
-        tests = pd.DataFrame(found, columns=[*CELL, "delta", "low", "high", "p", "n"])
-        tests["p_holm"] = tests.groupby(["selection", "model", "method"], sort=False)["p"].transform(holm)
-        tests["verdict"] = [verdict(row.delta, row.low, row.high, row.p_holm) for row in tests.itertuples()]
-        return tests
+                row = dict(zip(keys, key, strict=True)) | {"method": method, "n": difference.n}
+                found.append(row | difference.columns())
+        tests = pd.DataFrame(found, columns=[*CELL, *Difference.COLUMNS, "n"])
+        return with_verdicts(tests, ["selection", "model", "method"])
 
     def order(self, frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         """Rows by the keys and the method, each in the order of its definition; with titles."""

@@ -9,10 +9,10 @@ import pandas as pd
 
 from benchmarks.domainbed.outcomes import CELL, Outcomes
 from benchmarks.domainbed.selection import standard_error
-from benchmarks.harness.cost_table import cost_table
 from benchmarks.harness.definition import check_names
 from benchmarks.harness.paper_tables import read_published
 from benchmarks.harness.rendering import MISSING, Column, Table
+from benchmarks.harness.shared_tables import cost_table, tests_table
 
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _FOUR = "average of four"
@@ -118,10 +118,9 @@ def summary(outcomes: Outcomes) -> Table:
 def tests(outcomes: Outcomes) -> Table:
     """Paired tests over trials against the baseline, corrected over the sets."""
     frame = outcomes.order(outcomes.tests, ["model", "selection", "set"])
-    frame["verdict"] = frame["verdict"].replace("", MISSING)
-    return Table(
+    return tests_table(
         f"{outcomes.benchmark.name}_tests",
-        f"Tests against {_baseline(outcomes)}",
+        _baseline(outcomes),
         f"Differences to {_baseline(outcomes)} of the mean over held-out environments, paired by trial, over n trials, with a 95 % confidence interval; p of the paired t-test, and p corrected by Holm's "
         "procedure over the sets of a model, method and selection. The verdict takes the corrected p at 5 %; a dash means that there is no test: one trial, or equal differences.",
         {
@@ -131,13 +130,8 @@ def tests(outcomes: Outcomes) -> Table:
             "method_title": "Method",
             "n": "n",
         },
-        [
-            Column("accuracy", "delta", "Δ", interval=("low", "high"), signed=True),
-            Column("p_value", "p", "p"),
-            Column("p_value", "p_holm", "p (Holm)"),
-        ],
+        "accuracy",
         frame,
-        notes={"verdict": "Verdict"},
     )
 
 

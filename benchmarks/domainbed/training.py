@@ -127,12 +127,11 @@ class DomainTrainer:
             logging_nan_inf_filter=False,  # a loss that is no number shall be seen
             dataloader_num_workers=reading_workers(),
         )
-        lora = training["lora"]
         self._trainer = _DomainLoop(
             args=arguments,
             order=draws,
             classifier=classifier,
-            slow_share=lora["rest_rate"] if lora else 1.0,
+            lora=training["lora"],
             optimizer_cls_and_kwargs=(torch.optim.Adam, {"lr": hparams["lr"]}),
             train_dataset=train,
             eval_dataset=self._splits,
@@ -148,7 +147,7 @@ class DomainTrainer:
     @property
     def step_seconds(self) -> float:
         """Mean over the steps."""
-        return self._stopwatch.seconds / max(self._stopwatch.steps, 1)
+        return self._stopwatch.step_seconds
 
     def train(self) -> list[dict[str, Any]]:
         """Train, from the last complete checkpoint where there is one.

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.adapters import FAST, adapt_
 from benchmarks.harness.image_models import load_image_classifier
 from benchmarks.harness.methods import apply_method_
-from benchmarks.harness.models import describe, load_classifier, weights_digest
+from benchmarks.harness.models import describe, load_classifier, read_tensors, weights_digest
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.seeds import derive_seed
 from emoe.layer import routed_layers
@@ -139,12 +138,7 @@ def load_trained_(model: nn.Module, file: Path) -> None:
     Raises:
         DataError: the file is missing, damaged, or of another model.
     """
-    try:
-        state = load_file(file)
-    except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist") from error
-    except SafetensorError as error:
-        raise DataError(f"{file} is damaged: {error}") from error
+    state = read_tensors(file)
     wanted = {name: tensor.shape for name, tensor in _trained(model).items()}
     if {name: tensor.shape for name, tensor in state.items()} != wanted:
         odd = sorted(set(state) ^ set(wanted)) or sorted(n for n in wanted if state[n].shape != wanted[n])

@@ -11,7 +11,7 @@ from benchmarks.harness.definition import Benchmark, DefinitionError, load_model
 from benchmarks.harness.records import OOD_MEAN, collect, scores_of
 from benchmarks.harness.runs import Run
 from benchmarks.harness.selection import PROTOCOLS, reported, select
-from benchmarks.harness.statistics import SIGNIFICANCE, Ranking, friedman_ranks, holm, paired_difference
+from benchmarks.harness.statistics import Difference, Ranking, friedman_ranks, paired_difference, with_verdicts
 
 ID, OOD = "id", "ood"
 _PAIR = ["model", "task", "eval_task"]
@@ -78,15 +78,11 @@ class Comparison:
                 }
                 row |= {"common": series.loc[common].mean() if common else math.nan}
                 if base is not None and method != self.baseline:
-                    difference = paired_difference(series, base)
-                    row |= {"delta": difference.mean, "low": difference.low, "high": difference.high, "p": difference.p}
+                    row |= paired_difference(series, base).columns()
                 found.append(row)
-        numbers = ["mean", "std", "population_std", "n", "common", "delta", "low", "high", "p"]
+        numbers = ["mean", "std", "population_std", "n", "common", *Difference.COLUMNS]
         rows = pd.DataFrame(found, columns=[*_ROW, *numbers])
-        families = rows.groupby(["protocol", "domain", "model", "method"], sort=False)["p"]
-        rows["p_holm"] = families.transform(holm) if len(rows) else math.nan
-        rows["verdict"] = [verdict(row.delta, row.low, row.high, row.p_holm) for row in rows.itertuples()]
-        return rows
+        return with_verdicts(rows, ["protocol", "domain", "model", "method"])
 
     def of(self, domain: str, protocol: str) -> pd.DataFrame:
         """The rows of one domain under one protocol."""
@@ -171,12 +167,3 @@ def ranked(comparison: Comparison, methods: list[str], within: list[str]) -> lis
             )
         found.append(Ranked(dict(zip(within, key, strict=True)), table, friedman_ranks(table)))
     return found
-
-
-def verdict(delta: float, low: float, high: float, p: float) -> str:
-    """What a corrected test says of a difference; nothing where there is no test."""
-    if low == high == 0:
-        return "equal"
-    if math.isnan(p):
-        return ""
-    return "within noise" if p >= SIGNIFICANCE else "better" if delta > 0 else "worse"

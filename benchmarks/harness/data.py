@@ -17,6 +17,8 @@ from benchmarks.harness.suite import Suite
 from benchmarks.harness.text import TextSplit, load_split, part_read
 from benchmarks.harness.text_files import local_folder, wanted_place
 
+_ALL = "all"
+
 
 @dataclass(frozen=True)
 class Part:
@@ -71,24 +73,26 @@ def survey(suite: Suite, *, open_images: bool = False) -> Iterator[Part]:
     """
     seen: set[tuple[str, str]] = set()
     for run in suite.runs:
-        spec = run.spec
-        if load_benchmark(run.benchmark).kind == "domains":
-            wanted = [(spec["task"]["name"], "")]
-        else:
-            parts = ("train", "dev", "test") if "training" in spec else ()
-            wanted = [(spec["task"]["name"], part) for part in parts] + [
-                (other["name"], "test") for other in spec["ood"]
-            ]
-        for name, part in wanted:
-            task = load_benchmark(run.benchmark).tasks[name]
-            part = part_read(task, part) if part else ""
+        tasks = load_benchmark(run.benchmark).tasks
+        for name, part in _parts_read(run):
             if (name, part) in seen:
                 continue
             seen.add((name, part))
-            if part:
-                yield _look(name, part, {"name": name, **task})
+            if part == _ALL:
+                yield from _look_at_images(run, tasks[name], open_images)
             else:
-                yield from _look_at_images(run, task, open_images)
+                yield _look(name, part, {"name": name, **tasks[name]})
+
+
+def _parts_read(run: Run) -> list[tuple[str, str]]:
+    """The parts of sets that a run reads; of an image set all environments at once."""
+    spec, tasks = run.spec, load_benchmark(run.benchmark).tasks
+    own = spec["task"]["name"]
+    if run.on_images:
+        return [(own, _ALL)]
+    trained = ("train", "dev", "test") if "training" in spec else ()
+    named = [(own, part) for part in trained] + [(other["name"], "test") for other in spec["ood"]]
+    return [(name, part_read(tasks[name], part)) for name, part in named]
 
 
 def _look(name: str, part: str, task: Mapping[str, Any]) -> Part:
@@ -109,10 +113,10 @@ def _look_at_images(run: Run, task: Mapping[str, Any], open_images: bool) -> lis
     except DataError as error:
         name = spec["task"]["name"]
         text = f"{name}: {error if open_images else str(error).splitlines()[0]}\n    {task['obtain']}. Without it: `without: [{name}]`"
-        return [Part(name, "all", None, expected=task.get("images"), advice=text)]
+        return [Part(name, _ALL, None, expected=task.get("images"), advice=text)]
     name, total = spec["task"]["name"], sum(rows for _, rows, _, _ in found)
     parts = [Part(name, env, rows, 0, None, labels, source) for env, rows, labels, source in found]
-    return [*parts, Part(name, "all", total, 0, task.get("images"), "", found[0][3])]
+    return [*parts, Part(name, _ALL, total, 0, task.get("images"), "", found[0][3])]
 
 
 def describe(parts: list[Part]) -> str:

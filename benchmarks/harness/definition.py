@@ -274,11 +274,6 @@ def check_references(definition: Mapping[str, Any], tasks: Mapping[str, Any], fo
         check_names(f"{file}: '", "ranked", definition["ranked"], definition["methods"])
         return
     if definition["kind"] == "domains":
-        for name, found in tasks.items():
-            if "folder" in found["source"] and "obtain" not in found:
-                raise DefinitionError(
-                    f"{folder / definition['sets']}: 'sets.{name}' needs 'obtain': where the set comes from"
-                )
         return
     for suite, part in definition["suites"].items():
         training = {**definition["training"], **part.get("training", {})}

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from benchmarks.harness.definition import DefinitionError
-from benchmarks.harness.models import describe, from_pretrained, locate, weights_digest
+from benchmarks.harness.models import describe, from_pretrained, locate, own_folder, read_tensors, weights_digest
 from benchmarks.harness.packages import DataError
-from benchmarks.harness.paths import MODEL_ROOT
 from benchmarks.harness.seeds import derive_seed
 from emoe.errors import did_you_mean
 
@@ -150,10 +146,7 @@ def _load_weights_(network: Any, file: Path, name: str) -> None:
     Raises:
         DataError: the file is damaged or of another model.
     """
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise DataError(f"{file} is damaged: {error}") from error
+    state = read_tensors(file)
     for key, tensor in network.state_dict().items():
         if key not in state or state[key].shape != tensor.shape:
             raise DataError(
@@ -168,8 +161,8 @@ def _local_weights(model: Mapping[str, Any]) -> Path | None:
     Raises:
         DataError: the folder has no safetensors file; others would have to be unpickled.
     """
-    root = os.environ.get(MODEL_ROOT)
-    if not root or not (folder := Path(root) / model["name"]).is_dir():
+    folder = own_folder(model)
+    if folder is None:
         return None
     file = folder / "model.safetensors"
     if not file.exists():

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.harness import paths
 from benchmarks.harness.domainbed_protocol import BASELINE, sweep_seed
@@ -14,21 +14,28 @@ from benchmarks.harness.packages import DIGITS, EMOJI, RATED_SENTENCES
 from benchmarks.harness.runs import Run, canonical_json
 
 
+class _Job:
+    """A job whose content is its identity; a frozen dataclass of plain values."""
+
+    def to_json(self) -> str:
+        return canonical_json(dataclasses.asdict(cast(Any, self)))
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+
+
 @dataclass(frozen=True)
-class PartitionJob:
+class PartitionJob(_Job):
     """The clustering of one layer of a model under one setting, shared by all runs that need it."""
 
     model: dict[str, Any]
     config: dict[str, Any]
 
-    def to_json(self) -> str:
-        return canonical_json(dataclasses.asdict(self))
-
     @property
     def id(self) -> str:
-        digest = hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
         layers = "+".join(map(str, self.config["layers"])) if isinstance(self.config["layers"], list) else "layers"
-        return f"{self.model['name']}-N{self.config['num_experts']}-L{layers}-{digest}"
+        return f"{self.model['name']}-N{self.config['num_experts']}-L{layers}-{self.digest}"
 
     @property
     def file(self) -> str:
@@ -37,7 +44,7 @@ class PartitionJob:
 
 
 @dataclass(frozen=True)
-class SurveyJob:
+class SurveyJob(_Job):
     """The look at all images of a set before anything is trained on it, shared by all runs that read the set alike."""
 
     benchmark: str
@@ -46,13 +53,9 @@ class SurveyJob:
     image_size: int
     truncated: str
 
-    def to_json(self) -> str:
-        return canonical_json(dataclasses.asdict(self))
-
     @property
     def id(self) -> str:
-        digest = hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
-        return f"{self.task['name']}-{self.image_size}px-{digest}"
+        return f"{self.task['name']}-{self.image_size}px-{self.digest}"
 
     @property
     def file(self) -> str:
@@ -67,7 +70,7 @@ class SurveyJob:
 
 def survey_job(run: Run) -> SurveyJob | None:
     """The survey that a run needs before it starts; None for a run on text."""
-    if "data_seed" not in run.spec:
+    if not run.on_images:
         return None
     task, training = run.spec["task"], run.spec["training"]
     # samples of MNIST's variants, which every run shuffles anew, are those of the first trial

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,8 +33,8 @@ def locate(model: Mapping[str, Any]) -> tuple[str, str | None]:
 
     A folder of the model's name below the model root (environment variable ``EMOE_MODEL_ROOT``) comes first.
     """
-    if _in_model_root(model):
-        return str(Path(os.environ[MODEL_ROOT]) / model["name"]), None
+    if folder := own_folder(model):
+        return str(folder), None
     if "rebuilt" in model:
         return str(MODELS / model["name"]), None
     if "package" in model:
@@ -96,9 +98,9 @@ def describe(model: Mapping[str, Any], loaded: PreTrainedModel) -> str:
         return "random weights"
     place, _ = locate(model)
     commit = getattr(loaded.config, "_commit_hash", None)
-    if "package" in model and not _in_model_root(model):
+    if "package" in model and not own_folder(model):
         return f"package {model['package']}"
-    if "rebuilt" in model and not _in_model_root(model):
+    if "rebuilt" in model and not own_folder(model):
         return f"rebuilt from the package {model['rebuilt']}"
     return f"{place}@{commit}" if commit else place
 
@@ -111,9 +113,25 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _in_model_root(model: Mapping[str, Any]) -> bool:
+def own_folder(model: Mapping[str, Any]) -> Path | None:
+    """The folder of the model's name below the model root, if the user has one."""
     root = os.environ.get(MODEL_ROOT)
-    return bool(root) and (Path(str(root)) / model["name"]).is_dir()
+    folder = Path(root) / model["name"] if root else None
+    return folder if folder and folder.is_dir() else None
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        return load_file(file)
+    except FileNotFoundError as error:
+        raise DataError(f"{file} does not exist") from error
+    except SafetensorError as error:
+        raise DataError(f"{file} is damaged: {error}") from error
 
 
 def from_pretrained(loader: Any, place: str, revision: str | None, **options: Any) -> Any:

@@ -44,7 +44,12 @@ def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
 
 
 def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
-    """One row a number of every run.
+    """One row a number of every run; see :func:`collect_from`."""
+    return collect_from((run, read_metrics(run, root)) for run in runs)
+
+
+def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
+    """One row a number of every run, from their ``metrics.json`` as it was read.
 
     Columns: those of :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``, and ``is_score`` for the
     one number by which a text task is judged. Parts:
@@ -70,8 +75,8 @@ def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
             "value": value,
             "is_score": metric == judged.get((part, task), "score"),
         }
-        for run, judged in ((run, _judged_by(run)) for run in runs)
-        for part, task, metric, value in _numbers(run, read_metrics(run, root))
+        for run, judged, found in ((run, _judged_by(run), found) for run, found in read)
+        for part, task, metric, value in _numbers(run, found)
     ]
     return pd.DataFrame(rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"])
 

@@ -48,6 +48,11 @@ class Run:
         return str(self.spec["benchmark"])
 
     @property
+    def on_images(self) -> bool:
+        """Whether it is a run of domain generalisation, whose data are images."""
+        return "test_envs" in self.spec
+
+    @property
     def folder(self) -> str:
         """Folder below ``results/runs``."""
         return f"{self.benchmark}/{self.id}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -26,11 +27,17 @@ class Difference:
         n: number of pairs.
     """
 
+    COLUMNS: ClassVar = ("delta", "low", "high", "p")
+
     mean: float
     low: float
     high: float
     p: float
     n: int
+
+    def columns(self) -> dict[str, float]:
+        """As columns of a frame."""
+        return dict(zip(self.COLUMNS, (self.mean, self.low, self.high, self.p), strict=True))
 
 
 def paired_difference(values: pd.Series[float], baseline: pd.Series[float]) -> Difference:
@@ -56,6 +63,22 @@ def holm(p: pd.Series[float]) -> pd.Series[float]:
     ordered = p.dropna().sort_values()
     steps = ordered * np.arange(len(ordered), 0, -1)
     return steps.cummax().clip(upper=1.0).reindex(p.index)
+
+
+def with_verdicts(rows: pd.DataFrame, family: list[str]) -> pd.DataFrame:
+    """Rows of differences (:attr:`Difference.COLUMNS`) with ``p_holm``, corrected within each family, and a ``verdict``."""
+    corrected = rows.groupby(family, sort=False)["p"].transform(holm) if len(rows) else math.nan
+    judged = rows.assign(p_holm=corrected)
+    return judged.assign(verdict=[_verdict(row.delta, row.low, row.high, row.p_holm) for row in judged.itertuples()])
+
+
+def _verdict(delta: float, low: float, high: float, p: float) -> str:
+    """What a corrected test says of a difference; nothing where there is no test."""
+    if low == high == 0:
+        return "equal"
+    if math.isnan(p):
+        return ""
+    return "within noise" if p >= SIGNIFICANCE else "better" if delta > 0 else "worse"
 
 
 def confidence_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:

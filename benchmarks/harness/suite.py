@@ -256,7 +256,7 @@ class Suite:
         used = {
             task["name"]: task
             for run in self.runs
-            for task in (*run.spec["ood"], *([run.spec["task"]] if "data_seed" in run.spec else ()))
+            for task in (*run.spec["ood"], *([run.spec["task"]] if run.on_images else ()))
         }
         by_hand = [
             task

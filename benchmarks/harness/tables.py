@@ -9,13 +9,13 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.comparison import ID, OOD, Comparison, Ranked, ranked
-from benchmarks.harness.cost_table import cost_table
 from benchmarks.harness.definition import check_names, load_metrics
 from benchmarks.harness.paper_tables import paper_table
 from benchmarks.harness.records import OOD_MEAN, scores_of
 from benchmarks.harness.rendering import MISSING, Column, Table
 from benchmarks.harness.runs import CLEAN, PUBLISHED
 from benchmarks.harness.selection import CELL, PROTOCOLS, choices
+from benchmarks.harness.shared_tables import cost_table, tests_table
 
 _ALL = "*"
 _KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
@@ -160,10 +160,9 @@ class TextTables:
         rows = self.comparison.rows
         rows = rows[rows["domain"].isin([ID, OOD]) & (rows["method"] != self.comparison.baseline)]
         frame = self.comparison.order(rows, ["model", "protocol", "domain", "task", "eval_task"])
-        frame["verdict"] = frame["verdict"].replace("", MISSING)
-        return Table(
+        return tests_table(
             f"{self.name}_tests",
-            f"Tests against {self._baseline}",
+            self._baseline,
             f"Differences to {self._baseline}, paired by seed, over n seeds, with a 95 % confidence interval; p of the paired t-test, and p corrected by Holm's procedure over all "
             "tasks of a model, method and selection (in domain and out of domain apart). The verdict takes the corrected p at 5 %; a dash means that there is no test: one seed, or equal "
             f"differences. {SELECTIONS}",
@@ -175,13 +174,8 @@ class TextTables:
                 "method_title": "Method",
                 "n": "n",
             },
-            [
-                Column("score", "delta", "Δ", interval=("low", "high"), signed=True),
-                Column("p_value", "p", "p"),
-                Column("p_value", "p_holm", "p (Holm)"),
-            ],
+            "score",
             frame,
-            notes={"verdict": "Verdict"},
         )
 
     def ood(self) -> Table:

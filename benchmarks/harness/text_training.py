@@ -152,12 +152,11 @@ class TextTrainer:
         self._patience = None if patience is None else Patience(self._metric, patience)
         rows, self._dev = self._rows(train, by_length=False), self._rows(dev, by_length=True)
         by_length = self._training["sampling"] == "group_by_length"
-        lora = self._training["lora"]
         self._trainer = RoutedTrainer(
             args=arguments,
             order=EpochOrder(rows.lengths, self._training["batch_size"], spec["seed"], by_length=by_length),
             classifier=classifier,
-            slow_share=lora["rest_rate"] if lora else 1.0,
+            lora=self._training["lora"],
             train_dataset=rows,
             eval_dataset=self._dev,
             data_collator=padding_collator(tokenizer, self.precision),
@@ -204,7 +203,7 @@ class TextTrainer:
             if self._training["keep"] == "best"
             else epochs[-1]
         )
-        return TrainingResult(epochs, kept, state.global_step, self._stopwatch.seconds / max(self._stopwatch.steps, 1))
+        return TrainingResult(epochs, kept, state.global_step, self._stopwatch.step_seconds)
 
     def evaluate(self, split: TextSplit, task: Mapping[str, Any] | None = None) -> dict[str, float | None]:
         """Scores and loss on a split: of the training task, or of another as it is read out of domain."""

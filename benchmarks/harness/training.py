@@ -39,6 +39,11 @@ class Stopwatch(TrainerCallback):
     def __init__(self) -> None:
         self.seconds, self.steps, self.evaluation, self._start = 0.0, 0, 0.0, 0.0
 
+    @property
+    def step_seconds(self) -> float:
+        """Mean over the steps."""
+        return self.seconds / max(self.steps, 1)
+
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint's count."""
         if (checkpoint / self._FILE).exists():
@@ -106,10 +111,13 @@ class RoutedTrainer(Trainer):
     # every loss here is the mean of a batch, so that the Trainer divides by the number of batches of a step
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *, order: Sampler[Any], classifier: Classifier, slow_share: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *, order: Sampler[Any], classifier: Classifier, lora: Mapping[str, Any] | None, **kwargs: Any
+    ) -> None:
         super().__init__(model=classifier.model, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self._order, self._classifier, self._slow_share = order, classifier, slow_share
+        self._order, self._classifier = order, classifier
+        self._slow_share: float = lora["rest_rate"] if lora else 1.0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         return self._order

@@ -1,4 +1,4 @@
-"""What training took and how experts were used, for every kind of benchmark that trains."""
+"""Tables of every kind of benchmark that trains: tests against the baseline, and what it took."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
-from benchmarks.harness.rendering import Column, Table
+from benchmarks.harness.rendering import MISSING, Column, Table
 
 _SHOWN = (
     ("cost", "train_seconds"),
@@ -24,6 +24,34 @@ _SHOWN = (
     ("routing", "class_information"),
     ("routing", "environment_information"),
 )
+
+
+def tests_table(
+    name: str, baseline: str, caption: str, keys: Mapping[str, str], metric: str, frame: pd.DataFrame
+) -> Table:
+    """Paired differences to the baseline, with intervals, p and verdicts.
+
+    Args:
+        name: of the file.
+        baseline: title of the baseline.
+        caption: what was paired and corrected.
+        keys: columns that name a row, with their headings.
+        metric: that the differences are of.
+        frame: one row a difference, as :func:`~benchmarks.harness.statistics.with_verdicts` makes them, with titles.
+    """
+    return Table(
+        name,
+        f"Tests against {baseline}",
+        caption,
+        dict(keys),
+        [
+            Column(metric, "delta", "Δ", interval=("low", "high"), signed=True),
+            Column("p_value", "p", "p"),
+            Column("p_value", "p_holm", "p (Holm)"),
+        ],
+        frame.assign(verdict=frame["verdict"].replace("", MISSING)),
+        notes={"verdict": "Verdict"},
+    )
 
 
 def cost_table(
