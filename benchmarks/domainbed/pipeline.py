@@ -13,13 +13,13 @@ from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.survey import counts, ensure_surveyed
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
 from benchmarks.domainbed.transforms import augmented, plain
-from benchmarks.harness.classifier import build_image_classifier
 from benchmarks.harness.domainbed_protocol import HOLDOUT_FRACTION, Split, split_environment, split_things
 from benchmarks.harness.files import whole_file
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.paths import IMAGES
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.seeds import derive_seed
+from benchmarks.harness.trainable import build_image_classifier
 
 _RESULTS = "results.jsonl"
 

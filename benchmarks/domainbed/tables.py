@@ -11,8 +11,8 @@ from benchmarks.domainbed.outcomes import CELL, Outcomes
 from benchmarks.domainbed.selection import standard_error
 from benchmarks.harness.definition import check_names
 from benchmarks.harness.paper_tables import read_published
-from benchmarks.harness.rendering import MISSING, Column, Table
-from benchmarks.harness.shared_tables import cost_table, tests_table
+from benchmarks.harness.rendering import Column, Table
+from benchmarks.harness.shared_tables import cost_table, means_by, published_table, tests_table
 
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _FOUR = "average of four"
@@ -141,16 +141,12 @@ def cost(outcomes: Outcomes) -> Table:
     records = outcomes.records.rename(columns={"task": "set"})
     frame = outcomes.order(records[cell].drop_duplicates(), ["model", "set"])
 
-    def means(part: str, metric: str) -> pd.Series:
-        rows = records[(records["part"] == part) & (records["metric"] == metric)]
-        return rows.groupby(cell, sort=False)["value"].mean()
-
     return cost_table(
         f"{outcomes.benchmark.name}_cost",
         {"model_title": "Model", "set_title": "Set", "method_title": "Method"},
         frame,
         cell,
-        means,
+        means_by(records, cell),
         averaged="Means over all runs; times of steps are without reading and augmenting images",
         measured_on="the out splits of all environments at the last step. Expert tells class (environment) is the mutual information of a token's expert and its image's class (environment)",
     )
@@ -167,22 +163,14 @@ def paper(outcomes: Outcomes) -> Table:
     frame = published.merge(ours, on=key, how="outer", sort=False)
     frame["difference"] = frame["ours"] - frame["value"]
     frame = outcomes.order(frame, ["selection", "set", "model"])
-    for column in ("status", "source"):
-        frame[column] = frame[column].fillna(MISSING)
-    return Table(
+    return published_table(
         f"{outcomes.benchmark.name}_paper",
         "Published averages beside ours",
         "Accuracy, mean over the environments of a set, each held out in turn; the average of four is over PACS, VLCS, OfficeHome and TerraIncognita. Status: published (typed in the authors' notebooks, or "
         "quoted), inferred (published, but the selection or the row is our reading). A dash is a number that this suite did not run, or that was not found. Sets of which nothing is published are left out. Rows by other authors stand "
         "there for the reader. Another model and other data can neither confirm nor refute a published value.",
         {"selection_title": "Selection", "set_title": "Set", "model_title": "Model", "method_title": "Method"},
-        [
-            Column("accuracy", "value", "Published", decimals=2),
-            Column("accuracy", "ours", "Ours", decimals=2),
-            Column("accuracy", "difference", "Ours − published", signed=True, decimals=2),
-        ],
         frame,
-        notes={"status": "Status", "source": "Source of the published number"},
     )
 
 

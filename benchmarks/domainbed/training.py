@@ -18,10 +18,10 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 
 import emoe
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
-from benchmarks.harness.classifier import Classifier
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.scores import score
 from benchmarks.harness.seeds import derive_seed
+from benchmarks.harness.trainable import Trainable
 from benchmarks.harness.training import (
     RetieGates,
     RoutedTrainer,
@@ -97,7 +97,7 @@ class DomainTrainer:
 
     def __init__(
         self,
-        classifier: Classifier,
+        classifier: Trainable,
         spec: Mapping[str, Any],
         train: TrainingRows,
         draws: EnvironmentBatches,
@@ -130,7 +130,7 @@ class DomainTrainer:
         self._trainer = _DomainLoop(
             args=arguments,
             order=draws,
-            classifier=classifier,
+            trainable=classifier,
             lora=training["lora"],
             optimizer_cls_and_kwargs=(torch.optim.Adam, {"lr": hparams["lr"]}),
             train_dataset=train,

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import emoe
-from benchmarks.harness.classifier import build_classifier, save_trained
 from benchmarks.harness.models import load_tokenizer
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.text import TextSplit, load_part
 from benchmarks.harness.text_training import TextTrainer
 from benchmarks.harness.tokenised import calibration_batches
-from emoe.layer import routed_layers
+from benchmarks.harness.trainable import build_classifier, save_trained
+from benchmarks.harness.training import with_routing
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -40,15 +39,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     result = trainer.train()
     progress.say("evaluating")
     scores = {"dev": {task["name"]: {name: value for name, value in result.kept.items() if name != "epoch"}}}
-    routing: dict[str, Any] = {}
-    if routed_layers(classifier.model):
-        with emoe.record_routing(classifier.model) as record:
-            scores["test"] = {task["name"]: trainer.evaluate(splits["test"])}
-        routing = record.summary() | {
-            "shares": {str(layer): found.shares.tolist() for layer, found in record.layers.items()}
-        }
-    else:
-        scores["test"] = {task["name"]: trainer.evaluate(splits["test"])}
+    tested, routing = with_routing(classifier.model, lambda: trainer.evaluate(splits["test"]))
+    scores["test"] = {task["name"]: tested}
     scores["ood"] = {other["name"]: trainer.evaluate(ood[other["name"]], other) for other in spec["ood"]}
     if training["keep_weights"]:
         save_trained(classifier.model, folder / "model")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.classifier import reopen_classifier
 from benchmarks.harness.execution import read_run
 from benchmarks.harness.models import load_tokenizer
 from benchmarks.harness.packages import DataError
@@ -17,6 +16,7 @@ from benchmarks.harness.records import collect, read_metrics
 from benchmarks.harness.runs import Run
 from benchmarks.harness.selection import CHOICE, select
 from benchmarks.harness.text import TextSplit, load_part
+from benchmarks.harness.trainable import reopen_classifier
 from emoe.errors import CheckpointError
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,7 +22,7 @@ FAST = ("adapters", "head")
 
 
 def adapt_(
-    model: PreTrainedModel, lora: Mapping[str, Any], tune: Mapping[str, Any], seed: int
+    model: PreTrainedModel, lora: Mapping[str, Any] | None, tune: Mapping[str, Any], seed: int
 ) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Freeze a model but for new adapters, its head, its routers, and what the method trains beside them.
 
@@ -29,9 +30,10 @@ def adapt_(
     nothing else (the authors' code also trains BERT's pooler or GPT-2's last norm in some rows: ``also``).
 
     Args:
-        model: a classifier, converted or dense.
-        lora: ``training.lora`` of the spec.
-        tune: ``method.tune`` of the spec.
+        model: a classifier or language model, converted or dense.
+        lora: ``training.lora`` of the spec; None adds no adapters.
+        tune: ``method.tune`` of the spec. The head of a classifier is new and always trained; that of a language model stays
+            as it is (``head: false``).
         seed: the run's seed; adapters are the same for all methods.
 
     Returns:
@@ -40,6 +42,17 @@ def adapt_(
     Raises:
         DefinitionError: no target layers for the model's type, or names that match nothing.
     """
+    if lora is not None:
+        _inject_adapters_(model, lora, seed)
+    groups = trainable_groups(model, tune)
+    model.requires_grad_(False)
+    for parameters in groups.values():
+        for _, parameter in parameters:
+            parameter.requires_grad_(True)
+    return groups
+
+
+def _inject_adapters_(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> None:
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in lora["targets"]:
         raise DefinitionError(f"training.lora.targets has no layers for '{kind}'{did_you_mean(kind, lora['targets'])}")
@@ -55,18 +68,29 @@ def adapt_(
         inject_adapter_in_model(config, model)
     except ValueError as error:  # no such layer
         raise DefinitionError(f"training.lora.targets.{kind}: {error}") from error
-    groups = trainable_groups(model, tune)
-    model.requires_grad_(False)
-    for parameters in groups.values():
-        for _, parameter in parameters:
-            parameter.requires_grad_(True)
-    return groups
+
+
+def merge_adapters_(model: nn.Module) -> int:
+    """Add the adapters to the weights that they adapt, in place, and remove them.
+
+    Returns:
+        How many there were.
+    """
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in adapted:
+        cast(Any, module).merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return len(adapted)
 
 
 def trainable_groups(model: PreTrainedModel, tune: Mapping[str, Any]) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """What an adapted model shall train: ``adapters``, ``head``, ``routers``, ``blocks``, ``also``; names and parameters."""
     found = _grouped(model, _blocks(model, tune["blocks"]), _modules(model, tune["also"]))
-    return {group: parameters for group, parameters in found.items() if parameters and group != "frozen"}
+    left = {"frozen"} if tune.get("head", True) else {"frozen", "head"}
+    return {group: parameters for group, parameters in found.items() if parameters and group not in left}
 
 
 def _grouped(model: PreTrainedModel, blocks: list[str], also: list[str]) -> dict[str, list[tuple[str, nn.Parameter]]]:

@@ -26,9 +26,9 @@ class Part:
 
     Attributes:
         name: the set's.
-        part: ``train``, ``dev`` or ``test``; of an image set the environment.
+        part: ``train``, ``dev`` or ``test``; of an image set the environment; of instructions all.
         rows: how many are used; None where the part is missing.
-        dropped: rows left out, without a gold label or without text.
+        dropped: rows left out, without a gold label or without text, or broken.
         expected: rows as the set's makers count them, where that is known.
         labels: rows by label, as text.
         source: where they came from.
@@ -78,7 +78,9 @@ def survey(suite: Suite, *, open_images: bool = False) -> Iterator[Part]:
             if (name, part) in seen:
                 continue
             seen.add((name, part))
-            if part == _ALL:
+            if run.on_instructions:
+                yield _look_at_instructions(name, tasks[name], run)
+            elif part == _ALL:
                 yield from _look_at_images(run, tasks[name], open_images)
             else:
                 yield _look(name, part, {"name": name, **tasks[name]})
@@ -88,7 +90,7 @@ def _parts_read(run: Run) -> list[tuple[str, str]]:
     """The parts of sets that a run reads; of an image set all environments at once."""
     spec, tasks = run.spec, load_benchmark(run.benchmark).tasks
     own = spec["task"]["name"]
-    if run.on_images:
+    if run.on_images or run.on_instructions:
         return [(own, _ALL)]
     trained = ("train", "dev", "test") if "training" in spec else ()
     named = [(own, part) for part in trained] + [(other["name"], "test") for other in spec["ood"]]
@@ -102,6 +104,20 @@ def _look(name: str, part: str, task: Mapping[str, Any]) -> Part:
     except DataError as error:
         return Part(name, part, None, expected=expected, advice=_advice(name, task, str(error).splitlines()[0]))
     return Part(name, part, len(found), found.dropped, expected, _labels(found, task["labels"]), found.source)
+
+
+def _look_at_instructions(name: str, task: Mapping[str, Any], run: Run) -> Part:
+    """A set of instructions; rows that are broken without regard to their length count as dropped."""
+    reader = importlib.import_module(f"benchmarks.{run.benchmark}.instructions")
+    try:
+        found = reader.load_instructions(run.spec["task"])
+    except DataError as error:
+        advice = f"{name}: {str(error).splitlines()[0]}\n    {task['obtain']}. Without it: `without: [{name}]`"
+        return Part(name, _ALL, None, expected=task.get("rows"), advice=advice)
+    inputs = sum(bool(row.input) for row in found.rows)
+    return Part(
+        name, _ALL, len(found.rows), len(found.broken), task.get("rows"), f"{inputs:,} with an input", found.source
+    )
 
 
 def _look_at_images(run: Run, task: Mapping[str, Any], open_images: bool) -> list[Part]:

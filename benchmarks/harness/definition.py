@@ -134,6 +134,11 @@ def _dotted(path: list[str | int]) -> str:
 def _with_defaults(content: Any, part: Mapping[str, Any], root: Mapping[str, Any]) -> Any:
     if "$ref" in part:
         part = root["$defs"][part["$ref"].removeprefix("#/$defs/")]
+    if isinstance(content, dict) and "properties" not in part:
+        # null or an object: the object's defaults
+        for below in part.get("anyOf", ()):
+            if "$ref" in below or "properties" in below:
+                return _with_defaults(content, below, root)
     if isinstance(content, dict):
         filled = {}
         properties = part.get("properties", {})
@@ -153,12 +158,21 @@ def _with_defaults(content: Any, part: Mapping[str, Any], root: Mapping[str, Any
 # of a task: for readers, or for what stands around a run
 _NOT_IN_SPEC = ("title", "ood", "rows", "obtain")
 # by the kind of a benchmark
-_SCHEMAS = {"training": "benchmark", "measurement": "measurement", "evaluation": "evaluation", "domains": "domains"}
+_SCHEMAS = {
+    "training": "benchmark",
+    "measurement": "measurement",
+    "evaluation": "evaluation",
+    "domains": "domains",
+    "instruction": "instruction",
+}
+
+# of the files with the sets of a benchmark, by the kinds whose tasks are no text tasks
+_SETS = {"domains": "sets", "instruction": "instructions"}
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark folder: its definition, its tasks (measures of measurements, image sets of domains), and where it is."""
+    """One benchmark folder: its definition, its tasks (measures of measurements, sets of images or instructions), and where it is."""
 
     name: str
     definition: dict[str, Any]
@@ -167,6 +181,11 @@ class Benchmark:
     @property
     def kind(self) -> str:
         return str(self.definition["kind"])
+
+    @property
+    def has_sets(self) -> bool:
+        """Whether its tasks are whole sets, which a suite may leave out, of images or instructions."""
+        return self.kind in _SETS
 
     @property
     def schema(self) -> str:
@@ -220,8 +239,8 @@ def load_benchmark(name: str) -> Benchmark:
         other = load_benchmark(definition["evaluates"])
         tasks = other.tasks
         definition |= {key: other.definition[key] for key in ("methods", "baseline")}
-    elif kind == "domains":
-        tasks = read_checked(folder / definition["sets"], "sets")["sets"]
+    elif kind in _SETS:
+        tasks = read_checked(folder / definition["sets"], _SETS[kind])["sets"]
     else:
         tasks = read_checked(folder / definition["tasks"], "tasks")["tasks"]
     check_references(definition, tasks, folder)
@@ -273,7 +292,7 @@ def check_references(definition: Mapping[str, Any], tasks: Mapping[str, Any], fo
     if definition["kind"] == "evaluation":
         check_names(f"{file}: '", "ranked", definition["ranked"], definition["methods"])
         return
-    if definition["kind"] == "domains":
+    if definition["kind"] in _SETS:
         return
     for suite, part in definition["suites"].items():
         training = {**definition["training"], **part.get("training", {})}

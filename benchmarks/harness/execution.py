@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -18,12 +19,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import environment
+from benchmarks.harness import distributed, environment
 from benchmarks.harness.definition import DefinitionError
 from benchmarks.harness.files import write_json
+from benchmarks.harness.instruction import accumulation, is_trained
 from benchmarks.harness.progress import Progress, clock
 from benchmarks.harness.runs import Run, run_from_spec
 from benchmarks.harness.seeds import derive_seed
+from emoe.errors import EMoEError
+
+
+class RunError(EMoEError):
+    """A run that several processes work on, one of which failed."""
 
 
 def read_run(path: Path) -> Run:
@@ -45,16 +52,18 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def execute(path: Path, *, threads: int, log: Path, started: float | None = None) -> Path:
+def execute(path: Path, *, threads: int, log: Path, started: float | None = None, parallel: str = "ddp") -> Path:
     """Execute the run of a ``run.json`` and write ``metrics.json`` beside it.
 
-    Two processes never work on one run: the second waits, and takes the first one's result.
+    Two processes never work on one run: the second waits, and takes the first one's result. Processes that torchrun started for it
+    work on it together: the first one locks and writes.
 
     Args:
         path: the ``run.json``.
         threads: CPU threads.
         log: gets all output but the progress lines.
         started: when the process began (``time.time()``); now, where it did not begin for this run.
+        parallel: how processes that torchrun started share the work: ``ddp`` or ``fsdp``.
 
     Returns:
         The path of ``metrics.json``.
@@ -63,14 +72,19 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     run = read_run(path)
     folder, output = path.parent, path.parent / "metrics.json"
     torch.set_num_threads(threads)
+    distributed.share_by(parallel)
+    _check_spread(run, distributed.world_size(), parallel)
+    if not distributed.is_main():
+        _help(run, folder, log.with_name(f"{log.stem}-{distributed.rank()}{log.suffix}"))
+        return output
     with _exclusive(folder, run.id):
-        if output.exists():
+        distributed.join()
+        if distributed.broadcast(output.exists()):
             return output
         with _logged(log) as terminal:
             progress = Progress(run.id, terminal)
             captured = environment.capture()
-            torch.manual_seed(derive_seed("run", run.spec["seed"]))
-            pipeline = importlib.import_module(run.spec["pipeline"])
+            pipeline = _pipeline(run)
             startup = time.time() - started
             metrics: dict[str, Any] = pipeline.run(run.spec, folder, progress)
             seconds = time.time() - started
@@ -83,6 +97,57 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             progress.say(f"finished in {clock(seconds)}")
     return output
+
+
+def execute_together(path: Path, *, threads: int, log: Path, processes: int, parallel: str) -> None:
+    """Execute a run by several processes on this machine.
+
+    Args:
+        path: the ``run.json``.
+        threads: CPU threads of all processes together.
+        log: gets all output but the progress lines; those of the second process stand in ``<log>-1``.
+        processes: how many.
+        parallel: ``ddp`` or ``fsdp``.
+
+    Raises:
+        RunError: one of them failed, which ends all; or such a run cannot be spread.
+        DefinitionError: its batch cannot be divided so.
+    """
+    run = read_run(path)
+    _check_spread(run, processes, parallel)
+    each = str(max(threads // processes, 1))
+    arguments = ["run", str(path), "--threads", each, "--log", str(log), "--parallel", parallel]
+    result = subprocess.run(distributed.torchrun_command(processes, ["benchmarks", *arguments]), check=False)
+    if result.returncode:
+        raise RunError(
+            f"{run.id}: one of its {processes} processes failed, see {log} and the logs beside it; started again, the run goes on from its last checkpoint"
+        )
+
+
+def _check_spread(run: Run, processes: int, parallel: str) -> None:
+    """See that a run can be spread over so many processes, before any of them starts to work."""
+    if run.on_instructions and is_trained(run.spec):
+        accumulation(run.spec["training"], processes)
+        if processes > 1 and parallel == "fsdp" and "quantize" in run.spec["model"]:
+            raise RunError(f"{run.id}: weights in 4 bits are not sharded; take --parallel ddp")
+    elif processes > 1:
+        raise RunError(
+            f"{run.id}: only runs of instruction tuning that train are spread over several processes; start it on one"
+        )
+
+
+def _help(run: Run, folder: Path, log: Path) -> None:
+    """Be one of the processes that work on a run with the one that writes."""
+    distributed.join()
+    if distributed.broadcast(None):  # it was finished before
+        return
+    with _logged(log):
+        _pipeline(run).run(run.spec, folder, Progress(run.id, sys.stderr))
+
+
+def _pipeline(run: Run) -> Any:
+    torch.manual_seed(derive_seed("run", run.spec["seed"]))
+    return importlib.import_module(run.spec["pipeline"])
 
 
 def _peak_memory_mb() -> float:

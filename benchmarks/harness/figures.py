@@ -197,3 +197,12 @@ def save(figure: Any, path: Path) -> None:
     figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
     plt.close(figure)
+
+
+def say_nothing(path: Path, text: str) -> None:
+    """A picture that says why there is none."""
+    with mpl.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(3, 0.6))
+        axis.text(0.5, 0.5, text, ha="center", va="center")
+        axis.axis("off")
+        save(figure, path)

@@ -9,9 +9,21 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from benchmarks.harness import paths
+from benchmarks.harness.definition import load_models
 from benchmarks.harness.domainbed_protocol import BASELINE, sweep_seed
-from benchmarks.harness.packages import DIGITS, EMOJI, RATED_SENTENCES
+from benchmarks.harness.packages import (
+    ALPACA_DEMO,
+    DIGITS,
+    EMOJI,
+    PACKAGE_FILES,
+    RATED_SENTENCES,
+    DataError,
+    PackageFile,
+)
 from benchmarks.harness.runs import Run, canonical_json
+from emoe.errors import did_you_mean
+
+MMLU_DEV = "mmlu_dev"
 
 
 class _Job:
@@ -90,6 +102,23 @@ def partition_jobs(run: Run) -> list[PartitionJob]:
     return [PartitionJob(run.spec["model"], {**shared, "layers": chosen}) for chosen in layers]
 
 
+def rebuilt_from(name: str) -> PackageFile:
+    """The package file that a rebuilt model is in.
+
+    Raises:
+        DataError: no such model.
+    """
+    rebuilt = {model: found["rebuilt"] for model, found in load_models().items() if "rebuilt" in found}
+    if name not in rebuilt:
+        raise DataError(f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}")
+    return next(file for file in PACKAGE_FILES.values() if file.package == rebuilt[name])
+
+
+def is_mmlu_dev(task: str) -> bool:
+    """Whether a task of lm-eval is made of MMLU's development questions: all of them, a category, or a subject."""
+    return task == MMLU_DEV or task.startswith(f"{MMLU_DEV}_")
+
+
 def model_files(model: Mapping[str, Any]) -> list[str]:
     """Files that the workflow makes before it can load a model."""
     return [str(paths.MODELS / model["name"] / "model.safetensors")] if "rebuilt" in model else []
@@ -102,6 +131,8 @@ def set_files(task: Mapping[str, Any]) -> list[str]:
         files = [RATED_SENTENCES]
     elif source.get("digits") == "package":
         files = [DIGITS]
+    elif "package" in source:
+        files = [ALPACA_DEMO]
     else:
         files = list(EMOJI.values()) if "emoji" in source else []
     return [str(file.path) for file in files]
@@ -112,10 +143,12 @@ def run_inputs(run: Run) -> list[str]:
     tasks = [run.spec["task"], *run.spec["ood"]]
     evaluated = [str(paths.RUNS / folder / "metrics.json") for folder in run.spec.get("candidates", ())]
     survey = survey_job(run)
+    asked = [entry["task"] for entry in run.spec.get("evaluation", {}).get("tasks", ())]
     return [
         *dict.fromkeys(file for task in tasks for file in set_files(task)),
         *model_files(run.spec["model"]),
         *([survey.file] if survey else []),
+        *([str(paths.QUESTIONS / MMLU_DEV / f"{MMLU_DEV}.yaml")] if any(is_mmlu_dev(task) for task in asked) else []),
         *evaluated,
         *(job.file for job in partition_jobs(run)),
     ]

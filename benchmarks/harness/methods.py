@@ -14,6 +14,7 @@ from torch import nn
 import emoe
 from benchmarks.harness.files import write_json
 from benchmarks.harness.image_models import is_image_model, load_image_network
+from benchmarks.harness.language_models import is_language_model, load_language_model
 from benchmarks.harness.models import load_backbone
 from benchmarks.harness.paths import PARTITIONS
 from benchmarks.harness.seeds import derive_seed
@@ -65,8 +66,7 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
     """
     content = json.loads(spec)
     torch.set_num_threads(threads)
-    load = load_image_network if is_image_model(content["model"]) else load_backbone
-    model, config = load(content["model"]), EMoEConfig.from_dict(content["config"])
+    model, config = _load_dense(content["model"]), EMoEConfig.from_dict(content["config"])
     found = cached_partition(model, config)
     receipt = {
         "partitions": {layer: partition_key(model, single) for layer, single in _by_layer(model, config)},
@@ -75,6 +75,12 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
         **content,
     }
     write_json(output, receipt)
+
+
+def _load_dense(model: Mapping[str, Any]) -> nn.Module:
+    if is_image_model(model):
+        return load_image_network(model)
+    return load_language_model(model) if is_language_model(model) else load_backbone(model)
 
 
 def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,13 +43,35 @@ def locate(model: Mapping[str, Any]) -> tuple[str, str | None]:
     return model["hub"], model.get("revision")
 
 
+def gguf_option(place: str) -> dict[str, str]:
+    """How transformers is told of a folder that holds its weights as GGUF; nothing for other folders and the hub.
+
+    Raises:
+        DataError: several GGUF files, or the library that reads them is missing.
+    """
+    folder = Path(place)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return {}
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        return {}
+    if len(files) > 1:
+        raise DataError(f"{folder} holds several GGUF files ({files[0].name}, {files[1].name}, …); keep one")
+    if importlib.util.find_spec("gguf") is None:
+        raise DataError(f"{files[0]} is a GGUF file, which the package 'gguf' reads; `pip install gguf`")
+    return {"gguf_file": files[0].name}
+
+
 def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The model's tokenizer, which pads on the right; one without a padding token (GPT-2) pads with its end token."""
     if "config" in model:
         name = model["tokenizer"]
-        return load_tokenizer({"name": name, **load_models()[name]})
+        lent = load_tokenizer({"name": name, **load_models()[name]})
+        if lent.eos_token is None:  # BERT's, for a decoder
+            lent.bos_token, lent.eos_token = lent.cls_token, lent.sep_token
+        return lent
     place, revision = locate(model)
-    tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, place, revision)
+    tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, place, revision, **gguf_option(place))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # padding on the left would shift the positions of a decoder, by what else is in the batch

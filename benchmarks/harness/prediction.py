@@ -9,10 +9,10 @@ from typing import Any, cast
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
 
 from benchmarks.harness.classes import reading
-from benchmarks.harness.classifier import Classifier
 from benchmarks.harness.scores import mean_loss, score
 from benchmarks.harness.text import TextSplit
 from benchmarks.harness.tokenised import TokenisedRows
+from benchmarks.harness.trainable import Trainable
 from benchmarks.harness.training import Stopwatch, finite, plain_logits, precision_here, quiet_arguments
 
 
@@ -35,7 +35,7 @@ class TextEvaluator:
 
     def __init__(
         self,
-        classifier: Classifier,
+        classifier: Trainable,
         tokenizer: PreTrainedTokenizerBase,
         task: Mapping[str, Any],
         settings: Mapping[str, Any],

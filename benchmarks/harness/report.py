@@ -20,7 +20,11 @@ from benchmarks.harness.suite import Shown, Suite, shown_of
 
 _FEW_LABELS = 10
 # by the kind of a benchmark
-_OPTIMISERS = {"training": "AdamW, linear decay, no clipping", "domains": "Adam, constant rate, no clipping"}
+_OPTIMISERS = {
+    "training": "AdamW, linear decay, no clipping",
+    "domains": "Adam, constant rate, no clipping",
+    "instruction": "AdamW",
+}
 
 
 def write_report(suite: Suite, output: Path) -> None:
@@ -60,7 +64,7 @@ def _section(suite: Suite, name: str) -> dict[str, Any]:
         "suite_note": definition["suites"][suite.name].get("note", ""),
         "verdicts": presented.verdicts,
         "note": presented.note,
-        "data": _data(runs) if models else [],
+        "data": _data(runs) if models and benchmark.kind != "instruction" else [],
         "training": _training(runs) if benchmark.kind in _OPTIMISERS else {},
         "optimiser": _OPTIMISERS.get(benchmark.kind, ""),
         "tables": [_table(suite, shown, table) for table in shown.tables],

@@ -19,6 +19,7 @@ from benchmarks.harness.definition import (
 )
 from benchmarks.harness.domains import domain_specs, held_out_names
 from benchmarks.harness.evaluations import evaluation_specs
+from benchmarks.harness.instruction import instruction_specs, run_resources
 from benchmarks.harness.measurements import measurement_specs
 from benchmarks.harness.variants import VARIANT_KEYS, method_spec, suite_methods, training_settings, without_title
 from emoe.errors import did_you_mean
@@ -41,7 +42,7 @@ class Run:
 
     id: str
     spec: dict[str, Any]
-    resources: dict[str, int] = field(default_factory=dict)
+    resources: dict[str, Any] = field(default_factory=dict)
 
     @property
     def benchmark(self) -> str:
@@ -51,6 +52,11 @@ class Run:
     def on_images(self) -> bool:
         """Whether it is a run of domain generalisation, whose data are images."""
         return "test_envs" in self.spec
+
+    @property
+    def on_instructions(self) -> bool:
+        """Whether it is a run of instruction tuning."""
+        return "tuning" in self.spec
 
     @property
     def folder(self) -> str:
@@ -82,10 +88,10 @@ def run_from_spec(spec: Mapping[str, Any]) -> Run:
 
 
 def variant(spec: Mapping[str, Any]) -> str:
-    """What of a run's method is varied, which environments it holds out, and which draw of hyper-parameters it has."""
+    """What of a run's method is varied, what of a language model it tunes, which environments it holds out, which hyper-parameters were drawn."""
     held_out = f"T{'+'.join(held_out_names(spec))}" if "test_envs" in spec else ""
     draw = f"h{spec['hparams_seed']}" if spec.get("hparams_seed") else ""
-    return "-".join(filter(None, (spec["method"]["variant"], held_out, draw)))
+    return "-".join(filter(None, (spec.get("tuning", ""), spec["method"]["variant"], held_out, draw)))
 
 
 def plan(benchmark_names: list[str], suite: str, without: Collection[str] = ()) -> list[Run]:
@@ -94,7 +100,7 @@ def plan(benchmark_names: list[str], suite: str, without: Collection[str] = ()) 
     Args:
         benchmark_names: whose runs.
         suite: the suite.
-        without: OOD sets and image sets to leave out.
+        without: OOD sets, image sets and sets of instructions to leave out.
 
     Raises:
         DefinitionError: a name in a grid that does not exist, or a method that cannot be built.
@@ -123,11 +129,14 @@ def _benchmark_runs(
         specs = measurement_specs(benchmark, suite)
     elif benchmark.kind == "domains":
         specs = domain_specs(benchmark, suite, without)
+    elif benchmark.kind == "instruction":
+        specs = instruction_specs(benchmark, suite, without)
     else:
         others = {run.folder: run.spec for run in runs_of(benchmark.definition["evaluates"])}
         specs = evaluation_specs(benchmark, suite, others, without)
     for spec in specs:
-        yield replace(run_from_spec(spec), resources=part["resources"])
+        resources = run_resources(part["resources"], spec) if benchmark.kind == "instruction" else part["resources"]
+        yield replace(run_from_spec(spec), resources=resources)
 
 
 def _training_runs(benchmark: Benchmark, suite: str, without: Collection[str]) -> Iterator[Run]:
@@ -136,7 +145,7 @@ def _training_runs(benchmark: Benchmark, suite: str, without: Collection[str]) -
     trainable = [name for name, task in benchmark.tasks.items() if task["splits"]["train"] and task["splits"]["dev"]]
     for number, block in enumerate(part["grid"]):
         where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-        text_models = [name for name, model in load_models().items() if model.get("modality") != "image"]
+        text_models = [name for name, model in load_models().items() if "modality" not in model]
         check_names(where, "model", block["model"], text_models)
         check_names(where, "task", block["task"], trainable)
         check_names(where, "method", block["method"], methods)

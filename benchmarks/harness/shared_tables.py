@@ -54,6 +54,41 @@ def tests_table(
     )
 
 
+def published_table(name: str, title: str, caption: str, keys: Mapping[str, str], frame: pd.DataFrame) -> Table:
+    """Published accuracies beside ours.
+
+    Args:
+        name: of the file.
+        title: heading.
+        caption: what the columns and their gaps mean.
+        keys: columns that name a row, with their headings.
+        frame: with ``value``, ``ours``, ``difference``, ``status`` and ``source``.
+    """
+    return Table(
+        name,
+        title,
+        caption,
+        dict(keys),
+        [
+            Column("accuracy", "value", "Published", decimals=2),
+            Column("accuracy", "ours", "Ours", decimals=2),
+            Column("accuracy", "difference", "Ours − published", signed=True, decimals=2),
+        ],
+        frame.assign(status=frame["status"].fillna(MISSING), source=frame["source"].fillna(MISSING)),
+        notes={"status": "Status", "source": "Source of the published number"},
+    )
+
+
+def means_by(records: pd.DataFrame, cell: Sequence[str]) -> Callable[[str, str], pd.Series]:
+    """What :func:`cost_table` takes: the mean of a part's metric over the runs of each cell."""
+
+    def means(part: str, metric: str) -> pd.Series:
+        rows = records[(records["part"] == part) & (records["metric"] == metric)]
+        return rows.groupby(list(cell), sort=False)["value"].mean()
+
+    return means
+
+
 def cost_table(
     name: str,
     keys: Mapping[str, str],

@@ -71,7 +71,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     known |= {
         name
         for benchmark in settings["benchmarks"]
-        if load_benchmark(benchmark).kind == "domains"
+        if load_benchmark(benchmark).has_sets
         for name in load_benchmark(benchmark).tasks
     }
     check_names(f"{where}: '", "without", settings["without"], known)
@@ -251,19 +251,20 @@ class Suite:
 
     def missing_sets(self) -> list[str]:
         """Sets that only exist by hand and are not there: said before work starts, because what needs them will fail."""
-        from benchmarks.harness.text_files import local_folder
+        from benchmarks.harness.text_files import local_folder, own_file
 
         used = {
             task["name"]: task
             for run in self.runs
-            for task in (*run.spec["ood"], *([run.spec["task"]] if run.on_images else ()))
+            for task in (*run.spec["ood"], *([run.spec["task"]] if run.on_images or run.on_instructions else ()))
         }
         by_hand = [
             task
             for task in used.values()
-            if not {"hub", "rated", "emoji"} & set(task["source"]) and task["source"].get("digits") != "package"
+            if not {"hub", "rated", "emoji", "package"} & set(task["source"])
+            and task["source"].get("digits") != "package"
         ]
-        return [task["name"] for task in by_hand if local_folder(task) is None]
+        return [task["name"] for task in by_hand if local_folder(task) is None and own_file(task["name"]) is None]
 
     def write_plan(self) -> None:
         """Write the list of runs that progress lines count, and where the work starts."""

@@ -15,6 +15,8 @@ from benchmarks.harness.packages import DataError
 from benchmarks.harness.paths import DATA_ROOT
 from emoe.errors import did_you_mean
 
+OWN_SUFFIXES = (".json", ".jsonl")  # of a set of instructions below the data root
+
 
 @dataclass(frozen=True)
 class FileRows:
@@ -67,6 +69,13 @@ def local_folder(task: Mapping[str, Any]) -> Path | None:
         return None
     folders = [Path(root) / name for name in (source.get("folder", "MNIST/raw"), task["name"])]
     return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def own_file(name: str) -> Path | None:
+    """The user's one file of a set of instructions, if there is one."""
+    root = os.environ.get(DATA_ROOT)
+    files = [Path(root) / f"{name}{suffix}" for suffix in OWN_SUFFIXES] if root else []
+    return next((file for file in files if file.is_file()), None)
 
 
 def wanted_place(source: Mapping[str, Any]) -> str:

@@ -20,13 +20,13 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from benchmarks.harness.classifier import Classifier
 from benchmarks.harness.prediction import evaluate_split, padding_collator
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.scores import mean_loss, score
 from benchmarks.harness.seeds import derive_seed
 from benchmarks.harness.text import TextSplit
 from benchmarks.harness.tokenised import TokenisedRows
+from benchmarks.harness.trainable import Trainable
 from benchmarks.harness.training import (
     RetieGates,
     RoutedTrainer,
@@ -113,7 +113,7 @@ class TextTrainer:
 
     def __init__(
         self,
-        classifier: Classifier,
+        classifier: Trainable,
         tokenizer: PreTrainedTokenizerBase,
         spec: Mapping[str, Any],
         train: TextSplit,
@@ -155,7 +155,7 @@ class TextTrainer:
         self._trainer = RoutedTrainer(
             args=arguments,
             order=EpochOrder(rows.lengths, self._training["batch_size"], spec["seed"], by_length=by_length),
-            classifier=classifier,
+            trainable=classifier,
             lora=self._training["lora"],
             train_dataset=rows,
             eval_dataset=self._dev,

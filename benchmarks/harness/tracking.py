@@ -78,7 +78,8 @@ def _all_runs(client: MlflowClient, experiment: str) -> Iterator[Any]:
 
 def _parent(client: MlflowClient, experiment: str, run: Run, known: dict[str, Any]) -> str:
     spec = run.spec
-    name = " / ".join(filter(None, (spec[part]["name"] for part in ("model", "task", "method"))))
+    names = (spec["model"]["name"], spec["task"]["name"], spec.get("tuning"), spec["method"]["name"])
+    name = " / ".join(filter(None, names))
     if name not in known:
         known[name] = client.create_run(experiment, run_name=name, tags={_ID: name})
         client.set_terminated(known[name].info.run_id)
@@ -111,6 +112,9 @@ def _write(client: MlflowClient, experiment: str, run: Run, metrics: dict[str, A
             for key, value in entry.items()
             if key != "epoch"
         ]
+    for step, loss in enumerate(metrics.get("curve", []), start=1):
+        if loss is not None:
+            logged.append(Metric("step.loss", float(loss), 0, step))
     parameters = [Param(key, str(value)[:500]) for key, value in _flat(run.spec) if not key.startswith("ood")]
     client.log_batch(identifier, metrics=logged, params=parameters[:100], tags=[RunTag("benchmark", run.benchmark)])
     client.set_terminated(identifier)

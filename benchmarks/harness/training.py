@@ -6,9 +6,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from numpy.typing import NDArray
@@ -19,12 +19,24 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 
 import emoe
-from benchmarks.harness.classifier import Classifier, load_trained_, trained_state
+from benchmarks.harness.distributed import (
+    SHARDS,
+    broadcast,
+    is_complete,
+    is_main,
+    is_sharded,
+    load_shards_,
+    save_shards,
+    world_size,
+)
 from benchmarks.harness.files import write_json
+from benchmarks.harness.trainable import Trainable, load_trained_, trained_state
 from emoe.errors import EMoEError
+from emoe.layer import routed_layers
 
-_WEIGHTS = "trained.safetensors"
-_CHECKPOINT_FILES = (_WEIGHTS, "optimizer.pt", "scheduler.pt", TRAINER_STATE_NAME)
+Result = TypeVar("Result")
+
+_WEIGHTS, _OPTIMIZER, _SCHEDULER = "trained.safetensors", "optimizer.pt", "scheduler.pt"
 
 
 class TrainedSetError(EMoEError):
@@ -86,7 +98,7 @@ def precision_here(asked: str) -> str:
 
 
 def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArguments:
-    """Trainer's arguments for one quiet run on one device."""
+    """Trainer's arguments for one quiet run, on one device a process."""
     found = TrainingArguments(
         output_dir=str(folder),
         report_to=[],
@@ -94,6 +106,8 @@ def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArg
         use_cpu=not torch.cuda.is_available(),
         fp16=precision == "fp16",
         bf16=precision == "bf16",
+        ddp_backend="gloo" if world_size() > 1 and not torch.cuda.is_available() else None,
+        ddp_find_unused_parameters=False,
         **options,
     )
     if found.n_gpu > 1:
@@ -106,18 +120,34 @@ class RoutedTrainer(Trainer):
 
     Adds the balance loss to the task's, orders the rows by seed and epoch, gives some parameters a share of the learning
     rate, trains what it shall and nothing else, and keeps that in its checkpoints.
+
+    Args:
+        order: of the rows.
+        trainable: the model.
+        lora: ``training.lora`` of the spec.
+        by_token: the loss of a step is the mean over its learned tokens, however they are spread over batches and processes; else over
+            its batches.
+        **kwargs: what Trainer takes.
     """
 
-    # every loss here is the mean of a batch, so that the Trainer divides by the number of batches of a step
-    loss_is_scaled_for_ga = False
-
     def __init__(
-        self, *, order: Sampler[Any], classifier: Classifier, lora: Mapping[str, Any] | None, **kwargs: Any
+        self,
+        *,
+        order: Sampler[Any],
+        trainable: Trainable,
+        lora: Mapping[str, Any] | None,
+        by_token: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(model=classifier.model, **kwargs)
-        self.model_accepts_loss_kwargs = False
-        self._order, self._classifier = order, classifier
+        # Trainer refuses checkpoints of models that are sharded already, because it has none for them; here are ones
+        kwargs["args"].save_only_model = is_sharded()
+        super().__init__(model=trainable.model, **kwargs)
+        self.args.save_only_model = False
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = by_token
+        self._order, self._trainable = order, trainable
         self._slow_share: float = lora["rest_rate"] if lora else 1.0
+        if hasattr(order, "set_epoch"):
+            self.add_callback(_FollowEpochs(order))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         return self._order
@@ -126,12 +156,12 @@ class RoutedTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         names = {id(parameter): name for name, parameter in self._trained.named_parameters()}
         taken = {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
-        if taken != self._classifier.trained:
-            odd = sorted(taken ^ self._classifier.trained)
+        if taken != self._trainable.trained:
+            odd = sorted(taken ^ self._trainable.trained)
             raise TrainedSetError(
                 f"{len(odd)} parameters are trained that shall not be, or the other way round, among them '{odd[0]}'"
             )
-        slow = {place for place, name in names.items() if name in self._classifier.slow}
+        slow = {place for place, name in names.items() if name in self._trainable.slow}
         for group in list(optimizer.param_groups) if slow else []:
             members = group["params"]
             group["params"] = [parameter for parameter in members if id(parameter) not in slow]
@@ -145,6 +175,8 @@ class RoutedTrainer(Trainer):
         extra = emoe.aux_loss(model) if model.training else 0.0
         if not isinstance(extra, Tensor):
             return result
+        if self.loss_is_scaled_for_ga:  # the task's loss is a part of the step's already
+            extra = extra / self.current_gradient_accumulation_steps
         return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
 
     @property
@@ -154,13 +186,53 @@ class RoutedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained_state(self._trained), folder / _WEIGHTS)
+        if is_sharded():
+            save_shards(self._trained, self._plain_optimizer, folder / SHARDS)
+        elif self.args.should_save:
+            save_file(trained_state(self._trained), folder / _WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded():
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / _SCHEDULER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trained_(self._trained, Path(resume_from_checkpoint) / _WEIGHTS)
+        if not self._has_shards(resume_from_checkpoint):  # shards are read with the optimiser's
+            load_trained_(self._trained, Path(resume_from_checkpoint) / _WEIGHTS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._has_shards(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_shards_(self._trained, self._plain_optimizer, Path(checkpoint) / SHARDS)
+        scheduler = cast(Any, self.lr_scheduler)
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
+        for group, rate in zip(self._plain_optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _has_shards(self, checkpoint: str) -> bool:
+        # a sharded run reads no other checkpoints; load_shards_ says so
+        return is_sharded() or (Path(checkpoint) / SHARDS).is_dir()
+
+    @property
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
     def _load_best_model(self) -> None:
         load_trained_(self._trained, Path(str(self.state.best_model_checkpoint)) / _WEIGHTS)
+
+
+class _FollowEpochs(TrainerCallback):
+    """Tells the order which epoch begins: accelerate does not reach it in a run on several processes that goes on."""
+
+    def __init__(self, order: Any) -> None:
+        self._order = order
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._order.set_epoch(int(state.epoch or 0))
 
 
 class RetieGates(TrainerCallback):
@@ -179,7 +251,11 @@ class RetieGates(TrainerCallback):
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are removed."""
+    """The newest checkpoint that was written to its end, the same on all processes; half-written ones are removed."""
+    return cast("Path | None", broadcast(_last_complete(folder) if is_main() else None))
+
+
+def _last_complete(folder: Path) -> Path | None:
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for checkpoint in found:
         if _is_complete(checkpoint):
@@ -190,13 +266,25 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
 def _is_complete(checkpoint: Path) -> bool:
     # Trainer writes its state last
-    if not all((checkpoint / name).exists() for name in _CHECKPOINT_FILES):
+    sharded = (checkpoint / SHARDS).is_dir()
+    files = (_SCHEDULER, TRAINER_STATE_NAME) if sharded else (_WEIGHTS, _OPTIMIZER, _SCHEDULER, TRAINER_STATE_NAME)
+    if not all((checkpoint / name).exists() for name in files) or (sharded and not is_complete(checkpoint / SHARDS)):
         return False
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except json.JSONDecodeError:
         return False
     return True
+
+
+def with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
+    """What an evaluation gives, and how its tokens were routed: a summary, and each expert's share by layer; nothing of a dense model."""
+    if not routed_layers(model):
+        return evaluate(), {}
+    with emoe.record_routing(model) as record:
+        result = evaluate()
+    shares = {str(layer): found.shares.tolist() for layer, found in record.layers.items()}
+    return result, record.summary() | {"shares": shares}
 
 
 def plain_logits(predictions: Any) -> NDArray[Any]:

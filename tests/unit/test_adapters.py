@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from benchmarks.harness.adapters import trainable_groups
-from benchmarks.harness.classifier import Classifier, build_classifier
 from benchmarks.harness.definition import load_models
 from benchmarks.harness.models import load_tokenizer
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.runs import plan
 from benchmarks.harness.text import TextSplit
 from benchmarks.harness.text_training import TextTrainer
+from benchmarks.harness.trainable import Trainable, build_classifier
 from benchmarks.harness.training import TrainedSetError
 from emoe.errors import EMoEError
 
@@ -32,7 +32,7 @@ def spec_of(method: str, model: str = "tiny-gpt2", **training: Any) -> dict[str,
     return spec
 
 
-def build(method: str, model: str = "tiny-gpt2", seed: int = 0) -> tuple[Classifier, dict[str, Any]]:
+def build(method: str, model: str = "tiny-gpt2", seed: int = 0) -> tuple[Trainable, dict[str, Any]]:
     spec = {**spec_of(method, model), "seed": seed}
     torch.manual_seed(seed)
     return build_classifier(spec, load_tokenizer(spec["model"])), spec

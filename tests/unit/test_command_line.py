@@ -9,7 +9,14 @@ import timm
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import emoe
 from emoe.__main__ import cli
@@ -115,3 +122,59 @@ def test_wrong_folders_are_named(bert: Path, tmp_path: Path) -> None:
     assert "which transformers does not have" in call("convert", bert, tmp_path / "x", *size, fails=True)
     (bert / "config.json").unlink()
     assert "holds no config.json" in call("convert", bert, tmp_path / "x", *size, fails=True)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A tiny language model whose tokens are words."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, eos_token_id=1
+    )
+    folder = tmp_path / "llama"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 40)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_answers_with_experts_and_without(llama: Path, tmp_path: Path) -> None:
+    experts = tmp_path / "experts"
+    call("convert", llama, experts, "--num-experts", 8, "--top-k", 2, "--layers", "all")
+    answers = {}
+    for backend in ("sparse", "masked", "auto"):
+        text = call("generate", experts, "w3 w4 w5", "--max-new-tokens", 6, "--backend", backend)
+        answer, _, rest = text.partition("\n")
+        answers[backend] = answer
+        assert "[6 tokens in" in rest
+        assert f"2 of 8 experts in 2 of 2 layers, {backend} backend]" in rest
+    assert len(set(answers.values())) == 1
+    model = emoe.from_pretrained(LlamaForCausalLM, experts)
+    wanted = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=6, do_sample=False, pad_token_id=1)[0, 3:]
+    assert answers["sparse"].split() == [
+        f"w{token}" for token in wanted.tolist() if token > 1
+    ]  # special tokens are not shown
+    assert "; dense]" in call("generate", llama, "w3", "--max-new-tokens", 2)
+
+
+def test_a_chat_template_is_used_unless_the_prompt_shall_stay_raw(llama: Path) -> None:
+    (llama / "chat_template.jinja").write_text("w9 {{ messages[0]['content'] }} w10")
+    asked = call("generate", llama, "w3", "--max-new-tokens", 4)
+    assert asked.split("[")[0] == call("generate", llama, "w9 w3 w10", "--raw", "--max-new-tokens", 4).split("[")[0]
+
+
+def test_what_cannot_answer_is_named(bert: Path, llama: Path, tmp_path: Path) -> None:
+    assert "holds a BertForSequenceClassification, which does not generate text" in call(
+        "generate", bert, "w3", fails=True
+    )
+    for file in llama.glob("tokenizer*"):
+        file.unlink()
+    assert "holds no tokenizer" in call("generate", llama, "w3", fails=True)
+    assert "is no folder" in call("generate", tmp_path / "nothing", "w3", fails=True)
+    model = BertForSequenceClassification.from_pretrained(bert)
+    with pytest.raises(emoe.ConversionError, match="convert it first"):
+        emoe.set_backend_(model, "sparse")
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all"))
+    with pytest.raises(emoe.ConfigError, match="did you mean 'sparse'"):
+        emoe.set_backend_(model, "sparce")

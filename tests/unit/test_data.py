@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def row(text: str, name: str, part: str) -> str:
 def test_everything_missing_says_where_each_set_comes_from(root: Path) -> None:
     code, text = check("--suite", "paper", "--data-root", str(root))
     assert code == 1
-    assert "0 of 32 parts are there" in text
+    assert "0 of 33 parts are there" in text
     assert "cola: on the hub as nyu-mll/glue (cola)" in text
     assert "flipkart: by hand. Kaggle, niraliivaghani/flipkart-product-customer-reviews-dataset, Dataset-SA.csv" in text
     assert (
@@ -45,6 +46,7 @@ def test_everything_missing_says_where_each_set_comes_from(root: Path) -> None:
     assert "twitter_pit: by hand. github.com/cocoxu/SemEval-PIT2015" in text
     assert f"vlcs: {root}/VLCS does not exist; it must hold <environment>/<class>/<image>" in text
     assert "Fang et al., ICCV 2013; DomainBed's download script. Without it: `without: [vlcs]`" in text
+    assert "alpaca: could not load tatsu-lab/alpaca from the hub" in text
     assert "pacs: could not load the set 'flwrlabs/pacs' from the hub" in text
 
 
@@ -56,9 +58,14 @@ def test_what_is_there_is_counted_by_label(root: Path) -> None:
     write_saved(root, "newsqa_qnli", ["entailment"])
     for name in ("pacs", "vlcs", "office_home", "terra_incognita"):
         write_images(root, name)
+    rows = [
+        {"instruction": "Say a.", "input": "", "output": "a"},
+        {"instruction": "Say b.", "input": "x", "output": ""},
+    ]
+    (root / "alpaca.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     code, text = check("--suite", "paper", "--data-root", str(root))
     assert code == 0
-    assert "48 of 48 parts are there" in text
+    assert "49 of 49 parts are there" in text
     for name, labels in {
         "grammar_test": "unacceptable 1, acceptable 2",
         "hans": "entailment 1, non-entailment 1",
@@ -70,6 +77,8 @@ def test_what_is_there_is_counted_by_label(root: Path) -> None:
     assert row(text, "vlcs", "all").split()[2:5] == ["24", "of", "10,729"]
     assert "vlcs (all): 24 rows, its makers count 10,729" in text
     assert "3 classes, 2 to 2 each" in row(text, "terra_incognita", "L38")
+    assert row(text, "alpaca", "all").split()[2:6] == ["1", "of", "52,002", "1"]  # a row without an output is broken
+    assert "0 with an input" in row(text, "alpaca", "all")
     # 3 rows, and 1 without a gold label
     assert row(text, "snli", "test").split()[2:6] == ["3", "of", "10,000", "1"]
     assert "snli (test): 4 rows, its makers count 10,000: another version, or not all of it" in text

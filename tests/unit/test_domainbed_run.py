@@ -14,9 +14,6 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
     Trainer,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -28,9 +25,9 @@ from benchmarks.harness.definition import DefinitionError, load_models
 from benchmarks.harness.execution import execute
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.paths import DATA_ROOT, MODEL_ROOT
-from benchmarks.harness.progress import Progress
 from benchmarks.harness.runs import Run, plan, run_from_spec
 from tests.image_sets import pacs_run, write_pacs
+from tests.killing import killed_at
 
 
 @pytest.fixture(autouse=True)
@@ -110,23 +107,13 @@ def test_all_experts_train_exactly_like_the_dense_model() -> None:
 
 
 @pytest.mark.parametrize("method", ["erm", "gmoe", "emoe_published"])
-def test_a_killed_run_resumes_to_the_same_numbers(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], method: str
-) -> None:
+def test_a_killed_run_resumes_to_the_same_numbers(capfd: pytest.CaptureFixture[str], method: str) -> None:
     run = pacs_run(method)
     whole = finish(prepare(run, "whole"))
 
-    def die(
-        self: Progress, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if state.global_step == 6:  # after the records of steps 0 and 3
-            raise KeyboardInterrupt
-
     killed = prepare(run, "killed")
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "on_step_end", die)
-        with pytest.raises(KeyboardInterrupt):
-            finish(killed)
+    with killed_at(6):  # after the records of steps 0 and 3
+        finish(killed)
     assert not (killed.parent / "metrics.json").exists()
     assert finish(killed) == whole
     assert "resumed at step 4" in capfd.readouterr().err

@@ -25,6 +25,7 @@ from benchmarks.harness.seeds import derive_seed
 from benchmarks.harness.text import TextSplit, load_split
 from benchmarks.harness.text_training import EpochOrder, TextTrainer
 from benchmarks.harness.training import last_complete_checkpoint
+from tests.killing import killed_at
 
 SMOKE = plan(["glue", "glue_lora"], "smoke")
 SPEC = SMOKE[0].spec
@@ -95,7 +96,6 @@ def test_all_experts_train_exactly_like_the_dense_model(workdir: Path, pair: tup
 @pytest.mark.parametrize(("keep", "sampling"), [("last", "group_by_length"), ("best", "random")])
 def test_a_killed_run_resumes_to_the_same_numbers(
     workdir: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     method: str,
     keep: str,
@@ -104,17 +104,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     settings = {"keep": keep, "sampling": sampling, "epochs": 3}
     whole = finish(prepare(method, "whole", **settings))
 
-    def die(
-        self: Progress, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if state.global_step == 14:  # in the third epoch of three
-            raise KeyboardInterrupt
-
     killed = prepare(method, "killed", **settings)
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "on_step_end", die)
-        with pytest.raises(KeyboardInterrupt):
-            finish(killed)
+    with killed_at(14):  # in the third epoch of three
+        finish(killed)
     assert not (killed.parent / "metrics.json").exists()
     (killed.parent / "checkpoints" / "checkpoint-18").mkdir()  # half-written when the power went
     assert finish(killed) == whole

@@ -15,7 +15,6 @@ from sklearn import metrics
 
 import emoe
 from benchmarks.harness.classes import Reading, reading
-from benchmarks.harness.classifier import reopen_classifier
 from benchmarks.harness.definition import DefinitionError, load_benchmark
 from benchmarks.harness.evaluations import evaluation_specs
 from benchmarks.harness.execution import execute
@@ -27,6 +26,7 @@ from benchmarks.harness.runs import Run, plan, run_from_spec
 from benchmarks.harness.scores import mean_loss, score
 from benchmarks.harness.text import load_part
 from benchmarks.harness.tokenised import TokenisedRows
+from benchmarks.harness.trainable import reopen_classifier
 from emoe.errors import EMoEError
 from emoe.layer import routed_layers
 from tests.text_sets import MEANING, OWN_FILES, TASKS, write_own, write_saved

@@ -6,7 +6,6 @@ sys.path.insert(0, str(workflow.basedir))
 
 from benchmarks.harness import jobs
 from benchmarks.harness import suite as suites
-from benchmarks.harness.packages import SALIENCY
 from emoe.errors import EMoEError
 
 try:
@@ -27,6 +26,7 @@ wildcard_constraints:
     run=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
     partition=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
     survey=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
+    model=r"[a-z0-9][a-z0-9._-]*",
     package=r"[A-Za-z0-9._@+-]+\.(whl|tar\.gz|tgz)",
 
 
@@ -80,8 +80,8 @@ def run_inputs(wildcards):
     return jobs.run_inputs(run_of(wildcards))
 
 
-def run_resource(name):
-    return lambda wildcards: run_of(wildcards).resources[name]
+def run_resource(name, usual=None):
+    return lambda wildcards: run_of(wildcards).resources.get(name, usual)
 
 
 def run_threads(wildcards):
@@ -95,6 +95,10 @@ def partition_json(wildcards):
 
 def partition_inputs(wildcards):
     return jobs.model_files(suites.find_partition(wildcards.partition, SUITE).model)
+
+
+def rebuilt_from(wildcards):
+    return jobs.rebuilt_from(wildcards.model).path
 
 
 def survey_json(wildcards):

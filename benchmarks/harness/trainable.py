@@ -1,10 +1,10 @@
-"""A run's classifier: loaded, converted and adapted as its spec says, for training or to evaluate what was trained."""
+"""A run's model: loaded, converted and adapted as its spec says, for training or to evaluate what was trained."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.adapters import FAST, adapt_
 from benchmarks.harness.image_models import load_image_classifier
+from benchmarks.harness.language_models import load_language_model
 from benchmarks.harness.methods import apply_method_
 from benchmarks.harness.models import describe, load_classifier, read_tensors, weights_digest
 from benchmarks.harness.packages import DataError
@@ -26,8 +27,8 @@ _TRAINED, _PARTITION = "trained.safetensors", "partition.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
-class Classifier:
-    """A classifier and what is known of it.
+class Trainable:
+    """A classifier or language model and what is known of it.
 
     Attributes:
         model: as it is trained; called with ``labels`` it also gives the loss.
@@ -47,7 +48,7 @@ def build_classifier(
     tokenizer: PreTrainedTokenizerBase,
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
-) -> Classifier:
+) -> Trainable:
     """Load, convert and adapt.
 
     Args:
@@ -63,7 +64,7 @@ def build_classifier(
     return _converted(model, model, source, spec, calibration, partition)
 
 
-def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Classifier:
+def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainable:
     """Load, convert and adapt a classifier of images.
 
     Args:
@@ -77,6 +78,42 @@ def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Classif
     return _converted(model, model.network, model.source, spec)
 
 
+def build_language_model(
+    spec: Mapping[str, Any],
+    calibration: Iterable[Mapping[str, Any]] = (),
+    partition: Mapping[int, torch.Tensor] | None = None,
+    *,
+    empty: bool = False,
+) -> Trainable:
+    """Load, convert and adapt a language model.
+
+    Args:
+        spec: of a run of instruction tuning.
+        calibration: batches of training rows, for a co-activation partition.
+        partition: of a model that is built again.
+        empty: the weights come from another process.
+
+    Raises:
+        DataError: the weights are not there or are other ones.
+        DefinitionError: 4 bits without the package that makes them, or adapters for layers that the model does not have.
+        EMoEError: the model cannot be converted as asked.
+    """
+    config = spec["method"]["config"]
+    model = load_language_model(spec["model"], config["layers"] if config else (), empty=empty)
+    # quantised weights have no digest that another machine would find
+    known = not empty and "quantize" not in spec["model"]
+    source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model) if known else ""}
+    found = _converted(model, model, source, spec, calibration, partition)
+    if "quantize" in spec["model"]:
+        cast(Any, model)._hf_peft_config_loaded = True  # Trainer asks whether quantised weights have adapters
+    elif not torch.cuda.is_available():
+        model.float()  # in which a CPU computes; grouped by the weights as they were asked for, as on an accelerator
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # small steps vanish in bf16
+            parameter.data = parameter.data.float()
+    return found
+
+
 def _converted(
     model: nn.Module,
     network: nn.Module,
@@ -84,15 +121,15 @@ def _converted(
     spec: Mapping[str, Any],
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
-) -> Classifier:
-    """Convert and adapt a classifier's network, which is the classifier itself or a part of it."""
+) -> Trainable:
+    """Convert and adapt a model's network, which is the model itself or a part of it."""
     seed, lora, tune = spec["seed"], spec["training"]["lora"], spec["method"]["tune"]
     dense_parameters = _count(model)
     report = apply_method_(network, spec["method"], seed, calibration, partition)
     slow: list[str] = []
     names = [name for name, _ in network.named_parameters()]
     trained: dict[str, Any] = {}
-    if lora is not None:
+    if tune is not None:
         groups = adapt_(cast(PreTrainedModel, network), lora, tune, seed)
         names = [name for found in groups.values() for name, _ in found]
         slow = [name for group, found in groups.items() if group not in FAST for name, _ in found]
@@ -113,12 +150,14 @@ def _converted(
         "conversion": [dataclasses.asdict(layer) for layer in report.layers] if report else [],
     }
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is network)
-    return Classifier(
+    return Trainable(
         model, summary, frozenset(prefix + name for name in names), frozenset(prefix + name for name in slow)
     )
 
 
 def _count(model: nn.Module) -> int:
+    if getattr(model, "is_quantized", False):
+        return int(cast(PreTrainedModel, model).num_parameters())  # two of four bits stand in one byte
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -128,8 +167,10 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    # tied weights under their first name; what quantised weights put into a state is neither
+    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept |= {name for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
 
 
 def load_trained_(model: nn.Module, file: Path) -> None:
@@ -138,43 +179,71 @@ def load_trained_(model: nn.Module, file: Path) -> None:
     Raises:
         DataError: the file is missing, damaged, or of another model.
     """
-    state = read_tensors(file)
+    set_trained_(model, read_tensors(file), str(file))
+
+
+def set_trained_(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
+    """Give a model what another one, built the same way, had in :func:`trained_state`.
+
+    Raises:
+        DataError: the tensors are of another model; names where they are from.
+    """
     wanted = {name: tensor.shape for name, tensor in _trained(model).items()}
     if {name: tensor.shape for name, tensor in state.items()} != wanted:
         odd = sorted(set(state) ^ set(wanted)) or sorted(n for n in wanted if state[n].shape != wanted[n])
-        raise DataError(f"{file} belongs to another model: they differ in '{odd[0]}'")
+        raise DataError(f"{where} belongs to another model: they differ in '{odd[0]}'")
     model.load_state_dict(state, strict=False)
 
 
+def permutations(model: nn.Module) -> dict[int, torch.Tensor]:
+    """How a converted model's neurons are grouped, by layer; empty for a dense model."""
+    return {layer.ffn_index: layer.permutation for layer in routed_layers(model) if layer.permutation is not None}
+
+
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Keep what training made of a classifier: its trained tensors, and the grouping of its neurons."""
+    """Keep what training made of a model: its trained tensors, and the grouping of its neurons."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = {layer.ffn_index: layer.permutation for layer in routed_layers(model) if layer.permutation is not None}
-    if found:
+    if found := permutations(model):
         save_partition(Partition(found), folder / _PARTITION)
     save_file(trained_state(model), folder / _TRAINED)
 
 
 def reopen_classifier(
     spec: Mapping[str, Any], weights: str, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> Classifier:
-    """The classifier of a finished run, routed as it was trained.
+) -> Trainable:
+    """The classifier of a finished run, routed as it was trained; see :func:`reopen_language_model`.
 
     Args:
         spec: of the training run.
         weights: digest of the pre-trained weights that the run recorded.
         tokenizer: the model's.
         folder: what :func:`save_trained` wrote.
+    """
+    return _reopened(lambda partition: build_classifier(spec, tokenizer, partition=partition), spec, weights, folder)
+
+
+def reopen_language_model(spec: Mapping[str, Any], weights: str, folder: Path) -> Trainable:
+    """The language model of a finished run, routed as it was trained.
+
+    Args:
+        spec: of the training run.
+        weights: digest of the pre-trained weights that the run recorded; empty where they were quantised.
+        folder: what :func:`save_trained` wrote.
 
     Raises:
         DataError: trained tensors are missing or damaged, or the pre-trained weights are other ones now.
         CheckpointError: the grouping is missing or damaged.
     """
+    return _reopened(lambda partition: build_language_model(spec, partition=partition), spec, weights, folder)
+
+
+def _reopened(
+    build: Callable[[Partition | None], Trainable], spec: Mapping[str, Any], weights: str, folder: Path
+) -> Trainable:
     config = spec["method"]["config"]
-    partition = load_partition(folder / _PARTITION) if config and config["kind"] == "emoe" else None
-    found = build_classifier(spec, tokenizer, partition=partition)
+    found = build(load_partition(folder / _PARTITION) if config and config["kind"] == "emoe" else None)
     now = found.summary["source"]["weights"]
-    if now != weights:
+    if weights and now != weights:
         raise DataError(
             f"the weights of '{spec['model']['name']}' changed since the run was trained: {now} instead of {weights}"
         )

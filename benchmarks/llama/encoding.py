@@ -1,0 +1,135 @@
+"""Instructions as a model reads them: tokens, and which of them it learns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import DataCollatorWithFlattening
+
+from benchmarks.harness.packages import DataError
+from benchmarks.llama.instructions import Broken, Instruction
+from benchmarks.llama.templates import Template
+
+IGNORED = -100
+_ROWS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """Token ids of prompt and response; where the response begins; how many of its tokens were cut off."""
+
+    tokens: list[int]
+    begin: int
+    cut: int
+
+    @property
+    def labels(self) -> list[int]:
+        """The response's tokens; the prompt's are not learned."""
+        return [IGNORED] * self.begin + self.tokens[self.begin :]
+
+
+class EncodedRows(Dataset[dict[str, list[int]]]):
+    """Encoded rows, for the training loop.
+
+    Attributes:
+        rows: those that can be used.
+        broken: those of which the prompt alone fills the whole length.
+        sources: what the rows were made of.
+
+    Raises:
+        DataError: the tokenizer does not tell prompt and response apart.
+        DefinitionError: a chat template that rewrites the prompt.
+    """
+
+    def __init__(self, instructions: Sequence[Instruction], template: Template, max_length: int) -> None:
+        self.rows: list[EncodedRow] = []
+        self.sources: list[Instruction] = []
+        self.broken: list[Broken] = []
+        for start in range(0, len(instructions), _ROWS_AT_ONCE):
+            self._encode(instructions[start : start + _ROWS_AT_ONCE], template, max_length)
+
+    def _encode(self, instructions: Sequence[Instruction], template: Template, max_length: int) -> None:
+        tokenizer = template.tokenizer
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"the tokenizer of {tokenizer.name_or_path} tells no offsets, by which prompt and response are told apart"
+            )
+        prompts = [template.prompt(row) for row in instructions]
+        texts = [prompt + template.response(row) for prompt, row in zip(prompts, instructions, strict=True)]
+        found = tokenizer(texts, add_special_tokens=template.special_tokens, return_offsets_mapping=True)
+        for row, prompt, tokens, offsets in zip(
+            instructions, prompts, found["input_ids"], found["offset_mapping"], strict=True
+        ):
+            begin = _begin(prompt, offsets)
+            if begin >= max_length:
+                reason = f"has a prompt of {begin} tokens, so that nothing of the response fits into {max_length}"
+                self.broken.append(Broken(row.place, reason))
+                continue
+            self.rows.append(EncodedRow(tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
+            self.sources.append(row)
+
+    def chosen(self, places: Sequence[int]) -> EncodedRows:
+        """Some of the rows, by their place among those that can be used."""
+        found = copy.copy(self)
+        found.rows, found.sources = [self.rows[i] for i in places], [self.sources[i] for i in places]
+        return found
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        row = self.rows[index]
+        return {"input_ids": row.tokens, "labels": row.labels}
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for the record."""
+        return {
+            "rows": len(self.rows),
+            "tokens": sum(len(row.tokens) for row in self.rows),
+            "learned_tokens": sum(len(row.tokens) - row.begin for row in self.rows),
+            "longest": max((len(row.tokens) for row in self.rows), default=0),
+            "truncated_responses": sum(row.cut > 0 for row in self.rows),
+            "truncated_tokens": sum(row.cut for row in self.rows),
+        }
+
+
+def _begin(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
+    """Where the response's tokens begin, of prompt and response tokenised together, as they will be read.
+
+    A token that begins within the prompt belongs to it, except where all it takes of the prompt is blanks.
+    """
+    for place, (start, end) in enumerate(offsets):
+        if end > len(prompt) and not prompt[start:].strip():
+            return place
+    return len(offsets)
+
+
+def padded(rows: Sequence[dict[str, list[int]]], pad_token: int) -> dict[str, Tensor]:
+    """One batch, padded on the right; padding is neither read, nor learned, nor counted in routing."""
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def stack(name: str, fill: int) -> Tensor:
+        return torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in rows])
+
+    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows])
+    return {"input_ids": stack("input_ids", pad_token), "attention_mask": mask, "labels": stack("labels", IGNORED)}
+
+
+def collator(pad_token: int, *, packing: bool) -> Callable[[Sequence[dict[str, list[int]]]], dict[str, Tensor]]:
+    """What makes batches of rows.
+
+    Args:
+        pad_token: the tokenizer's.
+        packing: lay the rows end to end instead of padding them. Positions begin anew with each row, by which
+            transformers keeps their attention apart.
+    """
+    if packing:
+        flatten = DataCollatorWithFlattening(separator_id=IGNORED)
+        return lambda rows: dict(flatten(list(rows)))
+    return lambda rows: padded(rows, pad_token)

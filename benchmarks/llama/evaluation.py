@@ -1,0 +1,249 @@
+"""What a tuned model is worth: tasks of lm-eval, the loss on held-out instructions, and answers to read."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.harness.definition import DefinitionError
+from benchmarks.harness.jobs import MMLU_DEV, is_mmlu_dev
+from benchmarks.harness.language_models import DTYPES
+from benchmarks.harness.packages import DataError, first_line
+from benchmarks.harness.paths import QUESTIONS
+from benchmarks.llama.encoding import IGNORED, EncodedRows, padded
+from benchmarks.llama.instructions import Instruction
+from benchmarks.llama.templates import Template
+from emoe.errors import did_you_mean
+
+_ACCURACY, _FILTER = "acc", "none"
+
+
+def task_title(entry: Mapping[str, Any]) -> str:
+    """An entry of ``evaluation.tasks`` as records name it: ``mmlu (5-shot)``, ``mmlu_dev (0-shot, first 3)``."""
+    limit = f", first {entry['limit']}" if entry["limit"] else ""
+    return f"{entry['task']} ({entry['shots']}-shot{limit})"
+
+
+def check_tasks(tasks: Sequence[Mapping[str, Any]]) -> None:
+    """See that lm-eval has the tasks, that their data are there, and that they can be run as asked, before any other work is done.
+
+    Raises:
+        DefinitionError: a task that does not exist, that needs what is not given here, or that has no such shots.
+        DataError: MMLU-dev has not been written, or a task's data cannot be loaded.
+    """
+    for entry in tasks:
+        name = entry["task"]
+        folder = _folder(name)
+        if folder and not (folder / f"{MMLU_DEV}.yaml").exists():
+            raise DataError(f"{folder} does not exist; the workflow writes it, or `python -m benchmarks questions`")
+        known = _manager(folder).all_tasks
+        if name not in known:
+            raise DefinitionError(
+                f"'evaluation.tasks' names '{name}', which lm-eval does not have{did_you_mean(name, known)}"
+            )
+        try:
+            loaded = _manager(folder).load([name])["tasks"]
+        except Exception as error:  # whatever hub, parser and the task's own code raise
+            raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
+        for task, found in loaded.items():
+            _check_task(entry, task, found)
+        if _shared_metric({task: list(found.aggregation()) for task, found in loaded.items()}) is None:
+            raise DefinitionError(
+                f"'evaluation.tasks' names '{name}', whose tasks are scored by different metrics; name them one by one"
+            )
+
+
+def _check_task(entry: Mapping[str, Any], name: str, task: Any) -> None:
+    """One of the tasks that an entry of ``evaluation.tasks`` stands for."""
+    where, shots = f"'evaluation.tasks' names '{entry['task']}' with {entry['shots']} shots", entry["shots"]
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        raise DefinitionError(
+            f"{where}, but '{name}' runs code that a model wrote, or shows images; neither is done here"
+        )
+    if shots and task.get_config("num_fewshot") == 0:
+        raise DefinitionError(f"{where}, but '{name}' has none in lm-eval; ask for 0")
+    if shots and _folder(entry["task"]):
+        others = len(list(task.fewshot_docs())) - 1  # all but the one that is asked
+        if shots > others:
+            raise DefinitionError(f"{where}, but '{name}' has {others} other questions")
+
+
+def _shared_metric(metrics: Mapping[str, Sequence[str]]) -> str | None:
+    """The metric by which all of these tasks are judged: accuracy, else the first one that they share."""
+    shared = [metric for metric in next(iter(metrics.values())) if all(metric in found for found in metrics.values())]
+    return _ACCURACY if _ACCURACY in shared else next(iter(shared), None)
+
+
+def _folder(task: str) -> Path | None:
+    """Where a task is defined, if that is not inside lm-eval."""
+    return (QUESTIONS / MMLU_DEV).resolve() if is_mmlu_dev(task) else None
+
+
+@functools.cache
+def _manager(folder: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    # lm-eval's own list is long to read
+    return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    entry: Mapping[str, Any],
+    batch_size: int,
+    precision: str,
+) -> dict[str, Any]:
+    """Run one task or group by lm-eval, on the model as it is in this process.
+
+    Args:
+        model: the model.
+        tokenizer: its own.
+        entry: of ``evaluation.tasks``.
+        batch_size: rows at once.
+        precision: in which an accelerator computes.
+
+    Returns:
+        ``scores``: ``accuracy`` over all questions (micro) and, of several subjects, ``accuracy_macro``, their mean; or, of tasks that are not
+        scored by accuracy, ``task_score``: ``metric``, lm-eval's first one; ``questions``: how many; ``subjects``: every metric of each task;
+        ``categories``: groups within the group; ``correct``: 1 or 0 for every question of a subject, in its order, where that is what
+        accuracy counts.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    mixed = DTYPES["bf16"] if precision == "bf16" else None
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed)
+    found = simple_evaluate(
+        model=wrapped,
+        tasks=[entry["task"]],
+        num_fewshot=entry["shots"],
+        limit=entry["limit"],
+        task_manager=_manager(_folder(entry["task"])),
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    return summarise(found)
+
+
+def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What lm-eval found (the result of ``simple_evaluate``), by subject and category; see :func:`run_tasks`."""
+    # groups have results of their own, but no samples
+    counts = {name: int(samples["effective"]) for name, samples in found["n-samples"].items()}
+    subjects = {name: _numbers(found["results"][name]) for name in counts}
+    metric = _shared_metric({name: list(values) for name, values in subjects.items()})
+    assert metric is not None  # noqa: S101  check_tasks saw to it
+
+    def mean(names: Sequence[str]) -> float:
+        return sum(subjects[name][metric] * counts[name] for name in names) / sum(counts[name] for name in names)
+
+    members = found.get("group_subtasks", {})
+    inside = {group: [leaf for leaf in _leaves(group, members) if leaf in counts] for group in members}
+    categories = {
+        _alias(found, group): {metric: mean(leaves), "questions": sum(counts[leaf] for leaf in leaves)}
+        for group, leaves in inside.items()
+        if 0 < len(leaves) < len(counts)
+    }
+    if metric == _ACCURACY:
+        scores = {"accuracy": mean(list(counts))}
+        if len(counts) > 1:
+            scores["accuracy_macro"] = sum(values[metric] for values in subjects.values()) / len(subjects)
+    else:
+        scores = {"task_score": mean(list(counts))}
+    samples = found.get("samples", {}) if metric == _ACCURACY else {}
+    correct = {_alias(found, name): _correct(samples[name]) for name in samples}
+    return {
+        "scores": scores,
+        "questions": sum(counts.values()),
+        "metric": metric,
+        "categories": categories,
+        "subjects": {_alias(found, name): values | {"questions": counts[name]} for name, values in subjects.items()},
+        "correct": correct if all(value is not None for value in correct.values()) else {},
+    }
+
+
+def _correct(samples: Sequence[Mapping[str, Any]]) -> str | None:
+    """A digit a question; None where accuracy is no yes or no (truthfulqa_mc2's is a probability)."""
+    in_order = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    values = [float(sample[_ACCURACY]) for sample in in_order]
+    return "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else None
+
+
+def _leaves(name: str, members: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    for member in members.get(name, ()):
+        if members.get(member):
+            yield from _leaves(member, members)
+        else:
+            yield member
+
+
+def _alias(found: Mapping[str, Any], name: str) -> str:
+    return str(found["results"].get(name, {}).get("alias", name)).strip(" -")
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a task, without lm-eval's name of a filter where that is none."""
+    return {
+        key.removesuffix(f",{_FILTER}"): float(value)
+        for key, value in values.items()
+        if isinstance(value, int | float) and "_stderr" not in key and "," in key
+    }
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: PreTrainedModel, rows: EncodedRows, pad_token: int, batch_size: int, precision: str
+) -> float | None:
+    """Mean loss over the learned tokens of rows; None of a model that diverged."""
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: len(rows.rows[i].tokens))
+    total, tokens = 0.0, 0
+    for start in range(0, len(order), batch_size):
+        batch = padded([rows[i] for i in order[start : start + batch_size]], pad_token)
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        labels = inputs.pop("labels")[:, 1:]
+        with autocast(model, precision):
+            logits = model(**inputs).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        total, tokens = total + loss.item(), tokens + int((labels != IGNORED).sum())
+    mean = total / tokens
+    return mean if math.isfinite(mean) else None
+
+
+def autocast(model: PreTrainedModel, precision: str) -> AbstractContextManager[Any]:
+    """Mixed precision where it was asked for and there is an accelerator."""
+    return torch.autocast(model.device.type, DTYPES["bf16"]) if precision == "bf16" else nullcontext()
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel, template: Template, instructions: Sequence[Instruction], new_tokens: int, precision: str
+) -> list[dict[str, str]]:
+    """Greedy answers, one row at a time, so that no padding is read."""
+    model.eval()
+    tokenizer, found = template.tokenizer, []
+    for row in instructions:
+        encoded = tokenizer(template.prompt(row), return_tensors="pt", add_special_tokens=template.special_tokens).to(
+            model.device
+        )
+        encoded.pop("token_type_ids", None)
+        with autocast(model, precision):
+            output = cast(Any, model).generate(
+                **encoded,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=template.end_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        text = tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+        found.append({"instruction": row.instruction, "input": row.input, "reference": row.output, "answer": str(text)})
+    return found

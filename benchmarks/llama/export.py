@@ -1,0 +1,77 @@
+"""A tuned model as a folder that others load: dense, or with its experts; adapters merged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedModel
+
+import emoe
+from benchmarks.harness.adapters import merge_adapters_
+from benchmarks.harness.execution import read_run
+from benchmarks.harness.models import load_tokenizer
+from benchmarks.harness.packages import DataError
+from benchmarks.harness.records import read_metrics
+from benchmarks.harness.trainable import reopen_language_model
+from benchmarks.llama.templates import find_template
+from emoe.folders import check_new
+from emoe.layer import routed_layers
+
+DENSE, EXPERTS = "dense", "emoe"
+
+
+def export(path: Path, output: Path, form: str) -> str:
+    """Write the model of a finished run.
+
+    The run's prompt template becomes the tokenizer's chat template, and its ``run.json`` lies beside the weights.
+
+    Args:
+        path: the ``run.json``.
+        output: a new folder.
+        form: ``dense``: what stock transformers loads, neurons in their old order; ``emoe``: what :func:`emoe.from_pretrained` loads.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DefinitionError: no run, or one that is not finished.
+        DataError: the run is not of a language model, kept no weights, or has no experts.
+        CheckpointError: the folder is not new.
+    """
+    path = path.resolve()
+    run = read_run(path)
+    spec: dict[str, Any] = dict(run.spec)
+    if "tuning" not in spec:
+        raise DataError(f"{path} is no run of instruction tuning; only those are exported")
+    if not (path.parent / "model").is_dir():
+        raise DataError(
+            f"{path.parent} keeps no weights: the run is not finished, trains nothing, or has training.keep_weights: false"
+        )
+    check_new(output)
+    recorded = read_metrics(run, path.parents[2])["model"]["source"]["weights"]
+    # adapters of quantised weights are merged into whole ones
+    spec["model"] = {key: value for key, value in spec["model"].items() if key != "quantize"}
+    model = cast(PreTrainedModel, reopen_language_model(spec, recorded, path.parent / "model").model)
+    merged = merge_adapters_(model)
+    routed = routed_layers(model)
+    if form == EXPERTS and not routed:
+        raise DataError(f"{run.id} has no experts; export it as {DENSE}")
+    tokenizer = load_tokenizer(spec["model"])
+    template = find_template(spec["data"]["template"], tokenizer, spec["seed"])
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = template.end_tokens
+    if form == EXPERTS:
+        emoe.save_pretrained(model, output)
+    else:
+        if routed:
+            emoe.to_dense_(model, restore_order=True)
+        model.save_pretrained(output)
+    tokenizer.chat_template = template.as_chat_template()
+    tokenizer.save_pretrained(output)
+    shutil.copyfile(path, output / "run.json")
+    config = json.loads((output / "config.json").read_text())
+    experts = f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}" if form == EXPERTS else "dense"
+    return f"{config['architectures'][0]}, {experts}, {merged} adapters merged"

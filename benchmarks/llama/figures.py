@@ -1,0 +1,139 @@
+"""The pictures of instruction tuning: loss curves, accuracy by category, routing."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import pyplot as plt
+from scipy import stats
+
+from benchmarks.harness.figures import STYLE, save, say_nothing
+from benchmarks.harness.instruction import is_trained
+from benchmarks.harness.runs import Run
+from benchmarks.harness.statistics import CONFIDENCE
+from benchmarks.llama.outcomes import CELL, Outcomes, cell_of, task_words
+
+_FOUR_CHOICES, _CHANCE = "mmlu", 0.25
+_USE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 2), "PuOr_r")
+_COLOURS = ("#444444", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#999999")
+
+
+def draw_curves(outcomes: Outcomes, path: Path) -> None:
+    """Training loss by step: a panel a model and way of tuning, a line a method."""
+    groups: dict[tuple[str, str, str], dict[str, list[list[float]]]] = {}
+    for run in (run for run in outcomes.runs if is_trained(run.spec)):
+        cell = cell_of(run)
+        curve = [math.nan if loss is None else loss for loss in outcomes.metrics[run.id]["curve"]]
+        lines = groups.setdefault((cell["model"], cell["set"], cell["tuning"]), {})
+        lines.setdefault(outcomes.method_title(cell["method"], cell["variant"]), []).append(curve)
+    if not groups:
+        say_nothing(path, "no run of these trains")
+        return
+    with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
+        figure, axes = plt.subplots(
+            1, len(groups), figsize=(3.0 * len(groups) + 0.6, 2.6), squeeze=False, sharey=True, layout="constrained"
+        )
+        for axis, ((model, name, tuning), lines) in zip(axes[0], groups.items(), strict=True):
+            for number, (title, curves) in enumerate(lines.items()):
+                mean = np.mean(np.array(curves), axis=0)
+                colour = _COLOURS[number % len(_COLOURS)]
+                axis.plot(range(1, len(mean) + 1), mean, color=colour, lw=1.3, label=title, marker="o", ms=2)
+            tuned = outcomes.tunings[tuning]["title"]
+            below = f"{outcomes.set_title(name)}, {tuned}" if outcomes.several_sets else tuned
+            title = f"{outcomes.model_title(model)}\n{below}"
+            axis.set_title(title, fontsize=8)
+            axis.set_xlabel("step")
+            axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            axis.legend(fontsize=7, frameon=False)
+        axes[0, 0].set_ylabel("training loss")
+        save(figure, path)
+
+
+def draw_categories(outcomes: Outcomes, path: Path) -> None:
+    """Accuracy by category: a row of panels a task, a panel a category, a line a cell."""
+    cells = outcomes.order(outcomes.cells())
+    panels: dict[str, dict[str, dict[tuple[str, ...], list[tuple[float, int]]]]] = {}
+    for run in outcomes.runs:
+        for task, tested in outcomes.metrics[run.id]["tasks"].items():
+            if tested["metric"] != "acc":
+                continue
+            whole = {"all": {"acc": tested["scores"]["accuracy"], "questions": tested["questions"]}}
+            for name, values in (whole | tested["categories"]).items():
+                rows = panels.setdefault(task, {}).setdefault(name, {})
+                rows.setdefault(tuple(cell_of(run).values()), []).append((values["acc"], values["questions"]))
+    if not panels:
+        say_nothing(path, "no task of these is scored by accuracy")
+        return
+    names = [outcomes.row_title(cell) for cell in cells[CELL].to_dict("records")]
+    columns = max(map(len, panels.values()))
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            len(panels),
+            columns,
+            figsize=(1.5 * columns + 1.8, (0.26 * len(names) + 0.8) * len(panels) + 0.4),
+            squeeze=False,
+            sharex=True,
+            sharey=True,
+            layout="constrained",
+        )
+        for axis_row, (task, categories) in zip(axes, panels.items(), strict=True):
+            for axis in axis_row[len(categories) :]:
+                axis.set_visible(False)
+            for axis, (name, rows) in zip(axis_row, categories.items(), strict=False):
+                for place, key in enumerate(cells[CELL].itertuples(index=False, name=None)):
+                    if key in rows:
+                        _draw_shares(axis, place, rows[key])
+                if task.startswith(_FOUR_CHOICES):
+                    axis.axvline(_CHANCE * 100, color="#444444", lw=0.8, ls="--", zorder=0)
+                axis.set_title(f"{task_words(task)}\n{name} ({next(iter(rows.values()))[0][1]:,})", fontsize=8)
+            axis_row[0].set_yticks(range(len(names)), names)
+            axis_row[0].set_ylim(len(names) - 0.4, -0.6)
+        figure.supxlabel("Accuracy (%); in brackets: questions; dashed: chance among four answers", fontsize=7.5)
+        save(figure, path)
+
+
+def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]]) -> None:
+    """Seeds, their mean, and how sure the first one is of its questions."""
+    share, count = shares[0]
+    interval = stats.binomtest(round(share * count), count).proportion_ci(CONFIDENCE, "wilson")
+    values = [value * 100 for value, _ in shares]
+    axis.plot([interval.low * 100, interval.high * 100], [place, place], color="#9bbfd8", lw=1.2)
+    axis.plot(values, [place] * len(values), "o", ms=2.6, color="#0072b2", alpha=0.6, mew=0)
+    axis.plot(np.mean(values), place, "D", ms=4, color="#0072b2", mec="white", mew=0.6)
+
+
+def draw_routing(outcomes: Outcomes, path: Path) -> None:
+    """Load of every expert by layer: a panel a routed cell, its first seed."""
+    shown: dict[tuple[str, ...], Run] = {}
+    for run in outcomes.runs:
+        if outcomes.metrics[run.id]["routing"]:
+            shown.setdefault(tuple(cell_of(run).values()), run)
+    if not shown:
+        say_nothing(path, "no method of these runs routes")
+        return
+    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
+        heights = [len(outcomes.metrics[run.id]["routing"]["shares"]) + 1.5 for run in shown.values()]
+        figure, axes = plt.subplots(
+            len(shown),
+            1,
+            figsize=(6.4, 0.2 * sum(heights) + 0.45 * len(shown) + 0.3),
+            squeeze=False,
+            height_ratios=heights,
+            layout="constrained",
+        )
+        for axis, run in zip(axes[:, 0], shown.values(), strict=True):
+            routing, cell = outcomes.metrics[run.id]["routing"], cell_of(run)
+            layers = sorted(routing["shares"], key=int)
+            shares = np.array([routing["shares"][layer] for layer in layers])
+            axis.imshow(shares * shares.shape[1], norm=_USE.norm, cmap=_USE.cmap, aspect="auto")
+            axis.set_yticks(range(len(layers)), layers)
+            axis.set_ylabel("layer")
+            title = outcomes.row_title(cell)
+            axis.set_title(f"{title}: load entropy {routing['load_entropy']:.3f}", fontsize=8)
+        axes[-1, 0].set_xlabel("expert")
+        figure.colorbar(_USE, ax=axes, shrink=0.8, label="load ÷ mean load", extend="max")
+        save(figure, path)

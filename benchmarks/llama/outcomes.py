@@ -1,0 +1,200 @@
+"""What came out, over finished runs: losses, accuracies, and how methods differ from the dense model tuned the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.harness.definition import Benchmark, load_models
+from benchmarks.harness.records import collect_from, read_metrics
+from benchmarks.harness.runs import Run
+from benchmarks.harness.statistics import Difference, paired_difference, with_verdicts
+
+GROUP = ["model", "set", "tuning"]
+CELL = [*GROUP, "method", "variant"]
+_LOSS = "loss"
+
+
+class Outcomes:
+    """The finished runs of a benchmark of instruction tuning.
+
+    Where several learning rates were tried, the one with the lowest held-out loss, as a mean over its seeds, stands for a cell.
+
+    Args:
+        benchmark: its definition.
+        runs: the finished runs, in the order of the grid.
+
+    Attributes:
+        metrics: ``metrics.json`` of every run that stands for its cell, by its id.
+        runs: those runs.
+        records: every number of them, a row a number, with the columns of :data:`CELL`.
+        tasks: evaluated tasks by title, in order.
+        tests: paired differences of accuracy to the baseline.
+        rates_chosen: whether there was a learning rate to choose.
+    """
+
+    def __init__(self, benchmark: Benchmark, runs: list[Run]) -> None:
+        self.benchmark = benchmark
+        self.methods: dict[str, dict[str, str]] = benchmark.definition["methods"]
+        self.tunings: dict[str, dict[str, Any]] = benchmark.definition["tunings"]
+        self.baseline: str = benchmark.definition["baseline"]
+        read = {run.id: read_metrics(run) for run in runs}
+        self.runs = _chosen(runs, read)
+        self.rates_chosen = len(self.runs) < len(runs)
+        self.metrics = {run.id: read[run.id] for run in self.runs}
+        records = collect_from((run, self.metrics[run.id]) for run in self.runs)
+        cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in self.runs], columns=["run_id", *CELL])
+        self.records = records.drop(columns=["model", "method", "variant"]).merge(cells, on="run_id", sort=False)
+        self.tasks = list(dict.fromkeys(name for found in self.metrics.values() for name in found["tasks"]))
+        self.tests = self._tests()
+
+    def numbers(self, part: str, name: str, metric: str) -> pd.Series[float]:
+        """One number of every run, by cell and seed."""
+        chosen = self.records[
+            (self.records["part"] == part) & (self.records["eval_task"] == name) & (self.records["metric"] == metric)
+        ]
+        return chosen.set_index([*CELL, "seed"])["value"]
+
+    @property
+    def losses(self) -> pd.Series[float]:
+        """Held-out loss, by cell and seed."""
+        chosen = self.records[(self.records["part"] == "dev") & (self.records["metric"] == _LOSS)]
+        return chosen.set_index([*CELL, "seed"])["value"]
+
+    def cells(self) -> pd.DataFrame:
+        """One row a cell, with the number of its runs."""
+        rows = pd.DataFrame([cell_of(run) for run in self.runs], columns=CELL)
+        return rows.groupby(CELL, sort=False).size().rename("n").reset_index()
+
+    def _tests(self) -> pd.DataFrame:
+        """By cell and task: paired differences to the baseline over questions, each question's a mean over the seeds that both have."""
+        correct: dict[tuple[str, ...], dict[int, pd.Series[float]]] = {}
+        for run in self.runs:
+            for task, tested in self.metrics[run.id]["tasks"].items():
+                if tested["correct"]:
+                    place = (task, *cell_of(run).values())
+                    correct.setdefault(place, {})[run.spec["seed"]] = _by_question(tested["correct"])
+        found = []
+        for (task, *cell), by_seed in correct.items():
+            base = correct.get((task, *self._baseline_of(cell)), {})
+            seeds = [seed for seed in by_seed if seed in base]
+            if cell[CELL.index("method")] == self.baseline or not seeds:
+                continue
+            ours, theirs = (pd.concat([one[seed] for seed in seeds], axis=1).mean(axis=1) for one in (by_seed, base))
+            difference = paired_difference(ours, theirs)
+            row = dict(zip(CELL, cell, strict=True)) | {"task": task, "questions": difference.n, "seeds": len(seeds)}
+            found.append(row | difference.columns())
+        tests = pd.DataFrame(found, columns=[*CELL, "task", "questions", "seeds", *Difference.COLUMNS])
+        return with_verdicts(tests, CELL)
+
+    def _baseline_of(self, cell: Sequence[str]) -> tuple[str, ...]:
+        """The cell of the baseline that was tuned as this one."""
+        return (*cell[: len(GROUP)], self.baseline, "")
+
+    def loss_differences(self) -> pd.DataFrame:
+        """By cell: the difference of the held-out loss to the baseline's, paired by seed."""
+        by_cell = {cell: values.droplevel(CELL) for cell, values in self.losses.groupby(CELL, sort=False)}
+        found = []
+        for cell, values in by_cell.items():
+            base = by_cell.get(self._baseline_of(cell))
+            if base is not None and cell[CELL.index("method")] != self.baseline:
+                difference = paired_difference(values, base)
+                found.append(dict(zip(CELL, cell, strict=True)) | difference.columns())
+        return pd.DataFrame(found, columns=[*CELL, *Difference.COLUMNS])
+
+    def order(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Rows by cell, each key in the order of its definition; with titles."""
+        ran = [run.spec["model"]["name"] for run in self.runs]
+        places: dict[str, list[str]] = {
+            "model": list(dict.fromkeys([*ran, *load_models()])),
+            "set": list(self.benchmark.tasks),
+            "tuning": list(self.tunings),
+            "method": list(self.methods),
+            "variant": sorted(frame["variant"].unique()) if "variant" in frame else [],
+        }
+        keys = [key for key in CELL if key in frame]
+
+        def place(column: pd.Series) -> pd.Series:
+            known = places[str(column.name)]
+            return column.map(lambda value: known.index(value) if value in known else len(known))
+
+        found = frame.sort_values(keys, key=place, kind="stable").reset_index(drop=True)
+        return found.assign(
+            model_title=[self.model_title(name) for name in found["model"]],
+            set_title=[self.set_title(name) for name in found["set"]],
+            tuning_title=[self.tunings[name]["title"] for name in found["tuning"]],
+            method_title=[
+                self.method_title(method, variant)
+                for method, variant in zip(found["method"], found.get("variant", [""] * len(found)), strict=True)
+            ],
+            is_method=[self.methods[name].get("role") != "control" for name in found["method"]],
+        )
+
+    def model_title(self, name: str) -> str:
+        return str(load_models()[name]["title"])
+
+    @property
+    def several_sets(self) -> bool:
+        """Whether rows have to name their set."""
+        return len({run.spec["task"]["name"] for run in self.runs}) > 1
+
+    def row_title(self, cell: Mapping[str, str]) -> str:
+        """What tells a cell from the others, in one line."""
+        several_models = len({run.spec["model"]["name"] for run in self.runs}) > 1
+        parts = (
+            self.model_title(cell["model"]) if several_models else "",
+            self.set_title(cell["set"]) if self.several_sets else "",
+            self.tunings[cell["tuning"]]["title"],
+            self.method_title(cell["method"], cell["variant"]),
+        )
+        return ", ".join(filter(None, parts))
+
+    def set_title(self, name: str) -> str:
+        return str(self.benchmark.tasks[name]["title"]) if name in self.benchmark.tasks else name
+
+    def method_title(self, method: str, variant: str = "") -> str:
+        """A method's title, with what of it is varied."""
+        return " ".join(filter(None, (self.methods[method]["title"], variant)))
+
+
+def cell_of(run: Run) -> dict[str, str]:
+    """The cell of a run."""
+    spec = run.spec
+    return {
+        "model": spec["model"]["name"],
+        "set": spec["task"]["name"],
+        "tuning": spec["tuning"],
+        "method": spec["method"]["name"],
+        "variant": spec["method"]["variant"],
+    }
+
+
+def task_words(task: str) -> str:
+    """The title of a task as people write it."""
+    name, _, shots = task.partition(" ")
+    return " ".join(({"mmlu": "MMLU", "mmlu_dev": "MMLU-dev"}.get(name, name), shots)).strip()
+
+
+def _chosen(runs: list[Run], read: dict[str, dict[str, Any]]) -> list[Run]:
+    """The runs of the best learning rate of each cell."""
+    by_cell: dict[tuple[str, ...], dict[float, list[Run]]] = {}
+    for run in runs:
+        rates = by_cell.setdefault(tuple(cell_of(run).values()), {})
+        rates.setdefault(run.spec["learning_rate"], []).append(run)
+
+    def mean_loss(members: list[Run]) -> float:
+        losses = [read[run.id]["scores"]["dev"][run.spec["task"]["name"]][_LOSS] for run in members]
+        return sum(float("inf") if loss is None else loss for loss in losses) / len(losses)
+
+    return [run for rates in by_cell.values() for run in min(rates.values(), key=mean_loss)]
+
+
+def _by_question(correct: dict[str, str]) -> pd.Series[float]:
+    def pairs() -> Iterator[tuple[tuple[str, int], float]]:
+        for subject, digits in correct.items():
+            for number, digit in enumerate(digits):
+                yield (subject, number), float(digit)
+
+    return pd.Series(dict(pairs()))

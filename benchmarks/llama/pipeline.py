@@ -1,0 +1,205 @@
+"""Tune a language model on instructions, in full or by adapters, and evaluate it by lm-eval."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.harness.distributed import (
+    broadcast,
+    gather_trained,
+    is_main,
+    is_sharded,
+    leave,
+    shard_,
+)
+from benchmarks.harness.instruction import is_trained
+from benchmarks.harness.models import load_tokenizer
+from benchmarks.harness.packages import DataError
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.seeds import derive_seed
+from benchmarks.harness.trainable import Trainable, build_language_model, permutations, save_trained, set_trained_
+from benchmarks.harness.training import precision_here, with_routing
+from benchmarks.llama.encoding import EncodedRows, padded
+from benchmarks.llama.evaluation import answers, check_tasks, held_out_loss, run_tasks, task_title
+from benchmarks.llama.instructions import load_instructions, refuse_broken
+from benchmarks.llama.needs import check_needs, compute_needs
+from benchmarks.llama.templates import Template, find_template
+from benchmarks.llama.training import Trained, train
+from emoe.layer import routed_layers
+
+
+def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+    """Run one spec.
+
+    Args:
+        spec: the content of ``run.json``.
+        folder: the run's folder, for checkpoints and what is kept of the weights.
+        progress: where to say what is going on.
+
+    Returns:
+        The content of ``metrics.json``, less what the harness adds; nothing on processes that only helped to train.
+
+    Raises:
+        DefinitionError: a template or task that does not exist, or settings that do not go with the model.
+        DataError: broken or too few rows, a model that is not there, too little memory or disk; before any of it is loaded.
+    """
+    evaluation, training = spec["evaluation"], spec["training"]
+    check_tasks(evaluation["tasks"])
+    tokenizer = load_tokenizer(spec["model"])
+    data = read_data(spec, tokenizer)
+    needs = compute_needs(spec)
+    if is_main():
+        check_needs(needs, folder)
+    progress.say(
+        f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {data.broken} broken left out, "
+        f"{data.train.summary()['truncated_responses']} responses cut at {spec['data']['max_length']} tokens; at least {needs.memory / 1e9:.1f} GB"
+    )
+    trainable = _build(spec, data, tokenizer)
+    if routed := routed_layers(trainable.model):
+        progress.say(f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}")
+    trained = Trained([], 0, 0.0)
+    if is_trained(spec):
+        trained = train(trainable, tokenizer, spec, data.train, folder, progress)
+        trainable = _whole_again(spec, trainable)
+    leave()
+    if not is_main():
+        return {}
+    if training["keep_weights"]:
+        save_trained(trainable.model, folder / "model")
+    return _evaluated(spec, trainable, tokenizer, data, progress) | {
+        "curve": trained.curve,
+        "model": trainable.summary,
+        "cost": {
+            "steps": trained.steps,
+            "step_seconds": trained.step_seconds,
+            "train_seconds": trained.step_seconds * trained.steps,
+            "precision": precision_here(training["precision"]),
+            "least_memory_mb": needs.memory / 1e6,
+        },
+        "data": data.summary(),
+    }
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run.
+
+    Attributes:
+        template: how they became prompts.
+        train: to learn: whole steps of them.
+        held_out: to evaluate on.
+        broken: rows that were left out, where that was allowed.
+        source: where they came from.
+    """
+
+    template: Template
+    train: EncodedRows
+    held_out: EncodedRows
+    broken: int
+    source: str
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for the record."""
+        shared = {"source": self.source, "template": self.template.name, "broken_rows": self.broken}
+        return {"train": shared | self.train.summary(), "held_out": shared | self.held_out.summary()}
+
+
+def read_data(spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Read, check, divide and encode the rows of a run.
+
+    Raises:
+        DataError: broken rows that shall not be left out, or too few rows.
+    """
+    settings, training = spec["data"], spec["training"]
+    found = load_instructions(spec["task"])
+    template = find_template(settings["template"], tokenizer, spec["seed"])
+    whole = EncodedRows(found.rows, template, settings["max_length"])
+    broken = [*found.broken, *whole.broken]
+    refuse_broken(broken, found.source, settings["broken_rows"])
+    order = list(range(len(whole)))
+    # the same rows for all runs on the set
+    random.Random(derive_seed("held out", spec["task"]["name"])).shuffle(order)
+    held_out, rest = order[: settings["held_out_rows"]], order[settings["held_out_rows"] :]
+    rest = rest[: settings["train_rows"]]
+    batch = training.get("batch_size", 1)
+    learned = rest[: len(rest) // batch * batch]
+    if not learned:
+        raise DataError(
+            f"{found.source} has {len(whole)} usable rows: {len(held_out)} are held out, and what is left fills no step of {batch}"
+        )
+    return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), found.source)
+
+
+def _build(spec: Mapping[str, Any], data: Data, tokenizer: PreTrainedTokenizerBase) -> Trainable:
+    """The model; where several processes share it, the main one's, divided among them."""
+
+    def calibration() -> list[dict[str, torch.Tensor]]:
+        pad = int(tokenizer.pad_token_id or 0)
+        batches = [padded([data.train[i]], pad) for i in range(min(len(data.train), 256))]
+        return [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
+
+    if not is_sharded():
+        return build_language_model(spec, calibration())
+    built = build_language_model(spec, calibration()) if is_main() else None
+    found = broadcast(None if built is None else permutations(built.model))
+    if built is None:
+        built = build_language_model(spec, partition=found or None, empty=True)
+    shard_(cast(PreTrainedModel, built.model), precision_here(spec["training"]["precision"]))
+    return built
+
+
+def _whole_again(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
+    """The trained model in one piece, on the main process."""
+    if not is_sharded():
+        return trainable
+    state, found = gather_trained(trainable.model), permutations(trainable.model)
+    if not is_main():
+        return trainable
+    whole = build_language_model(spec, partition=found or None)
+    set_trained_(whole.model, state, "the trained weights")
+    return replace(whole, summary=trainable.summary)
+
+
+def _evaluated(
+    spec: Mapping[str, Any],
+    trainable: Trainable,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    progress: Progress,
+) -> dict[str, Any]:
+    evaluation, precision = spec["evaluation"], precision_here(spec["training"]["precision"])
+    model = cast(PreTrainedModel, trainable.model)
+    if torch.cuda.is_available():
+        gc.collect()  # what training held
+        torch.cuda.empty_cache()
+        cast(Any, model).to("cuda")
+    model.eval()
+    model.config.use_cache = True
+    progress.say("evaluating on held-out instructions")
+    pad_token = int(tokenizer.pad_token_id or 0)
+    loss, routing = with_routing(
+        model, lambda: held_out_loss(model, data.held_out, pad_token, evaluation["batch_size"], precision)
+    )
+    tasks = {}
+    for entry in evaluation["tasks"]:
+        progress.say(f"evaluating on {task_title(entry)}")
+        tasks[task_title(entry)] = run_tasks(model, tokenizer, entry, evaluation["batch_size"], precision)
+    asked = data.held_out.sources[: evaluation["generations"]]
+    progress.say(f"answering {len(asked)} instructions")
+    return {
+        "scores": {
+            "dev": {spec["task"]["name"]: {"loss": loss}},
+            "test": {name: found["scores"] for name, found in tasks.items()},
+        },
+        "tasks": tasks,
+        "answers": answers(model, data.template, asked, evaluation["new_tokens"], precision),
+        "routing": routing,
+    }

@@ -1,0 +1,125 @@
+"""MMLU-dev: the few-shot development questions of MMLU, which ship inside lm-eval, as tasks of lm-eval.
+
+They are 281, not MMLU's 14,042 test questions, about five a subject: a number that moves, not one to compare with others' MMLU.
+Everything but the questions (prompt, choices, metric, categories) is read from lm-eval's own files of MMLU, so that both are scored by the same code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.harness.files import whole_file
+from benchmarks.harness.jobs import MMLU_DEV
+from benchmarks.harness.packages import DataError
+
+_LETTERS = "ABCD"
+_CHOICES = re.compile(r"(?s)(.*?)\s*\(A\)\s(.*?)\s*\(B\)\s(.*?)\s*\(C\)\s(.*?)\s*\(D\)\s(.*)")
+_ANSWER = re.compile(r"\(([ABCD])\)\.?\s*$")
+_FIFTH = "(E)"  # one question of college chemistry came with five choices, and the fifth as its answer
+_SPLIT = "questions"
+_SHA256 = "5a94b761c7aa948a3d5117848440662f6cd9a2a44821344f95f550d02f4bf8bf"  # of all subjects and questions
+
+
+def write_mmlu_dev(folder: Path) -> int:
+    """Write the tasks and their questions.
+
+    Args:
+        folder: gets the YAML files of the tasks, for ``lm_eval --include_path``, and the questions as JSON lines.
+
+    Returns:
+        How many questions there are.
+
+    Raises:
+        DataError: lm-eval's files are not as expected, or their questions are other ones.
+    """
+    import lm_eval
+
+    mmlu = Path(lm_eval.__file__).parent / "tasks" / "mmlu"
+    default = mmlu / "default"
+    template = _read(default / "_default_template_yaml")
+    shots = sorted((mmlu / "flan_cot_fewshot").glob("mmlu_*.yaml"))
+    if not shots:
+        raise DataError(f"{mmlu} holds no few-shot questions; this suite reads those of lm-eval 0.4")
+    count, everything = 0, hashlib.sha256()
+    for file in shots:
+        subject = file.stem.removeprefix("mmlu_")
+        samples = _read(file)["fewshot_config"]["samples"]
+        questions = [_question(sample, file) for sample in samples if _FIFTH not in sample["question"]]
+        count += len(questions)
+        everything.update(json.dumps([subject, questions]).encode())
+        _write_questions(folder / f"{subject}.jsonl", questions)
+        _write_task(
+            folder / f"{MMLU_DEV}_{subject}.yaml", _subject(template, _read(default / file.name), subject, folder)
+        )
+    if everything.hexdigest() != _SHA256:
+        raise DataError(
+            f"the questions inside lm-eval {lm_eval.__version__} are not those of lm-eval 0.4.13, from which MMLU-dev is made"
+        )
+    for file in sorted(default.glob("_mmlu*.yaml")):
+        group = _renamed(_read(file))
+        if group["group"] != MMLU_DEV:
+            _write_task(folder / f"{group['group']}.yaml", group)
+    # last: who finds it finds the others
+    _write_task(folder / f"{MMLU_DEV}.yaml", _renamed(_read(default / "_mmlu.yaml")))
+    return count
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{file} does not exist; this suite reads MMLU's files of lm-eval 0.4") from error
+    return found
+
+
+def _question(sample: Mapping[str, str], file: Path) -> dict[str, Any]:
+    """A question as MMLU has it, from one with its choices in a line and an answer in words."""
+    found, answer = _CHOICES.fullmatch(sample["question"].strip()), _ANSWER.search(sample["target"].strip())
+    if found is None or answer is None:
+        raise DataError(f"{file}: cannot read the question '{sample['question'][:60]}…'")
+    question, *choices = (part.strip() for part in found.groups())
+    return {"question": question, "choices": choices, "answer": _LETTERS.index(answer[1])}
+
+
+def _subject(template: Mapping[str, Any], own: Mapping[str, Any], subject: str, folder: Path) -> dict[str, Any]:
+    own = {key: value for key, value in own.items() if key not in ("include", "dataset_name")}
+    return {
+        **template,
+        **_renamed(own),
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {_SPLIT: str((folder / f"{subject}.jsonl").resolve())}},
+        # shots are the other questions of the subject: lm-eval leaves out the one that is asked
+        "test_split": _SPLIT,
+        "fewshot_split": _SPLIT,
+    }
+
+
+def _renamed(content: Any) -> Any:
+    """lm-eval's definition under our names: ``mmlu_…`` becomes ``mmlu_dev_…``."""
+    if isinstance(content, Mapping):
+        return {key: _renamed(value) if key in ("group", "task", "tag") else value for key, value in content.items()}
+    if isinstance(content, list):
+        return [_renamed(value) for value in content]
+    return re.sub(r"^mmlu(?=_|$)", MMLU_DEV, content)
+
+
+def _write_questions(path: Path, questions: list[dict[str, Any]]) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(_lines(questions)), encoding="utf-8")
+
+
+def _lines(questions: list[dict[str, Any]]) -> Iterator[str]:
+    for question in questions:
+        yield json.dumps(question, ensure_ascii=False) + "\n"
+
+
+def _write_task(path: Path, content: Mapping[str, Any]) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,0 +1,283 @@
+"""The tables of a benchmark of instruction tuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pandas as pd
+
+from benchmarks.harness.definition import check_names, load_metrics
+from benchmarks.harness.instruction import is_trained
+from benchmarks.harness.paper_tables import read_published
+from benchmarks.harness.rendering import Column, Table
+from benchmarks.harness.runs import Run
+from benchmarks.harness.shared_tables import cost_table, means_by, published_table, tests_table
+from benchmarks.llama.outcomes import CELL, GROUP, Outcomes, cell_of, task_words
+
+_PAPER_COLUMNS = ["model", "tuning", "method", "value", "status", "source"]
+_CHOSEN = "Of several learning rates the one with the lowest held-out loss stands here. "
+_LONGEST = 300  # letters of a text in a table
+_MMLU = "mmlu"
+
+
+def instruction_tables(outcomes: Outcomes, names: list[str]) -> list[Table]:
+    """The tables that a definition names."""
+    makers = {
+        "results": results,
+        "tests": tests,
+        "categories": categories,
+        "subjects": subjects,
+        "answers": answers,
+        "data": data,
+        "cost": cost,
+        "paper": paper,
+    }
+    check_names(f"{outcomes.benchmark.file}: '", "tables", names, makers)
+    return [makers[name](outcomes) for name in names]
+
+
+def results(outcomes: Outcomes) -> Table:
+    """Held-out loss, and accuracy on every task, by way of tuning and method; the model as it came first."""
+    frame = outcomes.cells()
+    frame = _with(frame, outcomes.losses, "loss")
+    deltas = outcomes.loss_differences().drop(columns="p", errors="ignore")
+    frame = frame.merge(deltas, on=CELL, how="left", sort=False)
+    columns = [
+        Column("loss", "loss", "Held-out loss", std="loss std", best="loss"),
+        Column("loss", "delta", f"Δ loss to {_baseline(outcomes)}", interval=("low", "high"), signed=True),
+    ]
+    for task in outcomes.tasks:
+        scored = next(found["tasks"][task]["metric"] for found in outcomes.metrics.values() if task in found["tasks"])
+        for metric, word in (("accuracy", ""), ("accuracy_macro", ", mean of subjects"), ("task_score", f", {scored}")):
+            name = f"{task} {metric}"
+            frame = _with(frame, outcomes.numbers("test", task, metric), name)
+            columns.append(Column(metric, name, f"{task_words(task)}{word}", std=f"{name} std", best=name))
+    return Table(
+        f"{outcomes.benchmark.name}_results",
+        "Held-out loss and accuracy",
+        f"Mean ± standard deviation over n seeds; the loss is the mean over the responses' tokens of held-out instructions. {_questions(outcomes)}Δ is paired by seed, with a 95 % confidence interval (Student's t), "
+        f"against {_baseline(outcomes)} tuned the same way. {_CHOSEN if outcomes.rates_chosen else ''}Bold marks the best method of a way of tuning, controls apart.",
+        {**_keys(outcomes), "n": "n"},
+        columns,
+        outcomes.order(frame),
+        group=("model", "set", "tuning"),
+        compare="is_method",
+    )
+
+
+def tests(outcomes: Outcomes) -> Table:
+    """Paired tests over questions against the baseline tuned the same way."""
+    frame = outcomes.order(outcomes.tests)
+    frame["task_title"] = frame["task"].map(task_words)
+    return tests_table(
+        f"{outcomes.benchmark.name}_tests",
+        _baseline(outcomes),
+        f"Differences of accuracy to {_baseline(outcomes)} tuned the same way, paired by question, each question's a mean over the seeds that both have, with a 95 % confidence interval; p of the paired t-test over questions, and p corrected by "
+        "Holm's procedure over the tasks of a row. It says what other questions would show, not what other seeds would. The verdict takes the corrected p at 5 %; a dash means that there is no test.",
+        {**_keys(outcomes), "task_title": "Task", "questions": "Questions", "seeds": "Seeds"},
+        "accuracy",
+        frame,
+    )
+
+
+def categories(outcomes: Outcomes) -> Table:
+    """Accuracy by category of questions."""
+    return _parts(
+        outcomes,
+        "categories",
+        "Accuracy by category",
+        "Over all questions of a category, mean over seeds; the number of questions is in brackets.",
+    )
+
+
+def subjects(outcomes: Outcomes) -> Table:
+    """Accuracy by subject."""
+    few = "Where a subject has five questions, one of them is 20 points." if _is_dev(outcomes) else ""
+    return _parts(outcomes, "subjects", "Accuracy by subject", f"Mean over seeds. {few}")
+
+
+def _parts(outcomes: Outcomes, key: str, title: str, caption: str) -> Table:
+    """A row a part of a task, a column a cell."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    counts: dict[tuple[str, str], int] = {}
+    for run in outcomes.runs:
+        column = outcomes.row_title(cell_of(run))
+        for task, tested in outcomes.metrics[run.id]["tasks"].items():
+            for part, values in tested[key].items():
+                if tested["metric"] != "acc":
+                    continue
+                found.setdefault((task, part), {}).setdefault(column, []).append(values["acc"])
+                counts[task, part] = values["questions"]
+    rows = [
+        {
+            "task_title": task_words(task),
+            "part": f"{part.replace('_', ' ')} ({counts[task, part]})",
+            **{column: sum(values) / len(values) for column, values in by_column.items()},
+        }
+        for (task, part), by_column in found.items()
+    ]
+    names = list(dict.fromkeys(name for by_column in found.values() for name in by_column))
+    return Table(
+        f"{outcomes.benchmark.name}_{key}",
+        title,
+        caption,
+        {"task_title": "Task", "part": key.capitalize().replace("ies", "y").rstrip("s")},
+        [Column("accuracy", name, name) for name in names],
+        pd.DataFrame(rows, columns=["task_title", "part", *names]),
+    )
+
+
+def answers(outcomes: Outcomes) -> Table:
+    """Greedy answers to held-out instructions, for reading."""
+    rows = []
+    for run in _first_of_each_cell(outcomes):
+        for number, answer in enumerate(outcomes.metrics[run.id]["answers"], start=1):
+            asked = "\n".join(filter(None, (answer["instruction"], answer["input"])))
+            rows.append({**cell_of(run), "number": number, "asked": _short(asked), "answer": _short(answer["answer"])})
+    frame = outcomes.order(pd.DataFrame(rows, columns=[*CELL, "number", "asked", "answer"]))
+    frame = frame.sort_values("number", kind="stable").reset_index(drop=True)
+    return Table(
+        f"{outcomes.benchmark.name}_answers",
+        "Answers to held-out instructions",
+        f"Greedy, by the first seed of each row, cut at {_LONGEST} letters; whole ones stand in `metrics.json`.",
+        {"number": "No", "asked": "Instruction", **_keys(outcomes)},
+        [],
+        frame,
+        notes={"answer": "Answer"},
+    )
+
+
+def data(outcomes: Outcomes) -> Table:
+    """Rows and tokens of what was learned and held out, and what was cut or left out."""
+    rows = []
+    for run in outcomes.runs:
+        for part, found in outcomes.metrics[run.id]["data"].items():
+            if part != "train" or is_trained(run.spec):
+                rows.append({**{key: cell_of(run)[key] for key in GROUP}, "part": part.replace("_", " "), **found})
+    frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
+    frame["set_title"] = [outcomes.benchmark.tasks[name]["title"] for name in frame["set"]]
+    frame = frame.drop(columns="tuning").drop_duplicates().reset_index(drop=True)
+    counts = ("rows", "tokens", "learned_tokens", "longest", "truncated_responses", "truncated_tokens", "broken_rows")
+    words = ("Rows", "Tokens", "of responses", "Longest", "Responses cut", "Tokens cut", "Broken rows")
+    return Table(
+        f"{outcomes.benchmark.name}_data",
+        "Instructions",
+        "Only the tokens of responses are learned. Responses are cut at the longest length; a row whose prompt alone is longer is broken, and so is one that lacks a field, is empty, or is not UTF-8: broken rows are left out of the whole set, "
+        "where the settings allow that.",
+        {"set_title": "Set", "model": "Tokens of", "part": "Part", "template": "Template"},
+        [Column("count", name, word) for name, word in zip(counts, words, strict=True)],
+        frame,
+        notes={"source": "Source"},
+    )
+
+
+def cost(outcomes: Outcomes) -> Table:
+    """Time, memory, parameters and loads."""
+    return cost_table(
+        f"{outcomes.benchmark.name}_cost",
+        _keys(outcomes),
+        outcomes.order(outcomes.cells()),
+        CELL,
+        means_by(outcomes.records, CELL),
+        averaged="Means over seeds",
+        measured_on="the held-out instructions",
+    )
+
+
+def paper(outcomes: Outcomes) -> Table:
+    """The paper's MMLU accuracies beside ours."""
+    published = read_published(outcomes.benchmark, _PAPER_COLUMNS).assign(value=lambda frame: frame["value"] / 100)
+    key = ["model", "tuning", "method"]
+    ours = []
+    for task in outcomes.tasks:
+        values = outcomes.numbers("test", task, "accuracy")
+        means = values.groupby(CELL, sort=False).mean().rename("ours").reset_index()
+        ours.append(means.assign(task=task_words(task)))
+    own = pd.concat(ours) if ours else pd.DataFrame(columns=[*CELL, "ours", "task"])
+    frame = published.assign(task="MMLU (shots unknown)").merge(
+        own, on=key, how="outer", sort=False, suffixes=("_paper", "")
+    )
+    frame["task"] = frame["task"].fillna(frame["task_paper"])
+    frame["variant"] = frame["variant"].fillna("")
+    is_mmlu = frame["task"].str.startswith(f"{_MMLU.upper()} (")
+    frame["difference"] = (frame["ours"] - frame["value"]).where(is_mmlu)
+    frame = outcomes.order(frame.assign(set=""))
+    return published_table(
+        f"{outcomes.benchmark.name}_paper",
+        "The paper's MMLU accuracies beside ours",
+        "Status: published (quoted by others; the paper's full tables could not be consulted). How many shots the paper used, and its learning rate and epochs of LoRA, are not known. A dash is a number that this suite did not run, or that was not found. "
+        "Another model, other data and other questions can neither confirm nor refute a published value; a difference is given only for MMLU itself.",
+        {**_keys(outcomes), "task": "Task"},
+        frame,
+    )
+
+
+def verdicts(outcomes: Outcomes) -> Iterator[str]:
+    """A sentence a way of tuning: what the methods differ by."""
+    losses = outcomes.order(outcomes.loss_differences())
+    losses = losses[losses["method"].map(lambda name: outcomes.methods[name]["role"] == "method").astype(bool)]
+    scale = load_metrics()["accuracy"]["scale"]
+    for key, rows in losses.groupby(list(_keys(outcomes))[:-1], sort=False):
+        words = []
+        for row in rows.itertuples():
+            tested = outcomes.tests
+            same = tested[(tested[CELL] == [getattr(row, key) for key in CELL]).all(axis=1)]
+            accuracies = [
+                f"{task_words(one.task)} {one.delta * scale:+z.1f} points {_interval(one.low * scale, one.high * scale)}, {one.verdict or 'no test'}"
+                for one in same.itertuples()
+            ]
+            loss = f"held-out loss {row.delta:+z.3f} {_interval(row.low, row.high, 3)}".rstrip()
+            words.append(f"{row.method_title}: {'; '.join([loss, *accuracies])}")
+        yield f"{', '.join(key)}, against {_baseline(outcomes)}: {'. '.join(words)}."
+
+
+def _keys(outcomes: Outcomes) -> dict[str, str]:
+    """What names a row, with headings; the set where there are several."""
+    sets = {"set_title": "Set"} if outcomes.several_sets else {}
+    return {"model_title": "Model", **sets, "tuning_title": "Tuned", "method_title": "Method"}
+
+
+def _with(frame: pd.DataFrame, values: pd.Series[float], name: str) -> pd.DataFrame:
+    """The mean of a number over a cell's seeds, and its standard deviation where there are several."""
+    grouped = values.groupby(CELL, sort=False).agg(["mean", "std"])
+    grouped.columns = [name, f"{name} std"]
+    return frame.merge(grouped, left_on=CELL, right_index=True, how="left", sort=False)
+
+
+def _first_of_each_cell(outcomes: Outcomes) -> list[Run]:
+    return list({tuple(cell_of(run).values()): run for run in reversed(outcomes.runs)}.values())[::-1]
+
+
+def _is_dev(outcomes: Outcomes) -> bool:
+    return any(task.startswith("mmlu_dev") for task in outcomes.tasks)
+
+
+def _questions(outcomes: Outcomes) -> str:
+    """How many questions there are and what that means."""
+    found: dict[str, int] = {}
+    for metrics in outcomes.metrics.values():
+        found |= {task: tested["questions"] for task, tested in metrics["tasks"].items() if tested["metric"] == "acc"}
+    words = [
+        f"{task_words(task)} has {count:,} questions, so that one accuracy near 30 % is uncertain by {45.8 / math.sqrt(count):.1f} points (one standard error)"
+        for task, count in found.items()
+    ]
+    dev = (
+        "MMLU-dev are MMLU's few-shot development questions, as they ship inside lm-eval, and not its test. "
+        if _is_dev(outcomes)
+        else ""
+    )
+    return f"{'; '.join(words)}. {dev}" if words else ""
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _interval(low: float, high: float, decimals: int = 1) -> str:
+    return "" if math.isnan(low) else f"[{low:+z.{decimals}f}, {high:+z.{decimals}f}]"
+
+
+def _baseline(outcomes: Outcomes) -> str:
+    return outcomes.method_title(outcomes.baseline)

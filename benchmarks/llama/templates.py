@@ -1,0 +1,124 @@
+"""Prompt templates by name."""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.harness.definition import DefinitionError, check_names, read_yaml
+from benchmarks.harness.paths import BENCHMARKS
+from benchmarks.harness.seeds import derive_seed
+from benchmarks.llama.instructions import Instruction
+
+CHAT, RANDOM = "chat", "random"
+_FILE = BENCHMARKS / "llama" / "templates.yaml"
+
+
+@functools.cache
+def _templates() -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = read_yaml(_FILE)
+    return found
+
+
+def template_names() -> list[str]:
+    """What ``data.template`` may be."""
+    return [*_templates(), CHAT, RANDOM]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How rows become prompt and response.
+
+    Attributes:
+        name: of the template; of the drawn one where it was drawn.
+        tokenizer: the model's, for its chat template and end token.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def special_tokens(self) -> bool:
+        """Whether the tokenizer adds its own (Llama's ``<s>``): a chat template has them already."""
+        return self.name != CHAT
+
+    def prompt(self, row: Instruction) -> str:
+        """What the model is given."""
+        if self.name == CHAT:
+            return str(self._chat(self._asked(row), add_generation_prompt=True))
+        form = _templates()[self.name]["with_input" if row.input else "without_input"]
+        # not str.format, which would read braces in the texts
+        filled = {"{instruction}": row.instruction, "{input}": row.input}
+        before, _, rest = form.partition("{instruction}")
+        return before + filled["{instruction}"] + rest.replace("{input}", filled["{input}"])
+
+    def response(self, row: Instruction) -> str:
+        """What it shall answer, with the token that ends it.
+
+        Raises:
+            DefinitionError: a chat template that changes the prompt when there is an answer.
+        """
+        if self.name != CHAT:
+            return f"{row.output}{self.tokenizer.eos_token}"
+        prompt = self.prompt(row)
+        whole = str(self._chat([*self._asked(row), {"role": "assistant", "content": row.output}]))
+        if not whole.startswith(prompt):
+            raise DefinitionError(
+                f"data.template: the chat template of {self.tokenizer.name_or_path} rewrites the prompt when there is an answer; "
+                "take a template by name"
+            )
+        return whole[len(prompt) :]
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end an answer: the tokenizer's own, and the chat template's where that is another one."""
+        found = self.tokenizer(self.response(Instruction("", "a", "", "b")), add_special_tokens=False)["input_ids"]
+        special = [token for token in found if token in self.tokenizer.all_special_ids]
+        return list(dict.fromkeys([int(self.tokenizer.eos_token_id), *special]))
+
+    def as_chat_template(self) -> str:
+        """A chat template (Jinja) that puts a user's message as :meth:`prompt` puts an instruction without input."""
+        if self.name == CHAT:
+            return str(self.tokenizer.chat_template)
+        before, _, after = _templates()[self.name]["without_input"].partition("{instruction}")
+        begins = (
+            self.tokenizer.bos_token if self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id] else ""
+        )
+        return (
+            f"{{{{ {begins!r} }}}}{{% for message in messages %}}{{% if message['role'] == 'user' %}}{{{{ {before!r} + message['content'] + {after!r} }}}}"
+            "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+        )
+
+    def _asked(self, row: Instruction) -> list[dict[str, str]]:
+        return [{"role": "user", "content": "\n\n".join(filter(None, (row.instruction, row.input)))}]
+
+    def _chat(self, messages: list[dict[str, str]], **options: Any) -> Any:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def find_template(name: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Template:
+    """The template of a run.
+
+    Args:
+        name: one of ``templates.yaml``; ``chat`` for the model's own; ``random`` for one of ``templates.yaml``, drawn once a run as the
+            authors do (``moe_train.py``), but from the seed.
+        tokenizer: the model's.
+        seed: the run's.
+
+    Raises:
+        DefinitionError: there is none.
+    """
+    check_names("'data", "template", [name], template_names())
+    if name == RANDOM:
+        name = random.Random(derive_seed("template", seed)).choice(sorted(_templates()))
+    if tokenizer.eos_token is None:
+        raise DefinitionError(f"the tokenizer of {tokenizer.name_or_path} has no token that ends an answer")
+    if name == CHAT and not tokenizer.chat_template:
+        raise DefinitionError(
+            f"data.template is 'chat', but {tokenizer.name_or_path} has no chat template; take one of {', '.join(_templates())}"
+        )
+    return Template(name, tokenizer)

@@ -1,0 +1,112 @@
+"""Train a language model on instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.harness.distributed import world_size
+from benchmarks.harness.instruction import accumulation
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.seeds import derive_seed
+from benchmarks.harness.text_training import EpochOrder
+from benchmarks.harness.trainable import Trainable
+from benchmarks.harness.training import (
+    RetieGates,
+    RoutedTrainer,
+    Stopwatch,
+    finite,
+    last_complete_checkpoint,
+    precision_here,
+    quiet_arguments,
+)
+from benchmarks.llama.encoding import EncodedRows, collator
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gives back beside the model's new weights.
+
+    Attributes:
+        curve: the loss of every step: the mean over its learned tokens.
+        steps: optimiser steps.
+        step_seconds: mean over the steps.
+    """
+
+    curve: list[float | None]
+    steps: int
+    step_seconds: float
+
+
+def train(
+    trainable: Trainable,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: Mapping[str, Any],
+    rows: EncodedRows,
+    folder: Path,
+    progress: Progress,
+) -> Trained:
+    """Train, from the last complete checkpoint where there is one.
+
+    The rows of a step, and its loss, are the same for any number of processes and for any micro-batch.
+
+    Args:
+        trainable: the model; sharded where several processes share it.
+        tokenizer: the model's.
+        spec: the run's.
+        rows: to learn.
+        folder: the run's folder; checkpoints are written below it.
+        progress: where to say what is going on.
+
+    Raises:
+        DataError: a checkpoint that is damaged or of another model.
+    """
+    training = spec["training"]
+    checkpoints, stopwatch = folder / "checkpoints", Stopwatch()
+    arguments = quiet_arguments(
+        checkpoints,
+        precision_here(training["precision"]),
+        num_train_epochs=training["epochs"],
+        max_steps=training["steps"] or -1,
+        per_device_train_batch_size=training["micro_batch"],
+        gradient_accumulation_steps=accumulation(training, world_size()),
+        learning_rate=spec["learning_rate"],
+        lr_scheduler_type=training["schedule"],
+        warmup_steps=training["warmup"],
+        weight_decay=training["weight_decay"],
+        max_grad_norm=training["max_grad_norm"],
+        activation_checkpointing=training["gradient_checkpointing"],
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        seed=derive_seed("dropout", spec["seed"]),
+        save_strategy="steps",
+        save_steps=training["save_steps"],
+        save_total_limit=1,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+    )
+    assert tokenizer.pad_token_id is not None  # noqa: S101  load_tokenizer sees to it
+    trainer = RoutedTrainer(
+        args=arguments,
+        order=EpochOrder(
+            [len(row.tokens) for row in rows.rows], training["micro_batch"], spec["seed"], by_length=False
+        ),
+        trainable=trainable,
+        lora=training["lora"],
+        by_token=True,
+        train_dataset=rows,
+        data_collator=collator(int(tokenizer.pad_token_id), packing=training["packing"]),
+        callbacks=[progress, stopwatch, RetieGates()],
+    )
+    checkpoint = last_complete_checkpoint(checkpoints)
+    if checkpoint:
+        stopwatch.resume(checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.accelerator.free_memory()
+    curve = [finite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return Trained(curve, trainer.state.global_step, stopwatch.step_seconds)

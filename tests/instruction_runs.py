@@ -1,0 +1,71 @@
+"""Runs of instruction tuning on a few rows that are written to disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.execution import execute
+from benchmarks.harness.runs import Run, plan, run_from_spec
+
+SAME = ("scores", "curve", "tasks", "answers", "routing", "data", "model")
+ROWS = [
+    {
+        "instruction": f"Say the number {number}.",
+        "input": f"It comes after {number - 1}." if number % 3 else "",
+        "output": f"The number is {number}. " * (1 + number % 4),
+    }
+    for number in range(40)
+]
+
+
+def write_rows(root: Path, rows: list[Any] = ROWS) -> Path:
+    """A set called ``own`` below a data root."""
+    root.mkdir(exist_ok=True)
+    path = root / "own.json"
+    path.write_text(json.dumps(rows, indent=1))
+    return path
+
+
+def tiny_run(method: str = "emoe", tuning: str = "lora", changes: Mapping[str, Any] | None = None, **parts: Any) -> Run:
+    """A run of the smoke suite on the set ``own``, with no task of lm-eval.
+
+    Args:
+        method: dense, or one that the smoke suite has.
+        tuning: base, lora or full.
+        changes: of parts of the spec, by name.
+        **parts: the same, for names that are free.
+    """
+    found = next(
+        run for run in plan(["llama"], "smoke") if run.spec["tuning"] == tuning and run.spec["method"]["name"] == method
+    )
+    spec = copy.deepcopy(found.spec)
+    spec["task"] = {"name": "own", "source": {}}
+    spec["data"] |= {"max_length": 48, "train_rows": 24, "held_out_rows": 6}
+    spec["evaluation"] |= {"tasks": [], "generations": 1}
+    if "steps" in spec["training"]:
+        spec["training"] |= {"epochs": 2, "batch_size": 8, "micro_batch": 4, "save_steps": 2}
+    for part, values in {**(changes or {}), **parts}.items():
+        if isinstance(values, dict):
+            spec[part] = {**spec[part], **values}
+        else:
+            spec[part] = values
+    return run_from_spec(spec)
+
+
+def prepare(run: Run, place: str = "runs") -> Path:
+    """Write a run's ``run.json``."""
+    path = Path(place) / run.benchmark / run.id / "run.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(run.to_json())
+    return path
+
+
+def finish(path: Path) -> dict[str, Any]:
+    """Execute, and give back what must be the same every time."""
+    execute(path, threads=1, log=path.parent / "log.txt")
+    found = json.loads((path.parent / "metrics.json").read_text())
+    return {key: found[key] for key in SAME}

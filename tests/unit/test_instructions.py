@@ -1,0 +1,233 @@
+"""Instructions: reading them, naming broken rows, making prompts, and what of them is learned."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import emoe
+from benchmarks.harness.definition import DefinitionError
+from benchmarks.harness.models import load_tokenizer
+from benchmarks.harness.packages import ALPACA_DEMO, DataError
+from benchmarks.harness.paths import DATA_ROOT
+from benchmarks.llama.encoding import IGNORED, EncodedRow, EncodedRows, _begin, collator
+from benchmarks.llama.evaluation import held_out_loss
+from benchmarks.llama.instructions import Instruction, load_instructions, parse, refuse_broken
+from benchmarks.llama.templates import find_template, template_names
+from tests.conftest import fetched
+
+GOOD = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+OWN = {"name": "own", "source": {}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, with Llama's special tokens."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+def test_a_list_is_read_with_the_lines_of_its_rows() -> None:
+    text = json.dumps([GOOD, {**GOOD, "input": None}, {"instruction": "Hi", "output": "Ho"}], indent=2)
+    found = parse(text.encode(), "x.json", lines=False)
+    assert [row.place for row in found.rows] == ["line 2 (row 1)", "line 7 (row 2)", "line 12 (row 3)"]
+    assert found.rows[0] == Instruction("line 2 (row 1)", "Add.", "1 and 2", "3")
+    assert [row.input for row in found.rows] == ["1 and 2", "", ""]
+    assert not found.broken
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_broken_rows_are_named_by_line_and_the_others_are_read(lines: bool) -> None:
+    rows = [
+        json.dumps(GOOD),
+        json.dumps({"instruction": "Add.", "input": ""}),
+        json.dumps({**GOOD, "output": "  "}),
+        json.dumps({**GOOD, "instruction": 7}),
+        '"just text"',
+        json.dumps({**GOOD, "output": "caf\u00e9"}, ensure_ascii=False).encode("latin-1").decode("latin-1"),
+        json.dumps(GOOD),
+    ]
+    encoded = [row.encode() for row in rows]
+    encoded[5] = rows[5].encode("latin-1")  # not UTF-8
+    content = b"\n".join(encoded) if lines else b"[\n" + b",\n".join(encoded) + b"\n]"
+    found = parse(content, "x", lines=lines)
+    places = [f"line {n}" if lines else f"line {n + 1} (row {n})" for n in range(1, 8)]
+    assert [row.place for row in found.rows] == [places[0], places[6]]
+    assert [(row.place, row.reason) for row in found.broken] == [
+        (places[1], "lacks 'output'"),
+        (places[2], "'output' is empty"),
+        (places[3], "'instruction' is int, not text"),
+        (places[4], "is str, not an object with instruction, input, output"),
+        (places[5], "'output' is not UTF-8"),
+    ]
+    with pytest.raises(
+        DataError, match=rf"x has 5 broken rows: {re.escape(places[1])} lacks 'output'; .*data.broken_rows: skip"
+    ):
+        refuse_broken(found.broken, "x", "refuse")
+    refuse_broken(found.broken, "x", "skip")
+
+
+def test_a_line_that_is_no_json_is_broken_and_a_damaged_list_is_refused() -> None:
+    found = parse(b'{"instruction": "a", "output": "b"}\n{"instruction": \n', "x.jsonl", lines=True)
+    assert (len(found.rows), found.broken[0].place) == (1, "line 2")
+    assert "is not JSON" in found.broken[0].reason
+    with pytest.raises(DataError, match=r"x.json, line 3: the list is damaged from here on"):
+        parse(b'[\n{"instruction": "a", "output": "b"},\n{"instruction": ]', "x.json", lines=False)
+    with pytest.raises(DataError, match=r"x.json, line 2: the list ends early"):
+        parse(b'[\n{"instruction": "a", "output": "b"}', "x.json", lines=False)
+    with pytest.raises(DataError, match=r"x.json, line 1: .*name it .jsonl"):
+        parse(b'{"instruction": "a", "output": "b"}\n', "x.json", lines=False)
+
+
+def test_a_set_is_read_from_the_users_file_else_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = {"name": "alpaca_demo", "source": {"package": "llamafactory-0.9.5/data/alpaca_en_demo.json"}}
+    archive = fetched(ALPACA_DEMO)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"python -m benchmarks fetch llamafactory-0.9.5.tar.gz"):
+        load_instructions(package)
+    ALPACA_DEMO.path.parent.mkdir(parents=True)
+    ALPACA_DEMO.path.symlink_to(archive)
+    found = load_instructions(package)
+    assert (len(found.rows), len(found.broken), found.source) == (999, 0, "package llamafactory 0.9.5")
+    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
+    (tmp_path / "alpaca_demo.jsonl").write_text(json.dumps(GOOD))
+    assert load_instructions(package).source == str(tmp_path / "alpaca_demo.jsonl")
+    with pytest.raises(DataError, match=r"put .*/own.json or .*/own.jsonl there"):
+        load_instructions(OWN)
+
+
+def test_templates_put_instruction_and_input_in_as_they_are(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = Instruction("line 1", "Repeat {input} and {x}.", "a {instruction} b", "done")
+    plain = find_template("plain", tokenizer, 0)
+    assert plain.prompt(row) == "Repeat {input} and {x}.\n\na {instruction} b\n\n"
+    assert plain.response(row) == "done</s>"
+    alpaca = find_template("alpaca", tokenizer, 0)
+    without = Instruction("line 1", "Add.", "", "3")
+    assert alpaca.prompt(without).startswith("Below is an instruction that describes a task. Write")
+    assert alpaca.prompt(without).endswith("### Instruction:\nAdd.\n\n### Response:")
+    assert "### Input:\n1 and 2\n\n### Response:" in alpaca.prompt(Instruction("", "Add.", "1 and 2", "3"))
+
+
+def test_a_random_template_is_drawn_by_the_seed(tokenizer: PreTrainedTokenizerFast) -> None:
+    state = random.getstate()
+    drawn = [find_template("random", tokenizer, seed).name for seed in range(30)]
+    assert drawn == [find_template("random", tokenizer, seed).name for seed in range(30)]
+    assert set(drawn) == set(template_names()) - {"chat", "random"}
+    assert random.getstate() == state
+
+
+def test_wrong_templates_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DefinitionError, match=r"data.template' is 'alpacca', which .* did you mean 'alpaca'"):
+        find_template("alpacca", tokenizer, 0)
+    with pytest.raises(DefinitionError, match="has no chat template; take one of alpaca"):
+        find_template("chat", tokenizer, 0)
+
+
+def test_a_chat_template_makes_prompt_and_response(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = Instruction("line 1", "Add.", "1 and 2", "3")
+    plain = find_template("alpaca", tokenizer, 0)
+    chatting = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    chatting.chat_template = plain.as_chat_template()
+    chat = find_template("chat", chatting, 0)
+    whole = Instruction("line 1", "Add.\n\n1 and 2", "", "3")
+    assert chat.prompt(row) == plain.prompt(whole)
+    assert chat.response(row) == plain.response(whole)
+    chatting.chat_template = "{% for message in messages %}{{ messages | length }}{{ message['content'] }}{% endfor %}"
+    with pytest.raises(DefinitionError, match="rewrites the prompt"):
+        find_template("chat", chatting, 0).response(row)
+
+
+def test_only_the_response_is_learned_and_what_is_cut_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = find_template("plain", tokenizer, 0)
+    rows = [
+        Instruction("line 1", "one two three", "", "four five"),
+        Instruction("line 2", "one two three", "four", "five six seven eight"),
+        Instruction("line 3", "one " * 10_000, "", "two"),
+    ]
+    found = EncodedRows(rows, template, 7)
+    assert [(row.begin, len(row.tokens), row.cut) for row in found.rows] == [(3, 6, 0), (4, 7, 2)]
+    assert found[0]["labels"] == [IGNORED] * 3 + found[0]["input_ids"][3:]
+    assert found[0]["input_ids"][-1] == tokenizer.eos_token_id  # the end is learned too
+    assert [row.place for row in found.broken] == ["line 3"]
+    assert "has a prompt of 10000 tokens, so that nothing of the response fits into 7" in found.broken[0].reason
+    summary = found.summary()
+    assert (summary["rows"], summary["truncated_responses"], summary["truncated_tokens"]) == (2, 1, 2)
+    assert (summary["tokens"], summary["learned_tokens"], summary["longest"]) == (13, 6, 7)
+
+
+def test_the_split_of_prompt_and_response_is_that_of_the_texts() -> None:
+    """With a real tokenizer: what is learned reads as the response, and nothing of it is missing."""
+    tokenizer = load_tokenizer({"name": "tiny-llama", "config": {}, "tokenizer": "minilm"})
+    row = Instruction("line 1", "Name two colours", "bright ones", "Red, and yellow!")
+    for name in template_names():
+        if name in ("chat", "random"):
+            continue
+        encoded = EncodedRows([row], find_template(name, tokenizer, 0), 200).rows[0]
+        learned = tokenizer.decode(encoded.tokens[encoded.begin :], skip_special_tokens=True)
+        assert learned == "red, and yellow!"
+
+
+def test_a_blank_before_the_response_is_learned_with_its_first_word(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Byte-level tokenizers put a blank and the word after it into one token."""
+    text = "Answer: Red"
+    assert _begin("Answer: ", [(0, 0), (0, 6), (6, 7), (7, 11)]) == 3
+    assert _begin("Answer:", [(0, 0), (0, 6), (6, 9), (9, 11)]) == 3  # ":Re" belongs to the prompt
+    assert _begin("Answer: ", [(0, 0), (0, 6), (6, 7), (7, 8), (8, 11), (0, 0)]) == 4
+    assert len(text) == 11
+    for name in template_names():
+        if name not in ("chat", "random"):
+            assert not find_template(name, tokenizer, 0).prompt(Instruction("", "a", "b", "c")).endswith(" ")
+
+
+def small_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, use_cache=False
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def random_rows(count: int) -> list[dict[str, list[int]]]:
+    generator = random.Random(0)
+    rows = []
+    for number in range(count):
+        tokens = [generator.randrange(3, 60) for _ in range(4 + 3 * number)]
+        rows.append({"input_ids": tokens, "labels": [IGNORED] * 2 + tokens[2:]})
+    return rows
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_neither_padding_nor_packing_changes_the_loss(converted: bool) -> None:
+    model, rows = small_llama(), random_rows(4)
+    if converted:
+        emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", score="gate"))
+    count = sum(len(row["labels"]) - 2 for row in rows)
+    with torch.no_grad():
+        alone = sum(float(model(**collator(2, packing=False)([row])).loss) * (len(row["labels"]) - 2) for row in rows)
+        for packing in (False, True):
+            together = model(**collator(2, packing=packing)(rows))
+            assert float(together.loss) == pytest.approx(alone / count, abs=1e-5)
+
+
+def test_padding_is_not_counted_in_routing(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, rows = small_llama(), random_rows(4)
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", score="gate"))
+    encoded = EncodedRows([], find_template("plain", tokenizer, 0), 10)
+    encoded.rows = [EncodedRow(row["input_ids"], 2, 0) for row in rows]
+    counts = []
+    for batch_size in (1, 4):
+        with emoe.record_routing(model) as record:
+            loss = held_out_loss(model, encoded, 0, batch_size, "fp32")
+        counts.append((round(loss or 0, 5), [layer.loads.tolist() for layer in record.layers.values()]))
+    assert counts[0] == counts[1]
+    assert sum(counts[0][1][0]) == 2 * sum(len(row["input_ids"]) for row in rows)

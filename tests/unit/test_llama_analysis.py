@@ -1,0 +1,241 @@
+"""What is made of finished runs of instruction tuning: tables, figures, verdicts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks.harness import paths
+from benchmarks.harness.definition import DefinitionError, load_benchmark
+from benchmarks.harness.presentation import present
+from benchmarks.harness.records import read_metrics
+from benchmarks.harness.report import write_report
+from benchmarks.harness.runs import Run, plan, run_from_spec
+from benchmarks.harness.suite import load_suite
+from benchmarks.harness.tracking import mirror
+from benchmarks.llama.outcomes import CELL, Outcomes
+from benchmarks.llama.tables import answers, categories, data, paper, results, subjects, verdicts
+from benchmarks.llama.tables import tests as paired_tests
+from tests.fake_runs import SUBJECTS, write_runs
+
+LLAMA = load_benchmark("llama")
+TASK = "mmlu_dev (0-shot, first 3)"
+
+
+@pytest.fixture(autouse=True)
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def runs() -> list[Run]:
+    """The mini suite's runs, finished, EMoE better."""
+    found = plan(["llama"], "mini")
+    write_runs(found, {"emoe": 0.3})
+    return found
+
+
+def number(run: Run, metric: str = "accuracy") -> float:
+    return float(read_metrics(run)["scores"]["test"][TASK][metric])
+
+
+def test_results_begin_with_the_model_as_it_came(runs: list[Run]) -> None:
+    frame = results(Outcomes(LLAMA, runs)).frame
+    assert list(zip(frame["tuning"], frame["method"], strict=True)) == [
+        ("base", "dense"),
+        ("lora", "dense"),
+        ("lora", "emoe"),
+        ("blocks", "dense"),
+        ("blocks", "emoe"),
+    ]
+    assert frame["n"].tolist() == [1, 2, 2, 1, 1]
+    lora = [run for run in runs if run.spec["tuning"] == "lora" and run.spec["method"]["name"] == "emoe"]
+    row = frame[(frame["tuning"] == "lora") & (frame["method"] == "emoe")].iloc[0]
+    values = pd.Series([number(run) for run in lora])
+    assert row[f"{TASK} accuracy"] == pytest.approx(values.mean())
+    assert row[f"{TASK} accuracy std"] == pytest.approx(values.std())
+    assert row["delta"] == pytest.approx(-0.3, abs=0.02)
+    assert frame.loc[frame["method"] == "dense", "delta"].isna().all()
+    text = results(Outcomes(LLAMA, runs)).markdown()
+    assert "MMLU-dev (0-shot, first 3), mean of subjects (%)" in text
+    assert "and not its test" in text  # said wherever it stands
+    assert "has 100 questions" in text
+
+
+def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
+    outcomes = Outcomes(LLAMA, runs)
+    frame = paired_tests(outcomes).frame
+    assert list(zip(frame["tuning"], frame["questions"], frame["seeds"], strict=True)) == [
+        ("lora", 100, 2),
+        ("blocks", 100, 1),
+    ]
+    mean = {
+        method: sum(number(run) for run in runs if (run.spec["tuning"], run.spec["method"]["name"]) == ("lora", method))
+        / 2
+        for method in ("dense", "emoe")
+    }
+    row = frame.iloc[0]
+    assert row["delta"] == pytest.approx(mean["emoe"] - mean["dense"])
+    assert row["low"] < row["delta"] < row["high"]
+    assert row["verdict"] == "better"
+    assert any(
+        "LoRA, against dense: EMoE: held-out loss -0." in text and ", better." in text for text in verdicts(outcomes)
+    )
+
+
+def test_parts_are_means_over_seeds_and_count_their_questions(runs: list[Run]) -> None:
+    outcomes = Outcomes(LLAMA, runs)
+    by_subject = subjects(outcomes).frame
+    assert by_subject["part"].tolist() == [f"{name} ({count})" for name, count in SUBJECTS.items()]
+    assert list(categories(outcomes).frame["part"]) == ["stem (40)", "other (60)"]
+    base = next(run for run in runs if run.spec["tuning"] == "base")
+    found = [read_metrics(base)["tasks"][TASK]["subjects"][name]["acc"] for name in SUBJECTS]
+    assert by_subject["not tuned, dense"].tolist() == found
+
+
+def test_of_several_learning_rates_the_lowest_loss_stands(runs: list[Run]) -> None:
+    first = [run for run in runs if run.spec["tuning"] == "lora" and run.spec["method"]["name"] == "dense"]
+    others = [run_from_spec({**copy.deepcopy(run.spec), "learning_rate": 0.5}) for run in first]
+    write_runs(others, {"dense": -0.5})
+    outcomes = Outcomes(LLAMA, [*runs, *others])
+    assert {run.id for run in outcomes.runs} == {run.id for run in runs}
+    assert "Of several learning rates" in results(outcomes).caption
+    assert "Of several learning rates" not in results(Outcomes(LLAMA, runs)).caption
+
+
+def test_the_papers_numbers_stand_beside_ours(runs: list[Run]) -> None:
+    frame = paper(Outcomes(LLAMA, runs)).frame
+    published = frame[frame["value"].notna()]
+    assert published["value"].tolist() == pytest.approx([0.5618, 0.5711, 0.4696, 0.4758, 0.4650, 0.4808])
+    assert frame["difference"].isna().all()  # MMLU-dev is not MMLU
+    found = [run for run in plan(["llama"], "paper") if run.spec["seed"] == 0]
+    write_runs(found)
+    outcomes = Outcomes(LLAMA, found)
+    frame = paper(outcomes).frame
+    row = frame[(frame["model"] == "llama2-7b") & (frame["tuning"] == "full") & (frame["method"] == "dense")]
+    assert set(row["task"]) == {"MMLU (5-shot)", "MMLU (0-shot)"}
+    assert (row["difference"] == row["ours"] - row["value"]).all()
+
+
+def test_a_model_that_diverged_has_no_loss_and_is_not_chosen(runs: list[Run]) -> None:
+    path = paths.RUNS / runs[1].folder / "metrics.json"
+    found = json.loads(path.read_text())
+    found["scores"]["dev"]["alpaca_demo"]["loss"] = None
+    found["curve"] = [3.0, None, None]
+    path.write_text(json.dumps(found))
+    frame = results(Outcomes(LLAMA, runs)).frame
+    assert frame["n"].tolist() == [1, 2, 2, 1, 1]
+    assert not math.isnan(frame.loc[1, "loss"])  # that of the other seed
+
+
+def test_everything_is_drawn_and_written(runs: list[Run], tmp_path: Path) -> None:
+    presented = present(LLAMA, runs)
+    for table in presented.tables:
+        table.write(tmp_path / "results/mini/tables")
+        assert table.markdown()
+    presented.draw(tmp_path / "results/mini/figures")
+    for name in LLAMA.definition["figures"]:
+        assert (tmp_path / f"results/mini/figures/llama_{name}.png").stat().st_size > 10_000
+    suite = load_suite({"suite": "mini", "benchmarks": ["llama"]})
+    write_report(suite, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Instruction tuning of Llama models" in page
+    assert "in both ways" not in page
+    assert mirror(runs, f"sqlite:///{tmp_path}/mlflow.db")["added"] == len(runs)
+    assert mirror(runs, f"sqlite:///{tmp_path}/mlflow.db")["unchanged"] == len(runs)
+
+
+def test_a_suite_without_training_or_accuracy_still_has_its_pictures(runs: list[Run], tmp_path: Path) -> None:
+    base = [run for run in runs if run.spec["tuning"] == "base"]
+    path = paths.RUNS / base[0].folder / "metrics.json"
+    found = json.loads(path.read_text())
+    found["tasks"] = {
+        "gsm8k (5-shot)": {
+            "scores": {"task_score": 0.2},
+            "questions": 9,
+            "metric": "exact_match",
+            "categories": {},
+            "subjects": {},
+            "correct": {},
+        }
+    }
+    found["scores"]["test"] = {"gsm8k (5-shot)": {"task_score": 0.2}}
+    path.write_text(json.dumps(found))
+    presented = present(LLAMA, base)
+    presented.draw(tmp_path)
+    assert "gsm8k (5-shot), exact_match" in presented.tables[0].markdown()
+    assert "| 0.200" in presented.tables[0].markdown()
+    assert len(answers(Outcomes(LLAMA, base)).frame) == 1
+    assert data(Outcomes(LLAMA, base)).frame["part"].tolist() == ["held out"]
+    assert Outcomes(LLAMA, base).tests[CELL].empty
+
+
+def test_wrong_settings_are_refused_by_name() -> None:
+    from benchmarks.harness.definition import Benchmark
+    from benchmarks.harness.instruction import instruction_specs
+
+    def with_change(change: dict) -> Benchmark:
+        definition = copy.deepcopy(LLAMA.definition)
+        definition["suites"]["smoke"] |= change
+        return Benchmark("llama", definition, LLAMA.tasks)
+
+    block = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "tuning": ["lora"], "method": ["dense"], "seed": [0]}
+    for change, message in (
+        ({"grid": [block]}, "the tuning 'lora' trains, so it needs 'learning_rate'"),
+        ({"grid": [{**block, "tuning": ["lorra"]}]}, "tuning' is 'lorra', which does not exist; did you mean 'lora'"),
+        ({"grid": [{**block, "model": ["minilm"]}]}, "model' is 'minilm', which does not exist"),
+        ({"grid": [{**block, "set": ["alpacca"]}]}, "set' is 'alpacca', which does not exist; did you mean 'alpaca'"),
+        ({"tunings": {"lora": {"rank": 3}}}, "unknown key 'tunings.lora.rank'"),
+        (
+            {"grid": [{**block, "learning_rate": [0.1]}], "tunings": {"lora": {"lora": None}}},
+            "'lora' says which adapters there are",
+        ),
+        (
+            {"grid": [{**block, "tuning": ["full"], "learning_rate": [0.1]}], "tunings": {"full": {"quantize": "nf4"}}},
+            "weights in 4 bits cannot be trained",
+        ),
+        (
+            {"grid": [{**block, "tuning": ["full"], "learning_rate": [0.1]}], "tunings": {"full": {"layers": "all"}}},
+            "'layers' says which blocks",
+        ),
+    ):
+        with pytest.raises(DefinitionError, match=message.replace("'", ".")):
+            list(instruction_specs(with_change(change), "smoke"))
+
+
+def test_the_papers_grid_is_as_published() -> None:
+    found = plan(["llama"], "paper")
+    full = [run for run in found if run.spec["tuning"] == "full"]
+    training = full[0].spec["training"]
+    assert (training["epochs"], training["batch_size"], training["schedule"], training["warmup"]) == (
+        3,
+        128,
+        "cosine",
+        0.03,
+    )
+    assert {run.spec["learning_rate"] for run in full} == {2e-5}
+    assert full[0].spec["data"]["max_length"] == 512
+    lora = next(run for run in found if run.spec["tuning"] == "lora").spec["training"]["lora"]
+    assert (lora["rank"], lora["alpha"], lora["dropout"], lora["targets"]["llama"]) == (
+        8,
+        16,
+        0.05,
+        ["q_proj", "v_proj"],
+    )
+    cells = {
+        (run.spec["model"]["name"], run.spec["method"]["config"]["num_experts"], run.spec["method"]["config"]["top_k"])
+        for run in found
+        if run.spec["method"]["config"]
+    }
+    assert cells == {("llama2-7b", 64, 16), ("llama2-7b", 64, 32), ("llama-30b", 256, 64)}
+    assert {run.spec["method"]["config"]["score"] for run in found if run.spec["method"]["config"]} == {"gate"}
+    assert all(
+        (run.resources["processes"], run.resources["parallel"]) == (8, "fsdp")
+        for run in found
+        if run.spec["learning_rate"]
+    )

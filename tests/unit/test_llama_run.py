@@ -1,0 +1,418 @@
+"""A run of instruction tuning from end to end, on a tiny Llama and a few rows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+
+import emoe
+from benchmarks.__main__ import cli
+from benchmarks.harness.definition import DefinitionError
+from benchmarks.harness.distributed import is_complete
+from benchmarks.harness.language_models import load_language_model
+from benchmarks.harness.models import load_tokenizer
+from benchmarks.harness.packages import DataError
+from benchmarks.harness.paths import DATA_ROOT, MODEL_ROOT, QUESTIONS
+from benchmarks.harness.trainable import build_language_model
+from benchmarks.llama.encoding import IGNORED
+from benchmarks.llama.evaluation import check_tasks, summarise
+from benchmarks.llama.export import export
+from benchmarks.llama.needs import check_needs, compute_needs
+from benchmarks.llama.pipeline import read_data
+from benchmarks.llama.questions import write_mmlu_dev
+from emoe.errors import CheckpointError
+from tests.instruction_runs import ROWS, finish, prepare, tiny_run, write_rows
+from tests.killing import killed_at
+
+ONE_TASK = {"tasks": [{"task": "mmlu_dev_anatomy", "shots": 0, "limit": None}]}
+
+
+@pytest.fixture(autouse=True)
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with a data root."""
+    write_rows(tmp_path / "data")
+    monkeypatch.setenv(DATA_ROOT, str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_leaves_its_numbers(capfd: pytest.CaptureFixture[str]) -> None:
+    write_mmlu_dev(QUESTIONS / "mmlu_dev")
+    path = prepare(tiny_run("emoe", evaluation=ONE_TASK))
+    found = finish(path)
+    assert len(found["curve"]) == 6  # 24 rows, 8 a step, twice
+    assert found["curve"][-1] < found["curve"][0]
+    assert found["data"]["train"]["rows"] == 24
+    assert found["data"]["held_out"]["rows"] == 6
+    assert found["data"]["train"]["source"].endswith("own.json")
+    assert found["scores"]["dev"]["own"]["loss"] > 0
+    task = found["tasks"]["mmlu_dev_anatomy (0-shot)"]
+    assert (task["questions"], len(task["correct"]["anatomy"])) == (5, 5)
+    right = task["correct"]["anatomy"].count("1")
+    assert found["scores"]["test"]["mmlu_dev_anatomy (0-shot)"] == {"accuracy": right / 5}
+    (answer,) = found["answers"]
+    assert {row["instruction"]: row["output"] for row in ROWS}[answer["instruction"]] == answer["reference"]
+    assert found["model"]["trained"]["adapters"]["parameters"] == found["model"]["trainable_parameters"]
+    assert set(found["model"]["trained"]) == {"adapters"}  # no head: a language model's is not new
+    assert [layer["index"] for layer in found["model"]["conversion"]] == [2, 3]
+    assert all(len(shares) == 8 and sum(shares) == pytest.approx(1) for shares in found["routing"]["shares"].values())
+    assert found["routing"]["active_neurons"] == pytest.approx(0.25)
+    said = capfd.readouterr().err
+    assert "24 rows to learn, 6 held out, 0 broken left out" in said
+    assert not (path.parent / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("method", "tuning"), [("dense", "full"), ("emoe", "lora")])
+def test_a_killed_run_resumes_to_the_same_numbers(capfd: pytest.CaptureFixture[str], method: str, tuning: str) -> None:
+    run = tiny_run(method, tuning)
+    whole = finish(prepare(run, "whole"))
+
+    killed = prepare(run, "killed")
+    with killed_at(5):  # in the second epoch, after the checkpoint of step 4
+        finish(killed)
+    assert not (killed.parent / "metrics.json").exists()
+    assert finish(killed) == whole
+    assert "resumed at step 4" in capfd.readouterr().err
+
+
+def test_neither_micro_batch_nor_packing_nor_checkpointing_changes_the_curve() -> None:
+    curves = []
+    for changes in (
+        {},
+        {"micro_batch": 8},
+        {"micro_batch": 2, "packing": True},
+        {"gradient_checkpointing": True},
+    ):
+        run = tiny_run("emoe", "full", training=changes)
+        curves.append(finish(prepare(run))["curve"])
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], abs=1e-4)
+
+
+def test_all_experts_train_exactly_like_the_dense_model() -> None:
+    routed = tiny_run("emoe", "full")
+    every = {**routed.spec["method"]["config"], "top_k": 8}
+    run = tiny_run("emoe", "full", {"method": {"config": every, "name": "all_experts"}})
+    dense, same = (finish(prepare(one)) for one in (tiny_run("dense", "full"), run))
+    assert same["curve"] == pytest.approx(dense["curve"], abs=1e-4)
+    assert same["scores"]["dev"]["own"]["loss"] == pytest.approx(dense["scores"]["dev"]["own"]["loss"], abs=1e-4)
+
+
+def test_the_loss_is_that_of_the_responses_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    step = Trainer.training_step
+
+    def spy(self: Trainer, model: object, inputs: dict, *args: object) -> torch.Tensor:
+        seen.append({name: tensor.clone() for name, tensor in inputs.items()})
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(Trainer, "training_step", spy)
+    run = tiny_run("dense", "full", training={"epochs": 1, "batch_size": 24, "micro_batch": 8})
+    curve = finish(prepare(run))["curve"]
+    model = build_language_model(run.spec).model.eval()
+    loss, tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in seen:
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            targets = batch["labels"][:, 1:]
+            loss += float(
+                torch.nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+                )
+            )
+            tokens += int((targets != IGNORED).sum())
+            assert ((batch["labels"] == IGNORED) | (batch["attention_mask"] == 1)).all()
+    assert curve == [pytest.approx(loss / tokens, abs=1e-4)]
+
+
+def test_an_untrained_model_is_only_evaluated() -> None:
+    base = tiny_run("dense", "base")
+    path = prepare(base)
+    found = finish(path)
+    assert (found["curve"], found["model"]["trainable_parameters"]) == ([], 0)
+    assert not (path.parent / "model").exists()
+    with pytest.raises(DataError, match="keeps no weights"):
+        export(path, Path("out"), "dense")
+
+
+def test_blocks_are_trained_as_a_whole_and_nothing_else() -> None:
+    tune = {"blocks": [2, 3], "also": [], "head": False}
+    run = tiny_run("dense", "full", {"method": {"tune": tune}, "tuning": "blocks"})
+    found = finish(prepare(run))
+    model = load_language_model(run.spec["model"])
+    wanted = sum(
+        p.numel() for name, p in model.named_parameters() if name.startswith(("model.layers.2.", "model.layers.3."))
+    )
+    assert {group: trained["parameters"] for group, trained in found["model"]["trained"].items()} == {"blocks": wanted}
+
+
+def test_held_out_rows_are_the_same_for_all_seeds_and_never_learned() -> None:
+    def places(seed: int) -> tuple[list[str], list[str]]:
+        run = tiny_run("dense", "full", seed=seed)
+        data = read_data(run.spec, load_tokenizer(run.spec["model"]))
+        return [row.place for row in data.train.sources], [row.place for row in data.held_out.sources]
+
+    assert places(0) == places(1)
+    train, held_out = places(0)
+    assert not set(train) & set(held_out)
+    assert (len(train), len(held_out)) == (24, 6)
+
+
+def test_broken_rows_end_a_run_before_any_work_or_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(
+        tmp_path / "data", [*ROWS, {"instruction": "Say.", "input": ""}, {"instruction": "x " * 500, "output": "y"}]
+    )
+
+    def no_model(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    refused = prepare(tiny_run("dense", "full", data={"broken_rows": "refuse"}))
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.llama.pipeline.build_language_model", no_model)
+        with pytest.raises(
+            DataError,
+            match=r"own.json has 2 broken rows: line \d+ \(row 41\) lacks 'output'; line \d+ \(row 42\) has a prompt of",
+        ):
+            finish(refused)
+    skipped = finish(prepare(tiny_run("dense", "full", data={"broken_rows": "skip"})))
+    assert skipped["data"]["train"]["broken_rows"] == 2
+
+
+def test_too_few_rows_and_an_uneven_batch_are_refused() -> None:
+    with pytest.raises(DataError, match="has 40 usable rows: 35 are held out, and what is left fills no step of 8"):
+        finish(prepare(tiny_run("dense", "full", data={"held_out_rows": 35})))
+    with pytest.raises(
+        DefinitionError, match=r"batch_size 8 is no multiple of training.micro_batch 3 times 1 processes"
+    ):
+        finish(prepare(tiny_run("dense", "full", training={"micro_batch": 3})))
+
+
+def test_unknown_tasks_end_a_run_before_any_work() -> None:
+    with pytest.raises(
+        DataError, match=r"resources/questions/mmlu_dev does not exist; .* `python -m benchmarks questions`"
+    ):
+        check_tasks([ask("mmlu_dev")])
+    write_mmlu_dev(QUESTIONS / "mmlu_dev")
+    check_tasks([ask("mmlu_dev")])
+    with pytest.raises(
+        DefinitionError, match="names 'mmlu_dev_anatomie', which lm-eval does not have; did you mean 'mmlu_dev_anatomy'"
+    ):
+        check_tasks([ask("mmlu_dev_anatomie")])
+
+
+def ask(task: str, shots: int = 0) -> dict[str, Any]:
+    return {"task": task, "shots": shots, "limit": None}
+
+
+def test_shots_that_a_task_does_not_have_are_refused() -> None:
+    write_mmlu_dev(QUESTIONS / "mmlu_dev")
+    check_tasks([ask("mmlu_dev_anatomy", 4)])
+    with pytest.raises(
+        DefinitionError, match=r"'mmlu_dev_anatomy' with 5 shots, but 'mmlu_dev_anatomy' has 4 other questions"
+    ):
+        check_tasks([ask("mmlu_dev_anatomy", 5)])
+    with pytest.raises(DefinitionError, match=r"'mmlu_dev' with 3 shots, but 'mmlu_dev_\w+' has 2 other questions"):
+        check_tasks([ask("mmlu_dev", 3)])
+
+
+def test_a_task_whose_data_are_not_there_is_named() -> None:
+    with pytest.raises(DataError, match="lm-eval cannot load 'hellaswag'"):
+        check_tasks([ask("hellaswag", 5)])
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    """As lm-eval gives it: a group of two groups, one of them without results of its own."""
+
+    def samples(name: str, digits: str) -> list[dict[str, Any]]:
+        return [{"doc_id": number, "acc": float(digit)} for number, digit in enumerate(digits)][::-1]
+
+    found = {
+        "results": {
+            "all": {"alias": "all"},
+            "a": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": " - first"},
+            "b": {"acc,none": 1.0, "acc_norm,none": 0.0, "alias": " - second"},
+            "c": {"acc,none": 0.0, "alias": "third"},
+        },
+        "groups": {},
+        "group_subtasks": {"all": ["ab", "c"], "ab": ["a", "b"]},
+        "n-samples": {"a": {"effective": 4}, "b": {"effective": 1}, "c": {"effective": 5}},
+        "samples": {"a": samples("a", "1010"), "b": samples("b", "1"), "c": samples("c", "00000")},
+    }
+    return {**found, **changes}
+
+
+def test_accuracies_of_groups_are_over_questions_and_over_subjects() -> None:
+    found = summarise(result())
+    assert found["scores"] == {"accuracy": 0.3, "accuracy_macro": 0.5}
+    assert found["questions"] == 10
+    assert found["categories"] == {"ab": {"acc": 0.6, "questions": 5}}
+    assert found["subjects"]["first"] == {"acc": 0.5, "questions": 4}
+    assert found["correct"] == {"first": "1010", "second": "1", "third": "00000"}
+
+
+def test_what_is_no_yes_or_no_has_no_questions_to_pair() -> None:
+    half = [{"doc_id": 0, "acc": 0.7}]
+    alone = {"results": {"a": {"acc,none": 0.7}}, "group_subtasks": {}, "n-samples": {"a": {"effective": 1}}}
+    assert summarise({**alone, "samples": {"a": half}})["correct"] == {}
+    other = {
+        "results": {"g": {"exact_match,strict": 0.2, "exact_match_stderr,strict": 0.0}},
+        "n-samples": {"g": {"effective": 9}},
+    }
+    found = summarise(other)
+    assert (found["metric"], found["scores"], found["correct"]) == ("exact_match,strict", {"task_score": 0.2}, {})
+
+
+def test_memory_and_disk_are_counted_before_the_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = {"name": "llama", "config": LLAMA2_7B}
+    sizes = {"data": {"max_length": 512}, "training": {"micro_batch": 1}}
+    full = tiny_run("dense", "full", {"model": llama, **sizes}).spec
+    lora = tiny_run("dense", "lora", {"model": {**llama, "weights": "bf16"}, **sizes}).spec
+    parameters, adapters = 6_738_415_616, 4_194_304  # r = 8 on q and v of 32 layers
+    needs = compute_needs(full)
+    assert (needs.weights, needs.gradients, needs.optimiser) == (4 * parameters, 4 * parameters, 8 * parameters)
+    assert needs.disk == 2 * 12 * parameters + 4 * parameters
+    assert compute_needs(lora).weights == 4 * (parameters + adapters)  # a CPU computes in float32
+
+    class Memory:
+        available = 50e9
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory)
+    with pytest.raises(
+        DataError,
+        match=r"at least 107.9 GB of memory \(weights 27.0 GB, gradients 27.0 GB, optimiser 53.9 GB, .*this machine has 50.0 GB free",
+    ):
+        check_needs(compute_needs(full), Path())
+    check_needs(compute_needs(lora), Path())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e6))
+    with pytest.raises(DataError, match=r"needs 0.1 GB of disk .* has 0.0 GB free"):
+        check_needs(compute_needs(lora), Path())
+
+
+def test_memory_of_gpus_is_counted_by_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = {"name": "llama", "config": LLAMA2_7B, "weights": "bf16"}
+    sizes = {"data": {"max_length": 512}, "training": {"micro_batch": 1}}
+    full = tiny_run("dense", "full", {"model": llama, **sizes}).spec
+    lora = tiny_run("dense", "lora", {"model": llama, **sizes}).spec
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(30e9), int(80e9)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=40e9))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e12))
+    assert compute_needs(lora).weights == 2 * 6_738_415_616 + 4 * 4_194_304
+    check_needs(compute_needs(lora), Path())
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(
+        DataError, match=r"at least 863.\d GB of memory .*, 107.9 GB on each GPU, and this one has 30.0 GB free"
+    ):
+        check_needs(compute_needs(full), Path())  # each has all of it
+    with pytest.raises(DataError, match=r"the weights take 107.\d GB of this machine's memory while they are loaded"):
+        check_needs(compute_needs(lora), Path())
+    monkeypatch.setenv("EMOE_PARALLEL", "fsdp")
+    check_needs(compute_needs(full), Path())
+
+
+LLAMA2_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
+}
+
+
+def test_four_bits_need_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tiny_run("emoe", "lora").spec
+    load_language_model(spec["model"]).save_pretrained(tmp_path / "models" / "own")
+    monkeypatch.setenv(MODEL_ROOT, str(tmp_path / "models"))
+    model = {"name": "own", "hub": "no/model", "revision": None, "quantize": "nf4"}
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(DefinitionError, match=r"'own' is asked for in 4 bits .* needs the package 'bitsandbytes'"):
+        load_language_model(model, [2])
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_exports_are_what_was_trained(tuning: str, tmp_path: Path) -> None:
+    path = prepare(tiny_run("emoe", tuning, training={"keep_weights": True}))
+    finish(path)
+    assert export(path, Path("dense"), "dense").startswith("LlamaForCausalLM, dense")
+    said = CliRunner().invoke(cli, ["export", str(path), "experts", "--form", "emoe"], catch_exceptions=False).output
+    assert "Written to experts: LlamaForCausalLM, experts in layers 2, 3" in said
+    dense = AutoModelForCausalLM.from_pretrained("dense")
+    experts: Any = emoe.from_pretrained(AutoModelForCausalLM, "experts")
+    tokenizer = AutoTokenizer.from_pretrained("dense")
+    inputs = tokenizer("Say the number 7.", return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        routed, whole = experts(**inputs).logits, dense(**inputs).logits
+        assert not torch.allclose(routed, whole, atol=1e-3)
+        emoe.to_dense_(experts, restore_order=True)
+        assert torch.allclose(experts(**inputs).logits, whole, atol=1e-5)
+    # stock weights in their old order, so that only what was trained differs from the pre-trained model
+    before = build_language_model(tiny_run("dense", "base").spec).model.state_dict()
+    after = load_file("dense/model.safetensors")
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    adapted = {f"model.layers.{i}.self_attn.{name}_proj.weight" for i in range(4) for name in "qv"}
+    assert changed == adapted if tuning == "lora" else changed == set(after)
+    with pytest.raises(CheckpointError, match="is not empty"):
+        export(path, Path("dense"), "dense")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Say 1."}], tokenize=False)
+    assert prompt.endswith("### Instruction:\nSay 1.\n\n### Response:\n")
+
+
+def test_a_dense_run_has_no_experts_to_export() -> None:
+    path = prepare(tiny_run("dense", "lora"))
+    finish(path)
+    with pytest.raises(DataError, match="has no experts; export it as dense"):
+        export(path, Path("out"), "emoe")
+    assert not Path("out").exists()
+
+
+def test_lm_evals_own_command_line_agrees_on_the_exported_folder(tmp_path: Path) -> None:
+    write_mmlu_dev(QUESTIONS / "mmlu_dev")
+    path = prepare(
+        tiny_run("dense", "full", evaluation={"tasks": [{"task": "mmlu_dev_stem", "shots": 2, "limit": None}]})
+    )
+    found = finish(path)
+    export(path, Path("out"), "dense")
+    command = [
+        *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", "pretrained=out,dtype=float32"),
+        *("--tasks", "mmlu_dev_stem", "--num_fewshot", "2", "--device", "cpu", "--batch_size", "8"),
+        *("--include_path", str(QUESTIONS / "mmlu_dev"), "--output_path", "theirs", "--log_samples"),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    theirs = json.loads(next(Path("theirs").rglob("results_*.json")).read_text())
+    ours = found["tasks"]["mmlu_dev_stem (2-shot)"]
+    assert theirs["results"]["mmlu_dev_stem"]["acc,none"] == pytest.approx(ours["scores"]["accuracy"])
+    asked = 0
+    for file in Path("theirs").rglob("samples_*.jsonl"):
+        subject = file.name.removeprefix("samples_mmlu_dev_").rpartition("_")[0].replace("_", " ")
+        samples = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda one: one["doc_id"])
+        digits = "".join(str(int(one["acc"])) for one in samples)
+        assert digits == {name.replace("_", " "): found for name, found in ours["correct"].items()}[subject]
+        asked += len(digits)
+    assert asked == ours["questions"]
+
+
+def test_a_half_written_shard_makes_no_checkpoint(tmp_path: Path) -> None:
+    assert not is_complete(tmp_path)
+    for name in ("a", "b"):
+        save_file({"x": torch.zeros(100)}, tmp_path / f"{name}.safetensors")
+    assert is_complete(tmp_path)
+    whole = (tmp_path / "b.safetensors").read_bytes()
+    for length in (len(whole) - 1, 5, 0):
+        (tmp_path / "b.safetensors").write_bytes(whole[:length])
+        assert not is_complete(tmp_path)
