@@ -18,6 +18,7 @@ from benchmarks.llama.outcomes import CELL, GROUP, Outcomes, cell_of, task_words
 _PAPER_COLUMNS = ["model", "tuning", "method", "value", "status", "source"]
 _CHOSEN = "Of several learning rates the one with the lowest held-out loss stands here. "
 _LONGEST = 300  # letters of a text in a table
+_FEW = 50  # questions of a subject
 _MMLU = "mmlu"
 
 
@@ -93,8 +94,14 @@ def categories(outcomes: Outcomes) -> Table:
 
 def subjects(outcomes: Outcomes) -> Table:
     """Accuracy by subject."""
-    few = "Where a subject has five questions, one of them is 20 points." if _is_dev(outcomes) else ""
-    return _parts(outcomes, "subjects", "Accuracy by subject", f"Mean over seeds. {few}")
+    counts = [
+        subject["questions"]
+        for metrics in outcomes.metrics.values()
+        for tested in metrics["tasks"].values()
+        for subject in tested["subjects"].values()
+    ]
+    few = f" One question of {min(counts)} is {100 / min(counts):.0f} points." if counts and min(counts) < _FEW else ""
+    return _parts(outcomes, "subjects", "Accuracy by subject", f"Mean over seeds.{few}")
 
 
 def _parts(outcomes: Outcomes, key: str, title: str, caption: str) -> Table:
