@@ -61,7 +61,7 @@ def bless(runs: list[Run], suite: str, folder: Path = REFERENCE) -> Path:
     """Make the present numbers the reference."""
     path = reference_file(suite, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    summarise(runs).to_csv(path, index=False, float_format="%.8g", lineterminator="\n")
+    summarise(runs).to_csv(path, index=False, float_format="%.12g", lineterminator="\n")
     return path
 
 

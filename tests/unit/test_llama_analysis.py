@@ -14,6 +14,7 @@ from benchmarks.harness import paths
 from benchmarks.harness.definition import DefinitionError, load_benchmark
 from benchmarks.harness.presentation import present
 from benchmarks.harness.records import read_metrics
+from benchmarks.harness.regression import bless, compare
 from benchmarks.harness.report import write_report
 from benchmarks.harness.runs import Run, plan, run_from_spec
 from benchmarks.harness.suite import load_suite
@@ -239,3 +240,13 @@ def test_the_papers_grid_is_as_published() -> None:
         for run in found
         if run.spec["learning_rate"]
     )
+
+
+def test_blessed_counts_of_large_models_are_whole(runs: list[Run], tmp_path: Path) -> None:
+    for run in runs:
+        path = paths.RUNS / run.folder / "metrics.json"
+        found = json.loads(path.read_text())
+        found["model"]["parameters"] = 32_528_943_617
+        path.write_text(json.dumps(found))
+    bless(runs, "mini", tmp_path)
+    assert compare(runs, "mini", tmp_path).passed
