@@ -11,10 +11,11 @@ from emoe.checkpoint import from_pretrained, save_pretrained
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
 from emoe.convert import ConversionReport, convert_, to_dense_
 from emoe.errors import CheckpointError, ConfigError, ConversionError, EMoEError
-from emoe.layer import aux_loss, retie_gates_, set_backend_, set_top_k_
+from emoe.layer import aux_loss, retie_gates_
 from emoe.noise import noisy_tuning_
 from emoe.partitioning import partition
 from emoe.records import record_routing
+from emoe.settings import set_backend_, set_top_k_
 
 __version__ = "0.1.0"
 

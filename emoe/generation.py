@@ -14,7 +14,8 @@ from emoe.architectures import find_ffns
 from emoe.checkpoint import CONFIG_FILE, from_pretrained
 from emoe.errors import CheckpointError
 from emoe.folders import load_dense, loader_for
-from emoe.layer import routed_layers, set_backend_
+from emoe.layer import routed_layers
+from emoe.settings import set_backend_
 
 
 def generate_text(

@@ -7,7 +7,6 @@ Everything else, from the projections to LoRA, saving and sharding, stays what i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -86,10 +85,25 @@ class RoutedActivation(nn.Module):
         self.record: LayerRecord | None = None
         self._input: Tensor | None = None
         self._weights: Tensor | None = None
-        self.sparse = SparsePath(self) if may_take_sparse_path(config) else None
+        self.sparse: SparsePath | None = None
+        self._choose_path()
         self._hooks = [ffn.proj_in.register_forward_pre_hook(self._remember_input, with_kwargs=True)]
         if config.output_bias == "per_expert":
             self._divide_output_bias()
+
+    def configure_(self, config: EMoEConfig | GMoEConfig) -> None:
+        """Route by another configuration of the same experts from now on."""
+        self.config = config
+        self._choose_path()
+
+    def _choose_path(self) -> None:
+        """Stand in front of the projections where the configuration may take the sparse path, and only there."""
+        wanted = may_take_sparse_path(self.config)
+        if self.sparse is not None and not wanted:
+            self.sparse.remove()
+            self.sparse = None
+        elif self.sparse is None and wanted:
+            self.sparse = SparsePath(self)
 
     @property
     def ffn(self) -> FFN:
@@ -387,54 +401,3 @@ def retie_gates_(model: nn.Module) -> None:
     """
     for layer in routed_layers(model):
         layer.retie_gate_()
-
-
-def set_backend_(model: nn.Module, backend: str) -> None:
-    """Change which implementation a converted model's layers take, in place; what they compute stays the same.
-
-    Args:
-        model: a converted model.
-        backend: ``auto``, ``masked`` or ``sparse``, as in the configuration.
-
-    Raises:
-        ConfigError: no such backend, or one that the configuration does not go with.
-        ConversionError: the model is not converted.
-    """
-    layers = routed_layers(model)
-    if not layers:
-        raise ConversionError("set_backend_: the model has no routed FFN; convert it first")
-    changed = [dataclasses.replace(layer.config, backend=cast(Any, backend)) for layer in layers]
-    for layer, config in zip(layers, changed, strict=True):
-        layer.config = config
-        wanted = may_take_sparse_path(config)
-        if layer.sparse is not None and not wanted:
-            layer.sparse.remove()
-            layer.sparse = None
-        elif layer.sparse is None and wanted:
-            layer.sparse = SparsePath(layer)
-
-
-def set_top_k_(model: nn.Module, top_k: int | None = None, *, score_threshold: float | None = None) -> None:
-    """Change how many experts a converted model uses, in place. Exactly one of the two is given.
-
-    Args:
-        model: a converted model.
-        top_k: from now on this many for each token, in training too.
-        score_threshold: in evaluation, each expert whose score is at least this, and the best one in any
-            case. Scores are those of ``config.score``; :func:`emoe.record_routing` tells how many are then used.
-
-    Raises:
-        ConfigError: a value out of range.
-        ConversionError: the model is not converted, or not exactly one of the two is given.
-    """
-    layers = routed_layers(model)
-    if not layers:
-        raise ConversionError("set_top_k_: the model has no routed FFN; convert it first")
-    if (top_k is None) == (score_threshold is None):
-        raise ConversionError("set_top_k_ takes either top_k or score_threshold")
-    change: dict[str, Any] = (
-        {"score_threshold": score_threshold} if top_k is None else {"top_k": top_k, "score_threshold": None}
-    )
-    changed = [dataclasses.replace(layer.config, **change) for layer in layers]
-    for layer, config in zip(layers, changed, strict=True):
-        layer.config = config

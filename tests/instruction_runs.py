@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.execution import execute
 from benchmarks.harness.runs import Run, plan, run_from_spec
 
-SAME = ("scores", "curve", "tasks", "answers", "routing", "data", "model")
 ROWS = [
     {
         "instruction": f"Say the number {number}.",
@@ -54,18 +52,3 @@ def tiny_run(method: str = "emoe", tuning: str = "lora", changes: Mapping[str, A
         else:
             spec[part] = values
     return run_from_spec(spec)
-
-
-def prepare(run: Run, place: str = "runs") -> Path:
-    """Write a run's ``run.json``."""
-    path = Path(place) / run.benchmark / run.id / "run.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(run.to_json())
-    return path
-
-
-def finish(path: Path) -> dict[str, Any]:
-    """Execute, and give back what must be the same every time."""
-    execute(path, threads=1, log=path.parent / "log.txt")
-    found = json.loads((path.parent / "metrics.json").read_text())
-    return {key: found[key] for key in SAME}

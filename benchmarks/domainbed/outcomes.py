@@ -11,6 +11,7 @@ from benchmarks.domainbed.selection import SELECTIONS, Chosen, Trained
 from benchmarks.harness.definition import Benchmark, load_models
 from benchmarks.harness.records import collect_from, read_metrics
 from benchmarks.harness.runs import Run
+from benchmarks.harness.shared_tables import in_order
 from benchmarks.harness.statistics import Difference, paired_difference, with_verdicts
 
 CELL = ["selection", "model", "set", "method"]
@@ -117,11 +118,7 @@ class Outcomes:
         ran = [run.spec["model"]["name"] for run in self.runs]
         places |= {"model": list(dict.fromkeys([*ran, *load_models()])), "set": list(self.benchmark.tasks)}
 
-        def place(column: pd.Series) -> pd.Series:
-            known = places[str(column.name)]
-            return column.map(lambda value: known.index(value) if value in known else len(known))
-
-        found = frame.sort_values([*keys, "method"], key=place, kind="stable").reset_index(drop=True)
+        found = in_order(frame, {key: places[key] for key in (*keys, "method")})
         titles: dict[str, Callable[[str], str]] = {
             "selection": lambda name: SELECTIONS[name][0] if name in SELECTIONS else name,
             "model": self.model_title,

@@ -12,7 +12,7 @@ from benchmarks.domainbed.selection import standard_error
 from benchmarks.harness.definition import check_names
 from benchmarks.harness.paper_tables import read_published
 from benchmarks.harness.rendering import Column, Table
-from benchmarks.harness.shared_tables import cost_table, means_by, published_table, tests_table
+from benchmarks.harness.shared_tables import cost_table, interval_text, means_by, published_table, tests_table
 
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _FOUR = "average of four"
@@ -180,7 +180,7 @@ def verdicts(outcomes: Outcomes) -> Iterator[str]:
     rows = rows[rows["method"].map(lambda name: outcomes.methods[name]["role"] == "method").astype(bool)]
     for key, found in rows.groupby(["model_title", "selection_title", "set_title"], sort=False):
         words = [
-            f"{row.method_title} {row.delta * 100:+z.1f}{_interval(row.low, row.high)}, {row.verdict or 'no test'} (n = {row.n})"
+            f"{row.method_title} {row.delta * 100:+z.1f}{interval_text(row.low * 100, row.high * 100)}, {row.verdict or 'no test'} (n = {row.n})"
             for row in found.itertuples()
         ]
         yield f"{key[0]}, {key[2]}, {key[1]}: {'; '.join(words)}."
@@ -208,10 +208,6 @@ def _partly(outcomes: Outcomes, names: list[str]) -> str:
 def _error(values: pd.Series) -> float:
     """DomainBed's ±; nothing for one trial, where it would be 0."""
     return standard_error(list(values)) if len(values) > 1 else math.nan
-
-
-def _interval(low: float, high: float) -> str:
-    return "" if math.isnan(low) else f" [{low * 100:+z.1f}, {high * 100:+z.1f}]"
 
 
 def _baseline(outcomes: Outcomes) -> str:

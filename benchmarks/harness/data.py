@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from benchmarks.harness.definition import load_benchmark
 from benchmarks.harness.jobs import run_inputs
-from benchmarks.harness.packages import PACKAGE_FILES, DataError
+from benchmarks.harness.packages import PACKAGE_FILES, DataError, first_line
 from benchmarks.harness.runs import Run
 from benchmarks.harness.suite import Suite
 from benchmarks.harness.text import TextSplit, load_split, part_read
@@ -102,7 +102,7 @@ def _look(name: str, part: str, task: Mapping[str, Any]) -> Part:
     try:
         found = load_split(task, part)
     except DataError as error:
-        return Part(name, part, None, expected=expected, advice=_advice(name, task, str(error).splitlines()[0]))
+        return Part(name, part, None, expected=expected, advice=_advice(name, task, first_line(error)))
     return Part(name, part, len(found), found.dropped, expected, _labels(found, task["labels"]), found.source)
 
 
@@ -112,7 +112,7 @@ def _look_at_instructions(name: str, task: Mapping[str, Any], run: Run) -> Part:
     try:
         found = reader.load_instructions(run.spec["task"])
     except DataError as error:
-        advice = f"{name}: {str(error).splitlines()[0]}\n    {task['obtain']}. Without it: `without: [{name}]`"
+        advice = f"{name}: {first_line(error)}\n    {task['obtain']}. Without it: `without: [{name}]`"
         return Part(name, _ALL, None, expected=task.get("rows"), advice=advice)
     inputs = sum(bool(row.input) for row in found.rows)
     return Part(
@@ -128,7 +128,7 @@ def _look_at_images(run: Run, task: Mapping[str, Any], open_images: bool) -> lis
         found = survey_of.list_environments(spec["task"], spec["data_seed"], open_images=open_images)
     except DataError as error:
         name = spec["task"]["name"]
-        text = f"{name}: {error if open_images else str(error).splitlines()[0]}\n    {task['obtain']}. Without it: `without: [{name}]`"
+        text = f"{name}: {error if open_images else first_line(error)}\n    {task['obtain']}. Without it: `without: [{name}]`"
         return [Part(name, _ALL, None, expected=task.get("images"), advice=text)]
     name, total = spec["task"]["name"], sum(rows for _, rows, _, _ in found)
     parts = [Part(name, env, rows, 0, None, labels, source) for env, rows, labels, source in found]

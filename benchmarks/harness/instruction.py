@@ -6,17 +6,18 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from benchmarks.harness.definition import Benchmark, DefinitionError, check, check_names, load_models
+from benchmarks.harness.definition import Benchmark, DefinitionError, check_names, load_models
 from benchmarks.harness.variants import (
     VARIANT_KEYS,
     method_spec,
+    suite_entries,
     suite_methods,
     training_settings,
     without_title,
 )
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
-UNTRAINED = "nothing"
+_UNTRAINED = "nothing"
 # of a set: for readers
 _NOT_IN_SPEC = ("title", "obtain", "rows")
 
@@ -32,7 +33,7 @@ def instruction_specs(benchmark: Benchmark, suite: str, without: Collection[str]
     Raises:
         DefinitionError: a name in a grid that does not exist, or settings that do not go together.
     """
-    methods, tunings = suite_methods(benchmark, suite), suite_tunings(benchmark, suite)
+    methods, tunings = suite_methods(benchmark, suite), suite_entries(benchmark, suite, "tunings")
     for number, block in enumerate(benchmark.definition["suites"][suite]["grid"]):
         where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
         language = [name for name, model in load_models().items() if model.get("modality") == "language"]
@@ -75,17 +76,6 @@ def is_trained(spec: Mapping[str, Any]) -> bool:
     return "batch_size" in spec["training"]
 
 
-def suite_tunings(benchmark: Benchmark, suite: str) -> dict[str, dict[str, Any]]:
-    """The ways of tuning with the suite's own settings on top."""
-    tunings: dict[str, dict[str, Any]] = benchmark.definition["tunings"]
-    changes = benchmark.definition["suites"][suite].get("tunings", {})
-    where = f"{benchmark.file}: 'suites.{suite}"
-    check_names(where, "tunings", list(changes), tunings)
-    merged = {name: {**tuning, **changes.get(name, {})} for name, tuning in tunings.items()}
-    checked = check({**benchmark.definition, "tunings": merged}, benchmark.schema, f"{where}.tunings'")
-    return dict(checked["tunings"])
-
-
 def _spec(
     benchmark: Benchmark,
     suite: str,
@@ -95,7 +85,7 @@ def _spec(
     where: str,
 ) -> dict[str, Any]:
     part = benchmark.definition["suites"][suite]
-    untrained = tuning["train"] == UNTRAINED
+    untrained = tuning["train"] == _UNTRAINED
     if not untrained and not point.get("learning_rate"):
         raise DefinitionError(f"{where}': the tuning '{tuning['name']}' trains, so it needs 'learning_rate'")
     training = training_settings(benchmark, suite, point["model"]) | {"lora": tuning["lora"]}

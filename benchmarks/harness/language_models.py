@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -118,9 +117,12 @@ def _four_bit(model: Mapping[str, Any]) -> Any:
         raise DefinitionError(
             f"'{model['name']}' is asked for in 4 bits (tuning.quantize), which needs the package 'bitsandbytes'; `pip install bitsandbytes`"
         )
-    plain = meta_model(load_config(model))
-    ffns = find_ffns(plain)
-    kept = [name for i in _numbers(model["whole"], len(ffns)) for name in _projections(ffns[i].name, plain)]
+    ffns = find_ffns(meta_model(load_config(model)))
+    kept = [
+        f"{ffns[i].name}.{path}"
+        for i in _numbers(model["whole"], len(ffns))
+        for path in (*(path for path, _ in ffns[i].inputs()), ffns[i].spec.proj_out)
+    ]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=model["quantize"],
@@ -132,9 +134,3 @@ def _four_bit(model: Mapping[str, Any]) -> Any:
 
 def _numbers(layers: Any, count: int) -> Sequence[int]:
     return resolve_layers(layers, count) if layers else ()
-
-
-def _projections(layer: str, model: nn.Module) -> list[str]:
-    """The linear modules of a layer's FFN."""
-    prefix = f"{layer}.mlp."
-    return [name for name, module in model.named_modules() if name.startswith(prefix) and isinstance(module, nn.Linear)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
@@ -24,6 +25,26 @@ _SHOWN = (
     ("routing", "class_information"),
     ("routing", "environment_information"),
 )
+
+
+def in_order(frame: pd.DataFrame, places: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Rows sorted by columns, each by the place of its value in a list; values that the list does not have come last.
+
+    Args:
+        frame: the rows.
+        places: the columns, the first one first, with their lists.
+    """
+
+    def place(column: pd.Series) -> pd.Series:
+        known = places[str(column.name)]
+        return column.map(lambda value: known.index(value) if value in known else len(known))
+
+    return frame.sort_values(list(places), key=place, kind="stable").reset_index(drop=True)
+
+
+def interval_text(low: float, high: float, decimals: int = 1) -> str:
+    """A confidence interval of a difference for a sentence, with a blank before it; nothing where there is none."""
+    return "" if math.isnan(low) else f" [{low:+z.{decimals}f}, {high:+z.{decimals}f}]"
 
 
 def tests_table(

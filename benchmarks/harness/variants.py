@@ -16,14 +16,28 @@ _NOT_CONFIG = ("title", "role", "kind", "noise", "top_k_fraction", "as_published
 
 def suite_methods(benchmark: Benchmark, suite: str) -> dict[str, dict[str, Any]]:
     """The benchmark's methods with the suite's own settings on top."""
-    methods: dict[str, dict[str, Any]] = benchmark.definition["methods"]
-    changes = benchmark.definition["suites"][suite].get("methods", {})
+    return suite_entries(benchmark, suite, "methods")
+
+
+def suite_entries(benchmark: Benchmark, suite: str, key: str) -> dict[str, dict[str, Any]]:
+    """The named entries of a part of a benchmark's file, with the suite's own settings on top.
+
+    Args:
+        benchmark: the benchmark.
+        suite: the suite.
+        key: of the part: ``methods`` or ``tunings``.
+
+    Raises:
+        DefinitionError: the suite names an entry that does not exist, or a setting that it does not have.
+    """
+    entries: dict[str, dict[str, Any]] = benchmark.definition[key]
+    changes = benchmark.definition["suites"][suite].get(key, {})
     where = f"{benchmark.file}: 'suites.{suite}"
-    check_names(where, "methods", list(changes), methods)
-    merged = {name: {**method, **changes.get(name, {})} for name, method in methods.items()}
-    # checked again as a whole, because a suite's settings are written outside `methods`
-    checked = check({**benchmark.definition, "methods": merged}, benchmark.schema, f"{where}.methods'")
-    return dict(checked["methods"])
+    check_names(where, key, list(changes), entries)
+    merged = {name: {**entry, **changes.get(name, {})} for name, entry in entries.items()}
+    # checked again as a whole, because a suite's settings are written outside their part
+    checked = check({**benchmark.definition, key: merged}, benchmark.schema, f"{where}.{key}'")
+    return dict(checked[key])
 
 
 def training_settings(benchmark: Benchmark, suite: str, model: str) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from benchmarks.harness.packages import DataError
 from benchmarks.llama.instructions import Broken, Instruction
@@ -85,7 +84,7 @@ class EncodedRows(Dataset[dict[str, list[int]]]):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         row = self.rows[index]
-        return {"input_ids": row.tokens, "labels": row.labels}
+        return {"input_ids": row.tokens, "attention_mask": [1] * len(row.tokens), "labels": row.labels}
 
     def summary(self) -> dict[str, Any]:
         """Counts for the record."""
@@ -110,26 +109,16 @@ def _begin(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
     return len(offsets)
 
 
-def padded(rows: Sequence[dict[str, list[int]]], pad_token: int) -> dict[str, Tensor]:
-    """One batch, padded on the right; padding is neither read, nor learned, nor counted in routing."""
-    length = max(len(row["input_ids"]) for row in rows)
-
-    def stack(name: str, fill: int) -> Tensor:
-        return torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in rows])
-
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows])
-    return {"input_ids": stack("input_ids", pad_token), "attention_mask": mask, "labels": stack("labels", IGNORED)}
-
-
-def collator(pad_token: int, *, packing: bool) -> Callable[[Sequence[dict[str, list[int]]]], dict[str, Tensor]]:
-    """What makes batches of rows.
+def collator(
+    tokenizer: PreTrainedTokenizerBase, *, packing: bool = False
+) -> Callable[[list[dict[str, list[int]]]], Mapping[str, Tensor]]:
+    """What makes batches of rows: padded on the right, where padding is neither read, nor learned, nor counted in routing.
 
     Args:
-        pad_token: the tokenizer's.
+        tokenizer: the model's.
         packing: lay the rows end to end instead of padding them. Positions begin anew with each row, by which
             transformers keeps their attention apart.
     """
     if packing:
-        flatten = DataCollatorWithFlattening(separator_id=IGNORED)
-        return lambda rows: dict(flatten(list(rows)))
-    return lambda rows: padded(rows, pad_token)
+        return DataCollatorWithFlattening(separator_id=IGNORED)
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)

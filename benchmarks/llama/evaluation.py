@@ -18,7 +18,7 @@ from benchmarks.harness.jobs import MMLU_DEV, is_mmlu_dev
 from benchmarks.harness.language_models import DTYPES
 from benchmarks.harness.packages import DataError, first_line
 from benchmarks.harness.paths import QUESTIONS
-from benchmarks.llama.encoding import IGNORED, EncodedRows, padded
+from benchmarks.llama.encoding import IGNORED, EncodedRows, collator
 from benchmarks.llama.instructions import Instruction
 from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
@@ -200,14 +200,14 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 @torch.no_grad()
 def held_out_loss(
-    model: PreTrainedModel, rows: EncodedRows, pad_token: int, batch_size: int, precision: str
+    model: PreTrainedModel, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, batch_size: int, precision: str
 ) -> float | None:
     """Mean loss over the learned tokens of rows; None of a model that diverged."""
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows.rows[i].tokens))
-    total, tokens = 0.0, 0
+    total, tokens, collate = 0.0, 0, collator(tokenizer)
     for start in range(0, len(order), batch_size):
-        batch = padded([rows[i] for i in order[start : start + batch_size]], pad_token)
+        batch = collate([rows[i] for i in order[start : start + batch_size]])
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = inputs.pop("labels")[:, 1:]
         with autocast(model, precision):

@@ -10,6 +10,7 @@ import pandas as pd
 from benchmarks.harness.definition import Benchmark, load_models
 from benchmarks.harness.records import collect_from, read_metrics
 from benchmarks.harness.runs import Run
+from benchmarks.harness.shared_tables import in_order
 from benchmarks.harness.statistics import Difference, paired_difference, with_verdicts
 
 GROUP = ["model", "set", "tuning"]
@@ -50,18 +51,17 @@ class Outcomes:
         self.tasks = list(dict.fromkeys(name for found in self.metrics.values() for name in found["tasks"]))
         self.tests = self._tests()
 
-    def numbers(self, part: str, name: str, metric: str) -> pd.Series[float]:
-        """One number of every run, by cell and seed."""
-        chosen = self.records[
-            (self.records["part"] == part) & (self.records["eval_task"] == name) & (self.records["metric"] == metric)
-        ]
+    def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
+        """One number of every run, by cell and seed; of the part's task of that name, where it has several."""
+        chosen = self.records[(self.records["part"] == part) & (self.records["metric"] == metric)]
+        if name is not None:
+            chosen = chosen[chosen["eval_task"] == name]
         return chosen.set_index([*CELL, "seed"])["value"]
 
     @property
     def losses(self) -> pd.Series[float]:
         """Held-out loss, by cell and seed."""
-        chosen = self.records[(self.records["part"] == "dev") & (self.records["metric"] == _LOSS)]
-        return chosen.set_index([*CELL, "seed"])["value"]
+        return self.numbers("dev", _LOSS)
 
     def cells(self) -> pd.DataFrame:
         """One row a cell, with the number of its runs."""
@@ -114,13 +114,7 @@ class Outcomes:
             "method": list(self.methods),
             "variant": sorted(frame["variant"].unique()) if "variant" in frame else [],
         }
-        keys = [key for key in CELL if key in frame]
-
-        def place(column: pd.Series) -> pd.Series:
-            known = places[str(column.name)]
-            return column.map(lambda value: known.index(value) if value in known else len(known))
-
-        found = frame.sort_values(keys, key=place, kind="stable").reset_index(drop=True)
+        found = in_order(frame, {key: places[key] for key in CELL if key in frame})
         return found.assign(
             model_title=[self.model_title(name) for name in found["model"]],
             set_title=[self.set_title(name) for name in found["set"]],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from benchmarks.harness.progress import Progress
 from benchmarks.harness.seeds import derive_seed
 from benchmarks.harness.trainable import Trainable, build_language_model, permutations, save_trained, set_trained_
 from benchmarks.harness.training import precision_here, with_routing
-from benchmarks.llama.encoding import EncodedRows, padded
+from benchmarks.llama.encoding import EncodedRows, collator
 from benchmarks.llama.evaluation import answers, check_tasks, held_out_loss, run_tasks, task_title
 from benchmarks.llama.instructions import load_instructions, refuse_broken
 from benchmarks.llama.needs import check_needs, compute_needs
@@ -51,30 +51,29 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         DefinitionError: a template or task that does not exist, or settings that do not go with the model.
         DataError: broken or too few rows, a model that is not there, too little memory or disk; before any of it is loaded.
     """
-    evaluation, training = spec["evaluation"], spec["training"]
-    check_tasks(evaluation["tasks"])
-    tokenizer = load_tokenizer(spec["model"])
-    data = read_data(spec, tokenizer)
+    training = spec["training"]
     needs = compute_needs(spec)
+    data = read_data(spec, load_tokenizer(spec["model"]))
     if is_main():
+        check_tasks(spec["evaluation"]["tasks"])
         check_needs(needs, folder)
     progress.say(
         f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {data.broken} broken left out, "
         f"{data.train.summary()['truncated_responses']} responses cut at {spec['data']['max_length']} tokens; at least {needs.memory / 1e9:.1f} GB"
     )
-    trainable = _build(spec, data, tokenizer)
+    trainable = _build(spec, data)
     if routed := routed_layers(trainable.model):
         progress.say(f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}")
     trained = Trained([], 0, 0.0)
     if is_trained(spec):
-        trained = train(trainable, tokenizer, spec, data.train, folder, progress)
+        trained = train(trainable, data.template.tokenizer, spec, data.train, folder, progress)
         trainable = _whole_again(spec, trainable)
     leave()
     if not is_main():
         return {}
     if training["keep_weights"]:
         save_trained(trainable.model, folder / "model")
-    return _evaluated(spec, trainable, tokenizer, data, progress) | {
+    return _evaluated(spec, trainable, data, progress) | {
         "curve": trained.curve,
         "model": trainable.summary,
         "cost": {
@@ -138,17 +137,18 @@ def read_data(spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Da
     return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), found.source)
 
 
-def _build(spec: Mapping[str, Any], data: Data, tokenizer: PreTrainedTokenizerBase) -> Trainable:
+def _calibration(data: Data, rows: int = 256) -> Iterator[dict[str, torch.Tensor]]:
+    """Rows to learn as a model is called with them, without labels; made as they are asked for."""
+    collate = collator(data.template.tokenizer)
+    for place in range(min(len(data.train), rows)):
+        yield {name: tensor for name, tensor in collate([data.train[place]]).items() if name != "labels"}
+
+
+def _build(spec: Mapping[str, Any], data: Data) -> Trainable:
     """The model; where several processes share it, the main one's, divided among them."""
-
-    def calibration() -> list[dict[str, torch.Tensor]]:
-        pad = int(tokenizer.pad_token_id or 0)
-        batches = [padded([data.train[i]], pad) for i in range(min(len(data.train), 256))]
-        return [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
-
     if not is_sharded():
-        return build_language_model(spec, calibration())
-    built = build_language_model(spec, calibration()) if is_main() else None
+        return build_language_model(spec, _calibration(data))
+    built = build_language_model(spec, _calibration(data)) if is_main() else None
     found = broadcast(None if built is None else permutations(built.model))
     if built is None:
         built = build_language_model(spec, partition=found or None, empty=True)
@@ -168,15 +168,9 @@ def _whole_again(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
     return replace(whole, summary=trainable.summary)
 
 
-def _evaluated(
-    spec: Mapping[str, Any],
-    trainable: Trainable,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Data,
-    progress: Progress,
-) -> dict[str, Any]:
+def _evaluated(spec: Mapping[str, Any], trainable: Trainable, data: Data, progress: Progress) -> dict[str, Any]:
     evaluation, precision = spec["evaluation"], precision_here(spec["training"]["precision"])
-    model = cast(PreTrainedModel, trainable.model)
+    model, tokenizer = cast(PreTrainedModel, trainable.model), data.template.tokenizer
     if torch.cuda.is_available():
         gc.collect()  # what training held
         torch.cuda.empty_cache()
@@ -184,9 +178,8 @@ def _evaluated(
     model.eval()
     model.config.use_cache = True
     progress.say("evaluating on held-out instructions")
-    pad_token = int(tokenizer.pad_token_id or 0)
     loss, routing = with_routing(
-        model, lambda: held_out_loss(model, data.held_out, pad_token, evaluation["batch_size"], precision)
+        model, lambda: held_out_loss(model, data.held_out, tokenizer, evaluation["batch_size"], precision)
     )
     tasks = {}
     for entry in evaluation["tasks"]:

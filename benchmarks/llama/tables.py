@@ -12,7 +12,7 @@ from benchmarks.harness.instruction import is_trained
 from benchmarks.harness.paper_tables import read_published
 from benchmarks.harness.rendering import Column, Table
 from benchmarks.harness.runs import Run
-from benchmarks.harness.shared_tables import cost_table, means_by, published_table, tests_table
+from benchmarks.harness.shared_tables import cost_table, interval_text, means_by, published_table, tests_table
 from benchmarks.llama.outcomes import CELL, GROUP, Outcomes, cell_of, task_words
 
 _PAPER_COLUMNS = ["model", "tuning", "method", "value", "status", "source"]
@@ -52,7 +52,7 @@ def results(outcomes: Outcomes) -> Table:
         scored = next(found["tasks"][task]["metric"] for found in outcomes.metrics.values() if task in found["tasks"])
         for metric, word in (("accuracy", ""), ("accuracy_macro", ", mean of subjects"), ("task_score", f", {scored}")):
             name = f"{task} {metric}"
-            frame = _with(frame, outcomes.numbers("test", task, metric), name)
+            frame = _with(frame, outcomes.numbers("test", metric, task), name)
             columns.append(Column(metric, name, f"{task_words(task)}{word}", std=f"{name} std", best=name))
     return Table(
         f"{outcomes.benchmark.name}_results",
@@ -198,7 +198,7 @@ def paper(outcomes: Outcomes) -> Table:
     key = ["model", "tuning", "method"]
     ours = []
     for task in outcomes.tasks:
-        values = outcomes.numbers("test", task, "accuracy")
+        values = outcomes.numbers("test", "accuracy", task)
         means = values.groupby(CELL, sort=False).mean().rename("ours").reset_index()
         ours.append(means.assign(task=task_words(task)))
     own = pd.concat(ours) if ours else pd.DataFrame(columns=[*CELL, "ours", "task"])
@@ -231,10 +231,10 @@ def verdicts(outcomes: Outcomes) -> Iterator[str]:
             tested = outcomes.tests
             same = tested[(tested[CELL] == [getattr(row, key) for key in CELL]).all(axis=1)]
             accuracies = [
-                f"{task_words(one.task)} {one.delta * scale:+z.1f} points {_interval(one.low * scale, one.high * scale)}, {one.verdict or 'no test'}"
+                f"{task_words(one.task)} {one.delta * scale:+z.1f} points{interval_text(one.low * scale, one.high * scale)}, {one.verdict or 'no test'}"
                 for one in same.itertuples()
             ]
-            loss = f"held-out loss {row.delta:+z.3f} {_interval(row.low, row.high, 3)}".rstrip()
+            loss = f"held-out loss {row.delta:+z.3f}{interval_text(row.low, row.high, 3)}"
             words.append(f"{row.method_title}: {'; '.join([loss, *accuracies])}")
         yield f"{', '.join(key)}, against {_baseline(outcomes)}: {'. '.join(words)}."
 
@@ -280,10 +280,6 @@ def _questions(outcomes: Outcomes) -> str:
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
-
-
-def _interval(low: float, high: float, decimals: int = 1) -> str:
-    return "" if math.isnan(low) else f"[{low:+z.{decimals}f}, {high:+z.{decimals}f}]"
 
 
 def _baseline(outcomes: Outcomes) -> str:

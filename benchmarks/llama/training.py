@@ -90,7 +90,6 @@ def train(
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
     )
-    assert tokenizer.pad_token_id is not None  # noqa: S101  load_tokenizer sees to it
     trainer = RoutedTrainer(
         args=arguments,
         order=EpochOrder(
@@ -100,13 +99,12 @@ def train(
         lora=training["lora"],
         by_token=True,
         train_dataset=rows,
-        data_collator=collator(int(tokenizer.pad_token_id), packing=training["packing"]),
+        data_collator=collator(tokenizer, packing=training["packing"]),
         callbacks=[progress, stopwatch, RetieGates()],
     )
     checkpoint = last_complete_checkpoint(checkpoints)
     if checkpoint:
         stopwatch.resume(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.accelerator.free_memory()
     curve = [finite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return Trained(curve, trainer.state.global_step, stopwatch.step_seconds)

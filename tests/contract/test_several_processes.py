@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -23,7 +22,8 @@ from benchmarks.harness.paths import DATA_ROOT
 from benchmarks.harness.runs import Run
 from benchmarks.llama.export import export
 from tests.conftest import ROOT
-from tests.instruction_runs import SAME, finish, prepare, tiny_run, write_rows
+from tests.executed import finish, numbers, prepare
+from tests.instruction_runs import tiny_run, write_rows
 
 pytestmark = pytest.mark.slow
 WAIT = 120
@@ -54,8 +54,7 @@ def together(path: Path, processes: int, parallel: str) -> dict[str, Any]:
     done = subprocess.run(command(path, processes, parallel), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     said[path] = done.stderr
-    found = json.loads((path.parent / "metrics.json").read_text())
-    return {key: found[key] for key in SAME}
+    return numbers(path)
 
 
 def dropout_free(tuning: str, **training: Any) -> Run:

@@ -22,12 +22,11 @@ from benchmarks.domainbed import pipeline
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.training import DomainTrainer
 from benchmarks.harness.definition import DefinitionError, load_models
-from benchmarks.harness.execution import execute
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.paths import DATA_ROOT, MODEL_ROOT
 from benchmarks.harness.runs import Run, plan, run_from_spec
+from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
-from tests.killing import killed_at
 
 
 @pytest.fixture(autouse=True)
@@ -37,20 +36,6 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(DATA_ROOT, str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def prepare(run: Run, place: str = "runs") -> Path:
-    path = Path(place) / run.id / "run.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(run.to_json())
-    return path
-
-
-def finish(path: Path) -> dict[str, Any]:
-    """Execute, and give back what must be the same every time."""
-    execute(path, threads=1, log=path.parent / "log.txt")
-    found = json.loads((path.parent / "metrics.json").read_text())
-    return {key: found[key] for key in ("records", "scores", "confusion", "routing", "data", "model")}
 
 
 def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None:

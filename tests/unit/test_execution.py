@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from benchmarks.harness import progress as progress_module
 from benchmarks.harness.definition import DefinitionError
-from benchmarks.harness.execution import execute, read_run
+from benchmarks.harness.execution import read_run
 from benchmarks.harness.progress import Progress, clock
 from benchmarks.harness.rated import ARCHIVE
 from benchmarks.harness.runs import Run, plan, run_from_spec
@@ -25,7 +25,8 @@ from benchmarks.harness.seeds import derive_seed
 from benchmarks.harness.text import TextSplit, load_split
 from benchmarks.harness.text_training import EpochOrder, TextTrainer
 from benchmarks.harness.training import last_complete_checkpoint
-from tests.killing import killed_at
+from tests.executed import finish, killed_at
+from tests.executed import prepare as write_run
 
 SMOKE = plan(["glue", "glue_lora"], "smoke")
 SPEC = SMOKE[0].spec
@@ -44,16 +45,7 @@ def prepare(method: str, folder: str = "runs", **training: object) -> Path:
     """The ``run.json`` of a small smoke run."""
     spec = next(run.spec for run in SMOKE if run.spec["method"]["name"] == method)
     run = run_from_spec({**spec, "training": {**spec["training"], "train_rows": 48, "eval_rows": 30, **training}})
-    path = Path(folder) / run.id / "run.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(run.to_json())
-    return path
-
-
-def finish(path: Path) -> dict:
-    output = execute(path, threads=1, log=path.parent / "log.txt")
-    content = json.loads(output.read_text())
-    return {key: content[key] for key in ("scores", "epochs", "routing", "model", "data")}
+    return write_run(run, folder)
 
 
 def test_a_run_leaves_numbers_and_a_log_and_says_little(workdir: Path) -> None:

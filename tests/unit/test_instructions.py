@@ -202,20 +202,20 @@ def random_rows(count: int) -> list[dict[str, list[int]]]:
     rows = []
     for number in range(count):
         tokens = [generator.randrange(3, 60) for _ in range(4 + 3 * number)]
-        rows.append({"input_ids": tokens, "labels": [IGNORED] * 2 + tokens[2:]})
+        rows.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": [IGNORED] * 2 + tokens[2:]})
     return rows
 
 
 @pytest.mark.parametrize("converted", [False, True])
-def test_neither_padding_nor_packing_changes_the_loss(converted: bool) -> None:
+def test_neither_padding_nor_packing_changes_the_loss(converted: bool, tokenizer: PreTrainedTokenizerFast) -> None:
     model, rows = small_llama(), random_rows(4)
     if converted:
         emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", score="gate"))
     count = sum(len(row["labels"]) - 2 for row in rows)
     with torch.no_grad():
-        alone = sum(float(model(**collator(2, packing=False)([row])).loss) * (len(row["labels"]) - 2) for row in rows)
+        alone = sum(float(model(**collator(tokenizer)([row])).loss) * (len(row["labels"]) - 2) for row in rows)
         for packing in (False, True):
-            together = model(**collator(2, packing=packing)(rows))
+            together = model(**collator(tokenizer, packing=packing)(rows))
             assert float(together.loss) == pytest.approx(alone / count, abs=1e-5)
 
 
@@ -227,7 +227,7 @@ def test_padding_is_not_counted_in_routing(tokenizer: PreTrainedTokenizerFast) -
     counts = []
     for batch_size in (1, 4):
         with emoe.record_routing(model) as record:
-            loss = held_out_loss(model, encoded, 0, batch_size, "fp32")
+            loss = held_out_loss(model, encoded, tokenizer, batch_size, "fp32")
         counts.append((round(loss or 0, 5), [layer.loads.tolist() for layer in record.layers.values()]))
     assert counts[0] == counts[1]
     assert sum(counts[0][1][0]) == 2 * sum(len(row["input_ids"]) for row in rows)

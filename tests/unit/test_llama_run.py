@@ -33,8 +33,8 @@ from benchmarks.llama.needs import check_needs, compute_needs
 from benchmarks.llama.pipeline import read_data
 from benchmarks.llama.questions import write_mmlu_dev
 from emoe.errors import CheckpointError
-from tests.instruction_runs import ROWS, finish, prepare, tiny_run, write_rows
-from tests.killing import killed_at
+from tests.executed import finish, killed_at, prepare
+from tests.instruction_runs import ROWS, tiny_run, write_rows
 
 ONE_TASK = {"tasks": [{"task": "mmlu_dev_anatomy", "shots": 0, "limit": None}]}
 

@@ -1,0 +1,55 @@
+"""Runs that tests execute: written, executed, killed on the way, and what of them must be the same every time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from benchmarks.harness.execution import execute
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.runs import Run
+
+# what a run took, and on which machine
+_VARIES = ("cost", "environment")
+
+
+def prepare(run: Run, place: str = "runs") -> Path:
+    """Write a run's ``run.json``."""
+    path = Path(place) / run.folder / "run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(run.to_json())
+    return path
+
+
+def finish(path: Path) -> dict[str, Any]:
+    """Execute, and give back what must be the same every time."""
+    execute(path, threads=1, log=path.parent / "log.txt")
+    return numbers(path)
+
+
+def numbers(path: Path) -> dict[str, Any]:
+    """What of a finished run must be the same every time."""
+    found = json.loads((path.parent / "metrics.json").read_text())
+    return {key: value for key, value in found.items() if key not in _VARIES}
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """What is executed inside is killed when a step ends, and has to come that far."""
+
+    def die(
+        self: Progress, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "on_step_end", die)
+        with pytest.raises(KeyboardInterrupt):
+            yield
