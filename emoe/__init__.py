@@ -6,15 +6,19 @@ config = emoe.EMoEConfig(num_experts=64, top_k=16, layers="last-half:2")
 print(emoe.convert_(model, config))
 """
 
+import warnings
+from typing import Any
+
 from emoe.architectures import FFNSpec, register_ffn
 from emoe.checkpoint import from_pretrained, save_pretrained
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
 from emoe.convert import ConversionReport, convert_, to_dense_
 from emoe.errors import CheckpointError, ConfigError, ConversionError, EMoEError
-from emoe.layer import aux_loss, retie_gates_
+from emoe.layer import aux_loss, update_gates_
 from emoe.noise import noisy_tuning_
 from emoe.partitioning import partition
 from emoe.records import record_routing
+from emoe.routers import Router, register_router
 from emoe.settings import set_backend_, set_top_k_
 
 __version__ = "0.1.0"
@@ -28,6 +32,7 @@ __all__ = [
     "EMoEError",
     "FFNSpec",
     "GMoEConfig",
+    "Router",
     "aux_loss",
     "config_from_dict",
     "convert_",
@@ -36,9 +41,17 @@ __all__ = [
     "partition",
     "record_routing",
     "register_ffn",
-    "retie_gates_",
+    "register_router",
     "save_pretrained",
     "set_backend_",
     "set_top_k_",
     "to_dense_",
+    "update_gates_",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "retie_gates_":
+        warnings.warn("emoe.retie_gates_ is now emoe.update_gates_", DeprecationWarning, stacklevel=2)
+        return update_gates_
+    raise AttributeError(f"module 'emoe' has no attribute '{name}'")

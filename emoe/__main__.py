@@ -16,6 +16,7 @@ import emoe
 from emoe.checkpoint import EXTRA_FILE, read_sidecars, save_weights
 from emoe.errors import ConfigError, EMoEError
 from emoe.folders import check_new, copy_companions, load_dense, loader_for, model_folder
+from emoe.sparse.build import build_kernels
 
 _FOLDER = click.Path(path_type=Path)
 _KINDS: dict[str, type[emoe.EMoEConfig] | type[emoe.GMoEConfig]] = {"emoe": emoe.EMoEConfig, "gmoe": emoe.GMoEConfig}
@@ -165,6 +166,16 @@ def generate(folder: Path, prompt: str, max_new_tokens: int, raw: bool, backend:
     from emoe.generation import generate_text
 
     generate_text(model_folder(str(folder)), prompt, max_new_tokens, raw=raw, backend=backend)
+
+
+@cli.command()
+@_with_clear_errors
+def build() -> None:
+    """Compile the sparse backend's kernels now, where there is a compiler, instead of when the first model is converted."""
+    try:
+        click.echo(f"Kernels: {build_kernels()}")
+    except (OSError, RuntimeError, ImportError) as error:
+        raise click.ClickException(f"the kernels cannot be built: {error}; the sparse backend uses PyTorch") from error
 
 
 if __name__ == "__main__":

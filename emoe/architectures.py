@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from emoe.config import Layers
 from emoe.errors import ConfigError, ConversionError, did_you_mean
+from emoe.tensors import carried
 
 _HALVES = ("first", "last")
 
@@ -34,6 +35,8 @@ class FFNSpec:
             are the keys, stands: ``"first"`` or ``"last"``.
         transposed: weights are stored ``[in, out]`` (GPT-2's Conv1D) instead of ``[out, in]``.
         between: modules between activation and out-projection. Each must be a dropout or an ``nn.Identity``.
+        rows_first: a layer is called with ``[rows, tokens, h]``. False for ``[tokens, rows, h]`` (XLNet), so that padding and labels
+            are told apart rightly; torch's own ``batch_first`` is read from the layer.
     """
 
     layers: str
@@ -44,6 +47,7 @@ class FFNSpec:
     fused: Literal["first", "last"] | None = None
     transposed: bool = False
     between: tuple[str, ...] = ()
+    rows_first: bool = True
 
     def missing(self, layer: nn.Module) -> str | None:
         """The first path of this row that a layer does not have, or None."""
@@ -191,19 +195,24 @@ class FFN:
     @property
     def d(self) -> int:
         """Number of neurons."""
-        return self.values().shape[1]
+        return self.values().shape[1] if has_plain_weight(self.proj_out) else int(cast(Any, self.proj_out).in_features)
+
+    @property
+    def h(self) -> int:
+        """Width of the FFN's input."""
+        return self.keys().shape[1] if has_plain_weight(self.proj_in) else int(cast(Any, self.proj_in).in_features)
 
     def keys(self) -> Tensor:
         """Key vectors, one row a neuron: ``[d, h]``, a view of the weight."""
         weight = cast(Tensor, self.proj_in.weight)
-        return self._activated(weight.t() if self.spec.transposed else weight)
+        return self.activated_rows(weight.t() if self.spec.transposed else weight)
 
     def key_bias(self) -> Tensor | None:
         """Bias of the pre-activations ``[d]``, a view, or None."""
         bias = bias_of(self.proj_in)
-        return None if bias is None else self._activated(bias)
+        return None if bias is None else self.activated_rows(bias)
 
-    def _activated(self, tensor: Tensor) -> Tensor:
+    def activated_rows(self, tensor: Tensor) -> Tensor:
         """The activated half of a fused in-projection's tensor, neurons first; another one as it is."""
         return tensor.chunk(2)[_HALVES.index(self.spec.fused)] if self.spec.fused else tensor
 
@@ -236,8 +245,14 @@ class FFN:
     def up(self, x: Tensor) -> Tensor:
         """Up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
         if self.spec.fused:
-            return cast(Tensor, self.proj_in(x).chunk(2, dim=-1)[1 - _HALVES.index(self.spec.fused)])
-        return cast(Tensor, cast(nn.Module, self.proj_up)(x))
+            both = carried(self.proj_in(x))[0]
+            return both.chunk(2, dim=-1)[1 - _HALVES.index(self.spec.fused)]
+        return carried(cast(nn.Module, self.proj_up)(x))[0]
+
+    @property
+    def rows_first(self) -> bool:
+        """Whether a row's tokens follow each other."""
+        return self.spec.rows_first and bool(getattr(getattr(self.layer, "self_attn", None), "batch_first", True))
 
     @property
     def gated(self) -> bool:
@@ -327,6 +342,13 @@ def _layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]:
 def bias_of(module: nn.Module) -> Tensor | None:
     """A projection's bias, where it has one."""
     return cast(Tensor | None, getattr(module, "bias", None))
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether a projection's weight is a matrix of numbers: not quantised or packed; sharded ones count, which can be put together."""
+    weight = getattr(module, "weight", None)
+    plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")
+    return plain and weight.is_floating_point() and weight.ndim == 2  # type: ignore[union-attr]
 
 
 def _is_own(layer: nn.Module, path: str) -> bool:

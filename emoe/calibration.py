@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from emoe.architectures import FFN
 from emoe.errors import ConversionError
-from emoe.tokens import PaddingWatch, watch_padding
+from emoe.tokens import PaddingMaskHook, watch_padding
 
 MAX_TOKENS = 4096
 
@@ -82,10 +82,10 @@ class _Sample:
         self._draws, self.rows = draws[order], rows[order]
 
 
-def _collector(sample: _Sample, padding: PaddingWatch | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _collector(sample: _Sample, padding: PaddingMaskHook | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def collect(_module: nn.Module, args: tuple[Any, ...]) -> None:
         rows = args[0].flatten(0, -2).abs()
-        real = None if padding is None else padding.real_tokens(rows.shape[0])
+        real = None if padding is None else padding.token_mask(rows.shape[0])
         sample.add((rows if real is None else rows[real.to(rows.device)]).float().cpu())
 
     return collect

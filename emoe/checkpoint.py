@@ -26,19 +26,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from emoe.architectures import FFN, find_ffns
+from emoe.architectures import FFN, find_ffns, has_plain_weight
 from emoe.checks import check_divisible
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
-from emoe.convert import attach, padding_watches, watch_start, widen
+from emoe.convert import attach, padding_watches, watch_passes, widen
 from emoe.errors import CheckpointError, ConfigError, ConversionError
 from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
 from emoe.partitioning import is_permutation
+from emoe.tensors import carried
 
 CONFIG_FILE = "emoe_config.json"
 PARTITION_FILE = "emoe_partition.safetensors"
 EXTRA_FILE = "emoe_extra.safetensors"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _NORM_TOLERANCE = 0.02  # key norms survive a cast to bf16 within this
+_QUANTISED_NORM_TOLERANCE = 0.15  # and four bits within this
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -125,7 +127,15 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
 
 
 def _key_norms(ffn: FFN) -> Tensor:
-    return ffn.keys().detach().float().norm(dim=1).cpu().contiguous()
+    if has_plain_weight(ffn.proj_in):
+        keys = ffn.keys()
+    else:  # quantised ones are known by what they do
+        weight, bias = cast(Tensor, ffn.proj_in.weight), ffn.key_bias()
+        dtype = torch.get_default_dtype() if bias is None else bias.dtype
+        z, _ = carried(ffn.proj_in(torch.eye(ffn.h, dtype=dtype, device=weight.device)))
+        rows = ffn.activated_rows(z.t())
+        keys = rows if bias is None else rows - bias.unsqueeze(1)
+    return keys.detach().float().norm(dim=1).cpu().contiguous()
 
 
 def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any) -> nn.Module:
@@ -164,7 +174,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
                 _restore(ffn.layer.get_submodule(path), f"{ffn.index}.{path}.", extra, folder)
         _check_norms(ffn, tensors[f"key_norms.{ffn.index}"], folder)
         _restore(layer, f"{ffn.index}.routing.", extra, folder)
-    watch_start(model)
+    watch_passes(model)
     return model.eval()
 
 
@@ -287,8 +297,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_norms(ffn: FFN, norms: Tensor, folder: Path) -> None:
-    found = _key_norms(ffn)
-    if found.shape != norms.shape or not torch.allclose(found, norms, rtol=_NORM_TOLERANCE, atol=1e-6):
+    with torch.no_grad():
+        found = _key_norms(ffn)
+    tolerance = _NORM_TOLERANCE if has_plain_weight(ffn.proj_in) else _QUANTISED_NORM_TOLERANCE
+    if found.shape != norms.shape or not torch.allclose(found, norms, rtol=tolerance, atol=1e-6):
         raise CheckpointError(
             f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}: it belongs to another model or the weights were changed without it"
         )

@@ -81,7 +81,7 @@ def inertia(rows: Tensor, labels: Tensor, num_clusters: int) -> float:
     return float((rows.square().sum() - (sums.square().sum(1) / counts).sum()).clamp(min=0))
 
 
-def explained_share(points: Tensor, labels: Tensor, num_clusters: int) -> float:
+def explained_variance_ratio(points: Tensor, labels: Tensor, num_clusters: int) -> float:
     """Share of the variance between the L2-normalised ``points`` ``[n, h]`` that a grouping explains, 0 to 1."""
     rows = F.normalize(points.detach().float(), dim=1)
     total = inertia(rows, torch.zeros_like(labels), 1)

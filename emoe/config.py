@@ -12,7 +12,6 @@ from emoe.errors import ConfigError, did_you_mean
 
 Layers = str | tuple[int, ...]
 Partition = Literal["kmeans", "random", "contiguous", "coactivation"]
-Router = Literal["avg_k", "cosine"]
 Selection = Literal["top", "bottom", "not_top", "random"]
 Score = Literal["keys", "gate", "up", "up_abs", "inter", "inter_abs"]
 # linear in the FFN's input, so that mean weights give them before any neuron is computed
@@ -24,6 +23,8 @@ DropoutPosition = Literal["before", "after"]
 OutputBias = Literal["shared", "per_expert"]
 
 CONFIG_VERSION = 1
+# name to class, filled by emoe.routers
+ROUTERS: dict[str, Any] = {}
 
 # The authors' Tutel layer with the settings of their language scripts.
 _TUTEL: dict[str, Any] = {
@@ -49,8 +50,10 @@ class RoutingConfig:
             (every second one of the latter half) or a slice such as ``"8:12:2"``.
         backend: ``masked`` is the reference: all neurons are computed and those of other experts set to zero.
             ``sparse`` computes the chosen experts only, with the same results to rounding, and goes back to
-            ``masked`` in forward passes where it cannot (see :mod:`emoe.backends`). ``auto`` takes, in each forward
-            pass, the one that is expected to be faster (see :mod:`emoe.costs`).
+            ``masked`` in forward passes where it cannot (see :mod:`emoe.sparse.path`). ``auto`` takes, in each forward
+            pass, the one that is expected to be faster (see :mod:`emoe.sparse.cost_model`).
+        decode_cache: while decoding, keep the values by neuron too, as much memory again as the out-projections of the converted
+            layers. Without, a token takes about half as long again (see :mod:`emoe.sparse.decode`).
         score_threshold: in evaluation, use every expert whose score is at least this, and the best one
             in any case, instead of ``top_k``; None for always ``top_k``. See :func:`emoe.set_top_k_`.
         capacity_factor: None for no limit. A number c limits each expert to
@@ -76,6 +79,7 @@ class RoutingConfig:
     top_k: int
     layers: Layers | Sequence[int] = "last-half:2"
     backend: Backend = "auto"
+    decode_cache: bool = True
     score_threshold: float | None = None
     capacity_factor: float | None = None
     count_padding: bool = False
@@ -176,7 +180,7 @@ class RoutingConfig:
         return ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}; it must be {wanted}")
 
     @property
-    def experts_in_use(self) -> int:
+    def num_active_experts(self) -> int:
         """How many experts a token uses: ``top_k``, or the others with ``selection="not_top"``."""
         return self.top_k
 
@@ -217,7 +221,7 @@ class EMoEConfig(RoutingConfig):
             set), ``random`` (seeded), ``contiguous``.
         partition_seed: seed of the partition.
         router: ``avg_k`` scores an expert by the mean of its keys and has no parameters;
-            ``cosine`` is the learned router of EMoE-learn.
+            ``cosine`` is the learned router of EMoE-learn. Others by :func:`emoe.register_router`.
         selection: which experts are used: the ``top`` k scores, the ``bottom`` k, all except the
             top k (``not_top``), or k at ``random``.
         score: what avg-k scores an expert by: ``keys``, the input's product with the mean key (the
@@ -228,7 +232,7 @@ class EMoEConfig(RoutingConfig):
         score_bias: add the mean bias of the expert's neurons to the ``keys`` score (off in the paper).
         normalize_gate: the ``keys`` score takes input and mean keys at unit length.
         value_norm_weighted: the ``keys`` score weights each key in the mean by the norm of its neuron's value.
-        gate_momentum: m. The mean keys become a running mean: :func:`emoe.retie_gates_`, to be
+        gate_momentum: m. The mean keys become a running mean: :func:`emoe.update_gates_`, to be
             called after each optimiser step, sets them to ``m * before + (1 - m) * mean keys``. With 0
             they are exactly those of the present weights and there is nothing to call.
         weighting: ``binary`` gives every chosen expert weight 1. ``softmax`` normalises over the
@@ -242,7 +246,7 @@ class EMoEConfig(RoutingConfig):
 
     partition: Partition = "kmeans"
     partition_seed: int = 0
-    router: Router = "avg_k"
+    router: str = "avg_k"
     selection: Selection = "top"
     score: Score = "keys"
     score_bias: bool = False
@@ -263,8 +267,11 @@ class EMoEConfig(RoutingConfig):
         if isinstance(self.partition_seed, bool) or not isinstance(self.partition_seed, int):
             raise self._error("partition_seed", "a whole number")
         self._check_number("gate_momentum", low=0.0, below=1.0)
-        if self.router == "cosine" and self.score != "keys":
-            raise self._error("score", "'keys' with router='cosine', which learns its scores")
+        if not isinstance(self.router, str) or self.router not in ROUTERS:
+            raise ConfigError(f"{type(self).__name__}.router is {self.router!r}{did_you_mean(self.router, ROUTERS)}")
+        learned = ROUTERS[self.router].learned
+        if self.router != "avg_k" and self.score != "keys":
+            raise self._error("score", f"'keys' with router='{self.router}', which has its own scores")
         for name in ("score_bias", "normalize_gate", "value_norm_weighted", "gate_momentum"):
             if getattr(self, name) and (self.router != "avg_k" or self.score != "keys"):
                 raise self._error(name, "off unless router is 'avg_k' and score is 'keys', whose mean keys it shapes")
@@ -273,11 +280,12 @@ class EMoEConfig(RoutingConfig):
             raise self._error("backend", f"'masked' unless score is {near}: the others need every neuron")
         if self.score_bias and self.normalize_gate:
             raise self._error("score_bias", "false with normalize_gate=True: a bias has no unit length")
-        if self.router == "cosine" and self.weighting == "binary":
+        if learned and self.weighting == "binary":
             raise self._error(
-                "weighting", "'softmax' or 'softmax_times_k' with router='cosine', else the router gets no gradient"
+                "weighting",
+                f"'softmax' or 'softmax_times_k' with router='{self.router}', else the router gets no gradient",
             )
-        if self.weighting == "softmax_times_k" and self.top_k == 1 < self.num_experts and self.router == "cosine":
+        if self.weighting == "softmax_times_k" and self.top_k == 1 < self.num_experts and learned:
             raise self._error(
                 "top_k", "at least 2 with weighting='softmax_times_k': the weight of a single expert would be 1"
             )
@@ -287,7 +295,7 @@ class EMoEConfig(RoutingConfig):
             raise self._error("score_threshold", "null unless selection is 'top'")
 
     @property
-    def experts_in_use(self) -> int:
+    def num_active_experts(self) -> int:
         return self.num_experts - self.top_k if self.selection == "not_top" else self.top_k
 
 
@@ -304,6 +312,8 @@ class GMoEConfig(RoutingConfig):
 
     kind: ClassVar[str] = "gmoe"
     _published: ClassVar[dict[str, dict[str, Any]]] = {"tutel": {**_TUTEL, "num_experts": 6, "top_k": 1}}
+
+    router: ClassVar[str] = "cosine"
 
     num_experts: int = 6
     top_k: int = 2

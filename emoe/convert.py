@@ -15,10 +15,10 @@ from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_gated, check_plain, check_trainable, check_weights
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
-from emoe.layer import ForwardStart, RoutedActivation, routed_layers
+from emoe.layer import RoutedActivation, routed_layers, with_values
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
-from emoe.tokens import PaddingWatch, watch_padding
+from emoe.tokens import PaddingMaskHook, PassHooks, watch_padding
 
 _ALIGNMENT = ("right", "left", *["right"] * 6)
 
@@ -128,24 +128,25 @@ def convert_(
         _check_partition(chosen, partition)
         padding = padding_watches(model, chosen, config)
         reports = [_split(ffn, config, partition, padding.get(ffn.index)) for ffn in chosen]
-        active = neurons - sum(r.expert_size * (config.num_experts - config.experts_in_use) for r in reports)
-    watch_start(model)
+        active = neurons - sum(r.expert_size * (config.num_experts - config.num_active_experts) for r in reports)
+    watch_passes(model)
     added = sum(p.numel() for p in model.parameters()) - before
     return ConversionReport(tuple(reports), len(ffns), active / neurons, added)
 
 
-def padding_watches(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> dict[int, PaddingWatch]:
+def padding_watches(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> dict[int, PaddingMaskHook]:
     """What tells the routed layers which tokens are padding, where the configuration makes them care."""
     cares = not config.count_padding and (config.capacity_factor is not None or config.aux_loss_coefficient > 0)
     return watch_padding(model, ffns) if cares else {}
 
 
-def watch_start(model: nn.Module) -> None:
+def watch_passes(model: nn.Module) -> None:
     """Let the layers of a freshly converted model know where a forward pass begins, if they have a balance loss."""
-    layers = [layer for layer in routed_layers(model) if layer.config.aux_loss_coefficient > 0]
-    start = ForwardStart(model, layers) if layers else None
-    for layer in layers:
-        layer.start = start
+    found = {name: module for name, module in model.named_modules() if isinstance(module, RoutedActivation)}
+    layers = {name: layer for name, layer in found.items() if layer.config.aux_loss_coefficient > 0}
+    passes = PassHooks(model, layers) if layers else None
+    for layer in layers.values():
+        layer.passes = passes
 
 
 def _check_partition(chosen: list[FFN], partition: Mapping[int, Tensor]) -> None:
@@ -158,7 +159,9 @@ def _check_partition(chosen: list[FFN], partition: Mapping[int, Tensor]) -> None
             )
 
 
-def _split(ffn: FFN, config: EMoEConfig, partition: Mapping[int, Tensor], padding: PaddingWatch | None) -> LayerReport:
+def _split(
+    ffn: FFN, config: EMoEConfig, partition: Mapping[int, Tensor], padding: PaddingMaskHook | None
+) -> LayerReport:
     permutation = partition[ffn.index].cpu()
     ffn.permute_(permutation)
     attach(ffn, config, permutation, padding)
@@ -172,7 +175,7 @@ def _split(ffn: FFN, config: EMoEConfig, partition: Mapping[int, Tensor], paddin
     )
 
 
-def _copy(ffn: FFN, config: GMoEConfig, padding: PaddingWatch | None) -> LayerReport:
+def _copy(ffn: FFN, config: GMoEConfig, padding: PaddingMaskHook | None) -> LayerReport:
     size = ffn.d
     widen(ffn, config.num_experts)
     attach(ffn, config, None, padding)
@@ -188,7 +191,7 @@ def _report(
 
 
 def attach(
-    ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None, padding: PaddingWatch | None
+    ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None, padding: PaddingMaskHook | None
 ) -> RoutedActivation:
     """Put the router in place on weights that are in expert order already."""
     layer = RoutedActivation(ffn, config, permutation, padding).train(ffn.layer.training)
@@ -228,9 +231,9 @@ def _like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
         if hasattr(wide, name):
             setattr(wide, name, size)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        old = cast(Tensor | None, getattr(module, name, None))
-        trains = old is not None and old.requires_grad
-        wide.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=trains))
+        parameter = cast(nn.Parameter | None, getattr(module, name, None))
+        known = parameter is not None and tensor is not None
+        wide.register_parameter(name, with_values(parameter, tensor) if known else None)  # type: ignore[arg-type]
     return wide
 
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from emoe.architectures import FFN, find_ffns, resolve_layers
 from emoe.calibration import Batch, record_activations
 from emoe.checks import check_distinct_keys, check_divisible, check_weights
-from emoe.clustering import balanced_kmeans, explained_share
+from emoe.clustering import balanced_kmeans, explained_variance_ratio
 from emoe.config import EMoEConfig
 from emoe.errors import CheckpointError, ConversionError
 
@@ -113,7 +113,7 @@ def _group(ffn: FFN, config: EMoEConfig, activations: Tensor | None) -> tuple[Te
             digest = hashlib.sha256(text.encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             labels = labels[torch.randperm(ffn.d, generator=generator)]
-    return labels, explained_share(keys, labels, n)
+    return labels, explained_variance_ratio(keys, labels, n)
 
 
 def partition_key(model: nn.Module, config: EMoEConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from emoe.errors import ConversionError
 from emoe.layer import check_one_conversion, routed_layers
-from emoe.tokens import LabelWatch, PaddingWatch, is_recomputed, watch_padding
+from emoe.tokens import LabelHook, PaddingMaskHook, is_recomputed, watch_padding
 
 
 class LayerRecord:
@@ -28,11 +29,15 @@ class LayerRecord:
         self,
         num_experts: int,
         device: torch.device,
-        labels: LabelWatch,
-        padding: PaddingWatch | None,
+        labels: LabelHook,
+        padding: PaddingMaskHook | None,
         window: int | None,
+        *,
+        rows_first: bool = True,
     ) -> None:
         self.num_experts = num_experts
+        self._rows_first = rows_first
+        self._lock = threading.Lock()
         self.windows: list[Tensor] = []
         self._labels, self._padding, self._window, self._passes = labels, padding, window, 0
         # on the layer's device: reading a number from an accelerator in every step would stop it
@@ -52,6 +57,10 @@ class LayerRecord:
         """
         if is_recomputed():
             return
+        with self._lock:  # threads may share the model
+            self._update(chosen, kept)
+
+    def _update(self, chosen: Tensor, kept: Tensor) -> None:
         tokens = chosen.shape[0]
         real = self._real_tokens(tokens)
         dropped = chosen & ~kept if kept is not chosen else None
@@ -62,9 +71,10 @@ class LayerRecord:
         if labels is None or tokens % max(labels.numel(), 1):
             loads = chosen.sum(0)
         else:
-            by_row = chosen.unflatten(0, (labels.numel(), -1)).sum(1)
+            rows = labels.numel()
+            by_row = chosen.unflatten(0, (rows, -1) if self._rows_first else (-1, rows)).sum(int(self._rows_first))
             loads = by_row.sum(0)
-            self._count_labels(labels.to(by_row.device), by_row)
+            self._count_labels(labels.to(by_row.device), by_row, self._labels.num_labels(labels))
         self._loads += loads
         self._tokens += tokens if real is None else real.sum()
         if dropped is not None:
@@ -76,15 +86,15 @@ class LayerRecord:
 
     def _real_tokens(self, tokens: int) -> Tensor | None:
         try:
-            return None if self._padding is None else self._padding.real_tokens(tokens)
+            return None if self._padding is None else self._padding.token_mask(tokens)
         except RuntimeError as error:  # a statistic is no reason to stop a forward pass
             warnings.warn(f"padding is counted: {error}", stacklevel=2)
             return None
 
-    def _count_labels(self, labels: Tensor, by_row: Tensor) -> None:
+    def _count_labels(self, labels: Tensor, by_row: Tensor, num_labels: int) -> None:
         named = labels >= 0
         labels, by_row = labels[named], by_row[named]
-        missing = self._labels.num_labels - self._labelled.shape[0]
+        missing = num_labels - self._labelled.shape[0]
         if missing > 0:
             self._labelled = torch.cat([self._labelled, self._labelled.new_zeros(missing, self.num_experts)])
         self._labelled.index_add_(0, labels, by_row)
@@ -159,7 +169,7 @@ class RoutingRecord:
     """What :func:`record_routing` collected, by layer number."""
 
     layers: dict[int, LayerRecord]
-    _labels: LabelWatch
+    _labels: LabelHook
 
     def set_labels(self, labels: Tensor | None) -> None:
         """Labels of the rows ``[rows]`` of the coming forward passes, for models that are not called with them."""
@@ -215,14 +225,16 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
     check_one_conversion(layers, "record_routing")
     if any(layer.record is not None for layer in layers):
         raise ConversionError("record_routing: the model is being recorded already")
-    labels = LabelWatch(model)
+    labels = LabelHook(model)
     padding = watch_padding(model, [layer.ffn for layer in layers])
     records = {}
     try:
         for layer in layers:
             n, device = layer.config.num_experts, layer.ffn.keys().device
-            layer.record = LayerRecord(n, device, labels, padding.get(layer.ffn_index), window)
-            records[layer.ffn_index] = layer.record
+            record = LayerRecord(
+                n, device, labels, padding.get(layer.ffn_index), window, rows_first=layer.ffn.rows_first
+            )
+            layer.record = records[layer.ffn_index] = record
         yield RoutingRecord(records, labels)
     finally:
         for watch in (labels, *padding.values()):

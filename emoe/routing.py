@@ -1,6 +1,6 @@
 """Which experts a token uses and with what weight. Shapes: T tokens, h width, N experts, s neurons each, d = N·s.
 
-A *slot* is one of a token's chosen experts; slot 0 is the first choice.
+``expert_indices`` ``[T, k]`` are a token's chosen experts, first choice first.
 """
 
 from __future__ import annotations
@@ -8,34 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from emoe.config import BalanceLoss, Selection, Weighting
-
-_ROUTER_DIM = 256
-_MAX_LOG_SCALE = math.log(100.0)
-
-
-class CosineRouter(nn.Module):
-    """Learned router of GMoE and EMoE-learn: scaled cosine of a projection with expert embeddings.
-
-    Logits are ``exp(min(temperature, ln 100)) * cos(W x + b, s_i)``; the scale starts at 2 and the
-    embeddings at N(0, 0.01²) (the authors' ``gates/cosine_top.py``).
-    """
-
-    def __init__(self, hidden_size: int, num_experts: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(hidden_size, _ROUTER_DIM)
-        self.expert_embeddings = nn.Parameter(torch.randn(_ROUTER_DIM, num_experts) * 0.01)
-        self.temperature = nn.Parameter(torch.tensor([math.log(1 / 0.5)]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores ``[T, N]`` in float32 for inputs ``[T, h]``."""
-        with torch.autocast(x.device.type, enabled=False):
-            projected = F.linear(x.float(), self.proj.weight.float(), self.proj.bias.float())
-            cosine = F.normalize(projected, dim=-1) @ F.normalize(self.expert_embeddings.float(), dim=0)
-            return cosine * self.temperature.float().clamp(max=_MAX_LOG_SCALE).exp()
 
 
 def expert_means(rows: Tensor, num_experts: int, value_norms: Tensor | None = None) -> Tensor:
@@ -78,26 +54,33 @@ def block_means(values: Tensor, num_experts: int) -> Tensor:
 
 
 def select_experts(scores: Tensor, top_k: int, selection: Selection) -> Tensor:
-    """The experts to use, ``[T, slots]``, first choice first. Equal scores go to the lower expert."""
+    """The experts to use, ``[T, k]``, first choice first. Equal scores go to the lower expert."""
     if selection == "random":
         scores = torch.rand_like(scores)
-    order = torch.sort(scores, dim=-1, descending=selection != "bottom", stable=True).indices
+    order = _order(scores, descending=selection != "bottom")
     return order[:, top_k:] if selection == "not_top" else order[:, :top_k]
 
 
-def slots_above(scores: Tensor, slots: Tensor, threshold: float) -> Tensor:
-    """Which slots ``[T, slots]`` have a score of at least ``threshold``; the first choice always counts."""
-    above = scores.gather(1, slots) >= threshold
+def _order(values: Tensor, *, descending: bool) -> Tensor:
+    """Places of the values from first to last along the last dimension; equal ones stay in their order."""
+    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort, but its TopK gives equal values in their order
+        return values.topk(values.shape[-1], dim=-1, largest=descending).indices
+    return torch.sort(values, dim=-1, descending=descending, stable=True).indices
+
+
+def mask_above(scores: Tensor, expert_indices: Tensor, threshold: float) -> Tensor:
+    """Which chosen experts ``[T, k]`` have a score of at least ``threshold``; the first choice always counts."""
+    above = scores.gather(1, expert_indices) >= threshold
     above[:, 0] = True
     return above
 
 
-def places_within_capacity(
+def capacity_mask(
     scores: Tensor,
-    slots: Tensor,
+    expert_indices: Tensor,
     capacity_factor: float,
     top_k: int,
-    counted: Tensor | None = None,
+    token_mask: Tensor | None = None,
     used: Tensor | None = None,
 ) -> Tensor:
     """Which assignments find a place when every expert takes a limited number of them.
@@ -107,39 +90,39 @@ def places_within_capacity(
 
     Args:
         scores: ``[T, N]``, those that chose the experts.
-        slots: ``[T, slots]`` experts.
+        expert_indices: ``[T, k]`` experts.
         capacity_factor: c; each expert takes ``top_k * int(c * ceil(T / N))`` assignments.
         top_k: experts that a token uses.
-        counted: ``[T]`` bool; the other tokens (padding) are not in T and need no place.
-        used: ``[T, slots]`` bool; slots that are not in use need no place.
+        token_mask: ``[T]`` bool; the other tokens (padding) are not in T and need no place.
+        used: ``[T, k]`` bool; choices that are not in use need no place.
 
     Returns:
-        ``[T, slots]`` bool.
+        ``[T, k]`` bool.
     """
     num_experts = scores.shape[1]
-    waiting = torch.ones_like(slots, dtype=torch.bool) if used is None else used.clone()
-    tokens = slots.new_tensor(slots.shape[0])
-    if counted is not None:
-        waiting &= counted.unsqueeze(1)
-        tokens = counted.sum()
+    waiting = torch.ones_like(expert_indices, dtype=torch.bool) if used is None else used.clone()
+    tokens = expert_indices.new_tensor(expert_indices.shape[0])
+    if token_mask is not None:
+        waiting &= token_mask.unsqueeze(1)
+        tokens = token_mask.sum()
     capacity = top_k * (capacity_factor * (tokens.double() / num_experts).ceil()).long()
-    order = torch.sort(scores.softmax(-1).amax(-1), descending=True, stable=True).indices
+    order = _order(scores.softmax(-1).amax(-1), descending=True)
     # all assignments in the order in which they get places; those that need none go to a queue of their own
-    queue = torch.where(waiting, slots, num_experts)[order].t().flatten()
-    by_expert = torch.sort(queue, stable=True).indices
+    queue = torch.where(waiting, expert_indices, num_experts)[order].t().flatten()
+    by_expert = _order(queue, descending=False)
     lengths = queue.new_zeros(num_experts + 1).scatter_add_(0, queue, torch.ones_like(queue))
     starts = lengths.cumsum(0) - lengths
     place = torch.empty_like(queue)
     place[by_expert] = torch.arange(queue.numel(), device=queue.device) - starts[queue[by_expert]]
     fits = torch.empty_like(waiting)
-    fits[order] = (place < capacity).view(slots.shape[1], -1).t()
+    fits[order] = (place < capacity).view(expert_indices.shape[1], -1).t()
     return fits | ~waiting
 
 
-def slot_mask(slots: Tensor, num_experts: int, used: Tensor | None = None) -> Tensor:
-    """Boolean mask ``[T, N]`` of the experts in ``slots``; ``used`` ``[T, slots]`` leaves some out."""
-    mask = torch.zeros(slots.shape[0], num_experts, dtype=torch.bool, device=slots.device)
-    return mask.scatter(1, slots, True if used is None else used)
+def expert_mask(expert_indices: Tensor, num_experts: int, used: Tensor | None = None) -> Tensor:
+    """Boolean mask ``[T, N]`` of the experts in ``expert_indices``; ``used`` ``[T, k]`` leaves some out."""
+    mask = torch.zeros(expert_indices.shape[0], num_experts, dtype=torch.bool, device=expert_indices.device)
+    return mask.scatter(1, expert_indices, torch.ones_like(expert_indices, dtype=torch.bool) if used is None else used)
 
 
 def expert_weights(scores: Tensor, mask: Tensor, weighting: Weighting, top_k: int) -> Tensor:
@@ -165,7 +148,7 @@ def balance_loss(
     mask: Tensor,
     noise_std: float,
     formula: BalanceLoss = "corrected",
-    counted: Tensor | None = None,
+    token_mask: Tensor | None = None,
 ) -> Tensor:
     """Squared coefficient of variation of the experts' importance and, with noise, of their load.
 
@@ -179,9 +162,9 @@ def balance_loss(
         mask: chosen experts ``[T, N]``.
         noise_std: standard deviation of the noise; 0 for none.
         formula: ``published`` takes the clean *probability* in the load, as the authors' code does.
-        counted: ``[T]`` bool, tokens that count; None for all.
+        token_mask: ``[T]`` bool, tokens that count; None for all.
     """
-    share = torch.ones_like(clean[:, :1]) if counted is None else counted.unsqueeze(1).to(clean.dtype)
+    share = torch.ones_like(clean[:, :1]) if token_mask is None else token_mask.unsqueeze(1).to(clean.dtype)
     probabilities = clean.softmax(-1)
     importance = _squared_variation((probabilities * share).sum(0))
     if noise_std == 0:

@@ -1,15 +1,18 @@
-"""What the model was called with: which of a layer's tokens are padding, and which labels the rows have."""
+"""What the model was called with: where a pass begins, which of a layer's tokens are padding, and which labels the rows have."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from emoe.architectures import FFN
+
+T = TypeVar("T")
 
 # an FFN's tokens are those of the innermost part around it that is called with one of these
 _TEXT = "input_ids"
@@ -24,28 +27,141 @@ def is_recomputed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class _Watch:
+class PerThread(Generic[T]):
+    """A value for each thread, so that threads that share a model do not see each other's. Copies start empty.
+
+    A compiled graph has no threads: its value is every thread's that has none of its own.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[int, T] = {}
+        self._compiled: T | None = None
+
+    def get(self) -> T | None:
+        """This thread's value, or None."""
+        return (
+            self._compiled if torch.compiler.is_compiling() else self._values.get(threading.get_ident(), self._compiled)
+        )
+
+    def set(self, value: T) -> None:
+        """Replace this thread's value."""
+        if torch.compiler.is_compiling():
+            self._compiled = value
+        else:
+            self._values[threading.get_ident()] = value
+
+    def clear(self) -> None:
+        """Forget this thread's value."""
+        self._compiled = None
+        if torch.compiler.is_compiling():
+            self._values.clear()
+        else:
+            self._values.pop(threading.get_ident(), None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PerThread, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()
+
+
+class _KeepsLoss(Protocol):
+    def forget_loss(self) -> None: ...
+
+
+class PassHooks:
+    """Forgets the layers' balance losses where a forward pass begins: at the outermost call, within a thread, of a module that holds some of them.
+
+    Each such module is watched, because wrappers call the parts of a model and not always the model itself.
+
+    Args:
+        model: the model that is called.
+        layers: layers of it that keep a loss, by name.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, _KeepsLoss]) -> None:
+        self._running: PerThread[list[str]] = PerThread()
+        within: dict[str, list[_KeepsLoss]] = {}
+        for name, layer in layers.items():
+            parts = name.split(".")
+            for length in range(len(parts)):
+                within.setdefault(".".join(parts[:length]), []).append(layer)
+        self._hooks = []
+        for name, below in within.items():
+            part = _Part(self, name, below)
+            module = model.get_submodule(name)
+            self._hooks += [
+                module.register_forward_pre_hook(part.begin),
+                module.register_forward_hook(part.end, always_call=True),
+            ]
+
+    def begin(self, name: str, below: Sequence[_KeepsLoss]) -> None:
+        """A part is called."""
+        running = self._running.get() or []
+        if name in running:  # an interruption has ended what it was in
+            running = []
+        if not running:
+            for layer in below:
+                layer.forget_loss()
+        self._running.set([*running, name])
+
+    def end(self, name: str) -> None:
+        """Its call has ended."""
+        running = self._running.get() or []
+        self._running.set(running[: running.index(name)] if name in running else [])
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+class _Part:
+    """One module that holds layers."""
+
+    def __init__(self, hooks: PassHooks, name: str, below: Sequence[_KeepsLoss]) -> None:
+        self._hooks, self._name, self._below = hooks, name, below
+
+    def begin(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
+        self._hooks.begin(self._name, self._below)
+
+    def end(self, _module: nn.Module, _args: tuple[Any, ...], _result: object) -> None:
+        self._hooks.end(self._name)
+
+
+class _ArgumentHook:
     """Reads one argument of a module in each of its forward passes."""
 
     def __init__(self, module: nn.Module, argument: str) -> None:
         parameters = list(inspect.signature(module.forward).parameters)
         self._place = parameters.index(argument) if argument in parameters else None
         self._argument = argument
-        self._value: Tensor | None = None
-        self._running = False
+        self._values: PerThread[Tensor] = PerThread()
+        self._running: PerThread[bool] = PerThread()
+        # of the pass before, in whatever thread the backward pass repeats a part of it
+        self._latest: Tensor | None = None
         self._hooks = [
             module.register_forward_pre_hook(self._read, with_kwargs=True),
             module.register_forward_hook(self._finish, always_call=True),
         ]
 
-    def _read(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _read(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = self._place is not None and self._place < len(args)
         value = args[self._place] if given else kwargs.get(self._argument)  # type: ignore[index]
-        self._running = True
-        self._value = value if isinstance(value, Tensor) and self._is_wanted(value) else None
+        self._running.set(True)
+        self._latest = value if isinstance(value, Tensor) and self._is_wanted(value) else None
+        self._values.clear()
+        if self._latest is not None:
+            self._values.set(self._latest)
 
     def _finish(self, _module: nn.Module, _args: tuple[Any, ...], _result: object) -> None:
-        self._running = False
+        self._running.set(False)
+
+    def _value(self) -> Tensor | None:
+        """What the present forward pass was given, or the one that is repeated."""
+        value = self._values.get()
+        return self._latest if value is None and is_recomputed() else value
 
     def _is_wanted(self, value: Tensor) -> bool:
         raise NotImplementedError
@@ -56,7 +172,7 @@ class _Watch:
             hook.remove()
 
 
-class PaddingWatch(_Watch):
+class PaddingMaskHook(_ArgumentHook):
     """Reads the padding mask of a model, or of a stack of it.
 
     Args:
@@ -74,29 +190,31 @@ class PaddingWatch(_Watch):
     def _is_wanted(self, value: Tensor) -> bool:
         return value.ndim == 2
 
-    def real_tokens(self, tokens: int) -> Tensor | None:
+    def token_mask(self, tokens: int) -> Tensor | None:
         """Which of a layer's tokens ``[tokens]`` are no padding; None where there was no two-dimensional mask.
 
         Raises:
             RuntimeError: the module is not being called through its hooks, or its mask is not of these tokens.
         """
-        if not self._running and not is_recomputed():
+        if not self._running.get() and not is_recomputed():
             raise RuntimeError(
-                f"the padding is not known: {self._name} was not called as a module (model(...), not model.forward(...))"
+                f"the padding is not known: {self._name} was not called as a module (model(...), not model.forward(...), as PEFT "
+                "calls the model that it wraps): convert a model with a head, or set count_padding=True"
             )
-        if self._value is None:
+        value = self._value()
+        if value is None:
             return None
-        rows, columns = self._value.shape
+        rows, columns = value.shape
         newest = tokens // rows if self._cached and rows else columns
         if rows * newest != tokens or newest > columns:
             raise RuntimeError(f"{self._argument} {[rows, columns]} does not fit the {tokens} tokens of a layer")
-        mask = self._value[:, columns - newest :]
+        mask = value[:, columns - newest :]
         if self._argument != _MASK:
             mask = mask.logical_not() if mask.dtype == torch.bool else mask == 0
         return (mask if self._rows_first else mask.t()).reshape(-1).bool()
 
 
-class LabelWatch(_Watch):
+class LabelHook(_ArgumentHook):
     """Reads the labels of a model's rows, where there is one whole number a row.
 
     Attributes:
@@ -106,11 +224,7 @@ class LabelWatch(_Watch):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "labels")
         self.given: Tensor | None = None
-        self._count: int | None = None
-
-    def _read(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super()._read(_module, args, kwargs)
-        self._count = None
+        self._counted: tuple[Tensor, int] | None = None
 
     def _is_wanted(self, value: Tensor) -> bool:
         return value.ndim == 1 and not value.is_floating_point()
@@ -118,18 +232,16 @@ class LabelWatch(_Watch):
     @property
     def labels(self) -> Tensor | None:
         """Labels ``[rows]`` of the present forward pass; negative ones stand for none."""
-        return self._value if self.given is None else self.given
+        return self._values.get() if self.given is None else self.given
 
-    @property
-    def num_labels(self) -> int:
-        """One more than the highest label of the present pass; read from the device once."""
-        if self._count is None:
-            labels = self.labels
-            self._count = 0 if labels is None or not labels.numel() else int(labels.max()) + 1
-        return self._count
+    def num_labels(self, labels: Tensor) -> int:
+        """One more than the highest of these labels; read from the device once a pass, not once a layer."""
+        if self._counted is None or self._counted[0] is not labels:
+            self._counted = (labels, int(labels.max()) + 1 if labels.numel() else 0)
+        return self._counted[1]
 
 
-def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingWatch]:
+def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMaskHook]:
     """Watch the padding masks of these FFNs' tokens, by layer number.
 
     An FFN's mask is that of the innermost part of the model around it that is called with token ids (each
@@ -138,7 +250,7 @@ def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingWat
     """
     names = {id(module): name for name, module in model.named_modules()}
     modules = dict(model.named_modules())
-    watches: dict[str, PaddingWatch | None] = {}
+    watches: dict[str, PaddingMaskHook | None] = {}
     found = {}
     for ffn in ffns:
         parts = names[id(ffn.layer)].split(".")[:-1] if id(ffn.layer) in names else []
@@ -154,14 +266,13 @@ def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingWat
     return found
 
 
-def _watch(module: nn.Module, ffn: FFN) -> PaddingWatch | None:
+def _watch(module: nn.Module, ffn: FFN) -> PaddingMaskHook | None:
     for argument in _KEY_PADDING:
         if _takes_any(module, argument):
-            rows_first = bool(getattr(getattr(ffn.layer, "self_attn", None), "batch_first", True))
-            return PaddingWatch(module, argument, cached=False, rows_first=rows_first)
+            return PaddingMaskHook(module, argument, cached=False, rows_first=ffn.rows_first)
     text = _takes_any(module, _TEXT)
     if _takes_any(module, _MASK) and (text or not _takes_any(module, *_OTHER_INPUTS)):
-        return PaddingWatch(module, _MASK, cached=text)
+        return PaddingMaskHook(module, _MASK, cached=text, rows_first=ffn.rows_first)
     return None
 
 

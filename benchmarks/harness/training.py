@@ -247,7 +247,7 @@ class RetieGates(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if model is not None:
-            emoe.retie_gates_(model)
+            emoe.update_gates_(model)
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:

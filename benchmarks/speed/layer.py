@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed.ffn import CANDIDATES, FFN
 from benchmarks.speed.timing import ratios, side_by_side
-from emoe.costs import sparse_share
+from emoe.sparse.cost_model import predicted_time_ratio
 
 
 def measure(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -36,7 +36,9 @@ def measure(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, 
     kept = {name: kept_bytes(net, functools.partial(net, x.requires_grad_())) for name, net in nets.items()}
     for name, row in found.items():
         row["memory_ratio"] = kept[name] / kept["dense"]
-    expected = sparse_share(len(x), model["hidden"], model["neurons"] // n, k / n, dtype, torch.get_num_threads())
+    expected = predicted_time_ratio(
+        len(x), model["hidden"], model["neurons"] // n, k / n, dtype, torch.get_num_threads()
+    )
     if "sparse" in found and expected is not None:
         found["sparse"]["expected_ratio"] = expected
     return found

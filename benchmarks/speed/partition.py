@@ -17,7 +17,7 @@ from benchmarks.harness.models import load_backbone
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.seeds import derive_seed
 from emoe.architectures import find_ffns
-from emoe.clustering import balanced_kmeans, explained_share
+from emoe.clustering import balanced_kmeans, explained_variance_ratio
 
 
 def measure(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -34,7 +34,7 @@ def measure(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, 
         start, cpu = time.perf_counter(), time.process_time()
         labels = CANDIDATES[name](rows, n, settings)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-        unexplained = 1 - explained_share(rows, labels, n)
+        unexplained = 1 - explained_variance_ratio(rows, labels, n)
         found[name] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "inertia": unexplained}
     base = found.get("kmeans_constrained")
     if base is not None:

@@ -17,7 +17,7 @@ from benchmarks.harness.presentation import Presentation
 from benchmarks.harness.records import collect
 from benchmarks.harness.rendering import Column, Table
 from benchmarks.harness.runs import Run
-from emoe.costs import sparse_share
+from emoe.sparse.cost_model import predicted_time_ratio
 
 _COLOURS = {
     "auto": "#0072b2",
@@ -96,7 +96,7 @@ class _Shown:
             f"{self.benchmark.name}_layer",
             "One FFN of experts beside the dense FFN",
             "Forward and backward, random weights and inputs. Time as a ratio to the dense FFN in the same round: median [lowest, highest]; the lowest possible is k/N. EMoE is "
-            'backend="auto", which chooses between sparse and masked; expected is what emoe.costs, by which it chooses, says of sparse. The authors\' block mask is our writing of what their Llama code '
+            'backend="auto", which chooses between sparse and masked; expected is what emoe.sparse.cost_model, by which it chooses, says of sparse. The authors\' block mask is our writing of what their Llama code '
             "computes; their Tutel fork was not at hand. transformers' experts get the same weights without biases, the same choice of experts, and no router's cost beyond it. The last column is what the "
             "sparse path keeps for the backward pass.",
             {
@@ -273,7 +273,9 @@ class _Shown:
                     )
                 own = panel[panel["eval_task"] == "auto"].sort_values(column)
                 expected = [
-                    sparse_share(row.tokens, int(row.hidden), int(row.size), row.top_k_fraction, torch.float32, 1)
+                    predicted_time_ratio(
+                        row.tokens, int(row.hidden), int(row.size), row.top_k_fraction, torch.float32, 1
+                    )
                     for row in own.itertuples()
                 ]
                 axis.plot(own[column], expected, color="#bbbbbb", lw=2.5, zorder=0, label="sparse, expected")

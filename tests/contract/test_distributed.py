@@ -65,7 +65,7 @@ def losses(case: str, wrap: Callable[[nn.Module], nn.Module], rows: slice) -> li
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        emoe.retie_gates_(model)
+        emoe.update_gates_(model)
         found.append(float(loss.detach()))
     return found
 

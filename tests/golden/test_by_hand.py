@@ -36,7 +36,7 @@ def by_hand(layer: RoutedActivation, ffn, x: Tensor, draws: Tensor, training: bo
     n, k, tokens = config.num_experts, config.top_k, len(x)
     w1, b1 = ffn.inner.weight.unflatten(0, (n, -1)), ffn.inner.bias.unflatten(0, (n, -1))
     w2, b2 = ffn.outer.weight.unflatten(1, (n, -1)), layer.output_bias
-    if layer.router is None:
+    if not layer.router.learned:
         z = x @ w1.detach().mean(1).t()
     else:
         router = layer.router
@@ -58,7 +58,7 @@ def by_hand(layer: RoutedActivation, ffn, x: Tensor, draws: Tensor, training: bo
             if taken[e] > capacity:
                 continue
             weight = torch.ones(())
-            if layer.router is not None:
+            if layer.router.learned:
                 weight = probabilities[t, e]
                 if k > 1:
                     weight = weight / probabilities[t, slots[t]].sum()

@@ -80,7 +80,7 @@ def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor], backend:
     assert not missing.unexpected_keys
     assert set(missing.missing_keys) <= {
         "layers.0.outer.bias",
-        "layers.0.act.gate",
+        "layers.0.act.router.gate",
         "layers.0.act.output_bias_parts",
     }
     return net.train(meta["training"])
@@ -125,12 +125,12 @@ def test_tutel_layer_after_optimiser_steps(name: str, backend: str, monkeypatch:
         optimizer.zero_grad()
         ((y - data["steps_target"][step]).square().mean() + loss).backward()
         optimizer.step()
-        emoe.retie_gates_(net)
+        emoe.update_gates_(net)
     for theirs, ours in TUTEL.items():
         close(net.get_parameter(f"layers.0.{ours}").detach(), data[f"final_{theirs}"], theirs)
     if "final_gate_weight" in data:
         layer: RoutedActivation = routed_layers(net)[0]
-        close(layer.gate if layer.gate is not None else layer.present_gate(), data["final_gate_weight"], "gate")
+        close(layer.gate if layer.gate is not None else layer.current_gate(), data["final_gate_weight"], "gate")
 
 
 @pytest.mark.parametrize("backend", ["masked", "sparse"])

@@ -298,8 +298,8 @@ def test_truncated_files_are_named(folder, name: str, keep: float) -> None:
         ("emoe_partition", {"permutation.3": torch.arange(32)}, "has no permutation"),
         ("emoe_partition", {"key_norms.1": None}, r"in the layers \[1, 3\], but .* in the layers \[3\]"),
         ("emoe_partition", {"key_norms.1": torch.ones(64)}, "does not match the weights"),
-        ("emoe_extra", {"1.routing.gate": None}, r"does not hold '1\.routing\.\*'"),
-        ("emoe_extra", {"1.routing.gate": torch.ones(4, 32)}, r"does not hold '1\.routing\.\*'"),
+        ("emoe_extra", {"1.routing.router.gate": None}, r"does not hold '1\.routing\.\*'"),
+        ("emoe_extra", {"1.routing.router.gate": torch.ones(4, 32)}, r"does not hold '1\.routing\.\*'"),
     ],
 )
 def test_sidecars_that_do_not_fit_are_named(folder, file: str, change: dict, message: str) -> None:

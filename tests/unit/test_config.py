@@ -47,7 +47,7 @@ def test_round_trip_through_plain_values() -> None:
         ({"num_experts": 8, "top_k": 2, "score_bias": True, "normalize_gate": True}, "no unit length"),
         (
             {"num_experts": 8, "top_k": 2, "score": "up", "router": "cosine", "weighting": "softmax"},
-            "learns its scores",
+            "has its own scores",
         ),
         ({"num_experts": 8, "top_k": 1, "router": "cosine", "weighting": "softmax_times_k"}, "at least 2"),
         (

@@ -376,10 +376,10 @@ def test_an_image_of_32_bits_is_refused(root: Path) -> None:
 @pytest.mark.parametrize("task", [TASK, EMOJI_TASK], ids=["folders", "emoji"])
 def test_worker_processes_can_be_given_a_set(root: Path, packages: Path, task: dict[str, Any]) -> None:
     for environment in load(task=task).environments:
-        again = pickle.loads(pickle.dumps(environment))  # noqa: S301
+        again = pickle.loads(pickle.dumps(environment))
         assert again.open(0)[0].tobytes() == environment.open(0)[0].tobytes()
     image = load(task=task).environments[0].open(0)[0]
-    again = pickle.loads(pickle.dumps(plain(16)))  # noqa: S301
+    again = pickle.loads(pickle.dumps(plain(16)))
     assert torch.equal(again(image), plain(16)(image))
 
 

@@ -72,7 +72,7 @@ def test_calibration_and_running_gates_reach_the_library(roots, tmp_path: Path, 
     path.parent.mkdir()
     path.write_text(run.to_json())
     calls: list[object] = []
-    monkeypatch.setattr(emoe, "retie_gates_", calls.append)
+    monkeypatch.setattr(emoe, "update_gates_", calls.append)
     found = json.loads(execute(path, threads=1, log=path.parent / "log.txt").read_text())
     assert len(calls) == found["cost"]["steps"] > 0
     assert 0 <= found["routing"]["drop_rate"] < 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, CLIPConfig, 
 
 import emoe
 from tests import tiny_models
-from tests.plain_net import plain_net
+from tests.plain_net import SPECS, plain_net
 
 
 def test_loads_count_every_token_and_leave_padding_out() -> None:
@@ -244,3 +245,25 @@ def test_parts_that_were_converted_apart_are_not_mixed_up(tmp_path) -> None:
         pass
     with pytest.raises(emoe.ConversionError, match="converted apart"):
         emoe.save_pretrained(model, tmp_path)
+
+
+def test_rows_may_come_second() -> None:
+    """XLNet's layout: ``[tokens, rows, h]``, with a mask and labels by row."""
+    x = torch.randn(5, 3, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    found = {}
+    for rows_first in (True, False):
+        specs = [dataclasses.replace(spec, rows_first=rows_first) for spec in SPECS]
+        emoe.register_ffn("PlainNet", *specs)
+        net = plain_net(8, 32)
+        emoe.convert_(net, emoe.EMoEConfig(num_experts=4, top_k=1, layers=[0], capacity_factor=1.0))
+        with emoe.record_routing(net) as record:
+            record.set_labels(torch.tensor([0, 1, 2]))
+            y = net(x.transpose(0, 1).contiguous() if rows_first else x, attention_mask=mask)
+        found[rows_first] = (y if rows_first else y.transpose(0, 1), record.layers[0])
+    (first, one), (second, other) = found[True], found[False]
+    assert one.tokens == other.tokens == 9
+    assert {label: int(loads.sum()) for label, loads in other.by_label.items()} == {0: 5, 1: 3, 2: 1}
+    assert all(torch.equal(one.by_label[label], other.by_label[label]) for label in range(3))
+    assert one.dropped == other.dropped
+    assert first.shape == second.shape

@@ -5,18 +5,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import emoe
+from emoe.layer import routed_layers
 from emoe.routing import (
-    CosineRouter,
     balance_loss,
     block_means,
+    capacity_mask,
+    expert_mask,
     expert_means,
     expert_weights,
     key_scores,
-    places_within_capacity,
+    mask_above,
     select_experts,
-    slot_mask,
-    slots_above,
 )
+from tests.plain_net import plain_net
 
 sizes = st.tuples(st.integers(1, 8), st.integers(1, 6), st.integers(1, 5), st.integers(1, 9), st.integers(0, 99))
 
@@ -79,26 +81,26 @@ def test_selection_and_ties(selection, chosen) -> None:
 
 def test_random_selection_takes_k_and_varies() -> None:
     torch.manual_seed(0)
-    mask = slot_mask(select_experts(torch.zeros(200, 6), 2, "random"), 6)
+    mask = expert_mask(select_experts(torch.zeros(200, 6), 2, "random"), 6)
     assert mask.sum(-1).eq(2).all()
     assert mask.sum(0).gt(20).all()
 
 
 def test_a_threshold_takes_what_is_above_it_and_always_the_best() -> None:
     slots = select_experts(SCORES, 4, "top")
-    above = slots_above(SCORES, slots, 0.3)
-    assert slot_mask(slots, 4, above).tolist() == [[False, True, True, False], [True, True, True, False]]
-    assert slots_above(SCORES, slots, 9.0).sum(1).tolist() == [1, 1]
+    above = mask_above(SCORES, slots, 0.3)
+    assert expert_mask(slots, 4, above).tolist() == [[False, True, True, False], [True, True, True, False]]
+    assert mask_above(SCORES, slots, 9.0).sum(1).tolist() == [1, 1]
 
 
 def test_weights() -> None:
-    mask = slot_mask(select_experts(SCORES, 2, "top"), 4)
+    mask = expert_mask(select_experts(SCORES, 2, "top"), 4)
     assert torch.equal(expert_weights(SCORES, mask, "binary", 2), mask.float())
     soft = expert_weights(SCORES, mask, "softmax", 2)
     torch.testing.assert_close(soft.sum(-1), torch.ones(2))
     assert soft[~mask].eq(0).all()
     torch.testing.assert_close(expert_weights(SCORES, mask, "softmax_times_k", 2), soft * 2)
-    first = slot_mask(select_experts(SCORES, 1, "top"), 4)
+    first = expert_mask(select_experts(SCORES, 1, "top"), 4)
     torch.testing.assert_close(expert_weights(SCORES, first, "softmax", 1), SCORES.softmax(-1) * first)
 
 
@@ -137,14 +139,16 @@ def test_places_are_given_in_order_of_choice_and_confidence(
     scores = torch.randn(tokens, experts, generator=generator)
     slots = select_experts(scores, top_k, "top")
     counted = torch.rand(tokens, generator=generator) < 0.6 if padding else None
-    used = slots_above(scores, slots, 0.0) if dynamic else None
-    found = places_within_capacity(scores, slots, factor, top_k, counted, used)
+    used = mask_above(scores, slots, 0.0) if dynamic else None
+    found = capacity_mask(scores, slots, factor, top_k, counted, used)
     assert torch.equal(found, places_by_hand(scores, slots, factor, top_k, counted, used))
 
 
 def test_cosine_router_ignores_the_length_of_its_projection() -> None:
     torch.manual_seed(0)
-    router = CosineRouter(8, 4)
+    net = plain_net(8, 16)
+    emoe.convert_(net, emoe.GMoEConfig(num_experts=4, layers=[0]))
+    router = routed_layers(net)[0].router
     x = torch.randn(3, 8)
     scores = router(x)
     assert scores.abs().max() <= 2 + 1e-5
@@ -159,7 +163,7 @@ def test_balance_loss_prefers_balance() -> None:
     balanced = torch.eye(4).repeat(8, 1) * 4
     skewed = torch.tensor([[4.0, 0, 0, 0]]).repeat(32, 1)
     for noise in (0.0, 0.5):
-        losses = [float(balance_loss(s, s, slot_mask(s.topk(1).indices, 4), noise)) for s in (balanced, skewed)]
+        losses = [float(balance_loss(s, s, expert_mask(s.topk(1).indices, 4), noise)) for s in (balanced, skewed)]
         assert losses[0] < 1e-3 < losses[1]
     assert float(balance_loss(torch.ones(3, 1), torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool), 0.0)) == 0.0
 
@@ -168,7 +172,7 @@ def test_balance_loss_prefers_balance() -> None:
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_tokens_that_do_not_count_do_not_change_the_balance_loss(formula, noise: float) -> None:
     scores = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
-    mask = slot_mask(scores.topk(2).indices, 4)
+    mask = expert_mask(scores.topk(2).indices, 4)
     counted = torch.arange(20) < 12
     some = balance_loss(scores, scores, mask, noise, formula, counted)
     torch.testing.assert_close(some, balance_loss(scores[:12], scores[:12], mask[:12], noise, formula))

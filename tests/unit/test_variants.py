@@ -86,10 +86,10 @@ def test_a_running_gate_follows_the_keys() -> None:
     with torch.no_grad():
         net.layers[0].inner.weight.neg_()
     assert torch.equal(choices(net, x), chosen)  # not before it is told
-    emoe.retie_gates_(net)
+    emoe.update_gates_(net)
     torch.testing.assert_close(layer.gate, 0.9 * start - 0.1 * start)
-    assert "layers.0.act.gate" in net.state_dict()
-    assert emoe.retie_gates_(converted()) is None
+    assert "layers.0.act.router.gate" in net.state_dict()
+    assert emoe.update_gates_(converted()) is None
 
 
 @pytest.mark.parametrize("kind", [emoe.EMoEConfig, emoe.GMoEConfig])
@@ -130,7 +130,7 @@ def test_checkpoints_keep_biases_and_gates_and_load_in_the_stock_class(name: str
     with torch.no_grad():
         for layer in routed_layers(model):
             layer.output_bias += torch.randn_like(layer.output_bias) * 0.1
-            layer.gate += torch.randn_like(layer.gate) * 0.1
+            layer.gate.add_(torch.randn_like(layer.gate) * 0.1)
     routed = tiny_models.output(model, values)
     emoe.save_pretrained(model, tmp_path)
     again = emoe.from_pretrained(type(model), tmp_path)
@@ -314,7 +314,7 @@ def test_empty_batches_keyword_inputs_and_casts() -> None:
     assert net(torch.empty(0, 3, H)).shape == (0, 3, H)
     net.bfloat16()
     assert routed_layers(net)[0].gate.dtype == torch.float32
-    emoe.retie_gates_(net)
+    emoe.update_gates_(net)
     net(inputs().bfloat16())
     ffn = converted().layers[0]
     assert torch.equal(ffn.outer(ffn.act(ffn.inner(input=inputs()))), ffn(inputs()))

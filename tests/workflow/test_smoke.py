@@ -18,7 +18,7 @@ from mlflow.tracking import MlflowClient
 
 from benchmarks.harness import rated
 from benchmarks.harness.suite import load_suite
-from emoe.kernels import compiled_kernels
+from emoe.sparse.build import compiled_kernels
 from tests.conftest import ROOT
 
 # one worker runs all of these: they share one finished suite

@@ -1,17 +1,20 @@
 """An FFN of experts that computes only the chosen experts, forward and backward, on the dense weights as they are.
 
-For the backward pass it keeps the FFN's input and the pre-activations of the chosen experts; the activation is computed again.
+For the backward pass it keeps the FFN's input and the pre-activations of the chosen experts; the activation is computed again. A gradient that is itself to be
+differentiated (``create_graph``) is taken through the masked products, which PyTorch can differentiate as often as is asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from emoe.kernels import Pairs, expert_sums, gather_mm, outer_mm, scatter_mm
+from emoe.sparse.kernels import expert_sums, gather_mm, outer_mm, pairs_of, scatter_mm
+from emoe.sparse.pairs import Pairs
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -38,7 +41,7 @@ def sparse_ffn(
     Returns:
         ``[T, h]`` in the dtype of ``x`` (under autocast in autocast's).
     """
-    pairs = Pairs.of(mask)
+    pairs = pairs_of(mask)
     per_pair = None if weights is None else weights[pairs.rows, pairs.experts]
     tensors = [x, values, *(tensor for pair in inputs for tensor in pair)]
     if torch.is_autocast_enabled(x.device.type):
@@ -69,6 +72,8 @@ class _SparseFFN(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         per_pair, x, values, *rest = ctx.saved_tensors
         count = len(rest) // 3
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, dy, per_pair, x, values, rest[: 2 * count])
         weights, biases, pre = rest[:count], rest[count : 2 * count], rest[2 * count :]
         pairs, needed = ctx.pairs, ctx.needs_input_grad
         with torch.enable_grad():
@@ -91,6 +96,31 @@ class _SparseFFN(torch.autograd.Function):
                 part = scatter_mm(dz, weight, pairs)
                 d_x = part if d_x is None else d_x + part
         return None, None, d_scale, d_x, d_values, *d_inputs
+
+
+def _differentiable_backward(
+    ctx: Any, dy: Tensor, per_pair: Tensor | None, x: Tensor, values: Tensor, inputs: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The same gradients with a graph of their own, from all neurons and a mask on them."""
+    count, (num_experts, size, _) = len(inputs) // 2, values.shape
+    # aliases, because the gradient is by each of them alone, also where one was computed from another
+    tensors = [None if t is None else t.view_as(t) for t in (per_pair, x, values, *inputs)]
+    scale, x, values, *inputs = tensors  # type: ignore[assignment]
+    with torch.autocast(x.device.type, enabled=False):
+        ones = x.new_ones(len(ctx.pairs.rows)) if scale is None else scale.to(x.dtype)
+        weights = x.new_zeros(ctx.pairs.tokens, num_experts).index_put((ctx.pairs.rows, ctx.pairs.experts), ones)
+        pre = [
+            F.linear(x, cast(Tensor, weight).flatten(0, 1), None if bias is None else bias.flatten())
+            for weight, bias in zip(inputs[:count], inputs[count:], strict=True)
+        ]
+        blocks = _hidden(ctx.activation, pre, None).unflatten(-1, (num_experts, size))
+        y = (blocks * weights.unsqueeze(-1)).flatten(1) @ values.flatten(0, 1)
+    # in the order of the function's arguments: weight and bias of each in-projection beside each other
+    order = [0, 1, 2, *(3 + place + part * count for place in range(count) for part in range(2))]
+    wanted = [place for place in order if ctx.needs_input_grad[2 + order.index(place)]]
+    found = torch.autograd.grad(y, [cast(Tensor, tensors[place]) for place in wanted], dy, create_graph=True)
+    grads = dict(zip(wanted, found, strict=True))
+    return (None, None, *(grads.get(place) for place in order))
 
 
 def _hidden(activation: Activation, pre: Sequence[Tensor], per_pair: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The three products of :mod:`emoe.kernels` by PyTorch's grouped matrix product: one call for all experts, for accelerators.
+"""The three products of :mod:`emoe.sparse.kernels` by PyTorch's grouped matrix product: one call for all experts, for accelerators.
 
 ``grouped_mm`` wants rows of a multiple of 16 bytes, so the neurons of an expert are padded where they are not. On a GPU the sum over a token's experts
 is in no fixed order unless ``torch.use_deterministic_algorithms(True)`` is set. Tested against the other paths on a CPU; not timed on a GPU.
@@ -6,14 +6,11 @@ is in no fixed order unless ``torch.use_deterministic_algorithms(True)`` is set.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from emoe.kernels import Pairs
+from emoe.sparse.pairs import Pairs
 
 _BYTES = 16
 
@@ -26,21 +23,21 @@ def is_usable(x: Tensor) -> bool:
 
 
 def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> Tensor:
-    """See :func:`emoe.kernels.gather_mm`."""
+    """See :func:`emoe.sparse.kernels.gather_mm`."""
     size = weight.shape[1]
     out = F.grouped_mm(x[pairs.rows], _padded(weight, 1).transpose(1, 2), offs=_ends(pairs))[:, :size]
     return out.contiguous() if bias is None else out + bias[pairs.experts]
 
 
 def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
-    """See :func:`emoe.kernels.scatter_mm`."""
+    """See :func:`emoe.sparse.kernels.scatter_mm`."""
     product = F.grouped_mm(_padded(a, 1), _padded(weight, 1), offs=_ends(pairs))
     sums = torch.zeros(pairs.tokens, weight.shape[2], dtype=torch.float32, device=a.device)
     return sums.index_add_(0, pairs.rows, product.float()).to(a.dtype)
 
 
 def outer_mm(a: Tensor, x: Tensor, pairs: Pairs) -> Tensor:
-    """See :func:`emoe.kernels.outer_mm`."""
+    """See :func:`emoe.sparse.kernels.outer_mm`."""
     return F.grouped_mm(_padded(a, 1).t(), x[pairs.rows], offs=_ends(pairs))[:, : a.shape[1]]
 
 

@@ -1,0 +1,60 @@
+"""Stand around a projection's call by giving it a class of its own, as FSDP2 does.
+
+Hooks, wrappers, copies and replaced ``forward`` methods go on working, and other people's are left alone when ours is taken away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import nn
+
+Handler = Callable[..., Any]
+_HANDLER = "_emoe_handler"
+
+
+class RoutedProjection(nn.Module):
+    """A projection whose calls go through a handler: ``handler(call, *args, **kwargs)``."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        handler = self.__dict__.get(_HANDLER)
+        call = super().__call__
+        return call(*args, **kwargs) if handler is None else handler(call, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # pickle finds a class by its name, and this one is made when it is needed
+        plain = next(base for base in type(self).__mro__ if not issubclass(base, RoutedProjection))
+        return (_new, (plain,), *cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:])
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _routed_class(plain: type[nn.Module]) -> type[nn.Module]:
+    if plain not in _classes:
+        _classes[plain] = type(f"Routed{plain.__name__}", (RoutedProjection, plain), {"__module__": plain.__module__})
+    return _classes[plain]
+
+
+def _new(plain: type[nn.Module]) -> nn.Module:
+    return _routed_class(plain).__new__(_routed_class(plain))
+
+
+def stand_around_(projection: nn.Module, handler: Handler) -> None:
+    """Let the calls of a projection go through a handler from now on, in place."""
+    projection.__dict__[_HANDLER] = handler
+    projection.__class__ = _routed_class(type(projection))
+
+
+def leave_(projection: nn.Module) -> None:
+    """Take the handler away again, and the class unless somebody else has put theirs on top of it."""
+    projection.__dict__.pop(_HANDLER, None)
+    plain = type(projection).__mro__[2:3]
+    if plain and type(projection) is _routed_class(plain[0]):
+        projection.__class__ = plain[0]
+
+
+def is_routed_by(projection: nn.Module, handler: Handler) -> bool:
+    """Whether the calls of this module go through this handler."""
+    return isinstance(projection, RoutedProjection) and projection.__dict__.get(_HANDLER) == handler

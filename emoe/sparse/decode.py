@@ -1,0 +1,119 @@
+"""A few tokens at a time, as a language model decodes them: only the chosen experts' weights are read.
+
+Such a forward pass is bound by memory, so two things are kept between passes while nothing is trained: the mean keys, and the values laid out by
+neuron (``[d, h]``, as large as the out-projection's weight), without which an expert's values lie scattered over memory. Both are
+made again when the weights have changed: PyTorch counts the changes of each tensor. Assigning to ``weight.data`` is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from emoe.architectures import FFN
+
+Stamp = tuple[object, ...]
+
+
+class DecodeWeights(NamedTuple):
+    """One FFN's weights as decoding reads them.
+
+    Attributes:
+        inputs: ``[N, s * h]`` weight and ``[N, s]`` bias (or None) of each in-projection, the activated one first; views.
+        values: ``[N, s * h]`` by neuron, a copy; or ``[h, N, s]`` as they lie in the out-projection.
+        gate: mean keys ``[N, h]``, for a router that scores by them.
+    """
+
+    inputs: list[tuple[Tensor, Tensor | None]]
+    values: Tensor
+    gate: Tensor | None
+
+
+class DecodeCache:
+    """What is kept of one FFN's weights between the forward passes of decoding.
+
+    Threads may share it: what is kept is replaced as a whole. Copies start empty.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Stamp, DecodeWeights] | None = None
+
+    def get(
+        self,
+        weights: Sequence[Tensor],
+        settings: Hashable,
+        make: Callable[[], DecodeWeights],
+    ) -> DecodeWeights:
+        """What ``make`` gave for these weights as they are, made now where they have changed.
+
+        Args:
+            weights: whose changes count.
+            settings: what else it is made from.
+            make: makes it.
+        """
+        stamp = (settings, *((w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in weights))
+        kept = self._kept
+        if kept is None or kept[0] != stamp:
+            kept = self._kept = (stamp, make())
+        return kept[1]
+
+    def __reduce__(self) -> tuple[type[DecodeCache], tuple[()]]:
+        return DecodeCache, ()
+
+
+@torch.no_grad()
+def decode_weights(ffn: FFN, num_experts: int, gate: Tensor | None, *, by_neuron: bool) -> DecodeWeights:
+    """Lay out an FFN's weights for :func:`decode_ffn`.
+
+    Args:
+        ffn: whose weights.
+        num_experts: N.
+        gate: mean keys, where the router scores by them.
+        by_neuron: copy the values, so that those of an expert lie together.
+    """
+    inputs, values = ffn.blocks(num_experts)
+    laid_out = values.contiguous().flatten(1) if by_neuron else values.permute(2, 0, 1)
+    return DecodeWeights([(weight.detach().flatten(1), bias) for weight, bias in inputs], laid_out.detach(), gate)
+
+
+def decode_ffn(
+    x: Tensor, weights: DecodeWeights, activation: Callable[[Tensor], Tensor], mask: Tensor, scales: Tensor | None
+) -> Tensor:
+    """Sum of the chosen experts' outputs, without the output bias; no gradient.
+
+    Args:
+        x: ``[T, h]``.
+        weights: of the FFN.
+        activation: elementwise.
+        mask: ``[T, N]`` bool, as many experts in each row.
+        scales: weights ``[T, N]`` of the chosen experts, or None where all are 1.
+
+    Returns:
+        ``[T, h]``.
+    """
+    tokens, h = x.shape
+    experts = mask.nonzero()[:, 1]
+    pre = []
+    for weight, bias in weights.inputs:
+        z = _rows_times(x, weight.index_select(0, experts).view(tokens, -1, h))
+        pre.append(z if bias is None else z + bias.index_select(0, experts).view(tokens, -1))
+    hidden = activation(pre[0])
+    if len(pre) > 1:
+        hidden = hidden * pre[1]
+    if scales is not None:
+        blocks = hidden.view(tokens, -1, weights.inputs[0][0].shape[1] // h)
+        hidden = (blocks * scales[mask].view(tokens, -1, 1).to(hidden.dtype)).flatten(1)
+    if weights.values.ndim == 2:
+        chosen = weights.values.index_select(0, experts).view(tokens, -1, h)
+        return hidden @ chosen[0] if tokens == 1 else torch.bmm(hidden.unsqueeze(1), chosen).squeeze(1)
+    chosen = weights.values.index_select(1, experts).view(h, tokens, -1)
+    return F.linear(hidden, chosen[:, 0]) if tokens == 1 else torch.einsum("tn,htn->th", hidden, chosen)
+
+
+def _rows_times(x: Tensor, weights: Tensor) -> Tensor:
+    """``x [T, h]`` times each row's own ``weights [T, n, h]``: ``[T, n]``."""
+    return F.linear(x, weights[0]) if len(x) == 1 else torch.bmm(weights, x.unsqueeze(2)).squeeze(2)

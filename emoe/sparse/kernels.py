@@ -1,0 +1,83 @@
+"""The three products of an FFN of experts: in C++ on a CPU with a compiler, grouped on an accelerator, else one expert at a time; with the same results.
+
+Shapes: T tokens, N experts of s neurons, h width, P pairs (:mod:`emoe.sparse.pairs`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from emoe.sparse import grouped
+from emoe.sparse.build import compiled_kernels
+from emoe.sparse.pairs import Pairs, chunks_for_threads
+
+
+def pairs_of(mask: Tensor) -> Pairs:
+    """The pairs of a mask ``[T, N]``, in as many chunks as the implementation takes."""
+    return Pairs.of(mask, chunks_for_threads(len(mask)) if mask.device.type == "cpu" and compiled_kernels() else 1)
+
+
+def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> Tensor:
+    """``x[token]`` times the expert's rows of ``weight [N, s, h]``, plus ``bias [N, s]``: ``[P, s]``."""
+    if compiled := _usable(x):
+        return compiled.gather_mm(x.contiguous(), weight, bias, pairs.rows, pairs.starts)
+    if grouped.is_usable(x):
+        return grouped.gather_mm(x, weight, bias, pairs)
+    out = x.new_empty(len(pairs.rows), weight.shape[1])
+    for expert, low, high in _blocks(pairs, weight.shape[0]):
+        picked = x.index_select(0, pairs.rows[low:high])
+        out[low:high] = torch.nn.functional.linear(picked, weight[expert], None if bias is None else bias[expert])
+    return out
+
+
+def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
+    """Sum over each token's pairs of ``a [P, s]`` times the expert's ``weight [N, s, h]``: ``[T, h]``, summed in float32."""
+    if compiled := _usable(a):
+        return compiled.scatter_mm(a.contiguous(), weight, pairs.rows, pairs.starts, pairs.tokens)
+    if grouped.is_usable(weight):
+        return grouped.scatter_mm(a, weight, pairs)
+    out = torch.zeros(pairs.tokens, weight.shape[2], dtype=_sum_type(a), device=a.device)
+    for expert, low, high in _blocks(pairs, weight.shape[0]):
+        out.index_add_(0, pairs.rows[low:high], (a[low:high] @ weight[expert]).to(out.dtype))
+    return out.to(a.dtype)
+
+
+def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, like: Tensor) -> Tensor:
+    """Sum over each expert's pairs of ``a[pair]^T x[token]``: ``[N, s, h]``, laid out in memory as ``like`` is."""
+    out = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    if compiled := _usable(a):
+        compiled.outer_mm(a.contiguous(), x.contiguous(), pairs.rows, pairs.starts, out)
+        return out
+    if grouped.is_usable(x):
+        return out.copy_(grouped.outer_mm(a, x, pairs))
+    sums = torch.zeros(like.shape, dtype=_sum_type(a), device=a.device)
+    for expert, low, high in _blocks(pairs, like.shape[0]):
+        sums[expert] += a[low:high].t() @ x.index_select(0, pairs.rows[low:high])
+    return out.copy_(sums)
+
+
+def expert_sums(a: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
+    """Sum over each expert's pairs of ``a [P, s]``: ``[N, s]``."""
+    dtype = _sum_type(a)
+    sums = torch.zeros(num_experts, a.shape[1], dtype=dtype, device=a.device)
+    return sums.index_add_(0, pairs.experts, a.to(dtype)).to(a.dtype)
+
+
+def _sum_type(a: Tensor) -> torch.dtype:
+    return torch.float64 if a.dtype == torch.float64 else torch.float32
+
+
+def _blocks(pairs: Pairs, num_experts: int) -> list[tuple[int, int, int]]:
+    """``(expert, first pair, end)`` of all blocks that are not empty."""
+    starts = pairs.starts.tolist()
+    return [
+        (block % num_experts, low, high) for block, (low, high) in enumerate(itertools.pairwise(starts)) if high > low
+    ]
+
+
+def _usable(x: Tensor) -> ModuleType | None:
+    return compiled_kernels() if x.device.type == "cpu" and x.dtype != torch.float16 else None

@@ -1,0 +1,241 @@
+"""The sparse path through an FFN whose projections and activation are called one by one by somebody else's code.
+
+The in-projection computes the whole FFN, and hands out a tensor without content that the activation, the up-projection's product and the
+out-projection recognise (:class:`emoe.tensors.DeferredTensor`). The masked path is taken instead, for this forward pass, where
+
+- a projection carries an adapter, whose effect on a neuron is not known before all are computed;
+- a weight is sharded, quantised, offloaded or of another dtype at that moment (FSDP must shard the layer, not its projections);
+- dropout acts on the hidden neurons;
+- the activation is a function, or writes over its input;
+- somebody else looks at a projection or the activation: a hook of any kind, also a global one, or a replaced ``forward``;
+- the model is compiled, traced or transformed (``torch.func``), or forward-mode derivatives are taken.
+
+With ``backend="auto"`` it is also taken where the sparse path is not expected to be faster (:mod:`emoe.sparse.cost_model`): on few tokens, for small
+experts, on accelerators. A few tokens at a time, without gradients, are decoded (:mod:`emoe.sparse.decode`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+from emoe.architectures import FFN, FunctionActivation, bias_of
+from emoe.config import LINEAR_SCORES, EMoEConfig, GMoEConfig
+from emoe.projections import is_routed_by
+from emoe.sparse.build import compiled_kernels, prepare_kernels
+from emoe.sparse.cost_model import predicted_decode_ratio, predicted_time_ratio
+from emoe.sparse.decode import DecodeCache, DecodeWeights, decode_ffn, decode_weights
+from emoe.sparse.ffn import sparse_ffn
+from emoe.tensors import DeferredTensor
+
+_logger = logging.getLogger(__name__)
+_told: set[str] = set()  # reasons that were said in this process
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_PLAIN = (Tensor, nn.Parameter)
+_MANY_TOKENS = 4096
+_FEW_TOKENS = 8  # beyond, decoding reads each weight more than once for nothing
+
+
+class Layer(Protocol):
+    """What the path needs of a routed FFN's activation."""
+
+    activation: nn.Module
+    training: bool
+
+    @property
+    def config(self) -> EMoEConfig | GMoEConfig: ...
+    @property
+    def weighting(self) -> str: ...
+    def current_gate(self) -> Tensor: ...
+    def linear_scores(self, x: Tensor, gate: Tensor | None = None) -> Tensor: ...
+    def route(self, clean: Tensor) -> tuple[Tensor, Tensor]: ...
+    def add_output_bias(self, y: Tensor, weights: Tensor) -> Tensor: ...
+
+
+def may_take_sparse_path(config: EMoEConfig | GMoEConfig) -> bool:
+    """Whether some forward pass may take it: not if an expert's score needs all neurons, or only the mask was asked for."""
+    return config.backend != "masked" and (config.kind == "gmoe" or cast(EMoEConfig, config).score in LINEAR_SCORES)
+
+
+class SparsePath:
+    """Computes one FFN's output from its input, where that gives the masked path's results.
+
+    Args:
+        ffn: the FFN.
+        layer: its routed activation.
+        projections: path, module and the handler that its calls go through, of each of the FFN's projections, the out-projection last.
+    """
+
+    def __init__(
+        self, ffn: FFN, layer: Layer, projections: Sequence[tuple[str, nn.Module, Callable[..., Any]]]
+    ) -> None:
+        self._ffn, self._layer = ffn, layer
+        self._cache = DecodeCache()
+        self._projections = tuple(module for _, module, _ in projections)
+        self._handlers = tuple((module, handler) for _, module, handler in projections)
+        # where each projection stands, to see that it still does
+        self._places = tuple(_place(ffn.layer, path) for path, _, _ in projections)
+        self._between = tuple(ffn.layer.get_submodule(path) for path in ffn.spec.between)
+        self._watched = (*self._projections, layer.activation, *self._between)
+        self._width, self._hidden = ffn.d, ffn.h
+        if cast(Tensor, ffn.proj_in.weight).device.type == "cpu" and (
+            layer.config.backend == "sparse" or self._predict(_MANY_TOKENS) < 1
+        ):
+            prepare_kernels()
+
+    def is_taken(self, x: Tensor) -> bool:
+        """Whether a forward pass with this input takes the path; the same for every projection that is called with it."""
+        if type(x) not in _PLAIN or x.is_nested or not x.numel() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return False
+        if not self._is_profitable(x):
+            return False
+        reason = self._fallback_reason(x)
+        if reason is not None and reason not in _told:
+            _told.add(reason)
+            _logger.warning("emoe: %s takes the masked path: %s", self._ffn.name, reason)
+        return reason is None
+
+    def compute(self, x: Tensor, pre_activations: Callable[[], Tensor]) -> Tensor:
+        """The FFN's output for ``x [..., h]``, in the place of its pre-activations.
+
+        Args:
+            x: the FFN's input.
+            pre_activations: computes them, should anybody look at them.
+        """
+        layer, ffn = self._layer, self._ffn
+        config, rows = layer.config, x.reshape(-1, x.shape[-1])
+        binary = layer.weighting == "binary"
+        if self._decodes(x):
+            kept = self._decode_weights()
+            mask, weights = layer.route(layer.linear_scores(rows, kept.gate))
+            y = decode_ffn(rows, kept, layer.activation, mask, None if binary else weights)
+        else:
+            mask, weights = layer.route(layer.linear_scores(rows))
+            inputs, values = ffn.blocks(config.num_experts)
+            y = sparse_ffn(rows, inputs, values, layer.activation, mask, None if binary else weights)
+        bias = bias_of(self._projections[-1])
+        y = layer.add_output_bias(y if bias is None else y + bias.to(y.dtype), weights)
+        width = self._width * (2 if ffn.spec.fused else 1)
+        return DeferredTensor.of(
+            (*x.shape[:-1], width), y, pre_activations, owner=x, output=y.view(*x.shape[:-1], y.shape[-1])
+        )
+
+    def defer_up(self, x: Tensor, up: Callable[[], Tensor]) -> Tensor:
+        """The up-projection's part, which nobody needs once the output is known."""
+        return DeferredTensor.of((*x.shape[:-1], self._width), x, up, owner=x)
+
+    def _decode_weights(self) -> DecodeWeights:
+        layer, config = self._layer, self._layer.config
+        n, by_neuron = config.num_experts, config.decode_cache
+        by_keys = isinstance(config, EMoEConfig) and config.router == "avg_k" and config.score == "keys"
+
+        def make() -> DecodeWeights:
+            gate = layer.current_gate() if by_keys else None
+            return decode_weights(self._ffn, n, gate, by_neuron=by_neuron)
+
+        tensors = [tensor for module in self._projections for tensor in _tensors(module)]
+        return self._cache.get(tensors, config, make)
+
+    def _decodes(self, x: Tensor) -> bool:
+        """Whether these are few tokens of a model at rest, each with as many experts as the others."""
+        layer, config = self._layer, self._layer.config
+        return (
+            x.numel() <= _FEW_TOKENS * x.shape[-1]
+            and not layer.training
+            and not torch.is_grad_enabled()
+            and config.score_threshold is None
+            and config.capacity_factor is None
+            and not torch.is_autocast_enabled(x.device.type)
+            and not any(tensor.is_inference() for module in self._projections for tensor in _tensors(module))
+        )
+
+    def _is_profitable(self, x: Tensor) -> bool:
+        """Whether it was asked for, or is expected to be faster."""
+        config = self._layer.config
+        if config.backend == "sparse":
+            return True
+        if x.device.type != "cpu":
+            return False
+        tokens = x.numel() // x.shape[-1]
+        if self._decodes(x):
+            n = config.num_experts
+            active, size = config.num_active_experts / n, self._width // n
+            return x.dtype != torch.float16 and predicted_decode_ratio(tokens, x.shape[-1], size, active, n) < 1
+        return self._predict(tokens, x.dtype, compiled=compiled_kernels() is not None) < 1
+
+    def _predict(self, tokens: int, dtype: torch.dtype = torch.float32, *, compiled: bool = True) -> float:
+        """Expected time as a share of the dense FFN's; infinite for a dtype that it does not take."""
+        config, threads = self._layer.config, torch.get_num_threads()
+        n = config.num_experts
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
+        size, active = self._width // n, config.num_active_experts / n
+        ratio = predicted_time_ratio(tokens, self._hidden, size, active, dtype, threads, compiled=compiled)
+        return math.inf if ratio is None else ratio
+
+    def _fallback_reason(self, x: Tensor) -> str | None:
+        """Why this forward pass cannot take the sparse path, or None."""
+        layer = self._layer
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+            return "torch.func or forward-mode derivatives transform it"
+        if any(
+            modules.get(name) is not own for (modules, name), own in zip(self._places, self._projections, strict=True)
+        ):
+            return "a projection carries an adapter or was replaced"
+        if reason := self._weights_reason(x):
+            return reason
+        if layer.training:
+            if layer.config.expert_dropout:
+                return "expert_dropout acts on hidden neurons"
+            if any(isinstance(module, nn.Dropout) and module.training and module.p for module in self._between):
+                return "dropout acts on hidden neurons"
+        if isinstance(layer.activation, FunctionActivation) or getattr(layer.activation, "inplace", False):
+            return "the activation is a function or writes over its input"
+        looked_at = any(_is_looked_at(module) for module in self._watched) or _is_looked_at(layer, own_hooks=1)
+        if looked_at or any(vars(nn_module)[name] for name in _GLOBAL_HOOKS):
+            return "a hook or a replaced forward looks at the FFN"
+        if not all(is_routed_by(module, handler) for module, handler in self._handlers):
+            return "a projection's class was replaced"
+        return None
+
+    def _weights_reason(self, x: Tensor) -> str | None:
+        tensors = [tensor for module in self._projections for tensor in _tensors(module)]
+        for tensor in tensors:
+            if type(tensor) not in _PLAIN:
+                return f"a weight is a {type(tensor).__name__}"
+            if tensor.device != x.device:
+                return f"a weight is on {tensor.device}, the input on {x.device}"
+        dtypes = {tensor.dtype for tensor in tensors}
+        if len(dtypes) > 1 or (x.dtype not in dtypes and not torch.is_autocast_enabled(x.device.type)):
+            return "weights and input are of several dtypes"
+        return None
+
+
+def _place(layer: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], str]:
+    prefix, _, name = path.rpartition(".")
+    return layer.get_submodule(prefix)._modules, name
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Weight and bias of a projection; of one whose weight is computed, that."""
+    weight = module._parameters.get("weight")
+    bias = bias_of(module)
+    found = cast(Tensor, module.weight) if weight is None else weight
+    return [found] if bias is None else [found, bias]
+
+
+def _is_looked_at(module: object, own_hooks: int = 0) -> bool:
+    state = vars(module)
+    return "forward" in state or sum(len(state[name] or ()) for name in _HOOKS) > own_hooks

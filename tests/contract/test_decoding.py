@@ -1,0 +1,169 @@
+"""A few tokens at a time: the chosen experts' weights are read and nothing else, with the masked path's results."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import emoe
+from emoe.layer import routed_layers
+from emoe.sparse import path
+from emoe.sparse.cost_model import predicted_decode_ratio
+from emoe.sparse.decode import decode_ffn
+from tests import tiny_models
+from tests.plain_net import plain_net
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scattered values": {"decode_cache": False},
+    "learned": {"router": "cosine", "weighting": "softmax_times_k"},
+    "own biases": {"output_bias": "per_expert"},
+    "not top": {"selection": "not_top"},
+    "bias": {"score_bias": True},
+    "unit length": {"normalize_gate": True},
+    "momentum": {"gate_momentum": 0.5},
+    "gate": {"score": "gate"},
+}
+
+
+def converted(backend: str, gated: bool = True, **settings: Any) -> nn.Module:
+    found = plain_net(16, 64, gated=gated)
+    torch.manual_seed(0)
+    emoe.convert_(found, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0], backend=backend, **settings))
+    return found
+
+
+def decodes(found: nn.Module, x: Tensor) -> bool:
+    with mock.patch.object(path, "decode_ffn", side_effect=decode_ffn) as spy, torch.no_grad():
+        found(x)
+    return spy.called
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_output_is_the_masked_paths(variant: str, tokens: int, gated: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
+    models = [converted(backend, gated, **VARIANTS[variant]).to(dtype) for backend in ("masked", "sparse")]
+    assert [decodes(model, x) for model in models] == [False, True]
+    with torch.no_grad():
+        expected, found = (model(x) for model in models)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(found, expected, atol=tolerance * float(expected.abs().max()), rtol=tolerance)
+
+
+def test_what_is_kept_follows_the_weights() -> None:
+    x, changes = torch.randn(1, 16), 0
+    masked, sparse = converted("masked"), converted("sparse")
+    other = converted("masked", partition="random")
+
+    def step(model: nn.Module) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        model(torch.ones(2, 16)).sum().backward()
+        optimizer.step()
+        model.zero_grad()
+
+    def scale(model: nn.Module) -> None:
+        with torch.no_grad():
+            model.layers[0].outer.weight.mul_(2)
+
+    for change in (
+        lambda model: None,
+        step,
+        scale,
+        lambda model: model.load_state_dict(other.state_dict()),
+        lambda model: emoe.set_top_k_(model, 3),
+        lambda model: model.double().float(),
+        lambda model: setattr(model.layers[0].up, "weight", nn.Parameter(torch.ones(64, 16))),
+    ):
+        for model in (masked, sparse):
+            change(model)
+        assert decodes(sparse, x)
+        with torch.no_grad():
+            torch.testing.assert_close(sparse(x), masked(x), atol=1e-3, rtol=1e-4)
+        changes += 1
+    assert changes == 7
+
+
+def test_it_is_for_models_at_rest_only() -> None:
+    x = torch.randn(1, 16)
+    sparse = converted("sparse")
+    assert decodes(sparse, x)
+    assert not decodes(sparse, torch.randn(20, 16))
+    assert not decodes(copy.deepcopy(sparse).train(), x)
+    with mock.patch.object(path, "decode_ffn", side_effect=decode_ffn) as spy:
+        sparse(x.requires_grad_()).sum().backward()
+        assert not spy.called
+    for settings in ({"capacity_factor": 1.0, "count_padding": True}, {"score": "inter", "backend": "auto"}):
+        assert not decodes(converted(**{"backend": "sparse", **settings}), x)
+    thresholded = converted("sparse")
+    emoe.set_top_k_(thresholded, score_threshold=0.0)
+    assert not decodes(thresholded, x)
+    with torch.inference_mode():
+        made_there = copy.deepcopy(sparse)
+        for module in made_there.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(module.weight.clone(), requires_grad=False)
+        assert not decodes(made_there, x)  # changes of such weights cannot be seen
+        assert decodes(sparse, x)
+
+
+def test_copies_do_not_share_what_is_kept() -> None:
+    x, sparse = torch.randn(1, 16), converted("sparse")
+    with torch.no_grad():
+        expected = sparse(x)
+        twin = copy.deepcopy(sparse)
+        twin.layers[0].outer.weight.zero_()
+        assert not twin(x).any()
+        assert torch.equal(sparse(x), expected)
+
+
+def test_threads_decode_together() -> None:
+    sparse, xs = converted("sparse"), torch.randn(2, 1, 16)
+    wrong: list[int] = []
+    with torch.no_grad():
+        expected = [sparse(x) for x in xs]
+
+    def serve(place: int) -> None:
+        with torch.no_grad():
+            for _ in range(200):
+                if not torch.equal(sparse(xs[place]), expected[place]):
+                    wrong.append(place)
+
+    threads = [threading.Thread(target=serve, args=(place,)) for place in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_answers_are_the_masked_paths(name: str) -> None:
+    answers = []
+    for backend in ("masked", "sparse"):
+        model = tiny_models.build(name).eval()
+        emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", backend=backend))
+        x = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0))
+        layers = [layer.ffn.layer for layer in routed_layers(model)]
+        with torch.no_grad():
+            answers.append([(layer.mlp)(x) for layer in layers])
+    for masked, sparse in zip(*answers, strict=True):
+        torch.testing.assert_close(sparse, masked, atol=1e-5, rtol=1e-4)
+
+
+def test_auto_decodes_where_fewer_weights_are_read() -> None:
+    found = plain_net(256, 1024)
+    emoe.convert_(found, emoe.EMoEConfig(num_experts=32, top_k=8, layers=[0], partition="random"))
+    assert decodes(found, torch.randn(1, 256))
+    assert not decodes(found, torch.randn(4, 256))
+    emoe.set_top_k_(found, 31)
+    assert not decodes(found, torch.randn(1, 256))
+    assert predicted_decode_ratio(1, 576, 24, 0.25, 64) < predicted_decode_ratio(2, 576, 24, 0.25, 64)
