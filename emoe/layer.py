@@ -49,7 +49,7 @@ class RoutedActivation(nn.Module):
         permutation: ``[d]`` on the CPU, kept for provenance and to undo the conversion.
         router: the learned router, or None for avg-k.
         gate: running mean keys ``[N, h]``, float32, where ``gate_momentum`` asks for them, or None.
-        output_bias: ``[N, h]``, where the configuration says ``per_expert`` and the FFN has a bias, or None;
+        output_bias: ``[N, h]``, where the configuration does not say ``shared`` and the FFN has a bias, or None;
             the out-projection's own bias is then zero and stays so.
         output_bias_parts: how many experts' biases made up the FFN's own when it was divided, or None.
         aux_loss: balance loss of the last forward pass, None before the first or where not asked for.
@@ -88,7 +88,7 @@ class RoutedActivation(nn.Module):
         self.sparse: SparsePath | None = None
         self._choose_path()
         self._hooks = [ffn.proj_in.register_forward_pre_hook(self._remember_input, with_kwargs=True)]
-        if config.output_bias == "per_expert":
+        if config.output_bias != "shared":
             self._divide_output_bias()
 
     def configure_(self, config: EMoEConfig | GMoEConfig) -> None:
@@ -136,9 +136,10 @@ class RoutedActivation(nn.Module):
         bias = bias_of(proj_out)
         if bias is None:
             return
+        parts = 1 if self.config.output_bias == "per_expert_whole" else self.config.experts_in_use
         # a whole number, which no cast of the model rounds
-        self.output_bias_parts = torch.tensor(self.config.experts_in_use, device=bias.device)
-        share = bias.detach() / self.config.experts_in_use
+        self.output_bias_parts = torch.tensor(parts, device=bias.device)
+        share = bias.detach() / parts
         self.output_bias = nn.Parameter(share.repeat(self.config.num_experts, 1), requires_grad=bias.requires_grad)
         # a buffer of zeros, because not every projection works without a bias (GPT-2's Conv1D)
         delattr(proj_out, "bias")
