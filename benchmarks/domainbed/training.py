@@ -43,9 +43,11 @@ class _DomainLoop(RoutedTrainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
+        rows: Any = dataloader.dataset
+        rows.step = self.state.global_step
         with torch.random.fork_rng(devices=[]):  # a data loader takes a seed from the global generator
-            return super().evaluation_loop(*args, **kwargs)
+            return super().evaluation_loop(dataloader, *args, **kwargs)
 
 
 class EvaluationSteps(TrainerCallback):

@@ -17,6 +17,7 @@ from transformers import TrainerControl, TrainerState
 from benchmarks.domainbed.batches import EnvironmentBatches
 from benchmarks.domainbed.mnist import colored_mnist, rotated_mnist
 from benchmarks.domainbed.training import EvaluationSteps, information
+from benchmarks.harness.definition import load_benchmark
 from benchmarks.harness.domainbed_protocol import (
     class_weights,
     held_out_combinations,
@@ -26,6 +27,7 @@ from benchmarks.harness.domainbed_protocol import (
     sweep_seed,
 )
 from benchmarks.harness.runs import plan
+from benchmarks.harness.variants import suite_methods, training_settings
 
 
 def md5_of(text: str) -> int:
@@ -229,7 +231,7 @@ def test_the_papers_protocol() -> None:
     for run in runs:
         training, hparams = run.spec["training"], run.spec["hparams"]
         assert (training["steps"], training["eval_every"], training["eval_batch_size"]) == (5001, 300, 64)
-        assert (training["image_size"], training["drop_path"], training["val_augment"]) == (224, 0.1, False)
+        assert (training["image_size"], training["drop_path"], training["val_augment"]) == (224, 0.1, True)
         assert training["evaluate"] == "all"
         assert training["eval_rows"] is None
         assert hparams["batch_size"] == 32
@@ -244,15 +246,35 @@ def test_the_papers_protocol() -> None:
         )
         for run in runs
     }
-    assert len(cells) == len(runs) == 2 * 4 * 9 * 4 * 3
+    assert len(cells) == len(runs) == 2 * 4 * 10 * 4 * 3
     configs = {run.spec["method"]["name"]: run.spec["method"]["config"] for run in runs}
     assert configs["erm"] is None
-    assert [configs[name]["num_experts"] for name in ("gmoe", "emoe", "emoe_learn")] == [6, 24, 24]
-    assert configs["emoe"]["top_k"] == 4
-    assert all(config["layers"] == [8, 10] for config in configs.values() if config)
-    assert configs["gmoe"]["kind"] == "gmoe"
-    assert configs["emoe_published"]["capacity_factor"] == 1.5
-    assert configs["emoe_published"]["dropout_position"] == "after"
+    experts = {
+        name: (config["kind"], config["num_experts"], config["top_k"], config["layers"])
+        for name, config in configs.items()
+        if config
+    }
+    # the README of EMoE's authors (num_inter 1), and GMoE's own code
+    assert experts.pop("gmoe") == experts.pop("gmoe_published") == ("gmoe", 6, 2, [10])
+    assert experts.pop("gmoe_upstream") == ("gmoe", 6, 1, [8, 10])
+    assert experts.pop("all_experts") == ("emoe", 24, 24, [8, 10])
+    assert all(found == ("emoe", 24, 4, [8, 10]) for found in experts.values())
+    for name in ("gmoe", "emoe", "emoe_learn"):
+        published = configs[f"{name}_published"]
+        assert (published["capacity_factor"], published["dropout_position"]) == (1.5, "after")
+        assert published["output_bias"] == ("per_expert_whole" if name == "gmoe" else "per_expert")
+
+
+@pytest.mark.parametrize(("suite", "blocks"), [("domainbed_sweep", [8, 10]), ("domainbed_large", [20, 22])])
+def test_large_suites_run_both_sources_of_gmoe_and_validate_as_the_authors(suite: str, blocks: list[int]) -> None:
+    benchmark = load_benchmark("domainbed")
+    (block,) = benchmark.definition["suites"][suite]["grid"]
+    assert block["method"] == ["erm", "gmoe", "gmoe_upstream", "emoe", "emoe_learn"]
+    methods = suite_methods(benchmark, suite)
+    for name, k, layers in (("gmoe", 2, blocks[1:]), ("gmoe_upstream", 1, blocks)):
+        found = methods[name]
+        assert (found["num_experts"], found["top_k"], found["layers"]) == (6, k, layers)
+    assert training_settings(benchmark, suite, *block["model"])["val_augment"] is True
 
 
 def test_all_methods_of_a_trial_see_the_same_digits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from benchmarks.domainbed import pipeline
+from benchmarks.domainbed.batches import EvaluationRows
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.training import DomainTrainer
 from benchmarks.harness.definition import DefinitionError, load_models
@@ -141,7 +143,7 @@ def test_only_what_is_needed_is_evaluated_where_that_is_asked_for() -> None:
         assert other == {name: record[name] for name in other}
 
 
-def test_augmented_validation_is_domainbeds_original(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_augmented_validation_is_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of training environments only, and without a trace in training."""
     seen: dict[str, dict[str, torch.Tensor]] = {"plain": {}, "augmented": {}}
     original = pipeline._evaluated
@@ -159,6 +161,25 @@ def test_augmented_validation_is_domainbeds_original(monkeypatch: pytest.MonkeyP
     for split, pixels in seen["plain"].items():
         assert torch.equal(pixels, seen["augmented"][split]) == split.startswith("env0")
     assert [record["loss"] for record in records["plain"]] == [record["loss"] for record in records["augmented"]]
+
+
+def test_augmentation_of_validation_images_is_drawn_anew_at_every_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in DomainBed's code and the authors': of training environments only, both splits."""
+    seen: dict[tuple[str, bool], list[torch.Tensor]] = {}
+    look = EvaluationRows.__getitem__
+
+    def spy(self: EvaluationRows, place: int) -> dict[str, Any]:
+        found = look(self, place)
+        if place == 0:
+            seen.setdefault((self._environment.name, len(self) == 20), []).append(found["pixel_values"])
+        return found
+
+    monkeypatch.setattr(EvaluationRows, "__getitem__", spy)
+    finish(prepare(pacs_run(held_out=2)))
+    assert set(seen) == set(itertools.product("ACPS", (False, True)))
+    for (name, _), pixels in seen.items():
+        steps = pixels[:3]  # of three evaluations; the last look, after training, is a plain one
+        assert [torch.equal(one, steps[0]) for one in steps] == [True, *[name == "P"] * 2]
 
 
 def test_worker_processes_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
