@@ -89,6 +89,11 @@ class EvaluationRows(Dataset[dict[str, Any]]):
         self._environment, self._rows, self._transform = environment, rows, transform
         self.step = 0
 
+    @property
+    def labels(self) -> list[int]:
+        """Class numbers of the rows."""
+        return [self._environment.labels[row] for row in self._rows]
+
     def __len__(self) -> int:
         return len(self._rows)
 

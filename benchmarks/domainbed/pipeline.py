@@ -82,6 +82,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             for environment, split in zip(envs, splits, strict=True)
         ],
         len(found.classes),
+        paired=found.paired,
     )
     best = best_record(records, held_out)
     return {
@@ -95,7 +96,11 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             environment.name: matrix.tolist() for environment, matrix in zip(envs, seen.confusion, strict=True)
         },
         "classes": found.classes,
-        "routing": seen.summary | {"loads": {str(layer): loads.tolist() for layer, loads in seen.loads.items()}}
+        "routing": {
+            **seen.summary,
+            "loads": {str(layer): loads.tolist() for layer, loads in seen.loads.items()},
+            "chance": {str(layer): found for layer, found in seen.chance.items()},
+        }
         if seen.loads
         else {},
         "model": classifier.summary,

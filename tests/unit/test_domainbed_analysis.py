@@ -256,6 +256,10 @@ def test_everything_that_the_suite_shows_is_made(finished: tuple[list[Run], Path
     assert "RotatedMNIST, 5,000 digits</h3>" in page
     assert page.count("data:image/png") == 4
     assert "Adam, constant rate, no clipping" in page
+    costs = pd.read_csv(paths.RESULTS / "mini/tables/domainbed_cost.csv").set_index("method").loc["emoe"]
+    for name, numbers in (("class", (0.1, 0.03, 0.05)), ("environment", (0.01, 0.01, 0.02))):
+        assert tuple(costs[f"{name}_information{end}"] for end in ("", "_chance", "_chance_95")) == numbers
+    assert "Class by chance, 95 % (bit)" in page
     assert "EMoE +" in page
 
 

@@ -15,8 +15,9 @@ from torchvision.transforms.functional import rotate, to_tensor
 from transformers import TrainerControl, TrainerState
 
 from benchmarks.domainbed.batches import EnvironmentBatches
+from benchmarks.domainbed.information import by_chance, information, told
 from benchmarks.domainbed.mnist import colored_mnist, rotated_mnist
-from benchmarks.domainbed.training import EvaluationSteps, information
+from benchmarks.domainbed.training import EvaluationSteps
 from benchmarks.harness.definition import load_benchmark
 from benchmarks.harness.domainbed_protocol import (
     class_weights,
@@ -224,6 +225,56 @@ def test_information_of_a_choice() -> None:
     assert information(np.array([[10, 0], [0, 10]])) == pytest.approx(1.0)
     assert information(np.array([[5, 5], [9, 9]])) == pytest.approx(0.0, abs=1e-12)
     assert information(np.eye(4, dtype=int) * 3) == pytest.approx(math.log2(4))
+
+
+def looked_at(experts: np.ndarray, classes: np.ndarray, environments: np.ndarray, paired: bool = False) -> dict:
+    """What one layer tells whose images use one expert each, for all of their 50 tokens; and by chance."""
+    loads = 50 * np.eye(4, dtype=np.int64)[experts][:, None]
+    bits = told(loads, classes, environments, paired=paired, seed=0)
+    return {name: (float(found[0, 0]), *by_chance(found[:, 0])) for name, found in bits.items()}
+
+
+def test_what_chance_tells_is_found_by_shuffling_images_not_tokens() -> None:
+    random = np.random.default_rng(0)
+    environments, classes, experts = np.repeat([0, 1, 2], 40), random.integers(0, 5, 120), random.integers(0, 4, 120)
+    for name, labels in (("class", classes), ("environment", environments)):
+        bits, mean, high = looked_at(experts, classes, environments)[name]
+        table = np.zeros((5, 4))
+        np.add.at(table, (labels, experts), 50)
+        assert bits == pytest.approx(float(information(table)))
+        freedom = (len(set(labels)) - 1) * 3
+        assert mean == pytest.approx(freedom / (2 * 120 * math.log(2)), rel=0.15)  # as of 120 draws, not of 6,000
+        assert bits < high < 3 * mean
+    assert looked_at(experts, classes, environments) == looked_at(experts, classes, environments)
+    bits, _, high = looked_at(classes % 4, classes, environments)["class"]
+    assert bits > 5 * high
+
+
+def test_what_the_environment_alone_tells_is_no_knowledge_of_the_class() -> None:
+    """Two environments, one with other classes than the other: experts that go by the environment tell the class too."""
+    random = np.random.default_rng(1)
+    environments = np.repeat([0, 1], 200)
+    classes = np.where(random.random(400) < 0.9, environments, 1 - environments)
+    found = looked_at(environments, classes, environments)
+    bits, mean, high = found["class"]
+    assert bits == pytest.approx(mean) == pytest.approx(high)
+    assert bits > 0.4
+    bits, mean, high = found["environment"]
+    assert bits == pytest.approx(1.0)
+    assert mean < high < 0.7  # what the classes alone tell is 0.5
+
+
+def test_things_of_a_paired_set_keep_together() -> None:
+    """The same 30 things in three styles, each thing with an expert of its own choice: no class, no style, and three images are no three draws."""
+    random = np.random.default_rng(2)
+    classes, experts = random.integers(0, 5, 30), random.integers(0, 4, 30)
+    environments = np.repeat([0, 1, 2], 30)
+    found = looked_at(np.tile(experts, 3), np.tile(classes, 3), environments, paired=True)
+    bits, mean, high = found["class"]
+    assert mean == pytest.approx(4 * 3 / (2 * 30 * math.log(2)), rel=0.25)
+    assert bits < high
+    assert found["environment"] == pytest.approx((0, 0, 0), abs=1e-12)
+    assert looked_at(environments, np.tile(classes, 3), environments, paired=True)["environment"][0] > 1.5
 
 
 def test_the_papers_protocol() -> None:

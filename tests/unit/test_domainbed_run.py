@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 
 from benchmarks.domainbed import pipeline
 from benchmarks.domainbed.batches import EvaluationRows
+from benchmarks.domainbed.information import information
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.training import DomainTrainer
 from benchmarks.harness.definition import DefinitionError, load_models
@@ -60,6 +62,14 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
     loads = torch.tensor(found["routing"]["loads"]["2"])
     assert loads.shape == (4, 3, 8)
     assert loads.sum() == 16 * 5 * 2  # out images, their tokens (four patches and a class token), experts of each
+    routing = found["routing"]
+    for name, axis in (("class", 0), ("environment", 1)):
+        told = [information(np.array(loads).sum(axis)) for loads in routing["loads"].values()]
+        assert routing[f"{name}_information"] == pytest.approx(np.mean(told))
+        for layer in ("2", "4"):
+            mean, high = routing["chance"][layer][name]
+            assert 0 < mean < high
+        assert routing[f"{name}_information_chance"] < routing[f"{name}_information_chance_95"]
     assert all(sum(map(sum, matrix)) == 4 for matrix in found["confusion"].values())
     said = capfd.readouterr().err
     assert said.index("all") < said.index("training, 7 steps")  # counts come before training
@@ -192,7 +202,7 @@ def test_a_run_that_was_killed_after_its_last_step_trains_nothing_again(monkeypa
     whole = finish(prepare(pacs_run("emoe"), "whole"))
     killed = prepare(pacs_run("emoe"), "killed")
     with monkeypatch.context() as patch:
-        patch.setattr(DomainTrainer, "look", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(DomainTrainer, "look", lambda *args, **named: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finish(killed)
     monkeypatch.setattr(Trainer, "training_step", lambda *args: pytest.fail("trained again"))
