@@ -80,11 +80,11 @@ def _environment_folders(root: Path, wanted: Mapping[str, str]) -> list[str]:
 
     Folders of quite other names are taken by their order, as DomainBed takes all; where some are known, the rest must be too.
     """
-    folders = {_plain(name): name for name in _folders(root, root)}
-    missing = [folder for folder in wanted.values() if _plain(folder) not in folders]
-    extra = [name for plain, name in folders.items() if plain not in map(_plain, wanted.values())]
+    folders = {plain_name(name): name for name in _folders(root, root)}
+    missing = [folder for folder in wanted.values() if plain_name(folder) not in folders]
+    extra = [name for plain, name in folders.items() if plain not in map(plain_name, wanted.values())]
     if not missing and not extra:
-        return [folders[_plain(folder)] for folder in wanted.values()]
+        return [folders[plain_name(folder)] for folder in wanted.values()]
     if len(missing) == len(extra) == len(wanted):
         return sorted(extra)
     expected = ", ".join(f"{folder} ({name})" for name, folder in wanted.items())
@@ -93,7 +93,7 @@ def _environment_folders(root: Path, wanted: Mapping[str, str]) -> list[str]:
     raise DataError(f"{root} {' and '.join(wrong)}; it must have {expected}, and no other folder")
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A name without case, spaces and signs."""
     return re.sub(r"[\W_]", "", name).casefold()
 

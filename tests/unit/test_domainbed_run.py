@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from benchmarks.domainbed.batches import EvaluationRows
 from benchmarks.domainbed.information import information
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.training import DomainTrainer
-from benchmarks.harness.definition import DefinitionError, load_models
+from benchmarks.harness.definition import DefinitionError, load_benchmark, load_models
+from benchmarks.harness.domains import domain_specs
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.paths import DATA_ROOT, MODEL_ROOT
 from benchmarks.harness.runs import Run, plan, run_from_spec
@@ -78,9 +81,9 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
 
     lines = [json.loads(line) for line in (path.parent / "results.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 3, 6]
+    assert re.fullmatch(r"emoe-[0-9a-f]{6}@test-vit", lines[0]["args"].pop("algorithm"))
     assert lines[0]["args"] == {
         "dataset": "PACS",
-        "algorithm": "emoe@test-vit",
         "test_envs": [2],
         "hparams_seed": 0,
         "trial_seed": 0,
@@ -90,6 +93,32 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
         "steps": 7,
     }
     assert lines[0]["hparams"]["batch_size"] == 4
+
+
+def test_domainbeds_scripts_merge_the_runs_of_a_sweep_and_no_others() -> None:
+    """They group by dataset, algorithm, test_envs, trial_seed and hparams_seed, and average an algorithm over all of them."""
+    benchmark = load_benchmark("domainbed")
+
+    def algorithms(**settings: Any) -> set[str]:
+        block = {"model": ["test-vit"], "method": ["random_partition"], "test_envs": "single", "trial": [0, 1]}
+        block |= {"set": ["pacs", "domain_net", "rotated_mnist"], "hparams_seed": [0, 3], **settings.pop("grid", {})}
+        suite = {"grid": [block], "methods": {"random_partition": settings.pop("method", {})}, "training": settings}
+        changed = replace(benchmark, definition={**benchmark.definition, "suites": {"own": suite}})
+        return {pipeline.sweep_arguments(spec)["algorithm"] for spec in domain_specs(changed, "own", ())}
+
+    (own,) = algorithms()  # also of sets that are evaluated at other steps
+    assert re.fullmatch(r"random_partition-[0-9a-f]{6}@test-vit", own)
+    assert algorithms(grid={"set": ["rotated_mnist_5k"]}) == {f"{own}@rotated_mnist_5k"}
+    others: list[dict[str, Any]] = [
+        {"image_size": 28},
+        {"eval_every": 7},
+        {"val_augment": False},
+        {"registry": "domainbed"},
+        {"hparams": {"lr": 0.1}},
+        {"grid": {"num_experts": [48]}},
+        {"method": {"partition_seed": 7}},
+    ]
+    assert len({own}.union(*(algorithms(**settings) for settings in others))) == 1 + len(others)
 
 
 def test_same_input_same_numbers() -> None:
