@@ -69,14 +69,17 @@ def test_default_hyper_parameters() -> None:
         "class_balanced": False,
         "nonlinear_classifier": False,
     }
+    assert "vit_dropout" not in hyper_parameters("emoe", "PACS", 0, 5)
     assert hyper_parameters("domainbed", "PACS", 0, 5) == {
         **shared,
+        "vit_dropout": 0.0,
         "lr": 5e-5,
         "weight_decay": 0.0,
         "batch_size": 32,
     }
     assert hyper_parameters("domainbed", "ColoredMNIST", 0, 0) == {
         **shared,
+        "vit_dropout": 0.0,
         "lr": 1e-3,
         "weight_decay": 0.0,
         "batch_size": 64,
@@ -112,7 +115,10 @@ def test_every_hyper_parameter_is_drawn_from_a_state_of_its_own() -> None:
     assert found["lr"] == 10 ** state("lr").uniform(-5, -3.5)
     assert found["weight_decay"] == 10 ** state("weight_decay").uniform(-6, -2)
     assert found["batch_size"] == int(2 ** state("batch_size").uniform(3, 5.5))
-    assert found["resnet_dropout"] == state("resnet_dropout").choice([0.0, 0.1, 0.5])
+    for name in ("resnet_dropout", "vit_dropout"):
+        assert found[name] == state(name).choice([0.0, 0.1, 0.5])
+    rates = {hyper_parameters("domainbed", "PACS", draw, 0)["vit_dropout"] for draw in range(20)}
+    assert rates == {0.0, 0.1, 0.5}
     small = hyper_parameters("domainbed", "RotatedMNIST", 7, 2)
     assert small["lr"] == 10 ** state("lr").uniform(-4.5, -2.5)
     assert small["weight_decay"] == 0

@@ -32,6 +32,7 @@ from benchmarks.harness.domains import domain_specs
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.paths import DATA_ROOT, MODEL_ROOT
 from benchmarks.harness.runs import Run, plan, run_from_spec
+from benchmarks.harness.trainable import build_image_classifier
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 
@@ -314,6 +315,27 @@ def test_every_library_of_models_trains_from_a_local_folder(
     assert found["model"]["source"]["from"] == str(model_root / name)
     assert [layer["index"] for layer in found["model"]["conversion"]] == [1, 3]
     assert found["model"]["parameters"] == found["model"]["dense_parameters"] == found["model"]["trainable_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("test-vit", 32), ("dinov2-small", 28), ("vit-large", 32)], ids=["timm", "dinov2", "vit"]
+)
+def test_vit_dropout_is_in_front_of_the_head_in_training_only(model_root: Path, name: str, size: int) -> None:
+    """As DomainBed has it: of what the network gives to its classifier."""
+    spec = with_model(name, "erm", image_size=size, drop_path=0.0).spec
+    spec = {**spec, "hparams": {**spec["hparams"], "vit_dropout": 0.5}}
+    model = build_image_classifier(spec, 3).model
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    head = next(module for module in linear if module.out_features == 3)
+    seen: list[torch.Tensor] = []
+    head.register_forward_pre_hook(lambda _head, args: seen.append(args[0].detach()))
+    images = torch.randn(8, 3, size, size)
+    for mode in (True, False, False):
+        model.train(mode)(images)
+    kept = seen[0] != 0
+    assert 0.3 < kept.float().mean() < 0.7
+    torch.testing.assert_close(seen[0][kept], 2 * seen[1][kept])
+    assert torch.equal(seen[1], seen[2])
 
 
 def test_a_model_without_stochastic_depth_says_so(model_root: Path) -> None:
