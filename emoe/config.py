@@ -20,7 +20,7 @@ Weighting = Literal["binary", "softmax", "softmax_times_k"]
 Backend = Literal["auto", "masked", "sparse"]
 BalanceLoss = Literal["corrected", "published"]
 DropoutPosition = Literal["before", "after"]
-OutputBias = Literal["shared", "per_expert"]
+OutputBias = Literal["shared", "per_expert", "per_expert_whole"]
 
 CONFIG_VERSION = 1
 # name to class, filled by emoe.routers
@@ -68,7 +68,8 @@ class RoutingConfig:
         expert_dropout: dropout on the hidden neurons of the converted FFNs.
         dropout_position: ``after`` the activation (the authors' vision code) or ``before`` it (language).
         output_bias: ``shared`` keeps the FFN's one output bias. ``per_expert`` gives each expert its own,
-            at first the FFN's divided by the number of experts in use, as the authors' Tutel layer does.
+            at first the FFN's divided by the number of experts in use, as the authors' language code does and
+            for EMoE their vision code; ``per_expert_whole`` gives each copy of a GMoE the whole, as their vision code does.
         version: of the configuration's format.
     """
 
@@ -112,8 +113,9 @@ class RoutingConfig:
                 balance loss, dropout inside the experts, an output bias per expert. For EMoE also
                 ``"llama"``, their block mask on gated FFNs.
             **values: the other fields, and those to set otherwise (their vision code has
-                ``dropout_position="after"``). Their ``capacity_factor=0``, no limit, is None here, and a
-                negative one, which only saves memory beside the positive, the positive.
+                ``dropout_position="after"`` and for GMoE ``output_bias="per_expert_whole"``). Their
+                ``capacity_factor=0``, no limit, is None here, and a negative one, which only saves memory beside
+                the positive, the positive.
 
         Raises:
             ConfigError: an unknown implementation, field or value.
@@ -288,6 +290,10 @@ class EMoEConfig(RoutingConfig):
         if self.weighting == "softmax_times_k" and self.top_k == 1 < self.num_experts and learned:
             raise self._error(
                 "top_k", "at least 2 with weighting='softmax_times_k': the weight of a single expert would be 1"
+            )
+        if self.output_bias == "per_expert_whole":
+            raise self._error(
+                "output_bias", "'shared' or 'per_expert': an expert of EMoE is a part of the FFN, not a copy"
             )
         if self.selection == "not_top" and self.top_k == self.num_experts:
             raise self._error("top_k", "below num_experts with selection='not_top', or no expert is left")

@@ -60,7 +60,7 @@ class RoutedActivation(nn.Module):
         config: how it routes.
         permutation: ``[d]`` on the CPU, kept for provenance and to undo the conversion; None where it is not known.
         router: what scores the experts.
-        output_bias: ``[N, h]``, where the configuration says ``per_expert`` and the FFN has a bias, or None;
+        output_bias: ``[N, h]``, where the configuration does not say ``shared`` and the FFN has a bias, or None;
             the out-projection's own bias is then zero and stays so.
         output_bias_parts: how many experts' biases made up the FFN's own when it was divided, or None.
         record: where :func:`emoe.record_routing` collects; None when it does not.
@@ -96,7 +96,7 @@ class RoutedActivation(nn.Module):
         self._traced_input: Tensor | None = None
         self._traced_weights: Tensor | None = None
         self.sparse: SparsePath | None = None
-        if config.output_bias == "per_expert":
+        if config.output_bias != "shared":
             self._divide_output_bias()
         self._stand_around_projections()
         # torch's fused layers, which would pass this module by, are not taken where a module has a hook
@@ -172,9 +172,10 @@ class RoutedActivation(nn.Module):
         bias = bias_of(proj_out)
         if bias is None:
             return
+        parts = 1 if self.config.output_bias == "per_expert_whole" else self.config.num_active_experts
         # a whole number, which no cast of the model rounds
-        self.output_bias_parts = torch.tensor(self.config.num_active_experts, device=bias.device)
-        share = bias.detach() / self.config.num_active_experts
+        self.output_bias_parts = torch.tensor(parts, device=bias.device)
+        share = bias.detach() / parts
         delattr(proj_out, "bias")
         self.output_bias = with_values(cast(nn.Parameter, bias), share.repeat(self.config.num_experts, 1))
         # a buffer of zeros, because not every projection works without a bias (GPT-2's Conv1D)

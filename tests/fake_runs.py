@@ -135,7 +135,12 @@ def domain_metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
         "routing": {
             "load_entropy": 0.9,
             "class_information": 0.1,
+            "class_information_chance": 0.03,
+            "class_information_chance_95": 0.05,
             "environment_information": 0.01,
+            "environment_information_chance": 0.01,
+            "environment_information_chance_95": 0.02,
+            "chance": {"8": {"class": [0.031, 0.052], "environment": [0.011, 0.022]}},
             "loads": {"8": [[[draw.randrange(9) for _ in range(experts)] for _ in range(2)] for _ in names]},
         }
         if config

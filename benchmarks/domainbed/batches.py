@@ -79,10 +79,20 @@ class TrainingRows(Dataset[dict[str, Any]]):
 
 
 class EvaluationRows(Dataset[dict[str, Any]]):
-    """Rows of one split in its order; a random transform draws the same for a row every time."""
+    """Rows of one split in its order.
+
+    Attributes:
+        step: after which they are looked at; a random transform draws anew for a row at every step, as in DomainBed.
+    """
 
     def __init__(self, environment: Environment, rows: Sequence[int], transform: Transform) -> None:
         self._environment, self._rows, self._transform = environment, rows, transform
+        self.step = 0
+
+    @property
+    def labels(self) -> list[int]:
+        """Class numbers of the rows."""
+        return [self._environment.labels[row] for row in self._rows]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -90,5 +100,5 @@ class EvaluationRows(Dataset[dict[str, Any]]):
     def __getitem__(self, place: int) -> dict[str, Any]:
         row = self._rows[place]
         environment = self._environment
-        pixels = seen(environment, row, self._transform, derive_seed("augment", environment.name, row))
+        pixels = seen(environment, row, self._transform, derive_seed("augment", environment.name, row, self.step))
         return {"pixel_values": pixels, "labels": environment.labels[row]}

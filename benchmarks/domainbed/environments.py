@@ -22,12 +22,14 @@ class Environment:
         labels: class number of every row.
         open: the picture of a row (an RGB image, or of MNIST a tensor ``[channels, 28, 28]`` in [0, 1]), and what it was made RGB from.
         places: what to call every row in messages; empty for rows that are made, not read.
+        ignored: files that are there and not read, by their ending.
     """
 
     name: str
     labels: list[int]
     open: Callable[[int], tuple[Picture, str]]
     places: list[str] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)

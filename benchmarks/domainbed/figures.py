@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,8 +13,8 @@ from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.domainbed.information import information
 from benchmarks.domainbed.outcomes import Outcomes
-from benchmarks.domainbed.training import information
 from benchmarks.harness.domains import held_out_names
 from benchmarks.harness.figures import STYLE, Panel, save, say_nothing, score_panels
 from benchmarks.harness.jobs import survey_job
@@ -117,7 +118,7 @@ def draw_routing(outcomes: Outcomes, name: str, path: Path) -> None:
     model, env, runs = rows[0]
     found = {method: read_metrics(run) for method, run in runs.items()}
     shown = [
-        (method, layer, np.array(loads))
+        (method, layer, np.array(loads), metrics["routing"]["chance"][layer])
         for method, metrics in found.items()
         for layer, loads in sorted(metrics["routing"].get("loads", {}).items(), key=lambda one: int(one[0]))
     ]
@@ -136,7 +137,7 @@ def draw_routing(outcomes: Outcomes, name: str, path: Path) -> None:
             height_ratios=heights,
             layout="constrained",
         )
-        for column, (method, layer, loads) in enumerate(shown):
+        for column, (method, layer, loads, chance) in enumerate(shown):
             for axis, counts, labels in (
                 (axes[0, column], loads.sum(0), classes),
                 (axes[1, column], loads.sum(1), env_names),
@@ -145,16 +146,20 @@ def draw_routing(outcomes: Outcomes, name: str, path: Path) -> None:
                 beside = _few(labels, 2 * _FEW) if column == 0 else []
                 axis.set_yticks(range(len(beside)), beside)
                 axis.set_xticks([])
-            axes[0, column].set_title(
-                f"{outcomes.method_title(method)}, block {layer}\nclass {information(loads.sum(0)):.3f} bit", fontsize=7
-            )
-            axes[1, column].set_title(f"environment {information(loads.sum(1)):.3f} bit", fontsize=7)
+            title = textwrap.fill(f"{outcomes.method_title(method)}, block {layer}", 26)
+            axes[0, column].set_title(f"{title}\n{_told('class', loads.sum(0), chance)}", fontsize=7)
+            axes[1, column].set_title(_told("environment", loads.sum(1), chance), fontsize=7)
             axes[1, column].set_xlabel(f"{loads.shape[2]} experts")
         axes[0, 0].set_ylabel("class")
         axes[1, 0].set_ylabel("environment")
         figure.colorbar(_USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
         figure.suptitle(f"{outcomes.set_title(name)}, {outcomes.model_title(model)}, {env} held out", fontsize=8)
         save(figure, path)
+
+
+def _told(name: str, counts: NDArray[np.int64], chance: Mapping[str, tuple[float, float]]) -> str:
+    mean, high = chance[name]
+    return f"{name} {information(counts):.3f} bit\nchance {mean:.3f}, 95 % {high:.3f}"
 
 
 def _relative(counts: NDArray[np.int64]) -> NDArray[np.float64]:

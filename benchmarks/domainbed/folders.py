@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from benchmarks.domainbed.environments import Environment, ImageSet
 from benchmarks.domainbed.images import REFUSE, open_image
@@ -28,7 +30,7 @@ def load_folders(task: Mapping[str, Any], *, truncated: str = REFUSE) -> ImageSe
         truncated: see :func:`~benchmarks.domainbed.images.open_image`.
 
     Raises:
-        DataError: a folder is missing or empty, or classes differ between environments.
+        DataError: a folder is missing, empty or a link, or classes differ between environments.
     """
     if folder := local_folder(task):
         return _from_disk(task, folder, truncated)
@@ -46,7 +48,7 @@ def _from_disk(task: Mapping[str, Any], root: Path, truncated: str) -> ImageSet:
     first = root / folders[0]
     for (name, _), folder in zip(task["environments"], folders, strict=True):
         here = root / folder
-        found = sorted(path.name for path in here.iterdir() if path.is_dir())
+        found = _folders(here, root)
         if not found:
             raise DataError(f"{here} has no class folder")
         if classes and found != classes:
@@ -56,10 +58,19 @@ def _from_disk(task: Mapping[str, Any], root: Path, truncated: str) -> ImageSet:
                 f"classes differ between environments: {has} has '{odd}', {lacks} does not{did_you_mean(odd, _others(found, classes))}"
             )
         classes = found
-        files = _files(here, classes)
-        paths = [path for path, _ in files]
+        ignored = Counter(
+            f"{_ending(path.name)} in no class"
+            for path in here.iterdir()
+            if path.is_file() and not path.name.startswith(".")
+        )
+        paths: list[str] = []
+        labels: list[int] = []
+        for label, class_name in enumerate(classes):
+            images = _images(here / class_name, root, ignored)
+            paths += images
+            labels += [label] * len(images)
         environments.append(
-            Environment(name, [label for _, label in files], partial(_open_file, paths, truncated), paths)
+            Environment(name, labels, partial(_open_file, paths, truncated), paths, dict(sorted(ignored.items())))
         )
     return ImageSet(environments, classes, str(root))
 
@@ -69,11 +80,11 @@ def _environment_folders(root: Path, wanted: Mapping[str, str]) -> list[str]:
 
     Folders of quite other names are taken by their order, as DomainBed takes all; where some are known, the rest must be too.
     """
-    folders = {_plain(path.name): path.name for path in sorted(root.iterdir()) if path.is_dir()}
-    missing = [folder for folder in wanted.values() if _plain(folder) not in folders]
-    extra = [name for plain, name in folders.items() if plain not in map(_plain, wanted.values())]
+    folders = {plain_name(name): name for name in _folders(root, root)}
+    missing = [folder for folder in wanted.values() if plain_name(folder) not in folders]
+    extra = [name for plain, name in folders.items() if plain not in map(plain_name, wanted.values())]
     if not missing and not extra:
-        return [folders[_plain(folder)] for folder in wanted.values()]
+        return [folders[plain_name(folder)] for folder in wanted.values()]
     if len(missing) == len(extra) == len(wanted):
         return sorted(extra)
     expected = ", ".join(f"{folder} ({name})" for name, folder in wanted.items())
@@ -82,7 +93,7 @@ def _environment_folders(root: Path, wanted: Mapping[str, str]) -> list[str]:
     raise DataError(f"{root} {' and '.join(wrong)}; it must have {expected}, and no other folder")
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A name without case, spaces and signs."""
     return re.sub(r"[\W_]", "", name).casefold()
 
@@ -91,18 +102,69 @@ def _others(found: list[str], classes: list[str]) -> list[str]:
     return sorted(set(found) ^ set(classes))[1:]
 
 
-def _files(folder: Path, classes: list[str]) -> list[tuple[str, int]]:
-    """Image files and their classes, in torchvision's order.
+def _folders(here: Path, root: Path) -> list[str]:
+    """Names of the folders in a folder of the set, in order."""
+    return _shown(here, [path.name for path in here.iterdir() if path.is_dir()], root)
+
+
+def _shown(here: Path, names: list[str], root: Path) -> list[str]:
+    """Those of its folders that are not hidden as ``.ipynb_checkpoints`` is, in order; none may be a link."""
+    shown = sorted(name for name in names if not name.startswith("."))
+    for name in shown:
+        _refuse_link(here / name, root)
+    return shown
+
+
+def _refuse_link(path: Path, root: Path) -> None:
+    """A set is read with every image in it once, and with nothing that lies elsewhere but single files.
 
     Raises:
-        DataError: a class without an image.
+        DataError: the path is a link to a folder, or to an image of the set.
     """
-    numbers = {name: number for number, name in enumerate(classes)}
-    found = make_dataset(str(folder), numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
-    empty = sorted(set(classes) - {classes[label] for _, label in found})
-    if empty:
-        raise DataError(f"{folder / empty[0]} has no image ({', '.join(IMG_EXTENSIONS)})")
+    if not path.is_symlink():
+        return
+    target, top = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    inside = target.is_relative_to(top) and not any(part.startswith(".") for part in target.relative_to(top).parts)
+    if Path(os.path.realpath(path.parent)).is_relative_to(target):
+        what = "in which it lies itself"
+    elif inside:
+        what = "which belongs to the set and would be there twice"
+    elif path.is_dir():
+        what = "which is no folder of the set"
+    else:
+        return
+    raise DataError(f"{path} is a link to {target}, {what}; remove it, or put a copy in its place")
+
+
+def _images(folder: Path, root: Path, ignored: Counter[str]) -> list[str]:
+    """Image files in and below a folder, in torchvision's order; counts the files that are none by their ending.
+
+    Raises:
+        DataError: there is no image, a link that is refused, or a folder that cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    walked: list[tuple[str, list[str]]] = []
+    for where, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = _shown(Path(where), folders, root)
+        walked.append((where, sorted(names)))
+    found = []
+    for where, names in sorted(walked):
+        for path in (Path(where, name) for name in names):
+            if path.name.lower().endswith(IMG_EXTENSIONS):
+                _refuse_link(path, root)
+                found.append(str(path))
+            elif not path.name.startswith("."):
+                ignored[_ending(path.name)] += 1
+    if not found:
+        raise DataError(f"{folder} has no image ({', '.join(IMG_EXTENSIONS)})")
     return found
+
+
+def _ending(name: str) -> str:
+    return Path(name).suffix.lower() or name
 
 
 def _open_file(paths: list[str], truncated: str, row: int) -> tuple[Image.Image, str]:

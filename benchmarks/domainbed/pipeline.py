@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
 from benchmarks.domainbed.environments import ImageSet, load_set
+from benchmarks.domainbed.folders import plain_name
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.survey import counts, ensure_surveyed
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
@@ -82,6 +83,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             for environment, split in zip(envs, splits, strict=True)
         ],
         len(found.classes),
+        paired=found.paired,
     )
     best = best_record(records, held_out)
     return {
@@ -95,7 +97,11 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             environment.name: matrix.tolist() for environment, matrix in zip(envs, seen.confusion, strict=True)
         },
         "classes": found.classes,
-        "routing": seen.summary | {"loads": {str(layer): loads.tolist() for layer, loads in seen.loads.items()}}
+        "routing": {
+            **seen.summary,
+            "loads": {str(layer): loads.tolist() for layer, loads in seen.loads.items()},
+            "chance": {str(layer): found for layer, found in seen.chance.items()},
+        }
         if seen.loads
         else {},
         "model": classifier.summary,
@@ -138,12 +144,18 @@ def _evaluated(spec: Mapping[str, Any], found: ImageSet, splits: list[Split]) ->
     return chosen
 
 
-def _write_results(path: Path, spec: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
-    """The records as DomainBed's own scripts read them; they know neither models nor variants, so that these are part of the algorithm's name."""
-    method, model = spec["method"], spec["model"]["name"]
-    arguments = {
-        "dataset": spec["task"]["domainbed"],
-        "algorithm": "@".join(filter(None, (method["name"], method["variant"], model))),
+def sweep_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What DomainBed's own scripts are told of a run.
+
+    They group by data set, algorithm, held-out environments, draw and trial. All else is part of the algorithm's name: a digest of the settings, the variant,
+    the model, and the set where it is a variant of DomainBed's.
+    """
+    method, task = spec["method"], spec["task"]
+    own = task["name"] if plain_name(task["name"]) != plain_name(task["domainbed"]) else ""
+    parts = (f"{method['name']}-{spec['sweep']}", method["variant"], spec["model"]["name"], own)
+    return {
+        "dataset": task["domainbed"],
+        "algorithm": "@".join(filter(None, parts)),
         "test_envs": spec["test_envs"],
         "hparams_seed": spec["hparams_seed"],
         "trial_seed": spec["seed"],
@@ -152,8 +164,10 @@ def _write_results(path: Path, spec: Mapping[str, Any], records: list[dict[str, 
         "task": "domain_generalization",
         "steps": spec["training"]["steps"],
     }
-    lines = [
-        json.dumps({**record, "args": arguments, "hparams": spec["hparams"]}, sort_keys=True) for record in records
-    ]
+
+
+def _write_results(path: Path, spec: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
+    """The records as DomainBed's own scripts read them."""
+    more = {"args": sweep_arguments(spec), "hparams": spec["hparams"]}
     with whole_file(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+        temporary.write_text("".join(json.dumps({**record, **more}, sort_keys=True) + "\n" for record in records))

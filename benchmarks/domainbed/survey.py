@@ -76,6 +76,7 @@ def look_at_all(found: ImageSet) -> dict[str, Any]:
         converted.pop("", None)
         environments[environment.name] = {
             "converted": dict(sorted(converted.items())),
+            "ignored": environment.ignored,
             **environment.summary(range(len(environment)), found.classes),
         }
     if damaged:
@@ -109,15 +110,22 @@ def list_environments(task: Mapping[str, Any], seed: int, *, open_images: bool) 
 
 def _by_class(environment: Environment, classes: list[str]) -> str:
     by_class = environment.summary(range(len(environment)), classes)["labels"].values()
-    return f"{len(classes)} classes, {min(by_class)} to {max(by_class)} each"
+    return f"{len(classes)} classes, {min(by_class)} to {max(by_class)} each" + _ignored(environment, "; ")
+
+
+def _ignored(environment: Environment, before: str) -> str:
+    """The files of an environment that are not read; nothing where there are none."""
+    counted = ", ".join(f"{number:,} {ending}" for ending, number in environment.ignored.items())
+    return f"{before}not read: {counted}" if counted else ""
 
 
 def counts(found: ImageSet) -> str:
-    """A table of images by class and environment."""
+    """A table of images by class and environment, and what of the environments' files is not read."""
     summaries = [environment.summary(range(len(environment)), found.classes) for environment in found.environments]
     rows = [[name, *(summary["labels"][name] for summary in summaries)] for name in found.classes]
     rows.append(["all", *(summary["rows"] for summary in summaries)])
-    return tabulate(rows, headers=["class", *(environment.name for environment in found.environments)])
+    table = tabulate(rows, headers=["class", *(environment.name for environment in found.environments)])
+    return table + "".join(_ignored(environment, f"\n{environment.name}: ") for environment in found.environments)
 
 
 def sample_grid(found: ImageSet, size: int, samples: int = SAMPLES) -> tuple[list[str], Tensor]:

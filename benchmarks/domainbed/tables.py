@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from benchmarks.domainbed.information import PERMUTATIONS
 from benchmarks.domainbed.outcomes import CELL, Outcomes
 from benchmarks.domainbed.selection import standard_error
 from benchmarks.harness.definition import check_names
@@ -22,6 +23,10 @@ _SELECTIONS = (
     "Selections are DomainBed's. Training-domain validation: the step with the highest mean accuracy on held-out images of the training environments. Leave-one-domain-out: on each "
     "other environment, by runs that hold that out too; only where such runs exist. Test-domain validation: the run whose last step does best on images of the test environment itself, an oracle."
 )
+_VALIDATION = {
+    True: "Validation sees the images of training environments augmented, as in DomainBed's code and the paper's authors'.",
+    False: "Validation sees the images of training environments as they are: this suite's own choice; DomainBed and the paper's authors augment them.",
+}
 _ERROR = "± is DomainBed's: the population's standard deviation over trials by the root of their number"
 
 
@@ -61,7 +66,7 @@ def results(outcomes: Outcomes, name: str) -> Table:
     return Table(
         f"{outcomes.benchmark.name}_{name}_results",
         f"{outcomes.set_title(name)}: accuracy by held-out environment",
-        f"{_judged_on(outcomes, name)} Mean over n trials. {_ERROR}. {_partly(outcomes, [name])}{_SELECTIONS} Δ is paired by trial, with a 95 % confidence interval (Student's t), not "
+        f"{_judged_on(outcomes, name)} Mean over n trials. {_ERROR}. {_partly(outcomes, [name])}{_selections(outcomes, [name])} {_experts(outcomes, [name])}Δ is paired by trial, with a 95 % confidence interval (Student's t), not "
         "corrected for the number of methods. Bold marks the best method, controls apart.",
         {**_KEYS, "n": "n"},
         columns,
@@ -80,7 +85,7 @@ def choices(outcomes: Outcomes, name: str) -> Table:
         f"{outcomes.benchmark.name}_{name}_choices",
         f"{outcomes.set_title(name)}: what was chosen",
         "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection chose, by held-out environment and trial; the value by which it chose, and the accuracy on the held-out environment "
-        f"that is then reported. {_SELECTIONS}",
+        f"that is then reported. {_selections(outcomes, [name])}",
         {**_KEYS, "env": "Held out", "trial": "Trial", "step": "Step", "draw": "Draw", **varied},
         [Column("accuracy", "chosen_by", "Chosen by"), Column("accuracy", "value", "Accuracy")],
         frame,
@@ -106,7 +111,7 @@ def summary(outcomes: Outcomes) -> Table:
     return Table(
         f"{outcomes.benchmark.name}_summary",
         "Accuracy on held-out environments, by set",
-        f"Mean over the held-out environments of a trial, then over n trials. {_ERROR}. {_partly(outcomes, outcomes.sets)}The average is over all sets, where a row has all. {_SELECTIONS}",
+        f"Mean over the held-out environments of a trial, then over n trials. {_ERROR}. {_partly(outcomes, outcomes.sets)}The average is over all sets, where a row has all. {_selections(outcomes, outcomes.sets)} {_experts(outcomes, outcomes.sets)}".strip(),
         {**_KEYS, "n": "n"},
         columns,
         outcomes.order(frame, ["model", "selection"]),
@@ -148,7 +153,8 @@ def cost(outcomes: Outcomes) -> Table:
         cell,
         means_by(records, cell),
         averaged="Means over all runs; times of steps are without reading and augmenting images",
-        measured_on="the out splits of all environments at the last step. Expert tells class (environment) is the mutual information of a token's expert and its image's class (environment)",
+        measured_on="the out splits of all environments at the last step. Expert tells class (environment) is the mutual information of a token's expert and its image's class (environment), "
+        f"and by chance the same after {PERMUTATIONS} shuffles of classes over the images of an environment (environments over those of a class): their mean, and what 95 % stay below. Only what is above that means anything",
     )
 
 
@@ -168,7 +174,8 @@ def paper(outcomes: Outcomes) -> Table:
         "Published averages beside ours",
         "Accuracy, mean over the environments of a set, each held out in turn; the average of four is over PACS, VLCS, OfficeHome and TerraIncognita. Status: published (typed in the authors' notebooks, or "
         "quoted), inferred (published, but the selection or the row is our reading). A dash is a number that this suite did not run, or that was not found. Sets of which nothing is published are left out. Rows by other authors stand "
-        "there for the reader. Another model and other data can neither confirm nor refute a published value.",
+        "there for the reader. Another model and other data can neither confirm nor refute a published value. "
+        f"{_experts(outcomes, outcomes.sets)}".strip(),
         {"selection_title": "Selection", "set_title": "Set", "model_title": "Model", "method_title": "Method"},
         frame,
     )
@@ -193,6 +200,34 @@ def _judged_on(outcomes: Outcomes, name: str) -> str:
     limits = {run.spec["training"]["eval_rows"] for run in outcomes.runs if run.spec["task"]["name"] == name}
     cut = "".join(f", of which {limit} are used" for limit in limits if limit)
     return f"On the in split of the environment that was held out ({share}{cut})."
+
+
+def _selections(outcomes: Outcomes, names: list[str]) -> str:
+    """What the selections go by, and on which images where a set's are augmented (MNIST's are not)."""
+    asked = {
+        run.spec["training"]["val_augment"]
+        for run in outcomes.runs
+        if run.spec["task"]["name"] in names
+        and run.spec["hparams"]["data_augmentation"]
+        and "mnist" not in run.spec["task"]["source"]
+    }
+    return " ".join([_SELECTIONS, *(_VALIDATION[augmented] for augmented in sorted(asked, reverse=True))])
+
+
+def _experts(outcomes: Outcomes, names: list[str]) -> str:
+    """A sentence that says how many experts each method's tokens use, of how many, in which blocks."""
+    found: dict[str, dict[str, None]] = {}
+    for run in outcomes.runs:
+        method = run.spec["method"]
+        if run.spec["task"]["name"] not in names or method["config"] is None:
+            continue
+        config = method["config"]
+        layers = config["layers"]
+        blocks = layers if isinstance(layers, str) else ", ".join(map(str, layers))
+        text = f"{config['top_k']} of {config['num_experts']} in {blocks}"
+        found.setdefault(outcomes.method_title(method["name"]), {})[text] = None
+    words = "; ".join(f"{title} {' or '.join(texts)}" for title, texts in found.items())
+    return f"Experts that a token uses, and the blocks that have them: {words}. " if words else ""
 
 
 def _partly(outcomes: Outcomes, names: list[str]) -> str:

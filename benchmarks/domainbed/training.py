@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import mutual_info_score
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import emoe
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
+from benchmarks.domainbed.information import by_chance, told
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.scores import score
 from benchmarks.harness.seeds import derive_seed
@@ -33,6 +32,7 @@ from benchmarks.harness.training import (
     quiet_arguments,
 )
 from emoe.layer import routed_layers
+from emoe.records import LayerRecord
 
 ACCURACY = "accuracy"
 
@@ -43,9 +43,11 @@ class _DomainLoop(RoutedTrainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
+        rows: Any = dataloader.dataset
+        rows.step = self.state.global_step
         with torch.random.fork_rng(devices=[]):  # a data loader takes a seed from the global generator
-            return super().evaluation_loop(*args, **kwargs)
+            return super().evaluation_loop(dataloader, *args, **kwargs)
 
 
 class EvaluationSteps(TrainerCallback):
@@ -71,11 +73,13 @@ class Predictions:
     Attributes:
         confusion: ``[environments, classes, classes]`` images by true and predicted class.
         loads: layer to ``[environments, classes, experts]``, how often each expert was chosen; empty for a dense model.
+        chance: layer to what its experts tell by chance of ``class`` and ``environment``: mean and 95 % of shuffled labels, in bits.
         summary: of the routing, over all.
     """
 
     confusion: NDArray[np.int64]
     loads: dict[int, NDArray[np.int64]]
+    chance: dict[int, dict[str, tuple[float, float]]]
     summary: dict[str, float]
 
 
@@ -108,6 +112,7 @@ class DomainTrainer:
         training, hparams = spec["training"], spec["hparams"]
         self._checkpoints, self._splits, self._classifier = folder / "checkpoints", dict(splits), classifier
         self._batch_size = training["eval_batch_size"]
+        self._seed = derive_seed("chance", spec["seed"])
         self._stopwatch = Stopwatch()
         self.precision = precision_here(training["precision"])
         arguments = quiet_arguments(
@@ -170,36 +175,52 @@ class DomainTrainer:
         # Trainer ends its log with an entry of its own, without an evaluation
         return [record for record in found.values() if len(record) > 2]
 
-    def look(self, splits: Sequence[EvaluationRows], num_classes: int) -> Predictions:
-        """Predict the splits once more, one an environment, and record which experts their images use."""
+    def look(self, splits: Sequence[EvaluationRows], num_classes: int, *, paired: bool) -> Predictions:
+        """Predict the splits once more, one an environment, and record which experts their images use.
+
+        Args:
+            splits: of every environment.
+            num_classes: of the set.
+            paired: of the set.
+        """
         model = self._classifier.model
         confusion = np.zeros((len(splits), num_classes, num_classes), dtype=np.int64)
         if not routed_layers(model):
             self._predict(splits, confusion, None)
-            return Predictions(confusion, {}, {})
+            return Predictions(confusion, {}, {}, {})
         with emoe.record_routing(model) as record:
             self._predict(splits, confusion, record)
-        loads: dict[int, NDArray[np.int64]] = {}
-        for layer, found in record.layers.items():
-            loads[layer] = np.zeros((len(splits) * num_classes, found.num_experts), dtype=np.int64)
-            for label, counts in found.by_label.items():
-                loads[layer][label] = counts.numpy()
-        shaped = {layer: counts.reshape(len(splits), num_classes, -1) for layer, counts in loads.items()}
-        told = {
-            "class_information": [information(counts.sum(0)) for counts in shaped.values()],
-            "environment_information": [information(counts.sum(1)) for counts in shaped.values()],
-        }
-        means = {name: sum(values) / len(values) for name, values in told.items()}
-        return Predictions(confusion, shaped, record.summary() | means)
+        environments = np.repeat(np.arange(len(splits)), [len(rows) for rows in splits])
+        classes = np.concatenate([rows.labels for rows in splits])
+        loads = np.stack([_by_image(found, len(classes)) for found in record.layers.values()], axis=1)
+        counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
+        np.add.at(counts, (environments, classes), loads)
+        bits = told(loads, classes, environments, paired=paired, seed=self._seed)
+        summary = record.summary()
+        for name, found in bits.items():
+            means = found.mean(1)
+            summary[f"{name}_information"] = float(means[0])
+            summary[f"{name}_information_chance"], summary[f"{name}_information_chance_95"] = by_chance(means)
+        return Predictions(
+            confusion,
+            {layer: counts[:, :, i] for i, layer in enumerate(record.layers)},
+            {
+                layer: {name: by_chance(found[:, i]) for name, found in bits.items()}
+                for i, layer in enumerate(record.layers)
+            },
+            summary,
+        )
 
     def _predict(self, splits: Sequence[EvaluationRows], confusion: NDArray[np.int64], record: Any) -> None:
         model = self._classifier.model.eval()
         device = next(model.parameters()).device
+        images = 0
         for env, rows in enumerate(splits):
             for batch in DataLoader(rows, self._batch_size, num_workers=reading_workers()):
                 labels = batch["labels"]
-                if record is not None:
-                    record.set_labels(env * confusion.shape[1] + labels)
+                if record is not None:  # each image by itself
+                    record.set_labels(torch.arange(images, images + len(labels)))
+                images += len(labels)
                 with torch.inference_mode(), self._trainer.compute_loss_context_manager():
                     predicted = model(batch["pixel_values"].to(device))["logits"].argmax(-1).cpu()
                 np.add.at(confusion[env], (labels.numpy(), predicted.numpy()), 1)
@@ -210,15 +231,12 @@ def reading_workers() -> int:
     return torch.get_num_threads() if torch.cuda.is_available() else 0
 
 
-def information(counts: NDArray[np.int64]) -> float:
-    """Bits that a token's choice of an expert tells about what its image is, and the other way round.
-
-    Mutual information of the empirical distribution; 0 where every row uses the experts alike.
-
-    Args:
-        counts: ``[classes or environments, experts]``, how often each expert was chosen.
-    """
-    return float(mutual_info_score(None, None, contingency=counts) / math.log(2))
+def _by_image(record: LayerRecord, images: int) -> NDArray[np.int64]:
+    """``[images, experts]`` of a layer whose labels were the images' numbers."""
+    loads = np.zeros((images, record.num_experts), dtype=np.int64)
+    for image, found in record.by_label.items():
+        loads[image] = found.numpy()
+    return loads
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:

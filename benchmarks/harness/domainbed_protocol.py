@@ -128,7 +128,8 @@ def hyper_parameters(
 
     Returns:
         ``data_augmentation, resnet18, resnet_dropout, class_balanced, nonlinear_classifier, lr, weight_decay, batch_size``
-        (those of a ResNet shape nothing here; they are kept so that a draw can be compared).
+        (those of a ResNet shape nothing here; they are kept so that a draw can be compared), and of DomainBed's registry
+        ``vit_dropout``, which the older one of the fork has not.
     """
     definitions = _definitions(registry, dataset, algorithm)
     if hparams_seed == 0:
@@ -145,12 +146,14 @@ def _definitions(registry: Registry, dataset: str, algorithm: str) -> dict[str, 
     found: dict[str, tuple[Any, _Draw]] = {
         "data_augmentation": (True, lambda _: True),
         "resnet18": (False, lambda _: False),
-        "resnet_dropout": (0.0, lambda random: float(random.choice([0.0, 0.1, 0.5]))),
+        "resnet_dropout": (0.0, _dropout),
         "class_balanced": (False, lambda _: False),
         "nonlinear_classifier": (False, lambda _: False),
         "lr": (1e-3, _power(10, -4.5, -2.5)) if small else (5e-5, _power(10, -5, -3.5)),
         "weight_decay": (0.0, lambda _: 0.0) if small else (0.0, _power(10, -6, -2)),
     }
+    if registry == "domainbed":
+        found["vit_dropout"] = (0.0, _dropout)
     if registry == "emoe" and not small:
         lr, weight_decay = _FORK.get(dataset, (_FORK_LR, 0.0))
         found["lr"] = (lr, _power(10, -4.5, -2.5) if dataset in _FORK else _power(10, -5, -3.5))
@@ -162,6 +165,10 @@ def _definitions(registry: Registry, dataset: str, algorithm: str) -> dict[str, 
     else:
         found["batch_size"] = (32, _whole_power(3, 5 if dataset == "DomainNet" else 5.5))
     return found
+
+
+def _dropout(random: np.random.RandomState) -> float:
+    return float(random.choice([0.0, 0.1, 0.5]))
 
 
 def _power(base: float, low: float, high: float) -> _Draw:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -58,6 +60,7 @@ def _spec(
 ) -> dict[str, Any]:
     task, trial, draw = benchmark.tasks[point["set"]], point["trial"], point["hparams_seed"]
     training = training_settings(benchmark, suite, point["model"])
+    sweep = _sweep(benchmark.definition["version"], methods[point["method"]], training)
     hparams = hyper_parameters(training.pop("registry"), task["domainbed"], draw, trial) | training.pop("hparams")
     training["eval_every"] = training["eval_every"] or task["eval_every"]
     return {
@@ -76,12 +79,20 @@ def _spec(
         "test_envs": list(point["test_envs"]),
         "hparams_seed": draw,
         "hparams": hparams,
+        "sweep": sweep,
         "training": training,
         "learning_rate": float(hparams["lr"]),
         # one for all methods, so that they see the same digits: that of DomainBed's own baseline
         "data_seed": sweep_seed(task["domainbed"], BASELINE, point["test_envs"], draw, trial),
         "seed": trial,
     }
+
+
+def _sweep(version: int, method: Mapping[str, Any], training: Mapping[str, Any]) -> str:
+    """Digest of the settings that a method's runs have in common: of all sets, draws, trials and held-out environments."""
+    settings = {key: value for key, value in method.items() if key not in ("title", "role")}
+    text = json.dumps([version, settings, training], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def held_out_names(spec: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,7 +58,7 @@ def load_image_network(model: Mapping[str, Any]) -> nn.Module:
 
 
 def load_image_classifier(
-    model: Mapping[str, Any], num_classes: int, image_size: int, drop_path: float, seed: int
+    model: Mapping[str, Any], num_classes: int, image_size: int, drop_path: float, seed: int, dropout: float = 0.0
 ) -> ImageClassifier:
     """The pre-trained network with a new head, the head drawn from ``seed``.
 
@@ -68,15 +69,23 @@ def load_image_classifier(
         drop_path: rate of stochastic depth in training: in timm that of the last block, to which it rises linearly; in DINOv2 of every
             block.
         seed: of the head.
+        dropout: in training, of what goes into the head.
 
     Raises:
         DataError: the weights are not there.
         DefinitionError: a stochastic depth that the architecture does not have.
     """
     network, source = _load(model, num_classes, image_size, drop_path, seed)
+    if dropout:
+        head = cast(Any, network).get_classifier() if "timm" in model else cast(Any, network).classifier
+        head.register_forward_pre_hook(partial(_drop, dropout))
     config = getattr(network, "config", None)
     interpolates = config is not None and config.model_type in ("vit", "deit") and config.image_size != image_size
     return ImageClassifier(network, source, {"interpolate_pos_encoding": True} if interpolates else {})
+
+
+def _drop(rate: float, head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (F.dropout(args[0], rate, head.training),)
 
 
 def _load(

@@ -18,7 +18,12 @@ GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
 OOD_MEAN = "ood_mean"
 _COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
 _MODEL = ("parameters", "trainable_parameters", "active_neurons")
-_ROUTING = ("load_entropy", "load_max_over_mean", "drop_rate", "class_information", "environment_information")
+_ROUTING = (
+    "load_entropy",
+    "load_max_over_mean",
+    "drop_rate",
+    *(f"{name}_information{chance}" for name in ("class", "environment") for chance in ("", "_chance", "_chance_95")),
+)
 
 
 def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:

@@ -23,7 +23,11 @@ _SHOWN = (
     ("routing", "load_max_over_mean"),
     ("routing", "drop_rate"),
     ("routing", "class_information"),
+    ("routing", "class_information_chance"),
+    ("routing", "class_information_chance_95"),
     ("routing", "environment_information"),
+    ("routing", "environment_information_chance"),
+    ("routing", "environment_information_chance_95"),
 )
 
 

@@ -73,7 +73,12 @@ def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainab
     """
     training = spec["training"]
     model = load_image_classifier(
-        spec["model"], num_classes, training["image_size"], training["drop_path"], derive_seed("head", spec["seed"])
+        spec["model"],
+        num_classes,
+        training["image_size"],
+        training["drop_path"],
+        derive_seed("head", spec["seed"]),
+        spec["hparams"].get("vit_dropout", 0.0),  # not every registry has it
     )
     return _converted(model, model.network, model.source, spec)
 

@@ -54,8 +54,10 @@ def close(found: Tensor | None, expected: Tensor, what: str) -> None:
     )
 
 
-def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor], backend: str) -> PlainNet:
-    """A dense net converted as published, with the recorded weights put in."""
+def tutel_net(
+    name: str, meta: dict[str, Any], data: dict[str, Tensor], backend: str, dense_bias: Tensor | None = None
+) -> PlainNet:
+    """A dense net converted as published, with the recorded weights put in; with a dense bias, of the copies' biases only that."""
     copies = name.startswith("gmoe")
     size, n = meta["expert_size"], meta["num_experts"]
     net = PlainNet(FFN(meta["hidden"], size if copies else size * n, meta["activation"], gated=False))
@@ -69,6 +71,10 @@ def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor], backend:
         "expert_dropout": 0.0,
         "backend": backend,
     }
+    if dense_bias is not None:
+        net.layers[0].outer.bias.data = dense_bias.clone()
+        values["output_bias"] = "per_expert_whole"
+        data = {key: array for key, array in data.items() if key != "fc2_bias_per_expert"}
     if copies:
         emoe.convert_(net, emoe.GMoEConfig.as_published("tutel", **values))
     else:
@@ -82,6 +88,7 @@ def tutel_net(name: str, meta: dict[str, Any], data: dict[str, Tensor], backend:
         "layers.0.outer.bias",
         "layers.0.act.router.gate",
         "layers.0.act.output_bias_parts",
+        *({"layers.0.act.output_bias"} if dense_bias is not None else ()),
     }
     return net.train(meta["training"])
 
@@ -159,6 +166,17 @@ def test_llama_block_mask(name: str, backend: str) -> None:
     close(x.grad, data["grad_x"], "x")
     for theirs, ours in LLAMA.items():
         close(net.get_parameter(f"layers.0.{ours}").grad, data[f"grad_{theirs}"], theirs)
+
+
+@pytest.mark.parametrize("name", ["gmoe_top1", "gmoe_top2_train"])
+def test_a_copy_of_their_vision_code_starts_with_the_whole_bias(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs is the same layer with other biases at the start: what was recorded as each copy's is then the FFN's own."""
+    meta, data = load(name)
+    biases = data["fc2_bias_per_expert"]
+    net = tutel_net(name, meta, data, "masked", dense_bias=biases[0])
+    assert torch.equal(routed_layers(net)[0].output_bias, biases)
+    with_noise(monkeypatch, data.get("router_noise"))
+    close(net(data["x"]), data["y"], "y")
 
 
 def test_the_clean_method_is_theirs_without_capacity_noise_and_loss() -> None:

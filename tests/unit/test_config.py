@@ -50,6 +50,7 @@ def test_round_trip_through_plain_values() -> None:
             "has its own scores",
         ),
         ({"num_experts": 8, "top_k": 1, "router": "cosine", "weighting": "softmax_times_k"}, "at least 2"),
+        ({"num_experts": 8, "top_k": 2, "output_bias": "per_expert_whole"}, "a part of the FFN, not a copy"),
         (
             {"num_experts": 8, "top_k": 2, "balance_loss": "published", "aux_loss_coefficient": 0.1},
             "router_noise is 0.0; it must be above 0",

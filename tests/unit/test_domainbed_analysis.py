@@ -30,6 +30,7 @@ from benchmarks.harness.report import write_report
 from benchmarks.harness.runs import Run, plan
 from benchmarks.harness.suite import Suite, find_part, load_suite
 from tests.fake_runs import write_runs
+from tests.image_sets import pacs_run
 
 
 def record(step: int, within: list[float], out: list[float]) -> dict[str, Any]:
@@ -133,6 +134,8 @@ def test_tables_average_over_environments_then_trials(finished: tuple[list[Run],
     assert row["average"] == pytest.approx((row["0 mean"] + row["75 mean"]) / 2)
     assert row["0 mean"] == pytest.approx(own.loc[own["env"] == "0", "value"].mean())
     assert "2 of 6 environments were held out" in table.caption
+    assert "GMoE (EMoE's README) 2 of 6 in 10; EMoE 4 of 24 in 8, 10; EMoE-learn 4 of 24 in 8, 10." in table.caption
+    assert "augmented" not in table.caption  # digits are not
 
 
 def test_differences_are_paired_by_trial(finished: tuple[list[Run], Path]) -> None:
@@ -206,6 +209,27 @@ def test_the_average_of_four_is_over_the_papers_sets(tmp_path: Path, monkeypatch
     assert row["difference"] == pytest.approx(row["ours"] - row["value"])
 
 
+@pytest.mark.parametrize("val_augment", [True, False])
+def test_tables_say_whose_validation_and_whose_gmoe_it_is(
+    val_augment: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [
+        run
+        for method in ("gmoe", "gmoe_upstream")
+        for run in (pacs_run(method, env, val_augment=val_augment, eval_every=6) for env in range(4))
+    ]
+    write_runs(runs)
+    found = outcomes(runs)
+    own = "this suite's own choice; DomainBed and the paper's authors augment them"
+    theirs = "augmented, as in DomainBed's code and the paper's authors'"
+    for table in (results(found, "pacs"), summary(found), choices(found, "pacs")):
+        assert (theirs in table.caption, own in table.caption) == (val_augment, not val_augment)
+    frame = paper(found).frame.set_index(["set", "method_title", "selection", "model"])
+    assert frame.loc[("pacs", "GMoE (GMoE's code)", "training", "deit-small"), "value"] == pytest.approx(0.881)
+    assert frame.loc[("average of four", "GMoE (EMoE's README)", "training", "deit-small"), "value"] == 0.7134
+
+
 def write_outputs(suite: Suite, runs: list[Run]) -> None:
     presented = present(load_benchmark("domainbed"), runs)
     folder = paths.RESULTS / suite.name
@@ -232,6 +256,10 @@ def test_everything_that_the_suite_shows_is_made(finished: tuple[list[Run], Path
     assert "RotatedMNIST, 5,000 digits</h3>" in page
     assert page.count("data:image/png") == 4
     assert "Adam, constant rate, no clipping" in page
+    costs = pd.read_csv(paths.RESULTS / "mini/tables/domainbed_cost.csv").set_index("method").loc["emoe"]
+    for name, numbers in (("class", (0.1, 0.03, 0.05)), ("environment", (0.01, 0.01, 0.02))):
+        assert tuple(costs[f"{name}_information{end}"] for end in ("", "_chance", "_chance_95")) == numbers
+    assert "Class by chance, 95 % (bit)" in page
     assert "EMoE +" in page
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -22,7 +23,7 @@ from torchvision.datasets import ImageFolder
 from benchmarks.domainbed import emoji as emoji_module
 from benchmarks.domainbed.environments import ImageSet, load_set
 from benchmarks.domainbed.mnist import load_digits
-from benchmarks.domainbed.survey import counts, ensure_surveyed, look_at_all, survey_to_file
+from benchmarks.domainbed.survey import counts, ensure_surveyed, list_environments, look_at_all, survey_to_file
 from benchmarks.domainbed.transforms import DEVIATION, MEAN, augmented, plain
 from benchmarks.harness.definition import load_benchmark
 from benchmarks.harness.domainbed_protocol import split_things
@@ -105,6 +106,89 @@ def test_other_spellings_are_known_and_quite_other_names_are_taken_in_order(root
     for number, folder in enumerate(("Art Painting", "cartoon", "photo", "sketch")):
         (root / "PACS" / folder).rename(root / "PACS" / f"d{3 - number}")
     assert [Path(environment.places[0]).parts[-3] for environment in load().environments] == ["d0", "d1", "d2", "d3"]
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "why"),
+    [
+        ("photo/dog/up", "..", "in which it lies itself"),
+        ("photo/dog/here", ".", "in which it lies itself"),
+        ("loop", ".", "in which it lies itself"),
+        ("photo/dog/deep/more", "../../elephant", "which belongs to the set and would be there twice"),
+        ("photo/zebra", "../sketch/dog", "which belongs to the set and would be there twice"),
+        ("photo/dog/deep/away", "../../../../elsewhere", "which is no folder of the set"),
+        ("clipart", "../elsewhere", "which is no folder of the set"),
+        ("photo/dog/twice.jpg", "../elephant/000.jpg", "which belongs to the set and would be there twice"),
+    ],
+)
+def test_links_to_folders_and_to_images_of_the_set_are_refused(root: Path, link: str, target: str, why: str) -> None:
+    (root / "elsewhere" / "cat").mkdir(parents=True)
+    (root / "PACS" / link).parent.mkdir(exist_ok=True)
+    (root / "PACS" / link).symlink_to(target)
+    with pytest.raises(DataError, match=rf"PACS/{link} is a link to /.*, {why}; remove it, or put a copy in its place"):
+        load()
+
+
+def test_folders_that_link_to_each_other_are_refused(root: Path) -> None:
+    (root / "PACS/photo/dog/a").symlink_to("../elephant")
+    (root / "PACS/photo/elephant/b").symlink_to("../dog")
+    with pytest.raises(DataError, match="PACS/photo/dog/a is a link to"):
+        load()
+
+
+def test_a_set_may_be_a_link_and_its_images_links_to_files_elsewhere(root: Path) -> None:
+    """As content stores (git-annex, the hub's cache) keep them, also inside the set, in a hidden folder."""
+    plain_set = load()
+    (root / "PACS").rename(root / "real")
+    (root / "PACS").symlink_to("real")
+    image, other = root / "real/photo/dog/000.jpg", root / "real/photo/dog/001.jpg"
+    (root / "real/.store").mkdir()
+    image.rename(root / "blob")
+    image.symlink_to(root / "blob")
+    other.rename(root / "real/.store/blob")
+    other.symlink_to("../../.store/blob")
+    found = load()
+    for ours, theirs in zip(found.environments, plain_set.environments, strict=True):
+        assert (ours.places, ours.labels) == (theirs.places, theirs.labels)
+    assert look_at_all(found)["environments"]["P"]["rows"] == 9
+
+
+def test_hidden_folders_are_no_part_of_a_set(root: Path) -> None:
+    whole = [environment.places for environment in load().environments]
+    for place in ("PACS", "PACS/photo", "PACS/photo/dog"):
+        shutil.copytree(root / "PACS/sketch/dog", root / place / ".ipynb_checkpoints")
+        (root / place / ".DS_Store").touch()
+    assert [environment.places for environment in load().environments] == whole
+    assert "not read" not in counts(load())
+
+
+def test_files_that_are_not_read_are_counted_by_their_ending(root: Path, tmp_path: Path) -> None:
+    """torchvision's ImageFolder, and so DomainBed, reads no GIF."""
+    photo = root / "PACS/photo"
+    for name in ("dog/a.gif", "dog/b.GIF", "elephant/c.gif", "dog/README", "list.txt", "e.jpg"):
+        (photo / name).touch()
+    found = load()
+    assert found.environments[2].ignored == {".gif": 3, ".jpg in no class": 1, ".txt in no class": 1, "README": 1}
+    said = "not read: 3 .gif, 1 .jpg in no class, 1 .txt in no class, 1 README"
+    assert counts(found).splitlines()[-1] == f"P: {said}"
+    assert counts(found).splitlines()[-2].startswith("all")
+    assert [labels for _, _, labels, _ in list_environments(TASK, 0, open_images=False)] == [
+        "3 classes, 3 to 3 each" + (f"; {said}" if name == "P" else "") for name in "ACPS"
+    ]
+    assert look_at_all(found)["environments"]["P"]["ignored"] == found.environments[2].ignored
+
+
+def test_a_folder_that_cannot_be_read_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked, scan = str(root / "PACS/photo/dog"), os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path) == locked:
+            raise PermissionError(13, "Permission denied", locked)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"PACS/photo/dog cannot be read: Permission denied"):
+        load()
 
 
 def test_an_empty_class_is_named(root: Path) -> None:

@@ -15,8 +15,10 @@ from torchvision.transforms.functional import rotate, to_tensor
 from transformers import TrainerControl, TrainerState
 
 from benchmarks.domainbed.batches import EnvironmentBatches
+from benchmarks.domainbed.information import by_chance, information, told
 from benchmarks.domainbed.mnist import colored_mnist, rotated_mnist
-from benchmarks.domainbed.training import EvaluationSteps, information
+from benchmarks.domainbed.training import EvaluationSteps
+from benchmarks.harness.definition import load_benchmark
 from benchmarks.harness.domainbed_protocol import (
     class_weights,
     held_out_combinations,
@@ -26,6 +28,7 @@ from benchmarks.harness.domainbed_protocol import (
     sweep_seed,
 )
 from benchmarks.harness.runs import plan
+from benchmarks.harness.variants import suite_methods, training_settings
 
 
 def md5_of(text: str) -> int:
@@ -66,14 +69,17 @@ def test_default_hyper_parameters() -> None:
         "class_balanced": False,
         "nonlinear_classifier": False,
     }
+    assert "vit_dropout" not in hyper_parameters("emoe", "PACS", 0, 5)
     assert hyper_parameters("domainbed", "PACS", 0, 5) == {
         **shared,
+        "vit_dropout": 0.0,
         "lr": 5e-5,
         "weight_decay": 0.0,
         "batch_size": 32,
     }
     assert hyper_parameters("domainbed", "ColoredMNIST", 0, 0) == {
         **shared,
+        "vit_dropout": 0.0,
         "lr": 1e-3,
         "weight_decay": 0.0,
         "batch_size": 64,
@@ -109,7 +115,10 @@ def test_every_hyper_parameter_is_drawn_from_a_state_of_its_own() -> None:
     assert found["lr"] == 10 ** state("lr").uniform(-5, -3.5)
     assert found["weight_decay"] == 10 ** state("weight_decay").uniform(-6, -2)
     assert found["batch_size"] == int(2 ** state("batch_size").uniform(3, 5.5))
-    assert found["resnet_dropout"] == state("resnet_dropout").choice([0.0, 0.1, 0.5])
+    for name in ("resnet_dropout", "vit_dropout"):
+        assert found[name] == state(name).choice([0.0, 0.1, 0.5])
+    rates = {hyper_parameters("domainbed", "PACS", draw, 0)["vit_dropout"] for draw in range(20)}
+    assert rates == {0.0, 0.1, 0.5}
     small = hyper_parameters("domainbed", "RotatedMNIST", 7, 2)
     assert small["lr"] == 10 ** state("lr").uniform(-4.5, -2.5)
     assert small["weight_decay"] == 0
@@ -224,12 +233,62 @@ def test_information_of_a_choice() -> None:
     assert information(np.eye(4, dtype=int) * 3) == pytest.approx(math.log2(4))
 
 
+def looked_at(experts: np.ndarray, classes: np.ndarray, environments: np.ndarray, paired: bool = False) -> dict:
+    """What one layer tells whose images use one expert each, for all of their 50 tokens; and by chance."""
+    loads = 50 * np.eye(4, dtype=np.int64)[experts][:, None]
+    bits = told(loads, classes, environments, paired=paired, seed=0)
+    return {name: (float(found[0, 0]), *by_chance(found[:, 0])) for name, found in bits.items()}
+
+
+def test_what_chance_tells_is_found_by_shuffling_images_not_tokens() -> None:
+    random = np.random.default_rng(0)
+    environments, classes, experts = np.repeat([0, 1, 2], 40), random.integers(0, 5, 120), random.integers(0, 4, 120)
+    for name, labels in (("class", classes), ("environment", environments)):
+        bits, mean, high = looked_at(experts, classes, environments)[name]
+        table = np.zeros((5, 4))
+        np.add.at(table, (labels, experts), 50)
+        assert bits == pytest.approx(float(information(table)))
+        freedom = (len(set(labels)) - 1) * 3
+        assert mean == pytest.approx(freedom / (2 * 120 * math.log(2)), rel=0.15)  # as of 120 draws, not of 6,000
+        assert bits < high < 3 * mean
+    assert looked_at(experts, classes, environments) == looked_at(experts, classes, environments)
+    bits, _, high = looked_at(classes % 4, classes, environments)["class"]
+    assert bits > 5 * high
+
+
+def test_what_the_environment_alone_tells_is_no_knowledge_of_the_class() -> None:
+    """Two environments, one with other classes than the other: experts that go by the environment tell the class too."""
+    random = np.random.default_rng(1)
+    environments = np.repeat([0, 1], 200)
+    classes = np.where(random.random(400) < 0.9, environments, 1 - environments)
+    found = looked_at(environments, classes, environments)
+    bits, mean, high = found["class"]
+    assert bits == pytest.approx(mean) == pytest.approx(high)
+    assert bits > 0.4
+    bits, mean, high = found["environment"]
+    assert bits == pytest.approx(1.0)
+    assert mean < high < 0.7  # what the classes alone tell is 0.5
+
+
+def test_things_of_a_paired_set_keep_together() -> None:
+    """The same 30 things in three styles, each thing with an expert of its own choice: no class, no style, and three images are no three draws."""
+    random = np.random.default_rng(2)
+    classes, experts = random.integers(0, 5, 30), random.integers(0, 4, 30)
+    environments = np.repeat([0, 1, 2], 30)
+    found = looked_at(np.tile(experts, 3), np.tile(classes, 3), environments, paired=True)
+    bits, mean, high = found["class"]
+    assert mean == pytest.approx(4 * 3 / (2 * 30 * math.log(2)), rel=0.25)
+    assert bits < high
+    assert found["environment"] == pytest.approx((0, 0, 0), abs=1e-12)
+    assert looked_at(environments, np.tile(classes, 3), environments, paired=True)["environment"][0] > 1.5
+
+
 def test_the_papers_protocol() -> None:
     runs = plan(["domainbed"], "paper")
     for run in runs:
         training, hparams = run.spec["training"], run.spec["hparams"]
         assert (training["steps"], training["eval_every"], training["eval_batch_size"]) == (5001, 300, 64)
-        assert (training["image_size"], training["drop_path"], training["val_augment"]) == (224, 0.1, False)
+        assert (training["image_size"], training["drop_path"], training["val_augment"]) == (224, 0.1, True)
         assert training["evaluate"] == "all"
         assert training["eval_rows"] is None
         assert hparams["batch_size"] == 32
@@ -244,15 +303,35 @@ def test_the_papers_protocol() -> None:
         )
         for run in runs
     }
-    assert len(cells) == len(runs) == 2 * 4 * 9 * 4 * 3
+    assert len(cells) == len(runs) == 2 * 4 * 10 * 4 * 3
     configs = {run.spec["method"]["name"]: run.spec["method"]["config"] for run in runs}
     assert configs["erm"] is None
-    assert [configs[name]["num_experts"] for name in ("gmoe", "emoe", "emoe_learn")] == [6, 24, 24]
-    assert configs["emoe"]["top_k"] == 4
-    assert all(config["layers"] == [8, 10] for config in configs.values() if config)
-    assert configs["gmoe"]["kind"] == "gmoe"
-    assert configs["emoe_published"]["capacity_factor"] == 1.5
-    assert configs["emoe_published"]["dropout_position"] == "after"
+    experts = {
+        name: (config["kind"], config["num_experts"], config["top_k"], config["layers"])
+        for name, config in configs.items()
+        if config
+    }
+    # the README of EMoE's authors (num_inter 1), and GMoE's own code
+    assert experts.pop("gmoe") == experts.pop("gmoe_published") == ("gmoe", 6, 2, [10])
+    assert experts.pop("gmoe_upstream") == ("gmoe", 6, 1, [8, 10])
+    assert experts.pop("all_experts") == ("emoe", 24, 24, [8, 10])
+    assert all(found == ("emoe", 24, 4, [8, 10]) for found in experts.values())
+    for name in ("gmoe", "emoe", "emoe_learn"):
+        published = configs[f"{name}_published"]
+        assert (published["capacity_factor"], published["dropout_position"]) == (1.5, "after")
+        assert published["output_bias"] == ("per_expert_whole" if name == "gmoe" else "per_expert")
+
+
+@pytest.mark.parametrize(("suite", "blocks"), [("domainbed_sweep", [8, 10]), ("domainbed_large", [20, 22])])
+def test_large_suites_run_both_sources_of_gmoe_and_validate_as_the_authors(suite: str, blocks: list[int]) -> None:
+    benchmark = load_benchmark("domainbed")
+    (block,) = benchmark.definition["suites"][suite]["grid"]
+    assert block["method"] == ["erm", "gmoe", "gmoe_upstream", "emoe", "emoe_learn"]
+    methods = suite_methods(benchmark, suite)
+    for name, k, layers in (("gmoe", 2, blocks[1:]), ("gmoe_upstream", 1, blocks)):
+        found = methods[name]
+        assert (found["num_experts"], found["top_k"], found["layers"]) == (6, k, layers)
+    assert training_settings(benchmark, suite, *block["model"])["val_augment"] is True
 
 
 def test_all_methods_of_a_trial_see_the_same_digits() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,12 +23,16 @@ from transformers import (
 )
 
 from benchmarks.domainbed import pipeline
+from benchmarks.domainbed.batches import EvaluationRows
+from benchmarks.domainbed.information import information
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.training import DomainTrainer
-from benchmarks.harness.definition import DefinitionError, load_models
+from benchmarks.harness.definition import DefinitionError, load_benchmark, load_models
+from benchmarks.harness.domains import domain_specs
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.paths import DATA_ROOT, MODEL_ROOT
 from benchmarks.harness.runs import Run, plan, run_from_spec
+from benchmarks.harness.trainable import build_image_classifier
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 
@@ -58,6 +66,14 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
     loads = torch.tensor(found["routing"]["loads"]["2"])
     assert loads.shape == (4, 3, 8)
     assert loads.sum() == 16 * 5 * 2  # out images, their tokens (four patches and a class token), experts of each
+    routing = found["routing"]
+    for name, axis in (("class", 0), ("environment", 1)):
+        told = [information(np.array(loads).sum(axis)) for loads in routing["loads"].values()]
+        assert routing[f"{name}_information"] == pytest.approx(np.mean(told))
+        for layer in ("2", "4"):
+            mean, high = routing["chance"][layer][name]
+            assert 0 < mean < high
+        assert routing[f"{name}_information_chance"] < routing[f"{name}_information_chance_95"]
     assert all(sum(map(sum, matrix)) == 4 for matrix in found["confusion"].values())
     said = capfd.readouterr().err
     assert said.index("all") < said.index("training, 7 steps")  # counts come before training
@@ -66,9 +82,9 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
 
     lines = [json.loads(line) for line in (path.parent / "results.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 3, 6]
+    assert re.fullmatch(r"emoe-[0-9a-f]{6}@test-vit", lines[0]["args"].pop("algorithm"))
     assert lines[0]["args"] == {
         "dataset": "PACS",
-        "algorithm": "emoe@test-vit",
         "test_envs": [2],
         "hparams_seed": 0,
         "trial_seed": 0,
@@ -78,6 +94,32 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
         "steps": 7,
     }
     assert lines[0]["hparams"]["batch_size"] == 4
+
+
+def test_domainbeds_scripts_merge_the_runs_of_a_sweep_and_no_others() -> None:
+    """They group by dataset, algorithm, test_envs, trial_seed and hparams_seed, and average an algorithm over all of them."""
+    benchmark = load_benchmark("domainbed")
+
+    def algorithms(**settings: Any) -> set[str]:
+        block = {"model": ["test-vit"], "method": ["random_partition"], "test_envs": "single", "trial": [0, 1]}
+        block |= {"set": ["pacs", "domain_net", "rotated_mnist"], "hparams_seed": [0, 3], **settings.pop("grid", {})}
+        suite = {"grid": [block], "methods": {"random_partition": settings.pop("method", {})}, "training": settings}
+        changed = replace(benchmark, definition={**benchmark.definition, "suites": {"own": suite}})
+        return {pipeline.sweep_arguments(spec)["algorithm"] for spec in domain_specs(changed, "own", ())}
+
+    (own,) = algorithms()  # also of sets that are evaluated at other steps
+    assert re.fullmatch(r"random_partition-[0-9a-f]{6}@test-vit", own)
+    assert algorithms(grid={"set": ["rotated_mnist_5k"]}) == {f"{own}@rotated_mnist_5k"}
+    others: list[dict[str, Any]] = [
+        {"image_size": 28},
+        {"eval_every": 7},
+        {"val_augment": False},
+        {"registry": "domainbed"},
+        {"hparams": {"lr": 0.1}},
+        {"grid": {"num_experts": [48]}},
+        {"method": {"partition_seed": 7}},
+    ]
+    assert len({own}.union(*(algorithms(**settings) for settings in others))) == 1 + len(others)
 
 
 def test_same_input_same_numbers() -> None:
@@ -141,7 +183,7 @@ def test_only_what_is_needed_is_evaluated_where_that_is_asked_for() -> None:
         assert other == {name: record[name] for name in other}
 
 
-def test_augmented_validation_is_domainbeds_original(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_augmented_validation_is_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of training environments only, and without a trace in training."""
     seen: dict[str, dict[str, torch.Tensor]] = {"plain": {}, "augmented": {}}
     original = pipeline._evaluated
@@ -161,6 +203,25 @@ def test_augmented_validation_is_domainbeds_original(monkeypatch: pytest.MonkeyP
     assert [record["loss"] for record in records["plain"]] == [record["loss"] for record in records["augmented"]]
 
 
+def test_augmentation_of_validation_images_is_drawn_anew_at_every_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in DomainBed's code and the authors': of training environments only, both splits."""
+    seen: dict[tuple[str, bool], list[torch.Tensor]] = {}
+    look = EvaluationRows.__getitem__
+
+    def spy(self: EvaluationRows, place: int) -> dict[str, Any]:
+        found = look(self, place)
+        if place == 0:
+            seen.setdefault((self._environment.name, len(self) == 20), []).append(found["pixel_values"])
+        return found
+
+    monkeypatch.setattr(EvaluationRows, "__getitem__", spy)
+    finish(prepare(pacs_run(held_out=2)))
+    assert set(seen) == set(itertools.product("ACPS", (False, True)))
+    for (name, _), pixels in seen.items():
+        steps = pixels[:3]  # of three evaluations; the last look, after training, is a plain one
+        assert [torch.equal(one, steps[0]) for one in steps] == [True, *[name == "P"] * 2]
+
+
 def test_worker_processes_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = finish(prepare(pacs_run("emoe"), "alone"))
     monkeypatch.setattr("benchmarks.domainbed.training.reading_workers", lambda: 2)
@@ -171,7 +232,7 @@ def test_a_run_that_was_killed_after_its_last_step_trains_nothing_again(monkeypa
     whole = finish(prepare(pacs_run("emoe"), "whole"))
     killed = prepare(pacs_run("emoe"), "killed")
     with monkeypatch.context() as patch:
-        patch.setattr(DomainTrainer, "look", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(DomainTrainer, "look", lambda *args, **named: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finish(killed)
     monkeypatch.setattr(Trainer, "training_step", lambda *args: pytest.fail("trained again"))
@@ -254,6 +315,27 @@ def test_every_library_of_models_trains_from_a_local_folder(
     assert found["model"]["source"]["from"] == str(model_root / name)
     assert [layer["index"] for layer in found["model"]["conversion"]] == [1, 3]
     assert found["model"]["parameters"] == found["model"]["dense_parameters"] == found["model"]["trainable_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("test-vit", 32), ("dinov2-small", 28), ("vit-large", 32)], ids=["timm", "dinov2", "vit"]
+)
+def test_vit_dropout_is_in_front_of_the_head_in_training_only(model_root: Path, name: str, size: int) -> None:
+    """As DomainBed has it: of what the network gives to its classifier."""
+    spec = with_model(name, "erm", image_size=size, drop_path=0.0).spec
+    spec = {**spec, "hparams": {**spec["hparams"], "vit_dropout": 0.5}}
+    model = build_image_classifier(spec, 3).model
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    head = next(module for module in linear if module.out_features == 3)
+    seen: list[torch.Tensor] = []
+    head.register_forward_pre_hook(lambda _head, args: seen.append(args[0].detach()))
+    images = torch.randn(8, 3, size, size)
+    for mode in (True, False, False):
+        model.train(mode)(images)
+    kept = seen[0] != 0
+    assert 0.3 < kept.float().mean() < 0.7
+    torch.testing.assert_close(seen[0][kept], 2 * seen[1][kept])
+    assert torch.equal(seen[1], seen[2])
 
 
 def test_a_model_without_stochastic_depth_says_so(model_root: Path) -> None:

@@ -92,18 +92,25 @@ def test_a_running_gate_follows_the_keys() -> None:
     assert emoe.update_gates_(converted()) is None
 
 
-@pytest.mark.parametrize("kind", [emoe.EMoEConfig, emoe.GMoEConfig])
-def test_biases_of_experts_start_as_the_one_bias(kind) -> None:
-    weighting = {"weighting": "binary"} if kind is emoe.EMoEConfig else {}
-    shared, own = (converted(kind=kind, output_bias=how, **weighting) for how in ("shared", "per_expert"))
+# weights that sum to 1 leave 1/k of a divided bias, as in the authors' language code
+@pytest.mark.parametrize(
+    ("kind", "how", "kept"),
+    [
+        (emoe.EMoEConfig, "per_expert", 1),
+        (emoe.GMoEConfig, "per_expert", 1 / 2),
+        (emoe.GMoEConfig, "per_expert_whole", 1),
+    ],
+)
+def test_biases_of_experts_start_as_the_one_bias(kind, how: str, kept: float, tmp_path) -> None:
+    shared, own = (converted(kind=kind, output_bias=bias) for bias in ("shared", how))
+    bias = shared.layers[0].outer.bias
     if kind is emoe.GMoEConfig:
         routed_layers(own)[0].router.load_state_dict(routed_layers(shared)[0].router.state_dict())
-        own.layers[0].outer.bias.fill_(0)
-        # weights that sum to 1 leave 1/k of the bias, as in the authors' layer
-        expected = shared(inputs()) - shared.layers[0].outer.bias / 2
-    else:
-        expected = shared(inputs())
-    torch.testing.assert_close(own(inputs()), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(own(inputs()), shared(inputs()) - (1 - kept) * bias, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(routed_layers(own)[0].mean_output_bias(), bias.detach())
+    emoe.save_pretrained(own, tmp_path)
+    again = emoe.from_pretrained(plain_net, tmp_path, hidden=H, width=N * S)
+    torch.testing.assert_close(again(inputs()), own(inputs()))
 
 
 def test_folding_back_takes_the_mean_bias_times_k() -> None:
