@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -22,6 +24,13 @@ BalanceLoss = Literal["corrected", "published"]
 DropoutPosition = Literal["before", "after"]
 OutputBias = Literal["shared", "per_expert", "per_expert_whole"]
 
+# of numbers, by their names in a JSON Schema
+_BOUNDS: dict[str, tuple[Callable[[Any, float], bool], str]] = {
+    "minimum": (operator.ge, "of at least {}"),
+    "exclusiveMinimum": (operator.gt, "above {}"),
+    "exclusiveMaximum": (operator.lt, "below {}"),
+}
+
 CONFIG_VERSION = 1
 # name to class, filled by emoe.routers
 ROUTERS: dict[str, Any] = {}
@@ -37,6 +46,11 @@ _TUTEL: dict[str, Any] = {
     "dropout_position": "before",
     "output_bias": "per_expert",
 }
+
+
+def _number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
+    """A field with a number in bounds, which are named as in a JSON Schema."""
+    return dataclasses.field(default=default, metadata=bounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,21 +90,21 @@ class RoutingConfig:
     kind: ClassVar[str]
     _published: ClassVar[dict[str, dict[str, Any]]]
 
-    num_experts: int
-    top_k: int
+    num_experts: int = _number(minimum=1)
+    top_k: int = _number(minimum=1)
     layers: Layers | Sequence[int] = "last-half:2"
     backend: Backend = "auto"
     decode_cache: bool = True
     score_threshold: float | None = None
-    capacity_factor: float | None = None
+    capacity_factor: float | None = _number(None, exclusiveMinimum=0)
     count_padding: bool = False
-    router_noise: float = 0.0
-    aux_loss_coefficient: float = 0.0
+    router_noise: float = _number(0.0, minimum=0.0)
+    aux_loss_coefficient: float = _number(0.0, minimum=0.0)
     balance_loss: BalanceLoss = "corrected"
-    expert_dropout: float = 0.0
+    expert_dropout: float = _number(0.0, minimum=0.0, exclusiveMaximum=1.0)
     dropout_position: DropoutPosition = "after"
     output_bias: OutputBias = "shared"
-    version: int = CONFIG_VERSION
+    version: int = _number(CONFIG_VERSION, minimum=1)
 
     def __new__(cls, *_args: object, **values: object) -> Self:
         # Checked here because the generated __init__ would only raise Python's own TypeError.
@@ -131,24 +145,11 @@ class RoutingConfig:
         return cls(**{**cls._published[implementation], **values})
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        for name in ("num_experts", "top_k", "version"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise self._error(name, "a whole number of at least 1")
+        self._check_fields()
         if self.top_k > self.num_experts:
             raise self._error("top_k", f"at most num_experts ({self.num_experts})")
         if self.version > CONFIG_VERSION:
             raise self._error("version", f"at most {CONFIG_VERSION}; a newer release of emoe wrote it")
-        for name in ("router_noise", "aux_loss_coefficient"):
-            self._check_number(name, low=0.0)
-        self._check_number("expert_dropout", low=0.0, below=1.0)
-        if self.score_threshold is not None:
-            self._check_number("score_threshold", low=float("-inf"))
-        if self.capacity_factor is not None:
-            self._check_number("capacity_factor", low=0.0)
-            if self.capacity_factor == 0:
-                raise self._error("capacity_factor", "above 0, or null for no limit")
         if self.balance_loss == "published" and self.aux_loss_coefficient and not self.router_noise:
             raise self._error("router_noise", "above 0 with balance_loss='published', which divides by it")
         object.__setattr__(self, "layers", self._plain_layers())
@@ -161,22 +162,30 @@ class RoutingConfig:
             return cast(tuple[int, ...], numbers)
         raise self._error("layers", "a non-empty list of layer numbers, 'all', 'last:2', 'last-half:2' or a slice")
 
-    def _check_choices(self) -> None:
+    def _check_fields(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if typing.get_origin(hints[field.name]) is Literal:
-                options = typing.get_args(hints[field.name])
-                if value not in options:
-                    raise ConfigError(f"{type(self).__name__}.{field.name} is {value!r}{did_you_mean(value, options)}")
-            elif hints[field.name] is bool and not isinstance(value, bool):
+            hint, value = hints[field.name], getattr(self, field.name)
+            kinds = set(typing.get_args(hint) or (hint,))
+            if typing.get_origin(hint) is Literal:
+                if value not in typing.get_args(hint):
+                    near = did_you_mean(value, typing.get_args(hint))
+                    raise ConfigError(f"{type(self).__name__}.{field.name} is {value!r}{near}")
+            elif hint is bool and not isinstance(value, bool):
                 raise self._error(field.name, "true or false")
+            elif kinds <= {int, float, type(None)} and not (value is None and type(None) in kinds):
+                self._check_number(field.name, kinds, field.metadata)
 
-    def _check_number(self, name: str, *, low: float, below: float = float("inf")) -> None:
+    def _check_number(self, name: str, kinds: set[type], bounds: Mapping[str, float]) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < below:
-            bounds = [f"of at least {low}"] * (low > float("-inf")) + [f"below {below}"] * (below < float("inf"))
-            raise self._error(name, " ".join(["a number", " and ".join(bounds)]).strip())
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        fits = whole or (float in kinds and isinstance(value, float) and math.isfinite(value))
+        for bound, (holds, _) in _BOUNDS.items():
+            fits = fits and (bound not in bounds or holds(value, bounds[bound]))
+        if not fits:
+            wanted = " and ".join(_BOUNDS[bound][1].format(number) for bound, number in bounds.items())
+            kind = "a number" if float in kinds else "a whole number"
+            raise self._error(name, f"{kind} {wanted}".strip() + (", or null" if type(None) in kinds else ""))
 
     def _error(self, name: str, wanted: str) -> ConfigError:
         return ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}; it must be {wanted}")
@@ -254,7 +263,7 @@ class EMoEConfig(RoutingConfig):
     score_bias: bool = False
     normalize_gate: bool = False
     value_norm_weighted: bool = False
-    gate_momentum: float = 0.0
+    gate_momentum: float = _number(0.0, minimum=0.0, exclusiveMaximum=1.0)
     weighting: Weighting = "binary"
 
     @classmethod
@@ -266,9 +275,6 @@ class EMoEConfig(RoutingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.partition_seed, bool) or not isinstance(self.partition_seed, int):
-            raise self._error("partition_seed", "a whole number")
-        self._check_number("gate_momentum", low=0.0, below=1.0)
         if not isinstance(self.router, str) or self.router not in ROUTERS:
             raise ConfigError(f"{type(self).__name__}.router is {self.router!r}{did_you_mean(self.router, ROUTERS)}")
         learned = ROUTERS[self.router].learned
@@ -321,9 +327,9 @@ class GMoEConfig(RoutingConfig):
 
     router: ClassVar[str] = "cosine"
 
-    num_experts: int = 6
-    top_k: int = 2
-    aux_loss_coefficient: float = 0.01
+    num_experts: int = _number(6, minimum=1)
+    top_k: int = _number(2, minimum=1)
+    aux_loss_coefficient: float = _number(0.01, minimum=0.0)
 
 
 def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:

@@ -15,7 +15,9 @@ from jsonschema.exceptions import ValidationError
 
 from benchmarks.harness.classes import reading
 from benchmarks.harness.paths import BENCHMARKS, SCHEMAS
+from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import EMoEError, did_you_mean
+from emoe.schema import config_schema
 
 
 class DefinitionError(EMoEError):
@@ -58,7 +60,12 @@ def read_yaml(path: Path) -> Any:
 def schema(name: str) -> dict[str, Any]:
     """The JSON Schema ``benchmarks/schemas/<name>.schema.yaml``, with the definitions that schemas share."""
     found: dict[str, Any] = read_yaml(SCHEMAS / f"{name}.schema.yaml")
-    found["$defs"] = read_yaml(SCHEMAS / "shared.schema.yaml")["$defs"] | found.get("$defs", {})
+    shared: dict[str, Any] = read_yaml(SCHEMAS / "shared.schema.yaml")["$defs"]
+    method = shared["method"]["properties"]
+    fields = config_schema(GMoEConfig) | config_schema(EMoEConfig)
+    # what the file says of a field of a configuration goes before what the configuration says
+    shared["method"]["properties"] = {name: fields[name] for name in fields if name != "version"} | method
+    found["$defs"] = shared | found.get("$defs", {})
     Draft202012Validator.check_schema(found)
     return found
 

@@ -14,7 +14,6 @@ import emoe
 from tests.plain_net import plain_net
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-torchao = pytest.importorskip("torchao.quantization")
 
 
 def net(**settings: Any) -> nn.Module:
@@ -40,6 +39,7 @@ def by_hand(found: nn.Module) -> None:
 
 
 def int8(found: nn.Module) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
     torchao.quantize_(found, torchao.Int8WeightOnlyConfig())
 
 
