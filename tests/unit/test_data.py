@@ -90,7 +90,7 @@ def test_a_wrong_label_is_reported_and_the_others_are_counted(root: Path) -> Non
     path.write_text(path.read_text().replace("non-entailment", "contradiction"))
     code, text = check("--suite", "paper", "--data-root", str(root))
     assert code == 1
-    assert f"hans: {path}, row 1: 'contradiction' is no label of task 'hans'" in text
+    assert f"hans: {path}, line 2, row 1: 'contradiction' is no label of task 'hans'" in text
     assert row(text, "rte", "dev").split()[2] == "16"
 
 
