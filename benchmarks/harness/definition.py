@@ -156,7 +156,7 @@ def _with_defaults(content: Any, part: Mapping[str, Any], root: Mapping[str, Any
 
 
 # of a task: for readers, or for what stands around a run
-_NOT_IN_SPEC = ("title", "ood", "rows", "obtain")
+_NOT_IN_SPEC = ("title", "ood", "rows", "published_rows", "obtain")
 # by the kind of a benchmark
 _SCHEMAS = {
     "training": "benchmark",

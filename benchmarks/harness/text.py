@@ -87,10 +87,61 @@ def part_read(task: Mapping[str, Any], part: str) -> str:
     return "dev" if part == "test" and task["splits"]["test"] is None else part
 
 
-def load_part(task: Mapping[str, Any], part: str, rows: int | None) -> TextSplit:
-    """The ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``."""
+def load_part(
+    task: Mapping[str, Any],
+    part: str,
+    rows: int | None,
+    known: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> TextSplit:
+    """The ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``.
+
+    Args:
+        task: its spec.
+        part: which one.
+        rows: how many; None for all.
+        known: the tasks as ``tasks.yaml`` has them.
+        say: where to say that a part has other rows than these know of.
+    """
     part = part_read(task, part)
-    return load_split(task, part).head(rows, f"{task['name']}/{part}")
+    found = load_split(task, part)
+    if say and known and task["name"] in known:
+        note = count_note(task["name"], part, len(found), found.dropped, *known_rows(known[task["name"]], part))
+        if note:
+            say(f"warning: {note}")
+    return found.head(rows, f"{task['name']}/{part}")
+
+
+def known_rows(known: Mapping[str, Any], part: str) -> tuple[int | None, Mapping[str, Any] | None]:
+    """How many rows a set's entry in ``tasks.yaml`` says that a part has, and how many the paper's authors score."""
+    return known["rows"].get(part), known.get("published_rows") if part == "test" else None
+
+
+def count_note(
+    name: str,
+    part: str,
+    rows: int,
+    dropped: int,
+    expected: int | None,
+    published: Mapping[str, Any] | None = None,
+) -> str | None:
+    """How the number of a part's rows differs from those that are known; None where it does not.
+
+    Args:
+        name: the set's.
+        part: the part's.
+        rows: how many are used.
+        dropped: how many were left out.
+        expected: how many there are by the set's makers.
+        published: how many the paper's authors score, who says so, and why.
+    """
+    if published and published["rows"] == rows:
+        return None
+    if expected not in (None, rows, rows + dropped):
+        return f"{name} ({part}): {rows + dropped:,} rows, its makers count {expected:,}: another version, or not all of it"
+    if published:
+        return f"{name} ({part}): {rows:,} rows are scored, not {published['rows']:,} as by {published['of']}: {published['why']}"
+    return None
 
 
 def load_split(task: Mapping[str, Any], part: str) -> TextSplit:

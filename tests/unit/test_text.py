@@ -585,6 +585,64 @@ def test_a_held_out_share_is_the_same_for_everyone_and_never_trained_on() -> Non
         TextSplit([("a",)], [0], source="x").divided(0.1, "x")
 
 
+@pytest.mark.parametrize(
+    ("name", "written", "rows", "published", "note"),
+    [
+        ("imdb", [0, 1], 2, None, None),
+        ("imdb", [0, 1], 3, None, "imdb (test): 2 rows, its makers count 3: another version, or not all of it"),
+        (
+            "snli",
+            [0, 1, -1],
+            3,
+            3,
+            "snli (test): 2 rows are scored, not 3 as by the authors' script: it keeps the rows without",
+        ),
+        ("snli", [0, 1, -1], 4, 3, "snli (test): 3 rows, its makers count 4"),
+        (
+            "scitail",
+            ["entails"] * 3,
+            3,
+            2,
+            "scitail (test): 3 rows are scored, not 2 as by GLUE-X's result files: their reader",
+        ),
+        ("scitail", ["entails"] * 2, 3, 2, None),  # GLUE-X's own copy
+        ("flipkart", ["positive", "", "negative"], 2, None, None),  # counted without those that nobody can score
+    ],
+)
+def test_other_numbers_of_rows_than_known_are_told(
+    root: Path, name: str, written: list[object], rows: int, published: int | None, note: str | None
+) -> None:
+    write_saved(root, name, written)
+    known = {**TASKS[name], "rows": {"test": rows}}
+    if published:
+        known["published_rows"] = {**TASKS[name]["published_rows"], "rows": published}
+    said: list[str] = []
+    load_part(task(name), "test", 1, {name: known}, said.append)
+    assert [line[: len(f"warning: {note}")] for line in said] == ([f"warning: {note}"] if note else [])
+
+
+def test_numbers_of_rows_are_those_of_the_sources() -> None:
+    of = {name: TASKS[name]["rows"].get("test") for name in OWN_FILES} | {
+        "newsqa": TASKS["newsqa_qnli"]["rows"]["test"]
+    }
+    assert of == {
+        "imdb": 25_000,
+        "yelp_polarity": 38_000,
+        "amazon_polarity": 400_000,
+        "flipkart": 205_041,
+        "twitter_pit": 18_762,
+        "sick_relatedness": 4_906,
+        "sick_entailment": 4_906,
+        "snli": 10_000,
+        "scitail": 27_026,
+        "hans": 30_000,
+        "newsqa": 119_525,
+    }
+    published = {name: known["published_rows"]["rows"] for name, known in TASKS.items() if "published_rows" in known}
+    assert published == {"twitter_pit": 16_777, "snli": 10_000, "scitail": 26_527}
+    assert all("published_rows" not in task(name) for name in published)  # no part of a run
+
+
 def test_without_a_test_split_the_dev_split_is_reported(root: Path) -> None:
     write_glue(root, "rte")
     assert load_part(task("rte"), "test", None) == load_part(task("rte"), "dev", None)
