@@ -41,7 +41,9 @@ def json_list(text: str, where: str) -> Iterator[tuple[int, Any]]:
 
     place = _after_blanks(text, 0)
     if not text.startswith("[", place):
-        raise fail(place, "a .json file is one list of objects; name it .jsonl where every line is an object")
+        encoded = not "\ud800" <= text[place : place + 1] <= "\udfff"  # else a byte that is no UTF-8
+        wanted = "a .json file is one list of objects; name it .jsonl where every line is an object"
+        raise fail(place, wanted if encoded else "is not UTF-8")
     try:
         values, end = _DECODER.raw_decode(text, place)
     except (ValueError, RecursionError) as error:

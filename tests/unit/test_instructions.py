@@ -90,13 +90,14 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ('[\n{"instruction": "a", "output": "b"}', "x.json, line 2: the list is not JSON"),
         ('\n{"instruction": "a", "output": "b"}\n', "x.json, line 2: .*name it .jsonl"),
         ("", "x.json, line 1: .*name it .jsonl"),
+        (json.dumps([GOOD]).encode("utf-16"), "x.json, line 1: is not UTF-8"),
         (DEEP, "x.json, line 1: the list is nested too deeply"),
         ("[" + "1" * 5000 + "]", "x.json, line 1: the list is not JSON"),
     ],
 )
-def test_a_damaged_list_is_refused_and_so_is_what_follows_one(content: str, message: str) -> None:
+def test_a_damaged_list_is_refused_and_so_is_what_follows_one(content: str | bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        parse(content.encode(), "x.json", lines=False)
+        parse(content if isinstance(content, bytes) else content.encode(), "x.json", lines=False)
 
 
 def test_a_line_that_is_no_json_is_broken() -> None:
