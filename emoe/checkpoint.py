@@ -216,7 +216,7 @@ def _read_config(path: Path) -> tuple[EMoEConfig | GMoEConfig, list[int]]:
         raise CheckpointError(f"{path} does not exist: not a folder that emoe.save_pretrained wrote") from error
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:  # no JSON, no text, or not of this form
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # no JSON, no text, or not of this form
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
 
 

@@ -23,9 +23,9 @@ class CheckpointError(EMoEError):
 
 
 def did_you_mean(given: object, options: Iterable[object]) -> str:
-    """Return ``"; did you mean 'x'?"`` or, without a near match, ``"; choose from …"``."""
-    names = [str(option) for option in options]
+    """Return ``"; did you mean 'x'?"`` or, without a near match, ``"; choose from …"``; nothing where there is nothing to choose."""
+    names = [str(option) for option in options if str(option).strip()]
     close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
-    return f"; choose from {', '.join(names)}"
+    return f"; choose from {', '.join(names)}" if names else ""

@@ -51,7 +51,7 @@ def loader_for(folder: Path) -> Any:
     file = folder / "config.json"
     try:
         settings = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested too deeply
         raise CheckpointError(f"{file} is damaged: {error}") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file} is damaged: it holds no object")

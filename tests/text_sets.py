@@ -185,10 +185,14 @@ def write_own(root: Path, name: str) -> Path:
     return folder
 
 
-def write_saved(root: Path, name: str, labels: list[object], *, split: str | None = None) -> Path:
-    """A set as `datasets` saves it, under the hub's names: flat, as GLUE-X hands them out, or with a split."""
+def write_saved(
+    root: Path, name: str, labels: list[object], *, split: str | None = None, names: list[str] | None = None
+) -> Path:
+    """A set as `datasets` saves it, under the hub's names: flat, as GLUE-X hands them out, or with a split; perhaps with names of classes."""
     folder: Path = root / TASKS[name]["source"]["folder"]
     fields = {field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]}
     saved = datasets.Dataset.from_pandas(pd.DataFrame({**fields, TASKS[name]["label"]: labels}))
+    if names:
+        saved = saved.cast_column(TASKS[name]["label"], datasets.ClassLabel(names=names))
     (datasets.DatasetDict({split: saved}) if split else saved).save_to_disk(str(folder))
     return folder

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.definition import load_benchmark
 from benchmarks.harness.models import load_tokenizer
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.text import TextSplit, load_part
@@ -27,8 +29,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         The content of ``metrics.json``, less what the harness adds.
     """
     task, training = spec["task"], spec["training"]
-    splits = _splits(task, training)
-    ood = {other["name"]: load_part(other, "test", training["eval_rows"]) for other in spec["ood"]}
+    load = partial(load_part, known=load_benchmark(spec["benchmark"]).tasks, say=progress.say)
+    splits = _splits(task, training, load)
+    ood = {other["name"]: load(other, "test", training["eval_rows"]) for other in spec["ood"]}
 
     tokenizer = load_tokenizer(spec["model"])
     classifier = build_classifier(spec, tokenizer, calibration_batches(splits["train"], tokenizer, training))
@@ -62,15 +65,17 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     }
 
 
-def _splits(task: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, TextSplit]:
+def _splits(
+    task: Mapping[str, Any], training: Mapping[str, Any], load: Callable[..., TextSplit]
+) -> dict[str, TextSplit]:
     """Train, dev (which selects) and test (which is reported), cut to the rows that the run uses.
 
     Without a test split the dev split is reported. A clean run then holds out a share of the training rows to select by.
     """
-    train = load_part(task, "train", training["train_rows"])
-    test = load_part(task, "test", training["eval_rows"])
+    train = load(task, "train", training["train_rows"])
+    test = load(task, "test", training["eval_rows"])
     if training["held_out"]:
         train, dev = train.divided(training["held_out"], f"{task['name']}/held out")
     else:
-        dev = load_part(task, "dev", training["eval_rows"])
+        dev = load(task, "dev", training["eval_rows"]) if task["splits"]["test"] else test
     return {"train": train, "dev": dev, "test": test}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.definition import load_benchmark
 from benchmarks.harness.execution import read_run
 from benchmarks.harness.models import load_tokenizer
 from benchmarks.harness.packages import DataError
@@ -32,7 +34,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         The content of ``metrics.json``, less what the harness adds; ``chosen`` is the folder of the run that was evaluated.
     """
     settings = spec["evaluation"]
-    splits = {other["name"]: _load(other, settings["rows"]) for other in spec["ood"]}
+    load = partial(load_part, rows=settings["rows"], known=load_benchmark(spec["benchmark"]).tasks, say=progress.say)
+    splits = {other["name"]: _load(other, load) for other in spec["ood"]}
     chosen = _chosen(spec)
     recorded = read_metrics(chosen)
     weights = RUNS / chosen.folder / "model"
@@ -61,9 +64,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     }
 
 
-def _load(other: Mapping[str, Any], rows: int | None) -> TextSplit:
+def _load(other: Mapping[str, Any], load: Callable[..., TextSplit]) -> TextSplit:
     try:
-        return load_part(other, "test", rows)
+        return load(other, "test")
     except DataError as error:
         raise DataError(f"{error}\nTo go on without it: `--config without=[{other['name']}]`") from error
 

@@ -14,7 +14,7 @@ from benchmarks.harness.jobs import run_inputs
 from benchmarks.harness.packages import PACKAGE_FILES, DataError, first_line
 from benchmarks.harness.runs import Run
 from benchmarks.harness.suite import Suite
-from benchmarks.harness.text import TextSplit, load_split, part_read
+from benchmarks.harness.text import TextSplit, count_note, known_rows, load_split, part_read
 from benchmarks.harness.text_files import local_folder, wanted_place
 
 _ALL = "all"
@@ -30,6 +30,7 @@ class Part:
         rows: how many are used; None where the part is missing.
         dropped: rows left out, without a gold label or without text, or broken.
         expected: rows as the set's makers count them, where that is known.
+        published: rows that the paper's authors score, where these are others.
         labels: rows by label, as text.
         source: where they came from.
         advice: what to do, where the part is missing.
@@ -43,17 +44,20 @@ class Part:
     labels: str = ""
     source: str = ""
     advice: str = ""
+    published: Mapping[str, Any] | None = None
 
     @property
-    def read(self) -> int:
-        """Rows that were read, those without a gold label included."""
-        return (self.rows or 0) + self.dropped
+    def note(self) -> str | None:
+        """How its rows differ from what is known of the set."""
+        if self.rows is None:
+            return None
+        return count_note(self.name, self.part, self.rows, self.dropped, self.expected, self.published)
 
     def cells(self) -> dict[str, str]:
         """What the survey prints."""
         if self.rows is None:
             return {"set": self.name, "part": self.part, "rows": "missing", "dropped": "", "labels": "", "from": ""}
-        other = f" of {self.expected:,}" if self.expected not in (None, self.read) else ""
+        other = f" of {self.expected:,}" if self.expected not in (None, self.rows, self.rows + self.dropped) else ""
         return {
             "set": self.name,
             "part": self.part,
@@ -98,12 +102,13 @@ def _parts_read(run: Run) -> list[tuple[str, str]]:
 
 
 def _look(name: str, part: str, task: Mapping[str, Any]) -> Part:
-    expected = task["rows"].get(part)
+    expected, published = known_rows(task, part)
     try:
         found = load_split(task, part)
     except DataError as error:
         return Part(name, part, None, expected=expected, advice=_advice(name, task, first_line(error)))
-    return Part(name, part, len(found), found.dropped, expected, _labels(found, task["labels"]), found.source)
+    labels = _labels(found, task["labels"])
+    return Part(name, part, len(found), found.dropped, expected, labels, found.source, published=published)
 
 
 def _look_at_instructions(name: str, task: Mapping[str, Any], run: Run) -> Part:
@@ -144,11 +149,7 @@ def describe(parts: list[Part]) -> str:
         maxcolwidths=[None, None, None, None, 44, 60],
     )
     advice = {part.name: part.advice for part in parts if part.rows is None}
-    other = [
-        f"{part.name} ({part.part}): {part.read:,} rows, its makers count {part.expected:,}: another version, or not all of it"
-        for part in parts
-        if part.rows is not None and part.expected not in (None, part.read)
-    ]
+    notes = [f"warning: {part.note}" for part in parts if part.note]
     there = sum(part.rows is not None for part in parts)
     forms = [
         "A folder below data_root may hold the files of the set's makers, parquet, JSON lines or CSV under the hub's column names, or what `datasets` saved (config/README.md)"
@@ -158,7 +159,7 @@ def describe(parts: list[Part]) -> str:
             table,
             *advice.values(),
             *(forms if advice else []),
-            *(["\n".join(other)] if other else []),
+            *(["\n".join(notes)] if notes else []),
             f"{there} of {len(parts)} parts are there",
         ]
     )

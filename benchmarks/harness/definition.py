@@ -51,7 +51,7 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
     except FileNotFoundError as error:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise DefinitionError(f"{path} does not exist{did_you_mean(path.name, near) if near else ''}") from error
+        raise DefinitionError(f"{path} does not exist{did_you_mean(path.name, near)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DefinitionError(f"{path} is not valid YAML: {error}") from error
 
@@ -163,7 +163,7 @@ def _with_defaults(content: Any, part: Mapping[str, Any], root: Mapping[str, Any
 
 
 # of a task: for readers, or for what stands around a run
-_NOT_IN_SPEC = ("title", "ood", "rows", "obtain")
+_NOT_IN_SPEC = ("title", "ood", "rows", "published_rows", "obtain")
 # by the kind of a benchmark
 _SCHEMAS = {
     "training": "benchmark",
@@ -319,6 +319,11 @@ def _check_task(where: str, task: Mapping[str, Any], tasks: Mapping[str, Any]) -
         except EMoEError as error:
             raise DefinitionError(f"{where}.ood': {error}") from error
     check_names(where, "label_names", task["label_names"].values(), task["labels"])
+    low, high = task.get("range", (0, 1))
+    if low >= high or ("range" in task and task["labels"]):
+        raise DefinitionError(
+            f"{where}.range' is [{low}, {high}], but must be lowest and highest score of a regression"
+        )
     if not {"hub", "rated"} & set(task["source"]) and "obtain" not in task:
         raise DefinitionError(
             f"{where}' is neither on the hub nor in a package, so it needs 'obtain': from whom, which file"

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
@@ -82,8 +83,8 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 def load_backbone(model: Mapping[str, Any]) -> PreTrainedModel:
     """The pre-trained text model without a head, for clustering its neurons."""
     if "config" in model:
-        classifier = load_classifier(model, 1, 0, None)
-        return cast(PreTrainedModel, classifier.base_model)
+        torch.manual_seed(derive_seed("random weights", model["name"]))
+        return cast(PreTrainedModel, AutoModel.from_config(AutoConfig.for_model(**model["config"])))
     place, revision = locate(model)
     loaded: PreTrainedModel = from_pretrained(AutoModel, place, revision, dtype=torch.float32)
     return loaded
@@ -103,9 +104,11 @@ def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_to
         "problem_type": "regression" if num_labels == 1 else "single_label_classification",
     }
     if "config" in model:
-        config = AutoConfig.for_model(**model["config"], **options)
-        torch.manual_seed(derive_seed("random weights", model["name"]))
-        loaded: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+        # as a checkpoint without a file, so that the head is drawn as that of any other
+        config, weights = AutoConfig.for_model(**model["config"], **options), load_backbone(model).state_dict()
+        kind = cast(Any, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
+        torch.manual_seed(seed)
+        loaded: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=weights)
     else:
         place, revision = locate(model)
         torch.manual_seed(seed)

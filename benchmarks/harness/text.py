@@ -6,16 +6,20 @@ import functools
 import hashlib
 import math
 import random
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.rated import PACKAGE, VERSION, load_rated
 from benchmarks.harness.seeds import derive_seed
-from benchmarks.harness.text_files import Rows, read_rows
+from benchmarks.harness.text_files import FileRows, Rows, read_rows
 from emoe.errors import did_you_mean
+
+_NO_LABEL = {"", "-1", "nan", "none", "null"}  # where none of these is a label of the task
+_WHOLE = re.compile(r"(-?\d+)\.0*")
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,61 @@ def part_read(task: Mapping[str, Any], part: str) -> str:
     return "dev" if part == "test" and task["splits"]["test"] is None else part
 
 
-def load_part(task: Mapping[str, Any], part: str, rows: int | None) -> TextSplit:
-    """The ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``."""
+def load_part(
+    task: Mapping[str, Any],
+    part: str,
+    rows: int | None,
+    known: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> TextSplit:
+    """The ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``.
+
+    Args:
+        task: its spec.
+        part: which one.
+        rows: how many; None for all.
+        known: the tasks as ``tasks.yaml`` has them.
+        say: where to say that a part has other rows than these know of.
+    """
     part = part_read(task, part)
-    return load_split(task, part).head(rows, f"{task['name']}/{part}")
+    found = load_split(task, part)
+    if say and known and task["name"] in known:
+        note = count_note(task["name"], part, len(found), found.dropped, *known_rows(known[task["name"]], part))
+        if note:
+            say(f"warning: {note}")
+    return found.head(rows, f"{task['name']}/{part}")
+
+
+def known_rows(known: Mapping[str, Any], part: str) -> tuple[int | None, Mapping[str, Any] | None]:
+    """How many rows a set's entry in ``tasks.yaml`` says that a part has, and how many the paper's authors score."""
+    return known["rows"].get(part), known.get("published_rows") if part == "test" else None
+
+
+def count_note(
+    name: str,
+    part: str,
+    rows: int,
+    dropped: int,
+    expected: int | None,
+    published: Mapping[str, Any] | None = None,
+) -> str | None:
+    """How the number of a part's rows differs from those that are known; None where it does not.
+
+    Args:
+        name: the set's.
+        part: the part's.
+        rows: how many are used.
+        dropped: how many were left out.
+        expected: how many there are by the set's makers.
+        published: how many the paper's authors score, who says so, and why.
+    """
+    if published and published["rows"] == rows:
+        return None
+    if expected not in (None, rows, rows + dropped):
+        return f"{name} ({part}): {rows + dropped:,} rows, its makers count {expected:,}: another version, or not all of it"
+    if published:
+        return f"{name} ({part}): {rows:,} rows are scored, not {published['rows']:,} as by {published['of']}: {published['why']}"
+    return None
 
 
 def load_split(task: Mapping[str, Any], part: str) -> TextSplit:
@@ -110,60 +165,84 @@ def load_split(task: Mapping[str, Any], part: str) -> TextSplit:
     return _to_split(read_rows(task, split), task)
 
 
-def _to_split(rows: Rows, task: Mapping[str, Any]) -> TextSplit:
+def _to_split(files: Rows, task: Mapping[str, Any]) -> TextSplit:
     texts: list[tuple[str, ...]] = []
     labels: list[Any] = []
-    unlabelled, total = set(task["unlabelled"]), 0
-    for file in rows:
-        frame = file.frame.rename(columns=task["also_named"])
-        for column in (*task["fields"], task["label"]):
-            if column not in frame.columns:
-                raise DataError(f"{file.where} has no column '{column}'{did_you_mean(column, frame.columns)}")
-        raw = frame[task["label"]].tolist()
-        written = list(zip(*(map(_text, frame[field]) for field in task["fields"]), strict=True))
-        total += len(raw)
-        keep = [i for i, value in enumerate(raw) if value not in unlabelled and any(written[i])]
-        convert = _class_number if task["labels"] else _number
-        labels += [convert(raw[i], task, file.label_names, file.where, i) for i in keep]
-        texts += [written[i] for i in keep]
-    where = ", ".join(file.where for file in rows)
+    total = 0
+    for file in files:
+        label_of = _reader(file, task)
+        found = file.columns[task["label"]]
+        total += len(found)
+        for row, cells in enumerate(zip(*(file.columns[field] for field in task["fields"]), strict=True)):
+            written = tuple(_text(cell, file, row) for cell in cells)
+            label = label_of(row, found[row]) if any(written) else None
+            if label is not None:
+                texts.append(written)
+                labels.append(label)
+    where = ", ".join(file.where for file in files)
     if not texts:
         raise DataError(f"{where} has no row with text and label ({total} without)")
     return TextSplit(texts, labels, total - len(texts), where)
 
 
-def _text(value: object) -> str:
+def _text(cell: Any, file: FileRows, row: int) -> str:
     """A cell as text; a missing one is empty."""
-    return "" if value is None or value != value else str(value)
-
-
-def _class_number(value: object, task: Mapping[str, Any], spelled: Mapping[str, str], where: str, row: int) -> int:
-    """The number of a class from its name, its number, or what files call it; ``spelled`` leaves no other names."""
-    names: Sequence[str] = task["labels"]
-    text = str(value).strip()
-    if spelled:
-        if text not in spelled:
-            raise _wrong_label(value, spelled, task, where, row)
-        return names.index(spelled[text])
-    text = task["label_names"].get(text, text)
-    if text in names:
-        return names.index(text)
-    if text.isdigit() and int(text) < len(names):
-        return int(text)
-    raise _wrong_label(value, [*names, *map(str, range(len(names)))], task, where, row)
-
-
-def _number(value: Any, task: Mapping[str, Any], _spelled: Mapping[str, str], where: str, row: int) -> float:
+    if cell is None or cell != cell:
+        return ""
+    if not isinstance(cell, str | int | float):
+        raise DataError(f"{file.place(row)}: a cell is {type(cell).__name__}, not text")
+    text = str(cell)
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise _wrong_label(value, ["a finite number"], task, where, row)
-    return number
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{file.place(row)}: {text[error.start : error.end]!r} is no letter") from error
+    return text
 
 
-def _wrong_label(value: object, options: Iterable[str], task: Mapping[str, Any], where: str, row: int) -> DataError:
-    return DataError(
-        f"{where}, row {row + 1}: '{value}' is no label of task '{task['name']}'{did_you_mean(value, options)}"
-    )
+def _reader(file: FileRows, task: Mapping[str, Any]) -> Callable[[int, object], int | float | None]:
+    """What makes a number of a row's label, or None where there is none, and refuses what is no label of the task."""
+    unlabelled = {_plain(value) for value in task["unlabelled"]}
+    classes = _classes(file, task)
+
+    def read(row: int, value: object) -> int | float | None:
+        text = _plain(value)
+        if text in unlabelled:
+            return None
+        number = classes.get(text) if task["labels"] else _score(text, task)
+        if number is None and text.casefold() not in _NO_LABEL:
+            wanted = did_you_mean(value, classes or task["labels"]) if task["labels"] else _scale(task)
+            raise DataError(f"{file.place(row)}: '{value}' is no label of task '{task['name']}'{wanted}")
+        return number
+
+    return read
+
+
+def _classes(file: FileRows, task: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of a task's classes by all that a file may call them: names of its own, else the task's names and numbers."""
+    names: list[str] = task["labels"]
+    if file.label_names is not None:
+        return {called: names.index(name) for called, name in file.label_names.items()}
+    spelled = {called: names.index(name) for called, name in task["label_names"].items()}
+    numbers = {str(number): number for number in range(len(names))}
+    return numbers | spelled | {name: number for number, name in enumerate(names)}
+
+
+def _plain(value: object) -> str:
+    """A label as text, without blanks around it and the zeros behind a whole number."""
+    text = "" if value is None else str(value).strip()
+    whole = _WHOLE.fullmatch(text)
+    return whole[1] if whole else text
+
+
+def _score(text: str, task: Mapping[str, Any]) -> float | None:
+    """A regression's label, if it is one."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    low, high = task.get("range", (-math.inf, math.inf))
+    return number if math.isfinite(number) and low <= number <= high else None
+
+
+def _scale(task: Mapping[str, Any]) -> str:
+    return "; it must be a number" + (" from {:g} to {:g}".format(*task["range"]) if "range" in task else "")

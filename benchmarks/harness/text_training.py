@@ -86,7 +86,7 @@ class EpochOrder(Sampler[int]):
 
 
 class Patience(TrainerCallback):
-    """Stops after a number of epochs without a new best dev score.
+    """Stops after a number of epochs without a new best dev score, of which none counts that is not above 0, as in the authors' code.
 
     Counts in the log, which checkpoints keep, so that a run that goes on stops where it would have stopped.
     """
@@ -96,8 +96,8 @@ class Patience(TrainerCallback):
 
     def is_over(self, log: list[dict[str, float]]) -> bool:
         """Whether the last evaluations of a log are that many without a new best."""
-        scores = [entry[self._metric] for entry in log if self._metric in entry]
-        return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= self._epochs
+        scores = [0.0, *(entry[self._metric] for entry in log if self._metric in entry)]
+        return len(scores) - 1 - scores.index(max(scores)) >= self._epochs
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.is_over(state.log_history):

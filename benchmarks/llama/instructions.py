@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.harness.json_rows import Damaged, json_lines, json_list
 from benchmarks.harness.packages import ALPACA_DEMO, DataError, first_line
 from benchmarks.harness.paths import DATA_ROOT
 from benchmarks.harness.text_files import OWN_SUFFIXES, own_file
@@ -107,63 +107,20 @@ def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
         lines: JSON lines; else one JSON list.
 
     Raises:
-        DataError: it is not JSON, or no list.
+        DataError: a list that is none, is damaged, or goes on after its end.
     """
     text = content.decode("utf-8-sig", errors="surrogateescape")
-    return _checked(_json_lines(text) if lines else _json_list(text, where), where)
-
-
-def _json_lines(text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            yield f"line {number}", Broken(f"line {number}", f"is not JSON ({error.msg})")
-
-
-def _json_list(text: str, where: str) -> Iterator[tuple[str, Any]]:
-    """Each value of a list with the line on which it begins."""
-    decoder, place, line, counted = json.JSONDecoder(), 0, 1, 0
-
-    def advance(position: int) -> int:
-        nonlocal line, counted
-        while position < len(text) and text[position] in " \t\r\n":
-            position += 1
-        line += text.count("\n", counted, position)
-        counted = position
-        return position
-
-    def fail(problem: str) -> DataError:
-        return DataError(f"{where}, line {line}: {problem}")
-
-    place = advance(place)
-    if not text.startswith("[", place):
-        raise fail("a JSON file of instructions is one list of objects; name it .jsonl where every line is an object")
-    place = advance(place + 1)
-    number = 0
-    while not text.startswith("]", place):
-        number += 1
-        try:
-            value, end = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
-            raise fail(f"the list is damaged from here on ({error.msg}, line {error.lineno})") from error
-        yield f"line {line} (row {number})", value
-        place = advance(end)
-        if text.startswith(",", place):
-            place = advance(place + 1)
-        elif not text.startswith("]", place):
-            raise fail("the list ends early")
+    if lines:
+        return _checked(((f"line {line}", value) for line, value in json_lines(text.split("\n"))), where)
+    listed = enumerate(json_list(text, where), start=1)
+    return _checked(((f"line {line} (row {number})", value) for number, (line, value) in listed), where)
 
 
 def _checked(rows: Iterator[tuple[str, Any]], source: str) -> Instructions:
     good: list[Instruction] = []
     broken: list[Broken] = []
     for place, value in rows:
-        if isinstance(value, Broken):
-            broken.append(value)
-        elif reason := _problem(value):
+        if reason := _problem(value):
             broken.append(Broken(place, reason))
         else:
             good.append(Instruction(place, *(value.get(field) or "" for field in _FIELDS)))
@@ -172,6 +129,8 @@ def _checked(rows: Iterator[tuple[str, Any]], source: str) -> Instructions:
 
 def _problem(value: Any) -> str | None:
     """Why a row cannot be used, or None."""
+    if isinstance(value, Damaged):
+        return value.reason
     if not isinstance(value, Mapping):
         return f"is {type(value).__name__}, not an object with {', '.join(_FIELDS)}"
     for field in ("instruction", "output"):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import emoe
+from emoe.folders import loader_for
 from emoe.layer import RoutedActivation, routed_layers
 from tests import tiny_models
 from tests.plain_net import FFN, PlainNet, plain_net
@@ -329,6 +330,13 @@ def test_settings_that_are_not_those_of_the_partition(folder, content: dict, mes
     (folder / "emoe_config.json").write_text(json.dumps({**text, **content}))
     with pytest.raises(emoe.CheckpointError, match=message):
         load(folder)
+
+
+def test_settings_that_are_nested_too_deeply_are_refused(folder) -> None:
+    for name, read in (("emoe_config.json", load), ("config.json", loader_for)):
+        (folder / name).write_text("[" * 100_000 + "]" * 100_000)
+        with pytest.raises(emoe.CheckpointError, match=f"{name} is damaged: .*recursion"):
+            read(folder)
 
 
 def test_weights_that_lack_a_part_of_a_layer_are_refused(folder) -> None:

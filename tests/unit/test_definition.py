@@ -160,6 +160,15 @@ def test_names_that_lead_nowhere_are_refused(path, value, message) -> None:
         ("rte", "ood", ["hnas"], r"'tasks\.rte\.ood' is 'hnas', which does not exist; did you mean 'hans'"),
         ("stsb", "ood", ["hans"], r"'tasks\.stsb\.ood': 'hans' has classes as labels, the model numbers"),
         ("rte", "folds", {}, None),
+        (
+            "rte",
+            "range",
+            [0, 1],
+            r"'tasks\.rte\.range' is \[0, 1\], but must be lowest and highest score of a regression",
+        ),
+        ("stsb", "range", [5, 0], r"'tasks\.stsb\.range' is \[5, 0\]"),
+        # nothing to choose from
+        ("stsb", "label_names", {"a": "b"}, r"'tasks\.stsb\.label_names' is 'b', which does not exist$"),
         ("mnli", "ood", ["hans"], None),  # folded
         (
             "flipkart",

@@ -54,7 +54,7 @@ def test_every_task_trains_and_evaluates(
     assert found["model"]["active_neurons"] == pytest.approx((11 + 0.25) / 12)
 
 
-def test_calibration_and_running_gates_reach_the_library(roots, tmp_path: Path, monkeypatch) -> None:
+def test_calibration_and_running_gates_reach_the_library(roots, tmp_path: Path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(MODEL_ROOT, str(roots[0]))
     monkeypatch.setenv(DATA_ROOT, str(roots[1]))
@@ -78,6 +78,9 @@ def test_calibration_and_running_gates_reach_the_library(roots, tmp_path: Path, 
     assert 0 <= found["routing"]["drop_rate"] < 1
     (layer,) = found["model"]["conversion"]
     assert layer["experts"] == 64
+    said = capfd.readouterr().err
+    assert said.count("warning: rte (train): 16 rows, its makers count 2,490: another version, or not all of it") == 1
+    assert said.count("warning: rte (dev): ") == 1
 
 
 def test_a_model_that_is_nowhere_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roots) -> None:

@@ -260,13 +260,14 @@ def test_classes_that_cannot_be_compared_are_refused() -> None:
         reading(stsb, hans, "hans")
 
 
-def test_a_three_way_model_is_evaluated_on_hans(workdir: Path) -> None:
+def test_a_three_way_model_is_evaluated_on_hans(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     runs = trainings("bert-large-cased", "mnli", "lora")
     finish(runs[0])
     (evaluation,) = evaluations(runs)
     found = finish(run_from_spec({**evaluation.spec, "ood": [GLUE_OOD.task_spec("hans")]}))
     assert set(found["scores"]["ood"]["hans"]) == {"accuracy"}  # no loss: the classes are others
     assert 0 <= found["scores"]["ood"]["hans"]["accuracy"] <= 1
+    assert "warning: hans (test): 2 rows, its makers count 30,000" in capfd.readouterr().err
 
 
 # plans

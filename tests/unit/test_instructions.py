@@ -77,16 +77,35 @@ def test_broken_rows_are_named_by_line_and_the_others_are_read(lines: bool) -> N
     refuse_broken(found.broken, "x", "skip")
 
 
-def test_a_line_that_is_no_json_is_broken_and_a_damaged_list_is_refused() -> None:
-    found = parse(b'{"instruction": "a", "output": "b"}\n{"instruction": \n', "x.jsonl", lines=True)
-    assert (len(found.rows), found.broken[0].place) == (1, "line 2")
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps([GOOD] * 40) + json.dumps([GOOD] * 960), r"x.json, line 1: something stands after the list: '\["),
+        (json.dumps([GOOD], indent=1) + "\n\n}", "x.json, line 9: something stands after the list: '}'"),
+        ('[\n{"instruction": "a", "output": "b"},\n]', r"x.json, line \d: the list is not JSON"),
+        ('[\n{"instruction": "a", "output": "b"},\n{"instruction": ]', "x.json, line 3: the list is not JSON"),
+        ('[\n{"instruction": "a", "output": "b"}', "x.json, line 2: the list is not JSON"),
+        ('\n{"instruction": "a", "output": "b"}\n', "x.json, line 2: .*name it .jsonl"),
+        ("", "x.json, line 1: .*name it .jsonl"),
+        (json.dumps([GOOD]).encode("utf-16"), "x.json, line 1: is not UTF-8"),
+        (DEEP, "x.json, line 1: the list is nested too deeply"),
+        ("[" + "1" * 5000 + "]", "x.json, line 1: the list is not JSON"),
+    ],
+)
+def test_a_damaged_list_is_refused_and_so_is_what_follows_one(content: str | bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        parse(content if isinstance(content, bytes) else content.encode(), "x.json", lines=False)
+
+
+def test_a_line_that_is_no_json_is_broken() -> None:
+    content = '{"instruction": "a", "output": "b"}\n{"instruction": \n' + DEEP + "\n" + "1" * 5000
+    found = parse(content.encode(), "x.jsonl", lines=True)
+    assert (len(found.rows), [row.place for row in found.broken]) == (1, ["line 2", "line 3", "line 4"])
     assert "is not JSON" in found.broken[0].reason
-    with pytest.raises(DataError, match=r"x.json, line 3: the list is damaged from here on"):
-        parse(b'[\n{"instruction": "a", "output": "b"},\n{"instruction": ]', "x.json", lines=False)
-    with pytest.raises(DataError, match=r"x.json, line 2: the list ends early"):
-        parse(b'[\n{"instruction": "a", "output": "b"}', "x.json", lines=False)
-    with pytest.raises(DataError, match=r"x.json, line 1: .*name it .jsonl"):
-        parse(b'{"instruction": "a", "output": "b"}\n', "x.json", lines=False)
+    assert found.broken[1].reason == "is nested too deeply"
 
 
 def test_a_set_is_read_from_the_users_file_else_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,18 @@
-"""Methods on models: the cache of partitions."""
+"""Models, and methods on them: heads by seed, the cache of partitions."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 import emoe
+from benchmarks.harness.definition import load_models
 from benchmarks.harness.methods import cached_partition
+from benchmarks.harness.models import load_backbone, load_classifier, weights_digest
+from benchmarks.harness.paths import MODEL_ROOT
 from tests import tiny_models
 
 
@@ -30,3 +34,20 @@ def test_partitions_are_cached_by_layer_and_content(tmp_path: Path) -> None:
         assert torch.equal(again[layer], expected[layer])
         assert found.explained[layer] == expected.explained[layer]
     assert list(one) == [1]
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-gpt2"])
+def test_the_head_of_a_model_without_a_checkpoint_is_that_of_a_loaded_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"name": name, **load_models()[name]}
+    built = [load_classifier(model, 3, seed, 0) for seed in (1, 2)]
+    backbone = load_backbone(model)
+    assert {weights_digest(one.base_model) for one in built} == {weights_digest(backbone)}
+    head = next(key for key in built[0].state_dict() if key.startswith(("classifier.", "score.")))
+    assert not torch.equal(built[0].state_dict()[head], built[1].state_dict()[head])
+
+    backbone.save_pretrained(tmp_path / "saved")
+    monkeypatch.setenv(MODEL_ROOT, str(tmp_path))
+    loaded = load_classifier({"name": "saved", "hub": "nowhere"}, 3, 2, 0)
+    assert weights_digest(loaded) == weights_digest(built[1])

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.harness.definition import load_benchmark, load_models
 from benchmarks.harness.runs import plan
+from benchmarks.harness.text_training import Patience
 
 RUNS = plan(["glue", "glue_lora", "glue_ood"], "paper")
 TASKS = {"cola", "mrpc", "rte", "stsb", "sst2", "qnli", "qqp", "mnli"}
@@ -101,6 +102,35 @@ def test_tasks_metrics_and_splits(benchmark: str) -> None:
     assert labels["mnli"] == ["entailment", "neutral", "contradiction"]
     assert labels["qnli"] == labels["rte"] == ["entailment", "not_entailment"]
     assert labels["stsb"] == []
+
+
+@pytest.mark.parametrize(
+    ("scores", "stops"),
+    [
+        ([0.0] * 10, 4),  # collapsed: nothing is above the 0 that the authors' best begins with
+        ([-0.1, -0.2, 0.0, -0.1, 0.3], 4),
+        ([0.1, 0.1, 0.1, 0.1, 0.1, 0.1], 5),
+        ([0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.1, 0.4], 7),
+        ([0.0, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.2], None),
+    ],
+)
+def test_a_run_stops_where_the_authors_would(scores: list[float], stops: int | None) -> None:
+    patience = Patience("mcc", 4)
+    logs = ([{"eval_mcc": score} for score in scores[:epochs]] for epochs in range(len(scores) + 1))
+    assert next((len(log) for log in logs if patience.is_over(log)), None) == stops
+
+
+def test_the_search_has_the_cells_of_figure_5() -> None:
+    found = {
+        (spec["model"]["name"], spec["task"]["name"], config["num_experts"], config["top_k"])
+        for run in plan(["glue"], "paper_search")
+        for spec in [run.spec]
+        for config in [spec["method"]["config"]]
+    }
+    wanted = itertools.product(
+        MODELS["glue"], ["mrpc", "cola", "rte"], [(16, 2), (16, 4), (16, 8), (32, 4), (32, 8), (32, 16)]
+    )
+    assert {(model, task, *choice) for model, task, choice in wanted} <= found
 
 
 def configs(benchmark: str, method: str) -> list[dict[str, Any]]:

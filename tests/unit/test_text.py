@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import datasets
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.harness.definition import load_benchmark
@@ -81,13 +84,132 @@ def test_hub_formats(root: Path, name: str, form: str) -> None:
     assert loaded.texts[0] == tuple(f"{field} 0" for field in TASKS[name]["fields"])
 
 
-def test_rows_without_a_gold_label_are_dropped_and_counted(root: Path) -> None:
-    (root / "MNLI").mkdir()
-    frame = hub_frame("mnli")
-    frame.loc[1, "label"] = -1
-    frame.to_parquet(root / "MNLI" / "validation_matched.parquet")
-    split = load_split(task("mnli"), "dev")
-    assert (split.labels, split.dropped) == ([0, 2], 1)
+FORMS = ["parquet", "arrow", "jsonl", "csv", "saved", "hub"]
+
+
+def write_rows(
+    root: Path,
+    name: str,
+    labels: list[object],
+    form: str,
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str] | None = None,
+) -> None:
+    """The dev split of a task in a form that the hub's column names have, names of classes stored beside numbers where given."""
+    folder, split = root / TASKS[name]["source"]["folder"], TASKS[name]["splits"]["dev"]
+    columns = {field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]}
+    columns |= {TASKS[name]["label"]: labels}
+    if form == "csv":  # as text, so that every row is written as it is given
+        lines = [
+            ",".join("" if cell is None else str(cell) for cell in row) for row in zip(*columns.values(), strict=True)
+        ]
+        folder.mkdir()
+        (folder / f"{split}.csv").write_text("\n".join([",".join(columns), *lines]) + "\n")
+        return
+    if form == "jsonl":
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        folder.mkdir()
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return
+    loaded = datasets.Dataset.from_dict(columns)
+    if names:
+        loaded = loaded.cast_column(TASKS[name]["label"], datasets.ClassLabel(names=names))
+    if form == "saved":
+        datasets.DatasetDict({split: loaded}).save_to_disk(str(folder))
+    elif form == "hub":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: loaded)
+    else:
+        folder.mkdir()
+        table = loaded.with_format("arrow")[:]
+        if form == "parquet":
+            pq.write_table(table, folder / f"{split}.parquet")
+        else:
+            with (
+                pa.OSFile(str(folder / f"{split}.arrow"), "wb") as sink,
+                pa.ipc.new_stream(sink, table.schema) as writer,
+            ):
+                writer.write_table(table)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("name", "written", "labels"),
+    [
+        ("mnli", [2, -1, 0, None, 1], [2, 0, 1]),
+        ("mnli", ["neutral", None, "-", "entailment", "-1", ""], [1, 0]),
+        ("rte", [1.0, None, math.nan, 0.0, -1.0], [1, 0]),
+        ("rte", ["1.0", "nan", "null", "0", " "], [1, 0]),
+        ("stsb", [4.8, -1.0, math.nan, None, 0.0, 5.0], [4.8, 0.0, 5.0]),
+        ("stsb", ["3", "-1", "", "NaN"], [3.0]),
+    ],
+)
+def test_missing_labels_are_dropped_and_counted_and_whole_floats_are_labels(
+    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str, written: list[object], labels: list[object]
+) -> None:
+    write_rows(root, name, written, form, monkeypatch)
+    split = load_split(task(name), "dev")
+    assert (split.labels, split.dropped) == (labels, len(written) - len(labels))
+    assert [texts[0] for texts in split.texts] == [
+        f"{TASKS[name]['fields'][0]} {i}" for i, value in enumerate(written) if _is_label(value)
+    ]
+
+
+def _is_label(value: object) -> bool:
+    return str(value).strip() not in ("None", "nan", "NaN", "null", "", "-", "-1", "-1.0")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("name", "wrong"), [("stsb", 7.3), ("stsb", -0.5), ("rte", 2), ("rte", 0.5)])
+def test_labels_out_of_range_are_refused_in_every_form(
+    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str, wrong: float
+) -> None:
+    write_rows(root, name, [1, 0, wrong], form, monkeypatch)
+    number = f"line 4, row 3: '{wrong}'" if form == "csv" else rf"row 3: '{wrong}(\.0)?'"
+    with pytest.raises(DataError, match=f"{number} is no label of task '{name}'"):
+        load_split(task(name), "dev")
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "saved", "hub"])
+@pytest.mark.parametrize(
+    ("name", "names", "written", "labels"),
+    [
+        ("mnli", ["contradiction", "entailment", "neutral"], [0, 1, 2, -1], [2, 0, 1]),
+        ("rte", ["not_entailment", "entailment"], [0, 1], [1, 0]),
+        ("sst2", ["positive", "negative"], [0, 1], [1, 0]),
+        ("rte", ["0", "1"], [0, 1], [0, 1]),  # such names say no more than the numbers
+        ("rte", ["1", "0"], [0, 1], [1, 0]),
+    ],
+)
+def test_numbers_are_read_by_the_class_names_that_are_stored_beside_them(
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    name: str,
+    names: list[str],
+    written: list[int],
+    labels: list[int],
+) -> None:
+    write_rows(root, name, list(written), form, monkeypatch, names)
+    split = load_split(task(name), "dev")
+    assert (split.labels, split.dropped) == (labels, written.count(-1))
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "saved", "hub"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["yes", "no"], "row 1: 'yes' is no label of task 'rte'; choose from entailment, not_entailment"),
+        (["entailment", "neutral"], "row 2: 'neutral' is no label of task 'rte'"),
+        (["1", "2"], "row 1: '1' is no label of task 'rte'"),  # not the number 1
+        (["0", "1", "2"], "row 3: '2' is no label of task 'rte'"),
+    ],
+)
+def test_stored_class_names_that_do_not_fit_are_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, names: list[str], message: str
+) -> None:
+    write_rows(root, "rte", list(range(len(names))), form, monkeypatch, names)
+    with pytest.raises(DataError, match=message):
+        load_split(task("rte"), "dev")
 
 
 @pytest.mark.parametrize(
@@ -97,11 +219,13 @@ def test_rows_without_a_gold_label_are_dropped_and_counted(root: Path) -> None:
             "rte",
             "not_entailment",
             "not_entailmnt",
-            "row 2: 'not_entailmnt' is no label of task 'rte'; did you mean 'not_entailment'",
+            r"dev\.tsv, line 3, row 2: 'not_entailmnt' is no label of task 'rte'; did you mean 'not_entailment'",
         ),
         ("sst2", "\t0", "\t2", "row 2: '2' is no label"),
-        ("stsb", "0.000", "n/a", "row 2: 'n/a' is no label of task 'stsb'"),
-        ("rte", "sentence2", "sentense2", "has no column 'sentence2' for 'sentence2'; did you mean 'sentense2'"),
+        ("stsb", "0.000", "n/a", "row 2: 'n/a' is no label of task 'stsb'; it must be a number from 0 to 5$"),
+        ("stsb", "0.000", "7.3", "row 2: '7.3' is no label of task 'stsb'; it must be a number from 0 to 5$"),
+        ("stsb", "0.000", "inf", "row 2: 'inf' is no label"),
+        ("rte", "sentence2", "sentense2", "has no column 'sentence2'; did you mean 'sentense2'"),
     ],
 )
 def test_wrong_labels_and_columns_name_file_row_and_nearest(root: Path, name, old, new, message) -> None:
@@ -110,6 +234,94 @@ def test_wrong_labels_and_columns_name_file_row_and_nearest(root: Path, name, ol
     with pytest.raises(DataError, match=message) as caught:
         load_split(task(name), "dev")
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "own"])
+def test_text_that_looks_like_a_number_stays_text(root: Path, form: str) -> None:
+    folder, rows = root / "CoLA", [("007", "1"), ("1e5", "0"), ("True", "1"), ("2020-01-01", "1"), ("NA", "0")]
+    folder.mkdir()
+    text = {
+        "csv": "sentence,label\n" + "".join(f"{text},{label}\n" for text, label in rows),
+        "jsonl": "".join(json.dumps({"sentence": text, "label": int(label)}) + "\n" for text, label in rows),
+        "own": "".join(f"gj04\t{label}\t\t{text}\n" for text, label in rows),
+    }[form]
+    (folder / ("dev.tsv" if form == "own" else f"validation.{form}")).write_text(text)
+    split = load_split(task("cola"), "dev")
+    assert split.texts == [(text,) for text, _ in rows]
+    assert split.labels == [int(label) for _, label in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        (
+            "sst2",
+            "validation.csv",
+            b"sentence;label\nfine, really;1\n",
+            r"line 1: its cells are separated by ';'; .* by ','$",
+        ),
+        ("sst2", "dev.tsv", b"sentence,label\nfine,1\n", r"line 1: its cells are separated by ','; .* by '\\t'$"),
+        ("yelp_polarity", "test.csv", b'"1";"Dull, really."\n', "line 1: ',' expected after"),
+        ("yelp_polarity", "test.csv", b"1;Dull.\n", "line 1: its cells are separated by ';'"),
+        ("sst2", "validation.csv", b"", "is empty$"),
+        ("sst2", "dev.tsv", b"\n\n", "is empty$"),
+        ("sst2", "validation.csv", b"sentence,label\nfine, really,1\n", "line 2 has 3 cells, and the first line 2$"),
+        ("sst2", "validation.csv", b'sentence,label\n"fine" film,1\n', "line 2: "),
+        ("sst2", "validation.csv", b'sentence,label\nfine,1\n"dull,0\n', "line 3: unexpected end of data$"),
+        ("sst2", "validation.csv", b"sentence,label\nfine,1\ncaf\xe9,0\n", "line 3 is not UTF-8$"),
+        ("sst2", "dev.tsv", b"sentence\tlabel\nfine\t1\ncaf\xe9\t0\n", "line 3 is not UTF-8$"),
+        ("sst2", "dev.tsv", "sentence\tlabel\nfine\t1\n".encode("utf-16"), "line 1 is not UTF-8$"),
+        ("sst2", "validation.csv", b"sentence,label,label\nfine,1,0\n", "has two columns for 'label'"),
+        (
+            "sst2",
+            "validation.jsonl",
+            b'{"sentence": "a", "label": 1}\n{"sentence": \n',
+            r"line 2 is not JSON \(Expecting value\)$",
+        ),
+        ("sst2", "validation.jsonl", b'{"sentence": "caf\xe9", "label": 1}\n', "line 1 is not UTF-8$"),
+        ("sst2", "validation.jsonl", b'\n["a", 1]\n', "line 2 is list, not an object$"),
+        ("sst2", "validation.jsonl", b"[" * 100_000 + b"]" * 100_000, "line 1 is nested too deeply$"),
+        ("sst2", "validation.jsonl", b'{"sentence": ["a"], "label": 1}\n', "row 1: a cell is list, not text$"),
+        ("sst2", "validation.jsonl", b'{"sentence": "\\ud800", "label": 1}\n', "row 1: '.*' is no letter$"),
+        ("sst2", "validation.jsonl", b'{"sentence": "a", "label": [1]}\n', r"row 1: '\[1\]' is no label"),
+        ("sst2", "validation.jsonl", b'{"sentence": "a"}\n', "has no column 'label'; choose from sentence$"),
+        ("sst2", "validation.jsonl", b"{}\n", "has no column 'sentence'$"),
+        ("snli", "snli_1.0_test.jsonl", b'{"gold_label": "neutral"', "line 1 is not JSON"),
+        (
+            "sick_relatedness",
+            "SICK.txt",
+            b"pair_ID\tsentence_A\n1\ta\n",
+            "has no column 'SemEval_set'; choose from pair_ID",
+        ),
+        (
+            "flipkart",
+            "test.csv",
+            b"Summary,sentence,label\na,b,positive\n",
+            "two columns for 'sentence': 'Summary' and 'sentence'",
+        ),
+        (
+            "flipkart",
+            "Dataset-SA.csv",
+            b"Summary,Sentiment,label\na,negative,1\n",
+            "two columns for 'label': 'Sentiment' and 'label'",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read_as_it_is_meant_is_refused(root: Path, name, file, content, message) -> None:
+    path = root / TASKS[name]["source"]["folder"] / file
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_split(task(name), "dev" if TASKS[name]["splits"].get("dev") else "test")
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_in_another_encoding_is_named(root: Path) -> None:
+    file = write_own(root, "imdb") / "test/pos/0_9.txt"
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=rf"^{file} cannot be read: 'utf-8' codec"):
+        load_split(task("imdb"), "test")
 
 
 def test_damaged_and_missing_files_are_named(root: Path) -> None:
@@ -225,6 +437,24 @@ def test_saved_sets_of_glue_x_are_read_whole(root: Path, name: str) -> None:
     assert split.texts[0] == tuple(f"{field} 0" for field in TASKS[name]["fields"])
 
 
+@pytest.mark.parametrize(
+    ("name", "names", "labels"),
+    [
+        ("imdb", ["neg", "pos"], [0, 1]),
+        ("imdb", ["pos", "neg"], [1, 0]),
+        ("yelp_polarity", ["1", "2"], [0, 1]),  # so named on the hub
+        ("hans", ["not_entailment", "entailment"], [1, 0]),
+        ("scitail", ["neutral", "entailment"], [1, 0]),
+        ("flipkart", ["positive", "neutral", "negative"], [1, 0, 0]),
+        ("sick_entailment", ["NEUTRAL", "CONTRADICTION", "ENTAILMENT"], [1, 2, 0]),
+        ("twitter_pit", ["0", "1"], [0, 1]),
+    ],
+)
+def test_class_names_stored_in_sets_of_glue_x(root: Path, name: str, names: list[str], labels: list[int]) -> None:
+    write_saved(root, name, list(range(len(names))), names=names)
+    assert load_split(task(name), "test").labels == labels
+
+
 @pytest.mark.parametrize("name", ["hans", "imdb", "snli"])
 def test_the_split_that_the_paper_tests_on_is_read(root: Path, name: str) -> None:
     split = {"hans": "validation"}.get(name, "test")
@@ -307,6 +537,18 @@ def test_json_forms_of_the_makers(root: Path) -> None:
         ("hans", "heuristics_evaluation_set.txt", "non-entailment", "non-entailmnt", "did you mean 'non-entailment'"),
         ("sick_entailment", "SICK.txt", "entailment_label", "entailment_labl", "did you mean 'entailment_labl'"),
         ("scitail", "tsv_format/scitail_1.0_dev.tsv", "neutral", "neutrl", "did you mean 'neutral'"),
+        # the third row of the file, though the first of its split
+        ("sick_relatedness", "SICK.txt", "\t2.1\t", "\t0.5\t", r"SICK\.txt, line 4, row 3: '0\.5' is .* from 1 to 5$"),
+        # rows of several lines, and blank lines
+        ("flipkart", "Dataset-SA.csv", "it is okay,neutral", '"o\nk",nutral', r"line 3, row 2: 'nutral' is no label"),
+        (
+            "flipkart",
+            "Dataset-SA.csv",
+            "broke,negative",
+            '"o\n\nk",x\n\n1,1,1,1,a,y',
+            r"line 4, row 3: 'x' is no label",
+        ),
+        ("snli", "snli_1.0_test.jsonl", '"contradiction"', '"contradicton"', "row 4: 'contradicton' is no label"),
     ],
 )
 def test_wrong_labels_of_glue_x_are_named(root: Path, name, file, old, new, message) -> None:
@@ -341,6 +583,64 @@ def test_a_held_out_share_is_the_same_for_everyone_and_never_trained_on() -> Non
     assert split.divided(0.1, "cola/held out") == (train, held) != split.divided(0.1, "rte/held out")
     with pytest.raises(DataError, match="cannot be held out"):
         TextSplit([("a",)], [0], source="x").divided(0.1, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "rows", "published", "note"),
+    [
+        ("imdb", [0, 1], 2, None, None),
+        ("imdb", [0, 1], 3, None, "imdb (test): 2 rows, its makers count 3: another version, or not all of it"),
+        (
+            "snli",
+            [0, 1, -1],
+            3,
+            3,
+            "snli (test): 2 rows are scored, not 3 as by the authors' script: it keeps the rows without",
+        ),
+        ("snli", [0, 1, -1], 4, 3, "snli (test): 3 rows, its makers count 4"),
+        (
+            "scitail",
+            ["entails"] * 3,
+            3,
+            2,
+            "scitail (test): 3 rows are scored, not 2 as by GLUE-X's result files: their reader",
+        ),
+        ("scitail", ["entails"] * 2, 3, 2, None),  # GLUE-X's own copy
+        ("flipkart", ["positive", "", "negative"], 2, None, None),  # counted without those that nobody can score
+    ],
+)
+def test_other_numbers_of_rows_than_known_are_told(
+    root: Path, name: str, written: list[object], rows: int, published: int | None, note: str | None
+) -> None:
+    write_saved(root, name, written)
+    known = {**TASKS[name], "rows": {"test": rows}}
+    if published:
+        known["published_rows"] = {**TASKS[name]["published_rows"], "rows": published}
+    said: list[str] = []
+    load_part(task(name), "test", 1, {name: known}, said.append)
+    assert [line[: len(f"warning: {note}")] for line in said] == ([f"warning: {note}"] if note else [])
+
+
+def test_numbers_of_rows_are_those_of_the_sources() -> None:
+    of = {name: TASKS[name]["rows"].get("test") for name in OWN_FILES} | {
+        "newsqa": TASKS["newsqa_qnli"]["rows"]["test"]
+    }
+    assert of == {
+        "imdb": 25_000,
+        "yelp_polarity": 38_000,
+        "amazon_polarity": 400_000,
+        "flipkart": 205_041,
+        "twitter_pit": 18_762,
+        "sick_relatedness": 4_906,
+        "sick_entailment": 4_906,
+        "snli": 10_000,
+        "scitail": 27_026,
+        "hans": 30_000,
+        "newsqa": 119_525,
+    }
+    published = {name: known["published_rows"]["rows"] for name, known in TASKS.items() if "published_rows" in known}
+    assert published == {"twitter_pit": 16_777, "snli": 10_000, "scitail": 26_527}
+    assert all("published_rows" not in task(name) for name in published)  # no part of a run
 
 
 def test_without_a_test_split_the_dev_split_is_reported(root: Path) -> None:
