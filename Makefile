@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint check bless ui
+.PHONY: help setup run test oldest test-oldest lint check bless ui
 
 help: ## list the commands
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP) ## make .venv and install the suite; nothing when that is current
 
@@ -37,6 +37,19 @@ run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
 test: lint ## every check and test
 	@echo "Running the tests"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+OLDEST := .venv-oldest
+oldest: $(OLDEST)/.installed
+
+$(OLDEST)/.installed: pyproject.toml tests/oldest.txt $(STAMP)
+	@echo "Setting up $(OLDEST) with the oldest versions that are allowed"
+	@$(BIN)/python -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[mini,dev]' --constraint tests/oldest.txt
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed ## the library's contract with the oldest versions of torch, transformers, peft, accelerate
+	@$(OLDEST)/bin/python -m pytest -n 2 -q tests/contract/test_safe_use.py tests/contract/test_decoding.py \
+		tests/contract/test_backends.py tests/contract/test_training.py tests/contract/test_quantised.py tests/golden
 
 lint: $(STAMP) ## style, types, workflow style
 	@echo "Checking style, types and workflow"

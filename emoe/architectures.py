@@ -155,15 +155,15 @@ class FFN:
 
     @property
     def proj_in(self) -> nn.Module:
-        return self.layer.get_submodule(self.spec.proj_in)
+        return _submodule(self.layer, self.spec.proj_in)
 
     @property
     def proj_up(self) -> nn.Module | None:
-        return self.layer.get_submodule(self.spec.proj_up) if self.spec.proj_up else None
+        return _submodule(self.layer, self.spec.proj_up) if self.spec.proj_up else None
 
     @property
     def proj_out(self) -> nn.Module:
-        return self.layer.get_submodule(self.spec.proj_out)
+        return _submodule(self.layer, self.spec.proj_out)
 
     @property
     def activation(self) -> nn.Module:
@@ -341,7 +341,7 @@ def _layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]:
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """A projection's bias, where it has one."""
-    return cast(Tensor | None, getattr(module, "bias", None))
+    return cast("Tensor | None", getattr(module, "bias", None))
 
 
 def has_plain_weight(module: nn.Module) -> bool:
@@ -356,6 +356,14 @@ def _is_own(layer: nn.Module, path: str) -> bool:
     prefix, _, name = path.rpartition(".")
     parent = _attribute(layer, prefix) if prefix else layer
     return callable(getattr(parent, "__dict__", {}).get(name))
+
+
+def _submodule(layer: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path below a layer, by steps that compilers can follow."""
+    found = layer
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def _attribute(layer: nn.Module, path: str) -> Any:

@@ -231,7 +231,7 @@ def _like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
         if hasattr(wide, name):
             setattr(wide, name, size)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        parameter = cast(nn.Parameter | None, getattr(module, name, None))
+        parameter = cast("nn.Parameter | None", getattr(module, name, None))
         known = parameter is not None and tensor is not None
         wide.register_parameter(name, with_values(parameter, tensor) if known else None)  # type: ignore[arg-type]
     return wide

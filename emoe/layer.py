@@ -224,28 +224,25 @@ class RoutedActivation(nn.Module):
 
     def __call__(self, z: Tensor) -> Tensor:
         """Activate and route: pre-activations ``[..., d]`` to hidden neurons ``[..., d]``."""
+        if torch.compiler.is_compiling():
+            return super().__call__(z)
         if isinstance(z, DeferredTensor):
             return z.then(self, z.shape, is_routed=True)
         plain, call = carried(z)
-        if torch.compiler.is_compiling():
-            call, self._traced_input = _Call(self._traced_input), None
-        elif call is None:
-            call = _Call(None)
+        call = _Call(None) if call is None else call
         hidden = super().__call__(plain, call=call)
-        if self.output_bias is None:
-            return hidden
-        if not is_routed_by(_without_adapter(self.ffn.proj_out), self._call_proj_out):
-            raise RuntimeError(
-                f"{self.ffn_name}.{self.ffn.spec.proj_out} was replaced after the conversion, and with it what adds the experts' own "
-                "biases: set output_bias='shared', or replace it before converting"
-            )
-        if torch.compiler.is_compiling():
-            self._traced_weights = call.weights
-            return hidden
-        return carry(hidden, call)
+        return hidden if self.output_bias is None else carry(hidden, call)
 
-    def forward(self, z: Tensor, call: _Call) -> Tensor:
-        """Activate and route pre-activations ``[..., d]``."""
+    def forward(self, z: Tensor, call: _Call | None = None) -> Tensor:
+        """Activate and route pre-activations ``[..., d]`` of one call of the FFN, or of the one that is being compiled."""
+        if call is None:
+            call, self._traced_input = _Call(self._traced_input), None
+        hidden = self._forward(z, call)
+        if self.output_bias is not None and torch.compiler.is_compiling():
+            self._traced_weights = call.weights
+        return hidden
+
+    def _forward(self, z: Tensor, call: _Call) -> Tensor:
         self._check_call(z)
         config = self.config
         rows = z.reshape(-1, z.shape[-1])
@@ -277,6 +274,13 @@ class RoutedActivation(nn.Module):
             raise RuntimeError(
                 f"{self.ffn_name}: the activation was called with {z.shape[-1]} values a token, but the FFN has {self.ffn.d} neurons; "
                 "does it stand between the projections that its row names?"
+            )
+        if self.output_bias is None or torch.compiler.is_compiling():
+            return
+        if not is_routed_by(_without_adapter(self.ffn.proj_out), self._call_proj_out):
+            raise RuntimeError(
+                f"{self.ffn_name}.{self.ffn.spec.proj_out} was replaced after the conversion, and with it what adds the experts' own "
+                "biases: set output_bias='shared', or replace it before converting"
             )
 
     @property

@@ -5,9 +5,11 @@ Hooks, wrappers, copies and replaced ``forward`` methods go on working, and othe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 Handler = Callable[..., Any]
@@ -18,9 +20,19 @@ class RoutedProjection(nn.Module):
     """A projection whose calls go through a handler: ``handler(call, *args, **kwargs)``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        handler, call = self.__dict__.get(_HANDLER), super().__call__
+        if handler is None or torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        return handler(call, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the projection; a compiler may come here without a call."""
+        # somebody may have kept this method while the class was taken away again
+        plain = super().forward if isinstance(self, RoutedProjection) else functools.partial(type(self).forward, self)
         handler = self.__dict__.get(_HANDLER)
-        call = super().__call__
-        return call(*args, **kwargs) if handler is None else handler(call, *args, **kwargs)
+        if handler is None or not torch.compiler.is_compiling():
+            return plain(*args, **kwargs)
+        return handler(plain, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle finds a class by its name, and this one is made when it is needed
@@ -33,7 +45,7 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 def _routed_class(plain: type[nn.Module]) -> type[nn.Module]:
     if plain not in _classes:
-        _classes[plain] = type(f"Routed{plain.__name__}", (RoutedProjection, plain), {"__module__": plain.__module__})
+        _classes[plain] = type(f"Routed{plain.__name__}", (RoutedProjection, plain), {"__module__": __name__})
     return _classes[plain]
 
 

@@ -154,8 +154,13 @@ class AvgKRouter(Router):
             case "up_abs":
                 return block_means(self._up(x).abs(), n)
         needed = (self.ffn.proj_in, self.ffn.proj_out) if self.config.value_norm_weighted else (self.ffn.proj_in,)
-        with materialised(*needed):
-            return self.linear_scores(x) if x is not None and self._has_plain_keys() else self._scores_by_effect(z)
+        if not any(is_offloaded(module) for module in needed):
+            return self._key_scores(x, z)
+        with in_place(*needed):
+            return self._key_scores(x, z)
+
+    def _key_scores(self, x: Tensor | None, z: Tensor) -> Tensor:
+        return self.linear_scores(x) if x is not None and self._has_plain_keys() else self._scores_by_effect(z)
 
     def product_scores(self, x: Tensor | None, hidden: Tensor) -> Tensor:
         """Scores ``[T, N]`` by what goes into the out-projection, from activated neurons ``[T, d]``."""
@@ -211,16 +216,19 @@ class AvgKRouter(Router):
         return self
 
 
-@contextmanager
-def materialised(*modules: nn.Module) -> Iterator[None]:
-    """Have weights that accelerate has offloaded in place for as long as the block lasts; nothing for others."""
-    offloaded = [m for m in modules if any(p.is_meta for p in m.parameters(recurse=False)) and hasattr(m, "_hf_hook")]
-    with ExitStack() as stack:
-        if offloaded:
-            from accelerate.utils import align_module_device
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate holds a module's weights elsewhere until it is called."""
+    return hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False))
 
-            for module in offloaded:
-                stack.enter_context(align_module_device(module))
+
+@contextmanager
+def in_place(*modules: nn.Module) -> Iterator[None]:
+    """Have the weights of modules that are offloaded in place for as long as the block lasts."""
+    from accelerate.utils import align_module_device
+
+    with ExitStack() as stack:
+        for module in filter(is_offloaded, modules):
+            stack.enter_context(align_module_device(module))
         yield
 
 

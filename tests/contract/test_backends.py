@@ -191,6 +191,7 @@ def test_bf16(whole: bool, implementation: str) -> None:
 
 
 def test_a_compiled_model_takes_the_masked_path_in_one_graph() -> None:
+    torch.compiler.reset()
     values = tiny_models.inputs("bert")
     _, sparse = pair("bert", MASKED)
     expected = tiny_models.output(sparse.eval(), values)

@@ -298,6 +298,8 @@ SERVED: dict[str, Settings] = {**SETTINGS, "capacity": {"capacity_factor": 1.5},
 @pytest.mark.parametrize("settings", SERVED)
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_programs(settings: str, strict: bool) -> None:
+    if strict and torch.__version__ < "2.9":
+        pytest.skip("strict export of this torch refuses any change of a module's attributes while it traces")
     found, x = net(**SERVED[settings]), inputs()
     program = torch.export.export(found, (x,), strict=strict)
     torch.testing.assert_close(program.module()(x), found(x))
