@@ -8,6 +8,7 @@ Everything else, from the projections to LoRA, saving and sharding, stays what i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -190,13 +191,13 @@ class RoutedActivation(nn.Module):
         if torch.compiler.is_compiling():
             self._traced_input = x
             return call(*args, **kwargs)
-        if self.sparse is not None and self.sparse.is_taken(x):
-            return self.sparse.compute(x, lambda: carry(call(*args, **kwargs), _Call(x)))
+        if self.sparse is not None and (way := self.sparse.choose(x)) is not None:
+            return self.sparse.compute(x, way, lambda: carry(call(*args, **kwargs), _Call(x)))
         return carry(call(*args, **kwargs), _Call(x))
 
     def _call_proj_up(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
-        if self.sparse is not None and not torch.compiler.is_compiling() and self.sparse.is_taken(x):
+        if self.sparse is not None and not torch.compiler.is_compiling() and self.sparse.choose(x) is not None:
             return self.sparse.defer_up(x, lambda: call(*args, **kwargs))
         return call(*args, **kwargs)
 
@@ -288,10 +289,10 @@ class RoutedActivation(nn.Module):
         """How the chosen experts' outputs are weighted."""
         return self.config.weighting if isinstance(self.config, EMoEConfig) else "softmax"
 
-    def _with_gradient(self) -> torch.set_grad_enabled:
+    def _with_gradient(self) -> AbstractContextManager[Any]:
         """A binary mask passes no gradient to the scores, so none is recorded for them unless the balance loss needs it."""
         needed = self.weighting != "binary" or self.config.aux_loss_coefficient > 0
-        return torch.set_grad_enabled(torch.is_grad_enabled() and needed)
+        return nullcontext() if needed else torch.no_grad()
 
     def _scores(self, x: Tensor | None, z: Tensor) -> Tensor:
         """``[T, N]`` float32, before any neuron is activated."""
@@ -339,6 +340,19 @@ class RoutedActivation(nn.Module):
         if self.record is not None:
             self.record.update(mask, kept)
         return kept, weights
+
+    def route_few(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Experts ``[T, k]`` of a few tokens at rest from their scores, and their weights where not all are 1.
+
+        Only for a configuration whose every token uses the same number of experts.
+        """
+        config = self.config
+        binary = self.weighting == "binary"
+        if binary and self.record is None and not config.aux_loss_coefficient:
+            return select_experts(scores, config.top_k, cast(EMoEConfig, config).selection), None
+        mask, weights = self.route(scores)
+        chosen = mask.nonzero()[:, 1].view(len(scores), -1)
+        return chosen, None if binary else weights.gather(1, chosen)
 
     def forget_loss(self) -> None:
         """Forget the balance loss of the last forward pass (of this thread)."""

@@ -67,6 +67,8 @@ def leave_(projection: nn.Module) -> None:
         projection.__class__ = plain[0]
 
 
-def is_routed_by(projection: nn.Module, handler: Handler) -> bool:
-    """Whether the calls of this module go through this handler."""
-    return isinstance(projection, RoutedProjection) and projection.__dict__.get(_HANDLER) == handler
+def is_routed_by(projection: nn.Module, handler: Handler, *, alone: bool = False) -> bool:
+    """Whether the calls of this module go through this handler; with ``alone``, and nobody has put a class on top of ours."""
+    if projection.__dict__.get(_HANDLER) != handler:
+        return False
+    return type(projection).__bases__[0] is RoutedProjection if alone else isinstance(projection, RoutedProjection)

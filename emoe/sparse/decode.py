@@ -81,7 +81,7 @@ def decode_weights(ffn: FFN, num_experts: int, gate: Tensor | None, *, by_neuron
 
 
 def decode_ffn(
-    x: Tensor, weights: DecodeWeights, activation: Callable[[Tensor], Tensor], mask: Tensor, scales: Tensor | None
+    x: Tensor, weights: DecodeWeights, activation: Callable[[Tensor], Tensor], experts: Tensor, scales: Tensor | None
 ) -> Tensor:
     """Sum of the chosen experts' outputs, without the output bias; no gradient.
 
@@ -89,28 +89,26 @@ def decode_ffn(
         x: ``[T, h]``.
         weights: of the FFN.
         activation: elementwise.
-        mask: ``[T, N]`` bool, as many experts in each row.
-        scales: weights ``[T, N]`` of the chosen experts, or None where all are 1.
+        experts: ``[T, k]``, the chosen ones.
+        scales: their weights ``[T, k]``, or None where all are 1.
 
     Returns:
         ``[T, h]``.
     """
-    tokens, h = x.shape
-    experts = mask.nonzero()[:, 1]
+    (tokens, h), flat = x.shape, experts.flatten()
     pre = []
     for weight, bias in weights.inputs:
-        z = _rows_times(x, weight.index_select(0, experts).view(tokens, -1, h))
-        pre.append(z if bias is None else z + bias.index_select(0, experts).view(tokens, -1))
+        z = _rows_times(x, weight.index_select(0, flat).view(tokens, -1, h))
+        pre.append(z if bias is None else z + bias.index_select(0, flat).view(tokens, -1))
     hidden = activation(pre[0])
     if len(pre) > 1:
         hidden = hidden * pre[1]
     if scales is not None:
-        blocks = hidden.view(tokens, -1, weights.inputs[0][0].shape[1] // h)
-        hidden = (blocks * scales[mask].view(tokens, -1, 1).to(hidden.dtype)).flatten(1)
+        hidden = (hidden.view(*experts.shape, -1) * scales.unsqueeze(-1).to(hidden.dtype)).flatten(1)
     if weights.values.ndim == 2:
-        chosen = weights.values.index_select(0, experts).view(tokens, -1, h)
+        chosen = weights.values.index_select(0, flat).view(tokens, -1, h)
         return hidden @ chosen[0] if tokens == 1 else torch.bmm(hidden.unsqueeze(1), chosen).squeeze(1)
-    chosen = weights.values.index_select(1, experts).view(h, tokens, -1)
+    chosen = weights.values.index_select(1, flat).view(h, tokens, -1)
     return F.linear(hidden, chosen[:, 0]) if tokens == 1 else torch.einsum("tn,htn->th", hidden, chosen)
 
 

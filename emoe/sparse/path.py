@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ _HOOKS = (
 )
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 _PLAIN = (Tensor, nn.Parameter)
+Way = Literal["sparse", "decode"]
 _MANY_TOKENS = 4096
 _FEW_TOKENS = 8  # beyond, decoding reads each weight more than once for nothing
 
@@ -53,6 +54,7 @@ class Layer(Protocol):
     """What the path needs of a routed FFN's activation."""
 
     activation: nn.Module
+    output_bias: nn.Parameter | None
     training: bool
 
     @property
@@ -62,6 +64,7 @@ class Layer(Protocol):
     def current_gate(self) -> Tensor: ...
     def linear_scores(self, x: Tensor, gate: Tensor | None = None) -> Tensor: ...
     def route(self, clean: Tensor) -> tuple[Tensor, Tensor]: ...
+    def route_few(self, scores: Tensor) -> tuple[Tensor, Tensor | None]: ...
     def add_output_bias(self, y: Tensor, weights: Tensor) -> Tensor: ...
 
 
@@ -89,6 +92,7 @@ class SparsePath:
         # where each projection stands, to see that it still does
         self._places = tuple(_place(ffn.layer, path) for path, _, _ in projections)
         self._between = tuple(ffn.layer.get_submodule(path) for path in ffn.spec.between)
+        self._dropouts = tuple(module for module in self._between if isinstance(module, nn.Dropout))
         self._watched = (*self._projections, layer.activation, *self._between)
         self._width, self._hidden = ffn.d, ffn.h
         if cast(Tensor, ffn.proj_in.weight).device.type == "cpu" and (
@@ -96,42 +100,53 @@ class SparsePath:
         ):
             prepare_kernels()
 
-    def is_taken(self, x: Tensor) -> bool:
-        """Whether a forward pass with this input takes the path; the same for every projection that is called with it."""
+    def choose(self, x: Tensor) -> Way | None:
+        """How a forward pass with this input is computed, None for the masked path; the same for every projection that is called with it."""
         if type(x) not in _PLAIN or x.is_nested or not x.numel() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return False
-        if not self._is_profitable(x):
-            return False
-        reason = self._fallback_reason(x)
-        if reason is not None and reason not in _told:
-            _told.add(reason)
-            _logger.warning("emoe: %s takes the masked path: %s", self._ffn.name, reason)
-        return reason is None
+            return None
+        decodes = self._may_decode(x)
+        if not self._is_profitable(x, decodes=decodes):
+            return None
+        tensors = [tensor for module in self._projections for tensor in _tensors(module)]
+        reason = self._fallback_reason(x, tensors)
+        if reason is not None:
+            if reason not in _told:
+                _told.add(reason)
+                _logger.warning("emoe: %s takes the masked path: %s", self._ffn.name, reason)
+            return None
+        # changes of weights that were made under inference_mode cannot be seen
+        return "decode" if decodes and not any(tensor.is_inference() for tensor in tensors) else "sparse"
 
-    def compute(self, x: Tensor, pre_activations: Callable[[], Tensor]) -> Tensor:
+    def compute(self, x: Tensor, way: Way, pre_activations: Callable[[], Tensor]) -> Tensor:
         """The FFN's output for ``x [..., h]``, in the place of its pre-activations.
 
         Args:
             x: the FFN's input.
+            way: what was chosen for it.
             pre_activations: computes them, should anybody look at them.
         """
+        rows = x.reshape(-1, x.shape[-1])
+        y = (self._decode(rows) if way == "decode" else self._sum_experts(rows)).view(*x.shape[:-1], -1)
+        shape = (*x.shape[:-1], self._width * (2 if self._ffn.spec.fused else 1))
+        return DeferredTensor.of(shape, y, pre_activations, owner=x, output=y)
+
+    def _sum_experts(self, x: Tensor) -> Tensor:
         layer, ffn = self._layer, self._ffn
-        config, rows = layer.config, x.reshape(-1, x.shape[-1])
-        binary = layer.weighting == "binary"
-        if self._decodes(x):
-            kept = self._decode_weights()
-            mask, weights = layer.route(layer.linear_scores(rows, kept.gate))
-            y = decode_ffn(rows, kept, layer.activation, mask, None if binary else weights)
-        else:
-            mask, weights = layer.route(layer.linear_scores(rows))
-            inputs, values = ffn.blocks(config.num_experts)
-            y = sparse_ffn(rows, inputs, values, layer.activation, mask, None if binary else weights)
+        mask, weights = layer.route(layer.linear_scores(x))
+        inputs, values = ffn.blocks(layer.config.num_experts)
+        y = sparse_ffn(x, inputs, values, layer.activation, mask, None if layer.weighting == "binary" else weights)
         bias = bias_of(self._projections[-1])
-        y = layer.add_output_bias(y if bias is None else y + bias.to(y.dtype), weights)
-        width = self._width * (2 if ffn.spec.fused else 1)
-        return DeferredTensor.of(
-            (*x.shape[:-1], width), y, pre_activations, owner=x, output=y.view(*x.shape[:-1], y.shape[-1])
-        )
+        return layer.add_output_bias(y if bias is None else y + bias.to(y.dtype), weights)
+
+    def _decode(self, x: Tensor) -> Tensor:
+        layer, kept = self._layer, self._decode_weights()
+        experts, scales = layer.route_few(layer.linear_scores(x, kept.gate))
+        y = decode_ffn(x, kept, layer.activation, experts, scales)
+        if (biases := layer.output_bias) is not None:
+            chosen = biases[experts]
+            return y + (chosen if scales is None else chosen * scales.unsqueeze(-1)).sum(1).to(y.dtype)
+        bias = bias_of(self._projections[-1])
+        return y if bias is None else y + bias
 
     def defer_up(self, x: Tensor, up: Callable[[], Tensor]) -> Tensor:
         """The up-projection's part, which nobody needs once the output is known."""
@@ -146,34 +161,31 @@ class SparsePath:
             gate = layer.current_gate() if by_keys else None
             return decode_weights(self._ffn, n, gate, by_neuron=by_neuron)
 
-        tensors = [tensor for module in self._projections for tensor in _tensors(module)]
-        return self._cache.get(tensors, config, make)
+        return self._cache.get([tensor for module in self._projections for tensor in _tensors(module)], config, make)
 
-    def _decodes(self, x: Tensor) -> bool:
+    def _may_decode(self, x: Tensor) -> bool:
         """Whether these are few tokens of a model at rest, each with as many experts as the others."""
-        layer, config = self._layer, self._layer.config
+        layer = self._layer
         return (
-            x.numel() <= _FEW_TOKENS * x.shape[-1]
+            x.numel() <= _FEW_TOKENS * self._hidden
             and not layer.training
             and not torch.is_grad_enabled()
-            and config.score_threshold is None
-            and config.capacity_factor is None
+            and layer.config.score_threshold is None
+            and layer.config.capacity_factor is None
             and not torch.is_autocast_enabled(x.device.type)
-            and not any(tensor.is_inference() for module in self._projections for tensor in _tensors(module))
         )
 
-    def _is_profitable(self, x: Tensor) -> bool:
+    def _is_profitable(self, x: Tensor, *, decodes: bool) -> bool:
         """Whether it was asked for, or is expected to be faster."""
         config = self._layer.config
         if config.backend == "sparse":
             return True
         if x.device.type != "cpu":
             return False
-        tokens = x.numel() // x.shape[-1]
-        if self._decodes(x):
-            n = config.num_experts
+        tokens, n = x.numel() // x.shape[-1], config.num_experts
+        if decodes:
             active, size = config.num_active_experts / n, self._width // n
-            return x.dtype != torch.float16 and predicted_decode_ratio(tokens, x.shape[-1], size, active, n) < 1
+            return x.dtype != torch.float16 and predicted_decode_ratio(tokens, self._hidden, size, active, n) < 1
         return self._predict(tokens, x.dtype, compiled=compiled_kernels() is not None) < 1
 
     def _predict(self, tokens: int, dtype: torch.dtype = torch.float32, *, compiled: bool = True) -> float:
@@ -185,41 +197,36 @@ class SparsePath:
         ratio = predicted_time_ratio(tokens, self._hidden, size, active, dtype, threads, compiled=compiled)
         return math.inf if ratio is None else ratio
 
-    def _fallback_reason(self, x: Tensor) -> str | None:
-        """Why this forward pass cannot take the sparse path, or None."""
+    def _fallback_reason(self, x: Tensor, tensors: Sequence[Tensor]) -> str | None:
+        """Why this forward pass cannot take the sparse path with these weights, or None."""
         layer = self._layer
         if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
             return "torch.func or forward-mode derivatives transform it"
-        if any(
-            modules.get(name) is not own for (modules, name), own in zip(self._places, self._projections, strict=True)
-        ):
-            return "a projection carries an adapter or was replaced"
-        if reason := self._weights_reason(x):
-            return reason
-        if layer.training:
-            if layer.config.expert_dropout:
-                return "expert_dropout acts on hidden neurons"
-            if any(isinstance(module, nn.Dropout) and module.training and module.p for module in self._between):
-                return "dropout acts on hidden neurons"
-        if isinstance(layer.activation, FunctionActivation) or getattr(layer.activation, "inplace", False):
-            return "the activation is a function or writes over its input"
-        looked_at = any(_is_looked_at(module) for module in self._watched) or _is_looked_at(layer, own_hooks=1)
-        if looked_at or any(vars(nn_module)[name] for name in _GLOBAL_HOOKS):
-            return "a hook or a replaced forward looks at the FFN"
-        if not all(is_routed_by(module, handler) for module, handler in self._handlers):
-            return "a projection's class was replaced"
-        return None
-
-    def _weights_reason(self, x: Tensor) -> str | None:
-        tensors = [tensor for module in self._projections for tensor in _tensors(module)]
+        for (modules, name), own in zip(self._places, self._projections, strict=True):
+            if modules.get(name) is not own:
+                return "a projection carries an adapter or was replaced"
+        for module, handler in self._handlers:
+            if not is_routed_by(module, handler, alone=True):
+                return "a projection's class was replaced, or its weight is computed"
+        device, dtype = x.device, x.dtype
         for tensor in tensors:
             if type(tensor) not in _PLAIN:
                 return f"a weight is a {type(tensor).__name__}"
-            if tensor.device != x.device:
-                return f"a weight is on {tensor.device}, the input on {x.device}"
-        dtypes = {tensor.dtype for tensor in tensors}
-        if len(dtypes) > 1 or (x.dtype not in dtypes and not torch.is_autocast_enabled(x.device.type)):
-            return "weights and input are of several dtypes"
+            if tensor.device != device:
+                return f"a weight is on {tensor.device}, the input on {device}"
+            if tensor.dtype != dtype and (
+                tensor.dtype != tensors[0].dtype or not torch.is_autocast_enabled(device.type)
+            ):
+                return "weights and input are of several dtypes"
+        if layer.training:
+            if layer.config.expert_dropout:
+                return "expert_dropout acts on hidden neurons"
+            if any(module.training and module.p for module in self._dropouts):
+                return "dropout acts on hidden neurons"
+        if isinstance(layer.activation, FunctionActivation) or getattr(layer.activation, "inplace", False):
+            return "the activation is a function or writes over its input"
+        if _is_looked_at(layer, own_hooks=1) or any(map(_is_looked_at, self._watched)) or _has_global_hook():
+            return "a hook or a replaced forward looks at the FFN"
         return None
 
 
@@ -229,13 +236,20 @@ def _place(layer: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], st
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Weight and bias of a projection; of one whose weight is computed, that."""
-    weight = module._parameters.get("weight")
-    bias = bias_of(module)
-    found = cast(Tensor, module.weight) if weight is None else weight
-    return [found] if bias is None else [found, bias]
+    """Weight and bias of a projection, where they are its own and not computed."""
+    own = (module._parameters, module._buffers)
+    return [found for name in ("weight", "bias") for store in own if (found := store.get(name)) is not None]
 
 
 def _is_looked_at(module: object, own_hooks: int = 0) -> bool:
     state = vars(module)
-    return "forward" in state or sum(len(state[name] or ()) for name in _HOOKS) > own_hooks
+    found = 0
+    for name in _HOOKS:
+        if hooks := state[name]:
+            found += len(hooks)
+    return found > own_hooks or "forward" in state
+
+
+def _has_global_hook() -> bool:
+    state = vars(nn_module)
+    return any(state[name] for name in _GLOBAL_HOOKS)
