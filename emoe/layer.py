@@ -197,7 +197,7 @@ class RoutedActivation(nn.Module):
 
     def _call_proj_up(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
-        if self.sparse is not None and not torch.compiler.is_compiling() and self.sparse.choose(x) is not None:
+        if self.sparse is not None and not torch.compiler.is_compiling() and self.sparse.may_defer(x):
             return self.sparse.defer_up(x, lambda: call(*args, **kwargs))
         return call(*args, **kwargs)
 
@@ -228,7 +228,7 @@ class RoutedActivation(nn.Module):
         if torch.compiler.is_compiling():
             return super().__call__(z)
         if isinstance(z, DeferredTensor):
-            return z.then(self, z.shape, is_routed=True)
+            return z.then(self, z.sizes, is_routed=True)
         plain, call = carried(z)
         call = _Call(None) if call is None else call
         hidden = super().__call__(plain, call=call)

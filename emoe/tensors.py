@@ -59,16 +59,18 @@ class DeferredTensor(Tensor):
         output: the FFN's output, or None for an up-projection's part.
         owner: what computed the output.
         is_routed: the activation has been called.
+        sizes: the shape, at hand without a call.
     """
 
     output: Tensor | None
     owner: object
     is_routed: bool
+    sizes: tuple[int, ...]
     _compute: Callable[[], Tensor]
 
     @staticmethod
     def of(
-        shape: Sequence[int],
+        shape: tuple[int, ...],
         like: Tensor,
         compute: Callable[[], Tensor],
         owner: object,
@@ -86,15 +88,16 @@ class DeferredTensor(Tensor):
             output: see the class.
             is_routed: see the class.
         """
-        found = Tensor._make_wrapper_subclass(DeferredTensor, tuple(shape), dtype=like.dtype, device=like.device)
-        found.output, found.owner, found.is_routed, found._compute = output, owner, is_routed, compute
+        found = Tensor._make_wrapper_subclass(DeferredTensor, shape, dtype=like.dtype, device=like.device)
+        found.output, found.owner, found.is_routed, found.sizes = output, owner, is_routed, shape
+        found._compute = compute
         return found
 
     def value(self) -> Tensor:
         """The values, computed now."""
         return self._compute()
 
-    def then(self, step: Callable[[Tensor], Tensor], shape: Sequence[int], *, is_routed: bool) -> DeferredTensor:
+    def then(self, step: Callable[[Tensor], Tensor], shape: tuple[int, ...], *, is_routed: bool) -> DeferredTensor:
         """What a step makes of it, deferred too."""
         return DeferredTensor.of(shape, self, lambda: step(self.value()), self.owner, self.output, is_routed=is_routed)
 
@@ -103,13 +106,12 @@ class DeferredTensor(Tensor):
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        step = _STEPS.get(func)
+        if step is not None and (deferred := step(*args, **kwargs)) is not None:
+            return deferred
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        step = _STEPS.get(func)
-        deferred = None if step is None else step(*args, **kwargs)
-        if deferred is not None:
-            return deferred
         return func(
             *(arg.value() if isinstance(arg, DeferredTensor) else arg for arg in args),
             **{name: arg.value() if isinstance(arg, DeferredTensor) else arg for name, arg in kwargs.items()},
@@ -137,16 +139,16 @@ def _product(first: Any, second: Any) -> Tensor | None:
     if not (isinstance(first, DeferredTensor) and isinstance(second, DeferredTensor)):
         return None
     routed, other = (first, second) if first.is_routed else (second, first)
-    if not routed.is_routed or other.is_routed or routed.owner is not other.owner or routed.shape != other.shape:
+    if not routed.is_routed or other.is_routed or routed.owner is not other.owner or routed.sizes != other.sizes:
         return None
-    return routed.then(lambda value: value * other.value(), routed.shape, is_routed=True)
+    return routed.then(lambda value: value * other.value(), routed.sizes, is_routed=True)
 
 
 def _halves(tensor: Any, chunks: Any, dim: int = 0) -> tuple[Tensor, ...] | None:
     """A fused in-projection's two halves."""
-    if chunks != 2 or dim not in (-1, tensor.dim() - 1) or tensor.shape[-1] % 2:
+    if not isinstance(tensor, DeferredTensor) or chunks != 2 or dim not in (-1, len(tensor.sizes) - 1):
         return None
-    shape = (*tensor.shape[:-1], tensor.shape[-1] // 2)
+    shape = (*tensor.sizes[:-1], tensor.sizes[-1] // 2)
 
     def half(place: int) -> DeferredTensor:
         return tensor.then(lambda value: value.chunk(2, -1)[place], shape, is_routed=tensor.is_routed)

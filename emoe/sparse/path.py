@@ -101,11 +101,9 @@ class SparsePath:
             prepare_kernels()
 
     def choose(self, x: Tensor) -> Way | None:
-        """How a forward pass with this input is computed, None for the masked path; the same for every projection that is called with it."""
-        if type(x) not in _PLAIN or x.is_nested or not x.numel() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return None
+        """How a forward pass with this input is computed; None for the masked path."""
         decodes = self._may_decode(x)
-        if not self._is_profitable(x, decodes=decodes):
+        if not (_is_plain(x) and self._is_profitable(x, decodes=decodes)):
             return None
         tensors = [tensor for module in self._projections for tensor in _tensors(module)]
         reason = self._fallback_reason(x, tensors)
@@ -147,6 +145,10 @@ class SparsePath:
             return y + (chosen if scales is None else chosen * scales.unsqueeze(-1)).sum(1).to(y.dtype)
         bias = bias_of(self._projections[-1])
         return y if bias is None else y + bias
+
+    def may_defer(self, x: Tensor) -> bool:
+        """Whether the up-projection's part can wait until somebody looks at it: nobody does, where the in-projection has the output already."""
+        return _is_plain(x) and not _is_transformed() and self._is_profitable(x, decodes=self._may_decode(x))
 
     def defer_up(self, x: Tensor, up: Callable[[], Tensor]) -> Tensor:
         """The up-projection's part, which nobody needs once the output is known."""
@@ -200,7 +202,7 @@ class SparsePath:
     def _fallback_reason(self, x: Tensor, tensors: Sequence[Tensor]) -> str | None:
         """Why this forward pass cannot take the sparse path with these weights, or None."""
         layer = self._layer
-        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        if _is_transformed():
             return "torch.func or forward-mode derivatives transform it"
         for (modules, name), own in zip(self._places, self._projections, strict=True):
             if modules.get(name) is not own:
@@ -228,6 +230,15 @@ class SparsePath:
         if _is_looked_at(layer, own_hooks=1) or any(map(_is_looked_at, self._watched)) or _has_global_hook():
             return "a hook or a replaced forward looks at the FFN"
         return None
+
+
+def _is_plain(x: Tensor) -> bool:
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return type(x) in _PLAIN and not x.is_nested and x.numel() > 0 and not tracing
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _place(layer: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], str]:
