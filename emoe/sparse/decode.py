@@ -1,8 +1,9 @@
 """A few tokens at a time, as a language model decodes them: only the chosen experts' weights are read.
 
 Such a forward pass is bound by memory, so two things are kept between passes while nothing is trained: the mean keys, and the values laid out by
-neuron (``[d, h]``, as large as the out-projection's weight), without which an expert's values lie scattered over memory. Both are
-made again when the weights have changed: PyTorch counts the changes of each tensor. Assigning to ``weight.data`` is not counted.
+neuron (``[d, h]``, as large as the out-projection's weight), without which an expert's values lie scattered over memory. Both are forgotten when
+the model trains or a gradient is recorded, and made again when the weights have changed: when PyTorch counts a change, when they are other tensors, or when one of 64 places of
+each is not what it was. A few numbers changed behind PyTorch's back, between two passes of a model at rest, are not seen.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from emoe.architectures import FFN
 
-Stamp = tuple[object, ...]
+_SAMPLED = 64
 
 
 class DecodeWeights(NamedTuple):
@@ -33,6 +34,30 @@ class DecodeWeights(NamedTuple):
     gate: Tensor | None
 
 
+class _Copied:
+    """A weight as it was when something was made of it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        # the alias keeps the memory, so that no other weight gets its address
+        self._weight = weight.detach()
+        self._version = weight._version
+        # some who write do not count it (fused optimisers, ``weight.data``), but hardly one leaves all of these places as they were
+        flat = self._weight.as_strided((weight.numel(),), (1,))
+        self._sample = flat[:: weight.numel() // _SAMPLED + 1]
+        self._values = self._sample.clone()
+
+    def is_still(self, weight: Tensor) -> bool:
+        """Whether a weight is this one, unchanged as far as can be seen."""
+        kept = self._weight
+        return (
+            weight.data_ptr() == kept.data_ptr()
+            and weight._version == self._version
+            and weight.dtype == kept.dtype
+            and weight.stride() == kept.stride()
+            and torch.equal(self._sample, self._values)
+        )
+
+
 class DecodeCache:
     """What is kept of one FFN's weights between the forward passes of decoding.
 
@@ -40,14 +65,9 @@ class DecodeCache:
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[Stamp, DecodeWeights] | None = None
+        self._kept: tuple[Hashable, list[_Copied], DecodeWeights] | None = None
 
-    def get(
-        self,
-        weights: Sequence[Tensor],
-        settings: Hashable,
-        make: Callable[[], DecodeWeights],
-    ) -> DecodeWeights:
+    def get(self, weights: Sequence[Tensor], settings: Hashable, make: Callable[[], DecodeWeights]) -> DecodeWeights:
         """What ``make`` gave for these weights as they are, made now where they have changed.
 
         Args:
@@ -55,11 +75,18 @@ class DecodeCache:
             settings: what else it is made from.
             make: makes it.
         """
-        stamp = (settings, *((w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in weights))
         kept = self._kept
-        if kept is None or kept[0] != stamp:
-            kept = self._kept = (stamp, make())
-        return kept[1]
+        if (
+            kept is None
+            or kept[0] != settings
+            or not all(copied.is_still(weight) for copied, weight in zip(kept[1], weights, strict=True))
+        ):
+            kept = self._kept = (settings, [_Copied(weight) for weight in weights], make())
+        return kept[2]
+
+    def clear(self) -> None:
+        """Forget it, and give the memory back."""
+        self._kept = None
 
     def __reduce__(self) -> tuple[type[DecodeCache], tuple[()]]:
         return DecodeCache, ()
