@@ -137,11 +137,21 @@ def test_the_loss_is_that_of_the_responses_alone(monkeypatch: pytest.MonkeyPatch
     assert curve == [pytest.approx(loss / tokens, abs=1e-4)]
 
 
-def test_an_untrained_model_is_only_evaluated() -> None:
-    base = tiny_run("dense", "base")
-    path = prepare(base)
+def test_the_first_of_a_few_steps_learns() -> None:
+    path = prepare(tiny_run("dense", "full", training={"epochs": 1, "batch_size": 24, "keep_weights": True}))
+    assert len(finish(path)["curve"]) == 1
+    before = build_language_model(json.loads(path.read_text())).model.state_dict()
+    after = load_file(path.parent / "model" / "trained.safetensors")
+    assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+
+
+@pytest.mark.parametrize("method", ["dense", "emoe"])
+def test_an_untrained_model_is_only_evaluated(method: str) -> None:
+    path = prepare(tiny_run(method, "base"))
     found = finish(path)
     assert (found["curve"], found["model"]["trainable_parameters"]) == ([], 0)
+    assert [layer["index"] for layer in found["model"]["conversion"]] == ([2, 3] if method == "emoe" else [])
+    assert bool(found["routing"]) == (method == "emoe")
     assert not (path.parent / "model").exists()
     with pytest.raises(DataError, match="keeps no weights"):
         export(path, Path("out"), "dense")
