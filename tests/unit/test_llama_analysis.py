@@ -22,6 +22,7 @@ from benchmarks.harness.tracking import mirror
 from benchmarks.llama.outcomes import CELL, Outcomes, cell_of
 from benchmarks.llama.tables import answers, categories, data, paper, results, subjects, verdicts
 from benchmarks.llama.tables import tests as paired_tests
+from emoe.architectures import resolve_layers
 from tests.fake_runs import SUBJECTS, write_runs
 
 LLAMA = load_benchmark("llama")
@@ -272,6 +273,19 @@ def test_the_papers_grid_is_as_published() -> None:
         if run.spec["method"]["config"]
     }
     assert cells == {("llama2-7b", 64, 16), ("llama2-7b", 64, 32), ("llama-30b", 256, 64)}
+    depths = {"llama2-7b": 32, "llama-30b": 60}
+    layers = {
+        (name, tuple(resolve_layers(run.spec["method"]["config"]["layers"], depths[name])))
+        for run in found
+        if run.spec["method"]["config"]
+        for name in [run.spec["model"]["name"]]
+    }
+    assert layers == {
+        ("llama2-7b", (28, 30)),  # the authors' commands
+        ("llama2-7b", (16, 20, 24, 28)),
+        ("llama-30b", tuple(range(45, 60, 2))),  # their words
+        ("llama-30b", tuple(range(30, 60, 4))),
+    }
     assert {run.spec["method"]["config"]["score"] for run in found if run.spec["method"]["config"]} == {"gate"}
     assert all(
         (run.resources["processes"], run.resources["parallel"]) == (8, "fsdp")
