@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.harness.memory import memory
 from benchmarks.harness.paths import ROOT
 
 _PACKAGES = (
@@ -30,7 +31,7 @@ _PACKAGES = (
 
 
 def capture() -> dict[str, Any]:
-    """Package versions, git commit and dirty flag, processor, memory, threads, accelerators."""
+    """Package versions, git commit and dirty flag, processor, memory (of the control group, where that has less), threads, accelerators."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -48,7 +49,7 @@ def capture() -> dict[str, Any]:
         "processor": _processor(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gb": round(memory().total / 2**30, 1),
         "gpus": gpus,
     }
 

@@ -49,14 +49,15 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
     Raises:
         DefinitionError: a template or task that does not exist, or settings that do not go with the model.
-        DataError: broken or too few rows, a model that is not there, too little memory or disk; before any of it is loaded.
+        DataError: broken or too few rows, a model that is not there, one that no memory here holds, too little disk; before any of it is loaded.
     """
     training = spec["training"]
     needs = compute_needs(spec)
     data = read_data(spec, load_tokenizer(spec["model"]))
     if is_main():
         check_tasks(spec["evaluation"]["tasks"])
-        check_needs(needs, folder)
+        for warning in check_needs(needs, folder):
+            progress.say(f"warning: {warning}")
     progress.say(
         f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {data.broken} broken left out, "
         f"{data.train.summary()['truncated_responses']} responses cut at {spec['data']['max_length']} tokens; at least {needs.memory / 1e9:.1f} GB"
