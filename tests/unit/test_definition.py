@@ -258,6 +258,32 @@ def test_adding_a_seed_adds_runs_and_keeps_the_others(changed) -> None:
     assert len(after - before) == 4
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "made_again"),
+    [
+        ("suites.mini.grid.0.seed", [0, 1], {"glue"}),
+        ("suites.mini.note", "Small.", {"glue"}),
+        ("methods.emoe.title", "Ours", {"glue"}),
+        ("suites.smoke.grid.0.seed", [0], set()),
+        ("suites.smoke.note", "Tiny.", set()),
+    ],
+)
+def test_tables_are_made_again_for_their_benchmarks_own_runs(path, value, made_again, monkeypatch) -> None:
+    def digests() -> dict[str, str]:
+        found = suite.load_suite({"suite": "mini"})
+        return {name: found.digest(name) for name in found.settings["benchmarks"]}
+
+    before, real = digests(), load_benchmark("glue")
+    content = check(edited(path, value), "benchmark", "benchmark.yaml")
+    edited_glue = definition.Benchmark("glue", content, real.tasks)
+    for module in (runs, suite):
+        monkeypatch.setattr(
+            module, "load_benchmark", lambda name: edited_glue if name == "glue" else load_benchmark(name)
+        )
+    after = digests()
+    assert {name for name in before if before[name] != after[name]} == made_again
+
+
 def test_titles_change_no_run_and_the_version_changes_all(changed) -> None:
     before = {run.id for run in runs.plan(["glue"], "mini")}
     assert {run.id for run in changed("methods.emoe.title", "Ours")} == before
