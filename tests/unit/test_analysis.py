@@ -14,8 +14,9 @@ from scipy import stats
 
 from benchmarks.harness import regression, report, tracking
 from benchmarks.harness.comparison import Comparison, ranked
-from benchmarks.harness.definition import DefinitionError, load_benchmark
+from benchmarks.harness.definition import Benchmark, DefinitionError, load_benchmark
 from benchmarks.harness.paper_tables import paper_table, rank_table
+from benchmarks.harness.presentation import present
 from benchmarks.harness.records import collect, read_metrics, scores_of
 from benchmarks.harness.rendering import Column, Table
 from benchmarks.harness.runs import Run, run_from_spec
@@ -466,6 +467,16 @@ def test_check_passes_on_the_blessed_numbers_and_names_what_moved(finished: Suit
     table.to_csv(path, index=False)
     vanilla = [run for run in finished.runs if run.spec["method"]["name"] != "gmoe"]
     assert len(regression.compare(vanilla, "mini", tmp_path).missing) > 5
+
+
+def test_a_text_benchmark_without_a_presentation_takes_the_usual_one(finished: Suite, tmp_path: Path) -> None:
+    real = load_benchmark("glue")
+    changes = {"tables": ["tests", "choices"], "figures": {"ood": "Scores."}}
+    mine = Benchmark("mine", {**real.definition, **changes}, real.tasks)
+    presented = present(mine, finished.runs_of("glue"))
+    assert [table.name for table in presented.tables] == ["mine_tests", "mine_choices"]
+    presented.draw(tmp_path)
+    assert [path.name for path in sorted(tmp_path.glob("mine*"))] == ["mine_ood.pdf", "mine_ood.png"]
 
 
 def test_check_without_a_reference_or_with_a_damaged_one(finished: Suite, tmp_path: Path) -> None:

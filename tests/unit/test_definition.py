@@ -239,6 +239,43 @@ def test_evaluations_name_what_exists(key: str, value: object, message: str) -> 
         definition.check_references({**real.definition, key: value}, real.tasks, real.folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("llama", "presentation"),
+        ("llama", "instructions"),
+        ("domainbed", "presentation"),
+        ("domainbed", "survey"),
+        ("speed", "presentation"),
+        ("glue_ood", "presentation"),
+    ],
+)
+def test_what_shows_finished_runs_is_there_before_they_start(name: str, module: str, tmp_path: Path) -> None:
+    real, folder = load_benchmark(name), tmp_path / name
+    shutil.copytree(real.folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    definition.check_references(real.definition, real.tasks, folder)
+    (folder / f"{module}.py").rename(folder / f"{module}s.py")
+    message = rf"has no module '{module}', which kind: {real.kind} needs; did you mean '{module}s'"
+    with pytest.raises(DefinitionError, match=message):
+        definition.check_references(real.definition, real.tasks, folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tables", ["results", "test"], "tables' is 'test', which does not exist; did you mean 'tests'"),
+        ("figures", {"odd": "…"}, "figures' is 'odd', which does not exist; did you mean 'ood'"),
+        ("paper", None, "tables' names 'paper', so it needs 'paper'"),
+    ],
+)
+def test_what_the_usual_presentation_cannot_make_is_refused_before_runs_start(key, value, message, tmp_path) -> None:
+    real, folder = load_benchmark("glue"), tmp_path / "glue"
+    shutil.copytree(real.folder, folder, ignore=shutil.ignore_patterns("__pycache__", "presentation.py"))
+    definition.check_references(real.definition, real.tasks, folder)
+    with pytest.raises(DefinitionError, match=message):
+        definition.check_references({**real.definition, key: value}, real.tasks, folder)
+
+
 def test_runs_that_keep_no_weights_cannot_be_evaluated() -> None:
     others = {run.folder: run.spec for run in runs.plan(["glue"], "smoke")}
     with pytest.raises(DefinitionError, match=r"do not keep their weights; set training\.keep_weights: true there"):
