@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.harness.hub import commit_of, named
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.paths import DATA_ROOT
 from emoe.errors import did_you_mean
@@ -48,9 +49,7 @@ def read_rows(task: Mapping[str, Any], split: str) -> Rows:
     """
     folder = local_folder(task)
     if folder is None:
-        return [
-            FileRows(_read_hub(task, split), f"{task['source']['hub']} ({task['source']['config']}), split {split}")
-        ]
+        return [_read_hub(task, split)]
     if (folder / "state.json").exists():  # one saved set without splits is the whole
         if task["splits"]["train"] is not None:
             raise DataError(
@@ -84,7 +83,7 @@ def wanted_place(source: Mapping[str, Any]) -> str:
     return str(Path(root) / source["folder"]) if root else f"<data_root>/{source['folder']}"
 
 
-def _read_hub(task: Mapping[str, Any], split: str) -> pd.DataFrame:
+def _read_hub(task: Mapping[str, Any], split: str) -> FileRows:
     import datasets
 
     source = task["source"]
@@ -100,7 +99,8 @@ def _read_hub(task: Mapping[str, Any], split: str) -> pd.DataFrame:
             f"could not load '{source['hub']}' ({source['config']}) from the hub: {type(error).__name__}: {error}\n"
             f"Without the hub, put the set's own files into {place}"
         ) from error
-    return _frame(loaded)
+    place = named(source["hub"], source["revision"], commit_of(loaded))
+    return FileRows(_frame(loaded), f"{place} ({source['config']}), split {split}")
 
 
 def _frame(loaded: Any) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.harness.hub import commit_of, named
 from benchmarks.harness.packages import ALPACA_DEMO, DataError, first_line
 from benchmarks.harness.paths import DATA_ROOT
 from benchmarks.harness.text_files import OWN_SUFFIXES, own_file
@@ -95,7 +96,7 @@ def _read_hub(hub: str, revision: str | None) -> Instructions:
             f"could not load {hub} from the hub: {first_line(error)}\nWithout the hub, put its rows below data_root (config/README.md)"
         ) from error
     rows = ((f"row {number}", value) for number, value in enumerate(found, start=1))
-    return _checked(rows, f"{hub}@{revision or 'newest'}")
+    return _checked(rows, named(hub, revision, commit_of(found)))
 
 
 def parse(content: bytes, where: str, *, lines: bool) -> Instructions:

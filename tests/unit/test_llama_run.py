@@ -62,6 +62,7 @@ def test_a_run_leaves_its_numbers(capfd: pytest.CaptureFixture[str]) -> None:
     assert found["scores"]["dev"]["own"]["loss"] > 0
     task = found["tasks"]["mmlu_dev_anatomy (0-shot)"]
     assert (task["questions"], len(task["correct"]["anatomy"])) == (5, 5)
+    assert [source.partition(" 0")[0] for source in task["source"]] == ["package lm-eval"]
     right = task["correct"]["anatomy"].count("1")
     assert found["scores"]["test"]["mmlu_dev_anatomy (0-shot)"] == {"accuracy": right / 5}
     (answer,) = found["answers"]
