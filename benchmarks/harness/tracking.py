@@ -107,7 +107,7 @@ def _write(client: MlflowClient, experiment: str, run: Run, metrics: dict[str, A
         for key, value in entry.items()
         if key != counter and value is not None  # the loss of a model that diverged
     ]
-    parameters = [Param(key, str(value)) for key, value in _flat(run.spec)]
+    parameters = [Param(_plain(key), str(value)) for key, value in _flat(run.spec)]
     client.log_batch(identifier, metrics=logged, params=parameters, tags=[RunTag("benchmark", run.benchmark)])
     client.set_terminated(identifier)
     return str(identifier)
@@ -121,7 +121,7 @@ def _histories(metrics: dict[str, Any]) -> Iterator[tuple[str, str, list[dict[st
 
 
 def _plain(name: str) -> str:
-    """A metric's name without what MLflow does not allow (the environments of ColoredMNIST are called +90%)."""
+    """A name without what MLflow does not allow (the environments of ColoredMNIST are called +90%)."""
     return re.sub(r"[^\w\-. :/]", "_", name)
 
 
