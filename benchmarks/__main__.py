@@ -160,6 +160,8 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
         sets.fetch_packaged(loaded)
     parts = list(sets.survey(loaded, open_images=open_images))
     click.echo(sets.describe(parts))
+    if loose := sets.unpinned(loaded):
+        click.echo(f"\nNot pinned to a commit: {'; '.join(loose)}. metrics.json records which was read")
     if any(part.rows is None for part in parts):
         sys.exit(1)
 

@@ -58,7 +58,12 @@ def _plain_value(text: str) -> tuple[str, Any]:
 @click.argument("out", type=_FOLDER)
 @click.option("--num-experts", type=int, required=True, help="N, experts of each converted FFN.")
 @click.option("--top-k", type=int, required=True, help="Experts that each token uses.")
-@click.option("--layers", default="last-half:2", show_default=True, help="8,10 or all, last:2, last-half:2, 8:12:2.")
+@click.option(
+    "--layers",
+    default="last-half:2",
+    show_default=True,
+    help="8,10 or all, last:2, last-half:2, last-quarter:2, 8:12:2.",
+)
 @click.option("--partition", default=None, help="How neurons are grouped: kmeans (the default), random, contiguous.")
 @click.option(
     "--kind", type=click.Choice(list(_KINDS)), default="emoe", show_default=True, help="Split or copied FFNs."

@@ -16,6 +16,7 @@ from emoe.errors import ConfigError, ConversionError, did_you_mean
 from emoe.tensors import carried
 
 _HALVES = ("first", "last")
+_SHARES = {"half": 2, "quarter": 4}
 
 
 @dataclass(frozen=True)
@@ -398,14 +399,15 @@ def resolve_layers(layers: Layers, count: int) -> list[int]:
         chosen = list(range(count))[-int(match[1]) :] if int(match[1]) else []
         if len(chosen) < int(match[1]):
             raise ConfigError(f"layers '{layers}' asks for more than the model's {count} layers")
-    elif match := re.fullmatch(r"last-half:(\d+)", layers):
-        chosen = list(range(count // 2, count, int(match[1]))) if int(match[1]) else []
+    elif match := re.fullmatch(rf"last-({'|'.join(_SHARES)}):(\d+)", layers):
+        share, step = _SHARES[match[1]], int(match[2])
+        chosen = list(range(count * (share - 1) // share, count, step)) if step else []
     elif re.fullmatch(r"-?\d*:-?\d*(:\d*)?", layers):
         parts = [int(part) if part else None for part in layers.split(":")]
         chosen = list(range(count))[slice(*parts)] if parts[2:] != [0] else []
     else:
         raise ConfigError(
-            f"layers '{layers}' is not understood; write a list, 'all', 'last:2', 'last-half:2' or a slice like '8:12:2'"
+            f"layers '{layers}' is not understood; write a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice like '8:12:2'"
         )
     if not chosen:
         raise ConfigError(f"layers '{layers}' matches none of the model's layers 0 to {count - 1}")

@@ -61,7 +61,7 @@ class RoutingConfig:
         num_experts: N. EMoE: must divide the FFN's width.
         top_k: experts that each token uses.
         layers: which FFNs: ``[8, 10]``, ``"all"``, ``"last:2"`` (the last two), ``"last-half:2"``
-            (every second one of the latter half) or a slice such as ``"8:12:2"``.
+            (every second one of the last half), ``"last-quarter:2"`` or a slice such as ``"8:12:2"``.
         backend: ``masked`` is the reference: all neurons are computed and those of other experts set to zero.
             ``sparse`` computes the chosen experts only, with the same results to rounding, and goes back to
             ``masked`` in forward passes where it cannot (see :mod:`emoe.sparse.path`). ``auto`` takes, in each forward
@@ -160,7 +160,9 @@ class RoutingConfig:
         numbers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
         if numbers and all(isinstance(i, int) and not isinstance(i, bool) for i in numbers):
             return cast(tuple[int, ...], numbers)
-        raise self._error("layers", "a non-empty list of layer numbers, 'all', 'last:2', 'last-half:2' or a slice")
+        raise self._error(
+            "layers", "a non-empty list of layer numbers, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice"
+        )
 
     def _check_fields(self) -> None:
         hints = typing.get_type_hints(type(self))

@@ -93,6 +93,9 @@ class RoutedActivation(nn.Module):
         self.register_buffer("output_bias_parts", None)
         self.record: Recorder | None = None
         self._losses: PerThread[Tensor] = PerThread()
+        # the pass that the loss is of, and the one in which it was read
+        self._pass: PerThread[int] = PerThread()
+        self._read: PerThread[int] = PerThread()
         # a compiler follows plain attributes better than tensors with something on them; both are empty between its calls
         self._traced_input: Tensor | None = None
         self._traced_weights: Tensor | None = None
@@ -368,9 +371,27 @@ class RoutedActivation(nn.Module):
             self.sparse.forget()
         return super().train(mode)
 
-    def forget_loss(self) -> None:
-        """Forget the balance loss of the last forward pass (of this thread)."""
+    def forget_loss(self, number: int) -> None:
+        """Forget the balance loss of the last forward pass (of this thread), because the next one, of a higher number, begins."""
         self._losses.clear()
+        self._read.clear()
+        self._pass.set(number)
+
+    def pass_number(self) -> int:
+        """The number of the pass that the balance loss is of."""
+        return self._pass.get() or 0
+
+    def read_loss(self, newest: int) -> Tensor | None:
+        """The balance loss, unless it was read in an earlier pass already: what ended halfway does not count twice.
+
+        Args:
+            newest: number of the model's newest pass.
+        """
+        read = self._read.get()
+        if read is not None and read != newest:
+            return None
+        self._read.set(newest)
+        return self._losses.get()
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies take along: nothing of the last forward pass."""
@@ -424,10 +445,10 @@ def aux_loss(model: nn.Module) -> Tensor | float:
     Add it to the task loss of a training step. It is the number 0.0 where the configuration asks for none. A pass is one
     call of the model, or of a part of it that is called by itself, in the same thread.
     """
+    layers = routed_layers(model)
+    newest = max((layer.pass_number() for layer in layers), default=0)
     losses = [
-        loss * layer.config.aux_loss_coefficient
-        for layer in routed_layers(model)
-        if (loss := layer.aux_loss) is not None
+        loss * layer.config.aux_loss_coefficient for layer in layers if (loss := layer.read_loss(newest)) is not None
     ]
     return torch.stack(losses).sum() if losses else 0.0
 

@@ -59,7 +59,8 @@ def _new(plain: type[nn.Module]) -> nn.Module:
 def stand_around_(projection: nn.Module, handler: Handler) -> None:
     """Let the calls of a projection go through a handler from now on, in place."""
     projection.__dict__[_HANDLER] = handler
-    projection.__class__ = _routed_class(type(projection))
+    if not isinstance(projection, RoutedProjection):  # it still is where somebody put a class on top of ours
+        projection.__class__ = _routed_class(type(projection))
 
 
 def leave_(projection: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -74,7 +75,7 @@ def watch_passes(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
     Args:
         model: the model that is called.
-        layers: layers of it that keep a loss (they have ``forget_loss``), by name.
+        layers: layers of it that keep a loss (they have ``forget_loss``, which takes a number that grows with each pass), by name.
     """
     parts = {".".join(name.split(".")[:length]) for name in layers for length in range(1, name.count(".") + 1)}
     model.register_forward_pre_hook(_begin_model)
@@ -95,10 +96,14 @@ def _begin_part(module: nn.Module, _args: tuple[Any, ...]) -> None:
         _forget_losses(module)
 
 
+_numbers = itertools.count(1)
+
+
 def _forget_losses(module: nn.Module) -> None:
+    number = 0 if torch.compiler.is_compiling() else next(_numbers)
     for part in module.modules():
         if (forget := getattr(part, "forget_loss", None)) is not None:
-            forget()
+            forget(number)
 
 
 def _is_within_a_pass(module: nn.Module) -> bool:

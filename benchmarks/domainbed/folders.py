@@ -15,6 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from benchmarks.domainbed.environments import Environment, ImageSet
 from benchmarks.domainbed.images import REFUSE, open_image
+from benchmarks.harness.hub import commit_of, hub_name
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.text_files import local_folder, wanted_place
 from emoe.errors import did_you_mean
@@ -185,6 +186,7 @@ def _from_hub(task: Mapping[str, Any], truncated: str) -> ImageSet:
             f"Without it, put {source['folder']}/<environment>/<class>/<image> below data_root (see config/README.md)"
         ) from error
     rows = datasets.concatenate_datasets(list(parts.values()))
+    read = hub_name(where, source.get("revision"), commit_of(parts))
     for column in _COLUMNS:
         if column not in rows.column_names:
             raise DataError(f"{where} has no column '{column}'{did_you_mean(column, rows.column_names)}")
@@ -204,7 +206,7 @@ def _from_hub(task: Mapping[str, Any], truncated: str) -> ImageSet:
         numbers = [classes.index(labels[i]) for i in chosen]
         places = [f"{where}, row {i + 1}" for i in chosen]
         environments.append(Environment(name, numbers, partial(_open_row, images, chosen, places, truncated), places))
-    return ImageSet(environments, classes, f"hub {where}")
+    return ImageSet(environments, classes, f"hub {read}")
 
 
 def _domain(feature: Any, value: Any) -> str:

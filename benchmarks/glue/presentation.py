@@ -1,4 +1,4 @@
-"""Tables, figure and verdicts of full fine-tuning."""
+"""Tables, figure and verdicts of full fine-tuning, and of text benchmarks without a presentation of their own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
     tables = TextTables(comparison)
 
     def draw(folder: Path) -> None:
-        score_panels(comparison, panels_by_training_task(comparison), folder / f"{benchmark.name}_ood")
+        for figure in benchmark.definition["figures"]:
+            score_panels(comparison, panels_by_training_task(comparison), folder / f"{benchmark.name}_{figure}")
 
     names = benchmark.definition["tables"]
     return Presentation(tables.named(names), list(tables.verdicts()), NOTE, draw)

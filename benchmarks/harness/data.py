@@ -10,12 +10,13 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.harness.definition import load_benchmark
-from benchmarks.harness.jobs import run_inputs
+from benchmarks.harness.hub import is_commit
+from benchmarks.harness.jobs import is_mmlu_dev, run_inputs
 from benchmarks.harness.packages import PACKAGE_FILES, DataError, first_line
 from benchmarks.harness.runs import Run
 from benchmarks.harness.suite import Suite
 from benchmarks.harness.text import TextSplit, count_note, known_rows, load_split, part_read
-from benchmarks.harness.text_files import local_folder, wanted_place
+from benchmarks.harness.text_files import local_folder, own_file, wanted_place
 
 _ALL = "all"
 
@@ -183,6 +184,33 @@ def _advice(name: str, task: Mapping[str, Any], problem: str) -> str:
     if "obtain" in task:
         return f"{name}: by hand. {task['obtain'].strip()}.\n    Folder: {folder}. Without it: `without: [{name}]`"
     return f"{name}: on the hub as {source['hub']} ({source['config']}); `python -m benchmarks data` or the first run downloads it.\n    Or put it into {folder}"
+
+
+def unpinned(suite: Suite) -> list[str]:
+    """What the suite's runs read from the hub as it is that day, because no commit of it is known."""
+    return list(dict.fromkeys(place for run in suite.runs for place in _unpinned(run.spec)))
+
+
+def _unpinned(spec: Mapping[str, Any]) -> Iterator[str]:
+    from benchmarks.harness.models import own_folder
+
+    model = spec["model"]
+    place = model.get("hub") or (f"timm/{model['timm']}" if "timm" in model and not model.get("random") else None)
+    if place and not is_commit(model["revision"]) and own_folder(model) is None:
+        yield f"{place} (the model {model['name']})"
+    for task in (spec["task"], *spec["ood"]):
+        source = task.get("source", {})
+        revision = source.get("revision")
+        if (
+            "hub" in source
+            and not is_commit(revision)
+            and local_folder(task) is None
+            and own_file(task["name"]) is None
+        ):
+            yield f"{source['hub']} (the set {task['name']}{f', its branch {revision}' if revision else ''})"
+    for entry in spec.get("evaluation", {}).get("tasks", ()):
+        if not is_mmlu_dev(entry["task"]):
+            yield f"what lm-eval reads for {entry['task']}"
 
 
 def fetch_packaged(suite: Suite) -> None:

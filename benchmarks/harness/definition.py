@@ -173,6 +173,19 @@ _SCHEMAS = {
     "instruction": "instruction",
 }
 
+# modules of a benchmark's own folder, by its kind
+_MODULES = {
+    "training": (),
+    "measurement": ("presentation",),
+    "evaluation": ("presentation",),
+    "domains": ("presentation", "survey"),
+    "instruction": ("presentation", "instructions"),
+}
+# whose presentation a text benchmark without one takes, and what that makes
+USUAL_PRESENTATION = "glue"
+TEXT_TABLES = ("results", "tasks", "tests", "ood", "cost", "choices", "paper")
+TEXT_FIGURES = ("ood",)
+
 # of the files with the sets of a benchmark, by the kinds whose tasks are no text tasks
 _SETS = {"domains": "sets", "instruction": "instructions"}
 
@@ -288,6 +301,7 @@ def check_references(definition: Mapping[str, Any], tasks: Mapping[str, Any], fo
     if definition["pipeline"] not in modules:
         near = did_you_mean(definition["pipeline"], modules)
         raise DefinitionError(f"{file}: 'pipeline' is '{definition['pipeline']}', which is no module{near}")
+    _check_presentation(definition, folder)
     if definition["kind"] == "measurement":
         return
     if definition["baseline"] not in definition["methods"]:
@@ -307,6 +321,21 @@ def check_references(definition: Mapping[str, Any], tasks: Mapping[str, Any], fo
             raise DefinitionError(f"{file}: 'suites.{suite}.training.patience' needs keep: best; set patience: null")
     for name, task in tasks.items():
         _check_task(f"{folder / definition['tasks']}: 'tasks.{name}", task, tasks)
+
+
+def _check_presentation(definition: Mapping[str, Any], folder: Path) -> None:
+    """See that there is what the finished runs will be shown by; that is looked for when all of them are done."""
+    there = [path.stem for path in folder.glob("*.py")]
+    for name in _MODULES[definition["kind"]]:
+        if name not in there:
+            near = did_you_mean(name, [module for module in there if module != "__init__"])
+            raise DefinitionError(f"{folder} has no module '{name}', which kind: {definition['kind']} needs{near}")
+    file = f"{folder / 'benchmark.yaml'}: '"
+    if "presentation" not in there:
+        check_names(file, "tables", definition["tables"], TEXT_TABLES)
+        check_names(file, "figures", definition["figures"], TEXT_FIGURES)
+    if "paper" in definition["tables"] and not definition.get("paper"):
+        raise DefinitionError(f"{file}tables' names 'paper', so it needs 'paper': a CSV with published numbers")
 
 
 def _check_task(where: str, task: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:

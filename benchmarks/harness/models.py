@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from benchmarks.harness.definition import load_models
+from benchmarks.harness.hub import hub_name
 from benchmarks.harness.packages import DataError, package_folder
 from benchmarks.harness.paths import MODEL_ROOT, MODELS
 from benchmarks.harness.seeds import derive_seed
@@ -128,7 +129,7 @@ def describe(model: Mapping[str, Any], loaded: PreTrainedModel) -> str:
         return f"package {model['package']}"
     if "rebuilt" in model and not own_folder(model):
         return f"rebuilt from the package {model['rebuilt']}"
-    return f"{place}@{commit}" if commit else place
+    return place if own_folder(model) else hub_name(place, model.get("revision"), commit)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.harness.definition import Benchmark, DefinitionError
+from benchmarks.harness.definition import USUAL_PRESENTATION, Benchmark, DefinitionError
 from benchmarks.harness.rendering import Table
 from benchmarks.harness.runs import Run
 
@@ -45,12 +45,13 @@ class Presentation:
 
 
 def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
-    """Present the finished runs of a benchmark.
+    """Present the finished runs of a benchmark, by its own presentation or, where a text benchmark has none, by the usual one.
 
     Raises:
         DefinitionError: the tables are not those that its definition names.
     """
-    found: Presentation = importlib.import_module(f"benchmarks.{benchmark.name}.presentation").present(benchmark, runs)
+    name = benchmark.name if (benchmark.folder / "presentation.py").exists() else USUAL_PRESENTATION
+    found: Presentation = importlib.import_module(f"benchmarks.{name}.presentation").present(benchmark, runs)
     _check(benchmark, "tables", found.tables, benchmark.name)
     for name, part in found.parts.items():
         _check(benchmark, "set_tables", part.tables, f"{benchmark.name}_{name}")

@@ -221,17 +221,19 @@ class Suite:
         return self.settings["tracking_uri"] or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
 
     def digest(self, benchmark: str, part: str | None = None) -> str:
-        """Hash of everything that shapes the tables of a benchmark or of a part beside its runs; comments do not count."""
+        """Hash of everything that shapes the tables of a benchmark or of a part beside its runs' numbers; comments do not count."""
         loaded = load_benchmark(benchmark)
-        paper = loaded.definition.get("paper")
+        definition, paper = loaded.definition, loaded.definition.get("paper")
         content: list[object] = [
-            loaded.definition,
+            # of its suites only what the report says of this one: their grids are in the runs
+            {key: value for key, value in definition.items() if key != "suites"},
+            definition["suites"].get(self.name, {}).get("note"),
             loaded.tasks,
             load_metrics(),
             {k: v["title"] for k, v in load_models().items()},
+            (loaded.folder / paper).read_text() if paper else None,
+            [run.id for run in self.runs_of(benchmark, part)],
         ]
-        content.append((loaded.folder / paper).read_text() if paper else None)
-        content.append([run.id for run in (self.runs_of(benchmark, part) if part else self.runs)])
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
 
     def environment(self) -> dict[str, str]:

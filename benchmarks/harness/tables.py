@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.comparison import ID, OOD, Comparison, Ranked, ranked
-from benchmarks.harness.definition import check_names, load_metrics
+from benchmarks.harness.definition import TEXT_TABLES, check_names, load_metrics
 from benchmarks.harness.paper_tables import paper_table
 from benchmarks.harness.records import OOD_MEAN, scores_of
 from benchmarks.harness.rendering import MISSING, Column, Table
@@ -44,17 +44,12 @@ class TextTables:
         Raises:
             DefinitionError: there is no such table.
         """
-        makers = {
-            "results": self.results,
-            "tasks": self.tasks,
-            "tests": self.tests,
-            "ood": self.ood,
-            "cost": self.cost,
-            "choices": self.choices,
-            "paper": lambda: paper_table(self.comparison, ID),
-        }
-        check_names(f"{self.comparison.benchmark.file}: '", "tables", names, makers)
-        return [makers[name]() for name in names]
+        check_names(f"{self.comparison.benchmark.file}: '", "tables", names, TEXT_TABLES)
+        return [getattr(self, name)() for name in names]
+
+    def paper(self) -> Table:
+        """The paper's scores in domain beside ours."""
+        return paper_table(self.comparison, ID)
 
     def results(self) -> Table:
         """In-domain and out-of-domain scores under both selections, differences to the baseline, ranks and what it took."""

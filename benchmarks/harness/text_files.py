@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.hub import commit_of, hub_name
 from benchmarks.harness.packages import DataError
 from benchmarks.harness.paths import DATA_ROOT
 from benchmarks.harness.text_tables import (
@@ -115,7 +116,8 @@ def _read_hub(task: Mapping[str, Any], split: str) -> FileRows:
             f"could not load '{source['hub']}' ({source['config']}) from the hub: {type(error).__name__}: {error}\n"
             f"Without the hub, put the set's own files into {place}"
         ) from error
-    return _as_on_hub(_table_of(loaded, task), f"{source['hub']} ({source['config']}), split {split}", task)
+    place = hub_name(source["hub"], source["revision"], commit_of(loaded))
+    return _as_on_hub(_table_of(loaded, task), f"{place} ({source['config']}), split {split}", task)
 
 
 def _saved(folder: Path, task: Mapping[str, Any], split: str | None = None) -> Table:

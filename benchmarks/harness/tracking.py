@@ -100,29 +100,28 @@ def _write(client: MlflowClient, experiment: str, run: Run, metrics: dict[str, A
         Metric(_plain(".".join(filter(None, (row.part, row.eval_task, row.metric)))), float(row.value), 0, 0)
         for row in numbers.itertuples()
     ]
-    for entry in metrics.get("records", []):
-        logged += [
-            Metric(f"record.{key}", float(value), 0, entry["step"])
-            for key, value in entry.items()
-            if key != "step" and value is not None
-        ]
-    for entry in metrics.get("epochs", []):
-        logged += [
-            Metric(f"epoch.{key}", float(value), 0, round(entry["epoch"]))
-            for key, value in entry.items()
-            if key != "epoch"
-        ]
-    for step, loss in enumerate(metrics.get("curve", []), start=1):
-        if loss is not None:
-            logged.append(Metric("step.loss", float(loss), 0, step))
-    parameters = [Param(key, str(value)[:500]) for key, value in _flat(run.spec) if not key.startswith("ood")]
-    client.log_batch(identifier, metrics=logged, params=parameters[:100], tags=[RunTag("benchmark", run.benchmark)])
+    logged += [
+        Metric(_plain(f"{word}.{key}"), float(value), 0, round(entry[counter]))
+        for word, counter, entries in _histories(metrics)
+        for entry in entries
+        for key, value in entry.items()
+        if key != counter and value is not None  # the loss of a model that diverged
+    ]
+    parameters = [Param(_plain(key), str(value)) for key, value in _flat(run.spec)]
+    client.log_batch(identifier, metrics=logged, params=parameters, tags=[RunTag("benchmark", run.benchmark)])
     client.set_terminated(identifier)
     return str(identifier)
 
 
+def _histories(metrics: dict[str, Any]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Numbers over training: what they are called, what counts them, and one entry a time."""
+    yield "record", "step", metrics.get("records", [])
+    yield "epoch", "epoch", metrics.get("epochs", [])
+    yield "step", "step", [{"step": step, "loss": loss} for step, loss in enumerate(metrics.get("curve", []), start=1)]
+
+
 def _plain(name: str) -> str:
-    """A metric's name without what MLflow does not allow (the environments of ColoredMNIST are called +90%)."""
+    """A name without what MLflow does not allow (the environments of ColoredMNIST are called +90%)."""
     return re.sub(r"[^\w\-. :/]", "_", name)
 
 

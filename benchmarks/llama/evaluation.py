@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.definition import DefinitionError
+from benchmarks.harness.hub import commit_of, hub_name
 from benchmarks.harness.jobs import MMLU_DEV, is_mmlu_dev
 from benchmarks.harness.language_models import DTYPES
 from benchmarks.harness.packages import DataError, first_line
@@ -32,13 +34,17 @@ def task_title(entry: Mapping[str, Any]) -> str:
     return f"{entry['task']} ({entry['shots']}-shot{limit})"
 
 
-def check_tasks(tasks: Sequence[Mapping[str, Any]]) -> None:
+def check_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """See that lm-eval has the tasks, that their data are there, and that they can be run as asked, before any other work is done.
+
+    Returns:
+        Where the questions of each task came from, by its title.
 
     Raises:
         DefinitionError: a task that does not exist, that needs what is not given here, or that has no such shots.
         DataError: MMLU-dev has not been written, or a task's data cannot be loaded.
     """
+    sources = {}
     for entry in tasks:
         name = entry["task"]
         folder = _folder(name)
@@ -59,6 +65,16 @@ def check_tasks(tasks: Sequence[Mapping[str, Any]]) -> None:
             raise DefinitionError(
                 f"'evaluation.tasks' names '{name}', whose tasks are scored by different metrics; name them one by one"
             )
+        sources[task_title(entry)] = sorted({_source(name, found) for found in loaded.values()})
+    return sources
+
+
+def _source(name: str, task: Any) -> str:
+    """Where the questions of a loaded task came from; lm-eval pins hardly any."""
+    if _folder(name):
+        return f"package lm-eval {version('lm-eval')}"
+    asked = (task.get_config("dataset_kwargs") or {}).get("revision")
+    return hub_name(task.DATASET_PATH, asked, commit_of(task.dataset))
 
 
 def _check_task(entry: Mapping[str, Any], name: str, task: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.harness.hub import commit_of, hub_name
 from benchmarks.harness.json_rows import Damaged, json_lines, json_list
 from benchmarks.harness.packages import ALPACA_DEMO, DataError, first_line
 from benchmarks.harness.paths import DATA_ROOT
@@ -95,7 +96,7 @@ def _read_hub(hub: str, revision: str | None) -> Instructions:
             f"could not load {hub} from the hub: {first_line(error)}\nWithout the hub, put its rows below data_root (config/README.md)"
         ) from error
     rows = ((f"row {number}", value) for number, value in enumerate(found, start=1))
-    return _checked(rows, f"{hub}@{revision or 'newest'}")
+    return _checked(rows, hub_name(hub, revision, commit_of(found)))
 
 
 def parse(content: bytes, where: str, *, lines: bool) -> Instructions:

@@ -15,12 +15,14 @@ from benchmarks.harness.adapters import adapt_
 from benchmarks.harness.distributed import is_sharded, local_rank, local_size, world_size
 from benchmarks.harness.instruction import is_trained
 from benchmarks.harness.language_models import load_config, meta_model
+from benchmarks.harness.memory import Memory, memory
 from benchmarks.harness.packages import DataError
 
 _BYTES = {"fp32": 4.0, "bf16": 2.0}
 _FOUR_BIT = 0.55  # with the blocks' scales
 _GRADIENT, _ADAM, _FLOAT = 4, 8, 4
 _SMALLER = "weights: bf16 or a smaller evaluation.batch_size take less"
+_LOADED_ONCE = "weights: bf16, or parallel: fsdp, where one process loads them, take less"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Needs:
         gradients: of what is trained.
         optimiser: two moments of each trained number.
         logits: of one micro-batch, with their gradient.
+        whole: the weights of one whole model.
         loading: of the machine's own memory while the weights are read: on one process where they are shared, else on each.
         evaluation: the whole model and the logits of a batch, which the first process evaluates alone.
         disk: of two checkpoints (the old one goes when the new one is there) and of what is kept.
@@ -41,6 +44,7 @@ class Needs:
     gradients: float
     optimiser: float
     logits: float
+    whole: float
     loading: float
     evaluation: float
     disk: float
@@ -51,7 +55,7 @@ class Needs:
 
 
 def compute_needs(spec: Mapping[str, Any]) -> Needs:
-    """The least that a run takes. Activations come on top, so that nothing is refused that could run.
+    """The least that a run takes. Activations come on top.
 
     Args:
         spec: of the run.
@@ -74,21 +78,26 @@ def compute_needs(spec: Mapping[str, Any]) -> Needs:
         gradients=copies * trained * _GRADIENT,
         optimiser=copies * trained * _ADAM,
         logits=training["micro_batch"] * local_size() * row if is_trained(spec) else 0,
+        whole=weights,
         loading=(1 if is_sharded() else local_size()) * total * each,
         evaluation=weights + spec["evaluation"]["batch_size"] * row,
         disk=2 * trained * (_FLOAT + _ADAM) + (trained * _FLOAT if training["keep_weights"] else 0),
     )
 
 
-def check_needs(needs: Needs, folder: Path) -> None:
+def check_needs(needs: Needs, folder: Path) -> list[str]:
     """See that there is enough of memory and disk for a run, on this machine and on this process's GPU.
 
     Args:
         needs: of the run.
         folder: where it writes; checkpoints that are there already will go.
 
+    Returns:
+        Warnings: what is more than there is free now. A run may still fit, for example when another one ends.
+
     Raises:
-        DataError: there is not; says how much there is, what takes it, and what would take less.
+        DataError: the weights alone are more than there is in all, or the disk is too small; says how much there is, what takes it, and what
+            would take less.
     """
     parts = (
         f"weights {_gb(needs.weights)}, gradients {_gb(needs.gradients)}, optimiser {_gb(needs.optimiser)}, logits {_gb(needs.logits)}; "
@@ -97,31 +106,40 @@ def check_needs(needs: Needs, folder: Path) -> None:
     least = f"the run needs at least {_gb(needs.memory)} of memory ({parts})"
     advice = "A smaller micro_batch, weights: bf16, adapters instead of everything, or more GPUs with parallel: fsdp take less"
     alone = f"the whole model is evaluated by one process, which takes at least {_gb(needs.evaluation)}"
-    host = float(psutil.virtual_memory().available)
+    host = memory()
+    host = Memory(host.total + psutil.swap_memory().total, host.free)
     if not torch.cuda.is_available():
-        _refuse(needs.memory > host, f"{least}, and this machine has {_gb(host)} free. {advice}")
-        _refuse(needs.evaluation > host, f"{alone}, and this machine has {_gb(host)} free. {_SMALLER}")
+        found = [
+            _judge(needs.memory, needs.weights, host, least, advice),
+            _judge(needs.evaluation, needs.whole, host, alone, _SMALLER),
+        ]
     else:
-        free, each = float(torch.cuda.mem_get_info(local_rank())[0]), needs.memory / local_size()
-        _refuse(each > free, f"{least}, {_gb(each)} on each GPU, and this one has {_gb(free)} free. {advice}")
-        _refuse(needs.evaluation > free, f"{alone}, and its GPU has {_gb(free)} free. {_SMALLER}")
-        _refuse(
-            needs.loading > host,
-            f"the weights take {_gb(needs.loading)} of this machine's memory while they are loaded, and it has {_gb(host)} free. weights: bf16, or "
-            "parallel: fsdp, where one process loads them, take less",
-        )
+        free, total = torch.cuda.mem_get_info(local_rank())
+        gpu, share = Memory(float(total), float(free)), 1 / local_size()
+        each = f"{least}, {_gb(needs.memory * share)} on each GPU"
+        loading = f"the weights take {_gb(needs.loading)} of this machine's memory while they are loaded"
+        found = [
+            _judge(needs.memory * share, needs.weights * share, gpu, each, advice),
+            _judge(needs.evaluation, needs.whole, gpu, alone, _SMALLER),
+            # never certain: they may be read from the disk piece by piece
+            _judge(needs.loading, 0.0, host, loading, _LOADED_ONCE),
+        ]
     old = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
     disk = shutil.disk_usage(folder).free + old
-    _refuse(
-        needs.disk > disk,
-        f"the run needs {_gb(needs.disk)} of disk for checkpoints and kept weights, and {folder} has {_gb(disk)} free. "
-        "Make room, put results/ on a larger disk, or train adapters instead of everything",
-    )
+    if needs.disk > disk:
+        raise DataError(
+            f"the run needs {_gb(needs.disk)} of disk for checkpoints and kept weights, and {folder} has {_gb(disk)} free. "
+            "Make room, put results/ on a larger disk, or train adapters instead of everything"
+        )
+    return [warning for warning in found if warning]
 
 
-def _refuse(too_much: bool, message: str) -> None:
-    if too_much:
-        raise DataError(message)
+def _judge(needed: float, weights: float, there: Memory, what: str, advice: str) -> str | None:
+    """A warning where more is needed than is free; an error where the weights alone are more than there is in all."""
+    if weights > there.total:
+        alone = f"the weights alone are {_gb(weights)}, and there are {_gb(there.total)} in all"
+        raise DataError(f"{what}; {alone}. {advice}")
+    return f"{what}, and {_gb(there.free)} are free. {advice}" if needed > there.free else None
 
 
 def _gb(size: float) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from benchmarks.harness.definition import Benchmark, load_models
+from benchmarks.harness.instruction import is_trained
 from benchmarks.harness.records import collect_from, read_metrics
 from benchmarks.harness.runs import Run
 from benchmarks.harness.shared_tables import in_order
@@ -15,6 +17,7 @@ from benchmarks.harness.statistics import Difference, paired_difference, with_ve
 
 GROUP = ["model", "set", "tuning"]
 CELL = [*GROUP, "method", "variant"]
+BASELINE, UNTUNED = "baseline", "untuned"
 _LOSS = "loss"
 
 
@@ -32,8 +35,9 @@ class Outcomes:
         runs: those runs.
         records: every number of them, a row a number, with the columns of :data:`CELL`.
         tasks: evaluated tasks by title, in order.
-        tests: paired differences of accuracy to the baseline.
+        tests: paired differences of accuracy to the baseline tuned the same way, and to the same method not tuned.
         rates_chosen: whether there was a learning rate to choose.
+        untuned: the tuning that trains nothing; empty where no run is of it.
     """
 
     def __init__(self, benchmark: Benchmark, runs: list[Run]) -> None:
@@ -44,6 +48,7 @@ class Outcomes:
         read = {run.id: read_metrics(run) for run in runs}
         self.runs = _chosen(runs, read)
         self.rates_chosen = len(self.runs) < len(runs)
+        self.untuned = next((run.spec["tuning"] for run in runs if not is_trained(run.spec)), "")
         self.metrics = {run.id: read[run.id] for run in self.runs}
         records = collect_from((run, self.metrics[run.id]) for run in self.runs)
         cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in self.runs], columns=["run_id", *CELL])
@@ -69,7 +74,7 @@ class Outcomes:
         return rows.groupby(CELL, sort=False).size().rename("n").reset_index()
 
     def _tests(self) -> pd.DataFrame:
-        """By cell and task: paired differences to the baseline over questions, each question's a mean over the seeds that both have."""
+        """By cell, what it is compared with, and task: paired differences over questions, each question's a mean over seeds."""
         correct: dict[tuple[str, ...], dict[int, pd.Series[float]]] = {}
         for run in self.runs:
             for task, tested in self.metrics[run.id]["tasks"].items():
@@ -77,31 +82,40 @@ class Outcomes:
                     place = (task, *cell_of(run).values())
                     correct.setdefault(place, {})[run.spec["seed"]] = _by_question(tested["correct"])
         found = []
-        for (task, *cell), by_seed in correct.items():
-            base = correct.get((task, *self._baseline_of(cell)), {})
-            seeds = [seed for seed in by_seed if seed in base]
-            if cell[CELL.index("method")] == self.baseline or not seeds:
-                continue
-            ours, theirs = (pd.concat([one[seed] for seed in seeds], axis=1).mean(axis=1) for one in (by_seed, base))
-            difference = paired_difference(ours, theirs)
-            row = dict(zip(CELL, cell, strict=True)) | {"task": task, "questions": difference.n, "seeds": len(seeds)}
-            found.append(row | difference.columns())
-        tests = pd.DataFrame(found, columns=[*CELL, "task", "questions", "seeds", *Difference.COLUMNS])
-        return with_verdicts(tests, CELL)
+        for ((task, *cell), ours), against in itertools.product(correct.items(), (BASELINE, UNTUNED)):
+            theirs = correct.get((task, *self._reference(cell, against)), {})
+            if against == BASELINE:
+                ours, theirs = ({seed: one[seed] for seed in ours if seed in theirs} for one in (ours, theirs))
+            if theirs:
+                means = [pd.concat(list(one.values()), axis=1).mean(axis=1) for one in (ours, theirs)]
+                difference = paired_difference(*means)
+                counts = {"against": against, "task": task, "questions": difference.n, "seeds": len(ours)}
+                found.append(dict(zip(CELL, cell, strict=True)) | counts | difference.columns())
+        row = [*CELL, "against", "task", "questions", "seeds", *Difference.COLUMNS]
+        return with_verdicts(pd.DataFrame(found, columns=row), [*CELL, "against"])
 
-    def _baseline_of(self, cell: Sequence[str]) -> tuple[str, ...]:
-        """The cell of the baseline that was tuned as this one."""
-        return (*cell[: len(GROUP)], self.baseline, "")
+    def _reference(self, cell: Sequence[str], against: str) -> tuple[str, ...]:
+        """What a cell is compared with: the baseline tuned the same way, or the same method not tuned; nothing with itself."""
+        model, name, _, method, variant = cell
+        if against == BASELINE:
+            other = (*cell[: len(GROUP)], self.baseline, "")
+        else:
+            other = (model, name, self.untuned, method, variant)
+        return () if other == tuple(cell) else other
 
-    def loss_differences(self) -> pd.DataFrame:
-        """By cell: the difference of the held-out loss to the baseline's, paired by seed."""
+    def loss_differences(self, against: str = BASELINE) -> pd.DataFrame:
+        """By cell: the difference of the held-out loss to the baseline's or to that of the same method not tuned.
+
+        The former is paired by seed; a model that is not tuned has no seed, and is the same for all of them.
+        """
         by_cell = {cell: values.droplevel(CELL) for cell, values in self.losses.groupby(CELL, sort=False)}
         found = []
         for cell, values in by_cell.items():
-            base = by_cell.get(self._baseline_of(cell))
-            if base is not None and cell[CELL.index("method")] != self.baseline:
-                difference = paired_difference(values, base)
-                found.append(dict(zip(CELL, cell, strict=True)) | difference.columns())
+            base = by_cell.get(self._reference(cell, against))
+            if base is not None:
+                if against == UNTUNED:
+                    base = pd.Series(base.mean(), index=values.index)
+                found.append(dict(zip(CELL, cell, strict=True)) | paired_difference(values, base).columns())
         return pd.DataFrame(found, columns=[*CELL, *Difference.COLUMNS])
 
     def order(self, frame: pd.DataFrame) -> pd.DataFrame:

@@ -49,14 +49,16 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
     Raises:
         DefinitionError: a template or task that does not exist, or settings that do not go with the model.
-        DataError: broken or too few rows, a model that is not there, too little memory or disk; before any of it is loaded.
+        DataError: broken or too few rows, a model that is not there, one that no memory here holds, too little disk; before any of it is loaded.
     """
     training = spec["training"]
     needs = compute_needs(spec)
     data = read_data(spec, load_tokenizer(spec["model"]))
+    asked: dict[str, list[str]] = {}
     if is_main():
-        check_tasks(spec["evaluation"]["tasks"])
-        check_needs(needs, folder)
+        asked = check_tasks(spec["evaluation"]["tasks"])
+        for warning in check_needs(needs, folder):
+            progress.say(f"warning: {warning}")
     progress.say(
         f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {data.broken} broken left out, "
         f"{data.train.summary()['truncated_responses']} responses cut at {spec['data']['max_length']} tokens; at least {needs.memory / 1e9:.1f} GB"
@@ -73,7 +75,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         return {}
     if training["keep_weights"]:
         save_trained(trainable.model, folder / "model")
-    return _evaluated(spec, trainable, data, progress) | {
+    return _evaluated(spec, trainable, data, asked, progress) | {
         "curve": trained.curve,
         "model": trainable.summary,
         "cost": {
@@ -168,7 +170,9 @@ def _whole_again(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
     return replace(whole, summary=trainable.summary)
 
 
-def _evaluated(spec: Mapping[str, Any], trainable: Trainable, data: Data, progress: Progress) -> dict[str, Any]:
+def _evaluated(
+    spec: Mapping[str, Any], trainable: Trainable, data: Data, asked: Mapping[str, list[str]], progress: Progress
+) -> dict[str, Any]:
     evaluation, precision = spec["evaluation"], precision_here(spec["training"]["precision"])
     model, tokenizer = cast(PreTrainedModel, trainable.model), data.template.tokenizer
     if torch.cuda.is_available():
@@ -184,15 +188,16 @@ def _evaluated(spec: Mapping[str, Any], trainable: Trainable, data: Data, progre
     tasks = {}
     for entry in evaluation["tasks"]:
         progress.say(f"evaluating on {task_title(entry)}")
-        tasks[task_title(entry)] = run_tasks(model, tokenizer, entry, evaluation["batch_size"], precision)
-    asked = data.held_out.sources[: evaluation["generations"]]
-    progress.say(f"answering {len(asked)} instructions")
+        found = run_tasks(model, tokenizer, entry, evaluation["batch_size"], precision)
+        tasks[task_title(entry)] = found | {"source": asked[task_title(entry)]}
+    instructions = data.held_out.sources[: evaluation["generations"]]
+    progress.say(f"answering {len(instructions)} instructions")
     return {
         "scores": {
             "dev": {spec["task"]["name"]: {"loss": loss}},
             "test": {name: found["scores"] for name, found in tasks.items()},
         },
         "tasks": tasks,
-        "answers": answers(model, data.template, asked, evaluation["new_tokens"], precision),
+        "answers": answers(model, data.template, instructions, evaluation["new_tokens"], precision),
         "routing": routing,
     }

@@ -13,7 +13,7 @@ from benchmarks.harness.paper_tables import read_published
 from benchmarks.harness.rendering import Column, Table
 from benchmarks.harness.runs import Run
 from benchmarks.harness.shared_tables import cost_table, interval_text, means_by, published_table, tests_table
-from benchmarks.llama.outcomes import CELL, GROUP, Outcomes, cell_of, task_words
+from benchmarks.llama.outcomes import BASELINE, CELL, GROUP, UNTUNED, Outcomes, cell_of, task_words
 
 _PAPER_COLUMNS = ["model", "tuning", "method", "value", "status", "source"]
 _CHOSEN = "Of several learning rates the one with the lowest held-out loss stands here. "
@@ -42,12 +42,13 @@ def results(outcomes: Outcomes) -> Table:
     """Held-out loss, and accuracy on every task, by way of tuning and method; the model as it came first."""
     frame = outcomes.cells()
     frame = _with(frame, outcomes.losses, "loss")
-    deltas = outcomes.loss_differences().drop(columns="p", errors="ignore")
-    frame = frame.merge(deltas, on=CELL, how="left", sort=False)
-    columns = [
-        Column("loss", "loss", "Held-out loss", std="loss std", best="loss"),
-        Column("loss", "delta", f"Δ loss to {_baseline(outcomes)}", interval=("low", "high"), signed=True),
-    ]
+    columns = [Column("loss", "loss", "Held-out loss", std="loss std", best="loss")]
+    for against, words in _compared_with(outcomes).items():
+        names = {name: f"{against} {name}" for name in ("delta", "low", "high")}
+        deltas = outcomes.loss_differences(against).drop(columns="p").rename(columns=names)
+        frame = frame.merge(deltas, on=CELL, how="left", sort=False)
+        delta, *ends = names.values()
+        columns.append(Column("loss", delta, f"Δ loss to {words}", interval=(ends[0], ends[1]), signed=True))
     for task in outcomes.tasks:
         scored = next(found["tasks"][task]["metric"] for found in outcomes.metrics.values() if task in found["tasks"])
         for metric, word in (("accuracy", ""), ("accuracy_macro", ", mean of subjects"), ("task_score", f", {scored}")):
@@ -57,8 +58,9 @@ def results(outcomes: Outcomes) -> Table:
     return Table(
         f"{outcomes.benchmark.name}_results",
         "Held-out loss and accuracy",
-        f"Mean ± standard deviation over n seeds; the loss is the mean over the responses' tokens of held-out instructions. {_questions(outcomes)}Δ is paired by seed, with a 95 % confidence interval (Student's t), "
-        f"against {_baseline(outcomes)} tuned the same way. {_CHOSEN if outcomes.rates_chosen else ''}Bold marks the best method of a way of tuning, controls apart.",
+        f"Mean ± standard deviation over n seeds; the loss is the mean over the responses' tokens of held-out instructions. {_questions(outcomes)}Δ to {_baseline(outcomes)} is to {_baseline(outcomes)} tuned the same way, paired by seed: "
+        "of a model that is not tuned, what the conversion costs. Δ to not tuned is to the same method not tuned: what tuning gains. Both with a 95 % confidence interval over seeds (Student's t). "
+        f"{_CHOSEN if outcomes.rates_chosen else ''}Bold marks the best method of a way of tuning, controls apart.",
         {**_keys(outcomes), "n": "n"},
         columns,
         outcomes.order(frame),
@@ -68,15 +70,16 @@ def results(outcomes: Outcomes) -> Table:
 
 
 def tests(outcomes: Outcomes) -> Table:
-    """Paired tests over questions against the baseline tuned the same way."""
+    """Paired tests over questions against the baseline tuned the same way, and against the same method not tuned."""
     frame = outcomes.order(outcomes.tests)
+    frame["against"] = frame["against"].map(_compared_with(outcomes))
     frame["task_title"] = frame["task"].map(task_words)
     return tests_table(
         f"{outcomes.benchmark.name}_tests",
-        _baseline(outcomes),
-        f"Differences of accuracy to {_baseline(outcomes)} tuned the same way, paired by question, each question's a mean over the seeds that both have, with a 95 % confidence interval; p of the paired t-test over questions, and p corrected by "
-        "Holm's procedure over the tasks of a row. It says what other questions would show, not what other seeds would. The verdict takes the corrected p at 5 %; a dash means that there is no test.",
-        {**_keys(outcomes), "task_title": "Task", "questions": "Questions", "seeds": "Seeds"},
+        f"{_baseline(outcomes)}, and against the model not tuned",
+        f"Differences of accuracy to {_baseline(outcomes)} tuned the same way (each question's a mean over the seeds that both have) and to the same method not tuned, paired by question, with a 95 % confidence interval; p of the paired t-test over "
+        "questions, and p corrected by Holm's procedure over the tasks of a row. It says what other questions would show, not what other seeds would. The verdict takes the corrected p at 5 %; a dash means that there is no test.",
+        {**_keys(outcomes), "against": "Against", "task_title": "Task", "questions": "Questions", "seeds": "Seeds"},
         "accuracy",
         frame,
     )
@@ -221,7 +224,8 @@ def paper(outcomes: Outcomes) -> Table:
 
 
 def verdicts(outcomes: Outcomes) -> Iterator[str]:
-    """A sentence a way of tuning: what the methods differ by."""
+    """A sentence a way of tuning: what the methods differ by, and what tuning changed."""
+    gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"].to_dict()
     losses = outcomes.order(outcomes.loss_differences())
     losses = losses[losses["method"].map(lambda name: outcomes.methods[name]["role"] == "method").astype(bool)]
     scale = load_metrics()["accuracy"]["scale"]
@@ -229,13 +233,17 @@ def verdicts(outcomes: Outcomes) -> Iterator[str]:
         words = []
         for row in rows.itertuples():
             tested = outcomes.tests
-            same = tested[(tested[CELL] == [getattr(row, key) for key in CELL]).all(axis=1)]
+            cell = tuple(getattr(row, key) for key in CELL)
+            same = tested[(tested[[*CELL, "against"]] == [*cell, BASELINE]).all(axis=1)]
             accuracies = [
                 f"{task_words(one.task)} {one.delta * scale:+z.1f} points{interval_text(one.low * scale, one.high * scale)}, {one.verdict or 'no test'}"
                 for one in same.itertuples()
             ]
             loss = f"held-out loss {row.delta:+z.3f}{interval_text(row.low, row.high, 3)}"
-            words.append(f"{row.method_title}: {'; '.join([loss, *accuracies])}")
+            both = {row.method_title: cell, _baseline(outcomes): (*cell[: len(GROUP)], outcomes.baseline, "")}
+            gain = ", ".join(f"{title} {gains[one]:+z.3f}" for title, one in both.items() if one in gains)
+            gained = [f"by tuning: {gain}"] if gain else []
+            words.append(f"{row.method_title}: {'; '.join([loss, *gained, *accuracies])}")
         yield f"{', '.join(key)}, against {_baseline(outcomes)}: {'. '.join(words)}."
 
 
@@ -284,3 +292,8 @@ def _short(text: str) -> str:
 
 def _baseline(outcomes: Outcomes) -> str:
     return outcomes.method_title(outcomes.baseline)
+
+
+def _compared_with(outcomes: Outcomes) -> dict[str, str]:
+    """What rows are compared with, in words."""
+    return {BASELINE: _baseline(outcomes), UNTUNED: "not tuned"}

@@ -72,7 +72,8 @@ class _SparseFFN(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         per_pair, x, values, *rest = ctx.saved_tensors
         count = len(rest) // 3
-        batched = torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.peek_interpreter_stack() is not None
+        functorch = torch._C._functorch
+        batched = functorch.is_batchedtensor(dy) or functorch.is_legacy_batchedtensor(dy)
         if torch.is_grad_enabled() or batched:
             return _differentiable_backward(ctx, dy, per_pair, x, values, rest[: 2 * count])
         weights, biases, pre = rest[:count], rest[count : 2 * count], rest[2 * count :]

@@ -14,11 +14,12 @@ from scipy import stats
 
 from benchmarks.harness import regression, report, tracking
 from benchmarks.harness.comparison import Comparison, ranked
-from benchmarks.harness.definition import DefinitionError, load_benchmark
+from benchmarks.harness.definition import Benchmark, DefinitionError, load_benchmark
 from benchmarks.harness.paper_tables import paper_table, rank_table
+from benchmarks.harness.presentation import present
 from benchmarks.harness.records import collect, read_metrics, scores_of
 from benchmarks.harness.rendering import Column, Table
-from benchmarks.harness.runs import Run
+from benchmarks.harness.runs import Run, run_from_spec
 from benchmarks.harness.scores import SCORES, score
 from benchmarks.harness.selection import choices, reported, select
 from benchmarks.harness.statistics import (
@@ -468,6 +469,16 @@ def test_check_passes_on_the_blessed_numbers_and_names_what_moved(finished: Suit
     assert len(regression.compare(vanilla, "mini", tmp_path).missing) > 5
 
 
+def test_a_text_benchmark_without_a_presentation_takes_the_usual_one(finished: Suite, tmp_path: Path) -> None:
+    real = load_benchmark("glue")
+    changes = {"tables": ["tests", "choices"], "figures": {"ood": "Scores."}}
+    mine = Benchmark("mine", {**real.definition, **changes}, real.tasks)
+    presented = present(mine, finished.runs_of("glue"))
+    assert [table.name for table in presented.tables] == ["mine_tests", "mine_choices"]
+    presented.draw(tmp_path)
+    assert [path.name for path in sorted(tmp_path.glob("mine*"))] == ["mine_ood.pdf", "mine_ood.png"]
+
+
 def test_check_without_a_reference_or_with_a_damaged_one(finished: Suite, tmp_path: Path) -> None:
     with pytest.raises(DefinitionError, match="bless a run of the suite first"):
         regression.compare(finished.runs, "mini", tmp_path / "none")
@@ -503,3 +514,35 @@ def test_mirroring_twice_adds_nothing_and_a_new_number_replaces(finished: Suite,
     # a mirror that was killed between making a run and writing its numbers
     client.delete_tag(found[0].info.run_id, "emoe.content")
     assert tracking.mirror(runs, uri) == {"added": 0, "replaced": 1, "unchanged": 3}
+
+
+def test_a_run_that_diverged_is_mirrored_with_all_its_settings(finished: Suite, tmp_path: Path) -> None:
+    trained, evaluated = finished.runs[0], next(run for run in finished.runs if "candidates" in run.spec)
+    path = Path("results/runs") / trained.folder / "metrics.json"
+    content = json.loads(path.read_text())
+    content["epochs"][1]["loss"] = content["scores"]["dev"]["tweets"]["loss"] = None
+    path.write_text(json.dumps(content))
+    many = run_from_spec(
+        {
+            **evaluated.spec,
+            "candidates": evaluated.spec["candidates"] * 20,
+            "more": dict.fromkeys(["+90%", *map(str, range(150))], 1),
+        }
+    )
+    fake_runs.write_runs([many])
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking.mirror([trained, many], uri)["added"] == 2
+    client = MlflowClient(uri)
+    ids = {
+        found.data.tags["emoe.run_id"]: found.info.run_id
+        for name in ("glue", "glue_ood")
+        for found in client.search_runs([client.get_experiment_by_name(name).experiment_id])
+    }
+    assert [point.step for point in client.get_metric_history(ids[trained.id], "epoch.loss")] == [1]
+    assert len(client.get_metric_history(ids[trained.id], "epoch.balanced_accuracy")) == 2
+    parameters = client.get_run(ids[many.id]).data.params
+    assert {"more._90_", *(f"more.{number}" for number in range(150))} < set(parameters)
+    assert parameters["candidates"] == str(many.spec["candidates"])
+    assert "tweets" in client.get_run(ids[trained.id]).data.params["task.name"]
+    assert set(parameters) >= {"ood", "seed"}

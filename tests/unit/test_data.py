@@ -48,6 +48,10 @@ def test_everything_missing_says_where_each_set_comes_from(root: Path) -> None:
     assert "Fang et al., ICCV 2013; DomainBed's download script. Without it: `without: [vlcs]`" in text
     assert "alpaca: could not load tatsu-lab/alpaca from the hub" in text
     assert "pacs: could not load the set 'flwrlabs/pacs' from the hub" in text
+    loose = next(line for line in text.splitlines() if line.startswith("Not pinned to a commit: "))
+    assert "RobZamp/sick (the set sick_entailment, its branch refs/convert/parquet)" in loose
+    assert "flwrlabs/office-home (the set office_home); what lm-eval reads for mmlu. metrics.json" in loose
+    assert "llama" not in loose.lower()
 
 
 def test_what_is_there_is_counted_by_label(root: Path) -> None:

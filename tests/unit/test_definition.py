@@ -248,6 +248,43 @@ def test_evaluations_name_what_exists(key: str, value: object, message: str) -> 
         definition.check_references({**real.definition, key: value}, real.tasks, real.folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("llama", "presentation"),
+        ("llama", "instructions"),
+        ("domainbed", "presentation"),
+        ("domainbed", "survey"),
+        ("speed", "presentation"),
+        ("glue_ood", "presentation"),
+    ],
+)
+def test_what_shows_finished_runs_is_there_before_they_start(name: str, module: str, tmp_path: Path) -> None:
+    real, folder = load_benchmark(name), tmp_path / name
+    shutil.copytree(real.folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    definition.check_references(real.definition, real.tasks, folder)
+    (folder / f"{module}.py").rename(folder / f"{module}s.py")
+    message = rf"has no module '{module}', which kind: {real.kind} needs; did you mean '{module}s'"
+    with pytest.raises(DefinitionError, match=message):
+        definition.check_references(real.definition, real.tasks, folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tables", ["results", "test"], "tables' is 'test', which does not exist; did you mean 'tests'"),
+        ("figures", {"odd": "…"}, "figures' is 'odd', which does not exist; did you mean 'ood'"),
+        ("paper", None, "tables' names 'paper', so it needs 'paper'"),
+    ],
+)
+def test_what_the_usual_presentation_cannot_make_is_refused_before_runs_start(key, value, message, tmp_path) -> None:
+    real, folder = load_benchmark("glue"), tmp_path / "glue"
+    shutil.copytree(real.folder, folder, ignore=shutil.ignore_patterns("__pycache__", "presentation.py"))
+    definition.check_references(real.definition, real.tasks, folder)
+    with pytest.raises(DefinitionError, match=message):
+        definition.check_references({**real.definition, key: value}, real.tasks, folder)
+
+
 def test_runs_that_keep_no_weights_cannot_be_evaluated() -> None:
     others = {run.folder: run.spec for run in runs.plan(["glue"], "smoke")}
     with pytest.raises(DefinitionError, match=r"do not keep their weights; set training\.keep_weights: true there"):
@@ -265,6 +302,32 @@ def test_adding_a_seed_adds_runs_and_keeps_the_others(changed) -> None:
     after = {run.id for run in changed("suites.mini.grid.0.seed", [0, 1, 2, 3])}
     assert before < after
     assert len(after - before) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "made_again"),
+    [
+        ("suites.mini.grid.0.seed", [0, 1], {"glue"}),
+        ("suites.mini.note", "Small.", {"glue"}),
+        ("methods.emoe.title", "Ours", {"glue"}),
+        ("suites.smoke.grid.0.seed", [0], set()),
+        ("suites.smoke.note", "Tiny.", set()),
+    ],
+)
+def test_tables_are_made_again_for_their_benchmarks_own_runs(path, value, made_again, monkeypatch) -> None:
+    def digests() -> dict[str, str]:
+        found = suite.load_suite({"suite": "mini"})
+        return {name: found.digest(name) for name in found.settings["benchmarks"]}
+
+    before, real = digests(), load_benchmark("glue")
+    content = check(edited(path, value), "benchmark", "benchmark.yaml")
+    edited_glue = definition.Benchmark("glue", content, real.tasks)
+    for module in (runs, suite):
+        monkeypatch.setattr(
+            module, "load_benchmark", lambda name: edited_glue if name == "glue" else load_benchmark(name)
+        )
+    after = digests()
+    assert {name for name in before if before[name] != after[name]} == made_again
 
 
 def test_titles_change_no_run_and_the_version_changes_all(changed) -> None:

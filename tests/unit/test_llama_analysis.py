@@ -19,9 +19,10 @@ from benchmarks.harness.report import write_report
 from benchmarks.harness.runs import Run, plan, run_from_spec
 from benchmarks.harness.suite import load_suite
 from benchmarks.harness.tracking import mirror
-from benchmarks.llama.outcomes import CELL, Outcomes
+from benchmarks.llama.outcomes import CELL, Outcomes, cell_of
 from benchmarks.llama.tables import answers, categories, data, paper, results, subjects, verdicts
 from benchmarks.llama.tables import tests as paired_tests
+from emoe.architectures import resolve_layers
 from tests.fake_runs import SUBJECTS, write_runs
 
 LLAMA = load_benchmark("llama")
@@ -49,29 +50,57 @@ def test_results_begin_with_the_model_as_it_came(runs: list[Run]) -> None:
     frame = results(Outcomes(LLAMA, runs)).frame
     assert list(zip(frame["tuning"], frame["method"], strict=True)) == [
         ("base", "dense"),
+        ("base", "emoe"),
         ("lora", "dense"),
         ("lora", "emoe"),
         ("blocks", "dense"),
         ("blocks", "emoe"),
     ]
-    assert frame["n"].tolist() == [1, 2, 2, 1, 1]
+    assert frame["n"].tolist() == [1, 1, 2, 2, 1, 1]
     lora = [run for run in runs if run.spec["tuning"] == "lora" and run.spec["method"]["name"] == "emoe"]
     row = frame[(frame["tuning"] == "lora") & (frame["method"] == "emoe")].iloc[0]
     values = pd.Series([number(run) for run in lora])
     assert row[f"{TASK} accuracy"] == pytest.approx(values.mean())
     assert row[f"{TASK} accuracy std"] == pytest.approx(values.std())
-    assert row["delta"] == pytest.approx(-0.3, abs=0.02)
-    assert frame.loc[frame["method"] == "dense", "delta"].isna().all()
+    assert row["baseline delta"] == pytest.approx(-0.3, abs=0.02)
+    assert frame.loc[frame["method"] == "dense", "baseline delta"].isna().all()
     text = results(Outcomes(LLAMA, runs)).markdown()
     assert "MMLU-dev (0-shot, first 2), mean of subjects (%)" in text
     assert "and not its test" in text  # said wherever it stands
     assert "has 100 questions" in text
 
 
+def test_the_cost_of_conversion_and_the_gain_of_tuning_are_told_apart(runs: list[Run]) -> None:
+    def loss(tuning: str, method: str) -> float:
+        found = [run for run in runs if (run.spec["tuning"], run.spec["method"]["name"]) == (tuning, method)]
+        return sum(read_metrics(run)["scores"]["dev"]["alpaca_demo"]["loss"] for run in found) / len(found)
+
+    outcomes = Outcomes(LLAMA, runs)
+    frame = results(outcomes).frame.set_index(["tuning", "method"])
+    assert frame.loc[("base", "emoe"), "baseline delta"] == pytest.approx(loss("base", "emoe") - loss("base", "dense"))
+    assert frame.loc["base", "untuned delta"].isna().all()
+    for method in ("dense", "emoe"):
+        row, gain = frame.loc[("lora", method)], loss("lora", method) - loss("base", method)
+        assert row["untuned delta"] == pytest.approx(gain)
+        assert row["untuned low"] < gain < row["untuned high"]
+    tested = outcomes.tests.set_index(["tuning", "method", "against"])
+    accuracy = frame[f"{TASK} accuracy"]
+    assert tested.loc[("lora", "emoe", "untuned"), "delta"] == pytest.approx(
+        accuracy["lora", "emoe"] - accuracy["base", "emoe"]
+    )
+    assert (tested.loc[("lora", "dense", "untuned"), "seeds"], len(tested)) == (2, 7)
+    said = list(verdicts(outcomes))
+    assert "not tuned, against dense: EMoE: held-out loss -0." in said[0]
+    gains = [f"{loss('lora', method) - loss('base', method):+z.3f}" for method in ("emoe", "dense")]
+    assert f"; by tuning: EMoE {gains[0]}, dense {gains[1]}; " in said[1]
+
+
 def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
     outcomes = Outcomes(LLAMA, runs)
     frame = paired_tests(outcomes).frame
+    frame = frame[frame["against"] == "dense"].reset_index()
     assert list(zip(frame["tuning"], frame["questions"], frame["seeds"], strict=True)) == [
+        ("base", 100, 1),
         ("lora", 100, 2),
         ("blocks", 100, 1),
     ]
@@ -80,7 +109,7 @@ def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
         / 2
         for method in ("dense", "emoe")
     }
-    row = frame.iloc[0]
+    row = frame.iloc[1]
     assert row["delta"] == pytest.approx(mean["emoe"] - mean["dense"])
     assert row["low"] < row["delta"] < row["high"]
     assert row["verdict"] == "better"
@@ -124,14 +153,15 @@ def test_the_papers_numbers_stand_beside_ours(runs: list[Run]) -> None:
 
 
 def test_a_model_that_diverged_has_no_loss_and_is_not_chosen(runs: list[Run]) -> None:
-    path = paths.RUNS / runs[1].folder / "metrics.json"
+    diverged = next(run for run in runs if run.spec["tuning"] == "lora")
+    path = paths.RUNS / diverged.folder / "metrics.json"
     found = json.loads(path.read_text())
     found["scores"]["dev"]["alpaca_demo"]["loss"] = None
     found["curve"] = [3.0, None, None]
     path.write_text(json.dumps(found))
     frame = results(Outcomes(LLAMA, runs)).frame
-    assert frame["n"].tolist() == [1, 2, 2, 1, 1]
-    assert not math.isnan(frame.loc[1, "loss"])  # that of the other seed
+    assert frame["n"].tolist() == [1, 1, 2, 2, 1, 1]
+    assert not math.isnan(frame.loc[2, "loss"])  # that of the other seed
 
 
 def test_everything_is_drawn_and_written(runs: list[Run], tmp_path: Path) -> None:
@@ -152,7 +182,7 @@ def test_everything_is_drawn_and_written(runs: list[Run], tmp_path: Path) -> Non
 
 
 def test_a_suite_without_training_or_accuracy_still_has_its_pictures(runs: list[Run], tmp_path: Path) -> None:
-    base = [run for run in runs if run.spec["tuning"] == "base"]
+    base = [run for run in runs if run.spec["tuning"] == "base" and run.spec["method"]["name"] == "dense"]
     path = paths.RUNS / base[0].folder / "metrics.json"
     found = json.loads(path.read_text())
     found["tasks"] = {
@@ -209,6 +239,15 @@ def test_wrong_settings_are_refused_by_name() -> None:
             list(instruction_specs(with_change(change), "smoke"))
 
 
+@pytest.mark.parametrize("suite", ["smoke", "mini", "paper"])
+def test_whatever_is_tuned_is_also_evaluated_as_it_came(suite: str) -> None:
+    tunings: dict[tuple[str, ...], set[str]] = {}
+    for run in plan(["llama"], suite):
+        cell = cell_of(run)
+        tunings.setdefault((cell["model"], cell["set"], cell["method"], cell["variant"]), set()).add(cell["tuning"])
+    assert all(len(found) > 1 and "base" in found for found in tunings.values())
+
+
 def test_the_papers_grid_is_as_published() -> None:
     found = plan(["llama"], "paper")
     full = [run for run in found if run.spec["tuning"] == "full"]
@@ -234,6 +273,19 @@ def test_the_papers_grid_is_as_published() -> None:
         if run.spec["method"]["config"]
     }
     assert cells == {("llama2-7b", 64, 16), ("llama2-7b", 64, 32), ("llama-30b", 256, 64)}
+    depths = {"llama2-7b": 32, "llama-30b": 60}
+    layers = {
+        (name, tuple(resolve_layers(run.spec["method"]["config"]["layers"], depths[name])))
+        for run in found
+        if run.spec["method"]["config"]
+        for name in [run.spec["model"]["name"]]
+    }
+    assert layers == {
+        ("llama2-7b", (28, 30)),  # the authors' commands
+        ("llama2-7b", (16, 20, 24, 28)),
+        ("llama-30b", tuple(range(45, 60, 2))),  # their words
+        ("llama-30b", tuple(range(30, 60, 4))),
+    }
     assert {run.spec["method"]["config"]["score"] for run in found if run.spec["method"]["config"]} == {"gate"}
     assert all(
         (run.resources["processes"], run.resources["parallel"]) == (8, "fsdp")

@@ -11,6 +11,7 @@ from emoe.errors import EMoEError
 try:
     SUITE = suites.load_suite(config)
     SUITE.runs
+    SHOWN = suites.all_shown()
 except EMoEError as error:
     # one line that explains it; a traceback would hide it
     sys.exit(f"error: {error}")

@@ -3,7 +3,7 @@
 
 # One rule a benchmark, because each has its own tables and figures: `tables_of_glue`. Where sets of images are shown
 # one by one, one rule a set, too: `tables_of_domainbed_pacs`.
-for shown in suites.all_shown():
+for shown in SHOWN:
 
     rule:
         name:

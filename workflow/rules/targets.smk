@@ -45,7 +45,7 @@ for name in suites.benchmark_names():
 
 
 # one target per image set: `snakemake domainbed_pacs`, of the configured suite or of the first that has it
-for shown in suites.all_shown():
+for shown in SHOWN:
     if shown.part:
 
         rule:
