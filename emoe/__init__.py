@@ -6,6 +6,8 @@ config = emoe.EMoEConfig(num_experts=64, top_k=16, layers="last-half:2")
 print(emoe.convert_(model, config))
 """
 
+from typing import TYPE_CHECKING, Any
+
 from emoe.architectures import FFNSpec, register_ffn
 from emoe.checkpoint import from_pretrained, save_pretrained
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
@@ -16,6 +18,9 @@ from emoe.noise import noisy_tuning_
 from emoe.partitioning import partition
 from emoe.records import record_routing
 from emoe.settings import set_backend_, set_top_k_
+
+if TYPE_CHECKING:
+    from emoe.trainer import TrainerCallback as TrainerCallback
 
 __version__ = "0.1.0"
 
@@ -42,3 +47,11 @@ __all__ = [
     "set_top_k_",
     "to_dense_",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TrainerCallback":  # and nothing else of emoe needs transformers
+        from emoe.trainer import TrainerCallback
+
+        return TrainerCallback
+    raise AttributeError(f"module 'emoe' has no attribute '{name}'")

@@ -195,7 +195,10 @@ class FFN:
 
     def keys(self) -> Tensor:
         """Key vectors, one row a neuron: ``[d, h]``, a view of the weight."""
-        weight = cast(Tensor, self.proj_in.weight)
+        return self.keys_of(cast(Tensor, self.proj_in.weight))
+
+    def keys_of(self, weight: Tensor) -> Tensor:
+        """Key vectors ``[d, h]`` of an in-projection's weight that is stored as this one's: a view."""
         return self._activated(weight.t() if self.spec.transposed else weight)
 
     def key_bias(self) -> Tensor | None:

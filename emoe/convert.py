@@ -15,7 +15,9 @@ from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_gated, check_plain, check_trainable, check_weights
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
+from emoe.guards import guard_
 from emoe.layer import ForwardStart, RoutedActivation, routed_layers
+from emoe.marks import mark_, no_experts, renew_mark_
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
 from emoe.tokens import PaddingWatch, watch_padding
@@ -130,6 +132,8 @@ def convert_(
         reports = [_split(ffn, config, partition, padding.get(ffn.index)) for ffn in chosen]
         active = neurons - sum(r.expert_size * (config.num_experts - config.experts_in_use) for r in reports)
     watch_start(model)
+    mark_(model)
+    guard_(model)
     added = sum(p.numel() for p in model.parameters()) - before
     return ConversionReport(tuple(reports), len(ffns), active / neurons, added)
 
@@ -237,8 +241,9 @@ def _like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
 def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     """Fold the experts back into the dense FFN, in place: the routing is removed (EMoE2Dense).
 
-    The weights stay as they are, so for a model whose every expert was in use
-    (``top_k == num_experts``) the function does not change. Output biases of single experts become one:
+    The weights stay as they are, bit by bit; the function does not, unless every expert was in use
+    (``top_k == num_experts``): with fewer, a token had its own experts' neurons only and has all of them afterwards, so
+    the outputs differ. Output biases of single experts become one:
     ``k / N`` times their sum, which is the FFN's own bias until they are trained. Adapters stay where they are.
 
     Args:
@@ -250,17 +255,27 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
 
     Raises:
         ConversionError: nothing to fold back, a GMoE (its experts are different full FFNs and have
-            no dense equal), or, with ``restore_order``, adapters on an FFN. The model is unchanged.
+            no dense equal), or, with ``restore_order``, adapters on an FFN or an order that is not known (the model
+            was saved by its own library, without sidecars). The model is unchanged.
     """
     layers = routed_layers(model)
     if not layers:
-        raise ConversionError(f"{type(model).__name__} has no routed FFN to fold back")
+        raise no_experts(model, "to_dense_", "it is dense already")
     if any(isinstance(layer.config, GMoEConfig) for layer in layers):
         raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained apart")
     if restore_order:
         check_plain(layer.ffn for layer in layers)
+        unknown = [layer.ffn_name for layer in layers if layer.permutation is None]
+        if unknown:
+            raise ConversionError(
+                f"to_dense_: where the neurons of {unknown[0]} stood at first is not known, because the model was saved without "
+                "emoe.save_pretrained or emoe.TrainerCallback, or took a state dict of other weights; leave restore_order out"
+            )
     for layer in layers:
+        if layer.guard is not None:
+            layer.guard.remove()
         layer.remove_()
-        if restore_order and layer.permutation is not None:
-            layer.ffn.permute_(torch.argsort(layer.permutation))
+        if restore_order:
+            layer.ffn.permute_(torch.argsort(layer.permutation))  # type: ignore[arg-type]
+    renew_mark_(model)
     return model

@@ -33,6 +33,7 @@ from emoe.routing import (
 from emoe.tokens import PaddingWatch, is_recomputed
 
 if TYPE_CHECKING:
+    from emoe.guards import LoadGuard
     from emoe.records import LayerRecord
 
 
@@ -46,7 +47,8 @@ class RoutedActivation(nn.Module):
         activation: the FFN's own activation.
         ffn: the FFN that it stands in.
         config: how it routes.
-        permutation: ``[d]`` on the CPU, kept for provenance and to undo the conversion.
+        permutation: ``[d]`` on the CPU, kept for provenance and to undo the conversion; None where it is not known.
+        guard: looks at state dicts before they are loaded.
         router: the learned router, or None for avg-k.
         gate: running mean keys ``[N, h]``, float32, where ``gate_momentum`` asks for them, or None.
         output_bias: ``[N, h]``, where the configuration says ``per_expert`` and the FFN has a bias, or None;
@@ -62,6 +64,7 @@ class RoutedActivation(nn.Module):
     gate: Tensor | None
     output_bias: nn.Parameter | None
     output_bias_parts: Tensor | None
+    guard: LoadGuard | None = None
 
     def __init__(
         self, ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None, padding: PaddingWatch | None = None

@@ -1,0 +1,145 @@
+"""What a converted model needs of ``transformers.Trainer``, as a callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from emoe.checkpoint import save_sidecars
+from emoe.errors import ConfigError
+from emoe.layer import aux_loss, retie_gates_, routed_layers
+from emoe.marks import mark_, no_experts
+
+_IGNORED = -100  # label of a token without one
+_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()  # that add a model's balance loss
+
+
+class TrainerCallback(transformers.TrainerCallback):
+    """Trains and saves a converted model's experts with ``transformers.Trainer``.
+
+    It adds the balance loss to the model's loss while it trains, moves running gates after each optimiser step, and
+    writes the sidecars of :func:`emoe.save_pretrained` into every checkpoint, so that :func:`emoe.from_pretrained` reads them.
+
+    Args:
+        add_aux_loss: false where your ``compute_loss_func`` adds :func:`emoe.aux_loss` itself.
+    """
+
+    def __init__(self, *, add_aux_loss: bool = True) -> None:
+        self.add_aux_loss = add_aux_loss
+        self._trains = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a model without experts; mark it, and have the balance loss added."""
+        model = cast(nn.Module, kwargs["model"])
+        layers = routed_layers(model)
+        if not layers:
+            raise no_experts(model, "TrainerCallback", "convert it first")
+        if not hasattr(model, "peft_config"):
+            mark_(model)
+        self._trains = True
+        _stop_adding(model)  # a training that broke off did not
+        if self.add_aux_loss and layers[0].config.aux_loss_coefficient > 0:
+            _hooks[model] = model.register_forward_hook(_add_aux_loss, with_kwargs=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model's loss as it was."""
+        self._trains = False
+        _stop_adding(kwargs["model"])
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move running gates towards the keys, unless mixed precision skipped the step."""
+        if not getattr(kwargs["optimizer"], "step_was_skipped", False):
+            retie_gates_(kwargs["model"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the sidecars into the checkpoint."""
+        _save_beside(kwargs["model"], _checkpoint(args, state), write=args.should_save)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write them before the upload, which comes before :meth:`on_save`, into what is uploaded."""
+        model = kwargs["model"]
+        if args.should_save and not _is_sharded(model):  # one process alone cannot gather shards
+            output = Path(cast(str, args.output_dir))
+            output.mkdir(parents=True, exist_ok=True)
+            # later the model may be another than that of the newest checkpoint: the best
+            for folder in (output, _checkpoint(args, state)) if self._trains else (output,):
+                _save_beside(model, folder, write=True)
+
+
+def _save_beside(model: nn.Module, folder: Path, *, write: bool) -> None:
+    """Sidecars of a model that is saved whole; adapters are saved without the model whose experts they use."""
+    if not hasattr(model, "peft_config"):
+        save_sidecars(model, folder, write=write and folder.is_dir())
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the newest checkpoint, which is one deeper in a search for hyper-parameters."""
+    output, name = Path(cast(str, args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    found = [path for path in (output / name, *output.glob(f"*/{name}")) if path.is_dir()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=output / name)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def _add_aux_loss(model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Add the balance loss of a training pass to the loss that the model returns."""
+    if not model.training:
+        return output
+    balance = aux_loss(model)
+    if isinstance(balance, float):  # no routed layer took part
+        return output
+    if isinstance(output, dict) and output.get("loss") is not None:
+        output["loss"] = output["loss"] + balance * _share_of_batch(model, kwargs)
+        return output
+    if isinstance(output, tuple) and isinstance(output[0], Tensor) and not output[0].ndim:
+        return (output[0] + balance * _share_of_batch(model, kwargs), *output[1:])
+    _stop_adding(model)
+    raise ConfigError(
+        "TrainerCallback: the model returned no loss to add the balance loss to, as with compute_loss_func and label "
+        "smoothing; add emoe.aux_loss(model) in compute_loss_func and give TrainerCallback(add_aux_loss=False)"
+    )
+
+
+def _stop_adding(model: nn.Module) -> None:
+    if model in _hooks:
+        _hooks.pop(model).remove()
+
+
+def _share_of_batch(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
+    """The share of an optimiser step's labels that stand in this forward pass; 1 where the ``Trainer`` takes the mean itself.
+
+    Where it has told the model how many labels there are in all, over accumulated passes and processes, losses are
+    sums, which it does not divide any more; weighted like this, balance losses give their mean too.
+    """
+    total = kwargs.get("num_items_in_batch")
+    if total is None:
+        return 1.0
+    labels: Any = kwargs.get("shift_labels", kwargs.get("labels"))
+    if "shift_labels" not in kwargs and _shifts_labels(model):
+        labels = labels[..., 1:]
+    return cast(Tensor, labels).ne(_IGNORED).sum() / torch.as_tensor(total, device=labels.device).flatten()[0]
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    causal = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
+    return causal and not getattr(base.config, "is_encoder_decoder", False)
