@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -9,7 +12,6 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,7 +22,7 @@ from emoe.layer import aux_loss, retie_gates_, routed_layers
 from emoe.marks import mark_, no_experts
 
 _IGNORED = -100  # label of a token without one
-_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()  # that add a model's balance loss
+_added: WeakKeyDictionary[nn.Module, _BalanceLoss] = WeakKeyDictionary()
 
 
 class TrainerCallback(transformers.TrainerCallback):
@@ -50,7 +52,7 @@ class TrainerCallback(transformers.TrainerCallback):
         self._trains = True
         _stop_adding(model)  # a training that broke off did not
         if self.add_aux_loss and layers[0].config.aux_loss_coefficient > 0:
-            _hooks[model] = model.register_forward_hook(_add_aux_loss, with_kwargs=True)
+            _added[model] = _BalanceLoss(model)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,6 +85,11 @@ class TrainerCallback(transformers.TrainerCallback):
                 _save_beside(model, folder, write=True)
 
 
+def _stop_adding(model: nn.Module) -> None:
+    if model in _added:
+        _added.pop(model).remove()
+
+
 def _save_beside(model: nn.Module, folder: Path, *, write: bool) -> None:
     """Sidecars of a model that is saved whole; adapters are saved without the model whose experts they use."""
     if not hasattr(model, "peft_config"):
@@ -100,46 +107,58 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
-def _add_aux_loss(model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Add the balance loss of a training pass to the loss that the model returns."""
-    if not model.training:
-        return output
-    balance = aux_loss(model)
-    if isinstance(balance, float):  # no routed layer took part
-        return output
-    if isinstance(output, dict) and output.get("loss") is not None:
-        output["loss"] = output["loss"] + balance * _share_of_batch(model, kwargs)
-        return output
-    if isinstance(output, tuple) and isinstance(output[0], Tensor) and not output[0].ndim:
-        return (output[0] + balance * _share_of_batch(model, kwargs), *output[1:])
-    _stop_adding(model)
-    raise ConfigError(
-        "TrainerCallback: the model returned no loss to add the balance loss to, as with compute_loss_func and label "
-        "smoothing; add emoe.aux_loss(model) in compute_loss_func and give TrainerCallback(add_aux_loss=False)"
-    )
+class _BalanceLoss:
+    """Adds the balance loss of each training pass to the loss that a model returns, until it is removed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self._config = getattr(base, "config", None)
+        self._sums = _divides_by_count(type(base).forward)
+        causal = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
+        self._shifts = causal and not getattr(self._config, "is_encoder_decoder", False)
+        self._hook = model.register_forward_hook(self._add, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Leave the model's loss as it is."""
+        self._hook.remove()
+
+    def _add(self, model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not model.training:
+            return output
+        balance = aux_loss(model)
+        if isinstance(balance, float):  # no routed layer took part
+            return output
+        if isinstance(output, dict) and output.get("loss") is not None:
+            output["loss"] = output["loss"] + balance * self._share(kwargs)
+            return output
+        if isinstance(output, tuple) and isinstance(output[0], Tensor) and not output[0].ndim:
+            return (output[0] + balance * self._share(kwargs), *output[1:])
+        self.remove()
+        raise ConfigError(
+            "TrainerCallback: the model returned no loss to add the balance loss to, as with compute_loss_func and label "
+            "smoothing; add emoe.aux_loss(model) in compute_loss_func and give TrainerCallback(add_aux_loss=False)"
+        )
+
+    def _share(self, kwargs: dict[str, Any]) -> Tensor | float:
+        """What the model's own loss of this pass weighs, of all passes of an optimiser step.
+
+        That is 1 for a mean. Where the ``Trainer`` tells a model how many labels there are in all, over accumulated
+        passes and processes, and the model divides its sum by that, it is the share of them that this pass has.
+        """
+        total = kwargs.get("num_items_in_batch")
+        kind = getattr(self._config, "problem_type", None)
+        if total is None or not self._sums or kind not in (None, "single_label_classification"):
+            return 1.0
+        labels: Any = kwargs.get("shift_labels", kwargs.get("labels"))
+        if "shift_labels" not in kwargs and self._shifts:
+            labels = labels[..., 1:]
+        return cast(Tensor, labels).ne(_IGNORED).sum() / torch.as_tensor(total, device=labels.device).flatten()[0]
 
 
-def _stop_adding(model: nn.Module) -> None:
-    if model in _hooks:
-        _hooks.pop(model).remove()
-
-
-def _share_of_batch(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
-    """The share of an optimiser step's labels that stand in this forward pass; 1 where the ``Trainer`` takes the mean itself.
-
-    Where it has told the model how many labels there are in all, over accumulated passes and processes, losses are
-    sums, which it does not divide any more; weighted like this, balance losses give their mean too.
-    """
-    total = kwargs.get("num_items_in_batch")
-    if total is None:
-        return 1.0
-    labels: Any = kwargs.get("shift_labels", kwargs.get("labels"))
-    if "shift_labels" not in kwargs and _shifts_labels(model):
-        labels = labels[..., 1:]
-    return cast(Tensor, labels).ne(_IGNORED).sum() / torch.as_tensor(total, device=labels.device).flatten()[0]
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    causal = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
-    return causal and not getattr(base.config, "is_encoder_decoder", False)
+def _divides_by_count(forward: Callable[..., Any]) -> bool:
+    """Whether a model's forward pass hands the number of labels on to its loss; some take it and give a mean all the same."""
+    try:
+        source = inspect.getsource(forward)
+    except (OSError, TypeError):
+        return True
+    return "num_items_in_batch" in source or re.search(r"loss_function\((\([^()]*\)|[^()])*\*\*", source) is not None

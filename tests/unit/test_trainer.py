@@ -29,6 +29,16 @@ METHODS = {
 }
 
 
+# plain gradient descent over the rows as they stand
+BY_HAND = {
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0,
+    "train_sampling_strategy": "sequential",
+}
+
+
 def bert(config: emoe.EMoEConfig | emoe.GMoEConfig | None) -> Any:
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(vocab_size=60, **SIZES))
@@ -195,6 +205,13 @@ def llama() -> Any:
     return model
 
 
+def without_dropout(model: Any) -> Any:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def texts() -> list[dict[str, torch.Tensor]]:
     """Rows of as many tokens, but of different numbers of labels."""
     found = []
@@ -209,66 +226,46 @@ def batch(data: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in data]) for name in data[0]}
 
 
-@pytest.mark.parametrize("kind", ["mean", "sum of tokens"])
-def test_the_balance_loss_is_averaged_over_accumulated_passes(kind: str, tmp_path: Path) -> None:
-    """One step of plain gradient descent, on two passes of two rows each."""
-    data = texts() if kind == "sum of tokens" else rows(4)
+@pytest.mark.parametrize("kind", ["mean that the Trainer divides", "mean that it does not", "sum of tokens"])
+def test_the_balance_loss_weighs_what_the_tasks_loss_does(kind: str, tmp_path: Path) -> None:
+    """One step of plain gradient descent on two passes of two rows each."""
+    tokens = kind == "sum of tokens"
+    data = texts() if tokens else rows(4)
 
     def build() -> Any:
-        model = llama() if kind == "sum of tokens" else bert(emoe.EMoEConfig(**SOME, aux_loss_coefficient=5.0))
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        model.accepts_loss_kwargs = kind == "sum of tokens"
-        return model
+        model = llama() if tokens else bert(emoe.EMoEConfig(**SOME, aux_loss_coefficient=5.0))
+        if kind == "mean that the Trainer divides":
+            model.accepts_loss_kwargs = False
+        return without_dropout(model)
 
     model, expected = build(), build().train()
-    counts = [
-        float((batch(part)["labels"][..., 1:] != -100).sum()) if kind == "sum of tokens" else 1.0
-        for part in (data[:2], data[2:])
-    ]
-    for part, count in zip((data[:2], data[2:]), counts, strict=True):
-        loss = expected(**batch(part)).loss + emoe.aux_loss(expected)
-        (loss * count / sum(counts)).backward()
+    parts = [batch(data[:2]), batch(data[2:])]
+    counts = [float((part["labels"][..., 1:] != -100).sum()) if tokens else 1.0 for part in parts]
+    whole = 1.0 if kind == "mean that it does not" else sum(counts)
+    for part, count in zip(parts, counts, strict=True):
+        ((expected(**part).loss + emoe.aux_loss(expected)) * count / whole).backward()
     torch.optim.SGD(expected.parameters(), lr=0.1).step()
-    run = trainer(
-        model,
-        tmp_path,
-        data=data,
-        max_steps=1,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_grad_norm=0,
-        train_sampling_strategy="sequential",
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-    )
+    sizes = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    run = trainer(model, tmp_path, data=data, **sizes, **BY_HAND)
     run.train()
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
     # the model's own loss is the task's again, and was so in evaluation
     assert not model._forward_hooks
-    metrics = run.evaluate()
     with torch.no_grad():
         task = model.eval()(**batch(data)).loss
-    torch.testing.assert_close(metrics["eval_loss"], float(task), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(run.evaluate()["eval_loss"], float(task), atol=1e-4, rtol=1e-4)
 
 
 def test_gates_move_after_each_step_as_they_do_by_hand(tmp_path: Path) -> None:
-    model, expected = (bert(METHODS["emoe, momentum"]) for _ in range(2))
-    for part in (model, expected):
-        for module in part.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+    model, expected = (without_dropout(bert(METHODS["emoe, momentum"])) for _ in range(2))
     optimizer = torch.optim.SGD(expected.train().parameters(), lr=0.1)
     for start in (0, 4):
         expected(**batch(rows()[start : start + 4])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         emoe.retie_gates_(expected)
-    settings = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0}
-    trainer(model, tmp_path, max_steps=2, train_sampling_strategy="sequential", **settings).train()
+    trainer(model, tmp_path, max_steps=2, **BY_HAND).train()
     for own, wanted in zip(routed_layers(model), routed_layers(expected), strict=True):
         torch.testing.assert_close(own.gate, wanted.gate)
 
