@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from emoe.config import Layers
 from emoe.errors import ConfigError, ConversionError, did_you_mean
-
-_HALVES = ("first", "last")
+from emoe.rows import HALVES, check_row
 
 
 @dataclass(frozen=True)
@@ -117,10 +116,9 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
             several kinds; those that the model has are taken, in this order.
 
     Raises:
-        ConversionError: no spec.
+        ConversionError: no spec, or one that no model can fit: paths that are none or the same, ``proj_up`` beside ``fused``.
     """
-    if not specs:
-        raise ConversionError(f"register_ffn('{key}') needs at least one FFNSpec")
+    check_row(key, specs, FFNSpec)
     _REGISTRY[key] = specs
 
 
@@ -208,7 +206,7 @@ class FFN:
 
     def _activated(self, tensor: Tensor) -> Tensor:
         """The activated half of a fused in-projection's tensor, neurons first; another one as it is."""
-        return tensor.chunk(2)[_HALVES.index(self.spec.fused)] if self.spec.fused else tensor
+        return tensor.chunk(2)[HALVES.index(self.spec.fused)] if self.spec.fused else tensor
 
     def values(self) -> Tensor:
         """Value vectors, one column a neuron: ``[h, d]``, a view of the weight."""
@@ -233,13 +231,13 @@ class FFN:
         rows = weight.t() if self.spec.transposed else weight
         if not self.spec.fused:
             return rows, bias
-        half = 1 - _HALVES.index(self.spec.fused)
+        half = 1 - HALVES.index(self.spec.fused)
         return rows.chunk(2)[half], None if bias is None else bias.chunk(2)[half]
 
     def up(self, x: Tensor) -> Tensor:
         """Up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
         if self.spec.fused:
-            return cast(Tensor, self.proj_in(x).chunk(2, dim=-1)[1 - _HALVES.index(self.spec.fused)])
+            return cast(Tensor, self.proj_in(x).chunk(2, dim=-1)[1 - HALVES.index(self.spec.fused)])
         return cast(Tensor, cast(nn.Module, self.proj_up)(x))
 
     @property

@@ -288,9 +288,14 @@ def _described(tensors: dict[str, Tensor], path: Path) -> tuple[int, list[int]]:
     for name, tensor in tensors.items():
         if not (match := re.fullmatch(r"(key_norms|permutation)\.(\d{1,9})", name)):
             continue
-        if match[1] == "key_norms":
+        norms = match[1] == "key_norms"
+        if norms:
             layers.append(int(match[2]))
-        if tensor.ndim != 1 or not tensor.numel() or tensor.is_floating_point() != (match[1] == "key_norms"):
+        if (
+            tensor.ndim != 1
+            or not tensor.numel()
+            or not (tensor.is_floating_point() if norms else tensor.dtype == torch.int64)
+        ):
             raise CheckpointError(f"{path} is damaged: '{name}' is no list of one number a neuron")
     return int(experts), sorted(layers)
 

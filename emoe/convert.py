@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from emoe.architectures import FFN, bias_of, find_ffns, resolve_layers
 from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_gated, check_plain, check_trainable, check_weights
-from emoe.config import EMoEConfig, GMoEConfig
+from emoe.config import EMoEConfig, GMoEConfig, check_config
 from emoe.errors import ConversionError
 from emoe.guards import guard_
 from emoe.layer import ForwardStart, RoutedActivation, routed_layers
@@ -105,8 +105,9 @@ def convert_(
             divide, a norm stands inside an FFN, weights are quantised, sharded, wrapped, shared or not
             finite, keys are zero or equal (k-means only), the FFN is frozen (GMoE only), it has no
             up-projection to score by, or the partition does not fit. The model is unchanged.
-        ConfigError: ``layers`` matches nothing.
+        ConfigError: ``layers`` matches nothing, or the configuration is none.
     """
+    check_config(config, "convert_")
     if routed_layers(model):
         raise ConversionError(f"{type(model).__name__} is converted already; call emoe.to_dense_ first")
     ffns = find_ffns(model)
@@ -153,6 +154,10 @@ def watch_start(model: nn.Module) -> None:
 
 
 def _check_partition(chosen: list[FFN], partition: Mapping[int, Tensor]) -> None:
+    if not isinstance(partition, Mapping):
+        raise ConversionError(
+            f"the partition is a {type(partition).__name__}; give layer number to permutation, as emoe.partition"
+        )
     for ffn in chosen:
         if ffn.index not in partition:
             raise ConversionError(f"the partition has no layer {ffn.index}; it has {sorted(partition)}")

@@ -18,7 +18,7 @@ from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
 from emoe.errors import CheckpointError, ConfigError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
-from emoe.weights import STOCK_CONFIG_FILE, read_object
+from emoe.weights import STOCK_CONFIG_FILE, read_object, shorten
 
 _NAME = "emoe"
 
@@ -106,8 +106,13 @@ def read_mark(folder: Path) -> Mark | None:
     path = folder / STOCK_CONFIG_FILE
     if not path.exists():
         return None
-    marked = read_object(path).get(_NAME)
-    return None if marked is None else mark_from(marked, f"{path}, '{_NAME}',")
+    content = read_object(path).get(_NAME)
+    if content is None:
+        return None
+    mark = mark_from(content, f"{path}, '{_NAME}',")
+    if not mark.layers or mark.layers != sorted(set(mark.layers)):
+        raise CheckpointError(f"{path}, '{_NAME}', is damaged: 'layers' is no ascending list of layer numbers")
+    return mark
 
 
 def mark_from(content: Any, where: str) -> Mark:
@@ -131,4 +136,4 @@ def mark_from(content: Any, where: str) -> Mark:
     try:
         return Mark(config_from_dict(config), layers, ffns)
     except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise CheckpointError(f"{where}: {shorten(str(error), 300)}") from error

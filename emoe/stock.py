@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from emoe.architectures import find_ffns
 from emoe.errors import CheckpointError, ConversionError, EMoEError
-from emoe.weights import STOCK_CONFIG_FILE, WEIGHT_FILES, one_line, read_object, read_tensors, weight_files
+from emoe.weights import STOCK_CONFIG_FILE, WEIGHT_FILES, Weights, one_line, read_object, read_tensors, weight_files
 
 _ADAPTER_FILE = "adapter_config.json"
 
@@ -25,7 +26,10 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
     """Write a model as its own library does, with another state where one is given; a plain module as its tensors."""
     state = model.state_dict() if state is None else state
     if hasattr(model, "save_pretrained"):
-        cast(Any, model).save_pretrained(folder, state_dict=state)
+        try:
+            cast(Any, model).save_pretrained(folder, state_dict=state)
+        except NotImplementedError as error:
+            raise ConversionError(f"{type(model).__name__} is not saved by its library as it is: quantised?") from error
         return
     if hasattr(model, "pretrained_cfg"):
         from timm.models._hub import save_config_for_hf
@@ -98,13 +102,29 @@ def load_around(loader: Any, folder: Path, *, resized: bool, **options: Any) -> 
 def _checked_files(loader: Any, folder: Path) -> list[Path]:
     """The weight files of a folder that a loader may be let loose on."""
     refuse_adapters(folder)
-    files = weight_files(folder)
-    if not hasattr(loader, "from_pretrained"):
-        if files[0].name != WEIGHT_FILES[0]:
-            raise CheckpointError(f"{folder} holds no {WEIGHT_FILES[0]}; shards are read for transformers only")
-    elif (folder / STOCK_CONFIG_FILE).exists() and "transformers_weights" in read_object(folder / STOCK_CONFIG_FILE):
-        raise CheckpointError(f"{folder / STOCK_CONFIG_FILE} names other weight files by 'transformers_weights'")
+    files, path = weight_files(folder), folder / STOCK_CONFIG_FILE
+    if not hasattr(loader, "from_pretrained") and files[0].name != WEIGHT_FILES[0]:
+        raise CheckpointError(f"{folder} holds no {WEIGHT_FILES[0]}; shards are read for transformers only")
+    if not _is_library(loader) or not path.exists():
+        return files
+    settings, tensors = read_object(path), len(Weights(folder).names)
+    if "transformers_weights" in settings:
+        raise CheckpointError(
+            f"{path} names other weight files by 'transformers_weights'; only {WEIGHT_FILES[0]} is read"
+        )
+    if _most_layers(settings) > tensors:  # building them would take forever
+        raise CheckpointError(f"{path} asks for more layers than there are tensors in the weights, {tensors}")
     return files
+
+
+def _most_layers(settings: Any, name: str = "") -> int:
+    """The largest number that a configuration gives for layers."""
+    if isinstance(settings, dict):
+        return max((_most_layers(value, str(key)) for key, value in settings.items()), default=0)
+    if isinstance(settings, list):
+        return max((_most_layers(value, name) for value in settings), default=0)
+    counts = type(settings) is int and re.search(r"(layers?|depths?)$", name)
+    return settings if counts else 0
 
 
 def refuse_adapters(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -75,12 +76,13 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{index} is damaged: 'weight_map' names no shards")
     names = sorted(set(shards.values()))
     for name in names:
+        shard = shorten(name, 80)
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index} names the shard '{name}'; it must be a .safetensors file of the same folder"
+                f"{index} names the shard '{shard}'; it must be a .safetensors file of the same folder"
             )
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{index} names the shard '{name}', which {folder} does not hold")
+        if not os.path.isfile(folder / name):  # noqa: PTH113 -- Path.is_file raises for some names
+            raise CheckpointError(f"{index} names the shard '{shard}', which {folder} does not hold")
     return [folder / name for name in names]
 
 
