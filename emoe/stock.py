@@ -138,6 +138,10 @@ def refuse_adapters(folder: Path) -> None:
 
 def _check_complete(model: nn.Module, missing: Iterable[str], folder: Path) -> None:
     """A new head may be missing from a checkpoint; a part of the model's layers may not."""
+    if not {name for name, _ in model.named_parameters()} - set(missing):
+        raise CheckpointError(
+            f"the weights in {folder} are not those of a {type(model).__name__}: it has none of their names"
+        )
     try:
         prefixes = tuple(f"{ffn.name}." for ffn in find_ffns(model))
     except ConversionError:  # an architecture that has no row is not ours to judge
