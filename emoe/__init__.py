@@ -7,7 +7,7 @@ print(emoe.convert_(model, config))
 """
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emoe.architectures import FFNSpec, register_ffn
 from emoe.checkpoint import from_pretrained, save_pretrained
@@ -20,6 +20,9 @@ from emoe.partitioning import partition
 from emoe.records import record_routing
 from emoe.routers import Router, register_router
 from emoe.settings import set_backend_, set_top_k_
+
+if TYPE_CHECKING:
+    from emoe.trainer import TrainerCallback as TrainerCallback
 
 __version__ = "0.1.0"
 
@@ -51,6 +54,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "TrainerCallback":  # and nothing else of emoe needs transformers
+        from emoe.trainer import TrainerCallback
+
+        return TrainerCallback
     if name == "retie_gates_":
         warnings.warn("emoe.retie_gates_ is now emoe.update_gates_", DeprecationWarning, stacklevel=2)
         return update_gates_

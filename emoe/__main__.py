@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ def _plain_value(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _copy_companions(source: Path, out: Path) -> None:
+    for file in copy_companions(source, out):
+        click.echo(f"Not copied: {source / file} is a link that leads out of the folder", err=True)
+
+
 @cli.command()
 @click.argument("model")
 @click.argument("out", type=_FOLDER)
@@ -62,7 +67,7 @@ def _plain_value(text: str) -> tuple[str, Any]:
     "--layers",
     default="last-half:2",
     show_default=True,
-    help="8,10 or all, last:2, last-half:2, last-quarter:2, 8:12:2.",
+    help="8,10: these; all; last:2: the last two; last-half:2: every second one of the latter half (last-quarter:2 of the last quarter); 8:12:2: a slice.",
 )
 @click.option("--partition", default=None, help="How neurons are grouped: kmeans (the default), random, contiguous.")
 @click.option(
@@ -95,7 +100,7 @@ def convert(
     loaded = load_dense(source)
     report = emoe.convert_(loaded, config, progress=True)
     emoe.save_pretrained(loaded, out)
-    copy_companions(source, out)
+    _copy_companions(source, out)
     click.echo(report)
     click.echo(f"Written to {out}")
 
@@ -104,36 +109,61 @@ def convert(
 @click.argument("folder", type=_FOLDER)
 @_with_clear_errors
 def inspect(folder: Path) -> None:
-    """Show the configuration, experts and files of a converted FOLDER; its weights are not loaded."""
+    """Show the configuration, experts and files of a converted FOLDER; its weights are not loaded.
+
+    Settings with a * are not the default ones. "moved" is the share of neurons that stand elsewhere than at first, and
+    the keys are the lengths of the neurons' input weights.
+    """
     config, indices, tensors, extra = read_sidecars(folder)
     defaults = type(config)(num_experts=config.num_experts, top_k=config.top_k).to_dict()
     settings = [
         (name, json.dumps(value), "" if value == defaults[name] else "*") for name, value in config.to_dict().items()
     ]
     click.echo(tabulate(settings, headers=["field", "value", "set"], tablefmt="simple"))
-    rows = []
-    for index in indices:
-        norms, order = tensors[f"key_norms.{index}"], tensors.get(f"permutation.{index}")
-        moved = "-" if order is None else f"{float((order != order.sort().values).float().mean()):.0%}"
-        rows.append(
-            {
-                "layer": index,
-                "neurons": len(norms),
-                "experts": config.num_experts,
-                "size": len(norms) // config.num_experts,
-                "moved": moved,
-                "smallest key": f"{float(norms.min()):.3f}",
-                "largest key": f"{float(norms.max()):.3f}",
-            }
-        )
+    click.echo(f"\n* not the default. layers: {_in_words(config.layers)}")
+    rows = [{"layer": index, "experts": config.num_experts, **_measures(tensors, index, config)} for index in indices]
     click.echo()
     click.echo(tabulate(rows, headers="keys", tablefmt="simple"))
+    if not tensors:
+        click.echo("\nSaved by the model's own library, so that it is not known where the neurons stood at first.")
     files = [(path.name, f"{path.stat().st_size / 1e6:.2f} MB") for path in sorted(folder.iterdir()) if path.is_file()]
     click.echo()
     click.echo(tabulate(files, headers=["file", "size"], tablefmt="simple", colalign=("left", "right")))
     if extra:
         numbers = sum(tensor.numel() for tensor in extra.values())
         click.echo(f"\n{EXTRA_FILE}: {numbers:,} numbers that the stock class has no place for")
+
+
+def _in_words(layers: str | Sequence[int]) -> str:
+    """A request such as ``"last-half:2"`` in words."""
+    if not isinstance(layers, str):
+        return f"those numbered {', '.join(map(str, layers))}, counted from 0"
+    if layers == "all":
+        return "all"
+    if match := re.fullmatch(r"last:(\d+)", layers):
+        return f"the last {match[1]}"
+    if match := re.fullmatch(r"last-(half|quarter):(\d+)", layers):
+        part = "latter half" if match[1] == "half" else "last quarter"
+        return f"one in {match[2]} of the {part}, from its first on"
+    if match := re.fullmatch(r"(-?\d*):(-?\d*):?(\d*)", layers):
+        every = f", one in {match[3]}" if match[3] else ""
+        return f"from {match[1] or 0} up to {match[2] or 'the end'}, itself not included{every}; counted from 0"
+    return "not understood"
+
+
+def _measures(tensors: dict[str, Any], index: int, config: emoe.EMoEConfig | emoe.GMoEConfig) -> dict[str, Any]:
+    """What the partition file tells of a layer; empty where there is none."""
+    if not tensors:
+        return {}
+    norms, order = tensors[f"key_norms.{index}"], tensors.get(f"permutation.{index}")
+    moved = "-" if order is None else f"{float((order != order.sort().values).float().mean()):.0%}"
+    return {
+        "neurons": len(norms),
+        "size": len(norms) // config.num_experts,
+        "moved": moved,
+        "smallest key": f"{float(norms.min()):.3f}",
+        "largest key": f"{float(norms.max()):.3f}",
+    }
 
 
 @cli.command()
@@ -149,7 +179,7 @@ def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
     emoe.to_dense_(model, restore_order=restore_order)
     out.mkdir(parents=True, exist_ok=True)
     save_weights(model, out)
-    copy_companions(source, out)
+    _copy_companions(source, out)
     click.echo(f"Written to {out}")
 
 

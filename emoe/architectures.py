@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from emoe.config import Layers
 from emoe.errors import ConfigError, ConversionError, did_you_mean
+from emoe.rows import HALVES, check_row
 from emoe.tensors import carried
 
-_HALVES = ("first", "last")
 _SHARES = {"half": 2, "quarter": 4}
 
 
@@ -122,10 +122,9 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
             several kinds; those that the model has are taken, in this order.
 
     Raises:
-        ConversionError: no spec.
+        ConversionError: no spec, or one that no model can fit: paths that are none or the same, ``proj_up`` beside ``fused``.
     """
-    if not specs:
-        raise ConversionError(f"register_ffn('{key}') needs at least one FFNSpec")
+    check_row(key, specs, FFNSpec)
     _REGISTRY[key] = specs
 
 
@@ -205,7 +204,10 @@ class FFN:
 
     def keys(self) -> Tensor:
         """Key vectors, one row a neuron: ``[d, h]``, a view of the weight."""
-        weight = cast(Tensor, self.proj_in.weight)
+        return self.keys_of(cast(Tensor, self.proj_in.weight))
+
+    def keys_of(self, weight: Tensor) -> Tensor:
+        """Key vectors ``[d, h]`` of an in-projection's weight that is stored as this one's: a view."""
         return self.activated_rows(weight.t() if self.spec.transposed else weight)
 
     def key_bias(self) -> Tensor | None:
@@ -215,7 +217,7 @@ class FFN:
 
     def activated_rows(self, tensor: Tensor) -> Tensor:
         """The activated half of a fused in-projection's tensor, neurons first; another one as it is."""
-        return tensor.chunk(2)[_HALVES.index(self.spec.fused)] if self.spec.fused else tensor
+        return tensor.chunk(2)[HALVES.index(self.spec.fused)] if self.spec.fused else tensor
 
     def values(self) -> Tensor:
         """Value vectors, one column a neuron: ``[h, d]``, a view of the weight."""
@@ -240,14 +242,14 @@ class FFN:
         rows = weight.t() if self.spec.transposed else weight
         if not self.spec.fused:
             return rows, bias
-        half = 1 - _HALVES.index(self.spec.fused)
+        half = 1 - HALVES.index(self.spec.fused)
         return rows.chunk(2)[half], None if bias is None else bias.chunk(2)[half]
 
     def up(self, x: Tensor) -> Tensor:
         """Up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
         if self.spec.fused:
             both = carried(self.proj_in(x))[0]
-            return both.chunk(2, dim=-1)[1 - _HALVES.index(self.spec.fused)]
+            return both.chunk(2, dim=-1)[1 - HALVES.index(self.spec.fused)]
         return carried(cast(nn.Module, self.proj_up)(x))[0]
 
     @property

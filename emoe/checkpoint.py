@@ -9,36 +9,50 @@ A folder holds what the library of the model writes (``model.safetensors``, ``co
 
 An EMoE's checkpoint loads into the stock dense class as it is; a GMoE's is refused there, because
 its shapes differ. Nothing is ever unpickled.
+
+A folder that the model's own library wrote (``model.save_pretrained``, ``Trainer``) is read too: ``config.json`` says
+what its experts are (:mod:`emoe.marks`), and routers and the like stand among its weights. It loses the permutations,
+unless :class:`emoe.TrainerCallback` wrote the sidecars beside it.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emoe.architectures import FFN, find_ffns, has_plain_weight
 from emoe.checks import check_divisible
-from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
+from emoe.config import EMoEConfig, GMoEConfig
 from emoe.convert import attach, padding_watches, watch_losses, widen
-from emoe.errors import CheckpointError, ConfigError, ConversionError
+from emoe.errors import CheckpointError, ConversionError
+from emoe.guards import guard_
 from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
+from emoe.marks import mark_, mark_from, no_experts, numbered_layers, read_mark
 from emoe.partitioning import is_permutation
+from emoe.stock import load_around, load_stock, refuse_adapters, save_weights
 from emoe.tensors import carried
+from emoe.weights import WEIGHT_FILES, Weights, one_line, read_object, read_tensors
+
+__all__ = [
+    "WEIGHT_FILES",
+    "from_pretrained",
+    "load_stock",
+    "read_sidecars",
+    "save_pretrained",
+    "save_sidecars",
+    "save_weights",
+]
 
 CONFIG_FILE = "emoe_config.json"
 PARTITION_FILE = "emoe_partition.safetensors"
 EXTRA_FILE = "emoe_extra.safetensors"
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _NORM_TOLERANCE = 0.02  # key norms survive a cast to bf16 within this
 _QUANTISED_NORM_TOLERANCE = 0.15  # and four bits within this
 
@@ -53,28 +67,42 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         ConversionError: the model is not converted, or still carries adapters.
     """
-    layers = routed_layers(model)
-    if not layers:
-        raise ConversionError("save_pretrained: the model has no routed FFN; save it with its own library")
+    if not routed_layers(model):
+        raise no_experts(model, "save_pretrained", "save it with its own library")
     if hasattr(model, "peft_config"):
         raise ConversionError("save_pretrained: merge the adapters first (model = model.merge_and_unload())")
-    check_one_conversion(layers, "save_pretrained")
     folder = Path(folder)
+    check_one_conversion(routed_layers(model), "save_pretrained")
+    mark_(model)  # of a model that was converted in part, too
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder, _stock_state(model))
-    tensors: dict[str, Tensor] = {}
-    for layer in layers:
-        tensors[f"key_norms.{layer.ffn_index}"] = _key_norms(layer.ffn)
+    save_sidecars(model, folder)
+
+
+def save_sidecars(model: nn.Module, folder: Path, *, write: bool = True) -> None:
+    """Write what tells a converted model's folder from a dense one's, beside weights that are there or are to come.
+
+    Args:
+        model: converted. Sharded weights are gathered, so every process has to call this.
+        folder: exists.
+        write: false in processes that gather only.
+    """
+    layers, _ = numbered_layers(model)
+    config = next(iter(layers.values())).config
+    tensors = {f"key_norms.{index}": _key_norms(layer.ffn) for index, layer in layers.items()}
+    for index, layer in layers.items():
         if layer.permutation is not None:
-            tensors[f"permutation.{layer.ffn_index}"] = layer.permutation.contiguous()
-    tensors["num_experts"] = torch.tensor(layers[0].config.num_experts)
+            tensors[f"permutation.{index}"] = layer.permutation.contiguous()
+    tensors["num_experts"] = torch.tensor(config.num_experts)
+    extra = {f"{i}.{name}": _whole(tensor) for i, layer in layers.items() for name, tensor in _extra(layer).items()}
+    if not write:
+        return
     save_file(tensors, folder / PARTITION_FILE)
-    extra = {name: tensor.detach().cpu().contiguous() for layer in layers for name, tensor in _extra(layer).items()}
     if extra:
         save_file(extra, folder / EXTRA_FILE)
     else:
         (folder / EXTRA_FILE).unlink(missing_ok=True)
-    text = {"config": layers[0].config.to_dict(), "layers": [layer.ffn_index for layer in layers]}
+    text = {"config": config.to_dict(), "layers": sorted(layers)}
     (folder / CONFIG_FILE).write_text(json.dumps(text, indent=2) + "\n")
 
 
@@ -93,37 +121,17 @@ def _stock_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _extra(layer: RoutedActivation) -> dict[str, Tensor]:
-    """State of one layer beyond the dense model's, by ``"<layer>.<name>"``."""
-    ffn = layer.ffn
-    found = {f"{ffn.index}.routing.{name}": tensor for name, tensor in layer.state_dict().items()}
+    """State of one layer beyond the dense model's, by ``"routing.<name>"`` or by path."""
+    found = {f"routing.{name}": tensor for name, tensor in layer.state_dict().items()}
     if isinstance(layer.config, GMoEConfig):
-        for path in _projections(ffn):
-            found |= {
-                f"{ffn.index}.{path}.{name}": tensor
-                for name, tensor in ffn.layer.get_submodule(path).state_dict().items()
-            }
+        for path in _projections(layer.ffn):
+            state = layer.ffn.layer.get_submodule(path).state_dict()
+            found |= {f"{path}.{name}": tensor for name, tensor in state.items()}
     return found
 
 
 def _projections(ffn: FFN) -> list[str]:
     return [*(path for path, _ in ffn.inputs()), ffn.spec.proj_out]
-
-
-def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write a model as its own library does, with another state where one is given; a plain module as its tensors."""
-    state = model.state_dict() if state is None else state
-    if hasattr(model, "save_pretrained"):
-        cast(Any, model).save_pretrained(folder, state_dict=state)
-        return
-    if hasattr(model, "pretrained_cfg"):
-        from timm.models._hub import save_config_for_hf
-
-        save_config_for_hf(model, str(folder / "config.json"))
-    # tied tensors are written under each of their names
-    save_file(
-        {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()},
-        folder / "model.safetensors",
-    )
 
 
 def _key_norms(ffn: FFN) -> Tensor:
@@ -135,11 +143,19 @@ def _key_norms(ffn: FFN) -> Tensor:
         z, _ = carried(ffn.proj_in(torch.eye(ffn.h, dtype=dtype, device=weight.device)))
         rows = ffn.activated_rows(z.t())
         keys = rows if bias is None else rows - bias.unsqueeze(1)
-    return keys.detach().float().norm(dim=1).cpu().contiguous()
+    return _whole(keys.detach().float().norm(dim=1))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor for a file: on the CPU, and in one piece where it is sharded."""
+    full = getattr(tensor, "full_tensor", None)
+    return (tensor if full is None else full()).detach().cpu().contiguous()
 
 
 def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any) -> nn.Module:
-    """Load what :func:`save_pretrained` wrote.
+    """Load what :func:`save_pretrained` wrote, or a converted model's own library (``Trainer``, ``model.save_pretrained``).
+
+    From the latter the neurons' first order is not known, unless :class:`emoe.TrainerCallback` wrote it beside the weights.
 
     Args:
         loader: a transformers class (``AutoModelForSequenceClassification``), ``timm.create_model``, or for a
@@ -152,155 +168,153 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     """
     folder = Path(folder)
     config, indices, tensors, extra = read_sidecars(folder)
-    load = _load_around_copies if isinstance(config, GMoEConfig) else load_stock
-    model = load(loader, folder, **options)
-    ffns = {ffn.index: ffn for ffn in find_ffns(model)}
-    missing = [index for index in indices if index not in ffns]
-    if missing:
-        raise CheckpointError(f"{folder / CONFIG_FILE} names the layers {missing}, which the model does not have")
-    chosen = [ffns[index] for index in indices]
+    weights = Weights(folder)
+    resized = isinstance(config, GMoEConfig)
+    if resized or _holds_routing(weights, config):
+        model = load_around(loader, folder, resized=resized, **options)
+    else:
+        model = load_stock(loader, folder, **options)
+    ffns = find_ffns(model)
+    chosen = _marked_ffns(ffns, indices, folder)
     if isinstance(config, EMoEConfig):
         check_divisible(chosen, config.num_experts)
-    for ffn in chosen if isinstance(config, EMoEConfig) else []:
-        if not is_permutation(tensors.get(f"permutation.{ffn.index}"), ffn.d):
-            raise CheckpointError(f"{folder / PARTITION_FILE} has no permutation of {ffn.name}'s {ffn.d} neurons")
+    order = {ffn.index: tensors.get(f"permutation.{ffn.index}") for ffn in chosen}
+    if isinstance(config, EMoEConfig) and any(permutation is not None for permutation in order.values()):
+        for ffn in chosen:
+            if not is_permutation(order[ffn.index], ffn.d):
+                raise CheckpointError(f"{folder / PARTITION_FILE} has no permutation of {ffn.name}'s {ffn.d} neurons")
     padding = padding_watches(model, chosen, config)
     for ffn in chosen:
-        if isinstance(config, GMoEConfig):
+        if resized:
             widen(ffn, config.num_experts)
-        layer = attach(ffn, config, tensors.get(f"permutation.{ffn.index}"), padding.get(ffn.index))
-        if isinstance(config, GMoEConfig):
-            for path in _projections(ffn):
-                _restore(ffn.layer.get_submodule(path), f"{ffn.index}.{path}.", extra, folder)
-        _check_norms(ffn, tensors[f"key_norms.{ffn.index}"], folder)
-        _restore(layer, f"{ffn.index}.routing.", extra, folder)
+        layer = attach(ffn, config, order[ffn.index], padding.get(ffn.index))
+        _restore(layer, extra, weights, folder)
+        if tensors:
+            _check_norms(ffn, tensors[f"key_norms.{ffn.index}"], folder)
     watch_losses(model)
+    mark_(model)
+    guard_(model)
     return model.eval()
 
 
-def _restore(module: nn.Module, prefix: str, extra: dict[str, Tensor], folder: Path) -> None:
-    state = {name.removeprefix(prefix): tensor for name, tensor in extra.items() if name.startswith(prefix)}
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
+def _marked_ffns(ffns: list[FFN], indices: list[int], folder: Path) -> list[FFN]:
+    """The FFNs that a folder's layer numbers name, once it is clear that they were counted in this model."""
+    missing = sorted(set(indices) - set(range(len(ffns))))
+    named_by = CONFIG_FILE if (folder / CONFIG_FILE).exists() else "config.json"
+    if missing:
+        raise CheckpointError(f"{folder / named_by} names the layers {missing}, which the model does not have")
+    mark = read_mark(folder)
+    if mark is not None and mark.ffns not in (None, len(ffns)):
         raise CheckpointError(
-            f"{folder / EXTRA_FILE} does not hold '{prefix}*' as the model needs it: {error}"
-        ) from error
+            f"{folder} holds a model of {len(ffns)} FFNs, but its experts were counted in a part of {mark.ffns}: "
+            "load and convert that part for itself"
+        )
+    return [ffns[index] for index in indices]
+
+
+def _holds_routing(weights: Weights, config: EMoEConfig | GMoEConfig) -> bool:
+    """Whether the state of routed layers stands among the weights, as it does where the model's own library saved them."""
+    stateful = (
+        isinstance(config, GMoEConfig)
+        or config.router == "cosine"
+        or config.gate_momentum > 0
+        or config.output_bias == "per_expert"
+    )
+    return stateful and any(re.search(r"\.(router\.\w+(\.\w+)?|gate|output_bias)$", name) for name in weights.names)
+
+
+def _restore(layer: RoutedActivation, extra: dict[str, Tensor], weights: Weights, folder: Path) -> None:
+    """Give a routed layer, and a GMoE's projections, the state that the stock class has no place for."""
+    ffn = layer.ffn
+    parts: dict[str, tuple[str, nn.Module]] = {"routing": (ffn.spec.activation, layer)}
+    if isinstance(layer.config, GMoEConfig):
+        parts |= {path: (path, ffn.layer.get_submodule(path)) for path in _projections(ffn)}
+    apart = {name: tensor for name, tensor in extra.items() if name.startswith(f"{ffn.index}.")}
+    beside = weights.below(ffn.name, ffn.spec.activation, layer.state_dict())
+    if any(not _equal(tensor, apart.get(f"{ffn.index}.routing.{name}")) for name, tensor in beside.items()):
+        apart = {}  # the weights were written again without it
+    for name, (path, module) in parts.items():
+        prefix = f"{ffn.index}.{name}."
+        state = {key.removeprefix(prefix): tensor for key, tensor in apart.items() if key.startswith(prefix)}
+        state = state or weights.below(ffn.name, path, module.state_dict())
+        if module.state_dict() and not state and not extra:
+            raise CheckpointError(
+                f"{folder} does not hold the {', '.join(module.state_dict())} of {ffn.name}.{path}: "
+                "save the model by emoe.save_pretrained, or train it with emoe.TrainerCallback"
+            )
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{folder / EXTRA_FILE} does not hold '{prefix}*' as the model needs it: {one_line(error)}"
+            ) from error
+
+
+def _equal(tensor: Tensor, other: Tensor | None) -> bool:
+    return other is not None and tensor.shape == other.shape and torch.equal(tensor, other.to(tensor.dtype))
 
 
 def read_sidecars(folder: Path) -> tuple[EMoEConfig | GMoEConfig, list[int], dict[str, Tensor], dict[str, Tensor]]:
     """Configuration, layer numbers, permutations with key norms, and extra state of a converted checkpoint.
 
+    The latter two are empty where only ``config.json`` says that the model has experts.
+
     Raises:
         CheckpointError: a missing or damaged file.
     """
-    config, indices = _read_config(folder / CONFIG_FILE)
-    tensors = _read(folder / PARTITION_FILE)
-    extra = _read(folder / EXTRA_FILE) if (folder / EXTRA_FILE).exists() else {}
-    known = sorted(int(name.rpartition(".")[2]) for name in tensors if name.startswith("key_norms."))
-    if sorted(indices) != known or tensors.get("num_experts", torch.tensor(0)) != config.num_experts:
+    path, mark = folder / CONFIG_FILE, read_mark(folder)
+    if not path.exists():
+        refuse_adapters(folder)
+        if mark is None or (folder / PARTITION_FILE).exists():
+            raise CheckpointError(
+                f"{path} does not exist: not a folder that emoe.save_pretrained wrote, nor one whose config.json alone says "
+                "that the model has experts; a dense model is loaded by its own library, and converted by emoe.convert_"
+            )
+        return mark.config, mark.layers, {}, {}
+    own = mark_from(read_object(path), str(path))
+    config, indices = own.config, own.layers
+    tensors = read_tensors(folder / PARTITION_FILE)
+    extra = read_tensors(folder / EXTRA_FILE) if (folder / EXTRA_FILE).exists() else {}
+    experts, known = _described(tensors, folder / PARTITION_FILE)
+    if sorted(indices) != known or experts != config.num_experts:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} names {config.num_experts} experts in the layers {indices}, but {PARTITION_FILE} is of "
-            f"{int(tensors.get('num_experts', torch.tensor(0)))} experts in the layers {known}"
+            f"{path} names {config.num_experts} experts in the layers {indices}, but {PARTITION_FILE} is of "
+            f"{experts} experts in the layers {known}"
+        )
+    if mark is not None and (mark.config, mark.layers) != (config, indices):
+        raise CheckpointError(
+            f"{path} and config.json name other experts: the model was saved again without its sidecars; "
+            f"save it by emoe.save_pretrained, or delete the {folder / 'emoe_*'} files to go by config.json"
         )
     return config, indices, tensors, extra
 
 
-def _read_config(path: Path) -> tuple[EMoEConfig | GMoEConfig, list[int]]:
-    try:
-        text = json.loads(path.read_text())
-        if not isinstance(text["config"], dict):
-            raise TypeError("'config' is no object")
-        return config_from_dict(text["config"]), [int(index) for index in text["layers"]]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist: not a folder that emoe.save_pretrained wrote") from error
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:  # no JSON, no text, or not of this form
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-
-
-def load_stock(loader: Any, folder: Path, **options: Any) -> nn.Module:
-    """Load an ordinary checkpoint, safetensors only.
-
-    Raises:
-        CheckpointError: no safetensors, or damaged or other ones.
-    """
-    if not any((folder / name).exists() for name in WEIGHT_FILES):
-        raise CheckpointError(f"{folder} holds no {' or '.join(WEIGHT_FILES)}; other formats are not read")
-    try:
-        if hasattr(loader, "from_pretrained"):
-            model, notes = loader.from_pretrained(
-                str(folder), use_safetensors=True, output_loading_info=True, **options
-            )
-            _check_complete(model, notes["missing_keys"], folder)
-            return cast(nn.Module, model)
-        if _is_timm(loader):
-            return cast(nn.Module, loader(f"local-dir:{folder}", **{"pretrained": True, **options}))
-        model = cast(nn.Module, loader(**options))
-        model.load_state_dict(_read(folder / WEIGHT_FILES[0]))
-        return model
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"the checkpoint in {folder} is damaged: {error}") from error
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {folder} are not those of this model: {error}") from error
-
-
-def _check_complete(model: nn.Module, missing: Iterable[str], folder: Path) -> None:
-    """A new head may be missing from a checkpoint; a part of the model's layers may not."""
-    try:
-        prefixes = tuple(f"{ffn.name}." for ffn in find_ffns(model))
-    except ConversionError:  # an architecture that has no row is not ours to judge
-        return
-    parts = sorted(name for name in missing if name.startswith(prefixes))
-    if parts:
-        raise CheckpointError(f"the checkpoint in {folder} lacks {', '.join(parts[:3])} ({len(parts)} tensors in all)")
-
-
-def _load_around_copies(loader: Any, folder: Path, **options: Any) -> nn.Module:
-    """Load what of a GMoE's checkpoint fits the stock class; its copied projections are restored apart."""
-    if hasattr(loader, "from_pretrained"):
-        with _quiet():  # the mismatch that it would report is GMoE's own
-            return load_stock(loader, folder, ignore_mismatched_sizes=True, **options)
-    model = loader(f"local-dir:{folder}", pretrained=False, **options) if _is_timm(loader) else loader(**options)
-    own = model.state_dict()
-    state = _read(folder / WEIGHT_FILES[0])
-    model.load_state_dict(
-        {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape},
-        strict=False,
-    )
-    return cast(nn.Module, model)
-
-
-def _is_timm(loader: Any) -> bool:
-    return str(getattr(loader, "__module__", "")).startswith("timm.")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _described(tensors: dict[str, Tensor], path: Path) -> tuple[int, list[int]]:
+    """How many experts in which layers a partition file is of, once its tensors are of the right kind."""
+    experts = tensors.get("num_experts", torch.tensor(0))
+    if experts.numel() != 1 or experts.dtype != torch.int64:
+        raise CheckpointError(f"{path} is damaged: 'num_experts' is no whole number")
+    layers = []
+    for name, tensor in tensors.items():
+        if not (match := re.fullmatch(r"(key_norms|permutation)\.(\d{1,9})", name)):
+            continue
+        norms = match[1] == "key_norms"
+        if norms:
+            layers.append(int(match[2]))
+        if (
+            tensor.ndim != 1
+            or not tensor.numel()
+            or not (tensor.is_floating_point() if norms else tensor.dtype == torch.int64)
+        ):
+            raise CheckpointError(f"{path} is damaged: '{name}' is no list of one number a neuron")
+    return int(experts), sorted(layers)
 
 
 def _check_norms(ffn: FFN, norms: Tensor, folder: Path) -> None:
     with torch.no_grad():
         found = _key_norms(ffn)
     tolerance = _NORM_TOLERANCE if has_plain_weight(ffn.proj_in) else _QUANTISED_NORM_TOLERANCE
-    if found.shape != norms.shape or not torch.allclose(found, norms, rtol=tolerance, atol=1e-6):
+    if found.shape != norms.shape or not torch.allclose(found, norms.float(), rtol=tolerance, atol=1e-6):
         raise CheckpointError(
             f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}: it belongs to another model or the weights were changed without it"
         )

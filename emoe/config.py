@@ -338,6 +338,18 @@ def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:
     """Build the configuration that ``values["kind"]`` names (``emoe`` or ``gmoe``)."""
     kinds: dict[str, type[EMoEConfig] | type[GMoEConfig]] = {"emoe": EMoEConfig, "gmoe": GMoEConfig}
     kind = values.get("kind")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"kind is {kind!r}{did_you_mean(kind, kinds)}")
     return kinds[kind].from_dict(values)
+
+
+def check_config(config: object, what: str) -> None:
+    """Refuse something else in the place of a configuration (:class:`ConfigError`)."""
+    if isinstance(config, EMoEConfig | GMoEConfig):
+        return
+    hint = "emoe.EMoEConfig(num_experts=64, top_k=16)"
+    if isinstance(config, Mapping):
+        hint = "emoe.config_from_dict({'kind': 'emoe', …})" if "kind" in config else "emoe.EMoEConfig(**values)"
+    elif isinstance(config, type) and issubclass(config, EMoEConfig | GMoEConfig):
+        hint = f"emoe.{config.__name__}(…), an instance"
+    raise ConfigError(f"{what}: the configuration is {config!r:.100}; build it by {hint}")

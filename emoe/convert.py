@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from emoe.architectures import FFN, bias_of, find_ffns, resolve_layers
 from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_gated, check_plain, check_trainable, check_weights
-from emoe.config import EMoEConfig, GMoEConfig
+from emoe.config import EMoEConfig, GMoEConfig, check_config
 from emoe.errors import ConversionError
+from emoe.guards import guard_, unguard_
 from emoe.layer import RoutedActivation, routed_layers, with_values
+from emoe.marks import mark_, no_experts, renew_mark_
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
 from emoe.tokens import PaddingMaskHook, remove_hooks, watch_padding, watch_passes
@@ -103,8 +105,9 @@ def convert_(
             divide, a norm stands inside an FFN, weights are quantised, sharded, wrapped, shared or not
             finite, keys are zero or equal (k-means only), the FFN is frozen (GMoE only), it has no
             up-projection to score by, or the partition does not fit. The model is unchanged.
-        ConfigError: ``layers`` matches nothing.
+        ConfigError: ``layers`` matches nothing, or the configuration is none.
     """
+    check_config(config, "convert_")
     if routed_layers(model):
         raise ConversionError(f"{type(model).__name__} is converted already; call emoe.to_dense_ first")
     ffns = find_ffns(model)
@@ -130,6 +133,8 @@ def convert_(
         reports = [_split(ffn, config, partition, padding.get(ffn.index)) for ffn in chosen]
         active = neurons - sum(r.expert_size * (config.num_experts - config.num_active_experts) for r in reports)
     watch_losses(model)
+    mark_(model)
+    guard_(model)
     added = sum(p.numel() for p in model.parameters()) - before
     return ConversionReport(tuple(reports), len(ffns), active / neurons, added)
 
@@ -148,6 +153,10 @@ def watch_losses(model: nn.Module) -> None:
 
 
 def _check_partition(chosen: list[FFN], partition: Mapping[int, Tensor]) -> None:
+    if not isinstance(partition, Mapping):
+        raise ConversionError(
+            f"the partition is a {type(partition).__name__}; give layer number to permutation, as emoe.partition"
+        )
     for ffn in chosen:
         if ffn.index not in partition:
             raise ConversionError(f"the partition has no layer {ffn.index}; it has {sorted(partition)}")
@@ -238,8 +247,9 @@ def _like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
 def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     """Fold the experts back into the dense FFN, in place: the routing is removed (EMoE2Dense).
 
-    The weights stay as they are, so for a model whose every expert was in use
-    (``top_k == num_experts``) the function does not change. Output biases of single experts become one:
+    The weights stay as they are, bit by bit; the function does not, unless every expert was in use
+    (``top_k == num_experts``): with fewer, a token had its own experts' neurons only and has all of them afterwards, so
+    the outputs differ. Output biases of single experts become one:
     ``k / N`` times their sum, which is the FFN's own bias until they are trained. Adapters stay where they are.
 
     Args:
@@ -251,18 +261,27 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
 
     Raises:
         ConversionError: nothing to fold back, a GMoE (its experts are different full FFNs and have
-            no dense equal), or, with ``restore_order``, adapters on an FFN. The model is unchanged.
+            no dense equal), or, with ``restore_order``, adapters on an FFN or an order that is not known (the model
+            was saved by its own library, without sidecars). The model is unchanged.
     """
     layers = routed_layers(model)
     if not layers:
-        raise ConversionError(f"{type(model).__name__} has no routed FFN to fold back")
+        raise no_experts(model, "to_dense_", "it is dense already")
     if any(isinstance(layer.config, GMoEConfig) for layer in layers):
         raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained apart")
     if restore_order:
         check_plain(layer.ffn for layer in layers)
+        unknown = [layer.ffn_name for layer in layers if layer.permutation is None]
+        if unknown:
+            raise ConversionError(
+                f"to_dense_: where the neurons of {unknown[0]} stood at first is not known, because the model was saved without "
+                "emoe.save_pretrained or emoe.TrainerCallback, or took a state dict of other weights; leave restore_order out"
+            )
     remove_hooks(model)
+    unguard_(model)
     for layer in layers:
         layer.remove_()
-        if restore_order and layer.permutation is not None:
-            layer.ffn.permute_(torch.argsort(layer.permutation))
+        if restore_order:
+            layer.ffn.permute_(torch.argsort(layer.permutation))  # type: ignore[arg-type]
+    renew_mark_(model)
     return model

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from emoe.checkpoint import CONFIG_FILE, WEIGHT_FILES, load_stock
+from emoe.checkpoint import CONFIG_FILE
 from emoe.errors import CheckpointError
+from emoe.marks import read_mark
+from emoe.stock import load_stock, refuse_adapters
+from emoe.weights import STOCK_CONFIG_FILE, one_line, read_object, shorten, weight_files
 
 # Weights and settings, tokenizers and templates. Nothing that would have to be unpickled.
 _PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -35,10 +37,10 @@ def model_folder(model: str) -> Path:
             raise CheckpointError(
                 f"'{model}' is no folder, and the hub gives out no model of that name: {reason}"
             ) from error
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} holds no config.json, so it is no model's folder")
-    if not any((folder / name).exists() for name in WEIGHT_FILES):
-        raise CheckpointError(f"{folder} holds no {' or '.join(WEIGHT_FILES)}; other formats are not read")
+    refuse_adapters(folder)
+    if not (folder / STOCK_CONFIG_FILE).exists():
+        raise CheckpointError(f"{folder} holds no {STOCK_CONFIG_FILE}, so it is no model's folder")
+    weight_files(folder)
     return folder
 
 
@@ -46,28 +48,47 @@ def loader_for(folder: Path) -> Any:
     """What loads a folder with its head: the transformers class that wrote it, or ``timm.create_model``.
 
     Raises:
-        CheckpointError: a damaged ``config.json``, or a class that transformers does not have.
+        CheckpointError: a damaged ``config.json``, or no class of transformers that a model can be of.
     """
-    file = folder / "config.json"
-    try:
-        settings = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested too deeply
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file} is damaged: it holds no object")
+    file = folder / STOCK_CONFIG_FILE
+    settings = read_object(file)
     if "architecture" in settings:
         import timm
 
         return timm.create_model
+    names = settings.get("architectures")
+    if names is None or names == []:
+        names = ["AutoModel"]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise CheckpointError(f"{file} is damaged: 'architectures' is no list of names: {shorten(repr(names), 80)}")
+    return _model_class(names[0], file)
+
+
+def _model_class(name: str, file: Path) -> Any:
+    """A class of transformers by its name.
+
+    Raises:
+        CheckpointError: transformers has no such class, or it is none that loads models.
+    """
     import transformers
 
-    names = settings.get("architectures") or ["AutoModel"]
-    found = getattr(transformers, names[0], None)
+    try:
+        found = getattr(transformers, name, None)
+    except (ImportError, RuntimeError) as error:  # its module needs another library
+        raise CheckpointError(f"{file} names the class '{name}', which does not load: {one_line(error)}") from error
     if found is None:
         raise CheckpointError(
-            f"{file} names the class '{names[0]}', which transformers does not have; load it in Python"
+            f"{file} names the class '{shorten(name, 80)}', which transformers does not have; load it in Python"
         )
+    whole = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if not (whole and found.forward is not nn.Module.forward) and found is not transformers.AutoModel:
+        raise CheckpointError(f"{file} names '{name}' as the model's class, which is none")
     return found
+
+
+def holds_experts(folder: Path) -> bool:
+    """Whether a model's folder says that it has experts."""
+    return (folder / CONFIG_FILE).exists() or read_mark(folder) is not None
 
 
 def load_dense(folder: Path) -> nn.Module:
@@ -76,7 +97,7 @@ def load_dense(folder: Path) -> nn.Module:
     Raises:
         CheckpointError: it holds experts already, or its weights are damaged.
     """
-    if (folder / CONFIG_FILE).exists():
+    if holds_experts(folder):
         raise CheckpointError(f"{folder} holds experts already; fold them back first (python -m emoe to-dense)")
     return load_stock(loader_for(folder), folder).eval()
 
@@ -87,8 +108,12 @@ def check_new(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is not empty; name a new folder")
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, templates and the like, which belong to the model but are not written with its weights."""
+def copy_companions(source: Path, target: Path) -> list[Path]:
+    """Copy tokenizer, templates and the like, which belong to the model but are not written with its weights.
+
+    Returns:
+        Files that were left out, because they are links that lead out of the folder.
+    """
     files = [
         path.relative_to(source)
         for path in sorted(source.rglob("*"))
@@ -98,6 +123,16 @@ def copy_companions(source: Path, target: Path) -> None:
         and path.name != CONFIG_FILE
         and not (target / path.relative_to(source)).exists()
     ]
+    places = _storage(source)
+    outside = [file for file in files if not any((source / file).resolve().is_relative_to(place) for place in places)]
     for file in files:
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / file, target / file)
+        if file not in outside:
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, target / file)
+    return outside
+
+
+def _storage(folder: Path) -> list[Path]:
+    """Where a folder's own files lie: in it, or in the hub's cache, which links a snapshot's to the blobs beside it."""
+    folder = folder.resolve()
+    return [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]

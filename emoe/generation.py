@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from emoe.architectures import find_ffns
-from emoe.checkpoint import CONFIG_FILE, from_pretrained
+from emoe.checkpoint import from_pretrained
 from emoe.errors import CheckpointError
-from emoe.folders import load_dense, loader_for
+from emoe.folders import holds_experts, load_dense, loader_for
 from emoe.layer import routed_layers
 from emoe.settings import set_backend_
+from emoe.weights import one_line
 
 
 def generate_text(
@@ -44,15 +45,18 @@ def generate_text(
         set_backend_(model, backend)
     inputs = _inputs(tokenizer, prompt, raw=raw).to(next(model.parameters()).device)
     start = time.perf_counter()
-    with torch.inference_mode():
-        output = cast(Any, model).generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )
+    try:
+        with torch.inference_mode():
+            output = cast(Any, model).generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            )
+    except ValueError as error:  # settings of the folder's that do not go together
+        raise CheckpointError(f"{folder} does not answer: {one_line(error)}") from error
     seconds = time.perf_counter() - start
     tokens = output.shape[1] - inputs["input_ids"].shape[1]
     experts = "dense"
@@ -66,14 +70,14 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from error
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # whatever a damaged file brings about
+        raise CheckpointError(f"{folder} holds no tokenizer: {one_line(error)}") from error
 
 
 def _model(folder: Path) -> nn.Module:
     loader = loader_for(folder)
-    model = from_pretrained(loader, folder) if (folder / CONFIG_FILE).exists() else load_dense(folder)
+    model = from_pretrained(loader, folder) if holds_experts(folder) else load_dense(folder)
     if not hasattr(model, "generate") or not cast(Any, model).can_generate():
         raise CheckpointError(f"{folder} holds a {type(model).__name__}, which does not generate text")
     model.eval()

@@ -25,8 +25,9 @@ from emoe.architectures import FFN, find_ffns, resolve_layers
 from emoe.calibration import Batch, record_activations
 from emoe.checks import check_distinct_keys, check_divisible, check_weights
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
-from emoe.config import EMoEConfig
-from emoe.errors import CheckpointError, ConversionError
+from emoe.config import EMoEConfig, check_config
+from emoe.errors import CheckpointError, ConfigError, ConversionError
+from emoe.weights import one_line
 
 # Part of every cache key: raise it when the same settings would give another partition.
 ALGORITHM_VERSION = 2
@@ -74,7 +75,11 @@ def partition(
     Raises:
         ConversionError: unknown architecture, indivisible width, weights that are quantised, shared
             or not finite; with ``kmeans`` zero or equal keys; with ``coactivation`` no calibration.
+        ConfigError: the configuration is none of an EMoE.
     """
+    check_config(config, "partition")
+    if not isinstance(config, EMoEConfig):
+        raise ConfigError("partition: GMoE copies whole FFNs and groups no neurons")
     ffns = find_ffns(model)
     chosen = [ffns[i] for i in resolve_layers(config.layers, len(ffns))]  # type: ignore[arg-type]
     check_weights(model, chosen)
@@ -146,7 +151,7 @@ def tensor_digest(tensor: Tensor) -> str:
 def is_permutation(tensor: Tensor | None, length: int) -> bool:
     """Whether a tensor is an int64 permutation of ``0 … length - 1``."""
     return (
-        tensor is not None
+        isinstance(tensor, Tensor)
         and tensor.dtype == torch.int64
         and tensor.shape == (length,)
         and torch.equal(tensor.sort().values.cpu(), torch.arange(length))
@@ -175,15 +180,15 @@ def load_partition(path: str | os.PathLike[str]) -> Partition:
         with safe_open(path, framework="pt") as file:
             notes = file.metadata() or {}
             permutations = {int(name.removeprefix("layer.")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        numbers = {
+            name: {int(layer): float(number) for layer, number in json.loads(notes.get(name, "{}")).items()}
+            for name in ("explained", "seconds")
+        }
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {one_line(error)}") from error
     for layer, permutation in permutations.items():
         if not is_permutation(permutation, permutation.numel()):
             raise CheckpointError(f"{path}: layer.{layer} is not a permutation")
-    numbers = {
-        name: {int(k): float(v) for k, v in json.loads(notes.get(name, "{}")).items()}
-        for name in ("explained", "seconds")
-    }
     return Partition(dict(sorted(permutations.items())), **numbers)

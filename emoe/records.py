@@ -164,9 +164,18 @@ def _shares(loads: Tensor) -> Tensor:
     return loads.double() / max(int(loads.sum()), 1)
 
 
+class _ByLayer(dict[int, LayerRecord]):
+    def __missing__(self, index: int) -> LayerRecord:
+        raise KeyError(f"layer {index} has no experts; those that have are {', '.join(map(str, self))}")
+
+
 @dataclass(frozen=True)
 class RoutingRecord:
-    """What :func:`record_routing` collected, by layer number."""
+    """What :func:`record_routing` collected.
+
+    Attributes:
+        layers: by the number of the layer in the model, not by its place among the converted ones.
+    """
 
     layers: dict[int, LayerRecord]
     _labels: LabelHook
@@ -227,7 +236,7 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
         raise ConversionError("record_routing: the model is being recorded already")
     labels = LabelHook(model)
     padding = watch_padding(model, [layer.ffn for layer in layers])
-    records = {}
+    records = _ByLayer()
     try:
         for layer in layers:
             n, device = layer.config.num_experts, layer.ffn.keys().device

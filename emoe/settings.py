@@ -9,6 +9,7 @@ from torch import nn
 
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation, routed_layers
+from emoe.marks import no_experts, renew_mark_
 
 
 def set_top_k_(model: nn.Module, top_k: int | None = None, *, score_threshold: float | None = None) -> None:
@@ -28,9 +29,9 @@ def set_top_k_(model: nn.Module, top_k: int | None = None, *, score_threshold: f
     if (top_k is None) == (score_threshold is None):
         raise ConversionError("set_top_k_ takes either top_k or score_threshold")
     if top_k is None:
-        _configure_(layers, score_threshold=score_threshold)
+        _configure_(model, layers, score_threshold=score_threshold)
     else:
-        _configure_(layers, top_k=top_k, score_threshold=None)
+        _configure_(model, layers, top_k=top_k, score_threshold=None)
 
 
 def set_backend_(model: nn.Module, backend: str) -> None:
@@ -44,18 +45,19 @@ def set_backend_(model: nn.Module, backend: str) -> None:
         ConfigError: no such backend, or one that the configuration does not go with.
         ConversionError: the model is not converted.
     """
-    _configure_(_converted_layers(model, "set_backend_"), backend=backend)
+    _configure_(model, _converted_layers(model, "set_backend_"), backend=backend)
 
 
 def _converted_layers(model: nn.Module, what: str) -> list[RoutedActivation]:
     layers = routed_layers(model)
     if not layers:
-        raise ConversionError(f"{what}: the model has no routed FFN; convert it first")
+        raise no_experts(model, what, "convert it first")
     return layers
 
 
-def _configure_(layers: list[RoutedActivation], **change: Any) -> None:
+def _configure_(model: nn.Module, layers: list[RoutedActivation], **change: Any) -> None:
     # every configuration is checked before the first layer gets its own
     changed = [dataclasses.replace(layer.config, **change) for layer in layers]
     for layer, config in zip(layers, changed, strict=True):
         layer.configure_(config)
+    renew_mark_(model)

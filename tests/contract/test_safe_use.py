@@ -488,7 +488,9 @@ def test_a_gradient_that_would_be_lost_is_an_error() -> None:
             return grad * 2
 
     _, sparse = both(lambda: Block(Twice.apply))
-    with pytest.raises(RuntimeError, match=r"an autograd\.Function reads an FFN's hidden neurons .* emoe\.set_backend_"):
+    with pytest.raises(
+        RuntimeError, match=r"an autograd\.Function reads an FFN's hidden neurons .* emoe\.set_backend_"
+    ):
         trained(sparse)
     agree(both(lambda: Block(Twice.apply))[:1] * 2)
 

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 import emoe
-from emoe.folders import loader_for
 from emoe.layer import RoutedActivation, routed_layers
 from tests import tiny_models
 from tests.plain_net import FFN, PlainNet, plain_net
@@ -215,6 +214,64 @@ def test_modules_that_a_row_names_and_the_model_lacks() -> None:
         emoe.register_ffn("OneRow")
 
 
+ROW = {"layers": "layers", "proj_in": "inner", "activation": "act", "proj_out": "outer"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": ""}, r"layers is ''; write the dotted path of a list"),
+        ({"layers": "a..b"}, r"layers is 'a\.\.b'"),
+        ({"layers": "a*.b"}, r"layers is 'a\*\.b'"),
+        ({"layers": ["a", "b"]}, r"layers is \['a', 'b'\]"),
+        ({"proj_in": ".inner"}, r"proj_in is '\.inner'; write a dotted path below one layer"),
+        ({"proj_in": "*.inner"}, r"proj_in is '\*\.inner'"),
+        ({"activation": None}, "activation is None"),
+        ({"proj_out": nn.Linear(2, 2)}, "proj_out is Linear"),
+        ({"proj_out": "inner"}, "proj_out and proj_in are both 'inner'"),
+        ({"between": "dropout"}, r"between is 'dropout'; write a tuple of paths"),
+        ({"between": ("act",)}, r"between\[0\] and activation are both 'act'"),
+        ({"fused": "frist"}, r"fused is 'frist'; did you mean 'first'"),
+        ({"fused": "first", "proj_up": "up"}, "fused means that proj_in holds both halves, so there is no proj_up"),
+        ({"transposed": 1}, "transposed is 1; write True or False"),
+    ],
+)
+def test_rows_that_no_model_can_fit_are_refused_when_they_are_registered(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(emoe.ConversionError, match=rf"register_ffn\('Net'\): {message}"):
+        emoe.register_ffn("Net", emoe.FFNSpec(**{**ROW, **change}))
+
+
+def test_what_is_no_row_is_refused() -> None:
+    row = emoe.FFNSpec(**ROW)
+    for key, specs, message in (
+        ("", (row,), "'' is no key"),
+        (nn.Linear, (row,), "is no key; give model.config.model_type or the name"),
+        ("Net", (ROW,), r"takes emoe\.FFNSpec"),
+        ("Net", (row, row), "the same FFNSpec twice"),
+    ):
+        with pytest.raises(emoe.ConversionError, match=message):
+            emoe.register_ffn(key, *specs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("config", "hint"),
+    [
+        ({"num_experts": 8, "top_k": 2}, r"build it by emoe\.EMoEConfig\(\*\*values\)"),
+        ({"kind": "emoe", "num_experts": 8}, r"build it by emoe\.config_from_dict"),
+        (emoe.EMoEConfig, r"build it by emoe\.EMoEConfig\(…\), an instance"),
+        (None, r"the configuration is None; build it by emoe\.EMoEConfig\(num_experts"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(config: Any, hint: str) -> None:
+    for call in (emoe.convert_, emoe.partition):
+        with pytest.raises(emoe.ConfigError, match=hint):
+            call(plain_net(4, 16), config)
+    with pytest.raises(emoe.ConfigError, match="GMoE copies whole FFNs"):
+        emoe.partition(plain_net(4, 16), emoe.GMoEConfig())  # type: ignore[arg-type]
+    with pytest.raises(emoe.ConversionError, match="the partition is a list"):
+        emoe.convert_(plain_net(4, 16), emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0]), partition=[[0]])  # type: ignore[arg-type]
+
+
 def test_two_lists_of_layers_need_a_choice_or_a_star() -> None:
     class TwoTowers(nn.Module):
         def __init__(self) -> None:
@@ -299,6 +356,12 @@ def test_truncated_files_are_named(folder, name: str, keep: float) -> None:
         ("emoe_partition", {"permutation.3": torch.arange(32)}, "has no permutation"),
         ("emoe_partition", {"key_norms.1": None}, r"in the layers \[1, 3\], but .* in the layers \[3\]"),
         ("emoe_partition", {"key_norms.1": torch.ones(64)}, "does not match the weights"),
+        ("emoe_partition", {"key_norms.1": torch.ones(())}, "'key_norms.1' is no list of one number a neuron"),
+        ("emoe_partition", {"key_norms.1": torch.ones(0)}, "'key_norms.1' is no list of one number a neuron"),
+        ("emoe_partition", {"key_norms.1": torch.ones(64).bool()}, "'key_norms.1' is no list"),
+        ("emoe_partition", {"permutation.1": torch.ones(64) * 1j}, "'permutation.1' is no list"),
+        ("emoe_partition", {"num_experts": torch.ones(2)}, "'num_experts' is no whole number"),
+        ("emoe_partition", {"num_experts": torch.tensor(float("nan"))}, "'num_experts' is no whole number"),
         ("emoe_extra", {"1.routing.router.gate": None}, r"does not hold '1\.routing\.\*'"),
         ("emoe_extra", {"1.routing.router.gate": torch.ones(4, 32)}, r"does not hold '1\.routing\.\*'"),
     ],
@@ -320,6 +383,12 @@ def test_sidecars_that_do_not_fit_are_named(folder, file: str, change: dict, mes
         ({"layers": [1]}, r"in the layers \[1\], but"),
         ({"layers": [1, 1, 3]}, r"in the layers \[1, 1, 3\], but"),
         ({"layers": ["x"]}, "is damaged"),
+        ({"layers": "13"}, "'layers' is no list of layer numbers"),
+        ({"layers": [1.0, 3.0]}, "'layers' is no list of layer numbers"),
+        ({"layers": [True, 3]}, "'layers' is no list of layer numbers"),
+        ({"config": {"kind": {}}}, "kind is {}"),
+        ({"config": {"kind": "emoe", "num_experts": 10**400, "top_k": 2}}, "names 1000"),
+        ({"config": {"kind": "emoe", "num_experts": 8, "top_k": "x" * 5000}}, "top_k is 'xxxx"),
         ({"config": None}, "is damaged: .*no object"),
         ({"config": {"kind": "emoe", "num_experts": 4, "top_k": 2}}, r"names 4 experts .* is of 8 experts"),
         ({"config": {"kind": "emoe", "num_experts": 8, "top_k": 2, "version": 9, "new": 1}}, "newer release"),
@@ -332,11 +401,20 @@ def test_settings_that_are_not_those_of_the_partition(folder, content: dict, mes
         load(folder)
 
 
-def test_settings_that_are_nested_too_deeply_are_refused(folder) -> None:
-    for name, read in (("emoe_config.json", load), ("config.json", loader_for)):
-        (folder / name).write_text("[" * 100_000 + "]" * 100_000)
-        with pytest.raises(emoe.CheckpointError, match=f"{name} is damaged: .*recursion"):
-            read(folder)
+@pytest.mark.parametrize("name", ["config.json", "emoe_config.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "3", "null", '{"a": ' + "9" * 5000 + "}", "\x00", ""])
+def test_odd_json_is_one_line_that_names_the_file(folder, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(emoe.CheckpointError, match=rf"^[^\n]*{name}[^\n]*is damaged[^\n]*$"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "emoe_config.json", "emoe_partition.safetensors", "model.safetensors"])
+def test_a_folder_in_the_place_of_a_file_is_named(folder, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(emoe.CheckpointError, match=rf"^[^\n]*{name}[^\n]*is damaged[^\n]*$"):
+        load(folder)
 
 
 def test_weights_that_lack_a_part_of_a_layer_are_refused(folder) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -44,6 +46,10 @@ def vit(tmp_path: Path) -> Path:
     folder.mkdir()
     save_weights(timm.create_model("test_vit"), folder)
     return folder
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def call(*arguments: object, fails: bool = False) -> str:
@@ -122,6 +128,144 @@ def test_wrong_folders_are_named(bert: Path, tmp_path: Path) -> None:
     assert "which transformers does not have" in call("convert", bert, tmp_path / "x", *size, fails=True)
     (bert / "config.json").unlink()
     assert "holds no config.json" in call("convert", bert, tmp_path / "x", *size, fails=True)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["NoSuchModel"], "'NoSuchModel', which transformers does not have"),
+        ("BertModel", "'architectures' is no list of names: 'BertModel'"),
+        (3, "'architectures' is no list of names: 3"),
+        ({"a": 1}, "'architectures' is no list of names"),
+        ([None], "'architectures' is no list of names"),
+        ([["BertModel"]], "'architectures' is no list of names"),
+        (["nn"], "'nn', which transformers does not have"),
+        (["utils"], "names 'utils' as the model's class, which is none"),
+        (["is_torch_available"], "names 'is_torch_available' as the model's class"),
+        (["BertConfig"], "names 'BertConfig' as the model's class"),
+        (["PreTrainedModel"], "names 'PreTrainedModel' as the model's class"),
+        (["BertPreTrainedModel"], "names 'BertPreTrainedModel' as the model's class"),
+        (["AutoTokenizer"], "names 'AutoTokenizer' as the model's class"),
+        (["__dict__"], "names '__dict__' as the model's class"),
+        (["LlamaForCausalLM"], "are not those of a LlamaForCausalLM"),
+    ],
+)
+def test_odd_classes_in_a_models_configuration_are_named(
+    bert: Path, tmp_path: Path, classes: Any, message: str
+) -> None:
+    edit_json(bert / "config.json", architectures=classes)
+    text = call("convert", bert, tmp_path / "out", "--num-experts", 8, "--top-k", 2, fails=True)
+    assert message in text
+    assert len(text.strip().splitlines()) == 1 or "are not those" in message  # the library reports beside it
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "asks for more layers than there are tensors in the weights, 73"),
+        ({"text_config": {"num_layers": 10**9}}, "asks for more layers than there are tensors"),
+        ({"transformers_weights": "../other.safetensors"}, "names other weight files by 'transformers_weights'"),
+        ({"hidden_size": "x"}, "cannot be loaded by BertForSequenceClassification"),
+        ({"num_attention_heads": 0}, "cannot be loaded by BertForSequenceClassification"),
+        ({"emoe": 3}, "config.json, 'emoe', is damaged"),
+        ({"emoe": {"config": {"kind": "emoe", "num_experts": 8, "top_k": 2}, "layers": [3, 1]}}, "no ascending list"),
+        ({"emoe": {"config": {"kind": ["emoe"]}, "layers": [1]}}, "kind is ['emoe']"),
+        ({"emoe": {"config": {"kind": "emoe", "num_experts": 8, "top_k": 2}, "layers": [1]}}, "holds experts already"),
+    ],
+)
+def test_odd_values_in_a_models_configuration_are_named(bert: Path, tmp_path: Path, change: Any, message: str) -> None:
+    edit_json(bert / "config.json", **change)
+    assert message in call("convert", bert, tmp_path / "out", "--num-experts", 8, "--top-k", 2, fails=True)
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        (
+            {"a": "../outside.safetensors"},
+            "names the shard '../outside.safetensors'; it must be a .safetensors file of the",
+        ),
+        ({"a": "shard.bin"}, "names the shard 'shard.bin'; it must be a .safetensors file of the same folder"),
+        ({"a": "missing.safetensors"}, "names the shard 'missing.safetensors', which"),
+        ({"a": "x" * 5000 + ".safetensors"}, "names the shard 'xxxx"),
+        ({"a": 3}, "'weight_map' names no shards"),
+        ({}, "'weight_map' names no shards"),
+    ],
+)
+def test_shards_outside_the_folder_and_pickled_ones_are_refused(
+    bert: Path, tmp_path: Path, shards: Any, message: str
+) -> None:
+    (bert / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (bert / "shard.bin").write_bytes(b"")
+    (bert / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    text = call("convert", bert, tmp_path / "out", "--num-experts", 8, "--top-k", 2, fails=True)
+    assert message in text
+    assert len(text) < 600
+
+
+def test_code_that_comes_with_a_model_is_not_run(bert: Path, tmp_path: Path) -> None:
+    (bert / "own.py").write_text("raise SystemExit('it ran')")
+    edit_json(
+        bert / "config.json",
+        architectures=None,
+        model_type="own",
+        auto_map={"AutoModel": "own.X", "AutoConfig": "own.X"},
+    )
+    text = call("convert", bert, tmp_path / "out", "--num-experts", 8, "--top-k", 2, fails=True)
+    assert "cannot be loaded by AutoModel" in text
+    assert "it ran" not in text
+
+
+def test_companions_behind_links_out_of_the_folder_are_not_copied(bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.json").write_text("{}")
+    (bert / "special_tokens_map.json").symlink_to(tmp_path / "secret.json")
+    (bert / "inside.txt").symlink_to("vocab.txt")
+    text = call("convert", bert, tmp_path / "out", "--num-experts", 8, "--top-k", 2)
+    assert f"Not copied: {bert / 'special_tokens_map.json'} is a link that leads out of the folder" in text
+    assert not (tmp_path / "out" / "special_tokens_map.json").exists()
+    assert (tmp_path / "out" / "inside.txt").read_text() == "[PAD]\n"
+    # the hub's cache keeps files beside its snapshots and links them
+    blobs, snapshot = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for place, name in enumerate(("config.json", "model.safetensors", "vocab.txt")):
+        (bert / name).rename(blobs / str(place))
+        (snapshot / name).symlink_to(blobs / str(place))
+    assert "Not copied" not in call("convert", snapshot, tmp_path / "again", "--num-experts", 8, "--top-k", 2)
+    assert (tmp_path / "again" / "vocab.txt").exists()
+
+
+def test_a_folder_that_the_models_own_library_saved_is_shown_and_folded_back(bert: Path, tmp_path: Path) -> None:
+    model = BertForSequenceClassification.from_pretrained(bert)
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="last:2"))
+    model.save_pretrained(tmp_path / "own")
+    assert "not known where the neurons stood at first" in call("inspect", tmp_path / "own")
+    size = ("--num-experts", 8, "--top-k", 2)
+    assert "holds experts already" in call("convert", tmp_path / "own", tmp_path / "x", *size, fails=True)
+    assert "leave restore_order out" in call(
+        "to-dense", tmp_path / "own", tmp_path / "x", "--restore-order", fails=True
+    )
+    call("to-dense", tmp_path / "own", tmp_path / "dense")
+    assert "emoe" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    call("convert", tmp_path / "dense", tmp_path / "again", *size)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ("all", "all"),
+        ("last:2", "the last 2"),
+        ("last-half:2", "one in 2 of the latter half, from its first on"),
+        ("last-quarter:2", "one in 2 of the last quarter, from its first on"),
+        ("1:4:2", "from 1 up to 4, itself not included, one in 2"),
+        ("1,3", "those numbered 1, 3"),
+    ],
+)
+def test_inspect_says_what_its_signs_mean(bert: Path, tmp_path: Path, layers: str, words: str) -> None:
+    call("convert", bert, tmp_path / "out", "--num-experts", 8, "--top-k", 2, "--layers", layers)
+    assert f"* not the default. layers: {words}" in call("inspect", tmp_path / "out")
+    assert "every second one of the latter half" in " ".join(call("convert", "--help").split())
 
 
 @pytest.fixture
