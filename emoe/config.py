@@ -276,7 +276,10 @@ class EMoEConfig(RoutingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.router, str) or self.router not in ROUTERS:
-            raise ConfigError(f"{type(self).__name__}.router is {self.router!r}{did_you_mean(self.router, ROUTERS)}")
+            near = did_you_mean(self.router, ROUTERS)
+            raise ConfigError(
+                f"{type(self).__name__}.router is {self.router!r}, which is not registered (emoe.register_router){near}"
+            )
         learned = ROUTERS[self.router].learned
         if self.router != "avg_k" and self.score != "keys":
             raise self._error("score", f"'keys' with router='{self.router}', which has its own scores")
