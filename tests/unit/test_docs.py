@@ -23,3 +23,9 @@ def test_every_python_block_runs(page: str, least: int, tmp_path: Path, monkeypa
 def test_each_registered_architecture_is_on_the_page() -> None:
     text = (ROOT / "docs/library.md").read_text()
     assert [key for key in sorted(SHIPPED) if f"`{key}`" not in text] == []
+
+
+def test_each_module_of_the_library_is_in_the_design() -> None:
+    text = (ROOT / "docs/design.md").read_text()
+    modules = [path.relative_to(ROOT / "emoe").with_suffix("").as_posix() for path in (ROOT / "emoe").rglob("*.py")]
+    assert [name for name in sorted(modules) if "__init__" not in name and f"`{name}`" not in text] == []
