@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from emoe.architectures import FFN, find_ffns, has_plain_weight
 from emoe.checks import check_divisible
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
-from emoe.convert import attach, padding_watches, watch_passes, widen
+from emoe.convert import attach, padding_watches, watch_losses, widen
 from emoe.errors import CheckpointError, ConfigError, ConversionError
 from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
 from emoe.partitioning import is_permutation
@@ -198,7 +198,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
                 _restore(ffn.layer.get_submodule(path), f"{ffn.index}.{path}.", extra, folder)
         _check_norms(ffn, tensors[f"key_norms.{ffn.index}"], folder)
         _restore(layer, f"{ffn.index}.routing.", extra, folder)
-    watch_passes(model)
+    watch_losses(model)
     return model.eval()
 
 

@@ -18,7 +18,7 @@ from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation, routed_layers, with_values
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
-from emoe.tokens import PaddingMaskHook, PassHooks, watch_padding
+from emoe.tokens import PaddingMaskHook, remove_hooks, watch_padding, watch_passes
 
 _ALIGNMENT = ("right", "left", *["right"] * 6)
 
@@ -135,7 +135,7 @@ def convert_(
         padding = padding_watches(model, chosen, config)
         reports = [_split(ffn, config, partition, padding.get(ffn.index)) for ffn in chosen]
         active = neurons - sum(r.expert_size * (config.num_experts - config.num_active_experts) for r in reports)
-    watch_passes(model)
+    watch_losses(model)
     added = sum(p.numel() for p in model.parameters()) - before
     return ConversionReport(tuple(reports), len(ffns), active / neurons, added)
 
@@ -146,13 +146,11 @@ def padding_watches(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoE
     return watch_padding(model, ffns) if cares else {}
 
 
-def watch_passes(model: nn.Module) -> None:
+def watch_losses(model: nn.Module) -> None:
     """Let the layers of a freshly converted model know where a forward pass begins, if they have a balance loss."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, RoutedActivation)}
-    layers = {name: layer for name, layer in found.items() if layer.config.aux_loss_coefficient > 0}
-    passes = PassHooks(model, layers) if layers else None
-    for layer in layers.values():
-        layer.passes = passes
+    if layers := {name: layer for name, layer in found.items() if layer.config.aux_loss_coefficient > 0}:
+        watch_passes(model, layers)
 
 
 def _check_partition(chosen: list[FFN], partition: Mapping[int, Tensor]) -> None:
@@ -276,6 +274,7 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained apart")
     if restore_order:
         check_plain(layer.ffn for layer in layers)
+    remove_hooks(model)
     for layer in layers:
         layer.remove_()
         if restore_order and layer.permutation is not None:

@@ -8,8 +8,9 @@ Everything else, from the projections to LoRA, saving and sharding, stays what i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,8 @@ from emoe.routing import (
     select_experts,
 )
 from emoe.sparse.path import SparsePath, may_take_sparse_path
-from emoe.tensors import CarrierTensor, DeferredTensor, carried, carry
-from emoe.tokens import PaddingMaskHook, PassHooks, PerThread, is_recomputed
+from emoe.tensors import DeferredTensor, carried, carry
+from emoe.tokens import PaddingMaskHook, PerThread, is_recomputed
 
 
 class Recorder(Protocol):
@@ -42,10 +43,11 @@ class Recorder(Protocol):
 
 @dataclass
 class _Call:
-    """One call of the FFN: its input, and, once the activation has run, the experts' weights ``[T, N]``."""
+    """One call of the FFN: its input, and, once that is known, the experts' weights ``[T, N]``."""
 
     x: Tensor | None
     weights: Tensor | None = None
+    is_routed: bool = False
 
 
 class RoutedActivation(nn.Module):
@@ -65,7 +67,6 @@ class RoutedActivation(nn.Module):
         output_bias_parts: how many experts' biases made up the FFN's own when it was divided, or None.
         record: where :func:`emoe.record_routing` collects; None when it does not.
         padding: tells which tokens are padding, for a configuration that has to know; None otherwise.
-        passes: forgets balance losses at the start of a pass, for a configuration that has them; None otherwise.
     """
 
     router: Router
@@ -84,10 +85,10 @@ class RoutedActivation(nn.Module):
         self.config = config
         self.permutation = permutation
         self.padding = padding
-        self.passes: PassHooks | None = None
         # In a tuple, so that the FFN's layer does not become a child of its own activation.
         self._ffn = (ffn,)
         self.router = ROUTERS[config.router](ffn, config)
+        self._needs_gradient = self._scores_need_gradient()
         self.output_bias = None
         self.register_buffer("output_bias_parts", None)
         self.record: Recorder | None = None
@@ -95,6 +96,7 @@ class RoutedActivation(nn.Module):
         # a compiler follows plain attributes better than tensors with something on them; both are empty between its calls
         self._traced_input: Tensor | None = None
         self._traced_weights: Tensor | None = None
+        self._width, self._gated = ffn.d, ffn.gated
         self.sparse: SparsePath | None = None
         if config.output_bias != "shared":
             self._divide_output_bias()
@@ -106,6 +108,7 @@ class RoutedActivation(nn.Module):
     def configure_(self, config: EMoEConfig | GMoEConfig) -> None:
         """Route by another configuration of the same experts from now on."""
         self.config = config
+        self._needs_gradient = self._scores_need_gradient()
         if isinstance(self.router, AvgKRouter):
             self.router.config = cast(EMoEConfig, config)
         self._choose_path()
@@ -155,9 +158,6 @@ class RoutedActivation(nn.Module):
 
     def remove_(self) -> None:
         """Give the FFN back its activation and its one output bias: ``(k / N) * sum of the experts'`` biases."""
-        for watch in (self.padding, self.passes):
-            if watch is not None:
-                watch.remove()
         for projection in filter(None, (self.ffn.proj_in, self.ffn.proj_up, self.ffn.proj_out)):
             leave_(_without_adapter(projection))
         self.ffn.replace(self.ffn.spec.activation, self.activation)
@@ -190,29 +190,34 @@ class RoutedActivation(nn.Module):
         if torch.compiler.is_compiling():
             self._traced_input = x
             return call(*args, **kwargs)
-        if self.sparse is not None and self.sparse.is_taken(x):
-            return self.sparse.compute(x, lambda: carry(call(*args, **kwargs), _Call(x)))
-        return carry(call(*args, **kwargs), _Call(x))
+        sparse = self.sparse  # another thread may change the backend
+        if sparse is None or (way := sparse.choose(x)) is None:
+            return carry(call(*args, **kwargs), _Call(x))
+        return sparse.compute(
+            x, way, lambda weights: carry(call(*args, **kwargs), _Call(x, weights=weights, is_routed=True))
+        )
 
     def _call_proj_up(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))
-        if self.sparse is not None and not torch.compiler.is_compiling() and self.sparse.is_taken(x):
-            return self.sparse.defer_up(x, lambda: call(*args, **kwargs))
-        return call(*args, **kwargs)
+        x, sparse = args[0] if args else next(iter(kwargs.values())), self.sparse
+        if sparse is None or torch.compiler.is_compiling() or not sparse.may_defer(x):
+            return call(*args, **kwargs)
+        return sparse.defer_up(x, lambda: call(*args, **kwargs))
 
     def _call_proj_out(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        if args and isinstance(args[0], DeferredTensor):
-            deferred = args[0]
-            if deferred.is_routed and deferred.output is not None:
+        name = None if args else next(iter(kwargs))
+        hidden = args[0] if name is None else kwargs[name]
+        if isinstance(hidden, DeferredTensor):
+            deferred = hidden.call
+            known = hidden.is_whole and deferred.layer is self and deferred.grad == torch.is_grad_enabled()
+            if known and deferred.output is not None:
                 return deferred.output
-            args = (deferred.value(), *args[1:])
+            hidden = hidden.value()
+        hidden, this = carried(hidden)
         weights, self._traced_weights = self._traced_weights, None
-        if args and isinstance(args[0], CarrierTensor):
-            hidden, this = carried(args[0])
-            args, weights = (hidden, *args[1:]), this.weights
-        y = call(*args, **kwargs)
+        y = call(hidden, *args[1:], **kwargs) if name is None else call(**{**kwargs, name: hidden})
         if self.output_bias is None:
             return y
+        weights = weights if this is None else this.weights
         if weights is None:
             raise lost_input(self.ffn)
         return self.add_output_bias(y, weights)
@@ -227,7 +232,9 @@ class RoutedActivation(nn.Module):
         if torch.compiler.is_compiling():
             return super().__call__(z)
         if isinstance(z, DeferredTensor):
-            return z.then(self, z.shape, is_routed=True)
+            if z.call.layer is self:
+                return z.then(self, z.sizes, is_routed=True, is_whole=not self._gated)
+            z = z.value()
         plain, call = carried(z)
         call = _Call(None) if call is None else call
         hidden = super().__call__(plain, call=call)
@@ -251,14 +258,14 @@ class RoutedActivation(nn.Module):
         after = config.expert_dropout if config.dropout_position == "after" else 0.0
         # scored before the activation runs, which may be one that writes over its input
         by_product = isinstance(self.router, AvgKRouter) and self.router.needs_hidden
-        scores = None if by_product else self._scores(x, rows)
+        scores = None if by_product or call.is_routed else self._scores(x, rows)
         hidden = self.activation(F.dropout(z, before, self.training) if before else z)
-        if scores is None:
+        if by_product:
             with self._with_gradient():
                 scores = cast(AvgKRouter, self.router).product_scores(x, hidden.reshape(rows.shape))
-        _, weights = self.route(scores)
-        if self.output_bias is not None:
-            call.weights = weights
+        if scores is not None:
+            _, call.weights = self.route(scores)
+        weights = cast(Tensor, call.weights)
         if after:
             hidden = F.dropout(hidden, after, self.training)
         blocks = hidden.unflatten(-1, (config.num_experts, -1))
@@ -270,9 +277,9 @@ class RoutedActivation(nn.Module):
             raise RuntimeError(
                 f"{self.ffn_name}: nested tensors cannot be routed; build nn.TransformerEncoder with enable_nested_tensor=False"
             )
-        if z.shape[-1] != self.ffn.d:
+        if z.shape[-1] != self._width:
             raise RuntimeError(
-                f"{self.ffn_name}: the activation was called with {z.shape[-1]} values a token, but the FFN has {self.ffn.d} neurons; "
+                f"{self.ffn_name}: the activation was called with {z.shape[-1]} values a token, but the FFN has {self._width} neurons; "
                 "does it stand between the projections that its row names?"
             )
         if self.output_bias is None or torch.compiler.is_compiling():
@@ -288,10 +295,12 @@ class RoutedActivation(nn.Module):
         """How the chosen experts' outputs are weighted."""
         return self.config.weighting if isinstance(self.config, EMoEConfig) else "softmax"
 
-    def _with_gradient(self) -> torch.set_grad_enabled:
+    def _scores_need_gradient(self) -> bool:
         """A binary mask passes no gradient to the scores, so none is recorded for them unless the balance loss needs it."""
-        needed = self.weighting != "binary" or self.config.aux_loss_coefficient > 0
-        return torch.set_grad_enabled(torch.is_grad_enabled() and needed)
+        return self.weighting != "binary" or self.config.aux_loss_coefficient > 0
+
+    def _with_gradient(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._needs_gradient else torch.no_grad()
 
     def _scores(self, x: Tensor | None, z: Tensor) -> Tensor:
         """``[T, N]`` float32, before any neuron is activated."""
@@ -340,6 +349,25 @@ class RoutedActivation(nn.Module):
             self.record.update(mask, kept)
         return kept, weights
 
+    def route_few(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Experts ``[T, k]`` of a few tokens at rest from their scores, and their weights where not all are 1.
+
+        Only for a configuration whose every token uses the same number of experts.
+        """
+        config = self.config
+        binary = self.weighting == "binary"
+        if binary and self.record is None and not config.aux_loss_coefficient:
+            return select_experts(scores, config.top_k, cast(EMoEConfig, config).selection), None
+        mask, weights = self.route(scores)
+        chosen = mask.nonzero()[:, 1].view(len(scores), -1)
+        return chosen, None if binary else weights.gather(1, chosen)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and drop what decoding keeps of the weights when training begins."""
+        if mode and self.sparse is not None:
+            self.sparse.forget()
+        return super().train(mode)
+
     def forget_loss(self) -> None:
         """Forget the balance loss of the last forward pass (of this thread)."""
         self._losses.clear()
@@ -375,7 +403,12 @@ def _without_adapter(module: nn.Module) -> nn.Module:
 
 def routed_layers(model: nn.Module) -> list[RoutedActivation]:
     """The routed FFNs of a model in layer order; empty for a dense model."""
-    found = [module for module in model.modules() if isinstance(module, RoutedActivation)]
+    # PEFT keeps an unused original beside a module that it trains as a whole
+    found = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, RoutedActivation) and "original_module" not in name.split(".")
+    ]
     return sorted(found, key=lambda module: module.ffn_index)
 
 

@@ -11,9 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 Handler = Callable[..., Any]
 _HANDLER = "_emoe_handler"
+# as they are when this is imported, to see that nobody has put something in their place
+_LINEAR, _LINEAR_FORWARD = F.linear, nn.Linear.forward
 
 
 class RoutedProjection(nn.Module):
@@ -62,11 +65,31 @@ def stand_around_(projection: nn.Module, handler: Handler) -> None:
 def leave_(projection: nn.Module) -> None:
     """Take the handler away again, and the class unless somebody else has put theirs on top of it."""
     projection.__dict__.pop(_HANDLER, None)
-    plain = type(projection).__mro__[2:3]
-    if plain and type(projection) is _routed_class(plain[0]):
-        projection.__class__ = plain[0]
+    plain = _plain_class(projection)
+    if plain is not None:
+        projection.__class__ = plain
 
 
-def is_routed_by(projection: nn.Module, handler: Handler) -> bool:
-    """Whether the calls of this module go through this handler."""
-    return isinstance(projection, RoutedProjection) and projection.__dict__.get(_HANDLER) == handler
+def _plain_class(projection: nn.Module) -> type[nn.Module] | None:
+    """The class that ours was made of, where nobody has put theirs on top of it."""
+    own = type(projection)
+    return own.__mro__[2] if own.__bases__[0] is RoutedProjection else None
+
+
+def is_linear(projection: nn.Module) -> bool:
+    """Whether a projection does what its weight and bias say and nothing else: PyTorch's linear layer or GPT-2's, as they are."""
+    plain = _plain_class(projection)
+    if plain is None or F.linear is not _LINEAR:
+        return False
+    forward = plain.forward
+    return forward is _LINEAR_FORWARD or (plain.__name__, forward.__module__) == (
+        "Conv1D",
+        "transformers.pytorch_utils",
+    )
+
+
+def is_routed_by(projection: nn.Module, handler: Handler, *, alone: bool = False) -> bool:
+    """Whether the calls of this module go through this handler; with ``alone``, and is a plain linear layer otherwise."""
+    if projection.__dict__.get(_HANDLER) != handler:
+        return False
+    return is_linear(projection) if alone else isinstance(projection, RoutedProjection)

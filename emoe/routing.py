@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ def key_scores(x: Tensor, gate: Tensor, bias: Tensor | None = None, *, unit_leng
     Returns:
         ``[T, N]`` float32.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         rows = F.normalize(x.float(), dim=-1) if unit_length else x.float()
         return F.linear(rows, gate, bias)
 

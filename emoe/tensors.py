@@ -7,11 +7,13 @@ ones travels with the data: a forward pass leaves nothing behind, threads do not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 
 class CarrierTensor(Tensor):
@@ -34,8 +36,10 @@ class CarrierTensor(Tensor):
 
 
 def carry(tensor: Tensor, extra: Any) -> Tensor:
-    """The same tensor with something that travels along; as it is where its class is not PyTorch's own."""
+    """The same tensor with something that travels along; one of another class takes it no further than to the next call."""
     if type(tensor) not in (Tensor, CarrierTensor):
+        if isinstance(tensor, Tensor):
+            tensor.extra = extra  # type: ignore[attr-defined]
         return tensor
     carrier = tensor.as_subclass(CarrierTensor)
     carrier.extra = extra
@@ -46,35 +50,63 @@ def carried(tensor: Tensor) -> tuple[Tensor, Any]:
     """The plain tensor, and what travelled along, or None."""
     if isinstance(tensor, CarrierTensor):
         return tensor.as_subclass(Tensor), tensor.extra
-    return tensor, None
+    return tensor, None if type(tensor) is Tensor else getattr(tensor, "extra", None)
+
+
+@dataclass
+class Deferred:
+    """One call of an FFN whose output is known, although its neurons were not computed.
+
+    Attributes:
+        layer: what computed the output.
+        x: the FFN's input.
+        output: the output; None once somebody has looked at neurons, which then count.
+        tell: called when that happens.
+        grad: whether gradients were enabled at the call.
+        autocast: the type that autocast was on with, or None.
+    """
+
+    layer: object
+    x: Tensor
+    output: Tensor | None
+    tell: Callable[[], None]
+    grad: bool = field(default_factory=torch.is_grad_enabled)
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        kind = self.x.device.type
+        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 class DeferredTensor(Tensor):
     """Hidden neurons that were not computed, because the FFN's output is known already.
 
     It has their shape, dtype and device. The out-projection takes the output; whatever else looks at it gets the values, which are then
-    computed by the masked path.
+    computed by the masked path, kept, and taken by the out-projection too, with whatever was changed in them.
 
     Attributes:
-        output: the FFN's output, or None for an up-projection's part.
-        owner: what computed the output.
+        call: the FFN's call.
         is_routed: the activation has been called.
+        is_whole: it is what the out-projection takes: with a gated FFN, multiplied by the up-projection's part.
+        sizes: the shape, at hand without a call.
     """
 
-    output: Tensor | None
-    owner: object
+    call: Deferred
     is_routed: bool
+    is_whole: bool
+    sizes: tuple[int, ...]
     _compute: Callable[[], Tensor]
+    _value: Tensor | None
 
     @staticmethod
     def of(
-        shape: Sequence[int],
+        shape: tuple[int, ...],
         like: Tensor,
         compute: Callable[[], Tensor],
-        owner: object,
-        output: Tensor | None = None,
+        call: Deferred,
         *,
         is_routed: bool = False,
+        is_whole: bool = False,
     ) -> DeferredTensor:
         """A stand-in of this shape, with the dtype and device of ``like``.
 
@@ -82,51 +114,86 @@ class DeferredTensor(Tensor):
             shape: of the neurons.
             like: a tensor of the same dtype and device.
             compute: gives the values, if they are asked for.
-            owner: see the class.
-            output: see the class.
+            call: see the class.
             is_routed: see the class.
+            is_whole: see the class.
         """
-        found = Tensor._make_wrapper_subclass(DeferredTensor, tuple(shape), dtype=like.dtype, device=like.device)
-        found.output, found.owner, found.is_routed, found._compute = output, owner, is_routed, compute
+        found = Tensor._make_wrapper_subclass(
+            DeferredTensor, shape, dtype=like.dtype, device=like.device, requires_grad=call.grad
+        )
+        found.call, found.is_routed, found.is_whole, found.sizes = call, is_routed, is_whole, shape
+        found._compute, found._value = compute, None
+        if call.grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                found.register_hook(_refuse_gradient)
         return found
 
     def value(self) -> Tensor:
-        """The values, computed now."""
-        return self._compute()
+        """The values, computed at the first look as they would have been in the call."""
+        if self._value is None:
+            call, kind = self.call, self.call.x.device.type
+            if call.output is not None:
+                call.output = None
+                call.tell()
+            with (
+                torch.set_grad_enabled(call.grad),
+                torch.autocast(kind, call.autocast, enabled=call.autocast is not None),
+            ):
+                self._value = self._compute()
+        return self._value
 
-    def then(self, step: Callable[[Tensor], Tensor], shape: Sequence[int], *, is_routed: bool) -> DeferredTensor:
-        """What a step makes of it, deferred too."""
-        return DeferredTensor.of(shape, self, lambda: step(self.value()), self.owner, self.output, is_routed=is_routed)
+    def then(
+        self, step: Callable[[Tensor], Tensor], shape: tuple[int, ...], *, is_routed: bool, is_whole: bool = False
+    ) -> Tensor:
+        """What a step makes of it: deferred too, unless somebody has looked."""
+        if self.call.output is None:
+            return step(self.value())
+        return DeferredTensor.of(
+            shape, self, lambda: step(self.value()), self.call, is_routed=is_routed, is_whole=is_whole
+        )
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        step = _STEPS.get(func)
+        if step is not None and (deferred := step(*args, **kwargs)) is not None:
+            return deferred
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        step = _STEPS.get(func)
-        deferred = None if step is None else step(*args, **kwargs)
-        if deferred is not None:
-            return deferred
-        return func(
-            *(arg.value() if isinstance(arg, DeferredTensor) else arg for arg in args),
-            **{name: arg.value() if isinstance(arg, DeferredTensor) else arg for name, arg in kwargs.items()},
-        )
+        args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.value, (tuple(args), kwargs))
+        return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # only what does not go through __torch_function__ arrives here, and would lose the gradient
-        raise RuntimeError(
-            f"{func} reads an FFN's hidden neurons behind PyTorch's back: call emoe.set_backend_(model, 'masked') first"
-        )
+        raise RuntimeError(_BEHIND.format(func))
+
+
+_BEHIND = "{} reads an FFN's hidden neurons behind PyTorch's back: call emoe.set_backend_(model, 'masked') first"
+
+
+def _refuse_gradient(_grad: Tensor) -> None:
+    raise RuntimeError(_BEHIND.format("an autograd.Function"))
 
 
 _METADATA = {
     *(
         getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_nested", "is_meta")
+        for name in (
+            "shape",
+            "dtype",
+            "device",
+            "ndim",
+            "layout",
+            "is_cuda",
+            "is_cpu",
+            "is_nested",
+            "is_meta",
+            "requires_grad",
+        )
     ),
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.nelement, Tensor.ndimension),
 }
@@ -137,18 +204,20 @@ def _product(first: Any, second: Any) -> Tensor | None:
     if not (isinstance(first, DeferredTensor) and isinstance(second, DeferredTensor)):
         return None
     routed, other = (first, second) if first.is_routed else (second, first)
-    if not routed.is_routed or other.is_routed or routed.owner is not other.owner or routed.shape != other.shape:
+    same = routed.call.layer is other.call.layer and routed.call.x is other.call.x and routed.sizes == other.sizes
+    seen = routed.call.output is None or other.call.output is None
+    if seen or not same or not routed.is_routed or routed.is_whole or other.is_routed:
         return None
-    return routed.then(lambda value: value * other.value(), routed.shape, is_routed=True)
+    return routed.then(lambda value: value * other.value(), routed.sizes, is_routed=True, is_whole=True)
 
 
 def _halves(tensor: Any, chunks: Any, dim: int = 0) -> tuple[Tensor, ...] | None:
     """A fused in-projection's two halves."""
-    if chunks != 2 or dim not in (-1, tensor.dim() - 1) or tensor.shape[-1] % 2:
+    if not isinstance(tensor, DeferredTensor) or chunks != 2 or dim not in (-1, len(tensor.sizes) - 1):
         return None
-    shape = (*tensor.shape[:-1], tensor.shape[-1] // 2)
+    shape = (*tensor.sizes[:-1], tensor.sizes[-1] // 2)
 
-    def half(place: int) -> DeferredTensor:
+    def half(place: int) -> Tensor:
         return tensor.then(lambda value: value.chunk(2, -1)[place], shape, is_routed=tensor.is_routed)
 
     return half(0), half(1)

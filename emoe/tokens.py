@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, Protocol, Self, TypeVar
+from types import FrameType
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,69 +67,61 @@ class PerThread(Generic[T]):
         return type(self)()
 
 
-class _KeepsLoss(Protocol):
-    def forget_loss(self) -> None: ...
-
-
-class PassHooks:
-    """Forgets the layers' balance losses where a forward pass begins: at the outermost call, within a thread, of a module that holds some of them.
+def watch_passes(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Have the layers' balance losses forgotten where a forward pass begins: at the outermost call of a module that holds some of them.
 
     Each such module is watched, because wrappers call the parts of a model and not always the model itself.
 
     Args:
         model: the model that is called.
-        layers: layers of it that keep a loss, by name.
+        layers: layers of it that keep a loss (they have ``forget_loss``), by name.
     """
-
-    def __init__(self, model: nn.Module, layers: Mapping[str, _KeepsLoss]) -> None:
-        self._running: PerThread[list[str]] = PerThread()
-        within: dict[str, list[_KeepsLoss]] = {}
-        for name, layer in layers.items():
-            parts = name.split(".")
-            for length in range(len(parts)):
-                within.setdefault(".".join(parts[:length]), []).append(layer)
-        self._hooks = []
-        for name, below in within.items():
-            part = _Part(self, name, below)
-            module = model.get_submodule(name)
-            self._hooks += [
-                module.register_forward_pre_hook(part.begin),
-                module.register_forward_hook(part.end, always_call=True),
-            ]
-
-    def begin(self, name: str, below: Sequence[_KeepsLoss]) -> None:
-        """A part is called."""
-        running = self._running.get() or []
-        if name in running:  # an interruption has ended what it was in
-            running = []
-        if not running:
-            for layer in below:
-                layer.forget_loss()
-        self._running.set([*running, name])
-
-    def end(self, name: str) -> None:
-        """Its call has ended."""
-        running = self._running.get() or []
-        self._running.set(running[: running.index(name)] if name in running else [])
-
-    def remove(self) -> None:
-        """Stop watching."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+    parts = {".".join(name.split(".")[:length]) for name in layers for length in range(1, name.count(".") + 1)}
+    model.register_forward_pre_hook(_begin_model)
+    for part in sorted(parts):
+        model.get_submodule(part).register_forward_pre_hook(_begin_part)
 
 
-class _Part:
-    """One module that holds layers."""
+def _begin_model(module: nn.Module, args: tuple[Any, ...]) -> None:
+    if torch.compiler.is_compiling():
+        _forget_losses(module)
+    else:
+        _begin_part(module, args)
 
-    def __init__(self, hooks: PassHooks, name: str, below: Sequence[_KeepsLoss]) -> None:
-        self._hooks, self._name, self._below = hooks, name, below
 
-    def begin(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
-        self._hooks.begin(self._name, self._below)
+def _begin_part(module: nn.Module, _args: tuple[Any, ...]) -> None:
+    # what runs is read off the stack, where an interrupted call is gone
+    if not torch.compiler.is_compiling() and not _is_within_a_pass(module):
+        _forget_losses(module)
 
-    def end(self, _module: nn.Module, _args: tuple[Any, ...], _result: object) -> None:
-        self._hooks.end(self._name)
+
+def _forget_losses(module: nn.Module) -> None:
+    for part in module.modules():
+        if (forget := getattr(part, "forget_loss", None)) is not None:
+            forget()
+
+
+def _is_within_a_pass(module: nn.Module) -> bool:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals["self"] is not module:
+            hooks = frame.f_locals["self"]._forward_pre_hooks.values()
+            if _begin_part in hooks or _begin_model in hooks:
+                return True
+        frame = frame.f_back
+    return False
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Take away what :func:`watch_passes` and :func:`watch_padding` have put on a model, or on one that it is a copy of."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if hook in (_begin_model, _begin_part) or isinstance(getattr(hook, "__self__", None), _ArgumentHook):
+                    del hooks[key]
 
 
 class _ArgumentHook:
@@ -141,10 +135,17 @@ class _ArgumentHook:
         self._running: PerThread[bool] = PerThread()
         # of the pass before, in whatever thread the backward pass repeats a part of it
         self._latest: Tensor | None = None
-        self._hooks = [
+        self._handles = [
             module.register_forward_pre_hook(self._read, with_kwargs=True),
             module.register_forward_hook(self._finish, always_call=True),
         ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # a copy of a part of the model goes on reading what the model is called with
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": []}
 
     def _read(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = self._place is not None and self._place < len(args)
@@ -168,8 +169,8 @@ class _ArgumentHook:
 
     def remove(self) -> None:
         """Stop reading."""
-        for hook in self._hooks:
-            hook.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 class PaddingMaskHook(_ArgumentHook):

@@ -10,9 +10,15 @@ import torch
 
 from benchmarks.harness.progress import Progress
 from benchmarks.harness.seeds import derive_seed
-from benchmarks.speed import layer, partition, step
+from benchmarks.speed import decode, layer, partition, step
 
-_MEASURES = {"layer": layer.measure, "partition": partition.measure, "step": step.measure}
+_MEASURES = {
+    "layer": layer.measure,
+    "step": step.measure,
+    "decode": decode.measure_ffns,
+    "generate": decode.measure_generate,
+    "partition": partition.measure,
+}
 
 
 def run(spec: Mapping[str, Any], _folder: Path, progress: Progress) -> dict[str, Any]:

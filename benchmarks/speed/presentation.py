@@ -41,7 +41,7 @@ def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
     shown = _Shown(benchmark, runs)
     return Presentation(
-        [shown.layer(), shown.step(), shown.partition()],
+        [shown.layer(), shown.step(), shown.decode(), shown.partition()],
         list(shown.verdicts()),
         "Each ratio is the median over rounds in which all candidates ran in turn in one process. The middle here is the median over settings.",
         shown.draw,
@@ -133,6 +133,30 @@ class _Shown:
                 "threads": "Threads",
             },
             [Column("milliseconds", "dense_seconds", "Dense"), *self._ratio_columns(frame, ["auto", "masked"])],
+            frame,
+        )
+
+    def decode(self) -> Table:
+        measures = self.benchmark.definition["measures"]
+        frames = [self._wide(measure).assign(what=measures[measure]["title"]) for measure in ("decode", "generate")]
+        frame = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
+        return Table(
+            f"{self.benchmark.name}_decode",
+            "Decoding beside the dense model",
+            "A language model with random weights and all FFNs converted, at rest, one token at a time: all its FFNs one after the other, and a greedy answer of 24 tokens to a prompt of 16 with "
+            "a key-value cache. Ratios as above. EMoE keeps a copy of the values by neuron, as large as the out-projections; without it they are gathered from where they lie.",
+            {
+                "model_title": "Model",
+                "what": "What",
+                "num_experts": "N",
+                "top_k_fraction": "k/N",
+                "threads": "Threads",
+                "dtype": "Type",
+            },
+            [
+                Column("milliseconds", "dense_seconds", "Dense"),
+                *self._ratio_columns(frame, ["auto", "scattered", "masked"]),
+            ],
             frame,
         )
 

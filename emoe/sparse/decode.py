@@ -1,8 +1,9 @@
 """A few tokens at a time, as a language model decodes them: only the chosen experts' weights are read.
 
 Such a forward pass is bound by memory, so two things are kept between passes while nothing is trained: the mean keys, and the values laid out by
-neuron (``[d, h]``, as large as the out-projection's weight), without which an expert's values lie scattered over memory. Both are
-made again when the weights have changed: PyTorch counts the changes of each tensor. Assigning to ``weight.data`` is not counted.
+neuron (``[d, h]``, as large as the out-projection's weight), without which an expert's values lie scattered over memory. Both are forgotten when
+the model trains or a gradient is recorded, and made again when the weights have changed: when PyTorch counts a change, when they are other tensors, or when one of 64 places of
+each is not what it was. A few numbers changed behind PyTorch's back, between two passes of a model at rest, are not seen.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from emoe.architectures import FFN
 
-Stamp = tuple[object, ...]
+_SAMPLED = 64
 
 
 class DecodeWeights(NamedTuple):
@@ -33,6 +34,30 @@ class DecodeWeights(NamedTuple):
     gate: Tensor | None
 
 
+class _Copied:
+    """A weight as it was when something was made of it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        # the alias keeps the memory, so that no other weight gets its address
+        self._weight = weight.detach()
+        self._version = weight._version
+        # some who write do not count it (fused optimisers, ``weight.data``), but hardly one leaves all of these places as they were
+        flat = self._weight.as_strided((weight.numel(),), (1,))
+        self._sample = flat[:: weight.numel() // _SAMPLED + 1]
+        self._values = self._sample.clone()
+
+    def is_still(self, weight: Tensor) -> bool:
+        """Whether a weight is this one, unchanged as far as can be seen."""
+        kept = self._weight
+        return (
+            weight.data_ptr() == kept.data_ptr()
+            and weight._version == self._version
+            and weight.dtype == kept.dtype
+            and weight.stride() == kept.stride()
+            and torch.equal(self._sample, self._values)
+        )
+
+
 class DecodeCache:
     """What is kept of one FFN's weights between the forward passes of decoding.
 
@@ -40,14 +65,9 @@ class DecodeCache:
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[Stamp, DecodeWeights] | None = None
+        self._kept: tuple[Hashable, list[_Copied], DecodeWeights] | None = None
 
-    def get(
-        self,
-        weights: Sequence[Tensor],
-        settings: Hashable,
-        make: Callable[[], DecodeWeights],
-    ) -> DecodeWeights:
+    def get(self, weights: Sequence[Tensor], settings: Hashable, make: Callable[[], DecodeWeights]) -> DecodeWeights:
         """What ``make`` gave for these weights as they are, made now where they have changed.
 
         Args:
@@ -55,11 +75,18 @@ class DecodeCache:
             settings: what else it is made from.
             make: makes it.
         """
-        stamp = (settings, *((w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in weights))
         kept = self._kept
-        if kept is None or kept[0] != stamp:
-            kept = self._kept = (stamp, make())
-        return kept[1]
+        if (
+            kept is None
+            or kept[0] != settings
+            or not all(copied.is_still(weight) for copied, weight in zip(kept[1], weights, strict=True))
+        ):
+            kept = self._kept = (settings, [_Copied(weight) for weight in weights], make())
+        return kept[2]
+
+    def clear(self) -> None:
+        """Forget it, and give the memory back."""
+        self._kept = None
 
     def __reduce__(self) -> tuple[type[DecodeCache], tuple[()]]:
         return DecodeCache, ()
@@ -81,7 +108,7 @@ def decode_weights(ffn: FFN, num_experts: int, gate: Tensor | None, *, by_neuron
 
 
 def decode_ffn(
-    x: Tensor, weights: DecodeWeights, activation: Callable[[Tensor], Tensor], mask: Tensor, scales: Tensor | None
+    x: Tensor, weights: DecodeWeights, activation: Callable[[Tensor], Tensor], experts: Tensor, scales: Tensor | None
 ) -> Tensor:
     """Sum of the chosen experts' outputs, without the output bias; no gradient.
 
@@ -89,28 +116,26 @@ def decode_ffn(
         x: ``[T, h]``.
         weights: of the FFN.
         activation: elementwise.
-        mask: ``[T, N]`` bool, as many experts in each row.
-        scales: weights ``[T, N]`` of the chosen experts, or None where all are 1.
+        experts: ``[T, k]``, the chosen ones.
+        scales: their weights ``[T, k]``, or None where all are 1.
 
     Returns:
         ``[T, h]``.
     """
-    tokens, h = x.shape
-    experts = mask.nonzero()[:, 1]
+    (tokens, h), flat = x.shape, experts.flatten()
     pre = []
     for weight, bias in weights.inputs:
-        z = _rows_times(x, weight.index_select(0, experts).view(tokens, -1, h))
-        pre.append(z if bias is None else z + bias.index_select(0, experts).view(tokens, -1))
+        z = _rows_times(x, weight.index_select(0, flat).view(tokens, -1, h))
+        pre.append(z if bias is None else z + bias.index_select(0, flat).view(tokens, -1))
     hidden = activation(pre[0])
     if len(pre) > 1:
         hidden = hidden * pre[1]
     if scales is not None:
-        blocks = hidden.view(tokens, -1, weights.inputs[0][0].shape[1] // h)
-        hidden = (blocks * scales[mask].view(tokens, -1, 1).to(hidden.dtype)).flatten(1)
+        hidden = (hidden.view(*experts.shape, -1) * scales.unsqueeze(-1).to(hidden.dtype)).flatten(1)
     if weights.values.ndim == 2:
-        chosen = weights.values.index_select(0, experts).view(tokens, -1, h)
+        chosen = weights.values.index_select(0, flat).view(tokens, -1, h)
         return hidden @ chosen[0] if tokens == 1 else torch.bmm(hidden.unsqueeze(1), chosen).squeeze(1)
-    chosen = weights.values.index_select(1, experts).view(h, tokens, -1)
+    chosen = weights.values.index_select(1, flat).view(h, tokens, -1)
     return F.linear(hidden, chosen[:, 0]) if tokens == 1 else torch.einsum("tn,htn->th", hidden, chosen)
 
 

@@ -72,7 +72,8 @@ class _SparseFFN(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         per_pair, x, values, *rest = ctx.saved_tensors
         count = len(rest) // 3
-        if torch.is_grad_enabled():
+        batched = torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.peek_interpreter_stack() is not None
+        if torch.is_grad_enabled() or batched:
             return _differentiable_backward(ctx, dy, per_pair, x, values, rest[: 2 * count])
         weights, biases, pre = rest[:count], rest[count : 2 * count], rest[2 * count :]
         pairs, needed = ctx.pairs, ctx.needs_input_grad
@@ -103,10 +104,11 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     """The same gradients with a graph of their own, from all neurons and a mask on them."""
     count, (num_experts, size, _) = len(inputs) // 2, values.shape
-    # aliases, because the gradient is by each of them alone, also where one was computed from another
-    tensors = [None if t is None else t.view_as(t) for t in (per_pair, x, values, *inputs)]
-    scale, x, values, *inputs = tensors  # type: ignore[assignment]
-    with torch.autocast(x.device.type, enabled=False):
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        # aliases, because the gradient is by each of them alone, also where one was computed from another
+        tensors = [None if t is None else t.view_as(t) for t in (per_pair, x, values, *inputs)]
+        scale, x, values, *inputs = tensors  # type: ignore[assignment]
         ones = x.new_ones(len(ctx.pairs.rows)) if scale is None else scale.to(x.dtype)
         weights = x.new_zeros(ctx.pairs.tokens, num_experts).index_put((ctx.pairs.rows, ctx.pairs.experts), ones)
         pre = [
@@ -118,7 +120,7 @@ def _differentiable_backward(
     # in the order of the function's arguments: weight and bias of each in-projection beside each other
     order = [0, 1, 2, *(3 + place + part * count for place in range(count) for part in range(2))]
     wanted = [place for place in order if ctx.needs_input_grad[2 + order.index(place)]]
-    found = torch.autograd.grad(y, [cast(Tensor, tensors[place]) for place in wanted], dy, create_graph=True)
+    found = torch.autograd.grad(y, [cast(Tensor, tensors[place]) for place in wanted], dy, create_graph=create_graph)
     grads = dict(zip(wanted, found, strict=True))
     return (None, None, *(grads.get(place) for place in order))
 

@@ -6,8 +6,10 @@ out-projection recognise (:class:`emoe.tensors.DeferredTensor`). The masked path
 - a projection carries an adapter, whose effect on a neuron is not known before all are computed;
 - a weight is sharded, quantised, offloaded or of another dtype at that moment (FSDP must shard the layer, not its projections);
 - dropout acts on the hidden neurons;
-- the activation is a function, or writes over its input;
-- somebody else looks at a projection or the activation: a hook of any kind, also a global one, or a replaced ``forward``;
+- the activation is none of the known ones that take each neuron for itself, or writes over its input;
+- a projection is no plain linear layer;
+- somebody else looks at a projection, the activation, or a module that holds a part of the FFN: a hook of any kind, also a global one, or a replaced ``forward``;
+- the FFN's own code was seen to look at hidden neurons;
 - the model is compiled, traced or transformed (``torch.func``), or forward-mode derivatives are taken.
 
 With ``backend="auto"`` it is also taken where the sparse path is not expected to be faster (:mod:`emoe.sparse.cost_model`): on few tokens, for small
@@ -19,21 +21,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
-from emoe.architectures import FFN, FunctionActivation, bias_of
+from emoe.architectures import FFN, bias_of
 from emoe.config import LINEAR_SCORES, EMoEConfig, GMoEConfig
 from emoe.projections import is_routed_by
 from emoe.sparse.build import compiled_kernels, prepare_kernels
 from emoe.sparse.cost_model import predicted_decode_ratio, predicted_time_ratio
 from emoe.sparse.decode import DecodeCache, DecodeWeights, decode_ffn, decode_weights
 from emoe.sparse.ffn import sparse_ffn
-from emoe.tensors import DeferredTensor
+from emoe.tensors import Deferred, DeferredTensor
 
 _logger = logging.getLogger(__name__)
 _told: set[str] = set()  # reasons that were said in this process
@@ -45,7 +47,13 @@ _HOOKS = (
 )
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 _PLAIN = (Tensor, nn.Parameter)
+Way = Literal["sparse", "decode"]
 _MANY_TOKENS = 4096
+_ELEMENTWISE = {
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid),
+    *(nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Tanh, nn.Tanhshrink),
+}
+_ELEMENTWISE_MODULES = {"transformers.activations", "timm.layers.activations"}
 _FEW_TOKENS = 8  # beyond, decoding reads each weight more than once for nothing
 
 
@@ -53,6 +61,7 @@ class Layer(Protocol):
     """What the path needs of a routed FFN's activation."""
 
     activation: nn.Module
+    output_bias: nn.Parameter | None
     training: bool
 
     @property
@@ -62,6 +71,7 @@ class Layer(Protocol):
     def current_gate(self) -> Tensor: ...
     def linear_scores(self, x: Tensor, gate: Tensor | None = None) -> Tensor: ...
     def route(self, clean: Tensor) -> tuple[Tensor, Tensor]: ...
+    def route_few(self, scores: Tensor) -> tuple[Tensor, Tensor | None]: ...
     def add_output_bias(self, y: Tensor, weights: Tensor) -> Tensor: ...
 
 
@@ -89,53 +99,84 @@ class SparsePath:
         # where each projection stands, to see that it still does
         self._places = tuple(_place(ffn.layer, path) for path, _, _ in projections)
         self._between = tuple(ffn.layer.get_submodule(path) for path in ffn.spec.between)
-        self._watched = (*self._projections, layer.activation, *self._between)
+        self._dropouts = tuple(module for module in self._between if isinstance(module, nn.Dropout))
+        self._watched = (*self._projections, *layer.activation.modules(), *self._between, *_holders(ffn))
+        self._is_looked_at_inside = False
         self._width, self._hidden = ffn.d, ffn.h
         if cast(Tensor, ffn.proj_in.weight).device.type == "cpu" and (
             layer.config.backend == "sparse" or self._predict(_MANY_TOKENS) < 1
         ):
             prepare_kernels()
 
-    def is_taken(self, x: Tensor) -> bool:
-        """Whether a forward pass with this input takes the path; the same for every projection that is called with it."""
-        if type(x) not in _PLAIN or x.is_nested or not x.numel() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return False
-        if not self._is_profitable(x):
-            return False
-        reason = self._fallback_reason(x)
-        if reason is not None and reason not in _told:
-            _told.add(reason)
-            _logger.warning("emoe: %s takes the masked path: %s", self._ffn.name, reason)
-        return reason is None
+    def choose(self, x: Tensor) -> Way | None:
+        """How a forward pass with this input is computed; None for the masked path."""
+        if torch.is_grad_enabled():
+            self._cache.clear()
+        decodes = self._may_decode(x)
+        if not (_is_plain(x) and self._is_profitable(x, decodes=decodes)):
+            return None
+        tensors = [tensor for module in self._projections for tensor in _tensors(module)]
+        reason = self._fallback_reason(x, tensors)
+        if reason is not None:
+            if reason not in _told:
+                _told.add(reason)
+                _logger.warning("emoe: %s takes the masked path: %s", self._ffn.name, reason)
+            return None
+        # changes of weights that were made under inference_mode cannot be seen
+        return "decode" if decodes and not any(tensor.is_inference() for tensor in tensors) else "sparse"
 
-    def compute(self, x: Tensor, pre_activations: Callable[[], Tensor]) -> Tensor:
+    def compute(self, x: Tensor, way: Way, pre_activations: Callable[[Tensor], Tensor]) -> Tensor:
         """The FFN's output for ``x [..., h]``, in the place of its pre-activations.
 
         Args:
             x: the FFN's input.
-            pre_activations: computes them, should anybody look at them.
+            way: what was chosen for it.
+            pre_activations: computes them, should anybody look at them, given the experts' weights ``[T, N]``.
         """
+        rows = x.reshape(-1, x.shape[-1])
+        y, weights = self._decode(rows) if way == "decode" else self._sum_experts(rows)
+        shape = (*x.shape[:-1], self._width * (2 if self._ffn.spec.fused else 1))
+        call = Deferred(self._layer, x, y.view(*x.shape[:-1], -1), self._tell_of_a_look)
+        return DeferredTensor.of(shape, y, lambda: pre_activations(weights()), call)
+
+    def _tell_of_a_look(self) -> None:
+        self._is_looked_at_inside = True
+
+    def forget(self) -> None:
+        """Drop what decoding keeps of the weights."""
+        self._cache.clear()
+
+    def _sum_experts(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         layer, ffn = self._layer, self._ffn
-        config, rows = layer.config, x.reshape(-1, x.shape[-1])
-        binary = layer.weighting == "binary"
-        if self._decodes(x):
-            kept = self._decode_weights()
-            mask, weights = layer.route(layer.linear_scores(rows, kept.gate))
-            y = decode_ffn(rows, kept, layer.activation, mask, None if binary else weights)
-        else:
-            mask, weights = layer.route(layer.linear_scores(rows))
-            inputs, values = ffn.blocks(config.num_experts)
-            y = sparse_ffn(rows, inputs, values, layer.activation, mask, None if binary else weights)
+        mask, weights = layer.route(layer.linear_scores(x))
+        inputs, values = ffn.blocks(layer.config.num_experts)
+        y = sparse_ffn(x, inputs, values, layer.activation, mask, None if layer.weighting == "binary" else weights)
         bias = bias_of(self._projections[-1])
-        y = layer.add_output_bias(y if bias is None else y + bias.to(y.dtype), weights)
-        width = self._width * (2 if ffn.spec.fused else 1)
-        return DeferredTensor.of(
-            (*x.shape[:-1], width), y, pre_activations, owner=x, output=y.view(*x.shape[:-1], y.shape[-1])
-        )
+        return layer.add_output_bias(y if bias is None else y + bias.to(y.dtype), weights), lambda: weights
+
+    def _decode(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        layer, kept = self._layer, self._decode_weights()
+        scores = layer.linear_scores(x, kept.gate)
+        experts, scales = layer.route_few(scores)
+        y = decode_ffn(x, kept, layer.activation, experts, scales)
+
+        def weights() -> Tensor:
+            ones = torch.ones_like(scores[:, : experts.shape[1]]) if scales is None else scales
+            return torch.zeros_like(scores).scatter(1, experts, ones)
+
+        if (biases := layer.output_bias) is not None:
+            chosen = biases[experts]
+            return y + (chosen if scales is None else chosen * scales.unsqueeze(-1)).sum(1).to(y.dtype), weights
+        bias = bias_of(self._projections[-1])
+        return y if bias is None else y + bias, weights
+
+    def may_defer(self, x: Tensor) -> bool:
+        """Whether the up-projection's part can wait until somebody looks at it: nobody does, where the in-projection has the output already."""
+        return _is_plain(x) and not _is_transformed() and self._is_profitable(x, decodes=self._may_decode(x))
 
     def defer_up(self, x: Tensor, up: Callable[[], Tensor]) -> Tensor:
         """The up-projection's part, which nobody needs once the output is known."""
-        return DeferredTensor.of((*x.shape[:-1], self._width), x, up, owner=x)
+        return DeferredTensor.of((*x.shape[:-1], self._width), x, up, Deferred(self._layer, x, x, _do_nothing))
 
     def _decode_weights(self) -> DecodeWeights:
         layer, config = self._layer, self._layer.config
@@ -146,34 +187,34 @@ class SparsePath:
             gate = layer.current_gate() if by_keys else None
             return decode_weights(self._ffn, n, gate, by_neuron=by_neuron)
 
-        tensors = [tensor for module in self._projections for tensor in _tensors(module)]
-        return self._cache.get(tensors, config, make)
+        # the other weights are read where they lie
+        copied = [cast(Tensor, module.weight) for module in (self._projections[0], self._projections[-1])]
+        views = tuple(tensor.data_ptr() for module in self._projections for tensor in _tensors(module))
+        return self._cache.get(copied, (config, views), make)
 
-    def _decodes(self, x: Tensor) -> bool:
+    def _may_decode(self, x: Tensor) -> bool:
         """Whether these are few tokens of a model at rest, each with as many experts as the others."""
-        layer, config = self._layer, self._layer.config
+        layer = self._layer
         return (
-            x.numel() <= _FEW_TOKENS * x.shape[-1]
+            x.numel() <= _FEW_TOKENS * self._hidden
             and not layer.training
             and not torch.is_grad_enabled()
-            and config.score_threshold is None
-            and config.capacity_factor is None
+            and layer.config.score_threshold is None
+            and layer.config.capacity_factor is None
             and not torch.is_autocast_enabled(x.device.type)
-            and not any(tensor.is_inference() for module in self._projections for tensor in _tensors(module))
         )
 
-    def _is_profitable(self, x: Tensor) -> bool:
+    def _is_profitable(self, x: Tensor, *, decodes: bool) -> bool:
         """Whether it was asked for, or is expected to be faster."""
         config = self._layer.config
         if config.backend == "sparse":
             return True
         if x.device.type != "cpu":
             return False
-        tokens = x.numel() // x.shape[-1]
-        if self._decodes(x):
-            n = config.num_experts
+        tokens, n = x.numel() // x.shape[-1], config.num_experts
+        if decodes:
             active, size = config.num_active_experts / n, self._width // n
-            return x.dtype != torch.float16 and predicted_decode_ratio(tokens, x.shape[-1], size, active, n) < 1
+            return x.dtype != torch.float16 and predicted_decode_ratio(tokens, self._hidden, size, active, n) < 1
         return self._predict(tokens, x.dtype, compiled=compiled_kernels() is not None) < 1
 
     def _predict(self, tokens: int, dtype: torch.dtype = torch.float32, *, compiled: bool = True) -> float:
@@ -185,42 +226,72 @@ class SparsePath:
         ratio = predicted_time_ratio(tokens, self._hidden, size, active, dtype, threads, compiled=compiled)
         return math.inf if ratio is None else ratio
 
-    def _fallback_reason(self, x: Tensor) -> str | None:
-        """Why this forward pass cannot take the sparse path, or None."""
+    def _fallback_reason(self, x: Tensor, tensors: Sequence[Tensor]) -> str | None:
+        """Why this forward pass cannot take the sparse path with these weights, or None."""
         layer = self._layer
-        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        if _is_transformed():
             return "torch.func or forward-mode derivatives transform it"
-        if any(
-            modules.get(name) is not own for (modules, name), own in zip(self._places, self._projections, strict=True)
-        ):
-            return "a projection carries an adapter or was replaced"
-        if reason := self._weights_reason(x):
-            return reason
-        if layer.training:
-            if layer.config.expert_dropout:
-                return "expert_dropout acts on hidden neurons"
-            if any(isinstance(module, nn.Dropout) and module.training and module.p for module in self._between):
-                return "dropout acts on hidden neurons"
-        if isinstance(layer.activation, FunctionActivation) or getattr(layer.activation, "inplace", False):
-            return "the activation is a function or writes over its input"
-        looked_at = any(_is_looked_at(module) for module in self._watched) or _is_looked_at(layer, own_hooks=1)
-        if looked_at or any(vars(nn_module)[name] for name in _GLOBAL_HOOKS):
-            return "a hook or a replaced forward looks at the FFN"
-        if not all(is_routed_by(module, handler) for module, handler in self._handlers):
-            return "a projection's class was replaced"
-        return None
-
-    def _weights_reason(self, x: Tensor) -> str | None:
-        tensors = [tensor for module in self._projections for tensor in _tensors(module)]
+        for (modules, name), own in zip(self._places, self._projections, strict=True):
+            if modules.get(name) is not own:
+                return "a projection carries an adapter or was replaced"
+        for module, handler in self._handlers:
+            if not is_routed_by(module, handler, alone=True):
+                return "a projection's class was replaced, or its weight is computed"
+        device, dtype = x.device, x.dtype
         for tensor in tensors:
             if type(tensor) not in _PLAIN:
                 return f"a weight is a {type(tensor).__name__}"
-            if tensor.device != x.device:
-                return f"a weight is on {tensor.device}, the input on {x.device}"
-        dtypes = {tensor.dtype for tensor in tensors}
-        if len(dtypes) > 1 or (x.dtype not in dtypes and not torch.is_autocast_enabled(x.device.type)):
-            return "weights and input are of several dtypes"
+            if tensor.device != device:
+                return f"a weight is on {tensor.device}, the input on {device}"
+            if tensor.dtype != dtype and (
+                tensor.dtype != tensors[0].dtype or not torch.is_autocast_enabled(device.type)
+            ):
+                return "weights and input are of several dtypes"
+        if layer.training:
+            if layer.config.expert_dropout:
+                return "expert_dropout acts on hidden neurons"
+            if any(module.training and module.p for module in self._dropouts):
+                return "dropout acts on hidden neurons"
+        if not _is_elementwise(layer.activation):
+            return "the activation is not known to take each neuron for itself, is random, or writes over its input"
+        if self._is_looked_at_inside:
+            return "the FFN's own code looks at hidden neurons"
+        if _is_looked_at(layer, own_hooks=1) or any(map(_is_looked_at, self._watched)) or _has_global_hook():
+            return "a hook or a replaced forward looks at the FFN"
         return None
+
+
+def _is_plain(x: Tensor) -> bool:
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return type(x) in _PLAIN and not (x.is_nested or x.is_meta or tracing) and x.numel() > 0
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def _is_elementwise(activation: nn.Module) -> bool:
+    """Whether an activation is one of those that take each neuron for itself, always give the same and leave their input as it is."""
+    if getattr(activation, "inplace", False):
+        return False
+    kind = type(activation)
+    return kind in _ELEMENTWISE or kind.__module__ in _ELEMENTWISE_MODULES
+
+
+def _holders(ffn: FFN) -> list[nn.Module]:
+    """Modules of the layer that hold a part of the FFN: hidden neurons go in or out of them."""
+    spec = ffn.spec
+    paths = [path for path in (spec.proj_in, spec.proj_up, spec.proj_out, spec.activation, *spec.between) if path]
+    holders = {path[:end] for path in paths for end, sign in enumerate(path) if sign == "."}
+    return [
+        ffn.layer.get_submodule(holder)
+        for holder in sorted(holders)
+        if not all(path.startswith(f"{holder}.") for path in paths)
+    ]
 
 
 def _place(layer: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], str]:
@@ -229,13 +300,20 @@ def _place(layer: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], st
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Weight and bias of a projection; of one whose weight is computed, that."""
-    weight = module._parameters.get("weight")
-    bias = bias_of(module)
-    found = cast(Tensor, module.weight) if weight is None else weight
-    return [found] if bias is None else [found, bias]
+    """Weight and bias of a projection, where they are its own and not computed."""
+    own = (module._parameters, module._buffers)
+    return [found for name in ("weight", "bias") for store in own if (found := store.get(name)) is not None]
 
 
 def _is_looked_at(module: object, own_hooks: int = 0) -> bool:
     state = vars(module)
-    return "forward" in state or sum(len(state[name] or ()) for name in _HOOKS) > own_hooks
+    found = 0
+    for name in _HOOKS:
+        if hooks := state[name]:
+            found += len(hooks)
+    return found > own_hooks or "forward" in state
+
+
+def _has_global_hook() -> bool:
+    state = vars(nn_module)
+    return any(state[name] for name in _GLOBAL_HOOKS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -72,11 +73,21 @@ def test_ratios_are_taken_within_rounds() -> None:
 # measures
 
 
+SMALL_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
 class Silent:
     def say(self, text: str) -> None: ...
 
 
-@pytest.mark.parametrize("measure", ["layer", "step", "partition"])
+@pytest.mark.parametrize("measure", ["layer", "step", "decode", "generate", "partition"])
 def test_each_measure_gives_a_row_a_candidate(measure: str, tmp_path: Path) -> None:
     models = {
         "layer": {"hidden": 16, "neurons": 64, "gated": True},
@@ -90,6 +101,8 @@ def test_each_measure_gives_a_row_a_candidate(measure: str, tmp_path: Path) -> N
                 "intermediate_size": 64,
             }
         },
+        "decode": {"config": SMALL_LLAMA},
+        "generate": {"config": SMALL_LLAMA},
         "partition": {"hidden": 16, "neurons": 64},
     }
     usual = load_benchmark("speed").definition["measures"][measure]["settings"]
@@ -184,7 +197,8 @@ def test_tables_figures_and_report_show_what_was_measured(tmp_path: Path, monkey
     made = fake_runs.write(tmp_path / "results" / "runs", "speed", benchmarks=("speed",))
     suite = load_suite({"suite": "speed"})
     shown = present(load_benchmark("speed"), made)
-    counts = {name: sum(run.spec["task"]["name"] == name for run in made) for name in ("layer", "step", "partition")}
+    counts = Counter(run.spec["task"]["name"] for run in made)
+    counts["decode"] += counts.pop("generate")
     assert {table.name: len(table.frame) for table in shown.tables} == {
         f"speed_{name}": n for name, n in counts.items()
     }

@@ -1,0 +1,84 @@
+"""Time of decoding: one token after the other through a language model at rest."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import emoe
+from benchmarks.speed.timing import ratios, side_by_side
+
+# candidates by what they change in the configuration
+_CANDIDATES: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "scattered": {"decode_cache": False},
+    "masked": {"backend": "masked"},
+}
+_PROMPT = 16
+
+
+def measure_ffns(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Ratios of the time that one token takes in all converted FFNs, one after the other, so that no weight is still in a cache.
+
+    Args:
+        model: ``config`` of a transformers language model with ``mlp`` in its layers, whose weights are random.
+        settings: ``num_experts``, ``top_k_fraction``, ``dtype``, ``rounds``, ``candidates``.
+    """
+    nets = _models(model, settings)
+    x = torch.randn(1, 1, nets["dense"].config.hidden_size).to(getattr(torch, settings["dtype"]))
+    calls = {name: functools.partial(_through_ffns, net, x) for name, net in nets.items()}
+    return ratios(side_by_side(calls, settings["rounds"]), "dense")
+
+
+def measure_generate(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Ratios of the time of a greedy answer of ``tokens`` tokens to a prompt of 16, with a key-value cache.
+
+    Args:
+        model: as above.
+        settings: as above, and ``tokens``.
+    """
+    nets = _models(model, settings)
+    prompt = torch.randint(3, nets["dense"].config.vocab_size, (1, _PROMPT))
+    calls = {name: functools.partial(_answer, net, prompt, settings["tokens"]) for name, net in nets.items()}
+    return ratios(side_by_side(calls, settings["rounds"]), "dense")
+
+
+def _models(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model["config"]))
+    nets: dict[str, Any] = {"dense": dense.to(getattr(torch, settings["dtype"])).eval()}
+    n = settings["num_experts"]
+    for name in settings["candidates"]:
+        nets[name] = copy.deepcopy(nets["dense"])
+        config = emoe.EMoEConfig(
+            num_experts=n,
+            top_k=round(settings["top_k_fraction"] * n),
+            layers="all",
+            partition="contiguous",
+            **_CANDIDATES[name],
+        )
+        emoe.convert_(nets[name], config)
+    return nets
+
+
+@torch.inference_mode()
+def _through_ffns(net: Any, x: torch.Tensor) -> None:
+    for layer in net.model.layers:
+        layer.mlp(x)
+
+
+@torch.inference_mode()
+def _answer(net: nn.Module, prompt: torch.Tensor, tokens: int) -> None:
+    net.generate(  # type: ignore[operator]
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
