@@ -199,25 +199,36 @@ def test_sharded_by_fsdp2(device: str, backend: str) -> None:
 @pytest.mark.parametrize("decode_cache", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_decoding_reads_the_chosen_experts_and_nothing_else(
-    device: str, dtype: torch.dtype, decode_cache: bool
-) -> None:
-    net, x = converted(device, decode_cache=decode_cache).to(dtype), inputs(device, tokens=1).to(dtype)
+def test_decoding_is_the_masked_path(device: str, dtype: torch.dtype, decode_cache: bool) -> None:
+    net = converted(device, decode_cache=decode_cache).to(dtype)
     masked, sparse = twins(net, "masked", "sparse")
+    for seed in range(3):
+        x = inputs(device, 1, seed).to(dtype)
+        with spy_on(path, "decode_ffn", decode_ffn) as taken:
+            agree({"output": sparse(x)}, {"output": masked(x)}, TOLERANCE[dtype])
+        assert taken.called
+
+
+@on_every_device
+@pytest.mark.parametrize("decode_cache", [True, False])
+@torch.no_grad()
+def test_decoding_reads_the_chosen_experts_and_nothing_else(device: str, decode_cache: bool) -> None:
+    # a learned router, whose scores do not hang on the experts' weights
+    net = converted(device, decode_cache=decode_cache, router="cosine", weighting="softmax_times_k")
+    masked, sparse = twins(net, "masked", "sparse")
+    x = inputs(device, 1)
     expected = {"output": masked(x)}
-    with spy_on(path, "decode_ffn", decode_ffn) as taken, emoe.record_routing(sparse) as record:
-        agree({"output": sparse(x)}, expected, TOLERANCE[dtype])
-    assert taken.called
+    with emoe.record_routing(sparse) as record:
+        agree({"output": sparse(x)}, expected, 1e-4)
     left_out = (record.layers[0].loads == 0).repeat_interleave(SIZES[device][1] // EXPERTS).to(device)
     assert int(left_out.sum()) == (EXPERTS - TOP_K) * SIZES[device][1] // EXPERTS
     for net in (masked, sparse):
         ffn = net.layers[0]
-        # by .data, which does not count as a change, so that the mean keys stay what they are
-        ffn.inner.weight.data[left_out] = torch.nan
-        ffn.up.weight.data[left_out] = torch.nan
-        ffn.outer.weight.data[:, left_out] = torch.nan
+        ffn.inner.weight[left_out] = torch.nan
+        ffn.up.weight[left_out] = torch.nan
+        ffn.outer.weight[:, left_out] = torch.nan
     assert masked(x).isnan().any()
-    agree({"output": sparse(x)}, expected, TOLERANCE[dtype])
+    agree({"output": sparse(x)}, expected, 1e-4)
 
 
 def peak_bytes(device: str, run: Callable[[], object], folder: Path) -> int:
