@@ -21,7 +21,7 @@ _SHARES = {"half": 2, "quarter": 4}
 
 @dataclass(frozen=True)
 class FFNSpec:
-    """One architecture's FFN. All paths but ``layers`` are relative to a layer.
+    """Say where one architecture's FFNs are. All paths but ``layers`` are relative to a layer.
 
     Attributes:
         layers: dotted path of the list of layers; matched as a suffix, so that one row serves the
@@ -51,7 +51,7 @@ class FFNSpec:
     rows_first: bool = True
 
     def missing(self, layer: nn.Module) -> str | None:
-        """The first path of this row that a layer does not have, or None."""
+        """Find the first path of this row that a layer does not have, or None."""
         for path in filter(None, (self.proj_in, self.proj_up, self.proj_out, self.activation)):
             found = _attribute(layer, path)
             if not isinstance(found, nn.Module) and not (path == self.activation and _is_own(layer, path)):
@@ -115,6 +115,15 @@ _REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
 
 def register_ffn(key: str, *specs: FFNSpec) -> None:
     """Add or replace the row of an architecture.
+
+    >>> class Net(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         parts = {"up": torch.nn.Linear(8, 32), "act": torch.nn.ReLU(), "down": torch.nn.Linear(32, 8)}
+    ...         self.blocks = torch.nn.Sequential(torch.nn.ModuleDict(parts))
+    >>> emoe.register_ffn("Net", emoe.FFNSpec("blocks", proj_in="up", activation="act", proj_out="down"))
+    >>> emoe.convert_(Net(), emoe.EMoEConfig(num_experts=4, top_k=1, layers="all")).layers[0].expert_size
+    8
 
     Args:
         key: ``model.config.model_type`` or, for models without one, the name of the model's class.

@@ -60,6 +60,15 @@ _QUANTISED_NORM_TOLERANCE = 0.15  # and four bits within this
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write a converted model: an ordinary checkpoint and its sidecars.
 
+    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     emoe.save_pretrained(model, folder)
+    ...     sorted(file.name for file in Path(folder).iterdir())
+    ['emoe_config.json', 'emoe_partition.safetensors', 'model.safetensors']
+
     Args:
         model: a converted transformers or timm model.
         folder: made when it does not exist.
@@ -157,11 +166,26 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
 
     From the latter the neurons' first order is not known, unless :class:`emoe.TrainerCallback` wrote it beside the weights.
 
+    >>> def build():
+    ...     layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    ...     return torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    >>> model, x = build().eval(), torch.ones(1, 3, 16)
+    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     emoe.save_pretrained(model, folder)
+    ...     again = emoe.from_pretrained(build, folder)
+    >>> torch.allclose(again(x), model(x))
+    True
+
     Args:
         loader: a transformers class (``AutoModelForSequenceClassification``), ``timm.create_model``, or for a
             plain module whatever builds the dense model.
         folder: the checkpoint folder.
         **options: passed to the loader.
+
+    Returns:
+        The converted model, in evaluation mode.
 
     Raises:
         CheckpointError: a missing or damaged file, or a sidecar of other weights.

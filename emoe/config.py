@@ -55,7 +55,7 @@ def _number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """What every routed FFN has in common. Use :class:`EMoEConfig` or :class:`GMoEConfig`.
+    """Hold what every routed FFN has in common. Use :class:`EMoEConfig` or :class:`GMoEConfig`.
 
     Attributes:
         num_experts: N. EMoE: must divide the FFN's width.
@@ -120,7 +120,7 @@ class RoutingConfig:
 
     @classmethod
     def as_published(cls, implementation: str, **values: Any) -> Self:
-        """The authors' own settings instead of the clean method's.
+        """Take the authors' own settings (Qiu, Huang, Fu 2024, their released code) instead of the clean method's.
 
         Args:
             implementation: ``"tutel"``, their language and vision code: capacity 1.5, router noise,
@@ -194,11 +194,11 @@ class RoutingConfig:
 
     @property
     def num_active_experts(self) -> int:
-        """How many experts a token uses: ``top_k``, or the others with ``selection="not_top"``."""
+        """Count the experts that a token uses: ``top_k``, or the others with ``selection="not_top"``."""
         return self.top_k
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, with the ``kind`` that :func:`config_from_dict` reads back."""
+        """Give plain values only, with the ``kind`` that :func:`config_from_dict` reads back."""
         values = dataclasses.asdict(self)
         if not isinstance(self.layers, str):
             values["layers"] = list(self.layers)
@@ -206,7 +206,7 @@ class RoutingConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`.
+        """Build a configuration from what :meth:`to_dict` gave.
 
         Raises:
             ConfigError: an unknown field, a missing field or a value out of range.
@@ -226,7 +226,17 @@ class EMoEConfig(RoutingConfig):
 
     The plain constructor is the method without the confounders of the authors' code: no
     capacity, no router noise, no auxiliary loss, no extra dropout, one shared output bias.
-    :meth:`as_published` gives their settings. Fields beyond those of :class:`RoutingConfig`:
+    :meth:`as_published` gives their settings.
+
+    >>> emoe.EMoEConfig(num_experts=64, top_k=16, layers="last:2").num_active_experts
+    16
+    >>> emoe.EMoEConfig.as_published("tutel", num_experts=64, top_k=16).capacity_factor
+    1.5
+    >>> emoe.EMoEConfig(num_experts=64, top_k=16, selektion="bottom")
+    Traceback (most recent call last):
+    emoe.errors.ConfigError: EMoEConfig has no field 'selektion'; did you mean 'selection'?
+
+    Fields beyond those of :class:`RoutingConfig`:
 
     Attributes:
         partition: how neurons are grouped: ``kmeans`` (balanced, on L2-normalised keys),
@@ -270,7 +280,7 @@ class EMoEConfig(RoutingConfig):
 
     @classmethod
     def as_published(cls, implementation: str, **values: Any) -> Self:
-        """See :meth:`RoutingConfig.as_published`; with ``router="cosine"`` weights are normalised as theirs are."""
+        """Take the authors' own settings, see :meth:`RoutingConfig.as_published`; with ``router="cosine"`` weights are normalised as theirs are."""
         if values.get("router") == "cosine":
             values.setdefault("weighting", "softmax")
         return super().as_published(implementation, **values)
@@ -278,7 +288,10 @@ class EMoEConfig(RoutingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.router, str) or self.router not in ROUTERS:
-            raise ConfigError(f"{type(self).__name__}.router is {self.router!r}{did_you_mean(self.router, ROUTERS)}")
+            near = did_you_mean(self.router, ROUTERS)
+            raise ConfigError(
+                f"{type(self).__name__}.router is {self.router!r}, which is not registered (emoe.register_router){near}"
+            )
         learned = ROUTERS[self.router].learned
         if self.router != "avg_k" and self.score != "keys":
             raise self._error("score", f"'keys' with router='{self.router}', which has its own scores")
@@ -335,7 +348,14 @@ class GMoEConfig(RoutingConfig):
 
 
 def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:
-    """Build the configuration that ``values["kind"]`` names (``emoe`` or ``gmoe``)."""
+    """Build the configuration that ``values["kind"]`` names (``emoe`` or ``gmoe``).
+
+    Args:
+        values: what :meth:`EMoEConfig.to_dict` gave, or the ``config`` of an ``emoe_config.json``.
+
+    Raises:
+        ConfigError: no such kind, an unknown or missing field, or a value out of range.
+    """
     kinds: dict[str, type[EMoEConfig] | type[GMoEConfig]] = {"emoe": EMoEConfig, "gmoe": GMoEConfig}
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in kinds:

@@ -27,7 +27,7 @@ _ALIGNMENT = ("right", "left", *["right"] * 6)
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One converted FFN: its layer, ``neurons`` in all, ``experts`` of ``expert_size`` neurons each.
+    """Describe one converted FFN: its layer, ``neurons`` in all, ``experts`` of ``expert_size`` neurons each.
 
     ``explained`` is the share of the variance between keys that the grouping explains (None for
     GMoE, which groups nothing) and ``seconds`` the time that grouping took.
@@ -45,7 +45,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What :func:`convert_` did; ``print`` it for a table.
+    """Tell what :func:`convert_` did; ``print`` it for a table.
 
     ``active_neurons`` is the number of FFN neurons that a token uses, over all layers, as a share of the
     dense model's: below 1 for EMoE, above 1 for GMoE with more than one copy in use.
@@ -88,14 +88,20 @@ def convert_(
     """Turn the chosen FFNs of ``model`` into experts, in place (the paper's method).
 
     EMoE permutes each FFN's neurons and routes between blocks of them; state-dict keys and shapes
-    stay the dense model's (plus the router's with ``router="cosine"``, ``gate`` with ``gate_momentum`` and
-    ``output_bias`` with ``output_bias="per_expert"``). GMoE widens each chosen
+    stay the dense model's (plus, below the activation, ``router.*`` of a learned router, ``router.gate`` with
+    ``gate_momentum`` and ``output_bias`` unless that is ``shared``). GMoE widens each chosen
     FFN to ``num_experts`` copies. Every check is made before anything is changed.
+
+    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
+    >>> report.active_neurons, report.added_parameters
+    (0.25, 0)
 
     Args:
         model: a dense model with a row in the registry (see :func:`emoe.register_ffn`).
         config: what to build.
-        partition: layer number to permutation, from :func:`emoe.partition` or a cache; built here
+        partition: layer number to permutation ``[d]``, from :func:`emoe.partition` or a cache; built here
             when not given. EMoE only.
         calibration: batches for a co-activation partition, see :func:`emoe.partition`.
         progress: show a progress bar while neurons are grouped.
@@ -251,6 +257,14 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     (``top_k == num_experts``): with fewer, a token had its own experts' neurons only and has all of them afterwards, so
     the outputs differ. Output biases of single experts become one:
     ``k / N`` times their sum, which is the FFN's own bias until they are trained. Adapters stay where they are.
+
+    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    >>> x = torch.ones(1, 3, 16)
+    >>> before = model(x)
+    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
+    >>> torch.allclose(emoe.to_dense_(model, restore_order=True)(x), before)
+    True
 
     Args:
         model: a model converted with an :class:`EMoEConfig`.

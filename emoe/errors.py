@@ -7,19 +7,19 @@ from collections.abc import Iterable
 
 
 class EMoEError(ValueError):
-    """Base of every error this library raises on purpose."""
+    """Tell that something was refused on purpose; the base of the errors below, and a :class:`ValueError`."""
 
 
 class ConfigError(EMoEError):
-    """A configuration field or value that does not exist or is out of range."""
+    """Tell of a configuration field or value that does not exist or is out of range."""
 
 
 class ConversionError(EMoEError):
-    """A model that cannot be converted as asked; the model is unchanged."""
+    """Tell of a model that cannot be converted as asked; the model is unchanged."""
 
 
 class CheckpointError(EMoEError):
-    """A checkpoint folder that is missing, damaged, or does not match its weights."""
+    """Tell of a checkpoint folder that is missing, damaged, or does not match its weights."""
 
 
 def did_you_mean(given: object, options: Iterable[object]) -> str:

@@ -440,10 +440,16 @@ def check_one_conversion(layers: Sequence[RoutedActivation], what: str) -> None:
 
 
 def aux_loss(model: nn.Module) -> Tensor | float:
-    """Balance loss of the last forward pass, summed over layers, times its coefficient.
+    """Sum the balance losses of the last forward pass over layers, times their coefficient (:func:`emoe.routing.balance_loss`).
 
-    Add it to the task loss of a training step. It is the number 0.0 where the configuration asks for none. A pass is one
-    call of the model, or of a part of it that is called by itself, in the same thread.
+    Add it to the task loss of a training step. A pass is one call of the model, or of a part of it that is called by itself,
+    in the same thread.
+
+    Args:
+        model: a converted model.
+
+    Returns:
+        A scalar with its graph; the number 0.0 where the configuration asks for no loss.
     """
     layers = routed_layers(model)
     newest = max((layer.pass_number() for layer in layers), default=0)
@@ -458,6 +464,9 @@ def update_gates_(model: nn.Module) -> None:
 
     Only a configuration with ``gate_momentum`` has running gates. Without it gates are computed from the weights
     in every forward pass, and this does nothing.
+
+    Args:
+        model: a converted model.
     """
     for layer in routed_layers(model):
         layer.router.update_()

@@ -109,9 +109,9 @@ def read_mark(folder: Path) -> Mark | None:
     content = read_object(path).get(_NAME)
     if content is None:
         return None
-    mark = mark_from(content, f"{path}, '{_NAME}',")
+    mark = mark_from(content, f"{path}, '{_NAME}'")
     if not mark.layers or mark.layers != sorted(set(mark.layers)):
-        raise CheckpointError(f"{path}, '{_NAME}', is damaged: 'layers' is no ascending list of layer numbers")
+        raise CheckpointError(f"{path}, '{_NAME}' is damaged: 'layers' is no ascending list of layer numbers")
     return mark
 
 

@@ -12,7 +12,7 @@ from torch import nn
 def noisy_tuning_(
     model: nn.Module, intensity: float = 0.15, *, seed: int = 0, exclude: Sequence[str] = ("classifier", "score")
 ) -> int:
-    """Add uniform noise to the pre-trained weights before fine-tuning, in place (NoisyTune, a baseline of the paper).
+    """Add uniform noise to the pre-trained weights before fine-tuning, in place (NoisyTune, Wu et al. 2022; a baseline of the paper).
 
     Each parameter gets ``U(-1/2, 1/2) * intensity * std(parameter)``. Parameters with one element
     have no standard deviation and are left alone, as is the new head.

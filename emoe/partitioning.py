@@ -63,7 +63,15 @@ def partition(
 ) -> Partition:
     """Group the neurons of each chosen FFN into ``num_experts`` experts of equal size (the paper's expert construction).
 
-    The model is not changed. Biases are not part of the features.
+    The model is not changed. Keys are brought to unit length, biases are not part of the features.
+
+    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    >>> config = emoe.EMoEConfig(num_experts=4, top_k=1, layers=[1])
+    >>> found = emoe.partition(model, config)  # as often as is wanted; a file keeps it by save_partition
+    >>> {layer: tuple(permutation.shape) for layer, permutation in found.items()}
+    {1: (32,)}
+    >>> report = emoe.convert_(model, config, partition=found)
 
     Args:
         model: any dense model with a row in the registry (see :func:`emoe.register_ffn`).
@@ -71,6 +79,9 @@ def partition(
         calibration: batches to call the model with, dictionaries of arguments or tensors; for
             ``partition="coactivation"``, which groups neurons that fire for the same tokens.
         progress: show a progress bar.
+
+    Returns:
+        Layer number to permutation ``[d]``, for :func:`emoe.convert_`.
 
     Raises:
         ConversionError: unknown architecture, indivisible width, weights that are quantised, shared

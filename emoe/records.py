@@ -18,7 +18,7 @@ from emoe.tokens import LabelHook, PaddingMaskHook, is_recomputed, watch_padding
 
 
 class LayerRecord:
-    """Counts of one routed FFN. Choices are counted before the capacity drops any; padding is not counted.
+    """Count what one routed FFN uses. Choices are counted before the capacity drops any; padding is not counted.
 
     Attributes:
         num_experts: N.
@@ -181,11 +181,11 @@ class RoutingRecord:
     _labels: LabelHook
 
     def set_labels(self, labels: Tensor | None) -> None:
-        """Labels of the rows ``[rows]`` of the coming forward passes, for models that are not called with them."""
+        """Give the labels of the rows ``[rows]`` of the coming forward passes, for models that are not called with them."""
         self._labels.given = labels
 
     def summary(self) -> dict[str, float]:
-        """Means over layers of the records' properties, by ``load_entropy``, ``load_max_over_mean``,
+        """Average the records' properties over layers, by ``load_entropy``, ``load_max_over_mean``,
         ``experts_per_token``, ``drop_rate``, ``active_neurons`` and, with windows, ``load_change``."""
         records = list(self.layers.values())
 
@@ -219,6 +219,14 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
     that does not fit), and
     loads are also kept by label when it is called with one integer label a row (or was told by
     :meth:`RoutingRecord.set_labels`). Passes that activation checkpointing repeats are not counted.
+
+    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
+    >>> with emoe.record_routing(model) as record:
+    ...     y = model(torch.randn(2, 5, 16))
+    >>> record.layers[0].tokens, record.layers[0].experts_per_token, tuple(record.layers[0].loads.shape)
+    (10, 1.0, (4,))
 
     Args:
         model: a converted model, the one that is then called.

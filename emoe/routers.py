@@ -21,7 +21,7 @@ _MAX_LOG_SCALE = math.log(100.0)
 
 
 class Router(nn.Module):
-    """Scores the experts of one FFN. Make a subclass and :func:`register_router` it to add one.
+    """Score the experts of one FFN. Make a subclass and :func:`register_router` it to add one.
 
     Parameters and persistent buffers are saved with the model, beside the dense model's own state.
 
@@ -50,7 +50,18 @@ class Router(nn.Module):
 
 
 def register_router(name: str, router: type[Router]) -> None:
-    """Add or replace a router, so that ``EMoEConfig(router=name)`` takes it.
+    """Add or replace a router, so that ``EMoEConfig(router=name)`` takes it (``docs/adding.md`` has a whole one).
+
+    >>> class LinearRouter(emoe.Router):
+    ...     def __init__(self, ffn, config):
+    ...         super().__init__(ffn, config)
+    ...         self.linear = torch.nn.Linear(ffn.h, config.num_experts)
+    ...
+    ...     def forward(self, x):
+    ...         return self.linear(x).float()
+    >>> emoe.register_router("linear", LinearRouter)
+    >>> emoe.EMoEConfig(num_experts=8, top_k=2, router="linear", weighting="softmax").router
+    'linear'
 
     Args:
         name: in configurations and checkpoints. A checkpoint that names it loads where it is registered.

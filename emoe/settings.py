@@ -15,6 +15,13 @@ from emoe.marks import no_experts, renew_mark_
 def set_top_k_(model: nn.Module, top_k: int | None = None, *, score_threshold: float | None = None) -> None:
     """Change how many experts a converted model uses, in place. Exactly one of the two is given.
 
+    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
+    >>> emoe.set_top_k_(model, 2)
+    >>> model.layers[0].activation.config.top_k
+    2
+
     Args:
         model: a converted model.
         top_k: from now on this many for each token, in training too.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,7 @@ import torch
 import emoe
 from benchmarks.harness.packages import RATED_SENTENCES, PackageFile
 from emoe import architectures
+from emoe.config import ROUTERS
 from tests.plain_net import SPECS
 
 torch.set_num_threads(1)
@@ -22,9 +24,13 @@ emoe.register_ffn("PlainNet", *SPECS)
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers is gone after it."""
     monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
+    routers = dict(ROUTERS)
+    yield
+    ROUTERS.clear()
+    ROUTERS.update(routers)
 
 
 ROOT = Path(__file__).resolve().parents[1]

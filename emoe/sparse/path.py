@@ -136,7 +136,9 @@ class SparsePath:
         rows = x.reshape(-1, x.shape[-1])
         y, weights = self._decode(rows) if way == "decode" else self._sum_experts(rows)
         shape = (*x.shape[:-1], self._width * (2 if self._ffn.spec.fused else 1))
-        call = Deferred(self._layer, x, y.view(*x.shape[:-1], -1), self._tell_of_a_look)
+        output = y.view(*x.shape[:-1], -1)
+        # in training not a view, which whoever changes it in place could not have under FSDP2
+        call = Deferred(self._layer, x, output.clone() if y.requires_grad else output, self._tell_of_a_look)
         return DeferredTensor.of(shape, y, lambda: pre_activations(weights()), call)
 
     def _tell_of_a_look(self) -> None:

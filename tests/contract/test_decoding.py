@@ -75,10 +75,19 @@ def test_what_is_kept_follows_the_weights() -> None:
         with torch.no_grad():
             model.layers[0].outer.weight.mul_(2)
 
+    def write_behind_the_counter(model: nn.Module) -> None:
+        model.layers[0].outer.weight.data.mul_(2)
+
+    def write_a_few_numbers_and_say_so(model: nn.Module) -> None:
+        model.layers[0].outer.weight.data.view(-1)[1::17] += 1  # beside the places that are compared
+        model.train().eval()
+
     for change in (
         lambda model: None,
         step,
         scale,
+        write_behind_the_counter,
+        write_a_few_numbers_and_say_so,
         lambda model: model.load_state_dict(other),
         lambda model: emoe.set_top_k_(model, 3),
         lambda model: model.double().float(),
@@ -90,7 +99,7 @@ def test_what_is_kept_follows_the_weights() -> None:
         with torch.no_grad():
             torch.testing.assert_close(sparse(x), masked(x), atol=1e-3, rtol=1e-4)
         changes += 1
-    assert changes == 7
+    assert changes == 9
 
 
 def test_it_is_for_models_at_rest_only() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 import emoe
 from tests.plain_net import plain_net
@@ -84,25 +84,41 @@ def test_own_biases_cannot_lose_their_out_projection() -> None:
         found(x())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
-        {"load_in_8bit": True},
-    ],
-)
-def test_a_converted_checkpoint_loads_quantised(options: dict[str, Any], tmp_path) -> None:
+def nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def bitsandbytes_int8() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def torchao_int8() -> TorchAoConfig:
+    return TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize("settings", [{}, {"router": "cosine", "weighting": "softmax_times_k"}])
+@pytest.mark.parametrize("quantisation", [nf4, bitsandbytes_int8, torchao_int8])
+def test_a_converted_checkpoint_loads_quantised(
+    quantisation: Callable[[], Any], settings: dict[str, Any], tmp_path
+) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_attention_heads=4, num_key_value_heads=2, **sizes)).eval()
-    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all"))
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", **settings))
     emoe.save_pretrained(model, tmp_path)
-    quantised = emoe.from_pretrained(LlamaForCausalLM, tmp_path, quantization_config=BitsAndBytesConfig(**options))
+    quantised = emoe.from_pretrained(LlamaForCausalLM, tmp_path, quantization_config=quantisation())
     ids = torch.arange(3, 20)[None]
     with torch.no_grad(), emoe.record_routing(quantised) as record:
         found, expected = quantised(ids).logits.float(), model(ids).logits
     assert (found - expected).norm() < 0.3 * expected.norm()
     assert record.layers[0].experts_per_token == 2
+
+
+def test_torchs_dynamic_quantisation_leaves_converted_ffns_in_float() -> None:
+    found = nn.Sequential(net(), nn.Linear(64, 64))
+    quantised = torch.ao.quantization.quantize_dynamic(found, {nn.Linear}, dtype=torch.qint8)
+    assert torch.equal(quantised[0](x()), found[0](x()))
+    assert not isinstance(quantised[1], nn.Linear)
 
 
 def test_quantised_weights_cannot_be_converted() -> None:

@@ -335,8 +335,6 @@ def runtime() -> Any:
 @pytest.mark.parametrize("settings", SERVED)
 def test_onnx(settings: str, dynamo: bool, runtime: Any, tmp_path) -> None:
     found, x = net(**SERVED[settings]), inputs()
-    if settings == "capacity" and dynamo:
-        pytest.skip("PyTorch's exporter has no rule for the capacity's scatter")
     torch.onnx.export(found, (x,), tmp_path / "model.onnx", dynamo=dynamo, input_names=["x"], verbose=False)
     session = runtime.InferenceSession(tmp_path / "model.onnx")
     (y,) = session.run(None, {"x": x.numpy()})

@@ -168,7 +168,7 @@ def test_odd_classes_in_a_models_configuration_are_named(
         ({"transformers_weights": "../other.safetensors"}, "names other weight files by 'transformers_weights'"),
         ({"hidden_size": "x"}, "cannot be loaded by BertForSequenceClassification"),
         ({"num_attention_heads": 0}, "cannot be loaded by BertForSequenceClassification"),
-        ({"emoe": 3}, "config.json, 'emoe', is damaged"),
+        ({"emoe": 3}, "config.json, 'emoe' is damaged"),
         ({"emoe": {"config": {"kind": "emoe", "num_experts": 8, "top_k": 2}, "layers": [3, 1]}}, "no ascending list"),
         ({"emoe": {"config": {"kind": ["emoe"]}, "layers": [1]}}, "kind is ['emoe']"),
         ({"emoe": {"config": {"kind": "emoe", "num_experts": 8, "top_k": 2}, "layers": [1]}}, "holds experts already"),

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import SHIPPED
+from tests.conftest import ROOT, SHIPPED
+from tests.pages import python_blocks
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.mark.parametrize("page", ["docs/library.md"])
-def test_every_python_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "least"), [("docs/library.md", 6), ("docs/adding.md", 2)])
+def test_every_python_block_runs(page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / page).read_text()
+    blocks = python_blocks(page)
+    assert len(blocks) >= least
     names: dict[str, object] = {}
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S))
-    assert len(blocks) > 5
     for block in blocks:
-        line = text[: block.start()].count("\n") + 1
-        exec(compile("\n" * line + block[1], page, "exec"), names)  # noqa: S102 -- our own page
+        exec(block, names)  # noqa: S102 -- our own page
 
 
 def test_each_registered_architecture_is_on_the_page() -> None:
     text = (ROOT / "docs/library.md").read_text()
     assert [key for key in sorted(SHIPPED) if f"`{key}`" not in text] == []
+
+
+def test_each_module_of_the_library_is_in_the_design() -> None:
+    text = (ROOT / "docs/design.md").read_text()
+    modules = [path.relative_to(ROOT / "emoe").with_suffix("").as_posix() for path in (ROOT / "emoe").rglob("*.py")]
+    assert [name for name in sorted(modules) if "__init__" not in name and f"`{name}`" not in text] == []
