@@ -15,8 +15,10 @@ from emoe.errors import CheckpointError
 from emoe.layer import RoutedActivation, routed_layers
 
 _SAMPLE = 64  # neurons that are looked up
-_CLEAR = 0.9  # share of them that has to agree
-_ALIKE = 0.8  # mean cosine of a neuron's key with the same neuron's after training
+_MOST = 0.9  # share of them that has to agree
+_ALIKE = 0.8  # mean cosine of a neuron's key with the same neuron's after training, at least
+_CERTAIN = 0.9  # cosine with another neuron, and
+_UNLIKE = 0.5  # with the one in its place, by which a single neuron was moved
 
 Order = Literal["same", "dense", "another", "unrelated"]
 
@@ -79,20 +81,28 @@ def _incoming_keys(ffn: FFN, state: Mapping[str, Any], name: str) -> Tensor | No
 
 def _order(incoming: Tensor, present: Tensor, permutation: Tensor | None) -> Order:
     """How the neurons of incoming keys ``[d, h]`` stand to those that are present, by which is most like which."""
-    count = min(len(present), _SAMPLE)
-    sample = torch.arange(count, device=present.device) * len(present) // count
-    if torch.equal(incoming[sample].to(present.dtype), present[sample]):
-        return "same"
     new, old = (F.normalize(keys.float(), dim=1) for keys in (incoming, present))
-    likeness, nearest = (new[sample] @ old.t()).max(1)
+    count = min(len(old), _SAMPLE)
+    sample = torch.arange(count, device=old.device) * len(old) // count
+    likeness, nearest, mutual = _nearest(new, old, sample)
     if _share(nearest == sample) > 0.5:
-        return "same"
-    mutual = (old[nearest] @ new.t()).argmax(1) == sample
-    if _share(mutual) < _CLEAR or float(likeness.mean()) < _ALIKE:
+        # most stand where they stood; those least like the neuron in their place are another's, or trained
+        own = (new * old).sum(1)
+        odd = own.topk(count, largest=False).indices
+        likeness, nearest, mutual = _nearest(new, old, odd)
+        strangers = mutual & (likeness > _CERTAIN) & (own[odd] < _UNLIKE)
+        return "another" if int(strangers.sum()) > 1 else "same"
+    if _share(mutual) < _MOST or float(likeness.mean()) < _ALIKE:
         return "unrelated"
-    if permutation is not None and _share(nearest == torch.argsort(permutation).to(sample.device)[sample]) >= _CLEAR:
+    if permutation is not None and _share(nearest == torch.argsort(permutation).to(sample.device)[sample]) >= _MOST:
         return "dense"
     return "another"
+
+
+def _nearest(new: Tensor, old: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For some new keys the cosine with the old one that is most like it, its place, and whether the two chose each other."""
+    likeness, nearest = (new[rows] @ old.t()).max(1)
+    return likeness, nearest, (old[nearest] @ new.t()).argmax(1) == rows
 
 
 def _share(hits: Tensor) -> float:

@@ -45,7 +45,7 @@ def _check_spec(spec: FFNSpec, where: str) -> None:
         raise ConversionError(
             f"{where}: layers is {spec.layers!r}; write the dotted path of a list of layers, as 'encoder.layer' or 'stages.*.blocks'"
         )
-    if not isinstance(spec.between, tuple | list):
+    if not isinstance(spec.between, tuple):
         raise ConversionError(f"{where}: between is {spec.between!r}; write a tuple of paths, as ('dropout',)")
     named = {name: getattr(spec, name) for name in ("proj_in", "activation", "proj_out")}
     named |= {} if spec.proj_up is None else {"proj_up": spec.proj_up}

@@ -36,7 +36,7 @@ def read_object(path: Path) -> dict[str, Any]:
         CheckpointError: no such file, or one that holds something else.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except (OSError, ValueError, RecursionError) as error:  # no file, no text, no JSON

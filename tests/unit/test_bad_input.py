@@ -230,6 +230,7 @@ ROW = {"layers": "layers", "proj_in": "inner", "activation": "act", "proj_out": 
         ({"proj_out": nn.Linear(2, 2)}, "proj_out is Linear"),
         ({"proj_out": "inner"}, "proj_out and proj_in are both 'inner'"),
         ({"between": "dropout"}, r"between is 'dropout'; write a tuple of paths"),
+        ({"between": ["dropout"]}, r"between is \['dropout'\]; write a tuple of paths"),
         ({"between": ("act",)}, r"between\[0\] and activation are both 'act'"),
         ({"fused": "frist"}, r"fused is 'frist'; did you mean 'first'"),
         ({"fused": "first", "proj_up": "up"}, "fused means that proj_in holds both halves, so there is no proj_up"),

@@ -61,6 +61,15 @@ def test_a_state_dict_of_another_partition_is_refused(change: Callable[[State], 
     refused(model, change(converted(partition="random").state_dict()), "of another partition: the neurons of encoder")
 
 
+@pytest.mark.parametrize("change", [dict, trained])
+def test_a_partition_that_differs_in_two_neurons_is_another(change: Callable[[State], State]) -> None:
+    model, other = converted(), tiny_models.build("bert")
+    order = {layer.ffn_index: layer.permutation.clone() for layer in routed_layers(model)}
+    order[3][[5, 40]] = order[3][[40, 5]]
+    emoe.convert_(other, CONFIG, partition=order)
+    refused(model, change(other.state_dict()), r"of another partition: the neurons of encoder\.layer\.3")
+
+
 def test_parts_wrappers_and_copies_are_watched_too() -> None:
     dense, model = tiny_models.build("bert"), converted()
     refused(model, dense.encoder.state_dict(), "dense", model.encoder)
