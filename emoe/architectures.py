@@ -332,6 +332,9 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         raise ConversionError(
             f"no layer of {type(model).__name__} has an FFN of a known kind; missing modules: {tried}"
         )
+    # where several specs of a row fit one FFN, the first counts
+    own = {(id(layer), spec.proj_in): spec for spec, _, layer in reversed(fitting)}
+    fitting = [(spec, name, layer) for spec, name, layer in fitting if own[id(layer), spec.proj_in] is spec]
     return [FFN(index, name, layer, spec) for index, (spec, name, layer) in enumerate(fitting)]
 
 

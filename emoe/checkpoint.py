@@ -36,6 +36,7 @@ from emoe.guards import guard_
 from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
 from emoe.marks import mark_, mark_from, no_experts, numbered_layers, read_mark
 from emoe.partitioning import is_permutation
+from emoe.routers import in_place, is_offloaded
 from emoe.stock import load_around, load_stock, refuse_adapters, save_weights
 from emoe.tensors import carried
 from emoe.weights import WEIGHT_FILES, Weights, one_line, read_object, read_tensors
@@ -78,7 +79,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     if not routed_layers(model):
         raise no_experts(model, "save_pretrained", "save it with its own library")
-    if hasattr(model, "peft_config"):
+    # PEFT may leave its configuration on a model that it has merged
+    if hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules()):
         raise ConversionError("save_pretrained: merge the adapters first (model = model.merge_and_unload())")
     folder = Path(folder)
     check_one_conversion(routed_layers(model), "save_pretrained")
@@ -207,6 +209,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         for ffn in chosen:
             if not is_permutation(order[ffn.index], ffn.d):
                 raise CheckpointError(f"{folder / PARTITION_FILE} has no permutation of {ffn.name}'s {ffn.d} neurons")
+    _check_in_place(chosen, config, folder)
     padding = padding_watches(model, chosen, config)
     for ffn in chosen:
         if resized:
@@ -334,8 +337,21 @@ def _described(tensors: dict[str, Tensor], path: Path) -> tuple[int, list[int]]:
     return int(experts), sorted(layers)
 
 
+def _check_in_place(ffns: list[FFN], config: EMoEConfig | GMoEConfig, folder: Path) -> None:
+    """Experts whose routing has state of its own are not split over devices: it would have no place beside weights that are not there."""
+    stateless = isinstance(config, EMoEConfig) and config.router == "avg_k" and not config.gate_momentum
+    if stateless and config.output_bias == "shared":
+        return
+    for ffn in ffns:
+        if any(is_offloaded(module) for module in (ffn.proj_in, ffn.proj_out)):
+            raise CheckpointError(
+                f"{folder}: the device_map offloads {ffn.name}, whose experts have a router, running gate, copies or biases of their own: "
+                "keep that layer on a device, or call accelerate.cpu_offload on the loaded model"
+            )
+
+
 def _check_norms(ffn: FFN, norms: Tensor, folder: Path) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), in_place(ffn.proj_in):
         found = _key_norms(ffn)
     tolerance = _NORM_TOLERANCE if has_plain_weight(ffn.proj_in) else _QUANTISED_NORM_TOLERANCE
     if found.shape != norms.shape or not torch.allclose(found, norms.float(), rtol=tolerance, atol=1e-6):

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import emoe
 from emoe.layer import routed_layers
@@ -30,6 +31,7 @@ SETTINGS: dict[str, Settings] = {
     "own biases": {"output_bias": "per_expert"},
 }
 BACKENDS = ("masked", "sparse")
+LLAMA = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def net(backend: str = "auto", gated: bool = True, **settings: Any) -> nn.Module:
@@ -645,3 +647,34 @@ def test_inputs_of_other_tensor_classes() -> None:
     for settings in SETTINGS.values():
         found = net(**settings)
         torch.testing.assert_close(found(inputs().as_subclass(Tagged)).as_subclass(Tensor), found(inputs()))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_checkpoint_loads_with_a_layer_on_disk_or_says_why_not(settings: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    found = LlamaForCausalLM(LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=64, **LLAMA)).eval()
+    emoe.convert_(found, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", **SETTINGS[settings]))
+    emoe.save_pretrained(found, tmp_path / "model")
+    places: dict[str, Any] = {f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb", "layers.0")}
+    options = {
+        "device_map": {**places, "lm_head": "cpu", "model.layers.1": "disk"},
+        "offload_folder": tmp_path / "disk",
+    }
+    if settings == "learned":
+        with pytest.raises(
+            emoe.CheckpointError, match=r"the device_map offloads model\.layers\.1, whose experts have a router"
+        ):
+            emoe.from_pretrained(LlamaForCausalLM, tmp_path / "model", **options)
+        return
+    if settings == "own biases":
+        return  # Llama's out-projection has none
+    loaded = emoe.from_pretrained(LlamaForCausalLM, tmp_path / "model", **options)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, found(ids).logits)
+
+
+def test_a_layer_that_several_specs_fit_is_one_ffn() -> None:
+    found = plain_net(16, 64, gated=True)  # fits both rows of its class
+    report = emoe.convert_(found, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all"))
+    assert report.total_layers == 1
