@@ -44,7 +44,7 @@ oldest: $(OLDEST)/.installed
 $(OLDEST)/.installed: pyproject.toml tests/oldest.txt $(STAMP)
 	@echo "Setting up $(OLDEST) with the oldest versions that are allowed"
 	@$(BIN)/python -m venv $(OLDEST)
-	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[mini,dev]' --constraint tests/oldest.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[mini,dev,quantized]' --constraint tests/oldest.txt
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed ## the library's contract with the oldest versions of torch, transformers, peft, accelerate

@@ -72,7 +72,7 @@ def cached(tmp_path: Path, rows: dict[str, list[Any]], commit: str = COMMIT) -> 
     ],
 )
 def test_what_was_asked_for_and_what_was_read(revision: str | None, read: str | None, written: str) -> None:
-    assert hub.named("a/b", revision, read) == written
+    assert hub.hub_name("a/b", revision, read) == written
 
 
 def test_sets_of_the_hub_are_recorded_with_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
