@@ -49,7 +49,7 @@ $(OLDEST)/.installed: pyproject.toml tests/oldest.txt $(STAMP)
 
 test-oldest: $(OLDEST)/.installed ## the library's contract with the oldest versions of torch, transformers, peft, accelerate
 	@$(OLDEST)/bin/python -m pytest -n 2 -q tests/contract/test_safe_use.py tests/contract/test_decoding.py \
-		tests/contract/test_backends.py tests/contract/test_training.py tests/contract/test_quantised.py tests/golden
+		tests/contract/test_backends.py tests/contract/test_training.py tests/contract/test_quantised.py tests/unit/test_docs.py tests/golden
 
 lint: $(STAMP) ## style, types, workflow style
 	@echo "Checking style, types and workflow"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ def test_every_python_block_runs(page: str, least: int, tmp_path: Path, monkeypa
     blocks = python_blocks(page)
     assert len(blocks) >= least
     names: dict[str, object] = {}
+    quantizes = importlib.util.find_spec("bitsandbytes") is not None  # it is in the environment of `make test-oldest`
     for block in blocks:
-        exec(block, names)  # noqa: S102 -- our own page
+        if quantizes or "BitsAndBytesConfig" not in block.co_names:
+            exec(block, names)  # noqa: S102 -- our own page
 
 
 def test_each_registered_architecture_is_on_the_page() -> None:
