@@ -36,7 +36,7 @@ from emoe.guards import guard_
 from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
 from emoe.marks import mark_, mark_from, no_experts, numbered_layers, read_mark
 from emoe.partitioning import is_permutation
-from emoe.routers import in_place, is_offloaded
+from emoe.routers import in_place, is_offloaded, whole
 from emoe.stock import load_around, load_stock, refuse_adapters, save_weights
 from emoe.tensors import carried
 from emoe.weights import WEIGHT_FILES, Weights, one_line, read_object, read_tensors
@@ -159,8 +159,7 @@ def _key_norms(ffn: FFN) -> Tensor:
 
 def _whole(tensor: Tensor) -> Tensor:
     """A tensor for a file: on the CPU, and in one piece where it is sharded."""
-    full = getattr(tensor, "full_tensor", None)
-    return (tensor if full is None else full()).detach().cpu().contiguous()
+    return whole(tensor).cpu().contiguous()
 
 
 def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any) -> nn.Module:
@@ -241,13 +240,7 @@ def _marked_ffns(ffns: list[FFN], indices: list[int], folder: Path) -> list[FFN]
 
 def _holds_routing(weights: Weights, config: EMoEConfig | GMoEConfig) -> bool:
     """Whether the state of routed layers stands among the weights, as it does where the model's own library saved them."""
-    stateful = (
-        isinstance(config, GMoEConfig)
-        or config.router == "cosine"
-        or config.gate_momentum > 0
-        or config.output_bias == "per_expert"
-    )
-    return stateful and any(re.search(r"\.(router\.\w+(\.\w+)?|gate|output_bias)$", name) for name in weights.names)
+    return config.has_routing_state and any(re.search(r"\.(router\..+|output_bias)$", name) for name in weights.names)
 
 
 def _restore(layer: RoutedActivation, extra: dict[str, Tensor], weights: Weights, folder: Path) -> None:
@@ -339,10 +332,7 @@ def _described(tensors: dict[str, Tensor], path: Path) -> tuple[int, list[int]]:
 
 def _check_in_place(ffns: list[FFN], config: EMoEConfig | GMoEConfig, folder: Path) -> None:
     """Experts whose routing has state of its own are not split over devices: it would have no place beside weights that are not there."""
-    stateless = isinstance(config, EMoEConfig) and config.router == "avg_k" and not config.gate_momentum
-    if stateless and config.output_bias == "shared":
-        return
-    for ffn in ffns:
+    for ffn in ffns if config.has_routing_state else []:
         if any(is_offloaded(module) for module in (ffn.proj_in, ffn.proj_out)):
             raise CheckpointError(
                 f"{folder}: the device_map offloads {ffn.name}, whose experts have a router, running gate, copies or biases of their own: "

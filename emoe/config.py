@@ -197,6 +197,11 @@ class RoutingConfig:
         """Count the experts that a token uses: ``top_k``, or the others with ``selection="not_top"``."""
         return self.top_k
 
+    @property
+    def has_routing_state(self) -> bool:
+        """Whether a routed layer has state that the dense model has no place for: a router's, a running gate, copies, biases of experts."""
+        return self.kind == "gmoe" or self.output_bias != "shared"
+
     def to_dict(self) -> dict[str, Any]:
         """Give plain values only, with the ``kind`` that :func:`config_from_dict` reads back."""
         values = dataclasses.asdict(self)
@@ -324,6 +329,10 @@ class EMoEConfig(RoutingConfig):
     @property
     def num_active_experts(self) -> int:
         return self.num_experts - self.top_k if self.selection == "not_top" else self.top_k
+
+    @property
+    def has_routing_state(self) -> bool:
+        return super().has_routing_state or self.router != "avg_k" or self.gate_momentum > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ class Deferred:
         layer: what computed the output.
         x: the FFN's input.
         output: the output; None once somebody has looked at neurons, which then count.
-        tell: called when that happens.
+        tell: called when that happens, or None.
         grad: whether gradients were enabled at the call.
         autocast: the type that autocast was on with, or None.
     """
@@ -69,7 +69,7 @@ class Deferred:
     layer: object
     x: Tensor
     output: Tensor | None
-    tell: Callable[[], None]
+    tell: Callable[[], None] | None = None
     grad: bool = field(default_factory=torch.is_grad_enabled)
     autocast: torch.dtype | None = None
 
@@ -134,7 +134,8 @@ class DeferredTensor(Tensor):
             call, kind = self.call, self.call.x.device.type
             if call.output is not None:
                 call.output = None
-                call.tell()
+                if call.tell is not None:
+                    call.tell()
             with (
                 torch.set_grad_enabled(call.grad),
                 torch.autocast(kind, call.autocast, enabled=call.autocast is not None),

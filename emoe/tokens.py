@@ -64,9 +64,6 @@ class PerThread(Generic[T]):
     def __reduce__(self) -> tuple[Any, ...]:
         return PerThread, ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)()
-
 
 def watch_passes(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Have the layers' balance losses forgotten where a forward pass begins: at the outermost call of a module that holds some of them.

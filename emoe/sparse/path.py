@@ -98,9 +98,9 @@ class SparsePath:
         self._handlers = tuple((module, handler) for _, module, handler in projections)
         # where each projection stands, to see that it still does
         self._places = tuple(_place(ffn.layer, path) for path, _, _ in projections)
-        self._between = tuple(ffn.layer.get_submodule(path) for path in ffn.spec.between)
-        self._dropouts = tuple(module for module in self._between if isinstance(module, nn.Dropout))
-        self._watched = (*self._projections, *layer.activation.modules(), *self._between, *_holders(ffn))
+        between = [ffn.layer.get_submodule(path) for path in ffn.spec.between]
+        self._dropouts = tuple(module for module in between if isinstance(module, nn.Dropout))
+        self._watched = (*self._projections, *layer.activation.modules(), *between, *_holders(ffn))
         self._is_looked_at_inside = False
         self._width, self._hidden = ffn.d, ffn.h
         if cast(Tensor, ffn.proj_in.weight).device.type == "cpu" and (
@@ -178,7 +178,7 @@ class SparsePath:
 
     def defer_up(self, x: Tensor, up: Callable[[], Tensor]) -> Tensor:
         """The up-projection's part, which nobody needs once the output is known."""
-        return DeferredTensor.of((*x.shape[:-1], self._width), x, up, Deferred(self._layer, x, x, _do_nothing))
+        return DeferredTensor.of((*x.shape[:-1], self._width), x, up, Deferred(self._layer, x, x))
 
     def _decode_weights(self) -> DecodeWeights:
         layer, config = self._layer, self._layer.config
@@ -270,10 +270,6 @@ def _is_plain(x: Tensor) -> bool:
 
 def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def _do_nothing() -> None:
-    pass
 
 
 def _is_elementwise(activation: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from benchmarks.harness.text import load_split
 from benchmarks.llama.evaluation import check_tasks
 from benchmarks.llama.instructions import load_instructions
 from tests.conftest import ROOT
+from tests.imported import imports
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 # what draws, prints, plans and watches
@@ -33,14 +33,7 @@ NO_NUMBERS |= {"tabulate", "tqdm", "yaml"}
 
 def imported(package: str) -> set[str]:
     """Top-level names of other people's that a package imports anywhere."""
-    names: set[str] = set()
-    for path in (ROOT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - {"benchmarks", "emoe"}
+    return imports(package) - set(sys.stdlib_module_names) - {"benchmarks", "emoe"}
 
 
 def test_every_package_that_shapes_numbers_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

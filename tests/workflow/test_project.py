@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
@@ -14,20 +13,9 @@ import yaml
 
 from benchmarks.harness.suite import suite_names
 from tests.conftest import ROOT
+from tests.imported import imports
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-
-
-def imports(package: str) -> set[str]:
-    """Top-level names that a package imports anywhere."""
-    found = set()
-    for path in (ROOT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                found.add(node.module.split(".")[0])
-    return found
 
 
 def test_one_arrow_workflow_benchmarks_emoe() -> None:
