@@ -259,7 +259,9 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except click.Abort:
+    except click.Abort as stop:
+        if isinstance(stop.__cause__, EOFError):  # click takes an empty file for an interrupted prompt
+            raise stop.__cause__ from None
         sys.exit(130)
     except EMoEError as error:
         click.echo(f"error: {error}", err=True)

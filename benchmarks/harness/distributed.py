@@ -91,6 +91,12 @@ def leave() -> None:
         PartialState._reset_state()
 
 
+def wait_for_all() -> None:
+    """Wait until every process of this run is here; nothing in a run of one."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def end() -> None:
     """End a process that worked with others, at once; nothing in a run of one.
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -27,6 +28,7 @@ from benchmarks.harness.distributed import (
     is_sharded,
     load_shards_,
     save_shards,
+    wait_for_all,
     world_size,
 )
 from benchmarks.harness.files import write_json
@@ -197,6 +199,10 @@ class RoutedTrainer(Trainer):
         elif self.args.should_save:
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / _SCHEDULER)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        wait_for_all()  # each process writes its own, and Trainer's state, written next, says that all of it is there
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._has_shards(resume_from_checkpoint):  # shards are read with the optimiser's
             load_trained_(self._trained, Path(resume_from_checkpoint) / _WEIGHTS)
@@ -269,6 +275,9 @@ def _is_complete(checkpoint: Path) -> bool:
     sharded = (checkpoint / SHARDS).is_dir()
     files = (_SCHEDULER, TRAINER_STATE_NAME) if sharded else (_WEIGHTS, _OPTIMIZER, _SCHEDULER, TRAINER_STATE_NAME)
     if not all((checkpoint / name).exists() for name in files) or (sharded and not is_complete(checkpoint / SHARDS)):
+        return False
+    # torch.save writes zip archives, whose directory comes last
+    if not all(zipfile.is_zipfile(file) for file in checkpoint.glob("*.pt*")):
         return False
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,8 @@ def test_a_sharded_run_whose_worker_is_killed_goes_on_with_two_processes_or_with
     kill_one(killed, "fsdp", "checkpoint-4")
     shards = sorted((killed.parent / "checkpoints").glob("checkpoint-*/shards/*.safetensors"))
     assert len(shards) >= 2  # one a process
+    for state in killed.parent.glob("checkpoints/*/trainer_state.json"):  # written last, by the first process
+        assert all(zipfile.is_zipfile(state.with_name(f"rng_state_{rank}.pth")) for rank in range(2))
     other = Path("other") / killed.parent.relative_to("killed") / "run.json"
     shutil.copytree(killed.parent, other.parent)
 

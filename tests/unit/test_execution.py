@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from benchmarks.__main__ import main
+from benchmarks.harness import execution
 from benchmarks.harness import progress as progress_module
 from benchmarks.harness.definition import DefinitionError
 from benchmarks.harness.execution import read_run
@@ -212,13 +214,29 @@ def test_checkpoints_that_are_not_complete_are_left_out(tmp_path: Path) -> None:
     for step in (6, 12):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        for name in ("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            (folder / name).write_text("x")
+        (folder / "trained.safetensors").write_text("x")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
+            torch.save({}, folder / name)
         (folder / "trainer_state.json").write_text('{"global_step": 6}' if step == 6 else '{"global_st')
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
     assert not (tmp_path / "checkpoint-12").exists()
+    last = tmp_path / "checkpoint-6" / "rng_state_1.pth"  # the second process was killed while it wrote
+    for length in (last.stat().st_size - 1, 0):
+        half = shutil.copytree(tmp_path / "checkpoint-6", tmp_path / "checkpoint-18") / last.name
+        half.write_bytes(last.read_bytes()[:length])
+        assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
     shutil.rmtree(tmp_path / "checkpoint-6")
     assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_file_that_ends_too_early_is_no_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(*args: object, **named: object) -> None:
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr(execution, "execute", ends)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "run", "run.json"])
+    with pytest.raises(EOFError, match="Ran out of input"):
+        main()
 
 
 def test_two_processes_never_share_a_run(workdir: Path) -> None:
