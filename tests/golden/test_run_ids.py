@@ -1,0 +1,30 @@
+"""Every run of every suite keeps its name: an id is a hash of what shapes the numbers, so finished runs are found again."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness.suite import load_suite, suite_names
+
+FILE = Path(__file__).with_name("run_ids.csv")
+
+
+def digests(suite: str) -> dict[str, tuple[int, str]]:
+    """How many runs a benchmark has in a suite, and a digest of their ids, in the order of the grid."""
+    found: dict[str, list[str]] = {}
+    for run in load_suite({"suite": suite}).runs:
+        found.setdefault(run.benchmark, []).append(run.id)
+    return {name: (len(ids), hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]) for name, ids in found.items()}
+
+
+@pytest.mark.parametrize("suite", suite_names())
+def test_no_run_of_a_suite_has_got_another_id(suite: str) -> None:
+    with FILE.open() as file:
+        wanted = {
+            row["benchmark"]: (int(row["runs"]), row["digest"]) for row in csv.DictReader(file) if row["suite"] == suite
+        }
+    assert digests(suite) == wanted
