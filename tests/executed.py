@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from benchmarks.harness.execution import execute
-from benchmarks.harness.progress import Progress
-from benchmarks.harness.runs import Run
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.running.execution import execute
+from benchmarks.harness.training.progress import Progress
 
 # what a run took, and on which machine
 _VARIES = ("cost", "environment")

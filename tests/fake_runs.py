@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.paths import RUNS
-from benchmarks.harness.runs import Run, plan
+from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.planning.runs import Run, plan
 from benchmarks.llama.evaluation import task_title
 
 ENVIRONMENT = {

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.harness.definition import load_benchmark
-from benchmarks.harness.runs import Run, plan, run_from_spec
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 
 FOLDERS = ("art_painting", "cartoon", "photo", "sketch")
 CLASSES = ("dog", "elephant", "giraffe")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.runs import Run, plan, run_from_spec
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 
 ROWS = [
     {

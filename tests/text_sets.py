@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pandas as pd
 
-from benchmarks.harness.definition import load_benchmark
+from benchmarks.harness.planning.definition import load_benchmark
 
 TASKS = load_benchmark("glue").tasks
 

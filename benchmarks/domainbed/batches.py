@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from benchmarks.domainbed.environments import Environment
+from benchmarks.domainbed.protocol import class_weights
 from benchmarks.domainbed.transforms import Transform, seen
-from benchmarks.harness.domainbed_protocol import class_weights
-from benchmarks.harness.seeds import derive_seed
+from benchmarks.harness.base.seeds import derive_seed
 
 Draw = tuple[int, int, int]
 

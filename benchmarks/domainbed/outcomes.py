@@ -8,11 +8,12 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.domainbed.selection import SELECTIONS, Chosen, Trained
-from benchmarks.harness.definition import Benchmark, load_models
-from benchmarks.harness.records import collect_from, read_metrics
-from benchmarks.harness.runs import Run
-from benchmarks.harness.shared_tables import in_order
-from benchmarks.harness.statistics import Difference, paired_difference, with_verdicts
+from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.reporting.common_tables import in_order
+from benchmarks.harness.results.records import collect_from, read_metrics
+from benchmarks.harness.results.statistics import Difference, paired_difference, with_verdicts
 
 CELL = ["selection", "model", "set", "method"]
 _CHOICE = ("hparams_seed", "variant")

@@ -10,17 +10,17 @@ from typing import Any
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
 from benchmarks.domainbed.environments import ImageSet, load_set
 from benchmarks.domainbed.folders import plain_name
+from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, split_environment, split_things
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.survey import counts, ensure_surveyed
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
 from benchmarks.domainbed.transforms import augmented, plain
-from benchmarks.harness.domainbed_protocol import HOLDOUT_FRACTION, Split, split_environment, split_things
-from benchmarks.harness.files import whole_file
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.paths import IMAGES
-from benchmarks.harness.progress import Progress
-from benchmarks.harness.seeds import derive_seed
-from benchmarks.harness.trainable import build_image_classifier
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.files import whole_file
+from benchmarks.harness.base.paths import IMAGES
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.modeling.build import build_image_classifier
+from benchmarks.harness.training.progress import Progress
 
 _RESULTS = "results.jsonl"
 

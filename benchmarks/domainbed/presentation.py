@@ -7,9 +7,10 @@ from pathlib import Path
 from benchmarks.domainbed.figures import draw_accuracy, draw_confusion, draw_routing, draw_samples
 from benchmarks.domainbed.outcomes import Outcomes
 from benchmarks.domainbed.tables import domain_tables, set_tables, verdicts
-from benchmarks.harness.definition import Benchmark, check_names
-from benchmarks.harness.presentation import Part, Presentation
-from benchmarks.harness.runs import Run
+from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.schema import check_names
+from benchmarks.harness.reporting.presentation import Part, Presentation
 
 _NOTE = (
     "In points, mean over paired trials of the mean over held-out environments, with its 95 % confidence interval; verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's "

@@ -18,9 +18,9 @@ from torchvision.utils import make_grid
 from benchmarks.domainbed.environments import Environment, ImageSet, load_set
 from benchmarks.domainbed.images import REFUSE
 from benchmarks.domainbed.transforms import augmented, plain, seen, visible
-from benchmarks.harness.files import whole_file, write_json
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.seeds import derive_seed
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.files import whole_file, write_json
+from benchmarks.harness.base.seeds import derive_seed
 
 SAMPLES = 8
 _SHOWN = 10
@@ -30,7 +30,7 @@ def survey_to_file(job: Mapping[str, Any], output: Path) -> None:
     """Survey a set: write its counts, and a grid of samples beside them (``.png``).
 
     Args:
-        job: a :class:`~benchmarks.harness.jobs.SurveyJob` as plain values.
+        job: a :class:`~benchmarks.harness.planning.jobs.SurveyJob` as plain values.
         output: the JSON file.
 
     Raises:

@@ -10,10 +10,10 @@ import pandas as pd
 from benchmarks.domainbed.information import PERMUTATIONS
 from benchmarks.domainbed.outcomes import CELL, Outcomes
 from benchmarks.domainbed.selection import standard_error
-from benchmarks.harness.definition import check_names
-from benchmarks.harness.paper_tables import read_published
-from benchmarks.harness.rendering import Column, Table
-from benchmarks.harness.shared_tables import cost_table, interval_text, means_by, published_table, tests_table
+from benchmarks.harness.planning.schema import check_names
+from benchmarks.harness.reporting.common_tables import cost_table, interval_text, means_by, published_table, tests_table
+from benchmarks.harness.reporting.published import read_published
+from benchmarks.harness.reporting.rendering import Column, Table
 
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _FOUR = "average of four"

@@ -17,20 +17,13 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 import emoe
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
 from benchmarks.domainbed.information import by_chance, told
-from benchmarks.harness.progress import Progress
-from benchmarks.harness.scores import score
-from benchmarks.harness.seeds import derive_seed
-from benchmarks.harness.trainable import Trainable
-from benchmarks.harness.training import (
-    RetieGates,
-    RoutedTrainer,
-    Stopwatch,
-    finite,
-    last_complete_checkpoint,
-    plain_logits,
-    precision_here,
-    quiet_arguments,
-)
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.modeling.build import Trainable
+from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
+from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from benchmarks.harness.training.metrics import score
+from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
 from emoe.layer import routed_layers
 from emoe.records import LayerRecord
 

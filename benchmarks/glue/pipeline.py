@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.definition import load_benchmark
-from benchmarks.harness.models import load_tokenizer
-from benchmarks.harness.progress import Progress
-from benchmarks.harness.text import TextSplit, load_part
-from benchmarks.harness.text_training import TextTrainer
-from benchmarks.harness.tokenised import calibration_batches
-from benchmarks.harness.trainable import build_classifier, save_trained
-from benchmarks.harness.training import with_routing
+from benchmarks.harness.modeling.build import build_classifier, save_trained
+from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.trainer import with_routing
+from benchmarks.text.datasets import TextSplit, load_part
+from benchmarks.text.tokenization import calibration_batches
+from benchmarks.text.training import TextTrainer
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.harness.comparison import Comparison
-from benchmarks.harness.definition import Benchmark
-from benchmarks.harness.figures import panels_by_training_task, score_panels
-from benchmarks.harness.presentation import NOTE, Presentation
-from benchmarks.harness.runs import Run
-from benchmarks.harness.tables import TextTables
+from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.reporting.plots import score_panels
+from benchmarks.harness.reporting.presentation import NOTE, Presentation
+from benchmarks.text.comparison import Comparison
+from benchmarks.text.figures import panels_by_training_task
+from benchmarks.text.tables import TextTables
 
 
 def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:

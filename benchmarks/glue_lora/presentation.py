@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.harness.comparison import ID, Comparison
-from benchmarks.harness.definition import Benchmark, DefinitionError
-from benchmarks.harness.figures import panels_by_model, score_panels
-from benchmarks.harness.presentation import NOTE, Presentation
-from benchmarks.harness.records import read_metrics
-from benchmarks.harness.runs import Run
-from benchmarks.harness.tables import TextTables
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.reporting.plots import score_panels
+from benchmarks.harness.reporting.presentation import NOTE, Presentation
+from benchmarks.harness.results.records import read_metrics
+from benchmarks.text.comparison import ID, Comparison
+from benchmarks.text.figures import panels_by_model
+from benchmarks.text.tables import TextTables
 
 # what every row trains; the rest is what the row is about
 _SHARED = ("adapters", "head")

@@ -7,18 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.definition import load_benchmark
-from benchmarks.harness.execution import read_run
-from benchmarks.harness.models import load_tokenizer
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.paths import RUNS
-from benchmarks.harness.prediction import TextEvaluator
-from benchmarks.harness.progress import Progress
-from benchmarks.harness.records import collect, read_metrics
-from benchmarks.harness.runs import Run
-from benchmarks.harness.selection import CHOICE, select
-from benchmarks.harness.text import TextSplit, load_part
-from benchmarks.harness.trainable import reopen_classifier
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.modeling.build import reopen_classifier
+from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.results.records import collect, read_metrics
+from benchmarks.harness.running.execution import read_run
+from benchmarks.harness.training.progress import Progress
+from benchmarks.text.datasets import TextSplit, load_part
+from benchmarks.text.evaluation import TextEvaluator
+from benchmarks.text.selection import CHOICE, select
 from emoe.errors import CheckpointError
 
 

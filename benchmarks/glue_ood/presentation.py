@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.harness.comparison import OOD, Comparison, ranked
-from benchmarks.harness.definition import Benchmark, DefinitionError
-from benchmarks.harness.figures import panels_by_model, rank_diagram, score_panels
-from benchmarks.harness.paper_tables import paper_table, rank_table
-from benchmarks.harness.presentation import NOTE, Presentation
-from benchmarks.harness.runs import Run
-from benchmarks.harness.tables import TextTables
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.reporting.plots import score_panels
+from benchmarks.harness.reporting.presentation import NOTE, Presentation
+from benchmarks.text.comparison import OOD, Comparison, ranked
+from benchmarks.text.figures import panels_by_model, rank_diagram
+from benchmarks.text.paper_tables import paper_table, rank_table
+from benchmarks.text.tables import TextTables
 
 
 def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:

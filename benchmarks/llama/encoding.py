@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
-from benchmarks.harness.packages import DataError
+from benchmarks.harness.base.errors import DataError
 from benchmarks.llama.instructions import Broken, Instruction
 from benchmarks.llama.templates import Template
 

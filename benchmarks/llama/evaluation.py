@@ -14,12 +14,11 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.definition import DefinitionError
-from benchmarks.harness.hub import commit_of, hub_name
-from benchmarks.harness.jobs import MMLU_DEV, is_mmlu_dev
-from benchmarks.harness.language_models import DTYPES
-from benchmarks.harness.packages import DataError, first_line
-from benchmarks.harness.paths import QUESTIONS
+from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
+from benchmarks.harness.base.paths import QUESTIONS
+from benchmarks.harness.modeling.language import DTYPES
+from benchmarks.harness.planning.jobs import MMLU_DEV, is_mmlu_dev
+from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator
 from benchmarks.llama.instructions import Instruction
 from benchmarks.llama.templates import Template

@@ -10,12 +10,12 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 import emoe
-from benchmarks.harness.adapters import merge_adapters_
-from benchmarks.harness.execution import read_run
-from benchmarks.harness.models import load_tokenizer
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.records import read_metrics
-from benchmarks.harness.trainable import reopen_language_model
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.modeling.build import reopen_language_model
+from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.modeling.lora import merge_adapters_
+from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.running.execution import read_run
 from benchmarks.llama.templates import find_template
 from emoe.folders import check_new
 from emoe.layer import routed_layers

@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from benchmarks.harness.figures import STYLE, save, say_nothing
-from benchmarks.harness.instruction import is_trained
-from benchmarks.harness.runs import Run
-from benchmarks.harness.statistics import CONFIDENCE
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.reporting.plots import STYLE, save, say_nothing
+from benchmarks.harness.results.statistics import CONFIDENCE
+from benchmarks.llama.grid import is_trained
 from benchmarks.llama.outcomes import CELL, Outcomes, cell_of, task_words
 
 _FOUR_CHOICES, _CHANCE = "mmlu", 0.25

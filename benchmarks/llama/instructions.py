@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.harness.hub import commit_of, hub_name
-from benchmarks.harness.json_rows import Damaged, json_lines, json_list
-from benchmarks.harness.packages import ALPACA_DEMO, DataError, first_line
-from benchmarks.harness.paths import DATA_ROOT
-from benchmarks.harness.text_files import OWN_SUFFIXES, own_file
+from benchmarks.harness.base.errors import DataError, first_line
+from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.sources.hub import commit_of, hub_name
+from benchmarks.harness.sources.json_rows import Damaged, json_lines, json_list
+from benchmarks.harness.sources.local import OWN_SUFFIXES, own_file
+from benchmarks.harness.sources.packages import ALPACA_DEMO
 
 _SHOWN = 5
 _FIELDS = ("instruction", "input", "output")

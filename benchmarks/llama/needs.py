@@ -11,12 +11,12 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.harness.adapters import adapt_
-from benchmarks.harness.distributed import is_sharded, local_rank, local_size, world_size
-from benchmarks.harness.instruction import is_trained
-from benchmarks.harness.language_models import load_config, meta_model
-from benchmarks.harness.memory import Memory, memory
-from benchmarks.harness.packages import DataError
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.modeling.language import load_config, meta_model
+from benchmarks.harness.modeling.lora import adapt_
+from benchmarks.harness.modeling.memory import Memory, memory
+from benchmarks.harness.training.distributed import is_sharded, local_rank, local_size, world_size
+from benchmarks.llama.grid import is_trained
 
 _BYTES = {"fp32": 4.0, "bf16": 2.0}
 _FOUR_BIT = 0.55  # with the blocks' scales

@@ -8,12 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.definition import Benchmark, load_models
-from benchmarks.harness.instruction import is_trained
-from benchmarks.harness.records import collect_from, read_metrics
-from benchmarks.harness.runs import Run
-from benchmarks.harness.shared_tables import in_order
-from benchmarks.harness.statistics import Difference, paired_difference, with_verdicts
+from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.reporting.common_tables import in_order
+from benchmarks.harness.results.records import collect_from, read_metrics
+from benchmarks.harness.results.statistics import Difference, paired_difference, with_verdicts
+from benchmarks.llama.grid import is_trained
 
 GROUP = ["model", "set", "tuning"]
 CELL = [*GROUP, "method", "variant"]

@@ -12,23 +12,16 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.distributed import (
-    broadcast,
-    gather_trained,
-    is_main,
-    is_sharded,
-    leave,
-    shard_,
-)
-from benchmarks.harness.instruction import is_trained
-from benchmarks.harness.models import load_tokenizer
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.progress import Progress
-from benchmarks.harness.seeds import derive_seed
-from benchmarks.harness.trainable import Trainable, build_language_model, permutations, save_trained, set_trained_
-from benchmarks.harness.training import precision_here, with_routing
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.modeling.build import Trainable, build_language_model, permutations, save_trained, set_trained_
+from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.training.distributed import broadcast, gather_trained, is_main, is_sharded, leave, shard_
+from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.trainer import precision_here, with_routing
 from benchmarks.llama.encoding import EncodedRows, collator
 from benchmarks.llama.evaluation import answers, check_tasks, held_out_loss, run_tasks, task_title
+from benchmarks.llama.grid import is_trained
 from benchmarks.llama.instructions import load_instructions, refuse_broken
 from benchmarks.llama.needs import check_needs, compute_needs
 from benchmarks.llama.templates import Template, find_template

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.harness.definition import Benchmark, check_names
-from benchmarks.harness.presentation import Presentation
-from benchmarks.harness.runs import Run
+from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.schema import check_names
+from benchmarks.harness.reporting.presentation import Presentation
 from benchmarks.llama.figures import draw_categories, draw_curves, draw_routing
 from benchmarks.llama.outcomes import Outcomes
 from benchmarks.llama.tables import instruction_tables, verdicts

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.harness.files import whole_file
-from benchmarks.harness.jobs import MMLU_DEV
-from benchmarks.harness.packages import DataError
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.files import whole_file
+from benchmarks.harness.planning.jobs import MMLU_DEV
 
 _LETTERS = "ABCD"
 _CHOICES = re.compile(r"(?s)(.*?)\s*\(A\)\s(.*?)\s*\(B\)\s(.*?)\s*\(C\)\s(.*?)\s*\(D\)\s(.*)")

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from benchmarks.harness.definition import check_names, load_metrics
-from benchmarks.harness.instruction import is_trained
-from benchmarks.harness.paper_tables import read_published
-from benchmarks.harness.rendering import Column, Table
-from benchmarks.harness.runs import Run
-from benchmarks.harness.shared_tables import cost_table, interval_text, means_by, published_table, tests_table
+from benchmarks.harness.planning.catalogue import load_metrics
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.schema import check_names
+from benchmarks.harness.reporting.common_tables import cost_table, interval_text, means_by, published_table, tests_table
+from benchmarks.harness.reporting.published import read_published
+from benchmarks.harness.reporting.rendering import Column, Table
+from benchmarks.llama.grid import is_trained
 from benchmarks.llama.outcomes import BASELINE, CELL, GROUP, UNTUNED, Outcomes, cell_of, task_words
 
 _PAPER_COLUMNS = ["model", "tuning", "method", "value", "status", "source"]

@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.harness.definition import DefinitionError, check_names, read_yaml
-from benchmarks.harness.paths import BENCHMARKS
-from benchmarks.harness.seeds import derive_seed
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.paths import BENCHMARKS
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.planning.schema import check_names, read_yaml
 from benchmarks.llama.instructions import Instruction
 
 CHAT, RANDOM = "chat", "random"

@@ -9,22 +9,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.harness.distributed import world_size
-from benchmarks.harness.instruction import accumulation
-from benchmarks.harness.progress import Progress
-from benchmarks.harness.seeds import derive_seed
-from benchmarks.harness.text_training import EpochOrder
-from benchmarks.harness.trainable import Trainable
-from benchmarks.harness.training import (
-    RetieGates,
-    RoutedTrainer,
-    Stopwatch,
-    finite,
-    last_complete_checkpoint,
-    precision_here,
-    quiet_arguments,
-)
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.modeling.build import Trainable
+from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
+from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from benchmarks.harness.training.distributed import world_size
+from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.samplers import EpochOrder
+from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here, quiet_arguments
 from benchmarks.llama.encoding import EncodedRows, collator
+from benchmarks.llama.grid import accumulation
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness.definition import load_models
-from benchmarks.harness.models import load_backbone
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.seeds import derive_seed
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.modeling.loading import load_backbone
+from benchmarks.harness.planning.catalogue import load_models
 from emoe.architectures import find_ffns
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 

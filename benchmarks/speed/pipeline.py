@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.progress import Progress
-from benchmarks.harness.seeds import derive_seed
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.training.progress import Progress
 from benchmarks.speed import decode, layer, partition, step
 
 _MEASURES = {

@@ -11,12 +11,12 @@ import pandas as pd
 import torch
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.definition import Benchmark
-from benchmarks.harness.figures import STYLE, save
-from benchmarks.harness.presentation import Presentation
-from benchmarks.harness.records import collect
-from benchmarks.harness.rendering import Column, Table
-from benchmarks.harness.runs import Run
+from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.reporting.plots import STYLE, save
+from benchmarks.harness.reporting.presentation import Presentation
+from benchmarks.harness.reporting.rendering import Column, Table
+from benchmarks.harness.results.records import collect
 from emoe.sparse.cost_model import predicted_time_ratio
 
 _COLOURS = {

@@ -17,10 +17,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.harness.definition import DefinitionError
-from benchmarks.harness.execution import RunError, execute_together
-from benchmarks.harness.paths import DATA_ROOT
-from benchmarks.harness.runs import Run
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.running.execution import RunError, execute_together
 from benchmarks.llama.export import export
 from tests.conftest import ROOT
 from tests.executed import finish, numbers, prepare

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.suite import load_suite, suite_names
+from benchmarks.harness.planning.suite import load_suite, suite_names
 
 FILE = Path(__file__).with_name("run_ids.csv")
 

@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import emoe
-from benchmarks.harness.language_models import load_language_model, unpack_gguf
-from benchmarks.harness.models import load_tokenizer
-from benchmarks.harness.packages import SMOLLM2, DataError
-from benchmarks.harness.paths import MODEL_ROOT
-from benchmarks.harness.rebuilding import _GGUF
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.paths import MODEL_ROOT
+from benchmarks.harness.modeling.language import load_language_model, unpack_gguf
+from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.modeling.repackaged import _GGUF
+from benchmarks.harness.sources.packages import SMOLLM2
 from emoe.layer import routed_layers
 from tests.conftest import fetched
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness.adapters import trainable_groups
-from benchmarks.harness.definition import load_models
-from benchmarks.harness.models import load_tokenizer
-from benchmarks.harness.progress import Progress
-from benchmarks.harness.runs import plan
-from benchmarks.harness.text import TextSplit
-from benchmarks.harness.text_training import TextTrainer
-from benchmarks.harness.trainable import Trainable, build_classifier
-from benchmarks.harness.training import TrainedSetError
+from benchmarks.harness.modeling.build import Trainable, build_classifier
+from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.modeling.lora import trainable_groups
+from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.runs import plan
+from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.trainer import TrainedSetError
+from benchmarks.text.datasets import TextSplit
+from benchmarks.text.training import TextTrainer
 from emoe.errors import EMoEError
 
 SMOKE = {run.spec["method"]["name"]: run.spec for run in plan(["glue_lora"], "smoke")}

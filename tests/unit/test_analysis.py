@@ -12,17 +12,16 @@ import pytest
 from mlflow.tracking import MlflowClient
 from scipy import stats
 
-from benchmarks.harness import regression, report, tracking
-from benchmarks.harness.comparison import Comparison, ranked
-from benchmarks.harness.definition import Benchmark, DefinitionError, load_benchmark
-from benchmarks.harness.paper_tables import paper_table, rank_table
-from benchmarks.harness.presentation import present
-from benchmarks.harness.records import collect, read_metrics, scores_of
-from benchmarks.harness.rendering import Column, Table
-from benchmarks.harness.runs import Run, run_from_spec
-from benchmarks.harness.scores import SCORES, score
-from benchmarks.harness.selection import choices, reported, select
-from benchmarks.harness.statistics import (
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.definition import Benchmark, load_benchmark
+from benchmarks.harness.planning.runs import Run, run_from_spec
+from benchmarks.harness.planning.suite import Suite, load_suite
+from benchmarks.harness.reporting import report
+from benchmarks.harness.reporting.presentation import present
+from benchmarks.harness.reporting.rendering import Column, Table
+from benchmarks.harness.results import regression, tracking
+from benchmarks.harness.results.records import collect, read_metrics, scores_of
+from benchmarks.harness.results.statistics import (
     confidence_interval,
     critical_difference,
     friedman_ranks,
@@ -30,8 +29,11 @@ from benchmarks.harness.statistics import (
     nemenyi,
     paired_difference,
 )
-from benchmarks.harness.suite import Suite, load_suite
-from benchmarks.harness.tables import TextTables
+from benchmarks.harness.training.metrics import SCORES, score
+from benchmarks.text.comparison import Comparison, ranked
+from benchmarks.text.paper_tables import paper_table, rank_table
+from benchmarks.text.selection import choices, reported, select
+from benchmarks.text.tables import TextTables
 from tests import fake_runs
 
 

@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.__main__ import cli
-from benchmarks.harness.paths import DATA_ROOT
-from benchmarks.harness.rated import ARCHIVE
-from benchmarks.harness.suite import load_suite
+from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.sources.vader import ARCHIVE
 from tests.image_sets import write_images
 from tests.text_sets import OWN_FILES, write_own, write_saved
 from tests.tiny_hub import write_data

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.harness import definition, jobs, paths, runs, suite
-from benchmarks.harness.definition import DefinitionError, check, load_benchmark, read_checked, read_yaml
-from benchmarks.harness.evaluations import evaluation_specs
+from benchmarks.glue_ood.grid import evaluation_specs
+from benchmarks.harness.base import paths
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning import definition, jobs, runs, suite
+from benchmarks.harness.planning.catalogue import load_metrics, load_models
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.schema import check, read_checked, read_yaml
 
 SAFE = set(string.ascii_letters + string.digits + "._+-")
 GLUE = yaml.safe_load((paths.BENCHMARKS / "glue" / "benchmark.yaml").read_text())
@@ -32,8 +36,8 @@ def test_every_shipped_file_is_valid() -> None:
         load_benchmark(name)
     for name in suite.suite_names():
         assert suite.load_suite({"suite": name}).runs
-    definition.load_models()
-    definition.load_metrics()
+    load_models()
+    load_metrics()
 
 
 @pytest.mark.parametrize(

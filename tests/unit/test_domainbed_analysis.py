@@ -22,13 +22,14 @@ from benchmarks.domainbed.selection import (
     training_domain_validation,
 )
 from benchmarks.domainbed.tables import choices, paper, results, summary
-from benchmarks.harness import paths
-from benchmarks.harness.definition import DefinitionError, load_benchmark
-from benchmarks.harness.presentation import present
-from benchmarks.harness.records import collect
-from benchmarks.harness.report import write_report
-from benchmarks.harness.runs import Run, plan
-from benchmarks.harness.suite import Suite, find_part, load_suite
+from benchmarks.harness.base import paths
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.runs import Run, plan
+from benchmarks.harness.planning.suite import Suite, find_part, load_suite
+from benchmarks.harness.reporting.presentation import present
+from benchmarks.harness.reporting.report import write_report
+from benchmarks.harness.results.records import collect
 from tests.fake_runs import write_runs
 from tests.image_sets import pacs_run
 

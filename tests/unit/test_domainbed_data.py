@@ -23,12 +23,13 @@ from torchvision.datasets import ImageFolder
 from benchmarks.domainbed import emoji as emoji_module
 from benchmarks.domainbed.environments import ImageSet, load_set
 from benchmarks.domainbed.mnist import load_digits
+from benchmarks.domainbed.protocol import split_things
 from benchmarks.domainbed.survey import counts, ensure_surveyed, list_environments, look_at_all, survey_to_file
 from benchmarks.domainbed.transforms import DEVIATION, MEAN, augmented, plain
-from benchmarks.harness.definition import load_benchmark
-from benchmarks.harness.domainbed_protocol import split_things
-from benchmarks.harness.packages import EMOJI, DataError, package_file
-from benchmarks.harness.paths import DATA_ROOT
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.sources.packages import EMOJI, package_file
 from tests.image_sets import CLASSES, FOLDERS, pacs_run, write_pacs
 
 TASK = pacs_run().spec["task"]
@@ -380,7 +381,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-    monkeypatch.setattr("benchmarks.harness.packages.check_file", lambda path, checksum: None)
+    monkeypatch.setattr("benchmarks.harness.sources.packages.check_file", lambda path, checksum: None)
     return tmp_path
 
 

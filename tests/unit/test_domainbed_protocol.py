@@ -17,9 +17,7 @@ from transformers import TrainerControl, TrainerState
 from benchmarks.domainbed.batches import EnvironmentBatches
 from benchmarks.domainbed.information import by_chance, information, told
 from benchmarks.domainbed.mnist import colored_mnist, rotated_mnist
-from benchmarks.domainbed.training import EvaluationSteps
-from benchmarks.harness.definition import load_benchmark
-from benchmarks.harness.domainbed_protocol import (
+from benchmarks.domainbed.protocol import (
     class_weights,
     held_out_combinations,
     hyper_parameters,
@@ -27,8 +25,10 @@ from benchmarks.harness.domainbed_protocol import (
     split_environment,
     sweep_seed,
 )
-from benchmarks.harness.runs import plan
-from benchmarks.harness.variants import suite_methods, training_settings
+from benchmarks.domainbed.training import EvaluationSteps
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.methods import suite_methods, training_settings
+from benchmarks.harness.planning.runs import plan
 
 
 def md5_of(text: str) -> int:

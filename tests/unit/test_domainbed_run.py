@@ -24,15 +24,16 @@ from transformers import (
 
 from benchmarks.domainbed import pipeline
 from benchmarks.domainbed.batches import EvaluationRows
+from benchmarks.domainbed.grid import domain_specs
 from benchmarks.domainbed.information import information
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.training import DomainTrainer
-from benchmarks.harness.definition import DefinitionError, load_benchmark, load_models
-from benchmarks.harness.domains import domain_specs
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.paths import DATA_ROOT, MODEL_ROOT
-from benchmarks.harness.runs import Run, plan, run_from_spec
-from benchmarks.harness.trainable import build_image_classifier
+from benchmarks.harness.base.errors import DataError, DefinitionError
+from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT
+from benchmarks.harness.modeling.build import build_image_classifier
+from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 

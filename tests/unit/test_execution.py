@@ -16,17 +16,18 @@ import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.__main__ import main
-from benchmarks.harness import execution
-from benchmarks.harness import progress as progress_module
-from benchmarks.harness.definition import DefinitionError
-from benchmarks.harness.execution import read_run
-from benchmarks.harness.progress import Progress, clock
-from benchmarks.harness.rated import ARCHIVE
-from benchmarks.harness.runs import Run, plan, run_from_spec
-from benchmarks.harness.seeds import derive_seed
-from benchmarks.harness.text import TextSplit, load_split
-from benchmarks.harness.text_training import EpochOrder, TextTrainer
-from benchmarks.harness.training import last_complete_checkpoint
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.running import execution
+from benchmarks.harness.running.execution import read_run
+from benchmarks.harness.sources.vader import ARCHIVE
+from benchmarks.harness.training import progress as progress_module
+from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from benchmarks.harness.training.progress import Progress, clock
+from benchmarks.harness.training.samplers import EpochOrder
+from benchmarks.text.datasets import TextSplit, load_split
+from benchmarks.text.training import TextTrainer
 from tests.executed import finish, killed_at
 from tests.executed import prepare as write_run
 

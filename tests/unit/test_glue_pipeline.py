@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import emoe
-from benchmarks.harness.execution import execute
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.paths import DATA_ROOT, MODEL_ROOT
-from benchmarks.harness.runs import plan, run_from_spec
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT
+from benchmarks.harness.planning.runs import plan, run_from_spec
+from benchmarks.harness.running.execution import execute
 from tests.text_sets import GLUE
 from tests.tiny_hub import write_data, write_models
 

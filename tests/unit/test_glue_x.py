@@ -14,19 +14,19 @@ from scipy import stats
 from sklearn import metrics
 
 import emoe
-from benchmarks.harness.classes import Reading, reading
-from benchmarks.harness.definition import DefinitionError, load_benchmark
-from benchmarks.harness.evaluations import evaluation_specs
-from benchmarks.harness.execution import execute
-from benchmarks.harness.models import load_tokenizer
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.paths import DATA_ROOT, MODEL_ROOT, RUNS
-from benchmarks.harness.prediction import TextEvaluator
-from benchmarks.harness.runs import Run, plan, run_from_spec
-from benchmarks.harness.scores import mean_loss, score
-from benchmarks.harness.text import load_part
-from benchmarks.harness.tokenised import TokenisedRows
-from benchmarks.harness.trainable import reopen_classifier
+from benchmarks.glue_ood.grid import evaluation_specs
+from benchmarks.harness.base.errors import DataError, DefinitionError
+from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, RUNS
+from benchmarks.harness.modeling.build import reopen_classifier
+from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.running.execution import execute
+from benchmarks.harness.training.label_mapping import Reading, reading
+from benchmarks.harness.training.metrics import mean_loss, score
+from benchmarks.text.datasets import load_part
+from benchmarks.text.evaluation import TextEvaluator
+from benchmarks.text.tokenization import TokenisedRows
 from emoe.errors import EMoEError
 from emoe.layer import routed_layers
 from tests.text_sets import MEANING, OWN_FILES, TASKS, write_own, write_saved

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import Dinov2Config, Dinov2Model
 
 import emoe
-from benchmarks.harness.definition import load_models
-from benchmarks.harness.dinov2 import read_backbone, rebuild
-from benchmarks.harness.image_models import load_image_classifier, load_image_network
-from benchmarks.harness.packages import DataError
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.modeling.dinov2 import read_backbone, rebuild
+from benchmarks.harness.modeling.image import load_image_classifier, load_image_network
+from benchmarks.harness.planning.catalogue import load_models
 from emoe.partitioning import partition_key
 
 TEST_VIT = {"name": "test-vit", **{key: value for key, value in load_models()["test-vit"].items() if key != "title"}}

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import emoe
-from benchmarks.harness.definition import DefinitionError
-from benchmarks.harness.models import load_tokenizer
-from benchmarks.harness.packages import ALPACA_DEMO, DataError
-from benchmarks.harness.paths import DATA_ROOT
+from benchmarks.harness.base.errors import DataError, DefinitionError
+from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.sources.packages import ALPACA_DEMO
 from benchmarks.llama.encoding import IGNORED, EncodedRow, EncodedRows, _begin, collator
 from benchmarks.llama.evaluation import held_out_loss
 from benchmarks.llama.instructions import Instruction, load_instructions, parse, refuse_broken

@@ -10,15 +10,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.harness import paths
-from benchmarks.harness.definition import DefinitionError, load_benchmark
-from benchmarks.harness.presentation import present
-from benchmarks.harness.records import read_metrics
-from benchmarks.harness.regression import bless, compare
-from benchmarks.harness.report import write_report
-from benchmarks.harness.runs import Run, plan, run_from_spec
-from benchmarks.harness.suite import load_suite
-from benchmarks.harness.tracking import mirror
+from benchmarks.harness.base import paths
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.reporting.presentation import present
+from benchmarks.harness.reporting.report import write_report
+from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.results.regression import bless, compare
+from benchmarks.harness.results.tracking import mirror
 from benchmarks.llama.outcomes import CELL, Outcomes, cell_of
 from benchmarks.llama.tables import answers, categories, data, paper, results, subjects, verdicts
 from benchmarks.llama.tables import tests as paired_tests
@@ -207,8 +208,8 @@ def test_a_suite_without_training_or_accuracy_still_has_its_pictures(runs: list[
 
 
 def test_wrong_settings_are_refused_by_name() -> None:
-    from benchmarks.harness.definition import Benchmark
-    from benchmarks.harness.instruction import instruction_specs
+    from benchmarks.harness.planning.definition import Benchmark
+    from benchmarks.llama.grid import instruction_specs
 
     def with_change(change: dict) -> Benchmark:
         definition = copy.deepcopy(LLAMA.definition)

@@ -20,14 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import emoe
 from benchmarks.__main__ import cli
-from benchmarks.harness.definition import DefinitionError
-from benchmarks.harness.distributed import is_complete
-from benchmarks.harness.language_models import load_language_model
-from benchmarks.harness.memory import Memory, memory
-from benchmarks.harness.models import load_tokenizer
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.paths import DATA_ROOT, MODEL_ROOT, QUESTIONS
-from benchmarks.harness.trainable import build_language_model
+from benchmarks.harness.base.errors import DataError, DefinitionError
+from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, QUESTIONS
+from benchmarks.harness.modeling.build import build_language_model
+from benchmarks.harness.modeling.language import load_language_model
+from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.modeling.memory import Memory, memory
+from benchmarks.harness.training.distributed import is_complete
 from benchmarks.llama.encoding import IGNORED
 from benchmarks.llama.evaluation import check_tasks, summarise
 from benchmarks.llama.export import export

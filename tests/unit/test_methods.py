@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import emoe
-from benchmarks.harness.definition import load_models
-from benchmarks.harness.methods import cached_partition
-from benchmarks.harness.models import load_backbone, load_classifier, weights_digest
-from benchmarks.harness.paths import MODEL_ROOT
+from benchmarks.harness.base.paths import MODEL_ROOT
+from benchmarks.harness.modeling.conversion import cached_partition
+from benchmarks.harness.modeling.loading import load_backbone, load_classifier, weights_digest
+from benchmarks.harness.planning.catalogue import load_models
 from tests import tiny_models
 
 

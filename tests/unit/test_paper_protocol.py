@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from benchmarks.harness.definition import load_benchmark, load_models
-from benchmarks.harness.runs import plan
-from benchmarks.harness.text_training import Patience
+from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.runs import plan
+from benchmarks.text.training import Patience
 
 RUNS = plan(["glue", "glue_lora", "glue_ood"], "paper")
 TASKS = {"cola", "mrpc", "rte", "stsb", "sst2", "qnli", "qqp", "mnli"}

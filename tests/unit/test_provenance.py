@@ -15,13 +15,15 @@ import timm
 from safetensors.torch import save_file
 
 from benchmarks.domainbed.environments import load_set
-from benchmarks.harness import environment, hub
-from benchmarks.harness.definition import benchmark_names, load_benchmark, load_models
-from benchmarks.harness.image_models import load_image_classifier
-from benchmarks.harness.models import describe
-from benchmarks.harness.text import load_split
+from benchmarks.harness.modeling.image import load_image_classifier
+from benchmarks.harness.modeling.loading import describe
+from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
+from benchmarks.harness.running import environment
+from benchmarks.harness.sources import hub
 from benchmarks.llama.evaluation import check_tasks
 from benchmarks.llama.instructions import load_instructions
+from benchmarks.text.datasets import load_split
 from tests.conftest import ROOT
 from tests.imported import imports
 

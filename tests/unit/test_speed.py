@@ -11,11 +11,13 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.harness import definition, report, runs
-from benchmarks.harness.definition import DefinitionError, check, load_benchmark
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.presentation import present
-from benchmarks.harness.suite import load_suite
+from benchmarks.harness.base.errors import DataError, DefinitionError
+from benchmarks.harness.planning import definition, runs
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.schema import check
+from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.reporting import report
+from benchmarks.harness.reporting.presentation import present
 from benchmarks.speed import layer, partition, pipeline, step, timing
 from benchmarks.speed.ffn import CANDIDATES, FFN
 from tests import fake_runs

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.harness.definition import load_benchmark
-from benchmarks.harness.packages import DataError
-from benchmarks.harness.paths import DATA_ROOT
-from benchmarks.harness.rated import load_rated
-from benchmarks.harness.text import TextSplit, load_part, load_split
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.sources.vader import load_rated
+from benchmarks.text.datasets import TextSplit, load_part, load_split
 from tests.text_sets import GLUE, LABELS, MEANING, OWN_FILES, TASKS, write_glue, write_own, write_saved
 
 BENCHMARK = load_benchmark("glue")

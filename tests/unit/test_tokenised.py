@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.harness import tokenised
-from benchmarks.harness.definition import load_models
-from benchmarks.harness.models import load_tokenizer
-from benchmarks.harness.paths import TOKENS
-from benchmarks.harness.text import TextSplit
-from benchmarks.harness.tokenised import TokenisedRows, calibration_batches
+from benchmarks.harness.base.paths import TOKENS
+from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.text import tokenization as tokenised
+from benchmarks.text.datasets import TextSplit
+from benchmarks.text.tokenization import TokenisedRows, calibration_batches
 
 PAIRS = TextSplit([("a longer first sentence", "so it is"), ("short", "too"), ("", "empty first")], [1, 0, 1])
 

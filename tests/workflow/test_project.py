@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.harness.suite import suite_names
+from benchmarks.harness.planning.suite import suite_names
 from tests.conftest import ROOT
 from tests.imported import imports
 

@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 
-from benchmarks.harness import rated
-from benchmarks.harness.suite import load_suite
+from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.sources import vader as rated
 from emoe.sparse.build import compiled_kernels
 from tests.conftest import ROOT
 

@@ -4,8 +4,8 @@ import sys
 
 sys.path.insert(0, str(workflow.basedir))
 
-from benchmarks.harness import jobs
-from benchmarks.harness import suite as suites
+from benchmarks.harness.planning import jobs
+from benchmarks.harness.planning import suite as suites
 from emoe.errors import EMoEError
 
 try:

@@ -1,0 +1,1 @@
+"""Paths, files, seeds and errors, which everything else rests on."""

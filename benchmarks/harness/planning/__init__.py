@@ -1,0 +1,1 @@
+"""From YAML files to runs and the jobs that they need."""

@@ -1,0 +1,322 @@
+"""A suite as the workflow sees it: its configuration, its runs, the files they need and make."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benchmarks.harness.base import paths
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.files import write_json
+from benchmarks.harness.planning.catalogue import load_metrics, load_models
+from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
+from benchmarks.harness.planning.jobs import PartitionJob, SurveyJob, partition_jobs, survey_job
+from benchmarks.harness.planning.runs import Run, canonical_json, plan
+from benchmarks.harness.planning.schema import check, check_names, read_yaml
+from emoe.errors import did_you_mean
+
+FORMATS = ("csv", "md", "tex", "html")
+Job = TypeVar("Job")
+DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
+
+
+def suite_names() -> list[str]:
+    """The suites that have a file in ``config/``."""
+    return sorted(path.stem for path in paths.CONFIG.glob("*.yaml"))
+
+
+def load_suite(overrides: Mapping[str, Any]) -> Suite:
+    """Read ``config/<suite>.yaml`` and put the command line's values on top.
+
+    Args:
+        overrides: ``--config`` values; ``suite`` names the file (default ``mini``).
+
+    Raises:
+        DefinitionError: no such suite, or a wrong key or value; names the file and the nearest valid one.
+    """
+    name = overrides.get("suite", "mini")
+    if name not in suite_names():
+        raise DefinitionError(
+            f"there is no suite '{name}'{did_you_mean(name, suite_names())} (files in {paths.CONFIG})"
+        )
+    file = paths.CONFIG / f"{name}.yaml"
+    content = read_yaml(file)
+    check(content, "config", str(file))
+    if content["suite"] != name:
+        raise DefinitionError(f"{file}: 'suite' is '{content['suite']}', but must be '{name}' like the file's name")
+    where = "--config" if set(overrides) - {"suite"} else str(file)
+    settings = check({**content, **overrides}, "config", where)
+    for benchmark in settings["benchmarks"]:
+        if benchmark not in benchmark_names():
+            raise DefinitionError(
+                f"{where}: 'benchmarks' names '{benchmark}'{did_you_mean(benchmark, benchmark_names())}"
+            )
+    definitions = [task for benchmark in settings["benchmarks"] for task in load_benchmark(benchmark).tasks.values()]
+    known = {name for task in definitions for name in task.get("ood", ())}
+    known |= {
+        name
+        for benchmark in settings["benchmarks"]
+        if load_benchmark(benchmark).has_sets
+        for name in load_benchmark(benchmark).tasks
+    }
+    check_names(f"{where}: '", "without", settings["without"], known)
+    for benchmark in settings["benchmarks"]:
+        other = load_benchmark(benchmark).definition.get("evaluates")
+        if other and other not in settings["benchmarks"]:
+            raise DefinitionError(
+                f"{where}: 'benchmarks' names '{benchmark}', which evaluates '{other}'; name that too"
+            )
+    for key in ("data_root", "model_root"):
+        if settings[key] and not Path(settings[key]).is_dir():
+            raise DefinitionError(f"{where}: '{key}' is '{settings[key]}', which is no folder")
+    return Suite(name, settings, dict(overrides))
+
+
+def suite_of_job(name: str) -> Suite:
+    """A suite as a job of the workflow sees it: with the command line's values, which reach it by its environment."""
+    overrides = json.loads(os.environ.get(paths.OVERRIDES, "{}"))
+    return load_suite(overrides if overrides.get("suite", "mini") == name else {"suite": name})
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Tables and figures that are made together: a benchmark's own, or those of one of its sets.
+
+    Attributes:
+        benchmark: the benchmark.
+        part: the set; None for what is over all of them.
+        tables: names of the tables.
+        figures: names of the figures, with their captions.
+    """
+
+    benchmark: str
+    part: str | None
+    tables: list[str]
+    figures: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """What files begin with, and the target of the workflow."""
+        return f"{self.benchmark}_{self.part}" if self.part else self.benchmark
+
+    def table_files(self, suite: str) -> list[str]:
+        folder = paths.RESULTS / suite / "tables"
+        return [str(folder / f"{self.name}_{table}.{end}") for table in self.tables for end in FORMATS]
+
+    def figure_files(self, suite: str) -> list[str]:
+        folder = paths.RESULTS / suite / "figures"
+        return [str(folder / f"{self.name}_{figure}.{end}") for figure in self.figures for end in ("pdf", "png")]
+
+
+def shown_of(benchmark: str, part: str | None = None) -> Shown:
+    """What a benchmark shows, or a part of it."""
+    definition = load_benchmark(benchmark).definition
+    keys = ("set_tables", "set_figures") if part else ("tables", "figures")
+    return Shown(benchmark, part, definition[keys[0]], definition[keys[1]])
+
+
+def all_shown() -> list[Shown]:
+    """What all benchmarks and all their parts show, whether a suite runs them or not."""
+    found = []
+    for name in benchmark_names():
+        loaded = load_benchmark(name)
+        parts = list(loaded.tasks) if loaded.kind == "domains" else []
+        found += [shown_of(name, part) for part in (None, *parts)]
+    return found
+
+
+def find_part(benchmark: str, part: str, first: Suite) -> Suite:
+    """The given suite where it runs the part of the benchmark, else the first other one that does.
+
+    Raises:
+        DefinitionError: no suite runs it.
+    """
+    for suite in _suites(first):
+        if benchmark in suite.settings["benchmarks"] and part in suite.parts(benchmark):
+            return suite
+    raise DefinitionError(f"no suite runs '{part}' of the benchmark '{benchmark}'")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One suite.
+
+    Attributes:
+        name: ``smoke``, ``mini``, …
+        settings: the checked configuration.
+        overrides: what of it the command line said.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Every run, each once, in the order of the grids."""
+        return plan(self.settings["benchmarks"], self.name, self.settings["without"])
+
+    @cached_property
+    def runs_by_folder(self) -> dict[str, Run]:
+        return {run.folder: run for run in self.runs}
+
+    @cached_property
+    def partitions(self) -> dict[str, PartitionJob]:
+        """The clusterings that the runs need, by id."""
+        return {job.id: job for run in self.runs for job in partition_jobs(run)}
+
+    @cached_property
+    def surveys(self) -> dict[str, SurveyJob]:
+        """The surveys of image sets that the runs need, by id."""
+        return {job.id: job for run in self.runs if (job := survey_job(run)) is not None}
+
+    def runs_of(self, benchmark: str, part: str | None = None) -> list[Run]:
+        """The runs of a benchmark, or of one of its parts."""
+        return [run for run in self.runs if run.benchmark == benchmark and part in (None, run.spec["task"]["name"])]
+
+    def parts(self, benchmark: str) -> list[str]:
+        """The sets of a benchmark that have tables and figures of their own, and runs in this suite."""
+        if load_benchmark(benchmark).kind != "domains":
+            return []
+        return list(dict.fromkeys(run.spec["task"]["name"] for run in self.runs_of(benchmark)))
+
+    def metric_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
+        """``metrics.json`` of every run, or of one benchmark's, or of one of its parts'."""
+        runs = self.runs if benchmark is None else self.runs_of(benchmark, part)
+        return [str(paths.RUNS / run.folder / "metrics.json") for run in runs]
+
+    def picture_files(self, benchmark: str, part: str | None) -> list[str]:
+        """Samples of a part's images, which its figures show; made by the survey."""
+        if part is None:
+            return []
+        jobs = [job for run in self.runs_of(benchmark, part) if (job := survey_job(run)) is not None]
+        return list(dict.fromkeys(job.picture for job in jobs))
+
+    def output_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
+        """Tables and figures: of every benchmark, of one with its parts, or of one part alone."""
+        names = [name for name in self.settings["benchmarks"] if benchmark in (None, name)]
+        shown = [
+            shown_of(name, found) for name in names for found in (None, *self.parts(name)) if part in (None, found)
+        ]
+        return [file for one in shown for file in (*one.table_files(self.name), *one.figure_files(self.name))]
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where MLflow is: the configuration, else ``MLFLOW_TRACKING_URI``, else SQLite below ``results/``."""
+        return self.settings["tracking_uri"] or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
+
+    def digest(self, benchmark: str, part: str | None = None) -> str:
+        """Hash of everything that shapes the tables of a benchmark or of a part beside its runs' numbers; comments do not count."""
+        loaded = load_benchmark(benchmark)
+        definition, paper = loaded.definition, loaded.definition.get("paper")
+        content: list[object] = [
+            # of its suites only what the report says of this one: their grids are in the runs
+            {key: value for key, value in definition.items() if key != "suites"},
+            definition["suites"].get(self.name, {}).get("note"),
+            loaded.tasks,
+            load_metrics(),
+            {k: v["title"] for k, v in load_models().items()},
+            (loaded.folder / paper).read_text() if paper else None,
+            [run.id for run in self.runs_of(benchmark, part)],
+        ]
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables for the jobs, which use this interpreter whether or not its environment is active."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        found = {
+            "PATH": path,
+            "TOKENIZERS_PARALLELISM": "false",
+            paths.OVERRIDES: canonical_json(self.overrides),
+            paths.PLAN: str(paths.RESULTS / self.name / "plan.json"),
+        }
+        if self.settings["data_root"]:
+            found[paths.DATA_ROOT] = str(Path(self.settings["data_root"]).resolve())
+        if self.settings["model_root"]:
+            found[paths.MODEL_ROOT] = str(Path(self.settings["model_root"]).resolve())
+        return found
+
+    def missing_sets(self) -> list[str]:
+        """Sets that only exist by hand and are not there: said before work starts, because what needs them will fail."""
+        from benchmarks.harness.sources.local import local_folder, own_file
+
+        used = {
+            task["name"]: task
+            for run in self.runs
+            for task in (*run.spec["ood"], *([run.spec["task"]] if run.on_images or run.on_instructions else ()))
+        }
+        by_hand = [
+            task
+            for task in used.values()
+            if not {"hub", "rated", "emoji", "package"} & set(task["source"])
+            and task["source"].get("digits") != "package"
+        ]
+        return [task["name"] for task in by_hand if local_folder(task) is None and own_file(task["name"]) is None]
+
+    def write_plan(self) -> None:
+        """Write the list of runs that progress lines count, and where the work starts."""
+        folders = [run.folder for run in self.runs]
+        done = sum((paths.RUNS / folder / "metrics.json").exists() for folder in folders)
+        plan = {"started": time.time(), "done": done, "runs": folders}
+        write_json(paths.RESULTS / self.name / "plan.json", plan)
+
+
+def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:
+    """The run of a folder below ``results/runs``, in the given suite or in any other.
+
+    Raises:
+        DefinitionError: no suite has such a run; names the nearest.
+    """
+    for suite in _suites(first):
+        if folder in suite.runs_by_folder:
+            return suite.runs_by_folder[folder], suite
+    raise DefinitionError(f"no suite has the run '{folder}'{did_you_mean(folder, first.runs_by_folder)}")
+
+
+def find_partition(name: str, first: Suite) -> PartitionJob:
+    """The clustering of that id, in the given suite or in any other.
+
+    Raises:
+        DefinitionError: no suite needs such a clustering.
+    """
+    return _find(name, first, lambda suite: suite.partitions, "partition")
+
+
+def find_survey(name: str, first: Suite) -> SurveyJob:
+    """The survey of that id, in the given suite or in any other.
+
+    Raises:
+        DefinitionError: no suite needs such a survey.
+    """
+    return _find(name, first, lambda suite: suite.surveys, "survey")
+
+
+def _find(name: str, first: Suite, jobs_of: Callable[[Suite], Mapping[str, Job]], word: str) -> Job:
+    for suite in _suites(first):
+        if name in jobs_of(suite):
+            return jobs_of(suite)[name]
+    raise DefinitionError(f"no suite needs the {word} '{name}'{did_you_mean(name, jobs_of(first))}")
+
+
+@functools.cache
+def plain_suite(name: str) -> Suite:
+    """A suite without any value of the command line; planned once a process."""
+    return load_suite({"suite": name})
+
+
+def _suites(first: Suite) -> Iterator[Suite]:
+    """The given suite, then the others as they are needed, the usual ones first."""
+    yield first
+    usual = ("smoke", "mini", "paper")
+    for name in sorted(suite_names(), key=lambda name: (usual.index(name) if name in usual else len(usual), name)):
+        if name != first.name:
+            yield plain_suite(name)

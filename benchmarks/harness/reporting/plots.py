@@ -1,0 +1,125 @@
+"""Figures, from the same records as the tables."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import matplotlib as mpl
+import pandas as pd
+
+from benchmarks.harness.results.statistics import confidence_interval
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+COLOURS = {"baseline": "#444444", "method": "#0072b2", "control": "#999999"}
+STYLE: Any = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "x",
+    "grid.color": "#e3e3e3",
+    "axes.axisbelow": True,
+    "pdf.fonttype": 42,
+    # the same numbers give the same bytes
+    "svg.hashsalt": "emoe",
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of :func:`score_panels`: its title, and a row a method and seed with ``value``."""
+
+    title: str
+    rows: pd.DataFrame
+
+
+class Compared(Protocol):
+    """What a figure knows of methods: titles, roles and order, and which one is the baseline."""
+
+    methods: dict[str, dict[str, str]]
+    baseline: str
+
+
+def score_panels(
+    comparison: Compared,
+    panels: list[list[Panel]],
+    path: Path,
+    measure: str = "Score (%); diamonds: mean over seeds, dots: seeds",
+) -> None:
+    """Score by method, one panel a set.
+
+    Small dots are seeds, the diamond their mean, the bar its 95 % confidence interval, cut at the panel's edge.
+    All panels share one axis, and the dashed line is the baseline's mean.
+
+    Args:
+        comparison: for titles, roles and order.
+        panels: by row and column.
+        path: of the files, without ending.
+        measure: what the axis shows, and what diamonds and dots are.
+    """
+    values = pd.concat([panel.rows["value"] for row in panels for panel in row]) * 100
+    low, high = values.min(), values.max()
+    margin = max(high - low, 1.0) * 0.08
+    methods = comparison.methods
+    present = [[name for name in methods if any(name in set(panel.rows["method"]) for panel in row)] for row in panels]
+    columns = max(map(len, panels))
+    heights = [len(names) + 1.5 for names in present]
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            len(panels),
+            columns,
+            figsize=(2.1 * columns + 1.6, 0.25 * sum(heights) + 0.45 * len(panels) + 0.3),
+            height_ratios=heights,
+            squeeze=False,
+            sharex=True,
+            sharey="row",
+            layout="constrained",
+        )
+        for axis_row, row, names in zip(axes, panels, present, strict=True):
+            for axis in axis_row[len(row) :]:
+                axis.set_visible(False)
+            for axis, panel in zip(axis_row, row, strict=False):
+                for place, method in enumerate(names):
+                    scores = panel.rows.loc[panel.rows["method"] == method, "value"].to_numpy(dtype=float) * 100
+                    if len(scores):
+                        _draw_method(
+                            axis, place, scores, COLOURS[methods[method]["role"]], (low - margin, high + margin)
+                        )
+                    if len(scores) and method == comparison.baseline:
+                        axis.axvline(scores.mean(), color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
+                axis.set_title(panel.title, fontsize=8)
+                axis.set_xlim(low - margin, high + margin)
+            axis_row[0].set_yticks(range(len(names)), [methods[name]["title"] for name in names])
+            axis_row[0].set_ylim(len(names) - 0.4, -0.6)
+        label = f"{measure}, bars: 95 % confidence interval, cut at the panel's edge"
+        figure.supxlabel("\n".join(textwrap.wrap(label, 38 * columns)), fontsize=7.5)
+        save(figure, path)
+
+
+def _draw_method(axis: Any, place: int, scores: Any, colour: str, limits: tuple[float, float]) -> None:
+    ends = confidence_interval(scores)
+    axis.plot([max(ends[0], limits[0]), min(ends[1], limits[1])], [place, place], color=colour, lw=1.2, alpha=0.6)
+    axis.plot(scores, [place] * len(scores), "o", ms=2.6, color=colour, alpha=0.55, mew=0)
+    axis.plot(scores.mean(), place, "D", ms=4.2, color=colour, mec="white", mew=0.6)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write ``<path>.pdf`` and ``.png``, the same bytes for the same numbers, and close the figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
+    plt.close(figure)
+
+
+def say_nothing(path: Path, text: str) -> None:
+    """A picture that says why there is none."""
+    with mpl.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(3, 0.6))
+        axis.text(0.5, 0.5, text, ha="center", va="center")
+        axis.axis("off")
+        save(figure, path)

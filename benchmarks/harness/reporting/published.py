@@ -1,0 +1,33 @@
+"""The paper's numbers, as the CSV beside a benchmark has them."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.definition import Benchmark
+from emoe.errors import did_you_mean
+
+_STATUS = ("published", "inferred", "unknown")
+
+
+def read_published(benchmark: Benchmark, columns: list[str]) -> pd.DataFrame:
+    """A benchmark's ``paper.csv``: published numbers, values in points (of a rank, as it is), each with status and source.
+
+    Raises:
+        DefinitionError: a wrong column, status, or a value that does not go with its status.
+    """
+    if not benchmark.definition["paper"]:
+        return pd.DataFrame(columns=columns)
+    path = benchmark.folder / benchmark.definition["paper"]
+    found = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
+    if list(found.columns) != columns:
+        raise DefinitionError(f"{path}: the columns are {list(found.columns)}, but must be {columns}")
+    for number, row in enumerate(found.itertuples(), 2):
+        if row.status not in _STATUS:
+            raise DefinitionError(f"{path}, line {number}: status is '{row.status}'{did_you_mean(row.status, _STATUS)}")
+        if math.isnan(row.value) != (row.status == "unknown"):
+            raise DefinitionError(f"{path}, line {number}: a value is given where it is known, and only there")
+    return found

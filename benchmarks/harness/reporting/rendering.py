@@ -1,0 +1,168 @@
+"""One renderer for every table: numbers stay numbers until the last step."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.harness.planning.catalogue import load_metrics
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One printed column of numbers.
+
+    Attributes:
+        label: heading; the metric's own where empty.
+        metric: entry of ``metrics.yaml`` that says scale, decimals and direction.
+        value: column of the frame.
+        std: column with the standard deviation, printed as ``mean ± std``.
+        interval: columns with the ends of a confidence interval, printed as ``value [low, high]``.
+        signed: print a plus sign (differences).
+        best: column of the frame by which the best cell of every group is marked; None marks nothing.
+        decimals: other than the metric's.
+    """
+
+    metric: str
+    value: str
+    label: str = ""
+    std: str | None = None
+    interval: tuple[str, str] | None = None
+    signed: bool = False
+    best: str | None = None
+    decimals: int | None = None
+
+    @property
+    def heading(self) -> str:
+        meta = load_metrics()[self.metric]
+        label = self.label or meta["label"]
+        return f"{label} ({meta['unit']})" if meta["unit"] else label
+
+    def text(self, row: pd.Series) -> str:
+        """The cell of one row."""
+        value = self._number(row[self.value])
+        if self.std and not math.isnan(row[self.std]):
+            return f"{value} ± {self._number(row[self.std], signed=False)}"
+        if self.interval and not math.isnan(row[self.interval[0]]):
+            return f"{value} [{self._number(row[self.interval[0]])}, {self._number(row[self.interval[1]])}]"
+        return value
+
+    def _number(self, value: float, *, signed: bool | None = None) -> str:
+        if value is None or math.isnan(value):
+            return MISSING
+        meta = load_metrics()[self.metric]
+        decimals = meta["decimals"] if self.decimals is None else self.decimals
+        sign = "+" if (self.signed if signed is None else signed) else ""
+        return f"{value * meta['scale']:{sign}z.{decimals}f}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, from numbers to every format.
+
+    Attributes:
+        name: file name without ending.
+        title: heading.
+        caption: what stands in it, how it was made, and how much it may be trusted.
+        keys: text columns of the frame, with their headings.
+        columns: columns of numbers.
+        frame: the numbers.
+        group: text columns within which ``best`` compares.
+        compare: rows that take part in the comparison, a Boolean column of the frame; all where None.
+        notes: text columns that stand after the numbers, with their headings.
+    """
+
+    name: str
+    title: str
+    caption: str
+    keys: dict[str, str]
+    columns: Sequence[Column]
+    frame: pd.DataFrame
+    group: Sequence[str] = field(default_factory=tuple)
+    compare: str | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> list[Column]:
+        """Columns that have a number somewhere; all of an empty table."""
+        return [column for column in self.columns if self.frame.empty or self.frame[column.value].notna().any()]
+
+    def texts(self) -> pd.DataFrame:
+        """The printed cells."""
+        cells = {heading: self.frame[key].astype(str) for key, heading in self.keys.items()}
+        for column in self.shown:
+            cells[column.heading] = self.frame.apply(column.text, axis=1) if len(self.frame) else pd.Series(dtype=str)
+        cells |= {heading: self.frame[key].astype(str) for key, heading in self.notes.items()}
+        return pd.DataFrame(cells).reset_index(drop=True)
+
+    def best(self) -> pd.DataFrame:
+        """Boolean mask of the printed cells that hold the best number of their group, by number, not by text."""
+        frame = self.frame.reset_index(drop=True)
+        mask = pd.DataFrame(
+            False,
+            index=frame.index,
+            columns=[*self.keys.values(), *(c.heading for c in self.shown), *self.notes.values()],
+        )
+        taking_part = frame[self.compare] if self.compare else pd.Series(True, index=frame.index)
+        for column in self.shown:
+            direction = load_metrics()[column.metric]["direction"]
+            if column.best is None or direction == "none" or frame.empty:
+                continue
+            values = frame[column.best].where(taking_part)
+            groups = values.groupby([frame[key] for key in self.group]) if self.group else values.groupby(lambda _: 0)
+            extreme = groups.transform("max" if direction == "higher" else "min")
+            several = groups.transform("count") > 1
+            mask[column.heading] = (values == extreme) & several
+        return mask
+
+    def markdown(self) -> str:
+        """Title, table and caption; the best numbers in bold."""
+        marked = self.texts().where(~self.best(), lambda cells: "**" + cells + "**")
+        return f"### {self.title}\n\n{marked.to_markdown(index=False, disable_numparse=True)}\n\n{self.caption}\n"
+
+    def latex(self) -> str:
+        """A booktabs table."""
+        best = self.best()
+        escaped = self.texts().map(_latex).where(~best, lambda cells: r"\textbf{" + cells + "}")
+        escaped.columns = [_latex(name) for name in escaped.columns]
+        layout = "l" * len(self.keys) + "r" * len(self.shown) + "l" * len(self.notes)
+        body = escaped.style.hide(axis="index").to_latex(hrules=True, column_format=layout)
+        return f"\\begin{{table}}\n\\centering\n\\small\n\\caption{{{_latex(self.title)}. {_latex(self.caption)}}}\n{body}\\end{{table}}\n"
+
+    def html(self) -> str:
+        """A ``<table>`` without style of its own."""
+        best = self.best()
+        escaped = self.texts().map(html.escape).where(~best, lambda cells: "<strong>" + cells + "</strong>")
+        table = escaped.to_html(index=False, escape=False, border=0, classes="numbers")
+        return f"<figure>\n<figcaption><b>{html.escape(self.title)}.</b> {html.escape(self.caption)}</figcaption>\n<div class='wide'>{table}</div>\n</figure>\n"
+
+    def write(self, folder: Path) -> None:
+        """Write ``<name>.csv`` (plain numbers), ``.md``, ``.tex`` and ``.html``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.frame.to_csv(folder / f"{self.name}.csv", index=False)
+        (folder / f"{self.name}.md").write_text(self.markdown())
+        (folder / f"{self.name}.tex").write_text(self.latex())
+        (folder / f"{self.name}.html").write_text(self.html())
+
+
+_LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}
+_LATEX |= {
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "÷": r"$\div$",
+    "Δ": r"$\Delta$",
+}
+_LATEX |= {"→": r"$\to$", "−": "$-$", "✓": r"$\checkmark$", "²": r"$^2$", "≤": r"$\le$", "×": r"$\times$"}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)

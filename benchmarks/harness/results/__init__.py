@@ -1,0 +1,1 @@
+"""What finished runs wrote: records, statistics, the regression check, MLflow."""

@@ -1,0 +1,136 @@
+"""Collect finished runs into one tidy frame: a row a number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.planning.runs import Run, variant
+
+RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
+GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
+OOD_MEAN = "ood_mean"
+_COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
+_MODEL = ("parameters", "trainable_parameters", "active_neurons")
+_ROUTING = (
+    "load_entropy",
+    "load_max_over_mean",
+    "drop_rate",
+    *(f"{name}_information{chance}" for name in ("class", "environment") for chance in ("", "_chance", "_chance_95")),
+)
+
+
+def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
+    """The ``metrics.json`` of a run.
+
+    Raises:
+        DefinitionError: the run is not finished, or its file is damaged.
+    """
+    path = root / run.folder / "metrics.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DefinitionError(
+            f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DefinitionError(
+            f"{path} is damaged ({error}); delete it and run `snakemake --cores all {path}`"
+        ) from error
+    if found.get("run_id") != run.id:
+        raise DefinitionError(f"{path} belongs to the run {found.get('run_id')!r}; delete it and run it again")
+    return found
+
+
+def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
+    """One row a number of every run; see :func:`collect_from`."""
+    return collect_from((run, read_metrics(run, root)) for run in runs)
+
+
+def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
+    """One row a number of every run, from their ``metrics.json`` as it was read.
+
+    Columns: those of :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``, and ``is_score`` for the
+    one number by which a text task is judged. Parts:
+
+    - ``dev``: the kept epoch on the split that selects; ``dev_best``: the best epoch there, of clean runs of tasks with
+      a dev split of their own (of the others it is the reported score, or the score of rows held out);
+    - ``test``: the reported split of the training task; ``ood``: each other task;
+    - ``ood_mean``: mean of the scores over the other tasks (metric ``score``);
+    - ``cost``, ``model``, ``routing``: what the run took and what was trained.
+
+    A run of domain generalisation has the accuracies of the record that training-domain validation chooses among its own: ``dev``, the mean of the
+    training environments' *out* splits, and ``test``, each held-out environment's *in* split.
+
+    A measurement has one part, its measure, with the candidate in the place of the evaluation task.
+    """
+    rows = [
+        {
+            **_keys(run),
+            "run_id": run.id,
+            "part": part,
+            "eval_task": task,
+            "metric": metric,
+            "value": value,
+            "is_score": metric == judged.get((part, task), "score"),
+        }
+        for run, judged, found in ((run, _judged_by(run), found) for run, found in read)
+        for part, task, metric, value in _numbers(run, found)
+    ]
+    return pd.DataFrame(rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"])
+
+
+def _judged_by(run: Run) -> dict[tuple[str, str], str]:
+    """The metric of every part and set by which it is judged: the task's own, out of domain the paper's."""
+    task = run.spec["task"]
+    own = {(part, task["name"]): task.get("metric", "") for part in ("dev", "dev_best", "test")}
+    return own | {("ood", other["name"]): other["ood_metrics"][0] for other in run.spec["ood"]}
+
+
+def _keys(run: Run) -> dict[str, Any]:
+    spec = run.spec
+    return {
+        "benchmark": spec["benchmark"],
+        "model": spec["model"]["name"],
+        "task": spec["task"]["name"],
+        "method": spec["method"]["name"],
+        "protocol": spec.get("protocol", ""),
+        "variant": variant(spec),
+        "learning_rate": spec["learning_rate"],
+        "seed": spec["seed"],
+    }
+
+
+def _numbers(run: Run, found: dict[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+    task = run.spec["task"]["name"]
+    if "measured" in found:
+        for candidate, values in found["measured"].items():
+            for name, value in values.items():
+                yield task, candidate, name, value
+        return
+    for part, by_task in found["scores"].items():
+        for name, scores in by_task.items():
+            for key, value in scores.items():
+                if value is not None:  # the loss of a model that diverged
+                    yield part, name, key, value
+    if "epochs" in found and run.spec["task"]["splits"]["test"] is not None:
+        metric = run.spec["task"]["metric"]
+        yield "dev_best", task, metric, max(entry[metric] for entry in found["epochs"])
+    ood = [found["scores"]["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]]
+    if ood:
+        yield OOD_MEAN, "", "score", sum(ood) / len(ood)
+    for part, names in (("cost", _COST), ("model", _MODEL), ("routing", _ROUTING)):
+        for name in names:
+            if name in found.get(part, ()):
+                yield part, "", name, found[part][name]
+
+
+def scores_of(records: pd.DataFrame, part: str) -> pd.DataFrame:
+    """The rows of one part with the number by which its sets are judged, the metric renamed to ``score``."""
+    return records[(records["part"] == part) & records["is_score"]].assign(metric="score")

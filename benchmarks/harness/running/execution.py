@@ -1,0 +1,192 @@
+"""Execute one run: lock, seed, log, measure, write ``metrics.json``."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.files import write_json
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.planning.runs import Run, run_from_spec
+from benchmarks.harness.running import environment
+from benchmarks.harness.training import distributed
+from benchmarks.harness.training.progress import Progress, clock
+from benchmarks.llama.grid import accumulation, is_trained
+from emoe.errors import EMoEError
+
+
+class RunError(EMoEError):
+    """A run that several processes work on, one of which failed."""
+
+
+def read_run(path: Path) -> Run:
+    """Read a ``run.json``.
+
+    Raises:
+        DefinitionError: missing, not JSON, or not the spec that its folder is named after.
+    """
+    try:
+        run = run_from_spec(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise DefinitionError(
+            f"{path} does not exist; the workflow writes it (`snakemake --cores 1 {path}`)"
+        ) from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DefinitionError(f"{path} is no run specification: {error!r}") from error
+    if path.parent.name != run.id:
+        raise DefinitionError(f"{path} was changed by hand: its content belongs into a folder named {run.id}")
+    return run
+
+
+def execute(path: Path, *, threads: int, log: Path, started: float | None = None, parallel: str = "ddp") -> Path:
+    """Execute the run of a ``run.json`` and write ``metrics.json`` beside it.
+
+    Two processes never work on one run: the second waits, and takes the first one's result. Processes that torchrun started for it
+    work on it together: the first one locks and writes.
+
+    Args:
+        path: the ``run.json``.
+        threads: CPU threads.
+        log: gets all output but the progress lines.
+        started: when the process began (``time.time()``); now, where it did not begin for this run.
+        parallel: how processes that torchrun started share the work: ``ddp`` or ``fsdp``.
+
+    Returns:
+        The path of ``metrics.json``.
+    """
+    started = time.time() if started is None else started
+    run = read_run(path)
+    folder, output = path.parent, path.parent / "metrics.json"
+    torch.set_num_threads(threads)
+    distributed.share_by(parallel)
+    _check_spread(run, distributed.world_size(), parallel)
+    if not distributed.is_main():
+        _help(run, folder, log.with_name(f"{log.stem}-{distributed.rank()}{log.suffix}"))
+        return output
+    with _exclusive(folder, run.id):
+        distributed.join()
+        if distributed.broadcast(output.exists()):
+            return output
+        with _logged(log) as terminal:
+            progress = Progress(run.id, terminal)
+            captured = environment.capture()
+            pipeline = _pipeline(run)
+            startup = time.time() - started
+            metrics: dict[str, Any] = pipeline.run(run.spec, folder, progress)
+            seconds = time.time() - started
+            metrics["cost"] |= {
+                "startup_seconds": startup,
+                "job_seconds": seconds,
+                "peak_memory_mb": _peak_memory_mb(),
+            }
+            write_json(output, {"run_id": run.id, **metrics, "environment": captured})
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            progress.say(f"finished in {clock(seconds)}")
+    return output
+
+
+def execute_together(path: Path, *, threads: int, log: Path, processes: int, parallel: str) -> None:
+    """Execute a run by several processes on this machine.
+
+    Args:
+        path: the ``run.json``.
+        threads: CPU threads of all processes together.
+        log: gets all output but the progress lines; those of the second process stand in ``<log>-1``.
+        processes: how many.
+        parallel: ``ddp`` or ``fsdp``.
+
+    Raises:
+        RunError: one of them failed, which ends all; or such a run cannot be spread.
+        DefinitionError: its batch cannot be divided so.
+    """
+    run = read_run(path)
+    _check_spread(run, processes, parallel)
+    each = str(max(threads // processes, 1))
+    arguments = ["run", str(path), "--threads", each, "--log", str(log), "--parallel", parallel]
+    result = subprocess.run(distributed.torchrun_command(processes, ["benchmarks", *arguments]), check=False)
+    if result.returncode:
+        raise RunError(
+            f"{run.id}: one of its {processes} processes failed, see {log} and the logs beside it; started again, the run goes on from its last checkpoint"
+        )
+
+
+def _check_spread(run: Run, processes: int, parallel: str) -> None:
+    """See that a run can be spread over so many processes, before any of them starts to work."""
+    if run.on_instructions and is_trained(run.spec):
+        accumulation(run.spec["training"], processes)
+        if processes > 1 and parallel == "fsdp" and "quantize" in run.spec["model"]:
+            raise RunError(f"{run.id}: weights in 4 bits are not sharded; take --parallel ddp")
+    elif processes > 1:
+        raise RunError(
+            f"{run.id}: only runs of instruction tuning that train are spread over several processes; start it on one"
+        )
+
+
+def _help(run: Run, folder: Path, log: Path) -> None:
+    """Be one of the processes that work on a run with the one that writes."""
+    distributed.join()
+    if distributed.broadcast(None):  # it was finished before
+        return
+    with _logged(log):
+        _pipeline(run).run(run.spec, folder, Progress(run.id, sys.stderr))
+
+
+def _pipeline(run: Run) -> Any:
+    torch.manual_seed(derive_seed("run", run.spec["seed"]))
+    return importlib.import_module(run.spec["pipeline"])
+
+
+def _peak_memory_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@contextmanager
+def _exclusive(folder: Path, run_id: str) -> Iterator[None]:
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"[{run_id}] another process works on this run; waiting for it", file=sys.stderr, flush=True)  # noqa: T201
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[Any]:
+    """Send all output of the process, native libraries included, to a log; yield the terminal's stream."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    terminal = os.fdopen(os.dup(2), "w")
+    with path.open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield terminal
+        except BaseException:
+            traceback.print_exc(file=log)  # into the log; the terminal gets the message
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+            terminal.close()

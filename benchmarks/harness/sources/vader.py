@@ -1,0 +1,83 @@
+"""Human sentiment ratings of four domains, from the source package of vaderSentiment.
+
+Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
+Text", ICWSM 2014: twenty raters a sentence, mean rating from -4 to 4.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import tarfile
+from pathlib import Path
+
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.sources.packages import RATED_SENTENCES
+from emoe.errors import did_you_mean
+
+PACKAGE, VERSION, ARCHIVE = RATED_SENTENCES.package, RATED_SENTENCES.version, RATED_SENTENCES.path
+
+_INNER = f"{PACKAGE}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
+_FILES = {
+    "amazon": "amazonReviewSnippets_GroundTruth.txt",
+    "movie": "movieReviewSnippets_GroundTruth.txt",
+    "nyt": "nytEditorialSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+}
+_NEUTRAL = 0.5
+_TEST_SHARE, _DEV_SHARE = 0.25, 0.15
+
+
+def load_rated(domain: str, split: str, archive: Path = ARCHIVE) -> tuple[list[str], list[int], int]:
+    """Sentences of one split, in a fixed shuffled order.
+
+    Near-neutral sentences (absolute rating of at most 0.5) are dropped; the label is the sign
+    (negative 0, positive 1). Splits are by document, so that no review or editorial has sentences on
+    both sides; they are the same for every seed.
+
+    Args:
+        domain: ``amazon``, ``movie``, ``nyt`` or ``tweets``.
+        split: ``train`` (60 % of the documents), ``dev`` (15 %) or ``test`` (25 %).
+        archive: the source package.
+
+    Returns:
+        Texts, labels, and how many near-neutral sentences of the split were dropped.
+
+    Raises:
+        DataError: unknown domain or split, or the archive is missing or damaged.
+    """
+    if domain not in _FILES:
+        raise DataError(f"there is no rated domain '{domain}'{did_you_mean(domain, _FILES)}")
+    if split not in ("train", "dev", "test"):
+        raise DataError(
+            f"rated domain '{domain}' has no split '{split}'{did_you_mean(split, ('train', 'dev', 'test'))}"
+        )
+    documents: dict[str, list[tuple[str, float]]] = {}
+    for number, line in enumerate(_lines(domain, archive), 1):
+        try:
+            key, rating, text = line.split("\t", 2)
+            # reviews and editorials are numbered "document_sentence", the rest by sentence
+            documents.setdefault(key.split("_")[0], []).append((text.strip(), float(rating)))
+        except ValueError as error:
+            raise DataError(
+                f"{archive}: {_FILES[domain]}, line {number} is not 'id, rating, text': {line[:80]!r}"
+            ) from error
+    names = sorted(documents)
+    random.Random(derive_seed("rated split", domain)).shuffle(names)
+    test, dev = round(len(names) * _TEST_SHARE), round(len(names) * _DEV_SHARE)
+    chosen = {"test": names[:test], "dev": names[test : test + dev], "train": names[test + dev :]}[split]
+    rows = [row for name in chosen for row in documents[name]]
+    random.Random(derive_seed("rated order", domain, split)).shuffle(rows)
+    clear = [(text, int(rating > 0)) for text, rating in rows if abs(rating) > _NEUTRAL]
+    return [text for text, _ in clear], [label for _, label in clear], len(rows) - len(clear)
+
+
+def _lines(domain: str, archive: Path) -> list[str]:
+    with tarfile.open(RATED_SENTENCES.check(archive)) as outer:
+        inner = outer.extractfile(_INNER)
+        assert inner is not None  # noqa: S101  the checksum fixes the content
+        with tarfile.open(fileobj=io.BytesIO(inner.read())) as nested:
+            file = nested.extractfile(f"hutto_ICWSM_2014/{_FILES[domain]}")
+            assert file is not None  # noqa: S101
+            return file.read().decode("latin-1").splitlines()

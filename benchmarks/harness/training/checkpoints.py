@@ -1,0 +1,50 @@
+"""Which checkpoint a run that was killed goes on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import cast
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from benchmarks.harness.training.distributed import (
+    SHARDS,
+    broadcast,
+    is_complete,
+    is_main,
+)
+
+WEIGHTS, OPTIMIZER, SCHEDULER = "trained.safetensors", "optimizer.pt", "scheduler.pt"
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, the same on all processes; half-written ones are removed."""
+    return cast("Path | None", broadcast(_last_complete(folder) if is_main() else None))
+
+
+def _last_complete(folder: Path) -> Path | None:
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in found:
+        if _is_complete(checkpoint):
+            return checkpoint
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    # Trainer writes its state last
+    sharded = (checkpoint / SHARDS).is_dir()
+    files = (SCHEDULER, TRAINER_STATE_NAME) if sharded else (WEIGHTS, OPTIMIZER, SCHEDULER, TRAINER_STATE_NAME)
+    if not all((checkpoint / name).exists() for name in files) or (sharded and not is_complete(checkpoint / SHARDS)):
+        return False
+    # torch.save writes zip archives, whose directory comes last
+    if not all(zipfile.is_zipfile(file) for file in checkpoint.glob("*.pt*")):
+        return False
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except json.JSONDecodeError:
+        return False
+    return True

@@ -1,0 +1,235 @@
+"""Several processes for one run: started by torchrun, data-parallel or sharded (FSDP2), with checkpoints that fit any number of them.
+
+Sharded checkpoints are safetensors, one file a process, written and read by torch's distributed checkpoints; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from benchmarks.harness.base.errors import DataError, first_line
+from emoe.architectures import find_ffns
+
+_PARALLEL = "EMOE_PARALLEL"
+SHARDS = "shards"
+_MODEL = "model"
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
+_PATIENCE = timedelta(days=1)  # while the first process loads, or waits for a lock; torchrun ends all when one fails
+
+
+def world_size() -> int:
+    """Processes that torchrun started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process writes what there is one of."""
+    return rank() == 0
+
+
+def local_size() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+
+
+def local_rank() -> int:
+    """This process's number on this machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def share_by(parallel: str) -> None:
+    """Say how the processes share the work: ``ddp`` or ``fsdp``."""
+    os.environ[_PARALLEL] = parallel
+
+
+def is_sharded() -> bool:
+    """Whether the processes of this run share one model (FSDP2)."""
+    return world_size() > 1 and os.environ.get(_PARALLEL) == "fsdp"
+
+
+def join() -> None:
+    """Find the other processes; nothing in a run of one."""
+    if world_size() > 1:
+        PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+
+
+def leave() -> None:
+    """Part from the other processes; what follows is this process's own work."""
+    if dist.is_initialized():
+        dist.barrier()
+        PartialState().destroy_process_group()
+        PartialState._reset_state()
+
+
+def wait_for_all() -> None:
+    """Wait until every process of this run is here; nothing in a run of one."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def end() -> None:
+    """End a process that worked with others, at once; nothing in a run of one.
+
+    Threads of gloo may outlive its groups, and an ordinary exit that meets them aborts, which torchrun takes for a failure.
+    """
+    if world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def torchrun_command(processes: int, command: Sequence[str]) -> list[str]:
+    """How a Python module is started several times on this machine.
+
+    Args:
+        processes: how often.
+        command: module and arguments.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    launcher.append(f"--nproc-per-node={processes}")
+    # without the dashes torchrun takes options of the module for its own
+    return [*launcher, "-m", "--", *command]
+
+
+def broadcast(value: Any) -> Any:
+    """A plain value of the main process, on all of them."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def shard_(model: PreTrainedModel, precision: str) -> None:
+    """Divide a model among the processes: each transformer block, then the rest.
+
+    All processes get the weights of the main one; those of the others may be empty.
+
+    Args:
+        model: built alike on all processes.
+        precision: in which it computes.
+    """
+    full = model.state_dict() if is_main() else {}
+    buffers = dict(model.named_buffers())
+    policy = MixedPrecisionPolicy(*((torch.bfloat16, torch.float32) if precision == "bf16" else ()))
+    for ffn in find_ffns(model):
+        for part in _of_one_type(ffn.layer):
+            fully_shard(part, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for buffer in buffers.values():
+        dist.broadcast(buffer, src=0)
+    # Trainer shall leave a model alone that is sharded already; transformers marks its own so
+    model.config.distributed_config = DistributedConfig(fsdp_size=world_size())
+    flags = cast(Any, model)
+    flags._is_distributed_loading_by_transformers = flags._is_fsdp_managed_module = True
+
+
+def _of_one_type(block: nn.Module) -> Iterable[nn.Module]:
+    """What of a block is sharded by itself: parameters of a group must be of one type, and trained adapters are float32."""
+    if len({parameter.dtype for parameter in block.parameters()}) > 1:
+        yield from (
+            module
+            for name, module in block.named_modules()
+            if ".lora_" in name and list(module.parameters(recurse=False))
+        )
+    yield block
+
+
+def gather_trained(model: nn.Module) -> dict[str, Tensor]:
+    """The whole trained tensors of a sharded model, on the CPU of the main process; empty on the others."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return _without_twins(model, cast(dict[str, Tensor], get_model_state_dict(model, options=options)))
+
+
+def _without_twins(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights under their first name only."""
+    once = dict(model.named_parameters())
+    twins = dict(model.named_parameters(remove_duplicate=False)).keys() - once.keys()
+    return {name: tensor for name, tensor in state.items() if name not in twins}
+
+
+def save_shards(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Write trained tensors and the optimiser's state, each process its own part."""
+    state = _tensors(model, optimizer)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    save(state, storage_writer=writer)
+
+
+def load_shards_(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Read what :func:`save_shards` wrote, with as many processes as there are now.
+
+    Args:
+        model: built and divided as the one that was saved; or whole.
+        optimizer: its own.
+
+    Raises:
+        DataError: it is missing, damaged, or of another model.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist: the checkpoint was not written by sharded processes")
+    state = _tensors(model, optimizer)
+    try:
+        load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DataError(f"{folder} is damaged or belongs to another model: {first_line(error)}") from error
+    prefix = f"{_MODEL}."
+    weights: dict[str, Any] = {
+        name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)
+    }
+    set_model_state_dict(model, weights, options=StateDictOptions(strict=False, ignore_frozen_params=True))
+    found: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    found |= {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    set_optimizer_state_dict(model, optimizer, found, options=_FLAT)
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint holds, by name; tensors only."""
+    found = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    weights = _without_twins(model, cast(dict[str, Tensor], found))
+    state: dict[str, Any] = {f"{_MODEL}.{name}": tensor for name, tensor in weights.items()}
+    flat = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    state |= {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    return cast(dict[str, Tensor], state)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file of a sharded checkpoint is there to its end."""
+    files = sorted(folder.glob("*.safetensors"))
+    try:
+        for file in files:
+            with safe_open(file, framework="pt"):  # looks at its length
+                pass
+    except SafetensorError:
+        return False
+    return bool(files)

@@ -1,0 +1,80 @@
+"""Task scores from predictions, by the field's libraries."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn import metrics
+
+from benchmarks.harness.training.label_mapping import Reading
+
+Score = Callable[[NDArray[Any], NDArray[Any]], float]
+
+
+def _mcc(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
+    return float(metrics.matthews_corrcoef(labels, predictions))
+
+
+def _accuracy(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
+    return float(metrics.accuracy_score(labels, predictions))
+
+
+def _balanced_accuracy(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
+    return float(metrics.balanced_accuracy_score(labels, predictions))
+
+
+def _f1(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
+    return float(metrics.f1_score(labels, predictions, zero_division=0.0))
+
+
+def _accuracy_f1(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
+    return (_accuracy(labels, predictions) + _f1(labels, predictions)) / 2
+
+
+def _pearson_spearman(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
+    """Mean of both correlations; 0 for a prediction that is constant or not finite, which correlates with nothing."""
+    if not np.isfinite(predictions).all() or np.ptp(predictions) == 0:
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+        return float((stats.pearsonr(labels, predictions)[0] + stats.spearmanr(labels, predictions)[0]) / 2)
+
+
+SCORES: dict[str, Score] = {
+    "accuracy": _accuracy,
+    "accuracy_f1": _accuracy_f1,
+    "balanced_accuracy": _balanced_accuracy,
+    "f1": _f1,
+    "mcc": _mcc,
+    "pearson_spearman": _pearson_spearman,
+}
+
+
+def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], read: Reading | None = None) -> float:
+    """Score logits ``[rows, classes]``, or ``[rows, 1]`` for a regression, against labels ``[rows]``.
+
+    Args:
+        metric: a key of :data:`SCORES`.
+        logits: of the head.
+        labels: of the set.
+        read: how classes are compared where head and set have different ones.
+    """
+    predictions = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
+    if read is not None:
+        predictions, labels = read.read(predictions, labels)
+    return SCORES[metric](labels, predictions)
+
+
+def mean_loss(logits: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Mean over rows of the cross entropy, or of the squared error of a regression."""
+    values = torch.as_tensor(logits, dtype=torch.float64)
+    if values.shape[1] == 1:
+        return float(F.mse_loss(values[:, 0], torch.as_tensor(labels, dtype=torch.float64)))
+    return float(F.cross_entropy(values, torch.as_tensor(labels, dtype=torch.int64)))

@@ -1,0 +1,42 @@
+"""The order of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from benchmarks.harness.base.seeds import derive_seed
+
+
+class EpochOrder(Sampler[int]):
+    """Order of the training rows: a function of the seed and the epoch, and of nothing else.
+
+    So all methods see the same rows in the same order, however much randomness they use up themselves,
+    and a run that goes on sees the order that it would have seen.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of a step.
+        seed: the run's seed.
+        by_length: put rows of like length into one batch.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, *, by_length: bool) -> None:
+        self._lengths, self._batch_size, self._seed, self._by_length = lengths, batch_size, seed, by_length
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before every epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derive_seed("order", self._seed, self._epoch))
+        if self._by_length:
+            return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
+        return iter(torch.randperm(len(self), generator=generator).tolist())

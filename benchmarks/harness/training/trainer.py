@@ -1,0 +1,191 @@
+"""The one training loop: transformers' Trainer, with what routed models add to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainingArguments
+
+import emoe
+from benchmarks.harness.modeling.build import Trainable, load_trained_, trained_state
+from benchmarks.harness.training.callbacks import FollowEpochs
+from benchmarks.harness.training.checkpoints import SCHEDULER, WEIGHTS
+from benchmarks.harness.training.distributed import (
+    SHARDS,
+    is_sharded,
+    load_shards_,
+    save_shards,
+    wait_for_all,
+    world_size,
+)
+from emoe.errors import EMoEError
+from emoe.layer import routed_layers
+
+Result = TypeVar("Result")
+
+
+class TrainedSetError(EMoEError):
+    """What the optimiser trains is not what the run's method says."""
+
+
+def precision_here(asked: str) -> str:
+    """The arithmetic that this machine computes in: mixed only on an accelerator."""
+    return asked if torch.cuda.is_available() else "fp32"
+
+
+def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArguments:
+    """Trainer's arguments for one quiet run, on one device a process."""
+    found = TrainingArguments(
+        output_dir=str(folder),
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        fp16=precision == "fp16",
+        bf16=precision == "bf16",
+        ddp_backend="gloo" if world_size() > 1 and not torch.cuda.is_available() else None,
+        ddp_find_unused_parameters=False,
+        **options,
+    )
+    if found.n_gpu > 1:
+        found._n_gpu = 1  # Trainer's DataParallel would multiply the batch size; one run takes one GPU
+    return found
+
+
+class RoutedTrainer(Trainer):
+    """Trainer for routed and adapted models.
+
+    Adds the balance loss to the task's, orders the rows by seed and epoch, gives some parameters a share of the learning
+    rate, trains what it shall and nothing else, and keeps that in its checkpoints.
+
+    Args:
+        order: of the rows.
+        trainable: the model.
+        lora: ``training.lora`` of the spec.
+        by_token: the loss of a step is the mean over its learned tokens, however they are spread over batches and processes; else over
+            its batches.
+        **kwargs: what Trainer takes.
+    """
+
+    def __init__(
+        self,
+        *,
+        order: Sampler[Any],
+        trainable: Trainable,
+        lora: Mapping[str, Any] | None,
+        by_token: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        # Trainer refuses checkpoints of models that are sharded already, because it has none for them; here are ones
+        kwargs["args"].save_only_model = is_sharded()
+        super().__init__(model=trainable.model, **kwargs)
+        self.args.save_only_model = False
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = by_token
+        self._order, self._trainable = order, trainable
+        self._slow_share: float = lora["rest_rate"] if lora else 1.0
+        if hasattr(order, "set_epoch"):
+            self.add_callback(FollowEpochs(order))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
+        return self._order
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        names = {id(parameter): name for name, parameter in self._trained.named_parameters()}
+        taken = {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
+        if taken != self._trainable.trained:
+            odd = sorted(taken ^ self._trainable.trained)
+            raise TrainedSetError(
+                f"{len(odd)} parameters are trained that shall not be, or the other way round, among them '{odd[0]}'"
+            )
+        slow = {place for place, name in names.items() if name in self._trainable.slow}
+        for group in list(optimizer.param_groups) if slow else []:
+            members = group["params"]
+            group["params"] = [parameter for parameter in members if id(parameter) not in slow]
+            theirs = [parameter for parameter in members if id(parameter) in slow]
+            if theirs:
+                optimizer.add_param_group({**group, "params": theirs, "lr": group["lr"] * self._slow_share})
+        return optimizer
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, *args, **kwargs)
+        extra = emoe.aux_loss(model) if model.training else 0.0
+        if not isinstance(extra, Tensor):
+            return result
+        if self.loss_is_scaled_for_ga:  # the task's loss is a part of the step's already
+            extra = extra / self.current_gradient_accumulation_steps
+        return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
+
+    @property
+    def _trained(self) -> nn.Module:
+        return cast(nn.Module, self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_sharded():
+            save_shards(self._trained, self._plain_optimizer, folder / SHARDS)
+        elif self.args.should_save:
+            save_file(trained_state(self._trained), folder / WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded():
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        wait_for_all()  # each process writes its own, and Trainer's state, written next, says that all of it is there
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._has_shards(resume_from_checkpoint):  # shards are read with the optimiser's
+            load_trained_(self._trained, Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._has_shards(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_shards_(self._trained, self._plain_optimizer, Path(checkpoint) / SHARDS)
+        scheduler = cast(Any, self.lr_scheduler)
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        for group, rate in zip(self._plain_optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _has_shards(self, checkpoint: str) -> bool:
+        # a sharded run reads no other checkpoints; load_shards_ says so
+        return is_sharded() or (Path(checkpoint) / SHARDS).is_dir()
+
+    @property
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
+
+    def _load_best_model(self) -> None:
+        load_trained_(self._trained, Path(str(self.state.best_model_checkpoint)) / WEIGHTS)
+
+
+def with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
+    """What an evaluation gives, and how its tokens were routed: a summary, and each expert's share by layer; nothing of a dense model."""
+    if not routed_layers(model):
+        return evaluate(), {}
+    with emoe.record_routing(model) as record:
+        result = evaluate()
+    shares = {str(layer): found.shares.tolist() for layer, found in record.layers.items()}
+    return result, record.summary() | {"shares": shares}
+
+
+def plain_logits(predictions: Any) -> NDArray[Any]:
+    """The logits of what a model gave back."""
+    return cast(NDArray[Any], predictions[0] if isinstance(predictions, tuple) else predictions)
+
+
+def finite(loss: float) -> float | None:
+    """A loss, or None for that of a model that diverged: JSON knows no other numbers, and means shall not."""
+    return loss if math.isfinite(loss) else None

@@ -1,0 +1,138 @@
+"""Runs of instruction tuning: one for each model, set, way of tuning, method, learning rate and seed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.methods import (
+    VARIANT_KEYS,
+    method_spec,
+    suite_entries,
+    suite_methods,
+    training_settings,
+    without_title,
+)
+from benchmarks.harness.planning.schema import check_names
+
+_AXES = (*VARIANT_KEYS, "learning_rate", "seed")
+_UNTRAINED = "nothing"
+# of a set: for readers
+_NOT_IN_SPEC = ("title", "obtain", "rows")
+
+
+def instruction_specs(benchmark: Benchmark, suite: str, without: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """The specs of a suite's grid.
+
+    Args:
+        benchmark: the benchmark.
+        suite: the suite.
+        without: sets to leave out.
+
+    Raises:
+        DefinitionError: a name in a grid that does not exist, or settings that do not go together.
+    """
+    methods, tunings = suite_methods(benchmark, suite), suite_entries(benchmark, suite, "tunings")
+    for number, block in enumerate(benchmark.definition["suites"][suite]["grid"]):
+        where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
+        language = [name for name, model in load_models().items() if model.get("modality") == "language"]
+        check_names(where, "model", block["model"], language)
+        check_names(where, "set", block["set"], benchmark.tasks)
+        check_names(where, "method", block["method"], methods)
+        check_names(where, "tuning", block["tuning"], tunings)
+        axes = {key: block[key] for key in _AXES if key in block}
+        sets = [name for name in block["set"] if name not in without]
+        names = itertools.product(block["model"], sets, block["tuning"], block["method"])
+        for (model, name, tuning, method), values in itertools.product(names, itertools.product(*axes.values())):
+            point = {"model": model, "set": name, "method": method, **dict(zip(axes, values, strict=True))}
+            yield _spec(benchmark, suite, methods, {"name": tuning, **tunings[tuning]}, point, where)
+
+
+def accumulation(training: Mapping[str, Any], processes: int) -> int:
+    """Micro-batches of a step on each process.
+
+    Raises:
+        DefinitionError: the batch is no multiple of what the processes take at once.
+    """
+    at_once = training["micro_batch"] * processes
+    if training["batch_size"] % at_once:
+        raise DefinitionError(
+            f"training.batch_size {training['batch_size']} is no multiple of training.micro_batch {training['micro_batch']} "
+            f"times {processes} processes"
+        )
+    return int(training["batch_size"] // at_once)
+
+
+def run_resources(resources: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run takes of a suite's resources: one that trains nothing takes one process and at most one GPU."""
+    if is_trained(spec):
+        return dict(resources)
+    return {**resources, "processes": 1, "gpu": min(resources["gpu"], 1)}
+
+
+def is_trained(spec: Mapping[str, Any]) -> bool:
+    """Whether a run trains anything."""
+    return "batch_size" in spec["training"]
+
+
+def _spec(
+    benchmark: Benchmark,
+    suite: str,
+    methods: Mapping[str, dict[str, Any]],
+    tuning: Mapping[str, Any],
+    point: Mapping[str, Any],
+    where: str,
+) -> dict[str, Any]:
+    part = benchmark.definition["suites"][suite]
+    untrained = tuning["train"] == _UNTRAINED
+    if not untrained and not point.get("learning_rate"):
+        raise DefinitionError(f"{where}': the tuning '{tuning['name']}' trains, so it needs 'learning_rate'")
+    training = training_settings(benchmark, suite, point["model"]) | {"lora": tuning["lora"]}
+    task = {key: value for key, value in benchmark.tasks[point["set"]].items() if key not in _NOT_IN_SPEC}
+    method = method_spec(methods, point, point["seed"], None, where)
+    return {
+        "benchmark": benchmark.name,
+        "version": benchmark.definition["version"],
+        "pipeline": benchmark.definition["pipeline"],
+        "model": {**without_title(point["model"], load_models()[point["model"]]), **_form(tuning)},
+        "task": {"name": point["set"], **task},
+        "ood": [],
+        "method": method | {"tune": _tuned(tuning, where)},
+        "tuning": tuning["name"],
+        "data": benchmark.definition["data"] | part.get("data", {}),
+        # what shapes no number of an untrained model shall not make it a new run
+        "training": {"lora": None, "precision": training["precision"], "keep_weights": False}
+        if untrained
+        else training,
+        "evaluation": benchmark.definition["evaluation"] | part.get("evaluation", {}),
+        "learning_rate": 0.0 if untrained else float(point["learning_rate"]),
+        "seed": point["seed"],
+    }
+
+
+def _form(tuning: Mapping[str, Any]) -> dict[str, Any]:
+    """In which form the weights are loaded, where that is not float32."""
+    found = {"weights": tuning["weights"]} if tuning["weights"] != "fp32" else {}
+    return found | ({"quantize": tuning["quantize"], "whole": tuning["layers"]} if tuning["quantize"] else {})
+
+
+def _tuned(tuning: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """What is trained; None where everything is."""
+    named = f"{where}': tuning '{tuning['name']}'"
+    if (tuning["train"] == "adapters") != (tuning["lora"] is not None):
+        raise DefinitionError(
+            f"{named}: 'lora' says which adapters there are, and 'train: adapters' that they are trained; give both or none"
+        )
+    if tuning["quantize"] and tuning["train"] != "adapters":
+        raise DefinitionError(f"{named}: weights in 4 bits cannot be trained; 'quantize' needs 'train: adapters'")
+    if (tuning["train"] == "blocks" or tuning["quantize"] is not None) != (tuning["layers"] is not None):
+        raise DefinitionError(
+            f"{named}: 'layers' says which blocks 'train: blocks' trains, or which FFNs 'quantize' leaves whole; it goes with one of them"
+        )
+    if tuning["train"] == "all":
+        return None
+    return {"blocks": tuning["layers"] if tuning["train"] == "blocks" else [], "also": [], "head": False}

@@ -1,0 +1,85 @@
+"""Runs of a benchmark that measures: one for each model and setting, with all candidates side by side."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.schema import check_names
+
+# shape how much is measured, not what
+_NOT_IN_VARIANT = ("candidates", "rounds")
+_SHORT = {
+    "num_experts": "N",
+    "top_k_fraction": "k",
+    "layers": "L",
+    "tokens": "T",
+    "threads": "t",
+    "batch_size": "B",
+    "starts": "x",
+}
+
+
+def measurement_specs(benchmark: Benchmark, suite: str) -> Iterator[dict[str, Any]]:
+    """The specs of a suite's grid.
+
+    Raises:
+        DefinitionError: a name that does not exist, a value of another type than the usual one, or the same measurement twice.
+    """
+    definition = benchmark.definition
+    seen: set[tuple[str, str, str]] = set()
+    for number, block in enumerate(definition["suites"][suite]["grid"]):
+        where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
+        check_names(where, "measure", [block["measure"]], definition["measures"])
+        check_names(where, "model", block["model"], definition["models"])
+        usual: dict[str, Any] = definition["measures"][block["measure"]]["settings"]
+        check_names(where, "settings", block["settings"], usual)
+        for name, values in block["settings"].items():
+            for value in values:
+                if type(value) is not type(usual[name]):
+                    kind = type(usual[name]).__name__
+                    raise DefinitionError(
+                        f"{where}.settings.{name}' has {value!r}, but must be {kind} like {usual[name]!r}"
+                    )
+        candidates = [name for values in block["settings"].get("candidates", []) for name in values]
+        check_names(where, "settings.candidates", candidates, definition["candidates"])
+        for model, *values in itertools.product(block["model"], *block["settings"].values()):
+            settings = {**usual, **dict(zip(block["settings"], values, strict=True))}
+            spec = _spec(benchmark, block["measure"], model, settings, usual)
+            key = (block["measure"], model, spec["method"]["variant"])
+            if key in seen:
+                raise DefinitionError(f"{where}' measures {' '.join(filter(None, key))} a second time")
+            seen.add(key)
+            yield spec
+
+
+def _spec(
+    benchmark: Benchmark, measure: str, model: str, settings: Mapping[str, Any], usual: Mapping[str, Any]
+) -> dict[str, Any]:
+    definition = benchmark.definition
+    other = {name: value for name, value in settings.items() if value != usual[name] and name not in _NOT_IN_VARIANT}
+    described = {key: value for key, value in definition["models"][model].items() if key != "title"}
+    return {
+        "benchmark": benchmark.name,
+        "version": definition["version"],
+        "pipeline": definition["pipeline"],
+        "model": {"name": model, **described},
+        "task": {"name": measure},
+        "ood": [],
+        # nothing is trained: no method, no learning rate
+        "method": {
+            "name": "",
+            "variant": "-".join(_short(name, value) for name, value in other.items()),
+            "config": None,
+        },
+        "settings": dict(settings),
+        "learning_rate": 0.0,
+        "seed": 0,
+    }
+
+
+def _short(name: str, value: Any) -> str:
+    return f"{_SHORT.get(name, '')}{value:g}" if isinstance(value, int | float) else f"{_SHORT.get(name, '')}{value}"

@@ -1,0 +1,248 @@
+"""Text classification sets: rows, labels and their splits, whatever they were read from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_rated
+from benchmarks.text.readers import FileRows, Rows, read_rows
+from emoe.errors import did_you_mean
+
+_NO_LABEL = {"", "-1", "nan", "none", "null"}  # where none of these is a label of the task
+_WHOLE = re.compile(r"(-?\d+)\.0*")
+
+
+@dataclass(frozen=True)
+class TextSplit:
+    """Rows of one split.
+
+    Attributes:
+        texts: one tuple a row, of one text or of a pair.
+        labels: class numbers, or numbers for a regression.
+        dropped: rows without a gold label or without text, left out.
+        source: where they came from.
+    """
+
+    texts: list[tuple[str, ...]]
+    labels: list[int] | list[float]
+    dropped: int = 0
+    source: str = ""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def head(self, rows: int | None, seed_name: str) -> TextSplit:
+        """``rows`` rows drawn once and for all (not by the run's seed); all of them for None."""
+        if rows is None or rows >= len(self):
+            return self
+        return self._rows(sorted(random.Random(derive_seed("rows", seed_name)).sample(range(len(self)), rows)))
+
+    def divided(self, share: float, seed_name: str) -> tuple[TextSplit, TextSplit]:
+        """The rows without a share of them, and that share, drawn once and for all (not by the run's seed)."""
+        count = round(len(self) * share)
+        if not 0 < count < len(self):
+            raise DataError(f"{self.source}: a share of {share:g} of {len(self)} rows cannot be held out")
+        chosen = set(random.Random(derive_seed("held out", seed_name)).sample(range(len(self)), count))
+        return self._rows([i for i in range(len(self)) if i not in chosen]), self._rows(sorted(chosen))
+
+    def _rows(self, chosen: Sequence[int]) -> TextSplit:
+        return replace(self, texts=[self.texts[i] for i in chosen], labels=[self.labels[i] for i in chosen])
+
+    @functools.cached_property
+    def texts_digest(self) -> str:
+        """sha256 of the texts."""
+        return _digest(self.texts)
+
+    def summary(self) -> dict[str, Any]:
+        """Source, a digest of the rows, their number, dropped rows, and rows by class (or a regression's range)."""
+        digest = _digest(zip(self.texts, self.labels, strict=True))[:16]
+        found: dict[str, Any] = {"source": self.source, "digest": digest, "rows": len(self), "dropped": self.dropped}
+        if all(isinstance(label, int) for label in self.labels):
+            found["labels"] = {str(label): count for label, count in sorted(Counter(self.labels).items())}
+        else:
+            found["range"] = [min(self.labels), max(self.labels)]
+        return found
+
+
+def _digest(rows: Iterable[object]) -> str:
+    """sha256 of rows, one at a time."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+def part_read(task: Mapping[str, Any], part: str) -> str:
+    """The part that is read for a part: without a test split the dev split is reported."""
+    return "dev" if part == "test" and task["splits"]["test"] is None else part
+
+
+def load_part(
+    task: Mapping[str, Any],
+    part: str,
+    rows: int | None,
+    known: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> TextSplit:
+    """The ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``.
+
+    Args:
+        task: its spec.
+        part: which one.
+        rows: how many; None for all.
+        known: the tasks as ``tasks.yaml`` has them.
+        say: where to say that a part has other rows than these know of.
+    """
+    part = part_read(task, part)
+    found = load_split(task, part)
+    if say and known and task["name"] in known:
+        note = count_note(task["name"], part, len(found), found.dropped, *known_rows(known[task["name"]], part))
+        if note:
+            say(f"warning: {note}")
+    return found.head(rows, f"{task['name']}/{part}")
+
+
+def known_rows(known: Mapping[str, Any], part: str) -> tuple[int | None, Mapping[str, Any] | None]:
+    """How many rows a set's entry in ``tasks.yaml`` says that a part has, and how many the paper's authors score."""
+    return known["rows"].get(part), known.get("published_rows") if part == "test" else None
+
+
+def count_note(
+    name: str,
+    part: str,
+    rows: int,
+    dropped: int,
+    expected: int | None,
+    published: Mapping[str, Any] | None = None,
+) -> str | None:
+    """How the number of a part's rows differs from those that are known; None where it does not.
+
+    Args:
+        name: the set's.
+        part: the part's.
+        rows: how many are used.
+        dropped: how many were left out.
+        expected: how many there are by the set's makers.
+        published: how many the paper's authors score, who says so, and why.
+    """
+    if published and published["rows"] == rows:
+        return None
+    if expected not in (None, rows, rows + dropped):
+        return f"{name} ({part}): {rows + dropped:,} rows, its makers count {expected:,}: another version, or not all of it"
+    if published:
+        return f"{name} ({part}): {rows:,} rows are scored, not {published['rows']:,} as by {published['of']}: {published['why']}"
+    return None
+
+
+def load_split(task: Mapping[str, Any], part: str) -> TextSplit:
+    """Load the ``train``, ``dev`` or ``test`` part of a task.
+
+    A folder of the set's name below the data root (environment variable ``EMOE_DATA_ROOT``) is used
+    when there is one, else the hub.
+
+    Raises:
+        DataError: the set, a column or a split is missing, or a label is not one of the task's.
+    """
+    split = task["splits"][part]
+    if split is None:
+        raise DataError(f"task '{task['name']}' has no {part} split")
+    source = task["source"]
+    if "rated" in source:
+        texts, labels, dropped = load_rated(source["rated"], split)
+        return TextSplit(
+            [(text,) for text in texts], labels, dropped, f"{PACKAGE} {VERSION}, {source['rated']}, {split}"
+        )
+    return _to_split(read_rows(task, split), task)
+
+
+def _to_split(files: Rows, task: Mapping[str, Any]) -> TextSplit:
+    texts: list[tuple[str, ...]] = []
+    labels: list[Any] = []
+    total = 0
+    for file in files:
+        label_of = _reader(file, task)
+        found = file.columns[task["label"]]
+        total += len(found)
+        for row, cells in enumerate(zip(*(file.columns[field] for field in task["fields"]), strict=True)):
+            written = tuple(_text(cell, file, row) for cell in cells)
+            label = label_of(row, found[row]) if any(written) else None
+            if label is not None:
+                texts.append(written)
+                labels.append(label)
+    where = ", ".join(file.where for file in files)
+    if not texts:
+        raise DataError(f"{where} has no row with text and label ({total} without)")
+    return TextSplit(texts, labels, total - len(texts), where)
+
+
+def _text(cell: Any, file: FileRows, row: int) -> str:
+    """A cell as text; a missing one is empty."""
+    if cell is None or cell != cell:
+        return ""
+    if not isinstance(cell, str | int | float):
+        raise DataError(f"{file.place(row)}: a cell is {type(cell).__name__}, not text")
+    text = str(cell)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{file.place(row)}: {text[error.start : error.end]!r} is no letter") from error
+    return text
+
+
+def _reader(file: FileRows, task: Mapping[str, Any]) -> Callable[[int, object], int | float | None]:
+    """What makes a number of a row's label, or None where there is none, and refuses what is no label of the task."""
+    unlabelled = {_plain(value) for value in task["unlabelled"]}
+    classes = _classes(file, task)
+
+    def read(row: int, value: object) -> int | float | None:
+        text = _plain(value)
+        if text in unlabelled:
+            return None
+        number = classes.get(text) if task["labels"] else _score(text, task)
+        if number is None and text.casefold() not in _NO_LABEL:
+            wanted = did_you_mean(value, classes or task["labels"]) if task["labels"] else _scale(task)
+            raise DataError(f"{file.place(row)}: '{value}' is no label of task '{task['name']}'{wanted}")
+        return number
+
+    return read
+
+
+def _classes(file: FileRows, task: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of a task's classes by all that a file may call them: names of its own, else the task's names and numbers."""
+    names: list[str] = task["labels"]
+    if file.label_names is not None:
+        return {called: names.index(name) for called, name in file.label_names.items()}
+    spelled = {called: names.index(name) for called, name in task["label_names"].items()}
+    numbers = {str(number): number for number in range(len(names))}
+    return numbers | spelled | {name: number for number, name in enumerate(names)}
+
+
+def _plain(value: object) -> str:
+    """A label as text, without blanks around it and the zeros behind a whole number."""
+    text = "" if value is None else str(value).strip()
+    whole = _WHOLE.fullmatch(text)
+    return whole[1] if whole else text
+
+
+def _score(text: str, task: Mapping[str, Any]) -> float | None:
+    """A regression's label, if it is one."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    low, high = task.get("range", (-math.inf, math.inf))
+    return number if math.isfinite(number) and low <= number <= high else None
+
+
+def _scale(task: Mapping[str, Any]) -> str:
+    return "; it must be a number" + (" from {:g} to {:g}".format(*task["range"]) if "range" in task else "")

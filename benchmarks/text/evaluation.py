@@ -1,0 +1,86 @@
+"""Predict and score a split with a classifier that is trained, or in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
+
+from benchmarks.harness.modeling.build import Trainable
+from benchmarks.harness.training.callbacks import Stopwatch
+from benchmarks.harness.training.label_mapping import reading
+from benchmarks.harness.training.metrics import mean_loss, score
+from benchmarks.harness.training.trainer import finite, plain_logits, precision_here, quiet_arguments
+from benchmarks.text.datasets import TextSplit
+from benchmarks.text.tokenization import TokenisedRows
+
+
+def padding_collator(tokenizer: PreTrainedTokenizerBase, precision: str) -> DataCollatorWithPadding:
+    """Pads a batch to its longest row; for fp16 to a multiple of 8, as the authors do."""
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if precision == "fp16" else None)
+
+
+class TextEvaluator:
+    """Evaluates a classifier that is trained already.
+
+    Args:
+        classifier: the classifier.
+        tokenizer: its tokenizer.
+        task: what it was trained on (``task`` of a spec).
+        settings: ``batch_size`` and ``max_length``.
+        precision: what it was trained in.
+        folder: the run's.
+    """
+
+    def __init__(
+        self,
+        classifier: Trainable,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        precision: str,
+        folder: Path,
+    ) -> None:
+        self._tokenizer, self._task, self._max_length = tokenizer, task, settings["max_length"]
+        self.precision = precision_here(precision)
+        arguments = quiet_arguments(
+            folder / "checkpoints", self.precision, per_device_eval_batch_size=settings["batch_size"]
+        )
+        self._stopwatch = Stopwatch()
+        self._trainer = Trainer(
+            model=classifier.model,
+            args=arguments,
+            data_collator=padding_collator(tokenizer, self.precision),
+            callbacks=[self._stopwatch],
+        )
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Time spent in evaluations so far."""
+        return self._stopwatch.evaluation
+
+    def evaluate(self, split: TextSplit, task: Mapping[str, Any]) -> dict[str, float | None]:
+        """Scores and loss on another task's split."""
+        return evaluate_split(self._trainer, self._tokenizer, self._max_length, split, self._task, task)
+
+
+def evaluate_split(
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    split: TextSplit,
+    trained: Mapping[str, Any],
+    other: Mapping[str, Any] | None,
+) -> dict[str, float | None]:
+    """Predict a split in batches of like length and score it by what the task reports.
+
+    The loss is left out where the set has other classes than the head.
+    """
+    rows = TokenisedRows(split, tokenizer, max_length, by_length=True, labelled=False)
+    logits = plain_logits(trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
+    read = reading(trained, other or trained, (other or trained)["name"])
+    metrics = [trained["metric"]] if other is None else other["ood_metrics"]
+    scores: dict[str, float | None] = {name: score(name, logits, rows.labels, read) for name in metrics}
+    return {**scores, "loss": finite(mean_loss(logits, rows.labels))} if read.same else scores

@@ -1,0 +1,126 @@
+"""A split as a model reads it, tokenised once for each set, tokenizer and length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch.utils.data import Dataset
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from benchmarks.harness.base.files import whole_file
+from benchmarks.harness.base.paths import TOKENS
+from benchmarks.text.datasets import TextSplit
+
+_VERSION = 1
+_ROWS_AT_ONCE = 10_000
+_LENGTHS = "lengths"
+
+
+class TokenisedRows(Dataset[dict[str, Any]]):
+    """Rows of token ids, kept flat, so that a large set takes little memory.
+
+    The tokens are taken from the cache (``resources/tokens/``), which is keyed by the texts, the tokenizer and the
+    length, never by name; labels are not part of it.
+
+    Args:
+        split: the rows.
+        tokenizer: the model's.
+        max_length: tokens kept.
+        by_length: sort by length, so that evaluation batches need little padding.
+        labelled: give the labels to the model, which then computes a loss.
+    """
+
+    def __init__(
+        self,
+        split: TextSplit,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        by_length: bool,
+        labelled: bool = True,
+    ) -> None:
+        columns = _cached(split, tokenizer, max_length)
+        lengths = columns.pop(_LENGTHS)
+        self._columns, self._ends = columns, np.cumsum(lengths)
+        self._lengths = lengths
+        self._order = np.argsort(lengths, kind="stable") if by_length else np.arange(len(lengths))
+        self._labels = split.labels if labelled else None
+        self.labels = np.asarray(split.labels)[self._order]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [int(length) for length in self._lengths[self._order]]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = int(self._order[index])
+        end = int(self._ends[place])
+        start = end - int(self._lengths[place])
+        row: dict[str, Any] = {name: column[start:end].tolist() for name, column in self._columns.items()}
+        return row if self._labels is None else {**row, "labels": self._labels[place]}
+
+
+def calibration_batches(
+    split: TextSplit, tokenizer: PreTrainedTokenizerBase, training: Mapping[str, Any], rows: int = 256
+) -> Iterator[dict[str, Any]]:
+    """``rows`` rows of a split, drawn once and for all, as batches to call a model with, without labels."""
+    encoded = TokenisedRows(
+        split.head(min(rows, len(split)), "calibration"),
+        tokenizer,
+        training["max_length"],
+        by_length=True,
+        labelled=False,
+    )
+    collate = DataCollatorWithPadding(tokenizer)
+    for start in range(0, len(encoded), training["eval_batch_size"]):
+        yield dict(collate([encoded[i] for i in range(start, min(start + training["eval_batch_size"], len(encoded)))]))
+
+
+def _cached(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, NDArray[np.int32]]:
+    """Every column of tokens end to end, and the rows' lengths."""
+    key = hashlib.sha256(f"{_VERSION}\n{_tokenizer_digest(tokenizer)}\n{max_length}\n{split.texts_digest}".encode())
+    file = TOKENS / f"{key.hexdigest()[:24]}.safetensors"
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        pass
+    except SafetensorError:  # a machine that went down while it was written
+        file.unlink(missing_ok=True)
+    columns = _tokenise(split, tokenizer, max_length)
+    with whole_file(file) as temporary:
+        save_file(columns, temporary)
+    return columns
+
+
+def _tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, NDArray[np.int32]]:
+    parts: dict[str, list[NDArray[np.int32]]] = {}
+    for start in range(0, len(split), _ROWS_AT_ONCE):
+        columns = [list(column) for column in zip(*split.texts[start : start + _ROWS_AT_ONCE], strict=True)]
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length)
+        for name in encoded:
+            rows = [np.asarray(row, dtype=np.int32) for row in encoded[name]]
+            parts.setdefault(name, []).append(np.concatenate(rows))
+        lengths = np.asarray([len(row) for row in encoded["input_ids"]], dtype=np.int32)
+        parts.setdefault(_LENGTHS, []).append(lengths)
+    return {name: np.concatenate(found) for name, found in parts.items()}
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What shapes its tokens: the tokenizer's own description, less the settings that each call sets anew."""
+    if tokenizer.is_fast:
+        described = json.loads(tokenizer.backend_tokenizer.to_str())
+        content: Any = {key: value for key, value in described.items() if key not in ("truncation", "padding")}
+    else:
+        content = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.special_tokens_map)]
+    text = json.dumps([content, tokenizer.model_input_names, tokenizer.truncation_side], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,170 @@
+"""Train a text classifier, epoch by epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.modeling.build import Trainable
+from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
+from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from benchmarks.harness.training.metrics import mean_loss, score
+from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.samplers import EpochOrder
+from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
+from benchmarks.text.datasets import TextSplit
+from benchmarks.text.evaluation import evaluate_split, padding_collator
+from benchmarks.text.tokenization import TokenisedRows
+
+_LOSS = "mean_loss"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What training gives back beside the model's new weights.
+
+    ``epochs`` has the dev scores after every epoch; ``kept`` is the one whose weights the model has; ``step_seconds`` is the mean over its steps.
+    """
+
+    epochs: list[dict[str, Any]]
+    kept: dict[str, Any]
+    steps: int
+    step_seconds: float
+
+
+class Patience(TrainerCallback):
+    """Stops after a number of epochs without a new best dev score, of which none counts that is not above 0, as in the authors' code.
+
+    Counts in the log, which checkpoints keep, so that a run that goes on stops where it would have stopped.
+    """
+
+    def __init__(self, metric: str, epochs: int) -> None:
+        self._metric, self._epochs = f"eval_{metric}", epochs
+
+    def is_over(self, log: list[dict[str, float]]) -> bool:
+        """Whether the last evaluations of a log are that many without a new best."""
+        scores = [0.0, *(entry[self._metric] for entry in log if self._metric in entry)]
+        return len(scores) - 1 - scores.index(max(scores)) >= self._epochs
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.is_over(state.log_history):
+            control.should_training_stop = True
+
+
+class TextTrainer:
+    """Trains and evaluates one text classifier as a run's spec says.
+
+    Checkpoints are written every epoch below ``folder``; a run that was killed goes on from the last
+    complete one and ends with the same numbers.
+    """
+
+    def __init__(
+        self,
+        classifier: Trainable,
+        tokenizer: PreTrainedTokenizerBase,
+        spec: Mapping[str, Any],
+        train: TextSplit,
+        dev: TextSplit,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self._tokenizer, self._training, self._task = tokenizer, spec["training"], spec["task"]
+        self._metric: str = spec["task"]["metric"]
+        self._checkpoints = folder / "checkpoints"
+        self._stopwatch = Stopwatch()
+        best = self._training["keep"] == "best"
+        self.precision = precision_here(self._training["precision"])
+        arguments = quiet_arguments(
+            self._checkpoints,
+            num_train_epochs=self._training["epochs"],
+            per_device_train_batch_size=self._training["batch_size"],
+            per_device_eval_batch_size=self._training["eval_batch_size"],
+            gradient_accumulation_steps=self._training["accumulate"],
+            learning_rate=spec["learning_rate"],
+            lr_scheduler_type="linear",
+            warmup_steps=self._training["warmup"],
+            weight_decay=self._training["weight_decay"],
+            max_grad_norm=0.0,
+            precision=self.precision,
+            seed=derive_seed("dropout", spec["seed"]),
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=1,
+            load_best_model_at_end=best,
+            metric_for_best_model=self._metric if best else None,
+            greater_is_better=True if best else None,
+            logging_strategy="epoch",
+        )
+        patience = self._training["patience"]
+        self._patience = None if patience is None else Patience(self._metric, patience)
+        rows, self._dev = self._rows(train, by_length=False), self._rows(dev, by_length=True)
+        by_length = self._training["sampling"] == "group_by_length"
+        self._trainer = RoutedTrainer(
+            args=arguments,
+            order=EpochOrder(rows.lengths, self._training["batch_size"], spec["seed"], by_length=by_length),
+            trainable=classifier,
+            lora=self._training["lora"],
+            train_dataset=rows,
+            eval_dataset=self._dev,
+            data_collator=padding_collator(tokenizer, self.precision),
+            compute_metrics=self._scores,
+            callbacks=[progress, self._stopwatch, RetieGates(), *([self._patience] if self._patience else [])],
+        )
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Time spent in evaluations so far, those during training included."""
+        return self._stopwatch.evaluation
+
+    def _rows(self, split: TextSplit, *, by_length: bool) -> TokenisedRows:
+        return TokenisedRows(split, self._tokenizer, self._training["max_length"], by_length=by_length)
+
+    def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
+        # Trainer's own labels are rounded to float32, and its loss counts a last batch that is not full as if it were
+        logits, labels = plain_logits(prediction.predictions), self._dev.labels
+        return {self._metric: score(self._metric, logits, labels), _LOSS: mean_loss(logits, labels)}
+
+    def train(self) -> TrainingResult:
+        """Train, from the last complete checkpoint where there is one."""
+        checkpoint = last_complete_checkpoint(self._checkpoints)
+        if checkpoint:
+            self._stopwatch.resume(checkpoint)
+        saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
+        if saved and self._patience and self._patience.is_over(saved.log_history):
+            self._trainer.state = saved  # it had stopped already: only the best weights are missing
+            self._trainer._load_best_model()
+        else:
+            self._trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = self._trainer.state
+        epochs: list[dict[str, Any]] = [
+            {
+                "epoch": entry["epoch"],
+                self._metric: entry[f"eval_{self._metric}"],
+                "loss": finite(entry[f"eval_{_LOSS}"]),
+            }
+            for entry in state.log_history
+            if f"eval_{_LOSS}" in entry
+        ]
+        kept = (
+            max(epochs, key=lambda entry: (entry[self._metric], -entry["epoch"]))
+            if self._training["keep"] == "best"
+            else epochs[-1]
+        )
+        return TrainingResult(epochs, kept, state.global_step, self._stopwatch.step_seconds)
+
+    def evaluate(self, split: TextSplit, task: Mapping[str, Any] | None = None) -> dict[str, float | None]:
+        """Scores and loss on a split: of the training task, or of another as it is read out of domain."""
+        return evaluate_split(self._trainer, self._tokenizer, self._training["max_length"], split, self._task, task)
