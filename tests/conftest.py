@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,7 +29,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers is gone after it."""
     monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
     routers = dict(ROUTERS)
-    yield
+    with mock.patch.dict(os.environ):  # commands tell those that they start where the data is
+        yield
     ROUTERS.clear()
     ROUTERS.update(routers)
 

@@ -235,4 +235,4 @@ def _made_up(run: Run, gain: float) -> dict[str, Any]:
         return measured(run)
     if "tuning" in run.spec:
         return instruction_metrics(run, gain)
-    return domain_metrics(run, gain) if run.on_images else metrics(run, gain)
+    return domain_metrics(run, gain) if run.benchmark == "domainbed" else metrics(run, gain)

@@ -15,9 +15,9 @@ from PIL import Image
 
 from benchmarks.domainbed.grid import held_out_names
 from benchmarks.domainbed.information import information
+from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.outcomes import Outcomes
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.planning.jobs import survey_job
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.reporting.plots import STYLE, Panel, save, say_nothing, score_panels
 from benchmarks.harness.results.records import read_metrics
@@ -46,14 +46,12 @@ def draw_accuracy(outcomes: Outcomes, name: str, path: Path) -> None:
 
 
 def draw_samples(outcomes: Outcomes, name: str, path: Path) -> None:
-    """The grid that the survey of the set made, with the environments' names beside it.
+    """The grid that the validation of the set made, with the environments' names beside it.
 
     Raises:
-        DataError: the survey's picture is not there.
+        DataError: that picture is not there.
     """
-    job = next(
-        job for run in outcomes.runs if run.spec["task"]["name"] == name and (job := survey_job(run)) is not None
-    )
+    job = next(validation_job(run.spec) for run in outcomes.runs if run.spec["task"]["name"] == name)
     picture = Path(job.picture)
     if not picture.exists():
         raise DataError(f"{picture} does not exist; get it with `snakemake --cores 1 {picture}`")

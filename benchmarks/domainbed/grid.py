@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.protocol import BASELINE, held_out_combinations, hyper_parameters, sweep_seed
+from benchmarks.harness.base.errors import DataError, first_line
 from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.kinds import ALL, Benchmark, Kind, SetPart
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
     method_spec,
@@ -18,40 +21,94 @@ from benchmarks.harness.planning.methods import (
     training_settings,
     without_title,
 )
-from benchmarks.harness.planning.schema import check_names
+from benchmarks.harness.planning.schema import check_names, read_checked
+from benchmarks.harness.sources.packages import DIGITS, EMOJI, PackageFile
 
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
 # of a set: for readers, or said elsewhere in a spec
 _NOT_IN_SPEC = ("title", "images", "obtain", "eval_every")
 
 
-def domain_specs(benchmark: Benchmark, suite: str, without: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The specs of a suite's grid.
+class DomainsKind(Kind):
+    """Image classifiers, trained on some environments of a set and judged on those held out."""
 
-    Args:
-        benchmark: the benchmark.
-        suite: the suite.
-        without: sets to leave out.
+    schema = "domains"
+    shows_parts = True
+    optimizer = "Adam, constant rate, no clipping"
 
-    Raises:
-        DefinitionError: a name in a grid that does not exist, or a method that cannot be built.
-    """
-    methods = suite_methods(benchmark, suite)
-    for number, block in enumerate(benchmark.definition["suites"][suite]["grid"]):
-        where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-        images = [name for name, model in load_models().items() if model.get("modality") == "image"]
-        check_names(where, "model", block["model"], images)
-        check_names(where, "set", block["set"], benchmark.tasks)
-        check_names(where, "method", block["method"], methods)
-        for model, name, method in itertools.product(block["model"], block["set"], block["method"]):
-            if name in without:
-                continue
-            environments = list(benchmark.tasks[name]["environments"])
-            axes = {key: block[key] for key in _AXES if key in block}
-            axes["test_envs"] = _held_out(block["test_envs"], environments, where)
-            for values in itertools.product(*axes.values()):
-                point = {"model": model, "set": name, "method": method, **dict(zip(axes, values, strict=True))}
-                yield _spec(benchmark, suite, methods, point, where)
+    def load(self, definition: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        return definition, read_checked(folder / definition["sets"], "sets")["sets"]
+
+    def specs(
+        self,
+        benchmark: Benchmark,
+        suite: str,
+        exclude: Collection[str],
+        specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
+    ) -> Iterator[dict[str, Any]]:
+        methods = suite_methods(benchmark, suite)
+        for number, block in enumerate(benchmark.definition["suites"][suite]["grid"]):
+            where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
+            images = [name for name, model in load_models().items() if model.get("modality") == "image"]
+            check_names(where, "model", block["model"], images)
+            check_names(where, "set", block["set"], benchmark.tasks)
+            check_names(where, "method", block["method"], methods)
+            for model, name, method in itertools.product(block["model"], block["set"], block["method"]):
+                if name in exclude:
+                    continue
+                environments = list(benchmark.tasks[name]["environments"])
+                axes = {key: block[key] for key in _AXES if key in block}
+                axes["test_envs"] = _held_out(block["test_envs"], environments, where)
+                for values in itertools.product(*axes.values()):
+                    point = {"model": model, "set": name, "method": method, **dict(zip(axes, values, strict=True))}
+                    yield _spec(benchmark, suite, methods, point, where)
+
+    def excludable(self, tasks: Mapping[str, Any]) -> Iterable[str]:
+        return tasks
+
+    def variant(self, spec: Mapping[str, Any]) -> str:
+        draw = f"h{spec['hparams_seed']}" if spec["hparams_seed"] else ""
+        held_out = f"T{'+'.join(held_out_names(spec))}"
+        return "-".join(filter(None, (spec["method"]["variant"], held_out, draw)))
+
+    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        return [spec["task"]]
+
+    def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
+        source = task["source"]
+        if source.get("digits") == "package":
+            return [DIGITS]
+        return list(EMOJI.values()) if "emoji" in source else []
+
+    def inputs(self, spec: Mapping[str, Any]) -> list[str]:
+        return [validation_job(spec).file]
+
+    def figure_inputs(self, spec: Mapping[str, Any]) -> list[str]:
+        return [validation_job(spec).picture]
+
+    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
+        return [(spec["task"]["name"], ALL)]
+
+    def describe(
+        self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, Any], *, open_files: bool
+    ) -> Iterator[SetPart]:
+        from benchmarks.domainbed.validation import list_environments
+
+        known = tasks[name]
+        try:
+            found = list_environments(spec["task"], spec["data_seed"], open_images=open_files)
+        except DataError as error:
+            problem = error if open_files else first_line(error)
+            advice = f"{name}: {problem}\n    {known['obtain']}. Without it: `without: [{name}]`"
+            yield SetPart(name, ALL, None, expected=known.get("images"), advice=advice)
+            return
+        for environment, rows, labels, source in found:
+            yield SetPart(name, environment, rows, labels=labels, source=source)
+        total = sum(rows for _, rows, _, _ in found)
+        yield SetPart(name, ALL, total, expected=known.get("images"), source=found[0][3])
+
+
+KIND = DomainsKind()
 
 
 def _held_out(asked: str | list[list[str]], environments: list[str], where: str) -> list[tuple[int, ...]]:

@@ -12,9 +12,9 @@ from benchmarks.domainbed.environments import ImageSet, load_set
 from benchmarks.domainbed.folders import plain_name
 from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, split_environment, split_things
 from benchmarks.domainbed.selection import best_record
-from benchmarks.domainbed.survey import counts, ensure_surveyed
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
 from benchmarks.domainbed.transforms import augmented, plain
+from benchmarks.domainbed.validation import counts, ensure_validated
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import whole_file
 from benchmarks.harness.base.paths import IMAGES
@@ -39,7 +39,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     training, hparams, held_out = spec["training"], spec["hparams"], spec["test_envs"]
     found = load_set(spec["task"], spec["data_seed"], truncated=training["truncated"])
     progress.say(f"{found.source}\n{counts(found)}")
-    ensure_surveyed(found, sorted(IMAGES.glob(f"{spec['task']['name']}-*.json")), training["truncated"])
+    ensure_validated(found, sorted(IMAGES.glob(f"{spec['task']['name']}-*.json")), training["truncated"])
     envs = found.environments
     splits = [_split(found, env, spec["seed"], is_test=env in held_out) for env in range(len(envs))]
     for environment, split in zip(envs, splits, strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.domainbed.figures import draw_accuracy, draw_confusion, draw_routing, draw_samples
 from benchmarks.domainbed.outcomes import Outcomes
 from benchmarks.domainbed.tables import domain_tables, set_tables, verdicts
-from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.schema import check_names
 from benchmarks.harness.reporting.presentation import Part, Presentation

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.base.paths import QUESTIONS
 from benchmarks.harness.modeling.language import DTYPES
-from benchmarks.harness.planning.jobs import MMLU_DEV, is_mmlu_dev
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator
 from benchmarks.llama.instructions import Instruction
+from benchmarks.llama.mmlu_dev import MMLU_DEV, is_mmlu_dev
 from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
 

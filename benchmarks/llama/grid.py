@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.errors import DataError, DefinitionError, RunError, first_line
 from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.kinds import ALL, Benchmark, Kind, SetPart
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
     method_spec,
@@ -17,7 +18,9 @@ from benchmarks.harness.planning.methods import (
     training_settings,
     without_title,
 )
-from benchmarks.harness.planning.schema import check_names
+from benchmarks.harness.planning.schema import check_names, read_checked
+from benchmarks.harness.sources.packages import ALPACA_DEMO, PackageFile
+from benchmarks.llama.mmlu_dev import MMLU_DEV_FILE, is_mmlu_dev
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
 _UNTRAINED = "nothing"
@@ -25,31 +28,93 @@ _UNTRAINED = "nothing"
 _NOT_IN_SPEC = ("title", "obtain", "rows")
 
 
-def instruction_specs(benchmark: Benchmark, suite: str, without: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-    """The specs of a suite's grid.
+class InstructionKind(Kind):
+    """Language models, tuned on instructions and judged by lm-eval: one run for each model, set, way of tuning, method, learning rate and seed."""
 
-    Args:
-        benchmark: the benchmark.
-        suite: the suite.
-        without: sets to leave out.
+    schema = "instruction"
+    counts_labels = False
+    optimizer = "AdamW"
 
-    Raises:
-        DefinitionError: a name in a grid that does not exist, or settings that do not go together.
-    """
-    methods, tunings = suite_methods(benchmark, suite), suite_entries(benchmark, suite, "tunings")
-    for number, block in enumerate(benchmark.definition["suites"][suite]["grid"]):
-        where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-        language = [name for name, model in load_models().items() if model.get("modality") == "language"]
-        check_names(where, "model", block["model"], language)
-        check_names(where, "set", block["set"], benchmark.tasks)
-        check_names(where, "method", block["method"], methods)
-        check_names(where, "tuning", block["tuning"], tunings)
-        axes = {key: block[key] for key in _AXES if key in block}
-        sets = [name for name in block["set"] if name not in without]
-        names = itertools.product(block["model"], sets, block["tuning"], block["method"])
-        for (model, name, tuning, method), values in itertools.product(names, itertools.product(*axes.values())):
-            point = {"model": model, "set": name, "method": method, **dict(zip(axes, values, strict=True))}
-            yield _spec(benchmark, suite, methods, {"name": tuning, **tunings[tuning]}, point, where)
+    def load(self, definition: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        return definition, read_checked(folder / definition["sets"], "instructions")["sets"]
+
+    def specs(
+        self,
+        benchmark: Benchmark,
+        suite: str,
+        exclude: Collection[str],
+        specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
+    ) -> Iterator[dict[str, Any]]:
+        methods, tunings = suite_methods(benchmark, suite), suite_entries(benchmark, suite, "tunings")
+        for number, block in enumerate(benchmark.definition["suites"][suite]["grid"]):
+            where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
+            language = [name for name, model in load_models().items() if model.get("modality") == "language"]
+            check_names(where, "model", block["model"], language)
+            check_names(where, "set", block["set"], benchmark.tasks)
+            check_names(where, "method", block["method"], methods)
+            check_names(where, "tuning", block["tuning"], tunings)
+            axes = {key: block[key] for key in _AXES if key in block}
+            sets = [name for name in block["set"] if name not in exclude]
+            names = itertools.product(block["model"], sets, block["tuning"], block["method"])
+            for (model, name, tuning, method), values in itertools.product(names, itertools.product(*axes.values())):
+                point = {"model": model, "set": name, "method": method, **dict(zip(axes, values, strict=True))}
+                yield _spec(benchmark, suite, methods, {"name": tuning, **tunings[tuning]}, point, where)
+
+    def excludable(self, tasks: Mapping[str, Any]) -> Iterable[str]:
+        return tasks
+
+    def resources(self, resources: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+        """All of them; a run that trains nothing takes one process and at most one GPU."""
+        if is_trained(spec):
+            return dict(resources)
+        return {**resources, "processes": 1, "gpu": min(resources["gpu"], 1)}
+
+    def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
+        if not is_trained(spec):
+            super().check_processes(spec, processes, parallel)
+            return
+        accumulation(spec["training"], processes)
+        if processes > 1 and parallel == "fsdp" and "quantize" in spec["model"]:
+            raise RunError("weights in 4 bits are not sharded; take --parallel ddp")
+
+    def variant(self, spec: Mapping[str, Any]) -> str:
+        return "-".join(filter(None, (spec["tuning"], spec["method"]["variant"])))
+
+    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        return [spec["task"]]
+
+    def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
+        return [ALPACA_DEMO] if "package" in task["source"] else []
+
+    def inputs(self, spec: Mapping[str, Any]) -> list[str]:
+        return [str(MMLU_DEV_FILE)] if any(is_mmlu_dev(entry["task"]) for entry in spec["evaluation"]["tasks"]) else []
+
+    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
+        return [(spec["task"]["name"], ALL)]
+
+    def describe(
+        self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, Any], *, open_files: bool
+    ) -> Iterator[SetPart]:
+        """A set of instructions; rows that are broken without regard to their length count as dropped."""
+        from benchmarks.llama.instructions import load_instructions
+
+        known = tasks[name]
+        try:
+            found = load_instructions(spec["task"])
+        except DataError as error:
+            advice = f"{name}: {first_line(error)}\n    {known['obtain']}. Without it: `without: [{name}]`"
+            yield SetPart(name, ALL, None, expected=known.get("rows"), advice=advice)
+            return
+        inputs = f"{sum(bool(row.input) for row in found.rows):,} with an input"
+        yield SetPart(name, ALL, len(found.rows), len(found.broken), known.get("rows"), inputs, found.source)
+
+    def unpinned(self, spec: Mapping[str, Any]) -> Iterator[str]:
+        for entry in spec["evaluation"]["tasks"]:
+            if not is_mmlu_dev(entry["task"]):
+                yield f"what lm-eval reads for {entry['task']}"
+
+
+KIND = InstructionKind()
 
 
 def accumulation(training: Mapping[str, Any], processes: int) -> int:
@@ -65,13 +130,6 @@ def accumulation(training: Mapping[str, Any], processes: int) -> int:
             f"times {processes} processes"
         )
     return int(training["batch_size"] // at_once)
-
-
-def run_resources(resources: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run takes of a suite's resources: one that trains nothing takes one process and at most one GPU."""
-    if is_trained(spec):
-        return dict(resources)
-    return {**resources, "processes": 1, "gpu": min(resources["gpu"], 1)}
 
 
 def is_trained(spec: Mapping[str, Any]) -> bool:

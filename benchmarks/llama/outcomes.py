@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.reporting.common_tables import in_order
 from benchmarks.harness.results.records import collect_from, read_metrics

@@ -17,7 +17,7 @@ import yaml
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import whole_file
-from benchmarks.harness.planning.jobs import MMLU_DEV
+from benchmarks.llama.mmlu_dev import MMLU_DEV
 
 _LETTERS = "ABCD"
 _CHOICES = re.compile(r"(?s)(.*?)\s*\(A\)\s(.*?)\s*\(B\)\s(.*?)\s*\(C\)\s(.*?)\s*\(D\)\s(.*)")

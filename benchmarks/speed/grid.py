@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.kinds import Benchmark, Kind
 from benchmarks.harness.planning.schema import check_names
 
 # shape how much is measured, not what
@@ -23,37 +24,50 @@ _SHORT = {
 }
 
 
-def measurement_specs(benchmark: Benchmark, suite: str) -> Iterator[dict[str, Any]]:
-    """The specs of a suite's grid.
+class MeasurementKind(Kind):
+    """Things measured side by side, each run under one setting; nothing is trained."""
 
-    Raises:
-        DefinitionError: a name that does not exist, a value of another type than the usual one, or the same measurement twice.
-    """
-    definition = benchmark.definition
-    seen: set[tuple[str, str, str]] = set()
-    for number, block in enumerate(definition["suites"][suite]["grid"]):
-        where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-        check_names(where, "measure", [block["measure"]], definition["measures"])
-        check_names(where, "model", block["model"], definition["models"])
-        usual: dict[str, Any] = definition["measures"][block["measure"]]["settings"]
-        check_names(where, "settings", block["settings"], usual)
-        for name, values in block["settings"].items():
-            for value in values:
-                if type(value) is not type(usual[name]):
-                    kind = type(usual[name]).__name__
-                    raise DefinitionError(
-                        f"{where}.settings.{name}' has {value!r}, but must be {kind} like {usual[name]!r}"
-                    )
-        candidates = [name for values in block["settings"].get("candidates", []) for name in values]
-        check_names(where, "settings.candidates", candidates, definition["candidates"])
-        for model, *values in itertools.product(block["model"], *block["settings"].values()):
-            settings = {**usual, **dict(zip(block["settings"], values, strict=True))}
-            spec = _spec(benchmark, block["measure"], model, settings, usual)
-            key = (block["measure"], model, spec["method"]["variant"])
-            if key in seen:
-                raise DefinitionError(f"{where}' measures {' '.join(filter(None, key))} a second time")
-            seen.add(key)
-            yield spec
+    schema = "measurement"
+    has_models = has_seeds = counts_labels = False
+
+    def load(self, definition: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        return definition, definition["measures"]
+
+    def specs(
+        self,
+        benchmark: Benchmark,
+        suite: str,
+        exclude: Collection[str],
+        specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
+    ) -> Iterator[dict[str, Any]]:
+        definition = benchmark.definition
+        seen: set[tuple[str, str, str]] = set()
+        for number, block in enumerate(definition["suites"][suite]["grid"]):
+            where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
+            check_names(where, "measure", [block["measure"]], definition["measures"])
+            check_names(where, "model", block["model"], definition["models"])
+            usual: dict[str, Any] = definition["measures"][block["measure"]]["settings"]
+            check_names(where, "settings", block["settings"], usual)
+            for name, values in block["settings"].items():
+                for value in values:
+                    if type(value) is not type(usual[name]):
+                        kind = type(usual[name]).__name__
+                        raise DefinitionError(
+                            f"{where}.settings.{name}' has {value!r}, but must be {kind} like {usual[name]!r}"
+                        )
+            candidates = [name for values in block["settings"].get("candidates", []) for name in values]
+            check_names(where, "settings.candidates", candidates, definition["candidates"])
+            for model, *values in itertools.product(block["model"], *block["settings"].values()):
+                settings = {**usual, **dict(zip(block["settings"], values, strict=True))}
+                spec = _spec(benchmark, block["measure"], model, settings, usual)
+                key = (block["measure"], model, spec["method"]["variant"])
+                if key in seen:
+                    raise DefinitionError(f"{where}' measures {' '.join(filter(None, key))} a second time")
+                seen.add(key)
+                yield spec
+
+
+KIND = MeasurementKind()
 
 
 def _spec(

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.reporting.plots import STYLE, save
 from benchmarks.harness.reporting.presentation import Presentation

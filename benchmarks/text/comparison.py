@@ -9,7 +9,7 @@ import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.results.records import OOD_MEAN, collect, scores_of
 from benchmarks.harness.results.statistics import Difference, Ranking, friedman_ranks, paired_difference, with_verdicts
@@ -52,7 +52,7 @@ class Comparison:
 
     def _choose(self, protocol: str) -> pd.DataFrame:
         # a benchmark that evaluates the chosen runs of another has no others
-        if self.benchmark.kind == "evaluation":
+        if "evaluates" in self.benchmark.definition:
             return self.records[self.records["protocol"] == protocol]
         return select(self.records, protocol)
 
@@ -60,7 +60,7 @@ class Comparison:
         chosen = self.chosen(protocol)
         own = chosen[chosen["protocol"] == protocol]
         parts = [scores_of(own, part).assign(domain=part) for part in (OOD, OOD_MEAN)]
-        if self.benchmark.kind == "training":
+        if "evaluates" not in self.benchmark.definition:
             parts.insert(0, reported(self.records, protocol).assign(domain=ID))
         return pd.concat(parts)[["domain", *_PAIR, "method", "seed", "value"]].assign(protocol=protocol)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.sources.counts import count_note
 from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_rated
 from benchmarks.text.readers import FileRows, Rows, read_rows
 from emoe.errors import did_you_mean
@@ -115,33 +116,6 @@ def load_part(
 def known_rows(known: Mapping[str, Any], part: str) -> tuple[int | None, Mapping[str, Any] | None]:
     """How many rows a set's entry in ``tasks.yaml`` says that a part has, and how many the paper's authors score."""
     return known["rows"].get(part), known.get("published_rows") if part == "test" else None
-
-
-def count_note(
-    name: str,
-    part: str,
-    rows: int,
-    dropped: int,
-    expected: int | None,
-    published: Mapping[str, Any] | None = None,
-) -> str | None:
-    """How the number of a part's rows differs from those that are known; None where it does not.
-
-    Args:
-        name: the set's.
-        part: the part's.
-        rows: how many are used.
-        dropped: how many were left out.
-        expected: how many there are by the set's makers.
-        published: how many the paper's authors score, who says so, and why.
-    """
-    if published and published["rows"] == rows:
-        return None
-    if expected not in (None, rows, rows + dropped):
-        return f"{name} ({part}): {rows + dropped:,} rows, its makers count {expected:,}: another version, or not all of it"
-    if published:
-        return f"{name} ({part}): {rows:,} rows are scored, not {published['rows']:,} as by {published['of']}: {published['why']}"
-    return None
 
 
 def load_split(task: Mapping[str, Any], part: str) -> TextSplit:
@@ -246,3 +220,11 @@ def _score(text: str, task: Mapping[str, Any]) -> float | None:
 
 def _scale(task: Mapping[str, Any]) -> str:
     return "; it must be a number" + (" from {:g} to {:g}".format(*task["range"]) if "range" in task else "")
+
+
+def label_counts(split: TextSplit, names: list[str]) -> str:
+    """Rows by label as text; of a regression the range."""
+    summary = split.summary()
+    if "range" in summary:
+        return f"{summary['range'][0]:g} to {summary['range'][1]:g}"
+    return ", ".join(f"{name} {summary['labels'].get(str(number), 0):,}" for number, name in enumerate(names))

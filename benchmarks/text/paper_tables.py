@@ -6,11 +6,11 @@ import math
 
 import pandas as pd
 
-from benchmarks.harness.planning.runs import CLEAN, PUBLISHED
 from benchmarks.harness.reporting.published import read_published
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
 from benchmarks.harness.results.statistics import critical_difference
 from benchmarks.text.comparison import ID, Comparison, Ranked
+from benchmarks.text.grid import CLEAN, PUBLISHED
 from benchmarks.text.selection import PROTOCOLS
 
 AVERAGE, RANK = "average", "OOD Friedman rank"

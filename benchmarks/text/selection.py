@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from benchmarks.harness.planning.runs import CLEAN, PUBLISHED
 from benchmarks.harness.results.records import scores_of
+from benchmarks.text.grid import CLEAN, PUBLISHED
 
 CELL = ["model", "task", "method"]
 CHOICE = ["variant", "learning_rate"]

@@ -9,13 +9,12 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.planning.catalogue import load_metrics
-from benchmarks.harness.planning.definition import TEXT_TABLES
-from benchmarks.harness.planning.runs import CLEAN, PUBLISHED
 from benchmarks.harness.planning.schema import check_names
 from benchmarks.harness.reporting.common_tables import cost_table, tests_table
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
 from benchmarks.harness.results.records import OOD_MEAN, scores_of
 from benchmarks.text.comparison import ID, OOD, Comparison, Ranked, ranked
+from benchmarks.text.grid import CLEAN, PUBLISHED, TABLES
 from benchmarks.text.paper_tables import paper_table
 from benchmarks.text.selection import CELL, PROTOCOLS, choices
 
@@ -46,7 +45,7 @@ class TextTables:
         Raises:
             DefinitionError: there is no such table.
         """
-        check_names(f"{self.comparison.benchmark.file}: '", "tables", names, TEXT_TABLES)
+        check_names(f"{self.comparison.benchmark.file}: '", "tables", names, TABLES)
         return [getattr(self, name)() for name in names]
 
     def paper(self) -> Table:

@@ -13,7 +13,8 @@ from mlflow.tracking import MlflowClient
 from scipy import stats
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.definition import Benchmark, load_benchmark
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run, run_from_spec
 from benchmarks.harness.planning.suite import Suite, load_suite
 from benchmarks.harness.reporting import report

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.outcomes import Outcomes
 from benchmarks.domainbed.selection import (
     Trained,
@@ -243,7 +244,7 @@ def write_outputs(suite: Suite, runs: list[Run]) -> None:
 def test_everything_that_the_suite_shows_is_made(finished: tuple[list[Run], Path]) -> None:
     runs, _ = finished
     suite = load_suite({"suite": "mini", "benchmarks": ["domainbed"]})
-    for job in suite.surveys.values():
+    for job in {validation_job(run.spec).id: validation_job(run.spec) for run in suite.runs_of("domainbed")}.values():
         picture = Path(job.picture)
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (80, 60)).save(picture)
@@ -317,7 +318,7 @@ def test_runs_that_hold_out_two_environments_alone_are_no_result(
     suite = load_suite({"suite": "smoke", "benchmarks": ["domainbed"]})
     runs = [run for run in suite.runs if len(run.spec["test_envs"]) == 2]
     write_runs(runs)
-    (picture,) = suite.picture_files("domainbed", "colored_mnist_5k")
+    (picture,) = suite.figure_inputs("domainbed", "colored_mnist_5k")
     Path(picture).parent.mkdir(parents=True)
     Image.new("RGB", (80, 60)).save(picture)
     Path(picture).with_suffix(".json").write_text(json.dumps({"samples": ["+90%", "+80%", "-90%"]}))

@@ -24,8 +24,14 @@ from benchmarks.domainbed import emoji as emoji_module
 from benchmarks.domainbed.environments import ImageSet, load_set
 from benchmarks.domainbed.mnist import load_digits
 from benchmarks.domainbed.protocol import split_things
-from benchmarks.domainbed.survey import counts, ensure_surveyed, list_environments, look_at_all, survey_to_file
 from benchmarks.domainbed.transforms import DEVIATION, MEAN, augmented, plain
+from benchmarks.domainbed.validation import (
+    counts,
+    ensure_validated,
+    list_environments,
+    validate_dataset,
+    validate_to_file,
+)
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.definition import load_benchmark
@@ -151,7 +157,7 @@ def test_a_set_may_be_a_link_and_its_images_links_to_files_elsewhere(root: Path)
     found = load()
     for ours, theirs in zip(found.environments, plain_set.environments, strict=True):
         assert (ours.places, ours.labels) == (theirs.places, theirs.labels)
-    assert look_at_all(found)["environments"]["P"]["rows"] == 9
+    assert validate_dataset(found)["environments"]["P"]["rows"] == 9
 
 
 def test_hidden_folders_are_no_part_of_a_set(root: Path) -> None:
@@ -176,7 +182,7 @@ def test_files_that_are_not_read_are_counted_by_their_ending(root: Path, tmp_pat
     assert [labels for _, _, labels, _ in list_environments(TASK, 0, open_images=False)] == [
         "3 classes, 3 to 3 each" + (f"; {said}" if name == "P" else "") for name in "ACPS"
     ]
-    assert look_at_all(found)["environments"]["P"]["ignored"] == found.environments[2].ignored
+    assert validate_dataset(found)["environments"]["P"]["ignored"] == found.environments[2].ignored
 
 
 def test_a_folder_that_cannot_be_read_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +230,7 @@ def damage(root: Path) -> tuple[Path, Path, Path]:
 def test_damaged_images_are_all_named_before_anything_is_trained(root: Path) -> None:
     short, text, empty = damage(root)
     with pytest.raises(DataError) as error:
-        look_at_all(load())
+        validate_dataset(load())
     message = str(error.value)
     assert "3 of 36 images cannot be used" in message
     assert f"{short} cannot be used: image file is truncated" in message
@@ -238,8 +244,8 @@ def test_a_truncated_image_is_filled_where_that_is_asked_for(root: Path) -> None
     for path in others:
         path.unlink()
     with pytest.raises(DataError, match="1 of 34"):
-        look_at_all(load())
-    assert look_at_all(load("load"))["environments"]["P"]["rows"] == 7
+        validate_dataset(load())
+    assert validate_dataset(load("load"))["environments"]["P"]["rows"] == 7
     image = load("load").environments[2].open(0)[0]
     assert image.size == (40, 40)
     with pytest.raises(DataError, match="truncated"):  # the option is not left behind for others
@@ -255,7 +261,7 @@ def test_other_kinds_of_images_become_rgb_and_are_counted(root: Path) -> None:
     Image.fromarray(np.dstack([grey] * 4), "RGBA").save(folder / "d.png")
     Image.fromarray(np.dstack([grey] * 3)).convert("P").save(folder / "e.gif")  # not among the endings that are read
     found = load()
-    summary = look_at_all(found)["environments"]["A"]
+    summary = validate_dataset(found)["environments"]["A"]
     assert summary["rows"] == 13
     assert summary["converted"] == {"CMYK": 1, "I;16": 1, "L": 1, "RGBA": 1}
     by_name = {Path(place).name: row for row, place in enumerate(found.environments[0].places)}
@@ -265,9 +271,9 @@ def test_other_kinds_of_images_become_rgb_and_are_counted(root: Path) -> None:
         assert np.array_equal(np.asarray(image)[..., 1], grey), name
 
 
-def test_a_survey_is_made_once_and_again_when_a_file_changes(root: Path, tmp_path: Path) -> None:
+def test_a_validation_is_made_once_and_again_when_a_file_changes(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "images" / "pacs-32px.json"
-    survey_to_file(
+    validate_to_file(
         {"benchmark": "domainbed", "task": TASK, "data_seed": 0, "image_size": 32, "truncated": "refuse"}, output
     )
     assert json.loads(output.read_text())["environments"]["S"]["rows"] == 9
@@ -275,16 +281,16 @@ def test_a_survey_is_made_once_and_again_when_a_file_changes(root: Path, tmp_pat
     assert grid.shape == (8 * 34 + 2, 8 * 34 + 2, 3)  # four environments, plain and augmented; eight samples
     damage(root)
     with pytest.raises(DataError, match="cannot be used"):
-        ensure_surveyed(load(), [output], "refuse")
+        ensure_validated(load(), [output], "refuse")
 
 
-def test_a_survey_that_is_current_is_trusted(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_that_is_current_is_trusted(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "images" / "pacs-32px.json"
-    survey_to_file(
+    validate_to_file(
         {"benchmark": "domainbed", "task": TASK, "data_seed": 0, "image_size": 32, "truncated": "refuse"}, output
     )
-    monkeypatch.setattr("benchmarks.domainbed.survey.look_at_all", lambda found: pytest.fail("looked again"))
-    ensure_surveyed(load(), [output], "refuse")
+    monkeypatch.setattr("benchmarks.domainbed.validation.validate_dataset", lambda found: pytest.fail("looked again"))
+    ensure_validated(load(), [output], "refuse")
 
 
 def hub_copy(root: Path, folder: Path, **renamed: str) -> None:
@@ -321,7 +327,7 @@ def test_a_hub_set_has_the_same_environments_and_classes(
     for ours, theirs in zip(found.environments, local.environments, strict=True):
         assert ours.labels == theirs.labels
         assert {ours.open(row)[0].tobytes() for row in range(9)} == {theirs.open(row)[0].tobytes() for row in range(9)}
-    assert look_at_all(found)["environments"]["A"]["rows"] == 9
+    assert validate_dataset(found)["environments"]["A"]["rows"] == 9
 
 
 def test_a_hub_set_without_a_column_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +461,7 @@ def test_all_of_mnist_is_read_train_before_test(tmp_path: Path, monkeypatch: pyt
 def test_an_image_of_32_bits_is_refused(root: Path) -> None:
     Image.fromarray(np.full((40, 40), 70000, dtype=np.int32)).save(root / "PACS" / "photo" / "dog" / "000.tif")
     with pytest.raises(DataError, match=r"000.tif cannot be used: 32 bits a channel"):
-        look_at_all(load())
+        validate_dataset(load())
 
 
 @pytest.mark.parametrize("task", [TASK, EMOJI_TASK], ids=["folders", "emoji"])
@@ -468,16 +474,16 @@ def test_worker_processes_can_be_given_a_set(root: Path, packages: Path, task: d
     assert torch.equal(again(image), plain(16)(image))
 
 
-def test_a_survey_that_filled_images_is_not_trusted_by_a_run_that_refuses_them(root: Path, tmp_path: Path) -> None:
+def test_a_validation_that_filled_images_is_not_trusted_by_a_run_that_refuses_them(root: Path, tmp_path: Path) -> None:
     image = root / "PACS" / "photo" / "dog" / "000.jpg"
     image.write_bytes(image.read_bytes()[:-200])
     output = tmp_path / "images" / "pacs-32px.json"
-    survey_to_file(
+    validate_to_file(
         {"benchmark": "domainbed", "task": TASK, "data_seed": 0, "image_size": 32, "truncated": "load"}, output
     )
-    ensure_surveyed(load("load"), [output], "load")
+    ensure_validated(load("load"), [output], "load")
     with pytest.raises(DataError, match="1 of 36 images cannot be used"):
-        ensure_surveyed(load(), [output], "refuse")
+        ensure_validated(load(), [output], "refuse")
 
 
 @pytest.mark.parametrize("kept", [300, 450, 700])
@@ -485,4 +491,4 @@ def test_a_file_that_ends_early_anywhere_says_how_to_load_it(root: Path, kept: i
     image = root / "PACS" / "photo" / "dog" / "000.jpg"
     image.write_bytes(image.read_bytes()[:kept])
     with pytest.raises(DataError, match=r"000.jpg cannot be used: .*training.truncated: load"):
-        look_at_all(load())
+        validate_dataset(load())

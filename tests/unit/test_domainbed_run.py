@@ -24,7 +24,7 @@ from transformers import (
 
 from benchmarks.domainbed import pipeline
 from benchmarks.domainbed.batches import EvaluationRows
-from benchmarks.domainbed.grid import domain_specs
+from benchmarks.domainbed.grid import KIND
 from benchmarks.domainbed.information import information
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.training import DomainTrainer
@@ -106,7 +106,7 @@ def test_domainbeds_scripts_merge_the_runs_of_a_sweep_and_no_others() -> None:
         block |= {"set": ["pacs", "domain_net", "rotated_mnist"], "hparams_seed": [0, 3], **settings.pop("grid", {})}
         suite = {"grid": [block], "methods": {"random_partition": settings.pop("method", {})}, "training": settings}
         changed = replace(benchmark, definition={**benchmark.definition, "suites": {"own": suite}})
-        return {pipeline.sweep_arguments(spec)["algorithm"] for spec in domain_specs(changed, "own", ())}
+        return {pipeline.sweep_arguments(spec)["algorithm"] for spec in KIND.specs(changed, "own", (), dict)}
 
     (own,) = algorithms()  # also of sets that are evaluated at other steps
     assert re.fullmatch(r"random_partition-[0-9a-f]{6}@test-vit", own)

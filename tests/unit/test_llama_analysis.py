@@ -208,8 +208,8 @@ def test_a_suite_without_training_or_accuracy_still_has_its_pictures(runs: list[
 
 
 def test_wrong_settings_are_refused_by_name() -> None:
-    from benchmarks.harness.planning.definition import Benchmark
-    from benchmarks.llama.grid import instruction_specs
+    from benchmarks.harness.planning.kinds import Benchmark
+    from benchmarks.llama.grid import KIND
 
     def with_change(change: dict) -> Benchmark:
         definition = copy.deepcopy(LLAMA.definition)
@@ -237,7 +237,7 @@ def test_wrong_settings_are_refused_by_name() -> None:
         ),
     ):
         with pytest.raises(DefinitionError, match=message.replace("'", ".")):
-            list(instruction_specs(with_change(change), "smoke"))
+            list(KIND.specs(with_change(change), "smoke", (), dict))
 
 
 @pytest.mark.parametrize("suite", ["smoke", "mini", "paper"])

@@ -178,8 +178,8 @@ def test_a_wrong_grid_is_refused_with_the_nearest_name(block, message, monkeypat
 
 
 def test_an_unknown_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(definition, "read_yaml", lambda path: {"kind": "measurements"})
-    with pytest.raises(DefinitionError, match="did you mean 'measurement'"):
+    monkeypatch.setattr(definition, "read_yaml", lambda path: {"kind": "speeed"})
+    with pytest.raises(DefinitionError, match=r"benchmark.yaml: 'kind' is 'speeed'; did you mean 'speed'"):
         load_benchmark.__wrapped__("speed")
 
 

@@ -17,13 +17,14 @@ from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.sources.vader import load_rated
 from benchmarks.text.datasets import TextSplit, load_part, load_split
+from benchmarks.text.grid import task_spec
 from tests.text_sets import GLUE, LABELS, MEANING, OWN_FILES, TASKS, write_glue, write_own, write_saved
 
 BENCHMARK = load_benchmark("glue")
 
 
 def task(name: str) -> dict:
-    return BENCHMARK.task_spec(name)
+    return task_spec(BENCHMARK, name)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import sys
 
 sys.path.insert(0, str(workflow.basedir))
 
+from benchmarks.domainbed.jobs import find_validation
 from benchmarks.harness.planning import jobs
 from benchmarks.harness.planning import suite as suites
 from emoe.errors import EMoEError
@@ -26,7 +27,7 @@ wildcard_constraints:
     benchmark="[a-z][a-z0-9_]*",
     run=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
     partition=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
-    survey=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
+    validation=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
     model=r"[a-z0-9][a-z0-9._-]*",
     package=r"[A-Za-z0-9._@+-]+\.(whl|tar\.gz|tgz)",
 
@@ -102,12 +103,13 @@ def rebuilt_from(wildcards):
     return jobs.rebuilt_from(wildcards.model).path
 
 
-def survey_json(wildcards):
-    return suites.find_survey(wildcards.survey, SUITE).to_json()
+def validation_json(wildcards):
+    return find_validation(wildcards.validation, SUITE).to_json()
 
 
-def survey_inputs(wildcards):
-    return jobs.set_files(suites.find_survey(wildcards.survey, SUITE).task)
+def validation_inputs(wildcards):
+    job = find_validation(wildcards.validation, SUITE)
+    return jobs.set_files(job.benchmark, job.task)
 
 
 def suite_metrics(wildcards):

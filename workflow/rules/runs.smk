@@ -51,14 +51,14 @@ rule write_questions:
         "python -m benchmarks questions 2> {log:q}"
 
 
-rule survey_images:
+rule validate_images:
     input:
-        survey_inputs,
+        validation_inputs,
     output:
-        counts="resources/images/{survey}.json",
-        samples="resources/images/{survey}.png",
+        counts="resources/images/{validation}.json",
+        samples="resources/images/{validation}.png",
     log:
-        "results/logs/survey_images/{survey}.txt",
+        "results/logs/validate_images/{validation}.txt",
     conda:
         ENVIRONMENT
     threads: 1
@@ -66,11 +66,11 @@ rule survey_images:
         mem_mb=3000,
         runtime=120,
     params:
-        spec=survey_json,
+        spec=validation_json,
     message:
-        "Look at all images: {wildcards.survey}"
+        "Open all images: {wildcards.validation}"
     shell:
-        "python -m benchmarks survey {params.spec:q} --output {output.counts:q} --threads {threads} 2> {log:q}"
+        "python -m benchmarks validate-images {params.spec:q} --output {output.counts:q} --threads {threads} 2> {log:q}"
 
 
 rule write_run_spec:

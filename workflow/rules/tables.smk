@@ -12,7 +12,7 @@ for shown in SHOWN:
             lambda wildcards, shown=shown: suite_named(wildcards.suite).metric_files(
                 shown.benchmark, shown.part
             )
-            + suite_named(wildcards.suite).picture_files(shown.benchmark, shown.part),
+            + suite_named(wildcards.suite).figure_inputs(shown.benchmark, shown.part),
         output:
             tables=shown.table_files("{suite}"),
             figures=report(

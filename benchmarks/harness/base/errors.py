@@ -16,3 +16,7 @@ class DataError(EMoEError):
 def first_line(error: BaseException) -> str:
     """What an error of another library says, without its explanations; its name where it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+class RunError(EMoEError):
+    """A run that several processes cannot or could not work on."""

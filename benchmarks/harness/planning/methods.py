@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.schema import check, check_names
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConfigError
@@ -39,7 +39,7 @@ def suite_entries(benchmark: Benchmark, suite: str, key: str) -> dict[str, dict[
     check_names(where, key, list(changes), entries)
     merged = {name: {**entry, **changes.get(name, {})} for name, entry in entries.items()}
     # checked again as a whole, because a suite's settings are written outside their part
-    checked = check({**benchmark.definition, key: merged}, benchmark.schema, f"{where}.{key}'")
+    checked = check({**benchmark.definition, key: merged}, benchmark.kind.schema, f"{where}.{key}'")
     return dict(checked[key])
 
 

@@ -19,13 +19,15 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.planning.catalogue import load_metrics, load_models
 from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
-from benchmarks.harness.planning.jobs import PartitionJob, SurveyJob, partition_jobs, survey_job
+from benchmarks.harness.planning.jobs import Job, PartitionJob, partition_jobs, set_files
+from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.runs import Run, canonical_json, plan
 from benchmarks.harness.planning.schema import check, check_names, read_yaml
+from benchmarks.harness.sources.local import local_folder, own_file
 from emoe.errors import did_you_mean
 
 FORMATS = ("csv", "md", "tex", "html")
-Job = TypeVar("Job")
+AnyJob = TypeVar("AnyJob", bound=Job)
 DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
 
 
@@ -60,20 +62,14 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
             raise DefinitionError(
                 f"{where}: 'benchmarks' names '{benchmark}'{did_you_mean(benchmark, benchmark_names())}"
             )
-    definitions = [task for benchmark in settings["benchmarks"] for task in load_benchmark(benchmark).tasks.values()]
-    known = {name for task in definitions for name in task.get("ood", ())}
-    known |= {
-        name
-        for benchmark in settings["benchmarks"]
-        if load_benchmark(benchmark).has_sets
-        for name in load_benchmark(benchmark).tasks
-    }
+    loaded = [load_benchmark(name) for name in settings["benchmarks"]]
+    known = {name for benchmark in loaded for name in benchmark.kind.excludable(benchmark.tasks)}
     check_names(f"{where}: '", "without", settings["without"], known)
-    for benchmark in settings["benchmarks"]:
-        other = load_benchmark(benchmark).definition.get("evaluates")
+    for benchmark in loaded:
+        other = benchmark.definition.get("evaluates")
         if other and other not in settings["benchmarks"]:
             raise DefinitionError(
-                f"{where}: 'benchmarks' names '{benchmark}', which evaluates '{other}'; name that too"
+                f"{where}: 'benchmarks' names '{benchmark.name}', which evaluates '{other}'; name that too"
             )
     for key in ("data_root", "model_root"):
         if settings[key] and not Path(settings[key]).is_dir():
@@ -129,7 +125,7 @@ def all_shown() -> list[Shown]:
     found = []
     for name in benchmark_names():
         loaded = load_benchmark(name)
-        parts = list(loaded.tasks) if loaded.kind == "domains" else []
+        parts = list(loaded.tasks) if loaded.kind.shows_parts else []
         found += [shown_of(name, part) for part in (None, *parts)]
     return found
 
@@ -174,18 +170,13 @@ class Suite:
         """The clusterings that the runs need, by id."""
         return {job.id: job for run in self.runs for job in partition_jobs(run)}
 
-    @cached_property
-    def surveys(self) -> dict[str, SurveyJob]:
-        """The surveys of image sets that the runs need, by id."""
-        return {job.id: job for run in self.runs if (job := survey_job(run)) is not None}
-
     def runs_of(self, benchmark: str, part: str | None = None) -> list[Run]:
         """The runs of a benchmark, or of one of its parts."""
         return [run for run in self.runs if run.benchmark == benchmark and part in (None, run.spec["task"]["name"])]
 
     def parts(self, benchmark: str) -> list[str]:
         """The sets of a benchmark that have tables and figures of their own, and runs in this suite."""
-        if load_benchmark(benchmark).kind != "domains":
+        if not load_benchmark(benchmark).kind.shows_parts:
             return []
         return list(dict.fromkeys(run.spec["task"]["name"] for run in self.runs_of(benchmark)))
 
@@ -194,12 +185,14 @@ class Suite:
         runs = self.runs if benchmark is None else self.runs_of(benchmark, part)
         return [str(paths.RUNS / run.folder / "metrics.json") for run in runs]
 
-    def picture_files(self, benchmark: str, part: str | None) -> list[str]:
-        """Samples of a part's images, which its figures show; made by the survey."""
+    def figure_inputs(self, benchmark: str, part: str | None) -> list[str]:
+        """Files that the figures of a part need beside the runs' numbers."""
         if part is None:
             return []
-        jobs = [job for run in self.runs_of(benchmark, part) if (job := survey_job(run)) is not None]
-        return list(dict.fromkeys(job.picture for job in jobs))
+        kind = kind_of(benchmark)
+        return list(
+            dict.fromkeys(file for run in self.runs_of(benchmark, part) for file in kind.figure_inputs(run.spec))
+        )
 
     def output_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
         """Tables and figures: of every benchmark, of one with its parts, or of one part alone."""
@@ -247,20 +240,17 @@ class Suite:
 
     def missing_sets(self) -> list[str]:
         """Sets that only exist by hand and are not there: said before work starts, because what needs them will fail."""
-        from benchmarks.harness.sources.local import local_folder, own_file
-
         used = {
-            task["name"]: task
-            for run in self.runs
-            for task in (*run.spec["ood"], *([run.spec["task"]] if run.on_images or run.on_instructions else ()))
+            task["name"]: (run.benchmark, task) for run in self.runs for task in kind_of(run.benchmark).sets(run.spec)
         }
-        by_hand = [
-            task
-            for task in used.values()
-            if not {"hub", "rated", "emoji", "package"} & set(task["source"])
-            and task["source"].get("digits") != "package"
+        return [
+            name
+            for name, (benchmark, task) in used.items()
+            if "hub" not in task["source"]
+            and not set_files(benchmark, task)
+            and local_folder(task) is None
+            and own_file(name) is None
         ]
-        return [task["name"] for task in by_hand if local_folder(task) is None and own_file(task["name"]) is None]
 
     def write_plan(self) -> None:
         """Write the list of runs that progress lines count, and where the work starts."""
@@ -288,19 +278,21 @@ def find_partition(name: str, first: Suite) -> PartitionJob:
     Raises:
         DefinitionError: no suite needs such a clustering.
     """
-    return _find(name, first, lambda suite: suite.partitions, "partition")
+    return find_job(name, first, lambda suite: suite.partitions, "partition")
 
 
-def find_survey(name: str, first: Suite) -> SurveyJob:
-    """The survey of that id, in the given suite or in any other.
+def find_job(name: str, first: Suite, jobs_of: Callable[[Suite], Mapping[str, AnyJob]], word: str) -> AnyJob:
+    """The job of that id, in the given suite or in any other.
+
+    Args:
+        name: the id.
+        first: the suite to look in first.
+        jobs_of: the jobs that a suite needs, by id.
+        word: what such a job is called.
 
     Raises:
-        DefinitionError: no suite needs such a survey.
+        DefinitionError: no suite needs it; names the nearest.
     """
-    return _find(name, first, lambda suite: suite.surveys, "survey")
-
-
-def _find(name: str, first: Suite, jobs_of: Callable[[Suite], Mapping[str, Job]], word: str) -> Job:
     for suite in _suites(first):
         if name in jobs_of(suite):
             return jobs_of(suite)[name]

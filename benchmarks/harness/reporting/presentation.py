@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.definition import USUAL_PRESENTATION, Benchmark
+from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.reporting.rendering import Table
 
@@ -51,8 +51,9 @@ def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
     Raises:
         DefinitionError: the tables are not those that its definition names.
     """
-    name = benchmark.name if (benchmark.folder / "presentation.py").exists() else USUAL_PRESENTATION
-    found: Presentation = importlib.import_module(f"benchmarks.{name}.presentation").present(benchmark, runs)
+    own = (benchmark.folder / "presentation.py").exists()
+    module = f"benchmarks.{benchmark.name}.presentation" if own else str(benchmark.kind.presentation)
+    found: Presentation = importlib.import_module(module).present(benchmark, runs)
     _check(benchmark, "tables", found.tables, benchmark.name)
     for name, part in found.parts.items():
         _check(benchmark, "set_tables", part.tables, f"{benchmark.name}_{name}")

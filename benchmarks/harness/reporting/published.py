@@ -7,7 +7,7 @@ import math
 import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.definition import Benchmark
+from benchmarks.harness.planning.kinds import Benchmark
 from emoe.errors import did_you_mean
 
 _STATUS = ("published", "inferred", "unknown")

@@ -19,12 +19,6 @@ from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.results.records import read_metrics
 
 _FEW_LABELS = 10
-# by the kind of a benchmark
-_OPTIMISERS = {
-    "training": "AdamW, linear decay, no clipping",
-    "domains": "Adam, constant rate, no clipping",
-    "instruction": "AdamW",
-}
 
 
 def write_report(suite: Suite, output: Path) -> None:
@@ -52,21 +46,21 @@ def _section(suite: Suite, name: str) -> dict[str, Any]:
     benchmark = load_benchmark(name)
     runs = suite.runs_of(name)
     definition = benchmark.definition
-    models = benchmark.kind != "measurement"
+    kind = benchmark.kind
     presented = present(benchmark, runs)
     shown = shown_of(name)
     return {
         "name": name,
         "title": definition["title"],
         "runs": len(runs),
-        "models": models,
-        "random_weights": models and any({"config", "random"} & set(run.spec["model"]) for run in runs),
+        "models": kind.has_models,
+        "random_weights": kind.has_models and any({"config", "random"} & set(run.spec["model"]) for run in runs),
         "suite_note": definition["suites"][suite.name].get("note", ""),
         "verdicts": presented.verdicts,
         "note": presented.note,
-        "data": _data(runs) if models and benchmark.kind != "instruction" else [],
-        "training": _training(runs) if benchmark.kind in _OPTIMISERS else {},
-        "optimiser": _OPTIMISERS.get(benchmark.kind, ""),
+        "data": _data(runs) if kind.counts_labels else [],
+        "training": _training(runs) if kind.optimizer else {},
+        "optimiser": kind.optimizer,
         "tables": [_table(suite, shown, table) for table in shown.tables],
         "figures": _figures(suite, shown),
         "parts": [

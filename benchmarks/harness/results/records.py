@@ -11,7 +11,8 @@ import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning.runs import Run, variant
+from benchmarks.harness.planning.kinds import kind_of
+from benchmarks.harness.planning.runs import Run
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
@@ -101,7 +102,7 @@ def _keys(run: Run) -> dict[str, Any]:
         "task": spec["task"]["name"],
         "method": spec["method"]["name"],
         "protocol": spec.get("protocol", ""),
-        "variant": variant(spec),
+        "variant": kind_of(run.benchmark).variant(spec),
         "learning_rate": spec["learning_rate"],
         "seed": spec["seed"],
     }

@@ -19,19 +19,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.runs import Run, run_from_spec
 from benchmarks.harness.running import environment
 from benchmarks.harness.training import distributed
 from benchmarks.harness.training.progress import Progress, clock
-from benchmarks.llama.grid import accumulation, is_trained
-from emoe.errors import EMoEError
-
-
-class RunError(EMoEError):
-    """A run that several processes work on, one of which failed."""
 
 
 def read_run(path: Path) -> Run:
@@ -74,7 +69,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     folder, output = path.parent, path.parent / "metrics.json"
     torch.set_num_threads(threads)
     distributed.share_by(parallel)
-    _check_spread(run, distributed.world_size(), parallel)
+    kind_of(run.benchmark).check_processes(run.spec, distributed.world_size(), parallel)
     if not distributed.is_main():
         _help(run, folder, log.with_name(f"{log.stem}-{distributed.rank()}{log.suffix}"))
         return output
@@ -115,25 +110,13 @@ def execute_together(path: Path, *, threads: int, log: Path, processes: int, par
         DefinitionError: its batch cannot be divided so.
     """
     run = read_run(path)
-    _check_spread(run, processes, parallel)
+    kind_of(run.benchmark).check_processes(run.spec, processes, parallel)
     each = str(max(threads // processes, 1))
     arguments = ["run", str(path), "--threads", each, "--log", str(log), "--parallel", parallel]
     result = subprocess.run(distributed.torchrun_command(processes, ["benchmarks", *arguments]), check=False)
     if result.returncode:
         raise RunError(
             f"{run.id}: one of its {processes} processes failed, see {log} and the logs beside it; started again, the run goes on from its last checkpoint"
-        )
-
-
-def _check_spread(run: Run, processes: int, parallel: str) -> None:
-    """See that a run can be spread over so many processes, before any of them starts to work."""
-    if run.on_instructions and is_trained(run.spec):
-        accumulation(run.spec["training"], processes)
-        if processes > 1 and parallel == "fsdp" and "quantize" in run.spec["model"]:
-            raise RunError(f"{run.id}: weights in 4 bits are not sharded; take --parallel ddp")
-    elif processes > 1:
-        raise RunError(
-            f"{run.id}: only runs of instruction tuning that train are spread over several processes; start it on one"
         )
 
 

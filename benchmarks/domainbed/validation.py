@@ -1,4 +1,4 @@
-"""Look at every image of a set once, before anything is trained on it."""
+"""Open every image of a set once, before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ SAMPLES = 8
 _SHOWN = 10
 
 
-def survey_to_file(job: Mapping[str, Any], output: Path) -> None:
-    """Survey a set: write its counts, and a grid of samples beside them (``.png``).
+def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
+    """Validate a set: write its counts, and a grid of samples beside them (``.png``).
 
     Args:
-        job: a :class:`~benchmarks.harness.planning.jobs.SurveyJob` as plain values.
+        job: a :class:`~benchmarks.domainbed.jobs.ValidationJob` as plain values.
         output: the JSON file.
 
     Raises:
         DataError: the set is missing or damaged.
     """
     found = load_set(job["task"], job["data_seed"], truncated=job["truncated"])
-    summary = look_at_all(found)
+    summary = validate_dataset(found)
     names, grid = sample_grid(found, job["image_size"])
     with whole_file(output.with_suffix(".png")) as temporary:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "png")
     write_json(output, {**job, **summary, "samples": names})
 
 
-def ensure_surveyed(found: ImageSet, receipts: list[Path], truncated: str) -> None:
-    """Look at all images, unless one of the receipts is of these files as they are now, read in the same way.
+def ensure_validated(found: ImageSet, receipts: list[Path], truncated: str) -> None:
+    """Open all images, unless one of the receipts is of these files as they are now, read in the same way.
 
     Raises:
         DataError: images are damaged.
@@ -55,10 +55,10 @@ def ensure_surveyed(found: ImageSet, receipts: list[Path], truncated: str) -> No
         receipt = json.loads(path.read_text())
         if (receipt["listing"], receipt["truncated"]) == (digest, truncated):
             return
-    look_at_all(found)
+    validate_dataset(found)
 
 
-def look_at_all(found: ImageSet) -> dict[str, Any]:
+def validate_dataset(found: ImageSet) -> dict[str, Any]:
     """Open every image; counts by environment, class and conversion.
 
     Raises:
@@ -101,7 +101,7 @@ def list_environments(task: Mapping[str, Any], seed: int, *, open_images: bool) 
     """
     found = load_set(task, seed, truncated=REFUSE)
     if open_images:
-        look_at_all(found)
+        validate_dataset(found)
     return [
         (environment.name, len(environment), _by_class(environment, found.classes), found.source)
         for environment in found.environments
