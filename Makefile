@@ -51,11 +51,12 @@ test-oldest: $(OLDEST)/.installed ## the library's contract with the oldest vers
 	@$(OLDEST)/bin/python -m pytest -n 2 -q tests/contract/test_safe_use.py tests/contract/test_decoding.py \
 		tests/contract/test_backends.py tests/contract/test_training.py tests/contract/test_quantised.py tests/unit/test_docs.py tests/golden
 
-lint: $(STAMP) ## style, types, workflow style
+lint: $(STAMP) ## style, types, imports between rooms, workflow style
 	@echo "Checking style, types and workflow"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/snakefmt --check Snakefile workflow
 	@$(BIN)/snakemake --lint
 

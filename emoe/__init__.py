@@ -9,7 +9,7 @@ print(emoe.convert_(model, config))
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from emoe.architectures import FFNSpec, register_ffn
+from emoe.architectures import register_ffn
 from emoe.checkpoint import from_pretrained, save_pretrained
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
 from emoe.convert import ConversionReport, convert_, to_dense_
@@ -19,6 +19,7 @@ from emoe.noise import noisy_tuning_
 from emoe.partitioning import partition
 from emoe.records import record_routing
 from emoe.routers import Router, register_router
+from emoe.rows import FFNSpec
 from emoe.settings import set_backend_, set_top_k_
 
 if TYPE_CHECKING:

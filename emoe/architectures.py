@@ -2,61 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from emoe.config import Layers
 from emoe.errors import ConfigError, ConversionError, did_you_mean
-from emoe.rows import HALVES, check_row
+from emoe.rows import HALVES, FFNSpec, attribute_of, check_row
 from emoe.tensors import carried
 
 _SHARES = {"half": 2, "quarter": 4}
-
-
-@dataclass(frozen=True)
-class FFNSpec:
-    """Say where one architecture's FFNs are. All paths but ``layers`` are relative to a layer.
-
-    Attributes:
-        layers: dotted path of the list of layers; matched as a suffix, so that one row serves the
-            bare model, the model with a head, and a wrapped one. ``*`` stands for any one name
-            (``stages.*.blocks``): then all lists that match are taken, in the model's order.
-        proj_in: in-projection, whose rows are the keys. ``gate_proj`` for a gated FFN.
-        activation: the activation between the projections: a module, or an attribute of the instance that holds a
-            function (a method cannot be replaced).
-        proj_out: out-projection, whose columns are the values.
-        proj_up: second in-projection of a gated FFN (its output multiplies the activation's).
-        fused: the in-projection of a gated FFN holds both halves; says where the activated one, whose rows
-            are the keys, stands: ``"first"`` or ``"last"``.
-        transposed: weights are stored ``[in, out]`` (GPT-2's Conv1D) instead of ``[out, in]``.
-        between: modules between activation and out-projection. Each must be a dropout or an ``nn.Identity``.
-        rows_first: a layer is called with ``[rows, tokens, h]``. False for ``[tokens, rows, h]`` (XLNet), so that padding and labels
-            are told apart rightly; torch's own ``batch_first`` is read from the layer.
-    """
-
-    layers: str
-    proj_in: str
-    activation: str
-    proj_out: str
-    proj_up: str | None = None
-    fused: Literal["first", "last"] | None = None
-    transposed: bool = False
-    between: tuple[str, ...] = ()
-    rows_first: bool = True
-
-    def missing(self, layer: nn.Module) -> str | None:
-        """Find the first path of this row that a layer does not have, or None."""
-        for path in filter(None, (self.proj_in, self.proj_up, self.proj_out, self.activation)):
-            found = _attribute(layer, path)
-            if not isinstance(found, nn.Module) and not (path == self.activation and _is_own(layer, path)):
-                return path
-        return None
 
 
 _BERT = FFNSpec("encoder.layer", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
@@ -133,7 +92,7 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
     Raises:
         ConversionError: no spec, or one that no model can fit: paths that are none or the same, ``proj_up`` beside ``fused``.
     """
-    check_row(key, specs, FFNSpec)
+    check_row(key, specs)
     _REGISTRY[key] = specs
 
 
@@ -176,7 +135,7 @@ class FFN:
 
     @property
     def activation(self) -> nn.Module:
-        found = _attribute(self.layer, self.spec.activation)
+        found = attribute_of(self.layer, self.spec.activation)
         return found if isinstance(found, nn.Module) else FunctionActivation(found)
 
     def replace(self, path: str, module: nn.Module) -> None:
@@ -366,27 +325,12 @@ def has_plain_weight(module: nn.Module) -> bool:
     return plain and weight.is_floating_point() and weight.ndim == 2  # type: ignore[union-attr]
 
 
-def _is_own(layer: nn.Module, path: str) -> bool:
-    """Whether a callable at a path is an attribute of the instance, which can be replaced, and no method."""
-    prefix, _, name = path.rpartition(".")
-    parent = _attribute(layer, prefix) if prefix else layer
-    return callable(getattr(parent, "__dict__", {}).get(name))
-
-
 def _submodule(layer: nn.Module, path: str) -> nn.Module:
     """The module at a dotted path below a layer, by steps that compilers can follow."""
     found = layer
     for name in path.split("."):
         found = getattr(found, name)
     return found
-
-
-def _attribute(layer: nn.Module, path: str) -> Any:
-    """What stands at a dotted path below a layer, or None."""
-    try:
-        return operator.attrgetter(path)(layer)
-    except AttributeError:
-        return None
 
 
 def resolve_layers(layers: Layers, count: int) -> list[int]:

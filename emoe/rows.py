@@ -1,27 +1,67 @@
-"""What can be wrong with a row of the registry, before any model is there to hold against it."""
+"""Rows of the registry: where an architecture's FFNs are, and what can be wrong with that before any model is there."""
 
 from __future__ import annotations
 
+import operator
 import re
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
 
 from emoe.errors import ConversionError, did_you_mean
-
-if TYPE_CHECKING:
-    from emoe.architectures import FFNSpec
 
 _PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
 _LIST = re.compile(r"(\*|[\w-]+)(\.(\*|[\w-]+))*")
 HALVES = ("first", "last")
 
 
-def check_row(key: Any, specs: tuple[Any, ...], kind: type[FFNSpec]) -> None:
+@dataclass(frozen=True)
+class FFNSpec:
+    """Say where one architecture's FFNs are. All paths but ``layers`` are relative to a layer.
+
+    Attributes:
+        layers: dotted path of the list of layers; matched as a suffix, so that one row serves the
+            bare model, the model with a head, and a wrapped one. ``*`` stands for any one name
+            (``stages.*.blocks``): then all lists that match are taken, in the model's order.
+        proj_in: in-projection, whose rows are the keys. ``gate_proj`` for a gated FFN.
+        activation: the activation between the projections: a module, or an attribute of the instance that holds a
+            function (a method cannot be replaced).
+        proj_out: out-projection, whose columns are the values.
+        proj_up: second in-projection of a gated FFN (its output multiplies the activation's).
+        fused: the in-projection of a gated FFN holds both halves; says where the activated one, whose rows
+            are the keys, stands: ``"first"`` or ``"last"``.
+        transposed: weights are stored ``[in, out]`` (GPT-2's Conv1D) instead of ``[out, in]``.
+        between: modules between activation and out-projection. Each must be a dropout or an ``nn.Identity``.
+        rows_first: a layer is called with ``[rows, tokens, h]``. False for ``[tokens, rows, h]`` (XLNet), so that padding and labels
+            are told apart rightly; torch's own ``batch_first`` is read from the layer.
+    """
+
+    layers: str
+    proj_in: str
+    activation: str
+    proj_out: str
+    proj_up: str | None = None
+    fused: Literal["first", "last"] | None = None
+    transposed: bool = False
+    between: tuple[str, ...] = ()
+    rows_first: bool = True
+
+    def missing(self, layer: nn.Module) -> str | None:
+        """Find the first path of this row that a layer does not have, or None."""
+        for path in filter(None, (self.proj_in, self.proj_up, self.proj_out, self.activation)):
+            found = attribute_of(layer, path)
+            if not isinstance(found, nn.Module) and not (path == self.activation and _is_own(layer, path)):
+                return path
+        return None
+
+
+def check_row(key: Any, specs: tuple[Any, ...]) -> None:
     """Refuse a row that no model can fit (:class:`ConversionError`).
 
     Args:
         key: that it is registered by.
         specs: that it consists of.
-        kind: what each has to be.
     """
     if not isinstance(key, str) or not key:
         raise ConversionError(
@@ -31,7 +71,7 @@ def check_row(key: Any, specs: tuple[Any, ...], kind: type[FFNSpec]) -> None:
     if not specs:
         raise ConversionError(f"{where} needs at least one FFNSpec")
     for spec in specs:
-        if not isinstance(spec, kind):
+        if not isinstance(spec, FFNSpec):
             raise ConversionError(
                 f"{where} takes emoe.FFNSpec(layers=…, proj_in=…, activation=…, proj_out=…), not {spec!r}"
             )
@@ -65,3 +105,18 @@ def _check_spec(spec: FFNSpec, where: str) -> None:
         raise ConversionError(f"{where}: fused means that proj_in holds both halves, so there is no proj_up beside it")
     if not isinstance(spec.transposed, bool):
         raise ConversionError(f"{where}: transposed is {spec.transposed!r}; write True or False")
+
+
+def _is_own(layer: nn.Module, path: str) -> bool:
+    """Whether a callable at a path is an attribute of the instance, which can be replaced, and no method."""
+    prefix, _, name = path.rpartition(".")
+    parent = attribute_of(layer, prefix) if prefix else layer
+    return callable(getattr(parent, "__dict__", {}).get(name))
+
+
+def attribute_of(layer: nn.Module, path: str) -> Any:
+    """What stands at a dotted path below a layer, or None."""
+    try:
+        return operator.attrgetter(path)(layer)
+    except AttributeError:
+        return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,23 +55,3 @@ class ImageSet:
     classes: list[str]
     source: str
     paired: bool = False
-
-
-def load_set(task: Mapping[str, Any], seed: int, *, truncated: str) -> ImageSet:
-    """Load a set.
-
-    Args:
-        task: of a spec.
-        seed: DomainBed's seed of the run; only MNIST's variants hang on it.
-        truncated: ``refuse`` image files that end early, or ``load`` what there is of them.
-
-    Raises:
-        DataError: the set is missing, or something is wrong with a folder or file of it.
-    """
-    from benchmarks.domainbed.emoji import load_emoji
-    from benchmarks.domainbed.folders import load_folders
-    from benchmarks.domainbed.mnist import load_mnist
-
-    if "mnist" in task["source"]:
-        return load_mnist(task, seed)
-    return load_emoji(task) if "emoji" in task["source"] else load_folders(task, truncated=truncated)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
-from benchmarks.domainbed.environments import ImageSet, load_set
+from benchmarks.domainbed.environments import ImageSet
 from benchmarks.domainbed.folders import plain_name
+from benchmarks.domainbed.loading import load_set
 from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, split_environment, split_things
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer

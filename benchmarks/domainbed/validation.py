@@ -15,8 +15,9 @@ from tabulate import tabulate
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from benchmarks.domainbed.environments import Environment, ImageSet, load_set
+from benchmarks.domainbed.environments import Environment, ImageSet
 from benchmarks.domainbed.images import REFUSE
+from benchmarks.domainbed.loading import load_set
 from benchmarks.domainbed.transforms import augmented, plain, seen, visible
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import whole_file, write_json

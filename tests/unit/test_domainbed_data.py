@@ -21,7 +21,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.domainbed import emoji as emoji_module
-from benchmarks.domainbed.environments import ImageSet, load_set
+from benchmarks.domainbed.environments import ImageSet
+from benchmarks.domainbed.loading import load_set
 from benchmarks.domainbed.mnist import load_digits
 from benchmarks.domainbed.protocol import split_things
 from benchmarks.domainbed.transforms import DEVIATION, MEAN, augmented, plain

@@ -14,7 +14,7 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
-from benchmarks.domainbed.environments import load_set
+from benchmarks.domainbed.loading import load_set
 from benchmarks.harness.modeling.image import load_image_classifier
 from benchmarks.harness.modeling.loading import describe
 from benchmarks.harness.planning.catalogue import load_models
