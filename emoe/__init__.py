@@ -14,13 +14,13 @@ from emoe.checkpoint import from_pretrained, save_pretrained
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
 from emoe.convert import ConversionReport, convert_, to_dense_
 from emoe.errors import CheckpointError, ConfigError, ConversionError, EMoEError
-from emoe.layer import aux_loss, update_gates_
 from emoe.noise import noisy_tuning_
 from emoe.partitioning import partition
 from emoe.records import record_routing
 from emoe.routers import Router, register_router
 from emoe.rows import FFNSpec
 from emoe.settings import set_backend_, set_top_k_
+from emoe.training import aux_loss, update_gates_
 
 if TYPE_CHECKING:
     from emoe.trainer import TrainerCallback as TrainerCallback

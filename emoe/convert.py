@@ -16,10 +16,11 @@ from emoe.checks import check_divisible, check_gated, check_plain, check_trainab
 from emoe.config import EMoEConfig, GMoEConfig, check_config
 from emoe.errors import ConversionError
 from emoe.guards import guard_, unguard_
-from emoe.layer import RoutedActivation, routed_layers, with_values
+from emoe.layer import RoutedActivation, routed_layers
 from emoe.marks import mark_, no_experts, renew_mark_
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
+from emoe.projections import with_values
 from emoe.tokens import PaddingMaskHook, remove_hooks, watch_padding, watch_passes
 
 _ALIGNMENT = ("right", "left", *["right"] * 6)

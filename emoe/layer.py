@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from emoe.architectures import FFN, bias_of
 from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, Weighting
 from emoe.errors import ConversionError
-from emoe.projections import is_routed_by, leave_, stand_around_
+from emoe.losses import PassLoss
+from emoe.projections import is_routed_by, leave_, stand_around_, with_values, without_adapter
 from emoe.routers import AvgKRouter, Router, lost_input
 from emoe.routing import (
     balance_loss,
@@ -31,7 +32,7 @@ from emoe.routing import (
 )
 from emoe.sparse.path import SparsePath, may_take_sparse_path
 from emoe.tensors import DeferredTensor, carried, carry
-from emoe.tokens import PaddingMaskHook, PerThread, is_recomputed
+from emoe.tokens import PaddingMaskHook, is_recomputed
 
 
 class Recorder(Protocol):
@@ -65,6 +66,7 @@ class RoutedActivation(nn.Module):
         output_bias: ``[N, h]``, where the configuration does not say ``shared`` and the FFN has a bias, or None;
             the out-projection's own bias is then zero and stays so.
         output_bias_parts: how many experts' biases made up the FFN's own when it was divided, or None.
+        pass_loss: the balance loss of the last forward pass.
         record: where :func:`emoe.record_routing` collects; None when it does not.
         padding: tells which tokens are padding, for a configuration that has to know; None otherwise.
     """
@@ -92,10 +94,7 @@ class RoutedActivation(nn.Module):
         self.output_bias = None
         self.register_buffer("output_bias_parts", None)
         self.record: Recorder | None = None
-        self._losses: PerThread[Tensor] = PerThread()
-        # the pass that the loss is of, and the one in which it was read
-        self._pass: PerThread[int] = PerThread()
-        self._read: PerThread[int] = PerThread()
+        self.pass_loss = PassLoss()
         # a compiler follows plain attributes better than tensors with something on them; both are empty between its calls
         self._traced_input: Tensor | None = None
         self._traced_weights: Tensor | None = None
@@ -148,7 +147,7 @@ class RoutedActivation(nn.Module):
     @property
     def aux_loss(self) -> Tensor | None:
         """Balance loss of the last forward pass (of this thread), None before the first or where not asked for."""
-        return self._losses.get()
+        return self.pass_loss.value
 
     @property
     def gate(self) -> Tensor | None:
@@ -162,10 +161,10 @@ class RoutedActivation(nn.Module):
     def remove_(self) -> None:
         """Give the FFN back its activation and its one output bias: ``(k / N) * sum of the experts'`` biases."""
         for projection in filter(None, (self.ffn.proj_in, self.ffn.proj_up, self.ffn.proj_out)):
-            leave_(_without_adapter(projection))
+            leave_(without_adapter(projection))
         self.ffn.replace(self.ffn.spec.activation, self.activation)
         if self.output_bias is not None:
-            proj_out = _without_adapter(self.ffn.proj_out)
+            proj_out = without_adapter(self.ffn.proj_out)
             bias = nn.Parameter(self.mean_output_bias(), requires_grad=self.output_bias.requires_grad)
             delattr(proj_out, "bias")
             proj_out.register_parameter("bias", bias)
@@ -287,7 +286,7 @@ class RoutedActivation(nn.Module):
             )
         if self.output_bias is None or torch.compiler.is_compiling():
             return
-        if not is_routed_by(_without_adapter(self.ffn.proj_out), self._call_proj_out):
+        if not is_routed_by(without_adapter(self.ffn.proj_out), self._call_proj_out):
             raise RuntimeError(
                 f"{self.ffn_name}.{self.ffn.spec.proj_out} was replaced after the conversion, and with it what adds the experts' own "
                 "biases: set output_bias='shared', or replace it before converting"
@@ -346,8 +345,7 @@ class RoutedActivation(nn.Module):
                 std = noise_std if self.training or config.balance_loss == "published" else 0.0
                 loss = balance_loss(clean, noisy, mask, std, config.balance_loss, token_mask)
                 if not is_recomputed():
-                    before = self._losses.get()
-                    self._losses.set(loss if before is None else before + loss)
+                    self.pass_loss.add(loss)
         if self.record is not None:
             self.record.update(mask, kept)
         return kept, weights
@@ -371,28 +369,6 @@ class RoutedActivation(nn.Module):
             self.sparse.forget()
         return super().train(mode)
 
-    def forget_loss(self, number: int) -> None:
-        """Forget the balance loss of the last forward pass (of this thread), because the next one, of a higher number, begins."""
-        self._losses.clear()
-        self._read.clear()
-        self._pass.set(number)
-
-    def pass_number(self) -> int:
-        """The number of the pass that the balance loss is of."""
-        return self._pass.get() or 0
-
-    def read_loss(self, newest: int) -> Tensor | None:
-        """The balance loss, unless it was read in an earlier pass already: what ended halfway does not count twice.
-
-        Args:
-            newest: number of the model's newest pass.
-        """
-        read = self._read.get()
-        if read is not None and read != newest:
-            return None
-        self._read.set(newest)
-        return self._losses.get()
-
     def __getstate__(self) -> dict[str, Any]:
         """What copies take along: nothing of the last forward pass."""
         return {**self.__dict__, "record": None}
@@ -403,23 +379,6 @@ class RoutedActivation(nn.Module):
 
 def _do_nothing(_module: nn.Module, _args: tuple[Any, ...]) -> None:
     pass
-
-
-def with_values(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
-    """The same parameter with values of another shape, so that an optimiser that has it goes on training it.
-
-    While a graph of an earlier forward pass lives its parameters cannot change shape; then it is a new one.
-    """
-    new = nn.Parameter(values.detach(), requires_grad=parameter.requires_grad)
-    try:
-        torch.utils.swap_tensors(parameter, new)
-    except RuntimeError:
-        return new
-    return parameter
-
-
-def _without_adapter(module: nn.Module) -> nn.Module:
-    return cast(nn.Module, getattr(module, "base_layer", module))
 
 
 def routed_layers(model: nn.Module) -> list[RoutedActivation]:
@@ -437,36 +396,3 @@ def check_one_conversion(layers: Sequence[RoutedActivation], what: str) -> None:
     """Refuse a model whose parts were converted apart (:class:`ConversionError`): their layer numbers collide."""
     if len({layer.ffn_index for layer in layers}) < len(layers) or len({layer.config for layer in layers}) > 1:
         raise ConversionError(f"{what}: parts of the model were converted apart; take each part for itself")
-
-
-def aux_loss(model: nn.Module) -> Tensor | float:
-    """Sum the balance losses of the last forward pass over layers, times their coefficient (:func:`emoe.routing.balance_loss`).
-
-    Add it to the task loss of a training step. A pass is one call of the model, or of a part of it that is called by itself,
-    in the same thread.
-
-    Args:
-        model: a converted model.
-
-    Returns:
-        A scalar with its graph; the number 0.0 where the configuration asks for no loss.
-    """
-    layers = routed_layers(model)
-    newest = max((layer.pass_number() for layer in layers), default=0)
-    losses = [
-        loss * layer.config.aux_loss_coefficient for layer in layers if (loss := layer.read_loss(newest)) is not None
-    ]
-    return torch.stack(losses).sum() if losses else 0.0
-
-
-def update_gates_(model: nn.Module) -> None:
-    """Move running gates towards the present mean keys; call it after each optimiser step.
-
-    Only a configuration with ``gate_momentum`` has running gates. Without it gates are computed from the weights
-    in every forward pass, and this does nothing.
-
-    Args:
-        model: a converted model.
-    """
-    for layer in routed_layers(model):
-        layer.router.update_()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Handler = Callable[..., Any]
@@ -94,3 +94,21 @@ def is_routed_by(projection: nn.Module, handler: Handler, *, alone: bool = False
     if projection.__dict__.get(_HANDLER) != handler:
         return False
     return is_linear(projection) if alone else isinstance(projection, RoutedProjection)
+
+
+def with_values(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """The same parameter with values of another shape, so that an optimiser that has it goes on training it.
+
+    While a graph of an earlier forward pass lives its parameters cannot change shape; then it is a new one.
+    """
+    new = nn.Parameter(values.detach(), requires_grad=parameter.requires_grad)
+    try:
+        torch.utils.swap_tensors(parameter, new)
+    except RuntimeError:
+        return new
+    return parameter
+
+
+def without_adapter(module: nn.Module) -> nn.Module:
+    """The projection itself, where an adapter is around it."""
+    return cast(nn.Module, getattr(module, "base_layer", module))

@@ -72,7 +72,7 @@ def watch_passes(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
     Args:
         model: the model that is called.
-        layers: layers of it that keep a loss (they have ``forget_loss``, which takes a number that grows with each pass), by name.
+        layers: layers of it that keep a loss (their ``pass_loss.forget`` takes a number that grows with each pass), by name.
     """
     parts = {".".join(name.split(".")[:length]) for name in layers for length in range(1, name.count(".") + 1)}
     model.register_forward_pre_hook(_begin_model)
@@ -99,8 +99,8 @@ _numbers = itertools.count(1)
 def _forget_losses(module: nn.Module) -> None:
     number = 0 if torch.compiler.is_compiling() else next(_numbers)
     for part in module.modules():
-        if (forget := getattr(part, "forget_loss", None)) is not None:
-            forget(number)
+        if (loss := getattr(part, "pass_loss", None)) is not None:
+            loss.forget(number)
 
 
 def _is_within_a_pass(module: nn.Module) -> bool:

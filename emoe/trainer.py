@@ -18,8 +18,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from emoe.checkpoint import save_sidecars
 from emoe.errors import ConfigError
-from emoe.layer import aux_loss, routed_layers, update_gates_
+from emoe.layer import routed_layers
 from emoe.marks import mark_, no_experts
+from emoe.training import aux_loss, update_gates_
 
 _IGNORED = -100  # label of a token without one
 _added: WeakKeyDictionary[nn.Module, _BalanceLoss] = WeakKeyDictionary()
