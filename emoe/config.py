@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 import typing
@@ -46,6 +47,12 @@ _TUTEL: dict[str, Any] = {
     "dropout_position": "before",
     "output_bias": "per_expert",
 }
+
+
+@functools.cache
+def _type_hints(config: type[RoutingConfig]) -> dict[str, Any]:
+    """A configuration's fields with their types, which it takes longer to read than to check."""
+    return typing.get_type_hints(config)
 
 
 def _number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
@@ -165,7 +172,7 @@ class RoutingConfig:
         )
 
     def _check_fields(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _type_hints(type(self))
         for field in dataclasses.fields(self):
             hint, value = hints[field.name], getattr(self, field.name)
             kinds = set(typing.get_args(hint) or (hint,))
