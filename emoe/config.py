@@ -49,12 +49,6 @@ _TUTEL: dict[str, Any] = {
 }
 
 
-@functools.cache
-def _type_hints(config: type[RoutingConfig]) -> dict[str, Any]:
-    """A configuration's fields with their types, which it takes longer to read than to check."""
-    return typing.get_type_hints(config)
-
-
 def _number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
     """A field with a number in bounds, which are named as in a JSON Schema."""
     return dataclasses.field(default=default, metadata=bounds)
@@ -172,7 +166,7 @@ class RoutingConfig:
         )
 
     def _check_fields(self) -> None:
-        hints = _type_hints(type(self))
+        hints = self._type_hints()
         for field in dataclasses.fields(self):
             hint, value = hints[field.name], getattr(self, field.name)
             kinds = set(typing.get_args(hint) or (hint,))
@@ -184,6 +178,11 @@ class RoutingConfig:
                 raise self._error(field.name, "true or false")
             elif kinds <= {int, float, type(None)} and not (value is None and type(None) in kinds):
                 self._check_number(field.name, kinds, field.metadata)
+
+    @classmethod
+    @functools.cache  # reading them takes longer than the checks
+    def _type_hints(cls) -> dict[str, Any]:
+        return typing.get_type_hints(cls)
 
     def _check_number(self, name: str, kinds: set[type], bounds: Mapping[str, float]) -> None:
         value = getattr(self, name)
