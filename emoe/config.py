@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 import typing
@@ -165,7 +166,7 @@ class RoutingConfig:
         )
 
     def _check_fields(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = self._type_hints()
         for field in dataclasses.fields(self):
             hint, value = hints[field.name], getattr(self, field.name)
             kinds = set(typing.get_args(hint) or (hint,))
@@ -177,6 +178,11 @@ class RoutingConfig:
                 raise self._error(field.name, "true or false")
             elif kinds <= {int, float, type(None)} and not (value is None and type(None) in kinds):
                 self._check_number(field.name, kinds, field.metadata)
+
+    @classmethod
+    @functools.cache  # reading them takes longer than the checks
+    def _type_hints(cls) -> dict[str, Any]:
+        return typing.get_type_hints(cls)
 
     def _check_number(self, name: str, kinds: set[type], bounds: Mapping[str, float]) -> None:
         value = getattr(self, name)

@@ -126,7 +126,8 @@ def _spec(
     task, trial, draw = benchmark.tasks[point["set"]], point["trial"], point["hparams_seed"]
     training = training_settings(benchmark, suite, point["model"])
     sweep = _sweep(benchmark.definition["version"], methods[point["method"]], training)
-    hparams = hyper_parameters(training.pop("registry"), task["domainbed"], draw, trial) | training.pop("hparams")
+    drawn = hyper_parameters(training.pop("registry"), task["domainbed"], draw, trial)
+    hparams = {**drawn, **training.pop("hparams")}
     training["eval_every"] = training["eval_every"] or task["eval_every"]
     return {
         "benchmark": benchmark.name,

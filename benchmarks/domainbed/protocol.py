@@ -5,6 +5,7 @@ Facts from github.com/facebookresearch/DomainBed at b93c22a, and for the registr
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,9 +115,10 @@ def held_out_combinations(count: int) -> Iterator[tuple[int, ...]]:
         yield from ((first, second) for second in range(first + 1, count))
 
 
+@functools.cache  # a sweep's methods and held-out environments share their draws
 def hyper_parameters(
     registry: Registry, dataset: str, hparams_seed: int, trial_seed: int, algorithm: str = "ERM"
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """A run's hyper-parameters.
 
     Args:
