@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.files import write_json
@@ -76,10 +76,10 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     distributed.share_by(parallel)
     _check_spread(run, distributed.world_size(), parallel)
     if not distributed.is_main():
-        _help(run, folder, log.with_name(f"{log.stem}-{distributed.rank()}{log.suffix}"))
+        _run_worker(run, folder, log.with_name(f"{log.stem}-{distributed.rank()}{log.suffix}"))
         return output
     with _exclusive(folder, run.id):
-        distributed.join()
+        distributed.init_process_group()
         if distributed.broadcast(output.exists()):
             return output
         with _logged(log) as terminal:
@@ -100,7 +100,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     return output
 
 
-def execute_together(path: Path, *, threads: int, log: Path, processes: int, parallel: str) -> None:
+def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, parallel: str) -> None:
     """Execute a run by several processes on this machine.
 
     Args:
@@ -137,9 +137,9 @@ def _check_spread(run: Run, processes: int, parallel: str) -> None:
         )
 
 
-def _help(run: Run, folder: Path, log: Path) -> None:
+def _run_worker(run: Run, folder: Path, log: Path) -> None:
     """Be one of the processes that work on a run with the one that writes."""
-    distributed.join()
+    distributed.init_process_group()
     if distributed.broadcast(None):  # it was finished before
         return
     with _logged(log):
@@ -157,15 +157,13 @@ def _peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-@contextmanager
-def _exclusive(folder: Path, run_id: str) -> Iterator[None]:
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"[{run_id}] another process works on this run; waiting for it", file=sys.stderr, flush=True)  # noqa: T201
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _exclusive(folder: Path, run_id: str) -> AcquireReturnProxy[FileLock]:
+    lock = FileLock(folder / ".lock")
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        print(f"[{run_id}] another process works on this run; waiting for it", file=sys.stderr, flush=True)  # noqa: T201
+        return lock.acquire()
 
 
 @contextmanager
