@@ -38,15 +38,15 @@ def run(spec: Path, threads: int, log: Path | None, processes: int, parallel: st
     """
     import psutil
 
-    from benchmarks.harness.running.execution import execute, execute_together
-    from benchmarks.harness.training.distributed import end
+    from benchmarks.harness.running.execution import execute, launch_distributed
+    from benchmarks.harness.training.distributed import exit_worker
 
     log = log or spec.parent / "log.txt"
     if processes > 1:
-        execute_together(spec, threads=threads, log=log, processes=processes, parallel=parallel)
+        launch_distributed(spec, threads=threads, log=log, processes=processes, parallel=parallel)
     else:
         execute(spec, threads=threads, log=log, started=psutil.Process().create_time(), parallel=parallel)
-        end()
+        exit_worker()
 
 
 @cli.command()

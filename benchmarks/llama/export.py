@@ -13,7 +13,6 @@ import emoe
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.modeling.build import reopen_language_model
 from benchmarks.harness.modeling.loading import load_tokenizer
-from benchmarks.harness.modeling.lora import merge_adapters_
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.running.execution import read_run
 from benchmarks.llama.templates import find_template
@@ -54,8 +53,11 @@ def export(path: Path, output: Path, form: str) -> str:
     recorded = read_metrics(run, path.parents[2])["model"]["source"]["weights"]
     # adapters of quantised weights are merged into whole ones
     spec["model"] = {key: value for key, value in spec["model"].items() if key != "quantize"}
-    model = cast(PreTrainedModel, reopen_language_model(spec, recorded, path.parent / "model").model)
-    merged = merge_adapters_(model)
+    trained = reopen_language_model(spec, recorded, path.parent / "model")
+    model, merged = cast(PreTrainedModel, trained.model), 0
+    if trained.adapters is not None:
+        trained.adapters.merge_and_unload(safe_merge=True)
+        merged = len(trained.adapters.targeted_module_names)
     routed = routed_layers(model)
     if form == EXPERTS and not routed:
         raise DataError(f"{run.id} has no experts; export it as {DENSE}")

@@ -16,7 +16,14 @@ from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import Trainable, build_language_model, permutations, save_trained, set_trained_
 from benchmarks.harness.modeling.loading import load_tokenizer
-from benchmarks.harness.training.distributed import broadcast, gather_trained, is_main, is_sharded, leave, shard_
+from benchmarks.harness.training.distributed import (
+    broadcast,
+    destroy_process_group,
+    gather_trained,
+    is_main,
+    is_sharded,
+    shard_,
+)
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import precision_here, with_routing
 from benchmarks.llama.encoding import EncodedRows, collator
@@ -63,7 +70,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     if is_trained(spec):
         trained = train(trainable, data.template.tokenizer, spec, data.train, folder, progress)
         trainable = _whole_again(spec, trainable)
-    leave()
+    destroy_process_group()
     if not is_main():
         return {}
     if training["keep_weights"]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.running.execution import RunError, execute_together
+from benchmarks.harness.running.execution import RunError, launch_distributed
 from benchmarks.llama.export import export
 from tests.conftest import ROOT
 from tests.executed import finish, numbers, prepare
@@ -163,10 +163,10 @@ def test_what_cannot_be_spread_is_refused_before_any_process_starts(monkeypatch:
     options: dict[str, Any] = {"threads": 2, "log": Path("log.txt"), "processes": 2}
     uneven = prepare(tiny_run("dense", "full", training={"micro_batch": 8}))
     with pytest.raises(DefinitionError, match=r"no multiple of training.micro_batch 8 times 2 processes"):
-        execute_together(uneven, parallel="ddp", **options)
+        launch_distributed(uneven, parallel="ddp", **options)
     with pytest.raises(RunError, match="only runs of instruction tuning that train"):
-        execute_together(prepare(tiny_run("dense", "base")), parallel="fsdp", **options)
+        launch_distributed(prepare(tiny_run("dense", "base")), parallel="fsdp", **options)
     quantised = tiny_run("dense", "lora")
     model = {**quantised.spec["model"], "quantize": "nf4", "whole": [3]}
     with pytest.raises(RunError, match="weights in 4 bits are not sharded; take --parallel ddp"):
-        execute_together(prepare(tiny_run("dense", "lora", model=model)), parallel="fsdp", **options)
+        launch_distributed(prepare(tiny_run("dense", "lora", model=model)), parallel="fsdp", **options)

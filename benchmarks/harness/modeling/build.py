@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import LoraModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,12 +36,14 @@ class Trainable:
         summary: the ``model`` part of ``metrics.json``.
         trained: names of the parameters that shall be trained.
         slow: those of them that take a share of the learning rate (:data:`~benchmarks.harness.modeling.lora.FAST`).
+        adapters: those that were added, which peft merges.
     """
 
     model: nn.Module
     summary: dict[str, Any]
     trained: frozenset[str]
     slow: frozenset[str]
+    adapters: LoraModel | None
 
 
 def build_classifier(
@@ -134,8 +137,9 @@ def _converted(
     slow: list[str] = []
     names = [name for name, _ in network.named_parameters()]
     trained: dict[str, Any] = {}
+    adapters = None
     if tune is not None:
-        groups = adapt_(cast(PreTrainedModel, network), lora, tune, seed)
+        adapters, groups = adapt_(cast(PreTrainedModel, network), lora, tune, seed)
         names = [name for found in groups.values() for name, _ in found]
         slow = [name for group, found in groups.items() if group not in FAST for name, _ in found]
         trained = {
@@ -156,7 +160,7 @@ def _converted(
     }
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is network)
     return Trainable(
-        model, summary, frozenset(prefix + name for name in names), frozenset(prefix + name for name in slow)
+        model, summary, frozenset(prefix + name for name in names), frozenset(prefix + name for name in slow), adapters
     )
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, LoraModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,7 +22,7 @@ FAST = ("adapters", "head")
 
 def adapt_(
     model: PreTrainedModel, lora: Mapping[str, Any] | None, tune: Mapping[str, Any], seed: int
-) -> dict[str, list[tuple[str, nn.Parameter]]]:
+) -> tuple[LoraModel | None, dict[str, list[tuple[str, nn.Parameter]]]]:
     """Freeze a model but for new adapters, its head, its routers, and what the method trains beside them.
 
     Every row of a comparison trains the same adapters and the same head; the rest is what the row's name says and
@@ -37,22 +36,21 @@ def adapt_(
         seed: the run's seed; adapters are the same for all methods.
 
     Returns:
-        What is trained, as :func:`trainable_groups` says.
+        The new adapters, as peft holds them, and what is trained, as :func:`trainable_groups` says.
 
     Raises:
         DefinitionError: no target layers for the model's type, or names that match nothing.
     """
-    if lora is not None:
-        _inject_adapters_(model, lora, seed)
+    adapters = None if lora is None else _inject_adapters_(model, lora, seed)
     groups = trainable_groups(model, tune)
     model.requires_grad_(False)
     for parameters in groups.values():
         for _, parameter in parameters:
             parameter.requires_grad_(True)
-    return groups
+    return adapters, groups
 
 
-def _inject_adapters_(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> None:
+def _inject_adapters_(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> LoraModel:
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in lora["targets"]:
         raise DefinitionError(f"training.lora.targets has no layers for '{kind}'{did_you_mean(kind, lora['targets'])}")
@@ -65,25 +63,9 @@ def _inject_adapters_(model: PreTrainedModel, lora: Mapping[str, Any], seed: int
     )
     torch.manual_seed(derive_seed("adapters", seed))
     try:
-        inject_adapter_in_model(config, model)
+        return LoraModel(model, config, "default")
     except ValueError as error:  # no such layer
         raise DefinitionError(f"training.lora.targets.{kind}: {error}") from error
-
-
-def merge_adapters_(model: nn.Module) -> int:
-    """Add the adapters to the weights that they adapt, in place, and remove them.
-
-    Returns:
-        How many there were.
-    """
-    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name, module in adapted:
-        cast(Any, module).merge(safe_merge=True)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.get_base_layer())
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-    return len(adapted)
 
 
 def trainable_groups(model: PreTrainedModel, tune: Mapping[str, Any]) -> dict[str, list[tuple[str, nn.Parameter]]]:

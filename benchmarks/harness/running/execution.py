@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.files import write_json
@@ -69,12 +69,12 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     folder, output = path.parent, path.parent / "metrics.json"
     torch.set_num_threads(threads)
     distributed.share_by(parallel)
-    kind_of(run.benchmark).check_processes(run.spec, distributed.world_size(), parallel)
+    _check_processes(run, distributed.world_size(), parallel)
     if not distributed.is_main():
-        _help(run, folder, log.with_name(f"{log.stem}-{distributed.rank()}{log.suffix}"))
+        _run_worker(run, folder, log.with_name(f"{log.stem}-{distributed.rank()}{log.suffix}"))
         return output
     with _exclusive(folder, run.id):
-        distributed.join()
+        distributed.init_process_group()
         if distributed.broadcast(output.exists()):
             return output
         with _logged(log) as terminal:
@@ -95,7 +95,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     return output
 
 
-def execute_together(path: Path, *, threads: int, log: Path, processes: int, parallel: str) -> None:
+def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, parallel: str) -> None:
     """Execute a run by several processes on this machine.
 
     Args:
@@ -110,7 +110,7 @@ def execute_together(path: Path, *, threads: int, log: Path, processes: int, par
         DefinitionError: its batch cannot be divided so.
     """
     run = read_run(path)
-    kind_of(run.benchmark).check_processes(run.spec, processes, parallel)
+    _check_processes(run, processes, parallel)
     each = str(max(threads // processes, 1))
     arguments = ["run", str(path), "--threads", each, "--log", str(log), "--parallel", parallel]
     result = subprocess.run(distributed.torchrun_command(processes, ["benchmarks", *arguments]), check=False)
@@ -120,9 +120,16 @@ def execute_together(path: Path, *, threads: int, log: Path, processes: int, par
         )
 
 
-def _help(run: Run, folder: Path, log: Path) -> None:
+def _check_processes(run: Run, processes: int, parallel: str) -> None:
+    try:
+        kind_of(run.benchmark).check_processes(run.spec, processes, parallel)
+    except RunError as error:
+        raise RunError(f"{run.id}: {error}") from error
+
+
+def _run_worker(run: Run, folder: Path, log: Path) -> None:
     """Be one of the processes that work on a run with the one that writes."""
-    distributed.join()
+    distributed.init_process_group()
     if distributed.broadcast(None):  # it was finished before
         return
     with _logged(log):
@@ -140,15 +147,13 @@ def _peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-@contextmanager
-def _exclusive(folder: Path, run_id: str) -> Iterator[None]:
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"[{run_id}] another process works on this run; waiting for it", file=sys.stderr, flush=True)  # noqa: T201
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _exclusive(folder: Path, run_id: str) -> AcquireReturnProxy[FileLock]:
+    lock = FileLock(folder / ".lock")
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        print(f"[{run_id}] another process works on this run; waiting for it", file=sys.stderr, flush=True)  # noqa: T201
+        return lock.acquire()
 
 
 @contextmanager

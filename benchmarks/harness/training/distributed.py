@@ -77,13 +77,13 @@ def is_sharded() -> bool:
     return world_size() > 1 and os.environ.get(_PARALLEL) == "fsdp"
 
 
-def join() -> None:
+def init_process_group() -> None:
     """Find the other processes; nothing in a run of one."""
     if world_size() > 1:
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Part from the other processes; what follows is this process's own work."""
     if dist.is_initialized():
         dist.barrier()
@@ -91,13 +91,7 @@ def leave() -> None:
         PartialState._reset_state()
 
 
-def wait_for_all() -> None:
-    """Wait until every process of this run is here; nothing in a run of one."""
-    if world_size() > 1:
-        dist.barrier()
-
-
-def end() -> None:
+def exit_worker() -> None:
     """End a process that worked with others, at once; nothing in a run of one.
 
     Threads of gloo may outlive its groups, and an ordinary exit that meets them aborts, which torchrun takes for a failure.

@@ -23,7 +23,6 @@ from benchmarks.harness.training.distributed import (
     is_sharded,
     load_shards_,
     save_shards,
-    wait_for_all,
     world_size,
 )
 from emoe.errors import EMoEError
@@ -143,7 +142,8 @@ class RoutedTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        wait_for_all()  # each process writes its own, and Trainer's state, written next, says that all of it is there
+        # each process writes its own, and Trainer's state, written next, says that all of it is there
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._has_shards(resume_from_checkpoint):  # shards are read with the optimiser's
