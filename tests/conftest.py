@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import emoe
+from benchmarks.harness.planning.tunings import TUNINGS
 from benchmarks.harness.sources.packages import RATED_SENTENCES, PackageFile
 from emoe import architectures
 from emoe.config import ROUTERS
@@ -27,10 +28,11 @@ emoe.register_ffn("PlainNet", *SPECS)
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers is gone after it."""
     monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
-    routers = dict(ROUTERS)
+    saved = [(names, dict(names)) for names in (ROUTERS, TUNINGS)]
     yield
-    ROUTERS.clear()
-    ROUTERS.update(routers)
+    for names, before in saved:
+        names.clear()
+        names.update(before)
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,8 @@ from benchmarks.harness.modeling.conversion import apply_method_
 from benchmarks.harness.modeling.image import load_image_classifier
 from benchmarks.harness.modeling.language import load_language_model
 from benchmarks.harness.modeling.loading import describe, load_classifier, read_tensors, weights_digest
-from benchmarks.harness.modeling.lora import FAST, adapt_
+from benchmarks.harness.modeling.lora import FAST
+from benchmarks.harness.modeling.tuning import tune_
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition, load_partition, save_partition
 
@@ -135,7 +136,7 @@ def _converted(
     names = [name for name, _ in network.named_parameters()]
     trained: dict[str, Any] = {}
     if tune is not None:
-        groups = adapt_(cast(PreTrainedModel, network), lora, tune, seed)
+        groups = tune_(cast(PreTrainedModel, network), lora, tune, seed)
         names = [name for found in groups.values() for name, _ in found]
         slow = [name for group, found in groups.items() if group not in FAST for name, _ in found]
         trained = {

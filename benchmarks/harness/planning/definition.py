@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.planning.catalogue import load_metrics
+from benchmarks.harness.planning.method_rows import load_methods, resolve_methods
 from benchmarks.harness.planning.schema import check, check_names, read_checked, read_yaml
 from benchmarks.harness.training.label_mapping import reading
 from emoe.errors import EMoEError, did_you_mean
@@ -99,7 +100,10 @@ def load_benchmark(name: str) -> Benchmark:
     kind = _kind(content)
     if kind not in _SCHEMAS:
         raise DefinitionError(f"{folder / 'benchmark.yaml'}: 'kind' is {kind!r}{did_you_mean(kind, _SCHEMAS)}")
+    methods = load_methods()  # first, because its plugins make names known
     definition = check(content, _SCHEMAS[kind], str(folder / "benchmark.yaml"))
+    if "methods" in definition:
+        definition = resolve_methods(definition, methods, str(folder / "benchmark.yaml"))
     if kind == "measurement":
         tasks = definition["measures"]
     elif kind == "evaluation":
