@@ -6,8 +6,9 @@ Sharded checkpoints are safetensors, one file a process, written and read by tor
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +29,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -134,30 +134,20 @@ def shard_(model: PreTrainedModel, precision: str) -> None:
         precision: in which it computes.
     """
     full = model.state_dict() if is_main() else {}
-    buffers = dict(model.named_buffers())
-    policy = MixedPrecisionPolicy(*((torch.bfloat16, torch.float32) if precision == "bf16" else ()))
-    for ffn in find_ffns(model):
-        for part in _of_one_type(ffn.layer):
-            fully_shard(part, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    blocks = {ffn.layer for ffn in find_ffns(model)}
+    # a plan names the layers by stars
+    cast(Any, model).fsdp_plan = {
+        re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight"
+        for name, module in model.named_modules()
+        # the rest of a block must be of one type, and trained adapters are float32
+        if module in blocks or any(own.dtype != model.dtype for own in module.parameters(recurse=False))
+    }
+    asked = DistributedConfig(fsdp_size=world_size(), fsdp_mixed_precision=precision == "bf16")
+    config, _, mesh = model.prepare_distribute_model(asked)
+    model.maybe_distribute_model(model, config, mesh)
     set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    for buffer in buffers.values():
+    for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
-    # Trainer shall leave a model alone that is sharded already; transformers marks its own so
-    model.config.distributed_config = DistributedConfig(fsdp_size=world_size())
-    flags = cast(Any, model)
-    flags._is_distributed_loading_by_transformers = flags._is_fsdp_managed_module = True
-
-
-def _of_one_type(block: nn.Module) -> Iterable[nn.Module]:
-    """What of a block is sharded by itself: parameters of a group must be of one type, and trained adapters are float32."""
-    if len({parameter.dtype for parameter in block.parameters()}) > 1:
-        yield from (
-            module
-            for name, module in block.named_modules()
-            if ".lora_" in name and list(module.parameters(recurse=False))
-        )
-    yield block
 
 
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:
