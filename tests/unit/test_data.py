@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from benchmarks.__main__ import cli
+from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.sources.packages import PackageFile, sha256
 from benchmarks.harness.sources.vader import ARCHIVE
 from tests.image_sets import write_images
 from tests.text_sets import OWN_FILES, write_own, write_saved
@@ -143,3 +146,24 @@ def test_every_image_is_opened_where_that_is_asked_for(root: Path) -> None:
     assert "pacs: " in text
     assert "1 of 24 images cannot be used" in text
     assert f"{image} cannot be used" in text
+
+
+def test_nothing_of_a_package_runs_before_its_hash_is_checked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, ran, fetched = root / "demo-1.0", root / "ran", root / "fetched.tar.gz"
+    source.mkdir()
+    (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: demo\nVersion: 1.0\n")
+    (source / "setup.py").write_text(
+        f"from setuptools import setup\nopen({str(ran)!r}, 'w')\nsetup(name='demo', version='1.0')\n"
+    )
+    with tarfile.open(root / "demo-1.0.tar.gz", "w:gz") as archive:
+        archive.add(source, source.name)
+    # a folder in the place of the package index
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(root), "NO_BUILD_ISOLATION": "0"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    with pytest.raises(DataError, match=r"could not download the package demo 1\.0: (.|\n)*Got"):
+        PackageFile("sdist", "demo", "1.0", "0" * 64).fetch(fetched)
+    assert not ran.exists()
+    assert not fetched.exists()
+    right = sha256(root / "demo-1.0.tar.gz")
+    PackageFile("sdist", "demo", "1.0", right).fetch(fetched)
+    assert sha256(fetched) == right
