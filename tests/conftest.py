@@ -15,7 +15,7 @@ import torch
 
 import emoe
 from benchmarks.harness.planning.tunings import TUNINGS
-from benchmarks.harness.sources.packages import RATED_SENTENCES, PackageFile
+from benchmarks.harness.sources.packages import PackageFile, packaged
 from emoe import architectures
 from emoe.config import ROUTERS
 from tests.plain_net import SPECS
@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def archive() -> Path:
     """The real sentiment set: the checkout's, or fetched once a machine from the package index."""
-    return fetched(RATED_SENTENCES)
+    return fetched(packaged("vaderSentiment"))
 
 
 def fetched(package: PackageFile) -> Path:

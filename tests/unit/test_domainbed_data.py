@@ -22,6 +22,7 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks.domainbed import emoji as emoji_module
 from benchmarks.domainbed.environments import ImageSet
+from benchmarks.domainbed.grid import EMOJI_PACKAGES
 from benchmarks.domainbed.loading import load_set
 from benchmarks.domainbed.mnist import load_digits
 from benchmarks.domainbed.protocol import split_things
@@ -36,7 +37,7 @@ from benchmarks.domainbed.validation import (
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.sources.packages import EMOJI, package_file
+from benchmarks.harness.sources.packages import package_file, packaged
 from tests.image_sets import CLASSES, FOLDERS, pacs_run, write_pacs
 
 TASK = pacs_run().spec["task"]
@@ -369,7 +370,8 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"unified": f"1F60{number}", "category": ("Objects", "Flags", "Component")[min(number // 2, 2)]}
         for number in range(5)
     ]
-    for style, file in EMOJI.items():
+    for style, package in EMOJI_PACKAGES.items():
+        file = packaged(package)
         content = {"package/emoji.json": json.dumps(index).encode()} if style == "google" else {}
         for number, entry in enumerate(index):
             if style == "fluent" and number == 3:

@@ -16,7 +16,7 @@ import emoe
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.modeling.loading import load_tokenizer
-from benchmarks.harness.sources.packages import ALPACA_DEMO
+from benchmarks.harness.sources.packages import packaged
 from benchmarks.llama.encoding import IGNORED, EncodedRow, EncodedRows, _begin, collator
 from benchmarks.llama.evaluation import held_out_loss
 from benchmarks.llama.instructions import Instruction, load_instructions, parse, refuse_broken
@@ -110,12 +110,12 @@ def test_a_line_that_is_no_json_is_broken() -> None:
 
 def test_a_set_is_read_from_the_users_file_else_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = {"name": "alpaca_demo", "source": {"package": "llamafactory-0.9.5/data/alpaca_en_demo.json"}}
-    archive = fetched(ALPACA_DEMO)
+    archive = fetched(packaged("llamafactory"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"python -m benchmarks fetch llamafactory-0.9.5.tar.gz"):
         load_instructions(package)
-    ALPACA_DEMO.path.parent.mkdir(parents=True)
-    ALPACA_DEMO.path.symlink_to(archive)
+    packaged("llamafactory").path.parent.mkdir(parents=True)
+    packaged("llamafactory").path.symlink_to(archive)
     found = load_instructions(package)
     assert (len(found.rows), len(found.broken), found.source) == (999, 0, "package llamafactory 0.9.5")
     monkeypatch.setenv(DATA_ROOT, str(tmp_path))

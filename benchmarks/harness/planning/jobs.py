@@ -13,7 +13,7 @@ from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.runs import Run, canonical_json
-from benchmarks.harness.sources.packages import PACKAGE_FILES, PackageFile
+from benchmarks.harness.sources.packages import PackageFile, packaged
 from emoe.errors import did_you_mean
 
 
@@ -67,7 +67,7 @@ def rebuilt_from(name: str) -> PackageFile:
     rebuilt = {model: found["rebuilt"] for model, found in load_models().items() if "rebuilt" in found}
     if name not in rebuilt:
         raise DataError(f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}")
-    return next(file for file in PACKAGE_FILES.values() if file.package == rebuilt[name])
+    return packaged(rebuilt[name])
 
 
 def model_files(model: Mapping[str, Any]) -> list[str]:

