@@ -15,9 +15,14 @@ from typing import IO, Any, cast
 from PIL import Image
 
 from benchmarks.domainbed.environments import Environment, ImageSet
-from benchmarks.domainbed.grid import EMOJI_PACKAGES
 from benchmarks.harness.sources.packages import packaged
 
+# the package of each drawing style
+EMOJI_PACKAGES = {
+    "google": "emoji-datasource-google",
+    "twitter": "emoji-datasource-twitter",
+    "fluent": "@lobehub/fluent-emoji-3d",
+}
 # of the pictures in each package, by their code points
 _PATHS = {"google": "img/google/64/{}.png", "twitter": "img/twitter/64/{}.png", "fluent": "assets/{}.webp"}
 _NO_CLASS = "Component"  # skin tones and hair, drawn by themselves

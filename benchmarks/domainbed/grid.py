@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.domainbed.emoji import EMOJI_PACKAGES
 from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.protocol import BASELINE, held_out_combinations, hyper_parameters, sweep_seed
 from benchmarks.harness.base.errors import DataError, first_line
@@ -25,12 +26,6 @@ from benchmarks.harness.planning.schema import check_names, read_checked
 from benchmarks.harness.sources.packages import PackageFile, packaged
 
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
-# the package of each drawing style
-EMOJI_PACKAGES = {
-    "google": "emoji-datasource-google",
-    "twitter": "emoji-datasource-twitter",
-    "fluent": "@lobehub/fluent-emoji-3d",
-}
 # of a set: for readers, or said elsewhere in a spec
 _NOT_IN_SPEC = ("title", "images", "obtain", "eval_every")
 

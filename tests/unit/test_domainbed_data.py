@@ -21,8 +21,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.domainbed import emoji as emoji_module
+from benchmarks.domainbed.emoji import EMOJI_PACKAGES
 from benchmarks.domainbed.environments import ImageSet
-from benchmarks.domainbed.grid import EMOJI_PACKAGES
 from benchmarks.domainbed.loading import load_set
 from benchmarks.domainbed.mnist import load_digits
 from benchmarks.domainbed.protocol import split_things
