@@ -14,6 +14,9 @@ from emoe.errors import EMoEError
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Run, collect, compare and publish benchmark runs."""
+    from benchmarks.harness.planning.plugins import import_plugins
+
+    import_plugins()
 
 
 _THREADS = click.option("--threads", default=1, show_default=True, help="CPU threads.")

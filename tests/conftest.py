@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import emoe
+from benchmarks.harness.planning.tunings import TUNINGS
 from benchmarks.harness.sources.packages import RATED_SENTENCES, PackageFile
 from emoe import architectures
 from emoe.config import ROUTERS
@@ -28,11 +29,12 @@ emoe.register_ffn("PlainNet", *SPECS)
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers is gone after it."""
     monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
-    routers = dict(ROUTERS)
+    saved = [(names, dict(names)) for names in (ROUTERS, TUNINGS)]
     with mock.patch.dict(os.environ):  # commands tell those that they start where the data is
         yield
-    ROUTERS.clear()
-    ROUTERS.update(routers)
+    for names, before in saved:
+        names.clear()
+        names.update(before)
 
 
 ROOT = Path(__file__).resolve().parents[1]

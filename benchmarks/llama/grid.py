@@ -19,6 +19,7 @@ from benchmarks.harness.planning.methods import (
     without_title,
 )
 from benchmarks.harness.planning.schema import check_names, read_checked
+from benchmarks.harness.planning.tunings import TUNINGS, needs_layers, tuning_spec
 from benchmarks.harness.sources.packages import ALPACA_DEMO, PackageFile
 from benchmarks.llama.mmlu_dev import MMLU_DEV_FILE, is_mmlu_dev
 
@@ -187,10 +188,10 @@ def _tuned(tuning: Mapping[str, Any], where: str) -> dict[str, Any] | None:
         )
     if tuning["quantize"] and tuning["train"] != "adapters":
         raise DefinitionError(f"{named}: weights in 4 bits cannot be trained; 'quantize' needs 'train: adapters'")
-    if (tuning["train"] == "blocks" or tuning["quantize"] is not None) != (tuning["layers"] is not None):
+    if (needs_layers(tuning["train"]) or tuning["quantize"] is not None) != (tuning["layers"] is not None):
         raise DefinitionError(
             f"{named}: 'layers' says which blocks 'train: blocks' trains, or which FFNs 'quantize' leaves whole; it goes with one of them"
         )
     if tuning["train"] == "all":
         return None
-    return {"blocks": tuning["layers"] if tuning["train"] == "blocks" else [], "also": [], "head": False}
+    return tuning_spec(tuning["train"] if tuning["train"] in TUNINGS else None, tuning["layers"]) | {"head": False}

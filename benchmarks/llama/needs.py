@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.modeling.language import load_config, meta_model
-from benchmarks.harness.modeling.lora import adapt_
 from benchmarks.harness.modeling.memory import Memory, memory
+from benchmarks.harness.modeling.tuning import tune_
 from benchmarks.harness.training.distributed import is_sharded, local_rank, local_size, world_size
 from benchmarks.llama.grid import is_trained
 
@@ -63,7 +63,7 @@ def compute_needs(spec: Mapping[str, Any]) -> Needs:
     config, training, tune = load_config(spec["model"]), spec["training"], spec["method"]["tune"]
     model = meta_model(config)
     if tune is not None:
-        adapt_(model, training["lora"], tune, spec["seed"])
+        tune_(model, training["lora"], tune, spec["seed"])
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # a CPU computes in float32, whatever the weights were

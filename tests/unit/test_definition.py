@@ -14,6 +14,7 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning import definition, jobs, runs, suite
 from benchmarks.harness.planning.catalogue import load_metrics, load_models
 from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.method_rows import load_methods, resolve_methods
 from benchmarks.harness.planning.schema import check, read_checked, read_yaml
 
 SAFE = set(string.ascii_letters + string.digits + "._+-")
@@ -26,9 +27,14 @@ def edited(path: str, value: object) -> dict:
     place = content
     *parents, last = path.split(".")
     for part in parents:
-        place = place[int(part)] if isinstance(place, list) else place[part]
+        place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
     place[int(last) if isinstance(place, list) else last] = value
     return content
+
+
+def resolved(path: str, value: object) -> dict:
+    """The same, checked, with all settings of its methods."""
+    return resolve_methods(check(edited(path, value), "benchmark", "benchmark.yaml"), load_methods(), "benchmark.yaml")
 
 
 def test_every_shipped_file_is_valid() -> None:
@@ -44,7 +50,15 @@ def test_every_shipped_file_is_valid() -> None:
     ("path", "value", "message"),
     [
         ("methods.emoe.num_expert", 8, r"unknown key 'methods\.emoe\.num_expert'; did you mean 'num_experts'"),
-        ("methods.emoe.kind", "emo", r"'methods\.emoe\.kind' is 'emo'; did you mean 'emoe'"),
+        ("methods.emoe.router", "cosin", r"'methods\.emoe\.router' is 'cosin'; did you mean 'cosine'"),
+        ("methods.vanilla.tune", "block", r"'methods\.vanilla\.tune' is 'block'; did you mean 'blocks'"),
+        ("method_defaults.emo", {}, r"unknown key 'method_defaults\.emo'; did you mean 'emoe'"),
+        ("suites.mini.method_defaults.emoe.layer", [1], r"unknown key 'suites\.mini\.method_defaults\.emoe\.layer'"),
+        (
+            "suites.mini.methods.emoe.layer",
+            [1],
+            r"unknown key 'suites\.mini\.methods\.emoe\.layer'; did you mean 'layers'",
+        ),
         ("methods.emoe.partition", "k-means", r"'methods\.emoe\.partition' is 'k-means'; did you mean 'kmeans'"),
         ("suites.mini.grid.0.seed", ["a"], r"'suites\.mini\.grid\[0\]\.seed\[0\]' is 'a', but must be integer"),
         ("suites.mini.grid.0.learning_rate", ["5e-5"], r"YAML reads 5e-5 as text; write 5\.0e-05"),
@@ -90,7 +104,7 @@ def changed(monkeypatch):
     """Run a plan on the real benchmark with one value changed."""
 
     def use(path: str, value: object):
-        content = check(edited(path, value), "benchmark", "benchmark.yaml")
+        content = resolved(path, value)
         real = load_benchmark("glue")
         monkeypatch.setattr(runs, "load_benchmark", lambda name: definition.Benchmark(name, content, real.tasks))
         return runs.plan(["glue"], "mini")
@@ -109,18 +123,15 @@ def changed(monkeypatch):
         ("suites.mini.grid.0.model", ["mini-lm"], "did you mean 'minilm'"),
         ("suites.mini.grid.0.method", ["emo"], "did you mean 'emoe'"),
         ("suites.mini.methods.emo", {"layers": [1]}, "did you mean 'emoe'"),
-        (
-            "suites.mini.methods.emoe.layer",
-            [1],
-            r"suites\.mini\.methods.*unknown key 'methods\.emoe\.layer'; did you mean 'layers'",
-        ),
-        ("suites.mini.methods.emoe.top_k", 4, "both top_k and top_k_fraction"),
+        ("methods.emo", {}, r"benchmark\.yaml: 'methods' is 'emo', which does not exist; did you mean 'emoe'"),
+        ("methods.emoe_search.method", "emo", r"'methods\.emoe_search\.method' is 'emo', .* did you mean 'emoe'"),
+        ("suites.mini.methods.emoe", {"top_k": 4, "top_k_fraction": 0.5}, "both top_k and top_k_fraction"),
         ("suites.mini.methods.emoe.top_k_fraction", 0.3, "of 16 experts is 4.8, not a whole number"),
         ("suites.mini.grid.0.task", ["imdb"], "task' is 'imdb', which does not exist"),  # it has no training split
         ("suites.mini.grid.0.protocol", ["published"], "'published' is for tasks without a test split"),
         ("training.by_model", {"gpt2-x": {"batch_size": 8}}, "did you mean 'gpt2-xl'"),
-        ("methods.vanilla.tune", "blocks", "sets 'tune', which needs training.lora"),
-        ("methods.emoe.also_train", ["pooler"], "sets 'also_train', which needs training.lora"),
+        ("methods.vanilla.tune", "blocks", "sets 'tune: blocks' but no 'layers'"),
+        ("methods.emoe.also_train", ["pooler"], "sets 'also_train', which needs training.lora or 'tune'"),
         ("suites.mini.methods.vanilla", {"num_experts": 4}, "is dense and takes no 'num_experts'"),
         ("suites.mini.methods.emoe_learn.weighting", "binary", "router gets no gradient"),
         ("training.epochs_by_task", {"mlni": 3}, "did you mean 'mnli'"),
@@ -322,7 +333,7 @@ def test_tables_are_made_again_for_their_benchmarks_own_runs(path, value, made_a
         return {name: found.digest(name) for name in found.settings["benchmarks"]}
 
     before, real = digests(), load_benchmark("glue")
-    content = check(edited(path, value), "benchmark", "benchmark.yaml")
+    content = resolved(path, value)
     edited_glue = definition.Benchmark("glue", content, real.tasks)
     for module in (runs, suite):
         monkeypatch.setattr(

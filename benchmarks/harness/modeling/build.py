@@ -20,7 +20,8 @@ from benchmarks.harness.modeling.conversion import apply_method_
 from benchmarks.harness.modeling.image import load_image_classifier
 from benchmarks.harness.modeling.language import load_language_model
 from benchmarks.harness.modeling.loading import describe, load_classifier, read_tensors, weights_digest
-from benchmarks.harness.modeling.lora import FAST, adapt_
+from benchmarks.harness.modeling.lora import FAST
+from benchmarks.harness.modeling.tuning import tune_
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition, load_partition, save_partition
 
@@ -139,7 +140,7 @@ def _converted(
     trained: dict[str, Any] = {}
     adapters = None
     if tune is not None:
-        adapters, groups = adapt_(cast(PreTrainedModel, network), lora, tune, seed)
+        adapters, groups = tune_(cast(PreTrainedModel, network), lora, tune, seed)
         names = [name for found in groups.values() for name, _ in found]
         slow = [name for group, found in groups.items() if group not in FAST for name, _ in found]
         trained = {

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.planning.kinds import Benchmark, find_kind, kind_name
+from benchmarks.harness.planning.method_rows import load_methods, resolve_methods
 from benchmarks.harness.planning.schema import check, read_yaml
 from emoe.errors import did_you_mean
 
@@ -35,7 +36,11 @@ def load_benchmark(name: str) -> Benchmark:
         kind = find_kind(kind_name(name, content))
     except DefinitionError as error:
         raise DefinitionError(f"{file}: {error}") from error
-    definition, tasks = kind.load(check(content, kind.schema, str(file)), folder)
+    methods = load_methods()  # first, because its plugins make names known
+    definition = check(content, kind.schema, str(file))
+    if "methods" in definition:
+        definition = resolve_methods(definition, methods, str(file))
+    definition, tasks = kind.load(definition, folder)
     check_references(definition, tasks, folder)
     return Benchmark(name, definition, tasks)
 

@@ -14,7 +14,8 @@ from jsonschema.exceptions import ValidationError
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import SCHEMAS
-from emoe.config import EMoEConfig, GMoEConfig
+from benchmarks.harness.planning.tunings import TUNINGS
+from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
 from emoe.errors import did_you_mean
 from emoe.schema import config_schema
 
@@ -51,15 +52,23 @@ def read_yaml(path: Path) -> Any:
         raise DefinitionError(f"{path} is not valid YAML: {error}") from error
 
 
-@functools.cache
 def schema(name: str) -> dict[str, Any]:
     """The JSON Schema ``benchmarks/schemas/<name>.schema.yaml``, with the definitions that schemas share."""
+    return _schema(name, tuple(ROUTERS), tuple(TUNINGS))
+
+
+@functools.cache
+def _schema(name: str, routers: tuple[str, ...], tunings: tuple[str, ...]) -> dict[str, Any]:
+    """A schema as long as these are what is registered."""
     found: dict[str, Any] = read_yaml(SCHEMAS / f"{name}.schema.yaml")
     shared: dict[str, Any] = read_yaml(SCHEMAS / "shared.schema.yaml")["$defs"]
-    method = shared["method"]["properties"]
     fields = config_schema(GMoEConfig) | config_schema(EMoEConfig)
     # what the file says of a field of a configuration goes before what the configuration says
-    shared["method"]["properties"] = {name: fields[name] for name in fields if name != "version"} | method
+    settings = {name: fields[name] for name in fields if name != "version"} | shared["settings"]["properties"]
+    settings["router"]["enum"], settings["tune"]["enum"] = list(routers), list(tunings)
+    shared["train"]["enum"] += tunings
+    for part in ("settings", "method", "row"):
+        shared[part]["properties"] = settings | shared[part]["properties"]
     found["$defs"] = shared | found.get("$defs", {})
     Draft202012Validator.check_schema(found)
     return found

@@ -1,0 +1,44 @@
+"""The modules that ``methods.yaml`` names as plugins, which register routers and ways of tuning."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Iterator
+
+from benchmarks.harness.base.errors import DefinitionError, first_line
+from benchmarks.harness.base.paths import BENCHMARKS, ROOT
+from benchmarks.harness.planning.schema import check, read_yaml
+from emoe.errors import did_you_mean
+
+
+def import_plugins() -> None:
+    """Import the plugins, so that this process knows what they register.
+
+    Raises:
+        DefinitionError: one of them cannot be imported; names the nearest module that exists.
+    """
+    file = BENCHMARKS / "methods.yaml"
+    content = read_yaml(file)
+    plugins = content.get("plugins", []) if isinstance(content, dict) else []
+    # the methods are checked when the plugins are there: they may name what those register
+    check({"plugins": plugins, "methods": {}}, "methods", str(file))
+    if plugins and str(ROOT) not in sys.path:  # a job may have another working directory
+        sys.path.append(str(ROOT))
+    for name in plugins:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            near = did_you_mean(name, _siblings(name)) if name.startswith(str(error.name)) else f": {error}"
+            raise DefinitionError(f"{file}: 'plugins' names '{name}', which cannot be imported{near}") from error
+        except Exception as error:  # a module may raise anything
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise DefinitionError(f"{file}: 'plugins' names '{name}', which cannot be imported: {reason}") from error
+
+
+def _siblings(name: str) -> Iterator[str]:
+    """The modules that stand where one was looked for, below the project's folder."""
+    parent = name.rpartition(".")[0]
+    for module in pkgutil.iter_modules([str(ROOT / parent.replace(".", "/"))]):
+        yield f"{parent}.{module.name}" if parent else module.name

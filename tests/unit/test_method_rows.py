@@ -1,0 +1,152 @@
+"""What a method is stands once, in methods.yaml; benchmarks and suites say what differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.harness.base import paths
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning import method_rows, plugins
+from benchmarks.harness.planning.method_rows import load_methods, resolve_methods
+
+METHODS = {
+    "vanilla": {"title": "Vanilla", "role": "baseline", "kind": "dense"},
+    "emoe": {"title": "EMoE", "kind": "emoe"},
+    "all_experts": {"title": "All", "kind": "emoe", "top_k_fraction": 1.0},
+    "gmoe": {"title": "GMoE", "kind": "gmoe"},
+}
+
+
+def rows(methods: dict[str, Any], suite: dict[str, Any] | None = None, **benchmark: Any) -> dict[str, Any]:
+    definition = {"methods": methods, "suites": {"mini": suite or {}}, **benchmark}
+    found = resolve_methods(definition, METHODS, "benchmark.yaml")
+    return found["suites"]["mini"]["methods"] if suite is not None else found["methods"]
+
+
+def test_a_row_is_the_method_of_its_name_or_of_the_one_it_names() -> None:
+    found = rows({"vanilla": {}, "lora": {"method": "vanilla", "title": "LoRA"}})
+    assert found["vanilla"] == {"title": "Vanilla", "role": "baseline", "noise": 0.0, "kind": "dense"}
+    assert found["lora"] == found["vanilla"] | {"title": "LoRA"}
+    assert list(rows({"emoe": {}, "vanilla": {}})) == ["emoe", "vanilla"]
+
+
+def test_the_nearest_setting_holds() -> None:
+    defaults = {"emoe": {"layers": [10], "num_experts": 64, "top_k_fraction": 0.25}}
+    for settings, wanted in (
+        ({}, ([10], 64, 0.25)),
+        ({"suite": {"method_defaults": {"emoe": {"layers": [1]}}}}, ([1], 64, 0.25)),
+        ({"row": {"layers": [2]}, "suite": {"method_defaults": {"emoe": {"layers": [1]}}}}, ([2], 64, 0.25)),
+        ({"row": {"layers": [2]}, "suite": {"methods": {"emoe": {"layers": [3]}}}}, ([3], 64, 0.25)),
+    ):
+        found = rows({"emoe": settings.get("row", {})}, settings.get("suite", {}), method_defaults=defaults)["emoe"]
+        assert (found["layers"], found["num_experts"], found["top_k_fraction"]) == wanted
+
+
+def test_defaults_are_for_a_kind_and_leave_what_a_method_is() -> None:
+    defaults = {"emoe": {"top_k_fraction": 0.25}, "gmoe": {"top_k": 2}}
+    found = rows({"vanilla": {}, "all_experts": {}, "gmoe": {}}, method_defaults=defaults)
+    assert not {"top_k", "top_k_fraction"} & set(found["vanilla"])
+    assert found["all_experts"]["top_k_fraction"] == 1.0
+    assert found["gmoe"]["top_k"] == 2
+
+
+def test_k_in_one_form_replaces_k_in_the_other() -> None:
+    found = rows({"emoe": {"top_k": 4}, "all_experts": {}}, method_defaults={"emoe": {"top_k_fraction": 0.5}})
+    assert "top_k_fraction" not in found["emoe"]
+    found = rows({"all_experts": {"top_k": 24}}, {"method_defaults": {"emoe": {"top_k_fraction": 0.5}}})
+    assert (found["all_experts"]["top_k"], "top_k_fraction" in found["all_experts"]) == (24, False)
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Read a methods.yaml like the real one, with a method more and plugins."""
+    content = yaml.safe_load((paths.BENCHMARKS / "methods.yaml").read_text())
+    for module in (method_rows, plugins):
+        monkeypatch.setattr(module, "BENCHMARKS", tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(plugins, "ROOT", tmp_path)
+
+    def use(method: object = None, plugins: object = ()) -> dict[str, Any]:
+        methods = content["methods"] | ({"mine": method} if method else {})
+        (tmp_path / "methods.yaml").write_text(yaml.safe_dump({"plugins": list(plugins), "methods": methods}))
+        return load_methods.__wrapped__()["mine"]
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"title": "Mine", "kind": "emo"}, r"'methods\.mine\.kind' is 'emo'; did you mean 'emoe'"),
+        ({"title": "Mine"}, r"'methods\.mine' needs the key 'kind'"),
+        (
+            {"title": "Mine", "kind": "emoe", "rooter": "x"},
+            r"unknown key 'methods\.mine\.rooter'; did you mean 'router'",
+        ),
+        (
+            {"title": "Mine", "kind": "emoe", "router": "linaer"},
+            r"'methods\.mine\.router' is 'linaer'; choose from avg_k",
+        ),
+        (
+            {"title": "Mine", "kind": "dense", "tune": "blocsk"},
+            r"'methods\.mine\.tune' is 'blocsk'; did you mean 'blocks'",
+        ),
+        ({"title": "Mine", "kind": "emoe", "router": "cosine"}, r"'methods\.mine': .*router='cosine'.* no gradient"),
+        ({"title": "Mine", "kind": "dense", "top_k": 2}, r"'methods\.mine' is dense and takes no 'top_k'"),
+        ({"title": "Mine", "kind": "emoe", "top_k": 2, "top_k_fraction": 0.5}, r"'methods\.mine' sets both top_k and"),
+        (
+            {"title": "Mine", "kind": "emoe", "num_experts": 8, "top_k_fraction": 0.3},
+            r"'methods\.mine': top_k_fraction 0\.3 of 8 experts is 2\.4, not a whole number",
+        ),
+    ],
+)
+def test_what_is_wrong_in_methods_yaml_is_named_there(read, method: dict[str, Any], message: str) -> None:
+    with pytest.raises(DefinitionError, match=r"/methods\.yaml: " + message):
+        read(method)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"title": "Mine", "kind": "emoe", "top_k": 3},
+        {"title": "Mine", "kind": "emoe", "top_k_fraction": 0.3},  # of a benchmark's N
+        {"title": "Mine", "kind": "gmoe", "as_published": "tutel"},
+        {"title": "Mine", "kind": "dense", "tune": "blocks"},
+    ],
+)
+def test_what_depends_on_the_model_may_be_left_open(read, method: dict[str, Any]) -> None:
+    assert read(method) == method
+
+
+def test_a_plugin_makes_its_router_and_its_tuning_known(read, tmp_path: Path) -> None:
+    (tmp_path / "my_router.py").write_text(
+        "import emoe\nfrom benchmarks.harness.planning.tunings import register_tuning\n"
+        "emoe.register_router('linear', type('Linear', (emoe.Router,), {}))\n"
+        "register_tuning('bias', lambda model, layers: [])\n"
+    )
+    named = {"title": "Mine", "kind": "emoe", "router": "linear", "weighting": "softmax", "tune": "bias"}
+    assert read(named, plugins=["my_router"]) == named
+    with pytest.raises(DefinitionError, match=r"'methods\.mine\.router' is 'linaer'; did you mean 'linear'"):
+        read({**named, "router": "linaer"}, plugins=["my_router"])
+    with pytest.raises(DefinitionError, match=r"'methods\.mine\.tune' is 'bais'; did you mean 'bias'"):
+        read({**named, "tune": "bais"}, plugins=["my_router"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("brokne", r"'plugins' names 'brokne', which cannot be imported; did you mean 'broken'"),
+        ("broken", r"'plugins' names 'broken', which cannot be imported: No module named 'no_such_package'"),
+        ("damaged", r"'plugins' names 'damaged', which cannot be imported: SyntaxError: "),
+        ("my plugin", r"'plugins\[0\]': 'my plugin' does not match"),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported_is_named(read, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_package\n")
+    (tmp_path / "damaged.py").write_text("def\n")
+    with pytest.raises(DefinitionError, match=r"/methods\.yaml: " + message):
+        read(plugins=[name])
