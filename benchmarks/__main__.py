@@ -169,6 +169,23 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None) -> N
 
 
 @cli.command()
+@click.argument("name")
+@click.option("--csv", "file", type=click.Path(path_type=Path), required=True, help="Rows with a text and a label.")
+@click.option("--text", default=None, help="Column of the text; by default the one that is called like that.")
+@click.option("--label", default=None, help="Column of the label; by default the one that is called like that.")
+@click.option("--dev", type=click.Path(path_type=Path), default=None, help="A file of its own for the dev split.")
+@click.option("--test", type=click.Path(path_type=Path), default=None, help="A file of its own for the test split.")
+def new(name: str, file: Path, text: str | None, label: str | None, dev: Path | None, test: Path | None) -> None:
+    """Write the text benchmark NAME from a csv: a folder below benchmarks/ and a suite of its name."""
+    from benchmarks.text.new import new_benchmark
+
+    others = {part: path for part, path in (("dev", dev), ("test", test)) if path}
+    click.echo(
+        f"{new_benchmark(name, file, text=text, label=label, others=others)}\nrun it: snakemake --cores 2 {name}"
+    )
+
+
+@cli.command()
 @_SUITE
 @click.option("--benchmark", required=True, help="Which benchmark.")
 @click.option("--part", default=None, help="One of its sets alone, where sets are shown one by one.")

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.base.paths import DATA_ROOT, ROOT
 
 OWN_SUFFIXES = (".json", ".jsonl")  # of a set of instructions below the data root
 
 
 def local_folder(task: Mapping[str, Any]) -> Path | None:
-    """The set's folder below the data root, if the user has one: under its makers' name, or the task's."""
+    """The set's folder, if the user has one: in the project, or below the data root under its makers' name or the task's."""
     root = os.environ.get(DATA_ROOT)
     source = task["source"]
+    if "path" in source:
+        return ROOT / source["path"] if (ROOT / source["path"]).is_dir() else None
     if not root or not {"folder", "mnist"} & set(source):
         return None
     folders = [Path(root) / name for name in (source.get("folder", "MNIST/raw"), task["name"])]
@@ -31,5 +33,7 @@ def own_file(name: str) -> Path | None:
 
 def wanted_place(source: Mapping[str, Any]) -> str:
     """Where a set's own files belong."""
+    if "path" in source:
+        return str(ROOT / source["path"])
     root = os.environ.get(DATA_ROOT)
     return str(Path(root) / source["folder"]) if root else f"<data_root>/{source['folder']}"
