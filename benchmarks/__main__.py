@@ -272,6 +272,14 @@ def bless(suite: str) -> None:
     click.echo(f"wrote {bless_runs(suite_of_job(suite).runs, suite)}")
 
 
+@cli.command()
+def schemas() -> None:
+    """Write what editors know of the YAML files: benchmarks/schemas/*.schema.json."""
+    from benchmarks.harness.planning.editor import write_schemas
+
+    click.echo("\n".join(f"wrote {file}" for file in write_schemas()))
+
+
 def main() -> None:
     """Entry point: expected errors are one line, not a traceback."""
     try:

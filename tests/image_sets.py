@@ -20,7 +20,7 @@ CLASSES = ("dog", "elephant", "giraffe")
 def write_images(root: Path, name: str, rows: int = 2) -> Path:
     """An image set in small: ``root/<folder>/<environment>/<class>/<image>``; the class is a colour, the environment a stripe."""
     task = load_benchmark("domainbed").tasks[name]
-    return _write(root / task["source"]["folder"], list(task["environments"].values()), rows, 40)
+    return _write(root / task.source.folder, list(task.environments.values()), rows, 40)
 
 
 def write_pacs(root: Path, rows: int = 8, size: int = 40) -> Path:

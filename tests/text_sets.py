@@ -10,7 +10,7 @@ import pandas as pd
 
 from benchmarks.harness.planning.definition import load_benchmark
 
-TASKS = load_benchmark("glue").tasks
+TASKS = {name: task.model_dump() for name, task in load_benchmark("glue").tasks.items()}
 
 # the headers are those of the files that gluebenchmark.com hands out
 TSV = {

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.domainbed.definition import ImageDefinition, ImageTraining, ImageTrainingSettings, SetEntry, SetFile
 from benchmarks.domainbed.emoji import EMOJI_PACKAGES
 from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.protocol import BASELINE, held_out_combinations, hyper_parameters, sweep_seed
@@ -20,51 +21,51 @@ from benchmarks.harness.planning.methods import (
     method_spec,
     suite_methods,
     training_settings,
-    without_title,
 )
-from benchmarks.harness.planning.schema import check_names, read_checked
+from benchmarks.harness.planning.schema import check_names, parse, read
+from benchmarks.harness.planning.shared import Method
 from benchmarks.harness.sources.packages import PackageFile, packaged
 
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
-# of a set: for readers, or said elsewhere in a spec
-_NOT_IN_SPEC = ("title", "images", "obtain", "eval_every")
 
 
-class DomainsKind(Kind):
+class DomainsKind(Kind[ImageDefinition, SetEntry]):
     """Image classifiers, trained on some environments of a set and judged on those held out."""
 
-    schema = "domains"
+    files = (("domainbed", ImageDefinition), ("image_sets", SetFile))
     shows_parts = True
     optimizer = "Adam, constant rate, no clipping"
 
-    def load(self, definition: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        return definition, read_checked(folder / definition["sets"], "sets")["sets"]
+    def load(self, content: object, file: Path) -> tuple[ImageDefinition, Mapping[str, SetEntry]]:
+        definition = parse(content, ImageDefinition, str(file))
+        return definition, read(file.parent / definition.sets, SetFile).sets
 
     def specs(
         self,
-        benchmark: Benchmark,
+        benchmark: Benchmark[ImageDefinition, SetEntry],
         suite: str,
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
         methods = suite_methods(benchmark, suite)
-        for number, block in enumerate(benchmark.definition["suites"][suite]["grid"]):
+        for number, block in enumerate(benchmark.definition.suites[suite].grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            images = [name for name, model in load_models().items() if model.get("modality") == "image"]
-            check_names(where, "model", block["model"], images)
-            check_names(where, "set", block["set"], benchmark.tasks)
-            check_names(where, "method", block["method"], methods)
-            for model, name, method in itertools.product(block["model"], block["set"], block["method"]):
+            images = [name for name, model in load_models().items() if model.modality == "image"]
+            check_names(where, "model", block.model, images)
+            check_names(where, "set", block.set, benchmark.tasks)
+            check_names(where, "method", block.method, methods)
+            for model, name, method in itertools.product(block.model, block.set, block.method):
                 if name in exclude:
                     continue
-                environments = list(benchmark.tasks[name]["environments"])
-                axes = {key: block[key] for key in _AXES if key in block}
-                axes["test_envs"] = _held_out(block["test_envs"], environments, where)
+                environments = list(benchmark.tasks[name].environments)
+                given = block.model_dump()
+                given["test_envs"] = _held_out(block.test_envs, environments, where)
+                axes = {key: given[key] for key in _AXES if key in given}
                 for values in itertools.product(*axes.values()):
                     point = {"model": model, "set": name, "method": method, **dict(zip(axes, values, strict=True))}
                     yield _spec(benchmark, suite, methods, point, where)
 
-    def excludable(self, tasks: Mapping[str, Any]) -> Iterable[str]:
+    def excludable(self, tasks: Mapping[str, SetEntry]) -> Iterable[str]:
         return tasks
 
     def variant(self, spec: Mapping[str, Any]) -> str:
@@ -87,11 +88,11 @@ class DomainsKind(Kind):
     def figure_inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).picture]
 
-    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, SetEntry]) -> list[tuple[str, str]]:
         return [(spec["task"]["name"], ALL)]
 
     def describe(
-        self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, Any], *, open_files: bool
+        self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, SetEntry], *, open_files: bool
     ) -> Iterator[SetPart]:
         from benchmarks.domainbed.validation import list_environments
 
@@ -100,13 +101,13 @@ class DomainsKind(Kind):
             found = list_environments(spec["task"], spec["data_seed"], open_images=open_files)
         except DataError as error:
             problem = error if open_files else first_line(error)
-            advice = f"{name}: {problem}\n    {known['obtain']}. Without it: `without: [{name}]`"
-            yield SetPart(name, ALL, None, expected=known.get("images"), advice=advice)
+            advice = f"{name}: {problem}\n    {known.obtain}. Without it: `without: [{name}]`"
+            yield SetPart(name, ALL, None, expected=known.images, advice=advice)
             return
         for environment, rows, labels, source in found:
             yield SetPart(name, environment, rows, labels=labels, source=source)
         total = sum(rows for _, rows, _, _ in found)
-        yield SetPart(name, ALL, total, expected=known.get("images"), source=found[0][3])
+        yield SetPart(name, ALL, total, expected=known.images, source=found[0][3])
 
 
 KIND = DomainsKind()
@@ -122,43 +123,44 @@ def _held_out(asked: str | list[list[str]], environments: list[str], where: str)
 
 
 def _spec(
-    benchmark: Benchmark, suite: str, methods: Mapping[str, dict[str, Any]], point: Mapping[str, Any], where: str
+    benchmark: Benchmark[ImageDefinition, SetEntry],
+    suite: str,
+    methods: Mapping[str, Method],
+    point: Mapping[str, Any],
+    where: str,
 ) -> dict[str, Any]:
     task, trial, draw = benchmark.tasks[point["set"]], point["trial"], point["hparams_seed"]
-    training = training_settings(benchmark, suite, point["model"])
-    sweep = _sweep(benchmark.definition["version"], methods[point["method"]], training)
-    drawn = hyper_parameters(training.pop("registry"), task["domainbed"], draw, trial)
-    hparams = {**drawn, **training.pop("hparams")}
-    training["eval_every"] = training["eval_every"] or task["eval_every"]
+    definition, changes = benchmark.definition, benchmark.definition.suites[suite].training
+    place = f"{benchmark.file}: 'suites.{suite}.training"
+    settings = training_settings(definition.training, changes, point["model"], place)
+    drawn = hyper_parameters(settings.registry, task.domainbed, draw, trial)
+    hparams = {**drawn, **settings.hparams.model_dump()}
+    training = settings.model_dump(include=set(ImageTraining.model_fields))
+    training["eval_every"] = settings.eval_every or task.eval_every
     return {
         "benchmark": benchmark.name,
-        "version": benchmark.definition["version"],
-        "pipeline": benchmark.definition["pipeline"],
-        "model": without_title(point["model"], load_models()[point["model"]]),
-        "task": {
-            "name": point["set"],
-            **{key: value for key, value in task.items() if key not in _NOT_IN_SPEC},
-            # in order, which JSON's mappings do not keep
-            "environments": [list(pair) for pair in task["environments"].items()],
-        },
+        "version": definition.version,
+        "pipeline": definition.pipeline,
+        "model": load_models()[point["model"]].spec(point["model"]),
+        "task": task.spec(point["set"]),
         "ood": [],
-        "method": method_spec(methods, point, trial, training["lora"], where),
+        "method": method_spec(methods, point, trial, settings.lora, where),
         "test_envs": list(point["test_envs"]),
         "hparams_seed": draw,
         "hparams": hparams,
-        "sweep": sweep,
+        "sweep": _sweep(definition.version, methods[point["method"]], settings),
         "training": training,
         "learning_rate": float(hparams["lr"]),
         # one for all methods, so that they see the same digits: that of DomainBed's own baseline
-        "data_seed": sweep_seed(task["domainbed"], BASELINE, point["test_envs"], draw, trial),
+        "data_seed": sweep_seed(task.domainbed, BASELINE, point["test_envs"], draw, trial),
         "seed": trial,
     }
 
 
-def _sweep(version: int, method: Mapping[str, Any], training: Mapping[str, Any]) -> str:
+def _sweep(version: int, method: Method, training: ImageTrainingSettings) -> str:
     """Digest of the settings that a method's runs have in common: of all sets, draws, trials and held-out environments."""
-    settings = {key: value for key, value in method.items() if key not in ("title", "role")}
-    text = json.dumps([version, settings, training], sort_keys=True)
+    settings = [method.model_dump(exclude={"title", "role"}), training.model_dump(exclude={"by_model"})]
+    text = json.dumps([version, *settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 

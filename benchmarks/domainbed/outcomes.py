@@ -7,9 +7,11 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.domainbed.definition import ImageDefinition, SetEntry
 from benchmarks.domainbed.selection import SELECTIONS, Chosen, Trained
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.reporting.common_tables import in_order
 from benchmarks.harness.results.records import collect_from, read_metrics
@@ -34,10 +36,10 @@ class Outcomes:
         records: every number of every run.
     """
 
-    def __init__(self, benchmark: Benchmark, runs: list[Run]) -> None:
+    def __init__(self, benchmark: Benchmark[ImageDefinition, SetEntry], runs: list[Run]) -> None:
         self.benchmark, self.runs = benchmark, runs
-        self.methods: dict[str, dict[str, str]] = benchmark.definition["methods"]
-        self.baseline: str = benchmark.definition["baseline"]
+        self.methods = resolve_methods(benchmark.definition)
+        self.baseline = benchmark.definition.baseline
         self._steps: dict[str, list[dict[str, Any]]] = {}
         self.records = collect_from(self._read())
         self.cells = pd.DataFrame(
@@ -59,7 +61,7 @@ class Outcomes:
 
     def environments(self, name: str) -> list[str]:
         """Names of a set's environments, in DomainBed's order."""
-        return list(self.benchmark.tasks[name]["environments"])
+        return list(self.benchmark.tasks[name].environments)
 
     def _cells(self) -> list[dict[str, Any]]:
         groups: dict[tuple[str, str, str, int], list[Run]] = {}
@@ -127,17 +129,19 @@ class Outcomes:
             "method": self.method_title,
         }
         found = found.assign(**{f"{key}_title": found[key].map(title) for key, title in titles.items() if key in found})
-        return found.assign(is_method=[self.methods.get(name, {}).get("role") != "control" for name in found["method"]])
+        return found.assign(
+            is_method=[name not in self.methods or self.methods[name].role != "control" for name in found["method"]]
+        )
 
     def method_title(self, method: str) -> str:
-        return self.methods[method]["title"] if method in self.methods else method
+        return self.methods[method].title if method in self.methods else method
 
     def set_title(self, name: str) -> str:
-        return str(self.benchmark.tasks[name]["title"]) if name in self.benchmark.tasks else name
+        return self.benchmark.tasks[name].title if name in self.benchmark.tasks else name
 
     def model_title(self, name: str) -> str:
         models = load_models()
-        return str(models[name]["title"]) if name in models else name
+        return models[name].title if name in models else name
 
 
 def _choice(run: Run) -> tuple[int, str]:

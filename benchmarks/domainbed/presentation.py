@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.domainbed.definition import ImageDefinition, SetEntry
 from benchmarks.domainbed.figures import draw_accuracy, draw_confusion, draw_routing, draw_samples
 from benchmarks.domainbed.outcomes import Outcomes
 from benchmarks.domainbed.tables import domain_tables, set_tables, verdicts
@@ -24,13 +25,13 @@ _DRAWERS = {
 }
 
 
-def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: Benchmark[ImageDefinition, SetEntry], runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = Outcomes(benchmark, runs)
     definition = benchmark.definition
-    check_names(f"{benchmark.file}: '", "set_figures", definition["set_figures"], _DRAWERS)
+    check_names(f"{benchmark.file}: '", "set_figures", definition.set_figures, _DRAWERS)
     return Presentation(
-        domain_tables(outcomes, definition["tables"]),
+        domain_tables(outcomes, definition.tables),
         list(verdicts(outcomes)),
         _NOTE,
         parts={name: _part(outcomes, name) for name in outcomes.sets},
@@ -39,7 +40,7 @@ def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
 
 def _part(outcomes: Outcomes, name: str) -> Part:
     def draw(folder: Path) -> None:
-        for figure in outcomes.benchmark.definition["set_figures"]:
+        for figure in outcomes.benchmark.definition.set_figures:
             _DRAWERS[figure](outcomes, name, folder / f"{outcomes.benchmark.name}_{name}_{figure}")
 
-    return Part(set_tables(outcomes, name, outcomes.benchmark.definition["set_tables"]), draw)
+    return Part(set_tables(outcomes, name, outcomes.benchmark.definition.set_tables), draw)

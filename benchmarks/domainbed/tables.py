@@ -184,7 +184,7 @@ def paper(outcomes: Outcomes) -> Table:
 def verdicts(outcomes: Outcomes) -> Iterator[str]:
     """A sentence a set and selection: what the methods differ by."""
     rows = outcomes.order(outcomes.tests, ["model", "selection", "set"])
-    rows = rows[rows["method"].map(lambda name: outcomes.methods[name]["role"] == "method").astype(bool)]
+    rows = rows[rows["method"].map(lambda name: outcomes.methods[name].role == "method").astype(bool)]
     for key, found in rows.groupby(["model_title", "selection_title", "set_title"], sort=False):
         words = [
             f"{row.method_title} {row.delta * 100:+z.1f}{interval_text(row.low * 100, row.high * 100)}, {row.verdict or 'no test'} (n = {row.n})"
@@ -195,7 +195,7 @@ def verdicts(outcomes: Outcomes) -> Iterator[str]:
 
 def _judged_on(outcomes: Outcomes, name: str) -> str:
     """Which images accuracies are of."""
-    paired = "emoji" in outcomes.benchmark.tasks[name]["source"]
+    paired = outcomes.benchmark.tasks[name].source.emoji is not None
     share = "a fifth of the emoji, which no training environment shows" if paired else "80 % of its images"
     limits = {run.spec["training"]["eval_rows"] for run in outcomes.runs if run.spec["task"]["name"] == name}
     cut = "".join(f", of which {limit} are used" for limit in limits if limit)

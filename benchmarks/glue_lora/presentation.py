@@ -11,6 +11,7 @@ from benchmarks.harness.reporting.plots import score_panels
 from benchmarks.harness.reporting.presentation import NOTE, Presentation
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.text.comparison import ID, Comparison
+from benchmarks.text.definition import TaskEntry, TextDefinition
 from benchmarks.text.figures import panels_by_model
 from benchmarks.text.tables import TextTables
 
@@ -18,7 +19,7 @@ from benchmarks.text.tables import TextTables
 _SHARED = ("adapters", "head")
 
 
-def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: Benchmark[TextDefinition, TaskEntry], runs: list[Run]) -> Presentation:
     """Present finished runs.
 
     Raises:
@@ -31,7 +32,7 @@ def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
     def draw(folder: Path) -> None:
         score_panels(comparison, panels_by_model(comparison, ID), folder / f"{benchmark.name}_scores")
 
-    names = benchmark.definition["tables"]
+    names = benchmark.definition.tables
     return Presentation(tables.named(names), list(tables.verdicts()), NOTE, draw)
 
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.glue_ood.definition import EvaluationDefinition
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.reporting.plots import score_panels
 from benchmarks.harness.reporting.presentation import NOTE, Presentation
 from benchmarks.text.comparison import OOD, Comparison, ranked
+from benchmarks.text.definition import TaskEntry
 from benchmarks.text.figures import panels_by_model, rank_diagram
 from benchmarks.text.paper_tables import paper_table, rank_table
 from benchmarks.text.tables import TextTables
 
 
-def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: Benchmark[EvaluationDefinition, TaskEntry], runs: list[Run]) -> Presentation:
     """Present finished runs."""
     comparison = Comparison(benchmark, runs)
     tables = TextTables(comparison)
-    rankings = ranked(comparison, benchmark.definition["ranked"], ["protocol", "model"])
+    rankings = ranked(comparison, benchmark.definition.ranked, ["protocol", "model"])
     if not rankings:
         raise DefinitionError(f"{benchmark.file}: 'ranked' names no method that the suite runs")
 

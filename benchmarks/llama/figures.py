@@ -42,7 +42,7 @@ def draw_curves(outcomes: Outcomes, path: Path) -> None:
                 mean = np.mean(np.array(curves), axis=0)
                 colour = _COLOURS[number % len(_COLOURS)]
                 axis.plot(range(1, len(mean) + 1), mean, color=colour, lw=1.3, label=title, marker="o", ms=2)
-            tuned = outcomes.tunings[tuning]["title"]
+            tuned = outcomes.tunings[tuning].title
             below = f"{outcomes.set_title(name)}, {tuned}" if outcomes.several_sets else tuned
             title = f"{outcomes.model_title(model)}\n{below}"
             axis.set_title(title, fontsize=8)

@@ -13,63 +13,66 @@ from benchmarks.harness.planning.kinds import ALL, Benchmark, Kind, SetPart
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
     method_spec,
-    suite_entries,
     suite_methods,
     training_settings,
-    without_title,
+    with_changes,
 )
-from benchmarks.harness.planning.schema import check_names, read_checked
+from benchmarks.harness.planning.schema import check_names, parse, read
+from benchmarks.harness.planning.shared import Method, Resources
 from benchmarks.harness.planning.tunings import TUNINGS, needs_layers, tuning_spec
 from benchmarks.harness.sources.packages import PackageFile, packaged
+from benchmarks.llama.definition import Finetuning, InstructionDefinition, InstructionSet, SetFile
 from benchmarks.llama.instructions import ALPACA_DEMO, load_instructions
 from benchmarks.llama.mmlu_dev import MMLU_DEV_FILE, is_mmlu_dev
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
 _UNTRAINED = "nothing"
-# of a set: for readers
-_NOT_IN_SPEC = ("title", "obtain", "rows")
 
 
-class InstructionKind(Kind):
+class InstructionKind(Kind[InstructionDefinition, InstructionSet]):
     """Language models, tuned on instructions and judged by lm-eval: one run for each model, set, way of tuning, method, learning rate and seed."""
 
-    schema = "instruction"
+    files = (("llama", InstructionDefinition), ("instruction_sets", SetFile))
     counts_labels = False
     optimizer = "AdamW"
 
-    def load(self, definition: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        return definition, read_checked(folder / definition["sets"], "instructions")["sets"]
+    def load(self, content: object, file: Path) -> tuple[InstructionDefinition, Mapping[str, InstructionSet]]:
+        definition = parse(content, InstructionDefinition, str(file))
+        return definition, read(file.parent / definition.sets, SetFile).sets
 
     def specs(
         self,
-        benchmark: Benchmark,
+        benchmark: Benchmark[InstructionDefinition, InstructionSet],
         suite: str,
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        methods, tunings = suite_methods(benchmark, suite), suite_entries(benchmark, suite, "tunings")
-        for number, block in enumerate(benchmark.definition["suites"][suite]["grid"]):
+        part, where = benchmark.definition.suites[suite], f"{benchmark.file}: 'suites.{suite}"
+        methods = suite_methods(benchmark, suite)
+        tunings = with_changes(benchmark.definition.tunings, part.tunings, "tunings", where)
+        for number, block in enumerate(part.grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            language = [name for name, model in load_models().items() if model.get("modality") == "language"]
-            check_names(where, "model", block["model"], language)
-            check_names(where, "set", block["set"], benchmark.tasks)
-            check_names(where, "method", block["method"], methods)
-            check_names(where, "tuning", block["tuning"], tunings)
-            axes = {key: block[key] for key in _AXES if key in block}
-            sets = [name for name in block["set"] if name not in exclude]
-            names = itertools.product(block["model"], sets, block["tuning"], block["method"])
+            language = [name for name, model in load_models().items() if model.modality == "language"]
+            check_names(where, "model", block.model, language)
+            check_names(where, "set", block.set, benchmark.tasks)
+            check_names(where, "method", block.method, methods)
+            check_names(where, "tuning", block.tuning, tunings)
+            given = block.model_dump()
+            axes = {key: given[key] for key in _AXES if key in given}
+            sets = [name for name in block.set if name not in exclude]
+            names = itertools.product(block.model, sets, block.tuning, block.method)
             for (model, name, tuning, method), values in itertools.product(names, itertools.product(*axes.values())):
-                point = {"model": model, "set": name, "method": method, **dict(zip(axes, values, strict=True))}
-                yield _spec(benchmark, suite, methods, {"name": tuning, **tunings[tuning]}, point, where)
+                point = {"model": model, "set": name, "tuning": tuning, "method": method}
+                point |= dict(zip(axes, values, strict=True))
+                yield _spec(benchmark, suite, methods, tunings[tuning], point, where)
 
-    def excludable(self, tasks: Mapping[str, Any]) -> Iterable[str]:
+    def excludable(self, tasks: Mapping[str, InstructionSet]) -> Iterable[str]:
         return tasks
 
-    def resources(self, resources: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+    def resources(self, resources: Resources, spec: Mapping[str, Any]) -> dict[str, Any]:
         """All of them; a run that trains nothing takes one process and at most one GPU."""
-        if is_trained(spec):
-            return dict(resources)
-        return {**resources, "processes": 1, "gpu": min(resources["gpu"], 1)}
+        found = resources.model_dump()
+        return found if is_trained(spec) else found | {"processes": 1, "gpu": min(resources.gpu, 1)}
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         if not is_trained(spec):
@@ -91,22 +94,22 @@ class InstructionKind(Kind):
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [str(MMLU_DEV_FILE)] if any(is_mmlu_dev(entry["task"]) for entry in spec["evaluation"]["tasks"]) else []
 
-    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, InstructionSet]) -> list[tuple[str, str]]:
         return [(spec["task"]["name"], ALL)]
 
     def describe(
-        self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, Any], *, open_files: bool
+        self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, InstructionSet], *, open_files: bool
     ) -> Iterator[SetPart]:
         """A set of instructions; rows that are broken without regard to their length count as dropped."""
         known = tasks[name]
         try:
             found = load_instructions(spec["task"])
         except DataError as error:
-            advice = f"{name}: {first_line(error)}\n    {known['obtain']}. Without it: `without: [{name}]`"
-            yield SetPart(name, ALL, None, expected=known.get("rows"), advice=advice)
+            advice = f"{name}: {first_line(error)}\n    {known.obtain}. Without it: `without: [{name}]`"
+            yield SetPart(name, ALL, None, expected=known.rows, advice=advice)
             return
         inputs = f"{sum(bool(row.input) for row in found.rows):,} with an input"
-        yield SetPart(name, ALL, len(found.rows), len(found.broken), known.get("rows"), inputs, found.source)
+        yield SetPart(name, ALL, len(found.rows), len(found.broken), known.rows, inputs, found.source)
 
     def unpinned(self, spec: Mapping[str, Any]) -> Iterator[str]:
         for entry in spec["evaluation"]["tasks"]:
@@ -138,59 +141,57 @@ def is_trained(spec: Mapping[str, Any]) -> bool:
 
 
 def _spec(
-    benchmark: Benchmark,
+    benchmark: Benchmark[InstructionDefinition, InstructionSet],
     suite: str,
-    methods: Mapping[str, dict[str, Any]],
-    tuning: Mapping[str, Any],
+    methods: Mapping[str, Method],
+    tuning: Finetuning,
     point: Mapping[str, Any],
     where: str,
 ) -> dict[str, Any]:
-    part = benchmark.definition["suites"][suite]
-    untrained = tuning["train"] == _UNTRAINED
+    definition, part = benchmark.definition, benchmark.definition.suites[suite]
+    untrained = tuning.train == _UNTRAINED
     if not untrained and not point.get("learning_rate"):
-        raise DefinitionError(f"{where}': the tuning '{tuning['name']}' trains, so it needs 'learning_rate'")
-    training = training_settings(benchmark, suite, point["model"]) | {"lora": tuning["lora"]}
-    task = {key: value for key, value in benchmark.tasks[point["set"]].items() if key not in _NOT_IN_SPEC}
+        raise DefinitionError(f"{where}': the tuning '{point['tuning']}' trains, so it needs 'learning_rate'")
+    place = f"{benchmark.file}: 'suites.{suite}.training"
+    settings = training_settings(definition.training, part.training, point["model"], place)
+    training = settings.model_dump(exclude={"by_model"}) | tuning.model_dump(include={"lora"})
     method = method_spec(methods, point, point["seed"], None, where)
     return {
         "benchmark": benchmark.name,
-        "version": benchmark.definition["version"],
-        "pipeline": benchmark.definition["pipeline"],
-        "model": {**without_title(point["model"], load_models()[point["model"]]), **_form(tuning)},
-        "task": {"name": point["set"], **task},
+        "version": definition.version,
+        "pipeline": definition.pipeline,
+        "model": {**load_models()[point["model"]].spec(point["model"]), **_form(tuning)},
+        "task": benchmark.tasks[point["set"]].spec(point["set"]),
         "ood": [],
-        "method": method | {"tune": _tuned(tuning, where)},
-        "tuning": tuning["name"],
-        "data": benchmark.definition["data"] | part.get("data", {}),
+        "method": method | {"tune": _tuned(tuning, f"{where}': tuning '{point['tuning']}'")},
+        "tuning": point["tuning"],
+        "data": definition.data.changed(part.data).model_dump(),
         # what shapes no number of an untrained model shall not make it a new run
-        "training": {"lora": None, "precision": training["precision"], "keep_weights": False}
-        if untrained
-        else training,
-        "evaluation": benchmark.definition["evaluation"] | part.get("evaluation", {}),
+        "training": {"lora": None, "precision": settings.precision, "keep_weights": False} if untrained else training,
+        "evaluation": definition.evaluation.changed(part.evaluation).model_dump(),
         "learning_rate": 0.0 if untrained else float(point["learning_rate"]),
         "seed": point["seed"],
     }
 
 
-def _form(tuning: Mapping[str, Any]) -> dict[str, Any]:
+def _form(tuning: Finetuning) -> dict[str, Any]:
     """In which form the weights are loaded, where that is not float32."""
-    found = {"weights": tuning["weights"]} if tuning["weights"] != "fp32" else {}
-    return found | ({"quantize": tuning["quantize"], "whole": tuning["layers"]} if tuning["quantize"] else {})
+    found: dict[str, Any] = {"weights": tuning.weights} if tuning.weights != "fp32" else {}
+    return found | ({"quantize": tuning.quantize, "whole": tuning.layers} if tuning.quantize else {})
 
 
-def _tuned(tuning: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+def _tuned(tuning: Finetuning, named: str) -> dict[str, Any] | None:
     """What is trained; None where everything is."""
-    named = f"{where}': tuning '{tuning['name']}'"
-    if (tuning["train"] == "adapters") != (tuning["lora"] is not None):
+    if (tuning.train == "adapters") != (tuning.lora is not None):
         raise DefinitionError(
             f"{named}: 'lora' says which adapters there are, and 'train: adapters' that they are trained; give both or none"
         )
-    if tuning["quantize"] and tuning["train"] != "adapters":
+    if tuning.quantize and tuning.train != "adapters":
         raise DefinitionError(f"{named}: weights in 4 bits cannot be trained; 'quantize' needs 'train: adapters'")
-    if (needs_layers(tuning["train"]) or tuning["quantize"] is not None) != (tuning["layers"] is not None):
+    if (needs_layers(tuning.train) or tuning.quantize is not None) != (tuning.layers is not None):
         raise DefinitionError(
             f"{named}: 'layers' says which blocks 'train: blocks' trains, or which FFNs 'quantize' leaves whole; it goes with one of them"
         )
-    if tuning["train"] == "all":
+    if tuning.train == "all":
         return None
-    return tuning_spec(tuning["train"] if tuning["train"] in TUNINGS else None, tuning["layers"]) | {"head": False}
+    return tuning_spec(tuning.train if tuning.train in TUNINGS else None, tuning.layers) | {"head": False}

@@ -10,10 +10,12 @@ import pandas as pd
 
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.reporting.common_tables import in_order
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import Difference, paired_difference, with_verdicts
+from benchmarks.llama.definition import InstructionDefinition, InstructionSet
 from benchmarks.llama.grid import is_trained
 
 GROUP = ["model", "set", "tuning"]
@@ -41,11 +43,11 @@ class Outcomes:
         untuned: the tuning that trains nothing; empty where no run is of it.
     """
 
-    def __init__(self, benchmark: Benchmark, runs: list[Run]) -> None:
+    def __init__(self, benchmark: Benchmark[InstructionDefinition, InstructionSet], runs: list[Run]) -> None:
         self.benchmark = benchmark
-        self.methods: dict[str, dict[str, str]] = benchmark.definition["methods"]
-        self.tunings: dict[str, dict[str, Any]] = benchmark.definition["tunings"]
-        self.baseline: str = benchmark.definition["baseline"]
+        self.methods = resolve_methods(benchmark.definition)
+        self.tunings = benchmark.definition.tunings
+        self.baseline = benchmark.definition.baseline
         read = {run.id: read_metrics(run) for run in runs}
         self.runs = _chosen(runs, read)
         self.rates_chosen = len(self.runs) < len(runs)
@@ -133,16 +135,16 @@ class Outcomes:
         return found.assign(
             model_title=[self.model_title(name) for name in found["model"]],
             set_title=[self.set_title(name) for name in found["set"]],
-            tuning_title=[self.tunings[name]["title"] for name in found["tuning"]],
+            tuning_title=[self.tunings[name].title for name in found["tuning"]],
             method_title=[
                 self.method_title(method, variant)
                 for method, variant in zip(found["method"], found.get("variant", [""] * len(found)), strict=True)
             ],
-            is_method=[self.methods[name].get("role") != "control" for name in found["method"]],
+            is_method=[self.methods[name].role != "control" for name in found["method"]],
         )
 
     def model_title(self, name: str) -> str:
-        return str(load_models()[name]["title"])
+        return load_models()[name].title
 
     @property
     def several_sets(self) -> bool:
@@ -155,17 +157,17 @@ class Outcomes:
         parts = (
             self.model_title(cell["model"]) if several_models else "",
             self.set_title(cell["set"]) if self.several_sets else "",
-            self.tunings[cell["tuning"]]["title"],
+            self.tunings[cell["tuning"]].title,
             self.method_title(cell["method"], cell["variant"]),
         )
         return ", ".join(filter(None, parts))
 
     def set_title(self, name: str) -> str:
-        return str(self.benchmark.tasks[name]["title"]) if name in self.benchmark.tasks else name
+        return self.benchmark.tasks[name].title if name in self.benchmark.tasks else name
 
     def method_title(self, method: str, variant: str = "") -> str:
         """A method's title, with what of it is varied."""
-        return " ".join(filter(None, (self.methods[method]["title"], variant)))
+        return " ".join(filter(None, (self.methods[method].title, variant)))
 
 
 def cell_of(run: Run) -> dict[str, str]:

@@ -8,6 +8,7 @@ from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.schema import check_names
 from benchmarks.harness.reporting.presentation import Presentation
+from benchmarks.llama.definition import InstructionDefinition, InstructionSet
 from benchmarks.llama.figures import draw_categories, draw_curves, draw_routing
 from benchmarks.llama.outcomes import Outcomes
 from benchmarks.llama.tables import instruction_tables, verdicts
@@ -19,14 +20,14 @@ _NOTE = (
 _DRAWERS = {"curves": draw_curves, "categories": draw_categories, "routing": draw_routing}
 
 
-def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: Benchmark[InstructionDefinition, InstructionSet], runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = Outcomes(benchmark, runs)
     definition = benchmark.definition
-    check_names(f"{benchmark.file}: '", "figures", definition["figures"], _DRAWERS)
+    check_names(f"{benchmark.file}: '", "figures", definition.figures, _DRAWERS)
 
     def draw(folder: Path) -> None:
-        for figure in definition["figures"]:
+        for figure in definition.figures:
             _DRAWERS[figure](outcomes, folder / f"{benchmark.name}_{figure}")
 
-    return Presentation(instruction_tables(outcomes, definition["tables"]), list(verdicts(outcomes)), _NOTE, draw)
+    return Presentation(instruction_tables(outcomes, definition.tables), list(verdicts(outcomes)), _NOTE, draw)

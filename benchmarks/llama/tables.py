@@ -167,7 +167,7 @@ def data(outcomes: Outcomes) -> Table:
             if part != "train" or is_trained(run.spec):
                 rows.append({**{key: cell_of(run)[key] for key in GROUP}, "part": part.replace("_", " "), **found})
     frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
-    frame["set_title"] = [outcomes.benchmark.tasks[name]["title"] for name in frame["set"]]
+    frame["set_title"] = [outcomes.benchmark.tasks[name].title for name in frame["set"]]
     frame = frame.drop(columns="tuning").drop_duplicates().reset_index(drop=True)
     counts = ("rows", "tokens", "learned_tokens", "longest", "truncated_responses", "truncated_tokens", "broken_rows")
     words = ("Rows", "Tokens", "of responses", "Longest", "Responses cut", "Tokens cut", "Broken rows")
@@ -228,8 +228,8 @@ def verdicts(outcomes: Outcomes) -> Iterator[str]:
     """A sentence a way of tuning: what the methods differ by, and what tuning changed."""
     gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"].to_dict()
     losses = outcomes.order(outcomes.loss_differences())
-    losses = losses[losses["method"].map(lambda name: outcomes.methods[name]["role"] == "method").astype(bool)]
-    scale = load_metrics()["accuracy"]["scale"]
+    losses = losses[losses["method"].map(lambda name: outcomes.methods[name].role == "method").astype(bool)]
+    scale = load_metrics()["accuracy"].scale
     for key, rows in losses.groupby(list(_keys(outcomes))[:-1], sort=False):
         words = []
         for row in rows.itertuples():

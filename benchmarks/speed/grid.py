@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.kinds import Benchmark, Kind
-from benchmarks.harness.planning.schema import check_names
+from benchmarks.harness.planning.schema import check_names, parse
+from benchmarks.speed.definition import Measure, MeasurementDefinition
 
 # shape how much is measured, not what
 _NOT_IN_VARIANT = ("candidates", "rounds")
@@ -24,43 +25,44 @@ _SHORT = {
 }
 
 
-class MeasurementKind(Kind):
+class MeasurementKind(Kind[MeasurementDefinition, Measure]):
     """Things measured side by side, each run under one setting; nothing is trained."""
 
-    schema = "measurement"
+    files = (("speed", MeasurementDefinition),)
     has_models = has_seeds = counts_labels = False
 
-    def load(self, definition: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        return definition, definition["measures"]
+    def load(self, content: object, file: Path) -> tuple[MeasurementDefinition, Mapping[str, Measure]]:
+        definition = parse(content, MeasurementDefinition, str(file))
+        return definition, definition.measures
 
     def specs(
         self,
-        benchmark: Benchmark,
+        benchmark: Benchmark[MeasurementDefinition, Measure],
         suite: str,
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
         definition = benchmark.definition
         seen: set[tuple[str, str, str]] = set()
-        for number, block in enumerate(definition["suites"][suite]["grid"]):
+        for number, block in enumerate(definition.suites[suite].grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            check_names(where, "measure", [block["measure"]], definition["measures"])
-            check_names(where, "model", block["model"], definition["models"])
-            usual: dict[str, Any] = definition["measures"][block["measure"]]["settings"]
-            check_names(where, "settings", block["settings"], usual)
-            for name, values in block["settings"].items():
+            check_names(where, "measure", [block.measure], definition.measures)
+            check_names(where, "model", block.model, definition.models)
+            usual = definition.measures[block.measure].settings
+            check_names(where, "settings", block.settings, usual)
+            for name, values in block.settings.items():
                 for value in values:
                     if type(value) is not type(usual[name]):
                         kind = type(usual[name]).__name__
                         raise DefinitionError(
                             f"{where}.settings.{name}' has {value!r}, but must be {kind} like {usual[name]!r}"
                         )
-            candidates = [name for values in block["settings"].get("candidates", []) for name in values]
-            check_names(where, "settings.candidates", candidates, definition["candidates"])
-            for model, *values in itertools.product(block["model"], *block["settings"].values()):
-                settings = {**usual, **dict(zip(block["settings"], values, strict=True))}
-                spec = _spec(benchmark, block["measure"], model, settings, usual)
-                key = (block["measure"], model, spec["method"]["variant"])
+            candidates = [name for values in block.settings.get("candidates", []) for name in values]
+            check_names(where, "settings.candidates", candidates, definition.candidates)
+            for model, *values in itertools.product(block.model, *block.settings.values()):
+                settings = {**usual, **dict(zip(block.settings, values, strict=True))}
+                spec = _spec(benchmark, block.measure, model, settings, usual)
+                key = (block.measure, model, spec["method"]["variant"])
                 if key in seen:
                     raise DefinitionError(f"{where}' measures {' '.join(filter(None, key))} a second time")
                 seen.add(key)
@@ -71,16 +73,19 @@ KIND = MeasurementKind()
 
 
 def _spec(
-    benchmark: Benchmark, measure: str, model: str, settings: Mapping[str, Any], usual: Mapping[str, Any]
+    benchmark: Benchmark[MeasurementDefinition, Measure],
+    measure: str,
+    model: str,
+    settings: Mapping[str, Any],
+    usual: Mapping[str, Any],
 ) -> dict[str, Any]:
     definition = benchmark.definition
     other = {name: value for name, value in settings.items() if value != usual[name] and name not in _NOT_IN_VARIANT}
-    described = {key: value for key, value in definition["models"][model].items() if key != "title"}
     return {
         "benchmark": benchmark.name,
-        "version": definition["version"],
-        "pipeline": definition["pipeline"],
-        "model": {"name": model, **described},
+        "version": definition.version,
+        "pipeline": definition.pipeline,
+        "model": definition.models[model].spec(model),
         "task": {"name": measure},
         "ood": [],
         # nothing is trained: no method, no learning rate

@@ -46,7 +46,7 @@ def measure(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, 
 def keys_of(model: Mapping[str, Any]) -> Tensor:
     """Key vectors ``[d, h]``: real ones, or Gaussian rows around 128 centres whose spread is a quarter of theirs."""
     if "model" in model:
-        loaded = load_backbone({"name": model["model"], **load_models()[model["model"]]})
+        loaded = load_backbone(load_models()[model["model"]].spec(model["model"]))
         return find_ffns(loaded)[model["layer"]].keys().detach().float()
     generator = torch.Generator().manual_seed(derive_seed("keys", model["neurons"], model["hidden"]))
     centres = torch.randn(128, model["hidden"], generator=generator)

@@ -17,6 +17,7 @@ from benchmarks.harness.reporting.plots import STYLE, save
 from benchmarks.harness.reporting.presentation import Presentation
 from benchmarks.harness.reporting.rendering import Column, Table
 from benchmarks.harness.results.records import collect
+from benchmarks.speed.definition import Measure, MeasurementDefinition
 from emoe.sparse.cost_model import predicted_time_ratio
 
 _COLOURS = {
@@ -37,7 +38,7 @@ _MARKERS = {
 }
 
 
-def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: Benchmark[MeasurementDefinition, Measure], runs: list[Run]) -> Presentation:
     """Present finished runs."""
     shown = _Shown(benchmark, runs)
     return Presentation(
@@ -49,9 +50,9 @@ def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
 
 
 class _Shown:
-    def __init__(self, benchmark: Benchmark, runs: list[Run]) -> None:
+    def __init__(self, benchmark: Benchmark[MeasurementDefinition, Measure], runs: list[Run]) -> None:
         self.benchmark = benchmark
-        self._titles = {name: candidate["title"] for name, candidate in benchmark.definition["candidates"].items()}
+        self._titles = {name: candidate.title for name, candidate in benchmark.definition.candidates.items()}
         settings = pd.DataFrame(
             [
                 {
@@ -64,10 +65,8 @@ class _Shown:
             ]
         )
         self.records = collect(runs).merge(settings, on="run_id")
-        models = benchmark.definition["models"]
-        self.records["model_title"] = self.records["model"].map(
-            {name: model["title"] for name, model in models.items()}
-        )
+        models = benchmark.definition.models
+        self.records["model_title"] = self.records["model"].map({name: model.title for name, model in models.items()})
 
     def _wide(self, measure: str) -> pd.DataFrame:
         """A row a run, in the order of the grid, with columns ``<candidate>_<metric>``."""
@@ -137,8 +136,8 @@ class _Shown:
         )
 
     def decode(self) -> Table:
-        measures = self.benchmark.definition["measures"]
-        frames = [self._wide(measure).assign(what=measures[measure]["title"]) for measure in ("decode", "generate")]
+        measures = self.benchmark.definition.measures
+        frames = [self._wide(measure).assign(what=measures[measure].title) for measure in ("decode", "generate")]
         frame = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
         return Table(
             f"{self.benchmark.name}_decode",
@@ -192,7 +191,7 @@ class _Shown:
         ):
             found = found.sort_values("value")
             first, last = found.iloc[0], found.iloc[-1]
-            title = self.benchmark.definition["measures"][measure]["title"]
+            title = self.benchmark.definition.measures[measure].title
             kind = "" if pd.isna(dtype) else f", {dtype}"
             range_ = f", from {_setting(first)} to {_setting(last)}" if len(found) > 1 else ""
             settings = "settings" if len(found) > 1 else "setting"
@@ -262,7 +261,7 @@ class _Shown:
 
     def _draw_scaling(self, folder: Path) -> None:
         """Each axis varied alone, the rest at the measure's usual setting with 1024 tokens."""
-        usual = self.benchmark.definition["measures"]["layer"]["settings"]
+        usual = self.benchmark.definition.measures["layer"].settings
         rows = self._ratios(dtype="float32", threads=1)
         rows = rows.assign(size=rows["neurons"] / rows["num_experts"])
         base = rows["model"] == "bert-base"

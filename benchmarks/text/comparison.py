@@ -10,9 +10,12 @@ import pandas as pd
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.shared import MethodsDefinition
 from benchmarks.harness.results.records import OOD_MEAN, collect, scores_of
 from benchmarks.harness.results.statistics import Difference, Ranking, friedman_ranks, paired_difference, with_verdicts
+from benchmarks.text.definition import TaskEntry
 from benchmarks.text.selection import PROTOCOLS, reported, select
 
 ID, OOD = "id", "ood"
@@ -36,11 +39,12 @@ class Comparison:
             the mean over the seeds that all methods have.
     """
 
-    def __init__(self, benchmark: Benchmark, runs: list[Run]) -> None:
+    def __init__(self, benchmark: Benchmark[MethodsDefinition, TaskEntry], runs: list[Run]) -> None:
         self.benchmark = benchmark
+        self.evaluates = benchmark.kind.evaluates(benchmark.definition) is not None
         self.records = collect(runs)
-        self.methods: dict[str, dict[str, str]] = benchmark.definition["methods"]
-        self.baseline: str = benchmark.definition["baseline"]
+        self.methods = resolve_methods(benchmark.definition)
+        self.baseline = benchmark.definition.baseline
         self._chosen = {protocol: self._choose(protocol) for protocol in PROTOCOLS}
         self.seeds = pd.concat([self._seeds(protocol) for protocol in PROTOCOLS], ignore_index=True)
         self.protocols = [protocol for protocol in PROTOCOLS if protocol in set(self.seeds["protocol"])]
@@ -52,7 +56,7 @@ class Comparison:
 
     def _choose(self, protocol: str) -> pd.DataFrame:
         # a benchmark that evaluates the chosen runs of another has no others
-        if "evaluates" in self.benchmark.definition:
+        if self.evaluates:
             return self.records[self.records["protocol"] == protocol]
         return select(self.records, protocol)
 
@@ -60,7 +64,7 @@ class Comparison:
         chosen = self.chosen(protocol)
         own = chosen[chosen["protocol"] == protocol]
         parts = [scores_of(own, part).assign(domain=part) for part in (OOD, OOD_MEAN)]
-        if "evaluates" not in self.benchmark.definition:
+        if not self.evaluates:
             parts.insert(0, reported(self.records, protocol).assign(domain=ID))
         return pd.concat(parts)[["domain", *_PAIR, "method", "seed", "value"]].assign(protocol=protocol)
 
@@ -114,19 +118,19 @@ class Comparison:
         if "protocol" in frame:
             found["selection"] = frame["protocol"].map(PROTOCOLS)
         return found.assign(
-            is_method=frame["method"].map(lambda name: name in self.methods and self.methods[name]["role"] != "control")
+            is_method=frame["method"].map(lambda name: name in self.methods and self.methods[name].role != "control")
         )
 
     def method_title(self, method: str) -> str:
-        return self.methods[method]["title"] if method in self.methods else method
+        return self.methods[method].title if method in self.methods else method
 
     def task_title(self, task: str) -> str:
         """The task's title; all and the mean over sets have none of their own."""
-        return str(self.benchmark.tasks[task]["title"]) if task in self.benchmark.tasks else task or "mean"
+        return self.benchmark.tasks[task].title if task in self.benchmark.tasks else task or "mean"
 
     def model_title(self, model: str) -> str:
         models = load_models()
-        return str(models[model]["title"]) if model in models else model
+        return models[model].title if model in models else model
 
     def pair_title(self, task: str, eval_task: str) -> str:
         """``SST-2 → IMDB``, or the task alone in domain."""

@@ -14,8 +14,9 @@ from typing import Any
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.sources.counts import count_note
+from benchmarks.harness.planning.counts import PublishedRows, count_note
 from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_rated
+from benchmarks.text.definition import Splits, TaskEntry
 from benchmarks.text.readers import FileRows, Rows, read_rows
 from emoe.errors import did_you_mean
 
@@ -83,16 +84,16 @@ def _digest(rows: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
-def part_read(task: Mapping[str, Any], part: str) -> str:
+def part_read(splits: Splits, part: str) -> str:
     """The part that is read for a part: without a test split the dev split is reported."""
-    return "dev" if part == "test" and task["splits"]["test"] is None else part
+    return "dev" if part == "test" and splits.test is None else part
 
 
 def load_part(
     task: Mapping[str, Any],
     part: str,
     rows: int | None,
-    known: Mapping[str, Any] | None = None,
+    known: Mapping[str, TaskEntry] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> TextSplit:
     """The ``train``, ``dev`` or ``test`` part of a task, cut to ``rows``.
@@ -104,7 +105,7 @@ def load_part(
         known: the tasks as ``tasks.yaml`` has them.
         say: where to say that a part has other rows than these know of.
     """
-    part = part_read(task, part)
+    part = part_read(Splits(**task["splits"]), part)
     found = load_split(task, part)
     if say and known and task["name"] in known:
         note = count_note(task["name"], part, len(found), found.dropped, *known_rows(known[task["name"]], part))
@@ -113,9 +114,9 @@ def load_part(
     return found.head(rows, f"{task['name']}/{part}")
 
 
-def known_rows(known: Mapping[str, Any], part: str) -> tuple[int | None, Mapping[str, Any] | None]:
+def known_rows(known: TaskEntry, part: str) -> tuple[int | None, PublishedRows | None]:
     """How many rows a set's entry in ``tasks.yaml`` says that a part has, and how many the paper's authors score."""
-    return known["rows"].get(part), known.get("published_rows") if part == "test" else None
+    return getattr(known.rows, part), known.published_rows if part == "test" else None
 
 
 def load_split(task: Mapping[str, Any], part: str) -> TextSplit:

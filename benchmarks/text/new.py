@@ -266,7 +266,8 @@ def _write(name: str, splits: Mapping[str, Sequence[Row]], labels: Sequence[str]
     (CONFIG / f"{name}.yaml").write_text(_CONFIG.format(**values), encoding="utf-8")
 
 
-_CONFIG = """# The benchmark {name} alone: `snakemake --cores 2 {name}`
+_CONFIG = """# yaml-language-server: $schema=../benchmarks/schemas/config.schema.json
+# The benchmark {name} alone: `snakemake --cores 2 {name}`
 suite: {name}
 benchmarks: [{name}]
 """
@@ -282,7 +283,8 @@ Text classification, from a csv by `python -m benchmarks new`.
 Its rows are in `{path}`. The digits are a hash of the rows: other rows are other runs.
 What is compared stands in `benchmark.yaml`, what the labels are in `tasks.yaml`; docs/adding.md says how to change them.
 """,
-    "tasks.yaml": """tasks:
+    "tasks.yaml": """# yaml-language-server: $schema=../schemas/tasks.schema.json
+tasks:
   {name}:
     title: {title}
     source: {{path: {path}}}
@@ -295,7 +297,8 @@ What is compared stands in `benchmark.yaml`, what the labels are in `tasks.yaml`
     rows: {{{rows}}}
     obtain: "`python -m benchmarks new` writes it from a csv"
 """,
-    "benchmark.yaml": """version: 1
+    "benchmark.yaml": """# yaml-language-server: $schema=../schemas/text.schema.json
+version: 1
 title: {title}
 pipeline: benchmarks.glue.pipeline
 tasks: tasks.yaml

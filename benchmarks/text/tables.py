@@ -140,7 +140,7 @@ class TextTables:
             records = self.comparison.chosen(protocol)
             records = records[(records["part"] == OOD) & ~records["is_score"] & (records["metric"] != "loss")]
             for (task, eval_task, metric), rows in records.groupby(["task", "eval_task", "metric"], sort=False):
-                label = f"{self.comparison.pair_title(task, eval_task)}, {load_metrics()[metric]['label']}"
+                label = f"{self.comparison.pair_title(task, eval_task)}, {load_metrics()[metric].label}"
                 value = f"{label} mean"
                 if value not in frame:
                     frame[value] = frame[f"{label} std"] = math.nan
@@ -252,7 +252,7 @@ class TextTables:
     def verdicts(self) -> Iterator[str]:
         """A sentence a model, method of the paper and selection: does it differ from the baseline?"""
         rows = self.comparison.rows
-        names = [name for name, method in self.comparison.methods.items() if method["role"] == "method"]
+        names = [name for name, method in self.comparison.methods.items() if method.role == "method"]
         rows = rows[rows["method"].isin(names) & rows["delta"].notna()]
         for (model, protocol, method), found in self.comparison.order(rows, ["model", "protocol"]).groupby(
             ["model", "protocol", "method"], sort=False
@@ -271,13 +271,13 @@ class TextTables:
     def metric_note(self) -> str:
         """Which task is scored by what."""
         tasks = self.comparison.benchmark.tasks
-        return _metric_note((tasks[name]["metric"], self.comparison.task_title(name)) for name in self._of("task", ID))
+        return _metric_note((tasks[name].metric, self.comparison.task_title(name)) for name in self._of("task", ID))
 
     def ood_metric_note(self) -> str:
         """Which OOD set is scored by what."""
         tasks = self.comparison.benchmark.tasks
         return _metric_note(
-            (tasks[name].get("ood_metrics", [tasks[name]["metric"]])[0], self.comparison.task_title(name))
+            ((tasks[name].ood_metrics or [tasks[name].metric])[0], self.comparison.task_title(name))
             for name in self._of("eval_task", OOD)
         )
 
@@ -342,7 +342,7 @@ def _metric_note(pairs: Iterator[tuple[str, str]]) -> str:
     by_metric: dict[str, list[str]] = {}
     for metric, title in pairs:
         by_metric.setdefault(metric, []).append(title)
-    parts = [f"{load_metrics()[metric]['label'].lower()} ({', '.join(titles)})" for metric, titles in by_metric.items()]
+    parts = [f"{load_metrics()[metric].label.lower()} ({', '.join(titles)})" for metric, titles in by_metric.items()]
     return f"Scores are {'; '.join(parts)}, in %."
 
 

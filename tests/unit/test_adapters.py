@@ -26,8 +26,7 @@ ROWS = TextSplit([(f"{word} film",) for word in ("a", "fine", "dull", "the") * 1
 
 def spec_of(method: str, model: str = "tiny-gpt2", **training: Any) -> dict[str, Any]:
     spec = copy.deepcopy(SMOKE[method])
-    described = {key: value for key, value in load_models()[model].items() if key != "title"}
-    spec["model"] = {"name": model, **copy.deepcopy(described)}
+    spec["model"] = load_models()[model].spec(model)
     spec["training"] |= training
     return spec
 

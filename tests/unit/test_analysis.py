@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -266,12 +267,10 @@ def test_wrong_cells_of_the_paper_are_named(finished: Suite, tmp_path: Path, lin
     path = tmp_path / "paper.csv"
     path.write_text(f"model,scope,method,value,status,source\n{line}\n")
     comparison = comparison_of(finished.runs)
-    comparison.benchmark.definition["paper"], saved = str(path), comparison.benchmark.definition["paper"]
-    try:
-        with pytest.raises(DefinitionError, match=message):
-            paper_table(comparison, "id")
-    finally:
-        comparison.benchmark.definition["paper"] = saved
+    changed = comparison.benchmark.definition.model_copy(update={"paper": str(path)})
+    comparison.benchmark = replace(comparison.benchmark, definition=changed)
+    with pytest.raises(DefinitionError, match=message):
+        paper_table(comparison, "id")
 
 
 # both selections, on GLUE's own tasks
@@ -341,7 +340,7 @@ def test_p_values_are_corrected_over_the_tasks_of_a_method(paper, monkeypatch: p
 def test_ranks_state_what_was_ranked(paper, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(paper[0].parents[1])
     comparison = comparison_of(paper[1], "glue_ood")
-    methods = comparison.benchmark.definition["ranked"]
+    methods = comparison.benchmark.definition.ranked
     rankings = list(ranked(comparison, methods, ["protocol", "model"]))
     assert len(rankings) == 4
     for one in rankings:
@@ -381,7 +380,7 @@ def test_rows_that_train_other_things_are_not_compared(finished: Suite) -> None:
 def test_all_formats_and_the_report_are_written(finished: Suite) -> None:
     from benchmarks.__main__ import cli
 
-    for benchmark in finished.settings["benchmarks"]:
+    for benchmark in finished.settings.benchmarks:
         cli(["tables", "--suite", "mini", "--benchmark", benchmark], standalone_mode=False)
     for file in finished.output_files():
         assert Path(file).stat().st_size > 100, file
@@ -475,7 +474,7 @@ def test_check_passes_on_the_blessed_numbers_and_names_what_moved(finished: Suit
 def test_a_text_benchmark_without_a_presentation_takes_the_usual_one(finished: Suite, tmp_path: Path) -> None:
     real = load_benchmark("glue")
     changes = {"tables": ["tests", "choices"], "figures": {"ood": "Scores."}}
-    mine = Benchmark("mine", {**real.definition, **changes}, real.tasks)
+    mine = Benchmark("mine", real.definition.model_copy(update=changes), real.tasks)
     presented = present(mine, finished.runs_of("glue"))
     assert [table.name for table in presented.tables] == ["mine_tests", "mine_choices"]
     presented.draw(tmp_path)

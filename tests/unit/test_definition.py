@@ -14,8 +14,10 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning import definition, jobs, runs, suite
 from benchmarks.harness.planning.catalogue import load_metrics, load_models
 from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.method_rows import load_methods, resolve_methods
-from benchmarks.harness.planning.schema import check, read_checked, read_yaml
+from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.schema import parse, read, read_yaml
+from benchmarks.harness.planning.settings import SuiteSettings
+from benchmarks.text.definition import TaskEntry, TextDefinition
 
 SAFE = set(string.ascii_letters + string.digits + "._+-")
 GLUE = yaml.safe_load((paths.BENCHMARKS / "glue" / "benchmark.yaml").read_text())
@@ -32,9 +34,14 @@ def edited(path: str, value: object) -> dict:
     return content
 
 
-def resolved(path: str, value: object) -> dict:
-    """The same, checked, with all settings of its methods."""
-    return resolve_methods(check(edited(path, value), "benchmark", "benchmark.yaml"), load_methods(), "benchmark.yaml")
+def changed_task(name: str, **changes: object) -> TaskEntry:
+    """A real task with other keys."""
+    return TaskEntry.model_validate({**load_benchmark("glue").tasks[name].model_dump(), **changes})
+
+
+def changed_own(name: str, **changes: object) -> TaskEntry:
+    """A real task whose own files have one other form."""
+    return changed_task(name, own=[{**load_benchmark("glue").tasks[name].model_dump()["own"][0], **changes}])
 
 
 def test_every_shipped_file_is_valid() -> None:
@@ -70,7 +77,7 @@ def test_every_shipped_file_is_valid() -> None:
 )
 def test_wrong_keys_and_values_are_named_with_the_nearest_valid_one(path, value, message) -> None:
     with pytest.raises(DefinitionError, match=message) as caught:
-        check(edited(path, value), "benchmark", "some/benchmark.yaml")
+        parse(edited(path, value), TextDefinition, "some/benchmark.yaml")
     assert str(caught.value).startswith("some/benchmark.yaml: ")
 
 
@@ -78,7 +85,7 @@ def test_missing_keys_are_named() -> None:
     content = copy.deepcopy(GLUE)
     del content["training"]["epochs"]
     with pytest.raises(DefinitionError, match="'training' needs the key 'epochs'"):
-        check(content, "benchmark", "b.yaml")
+        parse(content, TextDefinition, "b.yaml")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +96,7 @@ def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(DefinitionError, match=message) as caught:
-        read_checked(path, "config")
+        read(path, SuiteSettings)
     assert str(path) in str(caught.value)
 
 
@@ -104,9 +111,9 @@ def changed(monkeypatch):
     """Run a plan on the real benchmark with one value changed."""
 
     def use(path: str, value: object):
-        content = resolved(path, value)
+        content = parse(edited(path, value), TextDefinition, "benchmark.yaml")
         real = load_benchmark("glue")
-        monkeypatch.setattr(runs, "load_benchmark", lambda name: definition.Benchmark(name, content, real.tasks))
+        monkeypatch.setattr(runs, "load_benchmark", lambda name: Benchmark(name, content, real.tasks))
         return runs.plan(["glue"], "mini")
 
     return use
@@ -154,7 +161,7 @@ def test_a_plan_that_cannot_run_is_refused_before_it_starts(changed, path, value
 def test_names_that_lead_nowhere_are_refused(path, value, message) -> None:
     real = load_benchmark("glue")
     with pytest.raises(DefinitionError, match=message):
-        definition.check_references(check(edited(path, value), "benchmark", "b.yaml"), real.tasks, real.folder)
+        definition.check_references(parse(edited(path, value), TextDefinition, "b.yaml"), real.tasks, real.folder)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +202,7 @@ def test_names_that_lead_nowhere_are_refused(path, value, message) -> None:
 )
 def test_tasks_that_lead_nowhere_are_refused(name: str, key: str, value: object, message: str | None) -> None:
     real = load_benchmark("glue")
-    tasks = {**real.tasks, name: {**real.tasks[name], key: value}}
+    tasks = {**real.tasks, name: changed_task(name, **{key: value})}
     if message is None:
         definition.check_references(real.definition, tasks, real.folder)
         return
@@ -206,7 +213,7 @@ def test_tasks_that_lead_nowhere_are_refused(name: str, key: str, value: object,
 
 def test_sets_that_nobody_could_find_are_refused() -> None:
     real = load_benchmark("glue")
-    tasks = {**real.tasks, "flipkart": {key: value for key, value in real.tasks["flipkart"].items() if key != "obtain"}}
+    tasks = {**real.tasks, "flipkart": changed_task("flipkart", obtain=None)}
     with pytest.raises(
         DefinitionError, match=r"'tasks\.flipkart' is neither on the hub nor in a package, so it needs 'obtain'"
     ):
@@ -215,11 +222,9 @@ def test_sets_that_nobody_could_find_are_refused() -> None:
 
 def test_file_forms_without_a_column_are_refused() -> None:
     real = load_benchmark("glue")
-    own = [{**real.tasks["hans"]["own"][0], "columns": {"premise": "sentence1", "label": "gold_label"}}]
+    tasks = {**real.tasks, "hans": changed_own("hans", columns={"premise": "sentence1", "label": "gold_label"})}
     with pytest.raises(DefinitionError, match=r"'tasks\.hans\.own\[0\]\.columns' lacks 'hypothesis'"):
-        definition.check_references(
-            real.definition, {**real.tasks, "hans": {**real.tasks["hans"], "own": own}}, real.folder
-        )
+        definition.check_references(real.definition, tasks, real.folder)
 
 
 @pytest.mark.parametrize("other", ["glue_ood", "speed", "glue_lra"])
@@ -237,15 +242,14 @@ def test_only_trained_benchmarks_can_be_evaluated(other: str, tmp_path: Path, mo
 
 def test_classes_without_a_fold_are_refused() -> None:
     real = load_benchmark("glue")
-    tasks = {**real.tasks, "mnli": {**real.tasks["mnli"], "ood": ["hans"], "folds": {}}}
+    tasks = {**real.tasks, "mnli": changed_task("mnli", ood=["hans"], folds={})}
     with pytest.raises(DefinitionError, match=r"'tasks\.mnli\.ood': 'hans' has 2 classes, the model 3"):
         definition.check_references(real.definition, tasks, real.folder)
 
 
 def test_files_of_splits_that_the_task_does_not_have_are_refused() -> None:
     real = load_benchmark("glue")
-    own = [{**real.tasks["hans"]["own"][0], "files": {"validaton": "x.txt"}}]
-    tasks = {**real.tasks, "hans": {**real.tasks["hans"], "own": own}}
+    tasks = {**real.tasks, "hans": changed_own("hans", files={"validaton": "x.txt"})}
     with pytest.raises(DefinitionError, match=r"own\[0\]\.files' is 'validaton'.*did you mean 'validation'"):
         definition.check_references(real.definition, tasks, real.folder)
 
@@ -260,7 +264,7 @@ def test_files_of_splits_that_the_task_does_not_have_are_refused() -> None:
 def test_evaluations_name_what_exists(key: str, value: object, message: str) -> None:
     real = load_benchmark("glue_ood")
     with pytest.raises(DefinitionError, match=message):
-        definition.check_references({**real.definition, key: value}, real.tasks, real.folder)
+        definition.check_references(real.definition.model_copy(update={key: value}), real.tasks, real.folder)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +299,7 @@ def test_what_the_usual_presentation_cannot_make_is_refused_before_runs_start(ke
     shutil.copytree(real.folder, folder, ignore=shutil.ignore_patterns("__pycache__", "presentation.py"))
     definition.check_references(real.definition, real.tasks, folder)
     with pytest.raises(DefinitionError, match=message):
-        definition.check_references({**real.definition, key: value}, real.tasks, folder)
+        definition.check_references(real.definition.model_copy(update={key: value}), real.tasks, folder)
 
 
 def test_runs_that_keep_no_weights_cannot_be_evaluated() -> None:
@@ -330,11 +334,11 @@ def test_adding_a_seed_adds_runs_and_keeps_the_others(changed) -> None:
 def test_tables_are_made_again_for_their_benchmarks_own_runs(path, value, made_again, monkeypatch) -> None:
     def digests() -> dict[str, str]:
         found = suite.load_suite({"suite": "mini"})
-        return {name: found.digest(name) for name in found.settings["benchmarks"]}
+        return {name: found.digest(name) for name in found.settings.benchmarks}
 
     before, real = digests(), load_benchmark("glue")
-    content = resolved(path, value)
-    edited_glue = definition.Benchmark("glue", content, real.tasks)
+    content = parse(edited(path, value), TextDefinition, "benchmark.yaml")
+    edited_glue = Benchmark("glue", content, real.tasks)
     for module in (runs, suite):
         monkeypatch.setattr(
             module, "load_benchmark", lambda name: edited_glue if name == "glue" else load_benchmark(name)
@@ -394,7 +398,7 @@ def test_jobs_see_the_command_lines_values(monkeypatch, tmp_path) -> None:
     for name, value in chosen.environment().items():
         monkeypatch.setenv(name, value)
     assert suite.suite_of_job("smoke").settings == chosen.settings
-    assert suite.suite_of_job("mini").settings["data_root"] is None
+    assert suite.suite_of_job("mini").settings.data_root is None
 
 
 def test_runs_are_found_in_any_suite() -> None:

@@ -341,7 +341,7 @@ def test_a_hub_set_without_a_column_is_refused(root: Path, tmp_path: Path, monke
 
 def test_every_set_has_domainbeds_environments() -> None:
     sets = load_benchmark("domainbed").tasks
-    names = {name: list(found["environments"]) for name, found in sets.items()}
+    names = {name: list(found.environments) for name, found in sets.items()}
     assert names["pacs"] == ["A", "C", "P", "S"]
     assert names["vlcs"] == ["C", "L", "S", "V"]
     assert names["office_home"] == ["A", "C", "P", "R"]
@@ -350,8 +350,8 @@ def test_every_set_has_domainbeds_environments() -> None:
     assert names["rotated_mnist"] == ["0", "15", "30", "45", "60", "75"]
     assert names["colored_mnist"] == ["+90%", "+80%", "-90%"]
     for found in sets.values():
-        if "folder" in found["source"]:
-            folders = list(found["environments"].values())
+        if found.source.folder:
+            folders = list(found.environments.values())
             assert folders == sorted(folders)  # DomainBed's order is that of the folders
 
 

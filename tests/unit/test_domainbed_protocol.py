@@ -325,13 +325,15 @@ def test_the_papers_protocol() -> None:
 @pytest.mark.parametrize(("suite", "blocks"), [("domainbed_sweep", [8, 10]), ("domainbed_large", [20, 22])])
 def test_large_suites_run_both_sources_of_gmoe_and_validate_as_the_authors(suite: str, blocks: list[int]) -> None:
     benchmark = load_benchmark("domainbed")
-    (block,) = benchmark.definition["suites"][suite]["grid"]
-    assert block["method"] == ["erm", "gmoe", "gmoe_upstream", "emoe", "emoe_learn"]
+    (block,) = benchmark.definition.suites[suite].grid
+    assert block.method == ["erm", "gmoe", "gmoe_upstream", "emoe", "emoe_learn"]
     methods = suite_methods(benchmark, suite)
     for name, k, layers in (("gmoe", 2, blocks[1:]), ("gmoe_upstream", 1, blocks)):
-        found = methods[name]
+        found = methods[name].config_values()
         assert (found["num_experts"], found["top_k"], found["layers"]) == (6, k, layers)
-    assert training_settings(benchmark, suite, *block["model"])["val_augment"] is True
+    definition = benchmark.definition
+    settings = training_settings(definition.training, definition.suites[suite].training, *block.model, "")
+    assert settings.val_augment is True
 
 
 def test_all_methods_of_a_trial_see_the_same_digits() -> None:

@@ -24,6 +24,7 @@ from transformers import (
 
 from benchmarks.domainbed import pipeline
 from benchmarks.domainbed.batches import EvaluationRows
+from benchmarks.domainbed.definition import ImageSuite
 from benchmarks.domainbed.grid import KIND
 from benchmarks.domainbed.information import information
 from benchmarks.domainbed.selection import best_record
@@ -105,7 +106,8 @@ def test_domainbeds_scripts_merge_the_runs_of_a_sweep_and_no_others() -> None:
         block = {"model": ["test-vit"], "method": ["random_partition"], "test_envs": "single", "trial": [0, 1]}
         block |= {"set": ["pacs", "domain_net", "rotated_mnist"], "hparams_seed": [0, 3], **settings.pop("grid", {})}
         suite = {"grid": [block], "methods": {"random_partition": settings.pop("method", {})}, "training": settings}
-        changed = replace(benchmark, definition={**benchmark.definition, "suites": {"own": suite}})
+        suites = {"own": ImageSuite.model_validate(suite)}
+        changed = replace(benchmark, definition=benchmark.definition.model_copy(update={"suites": suites}))
         return {pipeline.sweep_arguments(spec)["algorithm"] for spec in KIND.specs(changed, "own", (), dict)}
 
     (own,) = algorithms()  # also of sets that are evaluated at other steps
@@ -301,7 +303,7 @@ def with_model(name: str, method: str = "emoe", tune: dict[str, Any] | None = No
     config = spec["method"]["config"]
     layers = {"layers": [1, 3]} if config else {}
     method_spec = {**spec["method"], "config": {**config, **layers} if config else None, "tune": tune}
-    model = {"name": name, **{key: value for key, value in load_models()[name].items() if key != "title"}}
+    model = load_models()[name].spec(name)
     training = {**spec["training"], "steps": 2, "eval_every": 1, "eval_rows": 4, **changes}
     return run_from_spec({**spec, "model": model, "method": method_spec, "training": training})
 

@@ -26,7 +26,6 @@ from benchmarks.harness.training.label_mapping import Reading, reading
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.text.datasets import load_part
 from benchmarks.text.evaluation import TextEvaluator
-from benchmarks.text.grid import task_spec
 from benchmarks.text.tokenization import TokenisedRows
 from emoe.errors import EMoEError
 from emoe.layer import routed_layers
@@ -241,7 +240,7 @@ def test_only_capacity_depends_on_the_batch(workdir: Path) -> None:
 
 
 def test_a_three_way_model_on_a_two_way_set_and_the_other_way_round() -> None:
-    mnli, hans, snli, rte = (task_spec(GLUE_OOD, name) for name in ("mnli", "hans", "snli", "rte"))
+    mnli, hans, snli, rte = (GLUE_OOD.tasks[name].spec(name) for name in ("mnli", "hans", "snli", "rte"))
     three_on_two = reading(mnli, hans, "hans")
     assert three_on_two == Reading(predictions=(0, 1, 1))
     logits = np.array([[3, 1, 2], [0, 2, 1], [0, 1, 2], [2, 0, 1]])
@@ -254,7 +253,7 @@ def test_a_three_way_model_on_a_two_way_set_and_the_other_way_round() -> None:
 
 
 def test_classes_that_cannot_be_compared_are_refused() -> None:
-    mnli, hans, stsb = (task_spec(GLUE_OOD, name) for name in ("mnli", "hans", "stsb"))
+    mnli, hans, stsb = (GLUE_OOD.tasks[name].spec(name) for name in ("mnli", "hans", "stsb"))
     with pytest.raises(EMoEError, match="'hans' has 2 classes, the model 3: the task with 3 needs 'folds' with \"2\""):
         reading({**mnli, "folds": {}}, hans, "hans")
     with pytest.raises(EMoEError, match="'hans' has classes as labels, the model numbers"):
@@ -265,7 +264,7 @@ def test_a_three_way_model_is_evaluated_on_hans(workdir: Path, capfd: pytest.Cap
     runs = trainings("bert-large-cased", "mnli", "lora")
     finish(runs[0])
     (evaluation,) = evaluations(runs)
-    found = finish(run_from_spec({**evaluation.spec, "ood": [task_spec(GLUE_OOD, "hans")]}))
+    found = finish(run_from_spec({**evaluation.spec, "ood": [GLUE_OOD.tasks["hans"].spec("hans")]}))
     assert set(found["scores"]["ood"]["hans"]) == {"accuracy"}  # no loss: the classes are others
     assert 0 <= found["scores"]["ood"]["hans"]["accuracy"] <= 1
     assert "warning: hans (test): 2 rows, its makers count 30,000" in capfd.readouterr().err

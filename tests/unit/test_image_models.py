@@ -18,7 +18,7 @@ from benchmarks.harness.modeling.image import load_image_classifier, load_image_
 from benchmarks.harness.planning.catalogue import load_models
 from emoe.partitioning import partition_key
 
-TEST_VIT = {"name": "test-vit", **{key: value for key, value in load_models()["test-vit"].items() if key != "title"}}
+TEST_VIT = load_models()["test-vit"].spec("test-vit")
 
 
 def as_onnx(model: Dinov2Model) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
@@ -171,7 +172,7 @@ def test_everything_is_drawn_and_written(runs: list[Run], tmp_path: Path) -> Non
         table.write(tmp_path / "results/mini/tables")
         assert table.markdown()
     presented.draw(tmp_path / "results/mini/figures")
-    for name in LLAMA.definition["figures"]:
+    for name in LLAMA.definition.figures:
         assert (tmp_path / f"results/mini/figures/llama_{name}.png").stat().st_size > 10_000
     suite = load_suite({"suite": "mini", "benchmarks": ["llama"]})
     write_report(suite, tmp_path / "report.html")
@@ -209,12 +210,14 @@ def test_a_suite_without_training_or_accuracy_still_has_its_pictures(runs: list[
 
 def test_wrong_settings_are_refused_by_name() -> None:
     from benchmarks.harness.planning.kinds import Benchmark
+    from benchmarks.harness.planning.schema import parse
+    from benchmarks.llama.definition import InstructionDefinition
     from benchmarks.llama.grid import KIND
 
     def with_change(change: dict) -> Benchmark:
-        definition = copy.deepcopy(LLAMA.definition)
-        definition["suites"]["smoke"] |= change
-        return Benchmark("llama", definition, LLAMA.tasks)
+        content = yaml.safe_load(LLAMA.file.read_text())
+        content["suites"]["smoke"] |= change
+        return Benchmark("llama", parse(content, InstructionDefinition, "benchmark.yaml"), LLAMA.tasks)
 
     block = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "tuning": ["lora"], "method": ["dense"], "seed": [0]}
     for change, message in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning import method_rows, plugins
 from benchmarks.harness.planning.method_rows import load_methods, resolve_methods
+from benchmarks.harness.planning.shared import Method, TrainingDefinition, TrainingSuite
+
+
+class Definition(TrainingDefinition):
+    suites: dict[str, TrainingSuite]
+
 
 METHODS = {
     "vanilla": {"title": "Vanilla", "role": "baseline", "kind": "dense"},
@@ -21,20 +28,29 @@ METHODS = {
 }
 
 
-def rows(methods: dict[str, Any], suite: dict[str, Any] | None = None, **benchmark: Any) -> dict[str, Any]:
-    definition = {"methods": methods, "suites": {"mini": suite or {}}, **benchmark}
-    found = resolve_methods(definition, METHODS, "benchmark.yaml")
-    return found["suites"]["mini"]["methods"] if suite is not None else found["methods"]
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """The rows of a benchmark that compares these methods, or of its suite, with all that is given of each."""
+    known = {name: Method.model_validate(method) for name, method in METHODS.items()}
+    monkeypatch.setattr(method_rows, "load_methods", lambda: known)
+
+    def use(methods: dict[str, Any], suite: dict[str, Any] | None = None, **benchmark: Any) -> dict[str, Any]:
+        content = {"version": 1, "title": "A", "pipeline": "a", "tables": ["a"], "baseline": "vanilla", **benchmark}
+        definition = Definition.model_validate(content | {"methods": methods, "suites": {"mini": suite or {}}})
+        found = resolve_methods(definition, None if suite is None else "mini")
+        return {name: method.model_dump() for name, method in found.items()}
+
+    return use
 
 
-def test_a_row_is_the_method_of_its_name_or_of_the_one_it_names() -> None:
+def test_a_row_is_the_method_of_its_name_or_of_the_one_it_names(rows) -> None:
     found = rows({"vanilla": {}, "lora": {"method": "vanilla", "title": "LoRA"}})
     assert found["vanilla"] == {"title": "Vanilla", "role": "baseline", "noise": 0.0, "kind": "dense"}
     assert found["lora"] == found["vanilla"] | {"title": "LoRA"}
     assert list(rows({"emoe": {}, "vanilla": {}})) == ["emoe", "vanilla"]
 
 
-def test_the_nearest_setting_holds() -> None:
+def test_the_nearest_setting_holds(rows) -> None:
     defaults = {"emoe": {"layers": [10], "num_experts": 64, "top_k_fraction": 0.25}}
     for settings, wanted in (
         ({}, ([10], 64, 0.25)),
@@ -46,7 +62,7 @@ def test_the_nearest_setting_holds() -> None:
         assert (found["layers"], found["num_experts"], found["top_k_fraction"]) == wanted
 
 
-def test_defaults_are_for_a_kind_and_leave_what_a_method_is() -> None:
+def test_defaults_are_for_a_kind_and_leave_what_a_method_is(rows) -> None:
     defaults = {"emoe": {"top_k_fraction": 0.25}, "gmoe": {"top_k": 2}}
     found = rows({"vanilla": {}, "all_experts": {}, "gmoe": {}}, method_defaults=defaults)
     assert not {"top_k", "top_k_fraction"} & set(found["vanilla"])
@@ -54,7 +70,7 @@ def test_defaults_are_for_a_kind_and_leave_what_a_method_is() -> None:
     assert found["gmoe"]["top_k"] == 2
 
 
-def test_k_in_one_form_replaces_k_in_the_other() -> None:
+def test_k_in_one_form_replaces_k_in_the_other(rows) -> None:
     found = rows({"emoe": {"top_k": 4}, "all_experts": {}}, method_defaults={"emoe": {"top_k_fraction": 0.5}})
     assert "top_k_fraction" not in found["emoe"]
     found = rows({"all_experts": {"top_k": 24}}, {"method_defaults": {"emoe": {"top_k_fraction": 0.5}}})
@@ -73,7 +89,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def use(method: object = None, plugins: object = ()) -> dict[str, Any]:
         methods = content["methods"] | ({"mine": method} if method else {})
         (tmp_path / "methods.yaml").write_text(yaml.safe_dump({"plugins": list(plugins), "methods": methods}))
-        return load_methods.__wrapped__()["mine"]
+        return load_methods.__wrapped__()["mine"].given()
 
     return use
 

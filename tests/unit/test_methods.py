@@ -40,7 +40,7 @@ def test_partitions_are_cached_by_layer_and_content(tmp_path: Path) -> None:
 def test_the_head_of_a_model_without_a_checkpoint_is_that_of_a_loaded_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = {"name": name, **load_models()[name]}
+    model = load_models()[name].spec(name)
     built = [load_classifier(model, 3, seed, 0) for seed in (1, 2)]
     backbone = load_backbone(model)
     assert {weights_digest(one.base_model) for one in built} == {weights_digest(backbone)}

@@ -252,7 +252,7 @@ def test_sources_are_pinned() -> None:
         "twitter_pit",
         "newsqa_qnli",
     }
-    assert all(len(load_models()[name]["revision"]) == 40 for names in MODELS.values() for name in names)
+    assert all(len(load_models()[name].revision or "") == 40 for names in MODELS.values() for name in names)
 
 
 # the paper's numbers
@@ -265,7 +265,7 @@ def test_every_cell_of_the_papers_tables_has_its_provenance(name: str) -> None:
     trained = {"glue_ood": "glue_lora"}.get(name, name)
     assert set(cells["method"]) == ROWS[trained]
     assert set(cells["model"]) == MODELS[trained]
-    title = {key: task["title"] for key, task in benchmark.tasks.items()}
+    title = {key: task.title for key, task in benchmark.tasks.items()}
     scopes = (
         {f"{title[a]} → {title[b]}" for a, b, *_ in PAIRS} | {"OOD Friedman rank"}
         if name == "glue_ood"

@@ -29,7 +29,18 @@ from tests.imported import imports
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 # what draws, prints, plans and watches
-NO_NUMBERS = {"click", "jsonschema", "markupsafe", "matplotlib", "mlflow", "ninja", "psutil", "scikit_posthocs"}
+NO_NUMBERS = {
+    "click",
+    "filelock",
+    "markupsafe",
+    "matplotlib",
+    "mlflow",
+    "ninja",
+    "psutil",
+    "pydantic",
+    "pydantic_core",
+    "scikit_posthocs",
+}
 NO_NUMBERS |= {"tabulate", "tqdm", "yaml"}
 
 
@@ -77,11 +88,11 @@ def test_sets_of_the_hub_are_recorded_with_their_commit(tmp_path: Path, monkeypa
             datasets, "load_dataset", lambda *_, **options: found if "split" in options else {"train": found}
         )
 
-    text = {"name": "hans", **load_benchmark("glue").tasks["hans"]}
+    text = load_benchmark("glue").tasks["hans"].spec("hans")
     of_the_hub({"premise": ["a"], "hypothesis": ["b"], "label": [1]})
     assert load_split(text, "test").source == f"jhu-cogsci/hans@{COMMIT} (not pinned) (default), split validation"
     of_the_hub({"instruction": ["a"], "input": [""], "output": ["b"]})
-    alpaca = load_benchmark("llama").tasks["alpaca"]["source"]
+    alpaca = load_benchmark("llama").tasks["alpaca"].spec("alpaca")["source"]
     read = load_instructions({"name": "alpaca", "source": alpaca}).source
     assert read == f"tatsu-lab/alpaca@{COMMIT} (instead of {alpaca['revision']})"
 
@@ -136,11 +147,11 @@ def test_weights_of_the_hub_are_recorded_with_their_commit() -> None:
 
 
 def test_what_is_not_pinned_is_known_and_said() -> None:
-    models = {name for name, model in load_models().items() if {"hub", "timm"} & set(model) and "random" not in model}
-    loose = {name for name in models if not hub.is_commit(load_models()[name]["revision"])}
+    models = {name for name, model in load_models().items() if (model.hub or model.timm) and not model.random}
+    loose = {name for name in models if not hub.is_commit(load_models()[name].revision)}
     for name in benchmark_names():
         for key, task in load_benchmark(name).tasks.items():
-            source = task.get("source", {})
+            source = task.model_dump().get("source", {})
             if "hub" in source and not hub.is_commit(source["revision"]):
                 loose.add(key)
     assert loose == {"vit-large", "office_home", "sick_relatedness", "sick_entailment", "hans"}

@@ -13,12 +13,14 @@ import yaml
 
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.planning import definition, runs
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.schema import check
+from benchmarks.harness.planning.definition import AnyBenchmark, load_benchmark
+from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.reporting import report
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.speed import layer, partition, pipeline, step, timing
+from benchmarks.speed.definition import MeasurementDefinition
 from benchmarks.speed.ffn import CANDIDATES, FFN
 from tests import fake_runs
 from tests.conftest import ROOT
@@ -107,7 +109,7 @@ def test_each_measure_gives_a_row_a_candidate(measure: str, tmp_path: Path) -> N
         "generate": {"config": SMALL_LLAMA},
         "partition": {"hidden": 16, "neurons": 64},
     }
-    usual = load_benchmark("speed").definition["measures"][measure]["settings"]
+    usual = load_benchmark("speed").definition.measures[measure].settings
     small = {"num_experts": 8, "tokens": 20, "rounds": 2, "batch_size": 2, "length": 4, "starts": 1}
     settings = usual | {name: value for name, value in small.items() if name in usual}
     spec = {"task": {"name": measure}, "model": models[measure], "settings": settings, "seed": 0}
@@ -169,8 +171,8 @@ def test_a_wrong_grid_is_refused_with_the_nearest_name(block, message, monkeypat
     content["suites"]["smoke"]["grid"] = [block]
     real = load_benchmark("speed")
 
-    def load(name: str) -> definition.Benchmark:
-        return definition.Benchmark(name, check(content, "measurement", "benchmark.yaml"), real.tasks)
+    def load(name: str) -> AnyBenchmark:
+        return Benchmark(name, parse(content, MeasurementDefinition, "benchmark.yaml"), real.tasks)
 
     monkeypatch.setattr(runs, "load_benchmark", load)
     with pytest.raises(DefinitionError, match=message):
@@ -226,6 +228,6 @@ def test_a_presentation_that_makes_other_tables_is_refused(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     made = fake_runs.write(tmp_path / "results" / "runs", "smoke", benchmarks=("speed",))
     real = load_benchmark("speed")
-    other = definition.Benchmark("speed", {**real.definition, "tables": ["layer"]}, real.tasks)
+    other = Benchmark("speed", real.definition.model_copy(update={"tables": ["layer"]}), real.tasks)
     with pytest.raises(DefinitionError, match="'tables' names"):
         present(other, made)

@@ -17,14 +17,14 @@ from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.sources.vader import load_rated
 from benchmarks.text.datasets import TextSplit, load_part, load_split
-from benchmarks.text.grid import task_spec
+from benchmarks.text.definition import TaskEntry
 from tests.text_sets import GLUE, LABELS, MEANING, OWN_FILES, TASKS, write_glue, write_own, write_saved
 
 BENCHMARK = load_benchmark("glue")
 
 
 def task(name: str) -> dict:
-    return task_spec(BENCHMARK, name)
+    return BENCHMARK.tasks[name].spec(name)
 
 
 @pytest.fixture
@@ -618,7 +618,7 @@ def test_other_numbers_of_rows_than_known_are_told(
     if published:
         known["published_rows"] = {**TASKS[name]["published_rows"], "rows": published}
     said: list[str] = []
-    load_part(task(name), "test", 1, {name: known}, said.append)
+    load_part(task(name), "test", 1, {name: TaskEntry.model_validate(known)}, said.append)
     assert [line[: len(f"warning: {note}")] for line in said] == ([f"warning: {note}"] if note else [])
 
 

@@ -19,7 +19,7 @@ PAIRS = TextSplit([("a longer first sentence", "so it is"), ("short", "too"), ("
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return load_tokenizer({"name": "minilm", **load_models()["minilm"]})
+    return load_tokenizer(load_models()["minilm"].spec("minilm"))
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_one_set_is_tokenised_once_for_each_tokenizer_and_length(
     assert calls == [3]
     TokenisedRows(PAIRS, tokenizer, 17, by_length=False)
     TokenisedRows(TextSplit(PAIRS.texts[:2], [1, 0]), tokenizer, 16, by_length=False)
-    changed = load_tokenizer({"name": "minilm", **load_models()["minilm"]})
+    changed = load_tokenizer(load_models()["minilm"].spec("minilm"))
     changed.add_tokens(["longer"])
     TokenisedRows(PAIRS, changed, 16, by_length=False)
     assert calls == [3, 3, 2, 3]
@@ -99,5 +99,5 @@ def test_calibration_batches_are_the_models_inputs(tokenizer: PreTrainedTokenize
 
 
 def test_tokenizers_pad_on_the_right(tmp_path: Path) -> None:
-    model = {"name": "minilm", **load_models()["minilm"]}
+    model = load_models()["minilm"].spec("minilm")
     assert load_tokenizer(model).padding_side == "right"

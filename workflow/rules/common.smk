@@ -61,7 +61,7 @@ def suite_outputs(suite):
 
 def outputs_of(benchmark):
     # of the configured suite; a benchmark that is not in it has a suite of its own
-    if benchmark in SUITE.settings["benchmarks"]:
+    if benchmark in SUITE.settings.benchmarks:
         return SUITE.output_files(benchmark)
     return suite_outputs(suite_named(benchmark))
 

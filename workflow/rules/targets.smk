@@ -33,7 +33,7 @@ rule check:
 
 # one target per benchmark: `snakemake glue`, `snakemake speed`
 for name in suites.benchmark_names():
-    if name in SUITE.settings["benchmarks"] or name in suites.suite_names():
+    if name in SUITE.settings.benchmarks or name in suites.suite_names():
 
         rule:
             name:

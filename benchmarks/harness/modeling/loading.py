@@ -69,7 +69,7 @@ def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The model's tokenizer, which pads on the right; one without a padding token (GPT-2) pads with its end token."""
     if "config" in model:
         name = model["tokenizer"]
-        lent = load_tokenizer({"name": name, **load_models()[name]})
+        lent = load_tokenizer(load_models()[name].spec(name))
         if lent.eos_token is None:  # BERT's, for a decoder
             lent.bos_token, lent.eos_token = lent.cls_token, lent.sep_token
         return lent

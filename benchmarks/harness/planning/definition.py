@@ -9,10 +9,14 @@ from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.planning.kinds import Benchmark, find_kind, kind_name
-from benchmarks.harness.planning.method_rows import load_methods, resolve_methods
-from benchmarks.harness.planning.schema import check, read_yaml
+from benchmarks.harness.planning.kinds import Benchmark, find_kind, kind_name, usual_kind
+from benchmarks.harness.planning.method_rows import check_rows, load_methods
+from benchmarks.harness.planning.schema import read_yaml
+from benchmarks.harness.planning.shared import Definition, Entry, MethodsDefinition
 from emoe.errors import did_you_mean
+
+# as it is loaded by name, whatever its kind
+AnyBenchmark = Benchmark[Any, Any]
 
 
 def benchmark_names() -> list[str]:
@@ -21,7 +25,7 @@ def benchmark_names() -> list[str]:
 
 
 @functools.cache
-def load_benchmark(name: str) -> Benchmark:
+def load_benchmark(name: str) -> AnyBenchmark:
     """Read and check one benchmark.
 
     Raises:
@@ -36,38 +40,37 @@ def load_benchmark(name: str) -> Benchmark:
         kind = find_kind(kind_name(name, content))
     except DefinitionError as error:
         raise DefinitionError(f"{file}: {error}") from error
-    methods = load_methods()  # first, because its plugins make names known
-    definition = check(content, kind.schema, str(file))
-    if "methods" in definition:
-        definition = resolve_methods(definition, methods, str(file))
-    definition, tasks = kind.load(definition, folder)
+    load_methods()  # first, because its plugins make names known
+    definition, tasks = kind.load(content, file)
     check_references(definition, tasks, folder)
     return Benchmark(name, definition, tasks)
 
 
-def check_references(definition: Mapping[str, Any], tasks: Mapping[str, Any], folder: Path) -> None:
-    """Check what a schema cannot: that names and files exist, and that settings go together.
+def check_references(definition: Definition, tasks: Mapping[str, Entry], folder: Path) -> None:
+    """Check what is not to be seen in one key: that names and files exist, and that settings go together.
 
     Raises:
         DefinitionError: names the file, the key and the nearest valid value.
     """
-    file, name = folder / "benchmark.yaml", kind_name(folder.name, definition)
+    file, name = folder / "benchmark.yaml", definition.kind or usual_kind(folder.name)
     kind = find_kind(name)
     modules = [f"benchmarks.{path.parent.name}.pipeline" for path in BENCHMARKS.glob("*/pipeline.py")]
-    if definition["pipeline"] not in modules:
-        near = did_you_mean(definition["pipeline"], modules)
-        raise DefinitionError(f"{file}: 'pipeline' is '{definition['pipeline']}', which is no module{near}")
+    if definition.pipeline not in modules:
+        near = did_you_mean(definition.pipeline, modules)
+        raise DefinitionError(f"{file}: 'pipeline' is '{definition.pipeline}', which is no module{near}")
     there = [path.stem for path in folder.glob("*.py")]
     # looked for when all runs are done
     if kind.presentation is None and "presentation" not in there:
         near = did_you_mean("presentation", [module for module in there if module != "__init__"])
         raise DefinitionError(f"{folder} has no module 'presentation', which kind: {name} needs{near}")
-    if "baseline" in definition and definition["baseline"] not in definition["methods"]:
-        near = did_you_mean(definition["baseline"], definition["methods"])
-        raise DefinitionError(f"{file}: 'baseline' is '{definition['baseline']}', which is no method{near}")
-    if definition.get("paper") and not (folder / definition["paper"]).exists():
-        near = did_you_mean(definition["paper"], [path.name for path in folder.glob("*.csv")])
-        raise DefinitionError(f"{file}: 'paper' is '{definition['paper']}', which does not exist{near}")
-    if "paper" in definition["tables"] and not definition.get("paper"):
+    if isinstance(definition, MethodsDefinition):
+        check_rows(definition, str(file))
+        if definition.baseline not in definition.methods:
+            near = did_you_mean(definition.baseline, definition.methods)
+            raise DefinitionError(f"{file}: 'baseline' is '{definition.baseline}', which is no method{near}")
+    if definition.paper and not (folder / definition.paper).exists():
+        near = did_you_mean(definition.paper, [path.name for path in folder.glob("*.csv")])
+        raise DefinitionError(f"{file}: 'paper' is '{definition.paper}', which does not exist{near}")
+    if "paper" in definition.tables and not definition.paper:
         raise DefinitionError(f"{file}: 'tables' names 'paper', so it needs 'paper': a CSV with published numbers")
     kind.check(definition, tasks, folder)

@@ -64,7 +64,7 @@ def rebuilt_from(name: str) -> PackageFile:
     Raises:
         DataError: no such model.
     """
-    rebuilt = {model: found["rebuilt"] for model, found in load_models().items() if "rebuilt" in found}
+    rebuilt = {model: found.rebuilt for model, found in load_models().items() if found.rebuilt}
     if name not in rebuilt:
         raise DataError(f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}")
     return packaged(rebuilt[name])

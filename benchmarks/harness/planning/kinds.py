@@ -8,12 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.planning.schema import read_yaml
-from benchmarks.harness.sources.counts import count_note
+from benchmarks.harness.planning.counts import PublishedRows, count_note
+from benchmarks.harness.planning.schema import Strict, read_yaml
+from benchmarks.harness.planning.shared import Definition, Entry, Resources
 from benchmarks.harness.sources.packages import PackageFile
 from emoe.errors import did_you_mean
 
@@ -21,17 +22,23 @@ ALL = "all"  # the one part of a set that is read as a whole
 USUAL = "text"  # the kind of a benchmark that says none and has no grid of its own
 
 
+D = TypeVar("D", bound=Definition)
+E = TypeVar("E", bound=Entry)
+D_co = TypeVar("D_co", bound=Definition, covariant=True)
+E_co = TypeVar("E_co", bound=Entry, covariant=True)
+
+
 @dataclass(frozen=True)
-class Benchmark:
+class Benchmark(Generic[D_co, E_co]):
     """One benchmark folder: its definition, its tasks (measures of measurements, sets of images or instructions), and where it is."""
 
     name: str
-    definition: dict[str, Any]
-    tasks: dict[str, Any]
+    definition: D_co
+    tasks: Mapping[str, E_co]
 
     @property
-    def kind(self) -> Kind:
-        return find_kind(kind_name(self.name, self.definition))
+    def kind(self) -> Kind[Any, Any]:
+        return find_kind(self.definition.kind or usual_kind(self.name))
 
     @property
     def folder(self) -> Path:
@@ -66,7 +73,7 @@ class SetPart:
     labels: str = ""
     source: str = ""
     advice: str = ""
-    published: Mapping[str, Any] | None = None
+    published: PublishedRows | None = None
 
     @property
     def note(self) -> str | None:
@@ -76,11 +83,11 @@ class SetPart:
         return count_note(self.name, self.part, self.rows, self.dropped, self.expected, self.published)
 
 
-class Kind(ABC):
+class Kind(ABC, Generic[D, E]):
     """What the benchmarks of one kind have in common. The folder that the kind is named after has one in its ``grid`` module, as ``KIND``.
 
     Attributes:
-        schema: the schema of ``benchmark.yaml``.
+        files: what its YAML files hold: names of schemas for editors, and the models.
         presentation: the module that shows its finished runs where a benchmark's folder has none; else every folder needs one.
         has_models: whether its runs have a model with weights; a measurement has not.
         has_seeds: whether its runs are seeded, so that their names say how.
@@ -89,7 +96,7 @@ class Kind(ABC):
         optimizer: what the report says of how it trains; empty where it does not.
     """
 
-    schema: str
+    files: tuple[tuple[str, type[Strict]], ...]
     presentation: str | None = None
     has_models = True
     has_seeds = True
@@ -98,13 +105,21 @@ class Kind(ABC):
     optimizer = ""
 
     @abstractmethod
-    def load(self, definition: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The whole definition, and the tasks, of a definition that follows the schema."""
+    def load(self, content: object, file: Path) -> tuple[D, Mapping[str, E]]:
+        """The definition, and the tasks.
+
+        Args:
+            content: of the file.
+            file: ``benchmark.yaml``, beside which the others are.
+
+        Raises:
+            DefinitionError: one of the files is wrong; names the key and the nearest valid value.
+        """
 
     @abstractmethod
     def specs(
         self,
-        benchmark: Benchmark,
+        benchmark: Benchmark[D, E],
         suite: str,
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
@@ -121,20 +136,24 @@ class Kind(ABC):
             DefinitionError: a name in the grid that does not exist, or settings that do not go together.
         """
 
-    def check(self, definition: Mapping[str, Any], tasks: Mapping[str, Any], folder: Path) -> None:  # noqa: B027
-        """Check what the schema cannot: that names exist and settings go together.
+    def check(self, definition: D, tasks: Mapping[str, E], folder: Path) -> None:
+        """Check what is not to be seen in one key: that names exist and settings go together.
 
         Raises:
             DefinitionError: names the file, the key and the nearest valid value.
         """
 
-    def excludable(self, tasks: Mapping[str, Any]) -> Iterable[str]:
-        """The sets that a suite may leave out: all that are only evaluated."""
-        return {name for task in tasks.values() for name in task.get("ood", ())}
+    def excludable(self, tasks: Mapping[str, E]) -> Iterable[str]:
+        """The sets that a suite may leave out."""
+        return ()
 
-    def resources(self, resources: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+    def evaluates(self, definition: D) -> str | None:
+        """The benchmark whose runs its runs evaluate."""
+        return None
+
+    def resources(self, resources: Resources, spec: Mapping[str, Any]) -> dict[str, Any]:
         """What a run takes of its suite's resources."""
-        return dict(resources)
+        return resources.model_dump()
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         """See that a run can be spread over so many processes, before any of them starts to work.
@@ -172,12 +191,12 @@ class Kind(ABC):
         """Files that the figures of a part need beside the runs' numbers."""
         return []
 
-    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> list[tuple[str, str]]:
         """Name and part of every set that a run reads."""
         return []
 
     def describe(
-        self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, Any], *, open_files: bool
+        self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, E], *, open_files: bool
     ) -> Iterator[SetPart]:
         """Read one of the parts, and say what is there.
 
@@ -201,7 +220,7 @@ def kind_names() -> list[str]:
 
 
 @functools.cache
-def find_kind(name: str) -> Kind:
+def find_kind(name: str) -> Kind[Any, Any]:
     """The kind of that name.
 
     Raises:
@@ -209,18 +228,23 @@ def find_kind(name: str) -> Kind:
     """
     if name not in kind_names():
         raise DefinitionError(f"'kind' is {name!r}{did_you_mean(name, kind_names())}")
-    found: Kind = importlib.import_module(f"benchmarks.{name}.grid").KIND
+    found: Kind[Any, Any] = importlib.import_module(f"benchmarks.{name}.grid").KIND
     return found
 
 
+def usual_kind(benchmark: str) -> str:
+    """The kind of a benchmark whose file says none: its own folder's where that has a grid, else the usual one."""
+    return benchmark if benchmark in kind_names() else USUAL
+
+
 def kind_name(benchmark: str, content: object) -> Any:
-    """What a benchmark's file says of its kind; where it says nothing, its own folder's where that has a grid, else the usual one."""
-    own = benchmark if benchmark in kind_names() else USUAL
-    return content.get("kind", own) if isinstance(content, dict) else own
+    """What a benchmark's file says of its kind, or its usual one."""
+    said = content.get("kind") if isinstance(content, dict) else None
+    return usual_kind(benchmark) if said is None else said
 
 
 @functools.cache
-def kind_of(benchmark: str) -> Kind:
+def kind_of(benchmark: str) -> Kind[Any, Any]:
     """The kind of a benchmark.
 
     Raises:

@@ -2,61 +2,77 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.method_rows import method_config
-from benchmarks.harness.planning.schema import check, check_names
+from benchmarks.harness.planning.method_rows import check_rows, method_config, resolve_methods
+from benchmarks.harness.planning.schema import Strict, check_names, parse
+from benchmarks.harness.planning.shared import Entry, LoRA, Method, TrainingDefinition, TrainingSettings
 from benchmarks.harness.planning.tunings import needs_layers, tuning_spec
 
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
+Changed = TypeVar("Changed", bound=Strict)
+Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
-def suite_methods(benchmark: Benchmark, suite: str) -> dict[str, dict[str, Any]]:
-    """The benchmark's methods as the suite compares them, by name."""
-    found: dict[str, dict[str, Any]] = benchmark.definition["suites"][suite]["methods"]
-    return found
+def suite_methods(benchmark: Benchmark[TrainingDefinition, Entry], suite: str) -> dict[str, Method]:
+    """The benchmark's methods as the suite compares them, by name.
+
+    Raises:
+        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not have.
+    """
+    check_rows(benchmark.definition, str(benchmark.file))
+    return resolve_methods(benchmark.definition, suite)
 
 
-def suite_entries(benchmark: Benchmark, suite: str, key: str) -> dict[str, dict[str, Any]]:
-    """The named entries of a part of a benchmark's file, with the suite's own settings on top.
+def with_changes(
+    entries: Mapping[str, Changed], changes: Mapping[str, Mapping[str, Any]], key: str, where: str
+) -> dict[str, Changed]:
+    """Named entries of a benchmark's file, with a suite's own settings on top.
 
     Args:
-        benchmark: the benchmark.
-        suite: the suite.
-        key: of the part, such as ``tunings``.
+        entries: of the file.
+        changes: what the suite says, by the name of an entry.
+        key: under which both stand.
+        where: the file, and the keys before that of the suite's.
 
     Raises:
         DefinitionError: the suite names an entry that does not exist, or a setting that it does not have.
     """
-    entries: dict[str, dict[str, Any]] = benchmark.definition[key]
-    changes = benchmark.definition["suites"][suite].get(key, {})
-    where = f"{benchmark.file}: 'suites.{suite}"
     check_names(where, key, list(changes), entries)
-    merged = {name: {**entry, **changes.get(name, {})} for name, entry in entries.items()}
-    # checked again, because a suite's settings are written outside their part; methods are resolved and not as in the file any more
-    rest = {**benchmark.definition, "methods": {name: {} for name in suite_methods(benchmark, suite)}, "suites": {}}
-    checked = check({**rest, key: merged}, benchmark.kind.schema, f"{where}.{key}'")
-    return dict(checked[key])
+    return {
+        name: parse({**entry.model_dump(), **changes[name]}, type(entry), f"{where}.{key}'", key, name)
+        if name in changes
+        else entry
+        for name, entry in entries.items()
+    }
 
 
-def training_settings(benchmark: Benchmark, suite: str, model: str) -> dict[str, Any]:
-    """The training settings of the runs of a model: the benchmark's, the suite's, the model's own."""
-    found = {**benchmark.definition["training"], **benchmark.definition["suites"][suite].get("training", {})}
-    by_model = found.pop("by_model", {})
-    check_names(f"{benchmark.file}: 'suites.{suite}.training", "by_model", by_model, load_models())
-    return copy.deepcopy(found | by_model.get(model, {}))
+def training_settings(usual: Settings, changes: Strict, model: str, where: str) -> Settings:
+    """The training settings of the runs of a model: the benchmark's, the suite's, the model's own.
+
+    Args:
+        usual: the benchmark's.
+        changes: what the suite says.
+        model: the model's name.
+        where: the file, and the keys that lead to ``by_model``.
+
+    Raises:
+        DefinitionError: settings of a model that does not exist.
+    """
+    found = usual.changed(changes)
+    check_names(where, "by_model", found.by_model, load_models())
+    return found.changed(found.by_model[model]) if model in found.by_model else found
 
 
 def method_spec(
-    methods: Mapping[str, dict[str, Any]],
+    methods: Mapping[str, Method],
     point: Mapping[str, Any],
     seed: int,
-    lora: Mapping[str, Any] | None,
+    lora: LoRA | None,
     where: str,
 ) -> dict[str, Any]:
     """The ``method`` part of a run's spec.
@@ -73,34 +89,28 @@ def method_spec(
     """
     base = methods[point["method"]]
     # a dense model has no experts to vary: it is one run for all variants, but for the blocks that it trains
-    varying = VARIANT_KEYS if base["kind"] != "dense" else ("layers",) if needs_layers(base.get("tune")) else ()
+    varying = VARIANT_KEYS if base.kind != "dense" else ("layers",) if needs_layers(base.tune) else ()
     varied = {key: point[key] for key in varying if key in point}
-    method = {**base, **varied}
+    method = base.model_copy(update=varied)
     named = f"{where}': method '{point['method']}'"
     return {
         "name": point["method"],
         "variant": _variant(varied),
-        "noise": float(method["noise"]),
+        "noise": float(method.noise),
         "config": method_config(method, seed, named),
         "tune": _tuned(method, lora, named),
     }
 
 
-def _tuned(method: Mapping[str, Any], lora: Mapping[str, Any] | None, where: str) -> dict[str, Any] | None:
+def _tuned(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | None:
     """What is trained beside adapters, head and routers; None where everything is trained."""
-    tune = method.get("tune")
-    if lora is None and tune is None:
-        if "also_train" in method:
+    if lora is None and method.tune is None:
+        if method.also_train is not None:
             raise DefinitionError(f"{where} sets 'also_train', which needs training.lora or 'tune'")
         return None
-    if needs_layers(tune) and "layers" not in method:
-        raise DefinitionError(f"{where} sets 'tune: {tune}' but no 'layers', which say where")
-    return tuning_spec(tune, method.get("layers"), method.get("also_train", ()))
-
-
-def without_title(name: str, definition: Mapping[str, Any]) -> dict[str, Any]:
-    """A definition by name; titles are for readers and do not shape numbers."""
-    return {"name": name, **{key: value for key, value in definition.items() if key != "title"}}
+    if needs_layers(method.tune) and method.layers is None:
+        raise DefinitionError(f"{where} sets 'tune: {method.tune}' but no 'layers', which say where")
+    return tuning_spec(method.tune, method.layers, method.also_train or ())
 
 
 def _variant(varied: Mapping[str, Any]) -> str:

@@ -6,11 +6,20 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field
 
 from benchmarks.harness.base.errors import DefinitionError, first_line
 from benchmarks.harness.base.paths import BENCHMARKS, ROOT
-from benchmarks.harness.planning.schema import check, read_yaml
+from benchmarks.harness.planning.schema import Strict, parse, read_yaml
 from emoe.errors import did_you_mean
+
+Plugins = list[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*([.][A-Za-z_][A-Za-z0-9_]*)*$")]]
+
+
+class _PluginsOnly(Strict):
+    plugins: Plugins
 
 
 def import_plugins() -> None:
@@ -21,9 +30,9 @@ def import_plugins() -> None:
     """
     file = BENCHMARKS / "methods.yaml"
     content = read_yaml(file)
-    plugins = content.get("plugins", []) if isinstance(content, dict) else []
+    given = content.get("plugins", []) if isinstance(content, dict) else []
     # the methods are checked when the plugins are there: they may name what those register
-    check({"plugins": plugins, "methods": {}}, "methods", str(file))
+    plugins = parse({"plugins": given}, _PluginsOnly, str(file)).plugins
     if plugins and str(ROOT) not in sys.path:  # a job may have another working directory
         sys.path.append(str(ROOT))
     for name in plugins:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.kinds import Benchmark, kind_of
+from benchmarks.harness.planning.definition import AnyBenchmark, load_benchmark
+from benchmarks.harness.planning.kinds import kind_of
 from emoe.errors import did_you_mean
 
 _SLUG_LENGTH = 80
@@ -85,11 +85,11 @@ def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) 
     def specs_of(name: str) -> dict[str, Mapping[str, Any]]:
         return {run.folder: run.spec for run in runs_of(name)}
 
-    def _runs(benchmark: Benchmark) -> Iterator[Run]:
-        suites = benchmark.definition["suites"]
+    def _runs(benchmark: AnyBenchmark) -> Iterator[Run]:
+        suites = benchmark.definition.suites
         if suite not in suites:
             raise DefinitionError(f"{benchmark.file}: 'suites' has no suite '{suite}'{did_you_mean(suite, suites)}")
         for spec in benchmark.kind.specs(benchmark, suite, exclude, specs_of):
-            yield replace(run_from_spec(spec), resources=benchmark.kind.resources(suites[suite]["resources"], spec))
+            yield replace(run_from_spec(spec), resources=benchmark.kind.resources(suites[suite].resources, spec))
 
     return list({run.id: run for name in benchmark_names for run in runs_of(name)}.values())

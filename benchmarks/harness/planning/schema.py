@@ -1,23 +1,35 @@
-"""Read YAML against a JSON Schema; every error names the file, the key and the nearest valid value."""
+"""Read YAML into models; every error names the file, the key and the nearest valid value."""
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+    model_serializer,
+)
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import SCHEMAS
-from benchmarks.harness.planning.tunings import TUNINGS
-from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
+from benchmarks.harness.planning.mistakes import explain
 from emoe.errors import did_you_mean
-from emoe.schema import config_schema
+
+Model = TypeVar("Model", bound="Strict")
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,118 +64,168 @@ def read_yaml(path: Path) -> Any:
         raise DefinitionError(f"{path} is not valid YAML: {error}") from error
 
 
-def schema(name: str) -> dict[str, Any]:
-    """The JSON Schema ``benchmarks/schemas/<name>.schema.yaml``, with the definitions that schemas share."""
-    return _schema(name, tuple(ROUTERS), tuple(TUNINGS))
+class Strict(BaseModel):
+    """Data of a file: no unknown key, no conversion of a value, no change afterwards.
+
+    A field's docstring is its description in an editor.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    def given(self) -> dict[str, Any]:
+        """What the file says, without defaults; values as they are here."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+    def need_one_of(self, *keys: str) -> None:
+        """Refuse several of these keys, and none of them; for a model's own validator."""
+        named = [key for key in keys if getattr(self, key) is not None]
+        if len(named) != 1:
+            raise refusal(f"it needs one of {', '.join(keys)}, but has {' and '.join(named) or 'none'}")
+
+    def need_together(self, key: str, other: str) -> None:
+        """Refuse a key without the other that it needs."""
+        if getattr(self, key) is not None and getattr(self, other) is None:
+            raise refusal(f"'{key}' needs the key '{other}'")
+
+    def changed(self, changes: Strict) -> Self:
+        """This with what a :class:`PartOf` gives on top."""
+        return self.model_copy(update=changes.given())
+
+
+class AsGiven(Strict):
+    """Data in which a key with null is not one that is left out: the dump has what is given, and defaults that are not null."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None or name in self.model_fields_set}
+
+
+def refusal(message: str) -> PydanticCustomError:
+    """What a model's own validator raises; pydantic adds the place."""
+    return PydanticCustomError("refusal", "{message}", {"message": message})
+
+
+def left_out() -> Any:
+    """The default of a key that may be left out, and then stands in no run's spec."""
+    return Field(default=None, exclude_if=lambda value: value is None)
+
+
+class PartOf:
+    """Mark a field as some of a model's keys, as a suite changes them; each is checked as it is there."""
+
+    def __init__(self, model: type[Strict]) -> None:
+        self.model = model
+
+    def __get_pydantic_core_schema__(self, _source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return handler(_part_of(self.model))
 
 
 @functools.cache
-def _schema(name: str, routers: tuple[str, ...], tunings: tuple[str, ...]) -> dict[str, Any]:
-    """A schema as long as these are what is registered."""
-    found: dict[str, Any] = read_yaml(SCHEMAS / f"{name}.schema.yaml")
-    shared: dict[str, Any] = read_yaml(SCHEMAS / "shared.schema.yaml")["$defs"]
-    fields = config_schema(GMoEConfig) | config_schema(EMoEConfig)
-    # what the file says of a field of a configuration goes before what the configuration says
-    settings = {name: fields[name] for name in fields if name != "version"} | shared["settings"]["properties"]
-    settings["router"]["enum"], settings["tune"]["enum"] = list(routers), list(tunings)
-    shared["train"]["enum"] += tunings
-    for part in ("settings", "method", "row"):
-        shared[part]["properties"] = settings | shared[part]["properties"]
-    found["$defs"] = shared | found.get("$defs", {})
-    Draft202012Validator.check_schema(found)
-    return found
+def _part_of(model: type[Strict]) -> type[Strict]:
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        value = Field(default=None, description=field.description)
+        fields[name] = (Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation, value)
+    return create_model(f"{model.__name__}Changes", __base__=Strict, __doc__=model.__doc__, **fields)
 
 
-def read_checked(path: Path, schema_name: str) -> dict[str, Any]:
-    """Read a YAML file, check it against a schema and fill the schema's defaults.
+def _as_given(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Keep an integer an integer where any number is allowed: a run's id is a hash of JSON, where 1 is not 1.0."""
+    check(value)
+    return value
+
+
+def _unique(values: list[Any]) -> list[Any]:
+    if twice := [value for number, value in enumerate(values) if value in values[:number]]:
+        raise refusal(f"{twice[0]!r} stands there twice")
+    return values
+
+
+class registered:  # noqa: N801  (reads as a mark of a type)
+    """Mark a text as one of the names that are registered when it is read; editors propose those of the project and take others.
+
+    Args:
+        names: the registry.
+        beside: names that are none of it.
+    """
+
+    def __init__(self, names: Collection[str], beside: Collection[str] = ()) -> None:
+        self._names, self._beside = names, beside
+
+    @property
+    def options(self) -> list[str]:
+        return [*self._beside, *self._names]
+
+    def _check(self, name: str) -> str:
+        if name not in self.options:
+            raise PydanticCustomError("unknown_name", "no such name", {"options": self.options})
+        return name
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"enum": self.options, "type": "string"}, handler(schema)]}
+
+
+AS_GIVEN = WrapValidator(_as_given)
+UNIQUE = AfterValidator(_unique)
+_NotEmpty = Field(min_length=1)
+Number = Annotated[float, AS_GIVEN]
+Positive = Annotated[float, Field(gt=0), AS_GIVEN]
+NotNegative = Annotated[float, Field(ge=0), AS_GIVEN]
+Rate = Annotated[float, Field(ge=0, lt=1), AS_GIVEN]
+Share = Annotated[float, Field(gt=0, le=1), AS_GIVEN]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Names = Annotated[list[str], _NotEmpty]
+Counts = Annotated[list[Count], _NotEmpty]
+Wholes = Annotated[list[Whole], _NotEmpty]
+Positives = Annotated[list[Positive], _NotEmpty]
+Shares = Annotated[list[Share], _NotEmpty]
+Key = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+
+
+class _EditorSchema(GenerateJsonSchema):
+    """The JSON Schema of a model, without titles that repeat the names of keys, and without the null of what is left out."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        described = super().default_schema(schema)
+        return {key: value for key, value in described.items() if (key, value) != ("default", None)}
+
+
+@functools.cache
+def json_schema(model: type[Strict]) -> dict[str, Any]:
+    """The JSON Schema of a file, for editors."""
+    return model.model_json_schema(schema_generator=_EditorSchema)
+
+
+def parse(content: object, model: type[Model], where: str, *at: str) -> Model:
+    """Check what a file holds.
+
+    Args:
+        content: as YAML or JSON gave it.
+        model: what it should be.
+        where: the file, for messages.
+        at: keys that lead to ``content`` in it.
 
     Raises:
-        DefinitionError: names the file, the key and the nearest valid value.
+        DefinitionError: names the file, the keys and the nearest valid values, up to five at once.
     """
-    return check(read_yaml(path), schema_name, str(path))
-
-
-def check(content: Any, schema_name: str, where: str) -> dict[str, Any]:
-    """Check ``content`` against a schema and return it with the defaults filled in."""
-    validator = Draft202012Validator(schema(schema_name))
-    errors = sorted(validator.iter_errors(content), key=lambda error: (len(error.absolute_path), str(error.path)))
-    if errors:
-        raise DefinitionError(f"{where}: " + "; ".join(dict.fromkeys(_explain(error) for error in errors[:5])))
-    filled = _with_defaults(content, schema(schema_name), schema(schema_name))
-    assert isinstance(filled, dict)  # noqa: S101  every schema here describes an object
-    return filled
-
-
-def _explain(error: ValidationError) -> str:
-    rule: Any = error.validator_value
-    instance: Any = error.instance
-    key = _dotted(list(error.absolute_path)) or "the file"
-    if error.validator == "additionalProperties" and isinstance(instance, Mapping):
-        known = list(cast(Mapping[str, Any], error.schema).get("properties", {}))
-        unknown = [name for name in instance if name not in known]
-        at = f"{key}." if error.absolute_path else ""
-        return "; ".join(f"unknown key '{at}{name}'{did_you_mean(name, known)}" for name in unknown)
-    if error.validator == "enum":
-        return f"'{key}' is {instance!r}{did_you_mean(instance, rule)}"
-    if error.validator == "required":
-        missing = [name for name in rule if name not in instance]
-        return f"'{key}' needs the key '{missing[0]}'"
-    if error.validator == "propertyNames":
-        return f"'{key}': {error.message}"
-    if error.validator == "type":
-        return f"'{key}' is {instance!r}, but must be {_a(rule)}{_float_hint(instance)}"
-    if error.validator in ("anyOf", "oneOf") and error.context:
-        deepest = max(error.context, key=lambda inner: len(inner.absolute_path))
-        if len(deepest.absolute_path) > len(error.absolute_path):
-            return _explain(deepest)
-        wanted = " or ".join(
-            str(inner.validator_value) for inner in error.context if inner.validator in ("type", "enum")
-        )
-        return f"'{key}' is {instance!r}, but must be {wanted}{_float_hint(instance)}"
-    return f"'{key}': {error.message}"
-
-
-def _a(kinds: Any) -> str:
-    return " or ".join(kinds) if isinstance(kinds, list) else str(kinds)
-
-
-def _float_hint(value: object) -> str:
-    """YAML 1.1 reads ``2e-5`` as text: say how to write it."""
     try:
-        return f" (YAML reads {value} as text; write {float(value):.1e})" if isinstance(value, str) else ""
-    except ValueError:
-        return ""
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise DefinitionError(f"{where}: {explain(error, content, json_schema(model), at)}") from error
 
 
-def _dotted(path: list[str | int]) -> str:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
-def _with_defaults(content: Any, part: Mapping[str, Any], root: Mapping[str, Any]) -> Any:
-    if "$ref" in part:
-        part = root["$defs"][part["$ref"].removeprefix("#/$defs/")]
-    if isinstance(content, dict) and "properties" not in part:
-        # null or an object: the object's defaults
-        for below in part.get("anyOf", ()):
-            if "$ref" in below or "properties" in below:
-                return _with_defaults(content, below, root)
-    if isinstance(content, dict):
-        filled = {}
-        properties = part.get("properties", {})
-        other = part.get("additionalProperties")
-        for name, value in content.items():
-            below = properties.get(name, other if isinstance(other, dict) else {})
-            filled[name] = _with_defaults(value, below, root)
-        for name, below in properties.items():
-            if name not in filled and "default" in below:
-                filled[name] = _with_defaults(copy.deepcopy(below["default"]), below, root)
-        return filled
-    if isinstance(content, list) and isinstance(part.get("items"), dict):
-        return [_with_defaults(item, part["items"], root) for item in content]
-    return content
+def read(path: Path, model: type[Model]) -> Model:
+    """Read a YAML file and check it, see :func:`parse`."""
+    return parse(read_yaml(path), model, str(path))
 
 
 def check_names(where: str, key: str, names: Iterable[str], known: Collection[str]) -> None:

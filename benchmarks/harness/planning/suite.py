@@ -22,7 +22,8 @@ from benchmarks.harness.planning.definition import benchmark_names, load_benchma
 from benchmarks.harness.planning.jobs import Job, PartitionJob, partition_jobs, set_files
 from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.runs import Run, canonical_json, plan
-from benchmarks.harness.planning.schema import check, check_names, read_yaml
+from benchmarks.harness.planning.schema import check_names, parse, read_yaml
+from benchmarks.harness.planning.settings import SuiteSettings
 from benchmarks.harness.sources.local import local_folder, own_file
 from emoe.errors import did_you_mean
 
@@ -52,28 +53,26 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
         )
     file = paths.CONFIG / f"{name}.yaml"
     content = read_yaml(file)
-    check(content, "config", str(file))
-    if content["suite"] != name:
-        raise DefinitionError(f"{file}: 'suite' is '{content['suite']}', but must be '{name}' like the file's name")
+    named = parse(content, SuiteSettings, str(file)).suite
+    if named != name:
+        raise DefinitionError(f"{file}: 'suite' is '{named}', but must be '{name}' like the file's name")
     where = "--config" if set(overrides) - {"suite"} else str(file)
-    settings = check({**content, **overrides}, "config", where)
-    for benchmark in settings["benchmarks"]:
-        if benchmark not in benchmark_names():
-            raise DefinitionError(
-                f"{where}: 'benchmarks' names '{benchmark}'{did_you_mean(benchmark, benchmark_names())}"
-            )
-    loaded = [load_benchmark(name) for name in settings["benchmarks"]]
+    settings = parse({**content, **overrides}, SuiteSettings, where)
+    for asked in settings.benchmarks:
+        if asked not in benchmark_names():
+            raise DefinitionError(f"{where}: 'benchmarks' names '{asked}'{did_you_mean(asked, benchmark_names())}")
+    loaded = [load_benchmark(asked) for asked in settings.benchmarks]
     known = {name for benchmark in loaded for name in benchmark.kind.excludable(benchmark.tasks)}
-    check_names(f"{where}: '", "without", settings["without"], known)
+    check_names(f"{where}: '", "without", settings.without, known)
     for benchmark in loaded:
-        other = benchmark.definition.get("evaluates")
-        if other and other not in settings["benchmarks"]:
+        other = benchmark.kind.evaluates(benchmark.definition)
+        if other and other not in settings.benchmarks:
             raise DefinitionError(
                 f"{where}: 'benchmarks' names '{benchmark.name}', which evaluates '{other}'; name that too"
             )
-    for key in ("data_root", "model_root"):
-        if settings[key] and not Path(settings[key]).is_dir():
-            raise DefinitionError(f"{where}: '{key}' is '{settings[key]}', which is no folder")
+    for key, folder in (("data_root", settings.data_root), ("model_root", settings.model_root)):
+        if folder and not Path(folder).is_dir():
+            raise DefinitionError(f"{where}: '{key}' is '{folder}', which is no folder")
     return Suite(name, settings, dict(overrides))
 
 
@@ -116,8 +115,9 @@ class Shown:
 def shown_of(benchmark: str, part: str | None = None) -> Shown:
     """What a benchmark shows, or a part of it."""
     definition = load_benchmark(benchmark).definition
-    keys = ("set_tables", "set_figures") if part else ("tables", "figures")
-    return Shown(benchmark, part, definition[keys[0]], definition[keys[1]])
+    if part:
+        return Shown(benchmark, part, definition.set_tables, definition.set_figures)
+    return Shown(benchmark, part, definition.tables, definition.figures)
 
 
 def all_shown() -> list[Shown]:
@@ -137,7 +137,7 @@ def find_part(benchmark: str, part: str, first: Suite) -> Suite:
         DefinitionError: no suite runs it.
     """
     for suite in _suites(first):
-        if benchmark in suite.settings["benchmarks"] and part in suite.parts(benchmark):
+        if benchmark in suite.settings.benchmarks and part in suite.parts(benchmark):
             return suite
     raise DefinitionError(f"no suite runs '{part}' of the benchmark '{benchmark}'")
 
@@ -153,13 +153,13 @@ class Suite:
     """
 
     name: str
-    settings: dict[str, Any]
+    settings: SuiteSettings
     overrides: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def runs(self) -> list[Run]:
         """Every run, each once, in the order of the grids."""
-        return plan(self.settings["benchmarks"], self.name, self.settings["without"])
+        return plan(self.settings.benchmarks, self.name, self.settings.without)
 
     @cached_property
     def runs_by_folder(self) -> dict[str, Run]:
@@ -196,7 +196,7 @@ class Suite:
 
     def output_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
         """Tables and figures: of every benchmark, of one with its parts, or of one part alone."""
-        names = [name for name in self.settings["benchmarks"] if benchmark in (None, name)]
+        names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
         shown = [
             shown_of(name, found) for name in names for found in (None, *self.parts(name)) if part in (None, found)
         ]
@@ -205,19 +205,19 @@ class Suite:
     @property
     def tracking_uri(self) -> str:
         """Where MLflow is: the configuration, else ``MLFLOW_TRACKING_URI``, else SQLite below ``results/``."""
-        return self.settings["tracking_uri"] or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
+        return self.settings.tracking_uri or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
 
     def digest(self, benchmark: str, part: str | None = None) -> str:
         """Hash of everything that shapes the tables of a benchmark or of a part beside its runs' numbers; comments do not count."""
         loaded = load_benchmark(benchmark)
-        definition, paper = loaded.definition, loaded.definition.get("paper")
+        definition, paper = loaded.definition, loaded.definition.paper
         content: list[object] = [
             # of its suites only what the report says of this one: their grids are in the runs
-            {key: value for key, value in definition.items() if key != "suites"},
-            definition["suites"].get(self.name, {}).get("note"),
-            loaded.tasks,
-            load_metrics(),
-            {k: v["title"] for k, v in load_models().items()},
+            definition.model_dump(exclude={"suites"}),
+            definition.suites[self.name].note if self.name in definition.suites else None,
+            {name: task.model_dump() for name, task in loaded.tasks.items()},
+            {name: metric.model_dump() for name, metric in load_metrics().items()},
+            {name: model.title for name, model in load_models().items()},
             (loaded.folder / paper).read_text() if paper else None,
             [run.id for run in self.runs_of(benchmark, part)],
         ]
@@ -232,10 +232,10 @@ class Suite:
             paths.OVERRIDES: canonical_json(self.overrides),
             paths.PLAN: str(paths.RESULTS / self.name / "plan.json"),
         }
-        if self.settings["data_root"]:
-            found[paths.DATA_ROOT] = str(Path(self.settings["data_root"]).resolve())
-        if self.settings["model_root"]:
-            found[paths.MODEL_ROOT] = str(Path(self.settings["model_root"]).resolve())
+        if self.settings.data_root:
+            found[paths.DATA_ROOT] = str(Path(self.settings.data_root).resolve())
+        if self.settings.model_root:
+            found[paths.MODEL_ROOT] = str(Path(self.settings.model_root).resolve())
         return found
 
     def missing_sets(self) -> list[str]:

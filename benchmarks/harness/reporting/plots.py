@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import matplotlib as mpl
 import pandas as pd
 
+from benchmarks.harness.planning.shared import Method
 from benchmarks.harness.results.statistics import confidence_interval
 
 mpl.use("Agg")
@@ -41,7 +43,9 @@ class Panel:
 class Compared(Protocol):
     """What a figure knows of methods: titles, roles and order, and which one is the baseline."""
 
-    methods: dict[str, dict[str, str]]
+    @property
+    def methods(self) -> Mapping[str, Method]: ...
+
     baseline: str
 
 
@@ -87,14 +91,12 @@ def score_panels(
                 for place, method in enumerate(names):
                     scores = panel.rows.loc[panel.rows["method"] == method, "value"].to_numpy(dtype=float) * 100
                     if len(scores):
-                        _draw_method(
-                            axis, place, scores, COLOURS[methods[method]["role"]], (low - margin, high + margin)
-                        )
+                        _draw_method(axis, place, scores, COLOURS[methods[method].role], (low - margin, high + margin))
                     if len(scores) and method == comparison.baseline:
                         axis.axvline(scores.mean(), color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
                 axis.set_title(panel.title, fontsize=8)
                 axis.set_xlim(low - margin, high + margin)
-            axis_row[0].set_yticks(range(len(names)), [methods[name]["title"] for name in names])
+            axis_row[0].set_yticks(range(len(names)), [methods[name].title for name in names])
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
         label = f"{measure}, bars: 95 % confidence interval, cut at the panel's edge"
         figure.supxlabel("\n".join(textwrap.wrap(label, 38 * columns)), fontsize=7.5)

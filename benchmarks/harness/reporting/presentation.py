@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.shared import Definition, Entry
 from benchmarks.harness.reporting.rendering import Table
 
 NOTE = (
@@ -45,7 +46,7 @@ class Presentation:
     parts: dict[str, Part] = field(default_factory=dict)
 
 
-def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
+def present(benchmark: Benchmark[Definition, Entry], runs: list[Run]) -> Presentation:
     """Present the finished runs of a benchmark, by its own presentation or, where a text benchmark has none, by the usual one.
 
     Raises:
@@ -60,8 +61,8 @@ def present(benchmark: Benchmark, runs: list[Run]) -> Presentation:
     return found
 
 
-def _check(benchmark: Benchmark, key: str, tables: list[Table], prefix: str) -> None:
+def _check(benchmark: Benchmark[Definition, Entry], key: str, tables: list[Table], prefix: str) -> None:
     made = [table.name for table in tables]
-    named = [f"{prefix}_{table}" for table in benchmark.definition[key]]
+    named = [f"{prefix}_{table}" for table in getattr(benchmark.definition, key)]
     if made != named:
         raise DefinitionError(f"{benchmark.file}: '{key}' names {named}, but {made} are made")

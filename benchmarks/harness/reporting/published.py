@@ -8,20 +8,21 @@ import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.shared import Definition, Entry
 from emoe.errors import did_you_mean
 
 _STATUS = ("published", "inferred", "unknown")
 
 
-def read_published(benchmark: Benchmark, columns: list[str]) -> pd.DataFrame:
+def read_published(benchmark: Benchmark[Definition, Entry], columns: list[str]) -> pd.DataFrame:
     """A benchmark's ``paper.csv``: published numbers, values in points (of a rank, as it is), each with status and source.
 
     Raises:
         DefinitionError: a wrong column, status, or a value that does not go with its status.
     """
-    if not benchmark.definition["paper"]:
+    if not benchmark.definition.paper:
         return pd.DataFrame(columns=columns)
-    path = benchmark.folder / benchmark.definition["paper"]
+    path = benchmark.folder / benchmark.definition.paper
     found = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
     if list(found.columns) != columns:
         raise DefinitionError(f"{path}: the columns are {list(found.columns)}, but must be {columns}")

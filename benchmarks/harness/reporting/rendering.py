@@ -41,9 +41,9 @@ class Column:
 
     @property
     def heading(self) -> str:
-        meta = load_metrics()[self.metric]
-        label = self.label or meta["label"]
-        return f"{label} ({meta['unit']})" if meta["unit"] else label
+        metric = load_metrics()[self.metric]
+        label = self.label or metric.label
+        return f"{label} ({metric.unit})" if metric.unit else label
 
     def text(self, row: pd.Series) -> str:
         """The cell of one row."""
@@ -57,10 +57,10 @@ class Column:
     def _number(self, value: float, *, signed: bool | None = None) -> str:
         if value is None or math.isnan(value):
             return MISSING
-        meta = load_metrics()[self.metric]
-        decimals = meta["decimals"] if self.decimals is None else self.decimals
+        metric = load_metrics()[self.metric]
+        decimals = metric.decimals if self.decimals is None else self.decimals
         sign = "+" if (self.signed if signed is None else signed) else ""
-        return f"{value * meta['scale']:{sign}z.{decimals}f}"
+        return f"{value * metric.scale:{sign}z.{decimals}f}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Table:
         )
         taking_part = frame[self.compare] if self.compare else pd.Series(True, index=frame.index)
         for column in self.shown:
-            direction = load_metrics()[column.metric]["direction"]
+            direction = load_metrics()[column.metric].direction
             if column.best is None or direction == "none" or frame.empty:
                 continue
             values = frame[column.best].where(taking_part)

@@ -34,7 +34,7 @@ def write_report(suite: Suite, output: Path) -> None:
     page = environment.get_template("report.html.j2").render(
         suite=suite.name,
         version=emoe.__version__,
-        sections=[_section(suite, name) for name in suite.settings["benchmarks"]],
+        sections=[_section(suite, name) for name in suite.settings.benchmarks],
         environments=_environments(suite.runs),
         style=_trusted(Path(__file__).parent / "report.css"),
     )
@@ -51,11 +51,11 @@ def _section(suite: Suite, name: str) -> dict[str, Any]:
     shown = shown_of(name)
     return {
         "name": name,
-        "title": definition["title"],
+        "title": definition.title,
         "runs": len(runs),
         "models": kind.has_models,
         "random_weights": kind.has_models and any({"config", "random"} & set(run.spec["model"]) for run in runs),
-        "suite_note": definition["suites"][suite.name].get("note", ""),
+        "suite_note": definition.suites[suite.name].note or "",
         "verdicts": presented.verdicts,
         "note": presented.note,
         "data": _data(runs) if kind.counts_labels else [],
@@ -65,8 +65,8 @@ def _section(suite: Suite, name: str) -> dict[str, Any]:
         "figures": _figures(suite, shown),
         "parts": [
             {
-                "title": benchmark.tasks[part]["title"],
-                "tables": [_table(suite, shown_of(name, part), table) for table in definition["set_tables"]],
+                "title": benchmark.tasks[part].title,
+                "tables": [_table(suite, shown_of(name, part), table) for table in definition.set_tables],
                 "figures": _figures(suite, shown_of(name, part)),
             }
             for part in presented.parts

@@ -48,7 +48,7 @@ def _name(row: object) -> str:
 def summarise(runs: list[Run]) -> pd.DataFrame:
     """Mean over seeds of every number that has a tolerance."""
     records = collect(runs)
-    compared = {name for name, meta in load_metrics().items() if meta["tolerance"] is not None}
+    compared = {name for name, metric in load_metrics().items() if metric.tolerance is not None}
     records = records[records["metric"].isin(compared)]
     return records.groupby(_KEYS, sort=True)["value"].agg(mean="mean", n="count").reset_index()
 
@@ -99,7 +99,5 @@ def compare(runs: list[Run], suite: str, folder: Path = REFERENCE) -> Comparison
 
 
 def _tolerance(metric: str, blessed: float) -> float:
-    limits = load_metrics()[metric]["tolerance"]
-    if limits is None or math.isnan(blessed):
-        return math.nan
-    return float(limits["atol"] + limits["rtol"] * abs(blessed))
+    tolerance = load_metrics()[metric].tolerance
+    return math.nan if tolerance is None or math.isnan(blessed) else tolerance.around(blessed)

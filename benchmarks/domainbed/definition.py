@@ -1,0 +1,186 @@
+"""What the files of a benchmark of domain generalisation say: how it trains, what its suites run, and its image sets."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from benchmarks.harness.planning.schema import (
+    UNIQUE,
+    AsGiven,
+    Count,
+    Key,
+    Names,
+    NotNegative,
+    PartOf,
+    Positive,
+    Rate,
+    Strict,
+    Wholes,
+    left_out,
+)
+from benchmarks.harness.planning.shared import (
+    Entry,
+    LoRA,
+    Precision,
+    TrainingDefinition,
+    TrainingSettings,
+    TrainingSuite,
+    VariantAxes,
+)
+
+
+class HParams(Strict):
+    """Hyper-parameters that are set by hand, over default and random ones."""
+
+    lr: Positive | None = left_out()
+    """Adam's learning rate."""
+    weight_decay: NotNegative | None = left_out()
+    """Adam's L2 penalty."""
+    batch_size: Count | None = left_out()
+    """Images of each training environment per step."""
+    vit_dropout: Rate | None = left_out()
+    """Dropout in front of the head, as DomainBed has it for a ViT."""
+    data_augmentation: bool | None = left_out()
+    """Augment the training environments."""
+    class_balanced: bool | None = left_out()
+    """Draw every class equally often."""
+
+
+class ImageTraining(Strict):
+    """How a run is trained."""
+
+    steps: Count
+    """Steps."""
+    eval_every: Count | None
+    """Steps between evaluations; null is the set's own in DomainBed."""
+    eval_batch_size: Count
+    """Images per evaluation batch."""
+    eval_rows: Count | None
+    """Images of every split that are evaluated: its first ones, the split being shuffled. null for all."""
+    evaluate: Literal["all", "needed"]
+    """Which splits are evaluated: all, as DomainBed does, or only those that a selection or a table reads (not the *in* splits of training environments)."""
+    image_size: Annotated[int, Field(ge=14)]
+    """Pixels along each side."""
+    val_augment: bool
+    """Evaluate training environments on augmented images, drawn anew every time, as DomainBed and the EMoE authors do; false, on the images as they are, is this suite's own option."""
+    drop_path: Rate
+    """Rate of stochastic depth."""
+    truncated: Literal["refuse", "load"]
+    """What to do with an image file that ends early: refuse the set, or fill what is missing, as DomainBed does."""
+    precision: Precision
+    """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
+    lora: LoRA | None
+    """Train adapters and the head only; null trains everything."""
+
+
+class ImageTrainingSettings(ImageTraining, TrainingSettings):
+    """How every run of the benchmark is trained; a suite may set its own."""
+
+    registry: Literal["domainbed", "emoe"]
+    """Whose default hyper-parameters and random draws: DomainBed's, or those of the EMoE authors' fork."""
+    hparams: HParams
+    """Hyper-parameters that are set by hand, over default and random ones."""
+    by_model: dict[str, Annotated[Strict, PartOf(ImageTraining)]] = Field({})
+    """Settings of single models."""
+
+
+class ImageBlock(VariantAxes):
+    """A product of lists. Lists of method settings become part of the method's variant."""
+
+    model: Names
+    """Names in models.yaml."""
+    set: Names
+    """Names of image sets."""
+    method: Names
+    """Names of methods."""
+    test_envs: (
+        Literal["single", "all"]
+        | Annotated[list[Annotated[list[str], Field(min_length=1, max_length=2), UNIQUE]], Field(min_length=1)]
+    )
+    """Which environments are held out: lists of names; `single` is each by itself, `all` is also every pair, which leave-one-domain-out selection needs."""
+    hparams_seed: Wholes
+    """DomainBed's hparams_seed: 0 for the defaults, each other for a random draw."""
+    trial: Wholes
+    """DomainBed's trial_seed: other splits, other draws."""
+
+
+class ImageSuite(TrainingSuite):
+    """One suite's part of the benchmark."""
+
+    training: Annotated[Strict, PartOf(ImageTrainingSettings)] = Strict()
+    """Settings that differ in this suite."""
+    grid: Annotated[list[ImageBlock], Field(min_length=1)]
+    """Blocks of runs; each is the product of its lists."""
+
+
+class ImageDefinition(TrainingDefinition):
+    """A benchmark that trains on some environments of an image set and is judged on those held out, by DomainBed's protocol."""
+
+    sets: str
+    """File with the definitions of the image sets, in the benchmark's folder."""
+    set_tables: list[str]
+    """The tables of each set."""
+    set_figures: dict[str, str]
+    """The figures of each set, with their captions."""
+    training: ImageTrainingSettings
+    """How every run of the benchmark is trained; a suite may set its own."""
+    suites: dict[Key, ImageSuite]
+    """What to run, by suite."""
+
+
+class ImageSource(AsGiven):
+    """Where images come from."""
+
+    folder: str | None = None
+    """Name of the set's folder below data_root, in DomainBed's layout `<environment>/<class>/<image>`."""
+    hub: str | None = None
+    """Repository on the hub, with columns for image, domain and label."""
+    revision: str | None = None
+    """Commit on the hub; null is its newest."""
+    mnist: Literal["rotated", "colored"] | None = None
+    """MNIST digits, turned or coloured by DomainBed's definitions."""
+    digits: Literal["all", "package"] | None = None
+    """Which digits: all 70,000 (`MNIST/raw` below data_root), or the 5,000 that ship inside a package."""
+    emoji: Literal["category"] | None = None
+    """Emoji of several drawing styles, from npm packages; the value names the classes' grouping."""
+
+    def model_post_init(self, _context: Any, /) -> None:
+        self.need_one_of("folder", "mnist", "emoji")
+        self.need_together("mnist", "digits")
+        self.need_together("hub", "folder")
+
+
+class ImageTask(Strict):
+    """What of an image set shapes a run's numbers."""
+
+    domainbed: str
+    """DomainBed's name of the set, by which it seeds and draws; another set's own."""
+    source: ImageSource
+    """Where images come from."""
+
+
+class SetEntry(ImageTask, Entry):
+    """One image set of ``sets.yaml``."""
+
+    environments: Annotated[dict[str, str | int | float], Field(min_length=3)]
+    """Short names in DomainBed's order, each with what it is called on disk: a folder, an angle, a probability, a package."""
+    eval_every: Count
+    """Steps between evaluations in DomainBed."""
+    images: Count | None = left_out()
+    """Images in all as its makers count them."""
+    obtain: str
+    """Where the set comes from."""
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """What of the set shapes a run's numbers, with its name; environments are in order, which JSON's mappings do not keep."""
+        found = self.model_dump(include=set(ImageTask.model_fields))
+        return {"name": name, **found, "environments": [list(pair) for pair in self.environments.items()]}
+
+
+class SetFile(Strict):
+    """Image sets of several environments; a set is data, not code."""
+
+    sets: Annotated[dict[Key, SetEntry], Field(min_length=1)]
+    """The sets, by name."""

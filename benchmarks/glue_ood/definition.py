@@ -1,0 +1,47 @@
+"""What the file of a benchmark says that evaluates the chosen runs of another."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from benchmarks.harness.planning.schema import UNIQUE, Count, Key, PartOf, Strict
+from benchmarks.harness.planning.shared import Definition, MethodsDefinition, SuitePart
+
+
+class Evaluation(Strict):
+    """How every set is evaluated; a suite may set its own."""
+
+    batch_size: Count
+    """Rows of a batch."""
+    max_length: Annotated[int, Field(ge=4)]
+    """Tokens kept of a sentence or pair."""
+    rows: Count | None
+    """Rows of every set, drawn once and for all; null for all."""
+
+
+class EvaluationSuite(SuitePart):
+    """One suite's part of the benchmark."""
+
+    evaluation: Annotated[Strict, PartOf(Evaluation)] = Strict()
+    """Settings that differ in this suite."""
+
+
+class EvaluationFile(Definition):
+    """A benchmark that trains nothing. It evaluates the chosen runs of another on the OOD sets of their tasks."""
+
+    figures: dict[str, str]
+    """The figures that it draws, each with its caption."""
+    evaluates: str
+    """The benchmark whose runs are evaluated; it keeps their weights. Methods, baseline and tasks are its."""
+    ranked: Annotated[list[str], Field(min_length=2), UNIQUE]
+    """Methods that are ranked together; a rank means something among them only."""
+    evaluation: Evaluation
+    """How every set is evaluated; a suite may set its own."""
+    suites: dict[Key, EvaluationSuite]
+    """What to run, by suite; every run of the other benchmark in that suite takes part."""
+
+
+class EvaluationDefinition(EvaluationFile, MethodsDefinition):
+    """The same, with methods and baseline of the benchmark that it evaluates."""

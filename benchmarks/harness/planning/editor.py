@@ -1,0 +1,38 @@
+"""JSON Schemas of all YAML files, for editors: written from the models that read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.harness.base.files import whole_file
+from benchmarks.harness.base.paths import SCHEMAS
+from benchmarks.harness.planning.catalogue import MetricFile, ModelFile
+from benchmarks.harness.planning.kinds import find_kind, kind_names
+from benchmarks.harness.planning.method_rows import MethodFile
+from benchmarks.harness.planning.schema import Strict, json_schema
+from benchmarks.harness.planning.settings import SuiteSettings
+
+
+def editor_schemas() -> dict[Path, str]:
+    """The text of each schema by its file, ``benchmarks/schemas/<name>.schema.json``."""
+    return {
+        SCHEMAS / f"{name}.schema.json": json.dumps(json_schema(model), indent=1, ensure_ascii=False) + "\n"
+        for name, model in _models()
+    }
+
+
+def write_schemas() -> list[Path]:
+    """Write every schema, and give their files."""
+    found = editor_schemas()
+    for file, text in found.items():
+        with whole_file(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return list(found)
+
+
+def _models() -> Iterator[tuple[str, type[Strict]]]:
+    yield from (("models", ModelFile), ("metrics", MetricFile), ("methods", MethodFile), ("config", SuiteSettings))
+    for kind in kind_names():
+        yield from find_kind(kind).files

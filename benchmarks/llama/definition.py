@@ -1,0 +1,225 @@
+"""What the files of a benchmark of instruction tuning say: what is tuned how, what its suites run, and its sets."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from benchmarks.harness.planning.schema import (
+    AsGiven,
+    Count,
+    Key,
+    Names,
+    NotNegative,
+    PartOf,
+    Positive,
+    Positives,
+    Rate,
+    Strict,
+    Whole,
+    Wholes,
+    left_out,
+    registered,
+)
+from benchmarks.harness.planning.shared import (
+    Entry,
+    Layers,
+    LoRA,
+    Resources,
+    TrainingDefinition,
+    TrainingSettings,
+    TrainingSuite,
+    VariantAxes,
+)
+from benchmarks.harness.planning.tunings import TUNINGS
+
+
+class Finetuning(Entry):
+    """What is trained of a model."""
+
+    train: Annotated[str, registered(TUNINGS, beside=("all", "adapters", "nothing"))]
+    """What of a language model is trained: everything; adapters; nothing, where it is only evaluated; or a registered way of tuning, such as
+    `blocks`: the transformer blocks that `layers` names."""
+    layers: Layers | None = None
+    """The blocks that are trained, named as converted layers are; with `quantize` those whose FFNs stay whole."""
+    lora: LoRA | None = None
+    """The adapters."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights that are not trained; trained ones are float32. A CPU computes in float32."""
+    quantize: Literal["nf4", "fp4"] | None = None
+    """Load in 4 bits by bitsandbytes, all but the head and the FFNs of `layers`."""
+
+
+class Data(Strict):
+    """How instructions become rows; a suite may set its own."""
+
+    template: str
+    """Prompt template: one of templates.yaml, the model's own `chat` template, or `random` for one of templates.yaml drawn by the run's seed."""
+    max_length: Annotated[int, Field(ge=2)]
+    """Tokens of prompt and response; what is longer is cut off the response and counted."""
+    train_rows: Count | None
+    """Rows to learn, drawn once and for all; null for all that are not held out."""
+    held_out_rows: Count
+    """Rows to evaluate the loss on, drawn once and for all."""
+    broken_rows: Literal["refuse", "skip"]
+    """What to do with rows that cannot be used: refuse the set, or leave them out and count them."""
+
+
+class InstructionTraining(Strict):
+    """How a run is trained, its adapters aside."""
+
+    epochs: Positive
+    """Passes over the rows."""
+    steps: Count | None
+    """Steps, whatever `epochs` says; null for none."""
+    batch_size: Count
+    """Rows of a step, over all processes. Rows that do not fill a step are left out."""
+    micro_batch: Count
+    """Rows that a process takes at once; the rest of the batch is accumulated."""
+    schedule: Literal["cosine", "linear", "constant_with_warmup"]
+    """Of the learning rate."""
+    warmup: Rate
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: NotNegative
+    """AdamW's."""
+    max_grad_norm: NotNegative
+    """Gradients are cut to this norm; 0 for not at all."""
+    precision: Literal["fp32", "bf16"]
+    """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
+    gradient_checkpointing: bool
+    """Compute activations again in the backward pass instead of keeping them."""
+    packing: bool
+    """Lay the rows of a micro-batch end to end, each attending to itself, instead of padding them."""
+    save_steps: Count
+    """Steps between checkpoints."""
+    keep_weights: bool
+    """Keep what was trained, so that the run can be exported."""
+
+
+class InstructionTrainingSettings(InstructionTraining, TrainingSettings):
+    """How every run is trained; a suite may set its own."""
+
+    by_model: dict[str, Annotated[Strict, PartOf(InstructionTraining)]] = Field({})
+    """Settings of single models."""
+
+
+class AskedTask(Strict):
+    """One task of lm-eval."""
+
+    task: str
+    """Name of a task or group; `mmlu_dev` are the few-shot questions of MMLU that ship inside its package."""
+    shots: Whole
+    """Solved questions before each question."""
+    limit: Count | None = None
+    """Questions of every single task, the first ones; null for all; part of the title."""
+
+
+class Evaluation(Strict):
+    """How every run is evaluated; a suite may set its own."""
+
+    tasks: list[AskedTask]
+    """Tasks of lm-eval."""
+    batch_size: Count
+    """Rows at once."""
+    generations: Whole
+    """Held-out rows that are answered greedily and kept for reading."""
+    new_tokens: Count
+    """Longest answer."""
+
+
+class ParallelResources(Resources):
+    """What the scheduler reserves for one run, and over how many processes it is spread; shapes no number beyond rounding."""
+
+    processes: Count = 1
+    """Processes that torchrun starts; one a GPU."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the work: every one has the whole model (ddp), or each a part (fsdp: FSDP2)."""
+
+
+class InstructionBlock(VariantAxes):
+    """A product of lists. Lists of method settings become part of the method's variant."""
+
+    model: Names
+    """Names in models.yaml."""
+    set: Names
+    """Names of sets."""
+    tuning: Names
+    """Names of tunings."""
+    method: Names
+    """Names of methods."""
+    learning_rate: Positives | None = left_out()
+    """Peak learning rates; for tunings that train."""
+    seed: Wholes
+    """Seeds: of the order, of adapters, of dropout, of drawn templates."""
+
+
+class InstructionSuite(TrainingSuite):
+    """One suite's part of the benchmark."""
+
+    data: Annotated[Strict, PartOf(Data)] = Strict()
+    """Settings of the data that differ in this suite."""
+    training: Annotated[Strict, PartOf(InstructionTrainingSettings)] = Strict()
+    """Settings of the training that differ in this suite."""
+    evaluation: Annotated[Strict, PartOf(Evaluation)] = Strict()
+    """Settings of the evaluation that differ in this suite."""
+    tunings: dict[str, dict[str, Any]] = Field({})
+    """Settings of single tunings that differ in this suite, by tuning."""
+    resources: ParallelResources = ParallelResources()
+    """What the scheduler reserves for one run, and over how many processes it is spread."""
+    grid: Annotated[list[InstructionBlock], Field(min_length=1)]
+    """Blocks of runs; each is the product of its lists."""
+
+
+class InstructionDefinition(TrainingDefinition):
+    """A benchmark that tunes language models on instructions and evaluates them by lm-eval."""
+
+    sets: str
+    """File with the sets of instructions, in the benchmark's folder."""
+    tunings: Annotated[dict[Key, Finetuning], Field(min_length=1)]
+    """What is trained of a model. The order is the order of the rows."""
+    data: Data
+    """How instructions become rows; a suite may set its own."""
+    training: InstructionTrainingSettings
+    """How every run is trained; a suite may set its own."""
+    evaluation: Evaluation
+    """How every run is evaluated; a suite may set its own."""
+    suites: dict[Key, InstructionSuite]
+    """What to run, by suite."""
+
+
+class InstructionSource(AsGiven):
+    """Where rows come from, where there is no file `<name>.json` or `<name>.jsonl` below data_root."""
+
+    hub: str | None = None
+    """Repository on the hub."""
+    revision: str | None = None
+    """Commit on the hub; null is its newest."""
+    package: str | None = None
+    """File inside the package that ships the rows."""
+
+    def model_post_init(self, _context: Any, /) -> None:
+        if self.model_fields_set:
+            self.need_one_of("hub", "package")
+
+
+class InstructionSet(Entry):
+    """One set of instructions in Alpaca's form."""
+
+    source: InstructionSource
+    """Where rows come from, where there is no file `<name>.json` or `<name>.jsonl` below data_root."""
+    rows: Count | None = left_out()
+    """Rows as its makers count them."""
+    obtain: str
+    """Where the set comes from."""
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """What of the set shapes a run's numbers, with its name."""
+        return {"name": name, **self.model_dump(include={"source"})}
+
+
+class SetFile(Strict):
+    """Sets of instructions in Alpaca's form; a set is data, not code."""
+
+    sets: Annotated[dict[Key, InstructionSet], Field(min_length=1)]
+    """The sets, by name."""

@@ -1,0 +1,84 @@
+"""What the file of a benchmark says that measures."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from benchmarks.harness.planning.schema import Count, Key, Names, Strict, Whole, left_out
+from benchmarks.harness.planning.shared import Definition, Entry, Resources, SuitePart
+
+
+class Candidate(Entry):
+    """What is compared."""
+
+
+class MeasuredModel(Entry):
+    """What is measured on: one FFN by its sizes, one layer of a model of models.yaml, or a whole model with random weights."""
+
+    hidden: Count | None = left_out()
+    """Width of the FFN's input."""
+    neurons: Count | None = left_out()
+    """Neurons of the FFN."""
+    gated: bool | None = left_out()
+    """Whether the FFN is gated."""
+    model: str | None = left_out()
+    """Name in models.yaml."""
+    layer: Whole | None = left_out()
+    """Number of its layer."""
+    config: dict[str, Any] | None = left_out()
+    """Configuration of the whole model."""
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """The ``model`` part of a run's spec."""
+        return {"name": name, **self.model_dump(exclude={"title"})}
+
+
+class Measure(Entry):
+    """What is measured."""
+
+    settings: dict[str, Any]
+    """Every setting of the measure with its usual value."""
+
+
+class MeasurementResources(Resources):
+    """What the scheduler reserves for one run."""
+
+    threads: Whole = 0
+    """CPU threads; 0 for all of the machine's, so that nothing runs beside it."""
+
+
+class MeasurementBlock(Strict):
+    """A measure, and the product of its lists."""
+
+    measure: str
+    """A name in measures."""
+    model: Names
+    """Names in models."""
+    settings: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({})
+    """Values of the measure's settings to run, as lists; the others keep their usual value."""
+
+
+class MeasurementSuite(SuitePart):
+    """One suite's part of the benchmark."""
+
+    resources: MeasurementResources = MeasurementResources()
+    """What the scheduler reserves for one run."""
+    grid: Annotated[list[MeasurementBlock], Field(min_length=1)]
+    """Blocks of runs; each is the product of its lists."""
+
+
+class MeasurementDefinition(Definition):
+    """A benchmark that trains nothing. It measures things side by side, each run under one setting."""
+
+    figures: dict[str, str]
+    """The figures that it draws, each with its caption."""
+    models: Annotated[dict[str, MeasuredModel], Field(min_length=1)]
+    """What is measured on, by name."""
+    candidates: Annotated[dict[str, Candidate], Field(min_length=1)]
+    """What is compared; the order is that of columns and legends."""
+    measures: Annotated[dict[str, Measure], Field(min_length=1)]
+    """What is measured, by name."""
+    suites: dict[Key, MeasurementSuite]
+    """What to run, by suite."""

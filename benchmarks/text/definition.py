@@ -1,0 +1,253 @@
+"""What the files of a text benchmark say: how it trains, what its suites run, and its tasks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from benchmarks.harness.planning.counts import PublishedRows
+from benchmarks.harness.planning.schema import (
+    AS_GIVEN,
+    UNIQUE,
+    Count,
+    Key,
+    Names,
+    NotNegative,
+    Number,
+    PartOf,
+    Positive,
+    Positives,
+    Rate,
+    Strict,
+    Whole,
+    Wholes,
+    left_out,
+)
+from benchmarks.harness.planning.shared import (
+    Entry,
+    LoRA,
+    Precision,
+    TrainingDefinition,
+    TrainingSettings,
+    TrainingSuite,
+    VariantAxes,
+)
+
+Protocol = Literal["published", "clean"]
+
+
+class TextTraining(Strict):
+    """How a run is trained."""
+
+    epochs: Positive
+    """Passes over the training set."""
+    batch_size: Count
+    """Sentences per step."""
+    eval_batch_size: Count
+    """Sentences per evaluation batch."""
+    max_length: Annotated[int, Field(ge=4)]
+    """Tokens kept of a sentence or pair."""
+    sampling: Literal["random", "group_by_length"]
+    """Order of the training rows: shuffled, or shuffled in groups of like length (less padding)."""
+    train_rows: Count | None
+    """Training rows, taken from the shuffled training split; null for all."""
+    eval_rows: Count | None
+    """Rows of every evaluation split; null for all."""
+    weight_decay: NotNegative
+    """AdamW's weight decay."""
+    warmup: Rate
+    """Share of the steps with a rising rate."""
+    keep: Literal["last", "best"]
+    """Which epoch's weights are evaluated."""
+    patience: Count | None
+    """Stop after that many epochs without a new best, which must be above 0 (needs keep: best); null never."""
+    accumulate: Count
+    """Batches whose gradients one step adds up."""
+    precision: Precision
+    """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
+    held_out: Rate
+    """Share of the training rows that a clean run holds out to choose by, where the task has no split for that."""
+    lora: LoRA | None
+    """Train adapters and the head only; null trains everything."""
+    keep_weights: bool
+    """Keep what was trained below the run's folder, for benchmarks that evaluate it."""
+
+
+class TextTrainingSettings(TextTraining, TrainingSettings):
+    """How every run of the benchmark is trained; a suite may set its own."""
+
+    held_out: Annotated[float, Field(gt=0, lt=1), AS_GIVEN]
+    """Share of the training rows that a clean run holds out to choose by, where the task has no split for that."""
+    evaluate_ood: bool
+    """Evaluate every run on the task's OOD sets at its end. Large sets are for a benchmark that evaluates the chosen runs only."""
+    epochs_by_task: dict[str, Positive] = Field({})
+    """Epochs of single tasks."""
+    by_model: dict[str, Annotated[Strict, PartOf(TextTraining)]] = Field({})
+    """Settings of single models."""
+
+
+class TextBlock(VariantAxes):
+    """A product of lists. Lists of method settings become part of the method's variant."""
+
+    model: Names
+    """Names in models.yaml."""
+    task: Names
+    """Names in the task file."""
+    method: Names
+    """Names of methods."""
+    learning_rate: Positives
+    """Peak learning rates."""
+    seed: Wholes
+    """Seeds."""
+    protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = left_out()
+    """How epoch and hyper-parameters are chosen. published: by the dev split, which is also reported. clean: by a split that is not reported.
+    Left out: clean for tasks with a test split, else published."""
+
+
+class TextSuite(TrainingSuite):
+    """One suite's part of a text benchmark."""
+
+    training: Annotated[Strict, PartOf(TextTrainingSettings)] = Strict()
+    """Settings that differ in this suite."""
+    grid: Annotated[list[TextBlock], Field(min_length=1)]
+    """Blocks of runs; each is the product of its lists."""
+
+
+class TextDefinition(TrainingDefinition):
+    """One benchmark, its methods, and what each suite runs of it."""
+
+    figures: dict[str, str]
+    """The figures that it draws, each with its caption."""
+    tasks: str
+    """File with the task definitions, in the benchmark's folder."""
+    training: TextTrainingSettings
+    """How every run of the benchmark is trained; a suite may set its own."""
+    suites: dict[Key, TextSuite]
+    """What to run, by suite."""
+
+
+class TextSource(Strict):
+    """Where rows come from: a set on the hub, a folder that the user has, or one that ships inside a package."""
+
+    hub: str | None = left_out()
+    """Repository on the hub."""
+    config: str | None = None
+    """Configuration of the hub's set."""
+    revision: str | None = None
+    """Commit (or branch) of the hub's set; null is its newest."""
+    folder: str | None = left_out()
+    """Name of the set's folder below data_root."""
+    path: str | None = left_out()
+    """The set's folder in this project, from its top."""
+    rated: str | None = left_out()
+    """A domain of the human-rated sentiment set."""
+
+    def model_post_init(self, _context: Any, /) -> None:
+        self.need_one_of("folder", "path", "rated")
+
+
+class Splits(Strict):
+    """Split names by part; `a+b` is both."""
+
+    train: str | None = None
+    """Training split."""
+    dev: str | None = None
+    """Split that selects epochs and learning rates."""
+    test: str | None = None
+    """Split that is reported."""
+
+
+class WhereRows(Strict):
+    """Rows of one file that belong to a split, where one file holds several."""
+
+    column: str
+    """Column that tells."""
+    values: dict[str, str]
+    """Its value by split."""
+
+
+class FileLayout(Strict):
+    """One form of the set's own files."""
+
+    format: Literal["tsv", "csv", "jsonl", "folders"] = "tsv"
+    """Tab-separated without quoting, comma-separated with quoting, JSON lines, or a folder of text files for each label."""
+    files: dict[str, str]
+    """File names (of folders, the folder that holds those of the labels) by split name."""
+    columns: dict[str, str | int] = Field({})
+    """Column of each field and of the label: its header, or its place for files without header."""
+    encoding_errors: Literal["strict", "replace"] = "strict"
+    """What to do with bytes that are no UTF-8: end with an error, or put a sign in their place."""
+    header: bool = True
+    """Whether the first line names the columns."""
+    where: WhereRows | None = left_out()
+    """Rows of one file that belong to a split, where one file holds several."""
+    label_names: dict[str, str] = Field({})
+    """What the labels are called in these files, to the class names; nothing else is then a label."""
+
+
+class Rows(Strict):
+    """Rows of each part as their makers count them."""
+
+    train: int | None = left_out()
+    """Of the training split."""
+    dev: int | None = left_out()
+    """Of the split that selects."""
+    test: int | None = left_out()
+    """Of the split that is reported."""
+
+
+class TextTask(Strict):
+    """What of a task shapes a run's numbers."""
+
+    source: TextSource
+    """Where rows come from."""
+    fields: Annotated[list[str], Field(min_length=1, max_length=2)]
+    """Columns with the text, one or two, under the hub's names."""
+    label: str = "label"
+    """Column with the label."""
+    also_named: dict[str, str] = Field({})
+    """Names that columns have in other copies of the set, to the names here."""
+    labels: list[str] = Field([])
+    """Names of the classes in the order of their numbers; empty for a regression. A model's class i is read as class i of any other set with as many classes."""
+    range: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = left_out()
+    """Lowest and highest score of a regression; a row with another is refused."""
+    label_names: dict[str, str] = Field({})
+    """Other spellings of the labels that files use, to the class names."""
+    unlabelled: list[str | int | float] = Field([])
+    """Label values that mark a row without a gold label, beside -1, null, nan and an empty cell; such rows are dropped and counted, as are rows without any text."""
+    folds: dict[Annotated[str, Field(pattern="^[0-9]+$")], list[Whole]] = Field({})
+    """How classes are read where a model or a set has fewer of them: by that number of classes, the new number of each class."""
+    metric: str
+    """Name in metrics.yaml: what training on the task selects by and reports."""
+    ood_metrics: Names | None = left_out()
+    """What is reported of a model that was trained elsewhere: the paper's metric first, others beside it. Left out: metric."""
+    splits: Splits
+    """Split names by part. The dev part selects; the test part is reported (dev where there is none). Sets without train and dev are for evaluation only."""
+    own: Annotated[list[FileLayout], Field(min_length=1)] | None = left_out()
+    """How the set's own files look, as its makers hand them out; the first form that is there is read."""
+
+
+class TaskEntry(TextTask, Entry):
+    """One task of ``tasks.yaml``."""
+
+    rows: Rows = Rows()
+    """Rows of each part as their makers count them, those without a gold label included; of sets that GLUE-X's authors made, as their result files count them."""
+    published_rows: PublishedRows | None = left_out()
+    """Where the paper's authors score another number of rows of the test part than is scored here: how many, who says so, and why."""
+    obtain: str | None = left_out()
+    """For sets that must be fetched by hand: which file, from whom."""
+    ood: list[str] = Field([])
+    """Tasks that a model trained on this one is also evaluated on, without further training."""
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """What of the task shapes a run's numbers, with its name."""
+        found = self.model_dump(include=set(TextTask.model_fields))
+        return {"name": name, "ood_metrics": [self.metric], **found}
+
+
+class TaskFile(Strict):
+    """Task definitions; a task is data, not code."""
+
+    tasks: Annotated[dict[Key, TaskEntry], Field(min_length=1)]
+    """The tasks, by name."""
