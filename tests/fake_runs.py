@@ -233,6 +233,6 @@ def write_runs(runs: list[Run], gains: dict[str, float] | None = None, folder: P
 def _made_up(run: Run, gain: float) -> dict[str, Any]:
     if "settings" in run.spec:
         return measured(run)
-    if "tuning" in run.spec:
+    if "finetuning" in run.spec:
         return instruction_metrics(run, gain)
     return domain_metrics(run, gain) if run.benchmark == "domainbed" else metrics(run, gain)

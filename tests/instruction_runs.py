@@ -38,14 +38,16 @@ def tiny_run(method: str = "emoe", tuning: str = "lora", changes: Mapping[str, A
         **parts: the same, for names that are free.
     """
     found = next(
-        run for run in plan(["llama"], "smoke") if run.spec["tuning"] == tuning and run.spec["method"]["name"] == method
+        run
+        for run in plan(["llama"], "smoke")
+        if run.spec["finetuning"] == tuning and run.spec["method"]["name"] == method
     )
     spec = copy.deepcopy(found.spec)
     spec["task"] = {"name": "own", "source": {}}
     spec["data"] |= {"max_length": 48, "train_rows": 24, "held_out_rows": 6}
     spec["evaluation"] |= {"tasks": [], "generations": 1}
     if "steps" in spec["training"]:
-        spec["training"] |= {"epochs": 2, "batch_size": 8, "micro_batch": 4, "save_steps": 2}
+        spec["training"] |= {"epochs": 2, "batch_size": 8, "per_device_train_batch_size": 4, "save_steps": 2}
     for part, values in {**(changes or {}), **parts}.items():
         if isinstance(values, dict):
             spec[part] = {**spec[part], **values}

@@ -169,7 +169,7 @@ def write_glue(root: Path, name: str, *, train: bool = False, copies: int = 1) -
     file, lines = TSV[name]
     folder = root / TASKS[name]["source"]["folder"]
     folder.mkdir()
-    header = lines[:1] if TASKS[name]["own"][0]["header"] else []
+    header = lines[:1] if TASKS[name]["raw_formats"][0]["header"] else []
     rows = lines[len(header) :] * copies
     for part in (file, "train.tsv") if train else (file,):
         (folder / part).write_text("\n".join([*header, *rows]) + "\n", encoding="utf-8")

@@ -170,7 +170,7 @@ class SetEntry(ImageTask, Entry):
     """Steps between evaluations in DomainBed."""
     images: Count | None = left_out()
     """Images in all as its makers count them."""
-    obtain: str
+    download_instructions: str
     """Where the set comes from."""
 
     def spec(self, name: str) -> dict[str, Any]:

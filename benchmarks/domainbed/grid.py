@@ -101,7 +101,7 @@ class DomainsKind(Kind[ImageDefinition, SetEntry]):
             found = list_environments(spec["task"], spec["data_seed"], open_images=open_files)
         except DataError as error:
             problem = error if open_files else first_line(error)
-            advice = f"{name}: {problem}\n    {known.obtain}. Without it: `without: [{name}]`"
+            advice = f"{name}: {problem}\n    {known.download_instructions}. Without it: `exclude: [{name}]`"
             yield SetPart(name, ALL, None, expected=known.images, advice=advice)
             return
         for environment, rows, labels, source in found:

@@ -74,8 +74,8 @@ def _splits(
     """
     train = load(task, "train", training["train_rows"])
     test = load(task, "test", training["eval_rows"])
-    if training["held_out"]:
-        train, dev = train.divided(training["held_out"], f"{task['name']}/held out")
+    if training["validation_fraction"]:
+        train, dev = train.divided(training["validation_fraction"], f"{task['name']}/held out")
     else:
         dev = load(task, "dev", training["eval_rows"]) if task["splits"]["test"] else test
     return {"train": train, "dev": dev, "test": test}

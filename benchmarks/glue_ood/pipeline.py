@@ -68,7 +68,7 @@ def _load(other: Mapping[str, Any], load: Callable[..., TextSplit]) -> TextSplit
     try:
         return load(other, "test")
     except DataError as error:
-        raise DataError(f"{error}\nTo go on without it: `--config without=[{other['name']}]`") from error
+        raise DataError(f"{error}\nTo go on without it: `--config exclude=[{other['name']}]`") from error
 
 
 def _chosen(spec: Mapping[str, Any]) -> Run:

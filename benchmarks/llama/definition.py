@@ -75,7 +75,7 @@ class InstructionTraining(Strict):
     """Steps, whatever `epochs` says; null for none."""
     batch_size: Count
     """Rows of a step, over all processes. Rows that do not fill a step are left out."""
-    micro_batch: Count
+    per_device_train_batch_size: Count
     """Rows that a process takes at once; the rest of the batch is accumulated."""
     schedule: Literal["cosine", "linear", "constant_with_warmup"]
     """Of the learning rate."""
@@ -109,7 +109,7 @@ class AskedTask(Strict):
 
     task: str
     """Name of a task or group; `mmlu_dev` are the few-shot questions of MMLU that ship inside its package."""
-    shots: Whole
+    num_fewshot: Whole
     """Solved questions before each question."""
     limit: Count | None = None
     """Questions of every single task, the first ones; null for all; part of the title."""
@@ -144,8 +144,8 @@ class InstructionBlock(VariantAxes):
     """Names in models.yaml."""
     set: Names
     """Names of sets."""
-    tuning: Names
-    """Names of tunings."""
+    finetuning: Names
+    """Names of `finetuning`."""
     method: Names
     """Names of methods."""
     learning_rate: Positives | None = left_out()
@@ -163,8 +163,8 @@ class InstructionSuite(TrainingSuite):
     """Settings of the training that differ in this suite."""
     evaluation: Annotated[Strict, PartOf(Evaluation)] = Strict()
     """Settings of the evaluation that differ in this suite."""
-    tunings: dict[str, dict[str, Any]] = Field({})
-    """Settings of single tunings that differ in this suite, by tuning."""
+    finetuning: dict[str, dict[str, Any]] = Field({})
+    """Settings of single ways of finetuning that differ in this suite, by their names."""
     resources: ParallelResources = ParallelResources()
     """What the scheduler reserves for one run, and over how many processes it is spread."""
     grid: Annotated[list[InstructionBlock], Field(min_length=1)]
@@ -176,7 +176,7 @@ class InstructionDefinition(TrainingDefinition):
 
     sets: str
     """File with the sets of instructions, in the benchmark's folder."""
-    tunings: Annotated[dict[Key, Finetuning], Field(min_length=1)]
+    finetuning: Annotated[dict[Key, Finetuning], Field(min_length=1)]
     """What is trained of a model. The order is the order of the rows."""
     data: Data
     """How instructions become rows; a suite may set its own."""
@@ -210,7 +210,7 @@ class InstructionSet(Entry):
     """Where rows come from, where there is no file `<name>.json` or `<name>.jsonl` below data_root."""
     rows: Count | None = left_out()
     """Rows as its makers count them."""
-    obtain: str
+    download_instructions: str
     """Where the set comes from."""
 
     def spec(self, name: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ _ACCURACY, _FILTER = "acc", "none"
 def task_title(entry: Mapping[str, Any]) -> str:
     """An entry of ``evaluation.tasks`` as records name it: ``mmlu (5-shot)``, ``mmlu_dev (0-shot, first 3)``."""
     limit = f", first {entry['limit']}" if entry["limit"] else ""
-    return f"{entry['task']} ({entry['shots']}-shot{limit})"
+    return f"{entry['task']} ({entry['num_fewshot']}-shot{limit})"
 
 
 def check_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -78,7 +78,7 @@ def _source(name: str, task: Any) -> str:
 
 def _check_task(entry: Mapping[str, Any], name: str, task: Any) -> None:
     """One of the tasks that an entry of ``evaluation.tasks`` stands for."""
-    where, shots = f"'evaluation.tasks' names '{entry['task']}' with {entry['shots']} shots", entry["shots"]
+    where, shots = f"'evaluation.tasks' names '{entry['task']}' with {entry['num_fewshot']} shots", entry["num_fewshot"]
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         raise DefinitionError(
             f"{where}, but '{name}' runs code that a model wrote, or shows images; neither is done here"
@@ -140,7 +140,7 @@ def run_tasks(
     found = simple_evaluate(
         model=wrapped,
         tasks=[entry["task"]],
-        num_fewshot=entry["shots"],
+        num_fewshot=entry["num_fewshot"],
         limit=entry["limit"],
         task_manager=_manager(_folder(entry["task"])),
         log_samples=True,

@@ -43,7 +43,7 @@ def export(path: Path, output: Path, form: str) -> str:
     path = path.resolve()
     run = read_run(path)
     spec: dict[str, Any] = dict(run.spec)
-    if "tuning" not in spec:
+    if "finetuning" not in spec:
         raise DataError(f"{path} is no run of instruction tuning; only those are exported")
     if not (path.parent / "model").is_dir():
         raise DataError(

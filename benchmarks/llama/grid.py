@@ -49,20 +49,20 @@ class InstructionKind(Kind[InstructionDefinition, InstructionSet]):
     ) -> Iterator[dict[str, Any]]:
         part, where = benchmark.definition.suites[suite], f"{benchmark.file}: 'suites.{suite}"
         methods = suite_methods(benchmark, suite)
-        tunings = with_changes(benchmark.definition.tunings, part.tunings, "tunings", where)
+        tunings = with_changes(benchmark.definition.finetuning, part.finetuning, "finetuning", where)
         for number, block in enumerate(part.grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
             language = [name for name, model in load_models().items() if model.modality == "language"]
             check_names(where, "model", block.model, language)
             check_names(where, "set", block.set, benchmark.tasks)
             check_names(where, "method", block.method, methods)
-            check_names(where, "tuning", block.tuning, tunings)
+            check_names(where, "finetuning", block.finetuning, tunings)
             given = block.model_dump()
             axes = {key: given[key] for key in _AXES if key in given}
             sets = [name for name in block.set if name not in exclude]
-            names = itertools.product(block.model, sets, block.tuning, block.method)
+            names = itertools.product(block.model, sets, block.finetuning, block.method)
             for (model, name, tuning, method), values in itertools.product(names, itertools.product(*axes.values())):
-                point = {"model": model, "set": name, "tuning": tuning, "method": method}
+                point = {"model": model, "set": name, "finetuning": tuning, "method": method}
                 point |= dict(zip(axes, values, strict=True))
                 yield _spec(benchmark, suite, methods, tunings[tuning], point, where)
 
@@ -83,7 +83,7 @@ class InstructionKind(Kind[InstructionDefinition, InstructionSet]):
             raise RunError("weights in 4 bits are not sharded; take --parallel ddp")
 
     def variant(self, spec: Mapping[str, Any]) -> str:
-        return "-".join(filter(None, (spec["tuning"], spec["method"]["variant"])))
+        return "-".join(filter(None, (spec["finetuning"], spec["method"]["variant"])))
 
     def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         return [spec["task"]]
@@ -105,7 +105,7 @@ class InstructionKind(Kind[InstructionDefinition, InstructionSet]):
         try:
             found = load_instructions(spec["task"])
         except DataError as error:
-            advice = f"{name}: {first_line(error)}\n    {known.obtain}. Without it: `without: [{name}]`"
+            advice = f"{name}: {first_line(error)}\n    {known.download_instructions}. Without it: `exclude: [{name}]`"
             yield SetPart(name, ALL, None, expected=known.rows, advice=advice)
             return
         inputs = f"{sum(bool(row.input) for row in found.rows):,} with an input"
@@ -126,10 +126,10 @@ def accumulation(training: Mapping[str, Any], processes: int) -> int:
     Raises:
         DefinitionError: the batch is no multiple of what the processes take at once.
     """
-    at_once = training["micro_batch"] * processes
+    at_once = training["per_device_train_batch_size"] * processes
     if training["batch_size"] % at_once:
         raise DefinitionError(
-            f"training.batch_size {training['batch_size']} is no multiple of training.micro_batch {training['micro_batch']} "
+            f"training.batch_size {training['batch_size']} is no multiple of training.per_device_train_batch_size {training['per_device_train_batch_size']} "
             f"times {processes} processes"
         )
     return int(training["batch_size"] // at_once)
@@ -151,7 +151,7 @@ def _spec(
     definition, part = benchmark.definition, benchmark.definition.suites[suite]
     untrained = tuning.train == _UNTRAINED
     if not untrained and not point.get("learning_rate"):
-        raise DefinitionError(f"{where}': the tuning '{point['tuning']}' trains, so it needs 'learning_rate'")
+        raise DefinitionError(f"{where}': the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'")
     place = f"{benchmark.file}: 'suites.{suite}.training"
     settings = training_settings(definition.training, part.training, point["model"], place)
     training = settings.model_dump(exclude={"by_model"}) | tuning.model_dump(include={"lora"})
@@ -163,8 +163,8 @@ def _spec(
         "model": {**load_models()[point["model"]].spec(point["model"]), **_form(tuning)},
         "task": benchmark.tasks[point["set"]].spec(point["set"]),
         "ood": [],
-        "method": method | {"tune": _tuned(tuning, f"{where}': tuning '{point['tuning']}'")},
-        "tuning": point["tuning"],
+        "method": method | {"tune": _tuned(tuning, f"{where}': finetuning '{point['finetuning']}'")},
+        "finetuning": point["finetuning"],
         "data": definition.data.changed(part.data).model_dump(),
         # what shapes no number of an untrained model shall not make it a new run
         "training": {"lora": None, "precision": settings.precision, "keep_weights": False} if untrained else training,

@@ -77,7 +77,7 @@ def compute_needs(spec: Mapping[str, Any]) -> Needs:
         weights=copies * weights,
         gradients=copies * trained * _GRADIENT,
         optimiser=copies * trained * _ADAM,
-        logits=training["micro_batch"] * local_size() * row if is_trained(spec) else 0,
+        logits=training["per_device_train_batch_size"] * local_size() * row if is_trained(spec) else 0,
         whole=weights,
         loading=(1 if is_sharded() else local_size()) * total * each,
         evaluation=weights + spec["evaluation"]["batch_size"] * row,
@@ -104,7 +104,7 @@ def check_needs(needs: Needs, folder: Path) -> list[str]:
         "activations come on top"
     )
     least = f"the run needs at least {_gb(needs.memory)} of memory ({parts})"
-    advice = "A smaller micro_batch, weights: bf16, adapters instead of everything, or more GPUs with parallel: fsdp take less"
+    advice = "A smaller per_device_train_batch_size, weights: bf16, adapters instead of everything, or more GPUs with parallel: fsdp take less"
     alone = f"the whole model is evaluated by one process, which takes at least {_gb(needs.evaluation)}"
     host = memory()
     host = Memory(host.total + psutil.swap_memory().total, host.free)

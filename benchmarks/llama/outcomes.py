@@ -46,12 +46,12 @@ class Outcomes:
     def __init__(self, benchmark: Benchmark[InstructionDefinition, InstructionSet], runs: list[Run]) -> None:
         self.benchmark = benchmark
         self.methods = resolve_methods(benchmark.definition)
-        self.tunings = benchmark.definition.tunings
+        self.tunings = benchmark.definition.finetuning
         self.baseline = benchmark.definition.baseline
         read = {run.id: read_metrics(run) for run in runs}
         self.runs = _chosen(runs, read)
         self.rates_chosen = len(self.runs) < len(runs)
-        self.untuned = next((run.spec["tuning"] for run in runs if not is_trained(run.spec)), "")
+        self.untuned = next((run.spec["finetuning"] for run in runs if not is_trained(run.spec)), "")
         self.metrics = {run.id: read[run.id] for run in self.runs}
         records = collect_from((run, self.metrics[run.id]) for run in self.runs)
         cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in self.runs], columns=["run_id", *CELL])
@@ -176,7 +176,7 @@ def cell_of(run: Run) -> dict[str, str]:
     return {
         "model": spec["model"]["name"],
         "set": spec["task"]["name"],
-        "tuning": spec["tuning"],
+        "tuning": spec["finetuning"],
         "method": spec["method"]["name"],
         "variant": spec["method"]["variant"],
     }

@@ -66,7 +66,7 @@ def train(
         precision_here(training["precision"]),
         num_train_epochs=training["epochs"],
         max_steps=training["steps"] or -1,
-        per_device_train_batch_size=training["micro_batch"],
+        per_device_train_batch_size=training["per_device_train_batch_size"],
         gradient_accumulation_steps=accumulation(training, world_size()),
         learning_rate=spec["learning_rate"],
         lr_scheduler_type=training["schedule"],
@@ -87,7 +87,10 @@ def train(
     trainer = RoutedTrainer(
         args=arguments,
         order=EpochOrder(
-            [len(row.tokens) for row in rows.rows], training["micro_batch"], spec["seed"], by_length=False
+            [len(row.tokens) for row in rows.rows],
+            training["per_device_train_batch_size"],
+            spec["seed"],
+            by_length=False,
         ),
         trainable=trainable,
         lora=training["lora"],

@@ -58,15 +58,15 @@ class TextTraining(Strict):
     """AdamW's weight decay."""
     warmup: Rate
     """Share of the steps with a rising rate."""
-    keep: Literal["last", "best"]
+    checkpoint_selection: Literal["last", "best"]
     """Which epoch's weights are evaluated."""
     patience: Count | None
-    """Stop after that many epochs without a new best, which must be above 0 (needs keep: best); null never."""
-    accumulate: Count
+    """Stop after that many epochs without a new best, which must be above 0 (needs checkpoint_selection: best); null never."""
+    gradient_accumulation_steps: Count
     """Batches whose gradients one step adds up."""
     precision: Precision
     """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
-    held_out: Rate
+    validation_fraction: Rate
     """Share of the training rows that a clean run holds out to choose by, where the task has no split for that."""
     lora: LoRA | None
     """Train adapters and the head only; null trains everything."""
@@ -77,7 +77,7 @@ class TextTraining(Strict):
 class TextTrainingSettings(TextTraining, TrainingSettings):
     """How every run of the benchmark is trained; a suite may set its own."""
 
-    held_out: Annotated[float, Field(gt=0, lt=1), AS_GIVEN]
+    validation_fraction: Annotated[float, Field(gt=0, lt=1), AS_GIVEN]
     """Share of the training rows that a clean run holds out to choose by, where the task has no split for that."""
     evaluate_ood: bool
     """Evaluate every run on the task's OOD sets at its end. Large sets are for a benchmark that evaluates the chosen runs only."""
@@ -206,7 +206,7 @@ class TextTask(Strict):
     """Columns with the text, one or two, under the hub's names."""
     label: str = "label"
     """Column with the label."""
-    also_named: dict[str, str] = Field({})
+    column_aliases: dict[str, str] = Field({})
     """Names that columns have in other copies of the set, to the names here."""
     labels: list[str] = Field([])
     """Names of the classes in the order of their numbers; empty for a regression. A model's class i is read as class i of any other set with as many classes."""
@@ -216,7 +216,7 @@ class TextTask(Strict):
     """Other spellings of the labels that files use, to the class names."""
     unlabelled: list[str | int | float] = Field([])
     """Label values that mark a row without a gold label, beside -1, null, nan and an empty cell; such rows are dropped and counted, as are rows without any text."""
-    folds: dict[Annotated[str, Field(pattern="^[0-9]+$")], list[Whole]] = Field({})
+    label_map: dict[Annotated[str, Field(pattern="^[0-9]+$")], list[Whole]] = Field({})
     """How classes are read where a model or a set has fewer of them: by that number of classes, the new number of each class."""
     metric: str
     """Name in metrics.yaml: what training on the task selects by and reports."""
@@ -224,7 +224,7 @@ class TextTask(Strict):
     """What is reported of a model that was trained elsewhere: the paper's metric first, others beside it. Left out: metric."""
     splits: Splits
     """Split names by part. The dev part selects; the test part is reported (dev where there is none). Sets without train and dev are for evaluation only."""
-    own: Annotated[list[FileLayout], Field(min_length=1)] | None = left_out()
+    raw_formats: Annotated[list[FileLayout], Field(min_length=1)] | None = left_out()
     """How the set's own files look, as its makers hand them out; the first form that is there is read."""
 
 
@@ -235,7 +235,7 @@ class TaskEntry(TextTask, Entry):
     """Rows of each part as their makers count them, those without a gold label included; of sets that GLUE-X's authors made, as their result files count them."""
     published_rows: PublishedRows | None = left_out()
     """Where the paper's authors score another number of rows of the test part than is scored here: how many, who says so, and why."""
-    obtain: str | None = left_out()
+    download_instructions: str | None = left_out()
     """For sets that must be fetched by hand: which file, from whom."""
     ood: list[str] = Field([])
     """Tasks that a model trained on this one is also evaluated on, without further training."""

@@ -84,9 +84,9 @@ class TextKind(TextSets[TextDefinition]):
             check_names(f"{file}: '", "figures", definition.figures, FIGURES)
         for suite, part in definition.suites.items():
             training = definition.training.changed(part.training)
-            if training.patience is not None and training.keep != "best":
+            if training.patience is not None and training.checkpoint_selection != "best":
                 raise DefinitionError(
-                    f"{file}: 'suites.{suite}.training.patience' needs keep: best; set patience: null"
+                    f"{file}: 'suites.{suite}.training.patience' needs checkpoint_selection: best; set patience: null"
                 )
         for name, task in tasks.items():
             _check_task(f"{folder / definition.tasks}: 'tasks.{name}", task, tasks)
@@ -130,17 +130,17 @@ def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> 
         raise DefinitionError(
             f"{where}.range' is [{low}, {high}], but must be lowest and highest score of a regression"
         )
-    if not (task.source.hub or task.source.rated or task.obtain):
+    if not (task.source.hub or task.source.rated or task.download_instructions):
         raise DefinitionError(
-            f"{where}' is neither on the hub nor in a package, so it needs 'obtain': from whom, which file"
+            f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions': from whom, which file"
         )
     named = {split for part in task.splits.model_dump().values() if part for split in part.split("+")}
-    for number, layout in enumerate(task.own or ()):
+    for number, layout in enumerate(task.raw_formats or ()):
         wanted = [*task.fields, *([] if layout.format == "folders" else [task.label])]
         if missing := [column for column in wanted if column not in layout.columns]:
-            raise DefinitionError(f"{where}.own[{number}].columns' lacks '{missing[0]}'")
-        check_names(where, f"own[{number}].label_names", layout.label_names.values(), task.labels)
-        check_names(where, f"own[{number}].files", layout.files, named)
+            raise DefinitionError(f"{where}.raw_formats[{number}].columns' lacks '{missing[0]}'")
+        check_names(where, f"raw_formats[{number}].label_names", layout.label_names.values(), task.labels)
+        check_names(where, f"raw_formats[{number}].files", layout.files, named)
 
 
 def _spec(
@@ -156,7 +156,7 @@ def _spec(
     settings = _settings(benchmark, suite, point)
     training = settings.model_dump(include=set(TextTraining.model_fields))
     if protocol == PUBLISHED or task.splits.test is not None:
-        training["held_out"] = 0.0
+        training["validation_fraction"] = 0.0
     ood = [name for name in task.ood if name not in exclude] if settings.evaluate_ood else []
     return {
         "benchmark": benchmark.name,
@@ -202,9 +202,9 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
     spec = task.spec(name)
     if source.rated or local_folder(spec) is not None:
         return f"{name}: {problem}"
-    files = dict.fromkeys(file for layout in task.own or () for file in layout.files.values())
+    files = dict.fromkeys(file for layout in task.raw_formats or () for file in layout.files.values())
     columns = ", ".join([*task.fields, task.label])
     folder = f"{wanted_place(spec['source'])} ({', '.join(files) or 'its files'}; hub columns {columns})"
-    if task.obtain:
-        return f"{name}: by hand. {task.obtain.strip()}.\n    Folder: {folder}. Without it: `without: [{name}]`"
+    if task.download_instructions:
+        return f"{name}: by hand. {task.download_instructions.strip()}.\n    Folder: {folder}. Without it: `exclude: [{name}]`"
     return f"{name}: on the hub as {source.hub} ({source.config}); `python -m benchmarks data` or the first run downloads it.\n    Or put it into {folder}"

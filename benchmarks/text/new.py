@@ -295,7 +295,7 @@ tasks:
     # where the csv does not say which row is in which split, the hash of the text does: 70 % train, 15 % dev, 15 % test
     splits: {{{splits}}}
     rows: {{{rows}}}
-    obtain: "`python -m benchmarks new` writes it from a csv"
+    download_instructions: "`python -m benchmarks new` writes it from a csv"
 """,
     "benchmark.yaml": """# yaml-language-server: $schema=../schemas/text.schema.json
 version: 1
@@ -327,11 +327,11 @@ training:
   weight_decay: 0.0
   warmup: 0.0
   sampling: group_by_length
-  keep: best
+  checkpoint_selection: best
   patience: null
-  accumulate: 1
+  gradient_accumulation_steps: 1
   precision: fp32
-  held_out: 0.1
+  validation_fraction: 0.1
   lora: null
   keep_weights: false
   evaluate_ood: false

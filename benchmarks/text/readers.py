@@ -113,7 +113,7 @@ def _read_split(folder: Path, task: Mapping[str, Any], split: str) -> Rows:
     """Read one split: saved ``datasets``, Parquet, Arrow, JSON lines or CSV under the hub's names, or the set's own files."""
     if (folder / "dataset_dict.json").exists():
         return [_as_on_hub(_saved(folder, task, split), f"{folder} [{split}]", task)]
-    layouts = [layout for layout in task.get("own", ()) if split in layout["files"]]
+    layouts = [layout for layout in task.get("raw_formats", ()) if split in layout["files"]]
     config = task["source"].get("config")
     for place in [folder, *([folder / config, folder / "data"] if config else [])]:
         for suffix, read in READERS.items():
@@ -135,11 +135,11 @@ def _read_split(folder: Path, task: Mapping[str, Any], split: str) -> Rows:
 
 def _wanted(task: Mapping[str, Any]) -> set[Column]:
     """The task's columns, under all names that copies of the set have for them."""
-    return {*task["fields"], task["label"], *task["also_named"]}
+    return {*task["fields"], task["label"], *task["column_aliases"]}
 
 
 def _has_columns(file: Path, task: Mapping[str, Any]) -> bool:
-    return {*task["fields"], task["label"]} <= {task["also_named"].get(name, name) for name in column_names(file)}
+    return {*task["fields"], task["label"]} <= {task["column_aliases"].get(name, name) for name in column_names(file)}
 
 
 def _as_on_hub(table: Table, where: str, task: Mapping[str, Any]) -> FileRows:
@@ -171,7 +171,7 @@ def _file_rows(
     """
     found = {}
     for name, column in columns.items():
-        other = [also for also, meant in task["also_named"].items() if meant == name]
+        other = [also for also, meant in task["column_aliases"].items() if meant == name]
         names = [known for known in table.names if known in (column, name, *other)]
         if len(names) > 1:
             raise DataError(f"{where} has two columns for '{name}': '{names[0]}' and '{names[1]}'; leave one of them")
@@ -221,13 +221,13 @@ def _spelled(table: Table, task: Mapping[str, Any]) -> Mapping[str, str] | None:
     """
     label = task["label"]
     names = next(
-        (found for name, found in table.classes.items() if task["also_named"].get(str(name), name) == label), None
+        (found for name, found in table.classes.items() if task["column_aliases"].get(str(name), name) == label), None
     )
     if names is None or not task["labels"]:
         return None
     if sorted(names) == sorted(map(str, range(len(names)))):
         return {str(number): name for number, name in enumerate(task["labels"])}
-    makers = [layout["label_names"] for layout in task.get("own", ())]
+    makers = [layout["label_names"] for layout in task.get("raw_formats", ())]
     known = {name: meant for spelling in (*makers, task["label_names"]) for name, meant in spelling.items()}
     known |= {name: name for name in task["labels"]}
     return {name: known[name] for name in names if name in known}

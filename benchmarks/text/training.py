@@ -85,14 +85,14 @@ class TextTrainer:
         self._metric: str = spec["task"]["metric"]
         self._checkpoints = folder / "checkpoints"
         self._stopwatch = Stopwatch()
-        best = self._training["keep"] == "best"
+        best = self._training["checkpoint_selection"] == "best"
         self.precision = precision_here(self._training["precision"])
         arguments = quiet_arguments(
             self._checkpoints,
             num_train_epochs=self._training["epochs"],
             per_device_train_batch_size=self._training["batch_size"],
             per_device_eval_batch_size=self._training["eval_batch_size"],
-            gradient_accumulation_steps=self._training["accumulate"],
+            gradient_accumulation_steps=self._training["gradient_accumulation_steps"],
             learning_rate=spec["learning_rate"],
             lr_scheduler_type="linear",
             warmup_steps=self._training["warmup"],
@@ -160,7 +160,7 @@ class TextTrainer:
         ]
         kept = (
             max(epochs, key=lambda entry: (entry[self._metric], -entry["epoch"]))
-            if self._training["keep"] == "best"
+            if self._training["checkpoint_selection"] == "best"
             else epochs[-1]
         )
         return TrainingResult(epochs, kept, state.global_step, self._stopwatch.step_seconds)

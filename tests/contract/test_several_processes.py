@@ -63,7 +63,9 @@ def dropout_free(tuning: str, **training: Any) -> Run:
     run = tiny_run("emoe", tuning)
     lora = run.spec["training"]["lora"]
     return tiny_run(
-        "emoe", tuning, training={"micro_batch": 2, "lora": {**lora, "dropout": 0.0} if lora else None, **training}
+        "emoe",
+        tuning,
+        training={"per_device_train_batch_size": 2, "lora": {**lora, "dropout": 0.0} if lora else None, **training},
     )
 
 
@@ -161,8 +163,10 @@ def test_what_cannot_be_spread_is_refused_before_any_process_starts(monkeypatch:
 
     monkeypatch.setattr(subprocess, "run", no_process)
     options: dict[str, Any] = {"threads": 2, "log": Path("log.txt"), "processes": 2}
-    uneven = prepare(tiny_run("dense", "full", training={"micro_batch": 8}))
-    with pytest.raises(DefinitionError, match=r"no multiple of training.micro_batch 8 times 2 processes"):
+    uneven = prepare(tiny_run("dense", "full", training={"per_device_train_batch_size": 8}))
+    with pytest.raises(
+        DefinitionError, match=r"no multiple of training.per_device_train_batch_size 8 times 2 processes"
+    ):
         launch_distributed(uneven, parallel="ddp", **options)
     with pytest.raises(RunError, match="only runs of instruction tuning that train"):
         launch_distributed(prepare(tiny_run("dense", "base")), parallel="fsdp", **options)

@@ -147,7 +147,7 @@ def test_blocks_routers_and_the_rest_learn_at_a_tenth_of_the_rate(tmp_path: Path
 
 
 def test_both_rates_decay_to_nothing_and_frozen_weights_stay(tmp_path: Path) -> None:
-    trainer = trainer_of("lora_gmoe", tmp_path, keep="last")
+    trainer = trainer_of("lora_gmoe", tmp_path, checkpoint_selection="last")
     before = {name: value.detach().clone() for name, value in trainer._trainer.model.named_parameters()}
     trainer.train()
     for group in trainer._trainer.optimizer.param_groups:
@@ -158,9 +158,9 @@ def test_both_rates_decay_to_nothing_and_frozen_weights_stay(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", ["lora", "lora_block"])
 def test_two_batches_added_up_are_one_of_twice_the_size(tmp_path: Path, method: str) -> None:
-    settings = {"epochs": 1, "keep": "last"}
-    whole = trainer_of(method, tmp_path / "whole", batch_size=16, accumulate=1, **settings)
-    parts = trainer_of(method, tmp_path / "parts", batch_size=8, accumulate=2, **settings)
+    settings = {"epochs": 1, "checkpoint_selection": "last"}
+    whole = trainer_of(method, tmp_path / "whole", batch_size=16, gradient_accumulation_steps=1, **settings)
+    parts = trainer_of(method, tmp_path / "parts", batch_size=8, gradient_accumulation_steps=2, **settings)
     # the order of rows is drawn for the batch size only where rows are grouped by length
     assert whole.train().steps == parts.train().steps == 3
     for (name, one), (_, two) in zip(
@@ -173,7 +173,7 @@ def test_a_regression_adds_up_too(tmp_path: Path) -> None:
     rows = TextSplit(ROWS.texts, [float(i % 5) for i in range(len(ROWS))])
     found = []
     for size, accumulate in ((16, 1), (8, 2)):
-        spec = spec_of("lora", "tiny-bert", batch_size=size, accumulate=accumulate, epochs=1)
+        spec = spec_of("lora", "tiny-bert", batch_size=size, gradient_accumulation_steps=accumulate, epochs=1)
         spec["task"] |= {"labels": [], "metric": "pearson_spearman"}
         spec["model"]["config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         spec["training"]["lora"]["dropout"] = 0.0

@@ -43,12 +43,12 @@ def test_everything_missing_says_where_each_set_comes_from(root: Path) -> None:
     assert "cola: on the hub as nyu-mll/glue (cola)" in text
     assert "flipkart: by hand. Kaggle, niraliivaghani/flipkart-product-customer-reviews-dataset, Dataset-SA.csv" in text
     assert (
-        f"Folder: {root}/flipkart (Dataset-SA.csv; hub columns sentence, label). Without it: `without: [flipkart]`"
+        f"Folder: {root}/flipkart (Dataset-SA.csv; hub columns sentence, label). Without it: `exclude: [flipkart]`"
         in text
     )
     assert "twitter_pit: by hand. github.com/cocoxu/SemEval-PIT2015" in text
     assert f"vlcs: {root}/VLCS does not exist; it must hold <environment>/<class>/<image>" in text
-    assert "Fang et al., ICCV 2013; DomainBed's download script. Without it: `without: [vlcs]`" in text
+    assert "Fang et al., ICCV 2013; DomainBed's download script. Without it: `exclude: [vlcs]`" in text
     assert "alpaca: could not load tatsu-lab/alpaca from the hub" in text
     assert "pacs: could not load the set 'flwrlabs/pacs' from the hub" in text
     loose = next(line for line in text.splitlines() if line.startswith("Not pinned to a commit: "))

@@ -41,7 +41,9 @@ def changed_task(name: str, **changes: object) -> TaskEntry:
 
 def changed_own(name: str, **changes: object) -> TaskEntry:
     """A real task whose own files have one other form."""
-    return changed_task(name, own=[{**load_benchmark("glue").tasks[name].model_dump()["own"][0], **changes}])
+    return changed_task(
+        name, raw_formats=[{**load_benchmark("glue").tasks[name].model_dump()["raw_formats"][0], **changes}]
+    )
 
 
 def test_every_shipped_file_is_valid() -> None:
@@ -70,7 +72,7 @@ def test_every_shipped_file_is_valid() -> None:
         ("suites.mini.grid.0.seed", ["a"], r"'suites\.mini\.grid\[0\]\.seed\[0\]' is 'a', but must be integer"),
         ("suites.mini.grid.0.learning_rate", ["5e-5"], r"YAML reads 5e-5 as text; write 5\.0e-05"),
         ("suites.mini.grid.0.sed", [0], r"unknown key 'suites\.mini\.grid\[0\]\.sed'; did you mean 'seed'"),
-        ("training.keep", "lst", r"did you mean 'last'"),
+        ("training.checkpoint_selection", "lst", r"did you mean 'last'"),
         ("training.batch_size", 0, r"'training\.batch_size': 0 is less than the minimum of 1"),
         ("versions", 1, r"unknown key 'versions'; did you mean 'version'"),
     ],
@@ -155,7 +157,7 @@ def test_a_plan_that_cannot_run_is_refused_before_it_starts(changed, path, value
         ("baseline", "vanila", "'baseline' is 'vanila', which is no method; did you mean 'vanilla'"),
         ("pipeline", "benchmarks.gleu.pipeline", r"did you mean 'benchmarks\.glue\.pipeline'"),
         ("paper", "papers.csv", r"'paper' is 'papers\.csv', which does not exist; did you mean 'paper\.csv'"),
-        ("suites.mini.training.patience", 3, r"'suites\.mini\.training\.patience' needs keep: best"),
+        ("suites.mini.training.patience", 3, r"'suites\.mini\.training\.patience' needs checkpoint_selection: best"),
     ],
 )
 def test_names_that_lead_nowhere_are_refused(path, value, message) -> None:
@@ -181,7 +183,7 @@ def test_names_that_lead_nowhere_are_refused(path, value, message) -> None:
         ),
         ("rte", "ood", ["hnas"], r"'tasks\.rte\.ood' is 'hnas', which does not exist; did you mean 'hans'"),
         ("stsb", "ood", ["hans"], r"'tasks\.stsb\.ood': 'hans' has classes as labels, the model numbers"),
-        ("rte", "folds", {}, None),
+        ("rte", "label_map", {}, None),
         (
             "rte",
             "range",
@@ -213,9 +215,10 @@ def test_tasks_that_lead_nowhere_are_refused(name: str, key: str, value: object,
 
 def test_sets_that_nobody_could_find_are_refused() -> None:
     real = load_benchmark("glue")
-    tasks = {**real.tasks, "flipkart": changed_task("flipkart", obtain=None)}
+    tasks = {**real.tasks, "flipkart": changed_task("flipkart", download_instructions=None)}
     with pytest.raises(
-        DefinitionError, match=r"'tasks\.flipkart' is neither on the hub nor in a package, so it needs 'obtain'"
+        DefinitionError,
+        match=r"'tasks\.flipkart' is neither on the hub nor in a package, so it needs 'download_instructions'",
     ):
         definition.check_references(real.definition, tasks, real.folder)
 
@@ -223,7 +226,7 @@ def test_sets_that_nobody_could_find_are_refused() -> None:
 def test_file_forms_without_a_column_are_refused() -> None:
     real = load_benchmark("glue")
     tasks = {**real.tasks, "hans": changed_own("hans", columns={"premise": "sentence1", "label": "gold_label"})}
-    with pytest.raises(DefinitionError, match=r"'tasks\.hans\.own\[0\]\.columns' lacks 'hypothesis'"):
+    with pytest.raises(DefinitionError, match=r"'tasks\.hans\.raw_formats\[0\]\.columns' lacks 'hypothesis'"):
         definition.check_references(real.definition, tasks, real.folder)
 
 
@@ -242,7 +245,7 @@ def test_only_trained_benchmarks_can_be_evaluated(other: str, tmp_path: Path, mo
 
 def test_classes_without_a_fold_are_refused() -> None:
     real = load_benchmark("glue")
-    tasks = {**real.tasks, "mnli": changed_task("mnli", ood=["hans"], folds={})}
+    tasks = {**real.tasks, "mnli": changed_task("mnli", ood=["hans"], label_map={})}
     with pytest.raises(DefinitionError, match=r"'tasks\.mnli\.ood': 'hans' has 2 classes, the model 3"):
         definition.check_references(real.definition, tasks, real.folder)
 
@@ -250,7 +253,7 @@ def test_classes_without_a_fold_are_refused() -> None:
 def test_files_of_splits_that_the_task_does_not_have_are_refused() -> None:
     real = load_benchmark("glue")
     tasks = {**real.tasks, "hans": changed_own("hans", files={"validaton": "x.txt"})}
-    with pytest.raises(DefinitionError, match=r"own\[0\]\.files' is 'validaton'.*did you mean 'validation'"):
+    with pytest.raises(DefinitionError, match=r"raw_formats\[0\]\.files' is 'validaton'.*did you mean 'validation'"):
         definition.check_references(real.definition, tasks, real.folder)
 
 
@@ -382,8 +385,8 @@ def test_the_default_grid_has_the_promised_seeds() -> None:
         ({"suite": "minni"}, "did you mean 'mini'"),
         ({"suit": "mini"}, "did you mean 'suite'"),
         ({"benchmarks": ["gleu"]}, "did you mean 'glue'"),
-        ({"without": ["flipkrt"]}, "'without' is 'flipkrt', which does not exist; did you mean 'flipkart'"),
-        ({"without": ["cola"]}, "'without' is 'cola', which does not exist"),  # not evaluated out of domain
+        ({"exclude": ["flipkrt"]}, "'exclude' is 'flipkrt', which does not exist; did you mean 'flipkart'"),
+        ({"exclude": ["cola"]}, "'exclude' is 'cola', which does not exist"),  # not evaluated out of domain
         ({"benchmarks": ["glue_ood"]}, "'benchmarks' names 'glue_ood', which evaluates 'glue_lora'; name that too"),
         ({"data_root": "/no/such/folder"}, "'data_root' is '/no/such/folder', which is no folder"),
     ],

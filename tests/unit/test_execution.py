@@ -96,7 +96,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     keep: str,
     sampling: str,
 ) -> None:
-    settings = {"keep": keep, "sampling": sampling, "epochs": 3}
+    settings = {"checkpoint_selection": keep, "sampling": sampling, "epochs": 3}
     whole = finish(prepare(method, "whole", **settings))
 
     killed = prepare(method, "killed", **settings)
@@ -111,7 +111,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(
 def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
     workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"keep": "best", "patience": 2, "epochs": 12}
+    settings = {"checkpoint_selection": "best", "patience": 2, "epochs": 12}
     path = prepare("vanilla", "whole", **settings)
     whole = finish(path)
     scores = [entry["balanced_accuracy"] for entry in whole["epochs"]]
@@ -142,7 +142,7 @@ def test_the_loaded_weights_are_the_best_epochs(workdir: Path, monkeypatch: pyte
         return evaluate(self, split, task)
 
     monkeypatch.setattr(TextTrainer, "evaluate", spy)
-    path = prepare("vanilla", keep="best", patience=2, epochs=12)
+    path = prepare("vanilla", checkpoint_selection="best", patience=2, epochs=12)
     whole = finish(path)
     assert whole["epochs"][-1] != {**whole["epochs"][-1], **whole["scores"]["dev"]["tweets"]}
     assert again["dev"] == pytest.approx(whole["scores"]["dev"]["tweets"], abs=1e-6)
@@ -152,7 +152,13 @@ def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(
     """The reported split is the dev split, and chooses nothing: epochs are scored on rows that were never trained on."""
     spec = copy.deepcopy(SPEC)
     spec["task"]["splits"]["test"] = None
-    spec["training"] |= {"train_rows": 60, "eval_rows": 30, "held_out": 0.1, "keep": "best", "epochs": 2}
+    spec["training"] |= {
+        "train_rows": 60,
+        "eval_rows": 30,
+        "validation_fraction": 0.1,
+        "checkpoint_selection": "best",
+        "epochs": 2,
+    }
     run = run_from_spec(spec)
     assert "-clean-" in run.id
     path = Path(run.id) / "run.json"

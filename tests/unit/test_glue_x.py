@@ -254,8 +254,10 @@ def test_a_three_way_model_on_a_two_way_set_and_the_other_way_round() -> None:
 
 def test_classes_that_cannot_be_compared_are_refused() -> None:
     mnli, hans, stsb = (GLUE_OOD.tasks[name].spec(name) for name in ("mnli", "hans", "stsb"))
-    with pytest.raises(EMoEError, match="'hans' has 2 classes, the model 3: the task with 3 needs 'folds' with \"2\""):
-        reading({**mnli, "folds": {}}, hans, "hans")
+    with pytest.raises(
+        EMoEError, match="'hans' has 2 classes, the model 3: the task with 3 needs 'label_map' with \"2\""
+    ):
+        reading({**mnli, "label_map": {}}, hans, "hans")
     with pytest.raises(EMoEError, match="'hans' has classes as labels, the model numbers"):
         reading(stsb, hans, "hans")
 
@@ -280,7 +282,7 @@ def test_sets_that_one_cannot_obtain_are_left_out() -> None:
     assert not {"flipkart", "newsqa_qnli"} & sets
     assert not any(run.benchmark == "glue_ood" and run.spec["task"]["name"] == "qnli" for run in runs)
     with pytest.raises(DefinitionError, match="has an OOD set left"):
-        plan(["glue_ood"], "mini", without=["amazon", "movie", "nyt"])
+        plan(["glue_ood"], "mini", exclude=["amazon", "movie", "nyt"])
 
 
 def test_an_evaluation_waits_for_all_runs_of_its_cell() -> None:

@@ -59,7 +59,7 @@ def test_results_begin_with_the_model_as_it_came(runs: list[Run]) -> None:
         ("blocks", "emoe"),
     ]
     assert frame["n"].tolist() == [1, 1, 2, 2, 1, 1]
-    lora = [run for run in runs if run.spec["tuning"] == "lora" and run.spec["method"]["name"] == "emoe"]
+    lora = [run for run in runs if run.spec["finetuning"] == "lora" and run.spec["method"]["name"] == "emoe"]
     row = frame[(frame["tuning"] == "lora") & (frame["method"] == "emoe")].iloc[0]
     values = pd.Series([number(run) for run in lora])
     assert row[f"{TASK} accuracy"] == pytest.approx(values.mean())
@@ -74,7 +74,7 @@ def test_results_begin_with_the_model_as_it_came(runs: list[Run]) -> None:
 
 def test_the_cost_of_conversion_and_the_gain_of_tuning_are_told_apart(runs: list[Run]) -> None:
     def loss(tuning: str, method: str) -> float:
-        found = [run for run in runs if (run.spec["tuning"], run.spec["method"]["name"]) == (tuning, method)]
+        found = [run for run in runs if (run.spec["finetuning"], run.spec["method"]["name"]) == (tuning, method)]
         return sum(read_metrics(run)["scores"]["dev"]["alpaca_demo"]["loss"] for run in found) / len(found)
 
     outcomes = Outcomes(LLAMA, runs)
@@ -107,7 +107,9 @@ def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
         ("blocks", 100, 1),
     ]
     mean = {
-        method: sum(number(run) for run in runs if (run.spec["tuning"], run.spec["method"]["name"]) == ("lora", method))
+        method: sum(
+            number(run) for run in runs if (run.spec["finetuning"], run.spec["method"]["name"]) == ("lora", method)
+        )
         / 2
         for method in ("dense", "emoe")
     }
@@ -125,13 +127,13 @@ def test_parts_are_means_over_seeds_and_count_their_questions(runs: list[Run]) -
     by_subject = subjects(outcomes).frame
     assert by_subject["part"].tolist() == [f"{name} ({count})" for name, count in SUBJECTS.items()]
     assert list(categories(outcomes).frame["part"]) == ["stem (40)", "other (60)"]
-    base = next(run for run in runs if run.spec["tuning"] == "base")
+    base = next(run for run in runs if run.spec["finetuning"] == "base")
     found = [read_metrics(base)["tasks"][TASK]["subjects"][name]["acc"] for name in SUBJECTS]
     assert by_subject["not tuned, dense"].tolist() == found
 
 
 def test_of_several_learning_rates_the_lowest_loss_stands(runs: list[Run]) -> None:
-    first = [run for run in runs if run.spec["tuning"] == "lora" and run.spec["method"]["name"] == "dense"]
+    first = [run for run in runs if run.spec["finetuning"] == "lora" and run.spec["method"]["name"] == "dense"]
     others = [run_from_spec({**copy.deepcopy(run.spec), "learning_rate": 0.5}) for run in first]
     write_runs(others, {"dense": -0.5})
     outcomes = Outcomes(LLAMA, [*runs, *others])
@@ -155,7 +157,7 @@ def test_the_papers_numbers_stand_beside_ours(runs: list[Run]) -> None:
 
 
 def test_a_model_that_diverged_has_no_loss_and_is_not_chosen(runs: list[Run]) -> None:
-    diverged = next(run for run in runs if run.spec["tuning"] == "lora")
+    diverged = next(run for run in runs if run.spec["finetuning"] == "lora")
     path = paths.RUNS / diverged.folder / "metrics.json"
     found = json.loads(path.read_text())
     found["scores"]["dev"]["alpaca_demo"]["loss"] = None
@@ -184,7 +186,7 @@ def test_everything_is_drawn_and_written(runs: list[Run], tmp_path: Path) -> Non
 
 
 def test_a_suite_without_training_or_accuracy_still_has_its_pictures(runs: list[Run], tmp_path: Path) -> None:
-    base = [run for run in runs if run.spec["tuning"] == "base" and run.spec["method"]["name"] == "dense"]
+    base = [run for run in runs if run.spec["finetuning"] == "base" and run.spec["method"]["name"] == "dense"]
     path = paths.RUNS / base[0].folder / "metrics.json"
     found = json.loads(path.read_text())
     found["tasks"] = {
@@ -219,23 +221,32 @@ def test_wrong_settings_are_refused_by_name() -> None:
         content["suites"]["smoke"] |= change
         return Benchmark("llama", parse(content, InstructionDefinition, "benchmark.yaml"), LLAMA.tasks)
 
-    block = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "tuning": ["lora"], "method": ["dense"], "seed": [0]}
+    block = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "finetuning": ["lora"], "method": ["dense"], "seed": [0]}
     for change, message in (
-        ({"grid": [block]}, "the tuning 'lora' trains, so it needs 'learning_rate'"),
-        ({"grid": [{**block, "tuning": ["lorra"]}]}, "tuning' is 'lorra', which does not exist; did you mean 'lora'"),
+        ({"grid": [block]}, "the finetuning 'lora' trains, so it needs 'learning_rate'"),
+        (
+            {"grid": [{**block, "finetuning": ["lorra"]}]},
+            "finetuning' is 'lorra', which does not exist; did you mean 'lora'",
+        ),
         ({"grid": [{**block, "model": ["minilm"]}]}, "model' is 'minilm', which does not exist"),
         ({"grid": [{**block, "set": ["alpacca"]}]}, "set' is 'alpacca', which does not exist; did you mean 'alpaca'"),
-        ({"tunings": {"lora": {"rank": 3}}}, "unknown key 'tunings.lora.rank'"),
+        ({"finetuning": {"lora": {"rank": 3}}}, "unknown key 'finetuning.lora.rank'"),
         (
-            {"grid": [{**block, "learning_rate": [0.1]}], "tunings": {"lora": {"lora": None}}},
+            {"grid": [{**block, "learning_rate": [0.1]}], "finetuning": {"lora": {"lora": None}}},
             "'lora' says which adapters there are",
         ),
         (
-            {"grid": [{**block, "tuning": ["full"], "learning_rate": [0.1]}], "tunings": {"full": {"quantize": "nf4"}}},
+            {
+                "grid": [{**block, "finetuning": ["full"], "learning_rate": [0.1]}],
+                "finetuning": {"full": {"quantize": "nf4"}},
+            },
             "weights in 4 bits cannot be trained",
         ),
         (
-            {"grid": [{**block, "tuning": ["full"], "learning_rate": [0.1]}], "tunings": {"full": {"layers": "all"}}},
+            {
+                "grid": [{**block, "finetuning": ["full"], "learning_rate": [0.1]}],
+                "finetuning": {"full": {"layers": "all"}},
+            },
             "'layers' says which blocks",
         ),
     ):
@@ -254,7 +265,7 @@ def test_whatever_is_tuned_is_also_evaluated_as_it_came(suite: str) -> None:
 
 def test_the_papers_grid_is_as_published() -> None:
     found = plan(["llama"], "paper")
-    full = [run for run in found if run.spec["tuning"] == "full"]
+    full = [run for run in found if run.spec["finetuning"] == "full"]
     training = full[0].spec["training"]
     assert (training["epochs"], training["batch_size"], training["schedule"], training["warmup"]) == (
         3,
@@ -264,7 +275,7 @@ def test_the_papers_grid_is_as_published() -> None:
     )
     assert {run.spec["learning_rate"] for run in full} == {2e-5}
     assert full[0].spec["data"]["max_length"] == 512
-    lora = next(run for run in found if run.spec["tuning"] == "lora").spec["training"]["lora"]
+    lora = next(run for run in found if run.spec["finetuning"] == "lora").spec["training"]["lora"]
     assert (lora["rank"], lora["alpha"], lora["dropout"], lora["targets"]["llama"]) == (
         8,
         16,

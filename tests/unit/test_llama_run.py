@@ -37,7 +37,7 @@ from emoe.errors import CheckpointError
 from tests.executed import finish, killed_at, prepare
 from tests.instruction_runs import ROWS, tiny_run, write_rows
 
-ONE_TASK = {"tasks": [{"task": "mmlu_dev_anatomy", "shots": 0, "limit": None}]}
+ONE_TASK = {"tasks": [{"task": "mmlu_dev_anatomy", "num_fewshot": 0, "limit": None}]}
 
 
 @pytest.fixture(autouse=True)
@@ -93,8 +93,8 @@ def test_neither_micro_batch_nor_packing_nor_checkpointing_changes_the_curve() -
     curves = []
     for changes in (
         {},
-        {"micro_batch": 8},
-        {"micro_batch": 2, "packing": True},
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 2, "packing": True},
         {"gradient_checkpointing": True},
     ):
         run = tiny_run("emoe", "full", training=changes)
@@ -121,7 +121,7 @@ def test_the_loss_is_that_of_the_responses_alone(monkeypatch: pytest.MonkeyPatch
         return step(self, model, inputs, *args)
 
     monkeypatch.setattr(Trainer, "training_step", spy)
-    run = tiny_run("dense", "full", training={"epochs": 1, "batch_size": 24, "micro_batch": 8})
+    run = tiny_run("dense", "full", training={"epochs": 1, "batch_size": 24, "per_device_train_batch_size": 8})
     curve = finish(prepare(run))["curve"]
     model = build_language_model(run.spec).model.eval()
     loss, tokens = 0.0, 0
@@ -161,7 +161,7 @@ def test_an_untrained_model_is_only_evaluated(method: str) -> None:
 
 def test_blocks_are_trained_as_a_whole_and_nothing_else() -> None:
     tune = {"blocks": [2, 3], "also": [], "head": False}
-    run = tiny_run("dense", "full", {"method": {"tune": tune}, "tuning": "blocks"})
+    run = tiny_run("dense", "full", {"method": {"tune": tune}, "finetuning": "blocks"})
     found = finish(prepare(run))
     model = load_language_model(run.spec["model"])
     wanted = sum(
@@ -206,9 +206,10 @@ def test_too_few_rows_and_an_uneven_batch_are_refused() -> None:
     with pytest.raises(DataError, match="has 40 usable rows: 35 are held out, and what is left fills no step of 8"):
         finish(prepare(tiny_run("dense", "full", data={"held_out_rows": 35})))
     with pytest.raises(
-        DefinitionError, match=r"batch_size 8 is no multiple of training.micro_batch 3 times 1 processes"
+        DefinitionError,
+        match=r"batch_size 8 is no multiple of training.per_device_train_batch_size 3 times 1 processes",
     ):
-        finish(prepare(tiny_run("dense", "full", training={"micro_batch": 3})))
+        finish(prepare(tiny_run("dense", "full", training={"per_device_train_batch_size": 3})))
 
 
 def test_unknown_tasks_end_a_run_before_any_work() -> None:
@@ -225,7 +226,7 @@ def test_unknown_tasks_end_a_run_before_any_work() -> None:
 
 
 def ask(task: str, shots: int = 0) -> dict[str, Any]:
-    return {"task": task, "shots": shots, "limit": None}
+    return {"task": task, "num_fewshot": shots, "limit": None}
 
 
 def test_shots_that_a_task_does_not_have_are_refused() -> None:
@@ -288,7 +289,7 @@ def test_what_is_no_yes_or_no_has_no_questions_to_pair() -> None:
 
 def test_memory_and_disk_are_counted_before_the_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     llama = {"name": "llama", "config": LLAMA2_7B}
-    sizes = {"data": {"max_length": 512}, "training": {"micro_batch": 1}}
+    sizes = {"data": {"max_length": 512}, "training": {"per_device_train_batch_size": 1}}
     full = tiny_run("dense", "full", {"model": llama, **sizes}).spec
     lora = tiny_run("dense", "lora", {"model": {**llama, "weights": "bf16"}, **sizes}).spec
     parameters, adapters = 6_738_415_616, 4_194_304  # r = 8 on q and v of 32 layers
@@ -301,7 +302,7 @@ def test_memory_and_disk_are_counted_before_the_weights_are_read(monkeypatch: py
     there_is(monkeypatch, total=60e9, free=50e9)
     (warning,) = check_needs(compute_needs(full), Path())
     assert "at least 107.9 GB of memory (weights 27.0 GB, gradients 27.0 GB, optimiser 53.9 GB, " in warning
-    assert ", and 50.0 GB are free. A smaller micro_batch" in warning
+    assert ", and 50.0 GB are free. A smaller per_device_train_batch_size" in warning
     assert check_needs(compute_needs(lora), Path()) == []
     there_is(monkeypatch, total=20e9, free=20e9)
     with pytest.raises(DataError, match=r"the weights alone are 27.0 GB, and there are 20.0 GB in all\. A smaller"):
@@ -355,7 +356,7 @@ def test_a_control_group_limits_the_memory(version: int, tmp_path: Path) -> None
 
 def test_memory_of_gpus_is_counted_by_process(monkeypatch: pytest.MonkeyPatch) -> None:
     llama = {"name": "llama", "config": LLAMA2_7B, "weights": "bf16"}
-    sizes = {"data": {"max_length": 512}, "training": {"micro_batch": 1}}
+    sizes = {"data": {"max_length": 512}, "training": {"per_device_train_batch_size": 1}}
     full = tiny_run("dense", "full", {"model": llama, **sizes}).spec
     lora = tiny_run("dense", "lora", {"model": llama, **sizes}).spec
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -440,7 +441,7 @@ def test_a_dense_run_has_no_experts_to_export() -> None:
 def test_lm_evals_own_command_line_agrees_on_the_exported_folder(tmp_path: Path) -> None:
     write_mmlu_dev(QUESTIONS / "mmlu_dev")
     path = prepare(
-        tiny_run("dense", "full", evaluation={"tasks": [{"task": "mmlu_dev_stem", "shots": 2, "limit": None}]})
+        tiny_run("dense", "full", evaluation={"tasks": [{"task": "mmlu_dev_stem", "num_fewshot": 2, "limit": None}]})
     )
     found = finish(path)
     export(path, Path("out"), "dense")

@@ -114,7 +114,7 @@ def test_questions_of_lm_eval_are_recorded_with_their_commit(tmp_path: Path, mon
     )
     manager = SimpleNamespace(all_tasks=["mmlu"], load=lambda names: {"tasks": {"mmlu_a": task, "mmlu_b": task}})
     monkeypatch.setattr("benchmarks.llama.evaluation._manager", lambda folder: manager)
-    found = check_tasks([{"task": "mmlu", "shots": 5, "limit": None}])
+    found = check_tasks([{"task": "mmlu", "num_fewshot": 5, "limit": None}])
     assert found == {"mmlu (5-shot)": [f"cais/mmlu@{COMMIT} (not pinned)"]}
 
 

@@ -42,7 +42,7 @@ onstart:
     if missing := SUITE.missing_sets():
         print(
             f"not there: {', '.join(missing)}. What needs them will fail; `python -m benchmarks data --check "
-            f"--suite {SUITE.name}` says where they come from, `--config without=[{','.join(missing)}]` leaves them out",
+            f"--suite {SUITE.name}` says where they come from, `--config exclude=[{','.join(missing)}]` leaves them out",
             file=sys.stderr,
         )
 

@@ -16,7 +16,7 @@ class SuiteSettings(Strict):
     """The suite, like the file's name. Its grids stand in benchmarks/<name>/benchmark.yaml under `suites`."""
     benchmarks: Annotated[list[str], Field(min_length=1), UNIQUE]
     """Which benchmarks to run, in the order of the report."""
-    without: Annotated[list[str], UNIQUE] = Field([])
+    exclude: Annotated[list[str], UNIQUE] = Field([])
     """OOD sets to leave out, by their name in tasks.yaml, for those that you could not obtain. Tables say which sets they cover."""
     data_root: str | None = None
     """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not there comes from the hub."""

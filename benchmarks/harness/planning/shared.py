@@ -131,7 +131,7 @@ class LoRA(Strict):
     """Dropout before an adapter."""
     targets: Annotated[dict[str, Names], Field(min_length=1)]
     """Names of the adapted layers, by the model's type."""
-    rest_rate: Positive = 0.1
+    base_lr_ratio: Positive = 0.1
     """Learning rate of what is trained beside adapters and head, as a share of theirs."""
 
 

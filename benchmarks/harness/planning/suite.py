@@ -63,7 +63,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
             raise DefinitionError(f"{where}: 'benchmarks' names '{asked}'{did_you_mean(asked, benchmark_names())}")
     loaded = [load_benchmark(asked) for asked in settings.benchmarks]
     known = {name for benchmark in loaded for name in benchmark.kind.excludable(benchmark.tasks)}
-    check_names(f"{where}: '", "without", settings.without, known)
+    check_names(f"{where}: '", "exclude", settings.exclude, known)
     for benchmark in loaded:
         other = benchmark.kind.evaluates(benchmark.definition)
         if other and other not in settings.benchmarks:
@@ -159,7 +159,7 @@ class Suite:
     @cached_property
     def runs(self) -> list[Run]:
         """Every run, each once, in the order of the grids."""
-        return plan(self.settings.benchmarks, self.name, self.settings.without)
+        return plan(self.settings.benchmarks, self.name, self.settings.exclude)
 
     @cached_property
     def runs_by_folder(self) -> dict[str, Run]:

@@ -78,7 +78,7 @@ def _all_runs(client: MlflowClient, experiment: str) -> Iterator[Any]:
 
 def _parent(client: MlflowClient, experiment: str, run: Run, known: dict[str, Any]) -> str:
     spec = run.spec
-    names = (spec["model"]["name"], spec["task"]["name"], spec.get("tuning"), spec["method"]["name"])
+    names = (spec["model"]["name"], spec["task"]["name"], spec.get("finetuning"), spec["method"]["name"])
     name = " / ".join(filter(None, names))
     if name not in known:
         known[name] = client.create_run(experiment, run_name=name, tags={_ID: name})

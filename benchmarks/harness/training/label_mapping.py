@@ -37,7 +37,7 @@ def reading(trained: Mapping[str, Any], evaluated: Mapping[str, Any], name: str)
     """How a model that was trained on one task is read on another.
 
     Equal numbers of classes correspond by their order (``labels`` in ``tasks.yaml``). Where the set has fewer, the
-    head's class is chosen first and then folded by the training task's ``folds`` (three-way NLI on HANS: neutral
+    head's class is chosen first and then folded by the training task's ``label_map`` (three-way NLI on HANS: neutral
     and contradiction are no entailment); where it has more, its gold labels are folded by its own.
 
     Args:
@@ -57,10 +57,10 @@ def reading(trained: Mapping[str, Any], evaluated: Mapping[str, Any], name: str)
         return Reading()
     more = trained if head > classes else evaluated
     fewer, most = sorted((head, classes))
-    numbers = tuple(more["folds"].get(str(fewer), ()))
+    numbers = tuple(more["label_map"].get(str(fewer), ()))
     if len(numbers) != most or set(numbers) != set(range(fewer)):
         raise EMoEError(
-            f"'{name}' has {classes} classes, the model {head}: the task with {most} needs 'folds' with \"{fewer}\": "
+            f"'{name}' has {classes} classes, the model {head}: the task with {most} needs 'label_map' with \"{fewer}\": "
             f"{most} numbers, each class from 0 to {fewer - 1} among them"
         )
     return Reading(predictions=numbers) if more is trained else Reading(labels=numbers)

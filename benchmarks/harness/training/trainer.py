@@ -88,7 +88,7 @@ class RoutedTrainer(Trainer):
         self.args.save_only_model = False
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = by_token
         self._order, self._trainable = order, trainable
-        self._slow_share: float = lora["rest_rate"] if lora else 1.0
+        self._slow_share: float = lora["base_lr_ratio"] if lora else 1.0
         if hasattr(order, "set_epoch"):
             self.add_callback(FollowEpochs(order))
 
