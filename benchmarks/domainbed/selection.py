@@ -71,7 +71,7 @@ def training_domain_validation(runs: Sequence[Trained], env: int) -> Chosen | No
 def leave_one_domain_out(runs: Sequence[Trained], env: int) -> Chosen | None:
     """The step and run with the highest mean accuracy on each other environment, when that is held out too.
 
-    Needs the runs that hold out ``env`` and one more, for every other environment; None without them.
+    MemoryEstimate the runs that hold out ``env`` and one more, for every other environment; None without them.
     """
     return _best([found for run in _single(runs, env) if (found := _left_out(run, runs, env)) is not None])
 

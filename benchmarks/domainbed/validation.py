@@ -20,7 +20,7 @@ from benchmarks.domainbed.images import REFUSE
 from benchmarks.domainbed.loading import load_set
 from benchmarks.domainbed.transforms import augmented, plain, seen, visible
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.files import whole_file, write_json
+from benchmarks.harness.base.files import atomic_write, write_json
 from benchmarks.harness.base.seeds import derive_seed
 
 SAMPLES = 8
@@ -40,7 +40,7 @@ def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
     found = load_set(job["task"], job["data_seed"], truncated=job["truncated"])
     summary = validate_dataset(found)
     names, grid = sample_grid(found, job["image_size"])
-    with whole_file(output.with_suffix(".png")) as temporary:
+    with atomic_write(output.with_suffix(".png")) as temporary:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "png")
     write_json(output, {**job, **summary, "samples": names})
 

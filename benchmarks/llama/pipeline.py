@@ -30,7 +30,7 @@ from benchmarks.llama.encoding import EncodedRows, collator
 from benchmarks.llama.evaluation import answers, check_tasks, held_out_loss, run_tasks, task_title
 from benchmarks.llama.grid import is_trained
 from benchmarks.llama.instructions import load_instructions, refuse_broken
-from benchmarks.llama.needs import check_needs, compute_needs
+from benchmarks.llama.memory_estimate import check_memory, estimate_memory
 from benchmarks.llama.templates import Template, find_template
 from benchmarks.llama.training import Trained, train
 from emoe.layer import routed_layers
@@ -52,16 +52,16 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         DataError: broken or too few rows, a model that is not there, one that no memory here holds, too little disk; before any of it is loaded.
     """
     training = spec["training"]
-    needs = compute_needs(spec)
+    estimate = estimate_memory(spec)
     data = read_data(spec, load_tokenizer(spec["model"]))
     asked: dict[str, list[str]] = {}
     if is_main():
         asked = check_tasks(spec["evaluation"]["tasks"])
-        for warning in check_needs(needs, folder):
+        for warning in check_memory(estimate, folder):
             progress.say(f"warning: {warning}")
     progress.say(
         f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {data.broken} broken left out, "
-        f"{data.train.summary()['truncated_responses']} responses cut at {spec['data']['max_length']} tokens; at least {needs.memory / 1e9:.1f} GB"
+        f"{data.train.summary()['truncated_responses']} responses cut at {spec['data']['max_length']} tokens; at least {estimate.memory / 1e9:.1f} GB"
     )
     trainable = _build(spec, data)
     if routed := routed_layers(trainable.model):
@@ -83,7 +83,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             "step_seconds": trained.step_seconds,
             "train_seconds": trained.step_seconds * trained.steps,
             "precision": precision_here(training["precision"]),
-            "least_memory_mb": needs.memory / 1e6,
+            "least_memory_mb": estimate.memory / 1e6,
         },
         "data": data.summary(),
     }

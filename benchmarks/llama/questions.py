@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.files import whole_file
+from benchmarks.harness.base.files import atomic_write
 from benchmarks.llama.mmlu_dev import MMLU_DEV
 
 _LETTERS = "ABCD"
@@ -111,7 +111,7 @@ def _renamed(content: Any) -> Any:
 
 
 def _write_questions(path: Path, questions: list[dict[str, Any]]) -> None:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("".join(_lines(questions)), encoding="utf-8")
 
 
@@ -121,5 +121,5 @@ def _lines(questions: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _write_task(path: Path, content: Mapping[str, Any]) -> None:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.planning.counts import PublishedRows, count_note
-from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_rated
+from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_vader
 from benchmarks.text.definition import Splits, TaskEntry
 from benchmarks.text.readers import FileRows, Rows, read_rows
 from emoe.errors import did_you_mean
@@ -132,10 +132,10 @@ def load_split(task: Mapping[str, Any], part: str) -> TextSplit:
     if split is None:
         raise DataError(f"task '{task['name']}' has no {part} split")
     source = task["source"]
-    if "rated" in source:
-        texts, labels, dropped = load_rated(source["rated"], split)
+    if "vader_sentiment" in source:
+        texts, labels, dropped = load_vader(source["vader_sentiment"], split)
         return TextSplit(
-            [(text,) for text in texts], labels, dropped, f"{PACKAGE} {VERSION}, {source['rated']}, {split}"
+            [(text,) for text in texts], labels, dropped, f"{PACKAGE} {VERSION}, {source['vader_sentiment']}, {split}"
         )
     return _to_split(read_rows(task, split), task)
 

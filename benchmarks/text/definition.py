@@ -140,11 +140,11 @@ class TextSource(Strict):
     """Name of the set's folder below data_root."""
     path: str | None = left_out()
     """The set's folder in this project, from its top."""
-    rated: str | None = left_out()
+    vader_sentiment: str | None = left_out()
     """A domain of the human-rated sentiment set."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        self.need_one_of("folder", "path", "rated")
+        self.need_one_of("folder", "path", "vader_sentiment")
 
 
 class Splits(Strict):

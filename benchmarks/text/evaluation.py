@@ -10,7 +10,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Train
 
 from benchmarks.harness.modeling.build import Trainable
 from benchmarks.harness.training.callbacks import Stopwatch
-from benchmarks.harness.training.label_mapping import reading
+from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.trainer import finite, plain_logits, precision_here, quiet_arguments
 from benchmarks.text.datasets import TextSplit
@@ -80,7 +80,7 @@ def evaluate_split(
     """
     rows = TokenisedRows(split, tokenizer, max_length, by_length=True, labelled=False)
     logits = plain_logits(trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
-    read = reading(trained, other or trained, (other or trained)["name"])
+    read = label_mapping(trained, other or trained, (other or trained)["name"])
     metrics = [trained["metric"]] if other is None else other["ood_metrics"]
     scores: dict[str, float | None] = {name: score(name, logits, rows.labels, read) for name in metrics}
     return {**scores, "loss": finite(mean_loss(logits, rows.labels))} if read.same else scores

@@ -20,7 +20,7 @@ from benchmarks.harness.planning.schema import check_names, parse, read
 from benchmarks.harness.planning.shared import Method
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from benchmarks.harness.sources.packages import PackageFile, packaged
-from benchmarks.harness.training.label_mapping import reading
+from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.text.definition import TaskEntry, TaskFile, TextDefinition, TextTraining, TextTrainingSettings
 from emoe.errors import EMoEError
 
@@ -41,7 +41,7 @@ class TextSets(Kind[D, TaskEntry]):
         return [CLEAN] if spec["protocol"] == CLEAN and spec["task"]["splits"]["test"] is None else []
 
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
-        return [packaged("vaderSentiment")] if "rated" in task.get("source", {}) else []
+        return [packaged("vaderSentiment")] if "vader_sentiment" in task.get("source", {}) else []
 
     def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> list[tuple[str, str]]:
         from benchmarks.text.datasets import part_read
@@ -121,7 +121,7 @@ def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> 
     check_names(where, "ood", task.ood, tasks)
     for name in task.ood:
         try:
-            reading(task.model_dump(), tasks[name].model_dump(), name)
+            label_mapping(task.model_dump(), tasks[name].model_dump(), name)
         except EMoEError as error:
             raise DefinitionError(f"{where}.ood': {error}") from error
     check_names(where, "label_names", task.label_names.values(), task.labels)
@@ -130,7 +130,7 @@ def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> 
         raise DefinitionError(
             f"{where}.range' is [{low}, {high}], but must be lowest and highest score of a regression"
         )
-    if not (task.source.hub or task.source.rated or task.download_instructions):
+    if not (task.source.hub or task.source.vader_sentiment or task.download_instructions):
         raise DefinitionError(
             f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions': from whom, which file"
         )
@@ -200,7 +200,7 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
     """What is wrong with a set and what to do."""
     source = task.source
     spec = task.spec(name)
-    if source.rated or local_folder(spec) is not None:
+    if source.vader_sentiment or local_folder(spec) is not None:
         return f"{name}: {problem}"
     files = dict.fromkeys(file for layout in task.raw_formats or () for file in layout.files.values())
     columns = ", ".join([*task.fields, task.label])

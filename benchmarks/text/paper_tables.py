@@ -148,6 +148,6 @@ def _scope(comparison: Comparison, tasks: tuple[str, ...]) -> str:
     glue = {
         name
         for name, task in comparison.benchmark.tasks.items()
-        if task.splits.train is not None and task.source.rated is None
+        if task.splits.train is not None and task.source.vader_sentiment is None
     }
     return AVERAGE if set(tasks) == glue else ", ".join(comparison.task_title(task) for task in tasks)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from benchmarks.harness.base.files import whole_file
+from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.base.paths import TOKENS
 from benchmarks.text.datasets import TextSplit
 
@@ -97,7 +97,7 @@ def _cached(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: in
     except SafetensorError:  # a machine that went down while it was written
         file.unlink(missing_ok=True)
     columns = _tokenise(split, tokenizer, max_length)
-    with whole_file(file) as temporary:
+    with atomic_write(file) as temporary:
         save_file(columns, temporary)
     return columns
 

@@ -30,7 +30,7 @@ from benchmarks.harness.training.distributed import is_complete
 from benchmarks.llama.encoding import IGNORED
 from benchmarks.llama.evaluation import check_tasks, summarise
 from benchmarks.llama.export import export
-from benchmarks.llama.needs import check_needs, compute_needs
+from benchmarks.llama.memory_estimate import check_memory, estimate_memory
 from benchmarks.llama.pipeline import read_data
 from benchmarks.llama.questions import write_mmlu_dev
 from emoe.errors import CheckpointError
@@ -293,31 +293,35 @@ def test_memory_and_disk_are_counted_before_the_weights_are_read(monkeypatch: py
     full = tiny_run("dense", "full", {"model": llama, **sizes}).spec
     lora = tiny_run("dense", "lora", {"model": {**llama, "weights": "bf16"}, **sizes}).spec
     parameters, adapters = 6_738_415_616, 4_194_304  # r = 8 on q and v of 32 layers
-    needs = compute_needs(full)
-    assert (needs.weights, needs.gradients, needs.optimiser) == (4 * parameters, 4 * parameters, 8 * parameters)
-    assert needs.disk == 2 * 12 * parameters + 4 * parameters
-    assert compute_needs(lora).weights == 4 * (parameters + adapters)  # a CPU computes in float32
+    estimate = estimate_memory(full)
+    assert (estimate.weights, estimate.gradients, estimate.optimiser) == (
+        4 * parameters,
+        4 * parameters,
+        8 * parameters,
+    )
+    assert estimate.disk == 2 * 12 * parameters + 4 * parameters
+    assert estimate_memory(lora).weights == 4 * (parameters + adapters)  # a CPU computes in float32
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e12))
     there_is(monkeypatch, total=60e9, free=50e9)
-    (warning,) = check_needs(compute_needs(full), Path())
+    (warning,) = check_memory(estimate_memory(full), Path())
     assert "at least 107.9 GB of memory (weights 27.0 GB, gradients 27.0 GB, optimiser 53.9 GB, " in warning
     assert ", and 50.0 GB are free. A smaller per_device_train_batch_size" in warning
-    assert check_needs(compute_needs(lora), Path()) == []
+    assert check_memory(estimate_memory(lora), Path()) == []
     there_is(monkeypatch, total=20e9, free=20e9)
     with pytest.raises(DataError, match=r"the weights alone are 27.0 GB, and there are 20.0 GB in all\. A smaller"):
-        check_needs(compute_needs(lora), Path())
+        check_memory(estimate_memory(lora), Path())
     there_is(monkeypatch, total=20e9, free=20e9, swap=10e9)
-    assert len(check_needs(compute_needs(lora), Path())) == 2  # training and evaluation
+    assert len(check_memory(estimate_memory(lora), Path())) == 2  # training and evaluation
     there_is(monkeypatch, total=60e9, free=50e9)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e6))
     with pytest.raises(DataError, match=r"needs 0.1 GB of disk .* has 0.0 GB free"):
-        check_needs(compute_needs(lora), Path())
+        check_memory(estimate_memory(lora), Path())
 
 
 def there_is(monkeypatch: pytest.MonkeyPatch, *, total: float, free: float, swap: float = 0.0) -> None:
     """So much memory, whatever the machine has."""
-    monkeypatch.setattr("benchmarks.llama.needs.memory", lambda: Memory(total, free))
+    monkeypatch.setattr("benchmarks.llama.memory_estimate.memory", lambda: Memory(total, free))
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=swap))
 
 
@@ -363,20 +367,20 @@ def test_memory_of_gpus_is_counted_by_process(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(30e9), int(80e9)))
     there_is(monkeypatch, total=50e9, free=40e9)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1e12))
-    assert compute_needs(lora).weights == 2 * 6_738_415_616 + 4 * 4_194_304
-    assert check_needs(compute_needs(lora), Path()) == []
+    assert estimate_memory(lora).weights == 2 * 6_738_415_616 + 4 * 4_194_304
+    assert check_memory(estimate_memory(lora), Path()) == []
     monkeypatch.setenv("WORLD_SIZE", "8")
-    (warning, *_) = check_needs(compute_needs(full), Path())  # each has all of it
+    (warning, *_) = check_memory(estimate_memory(full), Path())  # each has all of it
     assert re.search(r"at least 863.\d GB of memory .*, 107.9 GB on each GPU, and 30.0 GB are free", warning)
-    (warning,) = check_needs(compute_needs(lora), Path())
+    (warning,) = check_memory(estimate_memory(lora), Path())
     assert re.match(r"the weights take 107.\d GB of this machine's memory while they are loaded, and 40.0 GB", warning)
     monkeypatch.setenv("EMOE_PARALLEL", "fsdp")
-    assert check_needs(compute_needs(full), Path()) == []
+    assert check_memory(estimate_memory(full), Path()) == []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(10e9), int(12e9)))
     with pytest.raises(
         DataError, match=r"evaluated by one process, .* the weights alone are 27.0 GB, and there are 12"
     ):
-        check_needs(compute_needs(full), Path())
+        check_memory(estimate_memory(full), Path())
 
 
 LLAMA2_7B = {

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.sources.vader import load_rated
+from benchmarks.harness.sources.vader import load_vader
 from benchmarks.text.datasets import TextSplit, load_part, load_split
 from benchmarks.text.definition import TaskEntry
 from tests.text_sets import GLUE, LABELS, MEANING, OWN_FILES, TASKS, write_glue, write_own, write_saved
@@ -44,7 +44,7 @@ def test_all_eight_tasks_are_covered() -> None:
     trained = [
         name
         for name, definition in TASKS.items()
-        if definition["splits"]["train"] and "rated" not in definition["source"]
+        if definition["splits"]["train"] and "vader_sentiment" not in definition["source"]
     ]
     assert sorted(GLUE) == sorted(trained)
 
@@ -651,7 +651,7 @@ def test_without_a_test_split_the_dev_split_is_reported(root: Path) -> None:
 
 @pytest.mark.parametrize("domain", ["amazon", "movie", "nyt", "tweets"])
 def test_the_real_sentiment_set(archive: Path, domain: str) -> None:
-    parts = {split: load_rated(domain, split, archive) for split in ("train", "dev", "test")}
+    parts = {split: load_vader(domain, split, archive) for split in ("train", "dev", "test")}
     sizes = {split: len(texts) for split, (texts, _, _) in parts.items()}
     assert sizes["train"] > sizes["test"] > sizes["dev"] > 400
     for texts, labels, _ in parts.values():
@@ -659,15 +659,15 @@ def test_the_real_sentiment_set(archive: Path, domain: str) -> None:
         assert all(texts)
     total = {"amazon": 3708, "movie": 10605, "nyt": 5190, "tweets": 4200}[domain]
     assert sum(len(texts) + dropped for texts, _, dropped in parts.values()) == total
-    assert load_rated(domain, "train", archive) == parts["train"]
+    assert load_vader(domain, "train", archive) == parts["train"]
 
 
 def test_sentiment_errors(archive: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="did you mean 'tweets'"):
-        load_rated("tweet", "train", archive)
+        load_vader("tweet", "train", archive)
     with pytest.raises(DataError, match="python -m benchmarks fetch"):
-        load_rated("tweets", "train", tmp_path / "none.tar.gz")
+        load_vader("tweets", "train", tmp_path / "none.tar.gz")
     damaged = tmp_path / "damaged.tar.gz"
     damaged.write_bytes(archive.read_bytes()[:-1])
     with pytest.raises(DataError, match="damaged or another version: sha256"):
-        load_rated("tweets", "train", damaged)
+        load_vader("tweets", "train", damaged)

@@ -17,7 +17,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from benchmarks.harness.planning.suite import load_suite
-from benchmarks.harness.sources import vader as rated
+from benchmarks.harness.sources import vader
 from emoe.sparse.build import compiled_kernels
 from tests.conftest import ROOT
 
@@ -87,8 +87,8 @@ class Checkout:
 def checkout(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Checkout:
     """A checkout with a finished smoke suite."""
     made = Checkout(tmp_path_factory.mktemp("checkout"))
-    (made.folder / rated.ARCHIVE).parent.mkdir(parents=True)
-    shutil.copy2(archive, made.folder / rated.ARCHIVE)
+    (made.folder / vader.ARCHIVE).parent.mkdir(parents=True)
+    shutil.copy2(archive, made.folder / vader.ARCHIVE)
     text = made.snakemake("smoke")
     assert "Traceback" not in text
     return made
@@ -283,7 +283,7 @@ def test_wrong_words_end_with_one_clear_message(checkout: Checkout, words: list[
 
 def test_a_failed_run_shows_its_log_and_the_others_go_on(checkout: Checkout) -> None:
     before = checkout.scores()
-    archive = checkout.folder / rated.ARCHIVE
+    archive = checkout.folder / vader.ARCHIVE
     content, stamp = archive.read_bytes(), archive.stat()
     target = checkout.folder / SUITE.metric_files()[0]
     kept = target.read_bytes()

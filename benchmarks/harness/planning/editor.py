@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.harness.base.files import whole_file
+from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.base.paths import SCHEMAS
 from benchmarks.harness.planning.catalogue import MetricFile, ModelFile
 from benchmarks.harness.planning.kinds import find_kind, kind_names
@@ -27,7 +27,7 @@ def write_schemas() -> list[Path]:
     """Write every schema, and give their files."""
     found = editor_schemas()
     for file, text in found.items():
-        with whole_file(file) as temporary:
+        with atomic_write(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return list(found)
 

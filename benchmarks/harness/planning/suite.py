@@ -83,7 +83,7 @@ def suite_of_job(name: str) -> Suite:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Artifacts:
     """Tables and figures that are made together: a benchmark's own, or those of one of its sets.
 
     Attributes:
@@ -112,21 +112,21 @@ class Shown:
         return [str(folder / f"{self.name}_{figure}.{end}") for figure in self.figures for end in ("pdf", "png")]
 
 
-def shown_of(benchmark: str, part: str | None = None) -> Shown:
+def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
     """What a benchmark shows, or a part of it."""
     definition = load_benchmark(benchmark).definition
     if part:
-        return Shown(benchmark, part, definition.set_tables, definition.set_figures)
-    return Shown(benchmark, part, definition.tables, definition.figures)
+        return Artifacts(benchmark, part, definition.set_tables, definition.set_figures)
+    return Artifacts(benchmark, part, definition.tables, definition.figures)
 
 
-def all_shown() -> list[Shown]:
+def all_artifacts() -> list[Artifacts]:
     """What all benchmarks and all their parts show, whether a suite runs them or not."""
     found = []
     for name in benchmark_names():
         loaded = load_benchmark(name)
         parts = list(loaded.tasks) if loaded.kind.shows_parts else []
-        found += [shown_of(name, part) for part in (None, *parts)]
+        found += [artifacts_of(name, part) for part in (None, *parts)]
     return found
 
 
@@ -198,7 +198,7 @@ class Suite:
         """Tables and figures: of every benchmark, of one with its parts, or of one part alone."""
         names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
         shown = [
-            shown_of(name, found) for name in names for found in (None, *self.parts(name)) if part in (None, found)
+            artifacts_of(name, found) for name in names for found in (None, *self.parts(name)) if part in (None, found)
         ]
         return [file for one in shown for file in (*one.table_files(self.name), *one.figure_files(self.name))]
 

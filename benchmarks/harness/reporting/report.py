@@ -14,7 +14,7 @@ import emoe
 from benchmarks.harness.base import paths
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.suite import Shown, Suite, shown_of
+from benchmarks.harness.planning.suite import Artifacts, Suite, artifacts_of
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.results.records import read_metrics
 
@@ -48,7 +48,7 @@ def _section(suite: Suite, name: str) -> dict[str, Any]:
     definition = benchmark.definition
     kind = benchmark.kind
     presented = present(benchmark, runs)
-    shown = shown_of(name)
+    shown = artifacts_of(name)
     return {
         "name": name,
         "title": definition.title,
@@ -66,19 +66,19 @@ def _section(suite: Suite, name: str) -> dict[str, Any]:
         "parts": [
             {
                 "title": benchmark.tasks[part].title,
-                "tables": [_table(suite, shown_of(name, part), table) for table in definition.set_tables],
-                "figures": _figures(suite, shown_of(name, part)),
+                "tables": [_table(suite, artifacts_of(name, part), table) for table in definition.set_tables],
+                "figures": _figures(suite, artifacts_of(name, part)),
             }
             for part in presented.parts
         ],
     }
 
 
-def _table(suite: Suite, shown: Shown, table: str) -> Markup:
+def _table(suite: Suite, shown: Artifacts, table: str) -> Markup:
     return _trusted(paths.RESULTS / suite.name / "tables" / f"{shown.name}_{table}.html")
 
 
-def _figures(suite: Suite, shown: Shown) -> list[dict[str, str]]:
+def _figures(suite: Suite, shown: Artifacts) -> list[dict[str, str]]:
     folder = paths.RESULTS / suite.name / "figures"
     return [
         {"image": _image(folder / f"{shown.name}_{figure}.png"), "caption": caption}

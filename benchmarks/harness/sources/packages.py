@@ -17,7 +17,7 @@ from typing import Literal
 import yaml
 
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.files import whole_file
+from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.base.paths import PACKAGES
 from emoe.errors import did_you_mean
 
@@ -84,7 +84,7 @@ class PackageFile:
                     f"Put it at {output} by hand (sha256 {self.sha256}) to go on without a network"
                 )
             check_file(files[0], self.sha256)
-            with whole_file(output) as temporary:
+            with atomic_write(output) as temporary:
                 shutil.copyfile(files[0], temporary)
 
     def check(self, path: Path | None = None) -> Path:

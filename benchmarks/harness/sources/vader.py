@@ -16,8 +16,8 @@ from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.sources.packages import packaged
 from emoe.errors import did_you_mean
 
-RATED_SENTENCES = packaged("vaderSentiment")
-PACKAGE, VERSION, ARCHIVE = RATED_SENTENCES.package, RATED_SENTENCES.version, RATED_SENTENCES.path
+VADER = packaged("vaderSentiment")
+PACKAGE, VERSION, ARCHIVE = VADER.package, VADER.version, VADER.path
 
 _INNER = f"{PACKAGE}-{VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
 _FILES = {
@@ -30,7 +30,7 @@ _NEUTRAL = 0.5
 _TEST_SHARE, _DEV_SHARE = 0.25, 0.15
 
 
-def load_rated(domain: str, split: str, archive: Path = ARCHIVE) -> tuple[list[str], list[int], int]:
+def load_vader(domain: str, split: str, archive: Path = ARCHIVE) -> tuple[list[str], list[int], int]:
     """Sentences of one split, in a fixed shuffled order.
 
     Near-neutral sentences (absolute rating of at most 0.5) are dropped; the label is the sign
@@ -49,10 +49,10 @@ def load_rated(domain: str, split: str, archive: Path = ARCHIVE) -> tuple[list[s
         DataError: unknown domain or split, or the archive is missing or damaged.
     """
     if domain not in _FILES:
-        raise DataError(f"there is no rated domain '{domain}'{did_you_mean(domain, _FILES)}")
+        raise DataError(f"there is no VADER domain '{domain}'{did_you_mean(domain, _FILES)}")
     if split not in ("train", "dev", "test"):
         raise DataError(
-            f"rated domain '{domain}' has no split '{split}'{did_you_mean(split, ('train', 'dev', 'test'))}"
+            f"VADER domain '{domain}' has no split '{split}'{did_you_mean(split, ('train', 'dev', 'test'))}"
         )
     documents: dict[str, list[tuple[str, float]]] = {}
     for number, line in enumerate(_lines(domain, archive), 1):
@@ -75,7 +75,7 @@ def load_rated(domain: str, split: str, archive: Path = ARCHIVE) -> tuple[list[s
 
 
 def _lines(domain: str, archive: Path) -> list[str]:
-    with tarfile.open(RATED_SENTENCES.check(archive)) as outer:
+    with tarfile.open(VADER.check(archive)) as outer:
         inner = outer.extractfile(_INNER)
         assert inner is not None  # noqa: S101  the checksum fixes the content
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as nested:

@@ -13,7 +13,7 @@ from emoe.errors import EMoEError
 
 
 @dataclass(frozen=True)
-class Reading:
+class LabelMapping:
     """The new number of each of the head's classes and of each of the set's; None keeps them."""
 
     predictions: tuple[int, ...] | None = None
@@ -33,7 +33,7 @@ def _renumber(classes: NDArray[Any], numbers: tuple[int, ...] | None) -> NDArray
     return classes if numbers is None else np.asarray(numbers)[classes.astype(int)]
 
 
-def reading(trained: Mapping[str, Any], evaluated: Mapping[str, Any], name: str) -> Reading:
+def label_mapping(trained: Mapping[str, Any], evaluated: Mapping[str, Any], name: str) -> LabelMapping:
     """How a model that was trained on one task is read on another.
 
     Equal numbers of classes correspond by their order (``labels`` in ``tasks.yaml``). Where the set has fewer, the
@@ -54,7 +54,7 @@ def reading(trained: Mapping[str, Any], evaluated: Mapping[str, Any], name: str)
             f"'{name}' has {'classes' if classes else 'numbers'} as labels, the model {'classes' if head else 'numbers'}"
         )
     if head == classes:
-        return Reading()
+        return LabelMapping()
     more = trained if head > classes else evaluated
     fewer, most = sorted((head, classes))
     numbers = tuple(more["label_map"].get(str(fewer), ()))
@@ -63,4 +63,4 @@ def reading(trained: Mapping[str, Any], evaluated: Mapping[str, Any], name: str)
             f"'{name}' has {classes} classes, the model {head}: the task with {most} needs 'label_map' with \"{fewer}\": "
             f"{most} numbers, each class from 0 to {fewer - 1} among them"
         )
-    return Reading(predictions=numbers) if more is trained else Reading(labels=numbers)
+    return LabelMapping(predictions=numbers) if more is trained else LabelMapping(labels=numbers)

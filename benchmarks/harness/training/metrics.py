@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn import metrics
 
-from benchmarks.harness.training.label_mapping import Reading
+from benchmarks.harness.training.label_mapping import LabelMapping
 
 Score = Callable[[NDArray[Any], NDArray[Any]], float]
 
@@ -57,7 +57,7 @@ SCORES: dict[str, Score] = {
 }
 
 
-def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], read: Reading | None = None) -> float:
+def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], read: LabelMapping | None = None) -> float:
     """Score logits ``[rows, classes]``, or ``[rows, 1]`` for a regression, against labels ``[rows]``.
 
     Args:

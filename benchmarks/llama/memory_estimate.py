@@ -26,7 +26,7 @@ _LOADED_ONCE = "weights: bf16, or parallel: fsdp, where one process loads them, 
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryEstimate:
     """Bytes that a run takes at least.
 
     Attributes:
@@ -54,7 +54,7 @@ class Needs:
         return self.weights + self.gradients + self.optimiser + self.logits
 
 
-def compute_needs(spec: Mapping[str, Any]) -> Needs:
+def estimate_memory(spec: Mapping[str, Any]) -> MemoryEstimate:
     """The least that a run takes. Activations come on top.
 
     Args:
@@ -73,7 +73,7 @@ def compute_needs(spec: Mapping[str, Any]) -> Needs:
     copies = local_size() / world_size() if is_sharded() else local_size()
     row = 2 * spec["data"]["max_length"] * config.vocab_size * _FLOAT
     weights = (total - trained) * each + trained * _FLOAT
-    return Needs(
+    return MemoryEstimate(
         weights=copies * weights,
         gradients=copies * trained * _GRADIENT,
         optimiser=copies * trained * _ADAM,
@@ -85,11 +85,11 @@ def compute_needs(spec: Mapping[str, Any]) -> Needs:
     )
 
 
-def check_needs(needs: Needs, folder: Path) -> list[str]:
+def check_memory(estimate: MemoryEstimate, folder: Path) -> list[str]:
     """See that there is enough of memory and disk for a run, on this machine and on this process's GPU.
 
     Args:
-        needs: of the run.
+        estimate: of the run.
         folder: where it writes; checkpoints that are there already will go.
 
     Returns:
@@ -100,35 +100,35 @@ def check_needs(needs: Needs, folder: Path) -> list[str]:
             would take less.
     """
     parts = (
-        f"weights {_gb(needs.weights)}, gradients {_gb(needs.gradients)}, optimiser {_gb(needs.optimiser)}, logits {_gb(needs.logits)}; "
+        f"weights {_gb(estimate.weights)}, gradients {_gb(estimate.gradients)}, optimiser {_gb(estimate.optimiser)}, logits {_gb(estimate.logits)}; "
         "activations come on top"
     )
-    least = f"the run needs at least {_gb(needs.memory)} of memory ({parts})"
+    least = f"the run needs at least {_gb(estimate.memory)} of memory ({parts})"
     advice = "A smaller per_device_train_batch_size, weights: bf16, adapters instead of everything, or more GPUs with parallel: fsdp take less"
-    alone = f"the whole model is evaluated by one process, which takes at least {_gb(needs.evaluation)}"
+    alone = f"the whole model is evaluated by one process, which takes at least {_gb(estimate.evaluation)}"
     host = memory()
     host = Memory(host.total + psutil.swap_memory().total, host.free)
     if not torch.cuda.is_available():
         found = [
-            _judge(needs.memory, needs.weights, host, least, advice),
-            _judge(needs.evaluation, needs.whole, host, alone, _SMALLER),
+            _judge(estimate.memory, estimate.weights, host, least, advice),
+            _judge(estimate.evaluation, estimate.whole, host, alone, _SMALLER),
         ]
     else:
         free, total = torch.cuda.mem_get_info(local_rank())
         gpu, share = Memory(float(total), float(free)), 1 / local_size()
-        each = f"{least}, {_gb(needs.memory * share)} on each GPU"
-        loading = f"the weights take {_gb(needs.loading)} of this machine's memory while they are loaded"
+        each = f"{least}, {_gb(estimate.memory * share)} on each GPU"
+        loading = f"the weights take {_gb(estimate.loading)} of this machine's memory while they are loaded"
         found = [
-            _judge(needs.memory * share, needs.weights * share, gpu, each, advice),
-            _judge(needs.evaluation, needs.whole, gpu, alone, _SMALLER),
+            _judge(estimate.memory * share, estimate.weights * share, gpu, each, advice),
+            _judge(estimate.evaluation, estimate.whole, gpu, alone, _SMALLER),
             # never certain: they may be read from the disk piece by piece
-            _judge(needs.loading, 0.0, host, loading, _LOADED_ONCE),
+            _judge(estimate.loading, 0.0, host, loading, _LOADED_ONCE),
         ]
     old = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
     disk = shutil.disk_usage(folder).free + old
-    if needs.disk > disk:
+    if estimate.disk > disk:
         raise DataError(
-            f"the run needs {_gb(needs.disk)} of disk for checkpoints and kept weights, and {folder} has {_gb(disk)} free. "
+            f"the run needs {_gb(estimate.disk)} of disk for checkpoints and kept weights, and {folder} has {_gb(disk)} free. "
             "Make room, put results/ on a larger disk, or train adapters instead of everything"
         )
     return [warning for warning in found if warning]
