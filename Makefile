@@ -36,7 +36,7 @@ run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
 
 test: lint ## every check and test
 	@echo "Running the tests"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 OLDEST := .venv-oldest
 oldest: $(OLDEST)/.installed
@@ -55,7 +55,7 @@ lint: $(STAMP) ## style, types, imports between rooms, workflow style
 	@echo "Checking style, types and workflow"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
-	@$(BIN)/mypy
+	@$(BIN)/mypy --num-workers 2
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/snakefmt --check Snakefile workflow
 	@$(BIN)/snakemake --lint

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
-import scikit_posthocs
 from matplotlib import pyplot as plt
 
 from benchmarks.harness.reporting.plots import COLOURS, STYLE, Panel, save
@@ -67,6 +66,8 @@ def rank_diagram(comparison: Comparison, rankings: list[Ranked], path: Path) -> 
         rankings: what was ranked.
         path: of the files, without ending.
     """
+    import scikit_posthocs  # it takes a plotting library of its own along
+
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         rows = max(len(one.scores) for one in rankings)
         figure, axes = plt.subplots(

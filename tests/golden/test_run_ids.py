@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.suite import load_suite, suite_names
 
 FILE = Path(__file__).with_name("run_ids.csv")
 
 
-def digests(suite: str) -> dict[str, tuple[int, str]]:
+def digests(runs: list[Run]) -> dict[str, tuple[int, str]]:
     """How many runs a benchmark has in a suite, and a digest of their ids, in the order of the grid."""
     found: dict[str, list[str]] = {}
-    for run in load_suite({"suite": suite}).runs:
+    for run in runs:
         found.setdefault(run.benchmark, []).append(run.id)
     return {name: (len(ids), hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]) for name, ids in found.items()}
 
 
 @pytest.mark.parametrize("suite", suite_names())
 def test_no_run_of_a_suite_has_got_another_id(suite: str) -> None:
+    """And every id is short, readable and safe as a folder's name."""
+    runs = load_suite({"suite": suite}).runs
+    for run in runs:
+        assert len(run.id) <= 80
+        assert re.fullmatch(re.escape(run.spec["model"]["name"]) + r"[A-Za-z0-9._+-]*", run.id)
     with FILE.open() as file:
         wanted = {
             row["benchmark"]: (int(row["runs"]), row["digest"]) for row in csv.DictReader(file) if row["suite"] == suite
         }
-    assert digests(suite) == wanted
+    assert digests(runs) == wanted

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.domainbed.jobs import find_validation
+from benchmarks.harness.base.paths import PACKAGES
+from benchmarks.harness.planning.jobs import run_inputs
 from benchmarks.harness.planning.settings import SuiteSettings
-from benchmarks.harness.planning.suite import suite_names
+from benchmarks.harness.planning.suite import load_suite, suite_names
 from tests.conftest import ROOT
 from tests.imported import imports
 
@@ -56,12 +59,22 @@ def test_every_suite_has_a_configuration_and_the_other_way_round() -> None:
     assert set(suite_names()) == declared
 
 
-@pytest.mark.parametrize("suite", ["mini_search", "paper"])
+@pytest.mark.parametrize("suite", ["mini_search", "paper benchmarks=[llama]"])
 def test_larger_suites_plan(suite: str, tmp_path: Path) -> None:
     command = [Path(sys.executable).with_name("snakemake"), "--snakefile", ROOT / "Snakefile", "--directory", tmp_path]
-    command += ["--cores", "1", "-n", "--quiet", "all", "--config", f"suite={suite}"]
+    command += ["--cores", "1", "-n", "--quiet", "all", "--config", *f"suite={suite}".split()]
     found = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_the_papers_runs_ask_for_nothing_that_no_rule_makes() -> None:
+    """What a dry run of the whole suite would find, without Snakemake's graph of thousands of jobs."""
+    suite = load_suite({"suite": "paper"})
+    made = {*suite.metric_files(), *(job.file for job in suite.partitions.values())}
+    needed = {file for run in suite.runs for file in run_inputs(run) if not file.startswith(str(PACKAGES))}
+    for file in needed - made:
+        assert find_validation(Path(file).stem, suite).file == file
+    assert {"threads", "mem_mb", "runtime"} <= set.intersection(*(set(run.resources) for run in suite.runs))
 
 
 def test_every_configuration_key_is_documented() -> None:

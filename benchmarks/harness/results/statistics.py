@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import numpy as np
 import pandas as pd
-import scikit_posthocs
 from scipy import stats
 
 CONFIDENCE, SIGNIFICANCE = 0.95, 0.05
@@ -115,6 +114,8 @@ def friedman_ranks(scores: pd.DataFrame) -> Ranking:
 
 def nemenyi(scores: pd.DataFrame) -> pd.DataFrame:
     """p of every pair of rows by Nemenyi's test on their Friedman ranks (Demšar 2006); rows and columns are the methods."""
+    import scikit_posthocs  # it takes a plotting library along
+
     found = scikit_posthocs.posthoc_nemenyi_friedman(scores.to_numpy().T)
     return pd.DataFrame(found.to_numpy(), index=scores.index, columns=scores.index)
 
