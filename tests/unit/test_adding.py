@@ -29,7 +29,7 @@ from benchmarks.harness.planning.catalogue import load_models
 
 runs = {run.spec["method"]["name"]: run for run in load_suite({"suite": "reviews"}).runs}
 spec = runs[sys.argv[1]].spec
-spec["model"] = {"name": "tiny-bert", **{key: value for key, value in load_models()["tiny-bert"].items() if key != "title"}}
+spec["model"] = load_models()["tiny-bert"].spec("tiny-bert")
 if spec["method"]["config"]:
     spec["method"]["config"] |= {"layers": [1], "num_experts": 8, "top_k": 4}
 spec["training"] |= {"epochs": 1, "train_rows": 16}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import ROOT
 from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.suite import load_suite
 from benchmarks.text import new
 from benchmarks.text.datasets import load_split
@@ -20,11 +22,14 @@ CSV = "\n".join(["text,label", *LINES]) + "\n"
 
 
 @pytest.fixture(autouse=True)
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Folders of benchmarks and suites to write into."""
     for name in ("benchmarks", "config"):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(new, name.upper(), tmp_path / name)
+    yield
+    load_benchmark.cache_clear()
+    kind_of.cache_clear()
 
 
 def written(root: Path, content: str | bytes, name: str = "mine.csv") -> Path:
@@ -52,15 +57,14 @@ def test_a_csv_becomes_a_benchmark_that_plans(tmp_path: Path, monkeypatch: pytes
     said = new_benchmark("mine", written(tmp_path, CSV))
     assert said.startswith("wrote benchmarks/mine (")
     assert said.endswith(" test rows; labels bad, good) and config/mine.yaml")
-    task = {"name": "mine", **load_benchmark.__wrapped__("mine").tasks["mine"]}
-    splits = {part: load_split(task, part) for part in ("train", "dev", "test")}
-    assert {part: len(split) for part, split in splits.items()} == task["rows"]
-    assert sum(task["rows"].values()) == 80
+    entry = load_benchmark.__wrapped__("mine").tasks["mine"]
+    splits = {part: load_split(entry.spec("mine"), part) for part in ("train", "dev", "test")}
+    assert {part: len(split) for part, split in splits.items()} == entry.rows.model_dump()
+    assert sum(len(split) for split in splits.values()) == 80
     runs = load_suite({"suite": "mine"}).runs
     assert [(run.spec["method"]["name"], run.spec["seed"]) for run in runs] == [
         (name, seed) for name in ("vanilla", "emoe", "random_partition") for seed in (0, 1)
     ]
-    load_benchmark.cache_clear()
 
 
 @pytest.mark.parametrize(

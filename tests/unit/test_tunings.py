@@ -14,10 +14,11 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.modeling.tuning import tune_
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.method_rows import load_methods, resolve_methods
 from benchmarks.harness.planning.methods import method_spec
-from benchmarks.harness.planning.schema import check
+from benchmarks.harness.planning.schema import parse
+from benchmarks.harness.planning.shared import Method
 from benchmarks.harness.planning.tunings import register_tuning
+from benchmarks.llama.definition import InstructionDefinition
 
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": {"bert": ["query"]}}
 
@@ -33,7 +34,7 @@ def biases(model: nn.Module, layers: Any) -> list[str]:
 
 
 def spec(tune: str, **method: Any) -> dict[str, Any]:
-    methods = {"mine": {"kind": "dense", "noise": 0.0, "tune": tune, **method}}
+    methods = {"mine": Method(title="Mine", kind="dense", tune=tune, **method)}
     return method_spec(methods, {"method": "mine", "layers": [2]}, 0, None, "b.yaml: 'grid'")
 
 
@@ -79,18 +80,16 @@ def test_a_parameter_that_the_model_does_not_have_is_named() -> None:
 
 def test_language_models_are_tuned_by_it_too() -> None:
     content = yaml.safe_load((paths.BENCHMARKS / "llama/benchmark.yaml").read_text())
-    content["tunings"]["bitfit"] = {"title": "BitFit", "train": "bias"}
-    block = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "tuning": ["bitfit"], "method": ["dense"]}
+    content["finetuning"]["bitfit"] = {"title": "BitFit", "train": "bias"}
+    block = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "finetuning": ["bitfit"], "method": ["dense"]}
     content["suites"]["smoke"]["grid"] = [{**block, "learning_rate": [1.0e-3], "seed": [0]}]
-    real = load_benchmark("llama")
     with pytest.raises(
-        DefinitionError, match=r"'tunings\.bitfit\.train' is 'bias'; choose from all, adapters, nothing, blocks"
+        DefinitionError, match=r"'finetuning\.bitfit\.train' is 'bias'; choose from all, adapters, nothing, "
     ):
-        check(content, real.kind.schema, "b.yaml")
+        parse(content, InstructionDefinition, "b.yaml")
     register_tuning("bias", biases)
-    definition = resolve_methods(check(content, real.kind.schema, "b.yaml"), load_methods(), "b.yaml")
-    mine = Benchmark("llama", definition, real.tasks)
-    (found,) = real.kind.specs(mine, "smoke", (), lambda name: {})
+    mine = Benchmark("llama", parse(content, InstructionDefinition, "b.yaml"), load_benchmark("llama").tasks)
+    (found,) = mine.kind.specs(mine, "smoke", (), lambda name: {})
     assert found["method"]["tune"] == {"blocks": [], "also": [], "tuning": "bias", "head": False}
 
 
