@@ -1,0 +1,159 @@
+"""Whoever follows docs/adding.md word by word has a benchmark, a method, a task, a router, a way of tuning and a metric of their own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness.sources.vader import load_rated
+from tests.conftest import ROOT
+from tests.pages import code_blocks
+
+PAGE = code_blocks("docs/adding.md")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("adding")]
+
+# trains a planned run for a few steps, on a tiny model with random weights
+RUN = """
+import json, sys
+from pathlib import Path
+from benchmarks.harness.planning.runs import run_from_spec
+from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.planning.catalogue import load_models
+
+runs = {run.spec["method"]["name"]: run for run in load_suite({"suite": "reviews"}).runs}
+spec = runs[sys.argv[1]].spec
+spec["model"] = load_models()["tiny-bert"].spec("tiny-bert")
+if spec["method"]["config"]:
+    spec["method"]["config"] |= {"layers": [1], "num_experts": 8, "top_k": 4}
+spec["training"] |= {"epochs": 1, "train_rows": 16}
+run = run_from_spec(spec)
+file = Path("results/runs") / run.folder / "run.json"
+file.parent.mkdir(parents=True)
+file.write_text(run.to_json())
+print(file)
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
+    """A copy of the project in which everything on the page was done, in its order."""
+    root = tmp_path_factory.mktemp("project")
+    skip = shutil.ignore_patterns("__pycache__")
+    for name in ("benchmarks", "config", "workflow"):
+        shutil.copytree(ROOT / name, root / name, ignore=skip)
+    shutil.copy(ROOT / "Snakefile", root)
+    texts, labels, _ = load_rated("tweets", "train", archive)
+    rows = [(text, ("negative", "positive")[label]) for text, label in zip(texts, labels, strict=True)][:200]
+    write(root / "reviews.csv", rows)
+
+    new, _, _ = commands(PAGE["A benchmark from a csv"][0])
+    assert "(138 train, 31 dev, 31 test rows; labels negative, positive)" in run(root, new)
+
+    files = {name: root / "benchmarks" / name for name in ("methods.yaml", "metrics.yaml")}
+    mine = {name: root / "benchmarks/reviews" / name for name in ("benchmark.yaml", "tasks.yaml")}
+    plugin = root / "my_plugin.py"
+    method, row, block = PAGE["A method"]
+    router, plugins, linear, _ = PAGE["A router"]
+    tuning, bitfit = PAGE["A way of tuning"]
+    task, task_block = PAGE["A task"]
+    score, metric, metric_of_task = PAGE["A metric"]
+
+    append(files["methods.yaml"], method)
+    append(mine["benchmark.yaml"], block)
+    append(mine["tasks.yaml"], task)
+    append(mine["benchmark.yaml"], task_block)
+    for split in ("train", "dev", "test"):
+        write(root / f"benchmarks/reviews/topics/{split}.csv", [("A goal.", "sport"), ("A vote.", "politics")] * 8)
+    append(plugin, router)
+    replace(files["methods.yaml"], "plugins: []\n", plugins)
+    append(files["methods.yaml"], linear)
+    append(plugin, tuning)
+    append(files["methods.yaml"], bitfit)
+    # like any other method: one row and one block
+    for name in ("emoe_linear", "bitfit"):
+        append(mine["benchmark.yaml"], block.replace("emoe_bottom", name))
+        replace(mine["benchmark.yaml"], "\nmethods:\n", f"\nmethods:\n{row.replace('emoe_bottom', name)}")
+    replace(mine["benchmark.yaml"], "\nmethods:\n", f"\nmethods:\n{row}")
+    append(plugin, score)
+    append(files["metrics.yaml"], metric)
+    text = mine["tasks.yaml"].read_text()
+    mine["tasks.yaml"].write_text(text.replace("    metric: accuracy\n", metric_of_task, 1))
+    return root
+
+
+def commands(block: str) -> list[list[str]]:
+    """The lines of a block of shell, as they are started from here."""
+    return [[{"python": sys.executable}.get(word, word) for word in line.split()] for line in block.splitlines()]
+
+
+def run(root: Path, command: list[str]) -> str:
+    places = [str(root), str(ROOT)]  # the copy's benchmarks, the library of here
+    found = subprocess.run(
+        command,
+        cwd=root,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(places),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout + found.stderr
+
+
+def write(file: Path, rows: list[tuple[str, str]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as opened:
+        csv.writer(opened).writerows([("text", "label"), *rows])
+
+
+def append(file: Path, block: str) -> None:
+    before = file.read_text() if file.exists() else ""
+    file.write_text(before + block)
+
+
+def replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new))
+
+
+def test_its_data_is_found(project: Path) -> None:
+    _, check, _ = commands(PAGE["A benchmark from a csv"][0])
+    found = run(project, check)
+    assert "6 of 6 parts are there" in found
+    assert "politics 8, sport 8" in found
+
+
+def test_snakemake_plans_all_of_it(project: Path) -> None:
+    _, _, snakemake = commands(PAGE["A benchmark from a csv"][0])
+    found = run(project, [*snakemake, "-n"])
+    names = ["vanilla", "emoe", "random_partition", "emoe_bottom", "emoe_linear", "bitfit"]
+    assert [name for name in names if f"Run minilm-reviews-{name}-lr0.0001-s1-" not in found] == []
+    assert "Run minilm-topics-emoe-lr0.0001-s0-" in found
+
+
+@pytest.mark.parametrize("method", ["emoe_linear", "bitfit"])
+def test_its_router_its_tuning_and_its_metric_run(project: Path, method: str) -> None:
+    file = Path(run(project, [sys.executable, "-c", RUN, method]).split()[-1])
+    run(project, [sys.executable, "-m", "benchmarks", "run", str(file)])
+    metrics = json.loads((project / file.with_name("metrics.json")).read_text())
+    assert -1 <= metrics["scores"]["test"]["reviews"]["kappa"] <= 1
+    model = metrics["model"]
+    if method == "bitfit":
+        assert set(model["trained"]) == {"head", "bias"}
+        assert 0 < model["trained"]["bias"]["parameters"] < model["parameters"] / 100
+        assert model["trainable_parameters"] == sum(group["parameters"] for group in model["trained"].values())
+    else:
+        assert json.loads((project / file).read_text())["method"]["config"]["router"] == "linear"
+        assert model["parameters"] - model["dense_parameters"] == 8 * 32

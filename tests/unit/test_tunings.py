@@ -1,0 +1,99 @@
+"""A way of tuning is a registered function that names what is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from benchmarks.harness.base import paths
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.modeling.tuning import tune_
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.methods import method_spec
+from benchmarks.harness.planning.schema import parse
+from benchmarks.harness.planning.shared import Method
+from benchmarks.harness.planning.tunings import register_tuning
+from benchmarks.llama.definition import InstructionDefinition
+
+LORA = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": {"bert": ["query"]}}
+
+
+def classifier() -> BertForSequenceClassification:
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    )
+
+
+def biases(model: nn.Module, layers: Any) -> list[str]:
+    return [name for name, _ in model.named_parameters() if name.endswith("bias")]
+
+
+def spec(tune: str, **method: Any) -> dict[str, Any]:
+    methods = {"mine": Method(title="Mine", kind="dense", tune=tune, **method)}
+    return method_spec(methods, {"method": "mine", "layers": [2]}, 0, None, "b.yaml: 'grid'")
+
+
+def test_it_trains_what_its_function_names_beside_head_and_adapters() -> None:
+    register_tuning("bias", biases)
+    model = classifier()
+    adapters, groups = tune_(model, LORA, spec("bias")["tune"], 0)
+    assert adapters is not None
+    assert {"adapters", "bias"} <= set(groups)
+    named = [name for group in groups.values() for name, _ in group]
+    assert sorted(named) == sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert {name for name, _ in groups["bias"]} == set(biases(model, None)) - {"classifier.bias"}  # of the head
+
+
+def test_without_adapters_it_trains_nothing_else() -> None:
+    register_tuning("bias", biases)
+    model = classifier()
+    adapters, groups = tune_(model, None, spec("bias")["tune"], 0)
+    assert adapters is None
+    assert set(groups) == {"head", "bias"}
+    assert {name for name, _ in groups["head"]} == {"classifier.weight", "classifier.bias"}
+
+
+def test_layers_are_for_those_that_need_them() -> None:
+    seen = []
+    register_tuning("free", lambda model, layers: seen.append(layers) or [])
+    register_tuning("bound", lambda model, layers: seen.append(layers) or [], needs_layers=True)
+    # one run for all layers of a grid, or one for each
+    assert [spec(name)["variant"] for name in ("free", "bound")] == ["", "L2"]
+    for name in ("free", "bound"):
+        tune_(classifier(), None, spec(name)["tune"], 0)
+    assert seen == [None, [2]]
+    with pytest.raises(DefinitionError, match="is dense and takes no 'layers'"):
+        spec("free", layers=[1])
+
+
+def test_a_parameter_that_the_model_does_not_have_is_named() -> None:
+    register_tuning("odd", lambda model, layers: ["bert.pooler.dense.wieght"])
+    near = r"the tuning 'odd' names 'bert\.pooler\.dense\.wieght', which is no parameter of the model; did you mean '.*weight'"
+    with pytest.raises(DefinitionError, match=near):
+        tune_(classifier(), None, spec("odd")["tune"], 0)
+
+
+def test_language_models_are_tuned_by_it_too() -> None:
+    content = yaml.safe_load((paths.BENCHMARKS / "llama/benchmark.yaml").read_text())
+    content["finetuning"]["bitfit"] = {"title": "BitFit", "train": "bias"}
+    block = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "finetuning": ["bitfit"], "method": ["dense"]}
+    content["suites"]["smoke"]["grid"] = [{**block, "learning_rate": [1.0e-3], "seed": [0]}]
+    with pytest.raises(
+        DefinitionError, match=r"'finetuning\.bitfit\.train' is 'bias'; choose from all, adapters, nothing, "
+    ):
+        parse(content, InstructionDefinition, "b.yaml")
+    register_tuning("bias", biases)
+    mine = Benchmark("llama", parse(content, InstructionDefinition, "b.yaml"), load_benchmark("llama").tasks)
+    (found,) = mine.kind.specs(mine, "smoke", (), lambda name: {})
+    assert found["method"]["tune"] == {"blocks": [], "also": [], "tuning": "bias", "head": False}
+
+
+def test_what_is_no_tuning_is_refused() -> None:
+    for name, function in (("my tuning", biases), (3, biases), ("bias", None)):
+        with pytest.raises(DefinitionError, match="register_tuning"):
+            register_tuning(name, function)  # type: ignore[arg-type]
