@@ -33,7 +33,7 @@ def load_folders(task: Mapping[str, Any], *, truncated: str = REFUSE) -> ImageSe
     Raises:
         DataError: a folder is missing, empty or a link, or classes differ between environments.
     """
-    if folder := local_folder(task):
+    if folder := local_folder(task["name"], task["source"]):
         return _from_disk(task, folder, truncated)
     if "hub" in task["source"]:
         return _from_hub(task, truncated)

@@ -129,7 +129,7 @@ class DomainTrainer:
             args=arguments,
             order=draws,
             trainable=classifier,
-            lora=training["lora"],
+            base_lr_ratio=training["lora"]["base_lr_ratio"] if training["lora"] else 1.0,
             optimizer_cls_and_kwargs=(torch.optim.Adam, {"lr": hparams["lr"]}),
             train_dataset=train,
             eval_dataset=self._splits,

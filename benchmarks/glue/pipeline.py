@@ -10,9 +10,11 @@ from typing import Any
 from benchmarks.harness.modeling.build import build_classifier, save_trained
 from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import with_routing
 from benchmarks.text.datasets import TextSplit, load_part
+from benchmarks.text.definition import RunTask, TextSpec, TextTraining
 from benchmarks.text.tokenization import calibration_batches
 from benchmarks.text.training import TextTrainer
 
@@ -28,24 +30,26 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     Returns:
         The content of ``metrics.json``, less what the harness adds.
     """
-    task, training = spec["task"], spec["training"]
-    load = partial(load_part, known=load_benchmark(spec["benchmark"]).tasks, say=progress.say)
+    read = parse(spec, TextSpec, str(folder / "run.json"))
+    task, training = read.task, read.training
+    load = partial(load_part, known=load_benchmark(read.benchmark).tasks, say=progress.say)
     splits = _splits(task, training, load)
-    ood = {other["name"]: load(other, "test", training["eval_rows"]) for other in spec["ood"]}
+    ood = {other.name: load(other, "test", training.eval_rows) for other in read.ood}
 
     tokenizer = load_tokenizer(spec["model"])
-    classifier = build_classifier(spec, tokenizer, calibration_batches(splits["train"], tokenizer, training))
+    calibration = calibration_batches(splits["train"], tokenizer, training.max_length, training.eval_batch_size)
+    classifier = build_classifier(spec, tokenizer, calibration)
     if classifier.summary["trained"]:
         groups = classifier.summary["trained"].items()
         progress.say("trained parameters: " + ", ".join(f"{name} {found['parameters']:,}" for name, found in groups))
-    trainer = TextTrainer(classifier, tokenizer, spec, splits["train"], splits["dev"], folder, progress)
+    trainer = TextTrainer(classifier, tokenizer, read, splits["train"], splits["dev"], folder, progress)
     result = trainer.train()
     progress.say("evaluating")
-    scores = {"dev": {task["name"]: {name: value for name, value in result.kept.items() if name != "epoch"}}}
+    scores = {"dev": {task.name: {name: value for name, value in result.kept.items() if name != "epoch"}}}
     tested, routing = with_routing(classifier.model, lambda: trainer.evaluate(splits["test"]))
-    scores["test"] = {task["name"]: tested}
-    scores["ood"] = {other["name"]: trainer.evaluate(ood[other["name"]], other) for other in spec["ood"]}
-    if training["keep_weights"]:
+    scores["test"] = {task.name: tested}
+    scores["ood"] = {other.name: trainer.evaluate(ood[other.name], other) for other in read.ood}
+    if training.keep_weights:
         save_trained(classifier.model, folder / "model")
     return {
         "scores": scores,
@@ -65,17 +69,15 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     }
 
 
-def _splits(
-    task: Mapping[str, Any], training: Mapping[str, Any], load: Callable[..., TextSplit]
-) -> dict[str, TextSplit]:
+def _splits(task: RunTask, training: TextTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:
     """Train, dev (which selects) and test (which is reported), cut to the rows that the run uses.
 
     Without a test split the dev split is reported. A clean run then holds out a share of the training rows to select by.
     """
-    train = load(task, "train", training["train_rows"])
-    test = load(task, "test", training["eval_rows"])
-    if training["validation_fraction"]:
-        train, dev = train.divided(training["validation_fraction"], f"{task['name']}/held out")
+    train = load(task, "train", training.train_rows)
+    test = load(task, "test", training.eval_rows)
+    if training.validation_fraction:
+        train, dev = train.divided(training.validation_fraction, f"{task.name}/held out")
     else:
-        dev = load(task, "dev", training["eval_rows"]) if task["splits"]["test"] else test
+        dev = load(task, "dev", training.eval_rows) if task.splits.test else test
     return {"train": train, "dev": dev, "test": test}

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from benchmarks.harness.planning.schema import UNIQUE, Count, Key, PartOf, Strict
 from benchmarks.harness.planning.shared import Definition, MethodsDefinition, SuitePart
+from benchmarks.harness.planning.specs import RunSpec
+from benchmarks.text.definition import Protocol, RunTask
 
 
 class Evaluation(Strict):
@@ -45,3 +47,18 @@ class EvaluationFile(Definition):
 
 class EvaluationDefinition(EvaluationFile, MethodsDefinition):
     """The same, with methods and baseline of the benchmark that it evaluates."""
+
+
+class EvaluationSpec(RunSpec):
+    """What shapes the numbers of a run that evaluates one of another benchmark."""
+
+    protocol: Protocol
+    """What chose among the candidates."""
+    task: RunTask
+    """What they were trained on."""
+    ood: list[RunTask]
+    """What the chosen one is evaluated on."""
+    evaluation: Evaluation
+    """How."""
+    candidates: list[str]
+    """Folders of the runs among which one is chosen."""

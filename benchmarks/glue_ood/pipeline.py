@@ -7,16 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.modeling.build import reopen_classifier
 from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.results.records import collect, read_metrics
 from benchmarks.harness.running.execution import read_run
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.datasets import TextSplit, load_part
+from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.selection import CHOICE, select
 from emoe.errors import CheckpointError
@@ -33,10 +36,12 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     Returns:
         The content of ``metrics.json``, less what the harness adds; ``chosen`` is the folder of the run that was evaluated.
     """
-    settings = spec["evaluation"]
-    load = partial(load_part, rows=settings["rows"], known=load_benchmark(spec["benchmark"]).tasks, say=progress.say)
-    splits = {other["name"]: _load(other, load) for other in spec["ood"]}
-    chosen = _chosen(spec)
+    read = parse(spec, EvaluationSpec, str(folder / "run.json"))
+    settings = read.evaluation
+    load = partial(load_part, rows=settings.rows, known=load_benchmark(read.benchmark).tasks, say=progress.say)
+    splits = {other.name: _load(other, load) for other in read.ood}
+    chosen = _chosen(read)
+    trained = parse(chosen.spec, TextSpec, str(RUNS / chosen.folder / "run.json"))
     recorded = read_metrics(chosen)
     weights = RUNS / chosen.folder / "model"
     tokenizer = load_tokenizer(chosen.spec["model"])
@@ -46,41 +51,48 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         raise DataError(
             f"{error}\nDelete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
         ) from error
-    precision = chosen.spec["training"]["precision"]
-    evaluator = TextEvaluator(classifier, tokenizer, chosen.spec["task"], settings, precision, folder)
+    evaluator = TextEvaluator(
+        classifier,
+        tokenizer,
+        trained.task,
+        settings.batch_size,
+        settings.max_length,
+        trained.training.precision,
+        folder,
+    )
     scores: dict[str, Any] = {}
-    for other in spec["ood"]:
-        progress.say(f"evaluating on {other['name']}, {len(splits[other['name']]):,} rows")
-        scores[other["name"]] = evaluator.evaluate(splits[other["name"]], other)
+    for other in read.ood:
+        progress.say(f"evaluating on {other.name}, {len(splits[other.name]):,} rows")
+        scores[other.name] = evaluator.evaluate(splits[other.name], other)
     return {
         "scores": {"ood": scores},
         "chosen": {
             "run": chosen.folder,
-            "learning_rate": chosen.spec["learning_rate"],
-            "variant": chosen.spec["method"]["variant"],
+            "learning_rate": trained.learning_rate,
+            "variant": trained.method.variant,
         },
         "cost": {"evaluation_seconds": evaluator.evaluation_seconds, "precision": evaluator.precision},
         "data": {f"ood:{name}": split.summary() for name, split in splits.items()},
     }
 
 
-def _load(other: Mapping[str, Any], load: Callable[..., TextSplit]) -> TextSplit:
+def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
     try:
         return load(other, "test")
     except DataError as error:
-        raise DataError(f"{error}\nTo go on without it: `--config exclude=[{other['name']}]`") from error
+        raise DataError(f"{error}\nTo go on without it: `--config exclude=[{other.name}]`") from error
 
 
-def _chosen(spec: Mapping[str, Any]) -> Run:
+def _chosen(spec: EvaluationSpec) -> Run:
     """The candidate with this seed and the learning rate and variant of the best mean dev score over all seeds."""
-    candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec["candidates"]]
-    records = select(collect(candidates), spec["protocol"])
+    candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec.candidates]
+    records = select(collect(candidates), spec.protocol)
     best = records.iloc[0][[*CHOICE]]
     for candidate in candidates:
         found = (candidate.spec["method"]["variant"], candidate.spec["learning_rate"])
-        if found == tuple(best) and candidate.spec["seed"] == spec["seed"]:
+        if found == tuple(best) and candidate.spec["seed"] == spec.seed:
             return candidate
     raise DataError(
-        f"{spec['benchmark']}: seed {spec['seed']} did not train {spec['method']['name']} with the chosen "
+        f"{spec.benchmark}: seed {spec.seed} did not train {spec.method.name} with the chosen "
         f"{' '.join(f'{key} {best[key]}' for key in CHOICE)}; give every seed the same grid"
     )

@@ -16,11 +16,11 @@ from benchmarks.harness.planning.schema import (
     Positive,
     Positives,
     Rate,
+    Registered,
     Strict,
     Whole,
     Wholes,
     left_out,
-    registered,
 )
 from benchmarks.harness.planning.shared import (
     Entry,
@@ -38,7 +38,7 @@ from benchmarks.harness.planning.tunings import TUNINGS
 class Finetuning(Entry):
     """What is trained of a model."""
 
-    train: Annotated[str, registered(TUNINGS, beside=("all", "adapters", "nothing"))]
+    train: Annotated[str, Registered(TUNINGS, beside=("all", "adapters", "nothing"))]
     """What of a language model is trained: everything; adapters; nothing, where it is only evaluated; or a registered way of tuning, such as
     `blocks`: the transformer blocks that `layers` names."""
     layers: Layers | None = None

@@ -93,7 +93,7 @@ def train(
             by_length=False,
         ),
         trainable=trainable,
-        lora=training["lora"],
+        base_lr_ratio=training["lora"]["base_lr_ratio"] if training["lora"] else 1.0,
         by_token=True,
         train_dataset=rows,
         data_collator=collator(tokenizer, packing=training["packing"]),

@@ -16,7 +16,7 @@ from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.planning.counts import PublishedRows, count_note
 from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_vader
-from benchmarks.text.definition import Splits, TaskEntry
+from benchmarks.text.definition import RunTask, Splits, TaskEntry
 from benchmarks.text.readers import FileRows, Rows, read_rows
 from emoe.errors import did_you_mean
 
@@ -90,7 +90,7 @@ def part_read(splits: Splits, part: str) -> str:
 
 
 def load_part(
-    task: Mapping[str, Any],
+    task: RunTask,
     part: str,
     rows: int | None,
     known: Mapping[str, TaskEntry] | None = None,
@@ -105,13 +105,13 @@ def load_part(
         known: the tasks as ``tasks.yaml`` has them.
         say: where to say that a part has other rows than these know of.
     """
-    part = part_read(Splits(**task["splits"]), part)
+    part = part_read(task.splits, part)
     found = load_split(task, part)
-    if say and known and task["name"] in known:
-        note = count_note(task["name"], part, len(found), found.dropped, *known_rows(known[task["name"]], part))
+    if say and known and task.name in known:
+        note = count_note(task.name, part, len(found), found.dropped, *known_rows(known[task.name], part))
         if note:
             say(f"warning: {note}")
-    return found.head(rows, f"{task['name']}/{part}")
+    return found.head(rows, f"{task.name}/{part}")
 
 
 def known_rows(known: TaskEntry, part: str) -> tuple[int | None, PublishedRows | None]:
@@ -119,7 +119,7 @@ def known_rows(known: TaskEntry, part: str) -> tuple[int | None, PublishedRows |
     return getattr(known.rows, part), known.published_rows if part == "test" else None
 
 
-def load_split(task: Mapping[str, Any], part: str) -> TextSplit:
+def load_split(task: RunTask, part: str) -> TextSplit:
     """Load the ``train``, ``dev`` or ``test`` part of a task.
 
     A folder of the set's name below the data root (environment variable ``EMOE_DATA_ROOT``) is used
@@ -128,27 +128,27 @@ def load_split(task: Mapping[str, Any], part: str) -> TextSplit:
     Raises:
         DataError: the set, a column or a split is missing, or a label is not one of the task's.
     """
-    split = task["splits"][part]
+    split: str | None = getattr(task.splits, part)
     if split is None:
-        raise DataError(f"task '{task['name']}' has no {part} split")
-    source = task["source"]
-    if "vader_sentiment" in source:
-        texts, labels, dropped = load_vader(source["vader_sentiment"], split)
+        raise DataError(f"task '{task.name}' has no {part} split")
+    source = task.source
+    if source.vader_sentiment:
+        texts, labels, dropped = load_vader(source.vader_sentiment, split)
         return TextSplit(
-            [(text,) for text in texts], labels, dropped, f"{PACKAGE} {VERSION}, {source['vader_sentiment']}, {split}"
+            [(text,) for text in texts], labels, dropped, f"{PACKAGE} {VERSION}, {source.vader_sentiment}, {split}"
         )
     return _to_split(read_rows(task, split), task)
 
 
-def _to_split(files: Rows, task: Mapping[str, Any]) -> TextSplit:
+def _to_split(files: Rows, task: RunTask) -> TextSplit:
     texts: list[tuple[str, ...]] = []
     labels: list[Any] = []
     total = 0
     for file in files:
         label_of = _reader(file, task)
-        found = file.columns[task["label"]]
+        found = file.columns[task.label]
         total += len(found)
-        for row, cells in enumerate(zip(*(file.columns[field] for field in task["fields"]), strict=True)):
+        for row, cells in enumerate(zip(*(file.columns[field] for field in task.fields), strict=True)):
             written = tuple(_text(cell, file, row) for cell in cells)
             label = label_of(row, found[row]) if any(written) else None
             if label is not None:
@@ -174,30 +174,30 @@ def _text(cell: Any, file: FileRows, row: int) -> str:
     return text
 
 
-def _reader(file: FileRows, task: Mapping[str, Any]) -> Callable[[int, object], int | float | None]:
+def _reader(file: FileRows, task: RunTask) -> Callable[[int, object], int | float | None]:
     """What makes a number of a row's label, or None where there is none, and refuses what is no label of the task."""
-    unlabelled = {_plain(value) for value in task["unlabelled"]}
+    unlabelled = {_plain(value) for value in task.unlabelled}
     classes = _classes(file, task)
 
     def read(row: int, value: object) -> int | float | None:
         text = _plain(value)
         if text in unlabelled:
             return None
-        number = classes.get(text) if task["labels"] else _score(text, task)
+        number = classes.get(text) if task.labels else _score(text, task)
         if number is None and text.casefold() not in _NO_LABEL:
-            wanted = did_you_mean(value, classes or task["labels"]) if task["labels"] else _scale(task)
-            raise DataError(f"{file.place(row)}: '{value}' is no label of task '{task['name']}'{wanted}")
+            wanted = did_you_mean(value, classes or task.labels) if task.labels else _scale(task)
+            raise DataError(f"{file.place(row)}: '{value}' is no label of task '{task.name}'{wanted}")
         return number
 
     return read
 
 
-def _classes(file: FileRows, task: Mapping[str, Any]) -> dict[str, int]:
+def _classes(file: FileRows, task: RunTask) -> dict[str, int]:
     """The numbers of a task's classes by all that a file may call them: names of its own, else the task's names and numbers."""
-    names: list[str] = task["labels"]
+    names: list[str] = task.labels
     if file.label_names is not None:
         return {called: names.index(name) for called, name in file.label_names.items()}
-    spelled = {called: names.index(name) for called, name in task["label_names"].items()}
+    spelled = {called: names.index(name) for called, name in task.label_names.items()}
     numbers = {str(number): number for number in range(len(names))}
     return numbers | spelled | {name: number for number, name in enumerate(names)}
 
@@ -209,18 +209,18 @@ def _plain(value: object) -> str:
     return whole[1] if whole else text
 
 
-def _score(text: str, task: Mapping[str, Any]) -> float | None:
+def _score(text: str, task: RunTask) -> float | None:
     """A regression's label, if it is one."""
     try:
         number = float(text)
     except ValueError:
         return None
-    low, high = task.get("range", (-math.inf, math.inf))
+    low, high = task.range or (-math.inf, math.inf)
     return number if math.isfinite(number) and low <= number <= high else None
 
 
-def _scale(task: Mapping[str, Any]) -> str:
-    return "; it must be a number" + (" from {:g} to {:g}".format(*task["range"]) if "range" in task else "")
+def _scale(task: RunTask) -> str:
+    return "; it must be a number" + (" from {:g} to {:g}".format(*task.range) if task.range else "")
 
 
 def label_counts(split: TextSplit, names: list[str]) -> str:

@@ -33,6 +33,7 @@ from benchmarks.harness.planning.shared import (
     TrainingSuite,
     VariantAxes,
 )
+from benchmarks.harness.planning.specs import RunSpec
 
 Protocol = Literal["published", "clean"]
 
@@ -228,6 +229,15 @@ class TextTask(Strict):
     """How the set's own files look, as its makers hand them out; the first form that is there is read."""
 
 
+class RunTask(TextTask):
+    """A task as a run's spec has it."""
+
+    name: str
+    """Name in tasks.yaml."""
+    ood_metrics: Names
+    """What is reported of a model that was trained elsewhere."""
+
+
 class TaskEntry(TextTask, Entry):
     """One task of ``tasks.yaml``."""
 
@@ -242,8 +252,12 @@ class TaskEntry(TextTask, Entry):
 
     def spec(self, name: str) -> dict[str, Any]:
         """What of the task shapes a run's numbers, with its name."""
-        found = self.model_dump(include=set(TextTask.model_fields))
-        return {"name": name, "ood_metrics": [self.metric], **found}
+        return self.as_run(name).model_dump()
+
+    def as_run(self, name: str) -> RunTask:
+        """The task as a run reads it."""
+        given = {key: getattr(self, key) for key in TextTask.model_fields}
+        return RunTask(**{**given, "name": name, "ood_metrics": self.ood_metrics or [self.metric]})
 
 
 class TaskFile(Strict):
@@ -251,3 +265,16 @@ class TaskFile(Strict):
 
     tasks: Annotated[dict[Key, TaskEntry], Field(min_length=1)]
     """The tasks, by name."""
+
+
+class TextSpec(RunSpec):
+    """What shapes the numbers of a run that trains a text classifier."""
+
+    protocol: Protocol
+    """What chooses epoch and hyper-parameters."""
+    task: RunTask
+    """What it is trained on."""
+    ood: list[RunTask]
+    """What it is evaluated on beside."""
+    training: TextTraining
+    """How it is trained."""

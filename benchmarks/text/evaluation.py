@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.trainer import finite, plain_logits, precision_here, quiet_arguments
 from benchmarks.text.datasets import TextSplit
+from benchmarks.text.definition import RunTask
 from benchmarks.text.tokenization import TokenisedRows
 
 
@@ -29,7 +29,8 @@ class TextEvaluator:
         classifier: the classifier.
         tokenizer: its tokenizer.
         task: what it was trained on (``task`` of a spec).
-        settings: ``batch_size`` and ``max_length``.
+        batch_size: rows at once.
+        max_length: tokens kept of a row.
         precision: what it was trained in.
         folder: the run's.
     """
@@ -38,16 +39,15 @@ class TextEvaluator:
         self,
         classifier: Trainable,
         tokenizer: PreTrainedTokenizerBase,
-        task: Mapping[str, Any],
-        settings: Mapping[str, Any],
+        task: RunTask,
+        batch_size: int,
+        max_length: int,
         precision: str,
         folder: Path,
     ) -> None:
-        self._tokenizer, self._task, self._max_length = tokenizer, task, settings["max_length"]
+        self._tokenizer, self._task, self._max_length = tokenizer, task, max_length
         self.precision = precision_here(precision)
-        arguments = quiet_arguments(
-            folder / "checkpoints", self.precision, per_device_eval_batch_size=settings["batch_size"]
-        )
+        arguments = quiet_arguments(folder / "checkpoints", self.precision, per_device_eval_batch_size=batch_size)
         self._stopwatch = Stopwatch()
         self._trainer = Trainer(
             model=classifier.model,
@@ -61,7 +61,7 @@ class TextEvaluator:
         """Time spent in evaluations so far."""
         return self._stopwatch.evaluation
 
-    def evaluate(self, split: TextSplit, task: Mapping[str, Any]) -> dict[str, float | None]:
+    def evaluate(self, split: TextSplit, task: RunTask) -> dict[str, float | None]:
         """Scores and loss on another task's split."""
         return evaluate_split(self._trainer, self._tokenizer, self._max_length, split, self._task, task)
 
@@ -71,8 +71,8 @@ def evaluate_split(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     split: TextSplit,
-    trained: Mapping[str, Any],
-    other: Mapping[str, Any] | None,
+    trained: RunTask,
+    other: RunTask | None,
 ) -> dict[str, float | None]:
     """Predict a split in batches of like length and score it by what the task reports.
 
@@ -80,7 +80,7 @@ def evaluate_split(
     """
     rows = TokenisedRows(split, tokenizer, max_length, by_length=True, labelled=False)
     logits = plain_logits(trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
-    read = label_mapping(trained, other or trained, (other or trained)["name"])
-    metrics = [trained["metric"]] if other is None else other["ood_metrics"]
+    read = label_mapping(trained, other or trained, (other or trained).name)
+    metrics = [trained.metric] if other is None else other.ood_metrics
     scores: dict[str, float | None] = {name: score(name, logits, rows.labels, read) for name in metrics}
     return {**scores, "loss": finite(mean_loss(logits, rows.labels))} if read.same else scores

@@ -58,7 +58,7 @@ class TextSets(Kind[D, TaskEntry]):
         task = tasks[name]
         expected, published = known_rows(task, part)
         try:
-            found = load_split(task.spec(name), part)
+            found = load_split(task.as_run(name), part)
         except DataError as error:
             yield SetPart(name, part, None, expected=expected, advice=_advice(name, task, first_line(error)))
             return
@@ -121,7 +121,7 @@ def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> 
     check_names(where, "ood", task.ood, tasks)
     for name in task.ood:
         try:
-            label_mapping(task.model_dump(), tasks[name].model_dump(), name)
+            label_mapping(task, tasks[name], name)
         except EMoEError as error:
             raise DefinitionError(f"{where}.ood': {error}") from error
     check_names(where, "label_names", task.label_names.values(), task.labels)
@@ -199,12 +199,11 @@ def _settings(
 def _advice(name: str, task: TaskEntry, problem: str) -> str:
     """What is wrong with a set and what to do."""
     source = task.source
-    spec = task.spec(name)
-    if source.vader_sentiment or local_folder(spec) is not None:
+    if source.vader_sentiment or local_folder(name, source.model_dump()) is not None:
         return f"{name}: {problem}"
     files = dict.fromkeys(file for layout in task.raw_formats or () for file in layout.files.values())
     columns = ", ".join([*task.fields, task.label])
-    folder = f"{wanted_place(spec['source'])} ({', '.join(files) or 'its files'}; hub columns {columns})"
+    folder = f"{wanted_place(source.model_dump())} ({', '.join(files) or 'its files'}; hub columns {columns})"
     if task.download_instructions:
         return f"{name}: by hand. {task.download_instructions.strip()}.\n    Folder: {folder}. Without it: `exclude: [{name}]`"
     return f"{name}: on the hub as {source.hub} ({source.config}); `python -m benchmarks data` or the first run downloads it.\n    Or put it into {folder}"

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import local_folder, wanted_place
+from benchmarks.text.definition import FileLayout, RunTask
 from benchmarks.text.tabular import (
     READERS,
     Column,
@@ -51,7 +52,7 @@ class FileRows:
 Rows = list[FileRows]
 
 
-def read_rows(task: Mapping[str, Any], split: str) -> Rows:
+def read_rows(task: RunTask, split: str) -> Rows:
     """The rows of a split, from the user's folder where there is one, else from the hub.
 
     Args:
@@ -61,40 +62,40 @@ def read_rows(task: Mapping[str, Any], split: str) -> Rows:
     Raises:
         DataError: the set, a file or a split is missing, or a file is damaged.
     """
-    folder, parts = local_folder(task), split.split("+")
+    folder, parts = local_folder(task.name, task.source.model_dump()), split.split("+")
     if folder is None:
         return [_read_hub(task, part) for part in parts]
     if (folder / "state.json").exists():  # one saved set without splits is the whole
-        if task["splits"]["train"] is not None:
+        if task.splits.train is not None:
             raise DataError(
-                f"{folder} is one saved set without splits, but '{task['name']}' is trained on one split and scored on another: "
+                f"{folder} is one saved set without splits, but '{task.name}' is trained on one split and scored on another: "
                 "save a DatasetDict with its splits"
             )
         return [_as_on_hub(_saved(folder, task), str(folder), task)]
     return [found for part in parts for found in _read_split(folder, task, part)]
 
 
-def _read_hub(task: Mapping[str, Any], split: str) -> FileRows:
+def _read_hub(task: RunTask, split: str) -> FileRows:
     import datasets
 
-    source = task["source"]
-    place = wanted_place(source)
-    if "hub" not in source:
+    source = task.source
+    place = wanted_place(source.model_dump())
+    if source.hub is None:
         raise DataError(
-            f"the set '{task['name']}' is not on the hub and not in {place}; `python -m benchmarks data --check` says how to get it"
+            f"the set '{task.name}' is not on the hub and not in {place}; `python -m benchmarks data --check` says how to get it"
         )
     try:
-        loaded = datasets.load_dataset(source["hub"], source["config"], split=split, revision=source["revision"])
+        loaded = datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
     except Exception as error:  # the hub raises many kinds; all mean the same to the user
         raise DataError(
-            f"could not load '{source['hub']}' ({source['config']}) from the hub: {type(error).__name__}: {error}\n"
+            f"could not load '{source.hub}' ({source.config}) from the hub: {type(error).__name__}: {error}\n"
             f"Without the hub, put the set's own files into {place}"
         ) from error
-    place = hub_name(source["hub"], source["revision"], commit_of(loaded))
-    return _as_on_hub(_table_of(loaded, task), f"{place} ({source['config']}), split {split}", task)
+    place = hub_name(source.hub, source.revision, commit_of(loaded))
+    return _as_on_hub(_table_of(loaded, task), f"{place} ({source.config}), split {split}", task)
 
 
-def _saved(folder: Path, task: Mapping[str, Any], split: str | None = None) -> Table:
+def _saved(folder: Path, task: RunTask, split: str | None = None) -> Table:
     """A set written by ``datasets``' ``save_to_disk``, or one split of it."""
     import datasets
 
@@ -105,16 +106,16 @@ def _saved(folder: Path, task: Mapping[str, Any], split: str | None = None) -> T
         return _table_of(loaded if split is None else loaded[split], task)
 
 
-def _table_of(loaded: Any, task: Mapping[str, Any]) -> Table:
+def _table_of(loaded: Any, task: RunTask) -> Table:
     return from_arrow(loaded.with_format("arrow")[:], _wanted(task))
 
 
-def _read_split(folder: Path, task: Mapping[str, Any], split: str) -> Rows:
+def _read_split(folder: Path, task: RunTask, split: str) -> Rows:
     """Read one split: saved ``datasets``, Parquet, Arrow, JSON lines or CSV under the hub's names, or the set's own files."""
     if (folder / "dataset_dict.json").exists():
         return [_as_on_hub(_saved(folder, task, split), f"{folder} [{split}]", task)]
-    layouts = [layout for layout in task.get("raw_formats", ()) if split in layout["files"]]
-    config = task["source"].get("config")
+    layouts = [layout for layout in task.raw_formats or () if split in layout.files]
+    config = task.source.config
     for place in [folder, *([folder / config, folder / "data"] if config else [])]:
         for suffix, read in READERS.items():
             forms = (f"{split}.{suffix}", f"{split}-*.{suffix}", f"{split}/*.{suffix}")
@@ -123,35 +124,35 @@ def _read_split(folder: Path, task: Mapping[str, Any], split: str) -> Rows:
             if files and not (suffix == "csv" and layouts and not _has_columns(files[0], task)):
                 return [_as_on_hub(read(file, _wanted(task)), str(file), task) for file in files]
     for layout in layouts:
-        file = folder / layout["files"][split]
+        file = folder / layout.files[split]
         if file.exists():
             return [_read_own(file, layout, task, split)]
-    wanted = [*(f"{split}.{suffix}" for suffix in READERS), *(layout["files"][split] for layout in layouts)]
+    wanted = [*(f"{split}.{suffix}" for suffix in READERS), *(layout.files[split] for layout in layouts)]
     present = sorted(path.name for path in folder.iterdir())
     raise DataError(
         f"{folder} has no file for the split '{split}': wanted one of {', '.join(wanted)}; it holds {', '.join(present) or 'nothing'}"
     )
 
 
-def _wanted(task: Mapping[str, Any]) -> set[Column]:
+def _wanted(task: RunTask) -> set[Column]:
     """The task's columns, under all names that copies of the set have for them."""
-    return {*task["fields"], task["label"], *task["column_aliases"]}
+    return {*task.fields, task.label, *task.column_aliases}
 
 
-def _has_columns(file: Path, task: Mapping[str, Any]) -> bool:
-    return {*task["fields"], task["label"]} <= {task["column_aliases"].get(name, name) for name in column_names(file)}
+def _has_columns(file: Path, task: RunTask) -> bool:
+    return {*task.fields, task.label} <= {task.column_aliases.get(str(name), name) for name in column_names(file)}
 
 
-def _as_on_hub(table: Table, where: str, task: Mapping[str, Any]) -> FileRows:
+def _as_on_hub(table: Table, where: str, task: RunTask) -> FileRows:
     """Rows of a table under the hub's column names."""
-    columns = {name: name for name in (*task["fields"], task["label"])}
+    columns = {name: name for name in (*task.fields, task.label)}
     return _file_rows(table, where, task, columns, _spelled(table, task))
 
 
 def _file_rows(
     table: Table,
     where: str,
-    task: Mapping[str, Any],
+    task: RunTask,
     columns: Mapping[str, Column],
     label_names: Mapping[str, str] | None,
     chosen: Collection[int] | None = None,
@@ -171,7 +172,7 @@ def _file_rows(
     """
     found = {}
     for name, column in columns.items():
-        other = [also for also, meant in task["column_aliases"].items() if meant == name]
+        other = [also for also, meant in task.column_aliases.items() if meant == name]
         names = [known for known in table.names if known in (column, name, *other)]
         if len(names) > 1:
             raise DataError(f"{where} has two columns for '{name}': '{names[0]}' and '{names[1]}'; leave one of them")
@@ -179,7 +180,7 @@ def _file_rows(
             called = "" if column == name else f" for '{name}'"
             raise DataError(f"{where} has no column '{column}'{called}{did_you_mean(column, table.names)}")
         found[name] = table.columns[names[0]]
-    rows = range(len(found[task["label"]])) if chosen is None else chosen
+    rows = range(len(found[task.label])) if chosen is None else chosen
     return FileRows(
         {name: [values[i] for i in rows] for name, values in found.items()},
         where,
@@ -189,45 +190,43 @@ def _file_rows(
     )
 
 
-def _read_own(file: Path, layout: Mapping[str, Any], task: Mapping[str, Any], split: str) -> FileRows:
+def _read_own(file: Path, layout: FileLayout, task: RunTask, split: str) -> FileRows:
     """A set's own file."""
-    columns, label_names, where = layout["columns"], layout["label_names"], layout.get("where")
-    if layout["format"] == "folders":
+    columns, label_names, where = layout.columns, layout.label_names, layout.where
+    if layout.format == "folders":
         (text,) = columns
-        table = read_folders(file, label_names, text, task["label"])
-        return _file_rows(table, str(file), task, {text: text, task["label"]: task["label"]}, label_names)
-    wanted = {*columns.values(), *_wanted(task), *([where["column"]] if where else [])}
-    if layout["format"] == "jsonl":
+        table = read_folders(file, label_names, text, task.label)
+        return _file_rows(table, str(file), task, {text: text, task.label: task.label}, label_names)
+    wanted = {*columns.values(), *_wanted(task), *([where.column] if where else [])}
+    if layout.format == "jsonl":
         table = read_json_lines(file, wanted)
     else:
-        separator = "," if layout["format"] == "csv" else "\t"
-        table = read_delimited(
-            file, wanted, separator=separator, header=layout["header"], errors=layout["encoding_errors"]
-        )
+        separator = "," if layout.format == "csv" else "\t"
+        table = read_delimited(file, wanted, separator=separator, header=layout.header, errors=layout.encoding_errors)
     chosen = None
     if where:
-        splits = table.columns.get(where["column"])
+        splits = table.columns.get(where.column)
         if splits is None:
-            raise DataError(f"{file} has no column '{where['column']}'{did_you_mean(where['column'], table.names)}")
-        chosen = [i for i, found in enumerate(splits) if found == where["values"][split]]
+            raise DataError(f"{file} has no column '{where.column}'{did_you_mean(where.column, table.names)}")
+        chosen = [i for i, found in enumerate(splits) if found == where.values[split]]
     return _file_rows(table, str(file), task, columns, label_names or None, chosen)
 
 
-def _spelled(table: Table, task: Mapping[str, Any]) -> Mapping[str, str] | None:
+def _spelled(table: Table, task: RunTask) -> Mapping[str, str] | None:
     """The classes by the names that a file stores for its numbers; None where it stores no names.
 
     Names are the task's or its makers' spellings. Where all are numbers from 0 they are the task's numbers. A name that is none of these
     has no class, so that a row with it is refused.
     """
-    label = task["label"]
+    label = task.label
     names = next(
-        (found for name, found in table.classes.items() if task["column_aliases"].get(str(name), name) == label), None
+        (found for name, found in table.classes.items() if task.column_aliases.get(str(name), name) == label), None
     )
-    if names is None or not task["labels"]:
+    if names is None or not task.labels:
         return None
     if sorted(names) == sorted(map(str, range(len(names)))):
-        return {str(number): name for number, name in enumerate(task["labels"])}
-    makers = [layout["label_names"] for layout in task.get("raw_formats", ())]
-    known = {name: meant for spelling in (*makers, task["label_names"]) for name, meant in spelling.items()}
-    known |= {name: name for name in task["labels"]}
+        return {str(number): name for number, name in enumerate(task.labels)}
+    makers = [layout.label_names for layout in task.raw_formats or ()]
+    known = {name: meant for spelling in (*makers, task.label_names) for name, meant in spelling.items()}
+    known |= {name: name for name in task.labels}
     return {name: known[name] for name in names if name in known}

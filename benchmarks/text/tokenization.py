@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -71,19 +71,19 @@ class TokenisedRows(Dataset[dict[str, Any]]):
 
 
 def calibration_batches(
-    split: TextSplit, tokenizer: PreTrainedTokenizerBase, training: Mapping[str, Any], rows: int = 256
+    split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int, rows: int = 256
 ) -> Iterator[dict[str, Any]]:
-    """``rows`` rows of a split, drawn once and for all, as batches to call a model with, without labels."""
+    """``rows`` rows of a split, drawn once and for all and cut to ``max_length`` tokens, as batches to call a model with, without labels."""
     encoded = TokenisedRows(
         split.head(min(rows, len(split)), "calibration"),
         tokenizer,
-        training["max_length"],
+        max_length,
         by_length=True,
         labelled=False,
     )
     collate = DataCollatorWithPadding(tokenizer)
-    for start in range(0, len(encoded), training["eval_batch_size"]):
-        yield dict(collate([encoded[i] for i in range(start, min(start + training["eval_batch_size"], len(encoded)))]))
+    for start in range(0, len(encoded), batch_size):
+        yield dict(collate([encoded[i] for i in range(start, min(start + batch_size, len(encoded)))]))
 
 
 def _cached(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, NDArray[np.int32]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
 from benchmarks.text.datasets import TextSplit
+from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import evaluate_split, padding_collator
 from benchmarks.text.tokenization import TokenisedRows
 
@@ -75,31 +75,31 @@ class TextTrainer:
         self,
         classifier: Trainable,
         tokenizer: PreTrainedTokenizerBase,
-        spec: Mapping[str, Any],
+        spec: TextSpec,
         train: TextSplit,
         dev: TextSplit,
         folder: Path,
         progress: Progress,
     ) -> None:
-        self._tokenizer, self._training, self._task = tokenizer, spec["training"], spec["task"]
-        self._metric: str = spec["task"]["metric"]
+        self._tokenizer, self._training, self._task = tokenizer, spec.training, spec.task
+        self._metric = spec.task.metric
         self._checkpoints = folder / "checkpoints"
         self._stopwatch = Stopwatch()
-        best = self._training["checkpoint_selection"] == "best"
-        self.precision = precision_here(self._training["precision"])
+        best = self._training.checkpoint_selection == "best"
+        self.precision = precision_here(self._training.precision)
         arguments = quiet_arguments(
             self._checkpoints,
-            num_train_epochs=self._training["epochs"],
-            per_device_train_batch_size=self._training["batch_size"],
-            per_device_eval_batch_size=self._training["eval_batch_size"],
-            gradient_accumulation_steps=self._training["gradient_accumulation_steps"],
-            learning_rate=spec["learning_rate"],
+            num_train_epochs=self._training.epochs,
+            per_device_train_batch_size=self._training.batch_size,
+            per_device_eval_batch_size=self._training.eval_batch_size,
+            gradient_accumulation_steps=self._training.gradient_accumulation_steps,
+            learning_rate=spec.learning_rate,
             lr_scheduler_type="linear",
-            warmup_steps=self._training["warmup"],
-            weight_decay=self._training["weight_decay"],
+            warmup_steps=self._training.warmup,
+            weight_decay=self._training.weight_decay,
             max_grad_norm=0.0,
             precision=self.precision,
-            seed=derive_seed("dropout", spec["seed"]),
+            seed=derive_seed("dropout", spec.seed),
             eval_strategy="epoch",
             save_strategy="epoch",
             save_total_limit=1,
@@ -108,15 +108,15 @@ class TextTrainer:
             greater_is_better=True if best else None,
             logging_strategy="epoch",
         )
-        patience = self._training["patience"]
+        patience = self._training.patience
         self._patience = None if patience is None else Patience(self._metric, patience)
         rows, self._dev = self._rows(train, by_length=False), self._rows(dev, by_length=True)
-        by_length = self._training["sampling"] == "group_by_length"
+        by_length = self._training.sampling == "group_by_length"
         self._trainer = RoutedTrainer(
             args=arguments,
-            order=EpochOrder(rows.lengths, self._training["batch_size"], spec["seed"], by_length=by_length),
+            order=EpochOrder(rows.lengths, self._training.batch_size, spec.seed, by_length=by_length),
             trainable=classifier,
-            lora=self._training["lora"],
+            base_lr_ratio=self._training.lora.base_lr_ratio if self._training.lora else 1.0,
             train_dataset=rows,
             eval_dataset=self._dev,
             data_collator=padding_collator(tokenizer, self.precision),
@@ -130,7 +130,7 @@ class TextTrainer:
         return self._stopwatch.evaluation
 
     def _rows(self, split: TextSplit, *, by_length: bool) -> TokenisedRows:
-        return TokenisedRows(split, self._tokenizer, self._training["max_length"], by_length=by_length)
+        return TokenisedRows(split, self._tokenizer, self._training.max_length, by_length=by_length)
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
         # Trainer's own labels are rounded to float32, and its loss counts a last batch that is not full as if it were
@@ -160,11 +160,11 @@ class TextTrainer:
         ]
         kept = (
             max(epochs, key=lambda entry: (entry[self._metric], -entry["epoch"]))
-            if self._training["checkpoint_selection"] == "best"
+            if self._training.checkpoint_selection == "best"
             else epochs[-1]
         )
         return TrainingResult(epochs, kept, state.global_step, self._stopwatch.step_seconds)
 
-    def evaluate(self, split: TextSplit, task: Mapping[str, Any] | None = None) -> dict[str, float | None]:
+    def evaluate(self, split: TextSplit, task: RunTask | None = None) -> dict[str, float | None]:
         """Scores and loss on a split: of the training task, or of another as it is read out of domain."""
-        return evaluate_split(self._trainer, self._tokenizer, self._training["max_length"], split, self._task, task)
+        return evaluate_split(self._trainer, self._tokenizer, self._training.max_length, split, self._task, task)

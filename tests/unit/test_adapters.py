@@ -17,6 +17,7 @@ from benchmarks.harness.planning.runs import plan
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import TrainedSetError
 from benchmarks.text.datasets import TextSplit
+from benchmarks.text.definition import TextSpec
 from benchmarks.text.training import TextTrainer
 from emoe.errors import EMoEError
 
@@ -130,7 +131,7 @@ def trainer_of(method: str, folder: Path, **training: Any) -> TextTrainer:
     torch.manual_seed(0)
     tokenizer = load_tokenizer(spec["model"])
     classifier = build_classifier(spec, tokenizer)
-    return TextTrainer(classifier, tokenizer, spec, ROWS, ROWS, folder, Progress("test"))
+    return TextTrainer(classifier, tokenizer, TextSpec.model_validate(spec), ROWS, ROWS, folder, Progress("test"))
 
 
 def test_blocks_routers_and_the_rest_learn_at_a_tenth_of_the_rate(tmp_path: Path) -> None:
@@ -178,9 +179,8 @@ def test_a_regression_adds_up_too(tmp_path: Path) -> None:
         spec["model"]["config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         spec["training"]["lora"]["dropout"] = 0.0
         tokenizer = load_tokenizer(spec["model"])
-        trainer = TextTrainer(
-            build_classifier(spec, tokenizer), tokenizer, spec, rows, rows, tmp_path / str(size), Progress("test")
-        )
+        classifier, read = build_classifier(spec, tokenizer), TextSpec.model_validate(spec)
+        trainer = TextTrainer(classifier, tokenizer, read, rows, rows, tmp_path / str(size), Progress("test"))
         trainer.train()
         found.append(trainer._trainer.model.classifier.weight.detach())
     assert torch.allclose(*found, atol=2e-5)

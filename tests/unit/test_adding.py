@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.sources.vader import load_rated
+from benchmarks.harness.sources.vader import load_vader
 from tests.conftest import ROOT
 from tests.pages import code_blocks
 
@@ -49,7 +49,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     for name in ("benchmarks", "config", "workflow"):
         shutil.copytree(ROOT / name, root / name, ignore=skip)
     shutil.copy(ROOT / "Snakefile", root)
-    texts, labels, _ = load_rated("tweets", "train", archive)
+    texts, labels, _ = load_vader("tweets", "train", archive)
     rows = [(text, ("negative", "positive")[label]) for text, label in zip(texts, labels, strict=True)][:200]
     write(root / "reviews.csv", rows)
 

@@ -27,6 +27,7 @@ from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.progress import Progress, clock
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.text.datasets import TextSplit, load_split
+from benchmarks.text.definition import RunTask
 from benchmarks.text.training import TextTrainer
 from tests.executed import finish, killed_at
 from tests.executed import prepare as write_run
@@ -183,7 +184,7 @@ def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(
     assert [found["data"][part]["rows"] for part in ("train", "dev", "test")] == [54, 6, 30]
     kept = found["scores"]["dev"]["tweets"]
     assert kept in [{k: epoch[k] for k in ("balanced_accuracy", "loss")} for epoch in found["epochs"]]
-    dev = load_split(spec["task"], "dev").head(30, "tweets/dev")
+    dev = load_split(RunTask.model_validate(spec["task"]), "dev").head(30, "tweets/dev")
     assert found["data"]["test"] == dev.summary()
 
 

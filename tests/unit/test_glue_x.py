@@ -25,6 +25,7 @@ from benchmarks.harness.running.execution import execute
 from benchmarks.harness.training.label_mapping import LabelMapping, label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.text.datasets import load_part
+from benchmarks.text.definition import RunTask
 from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.tokenization import TokenisedRows
 from emoe.errors import EMoEError
@@ -107,15 +108,15 @@ def test_every_pair_is_evaluated_as_the_libraries_would(workdir: Path, task: str
     spec = runs[0].spec
     tokenizer = load_tokenizer(spec["model"])
     opened = reopen_classifier(spec, trained["model"]["source"]["weights"], tokenizer, RUNS / runs[0].folder / "model")
-    for other in evaluation.spec["ood"]:
+    for other in map(RunTask.model_validate, evaluation.spec["ood"]):
         split = load_part(other, "test", None)
-        if other["name"] in MEANING:
-            assert split.labels == MEANING[other["name"]][0]
+        if other.name in MEANING:
+            assert split.labels == MEANING[other.name][0]
         logits = []
         for texts in split.texts:  # one by one, without padding
             with torch.no_grad():
                 logits.append(opened.model.eval()(**tokenizer(*texts, return_tensors="pt")).logits[0])
-        values, scores = torch.stack(logits), found["scores"]["ood"][other["name"]]
+        values, scores = torch.stack(logits), found["scores"]["ood"][other.name]
         if task == "stsb":
             plain = values[:, 0].numpy()
             expected = (stats.pearsonr(split.labels, plain)[0] + stats.spearmanr(split.labels, plain)[0]) / 2
@@ -199,15 +200,14 @@ def test_the_evaluation_batch_size_changes_no_number(workdir: Path, model: str, 
     spec = runs[0].spec
     tokenizer = load_tokenizer(spec["model"])
     opened = reopen_classifier(spec, trained["model"]["source"]["weights"], tokenizer, RUNS / runs[0].folder / "model")
-    split = load_part(spec["task"], "train", None)
+    trained_on = RunTask.model_validate(spec["task"])
+    split = load_part(trained_on, "train", None)
     rows = TokenisedRows(split, tokenizer, 128, by_length=True, labelled=False)
     found, scores = [], []
     for size in (1, 8, 32):
-        evaluator = TextEvaluator(
-            opened, tokenizer, spec["task"], {"batch_size": size, "max_length": 128}, "fp32", workdir
-        )
+        evaluator = TextEvaluator(opened, tokenizer, trained_on, size, 128, "fp32", workdir)
         found.append(evaluator._trainer.predict(rows).predictions)
-        scores.append(evaluator.evaluate(split, spec["task"]))
+        scores.append(evaluator.evaluate(split, trained_on))
     for other, values in zip(found[1:], scores[1:], strict=True):
         np.testing.assert_allclose(other, found[0], atol=1e-5)
         assert (other.argmax(-1) == found[0].argmax(-1)).all()
@@ -228,11 +228,11 @@ def test_only_capacity_depends_on_the_batch(workdir: Path) -> None:
     tokenizer = load_tokenizer(spec["model"])
     opened = reopen_classifier(spec, trained["model"]["source"]["weights"], tokenizer, RUNS / runs[0].folder / "model")
     assert routed_layers(opened.model)[0].config.capacity_factor == 0.5
-    split, rates = load_part(spec["task"], "train", None), []
+    trained_on = RunTask.model_validate(spec["task"])
+    split, rates = load_part(trained_on, "train", None), []
     for size in (1, 32):
         with emoe.record_routing(opened.model) as record:
-            settings = {"batch_size": size, "max_length": 128}
-            TextEvaluator(opened, tokenizer, spec["task"], settings, "fp32", workdir).evaluate(split, spec["task"])
+            TextEvaluator(opened, tokenizer, trained_on, size, 128, "fp32", workdir).evaluate(split, trained_on)
         rates.append(record.summary()["drop_rate"])
     assert max(rates) > 0
     assert rates[0] != rates[1]
@@ -242,7 +242,7 @@ def test_only_capacity_depends_on_the_batch(workdir: Path) -> None:
 
 
 def test_a_three_way_model_on_a_two_way_set_and_the_other_way_round() -> None:
-    mnli, hans, snli, rte = (GLUE_OOD.tasks[name].spec(name) for name in ("mnli", "hans", "snli", "rte"))
+    mnli, hans, snli, rte = (GLUE_OOD.tasks[name].as_run(name) for name in ("mnli", "hans", "snli", "rte"))
     three_on_two = label_mapping(mnli, hans, "hans")
     assert three_on_two == LabelMapping(predictions=(0, 1, 1))
     logits = np.array([[3, 1, 2], [0, 2, 1], [0, 1, 2], [2, 0, 1]])
@@ -255,11 +255,11 @@ def test_a_three_way_model_on_a_two_way_set_and_the_other_way_round() -> None:
 
 
 def test_classes_that_cannot_be_compared_are_refused() -> None:
-    mnli, hans, stsb = (GLUE_OOD.tasks[name].spec(name) for name in ("mnli", "hans", "stsb"))
+    mnli, hans, stsb = (GLUE_OOD.tasks[name].as_run(name) for name in ("mnli", "hans", "stsb"))
     with pytest.raises(
         EMoEError, match="'hans' has 2 classes, the model 3: the task with 3 needs 'label_map' with \"2\""
     ):
-        label_mapping({**mnli, "label_map": {}}, hans, "hans")
+        label_mapping(mnli.model_copy(update={"label_map": {}}), hans, "hans")
     with pytest.raises(EMoEError, match="'hans' has classes as labels, the model numbers"):
         label_mapping(stsb, hans, "hans")
 

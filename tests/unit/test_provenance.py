@@ -88,7 +88,7 @@ def test_sets_of_the_hub_are_recorded_with_their_commit(tmp_path: Path, monkeypa
             datasets, "load_dataset", lambda *_, **options: found if "split" in options else {"train": found}
         )
 
-    text = load_benchmark("glue").tasks["hans"].spec("hans")
+    text = load_benchmark("glue").tasks["hans"].as_run("hans")
     of_the_hub({"premise": ["a"], "hypothesis": ["b"], "label": [1]})
     assert load_split(text, "test").source == f"jhu-cogsci/hans@{COMMIT} (not pinned) (default), split validation"
     of_the_hub({"instruction": ["a"], "input": [""], "output": ["b"]})

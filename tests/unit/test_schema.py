@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 import pytest
 import yaml
 
+from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, CONFIG
 from benchmarks.harness.planning.editor import editor_schemas, write_schemas
 from benchmarks.harness.planning.kinds import kind_name
+from benchmarks.harness.planning.runs import canonical_json, plan
 from benchmarks.harness.planning.schema import (
     UNIQUE,
     AsGiven,
@@ -26,6 +28,7 @@ from benchmarks.harness.planning.schema import (
     parse,
 )
 from benchmarks.harness.planning.shared import Method
+from benchmarks.text.definition import TextSpec
 from emoe.config import EMoEConfig, GMoEConfig
 
 
@@ -154,3 +157,15 @@ def test_every_yaml_file_names_its_schema() -> None:
         if file.name == "benchmark.yaml":
             kind = kind_name(file.parent.name, yaml.safe_load(file.read_text(encoding="utf-8")))
             assert named.name == f"{kind}.schema.json"
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "spec"), [("glue", TextSpec), ("glue_lora", TextSpec), ("glue_ood", EvaluationSpec)]
+)
+def test_a_spec_is_read_back_as_it_is_hashed(benchmark: str, spec: type[Strict]) -> None:
+    for suite in ("smoke", "mini"):
+        for run in plan([benchmark], suite):
+            read = parse(run.spec, spec, "run.json")
+            assert canonical_json(read.model_dump()) == run.to_json()
+    with pytest.raises(DefinitionError, match=r"^run\.json: unknown key 'task\.labls'; did you mean 'labels'"):
+        parse({**run.spec, "task": {**run.spec["task"], "labls": []}}, spec, "run.json")

@@ -17,14 +17,14 @@ from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.sources.vader import load_vader
 from benchmarks.text.datasets import TextSplit, load_part, load_split
-from benchmarks.text.definition import TaskEntry
+from benchmarks.text.definition import RunTask, TaskEntry
 from tests.text_sets import GLUE, LABELS, MEANING, OWN_FILES, TASKS, write_glue, write_own, write_saved
 
 BENCHMARK = load_benchmark("glue")
 
 
-def task(name: str) -> dict:
-    return BENCHMARK.tasks[name].spec(name)
+def task(name: str) -> RunTask:
+    return BENCHMARK.tasks[name].as_run(name)
 
 
 @pytest.fixture
@@ -495,7 +495,7 @@ def test_a_conversion_on_the_hub_is_loaded_by_the_configuration_that_it_has(tmp_
     folder.mkdir(parents=True)
     frame = pd.DataFrame({"premise": ["a"], "hypothesis": ["b"], "label": [1]})
     frame.to_parquet(folder / "0000.parquet")
-    config = task("hans")["source"]["config"]
+    config = task("hans").source.config
     found = datasets.load_dataset(
         str(tmp_path / "conversion"), config, split="validation", cache_dir=str(tmp_path / "cache")
     )
@@ -641,7 +641,7 @@ def test_numbers_of_rows_are_those_of_the_sources() -> None:
     }
     published = {name: known["published_rows"]["rows"] for name, known in TASKS.items() if "published_rows" in known}
     assert published == {"twitter_pit": 16_777, "snli": 10_000, "scitail": 26_527}
-    assert all("published_rows" not in task(name) for name in published)  # no part of a run
+    assert all("published_rows" not in task(name).model_dump() for name in published)  # no part of a run
 
 
 def test_without_a_test_split_the_dev_split_is_reported(root: Path) -> None:

@@ -93,7 +93,7 @@ def test_large_sets_are_tokenised_in_parts(tokenizer: PreTrainedTokenizerBase, m
 
 
 def test_calibration_batches_are_the_models_inputs(tokenizer: PreTrainedTokenizerBase) -> None:
-    batches = list(calibration_batches(PAIRS, tokenizer, {"max_length": 16, "eval_batch_size": 2}))
+    batches = list(calibration_batches(PAIRS, tokenizer, 16, 2))
     assert [len(batch["input_ids"]) for batch in batches] == [2, 1]
     assert all("labels" not in batch for batch in batches)
 

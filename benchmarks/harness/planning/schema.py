@@ -143,7 +143,7 @@ def _unique(values: list[Any]) -> list[Any]:
     return values
 
 
-class registered:  # noqa: N801  (reads as a mark of a type)
+class Registered:
     """Mark a text as one of the names that are registered when it is read; editors propose those of the project and take others.
 
     Args:

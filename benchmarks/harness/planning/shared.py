@@ -19,12 +19,12 @@ from benchmarks.harness.planning.schema import (
     NotNegative,
     Positive,
     Rate,
+    Registered,
     Share,
     Shares,
     Strict,
     Whole,
     left_out,
-    registered,
 )
 from benchmarks.harness.planning.tunings import TUNINGS
 from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
@@ -46,7 +46,7 @@ def _config_fields() -> dict[str, Any]:
             bounds = {_BOUNDS[bound]: value for bound, value in field.metadata.items()}
             hint: Any = hints[field.name]
             if field.name == "router":
-                hint = Annotated[str, registered(ROUTERS)]
+                hint = Annotated[str, Registered(ROUTERS)]
             elif float in (hint, *typing.get_args(hint)):
                 number: Any = Annotated[float, Field(**bounds), AS_GIVEN]
                 hint, bounds = number | None if type(None) in typing.get_args(hint) else number, {}
@@ -69,7 +69,7 @@ class MethodSettings(_ConfigFields):
     """What the row is there for."""
     noise: NotNegative | None = None
     """Intensity of noisy tuning; 0 for none."""
-    tune: Annotated[str, registered(TUNINGS)] | None = None
+    tune: Annotated[str, Registered(TUNINGS)] | None = None
     """A registered way of tuning: what is trained beside adapters (where training.lora has any), head and routers, instead of everything.
     `blocks` are the transformer blocks whose FFNs `layers` names."""
     also_train: Names | None = None

@@ -248,7 +248,7 @@ class Suite:
             for name, (benchmark, task) in used.items()
             if "hub" not in task["source"]
             and not set_files(benchmark, task)
-            and local_folder(task) is None
+            and local_folder(name, task["source"]) is None
             and own_file(name) is None
         ]
 

@@ -89,7 +89,7 @@ def _unpinned(run: Run) -> Iterator[str]:
         if (
             "hub" in source
             and not is_commit(revision)
-            and local_folder(task) is None
+            and local_folder(task["name"], source) is None
             and own_file(task["name"]) is None
         ):
             yield f"{source['hub']} (the set {task['name']}{f', its branch {revision}' if revision else ''})"

@@ -12,15 +12,14 @@ from benchmarks.harness.base.paths import DATA_ROOT, ROOT
 OWN_SUFFIXES = (".json", ".jsonl")  # of a set of instructions below the data root
 
 
-def local_folder(task: Mapping[str, Any]) -> Path | None:
-    """The set's folder, if the user has one: in the project, or below the data root under its makers' name or the task's."""
+def local_folder(name: str, source: Mapping[str, Any]) -> Path | None:
+    """The set's folder, if the user has one: in the project, or below the data root under its makers' name or its own."""
     root = os.environ.get(DATA_ROOT)
-    source = task["source"]
     if "path" in source:
         return ROOT / source["path"] if (ROOT / source["path"]).is_dir() else None
     if not root or not {"folder", "mnist"} & set(source):
         return None
-    folders = [Path(root) / name for name in (source.get("folder", "MNIST/raw"), task["name"])]
+    folders = [Path(root) / called for called in (source.get("folder", "MNIST/raw"), name)]
     return next((folder for folder in folders if folder.is_dir()), None)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,17 @@ def _renumber(classes: NDArray[Any], numbers: tuple[int, ...] | None) -> NDArray
     return classes if numbers is None else np.asarray(numbers)[classes.astype(int)]
 
 
-def label_mapping(trained: Mapping[str, Any], evaluated: Mapping[str, Any], name: str) -> LabelMapping:
+class Labelled(Protocol):
+    """What is known of a task's classes."""
+
+    @property
+    def labels(self) -> Sequence[str]: ...
+
+    @property
+    def label_map(self) -> Mapping[str, Sequence[int]]: ...
+
+
+def label_mapping(trained: Labelled, evaluated: Labelled, name: str) -> LabelMapping:
     """How a model that was trained on one task is read on another.
 
     Equal numbers of classes correspond by their order (``labels`` in ``tasks.yaml``). Where the set has fewer, the
@@ -48,7 +58,7 @@ def label_mapping(trained: Mapping[str, Any], evaluated: Mapping[str, Any], name
     Raises:
         EMoEError: one has classes and the other numbers, or the task with more classes does not say how to fold them.
     """
-    head, classes = len(trained["labels"]), len(evaluated["labels"])
+    head, classes = len(trained.labels), len(evaluated.labels)
     if bool(head) != bool(classes):
         raise EMoEError(
             f"'{name}' has {'classes' if classes else 'numbers'} as labels, the model {'classes' if head else 'numbers'}"
@@ -57,7 +67,7 @@ def label_mapping(trained: Mapping[str, Any], evaluated: Mapping[str, Any], name
         return LabelMapping()
     more = trained if head > classes else evaluated
     fewer, most = sorted((head, classes))
-    numbers = tuple(more["label_map"].get(str(fewer), ()))
+    numbers = tuple(more.label_map.get(str(fewer), ()))
     if len(numbers) != most or set(numbers) != set(range(fewer)):
         raise EMoEError(
             f"'{name}' has {classes} classes, the model {head}: the task with {most} needs 'label_map' with \"{fewer}\": "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -67,7 +67,7 @@ class RoutedTrainer(Trainer):
     Args:
         order: of the rows.
         trainable: the model.
-        lora: ``training.lora`` of the spec.
+        base_lr_ratio: share of the learning rate of what is trained beside adapters and head.
         by_token: the loss of a step is the mean over its learned tokens, however they are spread over batches and processes; else over
             its batches.
         **kwargs: what Trainer takes.
@@ -78,7 +78,7 @@ class RoutedTrainer(Trainer):
         *,
         order: Sampler[Any],
         trainable: Trainable,
-        lora: Mapping[str, Any] | None,
+        base_lr_ratio: float = 1.0,
         by_token: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -88,7 +88,7 @@ class RoutedTrainer(Trainer):
         self.args.save_only_model = False
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = by_token
         self._order, self._trainable = order, trainable
-        self._slow_share: float = lora["base_lr_ratio"] if lora else 1.0
+        self._base_lr_ratio = base_lr_ratio
         if hasattr(order, "set_epoch"):
             self.add_callback(FollowEpochs(order))
 
@@ -110,7 +110,7 @@ class RoutedTrainer(Trainer):
             group["params"] = [parameter for parameter in members if id(parameter) not in slow]
             theirs = [parameter for parameter in members if id(parameter) in slow]
             if theirs:
-                optimizer.add_param_group({**group, "params": theirs, "lr": group["lr"] * self._slow_share})
+                optimizer.add_param_group({**group, "params": theirs, "lr": group["lr"] * self._base_lr_ratio})
         return optimizer
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
