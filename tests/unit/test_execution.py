@@ -138,7 +138,7 @@ def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
     evaluate = TextTrainer.evaluate
 
     def spy(self: TextTrainer, split: TextSplit, task: object = None) -> dict:
-        again.append(evaluate(self, load_split(SPEC["task"], "dev").head(30, "tweets/dev")))
+        again.append(evaluate(self, load_split(RunTask.model_validate(SPEC["task"]), "dev").head(30, "tweets/dev")))
         return evaluate(self, split, task)
 
     with monkeypatch.context() as patch:
