@@ -7,7 +7,7 @@ import hashlib
 import io
 import keyword
 import re
-import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -254,15 +254,15 @@ def _write(name: str, splits: Mapping[str, Sequence[Row]], labels: Sequence[str]
         "splits": ", ".join(f"{part}: {part}" for part in PARTS if part in splits),
         "rows": ", ".join(f"{part}: {len(splits[part])}" for part in PARTS if part in splits),
     }
-    folder = BENCHMARKS / f".{name}.new"
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / rows).mkdir(parents=True)
-    for part, found in splits.items():
-        with (folder / rows / f"{part}.csv").open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([("text", "label"), *found])
-    for file_name, template in _FILES.items():
-        (folder / file_name).write_text(template.format(**values), encoding="utf-8")
-    folder.rename(BENCHMARKS / name)
+    with tempfile.TemporaryDirectory(dir=BENCHMARKS.parent, prefix=".new-") as place:
+        folder = Path(place) / name
+        (folder / rows).mkdir(parents=True)
+        for part, found in splits.items():
+            with (folder / rows / f"{part}.csv").open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([("text", "label"), *found])
+        for file_name, template in _FILES.items():
+            (folder / file_name).write_text(template.format(**values), encoding="utf-8")
+        folder.rename(BENCHMARKS / name)
     (CONFIG / f"{name}.yaml").write_text(_CONFIG.format(**values), encoding="utf-8")
 
 
