@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.harness.modeling.build import Trainable, build_classifier
 from benchmarks.harness.modeling.loading import load_tokenizer
-from benchmarks.harness.modeling.lora import trainable_groups
+from benchmarks.harness.modeling.tuning import trained_groups
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.runs import plan
 from benchmarks.harness.training.progress import Progress
@@ -40,7 +40,7 @@ def build(method: str, model: str = "tiny-gpt2", seed: int = 0) -> tuple[Trainab
 
 def trained(method: str, model: str) -> dict[str, set[str]]:
     classifier, spec = build(method, model)
-    found = trainable_groups(classifier.model, spec["method"]["tune"])
+    found = trained_groups(classifier.model, spec["method"]["tune"])
     return {group: {name for name, _ in parameters} for group, parameters in found.items()}
 
 

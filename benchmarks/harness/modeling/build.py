@@ -20,8 +20,7 @@ from benchmarks.harness.modeling.conversion import apply_method_
 from benchmarks.harness.modeling.image import load_image_classifier
 from benchmarks.harness.modeling.language import load_language_model
 from benchmarks.harness.modeling.loading import describe, load_classifier, read_tensors, weights_digest
-from benchmarks.harness.modeling.lora import FAST
-from benchmarks.harness.modeling.tuning import tune_
+from benchmarks.harness.modeling.tuning import FAST, tune_
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition, load_partition, save_partition
 
@@ -36,7 +35,7 @@ class Trainable:
         model: as it is trained; called with ``labels`` it also gives the loss.
         summary: the ``model`` part of ``metrics.json``.
         trained: names of the parameters that shall be trained.
-        slow: those of them that take a share of the learning rate (:data:`~benchmarks.harness.modeling.lora.FAST`).
+        slow: those of them that take a share of the learning rate (:data:`~benchmarks.harness.modeling.tuning.FAST`).
         adapters: those that were added, which peft merges.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from peft import LoraModel
@@ -10,15 +10,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.modeling.lora import adapt_
+from benchmarks.harness.modeling.lora import inject_adapters_
 from benchmarks.harness.planning.tunings import TUNINGS
 from emoe.errors import did_you_mean
+from emoe.layer import RoutedActivation
+
+# groups whose learning rate is the run's own; the others get a share of it
+FAST = ("adapters", "head")
+Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
 
 def tune_(
     model: PreTrainedModel, lora: Mapping[str, Any] | None, tune: Mapping[str, Any], seed: int
-) -> tuple[LoraModel | None, dict[str, list[tuple[str, nn.Parameter]]]]:
+) -> tuple[LoraModel | None, Groups]:
     """Freeze a model but for what a run trains.
+
+    Every row of a comparison trains the same adapters and the same head; the rest is what the row's name says and nothing
+    else (the authors' code also trains BERT's pooler or GPT-2's last norm in some rows: ``also``).
 
     Args:
         model: a classifier or language model, converted or dense.
@@ -28,22 +36,67 @@ def tune_(
         seed: the run's seed; adapters are the same for all methods.
 
     Returns:
-        The new adapters, as peft holds them, and what is trained: names and parameters by group. The groups are ``adapters``, ``head``,
-        ``routers``, ``also``, and one with the name of the way of tuning, for what is in none of the others.
+        The new adapters, as peft holds them, and what is trained, as :func:`trained_groups` says.
 
     Raises:
         DefinitionError: no target layers for the model's type, or names that match nothing.
     """
-    adapters, groups = adapt_(model, lora, {**tune, "blocks": []}, seed)
-    name, layers = ("blocks", tune["blocks"]) if tune["blocks"] else (tune.get("tuning"), tune.get("layers"))
-    if name:
-        parameters = dict(model.named_parameters())
-        chosen = dict.fromkeys(TUNINGS[name].parameters(model, layers))
-        if odd := [other for other in chosen if other not in parameters]:
-            near = did_you_mean(odd[0], parameters)
-            raise DefinitionError(f"the tuning '{name}' names '{odd[0]}', which is no parameter of the model{near}")
-        taken = {other for group in groups.values() for other, _ in group}
-        groups[name] = [(other, parameters[other]) for other in chosen if other not in taken]
-        for _, parameter in groups[name]:
+    adapters = None if lora is None else inject_adapters_(model, lora, seed)
+    groups = trained_groups(model, tune)
+    model.requires_grad_(False)
+    for parameters in groups.values():
+        for _, parameter in parameters:
             parameter.requires_grad_(True)
     return adapters, groups
+
+
+def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any]) -> Groups:
+    """Find what an adapted model shall train: names and parameters by group.
+
+    The groups are ``adapters``, ``head``, ``routers``, ``also``, and one with the name of the way of tuning, for what is in none of the
+    others; those that are empty are left out.
+    """
+    name, layers = ("blocks", tune["blocks"]) if tune["blocks"] else (tune.get("tuning"), tune.get("layers"))
+    chosen = _chosen(model, name, layers) if name else ()
+    routers = [path for path, module in model.named_modules() if isinstance(module, RoutedActivation)]
+    also = _modules(model, tune["also"])
+    found: Groups = {}
+    for parameter, values in model.named_parameters():
+        if ".lora_" in parameter:
+            group = "adapters"
+        elif tune.get("head", True) and not parameter.startswith(f"{model.base_model_prefix}."):
+            group = "head"
+        elif _below(parameter, [f"{path}.router" for path in routers]):
+            group = "routers"
+        elif _below(parameter, also):
+            group = "also"
+        elif name and parameter in chosen:
+            group = name
+        else:
+            continue
+        found.setdefault(group, []).append((parameter, values))
+    return found
+
+
+def _chosen(model: PreTrainedModel, name: str, layers: Any) -> Collection[str]:
+    """The parameters that a way of tuning trains."""
+    known, chosen = dict(model.named_parameters()), set(TUNINGS[name].parameters(model, layers))
+    if odd := sorted(chosen - known.keys()):
+        near = did_you_mean(odd[0], known)
+        raise DefinitionError(f"the tuning '{name}' names '{odd[0]}', which is no parameter of the model{near}")
+    return chosen
+
+
+def _below(name: str, modules: list[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _modules(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Paths of the modules whose last part is one of the names."""
+    found = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in names]
+    if names and not found:
+        parts = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+        raise DefinitionError(
+            f"'also_train' names {', '.join(names)}, none of which the model has{did_you_mean(names[0], parts)}"
+        )
+    return found
