@@ -17,6 +17,7 @@ from benchmarks.harness.planning.schema import (
     Positive,
     Rate,
     Strict,
+    Whole,
     Wholes,
     left_out,
 )
@@ -29,6 +30,7 @@ from benchmarks.harness.planning.shared import (
     TrainingSuite,
     VariantAxes,
 )
+from benchmarks.harness.planning.specs import RunSpec
 
 
 class HParams(Strict):
@@ -161,6 +163,15 @@ class ImageTask(Strict):
     """Where images come from."""
 
 
+class RunSet(ImageTask):
+    """An image set as a run's spec has it."""
+
+    name: str
+    """Name in sets.yaml."""
+    environments: list[Annotated[tuple[str, str | int | float], Field(strict=False)]]
+    """Short names in DomainBed's order, each with what it is called on disk; pairs, because JSON's mappings have no order."""
+
+
 class SetEntry(ImageTask, Entry):
     """One image set of ``sets.yaml``."""
 
@@ -174,9 +185,13 @@ class SetEntry(ImageTask, Entry):
     """Where the set comes from."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """What of the set shapes a run's numbers, with its name; environments are in order, which JSON's mappings do not keep."""
+        """What of the set shapes a run's numbers, with its name."""
         found = self.model_dump(include=set(ImageTask.model_fields))
         return {"name": name, **found, "environments": [list(pair) for pair in self.environments.items()]}
+
+    def as_run(self, name: str) -> RunSet:
+        """The set as a run reads it."""
+        return RunSet.model_validate(self.spec(name))
 
 
 class SetFile(Strict):
@@ -184,3 +199,54 @@ class SetFile(Strict):
 
     sets: Annotated[dict[Key, SetEntry], Field(min_length=1)]
     """The sets, by name."""
+
+
+class RunHParams(AsGiven):
+    """All hyper-parameters of a run; those of a ResNet shape nothing and are kept so that a draw can be compared."""
+
+    lr: Positive
+    """Adam's learning rate."""
+    weight_decay: NotNegative
+    """Adam's L2 penalty."""
+    batch_size: Count
+    """Images of each training environment per step."""
+    data_augmentation: bool
+    """Augment the training environments."""
+    class_balanced: bool
+    """Draw every class equally often."""
+    vit_dropout: Rate | None = None
+    """Dropout in front of the head; not every registry has it."""
+    resnet18: bool
+    """Of a ResNet."""
+    resnet_dropout: Rate
+    """Of a ResNet."""
+    nonlinear_classifier: bool
+    """Of a ResNet."""
+
+
+class RunImageTraining(ImageTraining):
+    """How a run is trained, its set's own steps filled in."""
+
+    eval_every: Count
+    """Steps between evaluations."""
+
+
+class ImageSpec(RunSpec):
+    """What shapes the numbers of a run that trains an image classifier."""
+
+    task: RunSet
+    """The set."""
+    ood: list[RunSet]
+    """Empty: the environments held out are of the set itself."""
+    test_envs: list[Whole]
+    """Numbers of the environments held out."""
+    hparams_seed: Whole
+    """DomainBed's: 0 for the defaults, each other for a random draw."""
+    hparams: RunHParams
+    """All hyper-parameters."""
+    sweep: str
+    """Digest of what a method's runs have in common."""
+    training: RunImageTraining
+    """How it is trained."""
+    data_seed: int
+    """Splits and draws of DomainBed's data."""

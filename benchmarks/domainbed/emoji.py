@@ -8,12 +8,12 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Mapping
 from functools import partial
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from PIL import Image
 
+from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.environments import Environment, ImageSet
 from benchmarks.harness.sources.packages import packaged
 
@@ -28,16 +28,17 @@ _PATHS = {"google": "img/google/64/{}.png", "twitter": "img/twitter/64/{}.png", 
 _NO_CLASS = "Component"  # skin tones and hair, drawn by themselves
 
 
-def load_emoji(task: Mapping[str, Any]) -> ImageSet:
+def load_emoji(task: RunSet) -> ImageSet:
     """Load all styles, each with the same emoji in the same order; DataError where a package file is missing or damaged."""
     index = json.loads(_read("google", "{}.json")["emoji"])
-    styles = {style: _read(style, _PATHS[style]) for _, style in task["environments"]}
+    named = [(name, str(style)) for name, style in task.environments]
+    styles = {style: _read(style, _PATHS[style]) for _, style in named}
     listed = sorted((entry["category"], entry["unified"].lower()) for entry in index if entry["category"] != _NO_CLASS)
     emoji = [(group, code) for group, code in listed if all(code in pictures for pictures in styles.values())]
     classes = sorted({group for group, _ in emoji})
     labels = [classes.index(group) for group, _ in emoji]
     environments = []
-    for name, style in task["environments"]:
+    for name, style in named:
         pictures = [styles[style][code] for _, code in emoji]
         places = [f"{packaged(EMOJI_PACKAGES[style]).name}: package/{_PATHS[style].format(code)}" for _, code in emoji]
         environments.append(Environment(name, labels, partial(_open, pictures), places))

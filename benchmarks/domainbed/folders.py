@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.environments import Environment, ImageSet
 from benchmarks.domainbed.images import REFUSE, open_image
 from benchmarks.harness.base.errors import DataError
@@ -23,7 +24,7 @@ from emoe.errors import did_you_mean
 _COLUMNS = ("image", "domain", "label")
 
 
-def load_folders(task: Mapping[str, Any], *, truncated: str = REFUSE) -> ImageSet:
+def load_folders(task: RunSet, *, truncated: str = REFUSE) -> ImageSet:
     """The environments of a set: of its folder below the data root (variable ``EMOE_DATA_ROOT``), else of the hub.
 
     Args:
@@ -33,21 +34,21 @@ def load_folders(task: Mapping[str, Any], *, truncated: str = REFUSE) -> ImageSe
     Raises:
         DataError: a folder is missing, empty or a link, or classes differ between environments.
     """
-    if folder := local_folder(task["name"], task["source"]):
+    if folder := local_folder(task.name, task.source.model_dump()):
         return _from_disk(task, folder, truncated)
-    if "hub" in task["source"]:
+    if task.source.hub:
         return _from_hub(task, truncated)
     raise DataError(
-        f"{wanted_place(task['source'])} does not exist; it must hold <environment>/<class>/<image>, as DomainBed's download makes it"
+        f"{wanted_place(task.source.model_dump())} does not exist; it must hold <environment>/<class>/<image>, as DomainBed's download makes it"
     )
 
 
-def _from_disk(task: Mapping[str, Any], root: Path, truncated: str) -> ImageSet:
-    folders = _environment_folders(root, dict(task["environments"]))
+def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
+    folders = _environment_folders(root, {name: str(folder) for name, folder in task.environments})
     environments: list[Environment] = []
     classes: list[str] = []
     first = root / folders[0]
-    for (name, _), folder in zip(task["environments"], folders, strict=True):
+    for (name, _), folder in zip(task.environments, folders, strict=True):
         here = root / folder
         found = _folders(here, root)
         if not found:
@@ -172,21 +173,20 @@ def _open_file(paths: list[str], truncated: str, row: int) -> tuple[Image.Image,
     return open_image(Path(paths[row]), paths[row], truncated=truncated)
 
 
-def _from_hub(task: Mapping[str, Any], truncated: str) -> ImageSet:
+def _from_hub(task: RunSet, truncated: str) -> ImageSet:
     """Every row of the hub's set, by environment and class; within a class in the hub's order, which is not that of file names."""
     import datasets
 
-    source = task["source"]
-    where = source["hub"]
+    where = str(task.source.hub)
     try:
-        parts = datasets.load_dataset(where, revision=source.get("revision"))
+        parts = datasets.load_dataset(where, revision=task.source.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise DataError(
             f"could not load the set '{where}' from the hub: {error}\n"
-            f"Without it, put {source['folder']}/<environment>/<class>/<image> below data_root (see config/README.md)"
+            f"Without it, put {task.source.folder}/<environment>/<class>/<image> below data_root (see config/README.md)"
         ) from error
     rows = datasets.concatenate_datasets(list(parts.values()))
-    read = hub_name(where, source.get("revision"), commit_of(parts))
+    read = hub_name(where, task.source.revision, commit_of(parts))
     for column in _COLUMNS:
         if column not in rows.column_names:
             raise DataError(f"{where} has no column '{column}'{did_you_mean(column, rows.column_names)}")
@@ -194,11 +194,11 @@ def _from_hub(task: Mapping[str, Any], truncated: str) -> ImageSet:
     labels = [names[value] if names else str(value) for value in rows["label"]]
     domains = [_domain(rows.features["domain"], value) for value in rows["domain"]]
     classes, present = sorted(set(labels)), sorted(set(domains))
-    if len(present) != len(task["environments"]):
-        raise DataError(f"{where} has the domains {', '.join(present)}, but must have {len(task['environments'])}")
+    if len(present) != len(task.environments):
+        raise DataError(f"{where} has the domains {', '.join(present)}, but must have {len(task.environments)}")
     images = rows.cast_column("image", datasets.Image(decode=False))
     environments = []
-    for (name, _), domain in zip(task["environments"], present, strict=True):
+    for (name, _), domain in zip(task.environments, present, strict=True):
         chosen = sorted((i for i, found in enumerate(domains) if found == domain), key=lambda i: (labels[i], i))
         absent = sorted(set(classes) - {labels[i] for i in chosen})
         if absent:

@@ -98,7 +98,7 @@ class DomainsKind(Kind[ImageDefinition, SetEntry]):
 
         known = tasks[name]
         try:
-            found = list_environments(spec["task"], spec["data_seed"], open_images=open_files)
+            found = list_environments(known.as_run(name), spec["data_seed"], open_images=open_files)
         except DataError as error:
             problem = error if open_files else first_line(error)
             advice = f"{name}: {problem}\n    {known.download_instructions}. Without it: `exclude: [{name}]`"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.emoji import load_emoji
 from benchmarks.domainbed.environments import ImageSet
 from benchmarks.domainbed.folders import load_folders
 from benchmarks.domainbed.mnist import load_mnist
 
 
-def load_set(task: Mapping[str, Any], seed: int, *, truncated: str) -> ImageSet:
+def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
     """Load a set.
 
     Args:
@@ -22,6 +20,6 @@ def load_set(task: Mapping[str, Any], seed: int, *, truncated: str) -> ImageSet:
     Raises:
         DataError: the set is missing, or something is wrong with a folder or file of it.
     """
-    if "mnist" in task["source"]:
+    if task.source.mnist:
         return load_mnist(task, seed)
-    return load_emoji(task) if "emoji" in task["source"] else load_folders(task, truncated=truncated)
+    return load_emoji(task) if task.source.emoji else load_folders(task, truncated=truncated)

@@ -6,10 +6,9 @@ import gzip
 import io
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torchvision.datasets import MNIST
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor, rotate, to_pil_image
 
+from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.environments import Environment, ImageSet
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
@@ -52,17 +52,17 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
     return torch.cat([part.data for part in parts]), torch.cat([part.targets for part in parts]), str(root / "MNIST")
 
 
-def load_mnist(task: Mapping[str, Any], seed: int) -> ImageSet:
+def load_mnist(task: RunSet, seed: int) -> ImageSet:
     """The environments of a variant of MNIST.
 
     Args:
         task: of a spec.
         seed: DomainBed's seed of the run: it shuffles the digits, and draws flipped labels and colours.
     """
-    images, labels, source = load_digits(task["source"]["digits"])
-    make = rotated_mnist if task["source"]["mnist"] == "rotated" else colored_mnist
-    names, settings = zip(*task["environments"], strict=True)
-    found = make(images, labels, settings, seed)
+    images, labels, source = load_digits(str(task.source.digits))
+    make = rotated_mnist if task.source.mnist == "rotated" else colored_mnist
+    names = [name for name, _ in task.environments]
+    found = make(images, labels, [float(setting) for _, setting in task.environments], seed)
     classes = [str(digit) for digit in range(10)] if make is rotated_mnist else ["5 to 9", "0 to 4"]
     environments = [Environment(name, y.tolist(), partial(_open, x)) for name, (x, y) in zip(names, found, strict=True)]
     return ImageSet(environments, classes, source)

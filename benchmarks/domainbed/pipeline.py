@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
+from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.environments import ImageSet
 from benchmarks.domainbed.folders import plain_name
 from benchmarks.domainbed.loading import load_set
@@ -21,6 +22,7 @@ from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.base.paths import IMAGES
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import build_image_classifier
+from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.training.progress import Progress
 
 _RESULTS = "results.jsonl"
@@ -37,12 +39,13 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     Returns:
         The content of ``metrics.json``, less what the harness adds.
     """
-    training, hparams, held_out = spec["training"], spec["hparams"], spec["test_envs"]
-    found = load_set(spec["task"], spec["data_seed"], truncated=training["truncated"])
+    read = parse(spec, ImageSpec, str(folder / "run.json"))
+    training, hparams, held_out = read.training, read.hparams, read.test_envs
+    found = load_set(read.task, read.data_seed, truncated=training.truncated)
     progress.say(f"{found.source}\n{counts(found)}")
-    ensure_validated(found, sorted(IMAGES.glob(f"{spec['task']['name']}-*.json")), training["truncated"])
+    ensure_validated(found, sorted(IMAGES.glob(f"{read.task.name}-*.json")), training.truncated)
     envs = found.environments
-    splits = [_split(found, env, spec["seed"], is_test=env in held_out) for env in range(len(envs))]
+    splits = [_split(found, env, read.seed, is_test=env in held_out) for env in range(len(envs))]
     for environment, split in zip(envs, splits, strict=True):
         if not split.within or not split.out:
             raise DataError(
@@ -54,33 +57,33 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     )
     classifier = build_image_classifier(spec, len(found.classes))
     # one seed for the draws of all methods
-    seed = derive_seed("environments", spec["seed"], *held_out)
-    augments, size = hparams["data_augmentation"], training["image_size"]
+    seed = derive_seed("environments", read.seed, *held_out)
+    augments, size = hparams.data_augmentation, training.image_size
     rows = [splits[env].within for env in trained]
     trainer = DomainTrainer(
         classifier,
-        spec,
+        read,
         TrainingRows([envs[env] for env in trained], rows, augmented(size) if augments else plain(size), seed),
         EnvironmentBatches(
             [[envs[env].labels[row] for row in chosen] for env, chosen in zip(trained, rows, strict=True)],
-            hparams["batch_size"],
-            training["steps"],
+            hparams.batch_size,
+            training.steps,
             seed,
-            class_balanced=hparams["class_balanced"],
+            class_balanced=hparams.class_balanced,
         ),
-        _evaluated(spec, found, splits),
+        _evaluated(read, found, splits),
         folder,
         progress,
     )
     records = trainer.train()
     # as DomainBed counts: of the smallest environment, held out or not
-    epoch = min(len(split.within) for split in splits) / hparams["batch_size"]
+    epoch = min(len(split.within) for split in splits) / hparams.batch_size
     records = [record | {"epoch": record["step"] / epoch} for record in records]
-    _write_results(folder / _RESULTS, spec, records)
+    _write_results(folder / _RESULTS, read, records)
     progress.say("looking at the predictions")
     seen = trainer.look(
         [
-            EvaluationRows(environment, split.out[: training["eval_rows"]], plain(size))
+            EvaluationRows(environment, split.out[: training.eval_rows], plain(size))
             for environment, split in zip(envs, splits, strict=True)
         ],
         len(found.classes),
@@ -90,8 +93,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     return {
         "records": records,
         "scores": {
-            "train": {spec["task"]["name"]: {"loss": best.record["loss"]}},
-            "dev": {spec["task"]["name"]: {ACCURACY: best.value}},
+            "train": {read.task.name: {"loss": best.record["loss"]}},
+            "dev": {read.task.name: {ACCURACY: best.value}},
             "test": {envs[env].name: {ACCURACY: best.record[f"env{env}_in_acc"]} for env in held_out},
         },
         "confusion": {
@@ -107,9 +110,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         else {},
         "model": classifier.summary,
         "cost": {
-            "steps": training["steps"],
+            "steps": training.steps,
             "step_seconds": trainer.step_seconds,
-            "train_seconds": trainer.step_seconds * training["steps"],
+            "train_seconds": trainer.step_seconds * training.steps,
             "evaluation_seconds": trainer.evaluation_seconds,
             "precision": trainer.precision,
         },
@@ -128,47 +131,47 @@ def _split(found: ImageSet, env: int, trial_seed: int, *, is_test: bool) -> Spli
     return split_environment(rows, env, trial_seed, is_test=is_test)
 
 
-def _evaluated(spec: Mapping[str, Any], found: ImageSet, splits: list[Split]) -> dict[str, EvaluationRows]:
+def _evaluated(spec: ImageSpec, found: ImageSet, splits: list[Split]) -> dict[str, EvaluationRows]:
     """The splits that every record has, by DomainBed's names."""
-    training = spec["training"]
-    size, limit = training["image_size"], training["eval_rows"]
+    training = spec.training
+    size, limit = training.image_size, training.eval_rows
     chosen = {}
     for name in ("in", "out"):
         for env, (environment, split) in enumerate(zip(found.environments, splits, strict=True)):
-            is_test = env in spec["test_envs"]
-            if name == "in" and not is_test and training["evaluate"] == "needed":
+            is_test = env in spec.test_envs
+            if name == "in" and not is_test and training.evaluate == "needed":
                 continue
-            augments = spec["hparams"]["data_augmentation"] and training["val_augment"] and not is_test
+            augments = spec.hparams.data_augmentation and training.val_augment and not is_test
             transform = augmented(size) if augments else plain(size)
             rows = split.within if name == "in" else split.out
             chosen[f"env{env}_{name}"] = EvaluationRows(environment, rows[:limit], transform)
     return chosen
 
 
-def sweep_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
+def sweep_arguments(spec: ImageSpec) -> dict[str, Any]:
     """What DomainBed's own scripts are told of a run.
 
     They group by data set, algorithm, held-out environments, draw and trial. All else is part of the algorithm's name: a digest of the settings, the variant,
     the model, and the set where it is a variant of DomainBed's.
     """
-    method, task = spec["method"], spec["task"]
-    own = task["name"] if plain_name(task["name"]) != plain_name(task["domainbed"]) else ""
-    parts = (f"{method['name']}-{spec['sweep']}", method["variant"], spec["model"]["name"], own)
+    method, task = spec.method, spec.task
+    own = task.name if plain_name(task.name) != plain_name(task.domainbed) else ""
+    parts = (f"{method.name}-{spec.sweep}", method.variant, spec.model.name, own)
     return {
-        "dataset": task["domainbed"],
+        "dataset": task.domainbed,
         "algorithm": "@".join(filter(None, parts)),
-        "test_envs": spec["test_envs"],
-        "hparams_seed": spec["hparams_seed"],
-        "trial_seed": spec["seed"],
-        "seed": spec["data_seed"],
+        "test_envs": spec.test_envs,
+        "hparams_seed": spec.hparams_seed,
+        "trial_seed": spec.seed,
+        "seed": spec.data_seed,
         "holdout_fraction": HOLDOUT_FRACTION,
         "task": "domain_generalization",
-        "steps": spec["training"]["steps"],
+        "steps": spec.training.steps,
     }
 
 
-def _write_results(path: Path, spec: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
+def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -> None:
     """The records as DomainBed's own scripts read them."""
-    more = {"args": sweep_arguments(spec), "hparams": spec["hparams"]}
+    more = {"args": sweep_arguments(spec), "hparams": spec.hparams.model_dump()}
     with atomic_write(path) as temporary:
         temporary.write_text("".join(json.dumps({**record, **more}, sort_keys=True) + "\n" for record in records))

@@ -16,6 +16,7 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 
 import emoe
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
+from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.information import by_chance, told
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import Trainable
@@ -95,30 +96,30 @@ class DomainTrainer:
     def __init__(
         self,
         classifier: Trainable,
-        spec: Mapping[str, Any],
+        spec: ImageSpec,
         train: TrainingRows,
         draws: EnvironmentBatches,
         splits: Mapping[str, EvaluationRows],
         folder: Path,
         progress: Progress,
     ) -> None:
-        training, hparams = spec["training"], spec["hparams"]
+        training, hparams = spec.training, spec.hparams
         self._checkpoints, self._splits, self._classifier = folder / "checkpoints", dict(splits), classifier
-        self._batch_size = training["eval_batch_size"]
-        self._seed = derive_seed("chance", spec["seed"])
+        self._batch_size = training.eval_batch_size
+        self._seed = derive_seed("chance", spec.seed)
         self._stopwatch = Stopwatch()
-        self.precision = precision_here(training["precision"])
+        self.precision = precision_here(training.precision)
         arguments = quiet_arguments(
             self._checkpoints,
-            max_steps=training["steps"],
-            per_device_train_batch_size=len(draws) // training["steps"],
+            max_steps=training.steps,
+            per_device_train_batch_size=len(draws) // training.steps,
             per_device_eval_batch_size=self._batch_size,
-            learning_rate=hparams["lr"],
+            learning_rate=hparams.lr,
             lr_scheduler_type="constant",
-            weight_decay=hparams["weight_decay"],
+            weight_decay=hparams.weight_decay,
             max_grad_norm=0.0,
             precision=self.precision,
-            seed=derive_seed("dropout", spec["seed"]),
+            seed=derive_seed("dropout", spec.seed),
             save_strategy="no",
             save_total_limit=1,
             logging_strategy="no",
@@ -129,12 +130,12 @@ class DomainTrainer:
             args=arguments,
             order=draws,
             trainable=classifier,
-            base_lr_ratio=training["lora"]["base_lr_ratio"] if training["lora"] else 1.0,
-            optimizer_cls_and_kwargs=(torch.optim.Adam, {"lr": hparams["lr"]}),
+            base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
+            optimizer_cls_and_kwargs=(torch.optim.Adam, {"lr": hparams.lr}),
             train_dataset=train,
             eval_dataset=self._splits,
             compute_metrics=_accuracy,
-            callbacks=[progress, self._stopwatch, RetieGates(), EvaluationSteps(training["eval_every"])],
+            callbacks=[progress, self._stopwatch, RetieGates(), EvaluationSteps(training.eval_every)],
         )
 
     @property

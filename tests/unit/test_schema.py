@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 import yaml
 
+from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, CONFIG
@@ -160,12 +161,13 @@ def test_every_yaml_file_names_its_schema() -> None:
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "spec"), [("glue", TextSpec), ("glue_lora", TextSpec), ("glue_ood", EvaluationSpec)]
+    ("benchmark", "spec"),
+    [("glue", TextSpec), ("glue_lora", TextSpec), ("glue_ood", EvaluationSpec), ("domainbed", ImageSpec)],
 )
 def test_a_spec_is_read_back_as_it_is_hashed(benchmark: str, spec: type[Strict]) -> None:
     for suite in ("smoke", "mini"):
         for run in plan([benchmark], suite):
             read = parse(run.spec, spec, "run.json")
             assert canonical_json(read.model_dump()) == run.to_json()
-    with pytest.raises(DefinitionError, match=r"^run\.json: unknown key 'task\.labls'; did you mean 'labels'"):
-        parse({**run.spec, "task": {**run.spec["task"], "labls": []}}, spec, "run.json")
+    with pytest.raises(DefinitionError, match=r"^run\.json: unknown key 'task\.sorce'; did you mean 'source'"):
+        parse({**run.spec, "task": {**run.spec["task"], "sorce": {}}}, spec, "run.json")
