@@ -424,7 +424,7 @@ def test_a_package_that_is_not_there_says_how_to_get_it(tmp_path: Path, monkeypa
         load(
             task={
                 "name": "mnist",
-                "domainbed": "ColoredMNIST",
+                "domainbed": "RotatedMNIST",
                 "source": {"mnist": "rotated", "digits": "package"},
                 "environments": [["0", 0]],
             }
