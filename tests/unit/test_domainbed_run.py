@@ -39,13 +39,59 @@ from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root that tests only read."""
+    return write_pacs(tmp_path_factory.mktemp("data")).parent
+
+
 @pytest.fixture(autouse=True)
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory beside a data root."""
-    write_pacs(tmp_path / "data")
-    monkeypatch.setenv(DATA_ROOT, str(tmp_path / "data"))
+def workdir(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.setenv(DATA_ROOT, str(data))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PACS that a test may change."""
+    monkeypatch.setenv(DATA_ROOT, str(tmp_path / "data"))
+    return write_pacs(tmp_path / "data")
+
+
+class Finished:
+    """Runs that several tests compare with, each trained once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._found = folder, {}
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """A run's numbers."""
+        return self._of(run)[0]
+
+    def images(self, run: Run) -> list[torch.Tensor]:
+        """What it was trained on, step by step."""
+        return self._of(run)[1]
+
+    def _of(self, run: Run) -> tuple[dict[str, Any], list[torch.Tensor]]:
+        if run.id not in self._found:
+            seen: list[torch.Tensor] = []
+            step = Trainer.training_step
+
+            def spy(self: Trainer, model: object, inputs: dict, *args: object) -> torch.Tensor:
+                seen.append(inputs["pixel_values"].clone())
+                return step(self, model, inputs, *args)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Trainer, "training_step", spy)
+                self._found[run.id] = finish(prepare(run, str(self._folder))), seen
+        return self._found[run.id]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return Finished(tmp_path_factory.mktemp("whole"))
 
 
 def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None:
@@ -128,52 +174,37 @@ def test_domainbeds_scripts_merge_the_runs_of_a_sweep_and_no_others() -> None:
     assert len({own}.union(*(algorithms(**settings) for settings in others))) == 1 + len(others)
 
 
-def test_same_input_same_numbers() -> None:
-    run = pacs_run("emoe_learn")
-    assert finish(prepare(run, "a")) == finish(prepare(run, "b"))
-
-
-def test_all_experts_train_exactly_like_the_dense_model() -> None:
-    dense, routed = (finish(prepare(pacs_run(method)))["records"] for method in ("erm", "all_experts"))
+def test_all_experts_train_exactly_like_the_dense_model(whole: Finished) -> None:
+    dense, routed = (whole(pacs_run(method))["records"] for method in ("erm", "all_experts"))
     for ours, theirs in zip(routed, dense, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["erm", "gmoe", "emoe_published"])
-def test_a_killed_run_resumes_to_the_same_numbers(capfd: pytest.CaptureFixture[str], method: str) -> None:
+@pytest.mark.parametrize("method", ["gmoe", "emoe_learn", "emoe_published"])
+def test_a_killed_run_resumes_to_the_same_numbers(
+    whole: Finished, capfd: pytest.CaptureFixture[str], method: str
+) -> None:
     run = pacs_run(method)
-    whole = finish(prepare(run, "whole"))
-
     killed = prepare(run, "killed")
     with killed_at(6):  # after the records of steps 0 and 3
         finish(killed)
     assert not (killed.parent / "metrics.json").exists()
-    assert finish(killed) == whole
+    assert finish(killed) == whole(run)
     assert "resumed at step 4" in capfd.readouterr().err
 
 
-def test_methods_train_on_the_same_images_drawn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, list[torch.Tensor]] = {}
-    step = Trainer.training_step
-    for method in ("erm", "gmoe"):
-
-        def spy(self: Trainer, model: object, inputs: dict, *args: object, name: str = method) -> torch.Tensor:
-            seen.setdefault(name, []).append(inputs["pixel_values"].clone())
-            return step(self, model, inputs, *args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "training_step", spy)
-            finish(prepare(pacs_run(method)))
-    assert len(seen["erm"]) == 7
-    assert seen["erm"][0].shape == (12, 3, 32, 32)  # three environments, four images of each
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen["erm"], seen["gmoe"], strict=True))
+def test_methods_train_on_the_same_images_drawn_alike(whole: Finished) -> None:
+    erm, gmoe = (whole.images(pacs_run(method)) for method in ("erm", "gmoe"))
+    assert len(erm) == 7
+    assert erm[0].shape == (12, 3, 32, 32)  # three environments, four images of each
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(erm, gmoe, strict=True))
 
 
-def test_held_out_images_are_never_trained_on(workdir: Path) -> None:
+def test_held_out_images_are_never_trained_on(own_data: Path) -> None:
     """Other held-out images give other test scores and nothing else."""
     before = finish(prepare(pacs_run(held_out=3), "before"))
-    for path in sorted((workdir / "data/PACS/sketch").rglob("*.jpg")):
-        path.write_bytes((workdir / "data/PACS/photo/dog/000.jpg").read_bytes())
+    for path in sorted((own_data / "sketch").rglob("*.jpg")):
+        path.write_bytes((own_data / "photo/dog/000.jpg").read_bytes())
     after = finish(prepare(pacs_run(held_out=3), "after"))
     for ours, theirs in zip(before["records"], after["records"], strict=True):
         same = {name: value for name, value in ours.items() if not name.startswith("env3")}
@@ -181,8 +212,8 @@ def test_held_out_images_are_never_trained_on(workdir: Path) -> None:
     assert before["confusion"]["S"] != after["confusion"]["S"]
 
 
-def test_only_what_is_needed_is_evaluated_where_that_is_asked_for() -> None:
-    full = finish(prepare(pacs_run(), "full"))["records"]
+def test_only_what_is_needed_is_evaluated_where_that_is_asked_for(whole: Finished) -> None:
+    full = whole(pacs_run())["records"]
     needed = finish(prepare(pacs_run(evaluate="needed"), "needed"))["records"]
     assert set(full[0]) - set(needed[0]) == {"env1_in_acc", "env2_in_acc", "env3_in_acc"}
     for record, other in zip(full, needed, strict=True):
@@ -228,26 +259,28 @@ def test_augmentation_of_validation_images_is_drawn_anew_at_every_evaluation(mon
         assert [torch.equal(one, steps[0]) for one in steps] == [True, *[name == "P"] * 2]
 
 
-def test_worker_processes_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = finish(prepare(pacs_run("emoe"), "alone"))
+def test_worker_processes_give_the_same_numbers(whole: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = whole(pacs_run("emoe"))
     monkeypatch.setattr("benchmarks.domainbed.training.reading_workers", lambda: 2)
     assert finish(prepare(pacs_run("emoe"), "workers")) == alone
 
 
-def test_a_run_that_was_killed_after_its_last_step_trains_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = finish(prepare(pacs_run("emoe"), "whole"))
+def test_a_run_that_was_killed_after_its_last_step_trains_nothing_again(
+    whole: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = whole(pacs_run("emoe"))
     killed = prepare(pacs_run("emoe"), "killed")
     with monkeypatch.context() as patch:
         patch.setattr(DomainTrainer, "look", lambda *args, **named: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finish(killed)
     monkeypatch.setattr(Trainer, "training_step", lambda *args: pytest.fail("trained again"))
-    assert finish(killed) == whole
+    assert finish(killed) == wanted
 
 
-def test_an_environment_that_cannot_be_split_is_named(workdir: Path) -> None:
+def test_an_environment_that_cannot_be_split_is_named(own_data: Path) -> None:
     for name in ("dog", "elephant", "giraffe"):
-        for path in sorted((workdir / "data/PACS/cartoon" / name).iterdir())[1:]:
+        for path in sorted((own_data / "cartoon" / name).iterdir())[1:]:
             path.unlink()
     with pytest.raises(DataError, match=r"the environment 'C' has 3 images, too few to split"):
         finish(prepare(pacs_run()))
@@ -259,8 +292,8 @@ def test_a_run_that_diverges_says_so() -> None:
     assert found["records"][-1]["loss"] is None
 
 
-def test_a_damaged_image_ends_the_run_before_it_trains(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    image = workdir / "data/PACS/cartoon/dog/003.jpg"
+def test_a_damaged_image_ends_the_run_before_it_trains(own_data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    image = own_data / "cartoon/dog/003.jpg"
     image.write_bytes(image.read_bytes()[:300])
     path = prepare(pacs_run())
     with pytest.raises(
