@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, Sampler
 
 from benchmarks.domainbed.environments import Environment
 from benchmarks.domainbed.protocol import class_weights
-from benchmarks.domainbed.transforms import Transform, seen
+from benchmarks.domainbed.transforms import Transform, load_pixels
 from benchmarks.harness.base.seeds import derive_seed
 
 Draw = tuple[int, int, int]
@@ -74,7 +74,7 @@ class TrainingRows(Dataset[dict[str, Any]]):
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         number, env, place = draw
         environment, row = self._environments[env], self._rows[env][place]
-        pixels = seen(environment, row, self._transform, derive_seed("augment", self._seed, number))
+        pixels = load_pixels(environment, row, self._transform, derive_seed("augment", self._seed, number))
         return {"pixel_values": pixels, "labels": environment.labels[row]}
 
 
@@ -100,5 +100,7 @@ class EvaluationRows(Dataset[dict[str, Any]]):
     def __getitem__(self, place: int) -> dict[str, Any]:
         row = self._rows[place]
         environment = self._environment
-        pixels = seen(environment, row, self._transform, derive_seed("augment", environment.name, row, self.step))
+        pixels = load_pixels(
+            environment, row, self._transform, derive_seed("augment", environment.name, row, self.step)
+        )
         return {"pixel_values": pixels, "labels": environment.labels[row]}

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.domainbed.grid import held_out_names
-from benchmarks.domainbed.information import information
+from benchmarks.domainbed.information import mutual_information
 from benchmarks.domainbed.jobs import validation_job
-from benchmarks.domainbed.outcomes import Outcomes
+from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.plots import STYLE, Panel, save, say_nothing, score_panels
+from benchmarks.harness.reporting.plots import STYLE, Panel, placeholder_figure, save, score_panels
 from benchmarks.harness.results.records import read_metrics
 
 _SELECTION = "training"
@@ -29,15 +29,15 @@ _NO_SINGLE = "no run holds out one environment alone"
 _FEW = 12  # as many names stand beside an axis
 
 
-def draw_accuracy(outcomes: Outcomes, name: str, path: Path) -> None:
+def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Accuracy by method, a panel a held-out environment, under training-domain validation."""
     cells = outcomes.cells[(outcomes.cells["set"] == name) & (outcomes.cells["selection"] == _SELECTION)]
     if cells.empty:
-        say_nothing(path, _NO_SINGLE)
+        placeholder_figure(path, _NO_SINGLE)
         return
     panels = [
         [
-            Panel(f"{outcomes.model_title(model)}\n{outcomes.set_title(name)}, {env} held out", rows)
+            Panel(f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}, {env} held out", rows)
             for env, rows in of_model.groupby("env", sort=False)
         ]
         for model, of_model in cells.groupby("model", sort=False)
@@ -45,7 +45,7 @@ def draw_accuracy(outcomes: Outcomes, name: str, path: Path) -> None:
     score_panels(outcomes, panels, path, "Accuracy (%); diamonds: mean over trials, dots: trials")
 
 
-def draw_samples(outcomes: Outcomes, name: str, path: Path) -> None:
+def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """The grid that the validation of the set made, with the environments' names beside it.
 
     Raises:
@@ -69,11 +69,11 @@ def draw_samples(outcomes: Outcomes, name: str, path: Path) -> None:
         save(figure, path)
 
 
-def draw_confusion(outcomes: Outcomes, name: str, path: Path) -> None:
+def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Confusion on the held-out environment: a row a model and environment, a column a method; the first trial of each."""
     rows = _first_runs(outcomes, name)
     if not rows:
-        say_nothing(path, _NO_SINGLE)
+        placeholder_figure(path, _NO_SINGLE)
         return
     methods = [method for method in outcomes.methods if any(method in found for _, _, found in rows)]
     classes: list[str] = read_metrics(next(iter(rows[0][2].values())))["classes"]
@@ -96,22 +96,24 @@ def draw_confusion(outcomes: Outcomes, name: str, path: Path) -> None:
                 shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
                 axis.imshow(shares, norm=_SHARE.norm, cmap=_SHARE.cmap)
                 accuracy = np.trace(counts) / max(counts.sum(), 1)
-                axis.set_title(f"{outcomes.method_title(method)}\n{env} held out: {accuracy * 100:.0f} %", fontsize=7)
+                axis.set_title(
+                    f"{outcomes.title('method', method)}\n{env} held out: {accuracy * 100:.0f} %", fontsize=7
+                )
                 beside = _few(classes, _FEW)
                 axis.set_xticks(range(len(beside)), beside, rotation=90)
                 axis.set_yticks(range(len(beside)), beside)
-            axis_row[0].set_ylabel(f"{textwrap.fill(outcomes.model_title(model), 24)}\ntrue class")
+            axis_row[0].set_ylabel(f"{textwrap.fill(outcomes.title('model', model), 24)}\ntrue class")
         for axis in axes[-1]:
             axis.set_xlabel("predicted class")
         figure.colorbar(_SHARE, ax=axes, shrink=0.6, label="share of the class")
         save(figure, path)
 
 
-def draw_routing(outcomes: Outcomes, name: str, path: Path) -> None:
+def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     """Which experts the images of each class and of each environment use, by method and layer; first environment, first trial."""
     rows = _first_runs(outcomes, name)
     if not rows:
-        say_nothing(path, _NO_SINGLE)
+        placeholder_figure(path, _NO_SINGLE)
         return
     model, env, runs = rows[0]
     found = {method: read_metrics(run) for method, run in runs.items()}
@@ -121,7 +123,7 @@ def draw_routing(outcomes: Outcomes, name: str, path: Path) -> None:
         for layer, loads in sorted(metrics["routing"].get("loads", {}).items(), key=lambda one: int(one[0]))
     ]
     if not shown:
-        say_nothing(path, "no method of these runs routes")
+        placeholder_figure(path, "no method of these runs routes")
         return
     env_names = outcomes.environments(name)
     classes: list[str] = next(iter(found.values()))["classes"]
@@ -144,20 +146,20 @@ def draw_routing(outcomes: Outcomes, name: str, path: Path) -> None:
                 beside = _few(labels, 2 * _FEW) if column == 0 else []
                 axis.set_yticks(range(len(beside)), beside)
                 axis.set_xticks([])
-            title = textwrap.fill(f"{outcomes.method_title(method)}, block {layer}", 26)
+            title = textwrap.fill(f"{outcomes.title('method', method)}, block {layer}", 26)
             axes[0, column].set_title(f"{title}\n{_told('class', loads.sum(0), chance)}", fontsize=7)
             axes[1, column].set_title(_told("environment", loads.sum(1), chance), fontsize=7)
             axes[1, column].set_xlabel(f"{loads.shape[2]} experts")
         axes[0, 0].set_ylabel("class")
         axes[1, 0].set_ylabel("environment")
         figure.colorbar(_USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
-        figure.suptitle(f"{outcomes.set_title(name)}, {outcomes.model_title(model)}, {env} held out", fontsize=8)
+        figure.suptitle(f"{outcomes.title('set', name)}, {outcomes.title('model', model)}, {env} held out", fontsize=8)
         save(figure, path)
 
 
 def _told(name: str, counts: NDArray[np.int64], chance: Mapping[str, tuple[float, float]]) -> str:
     mean, high = chance[name]
-    return f"{name} {information(counts):.3f} bit\nchance {mean:.3f}, 95 % {high:.3f}"
+    return f"{name} {mutual_information(counts):.3f} bit\nchance {mean:.3f}, 95 % {high:.3f}"
 
 
 def _relative(counts: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -167,7 +169,7 @@ def _relative(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.divide(shares, mean, out=np.ones_like(shares), where=mean > 0)
 
 
-def _first_runs(outcomes: Outcomes, name: str) -> list[tuple[str, str, dict[str, Run]]]:
+def _first_runs(outcomes: DomainOutcomes, name: str) -> list[tuple[str, str, dict[str, Run]]]:
     """By model and single held-out environment: the first run of every method."""
     found: dict[tuple[str, str], dict[str, Run]] = {}
     for run in outcomes.runs:

@@ -12,7 +12,7 @@ PERMUTATIONS = 500
 _LEVEL = 0.95
 
 
-def information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Bits that a token's choice of an expert tells about what its image is, and the other way round.
 
     Mutual information of the empirical distribution: 0 where every row uses the experts alike. Chance alone gives more than 0, the more the more
@@ -72,7 +72,7 @@ def _shuffled(
         if number:
             given[in_order] = labels[np.lexsort((random.random(len(labels)), strata))]
         counts.append(np.add.reduceat(loads[np.argsort(given, kind="stable")], starts))
-    return information(np.moveaxis(np.stack(counts), 1, 2))
+    return mutual_information(np.moveaxis(np.stack(counts), 1, 2))
 
 
 def by_chance(bits: NDArray[np.float64]) -> tuple[float, float]:

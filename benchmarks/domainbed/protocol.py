@@ -79,7 +79,7 @@ def split_environment(
     return Split(within, out)
 
 
-def split_things(rows: int, trial_seed: int, *, is_test: bool, holdout_fraction: float = HOLDOUT_FRACTION) -> Split:
+def split_paired(rows: int, trial_seed: int, *, is_test: bool, holdout_fraction: float = HOLDOUT_FRACTION) -> Split:
     """Split the things that every environment of a paired set shows, so that none is on two sides; not DomainBed's, which has no such set.
 
     The *out* rows are the same in all environments. Of the others a part of the same size is kept for held-out environments: what a model is judged by it

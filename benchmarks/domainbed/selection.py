@@ -13,7 +13,7 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Trained:
+class RunRecords:
     """The records of one run, in the order of its steps.
 
     Attributes:
@@ -58,7 +58,7 @@ def best_record(records: Sequence[Record], test_envs: Sequence[int], choice: int
     return best
 
 
-def training_domain_validation(runs: Sequence[Trained], env: int) -> Chosen | None:
+def training_domain_validation(runs: Sequence[RunRecords], env: int) -> Chosen | None:
     """The step and run with the highest mean *out* accuracy of the training environments.
 
     Args:
@@ -68,15 +68,15 @@ def training_domain_validation(runs: Sequence[Trained], env: int) -> Chosen | No
     return _best([best_record(run.records, run.test_envs, run.choice) for run in _single(runs, env)])
 
 
-def leave_one_domain_out(runs: Sequence[Trained], env: int) -> Chosen | None:
+def leave_one_domain_out(runs: Sequence[RunRecords], env: int) -> Chosen | None:
     """The step and run with the highest mean accuracy on each other environment, when that is held out too.
 
-    MemoryEstimate the runs that hold out ``env`` and one more, for every other environment; None without them.
+    Needs the runs that hold out ``env`` and one more, for every other environment; None without them.
     """
     return _best([found for run in _single(runs, env) if (found := _left_out(run, runs, env)) is not None])
 
 
-def _left_out(run: Trained, runs: Sequence[Trained], env: int) -> Chosen | None:
+def _left_out(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Chosen | None:
     pairs = {
         next(other for other in pair.test_envs if other != env): {record["step"]: record for record in pair.records}
         for pair in runs
@@ -93,7 +93,7 @@ def _left_out(run: Trained, runs: Sequence[Trained], env: int) -> Chosen | None:
     return best
 
 
-def oracle_validation(runs: Sequence[Trained], env: int) -> Chosen | None:
+def oracle_validation(runs: Sequence[RunRecords], env: int) -> Chosen | None:
     """The run whose *last* record has the highest accuracy on the held-out environment's *out* split (an oracle)."""
     return _best(
         [
@@ -104,7 +104,7 @@ def oracle_validation(runs: Sequence[Trained], env: int) -> Chosen | None:
     )
 
 
-Selection = Callable[[Sequence[Trained], int], Chosen | None]
+Selection = Callable[[Sequence[RunRecords], int], Chosen | None]
 SELECTIONS: dict[str, tuple[str, Selection]] = {
     "training": ("training-domain validation", training_domain_validation),
     "leave_one_out": ("leave-one-domain-out", leave_one_domain_out),
@@ -117,7 +117,7 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values) / math.sqrt(len(values)))
 
 
-def _single(runs: Sequence[Trained], env: int) -> list[Trained]:
+def _single(runs: Sequence[RunRecords], env: int) -> list[RunRecords]:
     return [run for run in runs if tuple(run.test_envs) == (env,)]
 
 

@@ -57,7 +57,7 @@ def _digit(pixels: Tensor, size: int) -> Tensor:
     return normalize(resize(channels, [size, size], antialias=True), list(MEAN), list(DEVIATION))
 
 
-def seen(environment: Environment, row: int, transform: Transform, seed: int) -> Tensor:
+def load_pixels(environment: Environment, row: int, transform: Transform, seed: int) -> Tensor:
     """A row of an environment as a model sees it; what a random transform draws hangs on the seed alone."""
     picture, _ = environment.open(row)
     with torch.random.fork_rng(devices=[]):

@@ -19,7 +19,7 @@ from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.environments import Environment, ImageSet
 from benchmarks.domainbed.images import REFUSE
 from benchmarks.domainbed.loading import load_set
-from benchmarks.domainbed.transforms import augmented, plain, seen, visible
+from benchmarks.domainbed.transforms import augmented, load_pixels, plain, visible
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import atomic_write, write_json
 from benchmarks.harness.base.seeds import derive_seed
@@ -146,7 +146,7 @@ def sample_grid(found: ImageSet, size: int, samples: int = SAMPLES) -> tuple[lis
         kinds = {"": plain(size)} | ({", training": augmented(size)} if environment.places else {})
         for kind, transform in kinds.items():
             names.append(f"{environment.name}{kind}")
-            pictures += [visible(seen(environment, row, transform, derive_seed(seed, row))) for row in chosen]
+            pictures += [visible(load_pixels(environment, row, transform, derive_seed(seed, row))) for row in chosen]
     return names, make_grid(torch.stack(pictures), nrow=samples, padding=2, pad_value=255)
 
 

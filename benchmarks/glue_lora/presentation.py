@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.plots import score_panels
-from benchmarks.harness.reporting.presentation import NOTE, Presentation
+from benchmarks.harness.reporting.presentation import NOTE, Presentation, make
 from benchmarks.harness.results.records import read_metrics
-from benchmarks.text.comparison import ID, Comparison
 from benchmarks.text.definition import TaskEntry, TextDefinition
-from benchmarks.text.figures import panels_by_model
-from benchmarks.text.tables import TextTables
+from benchmarks.text.figures import id_scores
+from benchmarks.text.outcomes import TextOutcomes
+from benchmarks.text.tables import TABLES, verdicts
 
 # what every row trains; the rest is what the row is about
 _SHARED = ("adapters", "head")
@@ -26,14 +23,8 @@ def present(benchmark: Benchmark[TextDefinition, TaskEntry], runs: list[Run]) ->
         DefinitionError: two rows of a model do not train the same adapters and head.
     """
     check_same_trained(runs)
-    comparison = Comparison(benchmark, runs)
-    tables = TextTables(comparison)
-
-    def draw(folder: Path) -> None:
-        score_panels(comparison, panels_by_model(comparison, ID), folder / f"{benchmark.name}_scores")
-
-    names = benchmark.definition.tables
-    return Presentation(tables.named(names), list(tables.verdicts()), NOTE, draw)
+    outcomes = TextOutcomes(benchmark, runs)
+    return make(benchmark, TABLES, {"scores": id_scores}, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE)
 
 
 def check_same_trained(runs: list[Run]) -> None:

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 from benchmarks.glue_ood.definition import EvaluationDefinition
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.plots import score_panels
-from benchmarks.harness.reporting.presentation import NOTE, Presentation
-from benchmarks.text.comparison import OOD, Comparison, ranked
+from benchmarks.harness.reporting.presentation import NOTE, Presentation, make
+from benchmarks.harness.reporting.rendering import Table
 from benchmarks.text.definition import TaskEntry
-from benchmarks.text.figures import panels_by_model, rank_diagram
-from benchmarks.text.paper_tables import paper_table, rank_table
-from benchmarks.text.tables import TextTables
+from benchmarks.text.figures import ood_scores, rank_diagram
+from benchmarks.text.outcomes import OOD, TextOutcomes, ranked
+from benchmarks.text.paper_tables import paper, ranks
+from benchmarks.text.tables import tasks, tests, verdicts
 
 
 def present(benchmark: Benchmark[EvaluationDefinition, TaskEntry], runs: list[Run]) -> Presentation:
-    """Present finished runs."""
-    comparison = Comparison(benchmark, runs)
-    tables = TextTables(comparison)
-    rankings = ranked(comparison, benchmark.definition.ranked, ["protocol", "model"])
+    """Present finished runs.
+
+    Raises:
+        DefinitionError: the suite runs no method that is ranked.
+    """
+    outcomes = TextOutcomes(benchmark, runs)
+    rankings = ranked(outcomes, benchmark.definition.ranked, ["protocol", "model"])
     if not rankings:
         raise DefinitionError(f"{benchmark.file}: 'ranked' names no method that the suite runs")
-
-    def draw(folder: Path) -> None:
-        rank_diagram(comparison, rankings, folder / f"{benchmark.name}_ranks")
-        score_panels(comparison, panels_by_model(comparison, OOD), folder / f"{benchmark.name}_scores")
-
-    return Presentation(
-        [rank_table(comparison, rankings), tables.tasks("scores", OOD), tables.tests(), paper_table(comparison, OOD)],
-        list(tables.verdicts()),
-        NOTE,
-        draw,
-    )
+    tables: dict[str, Callable[..., Table]] = {
+        "ranks": partial(ranks, rankings=rankings),
+        "scores": partial(tasks, domain=OOD),
+        "tests": tests,
+        "paper": partial(paper, domain=OOD),
+    }
+    figures: dict[str, Callable[..., None]] = {"ranks": partial(rank_diagram, rankings=rankings), "scores": ood_scores}
+    return make(benchmark, tables, figures, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE)

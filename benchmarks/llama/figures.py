@@ -12,26 +12,26 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.plots import STYLE, save, say_nothing
+from benchmarks.harness.reporting.plots import STYLE, placeholder_figure, save
 from benchmarks.harness.results.statistics import CONFIDENCE
 from benchmarks.llama.grid import is_trained
-from benchmarks.llama.outcomes import CELL, Outcomes, cell_of, task_words
+from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of, task_words
 
 _FOUR_CHOICES, _CHANCE = "mmlu", 0.25
 _USE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 2), "PuOr_r")
 _COLOURS = ("#444444", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#999999")
 
 
-def draw_curves(outcomes: Outcomes, path: Path) -> None:
+def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     """Training loss by step: a panel a model and way of tuning, a line a method."""
     groups: dict[tuple[str, str, str], dict[str, list[list[float]]]] = {}
     for run in (run for run in outcomes.runs if is_trained(run.spec)):
         cell = cell_of(run)
         curve = [math.nan if loss is None else loss for loss in outcomes.metrics[run.id]["curve"]]
         lines = groups.setdefault((cell["model"], cell["set"], cell["tuning"]), {})
-        lines.setdefault(outcomes.method_title(cell["method"], cell["variant"]), []).append(curve)
+        lines.setdefault(outcomes.method_title(cell), []).append(curve)
     if not groups:
-        say_nothing(path, "no run of these trains")
+        placeholder_figure(path, "no run of these trains")
         return
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
         figure, axes = plt.subplots(
@@ -42,9 +42,9 @@ def draw_curves(outcomes: Outcomes, path: Path) -> None:
                 mean = np.mean(np.array(curves), axis=0)
                 colour = _COLOURS[number % len(_COLOURS)]
                 axis.plot(range(1, len(mean) + 1), mean, color=colour, lw=1.3, label=title, marker="o", ms=2)
-            tuned = outcomes.tunings[tuning].title
-            below = f"{outcomes.set_title(name)}, {tuned}" if outcomes.several_sets else tuned
-            title = f"{outcomes.model_title(model)}\n{below}"
+            tuned = outcomes.title("tuning", tuning)
+            below = f"{outcomes.title('set', name)}, {tuned}" if outcomes.several_sets else tuned
+            title = f"{outcomes.title('model', model)}\n{below}"
             axis.set_title(title, fontsize=8)
             axis.set_xlabel("step")
             axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
@@ -53,9 +53,9 @@ def draw_curves(outcomes: Outcomes, path: Path) -> None:
         save(figure, path)
 
 
-def draw_categories(outcomes: Outcomes, path: Path) -> None:
+def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
     """Accuracy by category: a row of panels a task, a panel a category, a line a cell."""
-    cells = outcomes.order(outcomes.cells())
+    cells = outcomes.order(outcomes.cells(), CELL)
     panels: dict[str, dict[str, dict[tuple[str, ...], list[tuple[float, int]]]]] = {}
     for run in outcomes.runs:
         for task, tested in outcomes.metrics[run.id]["tasks"].items():
@@ -66,7 +66,7 @@ def draw_categories(outcomes: Outcomes, path: Path) -> None:
                 rows = panels.setdefault(task, {}).setdefault(name, {})
                 rows.setdefault(tuple(cell_of(run).values()), []).append((values["acc"], values["questions"]))
     if not panels:
-        say_nothing(path, "no task of these is scored by accuracy")
+        placeholder_figure(path, "no task of these is scored by accuracy")
         return
     names = [outcomes.row_title(cell) for cell in cells[CELL].to_dict("records")]
     columns = max(map(len, panels.values()))
@@ -106,14 +106,14 @@ def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]]) -> None
     axis.plot(np.mean(values), place, "D", ms=4, color="#0072b2", mec="white", mew=0.6)
 
 
-def draw_routing(outcomes: Outcomes, path: Path) -> None:
+def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:
     """Load of every expert by layer: a panel a routed cell, its first seed."""
     shown: dict[tuple[str, ...], Run] = {}
     for run in outcomes.runs:
         if outcomes.metrics[run.id]["routing"]:
             shown.setdefault(tuple(cell_of(run).values()), run)
     if not shown:
-        say_nothing(path, "no method of these runs routes")
+        placeholder_figure(path, "no method of these runs routes")
         return
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
         heights = [len(outcomes.metrics[run.id]["routing"]["shares"]) + 1.5 for run in shown.values()]

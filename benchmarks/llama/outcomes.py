@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.common_tables import in_order
+from benchmarks.harness.reporting.outcomes import Outcomes
 from benchmarks.harness.results.records import collect_from, read_metrics
-from benchmarks.harness.results.statistics import Difference, paired_difference, with_verdicts
+from benchmarks.harness.results.statistics import Difference, paired_differences, with_verdicts
 from benchmarks.llama.definition import InstructionDefinition, InstructionSet
 from benchmarks.llama.grid import is_trained
 
@@ -22,16 +19,13 @@ GROUP = ["model", "set", "tuning"]
 CELL = [*GROUP, "method", "variant"]
 BASELINE, UNTUNED = "baseline", "untuned"
 _LOSS = "loss"
+_NO_QUESTIONS = pd.DataFrame(columns=[*CELL, "seed", "task", "question", "value"])
 
 
-class Outcomes:
+class InstructionOutcomes(Outcomes):
     """The finished runs of a benchmark of instruction tuning.
 
     Where several learning rates were tried, the one with the lowest held-out loss, as a mean over its seeds, stands for a cell.
-
-    Args:
-        benchmark: its definition.
-        runs: the finished runs, in the order of the grid.
 
     Attributes:
         metrics: ``metrics.json`` of every run that stands for its cell, by its id.
@@ -40,23 +34,22 @@ class Outcomes:
         tasks: evaluated tasks by title, in order.
         tests: paired differences of accuracy to the baseline tuned the same way, and to the same method not tuned.
         rates_chosen: whether there was a learning rate to choose.
-        untuned: the tuning that trains nothing; empty where no run is of it.
     """
 
-    def __init__(self, benchmark: Benchmark[InstructionDefinition, InstructionSet], runs: list[Run]) -> None:
-        self.benchmark = benchmark
-        self.methods = resolve_methods(benchmark.definition)
-        self.tunings = benchmark.definition.finetuning
-        self.baseline = benchmark.definition.baseline
+    def __init__(self, benchmark: Benchmark[InstructionDefinition, InstructionSet], runs: Sequence[Run]) -> None:
         read = {run.id: read_metrics(run) for run in runs}
-        self.runs = _chosen(runs, read)
-        self.rates_chosen = len(self.runs) < len(runs)
-        self.untuned = next((run.spec["finetuning"] for run in runs if not is_trained(run.spec)), "")
-        self.metrics = {run.id: read[run.id] for run in self.runs}
-        records = collect_from((run, self.metrics[run.id]) for run in self.runs)
-        cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in self.runs], columns=["run_id", *CELL])
+        chosen = _chosen(runs, read)
+        tunings = {name: tuning.title for name, tuning in benchmark.definition.finetuning.items()}
+        sets = {name: task.title for name, task in benchmark.tasks.items()}
+        super().__init__(benchmark, chosen, [*GROUP, "method"], set=sets, tuning=tunings)
+        self.rates_chosen = len(chosen) < len(runs)
+        self.metrics = {run.id: read[run.id] for run in chosen}
+        records = collect_from((run, self.metrics[run.id]) for run in chosen)
+        cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in chosen], columns=["run_id", *CELL])
         self.records = records.drop(columns=["model", "method", "variant"]).merge(cells, on="run_id", sort=False)
         self.tasks = list(dict.fromkeys(name for found in self.metrics.values() for name in found["tasks"]))
+        untuned = next((run.spec["finetuning"] for run in runs if not is_trained(run.spec)), "")
+        self._references = {BASELINE: {"method": self.baseline, "variant": ""}, UNTUNED: {"tuning": untuned}}
         self.tests = self._tests()
 
     def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
@@ -78,73 +71,46 @@ class Outcomes:
 
     def _tests(self) -> pd.DataFrame:
         """By cell, what it is compared with, and task: paired differences over questions, each question's a mean over seeds."""
-        correct: dict[tuple[str, ...], dict[int, pd.Series[float]]] = {}
+        scores = pd.concat([_NO_QUESTIONS, *self._questions()], ignore_index=True)
+        found = [
+            self._differences(scores, [*CELL, "task"], against, "question").assign(against=against)
+            for against in self._references
+        ]
+        tests = pd.concat(found).rename(columns={"n": "questions"})
+        tests["seeds"] = tests["values"] // tests["questions"]  # every seed has every question
+        tests = tests.sort_values("task", key=lambda names: names.map(self.tasks.index), kind="stable")
+        row = [*CELL, "against", "task", "questions", "seeds", *Difference.COLUMNS]
+        return with_verdicts(tests[row], [*CELL, "against"])
+
+    def _questions(self) -> Iterator[pd.DataFrame]:
+        """A row a question of a run, with whether it was answered correctly."""
         for run in self.runs:
             for task, tested in self.metrics[run.id]["tasks"].items():
-                if tested["correct"]:
-                    place = (task, *cell_of(run).values())
-                    correct.setdefault(place, {})[run.spec["seed"]] = _by_question(tested["correct"])
-        found = []
-        for ((task, *cell), ours), against in itertools.product(correct.items(), (BASELINE, UNTUNED)):
-            theirs = correct.get((task, *self._reference(cell, against)), {})
-            if against == BASELINE:
-                ours, theirs = ({seed: one[seed] for seed in ours if seed in theirs} for one in (ours, theirs))
-            if theirs:
-                means = [pd.concat(list(one.values()), axis=1).mean(axis=1) for one in (ours, theirs)]
-                difference = paired_difference(*means)
-                counts = {"against": against, "task": task, "questions": difference.n, "seeds": len(ours)}
-                found.append(dict(zip(CELL, cell, strict=True)) | counts | difference.columns())
-        row = [*CELL, "against", "task", "questions", "seeds", *Difference.COLUMNS]
-        return with_verdicts(pd.DataFrame(found, columns=row), [*CELL, "against"])
+                answers = [
+                    (f"{subject} {number}", float(digit))
+                    for subject, digits in tested["correct"].items()
+                    for number, digit in enumerate(digits)
+                ]
+                rows = pd.DataFrame(answers, columns=["question", "value"])
+                yield rows.assign(**cell_of(run), seed=run.spec["seed"], task=task)
 
-    def _reference(self, cell: Sequence[str], against: str) -> tuple[str, ...]:
-        """What a cell is compared with: the baseline tuned the same way, or the same method not tuned; nothing with itself."""
-        model, name, _, method, variant = cell
-        if against == BASELINE:
-            other = (*cell[: len(GROUP)], self.baseline, "")
-        else:
-            other = (model, name, self.untuned, method, variant)
-        return () if other == tuple(cell) else other
+    def _differences(self, scores: pd.DataFrame, cell: list[str], against: str, pair: str) -> pd.DataFrame:
+        # a model that is not tuned has no seed, and is the same for all of them
+        averaged = ["seed"] if against == UNTUNED else []
+        return paired_differences(scores, cell, self._references[against], pair, averaged)
 
     def loss_differences(self, against: str = BASELINE) -> pd.DataFrame:
-        """By cell: the difference of the held-out loss to the baseline's or to that of the same method not tuned.
+        """By cell: the difference of the held-out loss, paired by seed, to the baseline's or to that of the same method not tuned."""
+        found = self._differences(self.losses.reset_index(), CELL, against, "seed")
+        return found.drop(columns=["n", "values"])
 
-        The former is paired by seed; a model that is not tuned has no seed, and is the same for all of them.
-        """
-        by_cell = {cell: values.droplevel(CELL) for cell, values in self.losses.groupby(CELL, sort=False)}
-        found = []
-        for cell, values in by_cell.items():
-            base = by_cell.get(self._reference(cell, against))
-            if base is not None:
-                if against == UNTUNED:
-                    base = pd.Series(base.mean(), index=values.index)
-                found.append(dict(zip(CELL, cell, strict=True)) | paired_difference(values, base).columns())
-        return pd.DataFrame(found, columns=[*CELL, *Difference.COLUMNS])
-
-    def order(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Rows by cell, each key in the order of its definition; with titles."""
-        ran = [run.spec["model"]["name"] for run in self.runs]
-        places: dict[str, list[str]] = {
-            "model": list(dict.fromkeys([*ran, *load_models()])),
-            "set": list(self.benchmark.tasks),
-            "tuning": list(self.tunings),
-            "method": list(self.methods),
-            "variant": sorted(frame["variant"].unique()) if "variant" in frame else [],
-        }
-        found = in_order(frame, {key: places[key] for key in CELL if key in frame})
-        return found.assign(
-            model_title=[self.model_title(name) for name in found["model"]],
-            set_title=[self.set_title(name) for name in found["set"]],
-            tuning_title=[self.tunings[name].title for name in found["tuning"]],
-            method_title=[
-                self.method_title(method, variant)
-                for method, variant in zip(found["method"], found.get("variant", [""] * len(found)), strict=True)
-            ],
-            is_method=[self.methods[name].role != "control" for name in found["method"]],
-        )
-
-    def model_title(self, name: str) -> str:
-        return load_models()[name].title
+    def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """With titles; that of a method names its variant."""
+        found = super().titled(frame)
+        if "variant" not in frame:
+            return found
+        titles = [" ".join(filter(None, names)) for names in zip(found["method_title"], found["variant"], strict=True)]
+        return found.assign(method_title=titles)
 
     @property
     def several_sets(self) -> bool:
@@ -155,19 +121,16 @@ class Outcomes:
         """What tells a cell from the others, in one line."""
         several_models = len({run.spec["model"]["name"] for run in self.runs}) > 1
         parts = (
-            self.model_title(cell["model"]) if several_models else "",
-            self.set_title(cell["set"]) if self.several_sets else "",
-            self.tunings[cell["tuning"]].title,
-            self.method_title(cell["method"], cell["variant"]),
+            self.title("model", cell["model"]) if several_models else "",
+            self.title("set", cell["set"]) if self.several_sets else "",
+            self.title("tuning", cell["tuning"]),
+            self.method_title(cell),
         )
         return ", ".join(filter(None, parts))
 
-    def set_title(self, name: str) -> str:
-        return self.benchmark.tasks[name].title if name in self.benchmark.tasks else name
-
-    def method_title(self, method: str, variant: str = "") -> str:
+    def method_title(self, cell: Mapping[str, str]) -> str:
         """A method's title, with what of it is varied."""
-        return " ".join(filter(None, (self.methods[method].title, variant)))
+        return " ".join(filter(None, (self.title("method", cell["method"]), cell["variant"])))
 
 
 def cell_of(run: Run) -> dict[str, str]:
@@ -188,7 +151,7 @@ def task_words(task: str) -> str:
     return " ".join(({"mmlu": "MMLU", "mmlu_dev": "MMLU-dev"}.get(name, name), shots)).strip()
 
 
-def _chosen(runs: list[Run], read: dict[str, dict[str, Any]]) -> list[Run]:
+def _chosen(runs: Sequence[Run], read: dict[str, dict[str, Any]]) -> list[Run]:
     """The runs of the best learning rate of each cell."""
     by_cell: dict[tuple[str, ...], dict[float, list[Run]]] = {}
     for run in runs:
@@ -200,12 +163,3 @@ def _chosen(runs: list[Run], read: dict[str, dict[str, Any]]) -> list[Run]:
         return sum(float("inf") if loss is None else loss for loss in losses) / len(losses)
 
     return [run for rates in by_cell.values() for run in min(rates.values(), key=mean_loss)]
-
-
-def _by_question(correct: dict[str, str]) -> pd.Series[float]:
-    def pairs() -> Iterator[tuple[tuple[str, int], float]]:
-        for subject, digits in correct.items():
-            for number, digit in enumerate(digits):
-                yield (subject, number), float(digit)
-
-    return pd.Series(dict(pairs()))

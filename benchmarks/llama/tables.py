@@ -7,14 +7,19 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from benchmarks.harness.planning.catalogue import load_metrics
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.schema import check_names
-from benchmarks.harness.reporting.common_tables import cost_table, interval_text, means_by, published_table, tests_table
+from benchmarks.harness.reporting.common_tables import (
+    cost_table,
+    difference_text,
+    interval_text,
+    published_table,
+    tests_table,
+    with_numbers,
+)
 from benchmarks.harness.reporting.published import read_published
 from benchmarks.harness.reporting.rendering import Column, Table
 from benchmarks.llama.grid import is_trained
-from benchmarks.llama.outcomes import BASELINE, CELL, GROUP, UNTUNED, Outcomes, cell_of, task_words
+from benchmarks.llama.outcomes import BASELINE, CELL, GROUP, UNTUNED, InstructionOutcomes, cell_of, task_words
 
 _PAPER_COLUMNS = ["model", "tuning", "method", "value", "status", "source"]
 _CHOSEN = "Of several learning rates the one with the lowest held-out loss stands here. "
@@ -23,33 +28,15 @@ _FEW = 50  # questions of a subject
 _MMLU = "mmlu"
 
 
-def instruction_tables(outcomes: Outcomes, names: list[str]) -> list[Table]:
-    """The tables that a definition names."""
-    makers = {
-        "results": results,
-        "tests": tests,
-        "categories": categories,
-        "subjects": subjects,
-        "answers": answers,
-        "data": data,
-        "cost": cost,
-        "paper": paper,
-    }
-    check_names(f"{outcomes.benchmark.file}: '", "tables", names, makers)
-    return [makers[name](outcomes) for name in names]
-
-
-def results(outcomes: Outcomes) -> Table:
+def results(outcomes: InstructionOutcomes) -> Table:
     """Held-out loss, and accuracy on every task, by way of tuning and method; the model as it came first."""
     frame = outcomes.cells()
     frame = _with(frame, outcomes.losses, "loss")
     columns = [Column("loss", "loss", "Held-out loss", std="loss std", best="loss")]
     for against, words in _compared_with(outcomes).items():
-        names = {name: f"{against} {name}" for name in ("delta", "low", "high")}
-        deltas = outcomes.loss_differences(against).drop(columns="p").rename(columns=names)
-        frame = frame.merge(deltas, on=CELL, how="left", sort=False)
-        delta, *ends = names.values()
-        columns.append(Column("loss", delta, f"Δ loss to {words}", interval=(ends[0], ends[1]), signed=True))
+        frame = with_numbers(frame, CELL, outcomes.loss_differences(against).drop(columns="p"), f"{against} ")
+        interval = (f"{against} low", f"{against} high")
+        columns.append(Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True))
     for task in outcomes.tasks:
         scored = next(found["tasks"][task]["metric"] for found in outcomes.metrics.values() if task in found["tasks"])
         for metric, word in (("accuracy", ""), ("accuracy_macro", ", mean of subjects"), ("task_score", f", {scored}")):
@@ -57,28 +44,26 @@ def results(outcomes: Outcomes) -> Table:
             frame = _with(frame, outcomes.numbers("test", metric, task), name)
             columns.append(Column(metric, name, f"{task_words(task)}{word}", std=f"{name} std", best=name))
     return Table(
-        f"{outcomes.benchmark.name}_results",
         "Held-out loss and accuracy",
-        f"Mean ± standard deviation over n seeds; the loss is the mean over the responses' tokens of held-out instructions. {_questions(outcomes)}Δ to {_baseline(outcomes)} is to {_baseline(outcomes)} tuned the same way, paired by seed: "
+        f"Mean ± standard deviation over n seeds; the loss is the mean over the responses' tokens of held-out instructions. {_questions(outcomes)}Δ to {outcomes.baseline_title} is to {outcomes.baseline_title} tuned the same way, paired by seed: "
         "of a model that is not tuned, what the conversion costs. Δ to not tuned is to the same method not tuned: what tuning gains. Both with a 95 % confidence interval over seeds (Student's t). "
         f"{_CHOSEN if outcomes.rates_chosen else ''}Bold marks the best method of a way of tuning, controls apart.",
         {**_keys(outcomes), "n": "n"},
         columns,
-        outcomes.order(frame),
+        outcomes.order(frame, CELL),
         group=("model", "set", "tuning"),
         compare="is_method",
     )
 
 
-def tests(outcomes: Outcomes) -> Table:
+def tests(outcomes: InstructionOutcomes) -> Table:
     """Paired tests over questions against the baseline tuned the same way, and against the same method not tuned."""
-    frame = outcomes.order(outcomes.tests)
+    frame = outcomes.order(outcomes.tests, CELL)
     frame["against"] = frame["against"].map(_compared_with(outcomes))
     frame["task_title"] = frame["task"].map(task_words)
     return tests_table(
-        f"{outcomes.benchmark.name}_tests",
-        f"{_baseline(outcomes)}, and against the model not tuned",
-        f"Differences of accuracy to {_baseline(outcomes)} tuned the same way (each question's a mean over the seeds that both have) and to the same method not tuned, paired by question, with a 95 % confidence interval; p of the paired t-test over "
+        f"{outcomes.baseline_title}, and against the model not tuned",
+        f"Differences of accuracy to {outcomes.baseline_title} tuned the same way (each question's a mean over the seeds that both have) and to the same method not tuned, paired by question, with a 95 % confidence interval; p of the paired t-test over "
         "questions, and p corrected by Holm's procedure over the tasks of a row. It says what other questions would show, not what other seeds would. The verdict takes the corrected p at 5 %; a dash means that there is no test.",
         {**_keys(outcomes), "against": "Against", "task_title": "Task", "questions": "Questions", "seeds": "Seeds"},
         "accuracy",
@@ -86,7 +71,7 @@ def tests(outcomes: Outcomes) -> Table:
     )
 
 
-def categories(outcomes: Outcomes) -> Table:
+def categories(outcomes: InstructionOutcomes) -> Table:
     """Accuracy by category of questions."""
     return _parts(
         outcomes,
@@ -96,7 +81,7 @@ def categories(outcomes: Outcomes) -> Table:
     )
 
 
-def subjects(outcomes: Outcomes) -> Table:
+def subjects(outcomes: InstructionOutcomes) -> Table:
     """Accuracy by subject."""
     counts = [
         subject["questions"]
@@ -108,7 +93,7 @@ def subjects(outcomes: Outcomes) -> Table:
     return _parts(outcomes, "subjects", "Accuracy by subject", f"Mean over seeds.{few}")
 
 
-def _parts(outcomes: Outcomes, key: str, title: str, caption: str) -> Table:
+def _parts(outcomes: InstructionOutcomes, key: str, title: str, caption: str) -> Table:
     """A row a part of a task, a column a cell."""
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     counts: dict[tuple[str, str], int] = {}
@@ -130,7 +115,6 @@ def _parts(outcomes: Outcomes, key: str, title: str, caption: str) -> Table:
     ]
     names = list(dict.fromkeys(name for by_column in found.values() for name in by_column))
     return Table(
-        f"{outcomes.benchmark.name}_{key}",
         title,
         caption,
         {"task_title": "Task", "part": key.capitalize().replace("ies", "y").rstrip("s")},
@@ -139,17 +123,16 @@ def _parts(outcomes: Outcomes, key: str, title: str, caption: str) -> Table:
     )
 
 
-def answers(outcomes: Outcomes) -> Table:
+def answers(outcomes: InstructionOutcomes) -> Table:
     """Greedy answers to held-out instructions, for reading."""
     rows = []
     for run in _first_of_each_cell(outcomes):
         for number, answer in enumerate(outcomes.metrics[run.id]["answers"], start=1):
             asked = "\n".join(filter(None, (answer["instruction"], answer["input"])))
             rows.append({**cell_of(run), "number": number, "asked": _short(asked), "answer": _short(answer["answer"])})
-    frame = outcomes.order(pd.DataFrame(rows, columns=[*CELL, "number", "asked", "answer"]))
+    frame = outcomes.order(pd.DataFrame(rows, columns=[*CELL, "number", "asked", "answer"]), CELL)
     frame = frame.sort_values("number", kind="stable").reset_index(drop=True)
     return Table(
-        f"{outcomes.benchmark.name}_answers",
         "Answers to held-out instructions",
         f"Greedy, by the first seed of each row, cut at {_LONGEST} letters; whole ones stand in `metrics.json`.",
         {"number": "No", "asked": "Instruction", **_keys(outcomes)},
@@ -159,7 +142,7 @@ def answers(outcomes: Outcomes) -> Table:
     )
 
 
-def data(outcomes: Outcomes) -> Table:
+def data(outcomes: InstructionOutcomes) -> Table:
     """Rows and tokens of what was learned and held out, and what was cut or left out."""
     rows = []
     for run in outcomes.runs:
@@ -167,12 +150,11 @@ def data(outcomes: Outcomes) -> Table:
             if part != "train" or is_trained(run.spec):
                 rows.append({**{key: cell_of(run)[key] for key in GROUP}, "part": part.replace("_", " "), **found})
     frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
-    frame["set_title"] = [outcomes.benchmark.tasks[name].title for name in frame["set"]]
+    frame["set_title"] = [outcomes.title("set", name) for name in frame["set"]]
     frame = frame.drop(columns="tuning").drop_duplicates().reset_index(drop=True)
     counts = ("rows", "tokens", "learned_tokens", "longest", "truncated_responses", "truncated_tokens", "broken_rows")
     words = ("Rows", "Tokens", "of responses", "Longest", "Responses cut", "Tokens cut", "Broken rows")
     return Table(
-        f"{outcomes.benchmark.name}_data",
         "Instructions",
         "Only the tokens of responses are learned. Responses are cut at the longest length; a row whose prompt alone is longer is broken, and so is one that lacks a field, is empty, or is not UTF-8: broken rows are left out of the whole set, "
         "where the settings allow that.",
@@ -183,20 +165,19 @@ def data(outcomes: Outcomes) -> Table:
     )
 
 
-def cost(outcomes: Outcomes) -> Table:
+def cost(outcomes: InstructionOutcomes) -> Table:
     """Time, memory, parameters and loads."""
     return cost_table(
-        f"{outcomes.benchmark.name}_cost",
         _keys(outcomes),
-        outcomes.order(outcomes.cells()),
+        outcomes.order(outcomes.cells(), CELL),
         CELL,
-        means_by(outcomes.records, CELL),
+        outcomes.records,
         averaged="Means over seeds",
         measured_on="the held-out instructions",
     )
 
 
-def paper(outcomes: Outcomes) -> Table:
+def paper(outcomes: InstructionOutcomes) -> Table:
     """The paper's MMLU accuracies beside ours."""
     published = read_published(outcomes.benchmark, _PAPER_COLUMNS).assign(value=lambda frame: frame["value"] / 100)
     key = ["model", "tuning", "method"]
@@ -213,9 +194,8 @@ def paper(outcomes: Outcomes) -> Table:
     frame["variant"] = frame["variant"].fillna("")
     is_mmlu = frame["task"].str.startswith(f"{_MMLU.upper()} (")
     frame["difference"] = (frame["ours"] - frame["value"]).where(is_mmlu)
-    frame = outcomes.order(frame.assign(set=""))
+    frame = outcomes.order(frame.assign(set=""), CELL)
     return published_table(
-        f"{outcomes.benchmark.name}_paper",
         "The paper's MMLU accuracies beside ours",
         "Status: published (quoted by others; the paper's full tables could not be consulted). How many shots the paper used, and its learning rate and epochs of LoRA, are not known. A dash is a number that this suite did not run, or that was not found. "
         "Another model, other data and other questions can neither confirm nor refute a published value; a difference is given only for MMLU itself.",
@@ -224,31 +204,39 @@ def paper(outcomes: Outcomes) -> Table:
     )
 
 
-def verdicts(outcomes: Outcomes) -> Iterator[str]:
+TABLES = {
+    "results": results,
+    "tests": tests,
+    "categories": categories,
+    "subjects": subjects,
+    "answers": answers,
+    "data": data,
+    "cost": cost,
+    "paper": paper,
+}
+
+
+def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
     """A sentence a way of tuning: what the methods differ by, and what tuning changed."""
     gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"].to_dict()
-    losses = outcomes.order(outcomes.loss_differences())
-    losses = losses[losses["method"].map(lambda name: outcomes.methods[name].role == "method").astype(bool)]
-    scale = load_metrics()["accuracy"].scale
+    losses = outcomes.order(outcomes.loss_differences(), CELL)
+    losses = losses[losses["method"].map(outcomes.role) == "method"]
     for key, rows in losses.groupby(list(_keys(outcomes))[:-1], sort=False):
         words = []
         for row in rows.itertuples():
             tested = outcomes.tests
             cell = tuple(getattr(row, key) for key in CELL)
             same = tested[(tested[[*CELL, "against"]] == [*cell, BASELINE]).all(axis=1)]
-            accuracies = [
-                f"{task_words(one.task)} {one.delta * scale:+z.1f} points{interval_text(one.low * scale, one.high * scale)}, {one.verdict or 'no test'}"
-                for one in same.itertuples()
-            ]
+            accuracies = [f"{task_words(one.task)} {difference_text(one, ' points')}" for one in same.itertuples()]
             loss = f"held-out loss {row.delta:+z.3f}{interval_text(row.low, row.high, 3)}"
-            both = {row.method_title: cell, _baseline(outcomes): (*cell[: len(GROUP)], outcomes.baseline, "")}
+            both = {row.method_title: cell, outcomes.baseline_title: (*cell[: len(GROUP)], outcomes.baseline, "")}
             gain = ", ".join(f"{title} {gains[one]:+z.3f}" for title, one in both.items() if one in gains)
             gained = [f"by tuning: {gain}"] if gain else []
             words.append(f"{row.method_title}: {'; '.join([loss, *gained, *accuracies])}")
-        yield f"{', '.join(key)}, against {_baseline(outcomes)}: {'. '.join(words)}."
+        yield f"{', '.join(key)}, against {outcomes.baseline_title}: {'. '.join(words)}."
 
 
-def _keys(outcomes: Outcomes) -> dict[str, str]:
+def _keys(outcomes: InstructionOutcomes) -> dict[str, str]:
     """What names a row, with headings; the set where there are several."""
     sets = {"set_title": "Set"} if outcomes.several_sets else {}
     return {"model_title": "Model", **sets, "tuning_title": "Tuned", "method_title": "Method"}
@@ -261,15 +249,15 @@ def _with(frame: pd.DataFrame, values: pd.Series[float], name: str) -> pd.DataFr
     return frame.merge(grouped, left_on=CELL, right_index=True, how="left", sort=False)
 
 
-def _first_of_each_cell(outcomes: Outcomes) -> list[Run]:
+def _first_of_each_cell(outcomes: InstructionOutcomes) -> list[Run]:
     return list({tuple(cell_of(run).values()): run for run in reversed(outcomes.runs)}.values())[::-1]
 
 
-def _is_dev(outcomes: Outcomes) -> bool:
+def _is_dev(outcomes: InstructionOutcomes) -> bool:
     return any(task.startswith("mmlu_dev") for task in outcomes.tasks)
 
 
-def _questions(outcomes: Outcomes) -> str:
+def _questions(outcomes: InstructionOutcomes) -> str:
     """How many questions there are and what that means."""
     found: dict[str, int] = {}
     for metrics in outcomes.metrics.values():
@@ -291,10 +279,6 @@ def _short(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
-def _baseline(outcomes: Outcomes) -> str:
-    return outcomes.method_title(outcomes.baseline)
-
-
-def _compared_with(outcomes: Outcomes) -> dict[str, str]:
+def _compared_with(outcomes: InstructionOutcomes) -> dict[str, str]:
     """What rows are compared with, in words."""
-    return {BASELINE: _baseline(outcomes), UNTUNED: "not tuned"}
+    return {BASELINE: outcomes.baseline_title, UNTUNED: "not tuned"}

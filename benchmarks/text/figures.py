@@ -8,63 +8,72 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.plots import COLOURS, STYLE, Panel, save
+from benchmarks.harness.reporting.plots import COLOURS, STYLE, Panel, save, score_panels
 from benchmarks.harness.results.statistics import SIGNIFICANCE, critical_difference, nemenyi
-from benchmarks.text.comparison import ID, OOD, Comparison, Ranked
+from benchmarks.text.outcomes import ID, OOD, Ranked, TextOutcomes
 from benchmarks.text.selection import PROTOCOLS
 
+_COLUMNS = 4
 
-def panels_by_training_task(comparison: Comparison) -> list[list[Panel]]:
-    """A row a selection, model and training task, a panel an evaluation set, the training task's own first."""
-    return [
-        [
-            Panel(
-                _selected(
-                    comparison,
-                    protocol,
-                    f"{comparison.task_title(task)} → {comparison.task_title(name)} ({'ID' if name == task else 'OOD'})",
-                ),
-                part,
-            )
-            for name, part in rows.groupby("eval_task", sort=False)
-        ]
-        for (protocol, _, task), rows in _shown(comparison, [ID, OOD]).groupby(
-            ["protocol", "model", "task"], sort=False
+
+def scores_by_training_task(outcomes: TextOutcomes, path: Path) -> None:
+    """A row of panels a selection, model and training task, a panel an evaluation set, the training task's own first."""
+    panels = []
+    for (protocol, _, task), rows in _shown(outcomes, [ID, OOD]).groupby(["protocol", "model", "task"], sort=False):
+        titles = {
+            name: f"{outcomes.title('task', task)} → {outcomes.title('task', name)} ({'ID' if name == task else 'OOD'})"
+            for name in rows["eval_task"].unique()
+        }
+        panels.append(
+            [
+                Panel(_selected(outcomes, protocol, titles[name]), part)
+                for name, part in rows.groupby("eval_task", sort=False)
+            ]
         )
-    ]
+    score_panels(outcomes, panels, path)
 
 
-def panels_by_model(comparison: Comparison, domain: str, columns: int = 4) -> list[list[Panel]]:
-    """A few rows a selection and model, a panel a training task, or a pair of training task and OOD set."""
+def id_scores(outcomes: TextOutcomes, path: Path) -> None:
+    """A panel a training task."""
+    score_panels(outcomes, _by_model(outcomes, ID), path)
+
+
+def ood_scores(outcomes: TextOutcomes, path: Path) -> None:
+    """A panel a pair of training task and OOD set."""
+    score_panels(outcomes, _by_model(outcomes, OOD), path)
+
+
+def _by_model(outcomes: TextOutcomes, domain: str) -> list[list[Panel]]:
+    """A few rows of panels a selection and model."""
     found: list[list[Panel]] = []
-    for (protocol, model), rows in _shown(comparison, [domain]).groupby(["protocol", "model"], sort=False):
-        above = _selected(comparison, protocol, comparison.model_title(model))
+    for (protocol, model), rows in _shown(outcomes, [domain]).groupby(["protocol", "model"], sort=False):
+        above = _selected(outcomes, protocol, outcomes.title("model", model))
         panels = [
-            Panel(f"{above}\n{comparison.pair_title(task, name)}", part)
+            Panel(f"{above}\n{outcomes.pair_title(task, name)}", part)
             for (task, name), part in rows.groupby(["task", "eval_task"], sort=False)
         ]
-        found += [panels[start : start + columns] for start in range(0, len(panels), columns)]
+        found += [panels[start : start + _COLUMNS] for start in range(0, len(panels), _COLUMNS)]
     return found
 
 
-def _shown(comparison: Comparison, domains: list[str]) -> pd.DataFrame:
+def _shown(outcomes: TextOutcomes, domains: list[str]) -> pd.DataFrame:
     """The scores of the protocols that have runs of their own."""
-    seeds = comparison.seeds
-    return seeds[seeds["domain"].isin(domains) & seeds["protocol"].isin(comparison.run_protocols)]
+    seeds = outcomes.seeds
+    return seeds[seeds["domain"].isin(domains) & seeds["protocol"].isin(outcomes.run_protocols)]
 
 
-def _selected(comparison: Comparison, protocol: str, title: str) -> str:
+def _selected(outcomes: TextOutcomes, protocol: str, title: str) -> str:
     """A title that says which selection, where there are two."""
-    return title if len(comparison.run_protocols) == 1 else f"{title}, {PROTOCOLS[protocol]} selection"
+    return title if len(outcomes.run_protocols) == 1 else f"{title}, {PROTOCOLS[protocol]} selection"
 
 
-def rank_diagram(comparison: Comparison, rankings: list[Ranked], path: Path) -> None:
+def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> None:
     """Critical difference diagrams (Demšar 2006), one a model and selection.
 
     Args:
-        comparison: for titles.
-        rankings: what was ranked.
+        outcomes: for titles.
         path: of the files, without ending.
+        rankings: what was ranked.
     """
     import scikit_posthocs  # it takes a plotting library of its own along
 
@@ -74,7 +83,7 @@ def rank_diagram(comparison: Comparison, rankings: list[Ranked], path: Path) -> 
             len(rankings), 1, figsize=(7.2, (0.9 + 0.2 * rows) * len(rankings)), squeeze=False, layout="constrained"
         )
         for axis, one in zip(axes[:, 0], rankings, strict=True):
-            names = {method: comparison.method_title(method) for method in one.scores.index}
+            names = {method: outcomes.title("method", method) for method in one.scores.index}
             ranks, p = one.ranking.ranks.rename(names), nemenyi(one.scores).rename(index=names, columns=names)
             scikit_posthocs.critical_difference_diagram(
                 ranks,
@@ -89,7 +98,7 @@ def rank_diagram(comparison: Comparison, rankings: list[Ranked], path: Path) -> 
             axis.set_xlim(1, len(ranks))  # all ranks that there are
             axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
             axis.set_title(
-                f"{comparison.model_title(one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: mean rank over {one.scores.shape[1]} sets, "
+                f"{outcomes.title('model', one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: mean rank over {one.scores.shape[1]} sets, "
                 f"critical difference {critical_difference(*one.scores.shape):.2f}",
                 fontsize=8,
             )

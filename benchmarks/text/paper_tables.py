@@ -9,8 +9,8 @@ import pandas as pd
 from benchmarks.harness.reporting.published import read_published
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
 from benchmarks.harness.results.statistics import critical_difference
-from benchmarks.text.comparison import ID, Comparison, Ranked
 from benchmarks.text.grid import CLEAN, PUBLISHED
+from benchmarks.text.outcomes import ID, Ranked, TextOutcomes
 from benchmarks.text.selection import PROTOCOLS
 
 AVERAGE, RANK = "average", "OOD Friedman rank"
@@ -18,49 +18,43 @@ _COLUMNS = ["model", "scope", "method", "value", "status", "source"]
 _KEY = ["model", "scope", "method"]
 
 
-def read_paper(comparison: Comparison) -> pd.DataFrame:
+def read_paper(outcomes: TextOutcomes) -> pd.DataFrame:
     """The ``paper.csv`` of a text benchmark: a row a cell of the paper's tables."""
-    return read_published(comparison.benchmark, _COLUMNS)
+    return read_published(outcomes.benchmark, _COLUMNS)
 
 
-def paper_table(comparison: Comparison, domain: str) -> Table:
+def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     """What the paper says and what came out, under both selections.
 
     Args:
-        comparison: the finished runs.
+        outcomes: the finished runs.
         domain: ``id`` or ``ood``.
     """
-    published = read_paper(comparison)
+    published = read_paper(outcomes)
     published = published[published["scope"] != RANK].assign(value=lambda frame: frame["value"] / 100)
-    base = published.loc[published["method"] == comparison.baseline].set_index(["model", "scope"])["value"]
+    base = published.loc[published["method"] == outcomes.baseline].set_index(["model", "scope"])["value"]
     published["paper_delta"] = [
-        math.nan if row.method == comparison.baseline else row.value - base.get((row.model, row.scope), math.nan)
+        math.nan if row.method == outcomes.baseline else row.value - base.get((row.model, row.scope), math.nan)
         for row in published.itertuples()
     ]
     frame = published
     for protocol in (PUBLISHED, CLEAN):
-        ours = _ours(comparison, domain, protocol).rename(columns={"ours": protocol, "ours_delta": f"{protocol}_delta"})
+        ours = _ours(outcomes, domain, protocol).rename(columns={"ours": protocol, "ours_delta": f"{protocol}_delta"})
         frame = frame.merge(ours, on=_KEY, how="outer", sort=False)
     # of what was not found a row is shown where we have a number ourselves
     frame = frame[frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)].reset_index(drop=True)
-    order = {name: place for place, name in enumerate(comparison.methods)}
+    places = {name: place for place, name in enumerate(outcomes.methods)}
     frame = frame.sort_values(
-        _KEY, key=lambda column: column.map(order) if column.name == "method" else column, kind="stable"
+        _KEY, key=lambda column: column.map(places) if column.name == "method" else column, kind="stable"
     )
-    frame = comparison.titled(frame)
-    for column in ("status", "source"):
-        frame[column] = frame[column].fillna(MISSING).replace("", MISSING)
+    frame = outcomes.titled(frame)
+    frame[["status", "source"]] = frame[["status", "source"]].fillna(MISSING).replace("", MISSING)
     return Table(
-        f"{comparison.benchmark.name}_paper",
         "The paper's numbers beside ours",
-        f"Δ is the difference to {comparison.method_title(comparison.baseline)}; ours is paired by seed. Status: published (typed in the authors' notebooks or quoted from the paper), inferred "
+        f"Δ is the difference to {outcomes.baseline_title}; ours is paired by seed. Status: published (typed in the authors' notebooks or quoted from the paper), inferred "
         "(published, but the row is our reading), unknown (in the paper, but not found by us). A dash is a number that was not found, or that this suite did not run. Another model "
         "and other data can neither confirm nor refute the paper's value.",
-        {
-            "model_title": "Model",
-            "scope": "Task",
-            "method_title": "Method",
-        },
+        {"model_title": "Model", "scope": "Task", "method_title": "Method"},
         [
             Column("score", "value", "Paper", decimals=2),
             Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
@@ -78,9 +72,9 @@ def paper_table(comparison: Comparison, domain: str) -> Table:
     )
 
 
-def rank_table(comparison: Comparison, rankings: list[Ranked]) -> Table:
+def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
     """Mean ranks over the OOD sets, the paper's beside ours."""
-    published = read_paper(comparison)
+    published = read_paper(outcomes)
     published = published[published["scope"] == RANK].set_index(["model", "method"])["value"]
     rows = [
         {**one.key, "method": method, "rank": rank, "sets": one.scores.shape[1], "ranked": len(one.scores)}
@@ -90,17 +84,16 @@ def rank_table(comparison: Comparison, rankings: list[Ranked]) -> Table:
     frame = pd.DataFrame(rows, columns=["protocol", "model", "method", "rank", "sets", "ranked"])
     frame["paper"] = [published.get((row.model, row.method), math.nan) for row in frame.itertuples()]
     notes = [
-        f"{comparison.model_title(one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: "
+        f"{outcomes.title('model', one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: "
         + ("no test" if math.isnan(one.ranking.p) else f"Friedman p = {one.ranking.p:.3f}")
         + f", critical difference {critical_difference(*one.scores.shape):.2f}"
         for one in rankings
     ]
     pairs = list(dict.fromkeys(pair for one in rankings for pair in one.scores.columns))
-    methods = list(dict.fromkeys(method for one in rankings for method in one.scores.index))
+    methods = list(dict.fromkeys(outcomes.title("method", name) for one in rankings for name in one.scores.index))
     return Table(
-        f"{comparison.benchmark.name}_ranks",
         "Friedman ranks out of domain",
-        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(map(comparison.method_title, methods))}. A rank means something only among the rows that are ranked "
+        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. A rank means something only among the rows that are ranked "
         "together; which ones the paper ranks is unknown, so that its ranks stand here for the reader and not for comparison. "
         f"Sets ({len(pairs)}): {', '.join(pairs)}. {'; '.join(notes)}. Ranks that are further apart than the critical difference differ by Nemenyi's test at 5 %.",
         {"model_title": "Model", "selection": "Selection", "method_title": "Method"},
@@ -110,21 +103,21 @@ def rank_table(comparison: Comparison, rankings: list[Ranked]) -> Table:
             Column("sets", "ranked", "Rows ranked"),
             Column("ood_rank", "paper", "Rank in the paper"),
         ],
-        comparison.order(frame, ["model", "protocol"]),
+        outcomes.order(frame, ["protocol", "model", "method"]),
         group=("model", "protocol"),
     )
 
 
-def _ours(comparison: Comparison, domain: str, protocol: str) -> pd.DataFrame:
+def _ours(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
     """Our scores by pair of tasks, and in domain the averages over the tasks that a method ran.
 
     Methods that ran fewer tasks than others form a scope of their own, with the baseline on the same tasks.
     """
-    rows = comparison.of(domain, protocol)
+    rows = outcomes.of(domain, protocol)
     found = [
         {
             "model": row.model,
-            "scope": comparison.pair_title(row.task, row.eval_task),
+            "scope": outcomes.pair_title(row.task, row.eval_task),
             "method": row.method,
             "ours": row.mean,
             "ours_delta": row.delta,
@@ -135,19 +128,19 @@ def _ours(comparison: Comparison, domain: str, protocol: str) -> pd.DataFrame:
         tasks_of = {method: tuple(part["task"]) for method, part in of_model.groupby("method", sort=False)}
         for tasks in dict.fromkeys(tasks for tasks in tasks_of.values() if len(tasks) > 1):
             for method, own in tasks_of.items():
-                if own != tasks and method != comparison.baseline:
+                if own != tasks and method != outcomes.baseline:
                     continue
                 part = of_model[(of_model["method"] == method) & of_model["task"].isin(tasks)]
                 numbers = {"ours": part["mean"].mean(), "ours_delta": part["delta"].mean()}
-                found.append({"model": model, "scope": _scope(comparison, tasks), "method": method, **numbers})
+                found.append({"model": model, "scope": _scope(outcomes, tasks), "method": method, **numbers})
     return pd.DataFrame(found, columns=[*_KEY, "ours", "ours_delta"])
 
 
-def _scope(comparison: Comparison, tasks: tuple[str, ...]) -> str:
+def _scope(outcomes: TextOutcomes, tasks: tuple[str, ...]) -> str:
     """What an average is over: all tasks that the paper trains on have its name for it."""
     glue = {
         name
-        for name, task in comparison.benchmark.tasks.items()
+        for name, task in outcomes.benchmark.tasks.items()
         if task.splits.train is not None and task.source.vader_sentiment is None
     }
-    return AVERAGE if set(tasks) == glue else ", ".join(comparison.task_title(task) for task in tasks)
+    return AVERAGE if set(tasks) == glue else ", ".join(outcomes.title("task", task) for task in tasks)

@@ -32,10 +32,12 @@ from benchmarks.harness.results.statistics import (
     paired_difference,
 )
 from benchmarks.harness.training.metrics import SCORES, score
-from benchmarks.text.comparison import Comparison, ranked
-from benchmarks.text.paper_tables import paper_table, rank_table
+from benchmarks.text.outcomes import TextOutcomes, ranked
+from benchmarks.text.paper_tables import paper as paper_table
+from benchmarks.text.paper_tables import ranks
 from benchmarks.text.selection import choices, reported, select
-from benchmarks.text.tables import TextTables
+from benchmarks.text.tables import chosen, results, tasks
+from benchmarks.text.tables import tests as paired_tests
 from tests import fake_runs
 
 
@@ -50,13 +52,8 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     return load_suite({"benchmarks": list(benchmarks)})
 
 
-def tables_of(suite: Suite) -> TextTables:
-    """The tables of full fine-tuning."""
-    return TextTables(comparison_of(suite.runs))
-
-
-def comparison_of(runs: list[Run], benchmark: str = "glue") -> Comparison:
-    return Comparison(load_benchmark(benchmark), [run for run in runs if run.benchmark == benchmark])
+def outcomes_of(runs: list[Run], benchmark: str = "glue") -> TextOutcomes:
+    return TextOutcomes(load_benchmark(benchmark), [run for run in runs if run.benchmark == benchmark])
 
 
 # scores
@@ -188,7 +185,7 @@ def test_records_name_unfinished_damaged_and_foreign_files(finished: Suite) -> N
 
 
 def test_results_table_says_what_was_put_in(finished: Suite) -> None:
-    frame = tables_of(finished).results().frame.set_index(["task", "method"])
+    frame = results(outcomes_of(finished.runs)).frame.set_index(["task", "method"])
     assert len(frame) == 11
     assert frame.loc[("tweets", "vanilla"), "n"] == 3
     assert frame.loc[("tweets", "noisy_tuning"), "n"] == 2
@@ -210,14 +207,14 @@ def test_ranks_and_marks_compare_the_seeds_that_all_rows_have(finished: Suite) -
             )
             content = json.loads((Path("results/runs") / twin.folder / "metrics.json").read_text())
             (Path("results/runs") / run.folder / "metrics.json").write_text(json.dumps({**content, "run_id": run.id}))
-    frame = tables_of(finished).results().frame.set_index(["task", "method"])
+    frame = results(outcomes_of(finished.runs)).frame.set_index(["task", "method"])
     for column in ("id_common", "ood_common", "ood_rank"):
         assert frame.loc[("tweets", "all_experts"), column] == frame.loc[("tweets", "vanilla"), column]
     assert frame.loc[("tweets", "all_experts"), "id_mean"] != frame.loc[("tweets", "vanilla"), "id_mean"]
 
 
 def test_choices_name_the_best_one_for_all_tasks(finished: Suite) -> None:
-    frame = tables_of(finished).choices().frame
+    frame = chosen(outcomes_of(finished.runs)).frame
     joint = frame[(frame["task_title"] == "all") & (frame["method"] == "emoe")]
     joint = joint[joint["protocol"] == "clean"]
     own = frame[(frame["task_title"] != "all") & (frame["method"] == "emoe") & (frame["protocol"] == "clean")]
@@ -231,12 +228,12 @@ def test_differences_are_paired_by_seed(finished: Suite) -> None:
     test = test[test["task"] == "tweets"]
     by_seed = {m: test[test["method"] == m].set_index("seed")["value"] for m in ("gmoe", "vanilla")}
     expected = (by_seed["gmoe"] - by_seed["vanilla"]).dropna().mean()  # seeds 0 and 1 only
-    frame = tables_of(finished).results().frame.set_index(["task", "method"])
+    frame = results(outcomes_of(finished.runs)).frame.set_index(["task", "method"])
     assert frame.loc[("tweets", "gmoe"), "id_delta"] == pytest.approx(expected)
 
 
 def test_paper_table_puts_published_numbers_beside_ours(finished: Suite) -> None:
-    table = paper_table(comparison_of(finished.runs), "id")
+    table = paper_table(outcomes_of(finished.runs), "id")
     frame = table.frame.set_index(["model", "scope", "method"])
     published = frame.loc[("bert-base-cased", "average", "emoe")]
     assert published["value"] == pytest.approx(0.8046)
@@ -266,11 +263,11 @@ def test_paper_table_puts_published_numbers_beside_ours(finished: Suite) -> None
 def test_wrong_cells_of_the_paper_are_named(finished: Suite, tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "paper.csv"
     path.write_text(f"model,scope,method,value,status,source\n{line}\n")
-    comparison = comparison_of(finished.runs)
-    changed = comparison.benchmark.definition.model_copy(update={"paper": str(path)})
-    comparison.benchmark = replace(comparison.benchmark, definition=changed)
+    outcomes = outcomes_of(finished.runs)
+    changed = outcomes.benchmark.definition.model_copy(update={"paper": str(path)})
+    outcomes.benchmark = replace(outcomes.benchmark, definition=changed)
     with pytest.raises(DefinitionError, match=message):
-        paper_table(comparison, "id")
+        paper_table(outcomes, "id")
 
 
 # both selections, on GLUE's own tasks
@@ -285,14 +282,14 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
 
 def test_published_and_clean_runs_stand_side_by_side(paper, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(paper[0].parents[1])
-    comparison = comparison_of(paper[1], "glue_lora")
-    frame = TextTables(comparison).tasks().frame
+    outcomes = outcomes_of(paper[1], "glue_lora")
+    frame = tasks(outcomes).frame
     assert set(frame["selection"]) == {"clean", "authors'"}
     by = frame.set_index(["model", "protocol", "method"])
     assert len(by.loc["gpt2-xl"].loc["published"]) == 12  # all rows; the paper's five were trained clean too
     assert len(by.loc["gpt2-xl"].loc["clean"]) == 5
     # the authors' numbers: best learning rate by its mean over seeds, that mean, and the population's standard deviation
-    rows = comparison.records
+    rows = outcomes.records
     rows = rows[
         (rows["model"] == "gpt2-xl")
         & (rows["task"] == "cola")
@@ -316,14 +313,14 @@ def test_an_average_is_over_all_tasks_or_not_given(paper, monkeypatch: pytest.Mo
         for run in paper[1]
         if not (run.spec["method"]["name"] == "lora_block" and run.spec["task"]["name"] == "cola")
     ]
-    by = TextTables(comparison_of(some, "glue_lora")).tasks().frame.set_index(["model", "protocol", "method"])
+    by = tasks(outcomes_of(some, "glue_lora")).frame.set_index(["model", "protocol", "method"])
     assert math.isnan(by.loc[("gpt2-xl", "clean", "lora_block"), "average"])
     assert not math.isnan(by.loc[("gpt2-xl", "clean", "lora"), "average"])
 
 
 def test_p_values_are_corrected_over_the_tasks_of_a_method(paper, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(paper[0].parents[1])
-    frame = TextTables(comparison_of(paper[1], "glue_lora")).tests().frame
+    frame = paired_tests(outcomes_of(paper[1], "glue_lora")).frame
     family = frame[(frame["model"] == "gpt2-xl") & (frame["protocol"] == "clean") & (frame["method"] == "lora_emoe")]
     assert len(family) == 8
     ordered = family.sort_values("p")
@@ -339,15 +336,15 @@ def test_p_values_are_corrected_over_the_tasks_of_a_method(paper, monkeypatch: p
 
 def test_ranks_state_what_was_ranked(paper, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(paper[0].parents[1])
-    comparison = comparison_of(paper[1], "glue_ood")
-    methods = comparison.benchmark.definition.ranked
-    rankings = list(ranked(comparison, methods, ["protocol", "model"]))
+    outcomes = outcomes_of(paper[1], "glue_ood")
+    methods = outcomes.benchmark.definition.ranked
+    rankings = list(ranked(outcomes, methods, ["protocol", "model"]))
     assert len(rankings) == 4
     for one in rankings:
         assert one.scores.shape == (5, 15)
         assert one.ranking.ranks.sum() == pytest.approx(15)  # 1 + 2 + 3 + 4 + 5
         assert one.ranking.ranks.idxmin() == "lora_emoe"
-    table = rank_table(comparison, rankings)
+    table = ranks(outcomes, rankings)
     assert "of 5 rows: LoRA, LoRA + Block, LoRA + GMoE, LoRA + EMoE, LoRA + EMoE-learn" in table.caption
     assert "Sets (15): " in table.caption
     assert "critical difference 1.57" in table.caption  # 2.728 * sqrt(5 * 6 / (6 * 15)), Demšar's table
@@ -357,7 +354,7 @@ def test_ranks_state_what_was_ranked(paper, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_own_metrics_stand_beside_the_papers(paper, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(paper[0].parents[1])
-    headings = TextTables(comparison_of(paper[1], "glue_ood")).tasks("scores", "ood").texts().columns
+    headings = tasks(outcomes_of(paper[1], "glue_ood"), "ood").texts().columns
     assert "CoLA → Grammar Test (%)" in headings
     assert "CoLA → Grammar Test, Matthews correlation (%)" in headings
     for pair in ("MRPC → QQP", "MRPC → Twitter-PIT", "QQP → MRPC", "QQP → Twitter-PIT"):
@@ -393,7 +390,6 @@ def test_all_formats_and_the_report_are_written(finished: Suite) -> None:
 
 
 TABLE = Table(
-    "t",
     "A & B",
     "50 % of_it",
     {"g": "Group", "name": "Name"},
@@ -438,7 +434,7 @@ def test_every_format_escapes() -> None:
 
 def test_an_empty_table_is_still_a_table(tmp_path: Path) -> None:
     empty = Table(
-        "e", "E", "", {"name": "Name"}, [Column("accuracy", "a", best="a")], pd.DataFrame({"name": [], "a": []})
+        "E", "", {"name": "Name"}, [Column("accuracy", "a", best="a")], pd.DataFrame({"name": [], "a": []}), name="e"
     )
     empty.write(tmp_path)
     assert "Accuracy" in (tmp_path / "e.md").read_text()

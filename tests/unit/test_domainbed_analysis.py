@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.domainbed.jobs import validation_job
-from benchmarks.domainbed.outcomes import Outcomes
+from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.domainbed.selection import (
-    Trained,
+    RunRecords,
     best_record,
     leave_one_domain_out,
     oracle_validation,
@@ -44,8 +44,8 @@ def record(step: int, within: list[float], out: list[float]) -> dict[str, Any]:
 
 # environment 0 is held out
 ALONE = [
-    Trained((0,), 0, [record(0, [0.5, 0, 0], [0.9, 0.2, 0.4]), record(300, [0.6, 0, 0], [0.1, 0.5, 0.5])]),
-    Trained((0,), 1, [record(0, [0.7, 0, 0], [0.3, 0.6, 0.4]), record(300, [0.8, 0, 0], [0.2, 0.1, 0.1])]),
+    RunRecords((0,), 0, [record(0, [0.5, 0, 0], [0.9, 0.2, 0.4]), record(300, [0.6, 0, 0], [0.1, 0.5, 0.5])]),
+    RunRecords((0,), 1, [record(0, [0.7, 0, 0], [0.3, 0.6, 0.4]), record(300, [0.8, 0, 0], [0.2, 0.1, 0.1])]),
 ]
 
 
@@ -65,11 +65,11 @@ def test_the_oracle_takes_the_last_record_and_the_held_out_environments_out_spli
     chosen = oracle_validation(ALONE, 0)
     assert chosen is not None
     assert (chosen.value, chosen.choice, chosen.record["step"], chosen.test_accuracy(0)) == (0.2, 1, 300, 0.8)
-    shuffled = [Trained(run.test_envs, run.choice, list(reversed(run.records))) for run in ALONE]
+    shuffled = [RunRecords(run.test_envs, run.choice, list(reversed(run.records))) for run in ALONE]
     assert oracle_validation(shuffled, 0) == chosen
 
 
-def pairs(choice: int, values: dict[int, list[float]]) -> list[Trained]:
+def pairs(choice: int, values: dict[int, list[float]]) -> list[RunRecords]:
     """Runs that hold out 0 and another one: the accuracy on that, by step."""
     found = []
     for env, by_step in values.items():
@@ -78,7 +78,7 @@ def pairs(choice: int, values: dict[int, list[float]]) -> list[Trained]:
             within = [0.0, 0.0, 0.0]
             within[env] = value
             records.append(record(300 * number, within, [1, 1, 1]))
-        found.append(Trained((0, env), choice, records))
+        found.append(RunRecords((0, env), choice, records))
     return found
 
 
@@ -117,8 +117,8 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Run]
     return runs, tmp_path
 
 
-def outcomes(runs: list[Run]) -> Outcomes:
-    return Outcomes(load_benchmark("domainbed"), runs)
+def outcomes(runs: list[Run]) -> DomainOutcomes:
+    return DomainOutcomes(load_benchmark("domainbed"), runs)
 
 
 def test_tables_average_over_environments_then_trials(finished: tuple[list[Run], Path]) -> None:

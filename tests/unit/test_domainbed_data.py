@@ -26,7 +26,7 @@ from benchmarks.domainbed.emoji import EMOJI_PACKAGES
 from benchmarks.domainbed.environments import ImageSet
 from benchmarks.domainbed.loading import load_set
 from benchmarks.domainbed.mnist import load_digits
-from benchmarks.domainbed.protocol import split_things
+from benchmarks.domainbed.protocol import split_paired
 from benchmarks.domainbed.transforms import DEVIATION, MEAN, augmented, plain
 from benchmarks.domainbed.validation import (
     counts,
@@ -408,12 +408,12 @@ def test_emoji_of_all_styles_stand_in_one_order(packages: Path) -> None:
 
 @pytest.mark.parametrize("trial", [0, 1])
 def test_no_emoji_is_on_two_sides(trial: int) -> None:
-    train, test = (split_things(100, trial, is_test=is_test) for is_test in (False, True))
+    train, test = (split_paired(100, trial, is_test=is_test) for is_test in (False, True))
     assert train.out == test.out
     assert not set(train.within) & set(test.within)
     assert not set(train.out) & (set(train.within) | set(test.within))
     assert [len(train.out), len(test.within), len(train.within)] == [20, 20, 60]
-    assert split_things(100, 1 - trial, is_test=True).within != test.within
+    assert split_paired(100, 1 - trial, is_test=True).within != test.within
 
 
 def test_a_package_that_is_not_there_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

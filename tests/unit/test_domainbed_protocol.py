@@ -15,7 +15,7 @@ from torchvision.transforms.functional import rotate, to_tensor
 from transformers import TrainerControl, TrainerState
 
 from benchmarks.domainbed.batches import EnvironmentBatches
-from benchmarks.domainbed.information import by_chance, information, told
+from benchmarks.domainbed.information import by_chance, mutual_information, told
 from benchmarks.domainbed.mnist import colored_mnist, rotated_mnist
 from benchmarks.domainbed.protocol import (
     class_weights,
@@ -228,9 +228,9 @@ def test_records_stand_where_domainbed_has_them() -> None:
 
 
 def test_information_of_a_choice() -> None:
-    assert information(np.array([[10, 0], [0, 10]])) == pytest.approx(1.0)
-    assert information(np.array([[5, 5], [9, 9]])) == pytest.approx(0.0, abs=1e-12)
-    assert information(np.eye(4, dtype=int) * 3) == pytest.approx(math.log2(4))
+    assert mutual_information(np.array([[10, 0], [0, 10]])) == pytest.approx(1.0)
+    assert mutual_information(np.array([[5, 5], [9, 9]])) == pytest.approx(0.0, abs=1e-12)
+    assert mutual_information(np.eye(4, dtype=int) * 3) == pytest.approx(math.log2(4))
 
 
 def looked_at(experts: np.ndarray, classes: np.ndarray, environments: np.ndarray, paired: bool = False) -> dict:
@@ -247,7 +247,7 @@ def test_what_chance_tells_is_found_by_shuffling_images_not_tokens() -> None:
         bits, mean, high = looked_at(experts, classes, environments)[name]
         table = np.zeros((5, 4))
         np.add.at(table, (labels, experts), 50)
-        assert bits == pytest.approx(float(information(table)))
+        assert bits == pytest.approx(float(mutual_information(table)))
         freedom = (len(set(labels)) - 1) * 3
         assert mean == pytest.approx(freedom / (2 * 120 * math.log(2)), rel=0.15)  # as of 120 draws, not of 6,000
         assert bits < high < 3 * mean

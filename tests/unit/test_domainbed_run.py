@@ -26,7 +26,7 @@ from benchmarks.domainbed import pipeline
 from benchmarks.domainbed.batches import EvaluationRows
 from benchmarks.domainbed.definition import ImageSpec, ImageSuite
 from benchmarks.domainbed.grid import KIND
-from benchmarks.domainbed.information import information
+from benchmarks.domainbed.information import mutual_information
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.training import DomainTrainer
 from benchmarks.harness.base.errors import DataError, DefinitionError
@@ -116,7 +116,7 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
     assert loads.sum() == 16 * 5 * 2  # out images, their tokens (four patches and a class token), experts of each
     routing = found["routing"]
     for name, axis in (("class", 0), ("environment", 1)):
-        told = [information(np.array(loads).sum(axis)) for loads in routing["loads"].values()]
+        told = [mutual_information(np.array(loads).sum(axis)) for loads in routing["loads"].values()]
         assert routing[f"{name}_information"] == pytest.approx(np.mean(told))
         for layer in ("2", "4"):
             mean, high = routing["chance"][layer][name]

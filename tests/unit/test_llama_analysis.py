@@ -21,7 +21,7 @@ from benchmarks.harness.reporting.report import write_report
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.regression import bless, compare
 from benchmarks.harness.results.tracking import mirror
-from benchmarks.llama.outcomes import CELL, Outcomes, cell_of
+from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of
 from benchmarks.llama.tables import answers, categories, data, paper, results, subjects, verdicts
 from benchmarks.llama.tables import tests as paired_tests
 from emoe.architectures import resolve_layers
@@ -49,7 +49,7 @@ def number(run: Run, metric: str = "accuracy") -> float:
 
 
 def test_results_begin_with_the_model_as_it_came(runs: list[Run]) -> None:
-    frame = results(Outcomes(LLAMA, runs)).frame
+    frame = results(InstructionOutcomes(LLAMA, runs)).frame
     assert list(zip(frame["tuning"], frame["method"], strict=True)) == [
         ("base", "dense"),
         ("base", "emoe"),
@@ -66,7 +66,7 @@ def test_results_begin_with_the_model_as_it_came(runs: list[Run]) -> None:
     assert row[f"{TASK} accuracy std"] == pytest.approx(values.std())
     assert row["baseline delta"] == pytest.approx(-0.3, abs=0.02)
     assert frame.loc[frame["method"] == "dense", "baseline delta"].isna().all()
-    text = results(Outcomes(LLAMA, runs)).markdown()
+    text = results(InstructionOutcomes(LLAMA, runs)).markdown()
     assert "MMLU-dev (0-shot, first 2), mean of subjects (%)" in text
     assert "and not its test" in text  # said wherever it stands
     assert "has 100 questions" in text
@@ -77,7 +77,7 @@ def test_the_cost_of_conversion_and_the_gain_of_tuning_are_told_apart(runs: list
         found = [run for run in runs if (run.spec["finetuning"], run.spec["method"]["name"]) == (tuning, method)]
         return sum(read_metrics(run)["scores"]["dev"]["alpaca_demo"]["loss"] for run in found) / len(found)
 
-    outcomes = Outcomes(LLAMA, runs)
+    outcomes = InstructionOutcomes(LLAMA, runs)
     frame = results(outcomes).frame.set_index(["tuning", "method"])
     assert frame.loc[("base", "emoe"), "baseline delta"] == pytest.approx(loss("base", "emoe") - loss("base", "dense"))
     assert frame.loc["base", "untuned delta"].isna().all()
@@ -98,7 +98,7 @@ def test_the_cost_of_conversion_and_the_gain_of_tuning_are_told_apart(runs: list
 
 
 def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
-    outcomes = Outcomes(LLAMA, runs)
+    outcomes = InstructionOutcomes(LLAMA, runs)
     frame = paired_tests(outcomes).frame
     frame = frame[frame["against"] == "dense"].reset_index()
     assert list(zip(frame["tuning"], frame["questions"], frame["seeds"], strict=True)) == [
@@ -123,7 +123,7 @@ def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
 
 
 def test_parts_are_means_over_seeds_and_count_their_questions(runs: list[Run]) -> None:
-    outcomes = Outcomes(LLAMA, runs)
+    outcomes = InstructionOutcomes(LLAMA, runs)
     by_subject = subjects(outcomes).frame
     assert by_subject["part"].tolist() == [f"{name} ({count})" for name, count in SUBJECTS.items()]
     assert list(categories(outcomes).frame["part"]) == ["stem (40)", "other (60)"]
@@ -136,20 +136,20 @@ def test_of_several_learning_rates_the_lowest_loss_stands(runs: list[Run]) -> No
     first = [run for run in runs if run.spec["finetuning"] == "lora" and run.spec["method"]["name"] == "dense"]
     others = [run_from_spec({**copy.deepcopy(run.spec), "learning_rate": 0.5}) for run in first]
     write_runs(others, {"dense": -0.5})
-    outcomes = Outcomes(LLAMA, [*runs, *others])
+    outcomes = InstructionOutcomes(LLAMA, [*runs, *others])
     assert {run.id for run in outcomes.runs} == {run.id for run in runs}
     assert "Of several learning rates" in results(outcomes).caption
-    assert "Of several learning rates" not in results(Outcomes(LLAMA, runs)).caption
+    assert "Of several learning rates" not in results(InstructionOutcomes(LLAMA, runs)).caption
 
 
 def test_the_papers_numbers_stand_beside_ours(runs: list[Run]) -> None:
-    frame = paper(Outcomes(LLAMA, runs)).frame
+    frame = paper(InstructionOutcomes(LLAMA, runs)).frame
     published = frame[frame["value"].notna()]
     assert published["value"].tolist() == pytest.approx([0.5618, 0.5711, 0.4696, 0.4758, 0.4650, 0.4808])
     assert frame["difference"].isna().all()  # MMLU-dev is not MMLU
     found = [run for run in plan(["llama"], "paper") if run.spec["seed"] == 0]
     write_runs(found)
-    outcomes = Outcomes(LLAMA, found)
+    outcomes = InstructionOutcomes(LLAMA, found)
     frame = paper(outcomes).frame
     row = frame[(frame["model"] == "llama2-7b") & (frame["tuning"] == "full") & (frame["method"] == "dense")]
     assert set(row["task"]) == {"MMLU (5-shot)", "MMLU (0-shot)"}
@@ -163,7 +163,7 @@ def test_a_model_that_diverged_has_no_loss_and_is_not_chosen(runs: list[Run]) ->
     found["scores"]["dev"]["alpaca_demo"]["loss"] = None
     found["curve"] = [3.0, None, None]
     path.write_text(json.dumps(found))
-    frame = results(Outcomes(LLAMA, runs)).frame
+    frame = results(InstructionOutcomes(LLAMA, runs)).frame
     assert frame["n"].tolist() == [1, 1, 2, 2, 1, 1]
     assert not math.isnan(frame.loc[2, "loss"])  # that of the other seed
 
@@ -205,9 +205,9 @@ def test_a_suite_without_training_or_accuracy_still_has_its_pictures(runs: list[
     presented.draw(tmp_path)
     assert "gsm8k (5-shot), exact_match" in presented.tables[0].markdown()
     assert "| 0.200" in presented.tables[0].markdown()
-    assert len(answers(Outcomes(LLAMA, base)).frame) == 1
-    assert data(Outcomes(LLAMA, base)).frame["part"].tolist() == ["held out"]
-    assert Outcomes(LLAMA, base).tests[CELL].empty
+    assert len(answers(InstructionOutcomes(LLAMA, base)).frame) == 1
+    assert data(InstructionOutcomes(LLAMA, base)).frame["part"].tolist() == ["held out"]
+    assert InstructionOutcomes(LLAMA, base).tests[CELL].empty
 
 
 def test_wrong_settings_are_refused_by_name() -> None:

@@ -224,10 +224,13 @@ def test_tables_figures_and_report_show_what_was_measured(tmp_path: Path, monkey
     assert "Data and training" not in page
 
 
-def test_a_presentation_that_makes_other_tables_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("key", "names"), [("tables", ["layers"]), ("figures", {"layers": "Ratios."})])
+def test_tables_and_figures_that_are_not_made_are_named(
+    key: str, names: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     made = fake_runs.write(tmp_path / "results" / "runs", "smoke", benchmarks=("speed",))
     real = load_benchmark("speed")
-    other = Benchmark("speed", real.definition.model_copy(update={"tables": ["layer"]}), real.tasks)
-    with pytest.raises(DefinitionError, match="'tables' names"):
+    other = Benchmark("speed", real.definition.model_copy(update={key: names}), real.tasks)
+    with pytest.raises(DefinitionError, match=f"'{key}' is 'layers', which does not exist; did you mean 'layer'"):
         present(other, made)

@@ -1,49 +1,82 @@
-"""Tables of every kind of benchmark that trains: tests against the baseline, and what it took."""
+"""Tables of every kind of benchmark that trains: results, tests against the baseline, what it took, what was published."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
 
-_SHOWN = (
-    ("cost", "train_seconds"),
-    ("cost", "step_seconds"),
-    ("cost", "evaluation_seconds"),
-    ("cost", "startup_seconds"),
-    ("cost", "job_seconds"),
-    ("cost", "peak_memory_mb"),
-    ("model", "active_neurons"),
-    ("model", "parameters"),
-    ("model", "trainable_parameters"),
-    ("routing", "load_entropy"),
-    ("routing", "load_max_over_mean"),
-    ("routing", "drop_rate"),
-    ("routing", "class_information"),
-    ("routing", "class_information_chance"),
-    ("routing", "class_information_chance_95"),
-    ("routing", "environment_information"),
-    ("routing", "environment_information_chance"),
-    ("routing", "environment_information_chance_95"),
+_COST = (
+    "train_seconds",
+    "step_seconds",
+    "evaluation_seconds",
+    "startup_seconds",
+    "job_seconds",
+    "peak_memory_mb",
+    "active_neurons",
+    "parameters",
+    "trainable_parameters",
+    "load_entropy",
+    "load_max_over_mean",
+    "drop_rate",
+    "class_information",
+    "class_information_chance",
+    "class_information_chance_95",
+    "environment_information",
+    "environment_information_chance",
+    "environment_information_chance_95",
 )
 
 
-def in_order(frame: pd.DataFrame, places: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """Rows sorted by columns, each by the place of its value in a list; values that the list does not have come last.
+def with_numbers(frame: pd.DataFrame, on: Sequence[str], numbers: pd.DataFrame, prefix: str = "") -> pd.DataFrame:
+    """Rows with the numbers that have the same values in the columns ``on``, the numbers' columns prefixed."""
+    named = numbers.set_index(list(on)).add_prefix(prefix)
+    return frame.merge(named, left_on=list(on), right_index=True, how="left")
+
+
+def with_columns(
+    frame: pd.DataFrame,
+    on: Sequence[str],
+    numbers: pd.DataFrame,
+    headings: Mapping[str, str],
+    metric: str,
+    *,
+    std: str = "std",
+    best: str | None = "mean",
+    joint: str = " ",
+) -> tuple[pd.DataFrame, list[Column]]:
+    """Spread numbers over one column a name.
 
     Args:
-        frame: the rows.
-        places: the columns, the first one first, with their lists.
+        frame: rows, with the columns ``on``.
+        on: columns that numbers and rows share.
+        numbers: those, ``mean``, ``std``, ``best``, and, as the first column, the name of all columns.
+        headings: by name, in the order of columns.
+        metric: that the numbers are of.
+        std: column of the numbers with their spread.
+        best: column of the numbers by which the best row is marked.
+        joint: between a name and a column of the numbers, in columns of the frame.
+
+    Returns:
+        The rows with the numbers, and the columns of the table.
     """
+    by, columns = numbers.columns[0], []
+    for name, heading in headings.items():
+        prefix = f"{name}{joint}"
+        frame = with_numbers(frame, on, numbers[numbers[by] == name].drop(columns=by), prefix)
+        columns.append(Column(metric, f"{prefix}mean", heading, std=f"{prefix}{std}", best=best and f"{prefix}{best}"))
+    return frame, columns
 
-    def place(column: pd.Series) -> pd.Series:
-        known = places[str(column.name)]
-        return column.map(lambda value: known.index(value) if value in known else len(known))
 
-    return frame.sort_values(list(places), key=place, kind="stable").reset_index(drop=True)
+def with_average(frame: pd.DataFrame, columns: list[Column], metric: str) -> tuple[pd.DataFrame, list[Column]]:
+    """With the average of columns, where a row has all of them: an average over fewer is another number."""
+    averages = frame[[column.value for column in columns]].mean(axis=1, skipna=False)
+    average = Column(metric, "average", "Average", best="average")
+    return frame.assign(average=averages), [*columns, average]
 
 
 def interval_text(low: float, high: float, decimals: int = 1) -> str:
@@ -51,22 +84,24 @@ def interval_text(low: float, high: float, decimals: int = 1) -> str:
     return "" if math.isnan(low) else f" [{low:+z.{decimals}f}, {high:+z.{decimals}f}]"
 
 
-def tests_table(
-    name: str, baseline: str, caption: str, keys: Mapping[str, str], metric: str, frame: pd.DataFrame
-) -> Table:
+def difference_text(row: Any, unit: str = "") -> str:
+    """A difference of shares for a sentence: in points, with its interval and verdict."""
+    interval = interval_text(row.low * 100, row.high * 100)
+    return f"{row.delta * 100:+z.1f}{unit}{interval}, {row.verdict or 'no test'}"
+
+
+def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str, frame: pd.DataFrame) -> Table:
     """Paired differences to the baseline, with intervals, p and verdicts.
 
     Args:
-        name: of the file.
-        baseline: title of the baseline.
+        against: titles of what rows are compared with.
         caption: what was paired and corrected.
         keys: columns that name a row, with their headings.
         metric: that the differences are of.
         frame: one row a difference, as :func:`~benchmarks.harness.results.statistics.with_verdicts` makes them, with titles.
     """
     return Table(
-        name,
-        f"Tests against {baseline}",
+        f"Tests against {against}",
         caption,
         dict(keys),
         [
@@ -79,18 +114,16 @@ def tests_table(
     )
 
 
-def published_table(name: str, title: str, caption: str, keys: Mapping[str, str], frame: pd.DataFrame) -> Table:
+def published_table(title: str, caption: str, keys: Mapping[str, str], frame: pd.DataFrame) -> Table:
     """Published accuracies beside ours.
 
     Args:
-        name: of the file.
         title: heading.
         caption: what the columns and their gaps mean.
         keys: columns that name a row, with their headings.
         frame: with ``value``, ``ours``, ``difference``, ``status`` and ``source``.
     """
     return Table(
-        name,
         title,
         caption,
         dict(keys),
@@ -104,22 +137,18 @@ def published_table(name: str, title: str, caption: str, keys: Mapping[str, str]
     )
 
 
-def means_by(records: pd.DataFrame, cell: Sequence[str]) -> Callable[[str, str], pd.Series]:
-    """What :func:`cost_table` takes: the mean of a part's metric over the runs of each cell."""
-
-    def means(part: str, metric: str) -> pd.Series:
-        rows = records[(records["part"] == part) & (records["metric"] == metric)]
-        return rows.groupby(list(cell), sort=False)["value"].mean()
-
-    return means
+def means_by(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
+    """Means of what runs took and of how their experts were used, a row a cell, a column a metric."""
+    records = records[records["part"].isin(("cost", "model", "routing"))]
+    by_metric = {metric: records[records["metric"] == metric].groupby(list(cell), sort=False) for metric in metrics}
+    return pd.DataFrame({metric: rows["value"].mean() for metric, rows in by_metric.items()}).reset_index()
 
 
 def cost_table(
-    name: str,
     keys: Mapping[str, str],
     frame: pd.DataFrame,
     cell: Sequence[str],
-    means: Callable[[str, str], pd.Series],
+    records: pd.DataFrame,
     *,
     averaged: str,
     measured_on: str,
@@ -127,24 +156,20 @@ def cost_table(
     """Time, memory, parameters and loads.
 
     Args:
-        name: of the file.
         keys: columns that name a row, with their headings.
         frame: one row a cell, with titles.
         cell: columns that identify a row.
-        means: of a part and metric of the records, over the runs of each cell.
+        records: numbers of the runs of each cell.
         averaged: which runs' means these are.
         measured_on: where loads were counted.
     """
-    for part, metric in _SHOWN:
-        frame = frame.merge(means(part, metric).rename(metric), left_on=list(cell), right_index=True, how="left")
     return Table(
-        name,
         "What it took, and how the experts were used",
         f"{averaged}, on the machine of the runs (see the environment below). Runs share the machine, so times are rough: "
         "they do not compare methods. Start-up is what passes before the run's own work begins, mostly imports. Active neurons are the FFN neurons "
         f"that a token uses, as a share of the dense model's. Load entropy is 1 for a perfectly balanced load; loads and drops are measured on {measured_on}. "
         "Only the published settings limit the capacity of experts, so only there are choices dropped.",
         dict(keys),
-        [Column(metric, metric) for _, metric in _SHOWN],
-        frame,
+        [Column(metric, metric) for metric in _COST],
+        with_numbers(frame, cell, means_by(records, cell, _COST)),
     )

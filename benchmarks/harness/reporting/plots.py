@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
 
-from benchmarks.harness.planning.shared import Method
+from benchmarks.harness.reporting.outcomes import Outcomes
 from benchmarks.harness.results.statistics import confidence_interval
 
 mpl.use("Agg")
@@ -40,17 +39,8 @@ class Panel:
     rows: pd.DataFrame
 
 
-class Compared(Protocol):
-    """What a figure knows of methods: titles, roles and order, and which one is the baseline."""
-
-    @property
-    def methods(self) -> Mapping[str, Method]: ...
-
-    baseline: str
-
-
 def score_panels(
-    comparison: Compared,
+    outcomes: Outcomes,
     panels: list[list[Panel]],
     path: Path,
     measure: str = "Score (%); diamonds: mean over seeds, dots: seeds",
@@ -61,7 +51,7 @@ def score_panels(
     All panels share one axis, and the dashed line is the baseline's mean.
 
     Args:
-        comparison: for titles, roles and order.
+        outcomes: for titles, roles and order.
         panels: by row and column.
         path: of the files, without ending.
         measure: what the axis shows, and what diamonds and dots are.
@@ -69,7 +59,7 @@ def score_panels(
     values = pd.concat([panel.rows["value"] for row in panels for panel in row]) * 100
     low, high = values.min(), values.max()
     margin = max(high - low, 1.0) * 0.08
-    methods = comparison.methods
+    methods = outcomes.methods
     present = [[name for name in methods if any(name in set(panel.rows["method"]) for panel in row)] for row in panels]
     columns = max(map(len, panels))
     heights = [len(names) + 1.5 for names in present]
@@ -92,7 +82,7 @@ def score_panels(
                     scores = panel.rows.loc[panel.rows["method"] == method, "value"].to_numpy(dtype=float) * 100
                     if len(scores):
                         _draw_method(axis, place, scores, COLOURS[methods[method].role], (low - margin, high + margin))
-                    if len(scores) and method == comparison.baseline:
+                    if len(scores) and method == outcomes.baseline:
                         axis.axvline(scores.mean(), color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
                 axis.set_title(panel.title, fontsize=8)
                 axis.set_xlim(low - margin, high + margin)
@@ -118,7 +108,7 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def say_nothing(path: Path, text: str) -> None:
+def placeholder_figure(path: Path, text: str) -> None:
     """A picture that says why there is none."""
     with mpl.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(3, 0.6))

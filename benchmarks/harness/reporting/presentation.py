@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.schema import check_names
 from benchmarks.harness.planning.shared import Definition, Entry
 from benchmarks.harness.reporting.rendering import Table
 
@@ -20,49 +22,69 @@ NOTE = (
 
 
 @dataclass(frozen=True)
-class Part:
-    """Tables and figures of one set of a benchmark, named ``<benchmark>_<set>_…``."""
-
-    tables: list[Table]
-    draw: Callable[[Path], None]
-
-
-@dataclass(frozen=True)
 class Presentation:
     """What ``benchmarks/<name>/presentation.py`` gives back from ``present(benchmark, runs)``.
 
     Attributes:
-        tables: as the benchmark's ``tables`` names them.
+        tables: as the benchmark's ``tables`` names them, or a set's ``set_tables``.
+        figures: what writes each of its ``figures``, or ``set_figures``, as PDF and PNG, by the name of the file without ending.
         verdicts: a sentence each: how do the methods differ from the dense model?
         note: how to read the verdicts.
-        draw: writes the benchmark's ``figures``, as PDF and PNG, into a folder.
         parts: what is shown of each of its sets alone, by the set's name; empty for benchmarks whose sets are shown together.
     """
 
     tables: list[Table]
-    verdicts: list[str]
-    note: str
-    draw: Callable[[Path], None] = lambda _: None
-    parts: dict[str, Part] = field(default_factory=dict)
+    figures: dict[str, Callable[[Path], None]]
+    verdicts: list[str] = field(default_factory=list)
+    note: str = ""
+    parts: dict[str, Presentation] = field(default_factory=dict)
+
+    def draw(self, folder: Path) -> None:
+        """Write all figures into a folder."""
+        for name, draw in self.figures.items():
+            draw(folder / name)
+
+
+def make(
+    benchmark: Benchmark[Definition, Entry],
+    tables: Mapping[str, Callable[..., Table]],
+    figures: Mapping[str, Callable[..., None]],
+    *of: Any,
+    part: str = "",
+    **said: Any,
+) -> Presentation:
+    """Make the tables and figures that a definition names, and name their files.
+
+    Args:
+        benchmark: whose definition.
+        tables: by name, what makes it of ``of``.
+        figures: by name, what draws it of ``of`` and a path without ending.
+        of: what is shown.
+        part: a set that is shown alone, ``<benchmark>_<set>_…``, by ``set_tables`` and ``set_figures``.
+        said: ``verdicts``, ``note`` and ``parts``.
+
+    Raises:
+        DefinitionError: it names what there is not.
+    """
+    stem, prefix = (f"{benchmark.name}_{part}", "set_") if part else (benchmark.name, "")
+    named = []
+    for key, known in ((f"{prefix}tables", tables), (f"{prefix}figures", figures)):
+        named.append(list(getattr(benchmark.definition, key)))
+        check_names(f"{benchmark.file}: '", key, named[-1], known)
+    return Presentation(
+        [replace(tables[name](*of), name=f"{stem}_{name}") for name in named[0]],
+        {f"{stem}_{name}": partial(figures[name], *of) for name in named[1]},
+        **said,
+    )
 
 
 def present(benchmark: Benchmark[Definition, Entry], runs: list[Run]) -> Presentation:
     """Present the finished runs of a benchmark, by its own presentation or, where a text benchmark has none, by the usual one.
 
     Raises:
-        DefinitionError: the tables are not those that its definition names.
+        DefinitionError: its definition names tables or figures that are not made.
     """
     own = (benchmark.folder / "presentation.py").exists()
     module = f"benchmarks.{benchmark.name}.presentation" if own else str(benchmark.kind.presentation)
-    found: Presentation = importlib.import_module(module).present(benchmark, runs)
-    _check(benchmark, "tables", found.tables, benchmark.name)
-    for name, part in found.parts.items():
-        _check(benchmark, "set_tables", part.tables, f"{benchmark.name}_{name}")
-    return found
-
-
-def _check(benchmark: Benchmark[Definition, Entry], key: str, tables: list[Table], prefix: str) -> None:
-    made = [table.name for table in tables]
-    named = [f"{prefix}_{table}" for table in getattr(benchmark.definition, key)]
-    if made != named:
-        raise DefinitionError(f"{benchmark.file}: '{key}' names {named}, but {made} are made")
+    presented: Presentation = importlib.import_module(module).present(benchmark, runs)
+    return presented

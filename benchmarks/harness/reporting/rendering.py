@@ -68,7 +68,6 @@ class Table:
     """A table, from numbers to every format.
 
     Attributes:
-        name: file name without ending.
         title: heading.
         caption: what stands in it, how it was made, and how much it may be trusted.
         keys: text columns of the frame, with their headings.
@@ -77,9 +76,9 @@ class Table:
         group: text columns within which ``best`` compares.
         compare: rows that take part in the comparison, a Boolean column of the frame; all where None.
         notes: text columns that stand after the numbers, with their headings.
+        name: of its files, without ending.
     """
 
-    name: str
     title: str
     caption: str
     keys: dict[str, str]
@@ -88,6 +87,7 @@ class Table:
     group: Sequence[str] = field(default_factory=tuple)
     compare: str | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    name: str = ""
 
     @property
     def shown(self) -> list[Column]:

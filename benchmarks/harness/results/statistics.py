@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,7 +43,10 @@ class Difference:
 def paired_difference(values: pd.Series[float], baseline: pd.Series[float]) -> Difference:
     """Difference to a baseline over the seeds that both have (the index is the seed)."""
     both = values.index.intersection(baseline.index)
-    differences = (values.loc[both] - baseline.loc[both]).to_numpy(dtype=float)
+    return _difference((values.loc[both] - baseline.loc[both]).to_numpy(dtype=float))
+
+
+def _difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Difference:
     n = len(differences)
     mean = float(differences.mean()) if n else math.nan
     if n < 2:
@@ -54,6 +58,38 @@ def paired_difference(values: pd.Series[float], baseline: pd.Series[float]) -> D
         return Difference(mean, end, end, math.nan, n)
     low, high = stats.t.interval(CONFIDENCE, n - 1, loc=mean, scale=error)
     return Difference(mean, float(low), float(high), float(stats.ttest_1samp(differences, 0.0).pvalue), n)
+
+
+def paired_differences(
+    scores: pd.DataFrame, cell: Sequence[str], reference: Mapping[str, str], pair: str, averaged: Sequence[str] = ()
+) -> pd.DataFrame:
+    """Compare every cell with the one that differs from it in the columns of ``reference`` alone.
+
+    Values are paired by all other columns that there are; what is paired is the mean over those of one ``pair``.
+
+    Args:
+        scores: a row a ``value``, with the columns of ``cell``, ``pair`` and perhaps more.
+        cell: columns that say what is compared.
+        reference: those of them in which the reference differs, with its values; rows that have these are compared with nothing.
+        pair: the column over which the test is: a seed, a question.
+        averaged: columns of the reference that are no pairs: its mean over them stands against every value.
+
+    Returns:
+        A row a cell that shares values with its reference: ``cell``, :attr:`Difference.COLUMNS`, ``n`` pairs, and ``values``, how many they
+        are means of.
+    """
+    of_reference = (scores[list(reference)] == list(reference.values())).all(axis=1)
+    shared = [column for column in scores if column not in ("value", *reference, *averaged)]
+    theirs = scores[of_reference].groupby(shared, sort=False)["value"].mean().rename("reference").reset_index()
+    both = scores[~of_reference].merge(theirs, on=shared)
+    by_pair = both.groupby([*cell, pair], sort=False)
+    means = by_pair[["value", "reference"]].mean().assign(values=by_pair.size())
+    found = []
+    for key, pairs in means.groupby(list(cell), sort=False):
+        difference = _difference((pairs["value"] - pairs["reference"]).to_numpy(dtype=float))
+        counts = {"n": difference.n, "values": pairs["values"].sum()}
+        found.append(dict(zip(cell, key, strict=True)) | difference.columns() | counts)
+    return pd.DataFrame(found, columns=[*cell, *Difference.COLUMNS, "n", "values"])
 
 
 def holm(p: pd.Series[float]) -> pd.Series[float]:

@@ -1,0 +1,77 @@
+"""The finished runs of a benchmark, with what readers see in place of its names and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.method_rows import resolve_methods
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.shared import Entry, MethodsDefinition
+
+
+class Outcomes:
+    """The finished runs of a benchmark that trains; a benchmark adds what it makes of them.
+
+    Args:
+        benchmark: its definition.
+        runs: the finished runs, in the order of the grid.
+        keys: columns of names that readers see as titles: ``model``, ``method``, ``task``, ``eval_task``, ``set``, or one of ``titles``.
+        titles: of other columns: title by name, in the order in which rows stand.
+
+    Attributes:
+        name: of the benchmark.
+        methods: their definitions.
+        baseline: the method that others are compared with.
+        titles: by column, title by name in the order of rows: models and tasks as they ran, then as they are defined.
+    """
+
+    def __init__(
+        self,
+        benchmark: Benchmark[MethodsDefinition, Entry],
+        runs: Sequence[Run],
+        keys: Sequence[str],
+        **titles: Mapping[str, str],
+    ) -> None:
+        self.benchmark, self.runs, self.name = benchmark, list(runs), benchmark.name
+        self.methods = resolve_methods(benchmark.definition)
+        self.baseline = benchmark.definition.baseline
+        models, tasks = (
+            {name: all_of[name].title for name in dict.fromkeys([*ran, *all_of]) if name in all_of}
+            for all_of, ran in (
+                (load_models(), [run.spec["model"]["name"] for run in runs]),
+                (benchmark.tasks, [run.spec["task"]["name"] for run in runs]),
+            )
+        )
+        methods = {name: method.title for name, method in self.methods.items()}
+        known = {"model": models, "method": methods, **dict.fromkeys(("task", "eval_task", "set"), tasks), **titles}
+        self.titles: dict[str, Mapping[str, str]] = {key: known[key] for key in keys}
+
+    def title(self, key: str, name: str) -> str:
+        """What readers see of a name: its title, or itself where it has none."""
+        return self.titles[key].get(name, name)
+
+    @property
+    def baseline_title(self) -> str:
+        return self.title("method", self.baseline)
+
+    def role(self, method: str) -> str:
+        """``baseline``, ``method`` or ``control``; of what a paper alone has, ``method``."""
+        return self.methods[method].role if method in self.methods else "method"
+
+    def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Rows with ``<key>_title`` of every key that they have, and ``is_method``: whether they are no control."""
+        titles = {f"{key}_title": [self.title(key, name) for name in frame[key]] for key in self.titles if key in frame}
+        return frame.assign(**titles, is_method=[self.role(name) != "control" for name in frame["method"]])
+
+    def order(self, frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+        """Titled rows, sorted by columns: names in the order of their titles, unknown ones last; other columns by value."""
+
+        def place(column: pd.Series) -> pd.Series:
+            places = {name: number for number, name in enumerate(self.titles.get(str(column.name), ()))}
+            return column.map(lambda name: places.get(name, len(places))) if places else column
+
+        return self.titled(frame.sort_values(list(keys), key=place, kind="stable").reset_index(drop=True))

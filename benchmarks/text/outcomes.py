@@ -1,0 +1,133 @@
+"""What came out of a text benchmark: one long frame from which its tables and figures are laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.shared import MethodsDefinition
+from benchmarks.harness.reporting.outcomes import Outcomes
+from benchmarks.harness.results.records import OOD_MEAN, collect, scores_of
+from benchmarks.harness.results.statistics import Ranking, friedman_ranks, paired_differences, with_verdicts
+from benchmarks.text.definition import TaskEntry
+from benchmarks.text.selection import PROTOCOLS, reported, select
+
+ID, OOD = "id", "ood"
+_PAIR = ["model", "task", "eval_task"]
+_SET = ["protocol", "domain", *_PAIR]
+
+
+class TextOutcomes(Outcomes):
+    """The finished runs of one text benchmark, by protocol.
+
+    Attributes:
+        records: every number.
+        chosen: by protocol, the records of the chosen runs.
+        seeds: a row a protocol, ``domain`` (``id``, ``ood``, ``ood_mean``), model, training task, evaluation task, method
+            and seed, with its score.
+        protocols: those that have scores.
+        rows: the same over seeds: ``mean``, ``std`` (sample), ``population_std``, ``n``, the paired difference to the
+            baseline (``delta``, ``low``, ``high``, ``p``), ``p_holm`` corrected over the tasks, its ``verdict``, and ``common``,
+            the mean over the seeds that all methods have; in order and with titles.
+    """
+
+    benchmark: Benchmark[MethodsDefinition, TaskEntry]
+
+    def __init__(self, benchmark: Benchmark[MethodsDefinition, TaskEntry], runs: Sequence[Run]) -> None:
+        super().__init__(benchmark, runs, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
+        self._evaluates = benchmark.kind.evaluates(benchmark.definition) is not None
+        self.records = collect(runs)
+        self.chosen = {protocol: self._chosen(protocol) for protocol in PROTOCOLS}
+        self.seeds = pd.concat([self._seeds(protocol) for protocol in PROTOCOLS], ignore_index=True)
+        self.protocols = [protocol for protocol in PROTOCOLS if protocol in set(self.seeds["protocol"])]
+        self.rows = self._rows()
+
+    def _chosen(self, protocol: str) -> pd.DataFrame:
+        # a benchmark that evaluates the chosen runs of another has no others
+        if self._evaluates:
+            return self.records[self.records["protocol"] == protocol]
+        return select(self.records, protocol)
+
+    def _seeds(self, protocol: str) -> pd.DataFrame:
+        chosen = self.chosen[protocol]
+        own = chosen[chosen["protocol"] == protocol]
+        parts = [scores_of(own, part).assign(domain=part) for part in (OOD, OOD_MEAN)]
+        if not self._evaluates:
+            parts.insert(0, reported(self.records, protocol).assign(domain=ID))
+        return pd.concat(parts)[["domain", *_PAIR, "method", "seed", "value"]].assign(protocol=protocol)
+
+    def _rows(self) -> pd.DataFrame:
+        cell = [*_SET, "method"]
+        by_cell = self.seeds.groupby(cell, sort=False)["value"]
+        rows = by_cell.agg(
+            mean=pd.Series.mean, std=pd.Series.std, population_std=lambda values: values.std(ddof=0), n="size"
+        )
+        methods, here = (self.seeds.groupby(keys)["method"].transform("nunique") for keys in (_SET, [*_SET, "seed"]))
+        rows["common"] = self.seeds[methods == here].groupby(cell)["value"].agg(pd.Series.mean)
+        compared = paired_differences(self.seeds, cell, {"method": self.baseline}, "seed").drop(columns=["n", "values"])
+        rows = rows.reset_index().merge(compared, on=cell, how="left")
+        rows = with_verdicts(rows, ["protocol", "domain", "model", "method"])
+        # set by set as they ran, and their methods as they are defined
+        places = rows.groupby(_SET, sort=False).ngroup()
+        return self.order(rows.assign(place=places), ["place", "method"]).drop(columns="place")
+
+    def of(self, domain: str, protocol: str) -> pd.DataFrame:
+        """The rows of one domain under one protocol."""
+        return self.rows[(self.rows["domain"] == domain) & (self.rows["protocol"] == protocol)]
+
+    @property
+    def run_protocols(self) -> list[str]:
+        """The protocols that have runs of their own."""
+        return [protocol for protocol in PROTOCOLS if protocol in set(self.records["protocol"])]
+
+    def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """With titles; that of the protocol is ``selection``."""
+        return super().titled(frame).rename(columns={"protocol_title": "selection"})
+
+    def pair_title(self, task: str, eval_task: str) -> str:
+        """``SST-2 → IMDB``, or the task alone in domain and over all sets."""
+        titles = [self.title("task", name) for name in dict.fromkeys([task, eval_task or task])]
+        return " → ".join(titles)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Ranks over the sets that all ranked methods have.
+
+    Attributes:
+        key: values of the keys that were ranked within.
+        scores: what was ranked: methods in rows, pairs of training task and OOD set in columns.
+        ranking: the ranks.
+    """
+
+    key: dict[str, str]
+    scores: pd.DataFrame
+    ranking: Ranking
+
+
+def ranked(outcomes: TextOutcomes, methods: list[str], within: list[str]) -> list[Ranked]:
+    """Rank methods over all pairs of training task and OOD set, within a protocol, a model, perhaps a task.
+
+    Means are over the seeds that all ranked methods have.
+
+    Raises:
+        DefinitionError: the methods share no set, or no seed on it.
+    """
+    seeds = outcomes.seeds[(outcomes.seeds["domain"] == OOD) & outcomes.seeds["method"].isin(methods)]
+    found = []
+    for key, group in seeds.groupby(within, sort=False):
+        pairs = group.assign(pair=[outcomes.pair_title(row.task, row.eval_task) for row in group.itertuples()])
+        by_seed = pairs.pivot_table(index="method", columns=["pair", "seed"], values="value", sort=False).dropna(axis=1)
+        table = by_seed.T.groupby(level="pair", sort=False).mean().T
+        table = table.loc[[name for name in methods if name in table.index]]
+        if table.empty:
+            raise DefinitionError(
+                f"{outcomes.benchmark.file}: methods that are ranked share no OOD set and seed ({' '.join(key)})"
+            )
+        found.append(Ranked(dict(zip(within, key, strict=True)), table, friedman_ranks(table)))
+    return found
