@@ -394,7 +394,8 @@ def test_jobs_see_the_command_lines_values(monkeypatch, tmp_path) -> None:
     assert suite.suite_of_job("mini").settings.data_root is None
 
 
-def test_runs_are_found_in_any_suite() -> None:
+def test_runs_are_found_in_any_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "suite_names", lambda: ["mini", "mini_search", "smoke"])
     mini = suite.load_suite({})
     smoke = suite.load_suite({"suite": "smoke"}).runs[0]
     found, owner = suite.find_run(smoke.folder, mini)

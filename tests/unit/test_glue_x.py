@@ -192,8 +192,16 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
     assert finish(evaluation)["chosen"]["run"] == runs[0].folder
 
 
-@pytest.mark.parametrize("model", ["bert-large-cased", "gpt2-xl"])
-@pytest.mark.parametrize("method", ["lora", "lora_block", "lora_gmoe", "lora_emoe", "lora_emoe_learn"])
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [
+        ("bert-large-cased", "lora"),
+        ("bert-large-cased", "lora_gmoe"),
+        ("bert-large-cased", "lora_emoe_learn"),
+        ("gpt2-xl", "lora_block"),
+        ("gpt2-xl", "lora_emoe"),
+    ],
+)
 def test_the_evaluation_batch_size_changes_no_number(workdir: Path, model: str, method: str) -> None:
     runs = trainings(model, "cola", method)
     trained = finish(runs[0])
