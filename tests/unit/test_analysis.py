@@ -16,7 +16,7 @@ from scipy import stats
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run, run_from_spec
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from benchmarks.harness.planning.suite import Suite, load_suite
 from benchmarks.harness.reporting import report
 from benchmarks.harness.reporting.presentation import present
@@ -481,6 +481,9 @@ def test_check_without_a_reference_or_with_a_damaged_one(finished: Suite, tmp_pa
     with pytest.raises(DefinitionError, match="bless a run of the suite first"):
         regression.compare(finished.runs, "mini", tmp_path / "none")
     (tmp_path / "mini.csv").write_text("a,b\n1,2\n")
+    unfinished = plan(["glue"], "paper")[:1]
+    with pytest.raises(DefinitionError, match=r"^\S*metrics.json does not exist: the run is not finished"):
+        regression.compare(unfinished, "mini", tmp_path)
     with pytest.raises(DefinitionError, match="no table of blessed numbers"):
         regression.compare(finished.runs, "mini", tmp_path)
 

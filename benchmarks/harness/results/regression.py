@@ -70,18 +70,19 @@ def compare(runs: list[Run], suite: str, folder: Path = REFERENCE) -> Comparison
     """Compare with the reference, each metric by its tolerance in ``metrics.yaml``.
 
     Raises:
-        DefinitionError: the suite has no reference, or it is damaged.
+        DefinitionError: the suite has no reference, or it is damaged; or a run is not finished.
     """
     path = reference_file(suite, folder)
     if not path.exists():
         raise DefinitionError(
             f"{path} does not exist: bless a run of the suite first (`python -m benchmarks bless --suite {suite}`)"
         )
+    present = summarise(runs)
     try:
         blessed = pd.read_csv(path, keep_default_na=False, dtype={"variant": str, "eval_task": str}).rename(
             columns={"mean": "blessed"}
         )
-        merged = blessed.drop(columns="n").merge(summarise(runs), on=_KEYS, how="outer", indicator=True)
+        merged = blessed.drop(columns="n").merge(present, on=_KEYS, how="outer", indicator=True)
     except (KeyError, ValueError) as error:
         raise DefinitionError(f"{path} is no table of blessed numbers: {error}") from error
     unknown = sorted(set(merged["metric"]) - set(load_metrics()))
