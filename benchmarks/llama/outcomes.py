@@ -109,8 +109,7 @@ class InstructionOutcomes(Outcomes):
         found = super().titled(frame)
         if "variant" not in frame:
             return found
-        titles = [" ".join(filter(None, names)) for names in zip(found["method_title"], found["variant"], strict=True)]
-        return found.assign(method_title=titles)
+        return found.assign(method_title=[self.method_title(row) for row in found.to_dict("records")])
 
     @property
     def several_sets(self) -> bool:

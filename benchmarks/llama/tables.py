@@ -253,10 +253,6 @@ def _first_of_each_cell(outcomes: InstructionOutcomes) -> list[Run]:
     return list({tuple(cell_of(run).values()): run for run in reversed(outcomes.runs)}.values())[::-1]
 
 
-def _is_dev(outcomes: InstructionOutcomes) -> bool:
-    return any(task.startswith("mmlu_dev") for task in outcomes.tasks)
-
-
 def _questions(outcomes: InstructionOutcomes) -> str:
     """How many questions there are and what that means."""
     found: dict[str, int] = {}
@@ -268,7 +264,7 @@ def _questions(outcomes: InstructionOutcomes) -> str:
     ]
     dev = (
         "MMLU-dev are MMLU's few-shot development questions, as they ship inside lm-eval, and not its test. "
-        if _is_dev(outcomes)
+        if any(task.startswith("mmlu_dev") for task in outcomes.tasks)
         else ""
     )
     return f"{'; '.join(words)}. {dev}" if words else ""

@@ -63,8 +63,8 @@ def results(outcomes: TextOutcomes) -> Table:
         f"Scores under both selections, and differences to {baseline}",
         f"Mean ± standard deviation over n seeds (sample; of the authors' selection the population's, as theirs); differences to {baseline} are paired by "
         "seed, with a 95 % confidence interval (Student's t), not corrected for their number: the table of tests is. ID is the training task"
-        f"{', OOD the mean over the other sets without further training' if _named(outcomes, 'task', OOD) else ''}. {_SELECTIONS} {_rank_note(outcomes, rankings)} Bold marks the best method, controls apart; marks and ranks compare the "
-        f"seeds that all rows of a training task have. n, training time, neurons and parameters are of the clean runs, of rows without such of the others. {_id_metrics(outcomes)}",
+        f"{', OOD the mean over the other sets without further training' if OOD in set(outcomes.rows['domain']) else ''}. {_SELECTIONS} {_rank_note(outcomes, rankings)} Bold marks the best method, controls apart; marks and ranks compare the "
+        f"seeds that all rows of a training task have. n, training time, neurons and parameters are of the clean runs, of rows without such of the others. {_metric_note(outcomes)}",
         {**_KEYS, "n": "n"},
         [
             *columns["id"],
@@ -100,7 +100,7 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
     return Table(
         "Scores by task" if domain == ID else "Scores by OOD set",
         "Mean ± standard deviation over n seeds (sample; of the authors' selection the population's, as theirs). The average is over all tasks, where a row has all. "
-        f"{_SELECTIONS} {_id_metrics(outcomes) if domain == ID else _ood_metrics(outcomes)}",
+        f"{_SELECTIONS} {_metric_note(outcomes, domain)}",
         {**_BY_SELECTION, "n": "n"},
         columns,
         outcomes.order(frame, ["protocol", "model", "method"]),
@@ -161,7 +161,7 @@ def ood(outcomes: TextOutcomes) -> Table:
     frame, columns = with_columns(_cells(outcomes), CELL, numbers, headings, "score", best="common", joint="_")
     return Table(
         "Scores by evaluation set",
-        f"Clean selection. Mean ± sample standard deviation over n seeds; the column of the training domain is its ID score. {_id_metrics(outcomes)}",
+        f"Clean selection. Mean ± sample standard deviation over n seeds; the column of the training domain is its ID score. {_metric_note(outcomes)}",
         {**_KEYS, "n": "n"},
         columns,
         frame,
@@ -297,27 +297,13 @@ def _rank_note(outcomes: TextOutcomes, rankings: list[Ranked]) -> str:
     )
 
 
-def _named(outcomes: TextOutcomes, key: str, domain: str) -> list[str]:
-    """Names in a column of a domain's rows."""
-    return list(outcomes.rows.loc[outcomes.rows["domain"] == domain, key].unique())
-
-
-def _id_metrics(outcomes: TextOutcomes) -> str:
-    """Which task is scored by what."""
-    return _metric_note(
-        outcomes, {name: outcomes.benchmark.tasks[name].metric for name in _named(outcomes, "task", ID)}
-    )
-
-
-def _ood_metrics(outcomes: TextOutcomes) -> str:
-    """Which OOD set is scored by what."""
-    sets = {name: outcomes.benchmark.tasks[name] for name in _named(outcomes, "eval_task", OOD)}
-    return _metric_note(outcomes, {name: (task.ood_metrics or [task.metric])[0] for name, task in sets.items()})
-
-
-def _metric_note(outcomes: TextOutcomes, metrics: dict[str, str]) -> str:
+def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
+    """Which task, or out of domain which set, is scored by what."""
+    rows = outcomes.rows[outcomes.rows["domain"] == domain]
     by_metric: dict[str, list[str]] = {}
-    for name, metric in metrics.items():
+    for name in rows["eval_task"].unique():
+        task = outcomes.benchmark.tasks[name]
+        metric = task.metric if domain == ID else (task.ood_metrics or [task.metric])[0]
         by_metric.setdefault(metric, []).append(outcomes.title("task", name))
     parts = [f"{load_metrics()[metric].label.lower()} ({', '.join(titles)})" for metric, titles in by_metric.items()]
     return f"Scores are {'; '.join(parts)}, in %."

@@ -28,8 +28,9 @@ from benchmarks.harness.results.statistics import (
     critical_difference,
     friedman_ranks,
     holm,
+    mean_difference,
     nemenyi,
-    paired_difference,
+    paired_differences,
 )
 from benchmarks.harness.training.metrics import SCORES, score
 from benchmarks.text.outcomes import TextOutcomes, ranked
@@ -81,24 +82,37 @@ def test_collapsed_models_have_a_score() -> None:
 # statistics
 
 
-def test_paired_difference_is_scipys_paired_t_test() -> None:
-    ours = pd.Series([0.8, 0.9, 0.7, 0.85], index=[0, 1, 2, 3])
-    base = pd.Series([0.75, 0.8, 0.72, 0.8, 0.1], index=[0, 1, 2, 3, 9])
-    found = paired_difference(ours, base)
-    expected = stats.ttest_rel(ours, base.loc[:3])
-    assert found.p == pytest.approx(expected.pvalue)
-    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
-    assert found.n == 4
+def test_a_difference_is_scipys_paired_t_test_over_the_seeds_that_both_have() -> None:
+    ours, base = [0.8, 0.9, 0.7, 0.85], [0.75, 0.8, 0.72, 0.8, 0.1]
+    scores = pd.DataFrame(
+        {"method": ["ours"] * 4 + ["base"] * 5, "seed": [0, 1, 2, 3, 0, 1, 2, 3, 9], "value": ours + base}
+    )
+    (found,) = paired_differences(scores, ["method"], {"method": "base"}, "seed").to_dict("records")
+    expected = stats.ttest_rel(ours, base[:4])
+    assert (found["method"], found["n"], found["p"]) == ("ours", 4, pytest.approx(expected.pvalue))
+    assert (found["low"], found["high"]) == pytest.approx(tuple(expected.confidence_interval()))
+
+
+def test_values_of_one_pair_are_averaged_over_what_both_have() -> None:
+    rows = [("ours", 0, "a", 0.9), ("ours", 0, "b", 0.7), ("ours", 1, "a", 0.6), ("ours", 1, "c", 0.0)]
+    rows += [("base", 0, "a", 0.5), ("base", 0, "b", 0.5), ("base", 1, "a", 0.5), ("base", 2, "a", 0.1)]
+    scores = pd.DataFrame(rows, columns=["method", "seed", "env", "value"])
+    (found,) = paired_differences(scores, ["method"], {"method": "base"}, "seed").to_dict("records")
+    assert (found["delta"], found["n"], found["values"]) == (pytest.approx((0.3 + 0.1) / 2), 2, 3)
+    (found,) = paired_differences(scores, ["method"], {"method": "base"}, "seed", ["seed"]).to_dict("records")
+    means = {"a": (0.5 + 0.5 + 0.1) / 3, "b": 0.5}
+    first, second = (0.9 + 0.7 - means["a"] - means["b"]) / 2, 0.6 - means["a"]
+    assert found["delta"] == pytest.approx((first + second) / 2)
 
 
 def test_differences_without_spread_or_with_one_pair() -> None:
-    one = paired_difference(pd.Series([0.5], index=[0]), pd.Series([0.4], index=[0]))
+    one = mean_difference(np.array([0.1]))
     assert one.mean == pytest.approx(0.1)
     assert math.isnan(one.low)
-    equal = paired_difference(pd.Series([0.625, 0.75]), pd.Series([0.5, 0.625]))
+    equal = mean_difference(np.array([0.125, 0.125]))
     assert equal.mean == 0.125
     assert math.isnan(equal.low)  # two equal differences are no certainty
-    same = paired_difference(pd.Series([0.5, 0.6]), pd.Series([0.5, 0.6]))
+    same = mean_difference(np.zeros(2))
     assert (same.mean, same.low, same.high) == (0, 0, 0)
     assert confidence_interval(np.array([0.3])) == (0.3, 0.3)
 

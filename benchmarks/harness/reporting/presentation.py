@@ -23,7 +23,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Presentation:
-    """What ``benchmarks/<name>/presentation.py`` gives back from ``present(benchmark, runs)``.
+    """What ``benchmarks/<name>/presentation.py`` gives back from ``present(benchmark, runs)``; :func:`make` makes it.
 
     Attributes:
         tables: as the benchmark's ``tables`` names them, or a set's ``set_tables``.

@@ -40,13 +40,8 @@ class Difference:
         return dict(zip(self.COLUMNS, (self.mean, self.low, self.high, self.p), strict=True))
 
 
-def paired_difference(values: pd.Series[float], baseline: pd.Series[float]) -> Difference:
-    """Difference to a baseline over the seeds that both have (the index is the seed)."""
-    both = values.index.intersection(baseline.index)
-    return _difference((values.loc[both] - baseline.loc[both]).to_numpy(dtype=float))
-
-
-def _difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Difference:
+def mean_difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Difference:
+    """What the differences of pairs say of their mean."""
     n = len(differences)
     mean = float(differences.mean()) if n else math.nan
     if n < 2:
@@ -86,7 +81,7 @@ def paired_differences(
     means = by_pair[["value", "reference"]].mean().assign(values=by_pair.size())
     found = []
     for key, pairs in means.groupby(list(cell), sort=False):
-        difference = _difference((pairs["value"] - pairs["reference"]).to_numpy(dtype=float))
+        difference = mean_difference((pairs["value"] - pairs["reference"]).to_numpy(dtype=float))
         counts = {"n": difference.n, "values": pairs["values"].sum()}
         found.append(dict(zip(cell, key, strict=True)) | difference.columns() | counts)
     return pd.DataFrame(found, columns=[*cell, *Difference.COLUMNS, "n", "values"])
