@@ -31,7 +31,7 @@ class TextOutcomes(Outcomes):
         seeds: a row a protocol, ``domain`` (``id``, ``ood``, ``ood_mean``), model, training task, evaluation task, method
             and seed, with its score.
         protocols: those that have scores.
-        rows: the same over seeds: ``mean``, ``std`` (sample), ``population_std``, ``n``, the paired difference to the
+        rows: the same over seeds: ``mean``, ``std`` (sample), ``population_std``, ``n``, over ``pairs`` the paired difference to the
             baseline (``delta``, ``low``, ``high``, ``p``), ``p_holm`` corrected over the tasks, its ``verdict``, and ``common``,
             the mean over the seeds that all methods have; in order and with titles.
     """
@@ -69,8 +69,8 @@ class TextOutcomes(Outcomes):
         )
         methods, here = (self.seeds.groupby(keys)["method"].transform("nunique") for keys in (_SET, [*_SET, "seed"]))
         rows["common"] = self.seeds[methods == here].groupby(cell)["value"].agg(pd.Series.mean)
-        compared = paired_differences(self.seeds, cell, {"method": self.baseline}, "seed").drop(columns=["n", "values"])
-        rows = rows.reset_index().merge(compared, on=cell, how="left")
+        compared = paired_differences(self.seeds, cell, {"method": self.baseline}, "seed").drop(columns="values")
+        rows = rows.reset_index().merge(compared.rename(columns={"n": "pairs"}), on=cell, how="left")
         rows = with_verdicts(rows, ["protocol", "domain", "model", "method"])
         # set by set as they ran, and their methods as they are defined
         places = rows.groupby(_SET, sort=False).ngroup()

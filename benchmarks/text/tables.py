@@ -134,6 +134,7 @@ def tests(outcomes: TextOutcomes) -> Table:
     """Paired tests over seeds against the baseline, corrected over the tasks."""
     rows = outcomes.rows
     rows = rows[rows["domain"].isin([ID, OOD]) & (rows["method"] != outcomes.baseline)]
+    rows = rows.assign(n=rows["pairs"].fillna(0).astype(int))  # seeds of both
     return tests_table(
         outcomes.baseline_title,
         f"Differences to {outcomes.baseline_title}, paired by seed, over n seeds, with a 95 % confidence interval; p of the paired t-test, and p corrected by Holm's procedure over all "

@@ -236,6 +236,15 @@ def test_choices_name_the_best_one_for_all_tasks(finished: Suite) -> None:
     assert joint["mean"].tolist() == pytest.approx([own["mean"].mean()])
 
 
+def test_a_test_counts_the_seeds_that_both_have(finished: Suite) -> None:
+    runs = finished.runs_of("glue")
+    lost = next(run for run in runs if run.spec["method"]["name"] == "vanilla")
+    frame = paired_tests(outcomes_of([run for run in runs if run is not lost])).frame
+    pairs = frame[(frame["method"] == "emoe") & (frame["task"] == lost.spec["task"]["name"])]["n"]
+    seeds = {run.spec["seed"] for run in runs if run.spec["method"]["name"] == "emoe"}
+    assert set(pairs) == {len(seeds) - 1}
+
+
 def test_differences_are_paired_by_seed(finished: Suite) -> None:
     records = collect(finished.runs)
     test = scores_of(records, "test")
