@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def run(spec: Path, threads: int, log: Path | None, processes: int, parallel: st
     from benchmarks.harness.running.execution import execute, launch_distributed
     from benchmarks.harness.training.distributed import exit_worker
 
+    gc.freeze()  # what is imported stays: neither training nor the end of the process needs to go through all of it
     log = log or spec.parent / "log.txt"
     if processes > 1:
         launch_distributed(spec, threads=threads, log=log, processes=processes, parallel=parallel)
