@@ -40,12 +40,14 @@ def run(spec: Path, threads: int, log: Path | None, processes: int, parallel: st
 
     Over several machines, start it by torchrun on each: `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp`.
     """
+    gc.disable()  # of what is imported nothing is garbage, neither now nor in training nor at the end of the process
     import psutil
 
     from benchmarks.harness.running.execution import execute, launch_distributed
     from benchmarks.harness.training.distributed import exit_worker
 
-    gc.freeze()  # what is imported stays: neither training nor the end of the process needs to go through all of it
+    gc.freeze()
+    gc.enable()
     log = log or spec.parent / "log.txt"
     if processes > 1:
         launch_distributed(spec, threads=threads, log=log, processes=processes, parallel=parallel)
