@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -452,7 +451,9 @@ def test_a_dense_run_has_no_experts_to_export() -> None:
     assert not Path("out").exists()
 
 
-def test_lm_evals_own_command_line_agrees_on_the_exported_folder(tmp_path: Path) -> None:
+def test_lm_evals_own_command_line_agrees_on_the_exported_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.__main__ import cli_evaluate
+
     write_mmlu_dev(QUESTIONS / "mmlu_dev")
     path = prepare(
         tiny_run("dense", "full", evaluation={"tasks": [{"task": "mmlu_dev_anatomy", "num_fewshot": 2, "limit": None}]})
@@ -460,11 +461,13 @@ def test_lm_evals_own_command_line_agrees_on_the_exported_folder(tmp_path: Path)
     found = finish(path)
     export(path, Path("out"), "dense")
     command = [
-        *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", "pretrained=out,dtype=float32"),
+        *("lm_eval", "run", "--model", "hf", "--model_args", "pretrained=out,dtype=float32"),
         *("--tasks", "mmlu_dev_anatomy", "--num_fewshot", "2", "--device", "cpu", "--batch_size", "8"),
         *("--include_path", str(QUESTIONS / "mmlu_dev"), "--output_path", "theirs", "--log_samples"),
     ]
-    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)  # it would stay for other tests
+    cli_evaluate()
     theirs = json.loads(next(Path("theirs").rglob("results_*.json")).read_text())
     ours = found["tasks"]["mmlu_dev_anatomy (2-shot)"]
     assert theirs["results"]["mmlu_dev_anatomy"]["acc,none"] == pytest.approx(ours["scores"]["accuracy"])
