@@ -19,25 +19,27 @@ from tests.pages import code_blocks
 PAGE = code_blocks("docs/adding.md")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("adding")]
 
-# trains a planned run for a few steps, on a tiny model with random weights
+# trains planned runs for a few steps, on a tiny model with random weights
 RUN = """
 import json, sys
 from pathlib import Path
 from benchmarks.harness.planning.runs import run_from_spec
 from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.running.execution import execute
 
 runs = {run.spec["method"]["name"]: run for run in load_suite({"suite": "reviews"}).runs}
-spec = runs[sys.argv[1]].spec
-spec["model"] = load_models()["tiny-bert"].spec("tiny-bert")
-if spec["method"]["config"]:
-    spec["method"]["config"] |= {"layers": [1], "num_experts": 8, "top_k": 4}
-spec["training"] |= {"epochs": 1, "train_rows": 16}
-run = run_from_spec(spec)
-file = Path("results/runs") / run.folder / "run.json"
-file.parent.mkdir(parents=True)
-file.write_text(run.to_json())
-print(file)
+for name in sys.argv[1:]:
+    spec = runs[name].spec
+    spec["model"] = load_models()["tiny-bert"].spec("tiny-bert")
+    if spec["method"]["config"]:
+        spec["method"]["config"] |= {"layers": [1], "num_experts": 8, "top_k": 4}
+    spec["training"] |= {"epochs": 1, "train_rows": 16}
+    run = run_from_spec(spec)
+    file = Path("results/runs") / run.folder / "run.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(run.to_json())
+    print(execute(file, threads=1, log=file.with_name("log.txt")))
 """
 
 
@@ -143,17 +145,15 @@ def test_snakemake_plans_all_of_it(project: Path) -> None:
     assert "Run minilm-topics-emoe-lr0.0001-s0-" in found
 
 
-@pytest.mark.parametrize("method", ["emoe_linear", "bitfit"])
-def test_its_router_its_tuning_and_its_metric_run(project: Path, method: str) -> None:
-    file = Path(run(project, [sys.executable, "-c", RUN, method]).split()[-1])
-    run(project, [sys.executable, "-m", "benchmarks", "run", str(file)])
-    metrics = json.loads((project / file.with_name("metrics.json")).read_text())
-    assert -1 <= metrics["scores"]["test"]["reviews"]["kappa"] <= 1
-    model = metrics["model"]
-    if method == "bitfit":
-        assert set(model["trained"]) == {"head", "bias"}
-        assert 0 < model["trained"]["bias"]["parameters"] < model["parameters"] / 100
-        assert model["trainable_parameters"] == sum(group["parameters"] for group in model["trained"].values())
-    else:
-        assert json.loads((project / file).read_text())["method"]["config"]["router"] == "linear"
-        assert model["parameters"] - model["dense_parameters"] == 8 * 32
+def test_its_router_its_tuning_and_its_metric_run(project: Path) -> None:
+    said = run(project, [sys.executable, "-c", RUN, "emoe_linear", "bitfit"])
+    paths = [project / line for line in said.splitlines() if line.endswith("metrics.json")]
+    linear, bitfit = (json.loads(path.read_text()) for path in paths)
+    for metrics in (linear, bitfit):
+        assert -1 <= metrics["scores"]["test"]["reviews"]["kappa"] <= 1
+    assert json.loads(paths[0].with_name("run.json").read_text())["method"]["config"]["router"] == "linear"
+    assert linear["model"]["parameters"] - linear["model"]["dense_parameters"] == 8 * 32
+    model = bitfit["model"]
+    assert set(model["trained"]) == {"head", "bias"}
+    assert 0 < model["trained"]["bias"]["parameters"] < model["parameters"] / 100
+    assert model["trainable_parameters"] == sum(group["parameters"] for group in model["trained"].values())
