@@ -89,7 +89,8 @@ def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) 
         suites = benchmark.definition.suites
         if suite not in suites:
             raise DefinitionError(f"{benchmark.file}: 'suites' has no suite '{suite}'{did_you_mean(suite, suites)}")
-        for spec in benchmark.kind.specs(benchmark, suite, exclude, specs_of):
-            yield replace(run_from_spec(spec), resources=benchmark.kind.resources(suites[suite].resources, spec))
+        kind = benchmark.kind  # looked up once, not for each of thousands of runs
+        for spec in kind.specs(benchmark, suite, exclude, specs_of):
+            yield replace(run_from_spec(spec), resources=kind.resources(suites[suite].resources, spec))
 
     return list({run.id: run for name in benchmark_names for run in runs_of(name)}.values())
