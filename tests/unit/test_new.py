@@ -58,7 +58,7 @@ def test_a_csv_becomes_a_benchmark_that_plans(tmp_path: Path, monkeypatch: pytes
     assert said.startswith("wrote benchmarks/mine (")
     assert said.endswith(" test rows; labels bad, good) and config/mine.yaml")
     entry = load_benchmark.__wrapped__("mine").tasks["mine"]
-    splits = {part: load_split(entry.spec("mine"), part) for part in ("train", "dev", "test")}
+    splits = {part: load_split(entry.as_run("mine"), part) for part in ("train", "dev", "test")}
     assert {part: len(split) for part, split in splits.items()} == entry.rows.model_dump()
     assert sum(len(split) for split in splits.values()) == 80
     runs = load_suite({"suite": "mine"}).runs
