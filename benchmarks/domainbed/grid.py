@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.protocol import BASELINE, held_out_combinations, hyper_parameters, sweep_seed
 from benchmarks.harness.base.errors import DataError, first_line
 from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.kinds import ALL, Benchmark, Kind, SetPart
+from benchmarks.harness.planning.kinds import ALL, Benchmark, SetPart, WholeSets, missing_set
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
     method_spec,
@@ -29,7 +29,7 @@ from benchmarks.harness.sources.packages import PackageFile, packaged
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
 
 
-class DomainsKind(Kind[ImageDefinition, SetEntry]):
+class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
     """Image classifiers, trained on some environments of a set and judged on those held out."""
 
     files = (("domainbed", ImageDefinition), ("image_sets", SetFile))
@@ -65,16 +65,10 @@ class DomainsKind(Kind[ImageDefinition, SetEntry]):
                     point = {"model": model, "set": name, "method": method, **dict(zip(axes, values, strict=True))}
                     yield _spec(benchmark, suite, methods, point, where)
 
-    def excludable(self, tasks: Mapping[str, SetEntry]) -> Iterable[str]:
-        return tasks
-
     def variant(self, spec: Mapping[str, Any]) -> str:
         draw = f"h{spec['hparams_seed']}" if spec["hparams_seed"] else ""
         held_out = f"T{'+'.join(held_out_names(spec))}"
         return "-".join(filter(None, (spec["method"]["variant"], held_out, draw)))
-
-    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        return [spec["task"]]
 
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
         source = task["source"]
@@ -88,9 +82,6 @@ class DomainsKind(Kind[ImageDefinition, SetEntry]):
     def figure_inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).picture]
 
-    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, SetEntry]) -> list[tuple[str, str]]:
-        return [(spec["task"]["name"], ALL)]
-
     def describe(
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, SetEntry], *, open_files: bool
     ) -> Iterator[SetPart]:
@@ -101,8 +92,7 @@ class DomainsKind(Kind[ImageDefinition, SetEntry]):
             found = list_environments(known.as_run(name), spec["data_seed"], open_images=open_files)
         except DataError as error:
             problem = error if open_files else first_line(error)
-            advice = f"{name}: {problem}\n    {known.download_instructions}. Without it: `exclude: [{name}]`"
-            yield SetPart(name, ALL, None, expected=known.images, advice=advice)
+            yield missing_set(name, problem, known.download_instructions, known.images)
             return
         for environment, rows, labels, source in found:
             yield SetPart(name, environment, rows, labels=labels, source=source)

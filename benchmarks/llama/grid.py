@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, RunError, first_line
 from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.kinds import ALL, Benchmark, Kind, SetPart
+from benchmarks.harness.planning.kinds import ALL, Benchmark, SetPart, WholeSets, missing_set
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
     method_spec,
@@ -29,7 +29,7 @@ _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
 _UNTRAINED = "nothing"
 
 
-class InstructionKind(Kind[InstructionDefinition, InstructionSet]):
+class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
     """Language models, tuned on instructions and judged by lm-eval: one run for each model, set, way of tuning, method, learning rate and seed."""
 
     files = (("llama", InstructionDefinition), ("instruction_sets", SetFile))
@@ -66,9 +66,6 @@ class InstructionKind(Kind[InstructionDefinition, InstructionSet]):
                 point |= dict(zip(axes, values, strict=True))
                 yield _spec(benchmark, suite, methods, tunings[tuning], point, where)
 
-    def excludable(self, tasks: Mapping[str, InstructionSet]) -> Iterable[str]:
-        return tasks
-
     def resources(self, resources: Resources, spec: Mapping[str, Any]) -> dict[str, Any]:
         """All of them; a run that trains nothing takes one process and at most one GPU."""
         found = resources.model_dump()
@@ -85,17 +82,11 @@ class InstructionKind(Kind[InstructionDefinition, InstructionSet]):
     def variant(self, spec: Mapping[str, Any]) -> str:
         return "-".join(filter(None, (spec["finetuning"], spec["method"]["variant"])))
 
-    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        return [spec["task"]]
-
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
         return [packaged(ALPACA_DEMO)] if "package" in task["source"] else []
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [str(MMLU_DEV_FILE)] if any(is_mmlu_dev(entry["task"]) for entry in spec["evaluation"]["tasks"]) else []
-
-    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, InstructionSet]) -> list[tuple[str, str]]:
-        return [(spec["task"]["name"], ALL)]
 
     def describe(
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, InstructionSet], *, open_files: bool
@@ -105,8 +96,7 @@ class InstructionKind(Kind[InstructionDefinition, InstructionSet]):
         try:
             found = load_instructions(spec["task"])
         except DataError as error:
-            advice = f"{name}: {first_line(error)}\n    {known.download_instructions}. Without it: `exclude: [{name}]`"
-            yield SetPart(name, ALL, None, expected=known.rows, advice=advice)
+            yield missing_set(name, first_line(error), known.download_instructions, known.rows)
             return
         inputs = f"{sum(bool(row.input) for row in found.rows):,} with an input"
         yield SetPart(name, ALL, len(found.rows), len(found.broken), known.rows, inputs, found.source)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.modeling.lora import inject_adapters_
-from benchmarks.harness.planning.tunings import TUNINGS
+from benchmarks.harness.planning.tunings import TUNINGS, is_below
 from emoe.errors import did_you_mean
 from emoe.layer import RoutedActivation
 
@@ -58,7 +58,7 @@ def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any]) -> Groups:
     """
     name, layers = ("blocks", tune["blocks"]) if tune["blocks"] else (tune.get("tuning"), tune.get("layers"))
     chosen = _chosen(model, name, layers) if name else ()
-    routers = [path for path, module in model.named_modules() if isinstance(module, RoutedActivation)]
+    routers = [f"{path}.router" for path, module in model.named_modules() if isinstance(module, RoutedActivation)]
     also = _modules(model, tune["also"])
     found: Groups = {}
     for parameter, values in model.named_parameters():
@@ -66,9 +66,9 @@ def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any]) -> Groups:
             group = "adapters"
         elif tune.get("head", True) and not parameter.startswith(f"{model.base_model_prefix}."):
             group = "head"
-        elif _below(parameter, [f"{path}.router" for path in routers]):
+        elif is_below(parameter, routers):
             group = "routers"
-        elif _below(parameter, also):
+        elif is_below(parameter, also):
             group = "also"
         elif name and parameter in chosen:
             group = name
@@ -85,10 +85,6 @@ def _chosen(model: PreTrainedModel, name: str, layers: Any) -> Collection[str]:
         near = did_you_mean(odd[0], known)
         raise DefinitionError(f"the tuning '{name}' names '{odd[0]}', which is no parameter of the model{near}")
     return chosen
-
-
-def _below(name: str, modules: list[str]) -> bool:
-    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _modules(model: PreTrainedModel, names: list[str]) -> list[str]:

@@ -214,6 +214,32 @@ class Kind(ABC, Generic[D, E]):
         return iter(())
 
 
+class WholeSets(Kind[D, E]):
+    """What kinds share whose runs read one set each, as a whole, which a suite may leave out."""
+
+    def excludable(self, tasks: Mapping[str, E]) -> Iterable[str]:
+        return tasks
+
+    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        return [spec["task"]]
+
+    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> list[tuple[str, str]]:
+        return [(spec["task"]["name"], ALL)]
+
+
+def missing_set(name: str, problem: object, instructions: str, expected: int | None) -> SetPart:
+    """What is said of a set that is read as a whole and cannot be.
+
+    Args:
+        name: the set's.
+        problem: what is wrong.
+        instructions: where it comes from.
+        expected: rows as its makers count them.
+    """
+    advice = f"{name}: {problem}\n    {instructions}. Without it: `exclude: [{name}]`"
+    return SetPart(name, ALL, None, expected=expected, advice=advice)
+
+
 def kind_names() -> list[str]:
     """The kinds: the folders that have a ``grid`` module."""
     return sorted(path.parent.name for path in BENCHMARKS.glob("*/grid.py"))

@@ -71,11 +71,16 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
     return found | ({"layers": layers} if needs_layers(name) else {})
 
 
+def is_below(name: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter is of one of the modules, which are given by their paths."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
 def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
     """The transformer blocks whose FFNs are named."""
     ffns = find_ffns(model)
     blocks = [_block(ffns[layer].name) for layer in resolve_layers(layers, len(ffns))]
-    return [name for name, _ in model.named_parameters() if any(name.startswith(f"{block}.") for block in blocks)]
+    return [name for name, _ in model.named_parameters() if is_below(name, blocks)]
 
 
 def _block(ffn: str) -> str:
