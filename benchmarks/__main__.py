@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
 
-from emoe.errors import EMoEError
+from benchmarks.harness.running.forkserver import ask, serve
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,6 +26,7 @@ _THREADS = click.option("--threads", default=1, show_default=True, help="CPU thr
 
 
 @cli.command()
+@click.pass_obj
 @click.argument("spec", type=click.Path(path_type=Path))
 @_THREADS
 @click.option("--log", type=click.Path(path_type=Path), default=None, help="Log file; by default log.txt beside SPEC.")
@@ -35,13 +38,12 @@ _THREADS = click.option("--threads", default=1, show_default=True, help="CPU thr
     show_default=True,
     help="Each process has the whole model, or a part of it.",
 )
-def run(spec: Path, threads: int, log: Path | None, processes: int, parallel: str) -> None:
+def run(started: float, spec: Path, threads: int, log: Path | None, processes: int, parallel: str) -> None:
     """Execute the run of a run.json; writes metrics.json beside it.
 
     Over several machines, start it by torchrun on each: `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp`.
     """
     gc.disable()  # of what is imported nothing is garbage, neither now nor in training nor at the end of the process
-    import psutil
 
     from benchmarks.harness.running.execution import execute, launch_distributed
     from benchmarks.harness.training.distributed import exit_worker
@@ -52,7 +54,7 @@ def run(spec: Path, threads: int, log: Path | None, processes: int, parallel: st
     if processes > 1:
         launch_distributed(spec, threads=threads, log=log, processes=processes, parallel=parallel)
     else:
-        execute(spec, threads=threads, log=log, started=psutil.Process().create_time(), parallel=parallel)
+        execute(spec, threads=threads, log=log, started=started, parallel=parallel)
         exit_worker()
 
 
@@ -284,10 +286,39 @@ def schemas() -> None:
     click.echo("\n".join(f"wrote {file}" for file in write_schemas()))
 
 
-def main() -> None:
-    """Entry point: expected errors are one line, not a traceback."""
+@cli.command("serve", hidden=True)
+@click.argument("listener", type=int)
+@click.argument("modules", nargs=-1)
+def serve_command(listener: int, modules: tuple[str, ...]) -> None:
+    """Import MODULES and fork for every command of a workflow that asks at the file descriptor LISTENER, until the input ends."""
+    serve(socket.socket(fileno=listener), modules, _status)
+
+
+def _status(arguments: list[str]) -> int:
+    """Do a command; its exit status."""
+    sys.argv[1:] = arguments
     try:
-        cli(standalone_mode=False)
+        _main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def main() -> None:
+    """Entry point: work done by a fork of the workflow's server where there is one, else in this process."""
+    status = ask(sys.argv[1:])
+    if status is None:
+        _main()
+    else:
+        sys.exit(status)
+
+
+def _main() -> None:
+    """Expected errors are one line, not a traceback."""
+    from emoe.errors import EMoEError
+
+    try:
+        cli(standalone_mode=False, obj=time.time())
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -35,6 +35,7 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
     files = (("domainbed", ImageDefinition), ("image_sets", SetFile))
     shows_parts = True
     optimizer = "Adam, constant rate, no clipping"
+    late_imports = ("timm",)
 
     def load(self, content: object, file: Path) -> tuple[ImageDefinition, Mapping[str, SetEntry]]:
         definition = parse(content, ImageDefinition, str(file))

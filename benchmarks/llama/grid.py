@@ -35,6 +35,7 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
     files = (("llama", InstructionDefinition), ("instruction_sets", SetFile))
     counts_labels = False
     optimizer = "AdamW"
+    late_imports = ("lm_eval.evaluator", "lm_eval.models.huggingface")
 
     def load(self, content: object, file: Path) -> tuple[InstructionDefinition, Mapping[str, InstructionSet]]:
         definition = parse(content, InstructionDefinition, str(file))

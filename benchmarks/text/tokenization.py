@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -115,6 +116,7 @@ def _tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: 
     return {name: np.concatenate(found) for name, found in parts.items()}
 
 
+@functools.lru_cache(maxsize=4)
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """What shapes its tokens: the tokenizer's own description, less the settings that each call sets anew."""
     if tokenizer.is_fast:

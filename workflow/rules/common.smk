@@ -7,6 +7,7 @@ sys.path.insert(0, str(workflow.basedir))
 from benchmarks.domainbed.jobs import find_validation
 from benchmarks.harness.planning import jobs
 from benchmarks.harness.planning import suite as suites
+from benchmarks.harness.running.forkserver import Server
 from emoe.errors import EMoEError
 
 try:
@@ -37,7 +38,12 @@ wildcard_constraints:
 os.environ.update(SUITE.environment())
 
 
+# Jobs of this machine fork from a process that has imported what they need.
+FORKSERVER = Server(SUITE.modules)
+
+
 onstart:
+    FORKSERVER.start()
     SUITE.write_plan()
     if missing := SUITE.missing_sets():
         print(
@@ -45,6 +51,14 @@ onstart:
             f"--suite {SUITE.name}` says where they come from, `--config exclude=[{','.join(missing)}]` leaves them out",
             file=sys.stderr,
         )
+
+
+onsuccess:
+    FORKSERVER.stop()
+
+
+onerror:
+    FORKSERVER.stop()
 
 
 def suite_named(name):

@@ -94,6 +94,7 @@ class Kind(ABC, Generic[D, E]):
         shows_parts: whether each of its sets has tables and figures of its own.
         counts_labels: whether its report shows the labels of its sets.
         optimizer: what the report says of how it trains; empty where it does not.
+        late_imports: modules that its runs import when they need them.
     """
 
     files: tuple[tuple[str, type[Strict]], ...]
@@ -103,6 +104,7 @@ class Kind(ABC, Generic[D, E]):
     shows_parts = False
     counts_labels = True
     optimizer = ""
+    late_imports: tuple[str, ...] = ()
 
     @abstractmethod
     def load(self, content: object, file: Path) -> tuple[D, Mapping[str, E]]:

@@ -229,6 +229,8 @@ class Suite:
         found = {
             "PATH": path,
             "TOKENIZERS_PARALLELISM": "false",
+            # datasets asks the hub once for every local file that it opens
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             paths.OVERRIDES: canonical_json(self.overrides),
             paths.PLAN: str(paths.RESULTS / self.name / "plan.json"),
         }
@@ -237,6 +239,13 @@ class Suite:
         if self.settings.model_root:
             found[paths.MODEL_ROOT] = str(Path(self.settings.model_root).resolve())
         return found
+
+    @property
+    def modules(self) -> list[str]:
+        """What its jobs import."""
+        loaded = [load_benchmark(name) for name in self.settings.benchmarks]
+        own = [module for found in loaded for module in (found.definition.pipeline, *found.kind.late_imports)]
+        return [*dict.fromkeys(own), "benchmarks.harness.running.execution", "benchmarks.harness.reporting.report"]
 
     def missing_sets(self) -> list[str]:
         """Sets that only exist by hand and are not there: said before work starts, because what needs them will fail."""

@@ -6,6 +6,7 @@ Text", ICWSM 2014: twenty raters a sentence, mean rating from -4 to 4.
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 import tarfile
@@ -75,10 +76,15 @@ def load_vader(domain: str, split: str, archive: Path = ARCHIVE) -> tuple[list[s
 
 
 def _lines(domain: str, archive: Path) -> list[str]:
-    with tarfile.open(VADER.check(archive)) as outer:
+    return _unpacked(VADER.check(archive).read_bytes())[_FILES[domain]].decode("latin-1").splitlines()
+
+
+@functools.lru_cache(maxsize=1)
+def _unpacked(archive: bytes) -> dict[str, bytes]:
+    """The files with ratings; read in one go, because a packed archive can only be read from its start."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
         inner = outer.extractfile(_INNER)
         assert inner is not None  # noqa: S101  the checksum fixes the content
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as nested:
-            file = nested.extractfile(f"hutto_ICWSM_2014/{_FILES[domain]}")
-            assert file is not None  # noqa: S101
-            return file.read().decode("latin-1").splitlines()
+            files = [(Path(member.name).name, nested.extractfile(member)) for member in nested if member.isfile()]
+            return {name: file.read() for name, file in files if file and name in _FILES.values()}

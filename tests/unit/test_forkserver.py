@@ -1,0 +1,166 @@
+"""Commands that share their imports: the same numbers, streams and endings as by themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.harness.planning.runs import Run, run_from_spec
+from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.running.forkserver import ADDRESS, ONE_THREAD, Server
+from benchmarks.harness.sources.vader import ARCHIVE
+from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from tests.executed import numbers, prepare
+
+MODULES = ["benchmarks.glue.pipeline", "benchmarks.harness.running.execution"]
+_OF_PYTEST = "PYTEST_CURRENT_TEST"  # another value in a fixture than in its test
+RUNS = {run.spec["method"]["name"]: run for run in load_suite({"suite": "smoke"}).runs_of("glue")}
+
+
+@pytest.fixture
+def server(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that has the text pipeline, for an empty working directory with the real sentences."""
+    (tmp_path / ARCHIVE).parent.mkdir(parents=True)
+    (tmp_path / ARCHIVE).symlink_to(archive)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(_OF_PYTEST)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    found = Server(MODULES)
+    found.start()
+    yield found
+    found.stop()
+
+
+def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
+    """``python -m benchmarks …`` as Snakemake starts a job."""
+    environment = {**os.environ, **ONE_THREAD, **variables}
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={name: value for name, value in environment.items() if name != _OF_PYTEST},
+    )
+
+
+def forks() -> list[psutil.Process]:
+    """What the server of this process has started and still works."""
+    with suppress(psutil.Error):
+        return [fork for child in psutil.Process().children() if "serve" in child.cmdline() for fork in child.children()]
+    return []
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def has_gone_on(path: Path, since: Path | None) -> bool:
+    return last_complete_checkpoint(path.parent / "checkpoints") != since
+
+
+def small(run: Run, place: str, **training: object) -> Path:
+    spec = {**run.spec, "training": {**run.spec["training"], "train_rows": 48, "eval_rows": 30, **training}}
+    return prepare(run_from_spec(spec), place)
+
+
+def finish(path: Path, **variables: str) -> dict[str, object]:
+    process = start("run", path, **variables)
+    _, shown = process.communicate()
+    assert process.returncode == 0, shown
+    assert "finished in" in shown
+    return numbers(path)
+
+
+def test_numbers_are_those_of_a_process_of_ones_own_in_any_order(server: Server) -> None:
+    methods = ["emoe", "vanilla", "gmoe_published"]
+    alone = {method: finish(small(RUNS[method], "alone"), **{ADDRESS: ""}) for method in methods}
+    for place, order in (("first", methods), ("second", methods[::-1])):
+        shared = {method: finish(small(RUNS[method], place)) for method in order}
+        assert shared == alone
+    cost = [json.loads(path.read_text())["cost"] for path in sorted(Path().glob("*/glue/*emoe-*/metrics.json"))]
+    assert cost[0]["startup_seconds"] > 3 * max(found["startup_seconds"] for found in cost[1:])
+
+
+def test_a_command_has_its_own_folder_streams_and_exit_status(server: Server, tmp_path: Path) -> None:
+    found = start("run", "nowhere/run.json")
+    assert found.communicate() == (
+        "",
+        "error: nowhere/run.json does not exist; the workflow writes it (`snakemake --cores 1 nowhere/run.json`)\n",
+    )
+    assert found.returncode == 1
+    found = start("check", "--sweet", "mini")
+    assert "No such option" in found.communicate()[1]
+    assert found.returncode == 2
+    wait_for(lambda: not forks())
+
+
+def test_another_environment_or_no_server_is_no_fork(server: Server) -> None:
+    path = small(RUNS["vanilla"], "runs", epochs=200, checkpoint_selection="last")
+    process = start("run", path, OMP_NUM_THREADS="2")
+    wait_for(lambda: (path.parent / "log.txt").exists())
+    assert not forks()
+    process.kill()
+    process.wait()
+    server.stop()
+    assert start("run", "nowhere/run.json", **{ADDRESS: "/nowhere/socket"}).wait() == 1
+
+
+def test_what_ends_the_caller_ends_the_fork_and_the_run_goes_on_from_there(server: Server) -> None:
+    whole = finish(small(RUNS["vanilla"], "whole", epochs=12))
+    path = small(RUNS["vanilla"], "killed", epochs=12)
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        steps = last_complete_checkpoint(path.parent / "checkpoints")
+        process = start("run", path)
+        wait_for(partial(has_gone_on, path, steps))
+        process.send_signal(number)
+        assert process.wait() == -number
+        wait_for(lambda: not forks(), 10)
+        assert not (path.parent / "metrics.json").exists()
+    assert finish(path) == whole
+
+
+def test_a_fork_that_is_killed_is_a_command_that_failed(server: Server) -> None:
+    process = start("run", small(RUNS["vanilla"], "runs", epochs=200))
+    wait_for(forks)
+    forks()[0].kill()
+    assert "was killed; was there memory enough?" in process.communicate()[1]
+    assert process.returncode == 1
+
+
+def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    code = (
+        "import os, time\n"
+        "from benchmarks.harness.running.forkserver import ADDRESS, Server\n"
+        "server = Server(['json'])\n"
+        "server.start()\n"
+        "print(server._process.pid, os.environ[ADDRESS], flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    pid, address = process.stdout.readline().split()
+    process.kill()
+    wait_for(lambda: not psutil.pid_exists(int(pid)) and not Path(address).exists())
+    process.wait()
+
+
+def test_what_cannot_be_imported_leaves_commands_to_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(["no_such_module"])
+    server.start()
+    process = start("run", "nowhere/run.json")
+    assert "nowhere/run.json does not exist" in process.communicate()[1]
+    server.stop()
