@@ -57,7 +57,9 @@ def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
 def forks() -> list[psutil.Process]:
     """What the server of this process has started and still works."""
     with suppress(psutil.Error):
-        return [fork for child in psutil.Process().children() if "serve" in child.cmdline() for fork in child.children()]
+        return [
+            fork for child in psutil.Process().children() if "serve" in child.cmdline() for fork in child.children()
+        ]
     return []
 
 
