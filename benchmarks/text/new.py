@@ -93,7 +93,7 @@ def _check_name(name: str) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise DefinitionError(f"'{name}' is no name for a benchmark: take small letters, digits and _, a letter first")
     rules = [path.read_text() for path in (ROOT / "Snakefile", *sorted((ROOT / "workflow/rules").glob("*.smk")))]
-    if re.search(rf"^rule {name}:", "\n".join(rules), re.MULTILINE):
+    if re.search(rf"^rule {name}:", "\n".join(rules), re.MULTILINE) or name.startswith(("run_", "tables_of_")):
         raise DefinitionError(f"'{name}' is a rule of the workflow; take another name")
     for path in (BENCHMARKS / name, BENCHMARKS / f"{name}.py", CONFIG / f"{name}.yaml"):
         if path.exists():

@@ -194,7 +194,11 @@ def test_deleted_results_are_run_again_alone_with_the_same_numbers(checkout: Che
         path = checkout.folder / "results/runs" / run.folder / "metrics.json"
         before[path] = json.loads(path.read_text())["scores"]
         path.unlink()
-    assert checkout.plan("smoke").get("train_and_evaluate") == 2
+    planned = checkout.plan("smoke")
+    assert {name: count for name, count in planned.items() if name.startswith("run_")} == {
+        "run_glue": 1,
+        "run_glue_ood": 1,
+    }
     checkout.snakemake("smoke")
     assert {path: json.loads(path.read_text())["scores"] for path in before} == before
 
@@ -209,7 +213,7 @@ def test_a_comment_runs_nothing_and_a_seed_only_the_new_runs(checkout: Checkout)
             file, "learning_rate: [3.0e-3]\n        seed: [0, 1]", "learning_rate: [3.0e-3]\n        seed: [0, 1, 2]"
         )
         plan = checkout.plan("smoke")
-        assert plan["train_and_evaluate"] == plan["write_run_spec"] == 2
+        assert plan["run_glue"] == plan["write_run_spec"] == 2
         assert "partition_neurons" not in plan
     finally:
         (checkout.folder / file).write_text(original)

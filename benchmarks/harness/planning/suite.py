@@ -241,6 +241,15 @@ class Suite:
         return found
 
     @property
+    def by_size(self) -> list[str]:
+        """All benchmarks, those of the suite first, with the fewest runs before the others."""
+        sizes = {name: len(self.runs_of(name)) for name in self.settings.benchmarks}
+        return [
+            *sorted(sizes, key=lambda name: sizes[name]),
+            *(name for name in benchmark_names() if name not in sizes),
+        ]
+
+    @property
     def modules(self) -> list[str]:
         """What its jobs import."""
         loaded = [load_benchmark(name) for name in self.settings.benchmarks]
