@@ -137,10 +137,11 @@ def run_tasks(
         accuracy counts; ``nats_per_byte``: that of every question of a subject, where there is one.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from benchmarks.llama.shared_prompt import SharedPromptLM
 
     mixed = DTYPES["bf16"] if precision == "bf16" else None
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed)
+    wrapped = SharedPromptLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed)
     found = simple_evaluate(
         model=wrapped,
         tasks=[entry["task"]],

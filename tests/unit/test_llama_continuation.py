@@ -11,6 +11,8 @@ import datasets
 import pytest
 
 from benchmarks.harness.base.paths import QUESTIONS
+from benchmarks.harness.modeling.build import build_language_model
+from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import plan, run_from_spec
 from benchmarks.llama.evaluation import check_tasks
@@ -111,3 +113,23 @@ def test_nats_are_paired_by_question_and_less_is_better() -> None:
     means = outcomes.numbers("test", "nats_per_byte").groupby(["tuning", "method"]).mean()
     assert row["delta"] == pytest.approx(means["lora", "emoe"] - means["lora", "dense"])
     assert "MMLU-dev, continuations (0-shot, first 1), right answer (nat/byte)" in results(outcomes).markdown()
+
+
+def test_choices_that_share_their_prompt_are_as_likely_as_alone() -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from benchmarks.llama.shared_prompt import SharedPromptLM
+
+    tokenizer = load_tokenizer(tiny_run().spec["model"])
+    model = build_language_model(tiny_run("emoe", "full").spec).model.eval()
+    texts = [("Name a colour.", " red"), ("Name a colour.", " a colour like blue"), ("One plus one is", " two")]
+    texts += [("One plus one is", " not three"), ("Name a colour.", " green or so"), ("Alone", " it stands here")]
+    asked = [((a, b), tokenizer.encode(a), tokenizer.encode(b, add_special_tokens=False)) for a, b in texts]
+    assert len({len(choice) for _, _, choice in asked}) > 2
+    ours, theirs = (
+        kind(pretrained=model, tokenizer=tokenizer, batch_size=4)._loglikelihood_tokens(asked, disable_tqdm=True)
+        for kind in (SharedPromptLM, HFLM)
+    )
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-5)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert len({value for value, _ in ours}) == len(texts)
