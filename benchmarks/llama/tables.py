@@ -239,16 +239,24 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
     for key, rows in losses.groupby(list(_keys(outcomes))[:-1], sort=False):
         words = []
         for row in rows.itertuples():
-            tested = outcomes.tests
             cell = tuple(getattr(row, key) for key in CELL)
-            same = tested[(tested[[*CELL, "against"]] == [*cell, BASELINE]).all(axis=1)]
+            same, nats = (_of_cell(tests, cell) for tests in (outcomes.tests, outcomes.nats_tests))
             accuracies = [f"{task_words(one.task)} {difference_text(one, ' points')}" for one in same.itertuples()]
+            likely = [
+                f"{task_words(one.task)} {one.delta:+z.3f}{interval_text(one.low, one.high, 3)} nats a byte of the right answer, {one.verdict or 'no test'}"
+                for one in nats.itertuples()
+            ]
             loss = f"held-out loss {row.delta:+z.3f}{interval_text(row.low, row.high, 3)}"
             both = {row.method_title: cell, outcomes.baseline_title: (*cell[: len(GROUP)], outcomes.baseline, "")}
             gain = ", ".join(f"{title} {gains[one]:+z.3f}" for title, one in both.items() if one in gains)
             gained = [f"by tuning: {gain}"] if gain else []
-            words.append(f"{row.method_title}: {'; '.join([loss, *gained, *accuracies])}")
+            words.append(f"{row.method_title}: {'; '.join([loss, *gained, *accuracies, *likely])}")
         yield f"{', '.join(key)}, against {outcomes.baseline_title}: {'. '.join(words)}."
+
+
+def _of_cell(tests: pd.DataFrame, cell: tuple[str, ...]) -> pd.DataFrame:
+    """A cell's tests against the baseline."""
+    return tests[(tests[[*CELL, "against"]] == [*cell, BASELINE]).all(axis=1)]
 
 
 def _keys(outcomes: InstructionOutcomes) -> dict[str, str]:
@@ -274,7 +282,7 @@ def _questions(outcomes: InstructionOutcomes) -> str:
     for metrics in outcomes.metrics.values():
         found |= {task: tested["questions"] for task, tested in metrics["tasks"].items() if tested["metric"] == "acc"}
     words = [
-        f"{task_words(task)} has {count:,} questions, so that one accuracy near 30 % is uncertain by {45.8 / math.sqrt(count):.1f} points (one standard error)"
+        f"{task_words(task)} has {count:,} questions, so that one accuracy near 30 % is uncertain by {45.8 / math.sqrt(count):.1f} points (one standard error){_chance(task)}"
         for task, count in found.items()
     ]
     dev = (
@@ -283,6 +291,10 @@ def _questions(outcomes: InstructionOutcomes) -> str:
         else ""
     )
     return f"{'; '.join(words)}. {dev}" if words else ""
+
+
+def _chance(task: str) -> str:
+    return "; chance is 25 %" if task.startswith(_MMLU) else ""
 
 
 def _likelihood(outcomes: InstructionOutcomes) -> str:

@@ -20,7 +20,7 @@ from benchmarks.llama.grid import KIND
 from benchmarks.llama.likelihood import nats_per_byte
 from benchmarks.llama.outcomes import InstructionOutcomes
 from benchmarks.llama.questions import write_mmlu_dev
-from benchmarks.llama.tables import nats_tests, results
+from benchmarks.llama.tables import nats_tests, results, verdicts
 from tests.executed import finish, prepare
 from tests.fake_runs import write_runs
 from tests.instruction_runs import tiny_run, write_rows
@@ -113,6 +113,10 @@ def test_nats_are_paired_by_question_and_less_is_better() -> None:
     means = outcomes.numbers("test", "nats_per_byte").groupby(["tuning", "method"]).mean()
     assert row["delta"] == pytest.approx(means["lora", "emoe"] - means["lora", "dense"])
     assert "MMLU-dev, continuations (0-shot, first 1), right answer (nat/byte)" in results(outcomes).markdown()
+    assert "chance is 25 %" in results(outcomes).markdown()
+    (said,) = [text for text in verdicts(outcomes) if text.partition(", against")[0].endswith("LoRA")]
+    assert f"MMLU-dev, continuations (0-shot, first 1) {row['delta']:+.3f} [" in said
+    assert "nats a byte of the right answer, better" in said
 
 
 def test_choices_that_share_their_prompt_are_as_likely_as_alone() -> None:
