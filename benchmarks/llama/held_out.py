@@ -48,7 +48,8 @@ class HeldOutCurve(TrainerCallback):
 
     def _take(self, state: TrainerState, model: nn.Module) -> None:
         modes = [(module, module.training) for module in model.modules()]
-        with torch.random.fork_rng():
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
             loss = held_out_loss(
                 cast(PreTrainedModel, model), self._rows, self._tokenizer, self._batch_size, self._precision
             )

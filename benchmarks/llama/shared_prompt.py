@@ -13,7 +13,7 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 Answer = tuple[float, bool]
 
 
-class SharedPromptLM(HFLM):
+class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """Answers all choices of a question in one pass: the prompt, then each choice, which sees the prompt and itself.
 
     A processor gains nothing from batches of several questions, so a row is one question, and only positions that predict a choice get
@@ -26,8 +26,8 @@ class SharedPromptLM(HFLM):
     ) -> list[Answer]:
         found: dict[int, Answer] = {}
         by_prompt: dict[tuple[int, ...], list[int]] = {}
-        for place, (_, prompt, _) in enumerate(requests):
-            by_prompt.setdefault(tuple(prompt), []).append(place)
+        for place, request in enumerate(requests):
+            by_prompt.setdefault(tuple(request[1]), []).append(place)
         for prompt, places in by_prompt.items():
             choices = [requests[place][2] for place in places]
             if self._fits(len(prompt) + max(map(len, choices))):

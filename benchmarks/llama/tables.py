@@ -40,9 +40,9 @@ def results(outcomes: InstructionOutcomes) -> Table:
         columns.append(Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True))
     for task in outcomes.tasks:
         scored = next(found["tasks"][task]["metric"] for found in outcomes.metrics.values() if task in found["tasks"])
-        words = {"accuracy": "", "accuracy_macro": ", mean of subjects", "accuracy_norm": ", by length"}
-        words |= {NATS: ", right answer", "task_score": f", {scored}"}
-        for metric, word in words.items():
+        parts = {"accuracy": "", "accuracy_macro": ", mean of subjects", "accuracy_norm": ", by length"}
+        parts |= {NATS: ", right answer", "task_score": f", {scored}"}
+        for metric, word in parts.items():
             name = f"{task} {metric}"
             frame = _with(frame, outcomes.numbers("test", metric, task), name)
             columns.append(Column(metric, name, f"{task_words(task)}{word}", std=f"{name} std", best=name))
