@@ -185,6 +185,11 @@ def instruction_metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
             "subjects": subjects,
             "correct": correct,
         }
+        if "continuation" in entry["task"]:
+            nats = {name: [draw.uniform(1, 2) - gain for _ in digits] for name, digits in correct.items()}
+            every = [value for values in nats.values() for value in values]
+            tasks[task_title(entry)]["nats_per_byte"] = nats
+            tasks[task_title(entry)]["scores"] |= {"accuracy_norm": 0.5, "nats_per_byte": sum(every) / len(every)}
     config = run.spec["method"]["config"]
     counts = {"rows": 8, "tokens": 900, "learned_tokens": 300, "longest": 128}
     counts |= {"truncated_responses": 2, "truncated_tokens": 31, "broken_rows": 1}

@@ -93,6 +93,8 @@ class InstructionTraining(Strict):
     """Lay the rows of a micro-batch end to end, each attending to itself, instead of padding them."""
     save_steps: Count
     """Steps between checkpoints."""
+    eval_every: Count | None = left_out()
+    """Steps between two looks at the held-out loss while training, the first before any step; not at all unless given."""
     keep_weights: bool
     """Keep what was trained, so that the run can be exported."""
 

@@ -20,11 +20,12 @@ from benchmarks.harness.modeling.language import DTYPES
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator
 from benchmarks.llama.instructions import Instruction
-from benchmarks.llama.mmlu_dev import MMLU_DEV, is_mmlu_dev
+from benchmarks.llama.likelihood import NATS, nats_per_byte
+from benchmarks.llama.mmlu_dev import MMLU_DEV, is_mmlu_dev, mmlu_dev_file
 from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
 
-_ACCURACY, _FILTER = "acc", "none"
+_ACCURACY, _BY_LENGTH, _FILTER = "acc", "acc_norm", "none"
 
 
 def task_title(entry: Mapping[str, Any]) -> str:
@@ -47,8 +48,10 @@ def check_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     for entry in tasks:
         name = entry["task"]
         folder = _folder(name)
-        if folder and not (folder / f"{MMLU_DEV}.yaml").exists():
-            raise DataError(f"{folder} does not exist; the workflow writes it, or `python -m benchmarks questions`")
+        if folder and not mmlu_dev_file(name).exists():
+            raise DataError(
+                f"{mmlu_dev_file(name)} does not exist; the workflow writes it, or `python -m benchmarks questions`"
+            )
         known = _manager(folder).all_tasks
         if name not in known:
             raise DefinitionError(
@@ -127,16 +130,18 @@ def run_tasks(
         precision: in which an accelerator computes.
 
     Returns:
-        ``scores``: ``accuracy`` over all questions (micro) and, of several subjects, ``accuracy_macro``, their mean; or, of tasks that are not
+        ``scores``: ``accuracy`` over all questions (micro) and, of several subjects, ``accuracy_macro``, their mean, ``accuracy_norm`` where
+        lm-eval has it, ``nats_per_byte`` where answers are said (see :mod:`~benchmarks.llama.likelihood`); or, of tasks that are not
         scored by accuracy, ``task_score``: ``metric``, lm-eval's first one; ``questions``: how many; ``subjects``: every metric of each task;
         ``categories``: groups within the group; ``correct``: 1 or 0 for every question of a subject, in its order, where that is what
-        accuracy counts.
+        accuracy counts; ``nats_per_byte``: that of every question of a subject, where there is one.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from benchmarks.llama.shared_prompt import SharedPromptLM
 
     mixed = DTYPES["bf16"] if precision == "bf16" else None
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed)
+    wrapped = SharedPromptLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed)
     found = simple_evaluate(
         model=wrapped,
         tasks=[entry["task"]],
@@ -157,8 +162,8 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
     metric = _shared_metric({name: list(values) for name, values in subjects.items()})
     assert metric is not None  # noqa: S101  check_tasks saw to it
 
-    def mean(names: Sequence[str]) -> float:
-        return sum(subjects[name][metric] * counts[name] for name in names) / sum(counts[name] for name in names)
+    def mean(names: Sequence[str], of: str = metric) -> float:
+        return sum(subjects[name][of] * counts[name] for name in names) / sum(counts[name] for name in names)
 
     members = found.get("group_subtasks", {})
     inside = {group: [leaf for leaf in _leaves(group, members) if leaf in counts] for group in members}
@@ -168,13 +173,22 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
         if 0 < len(leaves) < len(counts)
     }
     if metric == _ACCURACY:
-        scores = {"accuracy": mean(list(counts))}
+        scores: dict[str, float | None] = {"accuracy": mean(list(counts))}
         if len(counts) > 1:
             scores["accuracy_macro"] = sum(values[metric] for values in subjects.values()) / len(subjects)
+        if all(_BY_LENGTH in values for values in subjects.values()):
+            scores["accuracy_norm"] = mean(list(counts), _BY_LENGTH)
     else:
         scores = {"task_score": mean(list(counts))}
     samples = found.get("samples", {}) if metric == _ACCURACY else {}
     correct = {_alias(found, name): _correct(samples[name]) for name in samples}
+    nats = {_alias(found, name): nats_per_byte(samples[name]) for name in samples}
+    by_question = {name: values for name, values in nats.items() if values is not None}
+    likely: dict[str, Any] = {}
+    if by_question and len(by_question) == len(counts):
+        every = [value for values in by_question.values() for value in values]
+        scores[NATS] = sum(cast(list[float], every)) / len(every) if None not in every else None
+        likely = {NATS: by_question}
     return {
         "scores": scores,
         "questions": sum(counts.values()),
@@ -182,6 +196,7 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
         "categories": categories,
         "subjects": {_alias(found, name): values | {"questions": counts[name]} for name, values in subjects.items()},
         "correct": correct if all(value is not None for value in correct.values()) else {},
+        **likely,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +18,74 @@ from benchmarks.harness.results.statistics import CONFIDENCE
 from benchmarks.llama.grid import is_trained
 from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of, task_words
 
+_Point = tuple[int, float | None]  # step and loss
 _FOUR_CHOICES, _CHANCE = "mmlu", 0.25
 _USE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 2), "PuOr_r")
+_LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"))
 _COLOURS = ("#444444", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#999999")
 
 
 def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
-    """Training loss by step: a panel a model and way of tuning, a line a method."""
-    groups: dict[tuple[str, str, str], dict[str, list[list[float]]]] = {}
+    """Loss by step, averaged over seeds: a column a model and way of tuning, a line a method; training above, held-out rows below."""
+    groups: dict[tuple[str, str, str], dict[str, list[Run]]] = {}
     for run in (run for run in outcomes.runs if is_trained(run.spec)):
         cell = cell_of(run)
-        curve = [math.nan if loss is None else loss for loss in outcomes.metrics[run.id]["curve"]]
         lines = groups.setdefault((cell["model"], cell["set"], cell["tuning"]), {})
-        lines.setdefault(outcomes.method_title(cell), []).append(curve)
+        lines.setdefault(outcomes.method_title(cell), []).append(run)
     if not groups:
         placeholder_figure(path, "no run of these trains")
         return
+    panels: dict[str, Callable[[Run], list[_Point]]] = {"training loss": lambda run: _trained(outcomes, run)}
+    if any(_held_out(outcomes, run) for lines in groups.values() for runs in lines.values() for run in runs):
+        panels["held-out loss"] = lambda run: _held_out(outcomes, run)
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
+        size = (3.0 * len(groups) + 0.6, 2.3 * len(panels) + 0.3)
         figure, axes = plt.subplots(
-            1, len(groups), figsize=(3.0 * len(groups) + 0.6, 2.6), squeeze=False, sharey=True, layout="constrained"
+            len(panels), len(groups), figsize=size, squeeze=False, sharex="col", sharey="row", layout="constrained"
         )
-        for axis, ((model, name, tuning), lines) in zip(axes[0], groups.items(), strict=True):
-            for number, (title, curves) in enumerate(lines.items()):
-                mean = np.mean(np.array(curves), axis=0)
-                colour = _COLOURS[number % len(_COLOURS)]
-                axis.plot(range(1, len(mean) + 1), mean, color=colour, lw=1.3, label=title, marker="o", ms=2)
+        for column, ((model, name, tuning), lines) in enumerate(groups.items()):
+            for axis, (label, points) in zip(axes[:, column], panels.items(), strict=True):
+                for number, (title, runs) in enumerate(lines.items()):
+                    _draw_curve(axis, number, title, [points(run) for run in runs])
+                axis.set_ylabel(label if column == 0 else "")
             tuned = outcomes.title("tuning", tuning)
             below = f"{outcomes.title('set', name)}, {tuned}" if outcomes.several_sets else tuned
-            title = f"{outcomes.title('model', model)}\n{below}"
-            axis.set_title(title, fontsize=8)
-            axis.set_xlabel("step")
-            axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-            axis.legend(fontsize=7, frameon=False)
-        axes[0, 0].set_ylabel("training loss")
+            axes[0, column].set_title(f"{outcomes.title('model', model)}\n{below}", fontsize=8)
+            axes[0, column].legend(fontsize=7, frameon=False)
+            axes[-1, column].set_xlabel("step")
+            axes[-1, column].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         save(figure, path)
+
+
+def _trained(outcomes: InstructionOutcomes, run: Run) -> list[_Point]:
+    return list(enumerate(outcomes.metrics[run.id]["curve"], start=1))
+
+
+def _held_out(outcomes: InstructionOutcomes, run: Run) -> list[_Point]:
+    return [(point["step"], point["loss"]) for point in outcomes.metrics[run.id].get("held_out_curve", ())]
+
+
+def _draw_curve(axis: Any, number: int, title: str, curves: list[list[_Point]]) -> None:
+    """The mean over seeds, in a style of its own: where lines lie on each other, each shows between the other's dashes and in its markers."""
+    steps = [step for step, _ in curves[0]]
+    if not steps:
+        return
+    losses = [[math.nan if loss is None else loss for _, loss in curve] for curve in curves if len(curve) == len(steps)]
+    dash, marker = _LINES[number % len(_LINES)]
+    axis.plot(
+        steps,
+        np.mean(np.array(losses), axis=0),
+        color=_COLOURS[number % len(_COLOURS)],
+        label=title,
+        ls=dash,
+        # the first line is the widest, so that it shows below the others
+        lw=2.6 if number == 0 else 1.2,
+        alpha=0.55 if number == 0 else 1.0,
+        marker=marker,
+        ms=4,
+        mfc="white" if number % 2 else None,
+        markevery=max(1, len(steps) // 8),
+    )
 
 
 def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:

@@ -23,7 +23,7 @@ from benchmarks.harness.planning.tunings import TUNINGS, needs_layers, tuning_sp
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.llama.definition import Finetuning, InstructionDefinition, InstructionSet, SetFile
 from benchmarks.llama.instructions import ALPACA_DEMO, load_instructions
-from benchmarks.llama.mmlu_dev import MMLU_DEV_FILE, is_mmlu_dev
+from benchmarks.llama.mmlu_dev import is_mmlu_dev, mmlu_dev_file
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
 _UNTRAINED = "nothing"
@@ -87,7 +87,8 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
         return [packaged(ALPACA_DEMO)] if "package" in task["source"] else []
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
-        return [str(MMLU_DEV_FILE)] if any(is_mmlu_dev(entry["task"]) for entry in spec["evaluation"]["tasks"]) else []
+        tasks = [entry["task"] for entry in spec["evaluation"]["tasks"]]
+        return sorted({str(mmlu_dev_file(task)) for task in tasks if is_mmlu_dev(task)})
 
     def describe(
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, InstructionSet], *, open_files: bool

@@ -14,11 +14,13 @@ from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import Difference, paired_differences, with_verdicts
 from benchmarks.llama.definition import InstructionDefinition, InstructionSet
 from benchmarks.llama.grid import is_trained
+from benchmarks.llama.likelihood import NATS
 
 GROUP = ["model", "set", "tuning"]
 CELL = [*GROUP, "method", "variant"]
 BASELINE, UNTUNED = "baseline", "untuned"
 _LOSS = "loss"
+_TITLES = {"mmlu": "MMLU", "mmlu_dev": "MMLU-dev", "mmlu_dev_continuation": "MMLU-dev, continuations"}
 _NO_QUESTIONS = pd.DataFrame(columns=[*CELL, "seed", "task", "question", "value"])
 
 
@@ -33,6 +35,7 @@ class InstructionOutcomes(Outcomes):
         records: every number of them, a row a number, with the columns of :data:`CELL`.
         tasks: evaluated tasks by title, in order.
         tests: paired differences of accuracy to the baseline tuned the same way, and to the same method not tuned.
+        nats_tests: the same of the right answers' nats a byte, lower being better.
         rates_chosen: whether there was a learning rate to choose.
     """
 
@@ -50,7 +53,8 @@ class InstructionOutcomes(Outcomes):
         self.tasks = list(dict.fromkeys(name for found in self.metrics.values() for name in found["tasks"]))
         untuned = next((run.spec["finetuning"] for run in runs if not is_trained(run.spec)), "")
         self._references = {BASELINE: {"method": self.baseline, "variant": ""}, UNTUNED: {"tuning": untuned}}
-        self.tests = self._tests()
+        self.tests = self._tests("correct")
+        self.nats_tests = self._tests(NATS, lower_is_better=True)
 
     def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
         """One number of every run, by cell and seed; of the part's task of that name, where it has several."""
@@ -69,9 +73,9 @@ class InstructionOutcomes(Outcomes):
         rows = pd.DataFrame([cell_of(run) for run in self.runs], columns=CELL)
         return rows.groupby(CELL, sort=False).size().rename("n").reset_index()
 
-    def _tests(self) -> pd.DataFrame:
+    def _tests(self, key: str, *, lower_is_better: bool = False) -> pd.DataFrame:
         """By cell, what it is compared with, and task: paired differences over questions, each question's a mean over seeds."""
-        scores = pd.concat([_NO_QUESTIONS, *self._questions()], ignore_index=True)
+        scores = pd.concat([_NO_QUESTIONS, *self._questions(key)], ignore_index=True)
         found = [
             self._differences(scores, [*CELL, "task"], against, "question").assign(against=against)
             for against in self._references
@@ -80,16 +84,17 @@ class InstructionOutcomes(Outcomes):
         tests["seeds"] = tests["values"] // tests["questions"]  # every seed has every question
         tests = tests.sort_values("task", key=lambda names: names.map(self.tasks.index), kind="stable")
         row = [*CELL, "against", "task", "questions", "seeds", *Difference.COLUMNS]
-        return with_verdicts(tests[row], [*CELL, "against"])
+        return with_verdicts(tests[row], [*CELL, "against"], lower_is_better=lower_is_better)
 
-    def _questions(self) -> Iterator[pd.DataFrame]:
-        """A row a question of a run, with whether it was answered correctly."""
+    def _questions(self, key: str) -> Iterator[pd.DataFrame]:
+        """A row a question of a run: whether it was answered correctly, or its right answer's nats a byte."""
         for run in self.runs:
             for task, tested in self.metrics[run.id]["tasks"].items():
                 answers = [
-                    (f"{subject} {number}", float(digit))
-                    for subject, digits in tested["correct"].items()
-                    for number, digit in enumerate(digits)
+                    (f"{subject} {number}", float(value))
+                    for subject, values in tested.get(key, {}).items()
+                    for number, value in enumerate(values)
+                    if value is not None  # of a model that diverged
                 ]
                 rows = pd.DataFrame(answers, columns=["question", "value"])
                 yield rows.assign(**cell_of(run), seed=run.spec["seed"], task=task)
@@ -147,7 +152,7 @@ def cell_of(run: Run) -> dict[str, str]:
 def task_words(task: str) -> str:
     """The title of a task as people write it."""
     name, _, shots = task.partition(" ")
-    return " ".join(({"mmlu": "MMLU", "mmlu_dev": "MMLU-dev"}.get(name, name), shots)).strip()
+    return " ".join((_TITLES.get(name, name), shots)).strip()
 
 
 def _chosen(runs: Sequence[Run], read: dict[str, dict[str, Any]]) -> list[Run]:

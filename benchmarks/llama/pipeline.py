@@ -68,7 +68,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         progress.say(f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}")
     trained = Trained([], 0, 0.0)
     if is_trained(spec):
-        trained = train(trainable, data.template.tokenizer, spec, data.train, folder, progress)
+        trained = train(trainable, data.template.tokenizer, spec, data.train, data.held_out, folder, progress)
         trainable = _whole_again(spec, trainable)
     destroy_process_group()
     if not is_main():
@@ -77,6 +77,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         save_trained(trainable.model, folder / "model")
     return _evaluated(spec, trainable, data, asked, progress) | {
         "curve": trained.curve,
+        **({"held_out_curve": trained.held_out} if trained.held_out else {}),
         "model": trainable.summary,
         "cost": {
             "steps": trained.steps,

@@ -2,6 +2,7 @@
 
 They are 281, not MMLU's 14,042 test questions, about five a subject: a number that moves, not one to compare with others' MMLU.
 Everything but the questions (prompt, choices, metric, categories) is read from lm-eval's own files of MMLU, so that both are scored by the same code.
+They are asked in two of lm-eval's forms: by the letters of the choices, and by the choices themselves as continuations of the question.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import yaml
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import atomic_write
-from benchmarks.llama.mmlu_dev import MMLU_DEV
+from benchmarks.llama.mmlu_dev import CONTINUATION, MMLU_DEV
 
 _LETTERS = "ABCD"
 _CHOICES = re.compile(r"(?s)(.*?)\s*\(A\)\s(.*?)\s*\(B\)\s(.*?)\s*\(C\)\s(.*?)\s*\(D\)\s(.*)")
@@ -25,6 +27,27 @@ _ANSWER = re.compile(r"\(([ABCD])\)\.?\s*$")
 _FIFTH = "(E)"  # one question of college chemistry came with five choices, and the fifth as its answer
 _SPLIT = "questions"
 _SHA256 = "5a94b761c7aa948a3d5117848440662f6cd9a2a44821344f95f550d02f4bf8bf"  # of all subjects and questions
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One way of asking the questions.
+
+    Attributes:
+        folder: of lm-eval's files, inside those of MMLU.
+        template: what its subjects share.
+        ending: of the tasks' names.
+    """
+
+    folder: str
+    template: str
+    ending: str
+
+
+_FORMS = (
+    _Form("default", "_default_template_yaml", ""),
+    _Form("continuation", "_continuation_template_yaml", f"_{CONTINUATION}"),
+)
 
 
 def write_mmlu_dev(folder: Path) -> int:
@@ -42,8 +65,6 @@ def write_mmlu_dev(folder: Path) -> int:
     import lm_eval
 
     mmlu = Path(lm_eval.__file__).parent / "tasks" / "mmlu"
-    default = mmlu / "default"
-    template = _read(default / "_default_template_yaml")
     shots = sorted((mmlu / "flan_cot_fewshot").glob("mmlu_*.yaml"))
     if not shots:
         raise DataError(f"{mmlu} holds no few-shot questions; this suite reads those of lm-eval 0.4")
@@ -55,19 +76,19 @@ def write_mmlu_dev(folder: Path) -> int:
         count += len(questions)
         everything.update(json.dumps([subject, questions]).encode())
         _write_questions(folder / f"{subject}.jsonl", questions)
-        _write_task(
-            folder / f"{MMLU_DEV}_{subject}.yaml", _subject(template, _read(default / file.name), subject, folder)
-        )
+        for form in _FORMS:
+            own = _read(mmlu / form.folder / file.name)
+            task = _subject(_read(mmlu / form.folder / form.template), own, subject, folder)
+            _write_task(folder / f"{MMLU_DEV}_{subject}{form.ending}.yaml", task)
     if everything.hexdigest() != _SHA256:
         raise DataError(
             f"the questions inside lm-eval {lm_eval.__version__} are not those of lm-eval 0.4.13, from which MMLU-dev is made"
         )
-    for file in sorted(default.glob("_mmlu*.yaml")):
-        group = _renamed(_read(file))
-        if group["group"] != MMLU_DEV:
+    for form in _FORMS:
+        groups = [_renamed(_read(file)) for file in sorted((mmlu / form.folder).glob("_mmlu*.yaml"))]
+        # that of all subjects last: who finds it finds the others
+        for group in sorted(groups, key=lambda one: one["group"] == f"{MMLU_DEV}{form.ending}"):
             _write_task(folder / f"{group['group']}.yaml", group)
-    # last: who finds it finds the others
-    _write_task(folder / f"{MMLU_DEV}.yaml", _renamed(_read(default / "_mmlu.yaml")))
     return count
 
 
@@ -92,6 +113,7 @@ def _subject(template: Mapping[str, Any], own: Mapping[str, Any], subject: str, 
     own = {key: value for key, value in own.items() if key not in ("include", "dataset_name")}
     return {
         **template,
+        "task_alias": subject,
         **_renamed(own),
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {_SPLIT: str((folder / f"{subject}.jsonl").resolve())}},

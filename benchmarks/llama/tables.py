@@ -19,6 +19,7 @@ from benchmarks.harness.reporting.common_tables import (
 from benchmarks.harness.reporting.published import read_published
 from benchmarks.harness.reporting.rendering import Column, Table
 from benchmarks.llama.grid import is_trained
+from benchmarks.llama.likelihood import NATS
 from benchmarks.llama.outcomes import BASELINE, CELL, GROUP, UNTUNED, InstructionOutcomes, cell_of, task_words
 
 _PAPER_COLUMNS = ["model", "tuning", "method", "value", "status", "source"]
@@ -39,13 +40,15 @@ def results(outcomes: InstructionOutcomes) -> Table:
         columns.append(Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True))
     for task in outcomes.tasks:
         scored = next(found["tasks"][task]["metric"] for found in outcomes.metrics.values() if task in found["tasks"])
-        for metric, word in (("accuracy", ""), ("accuracy_macro", ", mean of subjects"), ("task_score", f", {scored}")):
+        parts = {"accuracy": "", "accuracy_macro": ", mean of subjects", "accuracy_norm": ", by length"}
+        parts |= {NATS: ", right answer", "task_score": f", {scored}"}
+        for metric, word in parts.items():
             name = f"{task} {metric}"
             frame = _with(frame, outcomes.numbers("test", metric, task), name)
             columns.append(Column(metric, name, f"{task_words(task)}{word}", std=f"{name} std", best=name))
     return Table(
         "Held-out loss and accuracy",
-        f"Mean ± standard deviation over n seeds; the loss is the mean over the responses' tokens of held-out instructions. {_questions(outcomes)}Δ to {outcomes.baseline_title} is to {outcomes.baseline_title} tuned the same way, paired by seed: "
+        f"Mean ± standard deviation over n seeds; the loss is the mean over the responses' tokens of held-out instructions. {_likelihood(outcomes)}{_questions(outcomes)}Δ to {outcomes.baseline_title} is to {outcomes.baseline_title} tuned the same way, paired by seed: "
         "of a model that is not tuned, what the conversion costs. Δ to not tuned is to the same method not tuned: what tuning gains. Both with a 95 % confidence interval over seeds (Student's t). "
         f"{_CHOSEN if outcomes.rates_chosen else ''}Bold marks the best method of a way of tuning, controls apart.",
         {**_keys(outcomes), "n": "n"},
@@ -58,15 +61,26 @@ def results(outcomes: InstructionOutcomes) -> Table:
 
 def tests(outcomes: InstructionOutcomes) -> Table:
     """Paired tests over questions against the baseline tuned the same way, and against the same method not tuned."""
-    frame = outcomes.order(outcomes.tests, CELL)
+    return _tests(outcomes, outcomes.tests, "accuracy", "accuracy", "")
+
+
+def nats_tests(outcomes: InstructionOutcomes) -> Table:
+    """The same tests of how likely the right answers are."""
+    what = "the right answers' nats a byte (minus the logarithm of their probability over their bytes)"
+    return _tests(outcomes, outcomes.nats_tests, NATS, what, "Less is better. ")
+
+
+def _tests(outcomes: InstructionOutcomes, tests: pd.DataFrame, metric: str, what: str, note: str) -> Table:
+    frame = outcomes.order(tests, CELL)
     frame["against"] = frame["against"].map(_compared_with(outcomes))
     frame["task_title"] = frame["task"].map(task_words)
+    nats = ", by nats a byte" if metric == NATS else ""
     return tests_table(
-        f"{outcomes.baseline_title}, and against the model not tuned",
-        f"Differences of accuracy to {outcomes.baseline_title} tuned the same way (each question's a mean over the seeds that both have) and to the same method not tuned, paired by question, with a 95 % confidence interval; p of the paired t-test over "
+        f"{outcomes.baseline_title}, and against the model not tuned{nats}",
+        f"{note}Differences of {what} to {outcomes.baseline_title} tuned the same way (each question's a mean over the seeds that both have) and to the same method not tuned, paired by question, with a 95 % confidence interval; p of the paired t-test over "
         "questions, and p corrected by Holm's procedure over the tasks of a row. It says what other questions would show, not what other seeds would. The verdict takes the corrected p at 5 %; a dash means that there is no test.",
         {**_keys(outcomes), "against": "Against", "task_title": "Task", "questions": "Questions", "seeds": "Seeds"},
-        "accuracy",
+        metric,
         frame,
     )
 
@@ -207,6 +221,7 @@ def paper(outcomes: InstructionOutcomes) -> Table:
 TABLES = {
     "results": results,
     "tests": tests,
+    "nats_tests": nats_tests,
     "categories": categories,
     "subjects": subjects,
     "answers": answers,
@@ -224,16 +239,24 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
     for key, rows in losses.groupby(list(_keys(outcomes))[:-1], sort=False):
         words = []
         for row in rows.itertuples():
-            tested = outcomes.tests
             cell = tuple(getattr(row, key) for key in CELL)
-            same = tested[(tested[[*CELL, "against"]] == [*cell, BASELINE]).all(axis=1)]
+            same, nats = (_of_cell(tests, cell) for tests in (outcomes.tests, outcomes.nats_tests))
             accuracies = [f"{task_words(one.task)} {difference_text(one, ' points')}" for one in same.itertuples()]
+            likely = [
+                f"{task_words(one.task)} {one.delta:+z.3f}{interval_text(one.low, one.high, 3)} nats a byte of the right answer, {one.verdict or 'no test'}"
+                for one in nats.itertuples()
+            ]
             loss = f"held-out loss {row.delta:+z.3f}{interval_text(row.low, row.high, 3)}"
             both = {row.method_title: cell, outcomes.baseline_title: (*cell[: len(GROUP)], outcomes.baseline, "")}
             gain = ", ".join(f"{title} {gains[one]:+z.3f}" for title, one in both.items() if one in gains)
             gained = [f"by tuning: {gain}"] if gain else []
-            words.append(f"{row.method_title}: {'; '.join([loss, *gained, *accuracies])}")
+            words.append(f"{row.method_title}: {'; '.join([loss, *gained, *accuracies, *likely])}")
         yield f"{', '.join(key)}, against {outcomes.baseline_title}: {'. '.join(words)}."
+
+
+def _of_cell(tests: pd.DataFrame, cell: tuple[str, ...]) -> pd.DataFrame:
+    """A cell's tests against the baseline."""
+    return tests[(tests[[*CELL, "against"]] == [*cell, BASELINE]).all(axis=1)]
 
 
 def _keys(outcomes: InstructionOutcomes) -> dict[str, str]:
@@ -259,7 +282,7 @@ def _questions(outcomes: InstructionOutcomes) -> str:
     for metrics in outcomes.metrics.values():
         found |= {task: tested["questions"] for task, tested in metrics["tasks"].items() if tested["metric"] == "acc"}
     words = [
-        f"{task_words(task)} has {count:,} questions, so that one accuracy near 30 % is uncertain by {45.8 / math.sqrt(count):.1f} points (one standard error)"
+        f"{task_words(task)} has {count:,} questions, so that one accuracy near 30 % is uncertain by {45.8 / math.sqrt(count):.1f} points (one standard error){_chance(task)}"
         for task, count in found.items()
     ]
     dev = (
@@ -268,6 +291,17 @@ def _questions(outcomes: InstructionOutcomes) -> str:
         else ""
     )
     return f"{'; '.join(words)}. {dev}" if words else ""
+
+
+def _chance(task: str) -> str:
+    return "; chance is 25 %" if task.startswith(_MMLU) else ""
+
+
+def _likelihood(outcomes: InstructionOutcomes) -> str:
+    """What nats a byte and accuracy by length are, where there are some."""
+    if outcomes.nats_tests.empty:
+        return ""
+    return "Right answer: minus the logarithm of its probability, over its bytes; less is better. By length: the answer that is likeliest a letter counts. "
 
 
 def _short(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here, quiet_arguments
 from benchmarks.llama.encoding import EncodedRows, collator
 from benchmarks.llama.grid import accumulation
+from benchmarks.llama.held_out import HeldOutCurve
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class Trained:
         curve: the loss of every step: the mean over its learned tokens.
         steps: optimiser steps.
         step_seconds: mean over the steps.
+        held_out: step and loss on the held-out rows, where the settings ask for it.
     """
 
     curve: list[float | None]
     steps: int
     step_seconds: float
+    held_out: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(
@@ -41,6 +44,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     spec: Mapping[str, Any],
     rows: EncodedRows,
+    held_out: EncodedRows,
     folder: Path,
     progress: Progress,
 ) -> Trained:
@@ -53,6 +57,7 @@ def train(
         tokenizer: the model's.
         spec: the run's.
         rows: to learn.
+        held_out: to take the loss on every ``eval_every`` steps.
         folder: the run's folder; checkpoints are written below it.
         progress: where to say what is going on.
 
@@ -99,9 +104,13 @@ def train(
         data_collator=collator(tokenizer, packing=training["packing"]),
         callbacks=[progress, stopwatch, RetieGates()],
     )
+    if every := training.get("eval_every"):
+        at_once, precision = spec["evaluation"]["batch_size"], precision_here(training["precision"])
+        # after the stopwatch, which shall not count it
+        trainer.add_callback(HeldOutCurve(held_out, tokenizer, every, at_once, precision))
     checkpoint = last_complete_checkpoint(checkpoints)
     if checkpoint:
         stopwatch.resume(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     curve = [finite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return Trained(curve, trainer.state.global_step, stopwatch.step_seconds)
+    return Trained(curve, trainer.state.global_step, stopwatch.step_seconds, HeldOutCurve.points(trainer.state))

@@ -213,7 +213,8 @@ def test_too_few_rows_and_an_uneven_batch_are_refused() -> None:
 
 def test_unknown_tasks_end_a_run_before_any_work() -> None:
     with pytest.raises(
-        DataError, match=r"resources/questions/mmlu_dev does not exist; .* `python -m benchmarks questions`"
+        DataError,
+        match=r"resources/questions/mmlu_dev/mmlu_dev.yaml does not exist; .* `python -m benchmarks questions`",
     ):
         check_tasks([ask("mmlu_dev")])
     write_mmlu_dev(QUESTIONS / "mmlu_dev")

@@ -40,6 +40,7 @@ rule rebuild_model:
 rule write_questions:
     output:
         "resources/questions/mmlu_dev/mmlu_dev.yaml",
+        "resources/questions/mmlu_dev/mmlu_dev_continuation.yaml",
     log:
         "results/logs/write_questions.txt",
     localrule: True

@@ -95,20 +95,22 @@ def holm(p: pd.Series[float]) -> pd.Series[float]:
     return steps.cummax().clip(upper=1.0).reindex(p.index)
 
 
-def with_verdicts(rows: pd.DataFrame, family: list[str]) -> pd.DataFrame:
+def with_verdicts(rows: pd.DataFrame, family: list[str], *, lower_is_better: bool = False) -> pd.DataFrame:
     """Rows of differences (:attr:`Difference.COLUMNS`) with ``p_holm``, corrected within each family, and a ``verdict``."""
     corrected = rows.groupby(family, sort=False)["p"].transform(holm) if len(rows) else math.nan
     judged = rows.assign(p_holm=corrected)
-    return judged.assign(verdict=[_verdict(row.delta, row.low, row.high, row.p_holm) for row in judged.itertuples()])
+    better = [-row.delta if lower_is_better else row.delta for row in judged.itertuples()]
+    rest = zip(better, judged["low"], judged["high"], judged["p_holm"], strict=True)
+    return judged.assign(verdict=[_verdict(*row) for row in rest])
 
 
-def _verdict(delta: float, low: float, high: float, p: float) -> str:
+def _verdict(better: float, low: float, high: float, p: float) -> str:
     """What a corrected test says of a difference; nothing where there is no test."""
     if low == high == 0:
         return "equal"
     if math.isnan(p):
         return ""
-    return "within noise" if p >= SIGNIFICANCE else "better" if delta > 0 else "worse"
+    return "within noise" if p >= SIGNIFICANCE else "better" if better > 0 else "worse"
 
 
 def confidence_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:

@@ -1,0 +1,139 @@
+"""MMLU-dev as continuations: lm-eval's own prompts, and how likely the right answers are."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from benchmarks.harness.base.paths import QUESTIONS
+from benchmarks.harness.modeling.build import build_language_model
+from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.runs import plan, run_from_spec
+from benchmarks.llama.evaluation import check_tasks
+from benchmarks.llama.grid import KIND
+from benchmarks.llama.likelihood import nats_per_byte
+from benchmarks.llama.outcomes import InstructionOutcomes
+from benchmarks.llama.questions import write_mmlu_dev
+from benchmarks.llama.tables import nats_tests, results, verdicts
+from tests.executed import finish, prepare
+from tests.fake_runs import write_runs
+from tests.instruction_runs import tiny_run, write_rows
+
+TASK = {"task": "mmlu_dev_continuation", "num_fewshot": 0, "limit": 1}
+FILES = QUESTIONS / "mmlu_dev"
+
+
+@pytest.fixture(autouse=True)
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def prompts(task: Any) -> list[Any]:
+    task.build_all_requests(limit=None, rank=0, world_size=1)
+    return [(request.doc_id, request.idx, request.args) for request in task.instances]
+
+
+def test_questions_are_asked_as_lm_eval_asks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks import TaskManager
+
+    assert write_mmlu_dev(FILES) == 281
+    lines = (FILES / "formal_logic.jsonl").read_text().splitlines()
+    rows = datasets.Dataset.from_list([json.loads(line) for line in lines])
+    ours = TaskManager(include_path=str(FILES), include_defaults=False)
+    mine = ours.load(["mmlu_dev_formal_logic_continuation"])["tasks"]["mmlu_dev_formal_logic_continuation"]
+    own = prompts(mine)
+    whole = datasets.DatasetDict(test=rows, dev=rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: whole)
+    theirs = TaskManager().load(["mmlu_formal_logic_continuation"])["tasks"]["mmlu_formal_logic_continuation"]
+    assert own == prompts(theirs)
+    assert len(own) == 4 * len(lines)
+    assert own[0][2][0].startswith("The following are questions (with answers) about formal logic.\n\nQuestion: ")
+    assert own[0][2][0].endswith("\nAnswer:")
+    assert own[0][2][1] == f" {rows[0]['choices'][0]}"
+
+
+def test_all_subjects_are_there_in_both_forms() -> None:
+    write_mmlu_dev(FILES)
+    for form in ("", "_continuation"):
+        assert len(list(FILES.glob(f"mmlu_dev_anatomy{form}.yaml"))) == 1
+    assert check_tasks([TASK])["mmlu_dev_continuation (0-shot, first 1)"][0].startswith("package lm-eval")
+    (run,) = [run for run in plan(["llama"], "smoke") if "emoe-base" in run.id]
+    assert KIND.inputs(run.spec) == [f"{FILES}/mmlu_dev.yaml", f"{FILES}/mmlu_dev_continuation.yaml"]
+
+
+def sample(number: int, choices: list[str], right: int, logs: list[float], prompt: str = "Q") -> dict[str, Any]:
+    asked = [(prompt, f" {choice}") for choice in choices]
+    return {"doc_id": number, "arguments": asked, "filtered_resps": [(log, False) for log in logs], "target": right}
+
+
+def test_nats_are_those_of_the_right_answer_over_its_bytes() -> None:
+    first, second = sample(0, ["né", "no"], 0, [-6.0, -1.0]), sample(1, ["5", "four"], 1, [-1.0, -2.0])
+    assert nats_per_byte([second, first]) == [2.0, 0.5]
+    diverged = sample(0, ["yes", "no"], 1, [0.0, -math.inf])
+    assert nats_per_byte([diverged]) == [None]
+
+
+def test_letters_and_several_prompts_have_no_nats() -> None:
+    assert nats_per_byte([sample(0, ["A", "B"], 0, [-1.0, -2.0])]) is None
+    several = sample(0, ["yes", "no"], 0, [-1.0, -2.0])
+    several["arguments"][1] = ("another", " no")
+    assert nats_per_byte([several]) is None
+    assert nats_per_byte([{"doc_id": 0, "acc": 1.0}]) is None
+
+
+def test_a_run_records_each_questions_nats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path / "data")
+    monkeypatch.setenv("EMOE_DATA_ROOT", str(tmp_path / "data"))
+    write_mmlu_dev(FILES)
+    name = "mmlu_dev_anatomy_continuation"
+    found = finish(prepare(tiny_run("emoe", evaluation={"tasks": [{"task": name, "num_fewshot": 0, "limit": None}]})))
+    task = found["tasks"][f"{name} (0-shot)"]
+    nats = task["nats_per_byte"]["anatomy"]
+    assert len(nats) == task["questions"] == len(task["correct"]["anatomy"]) == 5
+    assert all(value > 0 for value in nats)
+    scores = found["scores"]["test"][f"{name} (0-shot)"]
+    assert scores["nats_per_byte"] == pytest.approx(sum(nats) / 5)
+    assert scores["accuracy_norm"] == task["subjects"]["anatomy"]["acc_norm"]
+
+
+def test_nats_are_paired_by_question_and_less_is_better() -> None:
+    runs = plan(["llama"], "mini")
+    runs = [run_from_spec({**run.spec, "evaluation": {**run.spec["evaluation"], "tasks": [TASK]}}) for run in runs]
+    write_runs(runs, {"emoe": 0.3})
+    outcomes = InstructionOutcomes(load_benchmark("llama"), runs)
+    frame = nats_tests(outcomes).frame
+    row = frame[(frame["tuning"] == "lora") & (frame["method"] == "emoe") & (frame["against"] == "dense")].iloc[0]
+    assert (row["questions"], row["seeds"], row["verdict"]) == (100, 2, "better")
+    means = outcomes.numbers("test", "nats_per_byte").groupby(["tuning", "method"]).mean()
+    assert row["delta"] == pytest.approx(means["lora", "emoe"] - means["lora", "dense"])
+    assert "MMLU-dev, continuations (0-shot, first 1), right answer (nat/byte)" in results(outcomes).markdown()
+    assert "chance is 25 %" in results(outcomes).markdown()
+    (said,) = [text for text in verdicts(outcomes) if text.partition(", against")[0].endswith("LoRA")]
+    assert f"MMLU-dev, continuations (0-shot, first 1) {row['delta']:+.3f} [" in said
+    assert "nats a byte of the right answer, better" in said
+
+
+def test_choices_that_share_their_prompt_are_as_likely_as_alone() -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from benchmarks.llama.shared_prompt import SharedPromptLM
+
+    tokenizer = load_tokenizer(tiny_run().spec["model"])
+    model = build_language_model(tiny_run("emoe", "full").spec).model.eval()
+    texts = [("Name a colour.", " red"), ("Name a colour.", " a colour like blue"), ("One plus one is", " two")]
+    texts += [("One plus one is", " not three"), ("Name a colour.", " green or so"), ("Alone", " it stands here")]
+    asked = [((a, b), tokenizer.encode(a), tokenizer.encode(b, add_special_tokens=False)) for a, b in texts]
+    assert len({len(choice) for _, _, choice in asked}) > 2
+    ours, theirs = (
+        kind(pretrained=model, tokenizer=tokenizer, batch_size=4)._loglikelihood_tokens(asked, disable_tqdm=True)
+        for kind in (SharedPromptLM, HFLM)
+    )
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-5)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert len({value for value, _ in ours}) == len(texts)
