@@ -82,8 +82,8 @@ class Prefix:
         config, tune = method["config"], method["tune"]
         if config is not None:
             refuse_below(self.layers, resolve_layers(config["layers"], self._count)[0], f"{named} converts")
-        if tune is not None and tune["blocks"]:
-            refuse_below(self.layers, resolve_layers(tune["blocks"], self._count)[0], f"{named} trains")
+        if tune is not None and (trained := tune["blocks"] or tune.get("layers")):
+            refuse_below(self.layers, resolve_layers(trained, self._count)[0], f"{named} trains")
 
     def freeze_(self) -> None:
         """Take the prefix out of training, for good: no gradient, and evaluation mode whatever the rest of the model is in."""
