@@ -119,6 +119,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             "train_seconds": trainer.step_seconds * training.steps,
             "evaluation_seconds": trainer.evaluation_seconds,
             "precision": trainer.precision,
+            **classifier.prefix_cost(),
         },
         "data": {
             f"{environment.name} {name}": {"source": found.source, **environment.summary(chosen, found.classes)}

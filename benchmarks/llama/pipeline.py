@@ -86,6 +86,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             "train_seconds": trained.step_seconds * trained.steps,
             "precision": precision_here(training["precision"]),
             "least_memory_mb": estimate.memory / 1e6,
+            **trainable.prefix_cost(),
         },
         "data": data.summary(),
     }

@@ -48,6 +48,10 @@ class Trainable:
     adapters: LoraModel | None
     prefix: Prefix | None = None
 
+    def prefix_cost(self) -> dict[str, float]:
+        """What this process spent on the frozen layers; nothing where none is frozen, little where the cache had everything."""
+        return {"prefix_seconds": self.prefix.seconds} if self.prefix else {}
+
 
 def build_classifier(
     spec: Mapping[str, Any],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import time
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, cast
@@ -53,6 +54,7 @@ class Prefix:
     Attributes:
         names: of the frozen parameters, in the network.
         layers: how many layers are frozen.
+        seconds: time spent on :meth:`output` so far.
 
     Raises:
         DefinitionError: the architecture is not known here, or has fewer layers.
@@ -68,6 +70,7 @@ class Prefix:
         self._modules = [modules[path] for path in paths if path in modules]
         self._described = _described(network, self._modules)
         self._states: Tensor | None = None
+        self.seconds = 0.0
 
     def check(self, method: Mapping[str, Any]) -> None:
         """See that a method leaves the prefix alone.
@@ -116,13 +119,14 @@ class Prefix:
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(device)
-        handle = self._blocks[-1].register_forward_hook(_stop)
+        handle, started = self._blocks[-1].register_forward_hook(_stop), time.perf_counter()
         try:
             self._model(**{name: value.to(device) for name, value in inputs.items()})
         except _Reached as reached:
             return reached.states.float().cpu()
         finally:
             handle.remove()
+            self.seconds += time.perf_counter() - started
         raise RuntimeError(f"{type(self._network).__name__} does not call its layers one after the other")
 
     def _take(
