@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5EncoderModel
 
@@ -18,7 +20,7 @@ from benchmarks.domainbed.grid import KIND as DOMAINS
 from benchmarks.glue import pipeline as texts
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, PREFIXES
-from benchmarks.harness.modeling.build import Trainable
+from benchmarks.harness.modeling.build import Trainable, build_language_model
 from benchmarks.harness.modeling.prefix import STATES, Prefix
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.frozen import check_frozen
@@ -26,6 +28,7 @@ from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from benchmarks.harness.planning.schema import parse
 from benchmarks.llama import pipeline as instructions
+from benchmarks.llama.export import export
 from benchmarks.llama.grid import KIND as INSTRUCTIONS
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
@@ -79,17 +82,24 @@ RUNS: dict[str, tuple[Any, Callable[[], Run]]] = {
     "Llama": (instructions, lambda: tiny_run("dense", "full", training=FROZEN)),
     "Llama, EMoE": (instructions, lambda: tiny_run("emoe", "full", training=FROZEN)),
     "Llama, EMoE, adapters": (instructions, lambda: tiny_run("emoe", "lora", training=FROZEN)),
+    "Llama, recomputed": (
+        instructions,
+        lambda: tiny_run("emoe", "full", training={**FROZEN, "gradient_checkpointing": True}),
+    ),
     "Llama, EMoE, packed": (instructions, lambda: tiny_run("emoe", "full", training={**FROZEN, "packing": True})),
 }
 
 
-def watched(pipeline: Any, monkeypatch: pytest.MonkeyPatch, *, cached: bool = True) -> list[Trainable]:
-    """The models that runs of a pipeline build; where nothing shall be cached, their data know of no prefix."""
+def watched(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch, *, cached: bool = True
+) -> list[tuple[Trainable, dict[str, torch.Tensor]]]:
+    """The models that runs of a pipeline build, and their parameters as they were then; where nothing shall be cached, data know of no prefix."""
     build, found = getattr(pipeline, BUILDERS[pipeline]), []
 
     def spy(*args: Any, **kwargs: Any) -> Trainable:
-        found.append(build(*args, **kwargs))
-        return found[-1] if cached else replace(found[-1], prefix=None)
+        built = build(*args, **kwargs)
+        found.append((built, {name: values.clone() for name, values in built.model.named_parameters()}))
+        return built if cached else replace(built, prefix=None)
 
     monkeypatch.setattr(pipeline, BUILDERS[pipeline], spy)
     return found
@@ -113,15 +123,34 @@ def test_it_trains_as_if_nothing_were_cached(name: str, monkeypatch: pytest.Monk
     pipeline, make = RUNS[name]
     run = make()
     with monkeypatch.context() as patch:
-        models = watched(pipeline, patch)
+        built = watched(pipeline, patch)
         found = finish(prepare(run, "cached"))
     assert list(PREFIXES.glob("*.npy"))
     with monkeypatch.context() as patch:
         plain = watched(pipeline, patch, cached=False)
         wanted = finish(prepare(run, "plain"))
     close(found, wanted)
-    for one, other in zip(models[0].model.parameters(), plain[0].model.parameters(), strict=True):
+    ((trainable, before),) = built
+    for one, other in zip(trainable.model.parameters(), plain[0][0].model.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-4)
+    _check_changes(trainable, before, run.spec["training"]["frozen_layers"])
+    assert found["model"]["trainable_parameters"] == sum(before[key].numel() for key in trainable.trained)
+
+
+def _check_changes(trainable: Trainable, before: dict[str, torch.Tensor], layers: int) -> None:
+    """What is frozen is as it was, and nothing is frozen that shall be trained."""
+    assert trainable.prefix is not None
+    now = dict(trainable.model.named_parameters())
+    frozen = {key for key in now if key.removeprefix("network.") in trainable.prefix.names}
+    assert len(frozen) == len(trainable.prefix.names)
+    numbers = {int(found[1]) for key in frozen if (found := re.search(r"\.(\d+)\.", key))}
+    assert numbers == set(range(layers))
+    changed = {key for key in now if not torch.equal(now[key], before[key])}
+    assert changed
+    assert changed <= trainable.trained
+    assert not trainable.trained & frozen
+    if trainable.adapters is None:
+        assert trainable.trained | frozen == set(now)
 
 
 @pytest.mark.parametrize("name", ["bert, EMoE", "ViT, EMoE", "Llama, EMoE"])
@@ -159,31 +188,14 @@ def _forget(file: Path) -> None:
     file.with_suffix(".json").unlink()
 
 
-@pytest.mark.parametrize("name", ["bert, EMoE", "ViT, EMoE", "Llama, EMoE", "Llama, EMoE, adapters"])
-def test_nothing_below_changes_and_what_is_above_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline, make = RUNS[name]
-    build, before = getattr(pipeline, BUILDERS[pipeline]), {}
-    built: list[Trainable] = []
-
-    def spy(*args: Any, **kwargs: Any) -> Trainable:
-        built.append(build(*args, **kwargs))
-        before.update({key: value.clone() for key, value in built[0].model.named_parameters()})
-        return built[0]
-
-    monkeypatch.setattr(pipeline, BUILDERS[pipeline], spy)
-    found = finish(prepare(make()))
-    (trainable,) = built
-    assert trainable.prefix is not None
-    changed = {key for key, value in trainable.model.named_parameters() if not torch.equal(value, before[key])}
-    frozen = {key for key in before if any(key.endswith(own) for own in trainable.prefix.names)}
-    assert len(frozen) == len(trainable.prefix.names) > 0
-    assert changed
-    assert not changed & frozen
-    assert changed <= trainable.trained
-    assert not trainable.trained & frozen
-    assert found["model"]["trainable_parameters"] == sum(before[key].numel() for key in trainable.trained)
-    if "adapters" in name:
-        assert {key.split("layers.")[1][0] for key in trainable.trained} == {"2", "3"}
+def test_an_exported_model_is_whole() -> None:
+    path = prepare(tiny_run("emoe", "lora", training={**FROZEN, "keep_weights": True}))
+    finish(path)
+    export(path, Path("dense"), "dense")
+    before = build_language_model(tiny_run("dense", "base").spec).model.state_dict()
+    after = load_file("dense/model.safetensors")
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {f"model.layers.{i}.self_attn.{name}_proj.weight" for i in (2, 3) for name in "qv"}
 
 
 def test_methods_of_a_cell_share_it() -> None:
