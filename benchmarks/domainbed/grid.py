@@ -13,8 +13,9 @@ from benchmarks.domainbed.definition import ImageDefinition, ImageTraining, Imag
 from benchmarks.domainbed.emoji import EMOJI_PACKAGES
 from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.protocol import BASELINE, held_out_combinations, hyper_parameters, sweep_seed
-from benchmarks.harness.base.errors import DataError, first_line
+from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.frozen import check_frozen
 from benchmarks.harness.planning.kinds import ALL, Benchmark, SetPart, WholeSets, missing_set
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
@@ -128,6 +129,13 @@ def _spec(
     hparams = {**drawn, **settings.hparams.model_dump()}
     training = settings.model_dump(include=set(ImageTraining.model_fields))
     training["eval_every"] = settings.eval_every or task.eval_every
+    method = method_spec(methods, point, trial, settings.lora, where)
+    check_frozen(training, method, where)
+    if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
+        raise DefinitionError(
+            f"{place}.frozen_layers' is {settings.frozen_layers}, but images of '{point['set']}' are augmented anew at every step, so that nothing "
+            "could be kept of them; set hparams.data_augmentation: false"
+        )
     return {
         "benchmark": benchmark.name,
         "version": definition.version,
@@ -135,7 +143,7 @@ def _spec(
         "model": load_models()[point["model"]].spec(point["model"]),
         "task": task.spec(point["set"]),
         "ood": [],
-        "method": method_spec(methods, point, trial, settings.lora, where),
+        "method": method,
         "test_envs": list(point["test_envs"]),
         "hparams_seed": draw,
         "hparams": hparams,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
+from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, PrefixedImages, TrainingRows
 from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.environments import ImageSet
 from benchmarks.domainbed.folders import plain_name
@@ -22,6 +22,7 @@ from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.base.paths import IMAGES
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import build_image_classifier
+from benchmarks.harness.modeling.prefix import Prefix
 from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.training.progress import Progress
 
@@ -60,10 +61,13 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     seed = derive_seed("environments", read.seed, *held_out)
     augments, size = hparams.data_augmentation, training.image_size
     rows = [splits[env].within for env in trained]
+    prefixed = _prefixed(classifier.prefix, read, found, splits)
     trainer = DomainTrainer(
         classifier,
         read,
-        TrainingRows([envs[env] for env in trained], rows, augmented(size) if augments else plain(size), seed),
+        TrainingRows(
+            [envs[env] for env in trained], rows, augmented(size) if augments else plain(size), seed, prefixed
+        ),
         EnvironmentBatches(
             [[envs[env].labels[row] for row in chosen] for env, chosen in zip(trained, rows, strict=True)],
             hparams.batch_size,
@@ -71,7 +75,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             seed,
             class_balanced=hparams.class_balanced,
         ),
-        _evaluated(read, found, splits),
+        _evaluated(read, found, splits, prefixed),
         folder,
         progress,
     )
@@ -83,7 +87,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     progress.say("looking at the predictions")
     seen = trainer.look(
         [
-            EvaluationRows(environment, split.out[: training.eval_rows], plain(size))
+            EvaluationRows(environment, split.out[: training.eval_rows], plain(size), prefixed)
             for environment, split in zip(envs, splits, strict=True)
         ],
         len(found.classes),
@@ -115,6 +119,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             "train_seconds": trainer.step_seconds * training.steps,
             "evaluation_seconds": trainer.evaluation_seconds,
             "precision": trainer.precision,
+            **classifier.prefix_cost(),
         },
         "data": {
             f"{environment.name} {name}": {"source": found.source, **environment.summary(chosen, found.classes)}
@@ -131,7 +136,23 @@ def _split(found: ImageSet, env: int, trial_seed: int, *, is_test: bool) -> Spli
     return split_environment(rows, env, trial_seed, is_test=is_test)
 
 
-def _evaluated(spec: ImageSpec, found: ImageSet, splits: list[Split]) -> dict[str, EvaluationRows]:
+def _prefixed(
+    prefix: Prefix | None, spec: ImageSpec, found: ImageSet, splits: list[Split]
+) -> dict[str, PrefixedImages]:
+    """What the model's frozen layers make of the rows that are trained on or evaluated, by environment."""
+    if prefix is None:
+        return {}
+    training, prefixed = spec.training, {}
+    for env, (environment, split) in enumerate(zip(found.environments, splits, strict=True)):
+        within = split.within[: training.eval_rows] if env in spec.test_envs else split.within
+        rows = [*within, *split.out[: training.eval_rows]]
+        prefixed[environment.name] = PrefixedImages(prefix, environment, rows, training.image_size)
+    return prefixed
+
+
+def _evaluated(
+    spec: ImageSpec, found: ImageSet, splits: list[Split], prefixed: Mapping[str, PrefixedImages]
+) -> dict[str, EvaluationRows]:
     """The splits that every record has, by DomainBed's names."""
     training = spec.training
     size, limit = training.image_size, training.eval_rows
@@ -144,7 +165,7 @@ def _evaluated(spec: ImageSpec, found: ImageSet, splits: list[Split]) -> dict[st
             augments = spec.hparams.data_augmentation and training.val_augment and not is_test
             transform = augmented(size) if augments else plain(size)
             rows = split.within if name == "in" else split.out
-            chosen[f"env{env}_{name}"] = EvaluationRows(environment, rows[:limit], transform)
+            chosen[f"env{env}_{name}"] = EvaluationRows(environment, rows[:limit], transform, prefixed)
     return chosen
 
 

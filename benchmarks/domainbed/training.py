@@ -215,8 +215,9 @@ class DomainTrainer:
                 if record is not None:  # each image by itself
                     record.set_labels(torch.arange(images, images + len(labels)))
                 images += len(labels)
+                inputs = {name: values.to(device) for name, values in batch.items() if name != "labels"}
                 with torch.inference_mode(), self._trainer.compute_loss_context_manager():
-                    predicted = model(batch["pixel_values"].to(device))["logits"].argmax(-1).cpu()
+                    predicted = model(**inputs)["logits"].argmax(-1).cpu()
                 np.add.at(confusion[env], (labels.numpy(), predicted.numpy()), 1)
 
 

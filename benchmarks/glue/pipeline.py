@@ -63,6 +63,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             "train_seconds": result.step_seconds * result.steps,
             "evaluation_seconds": trainer.evaluation_seconds,
             "precision": trainer.precision,
+            **classifier.prefix_cost(),
         },
         "data": {part: split.summary() for part, split in splits.items()}
         | {f"ood:{name}": split.summary() for name, split in ood.items()},

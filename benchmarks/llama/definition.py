@@ -21,6 +21,7 @@ from benchmarks.harness.planning.schema import (
     Whole,
     Wholes,
     left_out,
+    zero_left_out,
 )
 from benchmarks.harness.planning.shared import (
     Entry,
@@ -97,6 +98,9 @@ class InstructionTraining(Strict):
     """Steps between two looks at the held-out loss while training, the first before any step; not at all unless given."""
     keep_weights: bool
     """Keep what was trained, so that the run can be exported."""
+    frozen_layers: Whole | None = zero_left_out()
+    """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a row is computed once and kept
+    (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below. 0, or left out: none."""
 
 
 class InstructionTrainingSettings(InstructionTraining, TrainingSettings):

@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.modeling.prefix import STATES, Prefix
+from benchmarks.harness.modeling.prefix_cache import PrefixStates, columns_digest, with_states
 from benchmarks.llama.instructions import Broken, Instruction
 from benchmarks.llama.templates import Template
 
@@ -33,7 +36,7 @@ class EncodedRow:
         return [IGNORED] * self.begin + self.tokens[self.begin :]
 
 
-class EncodedRows(Dataset[dict[str, list[int]]]):
+class EncodedRows(Dataset[dict[str, Any]]):
     """Encoded rows, for the training loop.
 
     Attributes:
@@ -50,6 +53,7 @@ class EncodedRows(Dataset[dict[str, list[int]]]):
         self.rows: list[EncodedRow] = []
         self.sources: list[Instruction] = []
         self.broken: list[Broken] = []
+        self._states: PrefixStates | None = None
         for start in range(0, len(instructions), _ROWS_AT_ONCE):
             self._encode(instructions[start : start + _ROWS_AT_ONCE], template, max_length)
 
@@ -79,12 +83,27 @@ class EncodedRows(Dataset[dict[str, list[int]]]):
         found.rows, found.sources = [self.rows[i] for i in places], [self.sources[i] for i in places]
         return found
 
+    def prefixed(self, prefix: Prefix | None, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
+        """These rows with what a model's frozen layers make of them; as they are where none is frozen."""
+        if prefix is None:
+            return self
+        collate, lengths = collator(tokenizer), [len(row.tokens) for row in self.rows]
+
+        def batch(places: Sequence[int]) -> dict[str, Tensor]:
+            return {name: values for name, values in collate([self[i] for i in places]).items() if name != "labels"}
+
+        columns = {"tokens": np.concatenate([row.tokens for row in self.rows]), "lengths": np.asarray(lengths)}
+        found = copy.copy(self)
+        found._states = PrefixStates(prefix, columns_digest(columns), lengths, batch)
+        return found
+
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        return {"input_ids": row.tokens, "attention_mask": [1] * len(row.tokens), "labels": row.labels}
+        found = {"input_ids": row.tokens, "attention_mask": [1] * len(row.tokens), "labels": row.labels}
+        return found if self._states is None else {**found, STATES: self._states[index]}
 
     def summary(self) -> dict[str, Any]:
         """Counts for the record."""
@@ -111,7 +130,7 @@ def _begin(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
 
 def collator(
     tokenizer: PreTrainedTokenizerBase, *, packing: bool = False
-) -> Callable[[list[dict[str, list[int]]]], Mapping[str, Tensor]]:
+) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
     """What makes batches of rows: padded on the right, where padding is neither read, nor learned, nor counted in routing.
 
     Args:
@@ -120,5 +139,5 @@ def collator(
             transformers keeps their attention apart.
     """
     if packing:
-        return DataCollatorWithFlattening(separator_id=IGNORED)
-    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+        return with_states(DataCollatorWithFlattening(separator_id=IGNORED))
+    return with_states(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED))

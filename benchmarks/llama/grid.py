@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, RunError, first_line
 from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.frozen import check_frozen
 from benchmarks.harness.planning.kinds import ALL, Benchmark, SetPart, WholeSets, missing_set
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
@@ -77,6 +78,8 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
             super().check_processes(spec, processes, parallel)
             return
         accumulation(spec["training"], processes)
+        if processes > 1 and "frozen_layers" in spec["training"]:
+            raise RunError("a run with training.frozen_layers is not spread over several processes; start it on one")
         if processes > 1 and parallel == "fsdp" and "quantize" in spec["model"]:
             raise RunError("weights in 4 bits are not sharded; take --parallel ddp")
 
@@ -148,6 +151,13 @@ def _spec(
     settings = training_settings(definition.training, part.training, point["model"], place)
     training = settings.model_dump(exclude={"by_model"}) | tuning.model_dump(include={"lora"})
     method = method_spec(methods, point, point["seed"], None, where)
+    method |= {"tune": _tuned(tuning, f"{where}': finetuning '{point['finetuning']}'")}
+    if settings.frozen_layers and not untrained:
+        check_frozen(training, method, where)
+        if tuning.quantize:
+            raise DefinitionError(
+                f"{place}.frozen_layers' does not go with weights in 4 bits ('quantize'); take one of them"
+            )
     return {
         "benchmark": benchmark.name,
         "version": definition.version,
@@ -155,7 +165,7 @@ def _spec(
         "model": {**load_models()[point["model"]].spec(point["model"]), **_form(tuning)},
         "task": benchmark.tasks[point["set"]].spec(point["set"]),
         "ood": [],
-        "method": method | {"tune": _tuned(tuning, f"{where}': finetuning '{point['finetuning']}'")},
+        "method": method,
         "finetuning": point["finetuning"],
         "data": definition.data.changed(part.data).model_dump(),
         # what shapes no number of an untrained model shall not make it a new run

@@ -14,6 +14,7 @@ import torch
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.modeling.language import load_config, meta_model
 from benchmarks.harness.modeling.memory import Memory, memory
+from benchmarks.harness.modeling.prefix import frozen_names
 from benchmarks.harness.modeling.tuning import tune_
 from benchmarks.harness.training.distributed import is_sharded, local_rank, local_size, world_size
 from benchmarks.llama.grid import is_trained
@@ -62,8 +63,11 @@ def estimate_memory(spec: Mapping[str, Any]) -> MemoryEstimate:
     """
     config, training, tune = load_config(spec["model"]), spec["training"], spec["method"]["tune"]
     model = meta_model(config)
+    frozen = frozen_names(model, layers) if (layers := training.get("frozen_layers")) else frozenset()
     if tune is not None:
-        tune_(model, training["lora"], tune, spec["seed"])
+        tune_(model, training["lora"], tune, spec["seed"], frozen)
+    for name in frozen if tune is None else ():
+        model.get_parameter(name).requires_grad_(False)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # a CPU computes in float32, whatever the weights were

@@ -16,6 +16,7 @@ from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import Trainable, build_language_model, permutations, save_trained, set_trained_
 from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.modeling.prefix import Prefix
 from benchmarks.harness.training.distributed import (
     broadcast,
     destroy_process_group,
@@ -64,6 +65,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         f"{data.train.summary()['truncated_responses']} responses cut at {spec['data']['max_length']} tokens; at least {estimate.memory / 1e9:.1f} GB"
     )
     trainable = _build(spec, data)
+    data = data.prefixed(trainable.prefix)
     if routed := routed_layers(trainable.model):
         progress.say(f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}")
     trained = Trained([], 0, 0.0)
@@ -85,6 +87,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             "train_seconds": trained.step_seconds * trained.steps,
             "precision": precision_here(training["precision"]),
             "least_memory_mb": estimate.memory / 1e6,
+            **trainable.prefix_cost(),
         },
         "data": data.summary(),
     }
@@ -107,6 +110,13 @@ class Data:
     held_out: EncodedRows
     broken: int
     source: str
+
+    def prefixed(self, prefix: Prefix | None) -> Data:
+        """With what a model's frozen layers make of the rows, where some are frozen."""
+        tokenizer = self.template.tokenizer
+        return replace(
+            self, train=self.train.prefixed(prefix, tokenizer), held_out=self.held_out.prefixed(prefix, tokenizer)
+        )
 
     def summary(self) -> dict[str, Any]:
         """Counts for the record."""

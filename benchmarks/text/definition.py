@@ -23,6 +23,7 @@ from benchmarks.harness.planning.schema import (
     Whole,
     Wholes,
     left_out,
+    zero_left_out,
 )
 from benchmarks.harness.planning.shared import (
     Entry,
@@ -69,6 +70,9 @@ class TextTraining(Strict):
     """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
     validation_fraction: Rate
     """Share of the training rows that a clean run holds out to choose by, where the task has no split for that."""
+    frozen_layers: Whole | None = zero_left_out()
+    """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a row is computed once and kept
+    (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below. 0, or left out: none."""
     lora: LoRA | None
     """Train adapters and the head only; null trains everything."""
     keep_weights: bool

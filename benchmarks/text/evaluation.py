@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
 
 from benchmarks.harness.modeling.build import Trainable
+from benchmarks.harness.modeling.prefix import Prefix
+from benchmarks.harness.modeling.prefix_cache import with_states
 from benchmarks.harness.training.callbacks import Stopwatch
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
@@ -17,9 +20,11 @@ from benchmarks.text.definition import RunTask
 from benchmarks.text.tokenization import TokenisedRows
 
 
-def padding_collator(tokenizer: PreTrainedTokenizerBase, precision: str) -> DataCollatorWithPadding:
+def padding_collator(
+    tokenizer: PreTrainedTokenizerBase, precision: str
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Pads a batch to its longest row; for fp16 to a multiple of 8, as the authors do."""
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if precision == "fp16" else None)
+    return with_states(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if precision == "fp16" else None))
 
 
 class TextEvaluator:
@@ -73,12 +78,13 @@ def evaluate_split(
     split: TextSplit,
     trained: RunTask,
     other: RunTask | None,
+    prefix: Prefix | None = None,
 ) -> dict[str, float | None]:
     """Predict a split in batches of like length and score it by what the task reports.
 
     The loss is left out where the set has other classes than the head.
     """
-    rows = TokenisedRows(split, tokenizer, max_length, by_length=True, labelled=False)
+    rows = TokenisedRows(split, tokenizer, max_length, by_length=True, labelled=False, prefix=prefix)
     logits = plain_logits(trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
     read = label_mapping(trained, other or trained, (other or trained).name)
     metrics = [trained.metric] if other is None else other.ood_metrics

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.planning.catalogue import load_metrics, load_models
+from benchmarks.harness.planning.frozen import check_frozen
 from benchmarks.harness.planning.kinds import Benchmark, D, Kind, SetPart
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
@@ -157,6 +158,8 @@ def _spec(
     training = settings.model_dump(include=set(TextTraining.model_fields))
     if protocol == PUBLISHED or task.splits.test is not None:
         training["validation_fraction"] = 0.0
+    method = method_spec(methods, point, point["seed"], settings.lora, where)
+    check_frozen(training, method, where)
     ood = [name for name in task.ood if name not in exclude] if settings.evaluate_ood else []
     return {
         "benchmark": benchmark.name,
@@ -166,7 +169,7 @@ def _spec(
         "model": load_models()[point["model"]].spec(point["model"]),
         "task": task.spec(point["task"]),
         "ood": [benchmark.tasks[name].spec(name) for name in ood],
-        "method": method_spec(methods, point, point["seed"], settings.lora, where),
+        "method": method,
         "training": training,
         "learning_rate": float(point["learning_rate"]),
         "seed": point["seed"],

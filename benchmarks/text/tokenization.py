@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.base.paths import TOKENS
+from benchmarks.harness.modeling.prefix import STATES, Prefix
+from benchmarks.harness.modeling.prefix_cache import PrefixStates, columns_digest
 from benchmarks.text.datasets import TextSplit
 
 _VERSION = 1
@@ -36,6 +38,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         max_length: tokens kept.
         by_length: sort by length, so that evaluation batches need little padding.
         labelled: give the labels to the model, which then computes a loss.
+        prefix: of the model, where its first layers are frozen; rows then have what it makes of them.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         *,
         by_length: bool,
         labelled: bool = True,
+        prefix: Prefix | None = None,
     ) -> None:
         columns = _cached(split, tokenizer, max_length)
         lengths = columns.pop(_LENGTHS)
@@ -54,6 +58,15 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         self._order = np.argsort(lengths, kind="stable") if by_length else np.arange(len(lengths))
         self._labels = split.labels if labelled else None
         self.labels = np.asarray(split.labels)[self._order]
+        self._states: PrefixStates | None = None
+        if prefix:
+            collate = DataCollatorWithPadding(tokenizer)
+
+            def batch(places: Sequence[int]) -> dict[str, Any]:
+                return dict(collate([self._tokens(place) for place in places]))
+
+            digest = columns_digest({**columns, _LENGTHS: lengths})
+            self._states = PrefixStates(prefix, digest, lengths.tolist(), batch)
 
     @property
     def lengths(self) -> list[int]:
@@ -65,10 +78,15 @@ class TokenisedRows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = int(self._order[index])
+        row = self._tokens(place)
+        if self._states is not None:
+            row[STATES] = self._states[place]
+        return row if self._labels is None else {**row, "labels": self._labels[place]}
+
+    def _tokens(self, place: int) -> dict[str, Any]:
         end = int(self._ends[place])
         start = end - int(self._lengths[place])
-        row: dict[str, Any] = {name: column[start:end].tolist() for name, column in self._columns.items()}
-        return row if self._labels is None else {**row, "labels": self._labels[place]}
+        return {name: column[start:end].tolist() for name, column in self._columns.items()}
 
 
 def calibration_batches(

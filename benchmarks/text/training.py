@@ -82,6 +82,7 @@ class TextTrainer:
         progress: Progress,
     ) -> None:
         self._tokenizer, self._training, self._task = tokenizer, spec.training, spec.task
+        self._prefix = classifier.prefix
         self._metric = spec.task.metric
         self._checkpoints = folder / "checkpoints"
         self._stopwatch = Stopwatch()
@@ -130,7 +131,9 @@ class TextTrainer:
         return self._stopwatch.evaluation
 
     def _rows(self, split: TextSplit, *, by_length: bool) -> TokenisedRows:
-        return TokenisedRows(split, self._tokenizer, self._training.max_length, by_length=by_length)
+        return TokenisedRows(
+            split, self._tokenizer, self._training.max_length, by_length=by_length, prefix=self._prefix
+        )
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
         # Trainer's own labels are rounded to float32, and its loss counts a last batch that is not full as if it were
@@ -167,4 +170,6 @@ class TextTrainer:
 
     def evaluate(self, split: TextSplit, task: RunTask | None = None) -> dict[str, float | None]:
         """Scores and loss on a split: of the training task, or of another as it is read out of domain."""
-        return evaluate_split(self._trainer, self._tokenizer, self._training.max_length, split, self._task, task)
+        return evaluate_split(
+            self._trainer, self._tokenizer, self._training.max_length, split, self._task, task, self._prefix
+        )

@@ -18,6 +18,7 @@ PACKAGES = Path("resources/packages")
 MODELS = Path("resources/models")
 IMAGES = Path("resources/images")
 TOKENS = Path("resources/tokens")
+PREFIXES = Path("resources/prefixes")
 QUESTIONS = Path("resources/questions")
 
 # set from the configuration by the workflow, or by hand

@@ -20,6 +20,7 @@ from benchmarks.harness.modeling.conversion import apply_method_
 from benchmarks.harness.modeling.image import load_image_classifier
 from benchmarks.harness.modeling.language import load_language_model
 from benchmarks.harness.modeling.loading import describe, load_classifier, read_tensors, weights_digest
+from benchmarks.harness.modeling.prefix import Prefix
 from benchmarks.harness.modeling.tuning import FAST, tune_
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition, load_partition, save_partition
@@ -37,6 +38,7 @@ class Trainable:
         trained: names of the parameters that shall be trained.
         slow: those of them that take a share of the learning rate (:data:`~benchmarks.harness.modeling.tuning.FAST`).
         adapters: those that were added, which peft merges.
+        prefix: its embeddings and first layers, where they are frozen.
     """
 
     model: nn.Module
@@ -44,6 +46,11 @@ class Trainable:
     trained: frozenset[str]
     slow: frozenset[str]
     adapters: LoraModel | None
+    prefix: Prefix | None = None
+
+    def prefix_cost(self) -> dict[str, float]:
+        """What this process spent on the frozen layers; nothing where none is frozen, little where the cache had everything."""
+        return {"prefix_seconds": self.prefix.seconds} if self.prefix else {}
 
 
 def build_classifier(
@@ -133,13 +140,17 @@ def _converted(
     """Convert and adapt a model's network, which is the model itself or a part of it."""
     seed, lora, tune = spec["seed"], spec["training"]["lora"], spec["method"]["tune"]
     dense_parameters = _count(model)
+    prefix = Prefix(model, network, layers) if (layers := spec["training"].get("frozen_layers")) else None
+    if prefix:
+        prefix.check(spec["method"])
     report = apply_method_(network, spec["method"], seed, calibration, partition)
     slow: list[str] = []
-    names = [name for name, _ in network.named_parameters()]
+    frozen = prefix.names if prefix else frozenset()
+    names = [name for name, _ in network.named_parameters() if name not in frozen]
     trained: dict[str, Any] = {}
     adapters = None
     if tune is not None:
-        adapters, groups = tune_(cast(PreTrainedModel, network), lora, tune, seed)
+        adapters, groups = tune_(cast(PreTrainedModel, network), lora, tune, seed, frozen)
         names = [name for found in groups.values() for name, _ in found]
         slow = [name for group, found in groups.items() if group not in FAST for name, _ in found]
         trained = {
@@ -149,6 +160,8 @@ def _converted(
             }
             for group, found in groups.items()
         }
+    if prefix:
+        prefix.freeze_()
     summary = {
         "source": dict(source),
         "parameters": _count(model),
@@ -158,9 +171,14 @@ def _converted(
         "active_neurons": report.active_neurons if report else 1.0,
         "conversion": [dataclasses.asdict(layer) for layer in report.layers] if report else [],
     }
-    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is network)
+    around = next(f"{name}." if name else "" for name, module in model.named_modules() if module is network)
     return Trainable(
-        model, summary, frozenset(prefix + name for name in names), frozenset(prefix + name for name in slow), adapters
+        model,
+        summary,
+        frozenset(around + name for name in names),
+        frozenset(around + name for name in slow),
+        adapters,
+        prefix,
     )
 
 

@@ -21,7 +21,11 @@ Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
 
 def tune_(
-    model: PreTrainedModel, lora: Mapping[str, Any] | None, tune: Mapping[str, Any], seed: int
+    model: PreTrainedModel,
+    lora: Mapping[str, Any] | None,
+    tune: Mapping[str, Any],
+    seed: int,
+    frozen: Collection[str] = (),
 ) -> tuple[LoraModel | None, Groups]:
     """Freeze a model but for what a run trains.
 
@@ -34,6 +38,7 @@ def tune_(
         tune: ``method.tune`` of the spec, as :func:`~benchmarks.harness.planning.tunings.tuning_spec` makes it; with ``head: false``
             the head stays as it is.
         seed: the run's seed; adapters are the same for all methods.
+        frozen: parameters that stay as they are, and whose layers get no adapters.
 
     Returns:
         The new adapters, as peft holds them, and what is trained, as :func:`trained_groups` says.
@@ -41,8 +46,8 @@ def tune_(
     Raises:
         DefinitionError: no target layers for the model's type, or names that match nothing.
     """
-    adapters = None if lora is None else inject_adapters_(model, lora, seed)
-    groups = trained_groups(model, tune)
+    adapters = None if lora is None else inject_adapters_(model, lora, seed, frozen)
+    groups = trained_groups(model, tune, frozen)
     model.requires_grad_(False)
     for parameters in groups.values():
         for _, parameter in parameters:
@@ -50,7 +55,7 @@ def tune_(
     return adapters, groups
 
 
-def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any]) -> Groups:
+def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any], frozen: Collection[str] = ()) -> Groups:
     """Find what an adapted model shall train: names and parameters by group.
 
     The groups are ``adapters``, ``head``, ``routers``, ``also``, and one with the name of the way of tuning, for what is in none of the
@@ -62,6 +67,8 @@ def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any]) -> Groups:
     also = _modules(model, tune["also"])
     found: Groups = {}
     for parameter, values in model.named_parameters():
+        if parameter in frozen:
+            continue
         if ".lora_" in parameter:
             group = "adapters"
         elif tune.get("head", True) and not parameter.startswith(f"{model.base_model_prefix}."):

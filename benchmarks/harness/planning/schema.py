@@ -112,6 +112,11 @@ def left_out() -> Any:
     return Field(default=None, exclude_if=lambda value: value is None)
 
 
+def zero_left_out() -> Any:
+    """The default of a number that may be left out; 0 says the same, and neither stands in a run's spec."""
+    return Field(default=None, exclude_if=lambda value: not value)
+
+
 class PartOf:
     """Mark a field as some of a model's keys, as a suite changes them; each is checked as it is there."""
 

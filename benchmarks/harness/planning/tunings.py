@@ -79,12 +79,12 @@ def is_below(name: str, modules: Iterable[str]) -> bool:
 def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
     """The transformer blocks whose FFNs are named."""
     ffns = find_ffns(model)
-    blocks = [_block(ffns[layer].name) for layer in resolve_layers(layers, len(ffns))]
+    blocks = [block_of(ffns[layer].name) for layer in resolve_layers(layers, len(ffns))]
     return [name for name, _ in model.named_parameters() if is_below(name, blocks)]
 
 
-def _block(ffn: str) -> str:
-    """The block of an FFN: its path up to the last number."""
+def block_of(ffn: str) -> str:
+    """The path of the block of an FFN: its own up to the last number."""
     parts = ffn.split(".")
     last = max(place for place, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: last + 1])

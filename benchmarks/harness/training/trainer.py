@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 import emoe
 from benchmarks.harness.modeling.build import Trainable, load_trained_, trained_state
+from benchmarks.harness.modeling.prefix import STATES
 from benchmarks.harness.training.callbacks import FollowEpochs
 from benchmarks.harness.training.checkpoints import SCHEDULER, WEIGHTS
 from benchmarks.harness.training.distributed import (
@@ -94,6 +95,12 @@ class RoutedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         return self._order
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = cast(list[str], self._signature_columns)
+        if STATES not in columns:  # taken by a hook, which no signature shows
+            columns.append(STATES)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)

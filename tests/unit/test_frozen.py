@@ -1,0 +1,320 @@
+"""A frozen prefix runs once for each row, and nothing else changes by that."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5EncoderModel
+
+from benchmarks.domainbed import pipeline as images
+from benchmarks.domainbed.grid import KIND as DOMAINS
+from benchmarks.glue import pipeline as texts
+from benchmarks.harness.base.errors import DefinitionError, RunError
+from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, PREFIXES
+from benchmarks.harness.modeling.build import Trainable, build_language_model
+from benchmarks.harness.modeling.prefix import STATES, Prefix
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.frozen import check_frozen
+from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.planning.schema import parse
+from benchmarks.llama import pipeline as instructions
+from benchmarks.llama.export import export
+from benchmarks.llama.grid import KIND as INSTRUCTIONS
+from tests.executed import finish, killed_at, prepare
+from tests.image_sets import pacs_run, write_pacs
+from tests.instruction_runs import tiny_run, write_rows
+from tests.tiny_hub import write_data, write_models
+
+FROZEN = {"frozen_layers": 2}
+BUILDERS = {texts: "build_classifier", images: "build_image_classifier", instructions: "build_language_model"}
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("roots")
+    write_models(root / "models", ["bert-base-cased", "gpt2"])
+    write_rows(root / "data")
+    write_data(root / "data")
+    write_pacs(root / "data")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def workdir(roots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MODEL_ROOT, str(roots / "models"))
+    monkeypatch.setenv(DATA_ROOT, str(roots / "data"))
+    monkeypatch.chdir(tmp_path)
+
+
+def text_run(method: str, model: str = "bert-base-cased", **training: Any) -> Run:
+    spec = next(
+        run.spec
+        for run in plan(["glue"], "paper")
+        if (run.spec["task"]["name"], run.spec["model"]["name"], run.spec["method"]["name"]) == ("rte", model, method)
+    )
+    return run_from_spec(
+        {**spec, "training": {**spec["training"], "epochs": 2, "batch_size": 4, "frozen_layers": 8, **training}}
+    )
+
+
+def image_run(method: str, **training: Any) -> Run:
+    spec = copy.deepcopy(pacs_run(method, **FROZEN, drop_path=0.1, **training).spec)
+    spec["hparams"]["data_augmentation"] = False
+    return run_from_spec(spec)
+
+
+RUNS: dict[str, tuple[Any, Callable[[], Run]]] = {
+    "bert": (texts, lambda: text_run("vanilla")),
+    "bert, EMoE": (texts, lambda: text_run("emoe")),
+    "gpt2, EMoE": (texts, lambda: text_run("emoe", "gpt2")),
+    "ViT": (images, lambda: image_run("erm")),
+    "ViT, EMoE": (images, lambda: image_run("emoe")),
+    "Llama": (instructions, lambda: tiny_run("dense", "full", training=FROZEN)),
+    "Llama, EMoE": (instructions, lambda: tiny_run("emoe", "full", training=FROZEN)),
+    "Llama, EMoE, adapters": (instructions, lambda: tiny_run("emoe", "lora", training=FROZEN)),
+    "Llama, recomputed": (
+        instructions,
+        lambda: tiny_run("emoe", "full", training={**FROZEN, "gradient_checkpointing": True}),
+    ),
+    "Llama, EMoE, packed": (instructions, lambda: tiny_run("emoe", "full", training={**FROZEN, "packing": True})),
+}
+
+
+def watched(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch, *, cached: bool = True
+) -> list[tuple[Trainable, dict[str, torch.Tensor]]]:
+    """The models that runs of a pipeline build, and their parameters as they were then; where nothing shall be cached, data know of no prefix."""
+    build, found = getattr(pipeline, BUILDERS[pipeline]), []
+
+    def spy(*args: Any, **kwargs: Any) -> Trainable:
+        built = build(*args, **kwargs)
+        found.append((built, {name: values.clone() for name, values in built.model.named_parameters()}))
+        return built if cached else replace(built, prefix=None)
+
+    monkeypatch.setattr(pipeline, BUILDERS[pipeline], spy)
+    return found
+
+
+def close(found: Any, wanted: Any) -> None:
+    """All numbers are the same but for rounding."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            close(found[key], wanted[key])
+    elif isinstance(wanted, list):
+        for one, other in zip(found, wanted, strict=True):
+            close(one, other)
+    else:
+        assert found == (pytest.approx(wanted, rel=1e-5, abs=1e-5) if isinstance(wanted, float) else wanted)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_trains_as_if_nothing_were_cached(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, make = RUNS[name]
+    run = make()
+    with monkeypatch.context() as patch:
+        built = watched(pipeline, patch)
+        found = finish(prepare(run, "cached"))
+    assert list(PREFIXES.glob("*.npy"))
+    with monkeypatch.context() as patch:
+        plain = watched(pipeline, patch, cached=False)
+        wanted = finish(prepare(run, "plain"))
+    close(found, wanted)
+    ((trainable, before),) = built
+    for one, other in zip(trainable.model.parameters(), plain[0][0].model.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4)
+    _check_changes(trainable, before, run.spec["training"]["frozen_layers"])
+    assert found["model"]["trainable_parameters"] == sum(before[key].numel() for key in trainable.trained)
+
+
+def _check_changes(trainable: Trainable, before: dict[str, torch.Tensor], layers: int) -> None:
+    """What is frozen is as it was, and nothing is frozen that shall be trained."""
+    assert trainable.prefix is not None
+    now = dict(trainable.model.named_parameters())
+    frozen = {key for key in now if key.removeprefix("network.") in trainable.prefix.names}
+    assert len(frozen) == len(trainable.prefix.names)
+    numbers = {int(found[1]) for key in frozen if (found := re.search(r"\.(\d+)\.", key))}
+    assert numbers == set(range(layers))
+    changed = {key for key in now if not torch.equal(now[key], before[key])}
+    assert changed
+    assert changed <= trainable.trained
+    assert not trainable.trained & frozen
+    if trainable.adapters is None:
+        assert trainable.trained | frozen == set(now)
+
+
+@pytest.mark.parametrize("name", ["bert, EMoE", "ViT, EMoE", "Llama, EMoE"])
+def test_it_is_the_same_with_the_cache_without_it_and_after_a_kill(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, make = RUNS[name]
+    run = make()
+    whole = finish(prepare(run, "first"))
+    files = {file: file.read_bytes() for file in PREFIXES.glob("*.npy")}
+    computed: list[object] = []
+    output = Prefix.output
+    monkeypatch.setattr(Prefix, "output", lambda self, inputs: computed.append(inputs) or output(self, inputs))
+    assert finish(prepare(run, "second")) == whole
+    assert len(computed) == (4 if pipeline is images else 0)  # how many tokens an image of each environment has
+    # one damaged, one cut short, one without what says what it should be
+    for file, harm in zip(files, (_flip, _cut, _forget), strict=False):
+        harm(file)
+    path = prepare(run, "third")
+    with killed_at(5):
+        finish(path)
+    assert finish(path) == whole
+    assert {file: file.read_bytes() for file in PREFIXES.glob("*.npy")} == files
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def _forget(file: Path) -> None:
+    file.with_suffix(".json").unlink()
+
+
+def test_an_exported_model_is_whole() -> None:
+    path = prepare(tiny_run("emoe", "lora", training={**FROZEN, "keep_weights": True}))
+    finish(path)
+    export(path, Path("dense"), "dense")
+    before = build_language_model(tiny_run("dense", "base").spec).model.state_dict()
+    after = load_file("dense/model.safetensors")
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {f"model.layers.{i}.self_attn.{name}_proj.weight" for i in (2, 3) for name in "qv"}
+
+
+def test_methods_of_a_cell_share_it() -> None:
+    for method in ("erm", "emoe", "gmoe"):
+        finish(prepare(image_run(method)))
+    assert len(list(PREFIXES.glob("*.npy"))) == 4  # one an environment
+
+
+def bert(**config: Any) -> nn.Module:
+    small = {"vocab_size": 60, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**small, num_hidden_layers=3, **config))
+
+
+def test_a_model_goes_on_from_what_it_is_handed_and_is_whole_without() -> None:
+    model = bert().eval()
+    inputs = {"input_ids": torch.randint(3, 60, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    wanted = model(**inputs).logits
+    prefix = Prefix(model, model, 2)
+    prefix.freeze_()
+    states = prefix.output(inputs).clone()
+    assert states.shape == (2, 7, 32)
+    assert torch.allclose(model(**inputs, **{STATES: states}).logits, wanted, atol=1e-6)
+    assert not torch.allclose(model(**inputs, **{STATES: states.flip(0)}).logits, wanted, atol=1e-6)
+    with pytest.raises(TypeError):
+        model(**inputs, **{STATES: states}, odd=1)(1)
+    assert torch.equal(model(**inputs).logits, wanted)  # also after a pass that failed
+    model.train()
+    assert not any(part.training for part in model.bert.embeddings.modules())
+    assert [layer.training for layer in model.bert.encoder.layer] == [False, False, True]
+
+
+def test_a_copy_runs_by_itself() -> None:
+    model = bert().eval()
+    prefix = Prefix(model, model, 2)
+    prefix.freeze_()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.bert.encoder.layer[0].output.dense.weight.zero_()
+    inputs = {"input_ids": torch.randint(3, 60, (2, 7))}
+    assert not torch.allclose(twin(**inputs).logits, model(**inputs).logits)
+    states = torch.randn(2, 7, 32)
+    assert torch.equal(twin(**inputs, **{STATES: states}).logits, model(**inputs, **{STATES: states}).logits)
+
+
+def test_what_shapes_it_is_in_its_digest() -> None:
+    models = [bert(), bert(), bert(layer_norm_eps=1e-3), bert()]
+    with torch.no_grad():
+        models[3].bert.encoder.layer[1].output.dense.bias[0] += 1
+    digests = [Prefix(model, model, 2).digest for model in models]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    with torch.no_grad():
+        models[1].bert.encoder.layer[2].output.dense.bias[0] += 1
+    assert Prefix(models[1], models[1], 2).digest == digests[0]
+
+
+@pytest.mark.parametrize(
+    ("layers", "wrong"),
+    [([2, 4], 2), ("all", 0), ("1::2", 1), (":4", 0), ([3], None), ("3::2", None), ("last:2", None), ([-1], None)],
+)
+@pytest.mark.parametrize("part", ["config", "blocks"])
+def test_a_method_below_is_refused_in_the_plan(layers: Any, wrong: int | None, part: str) -> None:
+    tune = {"blocks": layers, "also": []} if part == "blocks" else None
+    method = {"name": "mine", "config": {"layers": layers} if part == "config" else None, "tune": tune}
+    if wrong is None:
+        check_frozen({"frozen_layers": 3}, method, "b.yaml: 'grid[0]")
+        return
+    with pytest.raises(
+        DefinitionError, match=rf"b\.yaml: 'grid\[0\]': method 'mine' \w+ layer {wrong}, .*is 3.*from 3 on"
+    ):
+        check_frozen({"frozen_layers": 3}, method, "b.yaml: 'grid[0]")
+    check_frozen({}, method, "b.yaml: 'grid[0]")
+
+
+def test_what_hangs_on_the_number_of_layers_is_refused_before_anything_is_converted() -> None:
+    run = tiny_run("emoe", "full", training={"frozen_layers": 4})
+    run.spec["method"]["config"]["layers"] = "last:2"
+    with pytest.raises(DefinitionError, match=r"the method .emoe. converts layer 2, but training\.frozen_layers is 4"):
+        finish(prepare(run_from_spec(run.spec)))
+    assert not PREFIXES.exists()
+    model = bert()
+    with pytest.raises(DefinitionError, match="frozen_layers is 4, but the model has 3 layers"):
+        Prefix(model, model, 4)
+    t5 = T5EncoderModel(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=60))
+    with pytest.raises(DefinitionError, match="nobody has said what stands before the layers of 't5'"):
+        Prefix(t5, t5, 1)
+
+
+def _with(name: str, kind: Any, suite: str, training: dict[str, Any], **more: Any) -> Benchmark[Any, Any]:
+    benchmark = load_benchmark(name)
+    content = benchmark.definition.model_dump(exclude_unset=True)
+    part = content["suites"][suite]
+    part["training"] = {**part.get("training", {}), **training}
+    content.update(more)
+    model = next(model for file, model in kind.files if file == name)
+    return replace(benchmark, definition=parse(content, model, "b.yaml"))
+
+
+def test_zero_is_as_if_it_were_not_there() -> None:
+    for kind, name in ((DOMAINS, "domainbed"), (INSTRUCTIONS, "llama")):
+        specs = [
+            [run_from_spec(spec).id for spec in kind.specs(benchmark, "smoke", (), lambda _: {})]
+            for benchmark in (load_benchmark(name), _with(name, kind, "smoke", {"frozen_layers": 0}))
+        ]
+        assert specs[0] == specs[1]
+        own = _with(name, kind, "smoke", {"frozen_layers": 1})
+        found = [spec["training"].get("frozen_layers") for spec in kind.specs(own, "smoke", (), lambda _: {})]
+        untrained = [spec for spec in kind.specs(own, "smoke", (), lambda _: {}) if spec["learning_rate"] == 0]
+        assert found.count(1) == len(found) - len(untrained)
+
+
+def test_augmented_images_are_refused() -> None:
+    own = _with("domainbed", DOMAINS, "paper", {"frozen_layers": 1})
+    with pytest.raises(DefinitionError, match=r"frozen_layers' is 1, but images of 'pacs' .*data_augmentation: false"):
+        list(DOMAINS.specs(own, "paper", (), lambda _: {}))
+
+
+def test_it_runs_on_one_process() -> None:
+    run = tiny_run("emoe", "full", training=FROZEN)
+    with pytest.raises(RunError, match="frozen_layers is not spread over several processes"):
+        INSTRUCTIONS.check_processes(run.spec, 2, "ddp")
