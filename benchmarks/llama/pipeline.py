@@ -24,6 +24,7 @@ from benchmarks.harness.training.distributed import (
     is_sharded,
     shard_,
 )
+from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import precision_here, with_routing
 from benchmarks.llama.encoding import EncodedRows, collator
@@ -66,9 +67,11 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     trainable = _build(spec, data)
     if routed := routed_layers(trainable.model):
         progress.say(f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}")
+    probe = Probe()
+    probe.look(trainable.model, collator(data.template.tokenizer)([data.train[0]]))
     trained = Trained([], 0, 0.0)
     if is_trained(spec):
-        trained = train(trainable, data.template.tokenizer, spec, data.train, folder, progress)
+        trained = train(trainable, data.template.tokenizer, spec, data.train, folder, progress, probe)
         trainable = _whole_again(spec, trainable)
     destroy_process_group()
     if not is_main():
@@ -77,6 +80,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         save_trained(trainable.model, folder / "model")
     return _evaluated(spec, trainable, data, asked, progress) | {
         "curve": trained.curve,
+        "probe": probe.summary(),
         "model": trainable.summary,
         "cost": {
             "steps": trained.steps,
