@@ -29,13 +29,13 @@ class LogitsSummary:
     Attributes:
         mean: of all logits.
         deviation: their standard deviation.
-        norm: their Euclidean length.
+        rms: root of their mean square.
         projection: on a fixed random direction, by which an exchange of two logits is seen.
     """
 
     mean: float
     deviation: float
-    norm: float
+    rms: float
     projection: float
 
     @classmethod
@@ -48,7 +48,7 @@ class LogitsSummary:
         return cls(
             float(flat.mean()),
             float(flat.std(correction=0)),
-            float(flat.norm()),
+            float(flat.square().mean().sqrt()),
             float(flat @ signs / max(len(flat), 1) ** 0.5),
         )
 
