@@ -26,8 +26,10 @@ def judged_how(metric: str) -> Judged:
     """How a number is judged: ``exact`` on every machine, ``measured`` by the spread between machines, ``shown`` alone."""
     if metric in _EXACT:
         return "exact"
+    if metric in (LOADS, LOGITS) or metric.startswith(LOSS):
+        return "measured"
     known = load_metrics()
-    return known[metric].judged if metric in known else "measured"
+    return known[metric].judged if metric in known else "shown"
 
 
 def quantities(read: Iterable[tuple[Run, Mapping[str, Any]]]) -> pd.DataFrame:
@@ -40,7 +42,8 @@ def quantities(read: Iterable[tuple[Run, Mapping[str, Any]]]) -> pd.DataFrame:
     """
     pairs = list(read)
     records = collect_from((run, dict(found)) for run, found in pairs)
-    records = records[(records["part"] != "cost") & (records["part"] != "dev_best")]
+    named = records["metric"].isin(set(load_metrics()))
+    records = records[named & ~records["part"].isin(["cost", "dev_best"])]
     names = {run_id: _name(first) for run_id, first in records.groupby("run_id", sort=False).first().iterrows()}
     taken: dict[tuple[str, int], str] = {}
     rows = []
@@ -52,7 +55,15 @@ def quantities(read: Iterable[tuple[Run, Mapping[str, Any]]]) -> pd.DataFrame:
             raise DefinitionError(f"the runs {run.id} and {taken[name, seed]} cannot be told apart by '{name}'")
         rows += [(name, seed, *more, run.id) for more in _of_itself(found)]
     rows += [
-        (names[row.run_id], int(row.seed), row.part, row.eval_task, row.metric, repr(float(row.value)), row.run_id)
+        (
+            names[row.run_id],
+            int(row.seed),
+            row.part,
+            row.eval_task,
+            row.metric,
+            _text(row.metric, float(row.value)),
+            row.run_id,
+        )
         for row in records.itertuples()
     ]
     return pd.DataFrame(rows, columns=[*COLUMNS, _ID]).sort_values(KEYS, kind="stable", ignore_index=True)
@@ -61,6 +72,11 @@ def quantities(read: Iterable[tuple[Run, Mapping[str, Any]]]) -> pd.DataFrame:
 def _name(record: pd.Series[Any]) -> str:
     values = [f"{record[key]:g}" if key == "learning_rate" else str(record[key]) for key in GROUP_KEYS]
     return " ".join(value for value in values if value)
+
+
+def _text(metric: str, value: float) -> str:
+    """All digits; counts as whole numbers."""
+    return str(int(value)) if judged_how(metric) == "exact" and value.is_integer() else repr(value)
 
 
 def _of_itself(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -100,11 +116,7 @@ def deviation(metric: str, before: str, after: str) -> float:
     if before == after:
         return 0.0
     if judged_how(metric) == "exact":
-        try:
-            # whole numbers may be written in two ways
-            return 0.0 if float(before) == float(after) else math.inf
-        except ValueError:
-            return math.inf
+        return math.inf
     old, new = ([float(part) for part in value.split(" ")] for value in (before, after))
     if len(old) != len(new) or not all(map(math.isfinite, [*old, *new])):
         return math.inf

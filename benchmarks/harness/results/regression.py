@@ -287,7 +287,7 @@ def _seeds(rows: pd.DataFrame) -> dict[tuple[str, ...], tuple[float, int]]:
     """Standard deviation over the seeds, and how many, of every quantity of a run."""
     numbers = rows.assign(value=pd.to_numeric(rows["value"], errors="coerce"))
     grouped = numbers.groupby(["run", "part", "set", "metric"])["value"].agg(["std", "size"])
-    return {key: (float(one["std"]), int(one["size"])) for key, one in grouped.iterrows()}  # type: ignore[misc]
+    return {key: (float(one["std"]), int(one["size"])) for key, one in grouped.iterrows()}
 
 
 def _tiers(
