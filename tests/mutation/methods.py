@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -15,12 +16,13 @@ from transformers import TrainingArguments
 from benchmarks.domainbed.batches import TrainingRows
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.modeling import build
+from benchmarks.harness.modeling.conversion import apply_method_
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.reference import Tolerances
 from benchmarks.harness.results.regression import as_reference
 from benchmarks.harness.running.repetition import Repetition, prepare_folder, repeat
-from benchmarks.harness.training import trainer
+from benchmarks.harness.training.trainer import RoutedTrainer
 from benchmarks.text.training import TextTrainer
 from tests.mutation.mutants import Verdict, judged
 
@@ -48,11 +50,16 @@ def _touch() -> None:
     _TOUCHED.write_text("yes")
 
 
+def _put(where: Any, name: str, mutant: Any) -> None:
+    """Replace something for the rest of the process."""
+    mock.patch.object(where, name, mutant).start()
+
+
 def _config(name: str, change: Callable[[Config], Config], fits: Callable[[Config], bool]) -> Mutation:
     """A mutant whose experts are configured otherwise."""
 
     def apply() -> None:
-        before = build.apply_method_
+        before = apply_method_
 
         def mutant(model: nn.Module, method: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
             _touch()
@@ -60,19 +67,19 @@ def _config(name: str, change: Callable[[Config], Config], fits: Callable[[Confi
                 model, {**method, "config": {**method["config"], **change(method["config"])}}, *args, **kwargs
             )
 
-        build.apply_method_ = mutant
+        _put(build, "apply_method_", mutant)
 
     return Mutation(name, apply, lambda spec: bool(spec["method"]["config"]) and fits(spec["method"]["config"]))
 
 
 def _noise_off() -> None:
-    before = build.apply_method_
+    before = apply_method_
 
     def mutant(model: nn.Module, method: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         _touch()
         return before(model, {**method, "noise": 0.0}, *args, **kwargs)
 
-    build.apply_method_ = mutant
+    _put(build, "apply_method_", mutant)
 
 
 def _faster() -> None:
@@ -83,18 +90,18 @@ def _faster() -> None:
         self.learning_rate *= 1.1
         before(self)
 
-    TrainingArguments.__post_init__ = mutant  # type: ignore[method-assign]
+    _put(TrainingArguments, "__post_init__", mutant)
     adam = torch.optim.Adam  # DomainBed's is made with a rate of its own
     before_init = adam.__init__
 
     def faster(self: Any, params: Any, lr: float = 1e-3, **kwargs: Any) -> None:
         before_init(self, params, lr=lr * 1.1 if type(self) is adam else lr, **kwargs)
 
-    adam.__init__ = faster  # type: ignore[method-assign]
+    _put(adam, "__init__", faster)
 
 
 def _no_dropout() -> None:
-    before = trainer.RoutedTrainer.__init__
+    before = RoutedTrainer.__init__
 
     def mutant(self: Any, **kwargs: Any) -> None:
         for module in kwargs["trainable"].model.modules():
@@ -103,7 +110,7 @@ def _no_dropout() -> None:
                 _touch()
         before(self, **kwargs)
 
-    trainer.RoutedTrainer.__init__ = mutant  # type: ignore[method-assign]
+    _put(RoutedTrainer, "__init__", mutant)
 
 
 def _wrong_labels() -> None:
@@ -130,8 +137,8 @@ def _wrong_labels() -> None:
             found["labels"] = labels[rows[(place + 1) % len(rows)]]
         return found
 
-    TextTrainer._rows = text  # type: ignore[method-assign]
-    TrainingRows.__getitem__ = image  # type: ignore[method-assign]
+    _put(TextTrainer, "_rows", text)
+    _put(TrainingRows, "__getitem__", image)
 
 
 def _partial(config: Config) -> bool:

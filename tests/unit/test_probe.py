@@ -57,7 +57,14 @@ def test_looking_changes_neither_the_model_nor_randomness() -> None:
 def test_a_probe_tells_methods_apart() -> None:
     dense = looked(Head(tiny_models.build("bert")))
     assert dense["loads"] == {}
-    changes = [{}, {"top_k": 1}, {"num_experts": 16}, {"layers": [0]}, {"selection": "bottom"}, {"partition": "random"}]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"top_k": 1},
+        {"num_experts": 16},
+        {"layers": [0]},
+        {"selection": "bottom"},
+        {"partition": "random"},
+    ]
     found = [looked(Head(routed(**change))) for change in changes]
     assert len({json.dumps(one) for one in [dense, *found]}) == 7
 
