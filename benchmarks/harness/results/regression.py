@@ -224,7 +224,7 @@ def judge(
         unfinished: runs without numbers.
         elsewhere: judge as if all machines were others.
     """
-    merged = blessed.rows.merge(numbers.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator=True)
+    merged = blessed.rows.merge(numbers.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator="side")
     spreads = _seeds(blessed.rows)
     findings: list[Finding] = []
     used: Counter[tuple[str, str]] = Counter()
@@ -232,10 +232,10 @@ def judge(
     for row in merged.itertuples():
         key = (str(row.run), int(row.seed), str(row.part), str(row.set), str(row.metric))
         judged = judged_how(key[-1])
-        if row._merge != "both":
+        if row.side != "both":
             if judged == "shown":
                 continue
-            before = row._merge == "left_only"
+            before = row.side == "left_only"
             value = {"before": row.value_before} if before else {"after": row.value_after}
             findings.append(Finding("missing" if before else "new", *key, **value))
             continue
