@@ -70,11 +70,12 @@ def repeat(repetitions: Sequence[Repetition], *, jobs: int = 1) -> list[Repetiti
         while waiting and len(running) < jobs:
             repetition = waiting.pop()
             running[_fork(repetition)] = repetition
-        ended, status = os.wait()
-        if ended in running:
-            repetition = running.pop(ended)
-            if status:
-                failed.append(repetition)
+        time.sleep(0.02)
+        for child in list(running):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                repetition = running.pop(child)
+                failed += [repetition] if status else []
     return failed
 
 
