@@ -62,8 +62,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         folder,
     )
     probe = Probe()
-    first = read.ood[0].name
-    probe.look(classifier.model, evaluator.first_batch(splits[first]))
+    if read.ood:  # sets can be excluded
+        probe.look(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
     scores: dict[str, Any] = {}
     for other in read.ood:
         progress.say(f"evaluating on {other.name}, {len(splits[other.name]):,} rows")

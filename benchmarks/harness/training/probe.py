@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 import emoe
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.training.distributed import is_sharded
+from benchmarks.harness.training.distributed import is_sharded, world_size
 from emoe.layer import routed_layers
 
 FIRST_STEPS = 8
@@ -67,7 +67,7 @@ class Probe(TrainerCallback):
     def look(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """Summarise the logits of a batch and count which experts it uses; of a model that is spread over processes nothing.
 
-        Neither the model nor any random state is changed.
+        Neither the weights nor any random state are changed.
 
         Args:
             model: converted, not yet trained.
@@ -75,6 +75,8 @@ class Probe(TrainerCallback):
         """
         if is_sharded():
             return
+        if torch.cuda.is_available() and world_size() == 1 and not getattr(model, "is_quantized", False):
+            model.to("cuda")  # where it is trained
         device = next(model.parameters()).device
         inputs = {
             name: value.to(device) if isinstance(value, Tensor) else value
