@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -257,13 +258,19 @@ def ui(suite: str) -> None:
 
 @cli.command()
 @_SUITE
-def check(suite: str) -> None:
-    """Compare a suite's numbers with the blessed ones; ends with status 1 where they differ."""
+@click.option("--json", "as_json", is_flag=True, help="All that was found, for programs.")
+@click.option("--elsewhere", is_flag=True, help="Judge as if this were another machine than the one that blessed.")
+def check(suite: str, as_json: bool, elsewhere: bool) -> None:
+    """Compare a suite's numbers with the blessed ones; ends with status 1 where one changed, is missing or is new.
+
+    On the machine that blessed them numbers have to be equal to the last digit, on another one within the spread between machines that was
+    measured (`spread`). Times are shown and decide nothing.
+    """
     from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.results.regression import compare
 
-    comparison = compare(suite_of_job(suite).runs, suite)
-    click.echo(str(comparison))
+    comparison = compare(suite_of_job(suite).runs, suite, elsewhere=elsewhere)
+    click.echo(comparison.to_json() if as_json else str(comparison))
     if not comparison.passed:
         sys.exit(1)
 
@@ -271,11 +278,51 @@ def check(suite: str) -> None:
 @cli.command()
 @_SUITE
 def bless(suite: str) -> None:
-    """Make a suite's present numbers the reference that `check` compares with."""
-    from benchmarks.harness.planning.suite import suite_of_job
-    from benchmarks.harness.results.regression import bless as bless_runs
+    """Make a suite's present numbers the reference that `check` compares with.
 
-    click.echo(f"wrote {bless_runs(suite_of_job(suite).runs, suite)}")
+    Only in a clean checkout, and only numbers that repeat: the cheapest run of every benchmark is run once more and compared exactly.
+    It takes as long as those runs did, half a minute for smoke and some minutes for mini; how long is said at the start.
+    """
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.running.blessing import bless as bless_runs
+
+    click.echo(f"wrote {bless_runs(suite_of_job(suite).runs, suite, say=click.echo)}")
+
+
+@cli.command()
+@_SUITE
+@click.option(
+    "--sample",
+    type=click.Choice(["all", "seeds", "cheapest"]),
+    default="cheapest",
+    show_default=True,
+    help="Every run, one seed of each, or the cheapest of each benchmark.",
+)
+@click.option("--jobs", default=1, show_default=True, help="Runs at a time.")
+def spread(suite: str, sample: Literal["all", "seeds", "cheapest"], jobs: int) -> None:
+    """Measure how far a suite's numbers are apart between machines: the tolerances of `check` on another one.
+
+    Runs finished runs again under other threads and kernels of this processor; four times as long as they took. Needs a clean checkout.
+    """
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.running.spread import measure
+
+    click.echo(f"wrote {measure(suite_of_job(suite).runs, suite, sample, jobs, say=click.echo)}")
+
+
+@cli.command(hidden=True)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1)
+@_SUITE
+@_THREADS
+@click.option("--jobs", default=1)
+def again(folder: Path, runs: tuple[str, ...], suite: str, threads: int, jobs: int) -> None:
+    """Run RUNS of a suite once more, in FOLDER."""
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.running.spread import run_again
+
+    known = suite_of_job(suite).runs_by_folder
+    run_again([known[name] for name in runs], folder, threads, jobs)
 
 
 @cli.command()

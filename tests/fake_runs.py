@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "threads": 1,
     "memory_gb": 4.0,
     "gpus": [],
+    "fingerprint": {"processor": "CPU", "threads": "1", "package torch": "2"},
 }
 
 
@@ -47,6 +48,11 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
             "environment": ENVIRONMENT,
         }
     same = {"parameters": 10, "names": "same"}
+    probe = {
+        "losses": [repr(0.7 - 0.01 * step) for step in range(8)],
+        "logits": {"mean": 0.1, "deviation": 1.0, "rms": 1.1, "projection": 0.5},
+        "loads": {"1": [10, 10, 10, 10]} if config else {},
+    }
     return {
         "run_id": run.id,
         "scores": {
@@ -56,6 +62,7 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
         },
         "epochs": [{"epoch": 1.0, **one(0.85)}, {"epoch": 2.0, **one(0.9)}],
         "kept_epoch": 2.0,
+        "probe": probe,
         "routing": {"load_entropy": 0.9, "load_max_over_mean": 2.0, "drop_rate": 0.0} if config else {},
         **trained_model({"adapters": same, "head": same} if run.spec["training"]["lora"] else {}),
         "data": {

@@ -112,6 +112,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         }
         if seen.loads
         else {},
+        "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {
             "steps": training.steps,

@@ -23,6 +23,7 @@ from benchmarks.harness.modeling.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.metrics import score
+from benchmarks.harness.training.probe import FIXED_ROWS, Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
 from emoe.layer import routed_layers
@@ -107,7 +108,7 @@ class DomainTrainer:
         self._checkpoints, self._splits, self._classifier = folder / "checkpoints", dict(splits), classifier
         self._batch_size = training.eval_batch_size
         self._seed = derive_seed("chance", spec.seed)
-        self._stopwatch = Stopwatch()
+        self._stopwatch, self.probe = Stopwatch(), Probe()
         self.precision = precision_here(training.precision)
         arguments = quiet_arguments(
             self._checkpoints,
@@ -126,12 +127,16 @@ class DomainTrainer:
             logging_nan_inf_filter=False,  # a loss that is no number shall be seen
             dataloader_num_workers=reading_workers(),
         )
+        fixed = next(iter(splits.values()))
+        pixels = [fixed[row]["pixel_values"] for row in range(min(len(fixed), FIXED_ROWS))]
+        self.probe.look(classifier.model, {"pixel_values": torch.stack(pixels)})
         self._trainer = _DomainLoop(
             args=arguments,
             order=draws,
             trainable=classifier,
             base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
             optimizer_cls_and_kwargs=(torch.optim.Adam, {"lr": hparams.lr}),
+            probe=self.probe,
             train_dataset=train,
             eval_dataset=self._splits,
             compute_metrics=_accuracy,
@@ -157,6 +162,7 @@ class DomainTrainer:
         checkpoint = last_complete_checkpoint(self._checkpoints)
         if checkpoint:
             self._stopwatch.resume(checkpoint)
+            self.probe.resume(checkpoint)
         self._trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         found: dict[int, dict[str, Any]] = {}
         for entry in self._trainer.state.log_history:

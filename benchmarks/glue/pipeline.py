@@ -56,6 +56,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "epochs": result.epochs,
         "kept_epoch": result.kept["epoch"],
         "routing": routing,
+        "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {
             "steps": result.steps,

@@ -17,6 +17,7 @@ from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.results.records import collect, read_metrics
 from benchmarks.harness.running.execution import read_run
+from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.datasets import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec
@@ -60,12 +61,16 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         trained.training.precision,
         folder,
     )
+    probe = Probe()
+    if read.ood:  # sets can be excluded
+        probe.look(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
     scores: dict[str, Any] = {}
     for other in read.ood:
         progress.say(f"evaluating on {other.name}, {len(splits[other.name]):,} rows")
         scores[other.name] = evaluator.evaluate(splits[other.name], other)
     return {
         "scores": {"ood": scores},
+        "probe": probe.summary(),
         "chosen": {
             "run": chosen.folder,
             "learning_rate": trained.learning_rate,

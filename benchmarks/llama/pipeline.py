@@ -25,6 +25,7 @@ from benchmarks.harness.training.distributed import (
     is_sharded,
     shard_,
 )
+from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import precision_here, with_routing
 from benchmarks.llama.encoding import EncodedRows, collator
@@ -68,9 +69,11 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     data = data.prefixed(trainable.prefix)
     if routed := routed_layers(trainable.model):
         progress.say(f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}")
+    probe = Probe()
+    probe.look(trainable.model, collator(data.template.tokenizer)([data.train[0]]))
     trained = Trained([], 0, 0.0)
     if is_trained(spec):
-        trained = train(trainable, data.template.tokenizer, spec, data.train, data.held_out, folder, progress)
+        trained = train(trainable, data.template.tokenizer, spec, data.train, data.held_out, folder, progress, probe)
         trainable = _whole_again(spec, trainable)
     destroy_process_group()
     if not is_main():
@@ -80,6 +83,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     return _evaluated(spec, trainable, data, asked, progress) | {
         "curve": trained.curve,
         **({"held_out_curve": trained.held_out} if trained.held_out else {}),
+        "probe": probe.summary(),
         "model": trainable.summary,
         "cost": {
             "steps": trained.steps,

@@ -14,6 +14,7 @@ from benchmarks.harness.modeling.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.distributed import world_size
+from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here, quiet_arguments
@@ -47,6 +48,7 @@ def train(
     held_out: EncodedRows,
     folder: Path,
     progress: Progress,
+    probe: Probe,
 ) -> Trained:
     """Train, from the last complete checkpoint where there is one.
 
@@ -60,6 +62,7 @@ def train(
         held_out: to take the loss on every ``eval_every`` steps.
         folder: the run's folder; checkpoints are written below it.
         progress: where to say what is going on.
+        probe: takes the first losses.
 
     Raises:
         DataError: a checkpoint that is damaged or of another model.
@@ -99,6 +102,7 @@ def train(
         ),
         trainable=trainable,
         base_lr_ratio=training["lora"]["base_lr_ratio"] if training["lora"] else 1.0,
+        probe=probe,
         by_token=True,
         train_dataset=rows,
         data_collator=collator(tokenizer, packing=training["packing"]),
@@ -111,6 +115,7 @@ def train(
     checkpoint = last_complete_checkpoint(checkpoints)
     if checkpoint:
         stopwatch.resume(checkpoint)
+        probe.resume(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     curve = [finite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return Trained(curve, trainer.state.global_step, stopwatch.step_seconds, HeldOutCurve.points(trainer.state))

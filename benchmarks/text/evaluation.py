@@ -14,6 +14,7 @@ from benchmarks.harness.modeling.prefix_cache import with_states
 from benchmarks.harness.training.callbacks import Stopwatch
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
+from benchmarks.harness.training.probe import FIXED_ROWS
 from benchmarks.harness.training.trainer import finite, plain_logits, precision_here, quiet_arguments
 from benchmarks.text.datasets import TextSplit
 from benchmarks.text.definition import RunTask
@@ -54,10 +55,11 @@ class TextEvaluator:
         self.precision = precision_here(precision)
         arguments = quiet_arguments(folder / "checkpoints", self.precision, per_device_eval_batch_size=batch_size)
         self._stopwatch = Stopwatch()
+        self._collate = padding_collator(tokenizer, self.precision)
         self._trainer = Trainer(
             model=classifier.model,
             args=arguments,
-            data_collator=padding_collator(tokenizer, self.precision),
+            data_collator=self._collate,
             callbacks=[self._stopwatch],
         )
 
@@ -65,6 +67,11 @@ class TextEvaluator:
     def evaluation_seconds(self) -> float:
         """Time spent in evaluations so far."""
         return self._stopwatch.evaluation
+
+    def first_batch(self, split: TextSplit) -> dict[str, Any]:
+        """A split's first rows as the model is called with them."""
+        rows = TokenisedRows(split, self._tokenizer, self._max_length, by_length=False, labelled=False)
+        return dict(self._collate([rows[row] for row in range(min(len(rows), FIXED_ROWS))]))
 
     def evaluate(self, split: TextSplit, task: RunTask) -> dict[str, float | None]:
         """Scores and loss on another task's split."""

@@ -21,6 +21,7 @@ from benchmarks.harness.modeling.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.metrics import mean_loss, score
+from benchmarks.harness.training.probe import FIXED_ROWS, Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
@@ -85,7 +86,7 @@ class TextTrainer:
         self._prefix = classifier.prefix
         self._metric = spec.task.metric
         self._checkpoints = folder / "checkpoints"
-        self._stopwatch = Stopwatch()
+        self._stopwatch, self.probe = Stopwatch(), Probe()
         best = self._training.checkpoint_selection == "best"
         self.precision = precision_here(self._training.precision)
         arguments = quiet_arguments(
@@ -113,14 +114,17 @@ class TextTrainer:
         self._patience = None if patience is None else Patience(self._metric, patience)
         rows, self._dev = self._rows(train, by_length=False), self._rows(dev, by_length=True)
         by_length = self._training.sampling == "group_by_length"
+        collate = padding_collator(tokenizer, self.precision)
+        self.probe.look(classifier.model, collate([rows[row] for row in range(min(len(rows), FIXED_ROWS))]))
         self._trainer = RoutedTrainer(
             args=arguments,
             order=EpochOrder(rows.lengths, self._training.batch_size, spec.seed, by_length=by_length),
             trainable=classifier,
             base_lr_ratio=self._training.lora.base_lr_ratio if self._training.lora else 1.0,
+            probe=self.probe,
             train_dataset=rows,
             eval_dataset=self._dev,
-            data_collator=padding_collator(tokenizer, self.precision),
+            data_collator=collate,
             compute_metrics=self._scores,
             callbacks=[progress, self._stopwatch, RetieGates(), *([self._patience] if self._patience else [])],
         )
@@ -145,6 +149,7 @@ class TextTrainer:
         checkpoint = last_complete_checkpoint(self._checkpoints)
         if checkpoint:
             self._stopwatch.resume(checkpoint)
+            self.probe.resume(checkpoint)
         saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
         if saved and self._patience and self._patience.is_over(saved.log_history):
             self._trainer.state = saved  # it had stopped already: only the best weights are missing

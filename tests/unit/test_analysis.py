@@ -1,4 +1,4 @@
-"""Scores, selection, statistics, tables, figures, report, regression check, mirror: on made-up runs."""
+"""Scores, selection, statistics, tables, figures, report, mirror: on made-up runs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from scipy import stats
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.planning.runs import Run, run_from_spec
 from benchmarks.harness.planning.suite import Suite, load_suite
 from benchmarks.harness.reporting import report
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.reporting.rendering import Column, Table
-from benchmarks.harness.results import regression, tracking
+from benchmarks.harness.results import tracking
 from benchmarks.harness.results.records import collect, read_metrics, scores_of
 from benchmarks.harness.results.statistics import (
     confidence_interval,
@@ -463,31 +463,7 @@ def test_an_empty_table_is_still_a_table(tmp_path: Path) -> None:
     assert "Accuracy" in (tmp_path / "e.md").read_text()
 
 
-# regression check
-
-
-def test_check_passes_on_the_blessed_numbers_and_names_what_moved(finished: Suite, tmp_path: Path) -> None:
-    path = regression.bless(finished.runs, "mini", tmp_path)
-    same = regression.compare(finished.runs, "mini", tmp_path)
-    assert same.passed
-    assert same.equal == len(pd.read_csv(path))
-
-    table = pd.read_csv(path)
-    row = table.index[(table["metric"] == "balanced_accuracy") & (table["part"] == "test")][0]
-    table.loc[row, "mean"] += 0.031
-    lost = table.index[-1]
-    table.drop(index=lost).to_csv(path, index=False)
-    found = regression.compare(finished.runs[:-1], "mini", tmp_path)
-    assert not found.passed
-    assert [len(found.changed), len(found.new)] == [1, 1]
-    text = str(found)
-    assert "changed" in text
-    assert "(tolerance 0.03)" in text
-
-    table.loc[row, "mean"] -= 0.031
-    table.to_csv(path, index=False)
-    vanilla = [run for run in finished.runs if run.spec["method"]["name"] != "gmoe"]
-    assert len(regression.compare(vanilla, "mini", tmp_path).missing) > 5
+# presentation
 
 
 def test_a_text_benchmark_without_a_presentation_takes_the_usual_one(finished: Suite, tmp_path: Path) -> None:
@@ -498,17 +474,6 @@ def test_a_text_benchmark_without_a_presentation_takes_the_usual_one(finished: S
     assert [table.name for table in presented.tables] == ["mine_tests", "mine_choices"]
     presented.draw(tmp_path)
     assert [path.name for path in sorted(tmp_path.glob("mine*"))] == ["mine_ood.pdf", "mine_ood.png"]
-
-
-def test_check_without_a_reference_or_with_a_damaged_one(finished: Suite, tmp_path: Path) -> None:
-    with pytest.raises(DefinitionError, match="bless a run of the suite first"):
-        regression.compare(finished.runs, "mini", tmp_path / "none")
-    (tmp_path / "mini.csv").write_text("a,b\n1,2\n")
-    unfinished = plan(["glue"], "paper")[:1]
-    with pytest.raises(DefinitionError, match=r"^\S*metrics.json does not exist: the run is not finished"):
-        regression.compare(unfinished, "mini", tmp_path)
-    with pytest.raises(DefinitionError, match="no table of blessed numbers"):
-        regression.compare(finished.runs, "mini", tmp_path)
 
 
 # MLflow

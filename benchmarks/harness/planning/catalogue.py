@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.planning.schema import NotNegative, Number, Strict, Whole, left_out, read
+from benchmarks.harness.planning.schema import Number, Strict, Whole, left_out, read
 
 _NEEDS = (
     ("package", "path"),
@@ -69,15 +69,7 @@ class ModelFile(Strict):
     models: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9._-]*$")], ModelEntry]
 
 
-class Tolerance(Strict):
-    """Largest difference to a blessed number: atol + rtol * |blessed|."""
-
-    atol: NotNegative
-    rtol: NotNegative
-
-    def around(self, blessed: float) -> float:
-        """The largest difference to this number."""
-        return float(self.atol + self.rtol * abs(blessed))
+Judged = Literal["exact", "measured", "shown"]
 
 
 class Metric(Strict):
@@ -95,8 +87,8 @@ class Metric(Strict):
     """Which is better."""
     decimals: Whole
     """Decimals of the printed number."""
-    tolerance: Tolerance | None = None
-    """Largest difference to the blessed number that `make check` accepts. Null: never compared (times, memory)."""
+    judged: Judged = "shown"
+    """How `make check` compares it on another machine: `exact` has to be equal, `measured` may differ by as much as it was seen to; `shown` decides nothing (times, memory)."""
 
 
 class MetricFile(Strict):
@@ -117,7 +109,7 @@ def load_models() -> dict[str, ModelEntry]:
 
 @functools.cache
 def load_metrics() -> dict[str, Metric]:
-    """Label, unit, direction, decimals and tolerances of every metric, by name: ``benchmarks/metrics.yaml``.
+    """Label, unit, direction, decimals and kind of every metric, by name: ``benchmarks/metrics.yaml``.
 
     Raises:
         DefinitionError: the file is wrong; names the key and the nearest valid value.

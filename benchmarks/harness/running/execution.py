@@ -89,6 +89,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
                 "job_seconds": seconds,
                 "peak_memory_mb": _peak_memory_mb(),
             }
+            captured["fingerprint"] = environment.fingerprint(captured["packages"], captured["gpus"])
             write_json(output, {"run_id": run.id, **metrics, "environment": captured})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             progress.say(f"finished in {clock(seconds)}")

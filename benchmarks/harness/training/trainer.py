@@ -26,6 +26,7 @@ from benchmarks.harness.training.distributed import (
     save_shards,
     world_size,
 )
+from benchmarks.harness.training.probe import Probe
 from emoe.errors import EMoEError
 from emoe.layer import routed_layers
 
@@ -69,6 +70,7 @@ class RoutedTrainer(Trainer):
         order: of the rows.
         trainable: the model.
         base_lr_ratio: share of the learning rate of what is trained beside adapters and head.
+        probe: takes the loss of the first batches.
         by_token: the loss of a step is the mean over its learned tokens, however they are spread over batches and processes; else over
             its batches.
         **kwargs: what Trainer takes.
@@ -80,6 +82,7 @@ class RoutedTrainer(Trainer):
         order: Sampler[Any],
         trainable: Trainable,
         base_lr_ratio: float = 1.0,
+        probe: Probe | None = None,
         by_token: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -88,7 +91,9 @@ class RoutedTrainer(Trainer):
         super().__init__(model=trainable.model, **kwargs)
         self.args.save_only_model = False
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = by_token
-        self._order, self._trainable = order, trainable
+        self._order, self._trainable, self._probe = order, trainable, probe
+        if probe is not None:
+            self.add_callback(probe)
         self._base_lr_ratio = base_lr_ratio
         if hasattr(order, "set_epoch"):
             self.add_callback(FollowEpochs(order))
@@ -119,6 +124,12 @@ class RoutedTrainer(Trainer):
             if theirs:
                 optimizer.add_param_group({**group, "params": theirs, "lr": group["lr"] * self._base_lr_ratio})
         return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._probe is not None:
+            self._probe.note(loss)
+        return loss
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, *args, **kwargs)

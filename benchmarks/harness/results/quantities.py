@@ -1,0 +1,128 @@
+"""The numbers by which `check` compares finished runs, and how far apart two of them are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.catalogue import Judged, load_metrics
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.results.records import GROUP_KEYS, collect_from
+
+KEYS = ["run", "seed", "part", "set", "metric"]
+COLUMNS = [*KEYS, "value"]
+_ID = "id"
+PROBE, LOADS, LOGITS, LOSS = "probe", "loads", "logits", "loss_"
+# counts, names and digests of what was read, converted and trained
+CONTENT, CONVERSION, TRAINED = "content", "conversion", "trained"
+_EXACT = {CONTENT, CONVERSION, TRAINED}
+
+
+def judged_how(metric: str) -> Judged:
+    """How a number is judged: ``exact`` on every machine, ``measured`` by the spread between machines, ``shown`` alone."""
+    if metric in _EXACT:
+        return "exact"
+    if metric in (LOADS, LOGITS) or metric.startswith(LOSS):
+        return "measured"
+    known = load_metrics()
+    return known[metric].judged if metric in known else "shown"
+
+
+def quantities(read: Iterable[tuple[Run, Mapping[str, Any]]]) -> pd.DataFrame:
+    """One row a number of finished runs, from their ``metrics.json``: :data:`COLUMNS`, values as text with all digits, and the run's ``id``.
+
+    ``run`` says what was run, in words, without the seed. What is only shown is there for measurements, not what a run took.
+
+    Raises:
+        DefinitionError: two runs that differ in nothing by which they are named.
+    """
+    pairs = list(read)
+    records = collect_from((run, dict(found)) for run, found in pairs)
+    named = records["metric"].isin(set(load_metrics()))
+    records = records[named & ~records["part"].isin(["cost", "dev_best"])]
+    names = {run_id: _name(first) for run_id, first in records.groupby("run_id", sort=False).first().iterrows()}
+    taken: dict[tuple[str, int], str] = {}
+    rows = []
+    for run, found in pairs:
+        if run.id not in names:
+            continue
+        name, seed = names[run.id], int(run.spec["seed"])
+        if taken.setdefault((name, seed), run.id) != run.id:
+            raise DefinitionError(f"the runs {run.id} and {taken[name, seed]} cannot be told apart by '{name}'")
+        rows += [(name, seed, *more, run.id) for more in _of_itself(found)]
+    rows += [
+        (
+            names[row.run_id],
+            int(row.seed),
+            row.part,
+            row.eval_task,
+            row.metric,
+            _text(row.metric, float(row.value)),
+            row.run_id,
+        )
+        for row in records.itertuples()
+    ]
+    return pd.DataFrame(rows, columns=[*COLUMNS, _ID]).sort_values(KEYS, kind="stable", ignore_index=True)
+
+
+def _name(record: pd.Series[Any]) -> str:
+    values = [f"{record[key]:g}" if key == "learning_rate" else str(record[key]) for key in GROUP_KEYS]
+    return " ".join(value for value in values if value)
+
+
+def _text(metric: str, value: float) -> str:
+    """All digits; counts as whole numbers."""
+    return str(int(value)) if judged_how(metric) == "exact" and value.is_integer() else repr(value)
+
+
+def _of_itself(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """What a run says of itself beside scores: its probe, its model and its data."""
+    probe = found.get(PROBE, {})
+    for number, loss in enumerate(probe.get("losses", ()), 1):
+        yield PROBE, "", f"{LOSS}{number}", loss
+    if probe.get(LOGITS):
+        yield PROBE, "", LOGITS, " ".join(repr(value) for value in probe[LOGITS].values())
+    for layer, loads in probe.get(LOADS, {}).items():
+        yield PROBE, f"layer {layer}", LOADS, " ".join(map(str, loads))
+    model = found.get("model", {})
+    for layer in model.get("conversion", ()):
+        place = f"layer {layer['index']}"
+        yield "model", place, CONVERSION, f"{layer['experts']} experts of {layer['expert_size']}, top {layer['top_k']}"
+        if layer.get("explained") is not None:
+            yield "model", place, "inertia", repr(1 - layer["explained"])
+    for group, content in model.get("trained", {}).items():
+        yield "model", group, TRAINED, f"{content['parameters']} {content['names']}"
+    for part, summary in found.get("data", {}).items():
+        yield "data", part, CONTENT, _content(summary)
+
+
+def _content(summary: Mapping[str, Any]) -> str:
+    """Counts and digests of a set; where it came from may differ."""
+    words = [f"{name} {value}" for name, value in sorted(summary.items()) if isinstance(value, int)]
+    words += [f"{label}: {count}" for label, count in summary.get("labels", {}).items()]
+    return ", ".join([*words, *([summary["digest"]] if "digest" in summary else [])])
+
+
+def deviation(metric: str, before: str, after: str) -> float:
+    """How far apart two values are: 0 is equal, and a spread is measured in it.
+
+    Of experts' loads it is the share of choices that moved; of first losses and logits the largest difference relative to their size; of other
+    numbers the difference, relative above 1; of what has to be the same everywhere it is 0 or infinite.
+    """
+    if before == after:
+        return 0.0
+    if judged_how(metric) == "exact":
+        return math.inf
+    old, new = ([float(part) for part in value.split(" ")] for value in (before, after))
+    if len(old) != len(new) or not all(map(math.isfinite, [*old, *new])):
+        return math.inf
+    if metric == LOADS:
+        return sum(abs(a / max(sum(old), 1) - b / max(sum(new), 1)) for a, b in zip(old, new, strict=True)) / 2
+    largest = max(abs(a - b) for a, b in zip(old, new, strict=True))
+    size = max(map(abs, old))
+    relative = metric == LOGITS or metric.startswith(LOSS)
+    return largest / (max(size, 1e-12) if relative else max(size, 1.0))

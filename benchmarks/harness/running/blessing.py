@@ -1,0 +1,103 @@
+"""Bless a suite's numbers: from a clean checkout, and only numbers that repeat."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.paths import REFERENCE, ROOT, RUNS
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.results.reference import Reference, write_reference
+from benchmarks.harness.results.regression import as_reference, judge, present
+from benchmarks.harness.running.repetition import Repetition, borrow, cheapest, prepare_folder, repeat_or_fail
+
+
+def clean_commit(root: Path = ROOT) -> str:
+    """The commit of the checkout.
+
+    Raises:
+        DefinitionError: it is no checkout, or something in it but blessed numbers is not committed.
+    """
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", ".", ":(exclude)results/reference")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise DefinitionError(f"{root} is no git checkout: blessed numbers belong to a commit") from error
+    if changed:
+        lines = changed.splitlines()
+        raise DefinitionError(
+            f"{len(lines)} files are not committed, among them {lines[0].split()[-1]}: commit or remove them, blessed numbers belong to a commit"
+        )
+    return commit
+
+
+def bless(
+    runs: Sequence[Run], suite: str, folder: Path = REFERENCE, say: Callable[[str], None] = print, root: Path = ROOT
+) -> Path:
+    """Make the present numbers the reference, after the cheapest run of every benchmark gave the same numbers once more.
+
+    Args:
+        runs: of the suite.
+        suite: its name.
+        folder: where references are.
+        say: where to say what is going on.
+        root: the checkout.
+
+    Raises:
+        DefinitionError: the checkout is not clean, a run is not finished or was made by older code, or a number did not repeat.
+        RunError: a run failed when it was run again.
+    """
+    commit = clean_commit(root)
+    numbers, unfinished = present(runs, suite)
+    if unfinished:
+        raise DefinitionError(f"{len(unfinished)} of {len(runs)} runs are not finished, the first is {unfinished[0]}")
+    if "" in numbers.machines:
+        raise DefinitionError(
+            f"runs below {RUNS} do not say on what they ran: they were made by older code; delete them and run them again"
+        )
+    refuse_what_does_not_repeat(cheapest(runs), say)
+    return write_reference(suite, numbers, commit, folder)
+
+
+def refuse_what_does_not_repeat(runs: Sequence[Run], say: Callable[[str], None] = print) -> None:
+    """Execute finished runs once more in a temporary folder and compare every number.
+
+    Raises:
+        DefinitionError: a number is another one.
+        RunError: a run failed.
+    """
+    found = {run.id: read_metrics(run) for run in runs}
+    seconds = sum(float(content["cost"]["job_seconds"]) for content in found.values())
+    say(f"running {len(runs)} runs again, about {seconds:.0f} s")
+    with tempfile.TemporaryDirectory(prefix="again-") as temporary:
+        folder = Path(temporary).resolve()
+        prepare_folder(folder)
+        again = []
+        for run in runs:
+            borrow(run.spec.get("candidates", ()), folder)
+            threads = int(found[run.id]["environment"]["threads"])
+            again.append(Repetition(run, folder, threads))
+        repeat_or_fail(again)
+        numbers = _reference(runs, folder / RUNS)
+    comparison = judge(_reference(runs, RUNS), numbers, _no_tolerances)
+    if not comparison.passed:
+        raise DefinitionError(f"numbers do not repeat, so they cannot be blessed:\n{comparison}")
+
+
+def _reference(runs: Sequence[Run], root: Path) -> Reference:
+    return as_reference([(run, read_metrics(run, root)) for run in runs])
+
+
+def _no_tolerances() -> None:
+    raise DefinitionError(
+        "this is another machine than the one that the runs were made on: run the suite anew here, or bless there"
+    )

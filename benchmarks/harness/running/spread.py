@@ -1,0 +1,153 @@
+"""Measure how far numbers of the same run are apart between machines: with other threads and other kernels of the same processor."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.harness.base.errors import RunError
+from benchmarks.harness.base.files import write_json
+from benchmarks.harness.base.paths import REFERENCE, RUNS
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.results.quantities import KEYS, deviation, judged_how
+from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.results.reference import Reference, Spread, SpreadFile, spread_file
+from benchmarks.harness.results.regression import as_reference
+from benchmarks.harness.running.blessing import clean_commit
+from benchmarks.harness.running.repetition import Repetition, borrow, cheapest, prepare_folder, repeat_or_fail
+
+Sample = Literal["all", "seeds", "cheapest"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What stands for another machine.
+
+    Attributes:
+        name: for readers.
+        threads: CPU threads.
+        variables: of the environment, read when torch is imported.
+    """
+
+    name: str
+    threads: int = 1
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+# threads that wait leave the cores to other runs
+_TWO = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Kernels of other processors on this one, other orders of summation, and no compiled experts (a cache that cannot be written).
+VARIANTS = (
+    Variant("AVX2", 1, {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}),
+    Variant("SSE", 1, {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}),
+    Variant("2 threads", 2, _TWO),
+    Variant("2 threads, no compiled experts", 2, {**_TWO, "XDG_CACHE_HOME": "/dev/null/none"}),
+)
+
+
+def sample(runs: Sequence[Run], which: Sample) -> list[Run]:
+    """All finished runs, or one seed of each, or the cheapest of each benchmark; with those that they evaluate."""
+    if which == "all":
+        return list(runs)
+    chosen = cheapest(runs) if which == "cheapest" else _one_seed(runs)
+    folders = {folder for run in chosen for folder in run.spec.get("candidates", ())}
+    return [run for run in runs if run in chosen or run.folder in folders]
+
+
+def _one_seed(runs: Sequence[Run]) -> list[Run]:
+    first: dict[str, Run] = {}
+    for run in runs:
+        spec = {key: value for key, value in run.spec.items() if key not in ("seed", "candidates")}
+        first.setdefault(repr(sorted(spec.items())), run)
+    return list(first.values())
+
+
+def run_again(runs: Sequence[Run], folder: Path, threads: int, jobs: int) -> None:
+    """Execute runs in another folder; those that evaluate others after those.
+
+    Raises:
+        RunError: one failed.
+    """
+    prepare_folder(folder)
+    for late in (False, True):
+        some = [run for run in runs if ("candidates" in run.spec) == late]
+        repeat_or_fail([Repetition(run, folder.resolve(), threads) for run in some], jobs=jobs)
+
+
+def measure(
+    runs: Sequence[Run],
+    suite: str,
+    which: Sample,
+    jobs: int,
+    folder: Path = REFERENCE,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Run a sample of finished runs again under every one of :data:`VARIANTS`, and write the largest deviation of every quantity.
+
+    Raises:
+        RunError: a run failed.
+    """
+    commit = clean_commit()
+    chosen = sample(runs, which)
+    before = as_reference([(run, read_metrics(run)) for run in chosen])
+    largest: dict[tuple[str, str, str], list[float]] = {}
+    for variant in VARIANTS:
+        say(f"{len(chosen)} runs with {variant.name}")
+        with tempfile.TemporaryDirectory(prefix="again-") as temporary:
+            place = Path(temporary).resolve()
+            again(chosen, suite, place, variant, jobs)
+            after = as_reference([(run, read_metrics(run, place / RUNS)) for run in chosen])
+        for key, apart in deviations(before, after):
+            largest.setdefault(key, []).append(apart)
+    spreads = [
+        Spread(benchmark=key[0], part=key[1], metric=key[2], largest=max(found), numbers=len(found))
+        for key, found in sorted(largest.items())
+    ]
+    content = SpreadFile(
+        made_by=f"python -m benchmarks spread --suite {suite} --sample {which}",
+        commit=commit,
+        machine=dict(next(iter(before.machines.values()))),
+        variants=[variant.name for variant in VARIANTS],
+        runs=len(chosen),
+        spreads=spreads,
+    )
+    path = spread_file(suite, folder)
+    write_json(path, content.model_dump())
+    return path
+
+
+def again(runs: Sequence[Run], suite: str, folder: Path, variant: Variant, jobs: int) -> None:
+    """Execute runs under a variant, in a process that is started with its variables.
+
+    Raises:
+        RunError: one failed.
+    """
+    for run in runs:
+        borrowed = [name for name in run.spec.get("candidates", ()) if name not in {one.folder for one in runs}]
+        borrow(borrowed, folder)
+    command = [sys.executable, "-m", "benchmarks", "again", str(folder), "--suite", suite]
+    command += ["--threads", str(variant.threads), "--jobs", str(jobs), *(run.folder for run in runs)]
+    done = subprocess.run(
+        command, env={**os.environ, **variant.variables}, check=False, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise RunError(f"{variant.name}: {done.stderr.strip().splitlines()[-1:]}")
+
+
+def deviations(before: Reference, after: Reference) -> list[tuple[tuple[str, str, str], float]]:
+    """How far every number that may differ between machines is from another machine's, by benchmark, part and metric."""
+    merged = before.rows.merge(after.rows, on=KEYS, suffixes=("_before", "_after"))
+    return [
+        (
+            (str(row.run).split(" ", 1)[0], str(row.part), str(row.metric)),
+            deviation(str(row.metric), row.value_before, row.value_after),
+        )
+        for row in merged.itertuples()
+        if judged_how(str(row.metric)) == "measured"
+    ]

@@ -1,0 +1,399 @@
+"""`check` and `bless`: two tiers, lost runs, times, spreads, and what cannot be blessed; on made-up runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.__main__ import cli
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.runs import Run, plan
+from benchmarks.harness.results.quantities import deviation
+from benchmarks.harness.results.reference import (
+    FACTOR,
+    Spread,
+    SpreadFile,
+    Tolerances,
+    read_reference,
+    read_tolerances,
+    spread_file,
+    write_reference,
+)
+from benchmarks.harness.results.regression import Comparison, compare, present
+from benchmarks.harness.running import blessing, environment
+from benchmarks.harness.running.blessing import bless, clean_commit, refuse_what_does_not_repeat
+from benchmarks.harness.running.repetition import Repetition, repeat
+from benchmarks.harness.running.spread import sample
+from tests import fake_runs
+
+METHODS = ("vanilla", "emoe", "gmoe")
+RUNS = Path("results/runs")
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """Finished runs of glue, some seeds of three methods, and measurements."""
+    monkeypatch.chdir(tmp_path)
+    fake_runs.write(RUNS, benchmarks=("glue",))
+    fake_runs.write(RUNS, suite="smoke", benchmarks=("speed",))
+    text = [run for run in plan(["glue"], "mini") if run.spec["method"]["name"] in METHODS]
+    return [*text, *plan(["speed"], "smoke")]
+
+
+@pytest.fixture
+def blessed(runs: list[Run], tmp_path: Path) -> Path:
+    """A folder with their numbers as the reference."""
+    folder = tmp_path / "reference"
+    numbers, _ = present(runs, "mini")
+    write_reference("mini", numbers, "0" * 40, folder)
+    return folder
+
+
+def edit(run: Run, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a run wrote."""
+    path = RUNS / run.folder / "metrics.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def score_of(run: Run, difference: float) -> None:
+    name, metric = run.spec["task"]["name"], run.spec["task"]["metric"]
+
+    def change(content: dict[str, Any]) -> None:
+        content["scores"]["test"][name][metric] += difference
+
+    edit(run, change)
+
+
+def on_another_machine(runs: list[Run]) -> None:
+    for run in runs:
+        edit(run, lambda content: content["environment"]["fingerprint"].update({"threads": "2"}))
+
+
+def write_spreads(folder: Path, suite: str = "mini", **largest: float) -> None:
+    spreads = [
+        Spread(benchmark="glue", part=part, metric=metric, largest=value, numbers=9)
+        for (part, metric), value in ((tuple(name.split("__")), value) for name, value in largest.items())
+    ]
+    content = SpreadFile(made_by="", commit="", machine={}, variants=[], runs=1, spreads=spreads)
+    spread_file(suite, folder).write_text(content.model_dump_json())
+
+
+def named(comparison: Comparison) -> set[str]:
+    return {finding.metric for finding in comparison.findings if finding.status != "shown"}
+
+
+# same machine
+
+
+def test_on_the_machine_that_blessed_everything_is_equal_and_the_last_digit_counts(
+    runs: list[Run], blessed: Path
+) -> None:
+    same = compare(runs, "mini", blessed)
+    assert same.passed
+    assert [tier.name for tier in same.tiers] == ["equal"]
+    assert "the machine is the one that blessed" in str(same)
+
+    score_of(runs[0], 2e-16)
+    moved = compare(runs, "mini", blessed)
+    assert not moved.passed
+    assert len(moved.changed) == 1
+    assert moved.changed[0].difference == pytest.approx(2e-16, rel=0.5)
+
+
+def test_a_seed_or_a_run_that_is_lost_fails(runs: list[Run], blessed: Path) -> None:
+    fewer = compare(runs[1:], "mini", blessed)
+    assert not fewer.passed
+    assert {(finding.run, finding.seed) for finding in fewer.missing} == {
+        ("glue " + fewer.missing[0].run[5:], runs[0].spec["seed"])
+    }
+    (RUNS / runs[1].folder / "metrics.json").unlink()
+    unfinished = compare(runs, "mini", blessed)
+    assert unfinished.unfinished == (runs[1].id,)
+    assert not unfinished.passed
+    assert f"1 runs are not finished, the first is {runs[1].id}" in str(unfinished)
+
+
+def test_a_run_that_was_not_blessed_is_new(runs: list[Run], blessed: Path) -> None:
+    path = blessed / "mini.csv"
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    first = table["run"].iloc[0], table["seed"].iloc[0]
+    table[(table["run"] != first[0]) | (table["seed"] != first[1])].to_csv(path, index=False)
+    found = compare(runs, "mini", blessed)
+    assert not found.passed
+    assert not found.changed
+    assert not found.missing
+    assert {(finding.run, str(finding.seed)) for finding in found.new} == {first}
+
+
+def test_times_are_shown_and_decide_nothing(runs: list[Run], blessed: Path) -> None:
+    run = next(run for run in runs if run.benchmark == "speed" and "sparse" in run.spec["settings"]["candidates"])
+
+    def slower(content: dict[str, Any]) -> None:
+        content["measured"]["sparse"]["ratio"] *= 3
+
+    edit(run, slower)
+    found = compare(runs, "mini", blessed)
+    assert found.passed
+    assert [finding.metric for finding in found.shown] == ["ratio"]
+    assert "decides nothing" in str(found)
+
+    def other_work(content: dict[str, Any]) -> None:
+        content["measured"]["sparse"]["expected_ratio"] *= 1.001
+
+    edit(run, other_work)
+    assert named(compare(runs, "mini", blessed)) == {"expected_ratio"}
+
+
+def test_counts_and_digests_are_compared(runs: list[Run], blessed: Path) -> None:
+    edit(runs[0], lambda content: content["data"]["train"].update(rows=9))
+    assert named(compare(runs, "mini", blessed)) == {"content"}
+
+
+def test_a_difference_is_shown_in_units_of_the_seeds_spread(runs: list[Run], blessed: Path) -> None:
+    table = read_reference("mini", blessed).rows
+    score_of(runs[0], 0.5)
+    finding = next(one for one in compare(runs, "mini", blessed).changed if one.part == "test")
+    theirs = table[(table["run"] == finding.run) & (table["part"] == "test") & (table["metric"] == finding.metric)]
+    values = theirs["value"].astype(float)
+    assert finding.n == len(values) > 1
+    assert finding.spreads == pytest.approx(0.5 / values.std())
+    assert f"n {finding.n}" in str(finding)
+    assert "sd of the seeds" in str(finding)
+
+
+# another machine
+
+
+def test_another_machine_may_differ_as_much_as_machines_were_seen_to(runs: list[Run], blessed: Path) -> None:
+    metric = runs[0].spec["task"]["metric"]
+    on_another_machine(runs)
+    found = compare(runs, "mini", blessed)  # equal numbers need no tolerance
+    assert found.passed
+    assert found.tiers[0].name == "tolerance"
+    assert "threads: 1 -> 2" in found.tiers[0].why
+
+    score_of(runs[0], 0.001)
+    with pytest.raises(DefinitionError, match=r"measure how far machines are apart \(`python -m benchmarks spread"):
+        compare(runs, "mini", blessed)
+    write_spreads(blessed, **{f"test__{metric}": 0.0011 / FACTOR})
+    assert compare(runs, "mini", blessed).passed
+    write_spreads(blessed, **{f"test__{metric}": 0.0009 / FACTOR})
+    assert named(compare(runs, "mini", blessed)) == {metric}
+
+
+def test_first_losses_and_loads_give_a_swapped_method_away_on_another_machine(runs: list[Run], blessed: Path) -> None:
+    metric = runs[0].spec["task"]["metric"]
+    everything = {f"{part}__{name}": 1.0 for part in ("dev", "test", "ood") for name in (metric, "loss")}
+    write_spreads(blessed, **everything, probe__loss_1=1e-6, probe__logits=1e-5, probe__loads=0.001)
+    for change in (
+        lambda content: content["probe"].update(losses=["0.7001", *content["probe"]["losses"][1:]]),
+        lambda content: content["probe"]["logits"].update(projection=0.51),
+        lambda content: content["probe"].update(loads={"1": [11, 9, 10, 10]}),
+    ):
+        path = next(RUNS / run.folder for run in runs if run.spec["method"].get("name") == "emoe") / "metrics.json"
+        before = path.read_text()
+        content = json.loads(before)
+        change(content)
+        path.write_text(json.dumps(content))
+        assert compare(runs, "mini", blessed, elsewhere=True).changed
+        path.write_text(before)
+    assert compare(runs, "mini", blessed, elsewhere=True).passed
+
+
+def test_the_smoke_suites_spreads_count_too(tmp_path: Path) -> None:
+    with pytest.raises(DefinitionError, match=r"mini_spread\.json does not exist"):
+        read_tolerances("mini", tmp_path)
+    write_spreads(tmp_path, test__accuracy=0.01, dev__accuracy=0.03)
+    write_spreads(tmp_path, "smoke", test__accuracy=0.02)
+    found = read_tolerances("mini", tmp_path)
+    assert found.of("glue", "test", "accuracy") == FACTOR * 0.02
+    assert found.of("glue", "dev", "accuracy") == FACTOR * 0.03
+    assert found.of("other", "dev", "accuracy") == FACTOR * 0.03  # not measured there: as elsewhere
+    assert Tolerances({}).of("glue", "dev", "accuracy") == 0
+
+
+def test_how_far_two_values_are_apart() -> None:
+    assert deviation("accuracy", "0.5", "0.75") == 0.25
+    assert deviation("loss", "10.0", "11.0") == 0.1
+    assert deviation("loss_3", "0.5", "0.55") == pytest.approx(0.1)
+    assert deviation("loads", "10 10", "11 9") == pytest.approx(0.05)
+    assert deviation("loads", "10 10", "10 10 0") == math.inf
+    assert deviation("logits", "1.0 0.001", "1.0 0.002") == pytest.approx(0.001)
+    assert deviation("content", "rows 3", "rows 4") == math.inf
+    assert deviation("parameters", "3", "4") == math.inf
+    assert deviation("loss_1", "0.5", "nan") == math.inf
+    assert deviation("loss_1", "nan", "nan") == 0
+
+
+# files and messages
+
+
+def test_the_reference_has_every_number_with_all_digits_and_its_machine(runs: list[Run], blessed: Path) -> None:
+    found = read_reference("mini", blessed)
+    run = runs[0]
+    content = json.loads((RUNS / run.folder / "metrics.json").read_text())
+    value = content["scores"]["test"][run.spec["task"]["name"]][run.spec["task"]["metric"]]
+    theirs = found.rows[(found.rows["part"] == "test") & (found.rows["seed"] == run.spec["seed"])]
+    assert repr(value) in set(theirs["value"])
+    assert set(found.rows["machine"]) == set(found.machines)
+    assert next(iter(found.machines.values())) == content["environment"]["fingerprint"]
+
+
+def test_an_older_or_damaged_reference_says_to_bless_again(runs: list[Run], blessed: Path, tmp_path: Path) -> None:
+    path = blessed / "mini.csv"
+    with pytest.raises(DefinitionError, match=r"mini.csv does not exist: bless a run of the suite"):
+        compare(runs, "mini", tmp_path / "none")
+    text = path.read_text()
+    path.write_text("benchmark,model,mean,n\nglue,bert,0.5,2\n")
+    with pytest.raises(DefinitionError, match=r"an older form: bless a run of the suite \(`python -m benchmarks bless"):
+        compare(runs, "mini", blessed)
+    path.write_text(text + text.splitlines()[1] + "\n")
+    with pytest.raises(DefinitionError, match="has two rows of"):
+        compare(runs, "mini", blessed)
+    path.write_text(text)
+    (blessed / "mini.json").write_text("{")
+    with pytest.raises(DefinitionError, match=r"mini.json is damaged"):
+        compare(runs, "mini", blessed)
+    (blessed / "mini.json").unlink()
+    with pytest.raises(DefinitionError, match=r"has no mini.json beside it"):
+        compare(runs, "mini", blessed)
+
+
+def test_check_before_there_are_results_is_one_line_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["check", "--suite", "smoke"])
+    assert isinstance(done.exception, DefinitionError)
+    assert str(done.exception) == (
+        "no run of the suite 'smoke' is finished below results/runs: `snakemake --cores all --config suite=smoke`"
+    )
+
+
+def test_the_status_and_json_of_check(runs: list[Run], blessed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    score_of(runs[0], 0.25)
+    found = compare(runs, "mini", blessed)
+    monkeypatch.setattr("benchmarks.harness.results.regression.compare", lambda *args, **kwargs: found)
+    done = CliRunner().invoke(cli, ["check", "--json"])
+    assert done.exit_code == 1
+    content = json.loads(done.output)
+    assert content["passed"] is False
+    assert content["findings"][0]["status"] == "changed"
+    assert content["findings"][0]["difference"] == pytest.approx(0.25)
+    assert content["tiers"][0]["name"] == "equal"
+
+
+# bless
+
+
+def checkout(folder: Path) -> Path:
+    folder.mkdir()
+    for command in ("init -q", "config user.email a@b", "config user.name a", "commit -q --allow-empty -m first"):
+        subprocess.run(["git", *command.split()], cwd=folder, check=True)
+    return folder
+
+
+def test_bless_refuses_a_tree_with_changes_but_for_blessed_numbers(tmp_path: Path) -> None:
+    root = checkout(tmp_path / "checkout")
+    (root / "results/reference").mkdir(parents=True)
+    (root / "results/reference/mini.csv").write_text("new")
+    assert len(clean_commit(root)) == 40
+    (root / "code.py").write_text("x = 1")
+    with pytest.raises(DefinitionError, match=r"1 files are not committed, among them code\.py: commit or remove them"):
+        clean_commit(root)
+    with pytest.raises(DefinitionError, match="is no git checkout"):
+        clean_commit(tmp_path)
+
+
+def test_bless_refuses_what_is_not_finished_or_does_not_say_its_machine(runs: list[Run], tmp_path: Path) -> None:
+    root, said = checkout(tmp_path / "checkout"), list[str]()
+    edit(runs[0], lambda content: content["environment"].pop("fingerprint"))
+    with pytest.raises(DefinitionError, match="do not say on what they ran: they were made by older code"):
+        bless(runs, "mini", tmp_path / "ref", said.append, root)
+    (RUNS / runs[1].folder / "metrics.json").unlink()
+    with pytest.raises(DefinitionError, match=f"1 of {len(runs)} runs are not finished, the first is {runs[1].id}"):
+        bless(runs, "mini", tmp_path / "ref", said.append, root)
+    assert not said
+    assert not (tmp_path / "ref").exists()
+
+
+def test_bless_runs_the_cheapest_of_every_benchmark_again(
+    runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, asked = checkout(tmp_path / "checkout"), list[Run]()
+    cheap = [next(run for run in runs if run.benchmark == name) for name in ("glue", "speed")]
+    for run in cheap:
+        edit(run, lambda content: content["cost"].update(job_seconds=0.5))
+    monkeypatch.setattr(blessing, "refuse_what_does_not_repeat", lambda runs, say: asked.extend(runs))
+    path = bless(runs, "mini", tmp_path / "ref", print, root)
+    assert asked == cheap
+    assert compare(runs, "mini", path.parent).passed
+
+
+def fake_repeat(change: Callable[[dict[str, Any]], object]) -> Callable[..., None]:
+    """What runs nothing, but gives the numbers of before, changed."""
+
+    def again(repetitions: list[Repetition], *, jobs: int = 1) -> None:
+        for repetition in repetitions:
+            content = json.loads((RUNS / repetition.run.folder / "metrics.json").read_text())
+            change(content)
+            path = repetition.folder / RUNS / repetition.run.folder / "metrics.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(content))
+
+    return again
+
+
+def test_numbers_that_do_not_repeat_or_are_of_another_machine_are_not_blessed(
+    runs: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = list[str]()
+    monkeypatch.setattr(blessing, "repeat_or_fail", fake_repeat(lambda content: None))
+    refuse_what_does_not_repeat(runs[:1], said.append)
+    assert said == ["running 1 runs again, about 2 s"]
+
+    losses = ["0.25"] * 8
+    monkeypatch.setattr(blessing, "repeat_or_fail", fake_repeat(lambda content: content["probe"].update(losses=losses)))
+    with pytest.raises(DefinitionError, match=r"numbers do not repeat, so they cannot be blessed:\nchanged"):
+        refuse_what_does_not_repeat(runs[:1], said.append)
+
+    def elsewhere(content: dict[str, Any]) -> None:
+        content["environment"]["fingerprint"]["threads"] = "2"
+        content["probe"]["losses"] = losses
+
+    monkeypatch.setattr(blessing, "repeat_or_fail", fake_repeat(elsewhere))
+    with pytest.raises(DefinitionError, match="another machine than the one that the runs were made on"):
+        refuse_what_does_not_repeat(runs[:1], said.append)
+
+
+def test_a_run_that_fails_when_it_is_run_again_is_named(runs: list[Run], tmp_path: Path) -> None:
+    spec = {**runs[0].spec, "pipeline": "tests.no_pipeline"}
+    with pytest.raises(ModuleNotFoundError):
+        repeat([Repetition(Run(runs[0].id, spec), tmp_path / "again")])
+
+
+def test_samples_of_runs(runs: list[Run]) -> None:
+    edit(runs[3], lambda content: content["cost"].update(job_seconds=0.1))
+    assert sample(runs, "all") == runs
+    assert runs[3] in sample(runs, "cheapest")
+    assert len(sample(runs, "cheapest")) == 2
+    seeds = [run for run in sample(runs, "seeds") if run.benchmark == "glue"]
+    assert len({(run.spec["task"]["name"], run.spec["method"]["name"]) for run in seeds}) == len(seeds)
+
+
+def test_a_fingerprint_has_what_chooses_between_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = environment.fingerprint({"torch": "2"}, ["GPU"])
+    assert {"processor", "processor flags", "torch build", "CPU capability", "threads", "package torch"} <= set(found)
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    assert environment.fingerprint({"torch": "2"}, ["GPU"]) == found | {"variable MKL_CBWR": "COMPATIBLE"}
+    assert all(isinstance(value, str) for value in found.values())
