@@ -214,6 +214,25 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
 
 @cli.command()
 @_SUITE
+@click.option("--json", "as_json", is_flag=True, help="Every number, as JSON.")
+@click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
+def claims(suite: str, as_json: bool, write: bool) -> None:
+    """Say what a suite's finished runs say of the paper's claims."""
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.reporting.claims import as_records, claims_table, judged
+    from benchmarks.harness.reporting.claims_figure import write_claims
+
+    loaded = suite_of_job(suite)
+    if write:
+        write_claims(loaded)
+    elif as_json:
+        click.echo(as_records(judged(loaded)))
+    else:
+        click.echo(claims_table(loaded, judged(loaded)).markdown())
+
+
+@cli.command()
+@_SUITE
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The HTML page.")
 def report(suite: str, output: Path) -> None:
     """Write the one-page report of a suite whose tables exist."""

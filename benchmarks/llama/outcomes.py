@@ -9,11 +9,11 @@ import pandas as pd
 
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.outcomes import Outcomes
+from benchmarks.harness.reporting.outcomes import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import Difference, paired_differences, with_verdicts
 from benchmarks.llama.definition import InstructionDefinition, InstructionSet
-from benchmarks.llama.grid import is_trained
+from benchmarks.llama.grid import HELD_OUT, QUESTIONS, is_trained
 
 GROUP = ["model", "set", "tuning"]
 CELL = [*GROUP, "method", "variant"]
@@ -71,7 +71,7 @@ class InstructionOutcomes(Outcomes):
 
     def _tests(self) -> pd.DataFrame:
         """By cell, what it is compared with, and task: paired differences over questions, each question's a mean over seeds."""
-        scores = pd.concat([_NO_QUESTIONS, *self._questions()], ignore_index=True)
+        scores = self._all_questions()
         found = [
             self._differences(scores, [*CELL, "task"], against, "question").assign(against=against)
             for against in self._references
@@ -81,6 +81,9 @@ class InstructionOutcomes(Outcomes):
         tests = tests.sort_values("task", key=lambda names: names.map(self.tasks.index), kind="stable")
         row = [*CELL, "against", "task", "questions", "seeds", *Difference.COLUMNS]
         return with_verdicts(tests[row], [*CELL, "against"])
+
+    def _all_questions(self) -> pd.DataFrame:
+        return pd.concat([_NO_QUESTIONS, *self._questions()], ignore_index=True)
 
     def _questions(self) -> Iterator[pd.DataFrame]:
         """A row a question of a run, with whether it was answered correctly."""
@@ -103,6 +106,16 @@ class InstructionOutcomes(Outcomes):
         """By cell: the difference of the held-out loss, paired by seed, to the baseline's or to that of the same method not tuned."""
         found = self._differences(self.losses.reset_index(), CELL, against, "seed")
         return found.drop(columns=["n", "values"])
+
+    def compared(self) -> pd.DataFrame:
+        """Held-out losses of every seed, answers to every question, and numbers of parameters, for claims."""
+        losses = self.losses.reset_index().rename(columns={"set": "task", "seed": "pair"})
+        questions = self._all_questions().rename(columns={"task": "eval_task", "set": "task", "question": "pair"})
+        return compared(
+            losses.assign(domain=HELD_OUT, metric=_LOSS),
+            questions.assign(domain=QUESTIONS, metric="accuracy"),
+            counts(self.records),
+        )
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
         """With titles; that of a method names its variant."""

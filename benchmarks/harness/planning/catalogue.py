@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.planning.schema import NotNegative, Number, Strict, Whole, left_out, read
+from benchmarks.harness.planning.schema import NotNegative, Number, Positive, Strict, Whole, left_out, read
 
 _NEEDS = (
     ("package", "path"),
@@ -97,6 +97,8 @@ class Metric(Strict):
     """Decimals of the printed number."""
     tolerance: Tolerance | None = None
     """Largest difference to the blessed number that `make check` accepts. Null: never compared (times, memory)."""
+    equivalence_margin: Positive | None = None
+    """Largest difference between two methods, as stored, at which they are practically equal; claims are tested against it."""
 
 
 class MetricFile(Strict):
