@@ -80,10 +80,10 @@ def export(spec: Path, output: Path, form: str) -> None:
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="Folder of the tasks.")
 def questions(output: Path | None) -> None:
     """Write MMLU-dev, the development questions inside lm-eval, as tasks for lm-eval (--include_path)."""
-    from benchmarks.llama.mmlu_dev import MMLU_DEV_FILE
+    from benchmarks.llama.mmlu_dev import MMLU_DEV, mmlu_dev_file
     from benchmarks.llama.questions import write_mmlu_dev
 
-    folder = output or MMLU_DEV_FILE.parent
+    folder = output or mmlu_dev_file(MMLU_DEV).parent
     click.echo(f"wrote {write_mmlu_dev(folder)} questions to {folder}", err=True)
 
 
@@ -213,6 +213,25 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     for table in shown.tables:
         table.write(folder / "tables")
     shown.draw(folder / "figures")
+
+
+@cli.command()
+@_SUITE
+@click.option("--json", "as_json", is_flag=True, help="Every number, as JSON.")
+@click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
+def claims(suite: str, as_json: bool, write: bool) -> None:
+    """Say what a suite's finished runs say of the paper's claims."""
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.reporting.claims import as_records, claims_table, judged
+    from benchmarks.harness.reporting.claims_figure import write_claims
+
+    loaded = suite_of_job(suite)
+    if write:
+        write_claims(loaded)
+    elif as_json:
+        click.echo(as_records(judged(loaded)))
+    else:
+        click.echo(claims_table(loaded, judged(loaded)).markdown())
 
 
 @cli.command()

@@ -13,10 +13,11 @@ from benchmarks.domainbed.definition import ImageDefinition, ImageTraining, Imag
 from benchmarks.domainbed.emoji import EMOJI_PACKAGES
 from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.protocol import BASELINE, held_out_combinations, hyper_parameters, sweep_seed
+from benchmarks.domainbed.selection import SELECTIONS
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.frozen import check_frozen
-from benchmarks.harness.planning.kinds import ALL, Benchmark, SetPart, WholeSets, missing_set
+from benchmarks.harness.planning.kinds import ALL, COUNTS, Benchmark, Domain, SetPart, WholeSets, missing_set
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
     method_spec,
@@ -66,6 +67,9 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
                 for values in itertools.product(*axes.values()):
                     point = {"model": model, "set": name, "method": method, **dict(zip(axes, values, strict=True))}
                     yield _spec(benchmark, suite, methods, point, where)
+
+    def compared_domains(self, definition: ImageDefinition) -> Mapping[str, Domain]:
+        return {"held_out": Domain(("accuracy",), "trial", tuple(SELECTIONS)), "model": COUNTS}
 
     def variant(self, spec: Mapping[str, Any]) -> str:
         draw = f"h{spec['hparams_seed']}" if spec["hparams_seed"] else ""

@@ -11,7 +11,7 @@ from benchmarks.domainbed.definition import ImageDefinition, SetEntry
 from benchmarks.domainbed.selection import SELECTIONS, Chosen, RunRecords
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.outcomes import Outcomes
+from benchmarks.harness.reporting.outcomes import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import paired_differences, with_verdicts
 
@@ -94,6 +94,13 @@ class DomainOutcomes(Outcomes):
             return means
         sizes = [len(self.environments(name)) for name in means.index.get_level_values("set")]
         return means[counts.to_numpy() == sizes]
+
+    def compared(self) -> pd.DataFrame:
+        """Accuracies on the held-out environments of every trial, and numbers of parameters, for claims."""
+        names = {"set": "task", "env": "eval_task", "trial": "pair"}
+        return compared(
+            self.cells.rename(columns=names).assign(domain="held_out", metric="accuracy"), counts(self.records)
+        )
 
     def held_out(self, name: str) -> int:
         """How many of a set's environments were held out."""

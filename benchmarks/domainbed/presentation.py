@@ -26,4 +26,13 @@ def present(benchmark: Benchmark[ImageDefinition, SetEntry], runs: list[Run]) ->
     """Present finished runs."""
     outcomes = DomainOutcomes(benchmark, runs)
     parts = {name: make(benchmark, SET_TABLES, _FIGURES, outcomes, name, part=name) for name in outcomes.sets}
-    return make(benchmark, TABLES, {}, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE, parts=parts)
+    return make(
+        benchmark,
+        TABLES,
+        {},
+        outcomes,
+        verdicts=list(verdicts(outcomes)),
+        note=_NOTE,
+        compared=outcomes.compared(),
+        parts=parts,
+    )

@@ -24,7 +24,15 @@ def present(benchmark: Benchmark[TextDefinition, TaskEntry], runs: list[Run]) ->
     """
     check_same_trained(runs)
     outcomes = TextOutcomes(benchmark, runs)
-    return make(benchmark, TABLES, {"scores": id_scores}, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE)
+    return make(
+        benchmark,
+        TABLES,
+        {"scores": id_scores},
+        outcomes,
+        verdicts=list(verdicts(outcomes)),
+        note=NOTE,
+        compared=outcomes.compared(),
+    )
 
 
 def check_same_trained(runs: list[Run]) -> None:

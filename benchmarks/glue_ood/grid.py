@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
-from benchmarks.harness.planning.kinds import Benchmark, kind_of
+from benchmarks.harness.planning.kinds import OOD_MEAN, Benchmark, Domain, Offer, kind_of
 from benchmarks.harness.planning.schema import check_names, parse
 from benchmarks.harness.planning.shared import Definition, MethodsDefinition
 from benchmarks.text.definition import TaskEntry
-from benchmarks.text.grid import TextKind, TextSets
+from benchmarks.text.grid import OOD, TextKind, TextSets
 
 
 class EvaluationKind(TextSets[EvaluationDefinition]):
@@ -87,6 +88,15 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
             raise DefinitionError(
                 f"{benchmark.file}: no task of the suite '{suite}' ({', '.join(tasks)}) has an OOD set left"
             )
+
+    def compared_domains(self, definition: EvaluationDefinition) -> Mapping[str, Domain]:
+        found = super().compared_domains(definition)
+        return {name: found[name] for name in (OOD, OOD_MEAN)}
+
+    def offer(self, benchmark: Benchmark[EvaluationDefinition, TaskEntry], suite: str) -> Offer:
+        other = load_benchmark(benchmark.definition.evaluates)
+        trained = other.kind.offer(other, suite)
+        return replace(trained, domains=frozenset(self.compared_domains(benchmark.definition)))
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [str(RUNS / folder / "metrics.json") for folder in spec["candidates"]]

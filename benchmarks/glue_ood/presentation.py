@@ -13,7 +13,8 @@ from benchmarks.harness.reporting.presentation import NOTE, Presentation, make
 from benchmarks.harness.reporting.rendering import Table
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.figures import ood_scores, rank_diagram
-from benchmarks.text.outcomes import OOD, TextOutcomes, ranked
+from benchmarks.text.grid import OOD
+from benchmarks.text.outcomes import TextOutcomes, ranked
 from benchmarks.text.paper_tables import paper, ranks
 from benchmarks.text.tables import tasks, tests, verdicts
 
@@ -35,4 +36,6 @@ def present(benchmark: Benchmark[EvaluationDefinition, TaskEntry], runs: list[Ru
         "paper": partial(paper, domain=OOD),
     }
     figures: dict[str, Callable[..., None]] = {"ranks": partial(rank_diagram, rankings=rankings), "scores": ood_scores}
-    return make(benchmark, tables, figures, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE)
+    return make(
+        benchmark, tables, figures, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE, compared=outcomes.compared()
+    )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, RunError, first_line
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.frozen import check_frozen
-from benchmarks.harness.planning.kinds import ALL, Benchmark, SetPart, WholeSets, missing_set
+from benchmarks.harness.planning.kinds import ALL, COUNTS, Benchmark, Domain, Offer, SetPart, WholeSets, missing_set
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
     method_spec,
@@ -28,6 +29,7 @@ from benchmarks.llama.mmlu_dev import is_mmlu_dev, mmlu_dev_file
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
 _UNTRAINED = "nothing"
+HELD_OUT, QUESTIONS = "held_out", "questions"
 
 
 class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
@@ -82,6 +84,17 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
             raise RunError("a run with training.frozen_layers is not spread over several processes; start it on one")
         if processes > 1 and parallel == "fsdp" and "quantize" in spec["model"]:
             raise RunError("weights in 4 bits are not sharded; take --parallel ddp")
+
+    def compared_domains(self, definition: InstructionDefinition) -> Mapping[str, Domain]:
+        return {
+            HELD_OUT: Domain(("loss",)),
+            QUESTIONS: Domain(("accuracy", "nats_per_byte"), "question"),
+            "model": COUNTS,
+        }
+
+    def offer(self, benchmark: Benchmark[InstructionDefinition, InstructionSet], suite: str) -> Offer:
+        tunings = (name for block in benchmark.definition.suites[suite].grid for name in block.finetuning)
+        return replace(super().offer(benchmark, suite), tunings=frozenset(tunings))
 
     def variant(self, spec: Mapping[str, Any]) -> str:
         return "-".join(filter(None, (spec["finetuning"], spec["method"]["variant"])))

@@ -9,17 +9,17 @@ import pandas as pd
 
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.outcomes import Outcomes
+from benchmarks.harness.reporting.outcomes import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import Difference, paired_differences, with_verdicts
 from benchmarks.llama.definition import InstructionDefinition, InstructionSet
-from benchmarks.llama.grid import is_trained
+from benchmarks.llama.grid import HELD_OUT, QUESTIONS, is_trained
 from benchmarks.llama.likelihood import NATS
 
 GROUP = ["model", "set", "tuning"]
 CELL = [*GROUP, "method", "variant"]
 BASELINE, UNTUNED = "baseline", "untuned"
-_LOSS = "loss"
+_LOSS, _CORRECT = "loss", "correct"
 _TITLES = {"mmlu": "MMLU", "mmlu_dev": "MMLU-dev", "mmlu_dev_continuation": "MMLU-dev, continuations"}
 _NO_QUESTIONS = pd.DataFrame(columns=[*CELL, "seed", "task", "question", "value"])
 
@@ -53,7 +53,7 @@ class InstructionOutcomes(Outcomes):
         self.tasks = list(dict.fromkeys(name for found in self.metrics.values() for name in found["tasks"]))
         untuned = next((run.spec["finetuning"] for run in runs if not is_trained(run.spec)), "")
         self._references = {BASELINE: {"method": self.baseline, "variant": ""}, UNTUNED: {"tuning": untuned}}
-        self.tests = self._tests("correct")
+        self.tests = self._tests(_CORRECT)
         self.nats_tests = self._tests(NATS, lower_is_better=True)
 
     def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
@@ -75,7 +75,7 @@ class InstructionOutcomes(Outcomes):
 
     def _tests(self, key: str, *, lower_is_better: bool = False) -> pd.DataFrame:
         """By cell, what it is compared with, and task: paired differences over questions, each question's a mean over seeds."""
-        scores = pd.concat([_NO_QUESTIONS, *self._questions(key)], ignore_index=True)
+        scores = self._all_questions(key)
         found = [
             self._differences(scores, [*CELL, "task"], against, "question").assign(against=against)
             for against in self._references
@@ -85,6 +85,9 @@ class InstructionOutcomes(Outcomes):
         tests = tests.sort_values("task", key=lambda names: names.map(self.tasks.index), kind="stable")
         row = [*CELL, "against", "task", "questions", "seeds", *Difference.COLUMNS]
         return with_verdicts(tests[row], [*CELL, "against"], lower_is_better=lower_is_better)
+
+    def _all_questions(self, key: str) -> pd.DataFrame:
+        return pd.concat([_NO_QUESTIONS, *self._questions(key)], ignore_index=True)
 
     def _questions(self, key: str) -> Iterator[pd.DataFrame]:
         """A row a question of a run: whether it was answered correctly, or its right answer's nats a byte."""
@@ -108,6 +111,16 @@ class InstructionOutcomes(Outcomes):
         """By cell: the difference of the held-out loss, paired by seed, to the baseline's or to that of the same method not tuned."""
         found = self._differences(self.losses.reset_index(), CELL, against, "seed")
         return found.drop(columns=["n", "values"])
+
+    def compared(self) -> pd.DataFrame:
+        """Held-out losses of every seed, answers to every question and their nats a byte, and numbers of parameters, for claims."""
+        losses = self.losses.reset_index().rename(columns={"set": "task", "seed": "pair"})
+        names = {"task": "eval_task", "set": "task", "question": "pair"}
+        questions = [
+            self._all_questions(key).rename(columns=names).assign(domain=QUESTIONS, metric=metric)
+            for key, metric in ((_CORRECT, "accuracy"), (NATS, NATS))
+        ]
+        return compared(losses.assign(domain=HELD_OUT, metric=_LOSS), *questions, counts(self.records))
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
         """With titles; that of a method names its variant."""

@@ -20,4 +20,12 @@ _FIGURES = {"curves": draw_curves, "categories": draw_categories, "routing": dra
 def present(benchmark: Benchmark[InstructionDefinition, InstructionSet], runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = InstructionOutcomes(benchmark, runs)
-    return make(benchmark, TABLES, _FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE)
+    return make(
+        benchmark,
+        TABLES,
+        _FIGURES,
+        outcomes,
+        verdicts=list(verdicts(outcomes)),
+        note=_NOTE,
+        compared=outcomes.compared(),
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.kinds import Benchmark, Kind
+from benchmarks.harness.planning.kinds import Benchmark, Domain, Kind, Offer
 from benchmarks.harness.planning.schema import check_names, parse
 from benchmarks.speed.definition import Measure, MeasurementDefinition
 
@@ -67,6 +67,20 @@ class MeasurementKind(Kind[MeasurementDefinition, Measure]):
                     raise DefinitionError(f"{where}' measures {' '.join(filter(None, key))} a second time")
                 seen.add(key)
                 yield spec
+
+    def compared_domains(self, definition: MeasurementDefinition) -> Mapping[str, Domain]:
+        return dict.fromkeys(definition.measures, Domain(("ratio", "ratio_low", "ratio_high"), "setting"))
+
+    def row_titles(self, definition: MeasurementDefinition) -> Mapping[str, str]:
+        return {name: candidate.title for name, candidate in definition.candidates.items()}
+
+    def offer(self, benchmark: Benchmark[MeasurementDefinition, Measure], suite: str) -> Offer:
+        blocks = benchmark.definition.suites[suite].grid
+        return Offer(
+            frozenset(benchmark.definition.candidates),
+            frozenset(name for block in blocks for name in block.model),
+            frozenset(block.measure for block in blocks),
+        )
 
 
 KIND = MeasurementKind()

@@ -8,6 +8,7 @@ import pandas as pd
 
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.reporting.outcomes import compared
 from benchmarks.harness.results.records import collect
 from benchmarks.speed.definition import Measure, MeasurementDefinition
 
@@ -45,6 +46,12 @@ class Measurements:
             if column in frame:
                 frame[column] = frame[column].map("{:g}".format)
         return frame
+
+    def compared(self) -> pd.DataFrame:
+        """Ratios of every setting, for claims."""
+        found = self.records[self.records["metric"].str.startswith("ratio")]
+        names = {"task": "domain", "eval_task": "method", "run_id": "pair"}
+        return compared(found.drop(columns="method").rename(columns=names))
 
     def ratios(self, **where: Any) -> pd.DataFrame:
         """A row a run and candidate: its settings, ``ratio``, ``ratio_low``, ``ratio_high``."""

@@ -17,4 +17,12 @@ _FIGURES = {"layer": draw_layer, "scaling": draw_scaling}
 def present(benchmark: Benchmark[MeasurementDefinition, Measure], runs: list[Run]) -> Presentation:
     """Present finished runs."""
     measured = Measurements(benchmark, runs)
-    return make(benchmark, TABLES, _FIGURES, measured, verdicts=list(verdicts(measured)), note=_NOTE)
+    return make(
+        benchmark,
+        TABLES,
+        _FIGURES,
+        measured,
+        verdicts=list(verdicts(measured)),
+        note=_NOTE,
+        compared=measured.compared(),
+    )

@@ -10,7 +10,8 @@ from matplotlib import pyplot as plt
 
 from benchmarks.harness.reporting.plots import COLOURS, STYLE, Panel, save, score_panels
 from benchmarks.harness.results.statistics import SIGNIFICANCE, critical_difference, nemenyi
-from benchmarks.text.outcomes import ID, OOD, Ranked, TextOutcomes
+from benchmarks.text.grid import ID, OOD
+from benchmarks.text.outcomes import Ranked, TextOutcomes
 from benchmarks.text.selection import PROTOCOLS
 
 _COLUMNS = 4

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.planning.catalogue import load_metrics, load_models
 from benchmarks.harness.planning.frozen import check_frozen
-from benchmarks.harness.planning.kinds import Benchmark, D, Kind, SetPart
+from benchmarks.harness.planning.kinds import COUNTS, OOD_MEAN, Benchmark, D, Domain, Kind, Offer, SetPart
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
     method_spec,
@@ -29,6 +30,8 @@ PUBLISHED, CLEAN = "published", "clean"
 # what the usual presentation makes
 TABLES = ("results", "tasks", "tests", "ood", "cost", "choices", "paper")
 FIGURES = ("ood",)
+ID, OOD = "id", "ood"
+_SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
 _OTHER_AXES = ("protocol", "learning_rate", "seed")
 
 
@@ -40,6 +43,9 @@ class TextSets(Kind[D, TaskEntry]):
 
     def marks(self, spec: Mapping[str, Any]) -> list[str]:
         return [CLEAN] if spec["protocol"] == CLEAN and spec["task"]["splits"]["test"] is None else []
+
+    def compared_domains(self, definition: D) -> Mapping[str, Domain]:
+        return {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
 
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
         return [packaged("vaderSentiment")] if "vader_sentiment" in task.get("source", {}) else []
@@ -111,6 +117,12 @@ class TextKind(TextSets[TextDefinition]):
             axes = [key for key in ("model", "task", "method", *VARIANT_KEYS, *_OTHER_AXES) if key in given]
             for values in itertools.product(*(given[key] for key in axes)):
                 yield _spec(benchmark, suite, methods, dict(zip(axes, values, strict=True)), where, exclude)
+
+    def offer(self, benchmark: Benchmark[TextDefinition, TaskEntry], suite: str) -> Offer:
+        found = super().offer(benchmark, suite)
+        training = benchmark.definition.suites[suite].training.given()
+        out_of_domain = training.get("evaluate_ood", benchmark.definition.training.evaluate_ood)
+        return found if out_of_domain else replace(found, domains=found.domains - {OOD, OOD_MEAN})
 
 
 KIND = TextKind()

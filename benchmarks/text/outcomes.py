@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.kinds import OOD_MEAN, Benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.shared import MethodsDefinition
-from benchmarks.harness.reporting.outcomes import Outcomes
-from benchmarks.harness.results.records import OOD_MEAN, collect, scores_of
+from benchmarks.harness.reporting.outcomes import Outcomes, compared, counts
+from benchmarks.harness.results.records import collect, scores_of
 from benchmarks.harness.results.statistics import Ranking, friedman_ranks, paired_differences, with_verdicts
 from benchmarks.text.definition import TaskEntry
+from benchmarks.text.grid import ID, OOD
 from benchmarks.text.selection import PROTOCOLS, reported, select
 
-ID, OOD = "id", "ood"
 _PAIR = ["model", "task", "eval_task"]
 _SET = ["protocol", "domain", *_PAIR]
 
@@ -79,6 +79,11 @@ class TextOutcomes(Outcomes):
     def of(self, domain: str, protocol: str) -> pd.DataFrame:
         """The rows of one domain under one protocol."""
         return self.rows[(self.rows["domain"] == domain) & (self.rows["protocol"] == protocol)]
+
+    def compared(self) -> pd.DataFrame:
+        """Scores of every seed, and numbers of parameters, for claims."""
+        scores = self.seeds.rename(columns={"protocol": "selection", "seed": "pair"}).assign(metric="score")
+        return compared(scores, counts(self.records))
 
     @property
     def run_protocols(self) -> list[str]:

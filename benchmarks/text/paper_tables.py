@@ -9,8 +9,8 @@ import pandas as pd
 from benchmarks.harness.reporting.published import read_published
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
 from benchmarks.harness.results.statistics import critical_difference
-from benchmarks.text.grid import CLEAN, PUBLISHED
-from benchmarks.text.outcomes import ID, Ranked, TextOutcomes
+from benchmarks.text.grid import CLEAN, ID, PUBLISHED
+from benchmarks.text.outcomes import Ranked, TextOutcomes
 from benchmarks.text.selection import PROTOCOLS
 
 AVERAGE, RANK = "average", "OOD Friedman rank"

@@ -15,4 +15,6 @@ def present(benchmark: Benchmark[TextDefinition, TaskEntry], runs: list[Run]) ->
     """Present finished runs."""
     outcomes = TextOutcomes(benchmark, runs)
     figures = {"ood": scores_by_training_task}
-    return make(benchmark, TABLES, figures, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE)
+    return make(
+        benchmark, TABLES, figures, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE, compared=outcomes.compared()
+    )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from benchmarks.harness.planning.catalogue import load_metrics
+from benchmarks.harness.planning.kinds import OOD_MEAN
 from benchmarks.harness.reporting.common_tables import (
     cost_table,
     difference_text,
@@ -18,9 +19,9 @@ from benchmarks.harness.reporting.common_tables import (
     with_numbers,
 )
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
-from benchmarks.harness.results.records import OOD_MEAN, scores_of
-from benchmarks.text.grid import CLEAN, PUBLISHED
-from benchmarks.text.outcomes import ID, OOD, Ranked, TextOutcomes, ranked
+from benchmarks.harness.results.records import scores_of
+from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
+from benchmarks.text.outcomes import Ranked, TextOutcomes, ranked
 from benchmarks.text.paper_tables import paper
 from benchmarks.text.selection import CELL, CHOICE, PROTOCOLS, choices
 

@@ -19,6 +19,7 @@ from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run, run_from_spec
 from benchmarks.harness.planning.suite import Suite, load_suite
 from benchmarks.harness.reporting import report
+from benchmarks.harness.reporting.claims_figure import write_claims
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.reporting.rendering import Column, Table
 from benchmarks.harness.results import tracking
@@ -402,6 +403,7 @@ def test_all_formats_and_the_report_are_written(finished: Suite) -> None:
 
     for benchmark in finished.settings.benchmarks:
         cli(["tables", "--suite", "mini", "--benchmark", benchmark], standalone_mode=False)
+    write_claims(finished)
     for file in finished.output_files():
         assert Path(file).stat().st_size > 100, file
     report.write_report(finished, Path("results/mini/report.html"))
@@ -410,6 +412,7 @@ def test_all_formats_and_the_report_are_written(finished: Suite) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "EMoE, random partition" in page
     assert "better" in page
+    assert page.index("Claims of the paper</h2>") < page.index(f"<h2>{load_benchmark('glue').definition.title}")
 
 
 TABLE = Table(

@@ -28,6 +28,7 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, plan
 from benchmarks.harness.planning.suite import Suite, find_part, load_suite
+from benchmarks.harness.reporting.claims_figure import write_claims
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.reporting.report import write_report
 from benchmarks.harness.results.records import collect
@@ -250,13 +251,14 @@ def test_everything_that_the_suite_shows_is_made(finished: tuple[list[Run], Path
         Image.new("RGB", (80, 60)).save(picture)
         Path(job.file).write_text(json.dumps({"samples": ["0", "15", "30", "45", "60", "75"]}))
     write_outputs(suite, runs)
+    write_claims(suite)
     for file in suite.output_files():
         assert Path(file).stat().st_size > 50, file
     write_report(suite, Path("report.html"))
     page = Path("report.html").read_text()
     assert "A small stand-in" in page
     assert "RotatedMNIST, 5,000 digits</h3>" in page
-    assert page.count("data:image/png") == 4
+    assert page.count("data:image/png") == 5
     assert "Adam, constant rate, no clipping" in page
     costs = pd.read_csv(paths.RESULTS / "mini/tables/domainbed_cost.csv").set_index("method").loc["emoe"]
     for name, numbers in (("class", (0.1, 0.03, 0.05)), ("environment", (0.01, 0.01, 0.02))):

@@ -16,6 +16,7 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.reporting.claims_figure import write_claims
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.reporting.report import write_report
 from benchmarks.harness.results import regression
@@ -178,6 +179,7 @@ def test_everything_is_drawn_and_written(runs: list[Run], tmp_path: Path) -> Non
     for name in LLAMA.definition.figures:
         assert (tmp_path / f"results/mini/figures/llama_{name}.png").stat().st_size > 10_000
     suite = load_suite({"suite": "mini", "benchmarks": ["llama"]})
+    write_claims(suite)
     write_report(suite, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "Instruction tuning of Llama models" in page

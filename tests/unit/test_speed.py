@@ -18,6 +18,7 @@ from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.reporting import report
+from benchmarks.harness.reporting.claims_figure import write_claims
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.speed import layer, partition, pipeline, step, timing
 from benchmarks.speed.definition import MeasurementDefinition
@@ -213,6 +214,7 @@ def test_tables_figures_and_report_show_what_was_measured(tmp_path: Path, monkey
     for table in shown.tables:
         table.write(tmp_path / "results/speed/tables")
     shown.draw(tmp_path / "results/speed/figures")
+    write_claims(suite)
     for file in suite.output_files():
         assert (tmp_path / file).stat().st_size > 100, file
     report.write_report(suite, tmp_path / "report.html")

@@ -14,6 +14,8 @@ try:
     SUITE = suites.load_suite(config)
     SUITE.runs
     SHOWN = suites.all_artifacts()
+    CLAIMS = suites.CLAIMS
+    SUITE.claims_digest()
 except EMoEError as error:
     # one line that explains it; a traceback would hide it
     sys.exit(f"error: {error}")
@@ -128,6 +130,11 @@ def validation_inputs(wildcards):
 
 def suite_metrics(wildcards):
     return suite_named(wildcards.suite).metric_files()
+
+
+def claimed_metrics(wildcards):
+    suite = suite_named(wildcards.suite)
+    return [file for name in suite.claimed for file in suite.metric_files(name)]
 
 
 def suite_tables(wildcards):

@@ -39,6 +39,30 @@ for shown in SHOWN:
             "python -m benchmarks tables --suite {wildcards.suite} {params.what} 2> {log:q}"
 
 
+rule table_of_claims:
+    input:
+        claimed_metrics,
+    output:
+        tables=CLAIMS.table_files("{suite}"),
+        figures=report(
+            CLAIMS.figure_files("{suite}"),
+            caption="../report/figure.rst",
+            category="Claims",
+        ),
+    log:
+        "results/logs/{suite}/table_of_claims.txt",
+    localrule: True
+    conda:
+        ENVIRONMENT
+    params:
+        captions=" ".join(CLAIMS.figures.values()),
+        definition=lambda wildcards: suite_named(wildcards.suite).claims_digest(),
+    message:
+        "What the runs say of the paper's claims, suite {wildcards.suite}"
+    shell:
+        "python -m benchmarks claims --write --suite {wildcards.suite} 2> {log:q}"
+
+
 rule report:
     input:
         suite_metrics,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.planning.schema import Number, Strict, Whole, left_out, read
+from benchmarks.harness.planning.schema import Number, Positive, Strict, Whole, left_out, read
 
 _NEEDS = (
     ("package", "path"),
@@ -89,6 +89,8 @@ class Metric(Strict):
     """Decimals of the printed number."""
     judged: Judged = "shown"
     """How `make check` compares it on another machine: `exact` has to be equal, `measured` may differ by as much as it was seen to; `shown` decides nothing (times, memory)."""
+    equivalence_margin: Positive | None = None
+    """Largest difference between two methods, as stored, at which they are practically equal; claims are tested against it."""
 
 
 class MetricFile(Strict):

@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.base.paths import SCHEMAS
 from benchmarks.harness.planning.catalogue import MetricFile, ModelFile
+from benchmarks.harness.planning.claims import ClaimFile
 from benchmarks.harness.planning.kinds import find_kind, kind_names
 from benchmarks.harness.planning.method_rows import MethodFile
 from benchmarks.harness.planning.schema import Strict, json_schema
@@ -33,6 +34,7 @@ def write_schemas() -> list[Path]:
 
 
 def _models() -> Iterator[tuple[str, type[Strict]]]:
-    yield from (("models", ModelFile), ("metrics", MetricFile), ("methods", MethodFile), ("config", SuiteSettings))
+    yield from (("models", ModelFile), ("metrics", MetricFile), ("methods", MethodFile))
+    yield from (("claims", ClaimFile), ("config", SuiteSettings))
     for kind in kind_names():
         yield from find_kind(kind).files

@@ -13,8 +13,9 @@ from typing import Any, Generic, TypeVar
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.planning.counts import PublishedRows, count_note
+from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.schema import Strict, read_yaml
-from benchmarks.harness.planning.shared import Definition, Entry, Resources
+from benchmarks.harness.planning.shared import Definition, Entry, MethodsDefinition, Resources
 from benchmarks.harness.sources.packages import PackageFile
 from emoe.errors import did_you_mean
 
@@ -81,6 +82,35 @@ class SetPart:
         if self.rows is None:
             return None
         return count_note(self.name, self.part, self.rows, self.dropped, self.expected, self.published)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Numbers of a kind's runs by which claims compare two methods.
+
+    Attributes:
+        metrics: their names.
+        pair: what two numbers have in common that are compared: ``seed``, ``trial``, ``question``, ``setting``.
+        selections: names of what chose epoch and hyper-parameters, where several are reported.
+    """
+
+    metrics: tuple[str, ...]
+    pair: str = "seed"
+    selections: tuple[str, ...] = ()
+
+
+OOD_MEAN = "ood_mean"  # the mean of a run's scores over its other sets
+COUNTS = Domain(("parameters", "trainable_parameters"))  # of every model
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a suite runs of a benchmark, by the names in its grid: methods, models, the domains that it has numbers of, and ways of tuning."""
+
+    methods: frozenset[str]
+    models: frozenset[str]
+    domains: frozenset[str]
+    tunings: frozenset[str] = frozenset()
 
 
 class Kind(ABC, Generic[D, E]):
@@ -214,6 +244,24 @@ class Kind(ABC, Generic[D, E]):
     def unpinned(self, spec: Mapping[str, Any]) -> Iterator[str]:
         """What a run reads from elsewhere as it is that day, beside models and sets of the hub."""
         return iter(())
+
+    def compared_domains(self, definition: D) -> Mapping[str, Domain]:
+        """The numbers by which claims may compare methods, by name; the presentation's ``compared`` has them."""
+        return {}
+
+    def row_titles(self, definition: D) -> Mapping[str, str]:
+        """Titles of what claims may compare, by name."""
+        methods = resolve_methods(definition) if isinstance(definition, MethodsDefinition) else {}
+        return {name: method.title for name, method in methods.items()}
+
+    def offer(self, benchmark: Benchmark[D, E], suite: str) -> Offer:
+        """What a suite runs of a benchmark."""
+        blocks = getattr(benchmark.definition.suites[suite], "grid", ())
+        return Offer(
+            frozenset(name for block in blocks for name in block.method),
+            frozenset(name for block in blocks for name in block.model),
+            frozenset(self.compared_domains(benchmark.definition)),
+        )
 
 
 class WholeSets(Kind[D, E]):

@@ -18,6 +18,7 @@ from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.planning.catalogue import load_metrics, load_models
+from benchmarks.harness.planning.claims import compared_benchmarks, load_claims
 from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
 from benchmarks.harness.planning.jobs import Job, PartitionJob, partition_jobs, set_files
 from benchmarks.harness.planning.kinds import kind_of
@@ -103,13 +104,28 @@ class Artifacts:
         """What files begin with, and the target of the workflow."""
         return f"{self.benchmark}_{self.part}" if self.part else self.benchmark
 
+    def stem(self, name: str) -> str:
+        """What the file of a table or figure is called, without ending."""
+        return f"{self.name}_{name}" if name else self.name
+
     def table_files(self, suite: str) -> list[str]:
         folder = paths.RESULTS / suite / "tables"
-        return [str(folder / f"{self.name}_{table}.{end}") for table in self.tables for end in FORMATS]
+        return [str(folder / f"{self.stem(table)}.{end}") for table in self.tables for end in FORMATS]
 
     def figure_files(self, suite: str) -> list[str]:
         folder = paths.RESULTS / suite / "figures"
-        return [str(folder / f"{self.name}_{figure}.{end}") for figure in self.figures for end in ("pdf", "png")]
+        return [str(folder / f"{self.stem(figure)}.{end}") for figure in self.figures for end in ("pdf", "png")]
+
+
+CLAIMS = Artifacts(
+    "claims",
+    None,
+    [""],
+    {
+        "": "The claims of the paper, as these runs see them: differences with their 95 % intervals (of a ratio its range), those that a test was made of. Blue circles are supported, red crosses contradicted, "
+        "grey diamonds undecided; open diamonds have no test. The band is the margin below which a difference makes no odds; a thin line marks what the paper says."
+    },
+)
 
 
 def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
@@ -194,13 +210,23 @@ class Suite:
             dict.fromkeys(file for run in self.runs_of(benchmark, part) for file in kind.figure_inputs(run.spec))
         )
 
+    @property
+    def claimed(self) -> list[str]:
+        """Its benchmarks that claims of the paper are tested on; without any it shows no claims."""
+        return compared_benchmarks(self.settings.benchmarks)
+
+    def claim_files(self) -> list[str]:
+        """The table of claims and its figure."""
+        return [*CLAIMS.table_files(self.name), *CLAIMS.figure_files(self.name)] if self.claimed else []
+
     def output_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
-        """Tables and figures: of every benchmark, of one with its parts, or of one part alone."""
+        """Tables and figures: of every benchmark and of the claims, of one benchmark with its parts, or of one part alone."""
         names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
         shown = [
             artifacts_of(name, found) for name in names for found in (None, *self.parts(name)) if part in (None, found)
         ]
-        return [file for one in shown for file in (*one.table_files(self.name), *one.figure_files(self.name))]
+        files = [file for one in shown for file in (*one.table_files(self.name), *one.figure_files(self.name))]
+        return files if benchmark else [*self.claim_files(), *files]
 
     @property
     def tracking_uri(self) -> str:
@@ -221,6 +247,12 @@ class Suite:
             (loaded.folder / paper).read_text() if paper else None,
             [run.id for run in self.runs_of(benchmark, part)],
         ]
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
+
+    def claims_digest(self) -> str:
+        """Hash of everything that shapes the table of claims beside its runs' numbers; comments do not count."""
+        claims = {name: claim.model_dump() for name, claim in load_claims().items()}
+        content = [claims, *(self.digest(name) for name in self.claimed)]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
 
     def environment(self) -> dict[str, str]:

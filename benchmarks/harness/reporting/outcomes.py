@@ -7,10 +7,29 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.kinds import COUNTS, Benchmark
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.shared import Entry, MethodsDefinition
+
+# what claims are tested on: a row a number, see Presentation.compared
+COMPARED = ["selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "pair", "value"]
+
+
+def compared(*parts: pd.DataFrame) -> pd.DataFrame:
+    """Numbers in the columns :data:`COMPARED`; empty text in those that a part lacks."""
+    return pd.concat([part.reindex(columns=COMPARED, fill_value="") for part in parts], ignore_index=True)
+
+
+def compared_nothing() -> pd.DataFrame:
+    """No numbers, in the columns :data:`COMPARED`."""
+    return pd.DataFrame(columns=COMPARED)
+
+
+def counts(records: pd.DataFrame) -> pd.DataFrame:
+    """Numbers of parameters of all runs, as part of :func:`compared`."""
+    found = records[(records["part"] == "model") & records["metric"].isin(COUNTS.metrics)]
+    return found.rename(columns={"seed": "pair"}).assign(domain="model")
 
 
 class Outcomes:

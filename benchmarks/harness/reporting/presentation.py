@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.schema import check_names
 from benchmarks.harness.planning.shared import Definition, Entry
+from benchmarks.harness.reporting.outcomes import compared_nothing
 from benchmarks.harness.reporting.rendering import Table
 
 NOTE = (
@@ -30,6 +33,7 @@ class Presentation:
         figures: what writes each of its ``figures``, or ``set_figures``, as PDF and PNG, by the name of the file without ending.
         verdicts: a sentence each: how do the methods differ from the dense model?
         note: how to read the verdicts.
+        compared: the numbers that claims are tested on: a row a number, with the columns :data:`~benchmarks.harness.reporting.outcomes.COMPARED`.
         parts: what is shown of each of its sets alone, by the set's name; empty for benchmarks whose sets are shown together.
     """
 
@@ -37,6 +41,7 @@ class Presentation:
     figures: dict[str, Callable[[Path], None]]
     verdicts: list[str] = field(default_factory=list)
     note: str = ""
+    compared: pd.DataFrame = field(default_factory=compared_nothing)
     parts: dict[str, Presentation] = field(default_factory=dict)
 
     def draw(self, folder: Path) -> None:
@@ -61,7 +66,7 @@ def make(
         figures: by name, what draws it of ``of`` and a path without ending.
         of: what is shown.
         part: a set that is shown alone, ``<benchmark>_<set>_…``, by ``set_tables`` and ``set_figures``.
-        said: ``verdicts``, ``note`` and ``parts``.
+        said: ``verdicts``, ``note``, ``compared`` and ``parts``.
 
     Raises:
         DefinitionError: it names what there is not.

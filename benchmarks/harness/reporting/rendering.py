@@ -77,6 +77,7 @@ class Table:
         compare: rows that take part in the comparison, a Boolean column of the frame; all where None.
         notes: text columns that stand after the numbers, with their headings.
         name: of its files, without ending.
+        wraps: whether cells are sentences, which a page breaks into lines.
     """
 
     title: str
@@ -88,6 +89,7 @@ class Table:
     compare: str | None = None
     notes: dict[str, str] = field(default_factory=dict)
     name: str = ""
+    wraps: bool = False
 
     @property
     def shown(self) -> list[Column]:
@@ -140,7 +142,7 @@ class Table:
         """A ``<table>`` without style of its own."""
         best = self.best()
         escaped = self.texts().map(html.escape).where(~best, lambda cells: "<strong>" + cells + "</strong>")
-        table = escaped.to_html(index=False, escape=False, border=0, classes="numbers")
+        table = escaped.to_html(index=False, escape=False, border=0, classes="sentences" if self.wraps else "numbers")
         return f"<figure>\n<figcaption><b>{html.escape(self.title)}.</b> {html.escape(self.caption)}</figcaption>\n<div class='wide'>{table}</div>\n</figure>\n"
 
     def write(self, folder: Path) -> None:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pandas as pd
 from markupsafe import Markup
 
 import emoe
 from benchmarks.harness.base import paths
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.suite import Artifacts, Suite, artifacts_of
+from benchmarks.harness.planning.suite import CLAIMS, Artifacts, Suite, artifacts_of
+from benchmarks.harness.reporting.claims import has_random_weights, sentences
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.results.records import read_metrics
 
@@ -34,12 +36,26 @@ def write_report(suite: Suite, output: Path) -> None:
     page = environment.get_template("report.html.j2").render(
         suite=suite.name,
         version=emoe.__version__,
+        claims=_claims(suite),
         sections=[_section(suite, name) for name in suite.settings.benchmarks],
         environments=_environments(suite.runs),
         style=_trusted(Path(__file__).parent / "report.css"),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page)
+
+
+def _claims(suite: Suite) -> dict[str, Any]:
+    """The table and figure of the claims, and what to know before; nothing where no claim is tested on the suite."""
+    if not suite.claimed:
+        return {}
+    verdicts = pd.read_csv(paths.RESULTS / suite.name / "tables" / f"{CLAIMS.name}.csv")
+    return {
+        "sentences": list(sentences(verdicts)),
+        "random_weights": has_random_weights(suite.runs),
+        "table": _table(suite, CLAIMS, ""),
+        "figures": _figures(suite, CLAIMS),
+    }
 
 
 def _section(suite: Suite, name: str) -> dict[str, Any]:
@@ -54,7 +70,7 @@ def _section(suite: Suite, name: str) -> dict[str, Any]:
         "title": definition.title,
         "runs": len(runs),
         "models": kind.has_models,
-        "random_weights": kind.has_models and any({"config", "random"} & set(run.spec["model"]) for run in runs),
+        "random_weights": has_random_weights(runs),
         "suite_note": definition.suites[suite.name].note or "",
         "verdicts": presented.verdicts,
         "note": presented.note,
@@ -75,13 +91,13 @@ def _section(suite: Suite, name: str) -> dict[str, Any]:
 
 
 def _table(suite: Suite, shown: Artifacts, table: str) -> Markup:
-    return _trusted(paths.RESULTS / suite.name / "tables" / f"{shown.name}_{table}.html")
+    return _trusted(paths.RESULTS / suite.name / "tables" / f"{shown.stem(table)}.html")
 
 
 def _figures(suite: Suite, shown: Artifacts) -> list[dict[str, str]]:
     folder = paths.RESULTS / suite.name / "figures"
     return [
-        {"image": _image(folder / f"{shown.name}_{figure}.png"), "caption": caption}
+        {"image": _image(folder / f"{shown.stem(figure)}.png"), "caption": caption}
         for figure, caption in shown.figures.items()
     ]
 

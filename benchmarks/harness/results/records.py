@@ -11,12 +11,11 @@ import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning.kinds import kind_of
+from benchmarks.harness.planning.kinds import OOD_MEAN, kind_of
 from benchmarks.harness.planning.runs import Run
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
-OOD_MEAN = "ood_mean"
 _COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
 _MODEL = ("parameters", "trainable_parameters", "active_neurons")
 _ROUTING = (

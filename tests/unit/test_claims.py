@@ -1,0 +1,416 @@
+"""A verdict per claim: what is compared, how it is tested, and what readers see of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from click.testing import CliRunner
+from scipy import stats
+
+from benchmarks.__main__ import cli
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.paths import BENCHMARKS, OVERRIDES
+from benchmarks.harness.planning.catalogue import load_metrics
+from benchmarks.harness.planning.claims import Claim, Comparison, load_claims, suites_with
+from benchmarks.harness.planning.suite import Suite, load_suite
+from benchmarks.harness.reporting.claims import claims_table, judged
+from benchmarks.harness.reporting.claims_figure import draw_claims, write_claims
+from benchmarks.harness.results.evidence import (
+    POWER,
+    Evidence,
+    Verdict,
+    counted,
+    equivalence_p,
+    judge,
+    measured,
+    paired,
+    pairs_needed,
+    power_of,
+)
+from benchmarks.harness.results.statistics import mean_difference
+from tests import fake_runs
+
+HIGHER = Comparison(
+    benchmark="glue",
+    method="emoe",
+    against="vanilla",
+    selection="clean",
+    domain="id",
+    metric="score",
+    direction="higher",
+)
+PART_OF_MINI = {"suite": "mini", "benchmarks": ["glue_lora", "domainbed", "llama"]}
+LOWER = HIGHER.model_copy(update={"direction": "lower"})
+
+
+def numbers(of: dict[str, dict[tuple[str, int], float]], **same: Any) -> pd.DataFrame:
+    """Rows as presentations give them: of every method, the value of a task and seed."""
+    usual = {"selection": "clean", "domain": "id", "metric": "score", "model": "m", "eval_task": "", "tuning": ""}
+    return pd.DataFrame(
+        [
+            {**usual, "method": method, "task": task, "pair": seed, "value": value, **same}
+            for method, values in of.items()
+            for (task, seed), value in values.items()
+        ]
+    )
+
+
+def evidence_of(differences: list[float], compare: Comparison = HIGHER) -> Evidence:
+    base = {("t", seed): 0.5 + 0.01 * seed for seed in range(len(differences))}
+    own = {key: value + differences[key[1]] for key, value in base.items()}
+    found = paired(numbers({"emoe": own, "vanilla": base}), compare)
+    assert found is not None
+    return found
+
+
+def verdict_of(differences: list[float], compare: Comparison = HIGHER) -> Verdict:
+    found = evidence_of(differences, compare)
+    return judge(compare, found, found.difference.p, None)
+
+
+# the comparison
+
+
+@pytest.mark.parametrize(
+    ("differences", "higher", "lower"),
+    [
+        ([0.010, 0.012, 0.009, 0.011], Verdict.SUPPORTED, Verdict.CONTRADICTED),
+        ([-0.010, -0.012, -0.009, -0.011], Verdict.CONTRADICTED, Verdict.SUPPORTED),
+        ([0.01, -0.012, 0.009, -0.011], Verdict.UNDECIDED, Verdict.UNDECIDED),
+        ([0.01], Verdict.NO_TEST, Verdict.NO_TEST),
+        ([0.01, 0.01, 0.01], Verdict.NO_TEST, Verdict.NO_TEST),
+        ([0.0, 0.0, 0.0], Verdict.NO_TEST, Verdict.NO_TEST),
+    ],
+)
+def test_the_verdict_is_what_the_test_says_in_the_claimed_direction(
+    differences: list[float], higher: Verdict, lower: Verdict
+) -> None:
+    assert verdict_of(differences) == higher
+    assert verdict_of(differences, LOWER) == lower
+
+
+def test_a_verdict_needs_the_corrected_p() -> None:
+    found = evidence_of([0.010, 0.012, 0.009, 0.011])
+    assert judge(HIGHER, found, 0.049, None) is Verdict.SUPPORTED
+    assert judge(HIGHER, found, 0.05, None) is Verdict.UNDECIDED
+
+
+def test_the_difference_is_the_paired_one_as_scipy_has_it() -> None:
+    found = evidence_of([0.02, -0.01, 0.04, 0.03])
+    expected = stats.ttest_rel([0.52, 0.50, 0.56, 0.56], [0.50, 0.51, 0.52, 0.53])
+    low, high = expected.confidence_interval(0.95)
+    difference = found.difference
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.02, low, high))
+    assert difference.p == pytest.approx(expected.pvalue)
+    assert found.deviation == pytest.approx(np.std([0.02, -0.01, 0.04, 0.03], ddof=1))
+
+
+def test_tasks_are_averaged_within_a_seed_and_a_seed_that_lacks_one_is_left_out() -> None:
+    base = {(task, seed): 0.5 for task in ("a", "b") for seed in (0, 1, 2)}
+    own = {("a", 0): 0.52, ("b", 0): 0.54, ("a", 1): 0.51, ("b", 1): 0.53, ("a", 2): 0.9, ("c", 0): 0.9}
+    found = paired(numbers({"emoe": own, "vanilla": base, "gmoe": {("d", 0): 1.0}}), HIGHER)
+    assert found is not None
+    assert (found.difference.n, found.left_out, found.tasks) == (2, 1, ("a", "b"))
+    assert found.difference.mean == pytest.approx((0.03 + 0.02) / 2)
+
+
+def test_only_what_is_named_is_compared() -> None:
+    base = {("a", 0): 0.5, ("a", 1): 0.5, ("b", 0): 0.5, ("b", 1): 0.6}
+    own = {("a", 0): 0.6, ("a", 1): 0.7, ("b", 0): 0.1, ("b", 1): 0.2}
+    rows = numbers({"emoe": own, "vanilla": base})
+    others = [rows.assign(value=9.0, **other) for other in ({"domain": "ood"}, {"selection": "published"})]
+    everything = pd.concat([rows, *others])
+    found = paired(everything, HIGHER.model_copy(update={"tasks": ["a"]}))
+    assert found is not None
+    assert found.difference.mean == pytest.approx(0.15)
+    assert paired(everything, HIGHER.model_copy(update={"models": ["other"]})) is None
+    assert paired(everything, HIGHER.model_copy(update={"method": "gmoe"})) is None
+
+
+def test_parameters_are_compared_exactly() -> None:
+    same = HIGHER.model_copy(update={"domain": "model", "metric": "parameters", "direction": "equal"})
+
+    def found(own: list[int]) -> Evidence:
+        values = {"emoe": {("t", seed): value for seed, value in enumerate(own)}, "vanilla": {("t", 0): 1000}}
+        one = counted(numbers(values, domain="model", metric="parameters"), same.model_copy(update={"selection": None}))
+        assert one is not None
+        return one
+
+    assert judge(same, found([1000, 1000]), math.nan, None) is Verdict.SUPPORTED
+    more = found([1000, 1001])
+    assert judge(same, more, math.nan, None) is Verdict.CONTRADICTED
+    assert (more.difference.mean, more.difference.n) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.9, 1.1, Verdict.SUPPORTED),
+        (0.9, 1.11, Verdict.UNDECIDED),
+        (1.11, 1.4, Verdict.CONTRADICTED),
+        (0.2, 0.3, Verdict.SUPPORTED),
+    ],
+)
+def test_a_ratio_is_near_one_where_all_of_its_range_is(low: float, high: float, verdict: Verdict) -> None:
+    near = Comparison(
+        benchmark="speed", method="auto", against="dense", domain="step", metric="ratio", direction="near"
+    )
+    ends = {"ratio": (low + high) / 2, "ratio_low": low, "ratio_high": high}
+    rows = [
+        numbers({"auto": {("", 0): value, ("", 1): (low + high) / 2}}, domain="step", metric=name)
+        for name, value in ends.items()
+    ]
+    found = measured(pd.concat(rows), near)
+    assert found is not None
+    assert found.difference.n == 2
+    assert judge(near, found, math.nan, 0.1 + 1e-9) is verdict
+
+
+# equivalence and power
+
+
+def test_equivalence_is_the_90_percent_interval_within_the_margin() -> None:
+    values = np.array([0.004, -0.002, 0.001, 0.003, 0.0])
+    found, deviation = mean_difference(values), float(values.std(ddof=1))
+    low, high = stats.t.interval(0.9, 4, loc=values.mean(), scale=deviation / math.sqrt(5))
+    end = max(abs(low), abs(high))
+    assert equivalence_p(found, deviation, end) == pytest.approx(0.05)
+    assert equivalence_p(found, deviation, 1.001 * end) < 0.05 < equivalence_p(found, deviation, 0.999 * end)
+    # the two one-sided tests, by scipy
+    sides = [
+        stats.ttest_1samp(values, -0.004, alternative="greater").pvalue,
+        stats.ttest_1samp(values, 0.004, alternative="less").pvalue,
+    ]
+    assert equivalence_p(found, deviation, 0.004) == pytest.approx(max(sides))
+
+
+@pytest.mark.parametrize("values", [[0.001], [0.001, 0.001], [0.0, 0.0]])
+def test_there_is_no_equivalence_test_of_one_pair_or_equal_differences(values: list[float]) -> None:
+    found = mean_difference(np.array(values))
+    assert math.isnan(equivalence_p(found, 0.0, 0.01))
+
+
+@pytest.mark.parametrize(("n", "ratio", "alpha"), [(5, 1.2, 0.05), (12, 0.8, 0.05), (20, 0.8, 0.005)])
+def test_power_is_what_a_simulation_finds(n: int, ratio: float, alpha: float) -> None:
+    draws = np.random.default_rng(0).normal(ratio * 0.02, 0.02, (40_000, n))
+    found = float((stats.ttest_1samp(draws, 0.0, axis=1).pvalue < alpha).mean())
+    assert power_of(n, ratio * 0.02, 0.02, alpha) == pytest.approx(found, abs=0.008)
+
+
+@pytest.mark.parametrize(("ratio", "pairs"), [(0.5, 34), (0.8, 15), (1.0, 10), (0.2, 199)])
+def test_pairs_needed_are_those_of_power_tables(ratio: float, pairs: int) -> None:
+    assert pairs_needed(ratio, 1.0, 0.05) == pairs
+    assert power_of(pairs - 1, ratio, 1.0, 0.05) < POWER <= power_of(pairs, ratio, 1.0, 0.05)
+    assert pairs_needed(-ratio, 1.0, 0.05) == pairs
+    assert pairs_needed(ratio, 1.0, 0.05 / 11) > pairs
+
+
+def test_pairs_needed_are_capped_and_need_an_effect_and_a_deviation() -> None:
+    assert pairs_needed(0.08, 1.0, 0.05) == math.inf
+    for effect, deviation in ((math.nan, 1.0), (0.0, 1.0), (1.0, math.nan), (1.0, 0.0)):
+        assert math.isnan(pairs_needed(effect, deviation, 0.05))
+
+
+# a suite
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> tuple[Suite, pd.DataFrame, Path]:
+    """Most of the mini suite with made-up runs, EMoE far better by LoRA."""
+    suite, folder = load_suite(PART_OF_MINI), tmp_path_factory.mktemp("mini")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        fake_runs.write_runs(suite.runs, {"lora_emoe": 0.05})
+        return suite, judged(suite), folder
+
+
+def test_every_test_of_every_claim_has_a_row(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
+    _, rows, _ = mini
+    expected = [(name, test.title) for name, claim in load_claims().items() for test in claim.tests]
+    assert list(zip(rows["claim"], rows["test"], strict=True)) == expected
+    assert set(rows["verdict"]) <= {word.value for word in Verdict}
+
+
+def test_p_is_corrected_over_all_tests_of_the_table(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
+    _, rows, _ = mini
+    for column in ("p", "equivalence_p"):
+        p = sorted((value, place) for place, value in rows[column].dropna().items())
+        assert len(p) > 5
+        highest = 0.0
+        for step, (value, place) in enumerate(p):
+            highest = max(highest, min(1.0, value * (len(p) - step)))
+            assert rows.loc[place, f"{column}_holm"] == pytest.approx(highest)
+
+
+def test_differences_are_those_of_the_runs(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
+    suite, rows, folder = mini
+    scores: dict[tuple[str, int], float] = {}
+    for run in suite.runs_of("glue_lora"):
+        if run.spec["method"]["name"] in ("lora", "lora_emoe"):
+            found = json.loads((folder / "results/runs" / run.folder / "metrics.json").read_text())
+            task = run.spec["task"]
+            key = (run.spec["method"]["name"], run.spec["seed"])
+            scores[key] = found["scores"]["test"][task["name"]][task["metric"]]
+    seeds = sorted({seed for _, seed in scores})
+    pairs = np.array([scores["lora_emoe", seed] - scores["lora", seed] for seed in seeds]) * 100
+    row = rows[(rows["claim"] == "in_domain") & (rows["benchmark"] == "glue_lora")].iloc[0]
+    assert (row.delta, row.n, row.deviation) == pytest.approx((pairs.mean(), len(pairs), pairs.std(ddof=1)))
+    assert row.pairs_needed == pairs_needed(0.79, row.deviation, 0.05 / rows["p"].notna().sum())
+    assert row.pairs_needed_alone <= row.pairs_needed
+
+
+def test_what_is_not_tested_says_what_it_needs(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
+    _, rows, _ = mini
+    missing = rows[rows["verdict"] == "not tested"].set_index(["claim", "test"])["remark"]
+    assert all(text.startswith("not tested in this suite: ") for text in missing)
+    assert missing["clustering", "text in domain, LoRA"].endswith("its runs are in paper")
+    assert "needs runs on a part of the training rows" in missing["data"].iloc[0]
+    assert missing["cost"].iloc[0].endswith("its runs are in smoke, speed")
+    assert "mini" not in missing["llama", "questions, full fine-tuning"]
+
+
+def test_the_table_shows_what_was_found(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
+    suite, rows, _ = mini
+    table = claims_table(suite, rows)
+    cells = table.texts()
+    assert list(cells.columns[:5]) == ["Claim", "Tested on", "The paper", "These runs", "n"]
+    assert cells["Claim"].ne("").sum() == len(load_claims())
+    first, row = cells.iloc[1], rows.iloc[1]
+    assert first["Tested on"] == "text, LoRA: (LoRA + EMoE) − LoRA"
+    assert first["The paper"].startswith("+0.79 points (Fig. 2")
+    assert first["These runs"] == f"{row.delta:+.2f} points [{row.low:+.2f}, {row.high:+.2f}]"
+    assert first["n"] == f"{row.n:g} seeds"
+    assert cells.loc[rows["claim"] == "parameters", "These runs"].tolist() == ["–", "0 parameters", "0 parameters"]
+    assert f"over the {rows['p'].notna().sum()} tests" in table.caption
+    assert "random weights" not in table.caption
+
+
+def test_files_of_a_suite_with_random_weights_say_that_scores_mean_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite = load_suite({"suite": "smoke", "benchmarks": ["glue", "speed"]})
+    fake_runs.write_runs(suite.runs)
+    write_claims(suite)
+    for file in suite.claim_files():
+        assert Path(file).stat().st_size > 1000
+    text = Path("results/smoke/tables/claims.md").read_text()
+    assert "random weights" in text
+    frame = pd.read_csv("results/smoke/tables/claims.csv").set_index(["claim", "test"])
+    assert frame.loc[("gate", "text in domain, full fine-tuning"), "remark"].endswith("no test: 1 seed")
+    assert frame.loc[("cost", "time of a training step"), "n"] == 1
+
+
+def test_the_command_prints_every_number(
+    mini: tuple[Suite, pd.DataFrame, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, rows, folder = mini
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv(OVERRIDES, json.dumps(PART_OF_MINI))
+    shown = CliRunner().invoke(cli, ["claims", "--suite", "mini", "--json"], catch_exceptions=False)
+    found = json.loads(shown.output)
+    assert [row["verdict"] for row in found] == list(rows["verdict"])
+    assert found[0]["delta"] is None
+    assert [found[1][key] for key in ("p", "delta")] == pytest.approx([rows[key].iloc[1] for key in ("p", "delta")])
+
+
+def test_a_suite_without_claimed_benchmarks_shows_no_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = load_suite({"suite": "mini", "benchmarks": ["glue"]})
+    assert [file for file in suite.output_files() if "claims" in file] == suite.claim_files() != []
+    assert not [file for file in suite.output_files("glue") if "claims" in file]
+    monkeypatch.setattr("benchmarks.harness.planning.suite.compared_benchmarks", lambda names: [])
+    assert not [file for file in suite.output_files() if "claims" in file]
+
+
+def test_a_figure_without_tests_says_so(mini: tuple[Suite, pd.DataFrame, Path], tmp_path: Path) -> None:
+    _, rows, _ = mini
+    draw_claims(rows[rows["verdict"] == "not tested"], tmp_path / "none")
+    assert (tmp_path / "none.png").stat().st_size > 500
+
+
+# the file
+
+
+CLAIM: dict[str, Any] = {
+    "title": "A",
+    "tests": [
+        {"title": "b", "paper": {"effect": 1, "where": "Fig. 1"}, "compare": HIGHER.model_dump(exclude_none=True)}
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"benchmark": "glu"}, "compare.benchmark' is 'glu', which does not exist; did you mean 'glue'?"),
+        ({"method": "emo"}, "compare.method' is 'emo', which does not exist; did you mean 'emoe'?"),
+        ({"against": "vanila"}, "compare.against' is 'vanila', which does not exist; did you mean 'vanilla'?"),
+        ({"against": "emoe"}, "compare.against' is 'emoe', which is the method itself"),
+        ({"domain": "odd"}, "compare.domain' is 'odd', which does not exist; did you mean 'ood'?"),
+        ({"metric": "scor"}, "compare.metric' is 'scor', which does not exist; did you mean 'score'?"),
+        ({"selection": "cleen"}, "compare.selection' is 'cleen', which does not exist; did you mean 'clean'?"),
+        ({"selection": None}, "compare' needs the key 'selection'; choose from clean, published"),
+        ({"tasks": ["tweet"]}, "compare.tasks' is 'tweet', which does not exist; did you mean 'tweets'?"),
+        ({"models": ["minilmm"]}, "compare.models' is 'minilmm', which does not exist; did you mean 'minilm'?"),
+        ({"tunings": ["lora"]}, "compare.tunings' is 'lora', which does not exist"),
+        ({"direction": "better"}, "compare.direction' is 'better'"),
+        ({"direction": "near"}, "compare.direction' is 'near', but score has no interval of its own"),
+        ({"domain": "model", "metric": "parameters", "selection": None}, "has no equivalence_margin in metrics.yaml"),
+        ({"metod": "emoe"}, "compare.metod'; did you mean 'method'?"),
+    ],
+)
+def test_a_wrong_name_ends_with_file_key_and_the_nearest(
+    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.loads(json.dumps({"claims": {"a": CLAIM}}))
+    compare = content["claims"]["a"]["tests"][0]["compare"]
+    compare.update({key: value for key, value in change.items() if value is not None})
+    for key in [key for key, value in change.items() if value is None]:
+        del compare[key]
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr("benchmarks.harness.planning.claims.BENCHMARKS", tmp_path)
+    with pytest.raises(DefinitionError) as caught:
+        load_claims.__wrapped__()
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "claims.yaml"))
+
+
+def test_a_test_has_a_comparison_or_what_it_needs() -> None:
+    for wrong in ({"compare": None}, {"needs": "more"}):
+        test = {**CLAIM["tests"][0], **wrong}
+        with pytest.raises(ValueError, match="it needs one of compare, needs"):
+            Claim(title="A", tests=[{key: value for key, value in test.items() if value is not None}])
+
+
+def test_other_suites_are_named_where_the_runs_are() -> None:
+    assert suites_with(HIGHER) == ["mini", "mini_full", "paper"]
+    # the paper's glue leaves out of domain to glue_ood
+    assert suites_with(HIGHER.model_copy(update={"domain": "ood_mean"})) == ["mini", "mini_full"]
+    assert suites_with(HIGHER.model_copy(update={"method": "random_partition"})) == ["mini", "mini_full", "paper"]
+
+
+@pytest.mark.parametrize(
+    ("claim", "benchmark", "method", "against"),
+    [("in_domain", "glue", "emoe", "vanilla"), ("in_domain", "glue_lora", "lora_emoe", "lora")],
+)
+def test_the_papers_effects_are_those_of_its_published_averages(
+    claim: str, benchmark: str, method: str, against: str
+) -> None:
+    published = pd.read_csv(BENCHMARKS / benchmark / "paper.csv")
+    averages = published[published["scope"] == "average"].pivot_table(index="model", columns="method", values="value")
+    (test,) = (
+        one for one in load_claims()[claim].tests if one.compare is not None and one.compare.benchmark == benchmark
+    )
+    assert test.paper.effect == pytest.approx((averages[method] - averages[against]).mean(), abs=0.006)
+
+
+def test_every_metric_that_claims_compare_by_has_a_margin() -> None:
+    for name in ("score", "accuracy"):
+        assert load_metrics()[name].equivalence_margin == 0.01
