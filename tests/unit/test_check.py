@@ -223,11 +223,12 @@ def test_the_smoke_suites_spreads_count_too(tmp_path: Path) -> None:
     with pytest.raises(DefinitionError, match=r"mini_spread\.json does not exist"):
         read_tolerances("mini", tmp_path)
     write_spreads(tmp_path, accuracy=0.01, loss=0.03, first_losses=0.001)
-    write_spreads(tmp_path, "smoke", accuracy=0.02)
+    write_spreads(tmp_path, "smoke", accuracy=0.02, routing=0.05)
     found = read_tolerances("mini", tmp_path)
     assert found.of("accuracy") == FACTOR * 0.02
     assert found.of("loss") == FACTOR * 0.03
     assert found.of("loss_3") == FACTOR * 0.001
+    assert found.of("class_information") == found.of("drop_rate") == FACTOR * 0.05
     assert found.of("f1") == ROUNDING  # not measured
     assert found.of("f1", 0.5) == pytest.approx(0.5)
 

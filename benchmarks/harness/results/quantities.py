@@ -12,7 +12,7 @@ import pandas as pd
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.catalogue import Judged, load_metrics
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.results.records import GROUP_KEYS, collect_from
+from benchmarks.harness.results.records import GROUP_KEYS, ROUTING, collect_from
 
 KEYS = ["run", "seed", "part", "set", "metric"]
 COLUMNS = [*KEYS, "value"]
@@ -109,8 +109,10 @@ def _content(summary: Mapping[str, Any]) -> str:
 
 
 def quantity_of(metric: str) -> str:
-    """Under which name the spread of a metric is measured: all first losses are one quantity."""
-    return "first losses" if metric.startswith(LOSS) else metric
+    """Under which name the spread of a metric is measured: all first losses are one quantity, and all that is told of the routing of a trained model."""
+    if metric.startswith(LOSS):
+        return "first losses"
+    return "routing" if metric in ROUTING else metric
 
 
 def one_counts(rows: pd.DataFrame) -> dict[tuple[str, int, str, str, str], float]:

@@ -40,7 +40,7 @@ class Spread(Strict):
     """How far apart machines, threads and kernels were in a quantity, over all benchmarks and parts."""
 
     quantity: str
-    """A metric, or ``first losses``."""
+    """A metric, or ``first losses``, or ``routing``."""
     largest: float
     """Largest deviation that was seen; see :func:`~benchmarks.harness.results.quantities.deviation`."""
     numbers: Annotated[int, Field(gt=0)]
