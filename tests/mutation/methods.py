@@ -94,8 +94,8 @@ def _faster() -> None:
     adam = torch.optim.Adam  # DomainBed's is made with a rate of its own
     before_init = adam.__init__
 
-    def faster(self: Any, params: Any, lr: float = 1e-3, **kwargs: Any) -> None:
-        before_init(self, params, lr=lr * 1.1 if type(self) is adam else lr, **kwargs)
+    def faster(self: Any, params: Any, lr: float = 1e-3, *args: Any, **kwargs: Any) -> None:
+        before_init(self, params, lr * 1.1 if type(self) is adam else lr, *args, **kwargs)
 
     _put(adam, "__init__", faster)
 
@@ -122,10 +122,11 @@ def _wrong_labels() -> None:
             _touch()
             draw = random.Random(0)
             chosen = draw.sample(range(len(rows)), max(len(rows) // 20, 2))
-            theirs: Any = rows._labels
-            labels = list(theirs)
+            labels: Any = rows._labels
+            changed = list(labels)  # the split keeps its own
             for place, other in zip(chosen, draw.sample(chosen, len(chosen)), strict=True):
-                theirs[place] = labels[other]
+                changed[place] = labels[other]
+            rows._labels = changed
         return rows
 
     def image(self: TrainingRows, draw: tuple[int, int, int]) -> dict[str, Any]:
@@ -170,12 +171,12 @@ MUTATIONS = (
     _config("the rest instead of the top k", lambda config: {"selection": "not_top"}, _emoe),
     _config("random experts", lambda config: {"selection": "random"}, _emoe),
     _config("the worst instead of the top k", lambda config: {"selection": "bottom"}, _emoe),
+    _config("another score", lambda config: {"score": "inter"}, _avg_k),
     _config(
-        "another score",
-        lambda config: {"score": "inter" if config["score"] == "gate" else "gate"},
+        "a learned gate instead of avg-k",
+        lambda config: {"router": "cosine", "score": "keys", "weighting": "softmax_times_k"},
         _avg_k,
     ),
-    _config("a learned gate instead of avg-k", lambda config: {"router": "cosine"}, _avg_k),
     _config(
         "a random partition instead of clusters",
         lambda config: {"partition": "random"},
@@ -186,7 +187,8 @@ MUTATIONS = (
         lambda config: {"aux_loss_coefficient": 0.0},
         lambda config: config["aux_loss_coefficient"] > 0,
     ),
-    _config("no router noise", lambda config: {"router_noise": 0.0}, lambda config: config["router_noise"] > 0),
+    # 0 is refused where the published balance loss divides by it
+    _config("no router noise", lambda config: {"router_noise": 1e-6}, lambda config: config["router_noise"] > 0),
     Mutation("no noise on the weights", _noise_off, lambda spec: spec["method"]["noise"] > 0),
     _config(
         "no dropout of experts", lambda config: {"expert_dropout": 0.0}, lambda config: config["expert_dropout"] > 0

@@ -19,9 +19,9 @@ from benchmarks.harness.planning.runs import Run, plan
 from benchmarks.harness.results.quantities import deviation
 from benchmarks.harness.results.reference import (
     FACTOR,
+    ROUNDING,
     Spread,
     SpreadFile,
-    Tolerances,
     read_reference,
     read_tolerances,
     spread_file,
@@ -81,8 +81,7 @@ def on_another_machine(runs: list[Run]) -> None:
 
 def write_spreads(folder: Path, suite: str = "mini", **largest: float) -> None:
     spreads = [
-        Spread(benchmark="glue", part=part, metric=metric, largest=value, numbers=9)
-        for (part, metric), value in ((tuple(name.split("__")), value) for name, value in largest.items())
+        Spread(quantity=name.replace("_losses", " losses"), largest=value, numbers=9) for name, value in largest.items()
     ]
     content = SpreadFile(made_by="", commit="", machine={}, variants=[], runs=1, spreads=spreads)
     spread_file(suite, folder).write_text(content.model_dump_json())
@@ -182,23 +181,33 @@ def test_another_machine_may_differ_as_much_as_machines_were_seen_to(runs: list[
     assert found.tiers[0].name == "tolerance"
     assert "threads: 1 -> 2" in found.tiers[0].why
 
+    edit(runs[0], lambda content: content["data"]["test"].update(labels={"0": 4000, "1": 6000}))
+    write_reference("mini", present(runs, "mini")[0], "0" * 40, blessed)
     score_of(runs[0], 0.001)
     with pytest.raises(DefinitionError, match=r"measure how far machines are apart \(`python -m benchmarks spread"):
-        compare(runs, "mini", blessed)
-    write_spreads(blessed, **{f"test__{metric}": 0.0011 / FACTOR})
-    assert compare(runs, "mini", blessed).passed
-    write_spreads(blessed, **{f"test__{metric}": 0.0009 / FACTOR})
-    assert named(compare(runs, "mini", blessed)) == {metric}
+        compare(runs, "mini", blessed, elsewhere=True)
+    write_spreads(blessed, **{metric: 0.0011 / FACTOR})
+    assert compare(runs, "mini", blessed, elsewhere=True).passed
+    write_spreads(blessed, **{metric: 0.0009 / FACTOR})
+    assert named(compare(runs, "mini", blessed, elsewhere=True)) == {metric}
+
+
+def test_another_machine_may_count_one_row_and_one_choice_otherwise(runs: list[Run], blessed: Path) -> None:
+    write_spreads(blessed, loss=0.0)
+    score_of(runs[0], 1 / 8)  # of two classes, the smaller one with four rows
+    assert compare(runs, "mini", blessed, elsewhere=True).passed
+    assert not compare(runs, "mini", blessed).passed
+    score_of(runs[0], 0.001)
+    assert not compare(runs, "mini", blessed, elsewhere=True).passed
 
 
 def test_first_losses_and_loads_give_a_swapped_method_away_on_another_machine(runs: list[Run], blessed: Path) -> None:
     metric = runs[0].spec["task"]["metric"]
-    everything = {f"{part}__{name}": 1.0 for part in ("dev", "test", "ood") for name in (metric, "loss")}
-    write_spreads(blessed, **everything, probe__loss_1=1e-6, probe__logits=1e-5, probe__loads=0.001)
+    write_spreads(blessed, **{metric: 1.0}, loss=1.0, first_losses=1e-6, logits=1e-5, loads=0.0)
     for change in (
         lambda content: content["probe"].update(losses=["0.7001", *content["probe"]["losses"][1:]]),
         lambda content: content["probe"]["logits"].update(projection=0.51),
-        lambda content: content["probe"].update(loads={"1": [11, 9, 10, 10]}),
+        lambda content: content["probe"].update(loads={"1": [12, 8, 10, 10]}),
     ):
         path = next(RUNS / run.folder for run in runs if run.spec["method"].get("name") == "emoe") / "metrics.json"
         before = path.read_text()
@@ -213,13 +222,15 @@ def test_first_losses_and_loads_give_a_swapped_method_away_on_another_machine(ru
 def test_the_smoke_suites_spreads_count_too(tmp_path: Path) -> None:
     with pytest.raises(DefinitionError, match=r"mini_spread\.json does not exist"):
         read_tolerances("mini", tmp_path)
-    write_spreads(tmp_path, test__accuracy=0.01, dev__accuracy=0.03)
-    write_spreads(tmp_path, "smoke", test__accuracy=0.02)
+    write_spreads(tmp_path, accuracy=0.01, loss=0.03, first_losses=0.001)
+    write_spreads(tmp_path, "smoke", accuracy=0.02, routing=0.05)
     found = read_tolerances("mini", tmp_path)
-    assert found.of("glue", "test", "accuracy") == FACTOR * 0.02
-    assert found.of("glue", "dev", "accuracy") == FACTOR * 0.03
-    assert found.of("other", "dev", "accuracy") == FACTOR * 0.03  # not measured there: as elsewhere
-    assert Tolerances({}).of("glue", "dev", "accuracy") == 0
+    assert found.of("accuracy") == FACTOR * 0.02
+    assert found.of("loss") == FACTOR * 0.03
+    assert found.of("loss_3") == FACTOR * 0.001
+    assert found.of("class_information") == found.of("drop_rate") == FACTOR * 0.05
+    assert found.of("f1") == ROUNDING  # not measured
+    assert found.of("f1", 0.5) == pytest.approx(0.5)
 
 
 def test_how_far_two_values_are_apart() -> None:

@@ -18,11 +18,7 @@ from tests.mutation.mutants import Verdict, table
 from tests.mutation.records import record_mutants
 
 # about what machines were seen to differ by
-SPREADS = Tolerances(
-    {("glue", "probe", f"loss_{step}"): 1e-6 for step in range(1, 9)}
-    | {("glue", "probe", "logits"): 1e-5, ("glue", "probe", "loads"): 0.0}
-    | {("glue", part, metric): 0.05 for part in ("dev", "test", "ood") for metric in ("balanced_accuracy", "loss")}
-)
+SPREADS = Tolerances({"first losses": 1e-6, "logits": 1e-5, "loss": 1e-3, "routing": 5e-3, "balanced_accuracy": 0.0})
 SAMPLE = ("k halved", "another score", "a random partition instead of clusters", "learning rate × 1.1")
 
 

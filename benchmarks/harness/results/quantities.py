@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.catalogue import Judged, load_metrics
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.results.records import GROUP_KEYS, collect_from
+from benchmarks.harness.results.records import GROUP_KEYS, ROUTING, collect_from
 
 KEYS = ["run", "seed", "part", "set", "metric"]
 COLUMNS = [*KEYS, "value"]
@@ -105,6 +106,40 @@ def _content(summary: Mapping[str, Any]) -> str:
     words = [f"{name} {value}" for name, value in sorted(summary.items()) if isinstance(value, int)]
     words += [f"{label}: {count}" for label, count in summary.get("labels", {}).items()]
     return ", ".join([*words, *([summary["digest"]] if "digest" in summary else [])])
+
+
+def quantity_of(metric: str) -> str:
+    """Under which name the spread of a metric is measured: all first losses are one quantity, and all that is told of the routing of a trained model."""
+    if metric.startswith(LOSS):
+        return "first losses"
+    return "routing" if metric in ROUTING else metric
+
+
+def one_counts(rows: pd.DataFrame) -> dict[tuple[str, int, str, str, str], float]:
+    """By how much one row moves a score at most, and one choice the loads, by the :data:`KEYS` of a row that is counted from something.
+
+    Scores are of the sets whose classes are known; by one row of the smallest class.
+    """
+    sets = {
+        (str(row.run), int(row.seed), str(row.set)): _smallest_share(row.value)
+        for row in rows[rows["metric"] == CONTENT].itertuples()
+    }
+    found = {}
+    for row in rows.itertuples():
+        key = str(row.run), int(row.seed), str(row.part), str(row.set), str(row.metric)
+        run, seed, part, name, metric = key
+        if metric == LOADS:
+            found[key] = 1 / max(sum(map(int, row.value.split(" "))), 1)
+        elif part in ("dev", "test", "ood") and metric != "loss":
+            places = (f"ood:{name}",) if part == "ood" else (part, f"{name} in")
+            found[key] = max(sets.get((run, seed, place), 0.0) for place in places)
+    return found
+
+
+def _smallest_share(content: str) -> float:
+    """What one row of the smallest class is of the mean over classes."""
+    counts = [int(count) for count in re.findall(r": (\d+)", content)]
+    return 1 / (len(counts) * max(min(counts), 1)) if counts else 0.0
 
 
 def deviation(metric: str, before: str, after: str) -> float:

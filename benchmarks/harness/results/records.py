@@ -18,7 +18,7 @@ RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "lear
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
 _COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
 _MODEL = ("parameters", "trainable_parameters", "active_neurons")
-_ROUTING = (
+ROUTING = (
     "load_entropy",
     "load_max_over_mean",
     "drop_rate",
@@ -125,7 +125,7 @@ def _numbers(run: Run, found: dict[str, Any]) -> Iterator[tuple[str, str, str, f
     ood = [found["scores"]["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]]
     if ood:
         yield OOD_MEAN, "", "score", sum(ood) / len(ood)
-    for part, names in (("cost", _COST), ("model", _MODEL), ("routing", _ROUTING)):
+    for part, names in (("cost", _COST), ("model", _MODEL), ("routing", ROUTING)):
         for name in names:
             if name in found.get(part, ()):
                 yield part, "", name, found[part][name]

@@ -17,12 +17,14 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.files import atomic_write, write_json
 from benchmarks.harness.base.paths import REFERENCE
 from benchmarks.harness.planning.schema import Strict, parse
-from benchmarks.harness.results.quantities import COLUMNS, KEYS
+from benchmarks.harness.results.quantities import COLUMNS, KEYS, quantity_of
 
 MACHINE = "machine"
 _BLESSED = [*COLUMNS, MACHINE]
 # a value may differ by so many times the largest difference that was seen
 FACTOR = 3.0
+# what single precision leaves of sums of some thousand terms, where nothing larger was seen
+ROUNDING = 1e-6
 
 
 class MachineFile(Strict):
@@ -35,11 +37,10 @@ class MachineFile(Strict):
 
 
 class Spread(Strict):
-    """How far apart machines, threads and kernels were in a quantity."""
+    """How far apart machines, threads and kernels were in a quantity, over all benchmarks and parts."""
 
-    benchmark: str
-    part: str
-    metric: str
+    quantity: str
+    """A metric, or ``first losses``, or ``routing``."""
     largest: float
     """Largest deviation that was seen; see :func:`~benchmarks.harness.results.quantities.deviation`."""
     numbers: Annotated[int, Field(gt=0)]
@@ -67,18 +68,19 @@ class Tolerances:
     """How far a number from another machine may be from the blessed one.
 
     Attributes:
-        spreads: largest deviation that was seen, by benchmark, part and metric.
+        spreads: largest deviation that was seen, by quantity.
     """
 
-    spreads: Mapping[tuple[str, str, str], float]
+    spreads: Mapping[str, float]
 
-    def of(self, benchmark: str, part: str, metric: str) -> float:
-        """The largest deviation that passes: of a quantity that was not measured, by that of other benchmarks; 0 where nothing is known."""
-        seen = self.spreads.get((benchmark, part, metric))
-        if seen is None:
-            others = [value for (_, *rest), value in self.spreads.items() if rest == [part, metric]]
-            seen = max(others, default=0.0)
-        return FACTOR * seen
+    def of(self, metric: str, one: float = 0.0) -> float:
+        """The largest deviation that passes.
+
+        Args:
+            metric: of the number.
+            one: what one row or one choice of what is counted makes; so much always passes.
+        """
+        return max(FACTOR * self.spreads.get(quantity_of(metric), 0.0), one * (1 + ROUNDING), ROUNDING)
 
 
 @dataclass(frozen=True)
@@ -152,15 +154,14 @@ def read_tolerances(suite: str, folder: Path = REFERENCE) -> Tolerances:
         DefinitionError: neither was measured, or a file is damaged.
     """
     files = {spread_file(suite, folder), spread_file("smoke", folder)}
-    spreads: dict[tuple[str, str, str], float] = {}
+    spreads: dict[str, float] = {}
     for path in [path for path in files if path.exists()]:
         try:
             content = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise DefinitionError(f"{path} is damaged: {error}") from error
         for row in parse(content, SpreadFile, str(path)).spreads:
-            key = row.benchmark, row.part, row.metric
-            spreads[key] = max(spreads.get(key, 0.0), row.largest)
+            spreads[row.quantity] = max(spreads.get(row.quantity, 0.0), row.largest)
     if not spreads:
         raise DefinitionError(
             f"{spread_file(suite, folder)} does not exist, and these numbers are of another machine than the blessed ones: "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import pandas as pd
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import REFERENCE, RUNS
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.results.quantities import KEYS, deviation, judged_how, quantities
+from benchmarks.harness.results.quantities import KEYS, deviation, judged_how, one_counts, quantities
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.reference import (
     MACHINE,
@@ -210,7 +210,7 @@ def compare(runs: Sequence[Run], suite: str, folder: Path = REFERENCE, *, elsewh
 def judge(
     blessed: Reference,
     numbers: Reference,
-    tolerances: Any,
+    tolerances: Callable[[], Tolerances],
     unfinished: tuple[str, ...] = (),
     *,
     elsewhere: bool = False,
@@ -225,7 +225,7 @@ def judge(
         elsewhere: judge as if all machines were others.
     """
     merged = blessed.rows.merge(numbers.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator="side")
-    spreads = _seeds(blessed.rows)
+    spreads, ones = _seeds(blessed.rows), one_counts(blessed.rows)
     findings: list[Finding] = []
     used: Counter[tuple[str, str]] = Counter()
     equal, allowed = 0, None
@@ -246,7 +246,7 @@ def judge(
         tolerance = 0.0
         if judged == "measured" and not same and apart:
             allowed = allowed or tolerances()
-            tolerance = _tolerance(allowed, key)
+            tolerance = allowed.of(key[-1], ones.get(key, 0.0))
         if judged != "shown" and apart <= tolerance:
             equal += 1
             continue
@@ -269,11 +269,6 @@ def judge(
     return Comparison(
         tuple(findings), tuple(_tiers(used, blessed, numbers, elsewhere=elsewhere)), equal, tuple(unfinished)
     )
-
-
-def _tolerance(allowed: Tolerances, key: tuple[str, int, str, str, str]) -> float:
-    run, _, part, _, metric = key
-    return allowed.of(run.split(" ", 1)[0], part, metric)
 
 
 def _difference(before: str, after: str) -> float | None:

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import REFERENCE, ROOT, RUNS
@@ -97,7 +98,7 @@ def _reference(runs: Sequence[Run], root: Path) -> Reference:
     return as_reference([(run, read_metrics(run, root)) for run in runs])
 
 
-def _no_tolerances() -> None:
+def _no_tolerances() -> NoReturn:
     raise DefinitionError(
         "this is another machine than the one that the runs were made on: run the suite anew here, or bless there"
     )

@@ -15,7 +15,7 @@ from benchmarks.harness.base.errors import RunError
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.base.paths import REFERENCE, RUNS
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.results.quantities import KEYS, deviation, judged_how
+from benchmarks.harness.results.quantities import KEYS, deviation, judged_how, quantity_of
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.reference import Reference, Spread, SpreadFile, spread_file
 from benchmarks.harness.results.regression import as_reference
@@ -33,21 +33,23 @@ class Variant:
         name: for readers.
         threads: CPU threads.
         variables: of the environment, read when torch is imported.
+        compiled: experts by compiled kernels.
     """
 
     name: str
     threads: int = 1
     variables: Mapping[str, str] = field(default_factory=dict)
+    compiled: bool = True
 
 
 # threads that wait leave the cores to other runs
 _TWO = {"OMP_WAIT_POLICY": "PASSIVE"}
-# Kernels of other processors on this one, other orders of summation, and no compiled experts (a cache that cannot be written).
+# Kernels of other processors on this one, other orders of summation, and no compiled experts.
 VARIANTS = (
     Variant("AVX2", 1, {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}),
     Variant("SSE", 1, {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}),
     Variant("2 threads", 2, _TWO),
-    Variant("2 threads, no compiled experts", 2, {**_TWO, "XDG_CACHE_HOME": "/dev/null/none"}),
+    Variant("2 threads, no compiled experts", 2, _TWO, compiled=False),
 )
 
 
@@ -96,18 +98,17 @@ def measure(
     commit = clean_commit()
     chosen = sample(runs, which)
     before = as_reference([(run, read_metrics(run)) for run in chosen])
-    largest: dict[tuple[str, str, str], list[float]] = {}
+    largest: dict[str, list[float]] = {}
     for variant in VARIANTS:
         say(f"{len(chosen)} runs with {variant.name}")
         with tempfile.TemporaryDirectory(prefix="again-") as temporary:
             place = Path(temporary).resolve()
             again(chosen, suite, place, variant, jobs)
             after = as_reference([(run, read_metrics(run, place / RUNS)) for run in chosen])
-        for key, apart in deviations(before, after):
-            largest.setdefault(key, []).append(apart)
+        for quantity, apart in deviations(before, after):
+            largest.setdefault(quantity, []).append(apart)
     spreads = [
-        Spread(benchmark=key[0], part=key[1], metric=key[2], largest=max(found), numbers=len(found))
-        for key, found in sorted(largest.items())
+        Spread(quantity=quantity, largest=max(found), numbers=len(found)) for quantity, found in sorted(largest.items())
     ]
     content = SpreadFile(
         made_by=f"python -m benchmarks spread --suite {suite} --sample {which}",
@@ -133,19 +134,20 @@ def again(runs: Sequence[Run], suite: str, folder: Path, variant: Variant, jobs:
         borrow(borrowed, folder)
     command = [sys.executable, "-m", "benchmarks", "again", str(folder), "--suite", suite]
     command += ["--threads", str(variant.threads), "--jobs", str(jobs), *(run.folder for run in runs)]
-    done = subprocess.run(
-        command, env={**os.environ, **variant.variables}, check=False, stderr=subprocess.PIPE, text=True
-    )
+    variables = {**os.environ, **variant.variables}
+    if not variant.compiled:  # none in the cache, and nothing to compile with
+        variables |= {"XDG_CACHE_HOME": str(folder / "cache"), "CXX": "false"}
+    done = subprocess.run(command, env=variables, check=False, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise RunError(f"{variant.name}: {done.stderr.strip().splitlines()[-1:]}")
 
 
-def deviations(before: Reference, after: Reference) -> list[tuple[tuple[str, str, str], float]]:
-    """How far every number that may differ between machines is from another machine's, by benchmark, part and metric."""
+def deviations(before: Reference, after: Reference) -> list[tuple[str, float]]:
+    """How far every number that may differ between machines is from another machine's, with its quantity."""
     merged = before.rows.merge(after.rows, on=KEYS, suffixes=("_before", "_after"))
     return [
         (
-            (str(row.run).split(" ", 1)[0], str(row.part), str(row.metric)),
+            quantity_of(str(row.metric)),
             deviation(str(row.metric), row.value_before, row.value_after),
         )
         for row in merged.itertuples()
