@@ -271,10 +271,15 @@ def test_command_line_errors_are_one_line(
 def test_progress_says_which_run_step_and_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run: Run = plan(["glue"], "smoke")[0]
     monkeypatch.chdir(tmp_path)
-    plan_file = {"started": 1000.0, "done": 0, "runs": ["glue/done-0", "glue/open-1", run.folder]}
+    took = {"glue/a-s0-00000000": 30, "glue/b-s0-00000000": 10, "llama/c-s0-00000000": 20}
+    for folder, seconds in took.items():
+        path = Path("results/runs", folder, "metrics.json")
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"cost": {"job_seconds": seconds}}))
+    # the last two are like one that is done, and like its benchmark's
+    runs = [*took, "glue/a-s1-11111111", run.folder]
+    plan_file = {"started": 1000.0, "before": ["glue/b-s0-00000000", "llama/c-s0-00000000"], "runs": runs}
     Path("plan.json").write_text(json.dumps(plan_file))
-    Path("results/runs/glue/done-0").mkdir(parents=True)
-    Path("results/runs/glue/done-0/metrics.json").write_text("{}")
     monkeypatch.setenv("EMOE_PLAN", "plan.json")
     now = iter([0.0, 0.0, 20.0, 25.0, 40.0])
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: next(now), time=lambda: 1060.0))
@@ -286,8 +291,8 @@ def test_progress_says_which_run_step_and_time_left(tmp_path: Path, monkeypatch:
         state.global_step = step
         progress.on_step_end(args, state, control)
     lines = stream.getvalue().splitlines()
-    assert lines[0] == f"[1 of 3 runs done, 2:00 left; {run.id}] training, 100 steps"
-    assert lines[1] == f"[1 of 3 runs done, 2:00 left; {run.id}] step 20/100, 1:20 of training left"
+    assert lines[0] == f"[3 of 5 runs done, 1:40 left; {run.id}] training, 100 steps"
+    assert lines[1] == f"[3 of 5 runs done, 1:40 left; {run.id}] step 20/100, 1:20 of training left"
     assert [line.split("] ")[1] for line in lines[2:]] == ["step 40/100, 1:00 of training left"]  # none after 5 s
     assert clock(3725) == "1:02:05"
 

@@ -305,8 +305,8 @@ class Suite:
     def write_plan(self) -> None:
         """Write the list of runs that progress lines count, and where the work starts."""
         folders = [run.folder for run in self.runs]
-        done = sum((paths.RUNS / folder / "metrics.json").exists() for folder in folders)
-        plan = {"started": time.time(), "done": done, "runs": folders}
+        before = [folder for folder in folders if (paths.RUNS / folder / "metrics.json").exists()]
+        plan = {"started": time.time(), "before": before, "runs": folders}
         write_json(paths.RESULTS / self.name / "plan.json", plan)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,8 +63,8 @@ def clock(seconds: float) -> str:
 def _position(run_id: str) -> str:
     """``7 of 24 runs done, 9:10 left; `` from the plan that the workflow wrote when it started.
 
-    The time left is that of all runs, from the pace since the start; there is none before the first run is
-    done. Outside the workflow there is no plan and nothing to count.
+    The time left is that of all runs: what runs like them took, at the pace since the start. There is none before the first
+    run is done. Outside the workflow there is no plan and nothing to count.
     """
     path = os.environ.get(PLAN)
     if not path or not Path(path).exists():
@@ -71,8 +73,31 @@ def _position(run_id: str) -> str:
     folders: list[str] = plan["runs"]
     if not any(folder.endswith(f"/{run_id}") for folder in folders):
         return ""
-    done = sum((RUNS / folder / "metrics.json").exists() for folder in folders)
+    done = {folder for folder in folders if (RUNS / folder / "metrics.json").exists()}
+    since = done - set(plan["before"])
     left = ""
-    if done > plan["done"]:
-        left = f", {clock((time.time() - plan['started']) / (done - plan['done']) * (len(folders) - done))} left"
-    return f"{done} of {len(folders)} runs done{left}; "
+    if since:
+        seconds = _seconds(folders, done)
+        rest, worked = (sum(seconds[folder] for folder in some) for some in (set(folders) - done, since))
+        left = f", {clock(rest / worked * (time.time() - plan['started']))} left"
+    return f"{len(done)} of {len(folders)} runs done{left}; "
+
+
+def _seconds(folders: Sequence[str], done: Collection[str]) -> dict[str, float]:
+    """What each run takes: as long as one that differs in the seed alone, else as one of its benchmark, else as any."""
+    known = {_but_the_seed(folder): folder for folder in done}
+    took = {kind: _job_seconds(folder) for kind, folder in known.items()}
+    benchmarks: dict[str, list[float]] = {}
+    for kind, seconds in took.items():
+        benchmarks.setdefault(kind.partition("/")[0], []).append(seconds)
+    usual = {name: sum(found) / len(found) for name, found in benchmarks.items()}
+    any_run = sum(usual.values()) / len(usual)
+    return {folder: took.get(_but_the_seed(folder), usual.get(folder.partition("/")[0], any_run)) for folder in folders}
+
+
+def _but_the_seed(folder: str) -> str:
+    return re.sub(r"-s\d+-[0-9a-f]{8}$", "", folder)
+
+
+def _job_seconds(folder: str) -> float:
+    return float(json.loads((RUNS / folder / "metrics.json").read_text())["cost"]["job_seconds"])
