@@ -31,7 +31,7 @@ run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
 	@echo
 	@echo "Tables:  results/$(SUITE)/tables/   (csv, md, tex, html)"
 	@echo "Figures: results/$(SUITE)/figures/"
-	@echo "Report:  results/$(SUITE)/report.html"
+	@echo "Report:  results/$(SUITE)/report.html; a page a benchmark beside it"
 	@echo "MLflow:  make ui"
 
 test: lint ## every check and test

@@ -237,12 +237,16 @@ def claims(suite: str, as_json: bool, write: bool) -> None:
 @cli.command()
 @_SUITE
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The HTML page.")
-def report(suite: str, output: Path) -> None:
+@click.option("--benchmark", default=None, help="Show this benchmark alone.")
+def report(suite: str, output: Path, benchmark: str | None) -> None:
     """Write the one-page report of a suite whose tables exist."""
+    from benchmarks.harness.planning.schema import check_names
     from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.reporting.report import write_report
 
-    write_report(suite_of_job(suite), output)
+    loaded = suite_of_job(suite)
+    check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)
+    write_report(loaded, output, benchmark)
 
 
 @cli.command()

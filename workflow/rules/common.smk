@@ -70,7 +70,7 @@ def suite_named(name):
 
 def suite_outputs(suite):
     # the runs are named too: a deleted one is made again although its tables are still there
-    files = [*suite.metric_files(), *suite.output_files()]
+    files = [*suite.metric_files(), *suite.output_files(), *suite.pages()]
     files += [f"results/{suite.name}/report.html", f"results/{suite.name}/mlflow.json"]
     return files + (["results/report.html"] if suite is SUITE else [])
 
@@ -78,7 +78,7 @@ def suite_outputs(suite):
 def outputs_of(benchmark):
     # of the configured suite; a benchmark that is not in it has a suite of its own
     if benchmark in SUITE.settings.benchmarks:
-        return SUITE.output_files(benchmark)
+        return [*SUITE.output_files(benchmark), *SUITE.pages(benchmark)]
     return suite_outputs(suite_named(benchmark))
 
 

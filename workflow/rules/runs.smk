@@ -126,9 +126,9 @@ for place, name in enumerate(SUITE.by_size):
             "results/runs/{benchmark}/{run}/log.txt",
         wildcard_constraints:
             benchmark=name,
+        priority: -place
         conda:
             ENVIRONMENT
-        priority: -place
         threads: run_threads
         resources:
             mem_mb=run_resource("mem_mb"),

@@ -63,6 +63,26 @@ rule table_of_claims:
         "python -m benchmarks claims --write --suite {wildcards.suite} 2> {log:q}"
 
 
+# One page a benchmark, so that the first results can be read while others run.
+rule benchmark_report:
+    input:
+        lambda wildcards: suite_named(wildcards.suite).metric_files(wildcards.benchmark),
+        lambda wildcards: suite_named(wildcards.suite).output_files(wildcards.benchmark),
+    output:
+        "results/{suite}/{benchmark}.html",
+    log:
+        "results/logs/{suite}/benchmark_report/{benchmark}.txt",
+    wildcard_constraints:
+        benchmark="|".join(suites.benchmark_names()),
+    localrule: True
+    conda:
+        ENVIRONMENT
+    message:
+        "Page of {wildcards.benchmark}, suite {wildcards.suite}: {output}"
+    shell:
+        "python -m benchmarks report --suite {wildcards.suite} --benchmark {wildcards.benchmark} --output {output:q} 2> {log:q}"
+
+
 rule report:
     input:
         suite_metrics,

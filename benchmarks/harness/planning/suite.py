@@ -228,6 +228,11 @@ class Suite:
         files = [file for one in shown for file in (*one.table_files(self.name), *one.figure_files(self.name))]
         return files if benchmark else [*self.claim_files(), *files]
 
+    def pages(self, benchmark: str | None = None) -> list[str]:
+        """A page of each benchmark, which is there as soon as its runs are; or that of one."""
+        names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
+        return [str(paths.RESULTS / self.name / f"{name}.html") for name in names]
+
     @property
     def tracking_uri(self) -> str:
         """Where MLflow is: the configuration, else ``MLFLOW_TRACKING_URI``, else SQLite below ``results/``."""

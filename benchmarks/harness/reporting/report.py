@@ -23,12 +23,13 @@ from benchmarks.harness.results.records import read_metrics
 _FEW_LABELS = 10
 
 
-def write_report(suite: Suite, output: Path) -> None:
+def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> None:
     """Write the report of a suite whose tables and figures exist.
 
     Args:
-        suite: the suite; all its runs are finished.
+        suite: the suite; all runs that are shown are finished.
         output: the page.
+        benchmark: show this one alone, and no claims.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
@@ -36,9 +37,9 @@ def write_report(suite: Suite, output: Path) -> None:
     page = environment.get_template("report.html.j2").render(
         suite=suite.name,
         version=emoe.__version__,
-        claims=_claims(suite),
-        sections=[_section(suite, name) for name in suite.settings.benchmarks],
-        environments=_environments(suite.runs),
+        claims={} if benchmark else _claims(suite),
+        sections=[_section(suite, name) for name in suite.settings.benchmarks if benchmark in (None, name)],
+        environments=_environments(suite.runs_of(benchmark) if benchmark else suite.runs),
         style=_trusted(Path(__file__).parent / "report.css"),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
