@@ -40,7 +40,19 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def runs() -> list[Run]:
-    """The mini suite's runs, finished, EMoE better."""
+    """The smoke suite's runs, with questions in letters and a second seed of LoRA, finished, EMoE better."""
+    evaluation = {"tasks": [{"task": "mmlu_dev", "num_fewshot": 0, "limit": 2}]}
+    found = []
+    for run in plan(["llama"], "smoke"):
+        spec = {**run.spec, "evaluation": {**run.spec["evaluation"], **evaluation}}
+        found += [run_from_spec({**spec, "seed": seed}) for seed in ((0, 1) if spec["finetuning"] == "lora" else (0,))]
+    write_runs(found, {"emoe": 0.3})
+    return found
+
+
+@pytest.fixture
+def mini() -> list[Run]:
+    """The mini suite's runs, finished."""
     found = plan(["llama"], "mini")
     write_runs(found, {"emoe": 0.3})
     return found
@@ -57,8 +69,8 @@ def test_results_begin_with_the_model_as_it_came(runs: list[Run]) -> None:
         ("base", "emoe"),
         ("lora", "dense"),
         ("lora", "emoe"),
-        ("blocks", "dense"),
-        ("blocks", "emoe"),
+        ("full", "dense"),
+        ("full", "emoe"),
     ]
     assert frame["n"].tolist() == [1, 1, 2, 2, 1, 1]
     lora = [run for run in runs if run.spec["finetuning"] == "lora" and run.spec["method"]["name"] == "emoe"]
@@ -106,7 +118,7 @@ def test_tests_pair_questions_and_average_seeds(runs: list[Run]) -> None:
     assert list(zip(frame["tuning"], frame["questions"], frame["seeds"], strict=True)) == [
         ("base", 100, 1),
         ("lora", 100, 2),
-        ("blocks", 100, 1),
+        ("full", 100, 1),
     ]
     mean = {
         method: sum(
@@ -170,8 +182,8 @@ def test_a_model_that_diverged_has_no_loss_and_is_not_chosen(runs: list[Run]) ->
     assert not math.isnan(frame.loc[2, "loss"])  # that of the other seed
 
 
-def test_everything_is_drawn_and_written(runs: list[Run], tmp_path: Path) -> None:
-    presented = present(LLAMA, runs)
+def test_everything_is_drawn_and_written(mini: list[Run], tmp_path: Path) -> None:
+    presented = present(LLAMA, mini)
     for table in presented.tables:
         table.write(tmp_path / "results/mini/tables")
         assert table.markdown()
@@ -184,8 +196,8 @@ def test_everything_is_drawn_and_written(runs: list[Run], tmp_path: Path) -> Non
     page = (tmp_path / "report.html").read_text()
     assert "Instruction tuning of Llama models" in page
     assert "in both ways" not in page
-    assert mirror(runs, f"sqlite:///{tmp_path}/mlflow.db")["added"] == len(runs)
-    assert mirror(runs, f"sqlite:///{tmp_path}/mlflow.db")["unchanged"] == len(runs)
+    assert mirror(mini, f"sqlite:///{tmp_path}/mlflow.db")["added"] == len(mini)
+    assert mirror(mini, f"sqlite:///{tmp_path}/mlflow.db")["unchanged"] == len(mini)
 
 
 def test_a_suite_without_training_or_accuracy_still_has_its_pictures(runs: list[Run], tmp_path: Path) -> None:
@@ -318,7 +330,7 @@ def test_blessed_counts_of_large_models_are_whole(runs: list[Run], tmp_path: Pat
         found = json.loads(path.read_text())
         found["model"]["parameters"] = 32_528_943_617
         path.write_text(json.dumps(found))
-    numbers, _ = regression.present(runs, "mini")
-    path = write_reference("mini", numbers, "0" * 40, tmp_path)
+    numbers, _ = regression.present(runs, "smoke")
+    path = write_reference("smoke", numbers, "0" * 40, tmp_path)
     assert ",32528943617," in path.read_text()
-    assert regression.compare(runs, "mini", tmp_path).passed
+    assert regression.compare(runs, "smoke", tmp_path).passed

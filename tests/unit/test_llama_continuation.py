@@ -103,8 +103,9 @@ def test_a_run_records_each_questions_nats(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_nats_are_paired_by_question_and_less_is_better() -> None:
-    runs = plan(["llama"], "mini")
-    runs = [run_from_spec({**run.spec, "evaluation": {**run.spec["evaluation"], "tasks": [TASK]}}) for run in runs]
+    planned = plan(["llama"], "smoke")
+    specs = [{**run.spec, "evaluation": {**run.spec["evaluation"], "tasks": [TASK]}} for run in planned]
+    runs = [run_from_spec({**spec, "seed": seed}) for spec in specs for seed in (0, 1)]
     write_runs(runs, {"emoe": 0.3})
     outcomes = InstructionOutcomes(load_benchmark("llama"), runs)
     frame = nats_tests(outcomes).frame
