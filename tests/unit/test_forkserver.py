@@ -101,7 +101,7 @@ def test_a_command_has_its_own_folder_streams_and_exit_status(server: Server, tm
     found = start("run", "nowhere/run.json")
     assert found.communicate() == (
         "",
-        "error: nowhere/run.json does not exist; the workflow writes it (`snakemake --cores 1 nowhere/run.json`)\n",
+        "error: nowhere/run.json does not exist; the workflow writes it when it runs `nowhere/metrics.json`\n",
     )
     assert found.returncode == 1
     found = start("check", "--sweet", "mini")

@@ -74,22 +74,6 @@ rule validate_images:
         "python -m benchmarks validate-images {params.spec:q} --output {output.counts:q} --threads {threads} 2> {log:q}"
 
 
-rule write_run_spec:
-    output:
-        "results/runs/{benchmark}/{run}/run.json",
-    log:
-        "results/logs/{benchmark}/{run}/write_run_spec.txt",
-    localrule: True
-    conda:
-        ENVIRONMENT
-    params:
-        spec=run_json,
-    message:
-        "Write the settings of {wildcards.run}"
-    shell:
-        "printf '%s\\n' {params.spec:q} > {output:q} 2> {log:q}"
-
-
 rule partition_neurons:
     input:
         partition_inputs,
@@ -119,7 +103,6 @@ for place, name in enumerate(SUITE.by_size):
             f"run_{name}"
         input:
             run_inputs,
-            spec="results/runs/{benchmark}/{run}/run.json",
         output:
             "results/runs/{benchmark}/{run}/metrics.json",
         log:
@@ -137,8 +120,13 @@ for place, name in enumerate(SUITE.by_size):
             # of instruction tuning: how torchrun spreads a run
             processes=run_resource("processes", 1),
             parallel=run_resource("parallel", "ddp"),
+        params:
+            # written here: a job of its own for each would keep Snakemake busier than the runs
+            spec=run_json,
+            file="results/runs/{benchmark}/{run}/run.json",
         message:
             "Run {wildcards.run}"
         shell:
-            "python -m benchmarks run {input.spec:q} --threads {threads} --log {log:q}"
+            "printf '%s\\n' {params.spec:q} > {params.file:q} && "
+            "python -m benchmarks run {params.file:q} --threads {threads} --log {log:q}"
             " --processes {resources.processes} --parallel {resources.parallel}"

@@ -39,7 +39,7 @@ def read_run(path: Path) -> Run:
         run = run_from_spec(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise DefinitionError(
-            f"{path} does not exist; the workflow writes it (`snakemake --cores 1 {path}`)"
+            f"{path} does not exist; the workflow writes it when it runs `{path.parent}/metrics.json`"
         ) from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DefinitionError(f"{path} is no run specification: {error!r}") from error
