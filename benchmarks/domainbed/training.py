@@ -128,8 +128,10 @@ class DomainTrainer:
             dataloader_num_workers=reading_workers(),
         )
         fixed = next(iter(splits.values()))
-        pixels = [fixed[row]["pixel_values"] for row in range(min(len(fixed), FIXED_ROWS))]
-        self.probe.look(classifier.model, {"pixel_values": torch.stack(pixels)})
+        rows = [fixed[row] for row in range(min(len(fixed), FIXED_ROWS))]
+        # of a frozen prefix the images are elsewhere than in their pixels
+        columns = [name for name in rows[0] if name != "labels"]
+        self.probe.look(classifier.model, {name: torch.stack([row[name] for row in rows]) for name in columns})
         self._trainer = _DomainLoop(
             args=arguments,
             order=draws,

@@ -114,6 +114,8 @@ def close(found: Any, wanted: Any) -> None:
     elif isinstance(wanted, list):
         for one, other in zip(found, wanted, strict=True):
             close(one, other)
+    elif isinstance(wanted, str) and re.fullmatch(r"-?[0-9]+[.][0-9]+", wanted):  # a loss with all its digits
+        close(float(found), float(wanted))
     else:
         assert found == (pytest.approx(wanted, rel=1e-5, abs=1e-5) if isinstance(wanted, float) else wanted)
 
