@@ -33,6 +33,6 @@ def present(benchmark: Benchmark[ImageDefinition, SetEntry], runs: list[Run]) ->
         outcomes,
         verdicts=list(verdicts(outcomes)),
         note=_NOTE,
-        compared=outcomes.compared(),
+        compared=outcomes.compared,
         parts=parts,
     )

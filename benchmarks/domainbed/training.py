@@ -23,7 +23,7 @@ from benchmarks.harness.modeling.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.metrics import score
-from benchmarks.harness.training.probe import FIXED_ROWS, Probe
+from benchmarks.harness.training.probe import Probe, fixed_rows
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
 from emoe.layer import routed_layers
@@ -127,8 +127,7 @@ class DomainTrainer:
             logging_nan_inf_filter=False,  # a loss that is no number shall be seen
             dataloader_num_workers=reading_workers(),
         )
-        fixed = next(iter(splits.values()))
-        rows = [fixed[row] for row in range(min(len(fixed), FIXED_ROWS))]
+        rows = fixed_rows(next(iter(splits.values())))
         # of a frozen prefix the images are elsewhere than in their pixels
         columns = [name for name in rows[0] if name != "labels"]
         self.probe.look(classifier.model, {name: torch.stack([row[name] for row in rows]) for name in columns})

@@ -31,7 +31,7 @@ def present(benchmark: Benchmark[TextDefinition, TaskEntry], runs: list[Run]) ->
         outcomes,
         verdicts=list(verdicts(outcomes)),
         note=NOTE,
-        compared=outcomes.compared(),
+        compared=outcomes.compared,
     )
 
 

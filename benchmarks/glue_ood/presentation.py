@@ -37,5 +37,5 @@ def present(benchmark: Benchmark[EvaluationDefinition, TaskEntry], runs: list[Ru
     }
     figures: dict[str, Callable[..., None]] = {"ranks": partial(rank_diagram, rankings=rankings), "scores": ood_scores}
     return make(
-        benchmark, tables, figures, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE, compared=outcomes.compared()
+        benchmark, tables, figures, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE, compared=outcomes.compared
     )

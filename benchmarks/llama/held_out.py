@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
+from benchmarks.harness.training.undisturbed import undisturbed
 from benchmarks.llama.encoding import EncodedRows
 from benchmarks.llama.evaluation import held_out_loss
 
@@ -47,14 +47,10 @@ class HeldOutCurve(TrainerCallback):
             self._take(state, model)
 
     def _take(self, state: TrainerState, model: nn.Module) -> None:
-        modes = [(module, module.training) for module in model.modules()]
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices):
+        with undisturbed(model):
             loss = held_out_loss(
                 cast(PreTrainedModel, model), self._rows, self._tokenizer, self._batch_size, self._precision
             )
-        for module, mode in modes:
-            module.training = mode
         state.log_history.append({_KEY: cast(Any, loss), "step": state.global_step})
 
     @staticmethod

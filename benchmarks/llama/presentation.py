@@ -27,5 +27,5 @@ def present(benchmark: Benchmark[InstructionDefinition, InstructionSet], runs: l
         outcomes,
         verdicts=list(verdicts(outcomes)),
         note=_NOTE,
-        compared=outcomes.compared(),
+        compared=outcomes.compared,
     )

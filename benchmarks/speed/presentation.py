@@ -24,5 +24,5 @@ def present(benchmark: Benchmark[MeasurementDefinition, Measure], runs: list[Run
         measured,
         verdicts=list(verdicts(measured)),
         note=_NOTE,
-        compared=measured.compared(),
+        compared=measured.compared,
     )

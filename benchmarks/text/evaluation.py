@@ -14,7 +14,7 @@ from benchmarks.harness.modeling.prefix_cache import with_states
 from benchmarks.harness.training.callbacks import Stopwatch
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
-from benchmarks.harness.training.probe import FIXED_ROWS
+from benchmarks.harness.training.probe import fixed_rows
 from benchmarks.harness.training.trainer import finite, plain_logits, precision_here, quiet_arguments
 from benchmarks.text.datasets import TextSplit
 from benchmarks.text.definition import RunTask
@@ -71,7 +71,7 @@ class TextEvaluator:
     def first_batch(self, split: TextSplit) -> dict[str, Any]:
         """A split's first rows as the model is called with them."""
         rows = TokenisedRows(split, self._tokenizer, self._max_length, by_length=False, labelled=False)
-        return dict(self._collate([rows[row] for row in range(min(len(rows), FIXED_ROWS))]))
+        return dict(self._collate(fixed_rows(rows)))
 
     def evaluate(self, split: TextSplit, task: RunTask) -> dict[str, float | None]:
         """Scores and loss on another task's split."""

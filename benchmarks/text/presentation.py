@@ -16,5 +16,5 @@ def present(benchmark: Benchmark[TextDefinition, TaskEntry], runs: list[Run]) ->
     outcomes = TextOutcomes(benchmark, runs)
     figures = {"ood": scores_by_training_task}
     return make(
-        benchmark, TABLES, figures, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE, compared=outcomes.compared()
+        benchmark, TABLES, figures, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE, compared=outcomes.compared
     )

@@ -21,7 +21,7 @@ from benchmarks.harness.modeling.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.metrics import mean_loss, score
-from benchmarks.harness.training.probe import FIXED_ROWS, Probe
+from benchmarks.harness.training.probe import Probe, fixed_rows
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
@@ -115,7 +115,7 @@ class TextTrainer:
         rows, self._dev = self._rows(train, by_length=False), self._rows(dev, by_length=True)
         by_length = self._training.sampling == "group_by_length"
         collate = padding_collator(tokenizer, self.precision)
-        self.probe.look(classifier.model, collate([rows[row] for row in range(min(len(rows), FIXED_ROWS))]))
+        self.probe.look(classifier.model, collate(fixed_rows(rows)))
         self._trainer = RoutedTrainer(
             args=arguments,
             order=EpochOrder(rows.lengths, self._training.batch_size, spec.seed, by_length=by_length),

@@ -67,7 +67,7 @@ def judged(suite: Suite) -> pd.DataFrame:
 
 def _numbers(suite: Suite, name: str) -> pd.DataFrame:
     benchmark = load_benchmark(name)
-    found = present(benchmark, suite.runs_of(name)).compared
+    found = present(benchmark, suite.runs_of(name)).compared()
     if found.empty:
         raise DefinitionError(f"{benchmark.folder / 'presentation.py'} gives no 'compared', which claims.yaml needs")
     return found

@@ -33,7 +33,7 @@ class Presentation:
         figures: what writes each of its ``figures``, or ``set_figures``, as PDF and PNG, by the name of the file without ending.
         verdicts: a sentence each: how do the methods differ from the dense model?
         note: how to read the verdicts.
-        compared: the numbers that claims are tested on: a row a number, with the columns :data:`~benchmarks.harness.reporting.outcomes.COMPARED`.
+        compared: gives the numbers that claims are tested on: a row a number, with the columns :data:`~benchmarks.harness.reporting.outcomes.COMPARED`.
         parts: what is shown of each of its sets alone, by the set's name; empty for benchmarks whose sets are shown together.
     """
 
@@ -41,7 +41,7 @@ class Presentation:
     figures: dict[str, Callable[[Path], None]]
     verdicts: list[str] = field(default_factory=list)
     note: str = ""
-    compared: pd.DataFrame = field(default_factory=compared_nothing)
+    compared: Callable[[], pd.DataFrame] = compared_nothing
     parts: dict[str, Presentation] = field(default_factory=dict)
 
     def draw(self, folder: Path) -> None:

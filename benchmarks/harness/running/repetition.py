@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -141,8 +140,3 @@ def cheapest(runs: Iterable[Run]) -> list[Run]:
         if run.benchmark not in found or seconds < found[run.benchmark][0]:
             found[run.benchmark] = seconds, run
     return [run for _, run in found.values()]
-
-
-def forget(folder: Path) -> None:
-    """Delete a working directory; what it shares stays."""
-    shutil.rmtree(folder, ignore_errors=True)

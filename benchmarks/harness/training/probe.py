@@ -16,10 +16,16 @@ import emoe
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.training.distributed import is_sharded, world_size
+from benchmarks.harness.training.undisturbed import undisturbed
 from emoe.layer import routed_layers
 
 FIRST_STEPS = 8
-FIXED_ROWS = 4
+_FIXED_ROWS = 4
+
+
+def fixed_rows(rows: Any) -> list[Any]:
+    """The first rows of a set, for :meth:`Probe.look`."""
+    return [rows[place] for place in range(min(len(rows), _FIXED_ROWS))]
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,7 @@ class Probe(TrainerCallback):
             for name, value in batch.items()
             if name != "labels"
         }
-        modes = {module: module.training for module in model.modules()}
-        with torch.random.fork_rng():
+        with undisturbed(model):
             model.eval()
             if routed_layers(model):
                 with emoe.record_routing(model) as record:
@@ -92,8 +97,6 @@ class Probe(TrainerCallback):
                 self._loads = {str(layer): found.loads.tolist() for layer, found in record.layers.items()}
             else:
                 logits = model(**inputs)["logits"]
-        for module, training in modes.items():
-            module.training = training
         self._logits = LogitsSummary.of(logits)
 
     def note(self, loss: Tensor) -> None:
