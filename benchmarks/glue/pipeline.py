@@ -81,5 +81,7 @@ def _splits(task: RunTask, training: TextTraining, load: Callable[..., TextSplit
     if training.validation_fraction:
         train, dev = train.divided(training.validation_fraction, f"{task.name}/held out")
     else:
-        dev = load(task, "dev", training.eval_rows) if task.splits.test else test
+        dev = load(task, "dev", training.dev_rows or training.eval_rows) if task.splits.test else test
+    if training.train_share:
+        train = train.part(training.train_share, f"{task.name}/train")
     return {"train": train, "dev": dev, "test": test}

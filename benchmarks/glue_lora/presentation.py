@@ -7,6 +7,7 @@ from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.reporting.presentation import NOTE, Presentation, make
 from benchmarks.harness.results.records import read_metrics
+from benchmarks.text.ablations import Ablations
 from benchmarks.text.definition import TaskEntry, TextDefinition
 from benchmarks.text.figures import id_scores
 from benchmarks.text.outcomes import TextOutcomes
@@ -24,14 +25,15 @@ def present(benchmark: Benchmark[TextDefinition, TaskEntry], runs: list[Run]) ->
     """
     check_same_trained(runs)
     outcomes = TextOutcomes(benchmark, runs)
+    ablations = Ablations(benchmark, runs, outcomes)
     return make(
         benchmark,
-        TABLES,
-        {"scores": id_scores},
+        {**TABLES, **ablations.tables},
+        {"scores": id_scores, **ablations.figures},
         outcomes,
         verdicts=list(verdicts(outcomes)),
         note=NOTE,
-        compared=outcomes.compared,
+        compared=ablations.compared,
     )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.planning.schema import UNIQUE, Count, Key, PartOf, Strict
+from benchmarks.harness.planning.schema import UNIQUE, Count, Key, PartOf, Strict, left_out
 from benchmarks.harness.planning.shared import Definition, MethodsDefinition, SuitePart
 from benchmarks.harness.planning.specs import RunSpec
-from benchmarks.text.definition import Protocol, RunTask
+from benchmarks.text.definition import Ablated, Protocol, RunTask
 
 
 class Evaluation(Strict):
@@ -30,8 +30,20 @@ class EvaluationSuite(SuitePart):
     """Settings that differ in this suite."""
 
 
-class EvaluationFile(Definition):
-    """A benchmark that trains nothing. It evaluates the chosen runs of another on the OOD sets of their tasks."""
+class Transformed(Strict):
+    """A row that is trained as one method of the other benchmark and evaluated as another."""
+
+    title: str
+    """Label in tables and figures."""
+    trained: str
+    """The row whose runs are evaluated."""
+    used_as: str
+    """The row as whose model they are evaluated: without experts where that is dense, else with its experts. Both train the same, and in its FFNs nothing that
+    would have to be translated."""
+
+
+class EvaluationFile(Definition, Ablated):
+    """A benchmark that trains nothing. It evaluates the chosen runs of another on their task and on the OOD sets of it."""
 
     figures: dict[str, str]
     """The figures that it draws, each with its caption."""
@@ -39,6 +51,8 @@ class EvaluationFile(Definition):
     """The benchmark whose runs are evaluated; it keeps their weights. Methods, baseline and tasks are its."""
     ranked: Annotated[list[str], Field(min_length=2), UNIQUE]
     """Methods that are ranked together; a rank means something among them only."""
+    transformed: dict[Key, Transformed] = Field({})
+    """Rows that are trained as one thing and evaluated as another, by name; they stand in ablations."""
     evaluation: Evaluation
     """How every set is evaluated; a suite may set its own."""
     suites: dict[Key, EvaluationSuite]
@@ -57,7 +71,9 @@ class EvaluationSpec(RunSpec):
     task: RunTask
     """What they were trained on."""
     ood: list[RunTask]
-    """What the chosen one is evaluated on."""
+    """What the chosen one is evaluated on beside."""
+    transform: Literal["dense", "emoe"] | None = left_out()
+    """What its model is made before, by ``method.config``; left out: nothing, it is as it was trained."""
     evaluation: Evaluation
     """How."""
     candidates: list[str]

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
-from benchmarks.harness.planning.kinds import OOD_MEAN, Benchmark, Domain, Offer, kind_of
+from benchmarks.harness.planning.kinds import Benchmark, Offer, kind_of
+from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.schema import check_names, parse
-from benchmarks.harness.planning.shared import Definition, MethodsDefinition
+from benchmarks.harness.planning.shared import ABLATION, Definition, MethodRow, MethodsDefinition
 from benchmarks.text.definition import TaskEntry
-from benchmarks.text.grid import OOD, TextKind, TextSets
+from benchmarks.text.grid import TextKind, TextSets, check_ablations
 
 
 class EvaluationKind(TextSets[EvaluationDefinition]):
@@ -33,10 +34,22 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
             for key in MethodsDefinition.model_fields
             if key not in Definition.model_fields
         }
-        return EvaluationDefinition(**found.given(), **taken), other.tasks
+        usual = {name for name, method in resolve_methods(other.definition).items() if method.role != ABLATION}
+        rows = {name: row for name, row in taken["methods"].items() if name in usual}
+        for name, row in found.transformed.items():
+            where = f"{file}: 'transformed.{name}"
+            check_names(where, "trained", [row.trained], usual)
+            check_names(where, "used_as", [row.used_as], usual)
+            if name in rows:
+                raise DefinitionError(f"{where}' has the name of a method of '{found.evaluates}'; give it another")
+            rows[name] = MethodRow(
+                **{"method": row.trained, **taken["methods"][row.trained].given(), "title": row.title, "role": ABLATION}
+            )
+        return EvaluationDefinition(**found.given(), **{**taken, "methods": rows}), other.tasks
 
     def check(self, definition: EvaluationDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
         check_names(f"{folder / 'benchmark.yaml'}: '", "ranked", definition.ranked, definition.methods)
+        check_ablations(definition, definition.ablations, folder / "benchmark.yaml")
 
     def evaluates(self, definition: EvaluationDefinition) -> str:
         return definition.evaluates
@@ -53,21 +66,25 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
         definition = benchmark.definition
         others = specs_of(definition.evaluates)
         settings = definition.evaluation.changed(definition.suites[suite].evaluation).model_dump()
-        cells: dict[tuple[str, ...], list[str]] = {}
+        cells: dict[_Cell, list[str]] = {}
         for folder, spec in others.items():
             if not spec["training"]["keep_weights"]:
                 raise DefinitionError(
                     f"{benchmark.file}: 'evaluates' is '{definition.evaluates}', whose runs in the suite '{suite}' do not keep "
                     "their weights; set training.keep_weights: true there"
                 )
-            cells.setdefault(_cell(spec), []).append(folder)
+            if spec["method"]["name"] in definition.methods:
+                cells.setdefault(_Cell.of(spec), []).append(folder)
         found = False
-        for folders in cells.values():
+        for name, folders, used_as in _rows(definition, cells):
             first = others[folders[0]]
-            ood = [name for name in benchmark.tasks[first["task"]["name"]].ood if name not in exclude]
+            changes = _changes(name, used_as, others, benchmark.file)
+            ood = [task for task in benchmark.tasks[first["task"]["name"]].ood if task not in exclude]
             if not ood:
                 continue
             for seed in dict.fromkeys(others[folder]["seed"] for folder in folders):
+                if used_as and seed not in changes:
+                    continue
                 found = True
                 yield {
                     "benchmark": benchmark.name,
@@ -76,12 +93,13 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
                     "protocol": first["protocol"],
                     "model": first["model"],
                     "task": first["task"],
-                    "ood": [benchmark.tasks[name].spec(name) for name in ood],
-                    "method": {"name": first["method"]["name"], "variant": "", "config": None},
+                    "ood": [benchmark.tasks[task].spec(task) for task in ood],
                     "evaluation": settings,
                     "candidates": folders,
                     "learning_rate": 0.0,
                     "seed": seed,
+                    "method": {"name": name, "variant": "", "config": None},
+                    **changes.get(seed, {}),
                 }
         if not found:
             tasks = sorted({spec["task"]["name"] for spec in others.values()})
@@ -89,14 +107,17 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
                 f"{benchmark.file}: no task of the suite '{suite}' ({', '.join(tasks)}) has an OOD set left"
             )
 
-    def compared_domains(self, definition: EvaluationDefinition) -> Mapping[str, Domain]:
-        found = super().compared_domains(definition)
-        return {name: found[name] for name in (OOD, OOD_MEAN)}
-
     def offer(self, benchmark: Benchmark[EvaluationDefinition, TaskEntry], suite: str) -> Offer:
         other = load_benchmark(benchmark.definition.evaluates)
         trained = other.kind.offer(other, suite)
-        return replace(trained, domains=frozenset(self.compared_domains(benchmark.definition)))
+        methods = trained.methods & set(benchmark.definition.methods)
+        transformed = {
+            name
+            for name, row in benchmark.definition.transformed.items()
+            if {row.trained, row.used_as} <= trained.methods
+        }
+        domains = frozenset(self.compared_domains(benchmark.definition))
+        return replace(trained, methods=methods | transformed, domains=domains)
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [str(RUNS / folder / "metrics.json") for folder in spec["candidates"]]
@@ -105,5 +126,53 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
 KIND = EvaluationKind()
 
 
-def _cell(spec: Mapping[str, Any]) -> tuple[str, ...]:
-    return (spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["protocol"])
+class _Cell(NamedTuple):
+    """What is evaluated together: the chosen run of every seed."""
+
+    model: str
+    task: str
+    method: str
+    protocol: str
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any]) -> _Cell:
+        return cls(spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["protocol"])
+
+
+def _rows(
+    definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Every row with the runs that it chooses among, and those as whose model these are evaluated: none where they stay as they were trained."""
+    for cell, folders in cells.items():
+        yield cell.method, folders, []
+    for name, row in definition.transformed.items():
+        for cell, folders in cells.items():
+            used_as = cells.get(cell._replace(method=row.used_as))
+            if cell.method == row.trained and used_as:
+                yield name, folders, used_as
+
+
+def _changes(
+    name: str, used_as: list[str], others: Mapping[str, Mapping[str, Any]], file: Path
+) -> dict[int, dict[str, Any]]:
+    """What the spec of a transformed row says in the place of the usual, by seed.
+
+    Raises:
+        DefinitionError: the row that it is used as has several settings, or experts that are no part of the dense FFN.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for folder in used_as:
+        config, seed = others[folder]["method"]["config"], others[folder]["seed"]
+        if config is not None and config["kind"] != "emoe":
+            raise DefinitionError(
+                f"{file}: 'transformed.{name}.used_as' has experts that are no parts of the dense FFN"
+            )
+        change = {
+            "transform": "emoe" if config else "dense",
+            "method": {"name": name, "variant": "", "config": config},
+        }
+        if found.setdefault(seed, change) != change:
+            raise DefinitionError(
+                f"{file}: 'transformed.{name}.used_as' runs with several N, k or layers, so that it is open which are meant"
+            )
+    return found

@@ -1,4 +1,4 @@
-"""Evaluate the chosen run of another benchmark on sets that it was not trained on."""
+"""Evaluate the chosen run of another benchmark on its task, and on sets that it was not trained on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.modeling.build import reopen_classifier
+from benchmarks.harness.modeling.conversion import apply_method_
 from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run
@@ -23,6 +24,7 @@ from benchmarks.text.datasets import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.selection import CHOICE, select
+from emoe import to_dense_
 from emoe.errors import CheckpointError
 
 
@@ -41,6 +43,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     settings = read.evaluation
     load = partial(load_part, rows=settings.rows, known=load_benchmark(read.benchmark).tasks, say=progress.say)
     splits = {other.name: _load(other, load) for other in read.ood}
+    own = load(read.task, "test")
     chosen = _chosen(read)
     trained = parse(chosen.spec, TextSpec, str(RUNS / chosen.folder / "run.json"))
     recorded = read_metrics(chosen)
@@ -52,6 +55,10 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         raise DataError(
             f"{error}\nDelete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
         ) from error
+    if read.transform == "emoe":
+        apply_method_(classifier.model, {"noise": 0.0, "config": read.method.config}, read.seed)
+    elif read.transform == "dense":
+        to_dense_(classifier.model)
     evaluator = TextEvaluator(
         classifier,
         tokenizer,
@@ -64,12 +71,18 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     probe = Probe()
     if read.ood:  # sets can be excluded
         probe.look(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
+    training = trained.training
+    if read.transform is None and (training.eval_rows, training.max_length) == (settings.rows, settings.max_length):
+        tested = recorded["scores"]["test"][read.task.name]  # as it was trained, on the same rows
+    else:
+        progress.say(f"evaluating on {read.task.name}, {len(own):,} rows")
+        tested = evaluator.evaluate(own)
     scores: dict[str, Any] = {}
     for other in read.ood:
         progress.say(f"evaluating on {other.name}, {len(splits[other.name]):,} rows")
         scores[other.name] = evaluator.evaluate(splits[other.name], other)
     return {
-        "scores": {"ood": scores},
+        "scores": {"test": {read.task.name: tested}, "ood": scores},
         "probe": probe.summary(),
         "chosen": {
             "run": chosen.folder,
@@ -77,7 +90,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             "variant": trained.method.variant,
         },
         "cost": {"evaluation_seconds": evaluator.evaluation_seconds, "precision": evaluator.precision},
-        "data": {f"ood:{name}": split.summary() for name, split in splits.items()},
+        "data": {"test": own.summary()} | {f"ood:{name}": split.summary() for name, split in splits.items()},
     }
 
 

@@ -11,6 +11,7 @@ from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.reporting.presentation import NOTE, Presentation, make
 from benchmarks.harness.reporting.rendering import Table
+from benchmarks.text.ablations import Ablations
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.figures import ood_scores, rank_diagram
 from benchmarks.text.grid import OOD
@@ -29,13 +30,19 @@ def present(benchmark: Benchmark[EvaluationDefinition, TaskEntry], runs: list[Ru
     rankings = ranked(outcomes, benchmark.definition.ranked, ["protocol", "model"])
     if not rankings:
         raise DefinitionError(f"{benchmark.file}: 'ranked' names no method that the suite runs")
+    ablations = Ablations(benchmark, runs, outcomes)
     tables: dict[str, Callable[..., Table]] = {
         "ranks": partial(ranks, rankings=rankings),
         "scores": partial(tasks, domain=OOD),
         "tests": tests,
         "paper": partial(paper, domain=OOD),
+        **ablations.tables,
     }
-    figures: dict[str, Callable[..., None]] = {"ranks": partial(rank_diagram, rankings=rankings), "scores": ood_scores}
+    figures: dict[str, Callable[..., None]] = {
+        "ranks": partial(rank_diagram, rankings=rankings),
+        "scores": ood_scores,
+        **ablations.figures,
+    }
     return make(
-        benchmark, tables, figures, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE, compared=outcomes.compared
+        benchmark, tables, figures, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE, compared=ablations.compared
     )

@@ -16,7 +16,7 @@ _KEY = "held_out_loss"
 
 
 class HeldOutCurve(TrainerCallback):
-    """Takes the held-out loss before training and every few steps; training goes on as if it had not.
+    """Takes the held-out loss before training and every few steps, but not after the last, when the model is evaluated anyway; training goes on as if it had not.
 
     The points stand in the trainer's own history, which its checkpoints keep.
 
@@ -43,7 +43,7 @@ class HeldOutCurve(TrainerCallback):
     def on_step_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if state.global_step % self._every == 0:
+        if state.global_step % self._every == 0 and state.global_step < state.max_steps:
             self._take(state, model)
 
     def _take(self, state: TrainerState, model: nn.Module) -> None:

@@ -80,9 +80,11 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         return {}
     if training["keep_weights"]:
         save_trained(trainable.model, folder / "model")
-    return _evaluated(spec, trainable, data, asked, progress) | {
+    evaluated = _evaluated(spec, trainable, data, asked, progress)
+    last = {"step": trained.steps, "loss": evaluated["scores"]["dev"][spec["task"]["name"]]["loss"]}
+    return evaluated | {
         "curve": trained.curve,
-        **({"held_out_curve": trained.held_out} if trained.held_out else {}),
+        **({"held_out_curve": [*trained.held_out, last]} if trained.held_out else {}),
         "probe": probe.summary(),
         "model": trainable.summary,
         "cost": {

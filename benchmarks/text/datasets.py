@@ -57,6 +57,20 @@ class TextSplit:
         chosen = set(random.Random(derive_seed("held out", seed_name)).sample(range(len(self)), count))
         return self._rows([i for i in range(len(self)) if i not in chosen]), self._rows(sorted(chosen))
 
+    def part(self, share: float, seed_name: str) -> TextSplit:
+        """A share of the rows of every class (of a regression's whole scores), at least one of each, drawn once and for all (not by the run's seed).
+
+        A smaller share is a part of a larger one.
+        """
+        by_class: dict[int, list[int]] = {}
+        for row, label in enumerate(self.labels):
+            by_class.setdefault(round(label), []).append(row)
+        chosen: list[int] = []
+        for label, rows in sorted(by_class.items()):
+            random.Random(derive_seed("part", seed_name, label)).shuffle(rows)
+            chosen += rows[: max(1, round(share * len(rows)))]
+        return self._rows(sorted(chosen))
+
     def _rows(self, chosen: Sequence[int]) -> TextSplit:
         return replace(self, texts=[self.texts[i] for i in chosen], labels=[self.labels[i] for i in chosen])
 

@@ -54,8 +54,12 @@ class TextTraining(Strict):
     """Order of the training rows: shuffled, or shuffled in groups of like length (less padding)."""
     train_rows: Count | None
     """Training rows, taken from the shuffled training split; null for all."""
+    train_share: Annotated[float, Field(gt=0, lt=1), AS_GIVEN] | None = left_out()
+    """A share of these rows only, every class in proportion; a smaller share is a part of a larger one. Left out: all."""
     eval_rows: Count | None
     """Rows of every evaluation split; null for all."""
+    dev_rows: Count | None = left_out()
+    """Rows of the split that selects, of tasks that have one beside a test split, where it is evaluated on fewer; left out, or null: as many as of the others."""
     weight_decay: NotNegative
     """AdamW's weight decay."""
     warmup: Rate
@@ -105,6 +109,8 @@ class TextBlock(VariantAxes):
     """Peak learning rates."""
     seed: Wholes
     """Seeds."""
+    train_share: Annotated[list[Annotated[float, Field(gt=0, lt=1), AS_GIVEN]], Field(min_length=1)] | None = left_out()
+    """Shares of the training rows, for rows with `role: ablation`."""
     protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = left_out()
     """How epoch and hyper-parameters are chosen. published: by the dev split, which is also reported. clean: by a split that is not reported.
     Left out: clean for tasks with a test split, else published."""
@@ -119,7 +125,29 @@ class TextSuite(TrainingSuite):
     """Blocks of runs; each is the product of its lists."""
 
 
-class TextDefinition(TrainingDefinition):
+class Ablation(Strict):
+    """A comparison within a comparison, with a table and perhaps a figure of its own name."""
+
+    title: str
+    """Heading of the table."""
+    question: str
+    """What it asks, and what the paper says of it."""
+    rows: Annotated[Names, UNIQUE]
+    """Rows that are compared with the baseline, which stands first. Of rows with `role: ablation`, and of others with several variants, every setting is a row."""
+    axis: Literal["train_share", "top_k_fraction"] | None = left_out()
+    """What the figure has on its horizontal axis; left out: the differences, row by row."""
+    paper: str | None = left_out()
+    """CSV with the paper's numbers, in the benchmark's folder: a row a model, scope (task), method, setting."""
+
+
+class Ablated(Strict):
+    """What a benchmark of texts says of its ablations."""
+
+    ablations: dict[Key, Ablation] = Field({})
+    """Tables of their own for rows with `role: ablation`, by name; `tables` and `figures` name those that are made."""
+
+
+class TextDefinition(TrainingDefinition, Ablated):
     """One benchmark, its methods, and what each suite runs of it."""
 
     figures: dict[str, str]

@@ -73,8 +73,8 @@ class TextEvaluator:
         rows = TokenisedRows(split, self._tokenizer, self._max_length, by_length=False, labelled=False)
         return dict(self._collate(fixed_rows(rows)))
 
-    def evaluate(self, split: TextSplit, task: RunTask) -> dict[str, float | None]:
-        """Scores and loss on another task's split."""
+    def evaluate(self, split: TextSplit, task: RunTask | None = None) -> dict[str, float | None]:
+        """Scores and loss on a split of the task, or of another one."""
         return evaluate_split(self._trainer, self._tokenizer, self._max_length, split, self._task, task)
 
 

@@ -12,6 +12,7 @@ from benchmarks.harness.base.errors import DataError, DefinitionError, first_lin
 from benchmarks.harness.planning.catalogue import load_metrics, load_models
 from benchmarks.harness.planning.frozen import check_frozen
 from benchmarks.harness.planning.kinds import COUNTS, OOD_MEAN, Benchmark, D, Domain, Kind, Offer, SetPart
+from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
     method_spec,
@@ -19,12 +20,19 @@ from benchmarks.harness.planning.methods import (
     training_settings,
 )
 from benchmarks.harness.planning.schema import check_names, parse, read
-from benchmarks.harness.planning.shared import Method
+from benchmarks.harness.planning.shared import ABLATION, Method, MethodsDefinition
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.training.label_mapping import label_mapping
-from benchmarks.text.definition import TaskEntry, TaskFile, TextDefinition, TextTraining, TextTrainingSettings
-from emoe.errors import EMoEError
+from benchmarks.text.definition import (
+    Ablation,
+    TaskEntry,
+    TaskFile,
+    TextDefinition,
+    TextTraining,
+    TextTrainingSettings,
+)
+from emoe.errors import EMoEError, did_you_mean
 
 PUBLISHED, CLEAN = "published", "clean"
 # what the usual presentation makes
@@ -32,7 +40,7 @@ TABLES = ("results", "tasks", "tests", "ood", "cost", "choices", "paper")
 FIGURES = ("ood",)
 ID, OOD = "id", "ood"
 _SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
-_OTHER_AXES = ("protocol", "learning_rate", "seed")
+_OTHER_AXES = ("train_share", "protocol", "learning_rate", "seed")
 
 
 class TextSets(Kind[D, TaskEntry]):
@@ -87,8 +95,9 @@ class TextKind(TextSets[TextDefinition]):
     def check(self, definition: TextDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
         file = folder / "benchmark.yaml"
         if not (folder / "presentation.py").exists():
-            check_names(f"{file}: '", "tables", definition.tables, TABLES)
-            check_names(f"{file}: '", "figures", definition.figures, FIGURES)
+            check_names(f"{file}: '", "tables", definition.tables, [*TABLES, *definition.ablations])
+            check_names(f"{file}: '", "figures", definition.figures, [*FIGURES, *definition.ablations])
+        check_ablations(definition, definition.ablations, file)
         for suite, part in definition.suites.items():
             training = definition.training.changed(part.training)
             if training.patience is not None and training.checkpoint_selection != "best":
@@ -113,6 +122,10 @@ class TextKind(TextSets[TextDefinition]):
             check_names(where, "model", block.model, text_models)
             check_names(where, "task", block.task, trainable)
             check_names(where, "method", block.method, methods)
+            if block.train_share and (usual := [name for name in block.method if methods[name].role != ABLATION]):
+                raise DefinitionError(
+                    f"{where}.train_share' varies '{usual[0]}', whose runs would compete with those on all rows; take a row with role: {ABLATION}"
+                )
             given = block.model_dump()
             axes = [key for key in ("model", "task", "method", *VARIANT_KEYS, *_OTHER_AXES) if key in given]
             for values in itertools.product(*(given[key] for key in axes)):
@@ -126,6 +139,27 @@ class TextKind(TextSets[TextDefinition]):
 
 
 KIND = TextKind()
+
+
+def check_ablations(definition: MethodsDefinition, ablations: Mapping[str, Ablation], file: Path) -> None:
+    """Check that the ablations of a benchmark compare rows that exist, and that no row with that role is left without a table.
+
+    Raises:
+        DefinitionError: names the file, the key and the nearest valid value.
+    """
+    methods = resolve_methods(definition)
+    for name, ablation in ablations.items():
+        where = f"{file}: 'ablations.{name}"
+        check_names(where, "rows", ablation.rows, methods)
+        if definition.baseline in ablation.rows[1:] or definition.baseline not in ablation.rows:
+            raise DefinitionError(f"{where}.rows' must begin with the baseline, '{definition.baseline}'")
+        if ablation.paper and not (file.parent / ablation.paper).exists():
+            near = did_you_mean(ablation.paper, [path.name for path in file.parent.glob("*.csv")])
+            raise DefinitionError(f"{where}.paper' is '{ablation.paper}', which does not exist{near}")
+    shown = {row for ablation in ablations.values() for row in ablation.rows}
+    for row, method in methods.items():
+        if method.role == ABLATION and row not in shown:
+            raise DefinitionError(f"{file}: 'methods.{row}' is an ablation, but no 'ablations' has it among its 'rows'")
 
 
 def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> None:
@@ -170,6 +204,8 @@ def _spec(
     training = settings.model_dump(include=set(TextTraining.model_fields))
     if protocol == PUBLISHED or task.splits.test is not None:
         training["validation_fraction"] = 0.0
+    if "train_share" in point:
+        training["train_share"] = point["train_share"]
     method = method_spec(methods, point, point["seed"], settings.lora, where)
     check_frozen(training, method, where)
     ood = [name for name in task.ood if name not in exclude] if settings.evaluate_ood else []

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.kinds import OOD_MEAN, Benchmark
+from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.shared import MethodsDefinition
+from benchmarks.harness.planning.shared import ABLATION, MethodsDefinition
 from benchmarks.harness.reporting.outcomes import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect, scores_of
 from benchmarks.harness.results.statistics import Ranking, friedman_ranks, paired_differences, with_verdicts
@@ -18,6 +21,8 @@ from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import ID, OOD
 from benchmarks.text.selection import PROTOCOLS, reported, select
 
+SETTING = "|"  # between a row and a setting that is a row of its own
+ARROW = " → "  # from the set that was trained on to the one that is evaluated on
 _PAIR = ["model", "task", "eval_task"]
 _SET = ["protocol", "domain", *_PAIR]
 
@@ -25,7 +30,14 @@ _SET = ["protocol", "domain", *_PAIR]
 class TextOutcomes(Outcomes):
     """The finished runs of one text benchmark, by protocol.
 
+    Args:
+        benchmark: its definition.
+        runs: the finished runs.
+        ablated: with the rows that stand in ablations alone, and every setting of them, and of others with several variants, as a row of its own
+            (:attr:`settings`), so that nothing chooses among settings. Without, and for main tables, there are none of these rows.
+
     Attributes:
+        settings: of rows that are one setting of a method: its name and variant, by the name that ``method`` then has.
         records: every number.
         chosen: by protocol, the records of the chosen runs.
         seeds: a row a protocol, ``domain`` (``id``, ``ood``, ``ood_mean``), model, training task, evaluation task, method
@@ -38,14 +50,65 @@ class TextOutcomes(Outcomes):
 
     benchmark: Benchmark[MethodsDefinition, TaskEntry]
 
-    def __init__(self, benchmark: Benchmark[MethodsDefinition, TaskEntry], runs: Sequence[Run]) -> None:
-        super().__init__(benchmark, runs, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
+    def __init__(
+        self, benchmark: Benchmark[MethodsDefinition, TaskEntry], runs: Sequence[Run], *, ablated: bool = False
+    ) -> None:
+        roles = {name: method.role for name, method in resolve_methods(benchmark.definition).items()}
+        shown = [run for run in runs if ablated or roles[run.spec["method"]["name"]] != ABLATION]
+        super().__init__(benchmark, shown, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
         self._evaluates = benchmark.kind.evaluates(benchmark.definition) is not None
-        self.records = collect(runs)
+        self._ablated = ablated
+        self.records = collect(shown)
+        self.settings: dict[str, tuple[str, str]] = {}
+        if ablated:
+            self._split_settings()
         self.chosen = {protocol: self._chosen(protocol) for protocol in PROTOCOLS}
         self.seeds = pd.concat([self._seeds(protocol) for protocol in PROTOCOLS], ignore_index=True)
         self.protocols = [protocol for protocol in PROTOCOLS if protocol in set(self.seeds["protocol"])]
         self.rows = self._rows()
+
+    def _split_settings(self) -> None:
+        """Make every setting of an ablation, and of a row with several variants, a row of its own."""
+        records = self.records
+        is_ablation = records["method"].map(self.role).eq(ABLATION)
+        variants = records.groupby(["protocol", "model", "task", "method"])["variant"].transform("nunique")
+        usual = {
+            model: self._usual_settings(rows) for model, rows in records[~is_ablation].groupby("model", sort=False)
+        }
+        own = [
+            without(variant, usual.get(model, set())) if ablation else variant if several > 1 else ""
+            for model, variant, ablation, several in zip(
+                records["model"], records["variant"], is_ablation, variants, strict=True
+            )
+        ]
+        records = records.assign(row=records["method"], setting=own)
+        split = records["setting"].ne("")
+        records["method"] = records["row"].where(~split, records["row"] + SETTING + records["setting"])
+        rows = records.loc[split, ["method", "row", "setting"]].drop_duplicates("method")
+        self.settings = {name: (row, setting) for name, row, setting in rows.itertuples(index=False, name=None)}
+        self.records = records.assign(variant=records["variant"].where(~split & ~is_ablation, "")).drop(
+            columns=["row", "setting"]
+        )
+        self.methods |= {
+            name: self.methods[row].model_copy(update={"title": f"{self.methods[row].title}, {setting_text(variant)}"})
+            for name, (row, variant) in self.settings.items()
+        }
+        self.titles["method"] = {name: method.title for name, method in self.methods.items()}
+
+    def _usual_settings(self, records: pd.DataFrame) -> set[str]:
+        """Settings that all rows of a model with experts say in their variants (the layers of that model), and that are no row's own."""
+        methods = records[["method", "variant"]].drop_duplicates().itertuples(index=False, name=None)
+        found = [
+            {f"{key}{value}" for key, value in setting_values(variant).items()}
+            for name, variant in methods
+            if self.methods[name].kind != "dense"
+        ]
+        return set.intersection(*found) if found else set()
+
+    def spec_of(self, model: str, method: str) -> Mapping[str, Any]:
+        """The spec of some run of a row."""
+        found = self.records[(self.records["model"] == model) & (self.records["method"] == method)]
+        return next(run.spec for run in self.runs if run.id == found["run_id"].iloc[0])
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
         # a benchmark that evaluates the chosen runs of another has no others
@@ -59,6 +122,8 @@ class TextOutcomes(Outcomes):
         parts = [scores_of(own, part).assign(domain=part) for part in (OOD, OOD_MEAN)]
         if not self._evaluates:
             parts.insert(0, reported(self.records, protocol).assign(domain=ID))
+        elif self._ablated:
+            parts.insert(0, scores_of(own, "test").assign(domain=ID))
         return pd.concat(parts)[["domain", *_PAIR, "method", "seed", "value"]].assign(protocol=protocol)
 
     def _rows(self) -> pd.DataFrame:
@@ -83,7 +148,9 @@ class TextOutcomes(Outcomes):
     def compared(self) -> pd.DataFrame:
         """Scores of every seed, and numbers of parameters, for claims."""
         scores = self.seeds.rename(columns={"protocol": "selection", "seed": "pair"}).assign(metric="score")
-        return compared(scores, counts(self.records))
+        found = compared(scores, counts(self.records))
+        rows = [self.settings.get(name, (name, "")) for name in found["method"]]
+        return found.assign(method=[row for row, _ in rows], setting=[setting for _, setting in rows])
 
     @property
     def run_protocols(self) -> list[str]:
@@ -97,7 +164,24 @@ class TextOutcomes(Outcomes):
     def pair_title(self, task: str, eval_task: str) -> str:
         """``SST-2 → IMDB``, or the task alone in domain and over all sets."""
         titles = [self.title("task", name) for name in dict.fromkeys([task, eval_task or task])]
-        return " → ".join(titles)
+        return ARROW.join(titles)
+
+
+def setting_values(variant: str) -> dict[str, str]:
+    """The values of a variant by their letter: N, k (as a share of N), L (layers), D (share of the training rows)."""
+    return dict(re.findall(r"(?:^|-)([NkLD])(.*?)(?=-[NkLD]|$)", variant))
+
+
+def without(variant: str, usual: Collection[str]) -> str:
+    """A variant without the settings that need not be said."""
+    return "-".join(f"{key}{value}" for key, value in setting_values(variant).items() if f"{key}{value}" not in usual)
+
+
+def setting_text(variant: str) -> str:
+    """A variant in words: ``N 32, k/N 0.5, layers 3+5, 80 % of the rows``."""
+    words = {"N": "N {}", "k": "k/N {}", "L": "layers {}", "D": "{:g} % of the rows"}
+    values = setting_values(variant)
+    return ", ".join(words[key].format(float(value) * 100 if key == "D" else value) for key, value in values.items())
 
 
 @dataclass(frozen=True)

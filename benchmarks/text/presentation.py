@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.reporting.presentation import NOTE, Presentation, make
+from benchmarks.text.ablations import Ablations
 from benchmarks.text.definition import TaskEntry, TextDefinition
 from benchmarks.text.figures import scores_by_training_task
 from benchmarks.text.outcomes import TextOutcomes
@@ -14,7 +15,13 @@ from benchmarks.text.tables import TABLES, verdicts
 def present(benchmark: Benchmark[TextDefinition, TaskEntry], runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = TextOutcomes(benchmark, runs)
-    figures = {"ood": scores_by_training_task}
+    ablations = Ablations(benchmark, runs, outcomes)
     return make(
-        benchmark, TABLES, figures, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE, compared=outcomes.compared
+        benchmark,
+        {**TABLES, **ablations.tables},
+        {"ood": scores_by_training_task, **ablations.figures},
+        outcomes,
+        verdicts=list(verdicts(outcomes)),
+        note=NOTE,
+        compared=ablations.compared,
     )

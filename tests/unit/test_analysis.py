@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -394,7 +395,9 @@ def test_rows_that_train_other_things_are_not_compared(finished: Suite) -> None:
     content = json.loads(path.read_text())
     content["model"]["trained"]["head"]["names"] = "other"
     path.write_text(json.dumps(content))
-    with pytest.raises(DefinitionError, match=f"{runs[-1].folder} and .* train other adapters or another head"):
+    with pytest.raises(
+        DefinitionError, match=f"{re.escape(runs[-1].folder)} and .* train other adapters or another head"
+    ):
         present(load_benchmark("glue_lora"), runs)
 
 

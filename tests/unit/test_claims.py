@@ -52,7 +52,15 @@ LOWER = HIGHER.model_copy(update={"direction": "lower"})
 
 def numbers(of: dict[str, dict[tuple[str, int], float]], **same: Any) -> pd.DataFrame:
     """Rows as presentations give them: of every method, the value of a task and seed."""
-    usual = {"selection": "clean", "domain": "id", "metric": "score", "model": "m", "eval_task": "", "tuning": ""}
+    usual = {
+        "selection": "clean",
+        "domain": "id",
+        "metric": "score",
+        "model": "m",
+        "eval_task": "",
+        "tuning": "",
+        "setting": "",
+    }
     return pd.DataFrame(
         [
             {**usual, "method": method, "task": task, "pair": seed, "value": value, **same}
@@ -100,6 +108,75 @@ def test_a_verdict_needs_the_corrected_p() -> None:
     found = evidence_of([0.010, 0.012, 0.009, 0.011])
     assert judge(HIGHER, found, 0.049, None) is Verdict.SUPPORTED
     assert judge(HIGHER, found, 0.05, None) is Verdict.UNDECIDED
+
+
+SAME, NOT_LOWER = (HIGHER.model_copy(update={"direction": direction}) for direction in ("same", "not_lower"))
+
+
+@pytest.mark.parametrize(
+    ("differences", "same", "not_lower"),
+    [
+        ([0.001, -0.002, 0.002, 0.000], Verdict.SUPPORTED, Verdict.SUPPORTED),
+        ([0.050, 0.052, 0.049, 0.051], Verdict.CONTRADICTED, Verdict.SUPPORTED),  # far better
+        ([-0.050, -0.052, -0.049, -0.051], Verdict.CONTRADICTED, Verdict.CONTRADICTED),
+        ([-0.009, -0.012, 0.008, -0.011], Verdict.UNDECIDED, Verdict.UNDECIDED),
+        ([0.001], Verdict.NO_TEST, Verdict.NO_TEST),
+    ],
+)
+def test_sameness_is_shown_and_not_taken_from_a_test_that_finds_nothing(
+    differences: list[float], same: Verdict, not_lower: Verdict
+) -> None:
+    for compare, expected in ((SAME, same), (NOT_LOWER, not_lower)):
+        found = evidence_of(differences, compare)
+        p = equivalence_p(found.difference, found.deviation, 0.01, below_only=compare is NOT_LOWER)
+        assert judge(compare, found, found.difference.p, 0.01, p) == expected
+
+
+def test_one_sided_p_is_scipys() -> None:
+    found = evidence_of([-0.009, -0.012, 0.008, -0.011], NOT_LOWER)
+    expected = stats.ttest_1samp([-0.009, -0.012, 0.008, -0.011], -0.01, alternative="greater").pvalue
+    assert equivalence_p(found.difference, found.deviation, 0.01, below_only=True) == pytest.approx(expected)
+
+
+def of_settings(by_setting: dict[str, list[float]], compare: Comparison) -> Evidence | None:
+    """A method with settings: their differences to a baseline."""
+    base = {("t", seed): 0.5 + 0.01 * seed for seed in range(4)}
+    parts = [numbers({"vanilla": base})]
+    for setting, differences in by_setting.items():
+        own = {("t", seed): base["t", seed] + difference for seed, difference in enumerate(differences)}
+        parts.append(numbers({"emoe": own}, setting=setting))
+    return paired(pd.concat(parts), compare)
+
+
+GOOD, BETTER, BAD = [0.010, 0.012, 0.009, 0.011], [0.030, 0.032, 0.029, 0.031], [-0.010, -0.012, -0.009, -0.011]
+
+
+def test_a_claim_of_every_setting_holds_if_it_holds_of_the_weakest() -> None:
+    every = HIGHER.model_copy(update={"settings": "all"})
+    found = of_settings({"N16": BETTER, "N32": GOOD}, every)
+    alone = evidence_of(GOOD)
+    assert found is not None
+    assert (found.setting, found.settings) == ("N32", 2)
+    assert found.difference == alone.difference  # not corrected
+    against = of_settings({"N16": BETTER, "N32": GOOD, "N64": BAD}, every)
+    assert against is not None
+    assert (against.setting, against.settings) == ("N64", 3)
+    assert against.difference.p == pytest.approx(3 * evidence_of(BAD).difference.p)
+    assert judge(every, against, against.difference.p, None) is Verdict.CONTRADICTED
+    lower = of_settings({"N16": BAD, "N32": GOOD}, every.model_copy(update={"direction": "lower"}))
+    assert lower is not None
+    assert lower.setting == "N32"
+
+
+def test_settings_are_compared_where_a_claim_names_them() -> None:
+    chosen = {"": BETTER, "D0.8": BAD, "D0.5": BAD}
+    usual = of_settings(chosen, HIGHER)
+    named = of_settings(chosen, HIGHER.model_copy(update={"settings": ["D0.8"]}))
+    assert usual is not None
+    assert named is not None
+    assert usual.difference.mean == pytest.approx(0.0305)
+    assert (named.setting, named.difference.mean) == ("D0.8", pytest.approx(-0.0105))
+    assert of_settings(chosen, HIGHER.model_copy(update={"settings": ["D0.9"]})) is None
 
 
 def test_the_difference_is_the_paired_one_as_scipy_has_it() -> None:
@@ -223,11 +300,11 @@ def test_pairs_needed_are_capped_and_need_an_effect_and_a_deviation() -> None:
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> tuple[Suite, pd.DataFrame, Path]:
-    """Most of the mini suite with made-up runs, EMoE far better by LoRA."""
+    """Most of the mini suite with made-up runs, EMoE a little better by LoRA."""
     suite, folder = load_suite(PART_OF_MINI), tmp_path_factory.mktemp("mini")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        fake_runs.write_runs(suite.runs, {"lora_emoe": 0.05})
+        fake_runs.write_runs(suite.runs, {"lora_emoe": 0.01})
         return suite, judged(suite), folder
 
 
@@ -271,7 +348,9 @@ def test_what_is_not_tested_says_what_it_needs(mini: tuple[Suite, pd.DataFrame, 
     missing = rows[rows["verdict"] == "not tested"].set_index(["claim", "test"])["remark"]
     assert all(text.startswith("not tested in this suite: ") for text in missing)
     assert missing["llama", "questions, full fine-tuning"].endswith("its runs are in paper")
-    assert "needs runs on a part of the training rows" in missing["data"].iloc[0]
+    assert missing["robust", "every N and k against the dense model, full fine-tuning"].endswith(
+        "its runs are in mini_full, paper"
+    )
     assert missing["cost"].iloc[0].endswith("its runs are in smoke, speed")
     assert "mini" not in missing["llama", "questions, full fine-tuning"]
 

@@ -297,6 +297,25 @@ def test_progress_says_which_run_step_and_time_left(tmp_path: Path, monkeypatch:
     assert clock(3725) == "1:02:05"
 
 
+def test_runs_of_a_benchmark_without_any_take_as_long_as_where_it_was_blessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Run = plan(["glue"], "smoke")[0]
+    monkeypatch.chdir(tmp_path)
+    done = Path("results/runs/llama/c-s0-00000000/metrics.json")
+    done.parent.mkdir(parents=True)
+    done.write_text(json.dumps({"cost": {"job_seconds": 20}}))
+    expected = {"llama": 10.0, "glue": 5.0}  # this machine takes twice as long
+    plan_file = {"started": 1000.0, "before": [], "runs": ["llama/c-s0-00000000", run.folder], "expected": expected}
+    Path("plan.json").write_text(json.dumps(plan_file))
+    monkeypatch.setenv("EMOE_PLAN", "plan.json")
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: 0.0, time=lambda: 1040.0))
+    stream = io.StringIO()
+    Progress(run.id, stream).say("hello")
+    # 20 s of work took 40, and 10 are left
+    assert stream.getvalue() == f"[1 of 2 runs done, 0:20 left; {run.id}] hello\n"
+
+
 def test_seeds_depend_on_every_part() -> None:
     assert derive_seed("order", 0) == derive_seed("order", 0)
     assert (

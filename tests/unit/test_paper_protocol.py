@@ -11,7 +11,9 @@ import pytest
 
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.runs import plan
+from benchmarks.harness.planning.shared import ABLATION
 from benchmarks.text.training import Patience
 
 RUNS = plan(["glue", "glue_lora", "glue_ood"], "paper")
@@ -28,7 +30,30 @@ LAYER = {"bert-base-cased": 10, "gpt2": 10, "bert-large-cased": 22, "gpt2-xl": 4
 
 
 def of(benchmark: str, protocol: str | None = None) -> list[dict[str, Any]]:
-    return [run.spec for run in RUNS if run.benchmark == benchmark and protocol in (None, run.spec["protocol"])]
+    """The specs of a benchmark's main rows; ablations differ from them in what they are about."""
+    return [
+        run.spec
+        for run in RUNS
+        if run.benchmark == benchmark
+        and protocol in (None, run.spec["protocol"])
+        and run.spec["method"]["name"] not in ABLATIONS
+    ]
+
+
+ABLATIONS = {
+    row
+    for benchmark in ("glue", "glue_lora", "glue_ood")
+    for row, method in resolve_methods(load_benchmark(benchmark).definition).items()
+    if method.role == ABLATION
+}
+
+
+def test_ablations_are_trained_as_main_rows_are() -> None:
+    found = [run.spec for run in RUNS if run.spec["method"]["name"] in ABLATIONS and "training" in run.spec]
+    assert {spec["task"]["name"] for spec in found} == {"cola", "mrpc", "rte"}
+    for spec in found:
+        training = {key: value for key, value in spec["training"].items() if key != "train_share"}
+        assert training == published_training(spec)
 
 
 def values(specs: Iterable[dict[str, Any]], *keys: str) -> set[Any]:

@@ -42,8 +42,9 @@ class Comparison(Strict):
     """Where: `id`, `ood`, `ood_mean` of text; `held_out` of images; `held_out`, `questions` of instructions; `model` of counts; a measure of measurements."""
     metric: str
     """Name in metrics.yaml."""
-    direction: Literal["higher", "lower", "equal", "near"]
-    """What is claimed of the method's number: higher or lower (paired t-test), equal (exactly), or a ratio near 1 or below (interval)."""
+    direction: Literal["higher", "lower", "same", "not_lower", "equal", "near"]
+    """What is claimed of the method's number: higher or lower (paired t-test), the same up to the metric's margin (two one-sided t-tests), not lower by more than that (one of them), equal
+    (exactly), or a ratio near 1 or below (interval)."""
     selection: str | None = left_out()
     """What chose epoch and hyper-parameters, where a benchmark reports several selections."""
     models: Names | None = left_out()
@@ -52,6 +53,9 @@ class Comparison(Strict):
     """Only these tasks (sets of images or instructions); all that both methods have where left out."""
     tunings: Names | None = left_out()
     """Only these ways of tuning, of instruction tuning."""
+    settings: Names | Literal["all"] | None = left_out()
+    """Settings of a method that runs with several (`[D0.8]`), or `all` of them, each by itself: the claim is of every one, and the one that is furthest from it counts. Left out: the
+    method as it stands in main tables."""
 
 
 class ClaimTest(Strict):
@@ -135,8 +139,7 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
         raise DefinitionError(f"{file}: '{at}' needs the key 'selection'; choose from {options}")
     if compare.method == compare.against:
         raise DefinitionError(f"{file}: '{at}.against' is '{compare.against}', which is the method itself")
-    paired = compare.direction in ("higher", "lower")
-    if (paired or compare.direction == "near") and load_metrics()[compare.metric].equivalence_margin is None:
+    if compare.direction != "equal" and load_metrics()[compare.metric].equivalence_margin is None:
         raise DefinitionError(
             f"{file}: '{at}.metric' is '{compare.metric}', which has no equivalence_margin in metrics.yaml"
         )

@@ -10,9 +10,9 @@ from typing import Any
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.planning.kinds import Benchmark, find_kind, kind_name, usual_kind
-from benchmarks.harness.planning.method_rows import check_rows, load_methods
+from benchmarks.harness.planning.method_rows import check_rows, load_methods, resolve_methods
 from benchmarks.harness.planning.schema import read_yaml
-from benchmarks.harness.planning.shared import Definition, Entry, MethodsDefinition
+from benchmarks.harness.planning.shared import ABLATION, Definition, Entry, MethodsDefinition
 from emoe.errors import did_you_mean
 
 # as it is loaded by name, whatever its kind
@@ -65,6 +65,11 @@ def check_references(definition: Definition, tasks: Mapping[str, Entry], folder:
         raise DefinitionError(f"{folder} has no module 'presentation', which kind: {name} needs{near}")
     if isinstance(definition, MethodsDefinition):
         check_rows(definition, str(file))
+        ablations = [row for row, method in resolve_methods(definition).items() if method.role == ABLATION]
+        if ablations and not hasattr(definition, "ablations"):
+            raise DefinitionError(
+                f"{file}: 'methods.{ablations[0]}' has role: {ABLATION}, which kind: {name} does not know"
+            )
         if definition.baseline not in definition.methods:
             near = did_you_mean(definition.baseline, definition.methods)
             raise DefinitionError(f"{file}: 'baseline' is '{definition.baseline}', which is no method{near}")

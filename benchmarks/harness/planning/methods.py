@@ -14,6 +14,8 @@ from benchmarks.harness.planning.shared import Entry, LoRA, Method, TrainingDefi
 from benchmarks.harness.planning.tunings import needs_layers, tuning_spec
 
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
+_OF_TRAINING = ("train_share",)  # settings that are no method's, but vary a row all the same
+_SHORT = {"num_experts": "N", "top_k_fraction": "k", "layers": "L", "train_share": "D"}
 Changed = TypeVar("Changed", bound=Strict)
 Settings = TypeVar("Settings", bound=TrainingSettings)
 
@@ -95,7 +97,7 @@ def method_spec(
     named = f"{where}': method '{point['method']}'"
     return {
         "name": point["method"],
-        "variant": _variant(varied),
+        "variant": _variant({**varied, **{key: point[key] for key in _OF_TRAINING if key in point}}),
         "noise": float(method.noise),
         "config": method_config(method, seed, named),
         "tune": _tuned(method, lora, named),
@@ -114,9 +116,8 @@ def _tuned(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | No
 
 
 def _variant(varied: Mapping[str, Any]) -> str:
-    short = {"num_experts": "N", "top_k_fraction": "k", "layers": "L"}
     values = {
         key: "+".join(map(str, v)) if isinstance(v, list) else f"{v:g}" if isinstance(v, float) else str(v)
         for key, v in varied.items()
     }
-    return "-".join(f"{short[key]}{value}" for key, value in values.items())
+    return "-".join(f"{_SHORT[key]}{value}" for key, value in values.items())

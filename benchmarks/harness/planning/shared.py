@@ -32,6 +32,8 @@ from emoe.schema import config_schema
 
 Layers = str | Annotated[list[int], Field(min_length=1)]
 Precision = Literal["fp32", "fp16", "bf16"]
+Role = Literal["baseline", "method", "control", "ablation"]
+CONTROL, ABLATION = "control", "ablation"
 
 # bounds of numbers: their names in a configuration, and pydantic's
 _BOUNDS = {"minimum": "ge", "exclusiveMinimum": "gt", "exclusiveMaximum": "lt"}
@@ -65,8 +67,8 @@ class MethodSettings(_ConfigFields):
 
     title: str | None = None
     """Label in tables and figures."""
-    role: Literal["baseline", "method", "control"] | None = None
-    """What the row is there for."""
+    role: Role | None = None
+    """What the row is there for. An ablation stands in no table but those of `ablations`, each of its settings as a row of its own."""
     noise: NotNegative | None = None
     """Intensity of noisy tuning; 0 for none."""
     tune: Annotated[str, Registered(TUNINGS)] | None = None
@@ -91,7 +93,7 @@ class Method(MethodSettings):
     """Label in tables and figures."""
     kind: Literal["dense", "emoe", "gmoe"]
     """Which model is built: the dense one, EMoE, or GMoE."""
-    role: Literal["baseline", "method", "control"] = "method"
+    role: Role = "method"
     """What the row is there for."""
     noise: NotNegative = 0.0
     """Intensity of noisy tuning; 0 for none."""

@@ -311,7 +311,9 @@ class Suite:
         """Write the list of runs that progress lines count, and where the work starts."""
         folders = [run.folder for run in self.runs]
         before = [folder for folder in folders if (paths.RUNS / folder / "metrics.json").exists()]
-        plan = {"started": time.time(), "before": before, "runs": folders}
+        blessed = paths.REFERENCE / f"{self.name}.json"
+        expected = json.loads(blessed.read_text()).get("seconds", {}) if blessed.exists() else {}
+        plan = {"started": time.time(), "before": before, "runs": folders, "expected": expected}
         write_json(paths.RESULTS / self.name / "plan.json", plan)
 
 

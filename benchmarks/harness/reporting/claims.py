@@ -31,6 +31,7 @@ from benchmarks.harness.results.evidence import (
 )
 from benchmarks.harness.results.statistics import SIGNIFICANCE, holm
 
+PAIRED = ("higher", "lower", "same", "not_lower")  # directions of what is compared pair by pair
 _FEW = 3
 _NUMBERS = ("delta", "low", "high", "deviation", "n", "p", "margin", "equivalence_p", "effect")
 _TEXTS = ("benchmark", "method", "against", "domain", "metric", "unit", "pair")
@@ -91,12 +92,17 @@ def _tested(test: ClaimTest, numbers: dict[str, pd.DataFrame]) -> dict[str, Any]
     if evidence is None:
         where = ", ".join(suites_with(compare)) or "no suite"
         return row | {"evidence": None, "remark": f"not tested in this suite: its runs are in {where}"}
-    scale = metric.scale if compare.direction in ("higher", "lower") else 1
+    scale = metric.scale if compare.direction in PAIRED else 1
     difference = evidence.difference
     row |= {"delta": difference.mean * scale, "low": difference.low * scale, "high": difference.high * scale}
     row |= {"deviation": evidence.deviation * scale, "n": difference.n, "p": difference.p}
-    if compare.direction in ("higher", "lower"):
-        row["equivalence_p"] = equivalence_p(difference, evidence.deviation, metric.equivalence_margin or math.nan)
+    if compare.direction in PAIRED:
+        row["equivalence_p"] = equivalence_p(
+            difference,
+            evidence.deviation,
+            metric.equivalence_margin or math.nan,
+            below_only=compare.direction == "not_lower",
+        )
     return row | {"evidence": evidence, "remark": _remark(compare, evidence, row["pair"], benchmark)}
 
 
@@ -115,14 +121,17 @@ def _with_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     for row in rows.itertuples():
         verdict = Verdict.NOT_TESTED
         if row.evidence is not None:
-            verdict = judge(row.compare, row.evidence, row.p_holm, row.margin)
+            margin = row.margin / load_metrics()[row.compare.metric].scale
+            verdict = judge(row.compare, row.evidence, row.p_holm, margin, row.equivalence_p_holm)
         needed = alone = math.nan
-        if verdict is Verdict.UNDECIDED and row.compare.direction != "near":
+        if verdict is Verdict.UNDECIDED and row.compare.direction in ("higher", "lower"):
             needed = pairs_needed(row.effect, row.deviation, SIGNIFICANCE / tested)
             alone = pairs_needed(row.effect, row.deviation, SIGNIFICANCE)
         found.append((verdict.value, needed, alone))
     judged_rows = pd.DataFrame(found, columns=["verdict", "pairs_needed", "pairs_needed_alone"], index=rows.index)
-    equivalent = (rows["equivalence_p_holm"] < SIGNIFICANCE).astype(object).where(rows["equivalence_p"].notna(), "")
+    two_sided = rows["compare"].map(lambda compare: compare is not None and compare.direction != "not_lower")
+    equivalent = (rows["equivalence_p_holm"] < SIGNIFICANCE).astype(object)
+    equivalent = equivalent.where(rows["equivalence_p"].notna() & two_sided, "")
     return rows.join(judged_rows).assign(equivalent=equivalent)
 
 
@@ -149,8 +158,10 @@ def _remark(compare: Comparison, evidence: Evidence, pair: str, benchmark: AnyBe
     over = [_listed(models, "models"), _listed(tasks, "tasks")]
     found = ["; ".join(filter(None, over))]
     difference = evidence.difference
-    if compare.direction not in ("higher", "lower"):
+    if compare.direction not in PAIRED:
         return found[0]
+    if evidence.settings > 1:
+        found.append(f"the furthest from it of {evidence.settings} settings: {evidence.setting}")
     if evidence.left_out:
         found.append(f"{counted_noun(evidence.left_out, pair)} left out, which lack a part of it")
     if math.isnan(difference.p) and math.isfinite(evidence.deviation):
@@ -192,7 +203,8 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     return Table(
         "Claims of the paper",
         f"{warning}Differences are means over n pairs (a seed's or trial's numbers are averaged over tasks first), with a 95 % confidence interval and a paired t-test (Student's t), p corrected by Holm's "
-        f"procedure over the {tested} tests of this table. Supported or contradicted: corrected p below 5 %, in the claimed direction or the other. Practically equal: two one-sided t-tests at 5 %, corrected likewise, "
+        f"procedure over the {tested} tests of this table. Supported or contradicted: corrected p below 5 %, in the claimed direction or the other. A claim that two numbers are the same, or that one is not lower, is supported where two one-sided t-tests, or one, say so up to the margin, and contradicted where the interval lies "
+        "beyond it. A claim of every setting of a method is tested on the setting furthest from it. Practically equal: two one-sided t-tests at 5 %, corrected likewise, "
         "say that the true difference is below the margin of benchmarks/metrics.yaml; this is a finding beside the verdict. Pairs to decide: how many would find an effect of the paper's size with 80 % "
         f"power, given the deviation of the pairs here, by a two-sided test at 5 % ÷ {max(tested, 1)}, which is Holm's strictest step. Parameters are counted, without a test. Of times the range over all rounds and settings has to "
         "lie within the margin. Where the paper gives a difference in another unit, or none, there is no number of pairs.",
@@ -247,6 +259,8 @@ def _equal_text(row: Any) -> str:
     if math.isnan(row.equivalence_p):
         return MISSING
     margin = f"{row.margin:g} {row.unit.removesuffix('s') if row.margin == 1 else row.unit}"
+    if row.compare.direction == "not_lower":
+        return f"{'not' if row.verdict == Verdict.SUPPORTED else 'not shown: not'} lower by {margin}"
     return f"yes, within {margin}" if row.equivalent else f"not shown ({margin})"
 
 

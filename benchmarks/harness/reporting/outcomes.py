@@ -13,7 +13,9 @@ from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.shared import Entry, MethodsDefinition
 
 # what claims are tested on: a row a number, see Presentation.compared
-COMPARED = ["selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "pair", "value"]
+COMPARED = [
+    *("selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "setting", "pair", "value")
+]
 
 
 def compared(*parts: pd.DataFrame) -> pd.DataFrame:

@@ -14,15 +14,23 @@ from emoe.errors import did_you_mean
 _STATUS = ("published", "inferred", "unknown")
 
 
-def read_published(benchmark: Benchmark[Definition, Entry], columns: list[str]) -> pd.DataFrame:
+def read_published(
+    benchmark: Benchmark[Definition, Entry], columns: list[str], file: str | None = None
+) -> pd.DataFrame:
     """A benchmark's ``paper.csv``: published numbers, values in points (of a rank, as it is), each with status and source.
+
+    Args:
+        benchmark: whose numbers.
+        columns: that the file must have.
+        file: another file in its folder.
 
     Raises:
         DefinitionError: a wrong column, status, or a value that does not go with its status.
     """
-    if not benchmark.definition.paper:
+    file = file or benchmark.definition.paper
+    if not file:
         return pd.DataFrame(columns=columns)
-    path = benchmark.folder / benchmark.definition.paper
+    path = benchmark.folder / file
     found = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
     if list(found.columns) != columns:
         raise DefinitionError(f"{path}: the columns are {list(found.columns)}, but must be {columns}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -37,6 +37,8 @@ class Evidence:
     Attributes:
         difference: of the means over what is compared; of a ratio: its middle less 1, with the ends of its range.
         deviation: standard deviation of the differences of pairs; nan below two.
+        setting: of a method with several, that it is about: the one furthest from what is claimed; empty where it has one.
+        settings: how many there are.
         left_out: pairs that lack a part of what the others have.
         models: that it is over.
         tasks: likewise.
@@ -47,6 +49,8 @@ class Evidence:
     left_out: int
     models: tuple[str, ...]
     tasks: tuple[str, ...]
+    setting: str = ""
+    settings: int = 1
 
 
 def chosen(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
@@ -56,7 +60,12 @@ def chosen(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
         numbers: of all of a benchmark's runs, see :data:`benchmarks.harness.reporting.outcomes.COMPARED`.
         compare: the comparison.
     """
-    kept = numbers["method"].isin([compare.method, compare.against]) & (numbers["domain"] == compare.domain)
+    wanted = (
+        numbers["setting"].ne("") if compare.settings == "all" else numbers["setting"].isin(compare.settings or [""])
+    )
+    own = (numbers["method"] == compare.method) & wanted
+    kept = own | (numbers["method"].eq(compare.against) & numbers["setting"].eq(""))
+    kept &= numbers["domain"] == compare.domain
     if compare.selection is not None:
         kept &= numbers["selection"] == compare.selection
     for column, names in (("model", compare.models), ("task", compare.tasks), ("tuning", compare.tunings)):
@@ -69,13 +78,43 @@ def paired(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None:
     """Compare two methods over pairs: each pair's numbers are averaged over models, tasks and sets before.
 
     Only what both methods have counts. Pairs that lack a model, task or set that another pair has are left out: their mean would be of other things.
+    Of a method with several settings, each is compared, and the one counts that is furthest from what is claimed: a claim of all of them holds if it holds of that one
+    (an intersection-union test, which needs no correction); against it, p is corrected for how many there are.
 
     Returns:
         None where the methods share nothing.
     """
     found = chosen(numbers, compare)
-    found = found[found["metric"] == compare.metric].assign(value=lambda rows: rows["value"].astype(float))
-    # variants of one method and repeated numbers count as one
+    own, other = (found[found["method"] == name] for name in (compare.method, compare.against))
+    each = {
+        setting: evidence
+        for setting, rows in own.groupby("setting", sort=False)
+        if (evidence := _paired(pd.concat([rows, other]), compare))
+    }
+    if not each:
+        return None
+    setting = min(each, key=lambda name: _support(each[name], compare))
+    weakest, count = each[setting], len(each)
+    difference = weakest.difference
+    if count > 1 and (difference.mean > 0) != (compare.direction != "lower"):
+        difference = replace(difference, p=min(1.0, difference.p * count))
+    return replace(weakest, difference=difference, setting=str(setting), settings=count)
+
+
+def _support(evidence: Evidence, compare: Comparison) -> float:
+    """How much the differences are for what is claimed, in standard errors; least where they are against it."""
+    difference = evidence.difference
+    error = evidence.deviation / math.sqrt(difference.n) if evidence.deviation else 0.0
+    value = difference.mean / error if error and not math.isnan(error) else math.copysign(math.inf, difference.mean)
+    if compare.direction == "same":
+        return -abs(value)
+    return -value if compare.direction == "lower" else value
+
+
+def _paired(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None:
+    """Compare one setting of a method with another method."""
+    found = numbers[numbers["metric"] == compare.metric].assign(value=lambda rows: rows["value"].astype(float))
+    # repeated numbers count as one
     means = found.groupby(["method", *_CELL, "pair"], sort=False)["value"].mean()
     present = means.index.get_level_values("method")
     if not {compare.method, compare.against} <= set(present):
@@ -140,8 +179,14 @@ def measured(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None:
     return Evidence(range_, math.nan, 0, tuple(dict.fromkeys(found["model"])), ())
 
 
-def equivalence_p(difference: Difference, deviation: float, margin: float) -> float:
+def equivalence_p(difference: Difference, deviation: float, margin: float, *, below_only: bool = False) -> float:
     """p of two one-sided t-tests (TOST): of the hypothesis that the true difference is as large as the margin, or larger.
+
+    Args:
+        difference: the paired difference.
+        deviation: of the pairs.
+        margin: the smallest difference that makes odds.
+        below_only: ask only whether it is below 0 by the margin or more (non-inferiority).
 
     Returns:
         nan where there is no test: one pair, or equal differences.
@@ -150,6 +195,8 @@ def equivalence_p(difference: Difference, deviation: float, margin: float) -> fl
         return math.nan
     error = deviation / math.sqrt(difference.n)
     above, below = (difference.mean + margin) / error, (difference.mean - margin) / error
+    if below_only:
+        return float(stats.t.sf(above, difference.n - 1))
     return float(max(stats.t.sf(above, difference.n - 1), stats.t.cdf(below, difference.n - 1)))
 
 
@@ -179,14 +226,17 @@ def pairs_needed(effect: float, deviation: float, alpha: float) -> float:
     return high
 
 
-def judge(compare: Comparison, evidence: Evidence, p: float, margin: float | None) -> Verdict:
+def judge(
+    compare: Comparison, evidence: Evidence, p: float, margin: float | None, equivalence: float = math.nan
+) -> Verdict:
     """The verdict on a comparison.
 
     Args:
         compare: the comparison.
         evidence: what runs say.
         p: of its test, corrected.
-        margin: up to which a ratio is near 1.
+        margin: up to which a ratio is near 1, or two numbers are the same, in the unit of the evidence.
+        equivalence: p of :func:`equivalence_p`, corrected.
     """
     difference = evidence.difference
     if compare.direction == "equal":
@@ -196,6 +246,14 @@ def judge(compare: Comparison, evidence: Evidence, p: float, margin: float | Non
         if difference.high <= limit:
             return Verdict.SUPPORTED
         return Verdict.CONTRADICTED if difference.low > limit else Verdict.UNDECIDED
+    if compare.direction in ("same", "not_lower"):
+        limit = margin or 0.0
+        if math.isnan(equivalence):
+            return Verdict.NO_TEST
+        if equivalence < SIGNIFICANCE:
+            return Verdict.SUPPORTED
+        beyond = difference.high < -limit or (compare.direction == "same" and difference.low > limit)
+        return Verdict.CONTRADICTED if beyond else Verdict.UNDECIDED
     if math.isnan(p):
         return Verdict.NO_TEST
     if p >= SIGNIFICANCE:

@@ -34,6 +34,8 @@ class MachineFile(Strict):
     """Of the code."""
     machines: dict[str, dict[str, str]]
     """Parts of each machine's fingerprint, by the name that the rows have."""
+    seconds: dict[str, float] = Field({})
+    """What a run of each benchmark took there on average; progress lines take the ratios, before a benchmark's first run is done."""
 
 
 class Spread(Strict):
@@ -106,13 +108,21 @@ def spread_file(suite: str, folder: Path = REFERENCE) -> Path:
     return folder / f"{suite}_spread.json"
 
 
-def write_reference(suite: str, reference: Reference, commit: str, folder: Path = REFERENCE) -> Path:
-    """Write blessed numbers and their machines."""
+def write_reference(
+    suite: str,
+    reference: Reference,
+    commit: str,
+    folder: Path = REFERENCE,
+    seconds: Mapping[str, float] | None = None,
+) -> Path:
+    """Write blessed numbers, their machines, and what a run of each benchmark took."""
     path = reference_file(suite, folder)
     with atomic_write(path) as temporary:
         reference.rows[_BLESSED].to_csv(temporary, index=False, lineterminator="\n")
     machines = {name: dict(sorted(parts.items())) for name, parts in reference.machines.items()}
-    write_json(path.with_suffix(".json"), MachineFile(commit=commit, machines=machines).model_dump())
+    taken = {name: round(found, 1) for name, found in (seconds or {}).items()}
+    content = MachineFile(commit=commit, machines=machines, seconds=taken)
+    write_json(path.with_suffix(".json"), content.model_dump())
     return path
 
 

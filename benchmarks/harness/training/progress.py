@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -77,14 +77,20 @@ def _position(run_id: str) -> str:
     since = done - set(plan["before"])
     left = ""
     if since:
-        seconds = _seconds(folders, done)
+        seconds = _seconds(folders, done, plan.get("expected", {}))
         rest, worked = (sum(seconds[folder] for folder in some) for some in (set(folders) - done, since))
         left = f", {clock(rest / worked * (time.time() - plan['started']))} left"
     return f"{len(done)} of {len(folders)} runs done{left}; "
 
 
-def _seconds(folders: Sequence[str], done: Collection[str]) -> dict[str, float]:
-    """What each run takes: as long as one that differs in the seed alone, else as one of its benchmark, else as any."""
+def _seconds(folders: Sequence[str], done: Collection[str], expected: Mapping[str, float]) -> dict[str, float]:
+    """What each run takes: as long as one that differs in the seed alone, else as one of its benchmark, else as expected, at the pace of those that are done.
+
+    Args:
+        folders: of all runs.
+        done: of the finished ones.
+        expected: seconds of a run by benchmark, on the machine where the suite was blessed.
+    """
     known = {_but_the_seed(folder): folder for folder in done}
     took = {kind: _job_seconds(folder) for kind, folder in known.items()}
     benchmarks: dict[str, list[float]] = {}
@@ -92,6 +98,9 @@ def _seconds(folders: Sequence[str], done: Collection[str]) -> dict[str, float]:
         benchmarks.setdefault(kind.partition("/")[0], []).append(seconds)
     usual = {name: sum(found) / len(found) for name, found in benchmarks.items()}
     any_run = sum(usual.values()) / len(usual)
+    if both := set(usual) & set(expected):
+        pace = sum(usual[name] for name in both) / sum(expected[name] for name in both)
+        usual = {name: pace * seconds for name, seconds in expected.items()} | usual
     return {folder: took.get(_but_the_seed(folder), usual.get(folder.partition("/")[0], any_run)) for folder in folders}
 
 

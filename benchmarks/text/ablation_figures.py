@@ -1,0 +1,149 @@
+"""Figures of ablations: differences row by row, or curves over a setting; the paper's numbers in panels of their own."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib import pyplot as plt
+
+from benchmarks.harness.reporting.plots import COLOURS, SERIES, STYLE, placeholder_figure, save
+from benchmarks.text.grid import ID
+from benchmarks.text.selection import PROTOCOLS
+
+_COLUMNS, _MOST = 4, 12
+_NOTHING = "this suite runs no row of this ablation"
+_AXIS_LABELS = {"D": "Share of the training rows", "k": "Share of experts in use, k/N"}
+_FEW = 3  # below, an interval says nothing that the numbers do not
+
+
+def draw_differences(rows: pd.DataFrame, path: Path) -> None:
+    """A panel a model, selection and scope (of many the averages alone): the difference of every row to the baseline, with its 95 % interval from three seeds on; crosses are the paper's.
+
+    All panels share one axis.
+
+    Args:
+        rows: what :func:`~benchmarks.text.ablations.ablation_rows` gave.
+        path: of the files, without ending.
+    """
+    panels = [(title, found[found[["delta", "paper_delta"]].notna().any(axis=1)]) for title, found in _panels(rows)]
+    panels = [(title, found) for title, found in panels if len(found)]
+    if len(panels) > _MOST:  # every set is in the table
+        panels = [(title, found) for title, found in panels if not found["is_ours"].any() or found["is_average"].any()]
+    if not panels:
+        placeholder_figure(path, _NOTHING)
+        return
+    names = list(dict.fromkeys(name for _, found in panels for name in found["method_title"]))
+    with mpl.rc_context(STYLE):
+        figure, axes = _axes(len(panels), 0.24 * len(names) + 0.9, shared=True)
+        for axis, (title, found) in zip(axes, panels, strict=False):
+            for row in found.itertuples():
+                place = names.index(row.method_title)
+                if row.is_ours and row.n >= _FEW and not math.isnan(row.low):
+                    axis.plot([row.low * 100, row.high * 100], [place, place], color=SERIES[0], lw=1.4)
+                axis.plot(row.delta * 100, place, "o", ms=4.5, color=SERIES[0])
+                axis.plot(row.paper_delta * 100, place, "x", ms=4.5, color=SERIES[1])
+            axis.axvline(0, color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
+            axis.set_title(title, fontsize=8)
+            axis.set_yticks(range(len(names)), [textwrap.fill(name, 34) for name in names])
+            axis.set_ylim(len(names) - 0.4, -0.6)
+        figure.supxlabel("Difference to the baseline (points)", fontsize=8)
+        save(figure, path)
+
+
+def draw_curves(rows: pd.DataFrame, path: Path, axis: str) -> None:
+    """A panel a model, selection and scope: the score of every method over a setting, with its 95 % interval from three seeds on. The dashed line is the baseline.
+
+    Args:
+        rows: what :func:`~benchmarks.text.ablations.ablation_rows` gave.
+        path: of the files, without ending.
+        axis: the letter of the setting.
+    """
+    panels = [(title, found) for title, found in _panels(rows) if found.loc[found[axis].ne(""), axis].nunique() > 1]
+    if not panels:
+        placeholder_figure(path, _NOTHING)
+        return
+    labels = list(dict.fromkeys(label for _, found in panels for label, _ in _series(found, axis)))
+    with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
+        figure, axes = _axes(len(panels), 2.3, shared=False)
+        for panel, (title, found) in zip(axes, panels, strict=False):
+            places = sorted({float(value) for value in found[axis] if value})
+            apart = 0.012 * (places[-1] - places[0])
+            for label, part in _series(found, axis):
+                number = labels.index(label)
+                shift = apart * (number - (len(labels) - 1) / 2)  # so that no interval hides another
+                panel.errorbar(
+                    part[axis].astype(float) + shift,
+                    part["score"] * 100,
+                    yerr=part["half"] * 100,
+                    label=label,
+                    color=SERIES[number % len(SERIES)],
+                    marker="osD^vP*X"[number % 8],
+                    ms=3.5,
+                    lw=1.2,
+                    capsize=2,
+                )
+            base = found[found["is_baseline"]]["score"]
+            if len(base):
+                panel.axhline(float(base.iloc[0]) * 100, color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
+            panel.set_xticks(places)
+            panel.tick_params(axis="x", labelsize=7 if len(places) < 6 else 6)
+            panel.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+            panel.set_title(title, fontsize=8)
+        handles = {
+            label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7, frameon=False)
+        figure.supxlabel(_AXIS_LABELS[axis], fontsize=8)
+        figure.supylabel("Score (%)", fontsize=8)
+        save(figure, path)
+
+
+def _axes(panels: int, height: float, *, shared: bool) -> tuple[Any, list[Any]]:
+    """A figure with so many panels, at most four beside each other, all of one width, perhaps with the same axes."""
+    columns = min(panels, _COLUMNS)
+    lines = math.ceil(panels / columns)
+    figure, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(2.1 * columns + 2.2, height * lines + 0.5),
+        squeeze=False,
+        sharex=shared,
+        sharey=shared,
+        layout="constrained",
+    )
+    flat = list(axes.flat)
+    for axis in flat[panels:]:
+        axis.set_visible(False)
+    return figure, flat
+
+
+def _panels(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows of each model, selection and scope, ours and the paper's apart, with a title."""
+    several = rows.loc[rows["is_ours"], "protocol"].nunique() > 1
+    rows = rows.assign(
+        score=rows["mean"].where(rows["is_ours"], rows["paper"]),
+        half=((rows["high_mean"] - rows["low_mean"]) / 2).where(rows["is_ours"] & (rows["n"] >= _FEW)),
+    )
+    keys = ["is_ours", "model_title", "protocol", "domain", "scope"]
+    for (ours, model, protocol, domain, scope), found in rows.groupby(keys, sort=False):
+        who = model if ours else ", ".join(filter(None, ("the paper", model)))
+        selection = f", {PROTOCOLS[protocol]}" if several and ours else ""
+        where = scope if domain == ID else f"{scope} (OOD)"
+        yield "\n".join([*textwrap.wrap(f"{who}{selection}", 34), *textwrap.wrap(where, 34)]), found
+
+
+def _series(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows that differ in one setting alone, of methods that have it, with the label of their curve."""
+    rows = rows[rows[axis].ne("")]
+    others = [key for key in ("N", "L", "k", "D") if key != axis and rows.groupby("kind")[key].nunique().max() > 1]
+    for key, found in rows.groupby(["kind", *others], sort=False):
+        values = dict(zip(others, key[1:], strict=True))
+        named = ", ".join(f"{'layers' if name == 'L' else name} {value}" for name, value in values.items() if value)
+        title = found["row_title"].iloc[0]
+        yield ", ".join(filter(None, (title, named))), found.sort_values(axis, key=lambda column: column.astype(float))

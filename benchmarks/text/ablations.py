@@ -1,0 +1,239 @@
+"""Ablations of a text benchmark: rows that differ from a method in one thing, each against the baseline, with the paper's numbers beside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.harness.planning.definition import AnyBenchmark
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.schema import check_names
+from benchmarks.harness.planning.shared import ABLATION, CONTROL
+from benchmarks.harness.reporting.common_tables import means_by, with_numbers
+from benchmarks.harness.reporting.published import read_published
+from benchmarks.harness.reporting.rendering import MISSING, Column, Table
+from benchmarks.harness.results.statistics import confidence_interval, paired_differences, with_verdicts
+from benchmarks.text.ablation_figures import draw_curves, draw_differences
+from benchmarks.text.definition import Ablation
+from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
+from benchmarks.text.outcomes import ARROW, SETTING, TextOutcomes, setting_text, setting_values
+
+AVERAGE_OF = "average of "
+# letters of the settings that a figure may have on its axis
+AXES = {"train_share": "D", "top_k_fraction": "k"}
+_FEW = 3  # sets that an average names
+_COLUMNS = ["model", "scope", "method", "setting", "value", "status", "source"]
+_CELL = ["protocol", "domain", "model", "scope"]
+_ROW = [*_CELL, "method"]
+_PAIRS = ["task", "eval_task"]
+_AXIS_VALUES = ["D", "k", "N", "L"]
+
+
+class Ablations:
+    """What the ablations of a benchmark show; made when it is asked for.
+
+    Args:
+        benchmark: its definition, with ``ablations``.
+        runs: all its finished runs.
+        usual: what came out without the rows of ablations.
+
+    Attributes:
+        tables: what makes each table, by its name, of the usual outcomes, which it does not read.
+        figures: what draws each figure, likewise.
+    """
+
+    def __init__(self, benchmark: AnyBenchmark, runs: list[Run], usual: TextOutcomes) -> None:
+        self._benchmark, self._runs, self._usual = benchmark, runs, usual
+        self._definitions: Mapping[str, Ablation] = benchmark.definition.ablations
+        self._rows: dict[str, pd.DataFrame] = {}
+        self.tables = {name: partial(self._table, name) for name in self._definitions}
+        self.figures = {name: partial(self._draw, name) for name in self._definitions}
+
+    def compared(self) -> pd.DataFrame:
+        """The numbers that claims are tested on, those of ablations among them."""
+        found = pd.concat([self._usual.compared(), self._outcomes.compared()], ignore_index=True)
+        return found.drop_duplicates([column for column in found if column != "value"], ignore_index=True)
+
+    @cached_property
+    def _outcomes(self) -> TextOutcomes:
+        return TextOutcomes(self._benchmark, self._runs, ablated=True) if self._definitions else self._usual
+
+    def _shown(self, name: str) -> pd.DataFrame:
+        if name not in self._rows:
+            self._rows[name] = ablation_rows(self._outcomes, self._definitions[name])
+        return self._rows[name]
+
+    def _table(self, name: str, _usual: TextOutcomes) -> Table:
+        return ablation_table(self._definitions[name], self._shown(name))
+
+    def _draw(self, name: str, _usual: TextOutcomes, path: Path) -> None:
+        axis = self._definitions[name].axis
+        if axis:
+            draw_curves(self._shown(name), path, AXES[axis])
+        else:
+            draw_differences(self._shown(name), path)
+
+
+def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
+    """A row a selection, domain, model, scope (task, pair of tasks, or the average that all rows have) and row of the ablation.
+
+    Columns: those, ``mean``, ``std``, ``n``, the paired difference to the baseline (``delta``, ``low``, ``high``, ``p``, ``p_holm`` over the rows of a scope, ``verdict``),
+    ``active_neurons``, what the paper says (``paper``, ``paper_delta``, ``status``, ``source``), and titles. Where main rows alone ran, or the baseline did not, there is none.
+    """
+    names = _names(outcomes, ablation)
+    seeds = outcomes.seeds[outcomes.seeds["protocol"].isin(outcomes.run_protocols)]
+    seeds = seeds[seeds["method"].isin(names) & seeds["domain"].isin([ID, OOD])]
+    titles = {
+        pair: outcomes.pair_title(*pair) for pair in seeds[_PAIRS].drop_duplicates().itertuples(index=False, name=None)
+    }
+    seeds = seeds.assign(scope=[titles[pair] for pair in seeds[_PAIRS].itertuples(index=False, name=None)])
+    seeds = pd.concat([seeds, _averages(seeds)])[[*_ROW, "seed", "value"]]
+    of_ablation = {name: name in outcomes.settings or outcomes.role(name) in (ABLATION, CONTROL) for name in names}
+    by_cell = seeds.groupby(_CELL)["method"]
+    seeds = seeds[
+        by_cell.transform(lambda found: any(of_ablation[name] for name in set(found)))
+        & by_cell.transform(lambda found: outcomes.baseline in set(found))
+    ]
+    by_row = seeds.groupby(_ROW, sort=False)["value"]
+    rows = by_row.agg(mean="mean", std="std", population_std=lambda values: values.std(ddof=0), n="size")
+    for number, end in enumerate(("low_mean", "high_mean")):
+        rows[end] = by_row.agg(lambda values, number=number: confidence_interval(values.to_numpy())[number])
+    rows = rows.reset_index()
+    rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
+    compared = paired_differences(seeds, _ROW, {"method": outcomes.baseline}, "seed").drop(columns=["values", "n"])
+    rows = with_verdicts(rows.merge(compared, on=_ROW, how="left"), _CELL)
+    rows = with_numbers(rows, ["model", "method"], means_by(outcomes.records, ["model", "method"], ["active_neurons"]))
+    rows = _with_paper(outcomes, ablation, rows)
+    scopes, order = list(rows["scope"].drop_duplicates()), [*names, *rows["method"].drop_duplicates()]
+    rows = rows.assign(
+        is_ours=rows["mean"].notna(),
+        scope_place=rows["scope"].map(scopes.index),
+        method_place=rows["method"].map(order.index),
+    ).sort_values(["model", "protocol", "domain", "scope_place", "method_place"], kind="stable")
+    # ours first
+    rows = rows.sort_values("is_ours", ascending=False, kind="stable").drop(columns=["scope_place", "method_place"])
+    rows = outcomes.titled(rows.reset_index(drop=True))
+    rows = rows.assign(
+        method_title=[_title(outcomes, name) for name in rows["method"]],
+        row_title=[outcomes.title("method", _split(outcomes, name)[0]) for name in rows["method"]],
+        is_baseline=rows["method"] == outcomes.baseline,
+        is_average=rows["scope"].str.startswith(AVERAGE_OF),
+    )
+    return _with_axes(outcomes, rows)
+
+
+def _names(outcomes: TextOutcomes, ablation: Ablation) -> list[str]:
+    """The names that ``method`` has of an ablation's rows: a row itself, then its settings."""
+    return [
+        name
+        for row in ablation.rows
+        for name in (row, *(own for own, (of, _) in outcomes.settings.items() if of == row))
+    ]
+
+
+def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
+    """The mean over the tasks (or pairs) that all rows of a selection, domain and model have, of the seeds that have them all; nothing for one task."""
+    found = []
+    for (protocol, domain, model), group in seeds.groupby(["protocol", "domain", "model"], sort=False):
+        scopes = group.groupby("scope", sort=False)["method"].nunique()
+        shared = list(scopes[scopes == group["method"].nunique()].index)
+        if len(shared) < 2:
+            continue
+        wide = group[group["scope"].isin(shared)].pivot_table(
+            index=["method", "seed"], columns="scope", values="value", sort=False
+        )
+        means = wide.dropna().mean(axis=1).rename("value").reset_index()
+        listed = ", ".join(shared) if len(shared) <= _FEW else f"{len(shared)} {'tasks' if domain == ID else 'pairs'}"
+        found.append(means.assign(protocol=protocol, domain=domain, model=model, scope=AVERAGE_OF + listed))
+    return pd.concat(found) if found else seeds.iloc[:0]
+
+
+def _split(outcomes: TextOutcomes, name: str) -> tuple[str, str]:
+    """The row and the setting of a name."""
+    row, _, setting = name.partition(SETTING)
+    return outcomes.settings.get(name, (row, setting))
+
+
+def _title(outcomes: TextOutcomes, name: str) -> str:
+    row, setting = _split(outcomes, name)
+    return ", ".join(filter(None, (outcomes.title("method", row), setting_text(setting))))
+
+
+def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with what the paper has of them, and rows of what the paper alone has; its numbers are by its authors' selection."""
+    published = pd.DataFrame(columns=_COLUMNS)
+    if ablation.paper:
+        published = read_published(outcomes.benchmark, _COLUMNS, ablation.paper)
+        where = f"{outcomes.benchmark.folder / ablation.paper}: '"
+        check_names(where, "method", published["method"], ablation.rows)
+    settings = published["setting"].astype(str)
+    published = published.assign(
+        method=published["method"].where(settings.eq(""), published["method"] + SETTING + settings),
+        paper=published["value"].astype(float) / 100,
+        protocol=PUBLISHED,
+    )
+    base = published[published["method"] == outcomes.baseline].set_index(["model", "scope"])["paper"]
+    published["paper_delta"] = [
+        math.nan if row.method == outcomes.baseline else row.paper - base.get((row.model, row.scope), math.nan)
+        for row in published.itertuples()
+    ]
+    on = ["protocol", "model", "scope", "method"]
+    found = rows.merge(published[[*on, "paper", "paper_delta", "status", "source"]], on=on, how="outer", sort=False)
+    domains = found["scope"].map(lambda scope: OOD if ARROW in scope else ID)
+    return found.assign(domain=found["domain"].fillna(domains))
+
+
+def _with_axes(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with what figures have on their axes: N, k as a share of N, layers, the share of training rows; and ``kind``, the method without its settings."""
+    found = []
+    for row in rows.itertuples():
+        name, setting = _split(outcomes, row.method)
+        definition = outcomes.benchmark.definition.methods[name]
+        given = setting_values(setting)
+        if row.is_ours:
+            given |= _values_of(outcomes.spec_of(row.model, row.method))
+        found.append({**dict.fromkeys(_AXIS_VALUES, ""), "D": "1", **given, "kind": definition.method or name})
+    return rows.join(pd.DataFrame(found, index=rows.index, columns=[*_AXIS_VALUES, "kind"]))
+
+
+def _values_of(spec: Mapping[str, Any]) -> dict[str, str]:
+    """The values of a run's settings, as :func:`~benchmarks.text.outcomes.setting_values` has them."""
+    config = spec["method"]["config"]
+    found = {"D": f"{spec.get('training', {}).get('train_share', 1)}"}
+    if config and config["kind"] == "emoe":
+        layers = config["layers"]
+        found |= {"N": str(config["num_experts"]), "k": f"{config['top_k'] / config['num_experts']:g}"}
+        found["L"] = "+".join(map(str, layers)) if isinstance(layers, list) else layers
+    return found
+
+
+def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
+    """Lay out what :func:`ablation_rows` found."""
+    frame = rows.assign(
+        **{key: rows[key].fillna("").replace("", MISSING) for key in ("verdict", "status", "source")},
+        n=[MISSING if math.isnan(n) else f"{n:.0f}" for n in rows["n"]],
+        model_title=rows["model_title"].replace("", MISSING),
+        on=[f"{row.scope} ({'in domain' if row.domain == ID else 'out of domain'})" for row in rows.itertuples()],
+    )
+    return Table(
+        definition.title,
+        f"{definition.question} Score (%): mean ± standard deviation over n seeds; Δ is the difference to the first row, paired by seed, with a 95 % confidence interval (Student's t); p of the "
+        "paired t-test is corrected by Holm's procedure over the rows of a set and selection, and the verdict takes it at 5 %. The paper's numbers are of its own models and tasks, in rows of their own "
+        "where these did not run here.",
+        {"model_title": "Model", "selection": "Selection", "on": "On", "method_title": "Method", "n": "n"},
+        [
+            Column("score", "mean", "Score", std="std"),
+            Column("score", "delta", "Δ", interval=("low", "high"), signed=True, decimals=2),
+            Column("p_value", "p_holm", "p (Holm)"),
+            Column("active_neurons", "active_neurons"),
+            Column("score", "paper", "Paper", decimals=2),
+            Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
+        ],
+        frame,
+        notes={"verdict": "Verdict", "status": "Status", "source": "Source of the paper's number"},
+    )

@@ -1,0 +1,311 @@
+"""Ablations: rows of their own tables, parts of the training rows, models that are trained as one thing and used as another."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib import image
+
+from benchmarks.glue_ood.grid import KIND as EVALUATION
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.paths import BENCHMARKS
+from benchmarks.harness.planning import definition
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.planning.shared import ABLATION
+from benchmarks.harness.reporting.presentation import present
+from benchmarks.harness.running.execution import execute
+from benchmarks.harness.sources.vader import ARCHIVE
+from benchmarks.text.ablations import Ablations, ablation_rows
+from benchmarks.text.datasets import TextSplit
+from benchmarks.text.outcomes import TextOutcomes, setting_text, setting_values, without
+from tests import fake_runs
+
+LORA, OOD = load_benchmark("glue_lora"), load_benchmark("glue_ood")
+TABLES = [("glue", "settings"), ("glue_lora", "selection"), ("glue_lora", "settings"), ("glue_lora", "data")]
+TABLES.append(("glue_ood", "transformation"))
+
+
+# a part of the rows
+
+
+def split_of(labels: list[Any]) -> TextSplit:
+    return TextSplit([(str(number),) for number in range(len(labels))], labels)
+
+
+def test_a_part_has_every_class_in_proportion_and_a_smaller_one_lies_within() -> None:
+    whole = split_of([0] * 70 + [1] * 20 + [2] * 10)
+    parts = {share: whole.part(share, "t/train") for share in (0.1, 0.5, 0.8)}
+    assert {share: Counter(part.labels) for share, part in parts.items()} == {
+        0.1: {0: 7, 1: 2, 2: 1},
+        0.5: {0: 35, 1: 10, 2: 5},
+        0.8: {0: 56, 1: 16, 2: 8},
+    }
+    assert set(parts[0.1].texts) < set(parts[0.5].texts) < set(parts[0.8].texts) < set(whole.texts)
+    assert parts[0.5].texts == whole.part(0.5, "t/train").texts != whole.part(0.5, "other/train").texts
+    assert parts[0.5].texts == sorted(parts[0.5].texts, key=lambda row: int(row[0]))  # in the order of the set
+
+
+def test_a_part_keeps_a_row_of_a_rare_class_and_divides_scores_by_their_whole_part() -> None:
+    assert Counter(split_of([0] * 99 + [1]).part(0.1, "x").labels)[1] == 1
+    assert Counter(split_of([0.1, 0.2] * 5 + [4.9, 5.0] * 5).part(0.2, "x").labels).total() == 4
+
+
+# what is planned
+
+
+def test_rows_of_ablations_keep_the_others_runs_and_stand_in_their_suites() -> None:
+    planned = plan(["glue_lora", "glue_ood"], "mini")
+    rows = Counter((run.benchmark, run.spec["method"]["name"], run.spec["method"]["variant"]) for run in planned)
+    for row in ("lora_not_top", "lora_bottom"):
+        assert rows["glue_lora", row, ""] == 3
+    assert rows["glue_lora", "lora_emoe_part", "D0.8"] == rows["glue_lora", "lora_part", "D0.8"] == 3
+    settings = {variant: count for (_, row, variant), count in rows.items() if row == "lora_emoe_settings"}
+    assert settings == {"N16-k0.5": 3, "N32-k0.25": 3, "L3+5": 3}
+    # the chosen runs of another benchmark are evaluated, not those of its ablations
+    evaluated = {row for benchmark, row, _ in rows if benchmark == "glue_ood"}
+    assert evaluated == {
+        "lora",
+        "lora_block",
+        "lora_gmoe",
+        "lora_emoe",
+        "lora_emoe_learn",
+        "lora_random",
+        "lora2emoe",
+        "emoe2lora",
+    }
+
+
+def test_only_rows_of_ablations_are_trained_on_a_part() -> None:
+    block = LORA.definition.suites["mini"].grid[0].model_copy(update={"train_share": [0.5]})
+    suite = LORA.definition.suites["mini"].model_copy(update={"grid": [block]})
+    changed = LORA.definition.model_copy(update={"suites": {**LORA.definition.suites, "mini": suite}})
+    with pytest.raises(
+        DefinitionError, match=r"suites\.mini\.grid\[0\]\.train_share' varies 'lora', whose runs would compete"
+    ):
+        list(LORA.kind.specs(definition.Benchmark("glue_lora", changed, LORA.tasks), "mini", (), dict))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": ["lora", "lora_botom"]}, r"ablations\.selection\.rows' is 'lora_botom'.* did you mean 'lora_bottom'"),
+        ({"rows": ["lora_emoe", "lora_bottom"]}, r"ablations\.selection\.rows' must begin with the baseline, 'lora'"),
+        ({"rows": ["lora_emoe", "lora"]}, r"ablations\.selection\.rows' must begin with the baseline, 'lora'"),
+        ({"rows": ["lora", "lora_emoe"]}, r"'methods\.lora_not_top' is an ablation, but no 'ablations' has it"),
+        (
+            {"paper": "selektion.csv"},
+            r"ablations\.selection\.paper' is 'selektion\.csv'.*did you mean 'selection\.csv'",
+        ),
+    ],
+)
+def test_ablations_compare_what_exists(changes: dict[str, Any], message: str) -> None:
+    found = LORA.definition.ablations["selection"].model_copy(update=changes)
+    changed = LORA.definition.model_copy(update={"ablations": {**LORA.definition.ablations, "selection": found}})
+    with pytest.raises(DefinitionError, match=message):
+        definition.check_references(changed, LORA.tasks, BENCHMARKS / "glue_lora")
+
+
+def test_a_kind_without_ablations_refuses_their_rows() -> None:
+    real = load_benchmark("domainbed")
+    row = real.definition.methods["emoe"].model_copy(update={"role": ABLATION})
+    changed = real.definition.model_copy(update={"methods": {**real.definition.methods, "emoe": row}})
+    with pytest.raises(
+        DefinitionError, match=r"'methods\.emoe' has role: ablation, which kind: domainbed does not know"
+    ):
+        definition.check_references(changed, real.tasks, real.folder)
+
+
+def transformed(**row: str) -> dict[str, Any]:
+    return {"lora2emoe": OOD.definition.transformed["lora2emoe"].model_copy(update=row)}
+
+
+def evaluations(runs: list[Run], **changes: Any) -> list[Run]:
+    benchmark = definition.Benchmark("glue_ood", OOD.definition.model_copy(update=changes), OOD.tasks)
+    specs = EVALUATION.specs(benchmark, "smoke", (), lambda _: {run.folder: run.spec for run in runs})
+    return [run_from_spec(spec) for spec in specs]
+
+
+def test_a_model_is_used_as_one_row_and_not_as_several_or_as_copies() -> None:
+    runs = plan(["glue_lora"], "smoke")
+    with pytest.raises(DefinitionError, match=r"transformed\.lora2emoe\.used_as' runs with several N, k or layers"):
+        evaluations(runs, transformed=transformed(used_as="lora_emoe_search"))
+    with pytest.raises(DefinitionError, match=r"transformed\.lora2emoe\.used_as' has experts that are no parts"):
+        evaluations(runs, transformed=transformed(used_as="lora_gmoe"))
+
+
+# settings in words
+
+
+def test_settings_are_read_back() -> None:
+    assert setting_values("N16-k0.25-L-1-D0.8") == {"N": "16", "k": "0.25", "L": "-1", "D": "0.8"}
+    assert setting_values("Llast-half:2") == {"L": "last-half:2"}
+    assert setting_text("N16-k0.25-L3+5-D0.8") == "N 16, k/N 0.25, layers 3+5, 80 % of the rows"
+    assert without("k0.5-L22", {"L22"}) == "k0.5"
+
+
+# what is shown
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
+    root = tmp_path_factory.mktemp("mini") / "results" / "runs"
+    gains = {"lora_bottom": -0.05, "emoe2lora": 0.04}
+    return root, fake_runs.write(root, "mini", gains, ("glue", "glue_lora", "glue_ood"))
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
+    """The paper's ablations by adapters, on made-up numbers."""
+    root = tmp_path_factory.mktemp("paper") / "results" / "runs"
+    rows = {row for ablation in LORA.definition.ablations.values() for row in ablation.rows}
+    runs = [run for run in plan(["glue_lora"], "paper") if run.spec["method"]["name"] in rows]
+    fake_runs.write_runs(runs, {"lora_bottom": -0.05}, root)
+    return root, runs
+
+
+def of(runs: list[Run], benchmark: str) -> list[Run]:
+    return [run for run in runs if run.benchmark == benchmark]
+
+
+def test_main_tables_have_no_row_of_an_ablation(finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished[0].parents[1])
+    for benchmark in (LORA, OOD):
+        shown = present(benchmark, of(finished[1], benchmark.name))
+        usual = [
+            table
+            for table in shown.tables
+            if (benchmark.name, table.name.removeprefix(f"{benchmark.name}_")) not in TABLES
+        ]
+        rows = {name for table in usual if "method" in table.frame for name in table.frame["method"]}
+        assert rows
+        assert not {name for name in rows if benchmark.kind.row_titles(benchmark.definition).get(name) is None}
+        roles = {name: outcomes_role(benchmark.name, name) for name in rows}
+        assert ABLATION not in roles.values()
+
+
+def outcomes_role(benchmark: str, name: str) -> str:
+    return definition.resolve_methods(load_benchmark(benchmark).definition)[name].role
+
+
+@pytest.mark.parametrize(("benchmark", "name"), TABLES)
+def test_ablations_are_tables_and_figures(finished, benchmark: str, name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(finished[0].parents[1])
+    shown = present(load_benchmark(benchmark), of(finished[1], benchmark))
+    (table,) = (table for table in shown.tables if table.name == f"{benchmark}_{name}")
+    assert table.markdown()
+    assert table.latex()
+    assert table.html()
+    shown.figures[f"{benchmark}_{name}"](tmp_path / name)
+    height, width, _ = image.imread(tmp_path / f"{name}.png").shape
+    assert 100 < width < 1800
+    assert 60 < height < 12000
+
+
+def test_a_row_says_what_its_runs_say_and_the_paper_stands_beside(finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished[0].parents[1])
+    runs = of(finished[1], "glue_lora")
+    rows = ablation_rows(TextOutcomes(LORA, runs, ablated=True), LORA.definition.ablations["selection"])
+    own = rows[rows["is_ours"]].groupby("method")["delta"].mean()
+    assert own["lora_bottom"] == pytest.approx(-0.05, abs=0.02)
+    assert rows.loc[rows["method"] == "lora", "delta"].isna().all()
+    paper = rows[~rows["is_ours"]].set_index("method")
+    assert paper.loc["lora_bottom", "paper_delta"] == pytest.approx(-0.0048)
+    assert paper.loc["lora_emoe", "method_title"] == "LoRA + EMoE"
+
+
+@pytest.mark.parametrize("suite", ["finished", "paper"])
+def test_every_setting_is_a_row_with_its_own_choice_of_rate(
+    suite: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, planned_runs = request.getfixturevalue(suite)
+    monkeypatch.chdir(root.parents[1])
+    runs = of(planned_runs, "glue_lora")
+    outcomes = TextOutcomes(LORA, runs, ablated=True)
+    rows = ablation_rows(outcomes, LORA.definition.ablations["settings"])
+    planned = {
+        without(run.spec["method"]["variant"], {"L22", "L44"})
+        for run in runs
+        if run.spec["method"]["name"] == "lora_emoe_settings"
+    }
+    shown = {outcomes.settings[name][1] for name in rows["method"] if name.startswith("lora_emoe_settings|")}
+    assert shown == planned
+    assert "" not in shown
+    assert {"N", "k", "L", "D", "kind"} <= set(rows)
+    assert set(rows.loc[rows["method"].str.startswith("lora_emoe_settings|"), "kind"]) == {"emoe"}
+
+
+def test_an_average_is_over_what_all_rows_have(paper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(paper[0].parents[1])
+    rows = ablation_rows(TextOutcomes(LORA, paper[1], ablated=True), LORA.definition.ablations["selection"])
+    average = rows[rows["scope"].str.startswith("average of") & rows["is_ours"]]
+    assert set(average["scope"]) == {"average of CoLA, MRPC, RTE"}
+    one = average[(average["model"] == "bert-large-cased") & (average["method"] == "lora_bottom")].iloc[0]
+    parts = rows[
+        (rows["model"] == "bert-large-cased")
+        & (rows["method"] == "lora_bottom")
+        & (rows["protocol"] == one["protocol"])
+        & rows["scope"].isin(["CoLA", "MRPC", "RTE"])
+    ]
+    assert one["mean"] == pytest.approx(parts["mean"].mean())
+    assert one["delta"] == pytest.approx(parts["delta"].mean())
+
+
+def test_a_suite_without_these_runs_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = fake_runs.write(tmp_path / "results" / "runs", "mini", {}, ("glue",))
+    glue = load_benchmark("glue")
+    shown = Ablations(glue, runs, TextOutcomes(glue, runs))
+    frame = shown.tables["settings"](None).frame
+    assert not frame["is_ours"].any()
+    assert len(frame) == 39
+    shown.figures["settings"](None, tmp_path / "figure")
+    assert (tmp_path / "figure.png").exists()
+
+
+def test_claims_find_ablations_and_settings(finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished[0].parents[1])
+    numbers = present(LORA, of(finished[1], "glue_lora")).compared()
+    keys = [column for column in numbers if column != "value"]
+    assert not numbers.duplicated(keys).any()
+    parts = numbers[numbers["method"] == "lora_emoe_part"]
+    assert "D0.8" in set(parts["setting"])
+    assert "" not in set(parts["setting"])
+    assert set(numbers.loc[numbers["method"] == "lora_bottom", "setting"]) == {""}
+    evaluated = present(OOD, of(finished[1], "glue_ood")).compared()
+    assert {"id", "ood_mean"} <= set(evaluated.loc[evaluated["method"] == "emoe2lora", "domain"])
+
+
+# trained as one thing, used as another
+
+
+def finish(run: Run) -> dict[str, Any]:
+    path = Path("results/runs") / run.folder / "run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(run.to_json())
+    return json.loads(execute(path, threads=1, log=path.parent / "log.txt").read_text())
+
+
+def test_the_same_weights_are_used_with_and_without_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archive: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ARCHIVE.parent.mkdir(parents=True)
+    ARCHIVE.symlink_to(archive)
+    runs = [run for run in plan(["glue_lora"], "smoke") if run.spec["method"]["name"] in ("lora", "lora_emoe")]
+    trained = {run.spec["method"]["name"]: finish(run) for run in runs}
+    found = {run.spec["method"]["name"]: finish(run) for run in evaluations(runs)}
+    losses = {name: result["scores"]["test"]["tweets"]["loss"] for name, result in found.items()}
+    # as it was trained: the numbers of the training run
+    for name in ("lora", "lora_emoe"):
+        assert losses[name] == pytest.approx(trained[name]["scores"]["test"]["tweets"]["loss"], abs=1e-6)
+    # otherwise: others, of the same rows
+    assert losses["lora2emoe"] != pytest.approx(losses["lora"], abs=1e-6)
+    assert losses["emoe2lora"] != pytest.approx(losses["lora_emoe"], abs=1e-6)
+    assert len({result["data"]["test"]["digest"] for result in found.values()}) == 1
+    assert found["lora2emoe"]["probe"]["loads"]
+    assert not found["emoe2lora"]["probe"]["loads"]
