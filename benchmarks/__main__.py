@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Literal
 import click
 
 from benchmarks.harness.running.forkserver import ask, serve
+from benchmarks.showing import COMMANDS, SUITE
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,6 +23,8 @@ def cli() -> None:
     import_plugins()
 
 
+for command in COMMANDS:
+    cli.add_command(command)
 _THREADS = click.option("--threads", default=1, show_default=True, help="CPU threads.")
 
 
@@ -138,11 +140,8 @@ def validate_images(spec: str, output: Path, threads: int) -> None:
     validate_to_file(json.loads(spec), output)
 
 
-_SUITE = click.option("--suite", default="mini", show_default=True, help="Which suite (a file in config/).")
-
-
 @cli.command()
-@_SUITE
+@SUITE
 @click.option("--check", is_flag=True, help="Only look; download nothing.")
 @click.option("--open", "open_images", is_flag=True, help="Also open every image of image sets; takes minutes.")
 @click.option(
@@ -193,94 +192,7 @@ def new(name: str, file: Path, text: str | None, label: str | None, dev: Path | 
 
 
 @cli.command()
-@_SUITE
-@click.option("--benchmark", required=True, help="Which benchmark.")
-@click.option("--part", default=None, help="One of its sets alone, where sets are shown one by one.")
-def tables(suite: str, benchmark: str, part: str | None) -> None:
-    """Write the tables and figures of a benchmark whose runs are finished."""
-    from benchmarks.harness.base import paths
-    from benchmarks.harness.planning.definition import load_benchmark
-    from benchmarks.harness.planning.schema import check_names
-    from benchmarks.harness.planning.suite import suite_of_job
-    from benchmarks.harness.reporting.presentation import present
-
-    loaded = suite_of_job(suite)
-    if part:
-        check_names(f"suite {suite}: '", "part", [part], loaded.parts(benchmark))
-    presented = present(load_benchmark(benchmark), loaded.runs_of(benchmark, part))
-    shown = presented.parts[part] if part else presented
-    folder = paths.RESULTS / suite
-    for table in shown.tables:
-        table.write(folder / "tables")
-    shown.draw(folder / "figures")
-
-
-@cli.command()
-@_SUITE
-@click.option("--json", "as_json", is_flag=True, help="Every number, as JSON.")
-@click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
-def claims(suite: str, as_json: bool, write: bool) -> None:
-    """Say what a suite's finished runs say of the paper's claims."""
-    from benchmarks.harness.planning.suite import suite_of_job
-    from benchmarks.harness.reporting.claims import as_records, claims_table, judged
-    from benchmarks.harness.reporting.claims_figure import write_claims
-
-    loaded = suite_of_job(suite)
-    if write:
-        write_claims(loaded)
-    elif as_json:
-        click.echo(as_records(judged(loaded)))
-    else:
-        click.echo(claims_table(loaded, judged(loaded)).markdown())
-
-
-@cli.command()
-@_SUITE
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="The HTML page.")
-@click.option("--benchmark", default=None, help="Show this benchmark alone.")
-def report(suite: str, output: Path, benchmark: str | None) -> None:
-    """Write the one-page report of a suite whose tables exist."""
-    from benchmarks.harness.planning.schema import check_names
-    from benchmarks.harness.planning.suite import suite_of_job
-    from benchmarks.harness.reporting.report import write_report
-
-    loaded = suite_of_job(suite)
-    check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)
-    write_report(loaded, output, benchmark)
-
-
-@cli.command()
-@_SUITE
-@click.option("--uri", default=None, help="MLflow's store; by default the suite's.")
-@click.option("--output", type=click.Path(path_type=Path), default=None, help="Receipt to write.")
-def mirror(suite: str, uri: str | None, output: Path | None) -> None:
-    """Mirror a suite's finished runs to MLflow; doing it twice adds nothing."""
-    from benchmarks.harness.base.files import write_json
-    from benchmarks.harness.planning.suite import suite_of_job
-    from benchmarks.harness.results.tracking import mirror as mirror_runs
-
-    loaded = suite_of_job(suite)
-    counts = mirror_runs(loaded.runs, uri or loaded.tracking_uri)
-    click.echo("MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items()), err=True)
-    if output:
-        write_json(output, {"uri": uri or loaded.tracking_uri, "runs": len(loaded.runs)})
-
-
-@cli.command()
-@_SUITE
-def ui(suite: str) -> None:
-    """Open the MLflow UI on the suite's store."""
-    from benchmarks.harness.planning.suite import suite_of_job
-
-    uri = suite_of_job(suite).tracking_uri
-    if uri.startswith("http"):
-        click.echo(f"The runs are on the MLflow server {uri}")
-    else:
-        subprocess.run([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri], check=False)
-
-
-@cli.command()
-@_SUITE
+@SUITE
 @click.option("--json", "as_json", is_flag=True, help="All that was found, for programs.")
 @click.option("--elsewhere", is_flag=True, help="Judge as if this were another machine than the one that blessed.")
 def check(suite: str, as_json: bool, elsewhere: bool) -> None:
@@ -299,7 +211,7 @@ def check(suite: str, as_json: bool, elsewhere: bool) -> None:
 
 
 @cli.command()
-@_SUITE
+@SUITE
 def bless(suite: str) -> None:
     """Make a suite's present numbers the reference that `check` compares with.
 
@@ -313,7 +225,7 @@ def bless(suite: str) -> None:
 
 
 @cli.command()
-@_SUITE
+@SUITE
 @click.option(
     "--sample",
     type=click.Choice(["all", "seeds", "cheapest"]),
@@ -336,7 +248,7 @@ def spread(suite: str, sample: Literal["all", "seeds", "cheapest"], jobs: int) -
 @cli.command(hidden=True)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("runs", nargs=-1)
-@_SUITE
+@SUITE
 @_THREADS
 @click.option("--jobs", default=1)
 def again(folder: Path, runs: tuple[str, ...], suite: str, threads: int, jobs: int) -> None:

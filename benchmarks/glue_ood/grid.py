@@ -14,7 +14,7 @@ from benchmarks.harness.planning.definition import benchmark_names, load_benchma
 from benchmarks.harness.planning.kinds import Benchmark, Offer, kind_of
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.schema import check_names, parse
-from benchmarks.harness.planning.shared import ABLATION, Definition, MethodRow, MethodsDefinition
+from benchmarks.harness.planning.shared import ABLATION, Definition, Method, MethodRow, MethodsDefinition
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import TextKind, TextSets, check_ablations
 
@@ -34,12 +34,14 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
             for key in MethodsDefinition.model_fields
             if key not in Definition.model_fields
         }
-        usual = {name for name, method in resolve_methods(other.definition).items() if method.role != ABLATION}
+        resolved = resolve_methods(other.definition)
+        usual = [name for name, method in resolved.items() if method.role != ABLATION]
         rows = {name: row for name, row in taken["methods"].items() if name in usual}
         for name, row in found.transformed.items():
             where = f"{file}: 'transformed.{name}"
             check_names(where, "trained", [row.trained], usual)
             check_names(where, "used_as", [row.used_as], usual)
+            _check_transformed(resolved[row.trained], resolved[row.used_as], where)
             if name in rows:
                 raise DefinitionError(f"{where}' has the name of a method of '{found.evaluates}'; give it another")
             rows[name] = MethodRow(
@@ -48,7 +50,8 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
         return EvaluationDefinition(**found.given(), **{**taken, "methods": rows}), other.tasks
 
     def check(self, definition: EvaluationDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
-        check_names(f"{folder / 'benchmark.yaml'}: '", "ranked", definition.ranked, definition.methods)
+        main = [name for name in definition.methods if name not in definition.transformed]
+        check_names(f"{folder / 'benchmark.yaml'}: '", "ranked", definition.ranked, main)
         check_ablations(definition, definition.ablations, folder / "benchmark.yaml")
 
     def evaluates(self, definition: EvaluationDefinition) -> str:
@@ -126,6 +129,25 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
 KIND = EvaluationKind()
 
 
+def _check_transformed(trained: Method, used_as: Method, where: str) -> None:
+    """See that weights of one row mean the same in the model of another.
+
+    Raises:
+        DefinitionError: they would not.
+    """
+    if {trained.kind, used_as.kind} != {"dense", "emoe"}:
+        raise DefinitionError(
+            f"{where}' must name a dense row and one with experts that are parts of its FFNs (kind: emoe)"
+        )
+    for key, row in (("trained", trained), ("used_as", used_as)):
+        if row.kind == "emoe" and row.given().get("router", "avg_k") != "avg_k":
+            raise DefinitionError(
+                f"{where}.{key}' is '{row.title}', whose learned gate only the runs that trained it have"
+            )
+        if row.tune is not None or row.also_train is not None:
+            raise DefinitionError(f"{where}.{key}' is '{row.title}', which trains more than adapters and head")
+
+
 class _Cell(NamedTuple):
     """What is evaluated together: the chosen run of every seed."""
 
@@ -158,7 +180,7 @@ def _changes(
     """What the spec of a transformed row says in the place of the usual, by seed.
 
     Raises:
-        DefinitionError: the row that it is used as has several settings, or experts that are no part of the dense FFN.
+        DefinitionError: the row that it is used as has several settings.
     """
     found: dict[int, dict[str, Any]] = {}
     for folder in used_as:

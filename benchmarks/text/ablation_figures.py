@@ -31,7 +31,7 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
         rows: what :func:`~benchmarks.text.ablations.ablation_rows` gave.
         path: of the files, without ending.
     """
-    panels = [(title, found[found[["delta", "paper_delta"]].notna().any(axis=1)]) for title, found in _panels(rows)]
+    panels = [(title, found[found["difference"].notna()]) for title, found in _panels(rows)]
     panels = [(title, found) for title, found in panels if len(found)]
     if len(panels) > _MOST:  # every set is in the table
         panels = [(title, found) for title, found in panels if not found["is_ours"].any() or found["is_average"].any()]
@@ -46,8 +46,8 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
                 place = names.index(row.method_title)
                 if row.is_ours and row.n >= _FEW and not math.isnan(row.low):
                     axis.plot([row.low * 100, row.high * 100], [place, place], color=SERIES[0], lw=1.4)
-                axis.plot(row.delta * 100, place, "o", ms=4.5, color=SERIES[0])
-                axis.plot(row.paper_delta * 100, place, "x", ms=4.5, color=SERIES[1])
+                mark, colour = ("o", SERIES[0]) if row.is_ours else ("x", SERIES[1])
+                axis.plot(row.difference * 100, place, mark, ms=4.5, color=colour)
             axis.axvline(0, color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
             axis.set_title(title, fontsize=8)
             axis.set_yticks(range(len(names)), [textwrap.fill(name, 34) for name in names])
@@ -124,16 +124,19 @@ def _axes(panels: int, height: float, *, shared: bool) -> tuple[Any, list[Any]]:
 
 
 def _panels(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The rows of each model, selection and scope, ours and the paper's apart, with a title."""
+    """The rows of each model, selection and scope with a title: ours, and then the paper's in panels of their own; ``score`` and ``difference`` are of whose they are."""
     several = rows.loc[rows["is_ours"], "protocol"].nunique() > 1
-    rows = rows.assign(
-        score=rows["mean"].where(rows["is_ours"], rows["paper"]),
-        half=((rows["high_mean"] - rows["low_mean"]) / 2).where(rows["is_ours"] & (rows["n"] >= _FEW)),
+    ours = rows[rows["is_ours"]]
+    half = ((ours["high_mean"] - ours["low_mean"]) / 2).where(ours["n"] >= _FEW)
+    ours = ours.assign(score=ours["mean"], difference=ours["delta"], half=half)
+    paper = rows[rows["paper"].notna()]
+    paper = paper.assign(
+        score=paper["paper"], difference=paper["paper_delta"], is_ours=False, n=math.nan, half=math.nan
     )
     keys = ["is_ours", "model_title", "protocol", "domain", "scope"]
-    for (ours, model, protocol, domain, scope), found in rows.groupby(keys, sort=False):
-        who = model if ours else ", ".join(filter(None, ("the paper", model)))
-        selection = f", {PROTOCOLS[protocol]}" if several and ours else ""
+    for (is_ours, model, protocol, domain, scope), found in pd.concat([ours, paper]).groupby(keys, sort=False):
+        who = model if is_ours else ", ".join(filter(None, ("the paper", model)))
+        selection = f", {PROTOCOLS[protocol]}" if several and is_ours else ""
         where = scope if domain == ID else f"{scope} (OOD)"
         yield "\n".join([*textwrap.wrap(f"{who}{selection}", 34), *textwrap.wrap(where, 34)]), found
 
@@ -146,4 +149,6 @@ def _series(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]
         values = dict(zip(others, key[1:], strict=True))
         named = ", ".join(f"{'layers' if name == 'L' else name} {value}" for name, value in values.items() if value)
         title = found["row_title"].iloc[0]
-        yield ", ".join(filter(None, (title, named))), found.sort_values(axis, key=lambda column: column.astype(float))
+        # a main row, and the same setting among those of an ablation: the main row stands first
+        points = found.drop_duplicates(axis).sort_values(axis, key=lambda column: column.astype(float))
+        yield ", ".join(filter(None, (title, named))), points

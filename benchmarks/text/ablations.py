@@ -10,20 +10,25 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.definition import AnyBenchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.schema import check_names
 from benchmarks.harness.planning.shared import ABLATION, CONTROL
+from benchmarks.harness.planning.variants import setting_text, setting_values
 from benchmarks.harness.reporting.common_tables import means_by, with_numbers
-from benchmarks.harness.reporting.published import read_published
+from benchmarks.harness.reporting.outcomes import SETTING
+from benchmarks.harness.reporting.published import published_delta, read_published
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
 from benchmarks.harness.results.statistics import confidence_interval, paired_differences, with_verdicts
 from benchmarks.text.ablation_figures import draw_curves, draw_differences
 from benchmarks.text.definition import Ablation
 from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
-from benchmarks.text.outcomes import ARROW, SETTING, TextOutcomes, setting_text, setting_values
+from benchmarks.text.outcomes import ARROW, TextOutcomes
 
-AVERAGE_OF = "average of "
+_AVERAGE = "average"
+AVERAGE_OF = f"{_AVERAGE} of "
 # letters of the settings that a figure may have on its axis
 AXES = {"train_share": "D", "top_k_fraction": "k"}
 _FEW = 3  # sets that an average names
@@ -56,8 +61,13 @@ class Ablations:
 
     def compared(self) -> pd.DataFrame:
         """The numbers that claims are tested on, those of ablations among them."""
-        found = pd.concat([self._usual.compared(), self._outcomes.compared()], ignore_index=True)
-        return found.drop_duplicates([column for column in found if column != "value"], ignore_index=True)
+        usual = self._usual.compared()
+        if not self._definitions:
+            return usual
+        found, keys = self._outcomes.compared(), ["method", "setting", "domain"]
+        known = set(usual[keys].itertuples(index=False, name=None))
+        new = [key not in known for key in found[keys].itertuples(index=False, name=None)]
+        return pd.concat([usual, found[new]], ignore_index=True)
 
     @cached_property
     def _outcomes(self) -> TextOutcomes:
@@ -171,21 +181,30 @@ def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
         published = read_published(outcomes.benchmark, _COLUMNS, ablation.paper)
         where = f"{outcomes.benchmark.folder / ablation.paper}: '"
         check_names(where, "method", published["method"], ablation.rows)
+        check_names(where, "model", filter(None, published["model"]), load_models())
+        known = _scopes(outcomes)
+        named = [scope for scope in published["scope"] if not scope.startswith(_AVERAGE)]
+        check_names(where, "scope", named, known)
+        twice = published[published.duplicated(_COLUMNS[:4])]
+        if len(twice):
+            raise DefinitionError(f"{where}{' '.join(twice.iloc[0][_COLUMNS[:4]])}' stands there twice")
     settings = published["setting"].astype(str)
     published = published.assign(
         method=published["method"].where(settings.eq(""), published["method"] + SETTING + settings),
         paper=published["value"].astype(float) / 100,
         protocol=PUBLISHED,
     )
-    base = published[published["method"] == outcomes.baseline].set_index(["model", "scope"])["paper"]
-    published["paper_delta"] = [
-        math.nan if row.method == outcomes.baseline else row.paper - base.get((row.model, row.scope), math.nan)
-        for row in published.itertuples()
-    ]
+    published["paper_delta"] = published_delta(published.assign(value=published["paper"]), outcomes.baseline)
     on = ["protocol", "model", "scope", "method"]
     found = rows.merge(published[[*on, "paper", "paper_delta", "status", "source"]], on=on, how="outer", sort=False)
     domains = found["scope"].map(lambda scope: OOD if ARROW in scope else ID)
     return found.assign(domain=found["domain"].fillna(domains))
+
+
+def _scopes(outcomes: TextOutcomes) -> list[str]:
+    """What a number can be of: a task, or a pair of tasks."""
+    tasks = outcomes.benchmark.tasks
+    return [outcomes.pair_title(name, other) for name, task in tasks.items() for other in (name, *task.ood)]
 
 
 def _with_axes(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from benchmarks.harness.planning.frozen import check_frozen
 from benchmarks.harness.planning.kinds import COUNTS, OOD_MEAN, Benchmark, D, Domain, Kind, Offer, SetPart
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.methods import (
+    OF_TRAINING,
     VARIANT_KEYS,
     method_spec,
     suite_methods,
@@ -21,6 +22,7 @@ from benchmarks.harness.planning.methods import (
 )
 from benchmarks.harness.planning.schema import check_names, parse, read
 from benchmarks.harness.planning.shared import ABLATION, Method, MethodsDefinition
+from benchmarks.harness.planning.variants import variant_of
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.training.label_mapping import label_mapping
@@ -61,7 +63,7 @@ class TextSets(Kind[D, TaskEntry]):
     def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> list[tuple[str, str]]:
         from benchmarks.text.datasets import part_read
 
-        trained = ("train", "dev", "test") if "training" in spec else ()
+        trained = ("train", "dev", "test") if "training" in spec else ("test",)
         named = [(spec["task"]["name"], part) for part in trained] + [(other["name"], "test") for other in spec["ood"]]
         return [(name, part_read(tasks[name].splits, part)) for name, part in named]
 
@@ -130,6 +132,20 @@ class TextKind(TextSets[TextDefinition]):
             axes = [key for key in ("model", "task", "method", *VARIANT_KEYS, *_OTHER_AXES) if key in given]
             for values in itertools.product(*(given[key] for key in axes)):
                 yield _spec(benchmark, suite, methods, dict(zip(axes, values, strict=True)), where, exclude)
+
+    def settings(self, definition: TextDefinition, method: str) -> list[str]:
+        is_ablation = resolve_methods(definition)[method].role == ABLATION
+        found: list[str] = []
+        for part in definition.suites.values():
+            for block in part.grid:
+                given = block.given()
+                axes = [key for key in (*VARIANT_KEYS, *OF_TRAINING) if given.get(key) and method in block.method]
+                for values in itertools.product(*(given[key] for key in axes)):
+                    varied = dict(zip(axes, values, strict=True))
+                    # layers that all rows of a model have are said of none
+                    other = variant_of({key: varied[key] for key in axes if key != "layers"})
+                    found += [variant_of(varied), other] if other or is_ablation else []
+        return [setting for setting in dict.fromkeys(found) if setting]
 
     def offer(self, benchmark: Benchmark[TextDefinition, TaskEntry], suite: str) -> Offer:
         found = super().offer(benchmark, suite)

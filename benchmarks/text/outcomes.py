@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +13,14 @@ from benchmarks.harness.planning.kinds import OOD_MEAN, Benchmark
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.shared import ABLATION, MethodsDefinition
-from benchmarks.harness.reporting.outcomes import Outcomes, compared, counts
+from benchmarks.harness.planning.variants import setting_text, setting_values, without
+from benchmarks.harness.reporting.outcomes import SETTING, Outcomes, compared, counts
 from benchmarks.harness.results.records import collect, scores_of
 from benchmarks.harness.results.statistics import Ranking, friedman_ranks, paired_differences, with_verdicts
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import ID, OOD
 from benchmarks.text.selection import PROTOCOLS, reported, select
 
-SETTING = "|"  # between a row and a setting that is a row of its own
 ARROW = " → "  # from the set that was trained on to the one that is evaluated on
 _PAIR = ["model", "task", "eval_task"]
 _SET = ["protocol", "domain", *_PAIR]
@@ -165,23 +164,6 @@ class TextOutcomes(Outcomes):
         """``SST-2 → IMDB``, or the task alone in domain and over all sets."""
         titles = [self.title("task", name) for name in dict.fromkeys([task, eval_task or task])]
         return ARROW.join(titles)
-
-
-def setting_values(variant: str) -> dict[str, str]:
-    """The values of a variant by their letter: N, k (as a share of N), L (layers), D (share of the training rows)."""
-    return dict(re.findall(r"(?:^|-)([NkLD])(.*?)(?=-[NkLD]|$)", variant))
-
-
-def without(variant: str, usual: Collection[str]) -> str:
-    """A variant without the settings that need not be said."""
-    return "-".join(f"{key}{value}" for key, value in setting_values(variant).items() if f"{key}{value}" not in usual)
-
-
-def setting_text(variant: str) -> str:
-    """A variant in words: ``N 32, k/N 0.5, layers 3+5, 80 % of the rows``."""
-    words = {"N": "N {}", "k": "k/N {}", "L": "layers {}", "D": "{:g} % of the rows"}
-    values = setting_values(variant)
-    return ", ".join(words[key].format(float(value) * 100 if key == "D" else value) for key, value in values.items())
 
 
 @dataclass(frozen=True)

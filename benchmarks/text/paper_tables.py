@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from benchmarks.harness.reporting.published import read_published
+from benchmarks.harness.reporting.published import published_delta, read_published
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
 from benchmarks.harness.results.statistics import critical_difference
 from benchmarks.text.grid import CLEAN, ID, PUBLISHED
@@ -32,11 +32,7 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     """
     published = read_paper(outcomes)
     published = published[published["scope"] != RANK].assign(value=lambda frame: frame["value"] / 100)
-    base = published.loc[published["method"] == outcomes.baseline].set_index(["model", "scope"])["value"]
-    published["paper_delta"] = [
-        math.nan if row.method == outcomes.baseline else row.value - base.get((row.model, row.scope), math.nan)
-        for row in published.itertuples()
-    ]
+    published["paper_delta"] = published_delta(published, outcomes.baseline)
     frame = published
     for protocol in (PUBLISHED, CLEAN):
         ours = _ours(outcomes, domain, protocol).rename(columns={"ours": protocol, "ours_delta": f"{protocol}_delta"})

@@ -16,13 +16,16 @@ from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.planning import definition
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.planning.schema import read_yaml
 from benchmarks.harness.planning.shared import ABLATION
+from benchmarks.harness.planning.variants import setting_text, setting_values, without
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.running.execution import execute
 from benchmarks.harness.sources.vader import ARCHIVE
+from benchmarks.text.ablation_figures import _panels
 from benchmarks.text.ablations import Ablations, ablation_rows
 from benchmarks.text.datasets import TextSplit
-from benchmarks.text.outcomes import TextOutcomes, setting_text, setting_values, without
+from benchmarks.text.outcomes import TextOutcomes
 from tests import fake_runs
 
 LORA, OOD = load_benchmark("glue_lora"), load_benchmark("glue_ood")
@@ -65,7 +68,8 @@ def test_rows_of_ablations_keep_the_others_runs_and_stand_in_their_suites() -> N
         assert rows["glue_lora", row, ""] == 3
     assert rows["glue_lora", "lora_emoe_part", "D0.8"] == rows["glue_lora", "lora_part", "D0.8"] == 3
     settings = {variant: count for (_, row, variant), count in rows.items() if row == "lora_emoe_settings"}
-    assert settings == {"N16-k0.5": 3, "N32-k0.25": 3, "L3+5": 3}
+    assert settings == {"N16-k0.5": 3, "N32-k0.25": 3}
+    assert rows["glue_lora", "lora_emoe_layers", "L3+5"] == 3
     # the chosen runs of another benchmark are evaluated, not those of its ablations
     evaluated = {row for benchmark, row, _ in rows if benchmark == "glue_ood"}
     assert evaluated == {
@@ -120,22 +124,42 @@ def test_a_kind_without_ablations_refuses_their_rows() -> None:
         definition.check_references(changed, real.tasks, real.folder)
 
 
-def transformed(**row: str) -> dict[str, Any]:
-    return {"lora2emoe": OOD.definition.transformed["lora2emoe"].model_copy(update=row)}
-
-
 def evaluations(runs: list[Run], **changes: Any) -> list[Run]:
     benchmark = definition.Benchmark("glue_ood", OOD.definition.model_copy(update=changes), OOD.tasks)
     specs = EVALUATION.specs(benchmark, "smoke", (), lambda _: {run.folder: run.spec for run in runs})
     return [run_from_spec(spec) for spec in specs]
 
 
-def test_a_model_is_used_as_one_row_and_not_as_several_or_as_copies() -> None:
-    runs = plan(["glue_lora"], "smoke")
+def test_a_model_is_used_as_one_row_and_not_as_several() -> None:
+    row = OOD.definition.transformed["lora2emoe"].model_copy(update={"used_as": "lora_emoe_search"})
     with pytest.raises(DefinitionError, match=r"transformed\.lora2emoe\.used_as' runs with several N, k or layers"):
-        evaluations(runs, transformed=transformed(used_as="lora_emoe_search"))
-    with pytest.raises(DefinitionError, match=r"transformed\.lora2emoe\.used_as' has experts that are no parts"):
-        evaluations(runs, transformed=transformed(used_as="lora_gmoe"))
+        evaluations(plan(["glue_lora"], "smoke"), transformed={"lora2emoe": row})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"trained": "lora", "used_as": "lora_gmoe"}, "must name a dense row and one with experts that are parts"),
+        ({"trained": "lora", "used_as": "lora_block"}, "must name a dense row and one with experts that are parts"),
+        ({"trained": "lora_emoe", "used_as": "lora_emoe"}, "must name a dense row and one with experts that are parts"),
+        ({"trained": "lora", "used_as": "lora_emoe_learn"}, r"used_as' is 'LoRA \+ EMoE-learn', whose learned gate"),
+        ({"trained": "lora_block", "used_as": "lora_emoe"}, r"trained' is 'LoRA \+ Block', which trains more"),
+        ({"trained": "lora", "used_as": "lora_emo"}, r"used_as' is 'lora_emo'.*did you mean 'lora_emoe'"),
+        ({"trained": "lora", "used_as": "lora_bottom"}, r"used_as' is 'lora_bottom', which does not exist"),
+    ],
+)
+def test_weights_of_one_row_must_mean_the_same_in_the_other(row: dict[str, str], message: str) -> None:
+    content = read_yaml(OOD.file)
+    content["transformed"]["odd"] = {"title": "Odd", **row}
+    content["ablations"]["transformation"]["rows"].append("odd")
+    with pytest.raises(DefinitionError, match=r"'transformed\.odd.*" + message):
+        EVALUATION.load(content, OOD.file)
+
+
+def test_rows_that_are_ranked_are_main_rows() -> None:
+    changed = OOD.definition.model_copy(update={"ranked": ["lora", "emoe2lora"]})
+    with pytest.raises(DefinitionError, match=r"'ranked' is 'emoe2lora', which does not exist"):
+        definition.check_references(changed, OOD.tasks, OOD.folder)
 
 
 # settings in words
@@ -309,3 +333,49 @@ def test_the_same_weights_are_used_with_and_without_experts(
     assert len({result["data"]["test"]["digest"] for result in found.values()}) == 1
     assert found["lora2emoe"]["probe"]["loads"]
     assert not found["emoe2lora"]["probe"]["loads"]
+
+
+# the paper's numbers
+
+
+def test_the_papers_cells_stand_in_the_rows_of_the_suite_that_is_made_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    glue = load_benchmark("glue")
+    shown = glue.definition.ablations["settings"]
+    runs = [run for run in plan(["glue"], "paper") if run.spec["method"]["name"] in shown.rows]
+    runs = [run for run in runs if run.spec["task"]["name"] in ("cola", "mrpc", "rte")]
+    fake_runs.write_runs([run for run in runs if run.spec["model"]["name"] == "bert-large-cased"])
+    runs = [run for run in runs if run.spec["model"]["name"] == "bert-large-cased"]
+    rows = ablation_rows(TextOutcomes(glue, runs, ablated=True), shown)
+    assert rows["paper"].notna().sum() == 39
+    assert rows.loc[rows["paper"].notna(), "is_ours"].all()
+    cell = rows[(rows["scope"] == "RTE") & (rows["method"] == "emoe_settings|N16-k0.125") & rows["paper"].notna()]
+    assert cell["paper_delta"].tolist() == [pytest.approx(0.016889, abs=1e-5)]
+    # and in panels of their own of the figure
+    panels = dict(_panels(rows))
+    ours, paper = (panels[f"{who}BERT-large{more}\nRTE"] for who, more in (("", ", authors'"), ("the paper, ", "")))
+    assert len(paper) == 13
+    assert set(paper["score"]) == set(rows.loc[rows["paper"].notna() & (rows["scope"] == "RTE"), "paper"])
+    assert set(ours["score"]) == set(ours["mean"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("gpt2-xl,CoLA,lora_any,,60,published,x", "'method' is 'lora_any'|method' is 'lora_any'"),
+        ("gpt2-x,CoLA,lora,,60,published,x", r"model' is 'gpt2-x'.*did you mean 'gpt2-xl'"),
+        ("gpt2-xl,SST2,lora,,60,published,x", r"scope' is 'SST2'.*did you mean 'SST-2'"),
+        ("gpt2-xl,CoLA,lora,,60,published,x\ngpt2-xl,CoLA,lora,,61,published,x", "stands there twice"),
+    ],
+)
+def test_wrong_cells_of_an_ablation_are_named(
+    finished, line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished[0].parents[1])
+    file = tmp_path / "data.csv"
+    file.write_text(f"model,scope,method,setting,value,status,source\n{line}\n")
+    wrong = LORA.definition.ablations["data"].model_copy(update={"paper": str(file)})
+    with pytest.raises(DefinitionError, match=message):
+        ablation_rows(TextOutcomes(LORA, of(finished[1], "glue_lora"), ablated=True), wrong)

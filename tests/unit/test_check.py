@@ -28,7 +28,7 @@ from benchmarks.harness.results.reference import (
     write_reference,
 )
 from benchmarks.harness.results.regression import Comparison, compare, present
-from benchmarks.harness.running import blessing, environment
+from benchmarks.harness.running import blessing, environment, spread
 from benchmarks.harness.running.blessing import bless, clean_commit, refuse_what_does_not_repeat
 from benchmarks.harness.running.repetition import Repetition, repeat
 from benchmarks.harness.running.spread import sample
@@ -107,6 +107,23 @@ def test_on_the_machine_that_blessed_everything_is_equal_and_the_last_digit_coun
     assert not moved.passed
     assert len(moved.changed) == 1
     assert moved.changed[0].difference == pytest.approx(2e-16, rel=0.5)
+
+
+def test_a_real_second_machine_counts_in_the_spreads(
+    runs: list[Run], blessed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs here that differ from what another machine blessed widen what may differ, with every run and not a sample."""
+    monkeypatch.setattr(spread, "VARIANTS", ())
+    monkeypatch.setattr(spread, "clean_commit", lambda: "0" * 40)
+    text = [run for run in runs if run.benchmark == "glue"]
+    here = SpreadFile.model_validate_json(spread.measure(text, "mini", "cheapest", 1, blessed).read_text())
+    assert (here.variants, here.spreads) == ([], [])  # the machine that blessed
+    on_another_machine(runs)
+    score_of(text[-1], 0.002)
+    found = SpreadFile.model_validate_json(spread.measure(text, "mini", "cheapest", 1, blessed).read_text())
+    assert found.variants == [f"as blessed on CPU, {len(text)} runs"]
+    metric = text[-1].spec["task"]["metric"]
+    assert {row.quantity: row.largest for row in found.spreads}[metric] == pytest.approx(0.002)
 
 
 def test_a_seed_or_a_run_that_is_lost_fails(runs: list[Run], blessed: Path) -> None:

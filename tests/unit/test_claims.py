@@ -26,6 +26,7 @@ from benchmarks.harness.results.evidence import (
     POWER,
     Evidence,
     Verdict,
+    beyond_p,
     counted,
     equivalence_p,
     judge,
@@ -127,9 +128,19 @@ def test_sameness_is_shown_and_not_taken_from_a_test_that_finds_nothing(
     differences: list[float], same: Verdict, not_lower: Verdict
 ) -> None:
     for compare, expected in ((SAME, same), (NOT_LOWER, not_lower)):
-        found = evidence_of(differences, compare)
-        p = equivalence_p(found.difference, found.deviation, 0.01, below_only=compare is NOT_LOWER)
-        assert judge(compare, found, found.difference.p, 0.01, p) == expected
+        found, below = evidence_of(differences, compare), compare is NOT_LOWER
+        numbers = (found.difference, found.deviation, 0.01)
+        p, beyond = equivalence_p(*numbers, below_only=below), beyond_p(*numbers, below_only=below)
+        assert judge(compare, found, p, None, beyond) == expected
+
+
+def test_what_is_beyond_the_margin_is_scipys_one_sided_test() -> None:
+    found = evidence_of([-0.050, -0.052, -0.049, -0.051])
+    expected = stats.ttest_1samp([-0.050, -0.052, -0.049, -0.051], -0.01, alternative="less").pvalue
+    for below_only in (False, True):
+        p = beyond_p(found.difference, found.deviation, 0.01, below_only=below_only)
+        assert p == pytest.approx(expected)
+    assert beyond_p(evidence_of([0.05, 0.051]).difference, 0.001, 0.01, below_only=True) > 0.5
 
 
 def test_one_sided_p_is_scipys() -> None:
@@ -168,6 +179,27 @@ def test_a_claim_of_every_setting_holds_if_it_holds_of_the_weakest() -> None:
     assert lower.setting == "N32"
 
 
+def test_the_weakest_setting_is_the_one_with_the_largest_p() -> None:
+    """Not the one with the smallest t: three pairs with a larger t can say less than ten with a smaller one."""
+    every = HIGHER.model_copy(update={"settings": "all"})
+    few, many = [0.010, 0.018, 0.026], [0.002, 0.03, 0.004, 0.028]
+    found = of_settings({"N16": few, "N32": many}, every)
+    assert found is not None
+    p = {name: evidence_of(values).difference.p for name, values in (("N16", few), ("N32", many))}
+    assert found.setting == max(p, key=lambda name: p[name])
+    untested = of_settings({"N16": [0.010], "N32": GOOD}, every)
+    assert untested is not None
+    assert untested.setting == "N16"
+    assert judge(every, untested, untested.difference.p, None) is Verdict.NO_TEST
+
+
+def test_pairs_that_are_all_incomplete_are_no_pairs() -> None:
+    base = {("a", seed): 0.5 for seed in (0, 1)} | {("b", seed): 0.5 for seed in (2, 3)}
+    found = paired(numbers({"emoe": dict.fromkeys(base, 0.6), "vanilla": base}), HIGHER)
+    assert found is not None
+    assert (found.difference.n, found.left_out) == (0, 4)
+
+
 def test_settings_are_compared_where_a_claim_names_them() -> None:
     chosen = {"": BETTER, "D0.8": BAD, "D0.5": BAD}
     usual = of_settings(chosen, HIGHER)
@@ -177,6 +209,7 @@ def test_settings_are_compared_where_a_claim_names_them() -> None:
     assert usual.difference.mean == pytest.approx(0.0305)
     assert (named.setting, named.difference.mean) == ("D0.8", pytest.approx(-0.0105))
     assert of_settings(chosen, HIGHER.model_copy(update={"settings": ["D0.9"]})) is None
+    assert of_settings(chosen, HIGHER.model_copy(update={"settings": ["D0.8", "D0.9"]})) is None
 
 
 def test_the_difference_is_the_paired_one_as_scipy_has_it() -> None:
@@ -349,7 +382,7 @@ def test_what_is_not_tested_says_what_it_needs(mini: tuple[Suite, pd.DataFrame, 
     assert all(text.startswith("not tested in this suite: ") for text in missing)
     assert missing["llama", "questions, full fine-tuning"].endswith("its runs are in paper")
     assert missing["robust", "every N and k against the dense model, full fine-tuning"].endswith(
-        "its runs are in mini_full, paper"
+        "its runs are in paper"
     )
     assert missing["cost"].iloc[0].endswith("its runs are in smoke, speed")
     assert "mini" not in missing["llama", "questions, full fine-tuning"]
@@ -440,6 +473,9 @@ CLAIM: dict[str, Any] = {
         ({"models": ["minilmm"]}, "compare.models' is 'minilmm', which does not exist; did you mean 'minilm'?"),
         ({"tunings": ["lora"]}, "compare.tunings' is 'lora', which does not exist"),
         ({"direction": "better"}, "compare.direction' is 'better'"),
+        ({"settings": ["N16"]}, "compare.settings' is for rows with several settings; 'emoe' has one"),
+        ({"method": "emoe_search", "settings": ["N16-k.25"]}, "compare.settings' is 'N16-k.25', which does not exist"),
+        ({"method": "emoe_search", "settings": "all", "direction": "same"}, "must be a single one where the direction"),
         ({"direction": "near"}, "compare.direction' is 'near', but score has no interval of its own"),
         ({"domain": "model", "metric": "parameters", "selection": None}, "has no equivalence_margin in metrics.yaml"),
         ({"metod": "emoe"}, "compare.metod'; did you mean 'method'?"),

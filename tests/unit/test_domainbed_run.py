@@ -123,7 +123,7 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
             assert 0 < mean < high
         assert routing[f"{name}_information_chance"] < routing[f"{name}_information_chance_95"]
     assert all(sum(map(sum, matrix)) == 4 for matrix in found["confusion"].values())
-    said = capfd.readouterr().err
+    said = capfd.readouterr().out
     assert said.index("all") < said.index("training, 7 steps")  # counts come before training
     assert "held out: P; trained on: A, C, S" in said
     assert not (path.parent / "checkpoints").exists()
@@ -190,7 +190,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(
         finish(killed)
     assert not (killed.parent / "metrics.json").exists()
     assert finish(killed) == whole(run)
-    assert "resumed at step 4" in capfd.readouterr().err
+    assert "resumed at step 4" in "".join(capfd.readouterr())
 
 
 def test_methods_train_on_the_same_images_drawn_alike(whole: Finished) -> None:
@@ -301,7 +301,7 @@ def test_a_damaged_image_ends_the_run_before_it_trains(own_data: Path, capfd: py
         match=r"1 of 96 images cannot be used:\n.*cartoon/dog/003.jpg cannot be used: ",
     ):
         finish(path)
-    assert "training," not in capfd.readouterr().err
+    assert "training," not in "".join(capfd.readouterr())
     assert not (path.parent / "checkpoints").exists()
 
 

@@ -70,7 +70,7 @@ def test_a_run_leaves_its_numbers(capfd: pytest.CaptureFixture[str]) -> None:
     assert [layer["index"] for layer in found["model"]["conversion"]] == [2, 3]
     assert all(len(shares) == 8 and sum(shares) == pytest.approx(1) for shares in found["routing"]["shares"].values())
     assert found["routing"]["active_neurons"] == pytest.approx(0.25)
-    said = capfd.readouterr().err
+    said = "".join(capfd.readouterr())
     assert "24 rows to learn, 6 held out, 0 broken left out" in said
     assert not (path.parent / "checkpoints").exists()
 
@@ -85,7 +85,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(capfd: pytest.CaptureFixture[s
         finish(killed)
     assert not (killed.parent / "metrics.json").exists()
     assert finish(killed) == whole
-    assert "resumed at step 4" in capfd.readouterr().err
+    assert "resumed at step 4" in "".join(capfd.readouterr())
 
 
 def test_neither_micro_batch_nor_packing_nor_checkpointing_changes_the_curve() -> None:

@@ -5,7 +5,7 @@ import sys
 sys.path.insert(0, str(workflow.basedir))
 
 from benchmarks.domainbed.jobs import find_validation
-from benchmarks.harness.planning import jobs
+from benchmarks.harness.planning import jobs, paper_items
 from benchmarks.harness.planning import suite as suites
 from benchmarks.harness.running.forkserver import Server
 from emoe.errors import EMoEError
@@ -15,6 +15,7 @@ try:
     SUITE.runs
     SHOWN = suites.all_artifacts()
     CLAIMS = suites.CLAIMS
+    paper_items.load_paper_items()
     SUITE.claims_digest()
 except EMoEError as error:
     # one line that explains it; a traceback would hide it
@@ -70,7 +71,7 @@ def suite_named(name):
 
 def suite_outputs(suite):
     # the runs are named too: a deleted one is made again although its tables are still there
-    files = [*suite.metric_files(), *suite.output_files(), *suite.pages()]
+    files = [*suite.metric_files(), *suite.output_files(), *suite.pages(), *paper_items.paper_files(suite)]
     files += [f"results/{suite.name}/report.html", f"results/{suite.name}/mlflow.json"]
     return files + (["results/report.html"] if suite is SUITE else [])
 

@@ -2,7 +2,8 @@
 
 
 # One rule a benchmark, because each has its own tables and figures: `tables_of_glue`. Where sets of images are shown
-# one by one, one rule a set, too: `tables_of_domainbed_pacs`.
+# one by one, one rule a set, too: `tables_of_domainbed_pacs`. Those that are the paper's are written once more under
+# its numbers, with its rows: `results/<suite>/paper/table_4.md`.
 for shown in SHOWN:
 
     rule:
@@ -20,6 +21,7 @@ for shown in SHOWN:
                 caption="../report/figure.rst",
                 category=shown.benchmark,
             ),
+            paper=paper_items.files_of(shown, "{suite}"),
         log:
             f"results/logs/{{suite}}/tables_of_{shown.name}.txt",
         localrule: True
@@ -29,6 +31,7 @@ for shown in SHOWN:
             what=f"--benchmark {shown.benchmark}"
             + (f" --part {shown.part}" if shown.part else ""),
             captions=" ".join(shown.figures.values()),
+            paper=paper_items.items_text(shown),
             # comments in the YAML files change nothing here, titles do
             definition=lambda wildcards, shown=shown: suite_named(
                 wildcards.suite
@@ -49,6 +52,7 @@ rule table_of_claims:
             caption="../report/figure.rst",
             category="Claims",
         ),
+        main=paper_items.main_files("{suite}"),
     log:
         "results/logs/{suite}/table_of_claims.txt",
     localrule: True

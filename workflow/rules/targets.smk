@@ -55,3 +55,16 @@ for shown in SHOWN:
                 lambda wildcards, shown=shown: part_outputs(shown.benchmark, shown.part),
             message:
                 "The tables and figures of the set are up to date"
+
+
+# one target per table and figure of the paper: `snakemake table_4`, `snakemake figure_7`
+for name, item in paper_items.load_paper_items().items():
+    if files := paper_items.paper_files(SUITE, name):
+
+        rule:
+            name:
+                name
+            input:
+                files,
+            message:
+                "The paper's table or figure is up to date"

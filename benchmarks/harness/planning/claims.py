@@ -134,6 +134,17 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
     known("tasks", compare.tasks, benchmark.tasks)
     known("tunings", compare.tunings, getattr(benchmark.definition, "finetuning", ()))
     known("selection", [compare.selection], domain.selections)
+    if compare.settings:
+        settings = kind.settings(benchmark.definition, compare.method)
+        if not settings:
+            raise DefinitionError(
+                f"{file}: '{at}.settings' is for rows with several settings; '{compare.method}' has one"
+            )
+        known("settings", compare.settings if isinstance(compare.settings, list) else (), settings)
+        if compare.direction not in ("higher", "lower") and (compare.settings == "all" or len(compare.settings) > 1):
+            raise DefinitionError(
+                f"{file}: '{at}.settings' must be a single one where the direction is '{compare.direction}'"
+            )
     if domain.selections and compare.selection is None:
         options = ", ".join(domain.selections)
         raise DefinitionError(f"{file}: '{at}' needs the key 'selection'; choose from {options}")

@@ -254,6 +254,10 @@ class Kind(ABC, Generic[D, E]):
         methods = resolve_methods(definition) if isinstance(definition, MethodsDefinition) else {}
         return {name: method.title for name, method in methods.items()}
 
+    def settings(self, definition: D, method: str) -> list[str]:
+        """The variants with which suites run a method, where claims may be of one of them."""
+        return []
+
     def offer(self, benchmark: Benchmark[D, E], suite: str) -> Offer:
         """What a suite runs of a benchmark."""
         blocks = getattr(benchmark.definition.suites[suite], "grid", ())

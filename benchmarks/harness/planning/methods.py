@@ -12,10 +12,10 @@ from benchmarks.harness.planning.method_rows import check_rows, method_config, r
 from benchmarks.harness.planning.schema import Strict, check_names, parse
 from benchmarks.harness.planning.shared import Entry, LoRA, Method, TrainingDefinition, TrainingSettings
 from benchmarks.harness.planning.tunings import needs_layers, tuning_spec
+from benchmarks.harness.planning.variants import variant_of
 
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
-_OF_TRAINING = ("train_share",)  # settings that are no method's, but vary a row all the same
-_SHORT = {"num_experts": "N", "top_k_fraction": "k", "layers": "L", "train_share": "D"}
+OF_TRAINING = ("train_share",)  # settings that are no method's, but vary a row all the same
 Changed = TypeVar("Changed", bound=Strict)
 Settings = TypeVar("Settings", bound=TrainingSettings)
 
@@ -97,7 +97,7 @@ def method_spec(
     named = f"{where}': method '{point['method']}'"
     return {
         "name": point["method"],
-        "variant": _variant({**varied, **{key: point[key] for key in _OF_TRAINING if key in point}}),
+        "variant": variant_of({**varied, **{key: point[key] for key in OF_TRAINING if key in point}}),
         "noise": float(method.noise),
         "config": method_config(method, seed, named),
         "tune": _tuned(method, lora, named),
@@ -113,11 +113,3 @@ def _tuned(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | No
     if needs_layers(method.tune) and method.layers is None:
         raise DefinitionError(f"{where} sets 'tune: {method.tune}' but no 'layers', which say where")
     return tuning_spec(method.tune, method.layers, method.also_train or ())
-
-
-def _variant(varied: Mapping[str, Any]) -> str:
-    values = {
-        key: "+".join(map(str, v)) if isinstance(v, list) else f"{v:g}" if isinstance(v, float) else str(v)
-        for key, v in varied.items()
-    }
-    return "-".join(f"{_SHORT[key]}{value}" for key, value in values.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -15,12 +15,14 @@ from benchmarks.harness.planning.definition import AnyBenchmark, load_benchmark
 from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.suite import Suite
+from benchmarks.harness.planning.variants import setting_text
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
 from benchmarks.harness.results.evidence import (
     MOST_PAIRS,
     Evidence,
     Verdict,
+    beyond_p,
     counted,
     equivalence_p,
     judge,
@@ -33,12 +35,25 @@ from benchmarks.harness.results.statistics import SIGNIFICANCE, holm
 
 PAIRED = ("higher", "lower", "same", "not_lower")  # directions of what is compared pair by pair
 _FEW = 3
-_NUMBERS = ("delta", "low", "high", "deviation", "n", "p", "margin", "equivalence_p", "effect")
+_NUMBERS = ("delta", "low", "high", "deviation", "n", "p", "margin", "equivalence_p", "beyond_p", "effect")
 _TEXTS = ("benchmark", "method", "against", "domain", "metric", "unit", "pair")
 
 
-def judged(suite: Suite) -> pd.DataFrame:
+def claimed_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
+    """The numbers of every benchmark that claims are tested on, in the columns :data:`~benchmarks.harness.reporting.outcomes.COMPARED`.
+
+    Raises:
+        DefinitionError: a run is not finished, or a benchmark has no numbers to compare.
+    """
+    return {name: _numbers(suite, name) for name in suite.claimed}
+
+
+def judged(suite: Suite, numbers: Mapping[str, pd.DataFrame] | None = None) -> pd.DataFrame:
     """Test every claim on a suite's finished runs.
+
+    Args:
+        suite: the suite.
+        numbers: what :func:`claimed_numbers` gave; asked for where left out.
 
     Returns:
         A row a test, in the order of the file: ``claim``, ``claim_title``, ``test``, ``contrast``, ``paper``, ``where``; what was compared (``benchmark``, ``method``, ``against``,
@@ -49,7 +64,7 @@ def judged(suite: Suite) -> pd.DataFrame:
     Raises:
         DefinitionError: a run is not finished, or a benchmark has no numbers to compare.
     """
-    numbers = {name: _numbers(suite, name) for name in suite.claimed}
+    numbers = claimed_numbers(suite) if numbers is None else numbers
     found = []
     for name, claim in load_claims().items():
         for test in claim.tests:
@@ -74,7 +89,7 @@ def _numbers(suite: Suite, name: str) -> pd.DataFrame:
     return found
 
 
-def _tested(test: ClaimTest, numbers: dict[str, pd.DataFrame]) -> dict[str, Any]:
+def _tested(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """What of a row depends on runs."""
     if test.compare is None:
         return {"evidence": None, "remark": f"not tested in this suite: needs {test.needs}"}
@@ -96,13 +111,13 @@ def _tested(test: ClaimTest, numbers: dict[str, pd.DataFrame]) -> dict[str, Any]
     difference = evidence.difference
     row |= {"delta": difference.mean * scale, "low": difference.low * scale, "high": difference.high * scale}
     row |= {"deviation": evidence.deviation * scale, "n": difference.n, "p": difference.p}
-    if compare.direction in PAIRED:
-        row["equivalence_p"] = equivalence_p(
-            difference,
-            evidence.deviation,
-            metric.equivalence_margin or math.nan,
-            below_only=compare.direction == "not_lower",
-        )
+    margin = metric.equivalence_margin or math.nan
+    if compare.direction in ("higher", "lower"):
+        row["equivalence_p"] = equivalence_p(difference, evidence.deviation, margin)
+    elif compare.direction in PAIRED:  # what decides is no test of a difference
+        below_only = compare.direction == "not_lower"
+        row["p"] = equivalence_p(difference, evidence.deviation, margin, below_only=below_only)
+        row["beyond_p"] = beyond_p(difference, evidence.deviation, margin, below_only=below_only)
     return row | {"evidence": evidence, "remark": _remark(compare, evidence, row["pair"], benchmark)}
 
 
@@ -121,17 +136,15 @@ def _with_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     for row in rows.itertuples():
         verdict = Verdict.NOT_TESTED
         if row.evidence is not None:
-            margin = row.margin / load_metrics()[row.compare.metric].scale
-            verdict = judge(row.compare, row.evidence, row.p_holm, margin, row.equivalence_p_holm)
+            # against a claim of sameness by Bonferroni's correction, Holm's strictest step
+            verdict = judge(row.compare, row.evidence, row.p_holm, row.margin, min(1.0, row.beyond_p * tested))
         needed = alone = math.nan
         if verdict is Verdict.UNDECIDED and row.compare.direction in ("higher", "lower"):
             needed = pairs_needed(row.effect, row.deviation, SIGNIFICANCE / tested)
             alone = pairs_needed(row.effect, row.deviation, SIGNIFICANCE)
         found.append((verdict.value, needed, alone))
     judged_rows = pd.DataFrame(found, columns=["verdict", "pairs_needed", "pairs_needed_alone"], index=rows.index)
-    two_sided = rows["compare"].map(lambda compare: compare is not None and compare.direction != "not_lower")
-    equivalent = (rows["equivalence_p_holm"] < SIGNIFICANCE).astype(object)
-    equivalent = equivalent.where(rows["equivalence_p"].notna() & two_sided, "")
+    equivalent = (rows["equivalence_p_holm"] < SIGNIFICANCE).astype(object).where(rows["equivalence_p"].notna(), "")
     return rows.join(judged_rows).assign(equivalent=equivalent)
 
 
@@ -141,6 +154,9 @@ def _contrast(compare: Comparison, benchmark: AnyBenchmark) -> str:
     method, against = (
         f"({title})" if "+" in title else title for title in (titles[compare.method], titles[compare.against])
     )
+    if compare.settings:
+        every = compare.settings == "all"
+        method += ", every setting" if every else f", {'; '.join(map(setting_text, compare.settings))}"
     return f"{method} {joint} {against}"
 
 
@@ -161,7 +177,7 @@ def _remark(compare: Comparison, evidence: Evidence, pair: str, benchmark: AnyBe
     if compare.direction not in PAIRED:
         return found[0]
     if evidence.settings > 1:
-        found.append(f"the furthest from it of {evidence.settings} settings: {evidence.setting}")
+        found.append(f"the furthest from it of {evidence.settings} settings: {setting_text(evidence.setting)}")
     if evidence.left_out:
         found.append(f"{counted_noun(evidence.left_out, pair)} left out, which lack a part of it")
     if math.isnan(difference.p) and math.isfinite(evidence.deviation):
@@ -203,8 +219,8 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     return Table(
         "Claims of the paper",
         f"{warning}Differences are means over n pairs (a seed's or trial's numbers are averaged over tasks first), with a 95 % confidence interval and a paired t-test (Student's t), p corrected by Holm's "
-        f"procedure over the {tested} tests of this table. Supported or contradicted: corrected p below 5 %, in the claimed direction or the other. A claim that two numbers are the same, or that one is not lower, is supported where two one-sided t-tests, or one, say so up to the margin, and contradicted where the interval lies "
-        "beyond it. A claim of every setting of a method is tested on the setting furthest from it. Practically equal: two one-sided t-tests at 5 %, corrected likewise, "
+        f"procedure over the {tested} tests of this table. Supported or contradicted: corrected p below 5 %, in the claimed direction or the other. Of a claim that two numbers are the same, or that one is not lower, p is that of two one-sided t-tests against the margin, or of one, and it is contradicted where a test says that "
+        "the difference is beyond the margin. A claim of every setting of a method is tested on the setting furthest from it. Practically equal: two one-sided t-tests at 5 %, corrected likewise, "
         "say that the true difference is below the margin of benchmarks/metrics.yaml; this is a finding beside the verdict. Pairs to decide: how many would find an effect of the paper's size with 80 % "
         f"power, given the deviation of the pairs here, by a two-sided test at 5 % ÷ {max(tested, 1)}, which is Holm's strictest step. Parameters are counted, without a test. Of times the range over all rounds and settings has to "
         "lie within the margin. Where the paper gives a difference in another unit, or none, there is no number of pairs.",
@@ -259,8 +275,6 @@ def _equal_text(row: Any) -> str:
     if math.isnan(row.equivalence_p):
         return MISSING
     margin = f"{row.margin:g} {row.unit.removesuffix('s') if row.margin == 1 else row.unit}"
-    if row.compare.direction == "not_lower":
-        return f"{'not' if row.verdict == Verdict.SUPPORTED else 'not shown: not'} lower by {margin}"
     return f"yes, within {margin}" if row.equivalent else f"not shown ({margin})"
 
 

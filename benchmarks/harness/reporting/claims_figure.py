@@ -16,7 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.planning.suite import CLAIMS, Suite
-from benchmarks.harness.reporting.claims import claims_table, counted_noun, judged, runs_text
+from benchmarks.harness.reporting.claims import claimed_numbers, claims_table, counted_noun, judged, runs_text
+from benchmarks.harness.reporting.main_figure import draw_main, main_rows
 from benchmarks.harness.reporting.plots import STYLE, placeholder_figure, save
 from benchmarks.harness.results.evidence import Verdict
 
@@ -38,11 +39,13 @@ _PATCH = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
 
 
 def write_claims(suite: Suite) -> None:
-    """Write the table and the figure of the claims of a suite whose runs are finished."""
-    rows = judged(suite)
+    """Write the table and the figure of the claims of a suite whose runs are finished, and the figure of the main averages."""
+    numbers = claimed_numbers(suite)
+    rows = judged(suite, numbers)
     folder = paths.RESULTS / suite.name
     claims_table(suite, rows).write(folder / "tables")
     draw_claims(rows, folder / "figures" / CLAIMS.name)
+    draw_main(main_rows(numbers), folder / "paper")
 
 
 def draw_claims(rows: pd.DataFrame, path: Path) -> None:

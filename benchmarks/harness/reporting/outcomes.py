@@ -10,8 +10,9 @@ from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.kinds import COUNTS, Benchmark
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.shared import Entry, MethodsDefinition
+from benchmarks.harness.planning.shared import CONTROL, Entry, MethodsDefinition
 
+SETTING = "|"  # between a row and a setting of it that is a row of its own
 # what claims are tested on: a row a number, see Presentation.compared
 COMPARED = [
     *("selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "setting", "pair", "value")
@@ -86,7 +87,7 @@ class Outcomes:
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Rows with ``<key>_title`` of every key that they have, and ``is_method``: whether they are no control."""
         titles = {f"{key}_title": [self.title(key, name) for name in frame[key]] for key in self.titles if key in frame}
-        return frame.assign(**titles, is_method=[self.role(name) != "control" for name in frame["method"]])
+        return frame.assign(**titles, is_method=[self.role(name) != CONTROL for name in frame["method"]])
 
     def order(self, frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
         """Titled rows, sorted by columns: names in the order of their titles, unknown ones last; other columns by value."""

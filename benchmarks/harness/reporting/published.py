@@ -40,3 +40,12 @@ def read_published(
         if math.isnan(row.value) != (row.status == "unknown"):
             raise DefinitionError(f"{path}, line {number}: a value is given where it is known, and only there")
     return found
+
+
+def published_delta(published: pd.DataFrame, baseline: str) -> list[float]:
+    """The difference of every published ``value`` to the baseline's of the same ``model`` and ``scope``; nan for the baseline itself, and where that is not known."""
+    base = published[published["method"] == baseline].set_index(["model", "scope"])["value"]
+    return [
+        math.nan if row.method == baseline else row.value - base.get((row.model, row.scope), math.nan)
+        for row in published.itertuples()
+    ]

@@ -104,12 +104,14 @@ def _figures(suite: Suite, shown: Artifacts) -> list[dict[str, str]]:
 
 
 def _data(runs: list[Run]) -> list[dict[str, Any]]:
-    """Rows and labels of every split that was used, once a task; of splits that differ between runs those of the last."""
+    """Rows and labels of every split that was used, once a task; of splits that differ between runs the largest."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for run in runs:
         for part, summary in read_metrics(run)["data"].items():
             task = part.removeprefix("ood:") if part.startswith("ood:") else run.spec["task"]["name"]
             name = "test" if part.startswith("ood:") else part
+            if (task, name) in found and found[task, name]["rows"] > summary["rows"]:
+                continue
             labels = summary.get("labels") or {"from": summary["range"][0], "to": summary["range"][1]}
             text = ", ".join(f"{label}: {count}" for label, count in labels.items())
             if len(labels) > _FEW_LABELS:
@@ -127,8 +129,11 @@ def _data(runs: list[Run]) -> list[dict[str, Any]]:
 def _training(runs: list[Run]) -> dict[str, str]:
     """Training settings; where tasks differ, each value with its tasks."""
     found: dict[str, dict[str, list[str]]] = {}
-    for run in runs:
-        for key, value in {**run.spec["training"], **run.spec.get("hparams", {})}.items():
+    settings = [{**run.spec["training"], **run.spec.get("hparams", {})} for run in runs]
+    keys = dict.fromkeys(key for given in settings for key in given)
+    for run, given in zip(runs, settings, strict=True):
+        for key in keys:
+            value = given.get(key)
             tasks = found.setdefault(key, {}).setdefault("–" if value is None else str(value), [])
             if run.spec["task"]["name"] not in tasks:
                 tasks.append(run.spec["task"]["name"])

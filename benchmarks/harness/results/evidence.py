@@ -78,37 +78,37 @@ def paired(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None:
     """Compare two methods over pairs: each pair's numbers are averaged over models, tasks and sets before.
 
     Only what both methods have counts. Pairs that lack a model, task or set that another pair has are left out: their mean would be of other things.
-    Of a method with several settings, each is compared, and the one counts that is furthest from what is claimed: a claim of all of them holds if it holds of that one
-    (an intersection-union test, which needs no correction); against it, p is corrected for how many there are.
+    Of a method with several settings, each is compared, and the one counts that is furthest from what is claimed, by its p: a claim of all of them holds if it holds of that one
+    (an intersection-union test, which needs no correction); against it, p is corrected for how many there are. Where one has no test, there is none.
 
     Returns:
-        None where the methods share nothing.
+        None where the methods share nothing, or a setting that is named did not run.
     """
     found = chosen(numbers, compare)
     own, other = (found[found["method"] == name] for name in (compare.method, compare.against))
     each = {
-        setting: evidence
+        str(setting): evidence
         for setting, rows in own.groupby("setting", sort=False)
         if (evidence := _paired(pd.concat([rows, other]), compare))
     }
-    if not each:
+    if not each or (isinstance(compare.settings, list) and set(compare.settings) != set(each)):
         return None
-    setting = min(each, key=lambda name: _support(each[name], compare))
+    if len(each) == 1:
+        return replace(*each.values(), setting=next(iter(each)))
+    setting = max(each, key=lambda name: _doubt(each[name].difference, compare))
     weakest, count = each[setting], len(each)
     difference = weakest.difference
-    if count > 1 and (difference.mean > 0) != (compare.direction != "lower"):
+    if (difference.mean > 0) != (compare.direction == "higher"):
         difference = replace(difference, p=min(1.0, difference.p * count))
-    return replace(weakest, difference=difference, setting=str(setting), settings=count)
+    return replace(weakest, difference=difference, setting=setting, settings=count)
 
 
-def _support(evidence: Evidence, compare: Comparison) -> float:
-    """How much the differences are for what is claimed, in standard errors; least where they are against it."""
-    difference = evidence.difference
-    error = evidence.deviation / math.sqrt(difference.n) if evidence.deviation else 0.0
-    value = difference.mean / error if error and not math.isnan(error) else math.copysign(math.inf, difference.mean)
-    if compare.direction == "same":
-        return -abs(value)
-    return -value if compare.direction == "lower" else value
+def _doubt(difference: Difference, compare: Comparison) -> float:
+    """p of the one-sided test of what is claimed; above all others where there is no test."""
+    if math.isnan(difference.p):
+        return math.inf
+    claimed = (difference.mean > 0) == (compare.direction == "higher")
+    return difference.p / 2 if claimed else 1 - difference.p / 2
 
 
 def _paired(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None:
@@ -200,6 +200,24 @@ def equivalence_p(difference: Difference, deviation: float, margin: float, *, be
     return float(max(stats.t.sf(above, difference.n - 1), stats.t.cdf(below, difference.n - 1)))
 
 
+def beyond_p(difference: Difference, deviation: float, margin: float, *, below_only: bool = False) -> float:
+    """p of the one-sided t-test that the true difference is no larger than the margin, which a finding beyond it rejects.
+
+    Args:
+        difference: the paired difference.
+        deviation: of the pairs.
+        margin: the smallest difference that makes odds.
+        below_only: ask only about differences below 0.
+
+    Returns:
+        nan where there is no test.
+    """
+    if math.isnan(difference.p):
+        return math.nan
+    size = -difference.mean if below_only else abs(difference.mean)
+    return float(stats.t.sf((size - margin) / (deviation / math.sqrt(difference.n)), difference.n - 1))
+
+
 def power_of(n: int, effect: float, deviation: float, alpha: float) -> float:
     """Chance that a two-sided paired t-test over n pairs finds an effect, whose pairs have this deviation, at level alpha."""
     critical = stats.t.isf(alpha / 2, n - 1)
@@ -226,17 +244,15 @@ def pairs_needed(effect: float, deviation: float, alpha: float) -> float:
     return high
 
 
-def judge(
-    compare: Comparison, evidence: Evidence, p: float, margin: float | None, equivalence: float = math.nan
-) -> Verdict:
+def judge(compare: Comparison, evidence: Evidence, p: float, margin: float | None, beyond: float = math.nan) -> Verdict:
     """The verdict on a comparison.
 
     Args:
         compare: the comparison.
         evidence: what runs say.
-        p: of its test, corrected.
-        margin: up to which a ratio is near 1, or two numbers are the same, in the unit of the evidence.
-        equivalence: p of :func:`equivalence_p`, corrected.
+        p: of the test that decides for what is claimed, corrected.
+        margin: up to which a ratio is near 1.
+        beyond: p of :func:`beyond_p`, corrected, of what is claimed to be the same or not lower.
     """
     difference = evidence.difference
     if compare.direction == "equal":
@@ -246,14 +262,10 @@ def judge(
         if difference.high <= limit:
             return Verdict.SUPPORTED
         return Verdict.CONTRADICTED if difference.low > limit else Verdict.UNDECIDED
-    if compare.direction in ("same", "not_lower"):
-        limit = margin or 0.0
-        if math.isnan(equivalence):
-            return Verdict.NO_TEST
-        if equivalence < SIGNIFICANCE:
+    if compare.direction in ("same", "not_lower") and not math.isnan(p):
+        if p < SIGNIFICANCE:
             return Verdict.SUPPORTED
-        beyond = difference.high < -limit or (compare.direction == "same" and difference.low > limit)
-        return Verdict.CONTRADICTED if beyond else Verdict.UNDECIDED
+        return Verdict.CONTRADICTED if beyond < SIGNIFICANCE else Verdict.UNDECIDED
     if math.isnan(p):
         return Verdict.NO_TEST
     if p >= SIGNIFICANCE:

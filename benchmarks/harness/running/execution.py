@@ -26,7 +26,7 @@ from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.runs import Run, run_from_spec
 from benchmarks.harness.running import environment
 from benchmarks.harness.training import distributed
-from benchmarks.harness.training.progress import Progress, clock
+from benchmarks.harness.training.progress import Progress
 
 
 def read_run(path: Path) -> Run:
@@ -57,7 +57,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     Args:
         path: the ``run.json``.
         threads: CPU threads.
-        log: gets all output but the progress lines.
+        log: gets all output but the progress lines that the terminal gets.
         started: when the process began (``time.time()``); now, where it did not begin for this run.
         parallel: how processes that torchrun started share the work: ``ddp`` or ``fsdp``.
 
@@ -92,7 +92,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
             captured["fingerprint"] = environment.fingerprint(captured["packages"], captured["gpus"])
             write_json(output, {"run_id": run.id, **metrics, "environment": captured})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            progress.say(f"finished in {clock(seconds)}")
+            progress.finish(seconds)
     return output
 
 
@@ -102,7 +102,7 @@ def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, p
     Args:
         path: the ``run.json``.
         threads: CPU threads of all processes together.
-        log: gets all output but the progress lines; those of the second process stand in ``<log>-1``.
+        log: gets all output but the progress lines that the terminal gets; those of the second process stand in ``<log>-1``.
         processes: how many.
         parallel: ``ddp`` or ``fsdp``.
 

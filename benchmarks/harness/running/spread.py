@@ -17,7 +17,14 @@ from benchmarks.harness.base.paths import REFERENCE, RUNS
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.results.quantities import KEYS, deviation, judged_how, quantity_of
 from benchmarks.harness.results.records import read_metrics
-from benchmarks.harness.results.reference import Reference, Spread, SpreadFile, spread_file
+from benchmarks.harness.results.reference import (
+    Reference,
+    Spread,
+    SpreadFile,
+    read_reference,
+    reference_file,
+    spread_file,
+)
 from benchmarks.harness.results.regression import as_reference
 from benchmarks.harness.running.blessing import clean_commit
 from benchmarks.harness.running.repetition import Repetition, borrow, cheapest, prepare_folder, repeat_or_fail
@@ -92,6 +99,8 @@ def measure(
 ) -> Path:
     """Run a sample of finished runs again under every one of :data:`VARIANTS`, and write the largest deviation of every quantity.
 
+    Where numbers of another machine are blessed, the differences of all finished runs to them count as well: that is what the variants stand for.
+
     Raises:
         RunError: a run failed.
     """
@@ -107,6 +116,14 @@ def measure(
             after = as_reference([(run, read_metrics(run, place / RUNS)) for run in chosen])
         for quantity, apart in deviations(before, after):
             largest.setdefault(quantity, []).append(apart)
+    variants = [variant.name for variant in VARIANTS]
+    elsewhere = _of_another_machine(suite, runs, folder)
+    if elsewhere:
+        blessed, now, count = elsewhere
+        processors = {parts.get("processor", "another machine") for parts in blessed.machines.values()}
+        variants.append(f"as blessed on {', '.join(sorted(processors))}, {count} runs")
+        for quantity, apart in deviations(blessed, now):
+            largest.setdefault(quantity, []).append(apart)
     spreads = [
         Spread(quantity=quantity, largest=max(found), numbers=len(found)) for quantity, found in sorted(largest.items())
     ]
@@ -114,13 +131,39 @@ def measure(
         made_by=f"python -m benchmarks spread --suite {suite} --sample {which}",
         commit=commit,
         machine=dict(next(iter(before.machines.values()))),
-        variants=[variant.name for variant in VARIANTS],
+        variants=variants,
         runs=len(chosen),
         spreads=spreads,
     )
     path = spread_file(suite, folder)
     write_json(path, content.model_dump())
     return path
+
+
+def _of_another_machine(suite: str, runs: Sequence[Run], folder: Path) -> tuple[Reference, Reference, int] | None:
+    """The blessed numbers and those here, where all were made on other machines, of the runs that are the same experiments, and how many these are.
+
+    Names of rows do not say all that shapes a run's numbers; what has to be equal on every machine (rows and their digests, counts, the conversion) does.
+    """
+    if not reference_file(suite, folder).exists():
+        return None
+    blessed, now = read_reference(suite, folder), as_reference([(run, read_metrics(run)) for run in runs])
+    if set(blessed.machines) & set(now.machines):
+        return None
+    exact = [
+        found.rows[[judged_how(metric) == "exact" for metric in found.rows["metric"]]][[*KEYS, "value"]]
+        for found in (blessed, now)
+    ]
+    both = exact[0].merge(exact[1], on=[*KEYS], how="outer", suffixes=("_blessed", "_now"))
+    of_run = ["run", "seed"]
+    same = (both["value_blessed"] == both["value_now"]).groupby([both[key] for key in of_run]).all()
+    kept = set(same[same].index)
+    found = []
+    for reference in (blessed, now):
+        rows = reference.rows
+        chosen = [key in kept for key in rows[of_run].itertuples(index=False, name=None)]
+        found.append(Reference(rows[chosen], reference.machines))
+    return found[0], found[1], len(kept)
 
 
 def again(runs: Sequence[Run], suite: str, folder: Path, variant: Variant, jobs: int) -> None:

@@ -21,6 +21,8 @@ _SECONDS_BETWEEN_LINES = 15.0
 class Progress(TrainerCallback):
     """Says which run of how many, the step, and the time that is left.
 
+    On a terminal it says everything; elsewhere one line a run, when it is finished, and warnings. What is not said stands in the run's log.
+
     Args:
         run_id: the run.
         stream: where lines go; by default the stderr the process started with.
@@ -34,8 +36,16 @@ class Progress(TrainerCallback):
         self._first_step = 0
 
     def say(self, text: str) -> None:
-        """Print one line."""
-        print(f"[{self._position}{self._run_id}] {text}", file=self._stream, flush=True)
+        """Print one line; where nobody watches, into the log."""
+        self._print(text, self._stream if self._stream.isatty() or text.startswith("warning") else sys.stdout)
+
+    def finish(self, seconds: float) -> None:
+        """Say that the run is finished."""
+        self._position = _position(self._run_id)
+        self._print(f"finished in {clock(seconds)}", self._stream)
+
+    def _print(self, text: str, stream: TextIO) -> None:
+        print(f"[{self._position}{self._run_id}] {text}", file=stream, flush=True)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

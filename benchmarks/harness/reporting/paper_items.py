@@ -1,0 +1,86 @@
+"""Write tables and figures under the paper's numbers, and say which there are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+
+from benchmarks.harness.base import paths
+from benchmarks.harness.planning.paper_items import (
+    PaperOutput,
+    load_paper_items,
+    outputs_of,
+    paper_files,
+    paper_outputs,
+)
+from benchmarks.harness.planning.suite import Artifacts, Suite
+from benchmarks.harness.reporting.outcomes import SETTING
+from benchmarks.harness.reporting.presentation import Presentation
+from benchmarks.harness.reporting.rendering import MISSING, Table
+
+_PROTOCOLS = ("published", "clean")  # the paper's own first
+
+
+def write_paper_items(suite: Suite, shown: Artifacts, presented: Presentation) -> None:
+    """Write those tables and figures that are the paper's once more, under its numbers and with its rows, into ``results/<suite>/paper/``.
+
+    Args:
+        suite: whose runs.
+        shown: the benchmark, or one of its sets.
+        presented: what is shown of it.
+    """
+    folder = paths.RESULTS / suite.name / "paper"
+    tables = {table.name: table for table in presented.tables}
+    for output in outputs_of(shown):
+        name = shown.stem(output.part.shown)
+        if output.part.figure:
+            presented.figures[name](folder / output.name)
+        else:
+            _as_in_the_paper(tables[name], output, suite).write(folder)
+
+
+def _as_in_the_paper(table: Table, output: PaperOutput, suite: Suite) -> Table:
+    """A table with the paper's rows, by one selection: the authors' where the suite has runs of it, else the clean one."""
+    frame = table.frame
+    if output.part.rows and "method" in frame:
+        frame = frame[frame["method"].str.split(SETTING, regex=False).str[0].isin(output.part.rows)]
+    if "protocol" in frame:
+        ran = {run.spec.get("protocol") for run in suite.runs_of(output.part.benchmark)}
+        wanted = next((name for name in _PROTOCOLS if name in ran), None)
+        alone = frame["is_ours"].eq(False) if "is_ours" in frame else pd.Series(False, index=frame.index)  # the paper's
+        frame = frame[frame["protocol"].eq(wanted) | alone]
+    return replace(
+        table,
+        frame=frame.reset_index(drop=True),
+        name=output.name,
+        title=f"{output.title}. {table.title}",
+        caption=f"{table.caption} Made by `snakemake --cores all {output.item} --config suite={suite.name}`.",
+    )
+
+
+def paper_index(suite: Suite) -> pd.DataFrame:
+    """A row a table or figure of the paper: ``item``, ``title``, ``naacl``, ``command``, ``files`` of the suite, and ``status``."""
+    found = []
+    for name, item in load_paper_items().items():
+        files = paper_files(suite, name)
+        outputs = [output for output in paper_outputs() if output.item == name]
+        if item.missing:
+            status = f"not made: {item.missing}"
+        elif not files:
+            needed = sorted({one.part.benchmark for one in outputs}) or ["with a claim"]
+            status = f"not in this suite (benchmark {', '.join(needed)})"
+        else:
+            there = sum((paths.ROOT / file).exists() for file in files)
+            status = "made" if there == len(files) else f"{there} of {len(files)} files"
+        found.append(
+            {
+                "item": name,
+                "title": item.title,
+                "naacl": item.naacl,
+                "command": MISSING if item.missing else f"snakemake --cores all {name}",
+                "files": ", ".join(file for file in files if file.endswith((".md", ".png"))) or MISSING,
+                "status": status,
+            }
+        )
+    return pd.DataFrame(found)

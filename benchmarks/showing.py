@@ -1,0 +1,113 @@
+"""The commands that show finished runs: tables, figures, claims, the report, MLflow."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+SUITE = click.option("--suite", default="mini", show_default=True, help="Which suite (a file in config/).")
+
+
+@click.command()
+@SUITE
+@click.option("--benchmark", required=True, help="Which benchmark.")
+@click.option("--part", default=None, help="One of its sets alone, where sets are shown one by one.")
+def tables(suite: str, benchmark: str, part: str | None) -> None:
+    """Write the tables and figures of a benchmark whose runs are finished."""
+    from benchmarks.harness.base import paths
+    from benchmarks.harness.planning.definition import load_benchmark
+    from benchmarks.harness.planning.schema import check_names
+    from benchmarks.harness.planning.suite import artifacts_of, suite_of_job
+    from benchmarks.harness.reporting.paper_items import write_paper_items
+    from benchmarks.harness.reporting.presentation import present
+
+    loaded = suite_of_job(suite)
+    if part:
+        check_names(f"suite {suite}: '", "part", [part], loaded.parts(benchmark))
+    presented = present(load_benchmark(benchmark), loaded.runs_of(benchmark, part))
+    shown = presented.parts[part] if part else presented
+    folder = paths.RESULTS / suite
+    for table in shown.tables:
+        table.write(folder / "tables")
+    shown.draw(folder / "figures")
+    write_paper_items(loaded, artifacts_of(benchmark, part), shown)
+
+
+@click.command()
+@SUITE
+@click.option("--json", "as_json", is_flag=True, help="Every number, as JSON.")
+@click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
+def claims(suite: str, as_json: bool, write: bool) -> None:
+    """Say what a suite's finished runs say of the paper's claims."""
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.reporting.claims import as_records, claims_table, judged
+    from benchmarks.harness.reporting.claims_figure import write_claims
+
+    loaded = suite_of_job(suite)
+    if write:
+        write_claims(loaded)
+    elif as_json:
+        click.echo(as_records(judged(loaded)))
+    else:
+        click.echo(claims_table(loaded, judged(loaded)).markdown())
+
+
+@click.command()
+@SUITE
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The HTML page.")
+@click.option("--benchmark", default=None, help="Show this benchmark alone.")
+def report(suite: str, output: Path, benchmark: str | None) -> None:
+    """Write the one-page report of a suite whose tables exist."""
+    from benchmarks.harness.planning.schema import check_names
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.reporting.report import write_report
+
+    loaded = suite_of_job(suite)
+    check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)
+    write_report(loaded, output, benchmark)
+
+
+@click.command()
+@SUITE
+@click.option("--uri", default=None, help="MLflow's store; by default the suite's.")
+@click.option("--output", type=click.Path(path_type=Path), default=None, help="Receipt to write.")
+def mirror(suite: str, uri: str | None, output: Path | None) -> None:
+    """Mirror a suite's finished runs to MLflow; doing it twice adds nothing."""
+    from benchmarks.harness.base.files import write_json
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.results.tracking import mirror as mirror_runs
+
+    loaded = suite_of_job(suite)
+    counts = mirror_runs(loaded.runs, uri or loaded.tracking_uri)
+    click.echo("MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items()), err=True)
+    if output:
+        write_json(output, {"uri": uri or loaded.tracking_uri, "runs": len(loaded.runs)})
+
+
+@click.command()
+@SUITE
+def ui(suite: str) -> None:
+    """Open the MLflow UI on the suite's store."""
+    from benchmarks.harness.planning.suite import suite_of_job
+
+    uri = suite_of_job(suite).tracking_uri
+    if uri.startswith("http"):
+        click.echo(f"The runs are on the MLflow server {uri}")
+    else:
+        subprocess.run([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri], check=False)
+
+
+@click.command()
+@SUITE
+def paper(suite: str) -> None:
+    """List the paper's tables and figures: the command that makes each, its files, whether they are there."""
+    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.reporting.paper_items import paper_index
+
+    click.echo(paper_index(suite_of_job(suite)).to_markdown(index=False))
+
+
+COMMANDS = (tables, claims, paper, report, mirror, ui)

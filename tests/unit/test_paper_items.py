@@ -1,0 +1,134 @@
+"""The paper's tables and figures under its own numbers: which are made, from what, and with which rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.__main__ import cli
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.paths import BENCHMARKS, ROOT
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.paper_items import (
+    PaperPart,
+    check_part,
+    load_paper_items,
+    outputs_of,
+    paper_files,
+    paper_outputs,
+)
+from benchmarks.harness.planning.suite import all_artifacts, artifacts_of, load_suite
+from benchmarks.harness.reporting.claims import claimed_numbers
+from benchmarks.harness.reporting.claims_figure import write_claims
+from benchmarks.harness.reporting.main_figure import draw_main, main_rows
+from benchmarks.harness.reporting.paper_items import paper_index, write_paper_items
+from benchmarks.harness.reporting.presentation import present
+from tests import fake_runs
+
+FILE = BENCHMARKS / "paper.yaml"
+
+
+def test_every_part_is_made_by_one_rule() -> None:
+    made = [output.name for shown in all_artifacts() for output in outputs_of(shown)]
+    assert sorted(made) == sorted(output.name for output in paper_outputs())
+    assert len(made) == len(set(made))
+    assert {"table_4", "table_3a", "table_3d", "table_8_pacs", "figure_5b"} <= set(made)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"benchmark": "gleu", "table": "tasks"}, r"'items\.table_9\.benchmark' is 'gleu'.* did you mean 'glue'"),
+        ({"benchmark": "glue", "table": "taks"}, r"'items\.table_9\.table' is 'taks'.* did you mean 'tasks'"),
+        ({"benchmark": "glue", "figure": "tasks"}, r"'items\.table_9\.figure' is 'tasks'"),
+        ({"benchmark": "glue", "set_table": "tasks"}, r"'items\.table_9\.set_table' is 'tasks'"),
+        ({"benchmark": "glue", "table": "tasks", "rows": ["emo"]}, r"rows' is 'emo'.* did you mean 'emoe'"),
+    ],
+)
+def test_parts_name_what_exists(part: dict[str, object], message: str) -> None:
+    with pytest.raises(DefinitionError, match=message):
+        check_part(PaperPart.model_validate(part), FILE, "items.table_9")
+
+
+def test_a_suite_makes_what_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = load_suite({"suite": "mini"})
+    names = {Path(file).stem for file in paper_files(suite)}
+    assert "table_8_rotated_mnist_5k" in names
+    assert "table_8_pacs" not in names
+    assert {Path(file).name for file in paper_files(suite, "table_4")} == {
+        f"table_4.{end}" for end in ("csv", "md", "tex", "html")
+    }
+    assert paper_files(load_suite({"suite": "speed"})) == []
+
+
+def test_paper_tables_have_the_papers_rows_by_one_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite = load_suite({"benchmarks": ["glue", "glue_lora", "glue_ood"]})
+    fake_runs.write_runs(suite.runs)
+    for name in suite.settings.benchmarks:
+        presented = present(load_benchmark(name), suite.runs_of(name))
+        write_paper_items(suite, artifacts_of(name), presented)
+    folder = Path("results/mini/paper")
+    write_claims(suite)
+    assert {path.name for path in folder.iterdir()} == {Path(file).name for file in paper_files(suite)}
+    table = (folder / "table_4.md").read_text()
+    assert table.startswith("### Table 4 of the paper (first version): Clustered and random experts")
+    assert "bottom k" in table
+    assert "all but the top k" not in table  # of table 17
+    assert "all but the top k" in (folder / "table_17.md").read_text()
+    assert "`snakemake --cores all table_4 --config suite=mini`" in table
+    assert "| authors'" not in (folder / "table_3a.md").read_text()  # mini has clean runs alone
+    assert "Vanilla" in (folder / "table_2a.md").read_text()
+    assert "random partition" not in (folder / "table_2a.md").read_text()
+    index = paper_index(suite).set_index("item")
+    assert index.loc["table_1", "status"].startswith("not in this suite")
+    assert index.loc["figure_4", "status"].startswith("not made: ")
+
+
+def test_the_command_lists_every_item() -> None:
+    shown = CliRunner().invoke(cli, ["paper", "--suite", "mini"])
+    assert shown.exit_code == 0, shown.output
+    for name in load_paper_items():
+        assert f"| {name} " in shown.output
+
+
+def test_the_documents_have_a_row_for_every_item() -> None:
+    text = (ROOT / "docs" / "reproducing.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    for name, item in load_paper_items().items():
+        (row,) = (line for line in rows if line.startswith(f"| `{name}` |"))
+        assert item.title in row
+        assert ("not made" in row) == (item.missing is not None)
+
+
+def test_main_averages_are_those_of_the_runs_and_of_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite = load_suite({"benchmarks": ["glue", "glue_lora", "glue_ood", "domainbed"]})
+    fake_runs.write_runs(suite.runs, {"emoe": 0.03})
+    rows = main_rows(claimed_numbers(suite))
+    ours = rows[rows["whose"] == "ours"]
+    assert list(ours["axis"].unique()) == [
+        "DomainBed, DINOv2-initialised ViT-S/14 (22 M)",
+        "GLUE in full, MiniLM-L6 (22.7 M)",
+        "GLUE by LoRA, MiniLM-L6 (22.7 M)",
+        "GLUE-X by LoRA, MiniLM-L6 (22.7 M)",
+    ]
+    scores: dict[tuple[str, str, int], float] = {}
+    for run in suite.runs_of("glue"):
+        if run.spec["method"]["name"] in ("vanilla", "emoe"):
+            task = run.spec["task"]
+            found = fake_runs.metrics(run, 0.03 if run.spec["method"]["name"] == "emoe" else 0.0)
+            value = found["scores"]["test"][task["name"]][task["metric"]]
+            scores[run.spec["method"]["name"], task["name"], run.spec["seed"]] = value
+    mean = sum(value for (name, _, _), value in scores.items() if name == "emoe") / 16
+    dense = sum(value for (name, _, _), value in scores.items() if name == "vanilla") / 16
+    row = ours[ours["axis"].str.startswith("GLUE in full") & ours["method"].eq("emoe")].iloc[0]
+    assert (row["mean"], row["delta"], row["n"]) == pytest.approx((100 * mean, 100 * (mean - dense), 8))
+    paper = rows[rows["whose"] == "paper"].set_index(["axis", "method"])
+    assert paper.loc[("GLUE in full, BERT-large", "emoe"), "delta"] == pytest.approx(0.62)
+    assert paper.loc[("GLUE-X by LoRA, GPT2-XL", "emoe"), "is_rank"]
+    draw_main(rows, tmp_path)
+    draw_main(rows[rows["whose"] == "paper"], tmp_path / "none")
+    assert (tmp_path / "figure_2a.png").stat().st_size > 2 * (tmp_path / "none" / "figure_2a.png").stat().st_size
