@@ -91,6 +91,8 @@ def draw_curves(rows: pd.DataFrame, path: Path, axis: str) -> None:
             base = found[found["is_baseline"]]["score"]
             if len(base):
                 panel.axhline(float(base.iloc[0]) * 100, color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
+            low, high = panel.get_ylim()
+            panel.set_ylim(max(low, 0.0), min(high, 101.0))  # intervals of few seeds know no bounds
             panel.set_xticks(places)
             panel.tick_params(axis="x", labelsize=7 if len(places) < 6 else 6)
             panel.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))

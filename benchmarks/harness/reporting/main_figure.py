@@ -55,7 +55,7 @@ def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
-    """Means over tasks and sets, then over the pairs (seeds, trials) that have them all."""
+    """Means over the tasks and sets, and the pairs (seeds, trials), that all methods have; differences over those that a method shares with the dense one."""
     of = average.of
     kept = numbers["selection"].eq(of.selection) & numbers["domain"].eq(of.domain) & numbers["metric"].eq(of.metric)
     rows = numbers[kept & numbers["setting"].eq("")]
@@ -65,15 +65,13 @@ def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
         wide = own.pivot_table(index=["task", "eval_task", "pair"], columns="method", values="value", aggfunc="mean")
         if of.dense not in wide or not {of.gmoe, of.emoe} & set(wide):
             continue
+        present = [name for name in (of.dense, of.gmoe, of.emoe) if name in wide]
+        shared = _complete(wide[present].dropna())
         for method in _METHODS:
             name = getattr(of, method)
-            if name not in wide:
+            if name not in wide or shared.empty:
                 continue
-            both = wide[[of.dense] if name == of.dense else [of.dense, name]].dropna()
-            by_pair = both.groupby("pair")
-            complete = by_pair.mean()[by_pair.size() == both.groupby(["task", "eval_task"]).ngroups]
-            if complete.empty:
-                continue
+            complete = _complete(wide[[of.dense] if name == of.dense else [of.dense, name]].dropna())
             difference = mean_difference((complete[name] - complete[of.dense]).to_numpy(dtype=float))
             found.append(
                 {
@@ -81,7 +79,7 @@ def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
                     "whose": "ours",
                     "is_rank": False,
                     "method": method,
-                    "mean": float(complete[name].mean()) * 100,
+                    "mean": float(shared[name].mean()) * 100,
                     "delta": difference.mean * 100,
                     "low": difference.low * 100,
                     "high": difference.high * 100,
@@ -89,6 +87,12 @@ def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def _complete(scores: pd.DataFrame) -> pd.DataFrame:
+    """The mean of every pair over its tasks and sets, of the pairs that have them all."""
+    by_pair = scores.groupby("pair")
+    return by_pair.mean()[by_pair.size() == scores.groupby(["task", "eval_task"]).ngroups]
 
 
 def draw_main(rows: pd.DataFrame, folder: Path) -> None:
@@ -103,10 +107,10 @@ def draw_main(rows: pd.DataFrame, folder: Path) -> None:
 
 
 def draw_radar(rows: pd.DataFrame, path: Path) -> None:
-    """Two radars, ours and the paper's: every axis has its own range, and its end is the best; numbers are at the points of EMoE and of the dense model."""
+    """Two radars, ours and the paper's: every axis has its own range, and the best is outside; the numbers stand under its name."""
     with mpl.rc_context({**STYLE, "axes.grid": True, "axes.grid.axis": "both"}):
         figure, panels = plt.subplots(
-            1, 2, figsize=(6.9, 3.9), subplot_kw={"projection": "polar"}, layout="constrained"
+            1, 2, figsize=(6.9, 4.3), subplot_kw={"projection": "polar"}, layout="constrained"
         )
         for panel, whose in zip(panels, ("ours", "paper"), strict=True):
             found = rows[rows["whose"] == whose]
@@ -131,16 +135,17 @@ def draw_radar(rows: pd.DataFrame, path: Path) -> None:
                 for axis in axes
             ]
             panel.set_xticks(angles, labels, fontsize=6)
+            panel.tick_params(axis="x", pad=12)
             panel.set_ylim(0, 1)
             panel.set_yticks([_PADDING, 0.5, 1 - _PADDING], ["", "", ""])
             panel.set_title(
                 "these runs" if whose == "ours" else "the paper (of GLUE-X ranks, lower is better)", fontsize=8
             )
-        figure.legend(
-            *panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7, frameon=False
-        )
-        figure.supxlabel(
-            "under each name: dense / GMoE / EMoE; every axis from the least to the greatest of them", fontsize=7
+        handles = panels[1].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+        figure.suptitle(
+            "Under each name: dense / GMoE / EMoE. Every axis from the least to the greatest of them, the best outside",
+            fontsize=7,
         )
         save(figure, path)
 
@@ -164,7 +169,7 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
         panel.set_yticks(range(len(axes)), axes)
         panel.set_ylim(len(axes) - 0.4, -0.6)
         panel.set_xlabel(
-            "Difference to the dense model (points); bars: 95 % intervals of these runs, crosses: the paper"
+            "Difference to the dense model (points)\nbars: 95 % intervals of these runs, crosses: the paper"
         )
         handles = [
             mpl.lines.Line2D([], [], ls="", ms=5, label=_METHODS[name], **_LOOKS[name]) for name in ("gmoe", "emoe")
