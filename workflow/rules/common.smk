@@ -71,7 +71,12 @@ def suite_named(name):
 
 def suite_outputs(suite):
     # the runs are named too: a deleted one is made again although its tables are still there
-    files = [*suite.metric_files(), *suite.output_files(), *suite.pages(), *paper_items.paper_files(suite)]
+    files = [
+        *suite.metric_files(),
+        *suite.output_files(),
+        *suite.pages(),
+        *paper_items.paper_files(suite),
+    ]
     files += [f"results/{suite.name}/report.html", f"results/{suite.name}/mlflow.json"]
     return files + (["results/report.html"] if suite is SUITE else [])
 
