@@ -110,10 +110,10 @@ def test_main_averages_are_those_of_the_runs_and_of_the_paper(tmp_path: Path, mo
     rows = main_rows(claimed_numbers(suite))
     ours = rows[rows["whose"] == "ours"]
     assert list(ours["axis"].unique()) == [
-        "DomainBed, DINOv2-initialised ViT-S/14 (22 M)",
-        "GLUE in full, MiniLM-L6 (22.7 M)",
-        "GLUE by LoRA, MiniLM-L6 (22.7 M)",
-        "GLUE-X by LoRA, MiniLM-L6 (22.7 M)",
+        "Images, held-out domains, DINOv2-initialised ViT-S/14 (22 M)",
+        "Text in full, MiniLM-L6 (22.7 M)",
+        "Text by LoRA, MiniLM-L6 (22.7 M)",
+        "Text by LoRA, OOD, MiniLM-L6 (22.7 M)",
     ]
     scores: dict[tuple[str, str, int], float] = {}
     for run in suite.runs_of("glue"):
@@ -125,15 +125,15 @@ def test_main_averages_are_those_of_the_runs_and_of_the_paper(tmp_path: Path, mo
         return sum(scores[method, task, seed] for task in tasks for seed in range(seeds)) / len(tasks) / seeds
 
     both = ("tweets", "amazon")
-    full = ours[ours["axis"].str.startswith("GLUE in full")].set_index("method")
+    full = ours[ours["axis"].str.startswith("Text in full")].set_index("method")
     # GMoE ran on tweets with five seeds alone: means are over these, differences over all that a method shares with the dense model
     rows_of = (("dense", "vanilla"), ("gmoe", "gmoe"), ("emoe", "emoe"))
     assert full["mean"].to_dict() == pytest.approx({name: mean(method, ("tweets",), 5) for name, method in rows_of})
     difference = mean("emoe", both, 8) - mean("vanilla", both, 8)
     assert (full.loc["emoe", "delta"], full.loc["emoe", "n"]) == pytest.approx((difference, 8))
     paper = rows[rows["whose"] == "paper"].set_index(["axis", "method"])
-    assert paper.loc[("GLUE in full, BERT-large", "emoe"), "delta"] == pytest.approx(0.62)
-    assert paper.loc[("GLUE-X by LoRA, GPT2-XL", "emoe"), "is_rank"]
+    assert paper.loc[("Text in full, BERT-large", "emoe"), "delta"] == pytest.approx(0.62)
+    assert paper.loc[("Text by LoRA, OOD, GPT2-XL", "emoe"), "is_rank"]
     draw_main(rows, tmp_path)
     draw_main(rows[rows["whose"] == "paper"], tmp_path / "none")
     assert (tmp_path / "figure_2a.png").stat().st_size > 2 * (tmp_path / "none" / "figure_2a.png").stat().st_size

@@ -60,6 +60,7 @@ rule table_of_claims:
         ENVIRONMENT
     params:
         captions=" ".join(CLAIMS.figures.values()),
+        main=paper_items.main_text(),
         definition=lambda wildcards: suite_named(wildcards.suite).claims_digest(),
     message:
         "What the runs say of the paper's claims, suite {wildcards.suite}"

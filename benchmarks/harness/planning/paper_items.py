@@ -243,6 +243,11 @@ def main_files(suite: str) -> list[str]:
     ]
 
 
+def main_text() -> str:
+    """Everything that ``paper.yaml`` says of them, so that they are made again when it says something else."""
+    return canonical_json({name: average.model_dump() for name, average in load_main_averages().items()})
+
+
 def paper_files(suite: Suite, item: str | None = None) -> list[str]:
     """The files of a suite that show what the paper shows, or one item of it."""
     found = [output for output in paper_outputs() if item in (None, output.item) and output.is_in(suite)]
