@@ -171,6 +171,7 @@ def test_an_evaluation_as_a_target_trains_what_it_needs(checkout: Checkout) -> N
         path.unlink()
     checkout.snakemake(f"results/runs/{target.folder}/metrics.json")
     assert {path: json.loads(path.read_text())["scores"] for path in kept} == kept
+    checkout.snakemake("smoke")  # another row evaluates the same training
 
 
 def test_deleted_results_are_run_again_alone_with_the_same_numbers(checkout: Checkout) -> None:
@@ -232,7 +233,9 @@ def test_kill_9_of_the_main_job_then_again_gives_the_same_numbers(checkout: Chec
             stderr=stream,
         )
         deadline = time.monotonic() + 120
-        while "training," not in log.read_text() and time.monotonic() < deadline:
+        said = (checkout.folder / target).with_name("log.txt")
+        said.unlink(missing_ok=True)
+        while not (said.exists() and "training," in said.read_text()) and time.monotonic() < deadline:
             time.sleep(0.05)
         main.send_signal(signal.SIGKILL)
         main.wait()
