@@ -138,9 +138,7 @@ def draw_radar(rows: pd.DataFrame, path: Path) -> None:
             panel.tick_params(axis="x", pad=12)
             panel.set_ylim(0, 1)
             panel.set_yticks([_PADDING, 0.5, 1 - _PADDING], ["", "", ""])
-            panel.set_title(
-                "these runs" if whose == "ours" else "the paper (OOD: ranks, lower is better)", fontsize=8
-            )
+            panel.set_title("these runs" if whose == "ours" else "the paper (OOD: ranks, lower is better)", fontsize=8)
         handles = panels[1].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
         figure.suptitle(
