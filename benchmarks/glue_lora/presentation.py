@@ -5,13 +5,13 @@ from __future__ import annotations
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.presentation import NOTE, Presentation, make
+from benchmarks.harness.reporting.presentation import Presentation
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.definition import TaskEntry, TextDefinition
 from benchmarks.text.figures import id_scores
-from benchmarks.text.outcomes import TextOutcomes
-from benchmarks.text.tables import TABLES, verdicts
+from benchmarks.text.presentation import shown
+from benchmarks.text.tables import TABLES
 
 # what every row trains; the rest is what the row is about
 _SHARED = ("adapters", "head")
@@ -24,17 +24,7 @@ def present(benchmark: Benchmark[TextDefinition, TaskEntry], runs: list[Run]) ->
         DefinitionError: two rows of a model do not train the same adapters and head.
     """
     check_same_trained(runs)
-    outcomes = TextOutcomes(benchmark, runs)
-    ablations = Ablations(benchmark, runs, outcomes)
-    return make(
-        benchmark,
-        {**TABLES, **ablations.tables},
-        {"scores": id_scores, **ablations.figures},
-        outcomes,
-        verdicts=list(verdicts(outcomes)),
-        note=NOTE,
-        compared=ablations.compared,
-    )
+    return shown(benchmark, Ablations(benchmark, runs), TABLES, {"scores": id_scores})
 
 
 def check_same_trained(runs: list[Run]) -> None:

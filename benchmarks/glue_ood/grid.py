@@ -185,10 +185,6 @@ def _changes(
     found: dict[int, dict[str, Any]] = {}
     for folder in used_as:
         config, seed = others[folder]["method"]["config"], others[folder]["seed"]
-        if config is not None and config["kind"] != "emoe":
-            raise DefinitionError(
-                f"{file}: 'transformed.{name}.used_as' has experts that are no parts of the dense FFN"
-            )
         change = {
             "transform": "emoe" if config else "dense",
             "method": {"name": name, "variant": "", "config": config},

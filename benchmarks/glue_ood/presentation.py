@@ -9,15 +9,16 @@ from benchmarks.glue_ood.definition import EvaluationDefinition
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.presentation import NOTE, Presentation, make
+from benchmarks.harness.reporting.presentation import Presentation
 from benchmarks.harness.reporting.rendering import Table
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.figures import ood_scores, rank_diagram
 from benchmarks.text.grid import OOD
-from benchmarks.text.outcomes import TextOutcomes, ranked
+from benchmarks.text.outcomes import ranked
 from benchmarks.text.paper_tables import paper, ranks
-from benchmarks.text.tables import tasks, tests, verdicts
+from benchmarks.text.presentation import shown
+from benchmarks.text.tables import tasks, tests
 
 
 def present(benchmark: Benchmark[EvaluationDefinition, TaskEntry], runs: list[Run]) -> Presentation:
@@ -26,23 +27,15 @@ def present(benchmark: Benchmark[EvaluationDefinition, TaskEntry], runs: list[Ru
     Raises:
         DefinitionError: the suite runs no method that is ranked.
     """
-    outcomes = TextOutcomes(benchmark, runs)
-    rankings = ranked(outcomes, benchmark.definition.ranked, ["protocol", "model"])
+    ablations = Ablations(benchmark, runs)
+    rankings = ranked(ablations.usual, benchmark.definition.ranked, ["protocol", "model"])
     if not rankings:
         raise DefinitionError(f"{benchmark.file}: 'ranked' names no method that the suite runs")
-    ablations = Ablations(benchmark, runs, outcomes)
     tables: dict[str, Callable[..., Table]] = {
         "ranks": partial(ranks, rankings=rankings),
         "scores": partial(tasks, domain=OOD),
         "tests": tests,
         "paper": partial(paper, domain=OOD),
-        **ablations.tables,
     }
-    figures: dict[str, Callable[..., None]] = {
-        "ranks": partial(rank_diagram, rankings=rankings),
-        "scores": ood_scores,
-        **ablations.figures,
-    }
-    return make(
-        benchmark, tables, figures, outcomes, verdicts=list(verdicts(outcomes)), note=NOTE, compared=ablations.compared
-    )
+    figures: dict[str, Callable[..., None]] = {"ranks": partial(rank_diagram, rankings=rankings), "scores": ood_scores}
+    return shown(benchmark, ablations, tables, figures)

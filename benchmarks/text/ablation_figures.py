@@ -12,14 +12,13 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.plots import COLOURS, SERIES, STYLE, placeholder_figure, save
+from benchmarks.harness.reporting.plots import COLOURS, FEW, SERIES, STYLE, draw_difference, placeholder_figure, save
 from benchmarks.text.grid import ID
 from benchmarks.text.selection import PROTOCOLS
 
 _COLUMNS, _MOST = 4, 12
 _NOTHING = "this suite runs no row of this ablation"
 _AXIS_LABELS = {"D": "Share of the training rows", "k": "Share of experts in use, k/N"}
-_FEW = 3  # below, an interval says nothing that the numbers do not
 
 
 def draw_differences(rows: pd.DataFrame, path: Path) -> None:
@@ -31,7 +30,7 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
         rows: what :func:`~benchmarks.text.ablations.ablation_rows` gave.
         path: of the files, without ending.
     """
-    panels = [(title, found[found["difference"].notna()]) for title, found in _panels(rows)]
+    panels = [(title, found[found["delta"].notna()]) for title, found in panels_of(rows)]
     panels = [(title, found) for title, found in panels if len(found)]
     if len(panels) > _MOST:  # every set is in the table
         panels = [(title, found) for title, found in panels if not found["is_ours"].any() or found["is_average"].any()]
@@ -44,10 +43,8 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
         for axis, (title, found) in zip(axes, panels, strict=False):
             for row in found.itertuples():
                 place = names.index(row.method_title)
-                if row.is_ours and row.n >= _FEW and not math.isnan(row.low):
-                    axis.plot([row.low * 100, row.high * 100], [place, place], color=SERIES[0], lw=1.4)
                 mark, colour = ("o", SERIES[0]) if row.is_ours else ("x", SERIES[1])
-                axis.plot(row.difference * 100, place, mark, ms=4.5, color=colour)
+                draw_difference(axis, row, place, colour, mark, 100)
             axis.axvline(0, color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
             axis.set_title(title, fontsize=8)
             axis.set_yticks(range(len(names)), [textwrap.fill(name, 34) for name in names])
@@ -64,7 +61,7 @@ def draw_curves(rows: pd.DataFrame, path: Path, axis: str) -> None:
         path: of the files, without ending.
         axis: the letter of the setting.
     """
-    panels = [(title, found) for title, found in _panels(rows) if found.loc[found[axis].ne(""), axis].nunique() > 1]
+    panels = [(title, found) for title, found in panels_of(rows) if found.loc[found[axis].ne(""), axis].nunique() > 1]
     if not panels:
         placeholder_figure(path, _NOTHING)
         return
@@ -125,16 +122,14 @@ def _axes(panels: int, height: float, *, shared: bool) -> tuple[Any, list[Any]]:
     return figure, flat
 
 
-def _panels(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The rows of each model, selection and scope with a title: ours, and then the paper's in panels of their own; ``score`` and ``difference`` are of whose they are."""
+def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows of each model, selection and scope with a title: ours, and then the paper's in panels of their own; ``score`` and ``delta`` are of whose they are."""
     several = rows.loc[rows["is_ours"], "protocol"].nunique() > 1
     ours = rows[rows["is_ours"]]
-    half = ((ours["high_mean"] - ours["low_mean"]) / 2).where(ours["n"] >= _FEW)
-    ours = ours.assign(score=ours["mean"], difference=ours["delta"], half=half)
+    half = ((ours["high_mean"] - ours["low_mean"]) / 2).where(ours["n"] >= FEW)
+    ours = ours.assign(score=ours["mean"], half=half)
     paper = rows[rows["paper"].notna()]
-    paper = paper.assign(
-        score=paper["paper"], difference=paper["paper_delta"], is_ours=False, n=math.nan, half=math.nan
-    )
+    paper = paper.assign(score=paper["paper"], delta=paper["paper_delta"], is_ours=False, n=math.nan, half=math.nan)
     keys = ["is_ours", "model_title", "protocol", "domain", "scope"]
     for (is_ours, model, protocol, domain, scope), found in pd.concat([ours, paper]).groupby(keys, sort=False):
         who = model if is_ours else ", ".join(filter(None, ("the paper", model)))

@@ -21,6 +21,7 @@ from benchmarks.harness.reporting.common_tables import means_by, with_numbers
 from benchmarks.harness.reporting.outcomes import SETTING
 from benchmarks.harness.reporting.published import published_delta, read_published
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
+from benchmarks.harness.results.records import collect
 from benchmarks.harness.results.statistics import confidence_interval, paired_differences, with_verdicts
 from benchmarks.text.ablation_figures import draw_curves, draw_differences
 from benchmarks.text.definition import Ablation
@@ -44,16 +45,17 @@ class Ablations:
 
     Args:
         benchmark: its definition, with ``ablations``.
-        runs: all its finished runs.
-        usual: what came out without the rows of ablations.
+        runs: all its finished runs, whose numbers are read once.
 
     Attributes:
+        usual: what came out without the rows of ablations.
         tables: what makes each table, by its name, of the usual outcomes, which it does not read.
         figures: what draws each figure, likewise.
     """
 
-    def __init__(self, benchmark: AnyBenchmark, runs: list[Run], usual: TextOutcomes) -> None:
-        self._benchmark, self._runs, self._usual = benchmark, runs, usual
+    def __init__(self, benchmark: AnyBenchmark, runs: list[Run]) -> None:
+        self._benchmark, self._runs, self._records = benchmark, runs, collect(runs)
+        self.usual = TextOutcomes(benchmark, runs, self._records)
         self._definitions: Mapping[str, Ablation] = benchmark.definition.ablations
         self._rows: dict[str, pd.DataFrame] = {}
         self.tables = {name: partial(self._table, name) for name in self._definitions}
@@ -61,7 +63,7 @@ class Ablations:
 
     def compared(self) -> pd.DataFrame:
         """The numbers that claims are tested on, those of ablations among them."""
-        usual = self._usual.compared()
+        usual = self.usual.compared()
         if not self._definitions:
             return usual
         found, keys = self._outcomes.compared(), ["method", "setting", "domain"]
@@ -71,7 +73,7 @@ class Ablations:
 
     @cached_property
     def _outcomes(self) -> TextOutcomes:
-        return TextOutcomes(self._benchmark, self._runs, ablated=True) if self._definitions else self._usual
+        return TextOutcomes(self._benchmark, self._runs, self._records, ablated=True)
 
     def _shown(self, name: str) -> pd.DataFrame:
         if name not in self._rows:
@@ -215,7 +217,7 @@ def _with_axes(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
         definition = outcomes.benchmark.definition.methods[name]
         given = setting_values(setting)
         if row.is_ours:
-            given |= _values_of(outcomes.spec_of(row.model, row.method))
+            given |= _values_of(outcomes.specs[row.model, row.method])
         found.append({**dict.fromkeys(_AXIS_VALUES, ""), "D": "1", **given, "kind": definition.method or name})
     return rows.join(pd.DataFrame(found, index=rows.index, columns=[*_AXIS_VALUES, "kind"]))
 

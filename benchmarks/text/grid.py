@@ -27,6 +27,7 @@ from benchmarks.harness.sources.local import local_folder, wanted_place
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.text.definition import (
+    Ablated,
     Ablation,
     TaskEntry,
     TaskFile,
@@ -53,6 +54,10 @@ class TextSets(Kind[D, TaskEntry]):
 
     def marks(self, spec: Mapping[str, Any]) -> list[str]:
         return [CLEAN] if spec["protocol"] == CLEAN and spec["task"]["splits"]["test"] is None else []
+
+    def published_files(self, definition: D) -> list[str]:
+        ablations: Mapping[str, Ablation] = definition.ablations if isinstance(definition, Ablated) else {}
+        return [*super().published_files(definition), *(one.paper for one in ablations.values() if one.paper)]
 
     def compared_domains(self, definition: D) -> Mapping[str, Domain]:
         return {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -32,6 +33,7 @@ class TextOutcomes(Outcomes):
     Args:
         benchmark: its definition.
         runs: the finished runs.
+        records: every number of these, where they were read before.
         ablated: with the rows that stand in ablations alone, and every setting of them, and of others with several variants, as a row of its own
             (:attr:`settings`), so that nothing chooses among settings. Without, and for main tables, there are none of these rows.
 
@@ -50,14 +52,20 @@ class TextOutcomes(Outcomes):
     benchmark: Benchmark[MethodsDefinition, TaskEntry]
 
     def __init__(
-        self, benchmark: Benchmark[MethodsDefinition, TaskEntry], runs: Sequence[Run], *, ablated: bool = False
+        self,
+        benchmark: Benchmark[MethodsDefinition, TaskEntry],
+        runs: Sequence[Run],
+        records: pd.DataFrame | None = None,
+        *,
+        ablated: bool = False,
     ) -> None:
         roles = {name: method.role for name, method in resolve_methods(benchmark.definition).items()}
         shown = [run for run in runs if ablated or roles[run.spec["method"]["name"]] != ABLATION]
         super().__init__(benchmark, shown, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
+        records = collect(shown) if records is None else records
         self._evaluates = benchmark.kind.evaluates(benchmark.definition) is not None
         self._ablated = ablated
-        self.records = collect(shown)
+        self.records = records[records["run_id"].isin({run.id for run in shown})].reset_index(drop=True)
         self.settings: dict[str, tuple[str, str]] = {}
         if ablated:
             self._split_settings()
@@ -104,10 +112,12 @@ class TextOutcomes(Outcomes):
         ]
         return set.intersection(*found) if found else set()
 
-    def spec_of(self, model: str, method: str) -> Mapping[str, Any]:
-        """The spec of some run of a row."""
-        found = self.records[(self.records["model"] == model) & (self.records["method"] == method)]
-        return next(run.spec for run in self.runs if run.id == found["run_id"].iloc[0])
+    @cached_property
+    def specs(self) -> Mapping[tuple[str, str], Mapping[str, Any]]:
+        """The spec of some run of each row, by model and method."""
+        by_id = {run.id: run.spec for run in self.runs}
+        rows = self.records.drop_duplicates(["model", "method"])
+        return {(row.model, row.method): by_id[row.run_id] for row in rows[["model", "method", "run_id"]].itertuples()}
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
         # a benchmark that evaluates the chosen runs of another has no others

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.planning.kinds import Benchmark
+from collections.abc import Callable, Mapping
+
+from benchmarks.harness.planning.definition import AnyBenchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.reporting.presentation import NOTE, Presentation, make
+from benchmarks.harness.reporting.rendering import Table
 from benchmarks.text.ablations import Ablations
-from benchmarks.text.definition import TaskEntry, TextDefinition
 from benchmarks.text.figures import scores_by_training_task
-from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.tables import TABLES, verdicts
 
 
-def present(benchmark: Benchmark[TextDefinition, TaskEntry], runs: list[Run]) -> Presentation:
+def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
-    outcomes = TextOutcomes(benchmark, runs)
-    ablations = Ablations(benchmark, runs, outcomes)
+    return shown(benchmark, Ablations(benchmark, runs), TABLES, {"ood": scores_by_training_task})
+
+
+def shown(
+    benchmark: AnyBenchmark,
+    ablations: Ablations,
+    tables: Mapping[str, Callable[..., Table]],
+    figures: Mapping[str, Callable[..., None]],
+) -> Presentation:
+    """What a text benchmark shows of its runs: tables and figures of its own, those of its ablations, and a verdict on every method.
+
+    Args:
+        benchmark: its definition.
+        ablations: of its runs.
+        tables: by name, what makes it of the usual outcomes.
+        figures: by name, what draws it of the usual outcomes.
+    """
     return make(
         benchmark,
-        {**TABLES, **ablations.tables},
-        {"ood": scores_by_training_task, **ablations.figures},
-        outcomes,
-        verdicts=list(verdicts(outcomes)),
+        {**tables, **ablations.tables},
+        {**figures, **ablations.figures},
+        ablations.usual,
+        verdicts=list(verdicts(ablations.usual)),
         note=NOTE,
         compared=ablations.compared,
     )

@@ -22,7 +22,7 @@ from benchmarks.harness.planning.variants import setting_text, setting_values, w
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.running.execution import execute
 from benchmarks.harness.sources.vader import ARCHIVE
-from benchmarks.text.ablation_figures import _panels
+from benchmarks.text.ablation_figures import panels_of
 from benchmarks.text.ablations import Ablations, ablation_rows
 from benchmarks.text.datasets import TextSplit
 from benchmarks.text.outcomes import TextOutcomes
@@ -283,7 +283,7 @@ def test_a_suite_without_these_runs_says_so(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.chdir(tmp_path)
     runs = fake_runs.write(tmp_path / "results" / "runs", "mini", {}, ("glue",))
     glue = load_benchmark("glue")
-    shown = Ablations(glue, runs, TextOutcomes(glue, runs))
+    shown = Ablations(glue, runs)
     frame = shown.tables["settings"](None).frame
     assert not frame["is_ours"].any()
     assert len(frame) == 39
@@ -354,7 +354,7 @@ def test_the_papers_cells_stand_in_the_rows_of_the_suite_that_is_made_for_them(
     cell = rows[(rows["scope"] == "RTE") & (rows["method"] == "emoe_settings|N16-k0.125") & rows["paper"].notna()]
     assert cell["paper_delta"].tolist() == [pytest.approx(0.016889, abs=1e-5)]
     # and in panels of their own of the figure
-    panels = dict(_panels(rows))
+    panels = dict(panels_of(rows))
     ours, paper = (panels[f"{who}BERT-large{more}\nRTE"] for who, more in (("", ", authors'"), ("the paper, ", "")))
     assert len(paper) == 13
     assert set(paper["score"]) == set(rows.loc[rows["paper"].notna() & (rows["scope"] == "RTE"), "paper"])

@@ -254,6 +254,10 @@ class Kind(ABC, Generic[D, E]):
         methods = resolve_methods(definition) if isinstance(definition, MethodsDefinition) else {}
         return {name: method.title for name, method in methods.items()}
 
+    def published_files(self, definition: D) -> list[str]:
+        """The CSV files with published numbers, in the benchmark's folder, that its tables show."""
+        return [definition.paper] if definition.paper else []
+
     def settings(self, definition: D, method: str) -> list[str]:
         """The variants with which suites run a method, where claims may be of one of them."""
         return []

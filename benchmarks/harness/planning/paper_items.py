@@ -81,6 +81,11 @@ class MainNumbers(Strict):
     emoe: str
     """The row of EMoE."""
 
+    def comparison(self, method: str) -> Comparison:
+        """One of the rows against the dense model."""
+        given = self.model_dump(exclude={"dense", "gmoe", "emoe"})
+        return Comparison(**given, method=method, against=self.dense, direction="higher")
+
 
 class MainPaper(Strict):
     """The paper's numbers of a model."""
@@ -179,9 +184,7 @@ def _load() -> PaperFile:
             check_part(part, file, f"items.{name}.parts[{number}]")
     for name, average in found.main.items():
         for row in (average.of.gmoe, average.of.emoe):
-            given = average.of.model_dump(exclude={"dense", "gmoe", "emoe"})
-            compare = Comparison(**given, method=row, against=average.of.dense, direction="higher")
-            check_comparison(compare, file, f"main.{name}.of")
+            check_comparison(average.of.comparison(row), file, f"main.{name}.of")
     return found
 
 

@@ -242,8 +242,6 @@ class Suite:
         """Hash of everything that shapes the tables of a benchmark or of a part beside its runs' numbers; comments do not count."""
         loaded = load_benchmark(benchmark)
         definition = loaded.definition
-        ablations = getattr(definition, "ablations", {}).values()
-        papers = [name for name in (definition.paper, *(ablation.paper for ablation in ablations)) if name]
         content: list[object] = [
             # of its suites only what the report says of this one: their grids are in the runs
             definition.model_dump(exclude={"suites"}),
@@ -251,7 +249,7 @@ class Suite:
             {name: task.model_dump() for name, task in loaded.tasks.items()},
             {name: metric.model_dump() for name, metric in load_metrics().items()},
             {name: model.title for name, model in load_models().items()},
-            [(loaded.folder / name).read_text() for name in papers],
+            [(loaded.folder / name).read_text() for name in loaded.kind.published_files(definition)],
             [run.id for run in self.runs_of(benchmark, part)],
         ]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ import pandas as pd
 
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.paper_items import MainAverage, load_main_averages, main_files
-from benchmarks.harness.reporting.plots import COLOURS, SERIES, STYLE, placeholder_figure, save
+from benchmarks.harness.reporting.plots import COLOURS, SERIES, STYLE, draw_difference, placeholder_figure, save
+from benchmarks.harness.results.evidence import paired
 from benchmarks.harness.results.statistics import mean_difference
 
 from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
@@ -26,7 +26,6 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "emoe": {"color": SERIES[0], "marker": "D"},
 }
 _NOTHING = "this suite runs none of the main averages"
-_FEW = 3  # from so many pairs on an interval is drawn
 _PADDING = 0.25  # of the range of an axis of the radar, inside its least and outside its greatest value
 
 
@@ -65,21 +64,22 @@ def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
         wide = own.pivot_table(index=["task", "eval_task", "pair"], columns="method", values="value", aggfunc="mean")
         if of.dense not in wide or not {of.gmoe, of.emoe} & set(wide):
             continue
-        present = [name for name in (of.dense, of.gmoe, of.emoe) if name in wide]
-        shared = _complete(wide[present].dropna())
+        shared = wide[[name for name in (of.dense, of.gmoe, of.emoe) if name in wide]].dropna()
+        by_pair = shared.groupby("pair")
+        means = by_pair.mean()[by_pair.size() == shared.groupby(["task", "eval_task"]).ngroups]
         for method in _METHODS:
             name = getattr(of, method)
-            if name not in wide or shared.empty:
+            if name not in wide or means.empty:
                 continue
-            complete = _complete(wide[[of.dense] if name == of.dense else [of.dense, name]].dropna())
-            difference = mean_difference((complete[name] - complete[of.dense]).to_numpy(dtype=float))
+            evidence = None if name == of.dense else paired(own, of.comparison(name))
+            difference = evidence.difference if evidence else mean_difference(np.zeros(len(means)))
             found.append(
                 {
                     "axis": f"{average.title}, {title}",
                     "whose": "ours",
                     "is_rank": False,
                     "method": method,
-                    "mean": float(shared[name].mean()) * 100,
+                    "mean": float(means[name].mean()) * 100,
                     "delta": difference.mean * 100,
                     "low": difference.low * 100,
                     "high": difference.high * 100,
@@ -87,12 +87,6 @@ def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def _complete(scores: pd.DataFrame) -> pd.DataFrame:
-    """The mean of every pair over its tasks and sets, of the pairs that have them all."""
-    by_pair = scores.groupby("pair")
-    return by_pair.mean()[by_pair.size() == scores.groupby(["task", "eval_task"]).ngroups]
 
 
 def draw_main(rows: pd.DataFrame, folder: Path) -> None:
@@ -160,9 +154,7 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
             if row.whose == "paper":
                 panel.plot(row.delta, place, "x", ms=5, color=look["color"])
                 continue
-            if row.n >= _FEW and not math.isnan(row.low):
-                panel.plot([row.low, row.high], [place, place], color=look["color"], lw=1.4)
-            panel.plot(row.delta, place, look["marker"], ms=4.5, color=look["color"])
+            draw_difference(panel, row, place, look["color"], look["marker"])
         panel.axvline(0, color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
         panel.set_yticks(range(len(axes)), axes)
         panel.set_ylim(len(axes) - 0.4, -0.6)

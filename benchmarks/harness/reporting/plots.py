@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,25 @@ STYLE: Any = {
     # the same numbers give the same bytes
     "svg.hashsalt": "emoe",
 }
+
+
+FEW = 3  # below so many pairs an interval says nothing that the numbers do not
+
+
+def draw_difference(axis: Any, row: Any, place: float, colour: str, mark: str, scale: float = 1) -> None:
+    """Draw a difference and, where there are enough pairs, its interval.
+
+    Args:
+        axis: where.
+        row: with ``delta``, ``low``, ``high`` and ``n``.
+        place: on the vertical axis.
+        colour: of both.
+        mark: of the difference.
+        scale: what the numbers are drawn times.
+    """
+    if row.n >= FEW and not math.isnan(row.low):
+        axis.plot([row.low * scale, row.high * scale], [place, place], color=colour, lw=1.4)
+    axis.plot(row.delta * scale, place, mark, ms=4.5, color=colour)
 
 
 @dataclass(frozen=True)
