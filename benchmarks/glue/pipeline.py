@@ -49,13 +49,15 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     tested, routing = with_routing(classifier.model, lambda: trainer.evaluate(splits["test"]))
     scores["test"] = {task.name: tested}
     scores["ood"] = {other.name: trainer.evaluate(ood[other.name], other) for other in read.ood}
+    agreement = trainer.gradient_agreement(splits["test"], {other.name: (ood[other.name], other) for other in read.ood})
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
     return {
         "scores": scores,
         "epochs": result.epochs,
         "kept_epoch": result.kept["epoch"],
-        "routing": routing,
+        "routing": routing | trainer.routing_trace.summary(),
+        "updates": {"change": trainer.weight_change.summary(), "gradients": agreement},
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {

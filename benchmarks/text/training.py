@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,22 @@ from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.probe import Probe, fixed_rows
 from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.routing_trace import RoutingTrace
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
+from benchmarks.harness.training.updates import WeightChange, gradient_agreement
 from benchmarks.text.datasets import TextSplit
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import evaluate_split, padding_collator
 from benchmarks.text.tokenization import TokenisedRows
 
 _LOSS = "mean_loss"
+_GRADIENT_ROWS = 64  # of every set
+OWN = "own"  # the same set's other rows, among gradients
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ class TextTrainer:
         self._prefix = classifier.prefix
         self._metric = spec.task.metric
         self._checkpoints = folder / "checkpoints"
-        self._stopwatch, self.probe = Stopwatch(), Probe()
+        self._model, self.weight_change = classifier.model, WeightChange(classifier.model)
+        self._stopwatch, self.probe, self.routing_trace = Stopwatch(), Probe(), RoutingTrace()
         best = self._training.checkpoint_selection == "best"
         self.precision = precision_here(self._training.precision)
         arguments = quiet_arguments(
@@ -114,8 +121,8 @@ class TextTrainer:
         self._patience = None if patience is None else Patience(self._metric, patience)
         rows, self._dev = self._rows(train, by_length=False), self._rows(dev, by_length=True)
         by_length = self._training.sampling == "group_by_length"
-        collate = padding_collator(tokenizer, self.precision)
-        self.probe.look(classifier.model, collate(fixed_rows(rows)))
+        self._collate = padding_collator(tokenizer, self.precision)
+        self.probe.look(classifier.model, self._collate(fixed_rows(rows)))
         self._trainer = RoutedTrainer(
             args=arguments,
             order=EpochOrder(rows.lengths, self._training.batch_size, spec.seed, by_length=by_length),
@@ -124,9 +131,15 @@ class TextTrainer:
             probe=self.probe,
             train_dataset=rows,
             eval_dataset=self._dev,
-            data_collator=collate,
+            data_collator=self._collate,
             compute_metrics=self._scores,
-            callbacks=[progress, self._stopwatch, RetieGates(), *([self._patience] if self._patience else [])],
+            callbacks=[
+                progress,
+                self._stopwatch,
+                self.routing_trace,
+                RetieGates(),
+                *([self._patience] if self._patience else []),
+            ],
         )
 
     @property
@@ -150,6 +163,7 @@ class TextTrainer:
         if checkpoint:
             self._stopwatch.resume(checkpoint)
             self.probe.resume(checkpoint)
+            self.routing_trace.resume(checkpoint)
         saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
         if saved and self._patience and self._patience.is_over(saved.log_history):
             self._trainer.state = saved  # it had stopped already: only the best weights are missing
@@ -178,3 +192,25 @@ class TextTrainer:
         return evaluate_split(
             self._trainer, self._tokenizer, self._training.max_length, split, self._task, task, self._prefix
         )
+
+    def gradient_agreement(
+        self, own: TextSplit, others: Mapping[str, tuple[TextSplit, RunTask]]
+    ) -> dict[str, dict[str, float]]:
+        """Compare gradients on other sets with those on half of some rows of the task, and those on the other half (:data:`OWN`) as what is to be had.
+
+        Sets whose classes are not the head's have no loss, and so are left out; see :func:`~benchmarks.harness.training.updates.gradient_agreement`.
+        """
+        first, second = own.head(2 * _GRADIENT_ROWS, "gradients").divided(0.5, "gradients")
+        compared = {
+            name: self._batches(split.head(_GRADIENT_ROWS, "gradients"))
+            for name, (split, task) in others.items()
+            if label_mapping(self._task, task, name).same
+        }
+        if not compared:
+            return {}
+        return gradient_agreement(self._model, self._batches(first), {OWN: self._batches(second), **compared})
+
+    def _batches(self, split: TextSplit) -> Iterator[dict[str, Any]]:
+        rows, size = self._rows(split, by_length=True), self._training.eval_batch_size
+        for start in range(0, len(rows), size):
+            yield self._collate([rows[place] for place in range(start, min(start + size, len(rows)))])

@@ -22,6 +22,7 @@ from benchmarks.harness.modeling.language import load_language_model
 from benchmarks.harness.modeling.loading import describe, load_classifier, read_tensors, weights_digest
 from benchmarks.harness.modeling.prefix import Prefix
 from benchmarks.harness.modeling.tuning import FAST, tune_
+from emoe.architectures import find_ffns
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition, load_partition, save_partition
 
@@ -140,6 +141,7 @@ def _converted(
     """Convert and adapt a model's network, which is the model itself or a part of it."""
     seed, lora, tune = spec["seed"], spec["training"]["lora"], spec["method"]["tune"]
     dense_parameters = _count(model)
+    in_ffns, in_tables = _ffn_parameters(network), _looked_up(model)
     prefix = Prefix(model, network, layers) if (layers := spec["training"].get("frozen_layers")) else None
     if prefix:
         prefix.check(spec["method"])
@@ -162,13 +164,18 @@ def _converted(
         }
     if prefix:
         prefix.freeze_()
+    share = report.active_neurons if report else 1.0
+    routers = sum(parameter.numel() for layer in routed_layers(network) for parameter in layer.parameters())
+    active = round(dense_parameters + (share - 1) * in_ffns) + routers
     summary = {
         "source": dict(source),
         "parameters": _count(model),
         "dense_parameters": dense_parameters,
+        "active_parameters": active,
+        "flops_per_token": 2 * (active - in_tables),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "trained": trained,
-        "active_neurons": report.active_neurons if report else 1.0,
+        "active_neurons": share,
         "conversion": [dataclasses.asdict(layer) for layer in report.layers] if report else [],
     }
     around = next(f"{name}." if name else "" for name, module in model.named_modules() if module is network)
@@ -186,6 +193,19 @@ def _count(model: nn.Module) -> int:
     if getattr(model, "is_quantized", False):
         return int(cast(PreTrainedModel, model).num_parameters())  # two of four bits stand in one byte
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _ffn_parameters(network: nn.Module) -> int:
+    """Weights in the matrices of a dense model's FFNs."""
+    return sum(ffn.d * ffn.h * (len(ffn.inputs()) + 1) for ffn in find_ffns(network))
+
+
+def _looked_up(model: nn.Module) -> int:
+    """Weights of tables that are looked up and not multiplied with, as the vocabulary's is where the head shares it."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    shared = getattr(head, "weight", None)
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    return sum(table.numel() for table in tables if table is not shared)
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
