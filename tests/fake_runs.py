@@ -63,7 +63,13 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
         "epochs": [{"epoch": 1.0, **one(0.85)}, {"epoch": 2.0, **one(0.9)}],
         "kept_epoch": 2.0,
         "probe": probe,
-        "routing": {"load_entropy": 0.9, "load_max_over_mean": 2.0, "drop_rate": 0.0} if config else {},
+        "routing": {"load_entropy": 0.9, "load_max_over_mean": 2.0, "drop_rate": 0.0, "windows": windows(config, draw)}
+        if config
+        else {},
+        "updates": {
+            "change": {} if run.spec["training"]["lora"] else {"0": draw.uniform(0.01, 0.02), "1": 0.01},
+            "gradients": {"1": {name: draw.uniform(-0.5, 0.5) for name in ("own", *ood)}} if ood else {},
+        },
         **trained_model({"adapters": same, "head": same} if run.spec["training"]["lora"] else {}),
         "data": {
             "train": summary,
@@ -75,6 +81,49 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
     }
 
 
+def windows(config: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """Loads of twenty windows of a layer's training."""
+    loads = [[draw.randrange(1, 99) for _ in range(config["num_experts"])] for _ in range(20)]
+    return {"ends": [100 * number for number in range(1, 21)], "loads": {"1": loads}}
+
+
+def modularity_metrics(run: Run) -> dict[str, Any]:
+    """Plausible numbers of a pre-trained model as it is; the same for the same run."""
+    draw, experts = random.Random(run.id), run.spec["method"]["config"]["num_experts"]
+    names = [run.spec["task"]["name"], *(other["name"] for other in run.spec["ood"])]
+    tasks = [name for name in names for _ in range(10)]
+    measured = {"best_quarter": 0.7, "best_quarter_mass": 0.3, "usage_gini": 0.2, "kept_by_gate": 0.3, "inertia": 0.9}
+    for name in ("task", "class"):
+        measured |= {f"{name}_information{end}": draw.uniform(0, 0.1) for end in ("", "_chance", "_chance_95")}
+    shares = [1 / experts] * experts
+    return {
+        "run_id": run.id,
+        "measured": {"experts": {**measured, "shared_experts": 1.0, "specialised_experts": 2.0}},
+        "usage": {
+            "tasks": {
+                name: {
+                    "shares": shares,
+                    "marks": [1, -1] + [0] * (experts - 2),
+                    "classes": {"0": shares, "1": shares},
+                }
+                for name in names
+            },
+            "shared": [2],
+            "specialised": [0],
+        },
+        "matrix": {
+            "tasks": tasks,
+            "neurons": 8 * experts,
+            "tokens": list(range(len(tasks))),
+            "places": [draw.randrange(8 * experts) for _ in tasks],
+            "values": [draw.uniform(1, 8) for _ in tasks],
+        },
+        "cost": {"job_seconds": 1.0, "startup_seconds": 0.1},
+        "data": {f"test:{name}": {"rows": 10, "dropped": 0, "labels": {"0": 5, "1": 5}} for name in names},
+        "environment": ENVIRONMENT,
+    }
+
+
 def trained_model(trained: dict[str, Any]) -> dict[str, Any]:
     """What a run says of its model and of what it took."""
     return {
@@ -82,6 +131,8 @@ def trained_model(trained: dict[str, Any]) -> dict[str, Any]:
             "parameters": 1000,
             "dense_parameters": 1000,
             "trainable_parameters": 1000,
+            "active_parameters": 900,
+            "flops_per_token": 1800,
             "trained": trained,
             "active_neurons": 0.5,
             "conversion": [],
@@ -247,4 +298,6 @@ def _made_up(run: Run, gain: float) -> dict[str, Any]:
         return measured(run)
     if "finetuning" in run.spec:
         return instruction_metrics(run, gain)
+    if "reading" in run.spec:
+        return modularity_metrics(run)
     return domain_metrics(run, gain) if run.benchmark == "domainbed" else metrics(run, gain)

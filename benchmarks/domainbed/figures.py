@@ -14,17 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.domainbed.grid import held_out_names
-from benchmarks.domainbed.information import mutual_information
 from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.plots import STYLE, Panel, placeholder_figure, save, score_panels
+from benchmarks.harness.reporting.plots import STYLE, USE, Panel, placeholder_figure, save, score_panels
+from benchmarks.harness.results.information import mutual_information
 from benchmarks.harness.results.records import read_metrics
 
 _SELECTION = "training"
 _SHARE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "Blues")
-_USE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 2), "PuOr_r")
 _NO_SINGLE = "no run holds out one environment alone"
 _FEW = 12  # as many names stand beside an axis
 
@@ -142,7 +141,7 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
                 (axes[0, column], loads.sum(0), classes),
                 (axes[1, column], loads.sum(1), env_names),
             ):
-                axis.imshow(_relative(counts), norm=_USE.norm, cmap=_USE.cmap, aspect="auto")
+                axis.imshow(_relative(counts), norm=USE.norm, cmap=USE.cmap, aspect="auto")
                 beside = _few(labels, 2 * _FEW) if column == 0 else []
                 axis.set_yticks(range(len(beside)), beside)
                 axis.set_xticks([])
@@ -152,7 +151,7 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             axes[1, column].set_xlabel(f"{loads.shape[2]} experts")
         axes[0, 0].set_ylabel("class")
         axes[1, 0].set_ylabel("environment")
-        figure.colorbar(_USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
+        figure.colorbar(USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
         figure.suptitle(f"{outcomes.title('set', name)}, {outcomes.title('model', model)}, {env} held out", fontsize=8)
         save(figure, path)
 

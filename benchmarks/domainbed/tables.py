@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from benchmarks.domainbed.information import PERMUTATIONS
 from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.domainbed.selection import standard_error
 from benchmarks.harness.reporting.common_tables import (
@@ -19,8 +18,9 @@ from benchmarks.harness.reporting.common_tables import (
     with_columns,
     with_numbers,
 )
-from benchmarks.harness.reporting.published import read_published
+from benchmarks.harness.reporting.published import published_costs, read_published
 from benchmarks.harness.reporting.rendering import Column, Table
+from benchmarks.harness.results.information import PERMUTATIONS
 
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _FOUR = "average of four"
@@ -125,6 +125,8 @@ def cost(outcomes: DomainOutcomes) -> Table:
     """Time, memory, parameters, loads, and what experts tell of classes and environments."""
     cell = ["model", "set", "method"]
     records = outcomes.records.rename(columns={"task": "set"})
+    published = published_costs(outcomes.benchmark)
+    titles = [outcomes.title("method", name) for name in published["method"]]
     return cost_table(
         {"model_title": "Model", "set_title": "Set", "method_title": "Method"},
         outcomes.order(records[cell].drop_duplicates(), cell),
@@ -133,6 +135,7 @@ def cost(outcomes: DomainOutcomes) -> Table:
         averaged="Means over all runs; times of steps are without reading and augmenting images",
         measured_on="the out splits of all environments at the last step. Expert tells class (environment) is the mutual information of a token's expert and its image's class (environment), "
         f"and by chance the same after {PERMUTATIONS} shuffles of classes over the images of an environment (environments over those of a class): their mean, and what 95 % stay below. Only what is above that means anything",
+        published=published.assign(model_title=published["model"], set_title=published["set"], method_title=titles),
     )
 
 

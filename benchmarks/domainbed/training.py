@@ -17,9 +17,10 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 import emoe
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
 from benchmarks.domainbed.definition import ImageSpec
-from benchmarks.domainbed.information import by_chance, told
+from benchmarks.domainbed.information import told
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import Trainable
+from benchmarks.harness.results.information import by_chance
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.metrics import score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from functools import cached_property, partial
@@ -117,7 +118,8 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
         rows[end] = by_row.agg(lambda values, number=number: confidence_interval(values.to_numpy())[number])
     rows = rows.reset_index()
     rows["std"] = rows["std"].where(rows["protocol"] == CLEAN, rows["population_std"])
-    compared = paired_differences(seeds, _ROW, {"method": outcomes.baseline}, "seed").drop(columns=["values", "n"])
+    references = itertools.pairwise(names) if ablation.steps else ((outcomes.baseline, None),)
+    compared = pd.concat([_compared(seeds, reference, row) for reference, row in references])
     rows = with_verdicts(rows.merge(compared, on=_ROW, how="left"), _CELL)
     rows = with_numbers(rows, ["model", "method"], means_by(outcomes.records, ["model", "method"], ["active_neurons"]))
     rows = _with_paper(outcomes, ablation, rows)
@@ -137,6 +139,12 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
         is_average=rows["scope"].str.startswith(AVERAGE_OF),
     )
     return _with_axes(outcomes, rows)
+
+
+def _compared(seeds: pd.DataFrame, reference: str, row: str | None) -> pd.DataFrame:
+    """Paired differences of a row, or of all, to a reference."""
+    own = seeds if row is None else seeds[seeds["method"].isin([reference, row])]
+    return paired_differences(own, _ROW, {"method": reference}, "seed").drop(columns=["values", "n"])
 
 
 def _names(outcomes: TextOutcomes, ablation: Ablation) -> list[str]:
@@ -243,7 +251,7 @@ def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
     )
     return Table(
         definition.title,
-        f"{definition.question} Score (%): mean ± standard deviation over n seeds; Δ is the difference to the first row, paired by seed, with a 95 % confidence interval (Student's t); p of the "
+        f"{definition.question} Score (%): mean ± standard deviation over n seeds; Δ is the difference to the {'row above' if definition.steps else 'first row'}, paired by seed, with a 95 % confidence interval (Student's t); p of the "
         "paired t-test is corrected by Holm's procedure over the rows of a set and selection, and the verdict takes it at 5 %. The paper's numbers are of its own models and tasks, in rows of their own "
         "where these did not run here.",
         {"model_title": "Model", "selection": "Selection", "on": "On", "method_title": "Method", "n": "n"},

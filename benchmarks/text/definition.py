@@ -136,6 +136,8 @@ class Ablation(Strict):
     """Rows that are compared with the baseline, which stands first. Of rows with `role: ablation`, and of others with several variants, every setting is a row."""
     axis: Literal["train_share", "top_k_fraction"] | None = left_out()
     """What the figure has on its horizontal axis; left out: the differences, row by row."""
+    steps: Literal[True] | None = left_out()
+    """Each row is compared with the one above it, of which it differs in one thing more, and not with the baseline."""
     paper: str | None = left_out()
     """CSV with the paper's numbers, in the benchmark's folder: a row a model, scope (task), method, setting."""
 
@@ -147,6 +149,15 @@ class Ablated(Strict):
     """Tables of their own for rows with `role: ablation`, by name; `tables` and `figures` name those that are made."""
 
 
+class PublishedTraces(Strict):
+    """The paper's loads of experts over training."""
+
+    task: str
+    """What it was trained on."""
+    rows: dict[str, str]
+    """By method, a CSV in the benchmark's folder: a row a window, a column an expert's share."""
+
+
 class TextDefinition(TrainingDefinition, Ablated):
     """One benchmark, its methods, and what each suite runs of it."""
 
@@ -154,6 +165,8 @@ class TextDefinition(TrainingDefinition, Ablated):
     """The figures that it draws, each with its caption."""
     tasks: str
     """File with the task definitions, in the benchmark's folder."""
+    published_traces: PublishedTraces | None = left_out()
+    """The paper's loads of experts over training, which are shown beside ours."""
     training: TextTrainingSettings
     """How every run of the benchmark is trained; a suite may set its own."""
     suites: dict[Key, TextSuite]

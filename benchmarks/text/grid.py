@@ -39,9 +39,10 @@ from emoe.errors import EMoEError, did_you_mean
 
 PUBLISHED, CLEAN = "published", "clean"
 # what the usual presentation makes
-TABLES = ("results", "tasks", "tests", "ood", "cost", "choices", "paper")
-FIGURES = ("ood",)
+TABLES = ("results", "tasks", "tests", "ood", "cost", "choices", "traces", "updates", "paper")
+FIGURES = ("ood", "traces")
 ID, OOD = "id", "ood"
+OWN = "own"  # other rows of the task itself, where gradients are compared
 _SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
 _OTHER_AXES = ("train_share", "protocol", "learning_rate", "seed")
 
@@ -57,7 +58,12 @@ class TextSets(Kind[D, TaskEntry]):
 
     def published_files(self, definition: D) -> list[str]:
         ablations: Mapping[str, Ablation] = definition.ablations if isinstance(definition, Ablated) else {}
-        return [*super().published_files(definition), *(one.paper for one in ablations.values() if one.paper)]
+        traces = definition.published_traces if isinstance(definition, TextDefinition) else None
+        return [
+            *super().published_files(definition),
+            *(one.paper for one in ablations.values() if one.paper),
+            *(traces.rows.values() if traces else ()),
+        ]
 
     def compared_domains(self, definition: D) -> Mapping[str, Domain]:
         return {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
@@ -105,6 +111,12 @@ class TextKind(TextSets[TextDefinition]):
             check_names(f"{file}: '", "tables", definition.tables, [*TABLES, *definition.ablations])
             check_names(f"{file}: '", "figures", definition.figures, [*FIGURES, *definition.ablations])
         check_ablations(definition, definition.ablations, file)
+        if traces := definition.published_traces:
+            where = f"{file}: 'published_traces"
+            check_names(where, "task", [traces.task], tasks)
+            check_names(where, "rows", traces.rows, definition.methods)
+            for name, trace in traces.rows.items():
+                _check_file(trace, f"{where}.rows.{name}", folder)
         for suite, part in definition.suites.items():
             training = definition.training.changed(part.training)
             if training.patience is not None and training.checkpoint_selection != "best":
@@ -174,13 +186,18 @@ def check_ablations(definition: MethodsDefinition, ablations: Mapping[str, Ablat
         check_names(where, "rows", ablation.rows, methods)
         if definition.baseline in ablation.rows[1:] or definition.baseline not in ablation.rows:
             raise DefinitionError(f"{where}.rows' must begin with the baseline, '{definition.baseline}'")
-        if ablation.paper and not (file.parent / ablation.paper).exists():
-            near = did_you_mean(ablation.paper, [path.name for path in file.parent.glob("*.csv")])
-            raise DefinitionError(f"{where}.paper' is '{ablation.paper}', which does not exist{near}")
+        if ablation.paper:
+            _check_file(ablation.paper, f"{where}.paper", file.parent)
     shown = {row for ablation in ablations.values() for row in ablation.rows}
     for row, method in methods.items():
         if method.role == ABLATION and row not in shown:
             raise DefinitionError(f"{file}: 'methods.{row}' is an ablation, but no 'ablations' has it among its 'rows'")
+
+
+def _check_file(name: str, where: str, folder: Path) -> None:
+    if not (folder / name).exists():
+        near = did_you_mean(name, [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")])
+        raise DefinitionError(f"{where}' is '{name}', which does not exist{near}")
 
 
 def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> None:

@@ -16,7 +16,7 @@ from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.shared import ABLATION, MethodsDefinition
 from benchmarks.harness.planning.variants import setting_text, setting_values, without
 from benchmarks.harness.reporting.outcomes import SETTING, Outcomes, compared, counts
-from benchmarks.harness.results.records import collect, scores_of
+from benchmarks.harness.results.records import collect, read_metrics, scores_of
 from benchmarks.harness.results.statistics import Ranking, friedman_ranks, paired_differences, with_verdicts
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import ID, OOD
@@ -118,6 +118,19 @@ class TextOutcomes(Outcomes):
         by_id = {run.id: run.spec for run in self.runs}
         rows = self.records.drop_duplicates(["model", "method"])
         return {(row.model, row.method): by_id[row.run_id] for row in rows[["model", "method", "run_id"]].itertuples()}
+
+    @cached_property
+    def training(self) -> list[tuple[Any, dict[str, Any]]]:
+        """The chosen runs of the first selection, by record, with ``routing`` and ``updates`` as ``metrics.json`` has them."""
+        if not self.run_protocols:
+            return []
+        chosen = self.chosen[self.run_protocols[0]].drop_duplicates("run_id")
+        by_id = {run.id: run for run in self.runs}
+        found = []
+        for record in self.order(chosen, ["model", "task", "method", "seed"]).itertuples():
+            metrics = read_metrics(by_id[str(record.run_id)])
+            found.append((record, {part: metrics.get(part, {}) for part in ("routing", "updates")}))
+        return found
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
         # a benchmark that evaluates the chosen runs of another has no others

@@ -11,11 +11,12 @@ from benchmarks.harness.reporting.rendering import Table
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.figures import scores_by_training_task
 from benchmarks.text.tables import TABLES, verdicts
+from benchmarks.text.trace_figures import draw_traces
 
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
-    return shown(benchmark, Ablations(benchmark, runs), TABLES, {"ood": scores_by_training_task})
+    return shown(benchmark, Ablations(benchmark, runs), TABLES, {"ood": scores_by_training_task, "traces": draw_traces})
 
 
 def shown(

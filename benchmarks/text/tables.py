@@ -24,6 +24,8 @@ from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
 from benchmarks.text.outcomes import Ranked, TextOutcomes, ranked
 from benchmarks.text.paper_tables import paper
 from benchmarks.text.selection import CELL, CHOICE, PROTOCOLS, choices
+from benchmarks.text.traces import trace_table
+from benchmarks.text.updates import update_table
 
 _ALL = "*"
 _KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
@@ -231,6 +233,8 @@ TABLES = {
     "ood": ood,
     "cost": cost,
     "choices": chosen,
+    "traces": trace_table,
+    "updates": update_table,
     "paper": paper,
 }
 

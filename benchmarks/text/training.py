@@ -32,11 +32,11 @@ from benchmarks.harness.training.updates import WeightChange, gradient_agreement
 from benchmarks.text.datasets import TextSplit
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import evaluate_split, padding_collator
+from benchmarks.text.grid import OWN
 from benchmarks.text.tokenization import TokenisedRows
 
 _LOSS = "mean_loss"
 _GRADIENT_ROWS = 64  # of every set
-OWN = "own"  # the same set's other rows, among gradients
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torchvision.transforms.functional import rotate, to_tensor
 from transformers import TrainerControl, TrainerState
 
 from benchmarks.domainbed.batches import EnvironmentBatches
-from benchmarks.domainbed.information import by_chance, mutual_information, told
+from benchmarks.domainbed.information import told
 from benchmarks.domainbed.mnist import colored_mnist, rotated_mnist
 from benchmarks.domainbed.protocol import (
     class_weights,
@@ -29,6 +29,7 @@ from benchmarks.domainbed.training import EvaluationSteps
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.methods import suite_methods, training_settings
 from benchmarks.harness.planning.runs import plan
+from benchmarks.harness.results.information import by_chance, mutual_information
 
 
 def md5_of(text: str) -> int:

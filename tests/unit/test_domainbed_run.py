@@ -26,7 +26,6 @@ from benchmarks.domainbed import pipeline
 from benchmarks.domainbed.batches import EvaluationRows
 from benchmarks.domainbed.definition import ImageSpec, ImageSuite
 from benchmarks.domainbed.grid import KIND
-from benchmarks.domainbed.information import mutual_information
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.training import DomainTrainer
 from benchmarks.harness.base.errors import DataError, DefinitionError
@@ -35,6 +34,7 @@ from benchmarks.harness.modeling.build import build_image_classifier
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.results.information import mutual_information
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 

@@ -73,9 +73,11 @@ def check_references(definition: Definition, tasks: Mapping[str, Entry], folder:
         if definition.baseline not in definition.methods:
             near = did_you_mean(definition.baseline, definition.methods)
             raise DefinitionError(f"{file}: 'baseline' is '{definition.baseline}', which is no method{near}")
-    if definition.paper and not (folder / definition.paper).exists():
-        near = did_you_mean(definition.paper, [path.name for path in folder.glob("*.csv")])
-        raise DefinitionError(f"{file}: 'paper' is '{definition.paper}', which does not exist{near}")
+    for key in ("paper", "published_costs"):
+        named = getattr(definition, key)
+        if named and not (folder / named).exists():
+            near = did_you_mean(named, [path.name for path in folder.glob("*.csv")])
+            raise DefinitionError(f"{file}: '{key}' is '{named}', which does not exist{near}")
     if "paper" in definition.tables and not definition.paper:
         raise DefinitionError(f"{file}: 'tables' names 'paper', so it needs 'paper': a CSV with published numbers")
     kind.check(definition, tasks, folder)

@@ -20,6 +20,8 @@ _COST = (
     "active_neurons",
     "parameters",
     "trainable_parameters",
+    "active_parameters",
+    "flops_per_token",
     "load_entropy",
     "load_max_over_mean",
     "drop_rate",
@@ -152,6 +154,7 @@ def cost_table(
     *,
     averaged: str,
     measured_on: str,
+    published: pd.DataFrame | None = None,
 ) -> Table:
     """Time, memory, parameters and loads.
 
@@ -162,14 +165,22 @@ def cost_table(
         records: numbers of the runs of each cell.
         averaged: which runs' means these are.
         measured_on: where loads were counted.
+        published: rows of what others report, with titles and ``source``, which stand below ours.
     """
+    frame, elsewhere = with_numbers(frame, cell, means_by(records, cell, _COST)), ""
+    if published is not None and len(published):
+        frame = pd.concat([frame, published], ignore_index=True)
+        elsewhere = (
+            f" Below ours: what others report of machines of their own ({'; '.join(published['source'].unique())})."
+        )
     return Table(
         "What it took, and how the experts were used",
         f"{averaged}, on the machine of the runs (see the environment below). Runs share the machine, so times are rough: "
         "they do not compare methods. Start-up is what passes before the run's own work begins, mostly imports. Active neurons are the FFN neurons "
         f"that a token uses, as a share of the dense model's. Load entropy is 1 for a perfectly balanced load; loads and drops are measured on {measured_on}. "
-        "Only the published settings limit the capacity of experts, so only there are choices dropped.",
+        "Operations are two for every parameter in use that a token is multiplied with, without attention's own products; what a CPU or GPU executes is more where the masked path computes "
+        f"experts that are not used. Only the published settings limit the capacity of experts, so only there are choices dropped.{elsewhere}",
         dict(keys),
         [Column(metric, metric) for metric in _COST],
-        with_numbers(frame, cell, means_by(records, cell, _COST)),
+        frame,
     )

@@ -20,6 +20,8 @@ from matplotlib import pyplot as plt
 COLOURS = {"baseline": "#444444", "method": "#0072b2", "control": "#999999"}
 # of Okabe and Ito, which the colour-blind tell apart
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# of use of an expert over its mean use: 1 is like the others
+USE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 2), "PuOr_r")
 STYLE: Any = {
     "font.size": 8,
     "axes.spines.top": False,

@@ -17,7 +17,7 @@ from benchmarks.harness.planning.runs import Run
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
 _COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
-_MODEL = ("parameters", "trainable_parameters", "active_neurons")
+_MODEL = ("parameters", "trainable_parameters", "active_parameters", "flops_per_token", "active_neurons")
 ROUTING = (
     "load_entropy",
     "load_max_over_mean",

@@ -1,0 +1,232 @@
+"""Active neurons before and after clustering, how concentrated they are, and which experts each task uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+
+from benchmarks.harness.reporting.plots import COLOURS, SERIES, STYLE, USE, placeholder_figure, save
+from benchmarks.modularity.outcomes import ModularityOutcomes
+
+_PAPERS_N = 64  # of its Fig. 4
+_WIDTH = 6.9
+_MARKS = ("o", "s", "^", "D", "v")
+_MOST_MARKED = 32  # experts that a panel has room to mark
+_MOST_LINES = 40  # of tasks and classes
+
+
+def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
+    """A row of panels a model (its first layer), a panel a construction: tokens down, neurons across, a dot where a neuron is active."""
+    places = list(outcomes.first_places())
+    names = [name for name in outcomes.methods if name in set(outcomes.rows["method"])]
+    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
+        figure, axes = plt.subplots(
+            len(places),
+            len(names),
+            figsize=(_WIDTH, 2.3 * len(places) + 0.4),
+            squeeze=False,
+            sharex="row",
+            sharey="row",
+            layout="constrained",
+        )
+        for axis_row, (title, rows) in zip(axes, places, strict=True):
+            for axis, (name, row) in zip(axis_row, _shown(rows, names), strict=True):
+                if row is None:
+                    axis.set_visible(False)
+                    continue
+                matrix = outcomes.found(row)["matrix"]
+                _draw_matrix(axis, matrix, int(row.num_experts))
+                axis.set_title(f"{outcomes.title('method', name)}, N = {row.num_experts}", fontsize=7.5)
+                if axis is axis_row[0]:
+                    _name_tasks(axis, matrix["tasks"], outcomes)
+            axis_row[0].set_ylabel(f"{title}\ntokens of")
+            for axis in axis_row:
+                axis.set_xlabel("neurons, expert by expert")
+        save(figure, path)
+
+
+def _draw_matrix(axis: Any, matrix: dict[str, Any], experts: int) -> None:
+    size = matrix["neurons"] // experts
+    for place in range(size, matrix["neurons"], size):
+        axis.axvline(place - 0.5, color="#e3e3e3", lw=0.3, zorder=0)
+    axis.plot(
+        matrix["places"], matrix["tokens"], "s", ms=0.9, mew=0, color=COLOURS["method"], alpha=0.8, rasterized=True
+    )
+    axis.set_xlim(-0.5, matrix["neurons"] - 0.5)
+    axis.set_ylim(len(matrix["tasks"]) - 0.5, -0.5)
+    axis.set_xticks([0, matrix["neurons"]])
+
+
+def _name_tasks(axis: Any, tasks: list[str], outcomes: ModularityOutcomes) -> None:
+    names = list(dict.fromkeys(tasks))
+    middles = [np.mean([place for place, task in enumerate(tasks) if task == name]) for name in names]
+    axis.set_yticks(middles, [outcomes.title("task", name) for name in names])
+    axis.tick_params(axis="y", length=0)
+
+
+def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
+    """The first model and layer as the paper draws it: before clustering and after, the height is the magnitude."""
+    title, rows = next(outcomes.first_places())
+    pairs = [(name, row) for name, row in _shown(rows, ["contiguous", outcomes.baseline]) if row is not None]
+    if not pairs:
+        placeholder_figure(path, "this suite runs neither clusters nor neurons as they stand")
+        return
+    with mpl.rc_context({**STYLE, "font.size": 7}):
+        figure = plt.figure(figsize=(_WIDTH, 3.0), layout="constrained")
+        for number, (name, row) in enumerate(pairs, 1):
+            matrix = outcomes.found(row)["matrix"]
+            axis: Any = figure.add_subplot(1, len(pairs), number, projection="3d")
+            axis.scatter(
+                matrix["places"], matrix["tokens"], matrix["values"],
+                c=matrix["values"], cmap="viridis", s=1.2, linewidths=0, rasterized=True,
+            )  # fmt: skip
+            axis.set_xlabel("neurons", labelpad=-4)
+            axis.set_ylabel("tokens", labelpad=-4)
+            axis.set_zlabel("|activation|", labelpad=-8)
+            axis.tick_params(pad=-2, labelsize=6)
+            axis.view_init(elev=35, azim=-70)
+            axis.set_box_aspect((1.3, 1, 0.6), zoom=1.1)
+            for side in (axis.xaxis, axis.yaxis, axis.zaxis):
+                side.set_major_locator(mpl.ticker.MaxNLocator(4))
+            axis.set_title(f"{outcomes.title('method', name)}, N = {row.num_experts}", fontsize=7.5)
+        figure.suptitle(title, fontsize=8)
+        save(figure, path)
+
+
+def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
+    """A panel a model and layer: share of active neurons in the best quarter of blocks over N, by construction."""
+    places = list(outcomes.places())
+    columns = min(len(places), 2)
+    lines = -(-len(places) // columns)
+    with mpl.rc_context({**STYLE, "axes.grid.axis": "y"}):
+        figure, axes = plt.subplots(
+            lines,
+            columns,
+            figsize=(2.6 * columns + 1.4, 2.4 * lines + 0.3),
+            squeeze=False,
+            sharey=True,
+            layout="constrained",
+        )
+        for axis in axes.flat[len(places) :]:
+            axis.set_visible(False)
+        for axis, (_, title, rows) in zip(axes.flat, places, strict=False):
+            sizes = sorted(rows["num_experts"].unique())
+            axis.axhline(25, color="#bbbbbb", lw=0.8, ls=":", zorder=0)
+            for number, name in enumerate(outcomes.methods):
+                own = rows[rows["method"] == name]
+                if len(own):
+                    _draw_series(axis, outcomes, own, sizes, number)
+            axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+            axis.set_xlim(-0.5, len(sizes) - 0.5)
+            axis.set_ylim(0, 102)
+            axis.set_xlabel("number of experts, N")
+            axis.set_title(title, fontsize=8)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("active neurons in the\nbest quarter of experts (%)")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        handles.append(mpl.lines.Line2D([], [], color="#444444", marker="x", ls="", ms=5))
+        figure.legend(handles, [*labels, "the paper's matrices"], loc="outside right center", frameon=False, fontsize=7)
+        save(figure, path)
+
+
+def _draw_series(axis: Any, outcomes: ModularityOutcomes, rows: pd.DataFrame, sizes: list[int], number: int) -> None:
+    name, colour = str(rows["method"].iloc[0]), SERIES[number]
+    by_size = rows.groupby("num_experts")["best_quarter"]
+    places = [sizes.index(size) for size in by_size.groups]
+    shift = 0.12 * (number - 1)
+    means, low, high = by_size.mean() * 100, by_size.min() * 100, by_size.max() * 100
+    at = np.array(places) + shift
+    axis.vlines(at, low, high, color=colour, lw=1.4)
+    axis.plot(at, means, _MARKS[number], ms=4.5, color=colour, label=outcomes.title("method", name))
+    known = outcomes.paper[(outcomes.paper["method"] == name) & (outcomes.paper["metric"] == "best_quarter")]
+    known = known[known["num_experts"].isin(sizes)]
+    axis.plot(
+        [sizes.index(size) + shift for size in known["num_experts"]], known["value"] * 100, "x", ms=5, color=colour
+    )
+
+
+def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
+    """A panel a model (its first layer): tasks, and where there is room their classes, down, the experts of its smallest N across."""
+    panels = []
+    for title, rows in outcomes.first_places():
+        own = rows[rows["method"] == outcomes.baseline]
+        if len(own):
+            row = next(own.sort_values("num_experts", kind="stable").itertuples())
+            panels.append((title, row, outcomes.found(row)["usage"]))
+    if not panels:
+        placeholder_figure(path, "this suite runs no clusters")
+        return
+    heights = [sum(1 + len(task["classes"]) for task in used["tasks"].values()) for _, _, used in panels]
+    classes = sum(heights) <= _MOST_LINES
+    if not classes:
+        heights = [len(used["tasks"]) for _, _, used in panels]
+    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
+        figure, axes = plt.subplots(
+            len(panels),
+            1,
+            figsize=(_WIDTH, 0.19 * sum(heights) + 0.8 * len(panels) + 0.2),
+            squeeze=False,
+            height_ratios=heights,
+            layout="constrained",
+        )
+        for axis, (title, row, used) in zip(axes[:, 0], panels, strict=True):
+            _draw_usage(axis, outcomes, used, classes=classes)
+            axis.set_title(
+                f"{title}, N = {row.num_experts}: task {row.task_information:.3f} bit (chance {row.task_information_chance:.3f}, 95 % {row.task_information_chance_95:.3f})"
+                f"{_told_of_classes(row)}",
+                fontsize=7.5,
+            )
+        axes[-1, 0].set_xlabel("experts")
+        figure.colorbar(USE, ax=axes, shrink=0.6, label="use ÷ mean use over tasks", extend="max")
+        save(figure, path)
+
+
+def _told_of_classes(row: Any) -> str:
+    bits = getattr(row, "class_information", float("nan"))
+    if np.isnan(bits):
+        return ""
+    return f"\nclass {bits:.3f} bit (chance {row.class_information_chance:.3f}, 95 % {row.class_information_chance_95:.3f})"
+
+
+def _draw_usage(axis: Any, outcomes: ModularityOutcomes, used: dict[str, Any], *, classes: bool) -> None:
+    tasks = used["tasks"]
+    mean = np.mean([task["shares"] for task in tasks.values()], axis=0)
+    lines, labels, marked = [], [], []
+    for name, task in tasks.items():
+        lines.append(task["shares"])
+        labels.append(outcomes.title("task", name))
+        marked.append(task["marks"])
+        known = outcomes.benchmark.tasks[name].labels
+        for number, shares in task["classes"].items() if classes else ():
+            lines.append(shares)
+            labels.append(f"{known[int(number)] if known else number} ")
+            marked.append([0] * len(mean))
+    relative = np.divide(lines, mean, out=np.ones((len(lines), len(mean))), where=mean > 0)
+    axis.imshow(relative, norm=USE.norm, cmap=USE.cmap, aspect="auto")
+    axis.set_yticks(range(len(labels)), labels)
+    for tick, label in zip(axis.get_yticklabels(), labels, strict=True):
+        tick.set_fontweight("normal" if label.endswith(" ") else "bold")
+    axis.set_xticks([])
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    if len(mean) <= _MOST_MARKED:
+        for line, marks in enumerate(marked):
+            for expert, mark in enumerate(marks):
+                if mark:
+                    axis.plot(expert, line, "^" if mark > 0 else "v", ms=3, color="black", mec="white", mew=0.4)
+    axis.plot(used["shared"], [len(labels) - 0.15] * len(used["shared"]), "o", ms=2.5, color="black", clip_on=False)
+
+
+def _shown(rows: pd.DataFrame, names: list[str]) -> Iterator[tuple[str, Any]]:
+    """Of every construction the first run at the paper's N, or at the largest."""
+    sizes = set(rows["num_experts"])
+    size = _PAPERS_N if _PAPERS_N in sizes else max(sizes)
+    for name in names:
+        found = rows[(rows["method"] == name) & (rows["num_experts"] == size)]
+        yield name, next(found.itertuples(), None)

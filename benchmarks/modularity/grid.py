@@ -1,0 +1,103 @@
+"""Runs that look into pre-trained models: one for each model, construction of experts, setting and seed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.kinds import Benchmark, Domain
+from benchmarks.harness.planning.method_rows import resolve_methods
+from benchmarks.harness.planning.methods import VARIANT_KEYS, method_spec, suite_methods
+from benchmarks.harness.planning.schema import check_names, parse, read
+from benchmarks.modularity.definition import ModularityDefinition
+from benchmarks.text.definition import TaskEntry, TaskFile
+from benchmarks.text.grid import TextSets
+
+# what a row may set otherwise: how neurons are grouped, and which groups are chosen
+_FREE = {"kind", "title", "role", "method", "num_experts", "top_k", "top_k_fraction", "layers", "partition"}
+_FREE |= {"partition_seed", "selection", "score", "score_bias"}
+
+
+class ModularityKind(TextSets[ModularityDefinition]):
+    """Pre-trained text models that read rows of several tasks; nothing is trained."""
+
+    files = (("modularity", ModularityDefinition),)
+    counts_labels = False
+
+    def load(self, content: object, file: Path) -> tuple[ModularityDefinition, Mapping[str, TaskEntry]]:
+        definition = parse(content, ModularityDefinition, str(file))
+        return definition, read(file.parent / definition.tasks, TaskFile).tasks
+
+    def check(self, definition: ModularityDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
+        where = f"{folder / 'benchmark.yaml'}: '"
+        for name, method in resolve_methods(definition).items():
+            if method.kind != "emoe" or method.given().get("partition") == "coactivation":
+                raise DefinitionError(
+                    f"{where}methods.{name}' must be an EMoE whose experts are made of its weights (or at random): what it is shown is what is read here"
+                )
+            if other := sorted(set(method.given()) - _FREE):
+                raise DefinitionError(
+                    f"{where}methods.{name}' sets '{other[0]}', which changes nothing before training"
+                )
+        for name, suite in definition.suites.items():
+            check_names(where, f"suites.{name}.tasks", suite.tasks, tasks)
+            if len(suite.tasks) < 2:
+                raise DefinitionError(f"{where}suites.{name}.tasks' must be two at least: they are compared")
+
+    def marks(self, spec: Mapping[str, Any]) -> list[str]:
+        return []
+
+    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        return [spec["task"], *spec["ood"]]
+
+    def compared_domains(self, definition: ModularityDefinition) -> Mapping[str, Domain]:
+        return {}
+
+    def specs(
+        self,
+        benchmark: Benchmark[ModularityDefinition, TaskEntry],
+        suite: str,
+        exclude: Collection[str],
+        specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
+    ) -> Iterator[dict[str, Any]]:
+        definition, methods = benchmark.definition, suite_methods(benchmark, suite)
+        part = definition.suites[suite]
+        tasks = [name for name in part.tasks if name not in exclude]
+        if len(tasks) < 2:
+            raise DefinitionError(
+                f"{benchmark.file}: 'suites.{suite}.tasks' has {len(tasks)} left without those that are excluded; two at least are compared"
+            )
+        first, *others = (benchmark.tasks[name].spec(name) for name in tasks)
+        reading = definition.reading.changed(part.reading).model_dump()
+        for number, block in enumerate(part.grid):
+            where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
+            text_models = [name for name, model in load_models().items() if model.modality is None]
+            check_names(where, "model", block.model, text_models)
+            check_names(where, "method", block.method, methods)
+            given = block.model_dump()
+            axes = [key for key in ("model", "method", *VARIANT_KEYS, "seed") if key in given]
+            for values in itertools.product(*(given[key] for key in axes)):
+                point = dict(zip(axes, values, strict=True))
+                method = method_spec(methods, point, point["seed"], None, where)
+                layers = method["config"]["layers"]
+                if not isinstance(layers, list) or len(layers) != 1:
+                    raise DefinitionError(f"{where}.layers' must be lists of one layer each: [[5]], not {layers}")
+                yield {
+                    "benchmark": benchmark.name,
+                    "version": definition.version,
+                    "pipeline": definition.pipeline,
+                    "model": load_models()[point["model"]].spec(point["model"]),
+                    "task": first,
+                    "ood": others,
+                    "method": method,
+                    "reading": reading,
+                    "learning_rate": 0.0,
+                    "seed": point["seed"],
+                }
+
+
+KIND = ModularityKind()

@@ -1,0 +1,185 @@
+"""Read rows of several tasks with a pre-trained model, and see which neurons fire and which experts are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+import emoe
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.modeling.build import permutations
+from benchmarks.harness.modeling.conversion import apply_method_
+from benchmarks.harness.modeling.loading import describe, load_backbone, load_tokenizer, weights_digest
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.schema import parse
+from benchmarks.harness.training.progress import Progress
+from benchmarks.modularity.concentration import Concentration, is_active
+from benchmarks.modularity.definition import ModularitySpec, Reading
+from benchmarks.modularity.usage import Loads, marks, shared_and_specialised, told_of_classes, told_of_tasks
+from benchmarks.text.datasets import TextSplit, load_part
+from benchmarks.text.tokenization import TokenisedRows
+from emoe.architectures import find_ffns
+from emoe.calibration import record_activations
+from emoe.records import RoutingRecord
+
+EXPERTS = "experts"  # what is measured
+
+
+def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+    """Run one spec.
+
+    Args:
+        spec: the content of ``run.json``.
+        folder: the run's folder; nothing is written there.
+        progress: where to say what is going on.
+
+    Returns:
+        The content of ``metrics.json``, less what the harness adds: ``measured`` numbers, ``usage`` by task and class, and ``matrix``, the active
+        neurons of some tokens, by their place in the order of the experts.
+    """
+    read = parse(spec, ModularitySpec, str(folder / "run.json"))
+    load = partial(load_part, rows=read.reading.rows, known=load_benchmark(read.benchmark).tasks, say=progress.say)
+    splits = {task.name: load(task, "test") for task in (read.task, *read.ood)}
+    tokenizer = load_tokenizer(spec["model"])
+    model = load_backbone(spec["model"])
+    model.to(cast(Any, "cuda" if torch.cuda.is_available() else "cpu"))
+    source = {"from": describe(spec["model"], model), "weights": weights_digest(model)}
+    (layer,) = spec["method"]["config"]["layers"]
+    parts = {name: _encoded(split, tokenizer, read.reading) for name, split in splits.items()}
+    progress.say(f"reading {sum(map(len, splits.values())):,} rows of {len(splits)} tasks with the dense model")
+    dense = {name: _magnitudes(model, layer, part.batches()) for name, part in parts.items()}
+    report = apply_method_(model, spec["method"], read.seed)
+    converted = [asdict(found) for found in report.layers] if report else []
+    emoe.set_backend_(model, "masked")  # whose activations are those of all neurons, zero where they are not used
+    progress.say("reading them again with experts")
+    loads, kept = {}, {}
+    for name, part in parts.items():
+        with emoe.record_routing(model) as record:
+            kept[name] = _magnitudes(model, layer, part.batches(record))
+        by_row = record.layers[layer].by_label
+        loads[name] = np.stack([by_row[row].numpy() for row in range(len(part.rows))])
+    order = permutations(model)[layer]
+    ordered = {name: magnitudes[:, order] for name, magnitudes in dense.items()}
+    number = spec["method"]["config"]["num_experts"]
+    measured, matrix = _concentrated(ordered, number, read.reading)
+    measured["kept_by_gate"] = sum(float(found.sum()) for found in kept.values()) / sum(
+        float(found.sum()) for found in dense.values()
+    )
+    measured["inertia"] = 1 - converted[0]["explained"]
+    told, usage = _used(loads, splits)
+    return {
+        "measured": {EXPERTS: measured | told},
+        "usage": usage,
+        "matrix": matrix,
+        "model": {"source": source, "conversion": converted},
+        "cost": {},
+        "data": {f"test:{name}": split.summary() for name, split in splits.items()},
+    }
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Rows of a task as a model is called with them."""
+
+    rows: TokenisedRows
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+
+    def batches(self, record: RoutingRecord | None = None) -> Iterator[dict[str, Any]]:
+        """Batches in the order of the rows; the record counts by row."""
+        collate = DataCollatorWithPadding(self.tokenizer)
+        for start in range(0, len(self.rows), self.batch_size):
+            places = range(start, min(start + self.batch_size, len(self.rows)))
+            if record is not None:
+                record.set_labels(torch.tensor(places))
+            yield dict(collate([self.rows[place] for place in places]))
+
+
+def _encoded(split: TextSplit, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> _Encoded:
+    rows = TokenisedRows(split, tokenizer, reading.max_length, by_length=False, labelled=False)
+    return _Encoded(rows, tokenizer, reading.batch_size)
+
+
+def _magnitudes(model: nn.Module, layer: int, batches: Iterator[dict[str, Any]]) -> Tensor:
+    """``[tokens, d]``, ``|activation|`` of the same tokens each time, without padding."""
+    ffn = find_ffns(model)[layer]
+    return record_activations(model, [ffn], batches, seed=derive_seed("tokens"))[layer].t()
+
+
+def _concentrated(
+    ordered: Mapping[str, Tensor], number: int, reading: Reading
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Statistics over all tokens, and the active neurons of some of every task."""
+    whole = torch.cat(list(ordered.values()))
+    active = is_active(whole, reading.active_share)
+    generator = torch.Generator().manual_seed(derive_seed("shown tokens"))
+    shown, tasks, start = [], [], 0
+    for name, found in ordered.items():
+        chosen = torch.randperm(len(found), generator=generator)[: reading.shown_tokens // len(ordered)]
+        shown.append(start + chosen.sort().values)
+        tasks += [name] * len(chosen)
+        start += len(found)
+    places = torch.cat(shown)
+    token, neuron = active[places].nonzero(as_tuple=True)
+    values = whole[places][token, neuron]
+    matrix = {
+        "tasks": tasks,
+        "neurons": whole.shape[1],
+        "tokens": token.tolist(),
+        "places": neuron.tolist(),
+        "values": [round(float(value), 3) for value in values],
+    }
+    return asdict(Concentration.of(whole, active, number)), matrix
+
+
+def _used(loads: Mapping[str, Loads], splits: Mapping[str, TextSplit]) -> tuple[dict[str, float], dict[str, Any]]:
+    """What the choice of an expert tells of tasks and classes, and the shares behind it."""
+    rows = np.concatenate(list(loads.values()))
+    tasks = np.repeat(np.arange(len(loads)), [len(found) for found in loads.values()])
+    whole = [all(isinstance(label, int) for label in split.labels) for split in splits.values()]
+    classes = np.concatenate(
+        [
+            np.asarray(split.labels if named else [-1] * len(split), dtype=np.int64)
+            for split, named in zip(splits.values(), whole, strict=True)
+        ]
+    )
+    seed = derive_seed("shuffles")
+    of_tasks, of_classes = told_of_tasks(rows, tasks, seed), told_of_classes(rows, tasks, classes, seed)
+    marked = marks(rows, tasks, seed)
+    shares = np.stack([_share(found) for found in loads.values()])
+    shared, specialised = shared_and_specialised(shares, marked)
+    told = _named("task", of_tasks) | (_named("class", of_classes) if of_classes else {})
+    told |= {"shared_experts": float(len(shared)), "specialised_experts": float(len(specialised))}
+    by_task = {
+        name: {
+            "shares": shares[place].tolist(),
+            "marks": marked[place].tolist(),
+            "classes": {
+                str(label): _share(loads[name][classes[tasks == place] == label]).tolist()
+                for label in np.unique(classes[tasks == place])
+                if label >= 0
+            },
+        }
+        for place, name in enumerate(loads)
+    }
+    return told, {"tasks": by_task, "shared": shared.tolist(), "specialised": specialised.tolist()}
+
+
+def _named(name: str, told: Any) -> dict[str, float]:
+    return {
+        f"{name}_information": told.bits,
+        f"{name}_information_chance": told.chance,
+        f"{name}_information_chance_95": told.chance_95,
+    }
+
+
+def _share(loads: Loads) -> Any:
+    return loads.sum(0) / max(int(loads.sum()), 1)

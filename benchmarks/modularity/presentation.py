@@ -1,0 +1,26 @@
+"""Tables, figures and sentences of pre-trained models as they are."""
+
+from __future__ import annotations
+
+from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.reporting.presentation import Presentation, make
+from benchmarks.modularity.definition import ModularityDefinition
+from benchmarks.modularity.figures import draw_activations, draw_activations_3d, draw_concentration, draw_experts
+from benchmarks.modularity.outcomes import ModularityOutcomes
+from benchmarks.modularity.tables import TABLES, verdicts
+from benchmarks.text.definition import TaskEntry
+
+_FIGURES = {
+    "activations": draw_activations,
+    "activations_3d": draw_activations_3d,
+    "concentration": draw_concentration,
+    "experts": draw_experts,
+}
+_NOTE = "Nothing is trained, so that nothing varies but random partitions. A mark or a bit above chance says that experts are used differently, not that this helps."
+
+
+def present(benchmark: Benchmark[ModularityDefinition, TaskEntry], runs: list[Run]) -> Presentation:
+    """Present finished runs."""
+    outcomes = ModularityOutcomes(benchmark, runs)
+    return make(benchmark, TABLES, _FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE)

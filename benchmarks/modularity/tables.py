@@ -1,0 +1,82 @@
+"""How concentrated activations are, and what the choice of an expert tells of task and class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.harness.reporting.rendering import Column, Table
+from benchmarks.harness.results.information import PERMUTATIONS
+from benchmarks.modularity.outcomes import CELL, PLACE, ModularityOutcomes
+
+_KEYS = {"model_title": "Model", "layer": "Layer", "num_experts": "N", "method_title": "Neurons in blocks", "n": "n"}
+_IN_PAPER = ("best_quarter", "usage_gini")
+
+
+def concentration(outcomes: ModularityOutcomes) -> Table:
+    """A row a construction, with what is known of the paper's matrices."""
+    frame = outcomes.means()
+    for metric in _IN_PAPER:
+        known = outcomes.paper[outcomes.paper["metric"] == metric].set_index(["method", "num_experts"])["value"]
+        frame[f"{metric}_paper"] = [
+            known.get((row.method, row.num_experts), float("nan")) for row in frame.itertuples()
+        ]
+    active = {run.spec["reading"]["active_share"] for run in outcomes.runs}
+    return Table(
+        "Activations in blocks of neurons, nothing trained",
+        f"Means over n random partitions ± standard deviation; the other constructions have no seed. A neuron is active for a token where |activation| is among the {_listed(active)} % largest of all "
+        "tokens and neurons, as many as are not zero in the paper's matrix. Best quarter: share of a token's active neurons that are in the N/4 blocks with most of them, mean over tokens; of their "
+        "magnitudes, all neurons counted. Gini: of the blocks' active neurons over all tokens. What avg-k keeps is the share of all magnitude in the top k of the row's own experts. Unexplained variance "
+        "is that of the keys. The paper's two matrices are of a model, layer and set that it does not name (as they stand, and clustered), so that directions compare and values do not.",
+        dict(_KEYS),
+        [
+            *(
+                Column(metric, metric, std=f"{metric}_std")
+                for metric in ("best_quarter", "best_quarter_mass", "usage_gini", "kept_by_gate", "inertia")
+            ),
+            Column("best_quarter", "best_quarter_paper", "Paper: best quarter"),
+            Column("usage_gini", "usage_gini_paper", "Paper: Gini"),
+        ],
+        frame,
+    )
+
+
+def usage(outcomes: ModularityOutcomes) -> Table:
+    """What the choice of an expert tells, beside chance."""
+    metrics = [f"{name}_information{end}" for name in ("task", "class") for end in ("", "_chance", "_chance_95")]
+    metrics += ["specialised_experts", "shared_experts"]
+    frame = outcomes.means().reindex(columns=list(dict.fromkeys([*_KEYS, *CELL, *metrics])))
+    return Table(
+        "What the choice of an expert tells, nothing trained",
+        "Mutual information of a token's expert with the task that its row is of, and with the row's class (within a task, mean over the tasks that have classes). Chance: mean and 95 % quantile of "
+        f"{PERMUTATIONS} shuffles of rows over the tasks, or within their task; more than the quantile is more than chance. Specialised experts are those that some task uses more than shuffles explain "
+        "(5 %, all experts and tasks together); shared ones are used above 1/N by every task, and by none more or less than by the others. Means over random partitions.",
+        {key: label for key, label in _KEYS.items() if key != "n"},
+        [Column(metric, metric) for metric in metrics],
+        frame,
+    )
+
+
+def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
+    """A sentence a model and layer, at its largest N."""
+    means = outcomes.means()
+    for key, rows in means.groupby(PLACE, sort=False):
+        largest = rows[rows["num_experts"] == rows["num_experts"].max()].set_index("method")
+        own = largest.loc[outcomes.baseline] if outcomes.baseline in largest.index else None
+        if own is None:
+            continue
+        others = ", ".join(
+            f"{row.method_title.lower()} {row.best_quarter * 100:.0f} %"
+            for row in largest.drop(index=outcomes.baseline).itertuples()
+        )
+        known = "more than" if own["task_information"] > own["task_information_chance_95"] else "no more than"
+        yield (
+            f"{own['model_title']}, layer {key[1]}, N = {own['num_experts']}: a token has {own['best_quarter'] * 100:.0f} % of its active neurons in the best quarter of the clusters"
+            f"{f' ({others})' if others else ''}; the choice of an expert tells {known} chance of the task ({own['task_information']:.3f} bit, chance {own['task_information_chance']:.3f})."
+        )
+
+
+def _listed(shares: set[float]) -> str:
+    return ", ".join(f"{share * 100:g}" for share in sorted(shares))
+
+
+TABLES = {"concentration": concentration, "usage": usage}

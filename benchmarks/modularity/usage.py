@@ -1,0 +1,96 @@
+"""Which experts the tokens of each task and class choose, beside what chance would give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.harness.results.information import by_chance, shuffled_information
+
+SHUFFLES = 500
+_LEVEL = 0.95
+
+Loads = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the choice of an expert tells of a label, in bits: as it is, by chance, and what chance stays below in 95 % of the shuffles."""
+
+    bits: float
+    chance: float
+    chance_95: float
+
+    @classmethod
+    def mean(cls, found: NDArray[np.float64]) -> Told:
+        """Of ``[1 + permutations, cases]``, the first as it is, the mean over cases."""
+        means = found.mean(1)
+        return cls(float(means[0]), *by_chance(means))
+
+
+def told_of_tasks(loads: Loads, tasks: Loads, seed: int) -> Told:
+    """What experts tell of the task; rows are shuffled over all tasks.
+
+    Args:
+        loads: ``[rows, N]``, how often the tokens of a row chose each expert.
+        tasks: of the rows.
+        seed: of the shuffles.
+    """
+    return Told.mean(shuffled_information(loads[:, None], tasks, np.zeros_like(tasks), seed))
+
+
+def told_of_classes(loads: Loads, tasks: Loads, classes: Loads, seed: int) -> Told | None:
+    """What experts tell of the class within a task, mean over tasks that have classes; rows are shuffled within their task.
+
+    Args:
+        loads: ``[rows, N]``.
+        tasks: of the rows.
+        classes: of the rows; negative where a task has none.
+        seed: of the shuffles.
+    """
+    found = []
+    for task in np.unique(tasks):
+        rows = (tasks == task) & (classes >= 0)
+        if len(np.unique(classes[rows])) > 1:
+            found.append(shuffled_information(loads[rows][:, None], classes[rows], np.zeros_like(classes[rows]), seed))
+    return Told.mean(np.concatenate(found, axis=1)) if found else None
+
+
+def marks(loads: Loads, tasks: Loads, seed: int) -> Loads:
+    """Which experts a task uses more (1) or less (-1) than chance would explain, among all tasks and experts together; 0 for the others.
+
+    Rows are shuffled over the tasks. A use is marked where it is farther from its mean over shuffles, in their deviations, than the farthest of all uses is
+    in 95 % of the shuffles, so that by chance alone one mark in twenty such matrices is expected.
+
+    Args:
+        loads: ``[rows, N]``.
+        tasks: of the rows, numbered from 0.
+        seed: of the shuffles.
+
+    Returns:
+        ``[tasks, N]``.
+    """
+    random = np.random.default_rng(seed)
+    own = _shares(loads, tasks)
+    shuffled = np.stack([_shares(loads, random.permutation(tasks)) for _ in range(SHUFFLES)])
+    mean, deviation = shuffled.mean(0), shuffled.std(0)
+
+    def far(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.divide(shares - mean, deviation, out=np.zeros_like(shares), where=deviation > 0)
+
+    limit = np.quantile(np.abs(far(shuffled)).max((1, 2)), _LEVEL)
+    return (np.sign(far(own)) * (np.abs(far(own)) > limit)).astype(np.int64)
+
+
+def _shares(loads: Loads, tasks: Loads) -> NDArray[np.float64]:
+    counts = np.zeros((int(tasks.max()) + 1, loads.shape[1]), dtype=np.int64)
+    np.add.at(counts, tasks, loads)
+    return counts / np.maximum(counts.sum(1, keepdims=True), 1)
+
+
+def shared_and_specialised(shares: NDArray[np.float64], marked: Loads) -> tuple[Loads, Loads]:
+    """The experts that every task uses above the average 1/N and none uses more or less than the others, and those that some task uses more than chance would explain."""
+    shared = (shares > 1 / shares.shape[1]).all(0) & (marked == 0).all(0)
+    return np.flatnonzero(shared), np.flatnonzero((marked > 0).any(0))

@@ -1,0 +1,284 @@
+"""Pre-trained models as they are: concentration of activations, use of experts beside chance, and the benchmark that shows both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import image
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.planning.schema import parse
+from benchmarks.harness.reporting.presentation import Presentation, present
+from benchmarks.harness.sources.vader import ARCHIVE
+from benchmarks.modularity.concentration import Concentration, gini, is_active
+from benchmarks.modularity.definition import ModularityDefinition
+from benchmarks.modularity.grid import KIND
+from benchmarks.modularity.outcomes import ModularityOutcomes
+from benchmarks.modularity.usage import marks, shared_and_specialised, told_of_classes, told_of_tasks
+from tests import fake_runs
+from tests.executed import finish, prepare
+
+BENCHMARK = load_benchmark("modularity")
+
+
+# concentration
+
+
+def test_a_tokens_best_quarter_is_counted_for_it_alone() -> None:
+    magnitudes = torch.zeros(2, 8)  # four blocks of two
+    magnitudes[0, [0, 1, 4]] = 3.0  # two of three in the first block
+    magnitudes[1, [6, 7]] = 1.0
+    found = Concentration.of(magnitudes, magnitudes > 0, 4)
+    assert found.best_quarter == pytest.approx((2 / 3 + 1) / 2)
+    assert found.best_quarter_mass == pytest.approx((2 / 3 + 1) / 2)
+    assert found.usage_gini == pytest.approx(gini(torch.tensor([2.0, 0.0, 1.0, 2.0])))
+
+
+def test_tokens_without_an_active_neuron_do_not_count() -> None:
+    magnitudes = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert Concentration.of(magnitudes, magnitudes > 0, 4).best_quarter == 1
+    assert Concentration.of(magnitudes, magnitudes > 9, 4) == Concentration(0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.1, 10), (0.333, 33), (1.0, 100), (0.001, 1)])
+def test_a_share_of_the_largest_is_active(share: float, count: int) -> None:
+    values = torch.randperm(100).float().reshape(10, 10)
+    assert is_active(values, share).sum() == count
+    assert values[is_active(values, share)].min() == 100 - count
+
+
+def test_gini_by_its_definition() -> None:
+    values = np.random.default_rng(0).random(30)
+    pairs = np.abs(values[:, None] - values[None]).sum() / (2 * len(values) ** 2 * values.mean())
+    assert gini(torch.from_numpy(values)) == pytest.approx(pairs)
+    assert gini(torch.zeros(3)) == 0
+
+
+# use of experts
+
+
+def rows_of(shares: list[list[float]], rows: int, tokens: int, seed: int) -> tuple[Any, Any]:
+    """Loads of rows whose tokens choose experts by their task's shares."""
+    random = np.random.default_rng(seed)
+    loads = np.concatenate([random.multinomial(tokens, share, size=rows) for share in shares])
+    return loads, np.repeat(np.arange(len(shares)), rows)
+
+
+def test_an_expert_that_one_task_prefers_is_marked_and_told_of() -> None:
+    loads, tasks = rows_of([[0.4, 0.2, 0.2, 0.2], [0.1, 0.3, 0.3, 0.3]], rows=50, tokens=20, seed=0)
+    found = marks(loads, tasks, seed=1)
+    assert found[0, 0] == 1
+    assert found[1, 0] == -1
+    told = told_of_tasks(loads, tasks, seed=1)
+    assert told.bits > told.chance_95 > told.chance > 0
+    shares = np.stack([loads[tasks == task].sum(0) / loads[tasks == task].sum() for task in (0, 1)])
+    shared, specialised = shared_and_specialised(shares, found)
+    assert 0 in specialised
+    assert 0 not in shared
+
+
+def test_by_chance_alone_one_matrix_in_twenty_has_a_mark() -> None:
+    marked = sum(
+        bool(marks(*rows_of([[0.25] * 4] * 3, rows=30, tokens=15, seed=seed), seed=seed).any()) for seed in range(60)
+    )
+    assert marked <= 8  # 3 are expected; 9 or more happen once in 300
+
+
+def test_tokens_of_a_row_go_together_so_that_few_rows_tell_little() -> None:
+    """Rows that use one expert each: by tokens the tasks would differ beyond doubt, by rows they do not."""
+    loads = np.zeros((6, 4), dtype=np.int64)
+    loads[np.arange(6), [0, 1, 2, 3, 0, 1]] = 500
+    tasks = np.array([0, 0, 0, 1, 1, 1])
+    assert not marks(loads, tasks, seed=0).any()
+    told = told_of_tasks(loads, tasks, seed=0)
+    assert told.bits <= told.chance_95
+
+
+def test_classes_are_shuffled_within_their_task_and_tasks_without_have_none() -> None:
+    loads, tasks = rows_of([[0.7, 0.3], [0.3, 0.7]], rows=40, tokens=20, seed=3)
+    classes = np.tile([0, 1], 40)  # of which the loads know nothing
+    told = told_of_classes(loads, tasks, classes, seed=0)
+    assert told is not None
+    assert told.bits <= told.chance_95
+    loads[(classes == 1) & (tasks == 0), 0] += 20
+    told = told_of_classes(loads, tasks, classes, seed=0)
+    assert told is not None
+    assert told.bits > told.chance_95
+    assert told_of_classes(loads, tasks, np.full(80, -1), seed=0) is None
+
+
+# a run
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with the real sentences."""
+    (tmp_path / ARCHIVE).parent.mkdir(parents=True)
+    (tmp_path / ARCHIVE).symlink_to(archive)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def smoke(method: str, **reading: object) -> Run:
+    spec = next(run.spec for run in plan(["modularity"], "smoke") if run.spec["method"]["name"] == method)
+    return run_from_spec({**spec, "reading": {**spec["reading"], **reading}})
+
+
+def test_a_run_measures_draws_and_counts_and_does_so_again(workdir: Path) -> None:
+    run = smoke("emoe")
+    found = finish(prepare(run))
+    config = run.spec["method"]["config"]
+    measured = found["measured"]["experts"]
+    share = config["top_k"] / config["num_experts"]
+    assert share < measured["kept_by_gate"] < 1  # more than as many experts at random
+    assert 0.25 < measured["best_quarter"] <= 1
+    assert set(found["usage"]["tasks"]) == {"tweets", "amazon"}
+    for used in found["usage"]["tasks"].values():
+        assert sum(used["shares"]) == pytest.approx(1)
+        assert len(used["marks"]) == config["num_experts"]
+        assert set(used["classes"]) == {"0", "1"}
+    matrix = found["matrix"]
+    assert matrix["tasks"] == ["tweets"] * 20 + ["amazon"] * 20
+    assert len(matrix["tokens"]) == len(matrix["places"]) == len(matrix["values"]) > 0
+    assert max(matrix["places"]) < matrix["neurons"]
+    assert finish(prepare(run, "again")) == found
+
+
+def test_constructions_see_the_same_activations_in_another_order(workdir: Path) -> None:
+    clustered, standing = (finish(prepare(smoke(method))) for method in ("emoe", "contiguous"))
+
+    def by_token(found: dict[str, Any]) -> list[Any]:
+        return sorted(zip(found["matrix"]["tokens"], found["matrix"]["values"], strict=True))
+
+    assert by_token(clustered) == by_token(standing)
+    assert clustered["matrix"]["places"] != standing["matrix"]["places"]
+    assert clustered["measured"]["experts"]["inertia"] < standing["measured"]["experts"]["inertia"]
+
+
+def test_batches_of_another_size_give_the_same_numbers_but_for_rounding(workdir: Path) -> None:
+    one, other = (finish(prepare(smoke("emoe", batch_size=size)))["measured"]["experts"] for size in (32, 7))
+    assert one == pytest.approx(other, abs=1e-4)
+
+
+# what is planned, and what is not
+
+
+def changed(change: dict[str, Any]) -> ModularityDefinition:
+    return parse({**BENCHMARK.definition.given(), **change}, ModularityDefinition, "benchmark.yaml")
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"emoe": {}, "gmoe": {}}, "methods.gmoe' must be an EMoE"),
+        (
+            {"emoe": {"partition": "coactivation"}},
+            "methods.emoe' must be an EMoE whose experts are made of its weights",
+        ),
+        (
+            {"emoe": {}, "dense_dropout": {}},
+            "methods.dense_dropout' sets 'expert_dropout', which changes nothing before",
+        ),
+        ({"emoe": {}, "emoe_learn": {}}, "methods.emoe_learn' sets 'router'"),
+    ],
+)
+def test_rows_that_say_nothing_before_training_are_refused(methods: dict[str, Any], message: str) -> None:
+    with pytest.raises(DefinitionError, match=message):
+        KIND.check(changed({"methods": methods}), BENCHMARK.tasks, BENCHMARK.folder)
+
+
+def suites(**change: object) -> dict[str, Any]:
+    smoke = BENCHMARK.definition.suites["smoke"].given()
+    return {"suites": {"smoke": {**smoke, **change}}}
+
+
+def test_tasks_that_do_not_exist_or_stand_alone_are_named() -> None:
+    with pytest.raises(DefinitionError, match=r"suites\.smoke\.tasks' is 'tweet'.*did you mean 'tweets'"):
+        KIND.check(changed(suites(tasks=["tweet", "amazon"])), BENCHMARK.tasks, BENCHMARK.folder)
+    with pytest.raises(DefinitionError, match="must be two at least: they are compared"):
+        KIND.check(changed(suites(tasks=["tweets"])), BENCHMARK.tasks, BENCHMARK.folder)
+
+
+def test_a_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = {"model": ["tiny-bert"], "method": ["emoe"], "num_experts": [8], "layers": [[0, 1]], "seed": [0]}
+    other = type(BENCHMARK)(BENCHMARK.name, changed(suites(grid=[block])), BENCHMARK.tasks)
+    with pytest.raises(
+        DefinitionError, match=r"grid\[0\]\.layers' must be lists of one layer each: \[\[5\]\], not \[0, 1\]"
+    ):
+        list(KIND.specs(other, "smoke", (), lambda _: {}))
+
+
+def test_an_excluded_task_is_not_read_and_one_alone_is_not_enough() -> None:
+    runs = plan(["modularity"], "mini", exclude=["nyt"])
+    assert {other["name"] for run in runs for other in run.spec["ood"]} == {"amazon", "movie"}
+    with pytest.raises(DefinitionError, match="has 1 left without those that are excluded"):
+        plan(["modularity"], "smoke", exclude=["amazon"])
+
+
+# what is shown
+
+
+@pytest.fixture
+def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Presentation:
+    monkeypatch.chdir(tmp_path)
+    return present(BENCHMARK, fake_runs.write(Path("results/runs"), "mini", benchmarks=("modularity",)))
+
+
+@pytest.mark.parametrize("figure", list(BENCHMARK.definition.figures))
+def test_every_figure_is_drawn(shown: Presentation, tmp_path: Path, figure: str) -> None:
+    shown.figures[f"modularity_{figure}"](tmp_path / figure)
+    height, width = image.imread(tmp_path / f"{figure}.png").shape[:2]
+    assert 300 < width <= 1_300
+    assert height <= 1_000
+
+
+@pytest.mark.parametrize("figure", list(BENCHMARK.definition.figures))
+def test_every_figure_of_the_paper_suite_fits_a_page(tmp_path: Path, monkeypatch, figure: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = present(BENCHMARK, fake_runs.write(Path("results/runs"), "paper", benchmarks=("modularity",)))
+    shown.figures[f"modularity_{figure}"](tmp_path / figure)
+    height, width = image.imread(tmp_path / f"{figure}.png").shape[:2]
+    assert width <= 1_400
+    assert height <= 3_000
+
+
+def test_the_table_has_a_row_a_construction_with_the_papers_matrices_beside(shown: Presentation) -> None:
+    frame = shown.tables[0].frame
+    assert list(frame["method"].unique()) == ["contiguous", "emoe", "random_partition"]
+    assert set(frame.loc[frame["method"] == "random_partition", "n"]) == {3}
+    paper = frame.set_index(["method", "num_experts"])["best_quarter_paper"]
+    assert paper["emoe", 64] == pytest.approx(0.957)
+    assert paper["contiguous", 16] == pytest.approx(0.482)
+    gini_of = frame.set_index(["method", "num_experts"])["usage_gini_paper"]
+    assert gini_of["emoe", 64] == pytest.approx(0.708)
+    assert np.isnan(gini_of["emoe", 16])
+
+
+def test_a_sentence_says_whether_more_than_chance_is_told(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = fake_runs.write(Path("results/runs"), "smoke", benchmarks=("modularity",))
+    for bits, words in ((0.9, "more than chance"), (0.0, "no more than chance")):
+        for run in runs:
+            path = Path("results/runs") / run.folder / "metrics.json"
+            content = json.loads(path.read_text())
+            content["measured"]["experts"]["task_information"] = bits
+            path.write_text(json.dumps(content))
+        (sentence,) = present(BENCHMARK, runs).verdicts
+        assert f"tells {words} of the task" in sentence
+
+
+def test_means_are_over_the_seeds_of_a_construction(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = fake_runs.write(Path("results/runs"), "mini", benchmarks=("modularity",))
+    outcomes = ModularityOutcomes(BENCHMARK, runs)
+    own = outcomes.rows[(outcomes.rows["method"] == "random_partition") & (outcomes.rows["num_experts"] == 32)]
+    row = outcomes.means().set_index(["method", "num_experts"]).loc[("random_partition", 32)]
+    assert row["task_information"] == pytest.approx(own["task_information"].mean())
+    assert row["n"] == len(own) == 3
