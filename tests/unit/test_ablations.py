@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests import fake_runs
 
 LORA, OOD = load_benchmark("glue_lora"), load_benchmark("glue_ood")
 TABLES = [("glue", "settings"), ("glue_lora", "selection"), ("glue_lora", "settings"), ("glue_lora", "data")]
+TABLES += [("glue_lora", "steps"), ("glue_lora", "controls")]
 TABLES.append(("glue_ood", "transformation"))
 
 
@@ -379,3 +381,50 @@ def test_wrong_cells_of_an_ablation_are_named(
     wrong = LORA.definition.ablations["data"].model_copy(update={"paper": str(file)})
     with pytest.raises(DefinitionError, match=message):
         ablation_rows(TextOutcomes(LORA, of(finished[1], "glue_lora"), ablated=True), wrong)
+
+
+# steps
+
+
+def test_every_step_adds_one_thing_until_all_are_the_published_settings() -> None:
+    planned = {run.spec["method"]["name"]: run.spec["method"] for run in plan(["glue_lora"], "smoke")}
+    rows = LORA.definition.ablations["steps"].rows[1:]
+    configs = [planned[name]["config"] for name in rows]
+    added = [{key for key in after if after[key] != before[key]} for before, after in itertools.pairwise(configs)]
+    assert added == [
+        {"expert_dropout", "dropout_position"},
+        {"output_bias"},
+        {"capacity_factor", "count_padding"},
+        {"router_noise"},
+        {"aux_loss_coefficient", "balance_loss"},
+        set(),  # what the authors' code trains beside
+    ]
+    assert planned["lora_balance"]["tune"] != planned["lora_emoe_published"]["tune"]
+
+
+def test_a_step_is_compared_with_the_row_above(finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished[0].parents[1])
+    outcomes = TextOutcomes(LORA, of(finished[1], "glue_lora"), ablated=True)
+    ablation = LORA.definition.ablations["steps"]
+    own = outcomes.seeds[outcomes.seeds["protocol"].isin(outcomes.run_protocols) & (outcomes.seeds["domain"] == "id")]
+    seeds = own.set_index(["method", "seed"])["value"]
+
+    def difference(row: str, reference: str) -> float:
+        return float((seeds[row] - seeds[reference]).dropna().mean())  # over the seeds of both
+
+    rows = ablation_rows(outcomes, ablation).groupby("method").first()
+    ran = ablation.rows[:-1]  # the last one is no row of this suite
+    for before, after in itertools.pairwise(ran):
+        assert rows.loc[after, "delta"] == pytest.approx(difference(after, before))
+    usual = ablation_rows(outcomes, ablation.model_copy(update={"steps": None})).groupby("method").first()
+    assert usual.loc["lora_noise", "delta"] == pytest.approx(difference("lora_noise", "lora"))
+
+
+def test_gmoe_has_as_many_experts_as_emoe_where_that_is_asked() -> None:
+    for suite in ("smoke", "mini", "paper"):
+        configs: dict[str, set[tuple[int, int]]] = {}
+        for run in plan(["glue_lora"], suite):
+            config, name = run.spec["method"]["config"], run.spec["method"]["name"]
+            if name in ("lora_emoe", "lora_gmoe_same"):
+                configs.setdefault(name, set()).add((config["num_experts"], config["top_k"]))
+        assert configs["lora_gmoe_same"] == configs["lora_emoe"]
