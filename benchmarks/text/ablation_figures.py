@@ -21,14 +21,15 @@ _NOTHING = "this suite runs no row of this ablation"
 _AXIS_LABELS = {"D": "Share of the training rows", "k": "Share of experts in use, k/N"}
 
 
-def draw_differences(rows: pd.DataFrame, path: Path) -> None:
-    """A panel a model, selection and scope (of many the averages alone): the difference of every row to the baseline, with its 95 % interval from three seeds on; crosses are the paper's.
+def draw_differences(rows: pd.DataFrame, path: Path, reference: str = "the baseline") -> None:
+    """A panel a model, selection and scope (of many the averages alone): the difference of every row to its reference, with its 95 % interval from three seeds on; crosses are the paper's.
 
     All panels share one axis.
 
     Args:
         rows: what :func:`~benchmarks.text.ablations.ablation_rows` gave.
         path: of the files, without ending.
+        reference: what the differences are to.
     """
     panels = [(title, found[found["delta"].notna()]) for title, found in panels_of(rows)]
     panels = [(title, found) for title, found in panels if len(found)]
@@ -49,7 +50,7 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
             axis.set_title(title, fontsize=8)
             axis.set_yticks(range(len(names)), [textwrap.fill(name, 34) for name in names])
             axis.set_ylim(len(names) - 0.4, -0.6)
-        figure.supxlabel("Difference to the baseline (points)", fontsize=8)
+        figure.supxlabel(f"Difference to {reference} (points)", fontsize=8)
         save(figure, path)
 
 

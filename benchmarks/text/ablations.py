@@ -89,7 +89,8 @@ class Ablations:
         if axis:
             draw_curves(self._shown(name), path, AXES[axis])
         else:
-            draw_differences(self._shown(name), path)
+            reference = "the row above" if self._definitions[name].steps else "the baseline"
+            draw_differences(self._shown(name), path, reference)
 
 
 def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:

@@ -410,7 +410,9 @@ def test_only_clustered_methods_wait_for_a_partition() -> None:
     trained = [run for run in mini.runs if run.benchmark in ("glue", "glue_lora")]
     needs = {run.spec["method"]["name"]: bool(jobs.partition_jobs(run)) for run in trained}
     clustered = ["emoe", "emoe_learn", "lora_emoe", "lora_emoe_learn"]
-    clustered += ["lora_not_top", "lora_bottom", "lora_emoe_part", "lora_emoe_settings", "lora_emoe_layers"]
+    clustered += ["lora_not_top", "lora_bottom"]
+    clustered += ["lora_dropout", "lora_bias", "lora_capacity", "lora_noise", "lora_balance", "lora_emoe_learn_softmax"]
+    clustered += ["lora_emoe_part", "lora_emoe_settings", "lora_emoe_layers"]
     assert [name for name, needed in needs.items() if needed] == clustered
     # one clustering serves all methods; other settings have N = 32, and layer 3
     clusterings = {job.id.rpartition("-")[0] for run in trained for job in jobs.partition_jobs(run)}
