@@ -195,7 +195,7 @@ class TextTrainer:
 
     def gradient_agreement(
         self, own: TextSplit, others: Mapping[str, tuple[TextSplit, RunTask]]
-    ) -> dict[str, dict[str, float]]:
+    ) -> dict[str, dict[str, float | None]]:
         """Compare gradients on other sets with those on half of some rows of the task, and those on the other half (:data:`OWN`) as what is to be had.
 
         Sets whose classes are not the head's have no loss, and so are left out; see :func:`~benchmarks.harness.training.updates.gradient_agreement`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 
@@ -13,6 +15,11 @@ from benchmarks.text.outcomes import TextOutcomes
 _ROW = ["model", "task", "method", "on"]
 
 
+def _mean(values: Iterable[float | None]) -> float:
+    """Over layers; nan where the run diverged."""
+    return float(np.mean([np.nan if value is None else value for value in values]))
+
+
 def update_table(outcomes: TextOutcomes) -> Table:
     """A row a model, task and method, and one a set whose gradient is compared."""
     rows = []
@@ -20,11 +27,11 @@ def update_table(outcomes: TextOutcomes) -> Table:
         key = {"model": record.model, "task": record.task, "method": record.method, "seed": record.seed}
         change, agreement = (found["updates"].get(part, {}) for part in ("change", "gradients"))
         if change:
-            rows.append({**key, "on": "", "metric": "weight_change", "value": np.mean(list(change.values()))})
+            rows.append({**key, "on": "", "metric": "weight_change", "value": _mean(change.values())})
         for name in next(iter(agreement.values()), {}):
             cosines = [layer[name] for layer in agreement.values()]
-            rows.append({**key, "on": name, "metric": "gradient_agreement", "value": np.mean(cosines)})
-    seeds = pd.DataFrame(rows, columns=[*_ROW, "seed", "metric", "value"])
+            rows.append({**key, "on": name, "metric": "gradient_agreement", "value": _mean(cosines)})
+    seeds = pd.DataFrame(rows, columns=[*_ROW, "seed", "metric", "value"]).dropna(subset="value")
     by_row = seeds.groupby([*_ROW, "metric"], sort=False)["value"]
     frame = by_row.agg(mean="mean", std="std", n="size").reset_index()
     compared = paired_differences(seeds, _ROW, {"method": outcomes.baseline}, "seed").drop(columns=["values", "n"])

@@ -415,6 +415,8 @@ def test_all_formats_and_the_report_are_written(finished: Suite) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "EMoE, random partition" in page
     assert "better" in page
+    assert "snakemake --cores all figure_5 --config suite=mini" in page
+    assert "results/mini/paper/figure_5a.png" in page
     assert page.index("Claims of the paper</h2>") < page.index(f"<h2>{load_benchmark('glue').definition.title}")
 
 

@@ -212,6 +212,7 @@ def test_a_diverged_run_is_recorded_as_such(workdir: Path, monkeypatch: pytest.M
     path.write_text(run.to_json())
     found = finish(path)
     assert found["scores"]["test"]["tweets"]["loss"] is None
+    assert set(found["updates"]["change"].values()) == {None}
     assert 0 <= found["scores"]["test"]["tweets"]["balanced_accuracy"] <= 1
 
 

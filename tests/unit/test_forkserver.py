@@ -56,11 +56,11 @@ def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
 
 def forks() -> list[psutil.Process]:
     """What the server of this process has started and still works."""
-    with suppress(psutil.Error):
-        return [
-            fork for child in psutil.Process().children() if "serve" in child.cmdline() for fork in child.children()
-        ]
-    return []
+    found: list[psutil.Process] = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # one that has ended, and that nobody has waited for, says nothing of the others
+            found += child.children() if "serve" in child.cmdline() else []
+    return found
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.training.trainer import finite
 from benchmarks.harness.training.undisturbed import undisturbed
 from emoe.architectures import find_ffns, resolve_layers
 
@@ -38,13 +39,13 @@ class WeightChange:
         }
 
     @torch.no_grad()
-    def summary(self) -> dict[str, float]:
-        """By layer the norm of the change as a share of the norm before; layers that are not trained have none."""
-        found = {}
+    def summary(self) -> dict[str, float | None]:
+        """By layer the norm of the change as a share of the norm before, None where it diverged; layers that are not trained have none."""
+        found: dict[str, float | None] = {}
         for layer, weights in self._weights.items():
             start = self._start[layer]
             change = _norm(weight.cpu() - old for weight, old in zip(weights, start, strict=True))
-            found[str(layer)] = change / max(_norm(start), 1e-12)
+            found[str(layer)] = finite(change / max(_norm(start), 1e-12))
         return found
 
 
@@ -54,7 +55,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 def gradient_agreement(
     model: nn.Module, reference: Iterable[Mapping[str, Any]], others: Mapping[str, Iterable[Mapping[str, Any]]]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Compare the loss's gradient on other rows with that on the reference rows, for the FFNs in the last quarter of the layers.
 
     The model is evaluated (no dropout) and stays as it was.
@@ -65,7 +66,7 @@ def gradient_agreement(
         others: batches with labels, by the name of their set.
 
     Returns:
-        The cosine by layer and name: 1 where both ask for the same change of the weights, negative where one undoes the other.
+        The cosine by layer and name: 1 where both ask for the same change of the weights, negative where one undoes the other, None of a model that diverged.
     """
     weights = ffn_weights(model, _LAST)
     if not weights:
@@ -73,11 +74,11 @@ def gradient_agreement(
     with undisturbed(model):
         model.eval()
         own = _gradients(model, weights, reference)
-        found: dict[str, dict[str, float]] = {str(layer): {} for layer in weights}
+        found: dict[str, dict[str, float | None]] = {str(layer): {} for layer in weights}
         for name, batches in others.items():
             for layer, gradient in _gradients(model, weights, batches).items():
                 scale = own[layer].norm() * gradient.norm()
-                found[str(layer)][name] = float(own[layer] @ gradient / scale) if scale > 0 else 0.0
+                found[str(layer)][name] = finite(float(own[layer] @ gradient / scale)) if scale != 0 else 0.0
     return found
 
 
