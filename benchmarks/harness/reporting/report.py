@@ -14,7 +14,6 @@ from markupsafe import Markup
 import emoe
 from benchmarks.harness.base import paths
 from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.paper_items import main_files
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.suite import CLAIMS, Artifacts, Suite, artifacts_of
 from benchmarks.harness.reporting.claims import has_random_weights, sentences
@@ -42,7 +41,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         version=emoe.__version__,
         claims={} if benchmark else _claims(suite),
         sections=[_section(suite, name) for name in suite.settings.benchmarks if benchmark in (None, name)],
-        paper={} if benchmark else _paper(suite),
+        paper=Markup() if benchmark else _paper(suite),
         environments=_environments(suite.runs_of(benchmark) if benchmark else suite.runs),
         style=_trusted(Path(__file__).parent / "report.css"),
     )
@@ -63,11 +62,11 @@ def _claims(suite: Suite) -> dict[str, Any]:
     }
 
 
-def _paper(suite: Suite) -> dict[str, Any]:
-    """Where each table and figure of the paper is, and the main averages; nothing where the suite makes none of them."""
+def _paper(suite: Suite) -> Markup:
+    """Where each table and figure of the paper is; empty where the suite makes none of them."""
     index = paper_index(suite)
     if not any(index["files"] != MISSING):
-        return {}
+        return Markup()
     table = Table(
         "Which file shows what the paper shows",
         "Numbers are those of the first version (arXiv). Each is made by its command, with what it needs; the same tables with all rows and selections are above.",
@@ -88,15 +87,7 @@ def _paper(suite: Suite) -> dict[str, Any]:
         ),
         wraps=True,
     )
-    drawn = [file for file in main_files(suite.name) if file.endswith(".png") and Path(file).exists()]
-    captions = (
-        "Main averages, as the paper draws them (Fig. 2)",
-        "Main averages, differences to the dense model with 95 % intervals; crosses are the paper's",
-    )
-    figures = [
-        {"image": _image(Path(file)), "caption": caption} for file, caption in zip(drawn, captions, strict=False)
-    ]
-    return {"table": Markup(table.html()), "figures": figures}  # noqa: S704
+    return Markup(table.html())  # noqa: S704
 
 
 def _section(suite: Suite, name: str) -> dict[str, Any]:
