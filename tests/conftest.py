@@ -17,6 +17,7 @@ import torch
 import emoe
 from benchmarks.harness.planning.tunings import TUNINGS
 from benchmarks.harness.sources.packages import PackageFile, packaged
+from benchmarks.harness.sources.vader import ARCHIVE
 from emoe import architectures
 from emoe.config import ROUTERS
 from tests.plain_net import SPECS
@@ -55,6 +56,15 @@ ROOT = Path(__file__).resolve().parents[1]
 def archive() -> Path:
     """The real sentiment set: the checkout's, or fetched once a machine from the package index."""
     return fetched(packaged("vaderSentiment"))
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with the real sentences."""
+    (tmp_path / ARCHIVE).parent.mkdir(parents=True)
+    (tmp_path / ARCHIVE).symlink_to(archive)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def fetched(package: PackageFile) -> Path:

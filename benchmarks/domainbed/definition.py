@@ -126,6 +126,8 @@ class ImageDefinition(TrainingDefinition):
 
     sets: str
     """File with the definitions of the image sets, in the benchmark's folder."""
+    published_costs: str | None = left_out()
+    """CSV with published parameters, operations, times and memory, in the benchmark's folder, which stand below ours."""
     set_tables: list[str]
     """The tables of each set."""
     set_figures: dict[str, str]

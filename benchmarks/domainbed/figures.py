@@ -18,7 +18,7 @@ from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.plots import STYLE, USE, Panel, placeholder_figure, save, score_panels
+from benchmarks.harness.reporting.plots import STYLE, USE, Panel, over_mean, placeholder_figure, save, score_panels
 from benchmarks.harness.results.information import mutual_information
 from benchmarks.harness.results.records import read_metrics
 
@@ -164,8 +164,7 @@ def _told(name: str, counts: NDArray[np.int64], chance: Mapping[str, tuple[float
 def _relative(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Each row's share of every expert, over the expert's share in all rows together; 1 where a row is like the others."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    mean = shares.mean(0, keepdims=True)
-    return np.divide(shares, mean, out=np.ones_like(shares), where=mean > 0)
+    return over_mean(shares, shares.mean(0, keepdims=True))
 
 
 def _first_runs(outcomes: DomainOutcomes, name: str) -> list[tuple[str, str, dict[str, Run]]]:

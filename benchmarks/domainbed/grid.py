@@ -24,7 +24,7 @@ from benchmarks.harness.planning.methods import (
     suite_methods,
     training_settings,
 )
-from benchmarks.harness.planning.schema import check_names, parse, read
+from benchmarks.harness.planning.schema import check_file, check_names, parse, read
 from benchmarks.harness.planning.shared import Method
 from benchmarks.harness.sources.packages import PackageFile, packaged
 
@@ -67,6 +67,14 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
                 for values in itertools.product(*axes.values()):
                     point = {"model": model, "set": name, "method": method, **dict(zip(axes, values, strict=True))}
                     yield _spec(benchmark, suite, methods, point, where)
+
+    def check(self, definition: ImageDefinition, tasks: Mapping[str, SetEntry], folder: Path) -> None:
+        if definition.published_costs:
+            check_file(f"{folder / 'benchmark.yaml'}: '", "published_costs", definition.published_costs, folder)
+
+    def published_files(self, definition: ImageDefinition) -> list[str]:
+        costs = definition.published_costs
+        return [*super().published_files(definition), *([costs] if costs else [])]
 
     def compared_domains(self, definition: ImageDefinition) -> Mapping[str, Domain]:
         return {"held_out": Domain(("accuracy",), "trial", tuple(SELECTIONS)), "model": COUNTS}

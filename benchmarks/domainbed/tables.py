@@ -18,7 +18,7 @@ from benchmarks.harness.reporting.common_tables import (
     with_columns,
     with_numbers,
 )
-from benchmarks.harness.reporting.published import published_costs, read_published
+from benchmarks.harness.reporting.published import read_published
 from benchmarks.harness.reporting.rendering import Column, Table
 from benchmarks.harness.results.information import PERMUTATIONS
 
@@ -125,8 +125,6 @@ def cost(outcomes: DomainOutcomes) -> Table:
     """Time, memory, parameters, loads, and what experts tell of classes and environments."""
     cell = ["model", "set", "method"]
     records = outcomes.records.rename(columns={"task": "set"})
-    published = published_costs(outcomes.benchmark)
-    titles = [outcomes.title("method", name) for name in published["method"]]
     return cost_table(
         {"model_title": "Model", "set_title": "Set", "method_title": "Method"},
         outcomes.order(records[cell].drop_duplicates(), cell),
@@ -135,8 +133,22 @@ def cost(outcomes: DomainOutcomes) -> Table:
         averaged="Means over all runs; times of steps are without reading and augmenting images",
         measured_on="the out splits of all environments at the last step. Expert tells class (environment) is the mutual information of a token's expert and its image's class (environment), "
         f"and by chance the same after {PERMUTATIONS} shuffles of classes over the images of an environment (environments over those of a class): their mean, and what 95 % stay below. Only what is above that means anything",
-        published=published.assign(model_title=published["model"], set_title=published["set"], method_title=titles),
+        published=_published_costs(outcomes),
     )
+
+
+def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
+    """What others report: a row a model, set and method with titles, a column a metric, and ``source``, all sources of the row."""
+    file = outcomes.benchmark.definition.published_costs
+    if not file:
+        return None
+    keys = ["model", "set", "method"]
+    found = read_published(outcomes.benchmark, [*keys, "metric", "value", "status", "source"], file)
+    numbers = found.pivot_table(index=keys, columns="metric", values="value", sort=False)
+    sources = found.groupby(keys, sort=False)["source"].agg(lambda named: "; ".join(named.unique()))
+    rows = numbers.join(sources).reset_index()
+    titles = [outcomes.title("method", name) for name in rows["method"]]
+    return rows.assign(model_title=rows["model"], set_title=rows["set"], method_title=titles)
 
 
 def paper(outcomes: DomainOutcomes) -> Table:

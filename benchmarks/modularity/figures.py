@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.plots import COLOURS, SERIES, STYLE, USE, placeholder_figure, save
+from benchmarks.harness.reporting.plots import COLOURS, SERIES, STYLE, USE, over_mean, placeholder_figure, save
 from benchmarks.modularity.outcomes import ModularityOutcomes
 
 _PAPERS_N = 64  # of its Fig. 4
@@ -207,8 +207,7 @@ def _draw_usage(axis: Any, outcomes: ModularityOutcomes, used: dict[str, Any], *
             lines.append(shares)
             labels.append(f"{known[int(number)] if known else number} ")
             marked.append([0] * len(mean))
-    relative = np.divide(lines, mean, out=np.ones((len(lines), len(mean))), where=mean > 0)
-    axis.imshow(relative, norm=USE.norm, cmap=USE.cmap, aspect="auto")
+    axis.imshow(over_mean(np.array(lines), mean), norm=USE.norm, cmap=USE.cmap, aspect="auto")
     axis.set_yticks(range(len(labels)), labels)
     for tick, label in zip(axis.get_yticklabels(), labels, strict=True):
         tick.set_fontweight("normal" if label.endswith(" ") else "bold")

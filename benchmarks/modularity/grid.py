@@ -15,7 +15,7 @@ from benchmarks.harness.planning.methods import VARIANT_KEYS, method_spec, suite
 from benchmarks.harness.planning.schema import check_names, parse, read
 from benchmarks.modularity.definition import ModularityDefinition
 from benchmarks.text.definition import TaskEntry, TaskFile
-from benchmarks.text.grid import TextSets
+from benchmarks.text.grid import TextSets, text_models
 
 # what a row may set otherwise: how neurons are grouped, and which groups are chosen
 _FREE = {"kind", "title", "role", "method", "num_experts", "top_k", "top_k_fraction", "layers", "partition"}
@@ -75,8 +75,7 @@ class ModularityKind(TextSets[ModularityDefinition]):
         reading = definition.reading.changed(part.reading).model_dump()
         for number, block in enumerate(part.grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            text_models = [name for name, model in load_models().items() if model.modality is None]
-            check_names(where, "model", block.model, text_models)
+            check_names(where, "model", block.model, text_models())
             check_names(where, "method", block.method, methods)
             given = block.model_dump()
             axes = [key for key in ("model", "method", *VARIANT_KEYS, "seed") if key in given]

@@ -23,7 +23,15 @@ from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.training.progress import Progress
 from benchmarks.modularity.concentration import Concentration, is_active
 from benchmarks.modularity.definition import ModularitySpec, Reading
-from benchmarks.modularity.usage import Loads, marks, shared_and_specialised, told_of_classes, told_of_tasks
+from benchmarks.modularity.usage import (
+    Loads,
+    Told,
+    marks,
+    shared_and_specialised,
+    shares_by,
+    told_of_classes,
+    told_of_tasks,
+)
 from benchmarks.text.datasets import TextSplit, load_part
 from benchmarks.text.tokenization import TokenisedRows
 from emoe.architectures import find_ffns
@@ -60,19 +68,17 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     converted = [asdict(found) for found in report.layers] if report else []
     emoe.set_backend_(model, "masked")  # whose activations are those of all neurons, zero where they are not used
     progress.say("reading them again with experts")
-    loads, kept = {}, {}
+    loads, kept = {}, 0.0
     for name, part in parts.items():
         with emoe.record_routing(model) as record:
-            kept[name] = _magnitudes(model, layer, part.batches(record))
+            kept += float(_magnitudes(model, layer, part.batches(record)).sum())
         by_row = record.layers[layer].by_label
         loads[name] = np.stack([by_row[row].numpy() for row in range(len(part.rows))])
     order = permutations(model)[layer]
     ordered = {name: magnitudes[:, order] for name, magnitudes in dense.items()}
     number = spec["method"]["config"]["num_experts"]
     measured, matrix = _concentrated(ordered, number, read.reading)
-    measured["kept_by_gate"] = sum(float(found.sum()) for found in kept.values()) / sum(
-        float(found.sum()) for found in dense.values()
-    )
+    measured["kept_by_gate"] = kept / sum(float(found.sum()) for found in dense.values())
     measured["inertia"] = 1 - converted[0]["explained"]
     told, usage = _used(loads, splits)
     return {
@@ -144,17 +150,12 @@ def _used(loads: Mapping[str, Loads], splits: Mapping[str, TextSplit]) -> tuple[
     """What the choice of an expert tells of tasks and classes, and the shares behind it."""
     rows = np.concatenate(list(loads.values()))
     tasks = np.repeat(np.arange(len(loads)), [len(found) for found in loads.values()])
-    whole = [all(isinstance(label, int) for label in split.labels) for split in splits.values()]
-    classes = np.concatenate(
-        [
-            np.asarray(split.labels if named else [-1] * len(split), dtype=np.int64)
-            for split, named in zip(splits.values(), whole, strict=True)
-        ]
-    )
+    by_split = [split.labels if split.has_classes else [-1] * len(split) for split in splits.values()]
+    classes = np.concatenate([np.asarray(labels, dtype=np.int64) for labels in by_split])
     seed = derive_seed("shuffles")
     of_tasks, of_classes = told_of_tasks(rows, tasks, seed), told_of_classes(rows, tasks, classes, seed)
     marked = marks(rows, tasks, seed)
-    shares = np.stack([_share(found) for found in loads.values()])
+    shares = shares_by(rows, tasks)
     shared, specialised = shared_and_specialised(shares, marked)
     told = _named("task", of_tasks) | (_named("class", of_classes) if of_classes else {})
     told |= {"shared_experts": float(len(shared)), "specialised_experts": float(len(specialised))}
@@ -162,18 +163,14 @@ def _used(loads: Mapping[str, Loads], splits: Mapping[str, TextSplit]) -> tuple[
         name: {
             "shares": shares[place].tolist(),
             "marks": marked[place].tolist(),
-            "classes": {
-                str(label): _share(loads[name][classes[tasks == place] == label]).tolist()
-                for label in np.unique(classes[tasks == place])
-                if label >= 0
-            },
+            "classes": _by_class(loads[name], classes[tasks == place]),
         }
         for place, name in enumerate(loads)
     }
     return told, {"tasks": by_task, "shared": shared.tolist(), "specialised": specialised.tolist()}
 
 
-def _named(name: str, told: Any) -> dict[str, float]:
+def _named(name: str, told: Told) -> dict[str, float]:
     return {
         f"{name}_information": told.bits,
         f"{name}_information_chance": told.chance,
@@ -181,5 +178,9 @@ def _named(name: str, told: Any) -> dict[str, float]:
     }
 
 
-def _share(loads: Loads) -> Any:
-    return loads.sum(0) / max(int(loads.sum()), 1)
+def _by_class(loads: Loads, classes: Loads) -> dict[str, list[float]]:
+    """Shares of every class that has rows; none of a regression's."""
+    if (classes < 0).any():
+        return {}
+    shares = shares_by(loads, classes)
+    return {str(label): shares[label].tolist() for label in np.unique(classes)}

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.harness.results.information import by_chance, shuffled_information
-
-SHUFFLES = 500
-_LEVEL = 0.95
+from benchmarks.harness.results.information import LEVEL, PERMUTATIONS, by_chance, shuffled_information
 
 Loads = NDArray[np.int64]
 
@@ -73,20 +70,21 @@ def marks(loads: Loads, tasks: Loads, seed: int) -> Loads:
         ``[tasks, N]``.
     """
     random = np.random.default_rng(seed)
-    own = _shares(loads, tasks)
-    shuffled = np.stack([_shares(loads, random.permutation(tasks)) for _ in range(SHUFFLES)])
+    own = shares_by(loads, tasks)
+    shuffled = np.stack([shares_by(loads, random.permutation(tasks)) for _ in range(PERMUTATIONS)])
     mean, deviation = shuffled.mean(0), shuffled.std(0)
 
     def far(shares: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.divide(shares - mean, deviation, out=np.zeros_like(shares), where=deviation > 0)
 
-    limit = np.quantile(np.abs(far(shuffled)).max((1, 2)), _LEVEL)
+    limit = np.quantile(np.abs(far(shuffled)).max((1, 2)), LEVEL)
     return (np.sign(far(own)) * (np.abs(far(own)) > limit)).astype(np.int64)
 
 
-def _shares(loads: Loads, tasks: Loads) -> NDArray[np.float64]:
-    counts = np.zeros((int(tasks.max()) + 1, loads.shape[1]), dtype=np.int64)
-    np.add.at(counts, tasks, loads)
+def shares_by(loads: Loads, groups: Loads) -> NDArray[np.float64]:
+    """``[groups, N]``, the share of each expert in what the rows of a group chose; groups are numbered from 0."""
+    counts = np.zeros((int(groups.max()) + 1, loads.shape[1]), dtype=np.int64)
+    np.add.at(counts, groups, loads)
     return counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
 

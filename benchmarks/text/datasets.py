@@ -79,11 +79,16 @@ class TextSplit:
         """sha256 of the texts."""
         return _digest(self.texts)
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether labels are class numbers, and not a regression's."""
+        return all(isinstance(label, int) for label in self.labels)
+
     def summary(self) -> dict[str, Any]:
         """Source, a digest of the rows, their number, dropped rows, and rows by class (or a regression's range)."""
         digest = _digest(zip(self.texts, self.labels, strict=True))[:16]
         found: dict[str, Any] = {"source": self.source, "digest": digest, "rows": len(self), "dropped": self.dropped}
-        if all(isinstance(label, int) for label in self.labels):
+        if self.has_classes:
             found["labels"] = {str(label): count for label, count in sorted(Counter(self.labels).items())}
         else:
             found["range"] = [min(self.labels), max(self.labels)]

@@ -20,7 +20,7 @@ from benchmarks.harness.planning.methods import (
     suite_methods,
     training_settings,
 )
-from benchmarks.harness.planning.schema import check_names, parse, read
+from benchmarks.harness.planning.schema import check_file, check_names, parse, read
 from benchmarks.harness.planning.shared import ABLATION, Method, MethodsDefinition
 from benchmarks.harness.planning.variants import variant_of
 from benchmarks.harness.sources.local import local_folder, wanted_place
@@ -35,7 +35,7 @@ from benchmarks.text.definition import (
     TextTraining,
     TextTrainingSettings,
 )
-from emoe.errors import EMoEError, did_you_mean
+from emoe.errors import EMoEError
 
 PUBLISHED, CLEAN = "published", "clean"
 # what the usual presentation makes
@@ -58,12 +58,7 @@ class TextSets(Kind[D, TaskEntry]):
 
     def published_files(self, definition: D) -> list[str]:
         ablations: Mapping[str, Ablation] = definition.ablations if isinstance(definition, Ablated) else {}
-        traces = definition.published_traces if isinstance(definition, TextDefinition) else None
-        return [
-            *super().published_files(definition),
-            *(one.paper for one in ablations.values() if one.paper),
-            *(traces.rows.values() if traces else ()),
-        ]
+        return [*super().published_files(definition), *(one.paper for one in ablations.values() if one.paper)]
 
     def compared_domains(self, definition: D) -> Mapping[str, Domain]:
         return {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
@@ -105,6 +100,10 @@ class TextKind(TextSets[TextDefinition]):
         definition = parse(content, TextDefinition, str(file))
         return definition, read(file.parent / definition.tasks, TaskFile).tasks
 
+    def published_files(self, definition: TextDefinition) -> list[str]:
+        traces = definition.published_traces
+        return [*super().published_files(definition), *(traces.rows.values() if traces else ())]
+
     def check(self, definition: TextDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
         file = folder / "benchmark.yaml"
         if not (folder / "presentation.py").exists():
@@ -116,7 +115,7 @@ class TextKind(TextSets[TextDefinition]):
             check_names(where, "task", [traces.task], tasks)
             check_names(where, "rows", traces.rows, definition.methods)
             for name, trace in traces.rows.items():
-                _check_file(trace, f"{where}.rows.{name}", folder)
+                check_file(f"{where}.rows", name, trace, folder)
         for suite, part in definition.suites.items():
             training = definition.training.changed(part.training)
             if training.patience is not None and training.checkpoint_selection != "best":
@@ -137,8 +136,7 @@ class TextKind(TextSets[TextDefinition]):
         trainable = [name for name, task in benchmark.tasks.items() if task.splits.train and task.splits.dev]
         for number, block in enumerate(benchmark.definition.suites[suite].grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            text_models = [name for name, model in load_models().items() if model.modality is None]
-            check_names(where, "model", block.model, text_models)
+            check_names(where, "model", block.model, text_models())
             check_names(where, "task", block.task, trainable)
             check_names(where, "method", block.method, methods)
             if block.train_share and (usual := [name for name in block.method if methods[name].role != ABLATION]):
@@ -174,6 +172,11 @@ class TextKind(TextSets[TextDefinition]):
 KIND = TextKind()
 
 
+def text_models() -> list[str]:
+    """The models that classify texts."""
+    return [name for name, model in load_models().items() if model.modality is None]
+
+
 def check_ablations(definition: MethodsDefinition, ablations: Mapping[str, Ablation], file: Path) -> None:
     """Check that the ablations of a benchmark compare rows that exist, and that no row with that role is left without a table.
 
@@ -187,17 +190,11 @@ def check_ablations(definition: MethodsDefinition, ablations: Mapping[str, Ablat
         if definition.baseline in ablation.rows[1:] or definition.baseline not in ablation.rows:
             raise DefinitionError(f"{where}.rows' must begin with the baseline, '{definition.baseline}'")
         if ablation.paper:
-            _check_file(ablation.paper, f"{where}.paper", file.parent)
+            check_file(where, "paper", ablation.paper, file.parent)
     shown = {row for ablation in ablations.values() for row in ablation.rows}
     for row, method in methods.items():
         if method.role == ABLATION and row not in shown:
             raise DefinitionError(f"{file}: 'methods.{row}' is an ablation, but no 'ablations' has it among its 'rows'")
-
-
-def _check_file(name: str, where: str, folder: Path) -> None:
-    if not (folder / name).exists():
-        near = did_you_mean(name, [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")])
-        raise DefinitionError(f"{where}' is '{name}', which does not exist{near}")
 
 
 def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> None:

@@ -15,7 +15,7 @@ from scipy.special import entr
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.shared import CONTROL
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
-from benchmarks.text.definition import TextDefinition
+from benchmarks.text.definition import PublishedTraces, TextDefinition
 from benchmarks.text.outcomes import TextOutcomes
 
 Shares = NDArray[np.float64]
@@ -78,8 +78,7 @@ def published_traces(outcomes: TextOutcomes) -> dict[str, Trace]:
     Raises:
         DefinitionError: a file that is no table of numbers.
     """
-    definition, found = outcomes.benchmark.definition, {}
-    given = definition.published_traces if isinstance(definition, TextDefinition) else None
+    given, found = _given(outcomes), {}
     for name, file in (given.rows if given else {}).items():
         path: Path = outcomes.benchmark.folder / file
         try:
@@ -140,9 +139,13 @@ def trace_table(outcomes: TextOutcomes) -> Table:
     )
 
 
-def _paper_task(outcomes: TextOutcomes) -> str:
+def _given(outcomes: TextOutcomes) -> PublishedTraces | None:
     definition = outcomes.benchmark.definition
-    given = definition.published_traces if isinstance(definition, TextDefinition) else None
+    return definition.published_traces if isinstance(definition, TextDefinition) else None
+
+
+def _paper_task(outcomes: TextOutcomes) -> str:
+    given = _given(outcomes)
     return given.task if given else ""
 
 

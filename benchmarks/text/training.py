@@ -200,7 +200,6 @@ class TextTrainer:
 
         Sets whose classes are not the head's have no loss, and so are left out; see :func:`~benchmarks.harness.training.updates.gradient_agreement`.
         """
-        first, second = own.head(2 * _GRADIENT_ROWS, "gradients").divided(0.5, "gradients")
         compared = {
             name: self._batches(split.head(_GRADIENT_ROWS, "gradients"))
             for name, (split, task) in others.items()
@@ -208,6 +207,7 @@ class TextTrainer:
         }
         if not compared:
             return {}
+        first, second = own.head(2 * _GRADIENT_ROWS, "gradients").divided(0.5, "gradients")
         return gradient_agreement(self._model, self._batches(first), {OWN: self._batches(second), **compared})
 
     def _batches(self, split: TextSplit) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.harness.reporting.rendering import Column, Table
-from benchmarks.harness.results.statistics import holm, paired_differences
+from benchmarks.harness.results.statistics import paired_differences, with_verdicts
 from benchmarks.text.grid import OWN
 from benchmarks.text.outcomes import TextOutcomes
 
@@ -35,9 +35,8 @@ def update_table(outcomes: TextOutcomes) -> Table:
     by_row = seeds.groupby([*_ROW, "metric"], sort=False)["value"]
     frame = by_row.agg(mean="mean", std="std", n="size").reset_index()
     compared = paired_differences(seeds, _ROW, {"method": outcomes.baseline}, "seed").drop(columns=["values", "n"])
-    frame = frame.merge(compared, on=_ROW, how="left")
-    families = frame.groupby(["model", "task", "metric"], sort=False)["p"]
-    frame = frame.assign(p_holm=families.transform(holm) if len(frame) else float("nan"))
+    frame = with_verdicts(frame.merge(compared, on=_ROW, how="left"), ["model", "task", "metric"])
+    frame = frame.drop(columns="verdict")  # neither number is better for being higher
     order = {name: place for place, name in enumerate(["", OWN, *outcomes.benchmark.tasks])}
     frame = outcomes.order(frame.assign(place=frame["on"].map(order)), ["model", "task", "place", "method"])
     what = {"": "weights of all FFNs, change", OWN: "gradients of other rows of the task"}

@@ -21,7 +21,6 @@ from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from benchmarks.harness.running import execution
 from benchmarks.harness.running.execution import read_run
-from benchmarks.harness.sources.vader import ARCHIVE
 from benchmarks.harness.training import progress as progress_module
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.progress import Progress, clock
@@ -34,15 +33,6 @@ from tests.executed import prepare as write_run
 
 SMOKE = plan(["glue", "glue_lora"], "smoke")
 SPEC = SMOKE[0].spec
-
-
-@pytest.fixture
-def workdir(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory with the real sentences."""
-    (tmp_path / ARCHIVE).parent.mkdir(parents=True)
-    (tmp_path / ARCHIVE).symlink_to(archive)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def prepare(method: str, folder: str = "runs", **training: object) -> Path:

@@ -20,7 +20,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from benchmarks.harness.planning.runs import Run, run_from_spec
 from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.running.forkserver import ADDRESS, ONE_THREAD, Server
-from benchmarks.harness.sources.vader import ARCHIVE
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from tests.executed import numbers, prepare
 
@@ -30,11 +29,8 @@ RUNS = {run.spec["method"]["name"]: run for run in load_suite({"suite": "smoke"}
 
 
 @pytest.fixture
-def server(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server that has the text pipeline, for an empty working directory with the real sentences."""
-    (tmp_path / ARCHIVE).parent.mkdir(parents=True)
-    (tmp_path / ARCHIVE).symlink_to(archive)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(_OF_PYTEST)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     found = Server(MODULES)

@@ -16,7 +16,6 @@ from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.reporting.presentation import Presentation, present
-from benchmarks.harness.sources.vader import ARCHIVE
 from benchmarks.modularity.concentration import Concentration, gini, is_active
 from benchmarks.modularity.definition import ModularityDefinition
 from benchmarks.modularity.grid import KIND
@@ -115,15 +114,6 @@ def test_classes_are_shuffled_within_their_task_and_tasks_without_have_none() ->
 
 
 # a run
-
-
-@pytest.fixture
-def workdir(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory with the real sentences."""
-    (tmp_path / ARCHIVE).parent.mkdir(parents=True)
-    (tmp_path / ARCHIVE).symlink_to(archive)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def smoke(method: str, **reading: object) -> Run:

@@ -12,7 +12,6 @@ from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.reference import Tolerances
 from benchmarks.harness.results.regression import as_reference, judge
 from benchmarks.harness.running.repetition import Repetition, prepare_folder, repeat
-from benchmarks.harness.sources.vader import ARCHIVE
 from tests.mutation.methods import MUTATIONS, affected, method_mutants
 from tests.mutation.mutants import Verdict, table
 from tests.mutation.records import record_mutants
@@ -23,11 +22,8 @@ SAMPLE = ("k halved", "another score", "a random partition instead of clusters",
 
 
 @pytest.fixture
-def runs(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+def runs(workdir: Path) -> list[Run]:
     """Two short finished runs, in an empty working directory with the real sentences."""
-    (tmp_path / ARCHIVE).parent.mkdir(parents=True)
-    (tmp_path / ARCHIVE).symlink_to(archive)
-    monkeypatch.chdir(tmp_path)
     small = {"train_rows": 48, "eval_rows": 30, "epochs": 2}
     specs = [run.spec for run in plan(["glue"], "smoke") if run.spec["seed"] == 0]
     found = [
@@ -35,7 +31,7 @@ def runs(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> list
         for spec in specs
         if spec["method"]["name"] in ("emoe", "vanilla")
     ]
-    assert repeat([Repetition(run, tmp_path) for run in found]) == []
+    assert repeat([Repetition(run, workdir) for run in found]) == []
     return found
 
 

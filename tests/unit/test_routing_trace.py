@@ -12,7 +12,6 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from benchmarks.harness.reporting.presentation import present
-from benchmarks.harness.sources.vader import ARCHIVE
 from benchmarks.harness.training import routing_trace
 from benchmarks.harness.training.routing_trace import window_steps
 from benchmarks.text.outcomes import TextOutcomes
@@ -35,15 +34,6 @@ def test_a_window_is_the_authors_or_what_gives_twenty_to_a_hundred_of_them() -> 
     ]
     for steps in (40, 999, 7_777, 1_000_000):
         assert 20 <= -(-steps // window_steps(steps)) <= 101
-
-
-@pytest.fixture
-def workdir(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory with the real sentences."""
-    (tmp_path / ARCHIVE).parent.mkdir(parents=True)
-    (tmp_path / ARCHIVE).symlink_to(archive)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def small(method: str) -> Run:

@@ -11,7 +11,7 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.planning.kinds import Benchmark, find_kind, kind_name, usual_kind
 from benchmarks.harness.planning.method_rows import check_rows, load_methods, resolve_methods
-from benchmarks.harness.planning.schema import read_yaml
+from benchmarks.harness.planning.schema import check_file, read_yaml
 from benchmarks.harness.planning.shared import ABLATION, Definition, Entry, MethodsDefinition
 from emoe.errors import did_you_mean
 
@@ -73,11 +73,8 @@ def check_references(definition: Definition, tasks: Mapping[str, Entry], folder:
         if definition.baseline not in definition.methods:
             near = did_you_mean(definition.baseline, definition.methods)
             raise DefinitionError(f"{file}: 'baseline' is '{definition.baseline}', which is no method{near}")
-    for key in ("paper", "published_costs"):
-        named = getattr(definition, key)
-        if named and not (folder / named).exists():
-            near = did_you_mean(named, [path.name for path in folder.glob("*.csv")])
-            raise DefinitionError(f"{file}: '{key}' is '{named}', which does not exist{near}")
+    if definition.paper:
+        check_file(f"{file}: '", "paper", definition.paper, folder)
     if "paper" in definition.tables and not definition.paper:
         raise DefinitionError(f"{file}: 'tables' names 'paper', so it needs 'paper': a CSV with published numbers")
     kind.check(definition, tasks, folder)

@@ -256,7 +256,7 @@ class Kind(ABC, Generic[D, E]):
 
     def published_files(self, definition: D) -> list[str]:
         """The CSV files with published numbers, in the benchmark's folder, that its tables show."""
-        return [file for file in (definition.paper, definition.published_costs) if file]
+        return [definition.paper] if definition.paper else []
 
     def settings(self, definition: D, method: str) -> list[str]:
         """The variants with which suites run a method, where claims may be of one of them."""

@@ -249,3 +249,19 @@ def check_names(where: str, key: str, names: Iterable[str], known: Collection[st
         if name not in known:
             at = f"{where}.{key}" if not where.endswith("'") else f"{where}{key}"
             raise DefinitionError(f"{at}' is '{name}', which does not exist{did_you_mean(name, known)}")
+
+
+def check_file(where: str, key: str, name: str, folder: Path) -> None:
+    """Check that a CSV that a file names is there.
+
+    Args:
+        where: as :func:`check_names`.
+        key: the key.
+        name: what it names.
+        folder: where it is looked for.
+
+    Raises:
+        DefinitionError: names the nearest that is there.
+    """
+    known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]
+    check_names(where, key, () if (folder / name).exists() else [name], known)

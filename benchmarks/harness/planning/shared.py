@@ -201,8 +201,6 @@ class Definition(Strict):
     """The figures that it draws, each with its caption."""
     paper: str | None = None
     """CSV with published numbers, in the benchmark's folder; null where there are none."""
-    published_costs: str | None = left_out()
-    """CSV with published parameters, operations, times and memory, in the benchmark's folder, which stand below ours."""
     suites: Mapping[str, SuitePart]
     """What to run, by suite."""
 

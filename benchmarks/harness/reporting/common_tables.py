@@ -168,7 +168,7 @@ def cost_table(
         published: rows of what others report, with titles and ``source``, which stand below ours.
     """
     frame, elsewhere = with_numbers(frame, cell, means_by(records, cell, _COST)), ""
-    if published is not None and len(published):
+    if published is not None:
         frame = pd.concat([frame, published], ignore_index=True)
         elsewhere = (
             f" Below ours: what others report of machines of their own ({'; '.join(published['source'].unique())})."

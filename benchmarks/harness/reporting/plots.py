@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from benchmarks.harness.reporting.outcomes import Outcomes
 from benchmarks.harness.results.statistics import confidence_interval
@@ -53,6 +55,11 @@ def draw_difference(axis: Any, row: Any, place: float, colour: str, mark: str, s
     if row.n >= FEW and not math.isnan(row.low):
         axis.plot([row.low * scale, row.high * scale], [place, place], color=colour, lw=1.4)
     axis.plot(row.delta * scale, place, mark, ms=4.5, color=colour)
+
+
+def over_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each row's shares of experts over their mean use, for :data:`USE`; 1 where that is nothing."""
+    return np.divide(shares, mean, out=np.ones_like(shares), where=mean > 0)
 
 
 @dataclass(frozen=True)

@@ -49,18 +49,3 @@ def published_delta(published: pd.DataFrame, baseline: str) -> list[float]:
         math.nan if row.method == baseline else row.value - base.get((row.model, row.scope), math.nan)
         for row in published.itertuples()
     ]
-
-
-def published_costs(benchmark: Benchmark[Definition, Entry]) -> pd.DataFrame:
-    """What others report of times, memory and parameters, by ``published_costs`` of the definition: a row a ``model``, ``set`` and ``method``, a column a metric.
-
-    ``source`` names all sources of a row.
-    """
-    keys = ["model", "set", "method"]
-    columns = [*keys, "metric", "value", "status", "source"]
-    if not benchmark.definition.published_costs:
-        return pd.DataFrame(columns=[*keys, "source"])
-    found = read_published(benchmark, columns, benchmark.definition.published_costs)
-    numbers = found.pivot_table(index=keys, columns="metric", values="value", sort=False)
-    sources = found.groupby(keys, sort=False)["source"].agg(lambda named: "; ".join(named.unique()))
-    return numbers.join(sources).reset_index()

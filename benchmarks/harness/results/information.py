@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.special import entr
 
 PERMUTATIONS = 500
-_LEVEL = 0.95
+LEVEL = 0.95
 
 
 def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -56,4 +56,4 @@ def shuffled_information(
 
 def by_chance(bits: NDArray[np.float64]) -> tuple[float, float]:
     """Mean of the shuffled ones among ``[1 + PERMUTATIONS]``, and what 95 % of them stay below."""
-    return float(bits[1:].mean()), float(np.quantile(bits[1:], _LEVEL))
+    return float(bits[1:].mean()), float(np.quantile(bits[1:], LEVEL))
