@@ -53,6 +53,10 @@ class DomainOutcomes(Outcomes):
             yield run, found
 
     @property
+    def origins(self) -> pd.DataFrame:
+        return self.records.rename(columns={"task": "set"})
+
+    @property
     def sets(self) -> list[str]:
         """The sets that were run."""
         return list(dict.fromkeys(run.spec["task"]["name"] for run in self.runs))

@@ -56,6 +56,10 @@ class InstructionOutcomes(Outcomes):
         self.tests = self._tests(_CORRECT)
         self.nats_tests = self._tests(NATS, lower_is_better=True)
 
+    @property
+    def origins(self) -> pd.DataFrame:
+        return self.records.drop(columns="task")  # in tables, the task that questions are of
+
     def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
         """One number of every run, by cell and seed; of the part's task of that name, where it has several."""
         chosen = self.records[(self.records["part"] == part) & (self.records["metric"] == metric)]

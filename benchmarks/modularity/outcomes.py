@@ -40,6 +40,7 @@ class ModularityOutcomes(Outcomes):
         self.rows = self.order(rows, [*PLACE, "num_experts", "method", "seed"])
         published = read_published(benchmark, _PAPER)
         scales = [load_metrics()[metric].scale for metric in published["metric"]]
+        self.records = self.rows
         self.paper = published.assign(value=published["value"].astype(float) / pd.Series(scales, dtype=float))
 
     def means(self) -> pd.DataFrame:

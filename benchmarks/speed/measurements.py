@@ -20,6 +20,7 @@ class Measurements:
         name: of the benchmark.
         titles: of the candidates.
         records: every number with the settings of its run; the candidate stands in ``eval_task``.
+        origins: the same, as tables name their runs.
     """
 
     def __init__(self, benchmark: Benchmark[MeasurementDefinition, Measure], runs: list[Run]) -> None:
@@ -33,6 +34,7 @@ class Measurements:
         self.records = collect(runs).merge(pd.DataFrame(settings), on="run_id")
         models = {name: model.title for name, model in benchmark.definition.models.items()}
         self.records["model_title"] = self.records["model"].map(models)
+        self.origins = self.records
 
     def wide(self, measure: str) -> pd.DataFrame:
         """A row a run, in the order of the grid, with columns ``<candidate>_<metric>``."""

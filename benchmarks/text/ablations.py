@@ -19,7 +19,7 @@ from benchmarks.harness.planning.schema import check_names
 from benchmarks.harness.planning.shared import ABLATION, CONTROL
 from benchmarks.harness.planning.variants import setting_text, setting_values
 from benchmarks.harness.reporting.common_tables import means_by, with_numbers
-from benchmarks.harness.reporting.outcomes import SETTING
+from benchmarks.harness.reporting.outcomes import SETTING, with_runs
 from benchmarks.harness.reporting.published import published_delta, read_published
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
 from benchmarks.harness.results.records import collect
@@ -82,7 +82,8 @@ class Ablations:
         return self._rows[name]
 
     def _table(self, name: str, _usual: TextOutcomes) -> Table:
-        return ablation_table(self._definitions[name], self._shown(name))
+        table = ablation_table(self._definitions[name], self._shown(name))
+        return with_runs(table, self._outcomes.origins, self._benchmark.name)
 
     def _draw(self, name: str, _usual: TextOutcomes, path: Path) -> None:
         axis = self._definitions[name].axis

@@ -102,6 +102,11 @@ class TextOutcomes(Outcomes):
         }
         self.titles["method"] = {name: method.title for name, method in self.methods.items()}
 
+    @property
+    def origins(self) -> pd.DataFrame:
+        """The chosen runs, by selection: the authors' takes runs of the clean protocol too."""
+        return pd.concat([chosen.assign(protocol=protocol) for protocol, chosen in self.chosen.items()])
+
     def _usual_settings(self, records: pd.DataFrame) -> set[str]:
         """Settings that all rows of a model with experts say in their variants (the layers of that model), and that are no row's own."""
         methods = records[["method", "variant"]].drop_duplicates().itertuples(index=False, name=None)

@@ -18,16 +18,16 @@ from benchmarks.harness.reporting.common_tables import (
     with_columns,
     with_numbers,
 )
+from benchmarks.harness.reporting.outcomes import ALL, with_runs
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
 from benchmarks.harness.results.records import scores_of
 from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
 from benchmarks.text.outcomes import Ranked, TextOutcomes, ranked
 from benchmarks.text.paper_tables import paper
-from benchmarks.text.selection import CELL, CHOICE, PROTOCOLS, choices
+from benchmarks.text.selection import CELL, CHOICE, PROTOCOLS, choices, choosing_scores
 from benchmarks.text.traces import trace_table
 from benchmarks.text.updates import update_table
 
-_ALL = "*"
 _KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
 _BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
 _SELECTIONS = (
@@ -198,11 +198,11 @@ def chosen(outcomes: TextOutcomes) -> Table:
             table = table.merge(numbers, how="left")
         parts += [part.assign(protocol=protocol) for part in (table, _joint_choices(table))]
     table = outcomes.titled(pd.concat(parts, ignore_index=True))
-    table["task_title"] = table["task_title"].replace(_ALL, "all")
-    table["variant"] = table["variant"].replace("", MISSING)
+    table["task_title"] = table["task_title"].replace(ALL, "all")
+    table["variant_shown"] = table["variant"].replace("", MISSING)
     table["mark"] = table["chosen"].map({True: "✓", False: ""})
     table["rate"] = table["learning_rate"].map("{:.1e}".format)
-    return Table(
+    shown = Table(
         "Hyper-parameters and what was chosen",
         "Choosing score is the mean over n seeds of the score that chooses; the best one of every method is "
         "chosen (✓). ID and OOD stand beside it for the reader and chose nothing. Where several tasks were trained on, the rows of “all” are "
@@ -212,7 +212,7 @@ def chosen(outcomes: TextOutcomes) -> Table:
             "model_title": "Model",
             "selection": "Selection",
             **_KEYS,
-            "variant": "Variant",
+            "variant_shown": "Variant",
             "rate": "Learning rate",
             "n": "n",
             "mark": "Chosen",
@@ -224,6 +224,8 @@ def chosen(outcomes: TextOutcomes) -> Table:
         ],
         table,
     )
+    tried = [choosing_scores(outcomes.records, name).assign(protocol=name) for name in outcomes.protocols]
+    return with_runs(shown, pd.concat(tried), outcomes.name)
 
 
 TABLES = {
@@ -330,4 +332,4 @@ def _joint_choices(table: pd.DataFrame) -> pd.DataFrame:
     joint = joint[joint["tasks"] == joint.groupby(["model", "method"])["tasks"].transform("max")]
     best = joint.groupby(["model", "method"], sort=False)["mean"].idxmax()
     empty = {"std": math.nan, "id_std": math.nan, "ood_std": math.nan}
-    return joint.assign(task=_ALL, chosen=joint.index.isin(best), **empty).drop(columns="tasks")
+    return joint.assign(task=ALL, chosen=joint.index.isin(best), **empty).drop(columns="tasks")

@@ -299,3 +299,21 @@ def sentences(rows: pd.DataFrame) -> Iterator[str]:
     equal = int((rows["equivalent"] == True).sum())  # noqa: E712  (a column of objects)
     if equal:
         yield f"Of {counted_noun(equal, 'comparison')} it is shown that there is no difference larger than the margin."
+
+
+def cards(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """What a reader sees first of every claim: ``title``, and of its ``tests`` the texts of ``test``, ``benchmark``, ``paper``, ``runs``, ``n`` and ``verdict``.
+
+    Args:
+        rows: the frame of :func:`claims_table`, as its CSV has it.
+    """
+    names = {
+        "test_shown": "test",
+        "benchmark": "benchmark",
+        "paper": "paper",
+        "runs_shown": "runs",
+        "n_shown": "n",
+        "verdict": "verdict",
+    }
+    for title, tests in rows.fillna("").groupby("claim_title", sort=False):
+        yield {"title": title, "tests": tests[list(names)].rename(columns=names).to_dict("records")}

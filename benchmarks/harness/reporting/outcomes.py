@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -11,8 +12,14 @@ from benchmarks.harness.planning.kinds import COUNTS, Benchmark
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.shared import CONTROL, Entry, MethodsDefinition
+from benchmarks.harness.reporting.rendering import RUNS, Table
 
 SETTING = "|"  # between a row and a setting of it that is a row of its own
+ALL = "*"  # in place of a name: a mean over all
+_ORIGIN = (
+    *("run_id", "protocol", "model", "task", "set", "method", "tuning", "variant", "learning_rate"),
+    *("layer", "num_experts", "seed"),
+)
 # what claims are tested on: a row a number, see Presentation.compared
 COMPARED = [
     *("selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "setting", "pair", "value")
@@ -27,6 +34,31 @@ def compared(*parts: pd.DataFrame) -> pd.DataFrame:
 def compared_nothing() -> pd.DataFrame:
     """No numbers, in the columns :data:`COMPARED`."""
     return pd.DataFrame(columns=COMPARED)
+
+
+def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
+    """Name the runs that each row of a table is made of, in the column :data:`~benchmarks.harness.reporting.rendering.RUNS`.
+
+    These are the runs with the row's names in every column that both have; an empty name and :data:`ALL` stand for all. Where one of several runs was chosen,
+    all of them are named. A row of others' numbers has none.
+
+    Args:
+        table: with names in its frame.
+        origins: ``run_id`` and names, a row or more a run.
+        benchmark: whose runs.
+    """
+    frame = table.frame
+    keys = [key for key in _ORIGIN if key in frame and key in origins]
+    if not keys or RUNS in frame:  # its maker has named them
+        return table
+    known = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates()
+    found = []
+    for names in frame[keys].fillna("").astype(str).to_dict("records"):
+        rows = known
+        for key, name in names.items():
+            rows = rows if name in ("", ALL) else rows[rows[key] == name]
+        found.append(" ".join(f"{benchmark}/{run}" for run in dict.fromkeys(rows["run_id"])))
+    return replace(table, frame=frame.assign(**{RUNS: found}))
 
 
 def counts(records: pd.DataFrame) -> pd.DataFrame:
@@ -49,7 +81,10 @@ class Outcomes:
         methods: their definitions.
         baseline: the method that others are compared with.
         titles: by column, title by name in the order of rows: models and tasks as they ran, then as they are defined.
+        records: every number of every run; a benchmark gives it.
     """
+
+    records: pd.DataFrame
 
     def __init__(
         self,
@@ -75,6 +110,11 @@ class Outcomes:
     def title(self, key: str, name: str) -> str:
         """What readers see of a name: its title, or itself where it has none."""
         return self.titles[key].get(name, name)
+
+    @property
+    def origins(self) -> pd.DataFrame:
+        """Which runs there are, by the names that rows of tables have: :func:`with_runs` reads it."""
+        return self.records
 
     @property
     def baseline_title(self) -> str:

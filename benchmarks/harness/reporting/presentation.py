@@ -15,7 +15,7 @@ from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.schema import check_names
 from benchmarks.harness.planning.shared import Definition, Entry
-from benchmarks.harness.reporting.outcomes import compared_nothing
+from benchmarks.harness.reporting.outcomes import compared_nothing, with_runs
 from benchmarks.harness.reporting.rendering import Table
 
 NOTE = (
@@ -54,6 +54,7 @@ def make(
     benchmark: Benchmark[Definition, Entry],
     tables: Mapping[str, Callable[..., Table]],
     figures: Mapping[str, Callable[..., None]],
+    outcomes: Any,
     *of: Any,
     part: str = "",
     **said: Any,
@@ -62,9 +63,10 @@ def make(
 
     Args:
         benchmark: whose definition.
-        tables: by name, what makes it of ``of``.
-        figures: by name, what draws it of ``of`` and a path without ending.
-        of: what is shown.
+        tables: by name, what makes it of ``outcomes`` and ``of``.
+        figures: by name, what draws it of these and a path without ending.
+        outcomes: the finished runs, with their ``origins``.
+        of: what else is given to those that make tables and figures.
         part: a set that is shown alone, ``<benchmark>_<set>_…``, by ``set_tables`` and ``set_figures``.
         said: ``verdicts``, ``note``, ``compared`` and ``parts``.
 
@@ -77,8 +79,11 @@ def make(
         named.append(list(getattr(benchmark.definition, key)))
         check_names(f"{benchmark.file}: '", key, named[-1], known)
     return Presentation(
-        [replace(tables[name](*of), name=f"{stem}_{name}") for name in named[0]],
-        {f"{stem}_{name}": partial(figures[name], *of) for name in named[1]},
+        [
+            with_runs(replace(tables[name](outcomes, *of), name=f"{stem}_{name}"), outcomes.origins, benchmark.name)
+            for name in named[0]
+        ],
+        {f"{stem}_{name}": partial(figures[name], outcomes, *of) for name in named[1]},
         **said,
     )
 

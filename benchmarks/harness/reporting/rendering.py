@@ -13,6 +13,7 @@ import pandas as pd
 from benchmarks.harness.planning.catalogue import load_metrics
 
 MISSING = "–"
+RUNS = "runs"  # column of a frame: the folders of the runs that a row is made of, blanks between them
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,48 @@ class Table:
         return f"\\begin{{table}}\n\\centering\n\\small\n\\caption{{{_latex(self.title)}. {_latex(self.caption)}}}\n{body}\\end{{table}}\n"
 
     def html(self) -> str:
-        """A ``<table>`` without style of its own."""
-        best = self.best()
-        escaped = self.texts().map(html.escape).where(~best, lambda cells: "<strong>" + cells + "</strong>")
-        table = escaped.to_html(index=False, escape=False, border=0, classes="sentences" if self.wraps else "numbers")
-        return f"<figure>\n<figcaption><b>{html.escape(self.title)}.</b> {html.escape(self.caption)}</figcaption>\n<div class='wide'>{table}</div>\n</figure>\n"
+        """A ``<table>`` without style of its own: a number's cell has its value to sort by, a row the runs it is made of."""
+        texts, best, sorts = self.texts(), self.best(), self._sorts()
+        same = self._said_once(texts)
+        columns = [place for place, heading in enumerate(texts.columns) if heading not in same]
+        traced = RUNS in self.frame
+        rows = []
+        for place in range(len(texts)):
+            cells = [
+                _cell(
+                    texts.iat[place, column], best.iat[place, column], sorts[place][column], heads=column == columns[0]
+                )
+                for column in columns
+            ]
+            if traced:
+                folders = str(self.frame[RUNS].iloc[place])
+                cells.append(f'<td data-runs="{html.escape(folders)}">{len(folders.split()) or MISSING}</td>')
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+        headings = [*texts.columns[columns], *(["Runs"] if traced else [])]
+        head = "".join(f'<th scope="col">{html.escape(heading)}</th>' for heading in headings)
+        once = "; ".join(f"{heading} {text}" for heading, text in same.items())
+        body = "\n".join(rows)
+        return (
+            f'<figure id="{html.escape(self.name)}">\n<figcaption><b>{html.escape(self.title)}.</b> '
+            f"<details><summary>How to read it</summary>{html.escape(self.caption)}</details>"
+            f"{f'<p>In all rows: {html.escape(once)}.</p>' if once else ''}</figcaption>\n"
+            f'<div class="wide"><table class="{"sentences" if self.wraps else "numbers"}">\n'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n</figure>\n"
+        )
+
+    def _said_once(self, texts: pd.DataFrame) -> dict[str, str]:
+        """Names that all rows share, by heading; one column of names always stays."""
+        names = list(self.keys.values())
+        same = {name: str(texts[name].iloc[0]) for name in names if len(texts) > 1 and texts[name].nunique() == 1}
+        if len(same) == len(names):
+            same.popitem()
+        return same
+
+    def _sorts(self) -> list[list[float | None]]:
+        """By row and printed cell, the number that is printed there."""
+        numbers = self.frame[[column.value for column in self.shown]].astype(float).to_numpy().tolist()
+        before, after = [None] * len(self.keys), [None] * len(self.notes)
+        return [[*before, *(None if math.isnan(value) else value for value in row), *after] for row in numbers]
 
     def write(self, folder: Path) -> None:
         """Write ``<name>.csv`` (plain numbers), ``.md``, ``.tex`` and ``.html``."""
@@ -152,6 +190,13 @@ class Table:
         (folder / f"{self.name}.md").write_text(self.markdown())
         (folder / f"{self.name}.tex").write_text(self.latex())
         (folder / f"{self.name}.html").write_text(self.html())
+
+
+def _cell(text: str, strong: bool, sort: float | None, *, heads: bool) -> str:
+    text = f"<strong>{html.escape(text)}</strong>" if strong else html.escape(text)
+    if heads and text:  # an empty cell heads nothing
+        return f'<th scope="row">{text}</th>'
+    return f"<td>{text}</td>" if sort is None else f'<td data-sort="{sort:.9g}">{text}</td>'
 
 
 _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}

@@ -1,10 +1,14 @@
-"""One self-contained HTML page: verdict, tables, figures, how it was made."""
+"""One self-contained HTML page, made for reading: verdicts, a table and a figure of each benchmark, the rest folded, what it took."""
 
 from __future__ import annotations
 
 import base64
+import os
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jinja2
@@ -16,13 +20,48 @@ from benchmarks.harness.base import paths
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.suite import CLAIMS, Artifacts, Suite, artifacts_of
-from benchmarks.harness.reporting.claims import has_random_weights, sentences
+from benchmarks.harness.reporting.claims import cards, has_random_weights, sentences
 from benchmarks.harness.reporting.paper_items import paper_index
-from benchmarks.harness.reporting.presentation import present
+from benchmarks.harness.reporting.presentation import Presentation, present
 from benchmarks.harness.reporting.rendering import MISSING, Table
 from benchmarks.harness.results.records import read_metrics
 
+_HERE = Path(__file__).parent
 _FEW_LABELS = 10
+_MOST_SENTENCES = 6  # on a benchmark that stand open
+
+
+@dataclass(frozen=True)
+class _Page:
+    """Where a page lies, so that its links hold."""
+
+    suite: Suite
+    folder: Path
+
+    def to(self, path: Path) -> str:
+        return Path(os.path.relpath(path.absolute(), self.folder)).as_posix()
+
+    def table(self, shown: Artifacts, name: str, title: str) -> dict[str, Any]:
+        path = paths.RESULTS / self.suite.name / "tables" / shown.stem(name)
+        return {
+            "title": title,
+            "html": _trusted(path.with_suffix(".html")),
+            "files": self.to(path),
+            "command": f"snakemake --cores 1 {path}.csv --config suite={self.suite.name}",
+        }
+
+    def figures(self, shown: Artifacts) -> list[dict[str, str]]:
+        folder = paths.RESULTS / self.suite.name / "figures"
+        return [
+            {
+                "name": shown.stem(name),
+                "image": _image(folder / f"{shown.stem(name)}.png"),
+                "files": self.to(folder / shown.stem(name)),
+                "caption": caption,
+                "alt": caption.partition(". ")[0].partition(": ")[0].rstrip("."),
+            }
+            for name, caption in shown.figures.items()
+        ]
 
 
 def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> None:
@@ -33,32 +72,42 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         output: the page.
         benchmark: show this one alone, and no claims.
     """
+    page = _Page(suite, output.parent.absolute())
+    shown = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
+    costs, environments = _made_by({name: suite.runs_of(name) for name in shown})
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    page = environment.get_template("report.html.j2").render(
+    text = environment.get_template("report.html.j2").render(
         suite=suite.name,
         version=emoe.__version__,
-        claims={} if benchmark else _claims(suite),
-        sections=[_section(suite, name) for name in suite.settings.benchmarks if benchmark in (None, name)],
+        claims={} if benchmark else _claims(page),
+        shown_names=shown,
+        sections=[{**_section(page, name), "cost": costs[name]} for name in shown],
+        most=_MOST_SENTENCES,
         paper=Markup() if benchmark else _paper(suite),
-        environments=_environments(suite.runs_of(benchmark) if benchmark else suite.runs),
-        style=_trusted(Path(__file__).parent / "report.css"),
+        costs=costs,
+        environments=environments,
+        runs_folder=page.to(paths.RUNS),
+        style=_trusted(_HERE / "report.css"),
+        script=_trusted(_HERE / "report.js"),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page)
+    output.write_text(text)
 
 
-def _claims(suite: Suite) -> dict[str, Any]:
-    """The table and figure of the claims, and what to know before; nothing where no claim is tested on the suite."""
+def _claims(page: _Page) -> dict[str, Any]:
+    """The claims, their table and figure, and what to know before; nothing where no claim is tested on the suite."""
+    suite = page.suite
     if not suite.claimed:
         return {}
     verdicts = pd.read_csv(paths.RESULTS / suite.name / "tables" / f"{CLAIMS.name}.csv")
     return {
         "sentences": list(sentences(verdicts)),
         "random_weights": has_random_weights(suite.runs),
-        "table": _table(suite, CLAIMS, ""),
-        "figures": _figures(suite, CLAIMS),
+        "cards": list(cards(verdicts)),
+        "table": page.table(CLAIMS, "", "Every test"),
+        "figures": page.figures(CLAIMS),
     }
 
 
@@ -90,47 +139,38 @@ def _paper(suite: Suite) -> Markup:
     return Markup(table.html())  # noqa: S704
 
 
-def _section(suite: Suite, name: str) -> dict[str, Any]:
+def _section(page: _Page, name: str) -> dict[str, Any]:
     benchmark = load_benchmark(name)
-    runs = suite.runs_of(name)
+    runs = page.suite.runs_of(name)
     definition = benchmark.definition
     kind = benchmark.kind
     presented = present(benchmark, runs)
-    shown = artifacts_of(name)
     return {
         "name": name,
         "title": definition.title,
         "runs": len(runs),
         "random_weights": has_random_weights(runs),
-        "suite_note": definition.suites[suite.name].note or "",
+        "suite_note": definition.suites[page.suite.name].note or "",
         "verdicts": presented.verdicts,
         "note": presented.note,
         "data": _data(runs) if kind.counts_labels else [],
         "training": _training(runs) if kind.optimizer else {},
         "optimiser": kind.optimizer,
-        "tables": [_table(suite, shown, table) for table in shown.tables],
-        "figures": _figures(suite, shown),
+        **_shown(page, artifacts_of(name), presented),
         "parts": [
-            {
-                "title": benchmark.tasks[part].title,
-                "tables": [_table(suite, artifacts_of(name, part), table) for table in definition.set_tables],
-                "figures": _figures(suite, artifacts_of(name, part)),
-            }
+            {"title": benchmark.tasks[part].title, **_shown(page, artifacts_of(name, part), presented.parts[part])}
             for part in presented.parts
         ],
     }
 
 
-def _table(suite: Suite, shown: Artifacts, table: str) -> Markup:
-    return _trusted(paths.RESULTS / suite.name / "tables" / f"{shown.stem(table)}.html")
-
-
-def _figures(suite: Suite, shown: Artifacts) -> list[dict[str, str]]:
-    folder = paths.RESULTS / suite.name / "figures"
-    return [
-        {"image": _image(folder / f"{shown.stem(figure)}.png"), "caption": caption}
-        for figure, caption in shown.figures.items()
-    ]
+def _shown(page: _Page, shown: Artifacts, presented: Presentation) -> dict[str, Any]:
+    """Tables and figures of a benchmark or a part of it."""
+    tables = zip(shown.tables, presented.tables, strict=True)
+    return {
+        "tables": [page.table(shown, name, table.title) for name, table in tables],
+        "figures": page.figures(shown),
+    }
 
 
 def _data(runs: list[Run]) -> list[dict[str, Any]]:
@@ -175,27 +215,46 @@ def _training(runs: list[Run]) -> dict[str, str]:
     }
 
 
-def _environments(runs: list[Run]) -> list[dict[str, Any]]:
-    """The machines and versions that the runs ran on, the commonest first."""
-    seen: Counter[tuple[tuple[str, str], ...]] = Counter()
-    for run in runs:
-        found = read_metrics(run)["environment"]
-        packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
-        gpus = ", ".join(found["gpus"]) or "none"
-        rows = {
-            "Processor": f"{found['processor']}, {found['cores']} cores; {found['threads']} thread(s) a run",
-            "GPUs": gpus,
-            "Memory": f"{found['memory_gb']} GB",
-            "System": f"{found['platform']}, Python {found['python']}",
-            "Packages": packages,
-            "Commit": f"{found['git_commit'] or 'unknown'}{' with uncommitted changes' if found['git_dirty'] else ''}",
-        }
-        seen[tuple(rows.items())] += 1
-    return [{"runs": count, "rows": dict(rows)} for rows, count in seen.most_common()]
+def _made_by(runs: dict[str, list[Run]]) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]]]:
+    """What the runs of each benchmark took, and of ``all`` of them; and the machines and versions they ran on, the commonest first."""
+    machines: Counter[tuple[tuple[str, str], ...]] = Counter()
+    costs: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    for name, run in ((name, run) for name, members in runs.items() for run in members):
+        found = read_metrics(run)
+        machines[tuple(_environment(found["environment"]).items())] += 1
+        costs[name].append(found.get("cost", {}))
+    every = [cost for members in costs.values() for cost in members]
+    took = {name: _took(members) for name, members in {**costs, "all": every}.items()}
+    return took, [{"runs": count, "rows": dict(rows)} for rows, count in machines.most_common()]
+
+
+def _took(costs: Sequence[dict[str, float]]) -> dict[str, str]:
+    """Hours, seconds a run and memory of some runs, as texts; a dash where runs do not say."""
+    seconds = [cost["job_seconds"] for cost in costs if "job_seconds" in cost]
+    memory = [cost["peak_memory_mb"] for cost in costs if "peak_memory_mb" in cost]
+    return {
+        "runs": f"{len(costs):,}",
+        "hours": f"{sum(seconds) / 3600:.2f}" if seconds else MISSING,
+        "median": f"{median(seconds):.0f}" if seconds else MISSING,
+        "longest": f"{max(seconds):.0f}" if seconds else MISSING,
+        "memory": f"{max(memory):,.0f}" if memory else MISSING,
+    }
+
+
+def _environment(found: dict[str, Any]) -> dict[str, str]:
+    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    return {
+        "Processor": f"{found['processor']}, {found['cores']} cores; {found['threads']} thread(s) a run",
+        "GPUs": ", ".join(found["gpus"]) or "none",
+        "Memory": f"{found['memory_gb']} GB",
+        "System": f"{found['platform']}, Python {found['python']}",
+        "Packages": packages,
+        "Commit": f"{found['git_commit'] or 'unknown'}{' with uncommitted changes' if found['git_dirty'] else ''}",
+    }
 
 
 def _trusted(path: Path) -> Markup:
-    """Text of our own making: a stylesheet, or a table whose renderer escapes every cell."""
+    """Text of our own making: a stylesheet, a script, or a table whose renderer escapes every cell."""
     return Markup(path.read_text())  # noqa: S704
 
 

@@ -1,0 +1,181 @@
+"""The report as its readers meet it: in a browser, on a phone, by keyboard, on paper; and where its numbers come from."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import pytest
+
+from benchmarks.__main__ import cli
+from benchmarks.harness.base import paths
+from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.reporting.outcomes import ALL, with_runs
+from benchmarks.harness.reporting.rendering import RUNS, Column, Table
+from tests import fake_runs
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+SHOWN = ["glue", "modularity"]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The report of two benchmarks of mini, of made-up runs."""
+    folder, before = tmp_path_factory.mktemp("report"), Path.cwd()
+    os.chdir(folder)
+    os.environ[paths.OVERRIDES] = '{"benchmarks": ["glue", "modularity"], "suite": "mini"}'
+    try:
+        fake_runs.write(folder / "results/runs", "mini", benchmarks=tuple(SHOWN))
+        for name in SHOWN:
+            cli(["tables", "--suite", "mini", "--benchmark", name], standalone_mode=False)
+        cli(["claims", "--suite", "mini", "--write"], standalone_mode=False)
+        file = Path("results/mini/report.html")
+        cli(["report", "--suite", "mini", "--output", str(file)], standalone_mode=False)
+        yield folder / file
+    finally:
+        os.chdir(before)
+        del os.environ[paths.OVERRIDES]
+
+
+def test_each_row_leads_to_the_runs_it_is_made_of(page_file: Path) -> None:
+    text = page_file.read_text()
+    rows = pd.read_csv(page_file.parent / "tables/glue_results.csv")
+    named = [cell.split() for cell in rows[RUNS]]
+    assert [len(runs) for runs in named] == list(rows["n"])
+    for row, runs in zip(rows.itertuples(), named, strict=True):
+        assert all(f"-{row.task}-" in run and (page_file.parents[1] / "runs" / run).is_dir() for run in runs)
+        assert f'data-runs="{" ".join(runs)}"' in text
+    assert 'data-runs-folder="../runs"' in text
+
+
+def test_links_to_files_hold(page_file: Path) -> None:
+    targets = set(re.findall(r'href="([^"#]+)"', page_file.read_text()))
+    assert len(targets) > 40
+    assert [target for target in targets if not (page_file.parent / unescape(target)).exists()] == []
+
+
+def test_links_hold_in_the_copy_one_folder_up(page_file: Path) -> None:
+    copy = page_file.parents[1] / "report.html"
+    cli(["report", "--suite", "mini", "--output", str(copy)], standalone_mode=False)
+    targets = set(re.findall(r'href="([^"#]+)"', copy.read_text()))
+    assert [target for target in targets if not (copy.parent / target).exists()] == []
+    assert 'data-runs-folder="runs"' in copy.read_text()
+
+
+def test_verdicts_stand_before_numbers_and_one_table_of_a_benchmark_is_open(page_file: Path) -> None:
+    text = page_file.read_text()
+    assert text.index('id="claims"') < text.index('id="glue"') < text.index('id="costs"')
+    assert "undecided</span>" in text
+    glue = text[text.index('<section id="glue">') : text.index('<section id="modularity">')]
+    shown = re.sub(r'<details class="item">.*?</table>.*?</details>', "", glue, flags=re.DOTALL)
+    assert shown.count("<table") == 1
+    assert 'id="glue_results"' in shown
+    assert "In all rows: Model MiniLM-L6" in shown
+    runs = len(load_suite({"suite": "mini", "benchmarks": SHOWN}).runs)
+    assert re.search(rf'<th scope="row">all</th><td>{runs}</td>', text)
+
+
+def test_runs_of_a_row_are_those_with_its_names() -> None:
+    origins = pd.DataFrame(
+        {"run_id": ["a", "b", "b", "c"], "model": "m", "method": ["x", "y", "y", "y"], "seed": [0, 0, 0, 1]}
+    )
+    frame = pd.DataFrame({"method": ["x", "y", ALL, "", "paper"], "seed_title": "", "accuracy": 0.5})
+    table = with_runs(Table("T", "", {"method": "M"}, [Column("accuracy", "accuracy")], frame), origins, "glue")
+    assert list(table.frame[RUNS]) == ["glue/a", "glue/b glue/c", "glue/a glue/b glue/c", "glue/a glue/b glue/c", ""]
+    assert "Runs" not in table.markdown()
+    assert "paper" in table.html()
+    nameless = Table("T", "", {}, [Column("accuracy", "accuracy")], frame[["accuracy"]])
+    assert with_runs(nameless, origins, "glue") is nameless
+
+
+# in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield launched
+        launched.close()
+
+
+def opened(browser: Browser, file: Path, width: int = 1280, scheme: str = "light") -> tuple[Page, list[str]]:
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else said.append(request.url))
+    page.goto(file.as_uri())
+    return page, said
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark"), (390, "light"), (1280, "dark")])
+def test_it_is_readable_at_every_width_and_for_everybody(
+    browser: Browser, page_file: Path, width: int, scheme: str
+) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    page, said = opened(browser, page_file, width, scheme)
+    page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    found = axe.Axe().run(page)
+    assert [(rule["id"], rule["nodes"][0]["html"][:200]) for rule in found.response["violations"]] == []
+    assert said == []
+
+
+def test_a_click_on_a_heading_sorts_by_the_number(browser: Browser, page_file: Path) -> None:
+    page, _ = opened(browser, page_file)
+    heading = page.locator("#glue_results thead button", has_text="ID (%)").first
+    values = "[...document.querySelectorAll('#glue_results tbody tr')].map((row) => Number(row.cells[3].dataset.sort))"
+    for order in (False, True):
+        heading.click()
+        found = page.evaluate(values)
+        assert found == sorted(found, reverse=order)
+        assert len(set(found)) > 1
+    assert heading.locator("..").get_attribute("aria-sort") == "descending"
+
+
+def test_runs_are_listed_by_keyboard_and_their_links_hold(browser: Browser, page_file: Path) -> None:
+    page, _ = opened(browser, page_file)
+    pressed = page.locator("#glue_results tbody button").first
+    assert pressed.get_attribute("title").startswith("glue/")  # type: ignore[union-attr]
+    pressed.focus()
+    page.keyboard.press("Enter")
+    listed = page.locator("#glue_results tr.runs li")
+    assert listed.count() == int(pressed.inner_text())
+    assert "snakemake --cores 1 results/runs/glue/" in listed.first.inner_text()
+    href = listed.first.locator("a").first.get_attribute("href")
+    assert (page_file.parent / str(href)).exists()
+    page.keyboard.press("Enter")
+    assert listed.count() == 0
+
+
+def test_a_link_opens_what_is_folded_and_paper_shows_all(browser: Browser, page_file: Path) -> None:
+    page, _ = opened(browser, page_file)
+    assert not page.locator("#glue_tests").is_visible()
+    page.evaluate("location.hash = '#glue_tests'")
+    page.locator("#glue_tests").wait_for(state="visible")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open])").count() == 0
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details:not([open])").count() > 5
+
+
+def test_without_javascript_it_is_all_there(browser: Browser, page_file: Path) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(page_file.as_uri())
+    assert page.locator("#glue_results tbody tr").count() > 3
+    assert page.locator("#glue_results thead th").last.inner_text() == "Runs"
