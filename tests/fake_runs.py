@@ -7,6 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from benchmarks.domainbed.jobs import validation_job
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning.runs import Run, plan
 from benchmarks.llama.evaluation import task_title
@@ -301,3 +304,12 @@ def _made_up(run: Run, gain: float) -> dict[str, Any]:
     if "reading" in run.spec:
         return modularity_metrics(run)
     return domain_metrics(run, gain) if run.benchmark == "domainbed" else metrics(run, gain)
+
+
+def write_samples(runs: list[Run]) -> None:
+    """A picture of samples, and their environments' names, for the image sets of these runs, where figures look for them."""
+    for job in {found.id: found for found in (validation_job(run.spec) for run in runs)}.values():
+        picture = Path(job.picture)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 60)).save(picture)
+        Path(job.file).write_text(json.dumps({"samples": ["0", "15", "30", "45", "60", "75"]}))

@@ -183,6 +183,8 @@ class SetEntry(ImageTask, Entry):
 
     environments: Annotated[dict[str, str | int | float], Field(min_length=3)]
     """Short names in DomainBed's order, each with what it is called on disk: a folder, an angle, a probability, a package."""
+    unit: str = ""
+    """Of the environments' names, where they are numbers: readers see it behind them."""
     eval_every: Count
     """Steps between evaluations in DomainBed."""
     images: Count | None = left_out()

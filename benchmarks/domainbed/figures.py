@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,14 +17,26 @@ from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.plots import STYLE, USE, Panel, over_mean, placeholder_figure, save, score_panels
+from benchmarks.harness.reporting.plots import (
+    STYLE,
+    USE,
+    WIDTH,
+    Panel,
+    hide,
+    over_mean,
+    placeholder_figure,
+    save,
+    score_panels,
+    wrapped,
+)
 from benchmarks.harness.results.information import mutual_information
 from benchmarks.harness.results.records import read_metrics
 
 _SELECTION = "training"
 _SHARE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "Blues")
 _NO_SINGLE = "no run holds out one environment alone"
-_FEW = 12  # as many names stand beside an axis
+_FEW = 12  # as many names of classes stand beside an axis
+_COLUMNS = 4
 
 
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
@@ -36,7 +47,10 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
         return
     panels = [
         [
-            Panel(f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}, {env} held out", rows)
+            Panel(
+                f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}, {outcomes.env_title(name, str(env))} held out",
+                rows,
+            )
             for env, rows in of_model.groupby("env", sort=False)
         ]
         for model, of_model in cells.groupby("model", sort=False)
@@ -69,41 +83,46 @@ def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 
 def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Confusion on the held-out environment: a row a model and environment, a column a method; the first trial of each."""
+    """Confusion on the held-out environments, each by the model that did not see it, added up: a panel a model and method, the first trial of each."""
     rows = _first_runs(outcomes, name)
     if not rows:
         placeholder_figure(path, _NO_SINGLE)
         return
-    methods = [method for method in outcomes.methods if any(method in found for _, _, found in rows)]
     classes: list[str] = read_metrics(next(iter(rows[0][2].values())))["classes"]
+    counts: dict[tuple[str, str], dict[str, NDArray[np.int64]]] = {}
+    for model, env, found in rows:
+        for method in (method for method in outcomes.methods if method in found):
+            read = np.array(read_metrics(found[method])["confusion"][env])
+            counts.setdefault((model, method), {})[outcomes.env_title(name, env)] = read
+    columns = min(_COLUMNS, len(counts))
+    lines = -(-len(counts) // columns)
+    beside = classes if len(classes) <= _FEW else []
+    models = [outcomes.title("model", model) for model in dict.fromkeys(model for model, _ in counts)]
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
         figure, axes = plt.subplots(
-            len(rows),
-            len(methods),
-            figsize=(1.7 * len(methods) + 1.2, 1.7 * len(rows) + 0.5),
+            lines,
+            columns,
+            figsize=(min(1.5 * columns + 0.9, WIDTH), 1.75 * lines + 0.5),
             squeeze=False,
             sharex=True,
             sharey=True,
             layout="constrained",
         )
-        for axis_row, (model, env, found) in zip(axes, rows, strict=True):
-            for axis, method in zip(axis_row, methods, strict=True):
-                if method not in found:
-                    axis.set_visible(False)
-                    continue
-                counts = np.array(read_metrics(found[method])["confusion"][env])
-                shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-                axis.imshow(shares, norm=_SHARE.norm, cmap=_SHARE.cmap)
-                accuracy = np.trace(counts) / max(counts.sum(), 1)
-                axis.set_title(
-                    f"{outcomes.title('method', method)}\n{env} held out: {accuracy * 100:.0f} %", fontsize=7
-                )
-                beside = _few(classes, _FEW)
-                axis.set_xticks(range(len(beside)), beside, rotation=90)
-                axis.set_yticks(range(len(beside)), beside)
-            axis_row[0].set_ylabel(f"{textwrap.fill(outcomes.title('model', model), 24)}\ntrue class")
-        for axis in axes[-1]:
-            axis.set_xlabel("predicted class")
+        for axis, ((model, method), by_env) in zip(axes.flat, counts.items(), strict=False):
+            total = sum(by_env.values(), np.zeros((len(classes), len(classes)), dtype=np.int64))
+            axis.imshow(total / np.maximum(total.sum(1, keepdims=True), 1), norm=_SHARE.norm, cmap=_SHARE.cmap)
+            accuracy = np.trace(total) / max(total.sum(), 1)
+            title = f"{outcomes.title('method', method)}: {accuracy * 100:.0f}\u00a0%"
+            title = title if len(models) == 1 else f"{outcomes.title('model', model)}, {title}"
+            axis.set_title(wrapped(title, 1.5, 7), fontsize=7)
+            axis.set_xticks(range(len(beside)), beside, rotation=90)
+            axis.set_yticks(range(len(beside)), beside)
+        hide(axes, [columns] * (lines - 1) + [len(counts) - columns * (lines - 1)])
+        envs = ", ".join(dict.fromkeys(env for found in counts.values() for env in found))
+        only = f", {models[0]}" if len(models) == 1 else ""
+        figure.suptitle(f"{outcomes.title('set', name)}{only}, held out: {envs}", fontsize=8)
+        figure.supxlabel("predicted class", fontsize=7)
+        figure.supylabel("true class", fontsize=7)
         figure.colorbar(_SHARE, ax=axes, shrink=0.6, label="share of the class")
         save(figure, path)
 
@@ -124,35 +143,37 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     if not shown:
         placeholder_figure(path, "no method of these runs routes")
         return
-    env_names = outcomes.environments(name)
+    env_names = [outcomes.env_title(name, one) for one in outcomes.environments(name)]
     classes: list[str] = next(iter(found.values()))["classes"]
     heights = [min(len(classes), 20), len(env_names)]
+    columns = min(_COLUMNS, len(shown))
+    lines = -(-len(shown) // columns)
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
         figure, axes = plt.subplots(
-            2,
-            len(shown),
-            figsize=(1.9 * len(shown) + 1.6, 0.17 * sum(heights) + 1.9),
+            2 * lines,
+            columns,
+            figsize=(min(1.6 * columns + 1.3, WIDTH), (0.14 * sum(heights) + 1.7) * lines + 0.5),
             squeeze=False,
-            height_ratios=heights,
+            height_ratios=heights * lines,
             layout="constrained",
         )
-        for column, (method, layer, loads, chance) in enumerate(shown):
-            for axis, counts, labels in (
-                (axes[0, column], loads.sum(0), classes),
-                (axes[1, column], loads.sum(1), env_names),
-            ):
+        for place, (method, layer, loads, chance) in enumerate(shown):
+            above, below = (axes[2 * (place // columns) + half, place % columns] for half in (0, 1))
+            for axis, counts, labels in ((above, loads.sum(0), classes), (below, loads.sum(1), env_names)):
                 axis.imshow(_relative(counts), norm=USE.norm, cmap=USE.cmap, aspect="auto")
-                beside = _few(labels, 2 * _FEW) if column == 0 else []
+                beside = labels if place % columns == 0 and len(labels) <= heights[0] else []
                 axis.set_yticks(range(len(beside)), beside)
                 axis.set_xticks([])
-            title = textwrap.fill(f"{outcomes.title('method', method)}, block {layer}", 26)
-            axes[0, column].set_title(f"{title}\n{_told('class', loads.sum(0), chance)}", fontsize=7)
-            axes[1, column].set_title(_told("environment", loads.sum(1), chance), fontsize=7)
-            axes[1, column].set_xlabel(f"{loads.shape[2]} experts")
-        axes[0, 0].set_ylabel("class")
-        axes[1, 0].set_ylabel("environment")
+            title = wrapped(f"{outcomes.title('method', method)}, block {layer}", 1.4, 7)
+            above.set_title(f"{title}\n{_told('class', loads.sum(0), chance)}", fontsize=7)
+            below.set_title(_told("environment", loads.sum(1), chance), fontsize=7)
+            below.set_xlabel(f"{loads.shape[2]} experts")
+        for axis in axes.flat:
+            axis.set_visible(axis.has_data())
         figure.colorbar(USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
-        figure.suptitle(f"{outcomes.title('set', name)}, {outcomes.title('model', model)}, {env} held out", fontsize=8)
+        held_out = outcomes.env_title(name, env)
+        title = f"{outcomes.title('set', name)}, {outcomes.title('model', model)}, {held_out} held out"
+        figure.suptitle(wrapped(title, WIDTH), fontsize=8)
         save(figure, path)
 
 
@@ -178,8 +199,3 @@ def _first_runs(outcomes: DomainOutcomes, name: str) -> list[tuple[str, str, dic
     models = list(dict.fromkeys(model for model, _ in found))
     keys = sorted(found, key=lambda key: (models.index(key[0]), order.index(key[1])))
     return [(model, env, found[model, env]) for model, env in keys]
-
-
-def _few(names: list[str], most: int) -> list[str]:
-    """Names to stand beside an axis; none where there are too many to read."""
-    return names if len(names) <= most else []

@@ -65,6 +65,10 @@ class DomainOutcomes(Outcomes):
         """Names of a set's environments, in DomainBed's order."""
         return list(self.benchmark.tasks[name].environments)
 
+    def env_title(self, name: str, env: str) -> str:
+        """What readers see of an environment of a set: its name and, where that is a number, the unit."""
+        return f"{env}{self.benchmark.tasks[name].unit}"
+
     def _cells(self) -> list[dict[str, Any]]:
         groups: dict[tuple[str, str, str, int], list[Run]] = {}
         for run in self.runs:

@@ -45,7 +45,8 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
     spread = grouped.agg(mean="mean", error=_error).reset_index()
     frame = cells.groupby(CELL, sort=False).agg(n=("trial", "nunique")).reset_index()
     numbers = spread[["env", *CELL, "mean", "error"]]
-    headings = {env: env for env in outcomes.environments(name) if env in set(cells["env"])}
+    envs = [env for env in outcomes.environments(name) if env in set(cells["env"])]
+    headings = {env: outcomes.env_title(name, env) for env in envs}
     frame, columns = with_columns(frame, CELL, numbers, headings, "accuracy", std="error")
     # as DomainBed averages: the mean of the cells, where a row has all of them
     frame, columns = with_average(frame, columns, "accuracy")
@@ -68,13 +69,14 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
 def choices(outcomes: DomainOutcomes, name: str) -> Table:
     """What each selection chose on one set: step and draw of hyper-parameters by held-out environment and trial."""
     frame = outcomes.order(outcomes.cells[outcomes.cells["set"] == name], ["model", "selection", "method"])
+    frame["env_title"] = [outcomes.env_title(name, env) for env in frame["env"]]
     frame["draw"] = frame["hparams_seed"].map(lambda seed: str(seed) if seed else "defaults")
     varied = {"variant": "Variant"} if frame["variant"].any() else {}
     return Table(
         f"{outcomes.title('set', name)}: what was chosen",
         "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection chose, by held-out environment and trial; the value by which it chose, and the accuracy on the held-out environment "
         f"that is then reported. {_selections(outcomes, [name])}",
-        {**_KEYS, "env": "Held out", "trial": "Trial", "step": "Step", "draw": "Draw", **varied},
+        {**_KEYS, "env_title": "Held out", "trial": "Trial", "step": "Step", "draw": "Draw", **varied},
         [Column("accuracy", "chosen_by", "Chosen by"), Column("accuracy", "value", "Accuracy")],
         frame,
     )

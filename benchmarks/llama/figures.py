@@ -13,14 +13,14 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.plots import STYLE, placeholder_figure, save
+from benchmarks.harness.reporting.plots import STYLE, USE, WIDTH, hide, placeholder_figure, save, wrapped
 from benchmarks.harness.results.statistics import CONFIDENCE
 from benchmarks.llama.grid import is_trained
 from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of, task_words
 
 _Point = tuple[int, float | None]  # step and loss
 _FOUR_CHOICES, _CHANCE = "mmlu", 0.25
-_USE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 2), "PuOr_r")
+_NAMES = 1.8  # inches beside the panels
 _LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"))
 _COLOURS = ("#444444", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#999999")
 
@@ -39,7 +39,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     if any(_held_out(outcomes, run) for lines in groups.values() for runs in lines.values() for run in runs):
         panels["held-out loss"] = lambda run: _held_out(outcomes, run)
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
-        size = (3.0 * len(groups) + 0.6, 2.3 * len(panels) + 0.3)
+        size = (min(3.0 * len(groups) + 0.6, WIDTH), 2.3 * len(panels) + 0.3)
         figure, axes = plt.subplots(
             len(panels), len(groups), figsize=size, squeeze=False, sharex="col", sharey="row", layout="constrained"
         )
@@ -50,7 +50,8 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
                 axis.set_ylabel(label if column == 0 else "")
             tuned = outcomes.title("tuning", tuning)
             below = f"{outcomes.title('set', name)}, {tuned}" if outcomes.several_sets else tuned
-            axes[0, column].set_title(f"{outcomes.title('model', model)}\n{below}", fontsize=8)
+            title = f"{outcomes.title('model', model)}\n{below}"
+            axes[0, column].set_title(wrapped(title, (size[0] - 0.6) / len(groups)), fontsize=8)
             axes[0, column].legend(fontsize=7, frameon=False)
             axes[-1, column].set_xlabel("step")
             axes[-1, column].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
@@ -105,28 +106,29 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
         return
     names = [outcomes.row_title(cell) for cell in cells[CELL].to_dict("records")]
     columns = max(map(len, panels.values()))
+    inches = (min(1.5 * columns + _NAMES, WIDTH) - _NAMES) / columns
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(panels),
             columns,
-            figsize=(1.5 * columns + 1.8, (0.26 * len(names) + 0.8) * len(panels) + 0.4),
+            figsize=(min(1.5 * columns + _NAMES, WIDTH), (0.17 * len(names) + 0.95) * len(panels) + 0.4),
             squeeze=False,
             sharex=True,
             sharey=True,
             layout="constrained",
         )
         for axis_row, (task, categories) in zip(axes, panels.items(), strict=True):
-            for axis in axis_row[len(categories) :]:
-                axis.set_visible(False)
             for axis, (name, rows) in zip(axis_row, categories.items(), strict=False):
                 for place, key in enumerate(cells[CELL].itertuples(index=False, name=None)):
                     if key in rows:
                         _draw_shares(axis, place, rows[key])
                 if task.startswith(_FOUR_CHOICES):
                     axis.axvline(_CHANCE * 100, color="#444444", lw=0.8, ls="--", zorder=0)
-                axis.set_title(f"{task_words(task)}\n{name} ({next(iter(rows.values()))[0][1]:,})", fontsize=8)
+                title = f"{task_words(task)}\n{name} ({next(iter(rows.values()))[0][1]:,})"
+                axis.set_title(wrapped(title, inches, 7), fontsize=7)
             axis_row[0].set_yticks(range(len(names)), names)
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
+        hide(axes, [len(categories) for categories in panels.values()])
         figure.supxlabel("Accuracy (%); in brackets: questions; dashed: chance among four answers", fontsize=7.5)
         save(figure, path)
 
@@ -155,7 +157,7 @@ def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:
         figure, axes = plt.subplots(
             len(shown),
             1,
-            figsize=(6.4, 0.2 * sum(heights) + 0.45 * len(shown) + 0.3),
+            figsize=(6.4, 0.105 * sum(heights) + 0.3 * len(shown) + 0.5),
             squeeze=False,
             height_ratios=heights,
             layout="constrained",
@@ -164,11 +166,11 @@ def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:
             routing, cell = outcomes.metrics[run.id]["routing"], cell_of(run)
             layers = sorted(routing["shares"], key=int)
             shares = np.array([routing["shares"][layer] for layer in layers])
-            axis.imshow(shares * shares.shape[1], norm=_USE.norm, cmap=_USE.cmap, aspect="auto")
+            axis.imshow(shares * shares.shape[1], norm=USE.norm, cmap=USE.cmap, aspect="auto")
             axis.set_yticks(range(len(layers)), layers)
             axis.set_ylabel("layer")
             title = outcomes.row_title(cell)
             axis.set_title(f"{title}: load entropy {routing['load_entropy']:.3f}", fontsize=8)
         axes[-1, 0].set_xlabel("expert")
-        figure.colorbar(_USE, ax=axes, shrink=0.8, label="load ÷ mean load", extend="max")
+        figure.colorbar(USE, ax=axes, shrink=0.8, label="load ÷ mean load", extend="max")
         save(figure, path)

@@ -86,10 +86,10 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
                 matrix["places"], matrix["tokens"], matrix["values"],
                 c=matrix["values"], cmap="viridis", s=1.2, linewidths=0, rasterized=True,
             )  # fmt: skip
-            axis.set_xlabel("neurons", labelpad=-4)
+            axis.set_xlabel("neurons", labelpad=-1)
             axis.set_ylabel("tokens", labelpad=-4)
             axis.set_zlabel("|activation|", labelpad=-8)
-            axis.tick_params(pad=-2, labelsize=6)
+            axis.tick_params(pad=-2, labelsize=7)
             axis.view_init(elev=35, azim=-70)
             axis.set_box_aspect((1.3, 1, 0.6), zoom=1.1)
             for side in (axis.xaxis, axis.yaxis, axis.zaxis):

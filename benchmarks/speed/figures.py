@@ -9,7 +9,7 @@ import matplotlib as mpl
 import torch
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.plots import STYLE, save
+from benchmarks.harness.reporting.plots import STYLE, WIDTH, save
 from benchmarks.speed.measurements import Measurements
 from benchmarks.speed.tables import threads_text
 from emoe.sparse.cost_model import predicted_time_ratio
@@ -43,7 +43,7 @@ def draw_layer(measured: Measurements, path: Path) -> None:
         figure, axes = plt.subplots(
             1,
             len(panels),
-            figsize=(3.4 * len(panels) + 1.2, 0.42 * len(cells) + 1.3),
+            figsize=(min(3.4 * len(panels) + 1.2, WIDTH), 0.42 * len(cells) + 1.3),
             sharey=True,
             squeeze=False,
             layout="constrained",
@@ -96,8 +96,8 @@ def draw_scaling(measured: Measurements, path: Path) -> None:
     }
     names = [name for name in ("auto", "masked", "block_mask") if name in set(rows["eval_task"])]
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(2.5 * len(panels), 2.9), sharey=True, layout="constrained")
-        for axis, (column, (label, panel)) in zip(axes, panels.items(), strict=True):
+        figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.9), sharey=True, layout="constrained")
+        for axis, (column, (label, panel)) in zip(axes.flat, panels.items(), strict=True):
             for name in names:
                 line = panel[panel["eval_task"] == name].sort_values(column)
                 axis.errorbar(
@@ -124,8 +124,9 @@ def draw_scaling(measured: Measurements, path: Path) -> None:
             axis.set_xlabel(label)
             axis.grid(axis="y", color="#e3e3e3")
             axis.set_ylim(0, 2)
-        axes[0].set_ylabel("Time ÷ dense")
-        _legend(figure, axes[0])
+        for axis in axes[:, 0]:
+            axis.set_ylabel("Time ÷ dense")
+        _legend(figure, axes[0, 0])
         save(figure, path)
 
 
@@ -149,5 +150,5 @@ def _legend(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(
-        unique.values(), unique.keys(), loc="outside lower center", ncols=len(unique), fontsize=7, frameon=False
+        unique.values(), unique.keys(), loc="outside lower center", ncols=min(len(unique), 3), fontsize=7, frameon=False
     )

@@ -12,13 +12,25 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.plots import COLOURS, FEW, SERIES, STYLE, draw_difference, placeholder_figure, save
+from benchmarks.harness.reporting.plots import (
+    COLOURS,
+    FEW,
+    SERIES,
+    STYLE,
+    WIDTH,
+    draw_difference,
+    hide,
+    placeholder_figure,
+    save,
+    wrapped,
+)
 from benchmarks.text.grid import ID
 from benchmarks.text.selection import PROTOCOLS
 
-_COLUMNS, _MOST = 4, 12
+_COLUMNS, _MOST, _NAMES = 3, 12, 2.3  # panels beside each other and in all, inches of names beside them
+_TITLE, _TICKS = 1.4, 6  # inches of a panel's title, and labels below it
 _NOTHING = "this suite runs no row of this ablation"
-_AXIS_LABELS = {"D": "Share of the training rows", "k": "Share of experts in use, k/N"}
+_AXIS_LABELS = {"D": "Share of the training rows", "k": "Experts in use, k/N"}
 
 
 def draw_differences(rows: pd.DataFrame, path: Path, reference: str = "the baseline") -> None:
@@ -68,7 +80,7 @@ def draw_curves(rows: pd.DataFrame, path: Path, axis: str) -> None:
         return
     labels = list(dict.fromkeys(label for _, found in panels for label, _ in _series(found, axis)))
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
-        figure, axes = _axes(len(panels), 2.3, shared=False)
+        figure, axes = _axes(len(panels), 2.2, shared=False)
         for panel, (title, found) in zip(axes, panels, strict=False):
             places = sorted({float(value) for value in found[axis] if value})
             apart = 0.012 * (places[-1] - places[0])
@@ -92,14 +104,16 @@ def draw_curves(rows: pd.DataFrame, path: Path, axis: str) -> None:
             low, high = panel.get_ylim()
             panel.set_ylim(max(low, 0.0), min(high, 101.0))  # intervals of few seeds know no bounds
             panel.set_xticks(places)
-            panel.tick_params(axis="x", labelsize=7 if len(places) < 6 else 6)
-            panel.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+            every = math.ceil(len(places) / _TICKS)
+            panel.set_xticklabels(
+                ["" if number % every else f"{place:g}" for number, place in enumerate(places)], size=7
+            )
             panel.set_title(title, fontsize=8)
+            panel.set_xlabel(_AXIS_LABELS[axis], fontsize=7)
         handles = {
             label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7, frameon=False)
-        figure.supxlabel(_AXIS_LABELS[axis], fontsize=8)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=7, frameon=False)
         figure.supylabel("Score (%)", fontsize=8)
         save(figure, path)
 
@@ -111,16 +125,14 @@ def _axes(panels: int, height: float, *, shared: bool) -> tuple[Any, list[Any]]:
     figure, axes = plt.subplots(
         lines,
         columns,
-        figsize=(2.1 * columns + 2.2, height * lines + 0.5),
+        figsize=(min(2.1 * columns + _NAMES, WIDTH), height * lines + 0.5),
         squeeze=False,
         sharex=shared,
         sharey=shared,
         layout="constrained",
     )
-    flat = list(axes.flat)
-    for axis in flat[panels:]:
-        axis.set_visible(False)
-    return figure, flat
+    hide(axes, [columns] * (lines - 1) + [panels - columns * (lines - 1)])
+    return figure, list(axes.flat)
 
 
 def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -136,7 +148,7 @@ def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         who = model if is_ours else ", ".join(filter(None, ("the paper", model)))
         selection = f", {PROTOCOLS[protocol]}" if several and is_ours else ""
         where = scope if domain == ID else f"{scope} (OOD)"
-        yield "\n".join([*textwrap.wrap(f"{who}{selection}", 34), *textwrap.wrap(where, 34)]), found
+        yield wrapped(f"{who}{selection}\n{where}", _TITLE), found
 
 
 def _series(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -8,12 +8,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.plots import STYLE, USE, placeholder_figure, save
+from benchmarks.harness.reporting.plots import STYLE, USE, WIDTH, placeholder_figure, save, wrapped
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.traces import Trace, published_traces, shown_traces
 
 _MOST = 4  # rows of panels
-_WIDTH = 6.9
 
 
 def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
@@ -32,7 +31,7 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
     names = [name for name in outcomes.methods if any(name in found for _, found in rows)]
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
         figure, axes = plt.subplots(
-            len(rows), len(names), figsize=(_WIDTH, 1.75 * len(rows) + 0.3), squeeze=False, layout="constrained"
+            len(rows), len(names), figsize=(WIDTH, 1.75 * len(rows) + 0.3), squeeze=False, layout="constrained"
         )
         for axis_row, (title, found) in zip(axes, rows, strict=True):
             for axis, name in zip(axis_row, names, strict=True):
@@ -41,7 +40,7 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
                     continue
                 named, trace = found[name]
                 _draw(axis, trace)
-                axis.set_title(named, fontsize=7)
+                axis.set_title(wrapped(named, (WIDTH - 1.1) / len(names), 7), fontsize=7)
             next(axis for axis in axis_row if axis.get_visible()).set_ylabel(f"{title}\nstep")
         for axis in axes[-1]:
             axis.set_xlabel("experts")

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.domainbed.selection import (
     RunRecords,
@@ -32,7 +31,7 @@ from benchmarks.harness.reporting.claims_figure import write_claims
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.reporting.report import write_report
 from benchmarks.harness.results.records import collect
-from tests.fake_runs import write_runs
+from tests.fake_runs import write_runs, write_samples
 from tests.image_sets import pacs_run
 
 
@@ -247,11 +246,7 @@ def write_outputs(suite: Suite, runs: list[Run]) -> None:
 def test_everything_that_the_suite_shows_is_made(finished: tuple[list[Run], Path]) -> None:
     runs, _ = finished
     suite = load_suite({"suite": "mini", "benchmarks": ["domainbed"]})
-    for job in {validation_job(run.spec).id: validation_job(run.spec) for run in suite.runs_of("domainbed")}.values():
-        picture = Path(job.picture)
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (80, 60)).save(picture)
-        Path(job.file).write_text(json.dumps({"samples": ["0", "15", "30", "45", "60", "75"]}))
+    write_samples(suite.runs_of("domainbed"))
     write_outputs(suite, runs)
     write_claims(suite)
     for file in suite.output_files():

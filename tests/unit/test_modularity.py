@@ -229,16 +229,6 @@ def test_every_figure_is_drawn(shown: Presentation, tmp_path: Path, figure: str)
     assert height <= 1_000
 
 
-@pytest.mark.parametrize("figure", list(BENCHMARK.definition.figures))
-def test_every_figure_of_the_paper_suite_fits_a_page(tmp_path: Path, monkeypatch, figure: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    shown = present(BENCHMARK, fake_runs.write(Path("results/runs"), "paper", benchmarks=("modularity",)))
-    shown.figures[f"modularity_{figure}"](tmp_path / figure)
-    height, width = image.imread(tmp_path / f"{figure}.png").shape[:2]
-    assert width <= 1_400
-    assert height <= 3_000
-
-
 def test_the_table_has_a_row_a_construction_with_the_papers_matrices_beside(shown: Presentation) -> None:
     frame = shown.tables[0].frame
     assert list(frame["method"].unique()) == ["contiguous", "emoe", "random_partition"]

@@ -38,6 +38,8 @@ STYLE: Any = {
 }
 
 
+WIDTH = 6.9  # inches of a page's text: no figure is wider
+_NAMES, _COLUMNS = 1.7, 4  # inches beside the panels of scores, and how many stand beside each other
 FEW = 3  # below so many pairs an interval says nothing that the numbers do not
 
 
@@ -55,6 +57,12 @@ def draw_difference(axis: Any, row: Any, place: float, colour: str, mark: str, s
     if row.n >= FEW and not math.isnan(row.low):
         axis.plot([row.low * scale, row.high * scale], [place, place], color=colour, lw=1.4)
     axis.plot(row.delta * scale, place, mark, ms=4.5, color=colour)
+
+
+def wrapped(text: str, inches: float, size: float = 8) -> str:
+    """Break a text into lines of that width, by the mean width of letters of ``size`` points."""
+    letters = max(8, int(inches * 72 / (0.58 * size)))
+    return "\n".join(textwrap.fill(line, letters, break_on_hyphens=False) for line in text.split("\n"))
 
 
 def over_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -87,27 +95,28 @@ def score_panels(
         path: of the files, without ending.
         measure: what the axis shows, and what diamonds and dots are.
     """
-    values = pd.concat([panel.rows["value"] for row in panels for panel in row]) * 100
+    lines = [row[start : start + _COLUMNS] for row in panels for start in range(0, len(row), _COLUMNS)]
+    values = pd.concat([panel.rows["value"] for row in lines for panel in row]) * 100
     low, high = values.min(), values.max()
     margin = max(high - low, 1.0) * 0.08
     methods = outcomes.methods
-    present = [[name for name in methods if any(name in set(panel.rows["method"]) for panel in row)] for row in panels]
-    columns = max(map(len, panels))
+    present = [[name for name in methods if any(name in set(panel.rows["method"]) for panel in row)] for row in lines]
+    columns = max(map(len, lines))
     heights = [len(names) + 1.5 for names in present]
+    width = min(2.1 * columns + _NAMES, WIDTH)
+    inches = (width - _NAMES) / columns
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
-            len(panels),
+            len(lines),
             columns,
-            figsize=(2.1 * columns + 1.6, 0.25 * sum(heights) + 0.45 * len(panels) + 0.3),
+            figsize=(width, 0.25 * sum(heights) + 0.6 * len(lines) + 0.3),
             height_ratios=heights,
             squeeze=False,
             sharex=True,
             sharey="row",
             layout="constrained",
         )
-        for axis_row, row, names in zip(axes, panels, present, strict=True):
-            for axis in axis_row[len(row) :]:
-                axis.set_visible(False)
+        for axis_row, row, names in zip(axes, lines, present, strict=True):
             for axis, panel in zip(axis_row, row, strict=False):
                 for place, method in enumerate(names):
                     scores = panel.rows.loc[panel.rows["method"] == method, "value"].to_numpy(dtype=float) * 100
@@ -115,20 +124,38 @@ def score_panels(
                         _draw_method(axis, place, scores, COLOURS[methods[method].role], (low - margin, high + margin))
                     if len(scores) and method == outcomes.baseline:
                         axis.axvline(scores.mean(), color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
-                axis.set_title(panel.title, fontsize=8)
+                axis.set_title(wrapped(panel.title, inches), fontsize=8)
                 axis.set_xlim(low - margin, high + margin)
             axis_row[0].set_yticks(range(len(names)), [methods[name].title for name in names])
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
-        label = f"{measure}, bars: 95 % confidence interval, cut at the panel's edge"
-        figure.supxlabel("\n".join(textwrap.wrap(label, 38 * columns)), fontsize=7.5)
+        label = f"{measure}, bars: 95 % confidence interval (from three on), cut at the panel's edge"
+        hide(axes, [len(row) for row in lines])
+        figure.supxlabel(wrapped(label, width), fontsize=7.5)
         save(figure, path)
 
 
 def _draw_method(axis: Any, place: int, scores: Any, colour: str, limits: tuple[float, float]) -> None:
-    ends = confidence_interval(scores)
-    axis.plot([max(ends[0], limits[0]), min(ends[1], limits[1])], [place, place], color=colour, lw=1.2, alpha=0.6)
+    if len(scores) >= FEW:
+        ends = confidence_interval(scores)
+        axis.plot([max(ends[0], limits[0]), min(ends[1], limits[1])], [place, place], color=colour, lw=1.2, alpha=0.6)
     axis.plot(scores, [place] * len(scores), "o", ms=2.6, color=colour, alpha=0.55, mew=0)
     axis.plot(scores.mean(), place, "D", ms=4.2, color=colour, mec="white", mew=0.6)
+
+
+def hide(axes: NDArray[np.object_], counts: list[int]) -> None:
+    """Hide the axes that no panel needs, and put the ticks' labels below the last panel of each column where they are shared.
+
+    Args:
+        axes: ``[rows, columns]``.
+        counts: panels in each row.
+    """
+    for row, count in zip(axes, counts, strict=True):
+        for axis in row[count:]:
+            axis.set_visible(False)
+    for column in axes.T:
+        seen = [axis for axis in column if axis.get_visible()]
+        if seen:
+            seen[-1].tick_params(labelbottom=True)
 
 
 def save(figure: Any, path: Path) -> None:

@@ -1,0 +1,64 @@
+"""What is wrong with a figure as a page shows it: its size, letters too small to read, texts that touch or are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+WIDEST, HIGHEST, SMALLEST = 6.95, 9.6, 6.9  # inches, inches, points
+
+
+@contextmanager
+def watched() -> Iterator[list[str]]:
+    """While it lasts no figure is written, and what is wrong with those that would be is listed."""
+    found: list[str] = []
+
+    def look(figure: Figure, path: Any, **_: Any) -> None:
+        if str(path).endswith(".png"):
+            found.extend(faults(figure))
+
+    with mock.patch.object(Figure, "savefig", look):
+        yield found
+
+
+def faults(figure: Figure) -> list[str]:
+    """What is wrong with a figure, a sentence each."""
+    width, height = figure.get_size_inches()
+    found = []
+    if width > WIDEST or height > HIGHEST:
+        found.append(f"is {width:.1f} by {height:.1f} inches")
+    texts = _drawn(figure)
+    found += [f"{text!r} has {size:g} points" for text, _, size in texts if size < SMALLEST]
+    page = figure.bbox
+    for text, box, _ in texts:
+        if box.x0 < page.x0 - 1 or box.x1 > page.x1 + 1 or box.y0 < page.y0 - 1 or box.y1 > page.y1 + 1:
+            found.append(f"{text!r} is cut at the edge")
+    for place, (text, box, _) in enumerate(texts):
+        for other, beside, _ in texts[place + 1 :]:
+            across = min(box.x1, beside.x1) - max(box.x0, beside.x0)
+            along = min(box.y1, beside.y1) - max(box.y0, beside.y0)
+            if across > 1.5 and along > 1.5:
+                found.append(f"{text!r} touches {other!r}")
+    return found
+
+
+def _drawn(figure: Figure) -> list[tuple[str, Any, float]]:
+    """Every text that is really drawn (not ticks outside the limits), with its place and size in points."""
+    found = []
+    draw = Text.draw
+
+    def noted(text: Text, renderer: Any, *rest: Any, **named: Any) -> None:
+        if text.get_visible() and text.get_text().strip():
+            found.append((text.get_text(), text.get_window_extent(renderer), text.get_fontsize()))
+        draw(text, renderer, *rest, **named)
+
+    FigureCanvasAgg(figure).draw()  # lays it out
+    with mock.patch.object(Text, "draw", noted):
+        FigureCanvasAgg(figure).draw()
+    return found

@@ -1,0 +1,56 @@
+"""Every figure at the size of a page: no wider than its text, letters of 7 points, nothing that touches or is cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from matplotlib import pyplot as plt
+
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.reporting.presentation import present
+from tests import fake_runs
+from tests.drawn import faults, watched
+
+_PART = {"learning_rate": 3e-4, "protocol": "published"}  # of the paper's by adapters: as good as all for figures
+
+
+@pytest.mark.parametrize(
+    ("suite", "benchmark"),
+    [
+        *(("mini", name) for name in ("glue", "glue_lora", "glue_ood", "modularity", "domainbed", "llama")),
+        *(("paper", name) for name in ("glue_lora", "glue_ood", "modularity", "domainbed", "llama")),
+        ("speed", "speed"),
+    ],
+)
+def test_figures_fit_a_page_and_no_text_touches_another(
+    suite: str, benchmark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = fake_runs.write(Path("results/runs"), suite, benchmarks=(benchmark,))
+    if benchmark == "domainbed":
+        runs = [run for run in runs if suite != "paper" or run.spec["task"]["name"] == "pacs"]
+        fake_runs.write_samples(runs)
+    elif (suite, benchmark) == ("paper", "glue_lora"):
+        runs = [run for run in runs if {key: run.spec[key] for key in _PART} == _PART]
+    shown = present(load_benchmark(benchmark), runs)
+    figures = {name: draw for part in (shown, *shown.parts.values()) for name, draw in part.figures.items()}
+    assert len(figures) >= len(load_benchmark(benchmark).definition.figures)
+    for name, draw in figures.items():
+        with watched() as found:
+            draw(tmp_path / name)
+        assert found == [], name
+
+
+def test_what_is_wrong_with_a_figure_is_seen() -> None:
+    figure, axis = plt.subplots(figsize=(8, 2))
+    axis.text(0.5, 0.5, "one")
+    axis.text(0.51, 0.5, "two")
+    axis.text(0.2, 0.5, "small", fontsize=5)
+    axis.text(0.99, 0.2, "goes on beyond the edge")
+    found = faults(figure)
+    plt.close(figure)
+    assert "is 8.0 by 2.0 inches" in found
+    assert "'one' touches 'two'" in found
+    assert "'small' has 5 points" in found
+    assert "'goes on beyond the edge' is cut at the edge" in found
