@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml
 	echo "Setting up $(VENV) with $$($$python --version); the first time takes minutes"; \
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV) || \
 		{ echo "error: could not make $(VENV); on Debian install python3-venv" >&2; rm -rf $(VENV); exit 1; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[mini,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[suite,mini,dev]'
 	@touch $@
 
 run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
@@ -44,7 +44,7 @@ oldest: $(OLDEST)/.installed
 $(OLDEST)/.installed: pyproject.toml tests/oldest.txt $(STAMP)
 	@echo "Setting up $(OLDEST) with the oldest versions that are allowed"
 	@$(BIN)/python -m venv $(OLDEST)
-	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[mini,dev,quantized]' --constraint tests/oldest.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[suite,mini,dev,quantized]' --constraint tests/oldest.txt
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed ## the library's contract with the oldest versions of torch, transformers, peft, accelerate
