@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test oldest test-oldest lint check bless ui
+.PHONY: help setup run test coverage oldest test-oldest lint check bless ui
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,12 @@ run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
 test: lint ## every check and test
 	@echo "Running the tests"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+coverage: $(STAMP) ## lines and branches of the library that its tests do not run
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest -q tests/contract tests/golden tests/unit
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
 
 OLDEST := .venv-oldest
 oldest: $(OLDEST)/.installed
