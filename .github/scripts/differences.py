@@ -51,7 +51,7 @@ def table(comparison: dict[str, Any]) -> str:
 def _row(finding: dict[str, Any]) -> list[Any]:
     number = " ".join(str(finding[name]) for name in ("part", "set", "metric") if finding[name])
     difference = "" if finding["difference"] is None else f"{finding['difference']:+.3g}"
-    tolerance = "equal" if not finding["tolerance"] else f"{finding['tolerance']:.2g}"
+    tolerance = f"{allowed:.2g}" if (allowed := float(finding["tolerance"])) else "equal"
     return [
         *(finding[name] for name in ("status", "run", "seed")),
         number,

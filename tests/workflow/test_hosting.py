@@ -137,14 +137,15 @@ def test_the_differences_of_a_check_become_a_table(tmp_path: Path) -> None:
         Finding("changed", "minilm emoe", **place, before="90.5", after="91.0", difference=0.5, deviation=0.5),
         Finding("shown", "speed", **place, before="1.0", after="2.0", difference=1.0, deviation=1.0),
         *(Finding("new", f"run {number}", **place, after="1") for number in range(60)),
+        Finding("missing", "minilm gmoe", **place, before="1", tolerance=float("inf")),
     ]
     tier = Tier("equal", 7, "to the last digit")
     found = differences(Comparison(tuple(findings), (tier,), 7).to_json(), tmp_path)
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()
-    assert lines[0] == "**Numbers moved**: 7 as blessed, 1 changed, 0 missing, 60 new."
+    assert lines[0] == "**Numbers moved**: 7 as blessed, 1 changed, 1 missing, 60 new."
     assert "| `changed` | `minilm emoe` | `0` | `test tweets accuracy` | `90.5` | `91.0` | `+0.5` | `equal` |" in lines
-    assert "… and 11 more." in lines
+    assert "… and 12 more." in lines
     assert "speed" not in found.stdout
     same = differences(Comparison((), (tier,), 7).to_json(), tmp_path)
     assert same.stdout.startswith("**No number moved**: 7 as blessed")
