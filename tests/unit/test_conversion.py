@@ -267,6 +267,19 @@ def test_a_projection_that_is_no_matrix_is_refused() -> None:
         emoe.convert_(net, emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0]))
 
 
+def test_a_pruned_projection_is_refused() -> None:
+    net = plain_net(8, 16)
+    torch.nn.utils.prune.random_unstructured(net.layers[0].inner, "weight", 0.5)
+    with pytest.raises(emoe.ConversionError, match=r"inner \(Linear\) has no plain weight: convert before"):
+        emoe.convert_(net, emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0]))
+
+
+def test_a_partition_that_hangs_on_data_has_no_key() -> None:
+    config = emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0], partition="coactivation")
+    with pytest.raises(emoe.ConversionError, match="it depends on the calibration set"):
+        partition_key(plain_net(8, 16), config)
+
+
 def test_an_old_name_works_and_says_the_new_one() -> None:
     with pytest.warns(DeprecationWarning, match=r"emoe\.retie_gates_ is now emoe\.update_gates_"):
         assert emoe.retie_gates_ is emoe.update_gates_
