@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test oldest test-oldest lint check bless ui
+.PHONY: help setup run test coverage oldest test-oldest lint check bless ui
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml
 	echo "Setting up $(VENV) with $$($$python --version); the first time takes minutes"; \
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV) || \
 		{ echo "error: could not make $(VENV); on Debian install python3-venv" >&2; rm -rf $(VENV); exit 1; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[mini,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[suite,mini,dev]'
 	@touch $@
 
 run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
@@ -38,13 +38,19 @@ test: lint ## every check and test
 	@echo "Running the tests"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+coverage: $(STAMP) ## lines and branches of the library that its tests do not run
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest -q tests/contract tests/golden tests/unit
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
+
 OLDEST := .venv-oldest
 oldest: $(OLDEST)/.installed
 
 $(OLDEST)/.installed: pyproject.toml tests/oldest.txt $(STAMP)
 	@echo "Setting up $(OLDEST) with the oldest versions that are allowed"
 	@$(BIN)/python -m venv $(OLDEST)
-	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[mini,dev,quantized]' --constraint tests/oldest.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[suite,mini,dev,quantized]' --constraint tests/oldest.txt
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed ## the library's contract with the oldest versions of torch, transformers, peft, accelerate

@@ -6,6 +6,7 @@ config = emoe.EMoEConfig(num_experts=64, top_k=16, layers="last-half:2")
 print(emoe.convert_(model, config))
 """
 
+import importlib.metadata
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,11 @@ from emoe.training import aux_loss, update_gates_
 if TYPE_CHECKING:
     from emoe.trainer import TrainerCallback as TrainerCallback
 
-__version__ = "0.1.0"
+try:
+    # a checkout's is that of its last installation: the commit says more, and is what runs record
+    __version__ = importlib.metadata.version("emoe")
+except importlib.metadata.PackageNotFoundError:  # on the path, but not installed
+    __version__ = "0.0.0"
 
 __all__ = [
     "CheckpointError",

@@ -29,6 +29,8 @@ def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except EMoEError as error:
             raise click.ClickException(str(error)) from error
+        except ModuleNotFoundError as error:  # the library of the model, which the distribution does not ask for
+            raise click.ClickException(f"this needs the package '{error.name}': pip install {error.name}") from error
 
     return wrapped
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from emoe.architectures import FFN, bias_of, find_ffns, resolve_layers
@@ -58,6 +57,8 @@ class ConversionReport:
     added_parameters: int
 
     def __str__(self) -> str:
+        from tabulate import tabulate  # `import emoe` needs torch and safetensors alone
+
         rows = [
             {
                 "layer": row.index,

@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from emoe.architectures import FFN, find_ffns, resolve_layers
 from emoe.calibration import Batch, record_activations
@@ -104,8 +103,12 @@ def partition(
         if calibration is None:
             raise ConversionError("partition='coactivation' needs calibration batches: pass calibration=[...]")
         features = record_activations(model, chosen, calibration, seed=config.partition_seed)
+    if progress:
+        from tqdm.auto import tqdm  # `import emoe` needs torch and safetensors alone
+
+        chosen = tqdm(chosen, desc="Grouping neurons", unit="layer")
     permutations, explained, seconds = {}, {}, {}
-    for ffn in tqdm(chosen, desc="Grouping neurons", unit="layer", disable=not progress):
+    for ffn in chosen:
         start = time.perf_counter()
         labels, share = _group(ffn, config, features.get(ffn.index))
         permutations[ffn.index] = torch.sort(labels, stable=True).indices

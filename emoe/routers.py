@@ -235,10 +235,10 @@ def is_offloaded(module: nn.Module) -> bool:
 @contextmanager
 def in_place(*modules: nn.Module) -> Iterator[None]:
     """Have the weights of modules that are offloaded in place for as long as the block lasts."""
-    from accelerate.utils import align_module_device
-
     with ExitStack() as stack:
         for module in filter(is_offloaded, modules):
+            from accelerate.utils import align_module_device  # it is there, since it holds the weights
+
             stack.enter_context(align_module_device(module))
         yield
 

@@ -385,6 +385,7 @@ def test_sidecars_that_do_not_fit_are_named(folder, file: str, change: dict, mes
         ({"layers": [1, 1, 3]}, r"in the layers \[1, 1, 3\], but"),
         ({"layers": ["x"]}, "is damaged"),
         ({"layers": "13"}, "'layers' is no list of layer numbers"),
+        ({"ffns": "4"}, "'ffns' is no number"),
         ({"layers": [1.0, 3.0]}, "'layers' is no list of layer numbers"),
         ({"layers": [True, 3]}, "'layers' is no list of layer numbers"),
         ({"config": {"kind": {}}}, "kind is {}"),

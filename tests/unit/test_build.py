@@ -63,3 +63,14 @@ def test_build_tells_what_it_built() -> None:
         pytest.skip("no compiler on this machine")
     found = CliRunner().invoke(cli, ["build"])
     assert found.output == f"Kernels: {build.library_file()}\n"
+
+
+def test_a_damaged_library_is_named_and_not_used(compilations, caplog: pytest.LogCaptureFixture) -> None:
+    build.library_file().parent.mkdir(parents=True)
+    build.library_file().write_bytes(b"no library")
+    net = plain_net(16, 64)
+    dense = net(torch.ones(1, 16))
+    emoe.convert_(net, emoe.EMoEConfig(num_experts=8, top_k=8, layers=[0], backend="sparse"))
+    torch.testing.assert_close(net(torch.ones(1, 16)), dense)
+    assert [record.message for record in caplog.records if f"{build.library_file()} does not load" in record.message]
+    assert not compilations

@@ -56,3 +56,9 @@ def test_bad_input_is_refused() -> None:
     rows[3, 2] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         balanced_kmeans(rows, 3)
+
+
+@pytest.mark.parametrize("clusters", [0, 3, 9])
+def test_rows_that_make_no_equal_clusters_are_refused(clusters: int) -> None:
+    with pytest.raises(ValueError, match=f"8 rows cannot be split into {clusters} equal clusters"):
+        balanced_kmeans(torch.randn(8, 4), clusters)

@@ -50,6 +50,7 @@ def test_round_trip_through_plain_values() -> None:
             "has its own scores",
         ),
         ({"num_experts": 8, "top_k": 1, "router": "cosine", "weighting": "softmax_times_k"}, "at least 2"),
+        ({"num_experts": 8, "top_k": 2, "backend": "sparse", "score": "inter"}, "'masked' unless score is"),
         ({"num_experts": 8, "top_k": 2, "output_bias": "per_expert_whole"}, "a part of the FFN, not a copy"),
         (
             {"num_experts": 8, "top_k": 2, "balance_loss": "published", "aux_loss_coefficient": 0.1},
@@ -67,6 +68,8 @@ def test_reading_back_names_what_is_missing_or_wrong() -> None:
         emoe.config_from_dict({"kind": "emoe", "num_experts": 4})
     with pytest.raises(emoe.ConfigError, match="did you mean 'gmoe'"):
         emoe.config_from_dict({"kind": "gmoee"})
+    with pytest.raises(emoe.ConfigError, match="EMoEConfig cannot read a configuration of kind 'gmoe'"):
+        emoe.EMoEConfig.from_dict(emoe.GMoEConfig().to_dict())
 
 
 def test_as_published_names_the_authors_settings() -> None:

@@ -13,6 +13,7 @@ from emoe.architectures import find_ffns
 from emoe.layer import routed_layers
 from emoe.partitioning import load_partition, partition_key, save_partition
 from tests import tiny_models
+from tests.plain_net import plain_net
 
 CONFIG = emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1, 3])
 
@@ -257,3 +258,30 @@ def test_deep_copies_are_independent() -> None:
         for parameter in model.parameters():
             parameter.zero_()
     torch.testing.assert_close(tiny_models.output(twin, values), expected, atol=0, rtol=0)
+
+
+def test_a_projection_that_is_no_matrix_is_refused() -> None:
+    net = plain_net(8, 16)
+    net.layers[0].outer.weight = torch.nn.Parameter(torch.randn(8, 16, 1))
+    with pytest.raises(emoe.ConversionError, match=r"outer \(Linear\) has a weight of 3 dimensions"):
+        emoe.convert_(net, emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0]))
+
+
+def test_a_pruned_projection_is_refused() -> None:
+    net = plain_net(8, 16)
+    torch.nn.utils.prune.random_unstructured(net.layers[0].inner, "weight", 0.5)
+    with pytest.raises(emoe.ConversionError, match=r"inner \(Linear\) has no plain weight: convert before"):
+        emoe.convert_(net, emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0]))
+
+
+def test_a_partition_that_hangs_on_data_has_no_key() -> None:
+    config = emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0], partition="coactivation")
+    with pytest.raises(emoe.ConversionError, match="it depends on the calibration set"):
+        partition_key(plain_net(8, 16), config)
+
+
+def test_an_old_name_works_and_says_the_new_one() -> None:
+    with pytest.warns(DeprecationWarning, match=r"emoe\.retie_gates_ is now emoe\.update_gates_"):
+        assert emoe.retie_gates_ is emoe.update_gates_
+    with pytest.raises(AttributeError, match="module 'emoe' has no attribute 'convert_model'"):
+        emoe.convert_model  # noqa: B018

@@ -34,16 +34,18 @@ def test_conda_environments_follow_pyproject(file: str) -> None:
         f"python{PYPROJECT['project']['requires-python']}",
         "pip",
     ]
-    install = "--editable .[mini,dev]"
+    install = "--editable .[suite,mini,dev]"
     assert listed[2:] == ([{"pip": [install]}] if file == "environment.yml" else [])
-    assert "--editable '.[mini,dev]'" in (ROOT / "workflow/envs/emoe.post-deploy.sh").read_text()
-    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"mini", "dev", "quantized"}
+    for file in ("workflow/envs/emoe.post-deploy.sh", "Makefile"):
+        assert "--editable '.[suite,mini,dev]'" in (ROOT / file).read_text()
 
 
 def test_torch_is_a_range() -> None:
-    for requirement in PYPROJECT["project"]["dependencies"]:
-        if requirement.startswith("torch"):
-            assert re.fullmatch(r"torch(vision)?>=[\d.]+", requirement)
+    extras = PYPROJECT["project"]["optional-dependencies"].values()
+    named = [one for part in (PYPROJECT["project"]["dependencies"], *extras) for one in part if one.startswith("torch")]
+    assert len(named) == 2
+    for requirement in named:
+        assert re.fullmatch(r"torch(vision)?>=[\d.]+", requirement)
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:

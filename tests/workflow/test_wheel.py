@@ -1,0 +1,175 @@
+"""The distribution: the library alone, which needs no more than it asks for; its version is the tag's."""
+
+from __future__ import annotations
+
+import email
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.conftest import ROOT
+
+VERSION = "7.8.9"
+USE = """
+import pathlib
+import sys
+import tempfile
+
+import safetensors.torch
+import torch
+
+seen = set(sys.modules)
+import emoe
+
+others = {name.partition(".")[0] for name in set(sys.modules) - seen} - set(sys.stdlib_module_names)
+assert others == {"emoe"}, f"`import emoe` imports {others}"
+
+
+def build():
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 32, batch_first=True)
+    return torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+model, rows = build(), torch.randn(2, 3, 8)
+before = model(rows)
+print(emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=2, layers="all"), progress=True))
+with tempfile.TemporaryDirectory() as folder:
+    emoe.save_pretrained(model, folder)
+    again = emoe.from_pretrained(build, folder)
+assert torch.equal(again(rows), model(rows)) and not torch.allclose(model(rows), before)
+emoe.set_top_k_(model, 4)
+torch.testing.assert_close(model(rows), before)
+print(emoe.__version__, emoe.__file__)
+
+import runpy
+
+(pathlib.Path(FOLDER) / "config.json").write_text('{"architectures": ["BertModel"]}')
+(pathlib.Path(FOLDER) / "model.safetensors").touch()
+for words in (["--help"], ["convert", FOLDER, FOLDER + "/out", "--num-experts=4", "--top-k=2"]):
+    sys.argv[:] = ["emoe", *words]
+    try:
+        runpy.run_path(SCRIPT, run_name="__main__")
+    except SystemExit as end:
+        print("ended with", end.code)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the distribution is made of, as a repository with a tag."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("emoe", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    git = ["git", "-c", "user.name=nobody", "-c", "user.email=", "-c", "commit.gpgsign=false", "-C", str(folder)]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"], ["tag", f"v{VERSION}"]):
+        subprocess.run([*git, *command], check=True)
+    return folder
+
+
+def pip(*words: object) -> None:
+    """Run pip without the package index."""
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, words)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder, checkout)
+    (file,) = folder.iterdir()
+    return file
+
+
+def requirements(wheel: Path) -> list[Requirement]:
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(f"emoe-{VERSION}.dist-info/METADATA").decode()
+    return [Requirement(line) for line in email.message_from_string(text).get_all("Requires-Dist", [])]
+
+
+def needed(wanted: list[Requirement]) -> set[str]:
+    """Distributions that requirements lead to, without extras."""
+    found: set[str] = set()
+    for requirement in wanted:
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found.add(name)
+        found |= needed([Requirement(line) for line in importlib.metadata.requires(name) or []])
+    return found
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment with the wheel and what it asks for, and nothing else of this one's packages."""
+    target, others = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("others")
+    pip("install", "--no-deps", "--no-index", "--target", target, wheel)
+    for name in needed(requirements(wheel)):
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or () if file.parts[0] != ".."}:
+            if not (others / top).exists():
+                (others / top).symlink_to(Path(str(distribution.locate_file(top))))
+    return {**os.environ, "PYTHONPATH": f"{target}{os.pathsep}{others}"}
+
+
+def test_the_wheel_holds_the_library_alone(wheel: Path) -> None:
+    assert wheel.name == f"emoe-{VERSION}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    files = {path for path in (ROOT / "emoe").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert names == {path.relative_to(ROOT).as_posix() for path in files}
+    assert {"emoe/py.typed", "emoe/sparse/kernels.cpp"} <= names
+
+
+def test_it_asks_for_torch_and_small_things(wheel: Path) -> None:
+    asked = {requirement.name for requirement in requirements(wheel) if not requirement.marker}
+    assert asked == {"click", "ninja", "numpy", "safetensors", "tabulate", "torch", "tqdm"}
+
+
+def test_it_works_with_what_it_asks_for(environment: dict[str, str], tmp_path: Path) -> None:
+    target = environment["PYTHONPATH"].split(os.pathsep)[0]
+    code = f"SCRIPT, FOLDER = {target + '/bin/emoe'!r}, {str(tmp_path)!r}\n{USE}"
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    said = found.stdout.splitlines()
+    assert "2 of 2 FFNs converted" in found.stdout
+    assert f"{VERSION} {target}/emoe/__init__.py" in said
+    assert all(command in found.stdout for command in ("convert", "inspect", "to-dense"))
+    assert said[-1] == "ended with 1"
+    assert found.stderr.splitlines()[-1] == "Error: this needs the package 'transformers': pip install transformers"
+
+
+def test_an_editable_install_has_the_benchmarks_too(checkout: Path, tmp_path: Path) -> None:
+    hook = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", hook, str(tmp_path)], cwd=checkout, check=True, capture_output=True)
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(tmp_path)
+    find = "import site, sys; site.addsitedir(sys.argv[1]); import benchmarks; print(benchmarks.__file__)"
+    command = [sys.executable, "-S", "-c", find, str(tmp_path)]  # -S: without what is installed here
+    said = subprocess.run(command, cwd=tmp_path, env={"PATH": os.defpath}, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == str(checkout / "benchmarks/__init__.py")
+
+
+def test_the_version_is_the_tags_where_there_is_one(checkout: Path, tmp_path: Path) -> None:
+    archived = tmp_path / "archived"
+    archived.mkdir()
+    shutil.copy(checkout / "pyproject.toml", archived)
+    untagged = tmp_path / "untagged"
+    subprocess.run(["git", "clone", "--quiet", "--depth=1", "--no-tags", checkout.as_uri(), untagged], check=True)
+    for folder, version in ((checkout, VERSION), (archived, r"0\.0\.0"), (untagged, r"0\.0\.1\.dev1\+g[0-9a-f]+")):
+        found = subprocess.run([sys.executable, "-m", "setuptools_scm"], cwd=folder, capture_output=True, text=True)
+        assert re.fullmatch(version, found.stdout.strip()), found.stderr
