@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "config/README.md": "configuration.md",
-    **{f"benchmarks/{path.parent.name}/README.md": f"benchmarks/{path.parent.name}.md" for path in sorted(ROOT.glob("benchmarks/*/README.md"))},
+    **{
+        f"benchmarks/{path.parent.name}/README.md": f"benchmarks/{path.parent.name}.md"
+        for path in sorted(ROOT.glob("benchmarks/*/README.md"))
+    },
 }
 _PATH_IN_REPOSITORY = {place: path for path, place in OUTSIDE.items()}
 _LINK = re.compile(r"(?<!!)\[([^\[\]]+)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
@@ -32,7 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
     """Make the links of the repository those of the site."""
     here = page.file.src_uri
     folder = posixpath.dirname(_PATH_IN_REPOSITORY.get(here, f"docs/{here}"))

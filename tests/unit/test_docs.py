@@ -11,7 +11,7 @@ from tests.conftest import ROOT, SHIPPED
 from tests.pages import python_blocks
 
 
-@pytest.mark.parametrize(("page", "least"), [("docs/library.md", 6), ("docs/adding.md", 2)])
+@pytest.mark.parametrize(("page", "least"), [("docs/start.md", 4), ("docs/library.md", 6), ("docs/adding.md", 5)])
 def test_every_python_block_runs(page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(page)

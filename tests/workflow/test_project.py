@@ -37,7 +37,7 @@ def test_conda_environments_follow_pyproject(file: str) -> None:
     install = "--editable .[mini,dev]"
     assert listed[2:] == ([{"pip": [install]}] if file == "environment.yml" else [])
     assert "--editable '.[mini,dev]'" in (ROOT / "workflow/envs/emoe.post-deploy.sh").read_text()
-    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"mini", "dev", "quantized"}
+    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"mini", "docs", "dev", "quantized"}
 
 
 def test_torch_is_a_range() -> None:
