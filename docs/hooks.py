@@ -54,7 +54,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
 
 
 class Docstrings(griffe.Extension):
-    """Reads docstrings as Markdown: without the roles of Sphinx, examples as code."""
+    """Reads docstrings as Markdown, without the roles of Sphinx and with examples as code; and defaults without their bounds."""
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+        """Show ``_number(0.0, minimum=0.0)``, a field with bounds, as its default."""
+        value = attr.value
+        if isinstance(value, griffe.ExprCall) and str(value.function) == "_number":
+            attr.value = next((each for each in value.arguments if not isinstance(each, griffe.ExprKeyword)), None)
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Change one docstring."""

@@ -70,6 +70,7 @@ def test_every_public_name_is_on_a_page_of_the_api(site: Path) -> None:
     pages = "".join(page.read_text() for page in (site / "api").glob("*.html"))
     assert [name for name in (*emoe.__all__, "TrainerCallback") if f'id="emoe.{name}"' not in pages] == []
     assert ":class:" not in pages
+    assert "_number" not in pages
     assert "<p>&gt;&gt;&gt;" not in pages
     assert "<blockquote>" not in pages
 
