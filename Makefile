@@ -61,7 +61,7 @@ lint: $(STAMP) ## style, types, imports between rooms, workflow style
 	@$(BIN)/snakemake --lint
 
 docs: $(STAMP) ## write the documentation as a site, site/index.html
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Documentation: site/index.html"
 
 check: $(STAMP) ## compare a suite's numbers with the blessed ones
