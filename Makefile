@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test coverage oldest test-oldest lint check bless ui
+.PHONY: help setup run test coverage oldest test-oldest lint docs check bless ui
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,6 +65,10 @@ lint: $(STAMP) ## style, types, imports between rooms, workflow style
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@$(BIN)/snakefmt --check Snakefile workflow
 	@$(BIN)/snakemake --lint
+
+docs: $(STAMP) ## write the documentation as a site, site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Documentation: site/index.html"
 
 check: $(STAMP) ## compare a suite's numbers with the blessed ones
 	@$(BIN)/python -m benchmarks check --suite $(SUITE)

@@ -1,4 +1,4 @@
-"""Whoever follows docs/adding.md word by word has a benchmark, a method, a task, a router, a way of tuning and a metric of their own."""
+"""Whoever follows docs/adding.md word by word has a benchmark, a method, a task, a router, a way of tuning, a metric and an architecture of their own."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     tuning, bitfit = PAGE["A way of tuning"]
     task, task_block = PAGE["A task"]
     score, metric, metric_of_task = PAGE["A metric"]
+    _, _, architecture, _ = PAGE["An architecture"]
 
     append(files["methods.yaml"], method)
     append(mine["benchmark.yaml"], block)
@@ -84,6 +85,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
         replace(mine["benchmark.yaml"], "\nmethods:\n", f"\nmethods:\n{row.replace('emoe_bottom', name)}")
     replace(mine["benchmark.yaml"], "\nmethods:\n", f"\nmethods:\n{row}")
     append(plugin, score)
+    append(plugin, architecture)
     append(files["metrics.yaml"], metric)
     text = mine["tasks.yaml"].read_text()
     mine["tasks.yaml"].write_text(text.replace("    metric: accuracy\n", metric_of_task, 1))
@@ -157,3 +159,9 @@ def test_its_router_its_tuning_and_its_metric_run(project: Path) -> None:
     assert set(model["trained"]) == {"head", "bias"}
     assert 0 < model["trained"]["bias"]["parameters"] < model["parameters"] / 100
     assert model["trainable_parameters"] == sum(group["parameters"] for group in model["trained"].values())
+
+
+def test_its_architecture_converts(project: Path) -> None:
+    look, printed, _, check = PAGE["An architecture"]
+    imports = "import torch, emoe\nfrom benchmarks.harness.planning.plugins import import_plugins\nimport_plugins()\n"
+    assert printed in run(project, [sys.executable, "-c", imports + look + check])
