@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from emoe.records import LayerRecord, RoutingRecord
-
 _STYLE: Any = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7}
 # purple and orange, white in the middle: the colour-blind tell them apart
 _COLOURS, _LINE, _GREY = "PuOr_r", "#0072b2", "#888888"
@@ -25,14 +23,28 @@ _ROW, _LEAST, _MOST, _AROUND, _PANEL, _BAR = 0.17, 0.4, 3.2, 0.5, 0.85, 0.08
 _LINE_HEIGHT = 0.14  # of a number beside a row
 
 
-def plot_routing(record: RoutingRecord, axes: Axes | Sequence[Axes] | None, layer: int | None, width: float) -> Figure:
-    """Draw a record; see :meth:`emoe.records.RoutingRecord.plot`."""
+class Drawn(Protocol):
+    """What is drawn of a layer: of its :class:`emoe.records.LayerRecord`."""
+
+    @property
+    def loads(self) -> Tensor: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def max_over_mean(self) -> float: ...
+    @property
+    def by_label(self) -> dict[int, Tensor]: ...
+
+
+def plot_routing(
+    layers: Mapping[int, Drawn], axes: Axes | Sequence[Axes] | None, layer: int | None, width: float
+) -> Figure:
+    """Draw a record's layers; see :meth:`emoe.records.RoutingRecord.plot`."""
     try:
         import matplotlib as mpl
         from matplotlib import pyplot as plt
     except ImportError as error:
         raise ImportError("plot: matplotlib is not installed; `pip install matplotlib`") from error
-    layers = record.layers
     layer = list(layers)[-1] if layer is None else layer
     by_label = layers[layer].by_label
     if not any(found.tokens for found in layers.values()):
@@ -90,7 +102,7 @@ def _draw_uses(axis: Axes, uses: Tensor, names: list[int], what: str, norm: Any)
     return image
 
 
-def _draw_balance(axis: Axes, layers: dict[int, LayerRecord]) -> None:
+def _draw_balance(axis: Axes, layers: Mapping[int, Drawn]) -> None:
     busiest = [found.max_over_mean if found.tokens else math.nan for found in layers.values()]
     axis.axvline(1, color=_GREY, lw=0.8, ls="--")
     axis.plot(busiest, range(len(busiest)), "o-", color=_LINE, ms=3, lw=1)

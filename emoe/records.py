@@ -229,7 +229,7 @@ class RoutingRecord:
             ImportError: matplotlib is not installed.
             KeyError: that layer has no experts.
         """
-        return plot_routing(self, axes, layer, width)
+        return plot_routing(self.layers, axes, layer, width)
 
     def __str__(self) -> str:
         head = f"{'layer':>5}{'tokens':>10}{'experts':>9}{'active':>9}{'dropped':>9}{'entropy':>9}{'max/mean':>10}"
