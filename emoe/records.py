@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from emoe.errors import ConversionError
 from emoe.layer import check_one_conversion, routed_layers
+from emoe.plotting import plot_routing
 from emoe.tokens import LabelHook, PaddingMaskHook, is_recomputed, watch_padding
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class LayerRecord:
@@ -200,6 +206,30 @@ class RoutingRecord:
             "drop_rate": mean([record.drop_rate for record in records]),
             "active_neurons": mean([record.active_neurons for record in records]),
         } | ({"load_change": mean(changes)} if changes else {})
+
+    def plot(
+        self, axes: Axes | Sequence[Axes] | None = None, *, layer: int | None = None, width: float = 6.9
+    ) -> Figure:
+        """Draw which experts were used: a heat map of layers and experts, the busiest expert of each layer, and, where labels were known, one layer's experts by label.
+
+        Colours are an expert's load over the mean load of its layer or label: 1 (white) is an even load, 0 an expert that was never used. The line is
+        :attr:`LayerRecord.max_over_mean`. A layer that no token passed is empty. Needs matplotlib.
+
+        Args:
+            axes: where to draw, by default a new figure: axes of the heat map alone, or a sequence of those of heat map, line and labels, from which
+                the last or the last two may be left out.
+            layer: whose experts are shown by label, by its number in the model; the last one by default.
+            width: of a new figure in inches; its height follows from the number of layers and labels.
+
+        Returns:
+            The figure, which pyplot shows; save it by ``.savefig("routing.png")``.
+
+        Raises:
+            EMoEError: nothing was recorded.
+            ImportError: matplotlib is not installed.
+            KeyError: that layer has no experts.
+        """
+        return plot_routing(self.layers, axes, layer, width)
 
     def __str__(self) -> str:
         head = f"{'layer':>5}{'tokens':>10}{'experts':>9}{'active':>9}{'dropped':>9}{'entropy':>9}{'max/mean':>10}"
