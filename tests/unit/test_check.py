@@ -100,7 +100,7 @@ def test_on_the_machine_that_blessed_everything_is_equal_and_the_last_digit_coun
     same = compare(runs, "mini", blessed)
     assert same.passed
     assert [tier.name for tier in same.tiers] == ["equal"]
-    assert "the machine is the one that blessed" in str(same)
+    assert "the machine is the same" in str(same)
 
     score_of(runs[0], 2e-16)
     moved = compare(runs, "mini", blessed)

@@ -17,6 +17,7 @@ from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.results.durations import Estimate, estimate
 from benchmarks.harness.running import data_check
 from benchmarks.harness.sources.hub import cached_commit
+from benchmarks.harness.sources.packages import PackageFile
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,9 @@ def _work(name: str, runs: Sequence[Run], done: set[str], known: Mapping[str, Es
     )
 
 
-def _packages(runs: Iterable[Run]) -> list[Any]:
+def _packages(runs: Iterable[Run]) -> list[PackageFile]:
     """The package files that runs read sets and rebuilt models from."""
-    found = {}
+    found: dict[str, PackageFile] = {}
     for run in runs:
         kind = kind_of(run.benchmark)
         files = [file for task in (run.spec["task"], *run.spec["ood"]) for file in kind.package_files(task)]
