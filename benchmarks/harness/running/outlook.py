@@ -126,7 +126,7 @@ def _work(name: str, runs: Sequence[Run], done: set[str], known: Mapping[str, Es
         len(runs),
         len(runs) - len(missing),
         sum(found.seconds for _, found in estimated),
-        Counter(found.basis for _, found in estimated),
+        dict(Counter(found.basis for _, found in estimated)),
         len(missing) - len(estimated),
         sum(found.seconds * run.resources["gpu"] for run, found in estimated),
         max((run.resources["gpu"] for run in missing), default=0),
