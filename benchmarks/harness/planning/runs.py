@@ -81,7 +81,7 @@ def read_run(path: Path, *, anywhere: bool = False) -> Run:
         raise DefinitionError(
             f"{path} does not exist; the workflow writes it when it runs `{path.parent}/metrics.json`"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise DefinitionError(f"{path} is no run specification: {error!r}") from error
     if path.parent.name != run.id and not anywhere:
         raise DefinitionError(f"{path} was changed by hand: its content belongs into a folder named {run.id}")
