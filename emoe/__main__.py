@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import functools
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 from tabulate import tabulate
 
 import emoe
@@ -19,6 +23,8 @@ from emoe.folders import check_new, copy_companions, load_dense, loader_for, mod
 from emoe.sparse.build import build_kernels
 
 _FOLDER = click.Path(path_type=Path)
+# a folder that cannot be written to, a full disk: no mistake of ours
+_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _KINDS: dict[str, type[emoe.EMoEConfig] | type[emoe.GMoEConfig]] = {"emoe": emoe.EMoEConfig, "gmoe": emoe.GMoEConfig}
 
 
@@ -35,9 +41,36 @@ def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+_EPILOG = """\b
+Exit status: 0 fine; 1 an error, said in one line; 2 wrong usage;
+130 interrupted.
+
+\b
+Shell completion (bash; zsh and fish likewise), in the shell's start-up file:
+  eval "$(_EMOE_COMPLETE=bash_source emoe)"
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+@click.version_option(emoe.__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Turn a pre-trained transformer's FFNs into experts, and back."""
+
+
+_Completion = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def _completed_by(*names: str) -> _Completion:
+    """Offer a shell these names."""
+    return lambda _context, _parameter, begun: [CompletionItem(name) for name in names if name.startswith(begun)]
+
+
+def _folders(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Have a shell complete folders, where a hub id may stand too."""
+    return [CompletionItem(begun, type="dir")]
+
+
+_FIELDS = sorted({field.name for kind in _KINDS.values() for field in dataclasses.fields(kind)} - {"version"})
 
 
 def _plain_layers(text: str) -> str | list[int]:
@@ -60,8 +93,8 @@ def _copy_companions(source: Path, out: Path) -> None:
         click.echo(f"Not copied: {source / file} is a link that leads out of the folder", err=True)
 
 
-@cli.command()
-@click.argument("model")
+@cli.command(short_help="Convert a model, and write it to a new folder.")
+@click.argument("model", shell_complete=_folders)
 @click.argument("out", type=_FOLDER)
 @click.option("--num-experts", type=int, required=True, help="N, experts of each converted FFN.")
 @click.option("--top-k", type=int, required=True, help="Experts that each token uses.")
@@ -71,12 +104,29 @@ def _copy_companions(source: Path, out: Path) -> None:
     show_default=True,
     help="8,10: these; all; last:2: the last two; last-half:2: every second one of the latter half (last-quarter:2 of the last quarter); 8:12:2: a slice.",
 )
-@click.option("--partition", default=None, help="How neurons are grouped: kmeans (the default), random, contiguous.")
+@click.option(
+    "--partition",
+    default=None,
+    shell_complete=_completed_by("kmeans", "random", "contiguous"),
+    help="How neurons are grouped: kmeans (the default), random, contiguous.",
+)
 @click.option(
     "--kind", type=click.Choice(list(_KINDS)), default="emoe", show_default=True, help="Split or copied FFNs."
 )
-@click.option("--as-published", default=None, help="The authors' settings: tutel or llama.")
-@click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other field of the configuration.")
+@click.option(
+    "--as-published",
+    default=None,
+    shell_complete=_completed_by("tutel", "llama"),
+    help="The authors' settings: tutel or llama.",
+)
+@click.option(
+    "--set",
+    "others",
+    multiple=True,
+    metavar="NAME=VALUE",
+    shell_complete=_completed_by(*(f"{name}=" for name in _FIELDS)),
+    help="Any other field of the configuration.",
+)
 @_with_clear_errors
 def convert(
     model: str,
@@ -107,32 +157,40 @@ def convert(
     click.echo(f"Written to {out}")
 
 
-@cli.command()
+@cli.command(short_help="Show what a converted folder holds.")
 @click.argument("folder", type=_FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="The same, as JSON for programs.")
 @_with_clear_errors
-def inspect(folder: Path) -> None:
+def inspect(folder: Path, as_json: bool) -> None:
     """Show the configuration, experts and files of a converted FOLDER; its weights are not loaded.
 
     Settings with a * are not the default ones. "moved" is the share of neurons that stand elsewhere than at first, and
     the keys are the lengths of the neurons' input weights.
     """
     config, indices, tensors, extra = read_sidecars(folder)
+    measured = [
+        {"layer": index, "experts": config.num_experts, **_measures(tensors, index, config)} for index in indices
+    ]
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    numbers = sum(tensor.numel() for tensor in extra.values())
+    if as_json:
+        content = {"config": config.to_dict(), "layers": measured, "files": sizes, "extra_numbers": numbers}
+        click.echo(json.dumps(content, indent=1))
+        return
     defaults = type(config)(num_experts=config.num_experts, top_k=config.top_k).to_dict()
     settings = [
         (name, json.dumps(value), "" if value == defaults[name] else "*") for name, value in config.to_dict().items()
     ]
     click.echo(tabulate(settings, headers=["field", "value", "set"], tablefmt="simple"))
     click.echo(f"\n* not the default. layers: {_in_words(config.layers)}")
-    rows = [{"layer": index, "experts": config.num_experts, **_measures(tensors, index, config)} for index in indices]
     click.echo()
-    click.echo(tabulate(rows, headers="keys", tablefmt="simple"))
+    click.echo(tabulate([_in_cells(row) for row in measured], headers="keys", tablefmt="simple"))
     if not tensors:
         click.echo("\nSaved by the model's own library, so that it is not known where the neurons stood at first.")
-    files = [(path.name, f"{path.stat().st_size / 1e6:.2f} MB") for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [(name, f"{size / 1e6:.2f} MB") for name, size in sizes.items()]
     click.echo()
     click.echo(tabulate(files, headers=["file", "size"], tablefmt="simple", colalign=("left", "right")))
     if extra:
-        numbers = sum(tensor.numel() for tensor in extra.values())
         click.echo(f"\n{EXTRA_FILE}: {numbers:,} numbers that the stock class has no place for")
 
 
@@ -158,17 +216,25 @@ def _measures(tensors: dict[str, Any], index: int, config: emoe.EMoEConfig | emo
     if not tensors:
         return {}
     norms, order = tensors[f"key_norms.{index}"], tensors.get(f"permutation.{index}")
-    moved = "-" if order is None else f"{float((order != order.sort().values).float().mean()):.0%}"
     return {
         "neurons": len(norms),
         "size": len(norms) // config.num_experts,
-        "moved": moved,
-        "smallest key": f"{float(norms.min()):.3f}",
-        "largest key": f"{float(norms.max()):.3f}",
+        "moved": None if order is None else float((order != order.sort().values).float().mean()),
+        "smallest_key": float(norms.min()),
+        "largest_key": float(norms.max()),
     }
 
 
-@cli.command()
+def _in_cells(measured: dict[str, Any]) -> dict[str, Any]:
+    """What a layer measures, as it is printed."""
+    found = {name.replace("_", " "): value for name, value in measured.items()}
+    if "moved" in found:
+        found["moved"] = "-" if found["moved"] is None else f"{found['moved']:.0%}"
+        found |= {name: f"{found[name]:.3f}" for name in ("smallest key", "largest key")}
+    return found
+
+
+@cli.command(short_help="Fold experts back into a dense model.")
 @click.argument("folder", type=_FOLDER)
 @click.argument("out", type=_FOLDER)
 @click.option("--restore-order", is_flag=True, help="Put the neurons back where they stood before the conversion.")
@@ -185,10 +251,10 @@ def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
     click.echo(f"Written to {out}")
 
 
-@cli.command()
+@cli.command(short_help="Answer a prompt by a language model.")
 @click.argument("folder", type=_FOLDER)
 @click.argument("prompt")
-@click.option("--max-new-tokens", default=128, show_default=True, help="Longest answer.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer.")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the tokenizer's chat template.")
 @click.option(
     "--backend",
@@ -205,7 +271,7 @@ def generate(folder: Path, prompt: str, max_new_tokens: int, raw: bool, backend:
     generate_text(model_folder(str(folder)), prompt, max_new_tokens, raw=raw, backend=backend)
 
 
-@cli.command()
+@cli.command(short_help="Compile the sparse backend's kernels now.")
 @_with_clear_errors
 def build() -> None:
     """Compile the sparse backend's kernels now, where there is a compiler, instead of when the first model is converted."""
@@ -215,5 +281,21 @@ def build() -> None:
         raise click.ClickException(f"the kernels cannot be built: {error}; the sparse backend uses PyTorch") from error
 
 
+def main() -> None:
+    """Entry point: mistakes are one line, an interrupt ends with the status that shells expect."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        click.echo(f"Error: {error.filename or 'a file'}: {error.strerror}", err=True)
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    cli(prog_name="python -m emoe")
+    main()

@@ -14,10 +14,9 @@ from benchmarks.harness.modeling.build import reopen_classifier
 from benchmarks.harness.modeling.conversion import apply_method_
 from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.runs import Run, read_run
 from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.results.records import collect, read_metrics
-from benchmarks.harness.running.execution import read_run
 from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.datasets import TextSplit, load_part

@@ -13,8 +13,8 @@ import emoe
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.modeling.build import reopen_language_model
 from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.planning.runs import read_run
 from benchmarks.harness.results.records import read_metrics
-from benchmarks.harness.running.execution import read_run
 from benchmarks.llama.templates import find_template
 from emoe.folders import check_new
 from emoe.layer import routed_layers

@@ -69,6 +69,10 @@ def test_convert_inspect_and_fold_back(kind: str, request: pytest.FixtureRequest
     text = call("inspect", out)
     assert '"bottom"' in text
     assert "emoe_partition.safetensors" in text
+    found = json.loads(call("inspect", out, "--json"))
+    assert found["config"]["selection"] == "bottom"
+    assert [row["experts"] for row in found["layers"]] == [8, 8]
+    assert found["files"].keys() == {path.name for path in out.iterdir() if path.is_file()}
     loader = BertForSequenceClassification if kind == "bert" else timm.create_model
     model = emoe.from_pretrained(loader, out)
     assert [layer.config.selection for layer in routed_layers(model)] == ["bottom", "bottom"]

@@ -18,12 +18,12 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from benchmarks.__main__ import main
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.planning.runs import Run, plan, read_run, run_from_spec
+from benchmarks.harness.results.durations import clock
 from benchmarks.harness.running import execution
-from benchmarks.harness.running.execution import read_run
 from benchmarks.harness.training import progress as progress_module
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
-from benchmarks.harness.training.progress import Progress, clock
+from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.text.datasets import TextSplit, load_split
 from benchmarks.text.definition import RunTask

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
@@ -62,6 +63,29 @@ def run_from_spec(spec: Mapping[str, Any]) -> Run:
         parts.append(f"s{spec['seed']}")
     slug = re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(part for part in parts if part))
     return Run(f"{slug[: _SLUG_LENGTH - 9]}-{digest}", dict(spec))
+
+
+def read_run(path: Path, *, anywhere: bool = False) -> Run:
+    """Read a ``run.json``.
+
+    Args:
+        path: of the file.
+        anywhere: also in a folder that is not named after its content, such as a copy.
+
+    Raises:
+        DefinitionError: missing, not JSON, or not the spec that its folder is named after.
+    """
+    try:
+        run = run_from_spec(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise DefinitionError(
+            f"{path} does not exist; the workflow writes it when it runs `{path.parent}/metrics.json`"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise DefinitionError(f"{path} is no run specification: {error!r}") from error
+    if path.parent.name != run.id and not anywhere:
+        raise DefinitionError(f"{path} was changed by hand: its content belongs into a folder named {run.id}")
+    return run
 
 
 def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) -> list[Run]:

@@ -307,15 +307,20 @@ class Suite:
             and own_file(name) is None
         ]
 
+    @property
+    def blessed_seconds(self) -> dict[str, float]:
+        """What a run of each benchmark took where the suite was blessed; nothing where it was not."""
+        try:  # it only makes times better known: `make check` says what is wrong with the file
+            found: dict[str, float] = json.loads((paths.REFERENCE / f"{self.name}.json").read_text()).get("seconds", {})
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+        return found
+
     def write_plan(self) -> None:
         """Write the list of runs that progress lines count, and where the work starts."""
         folders = [run.folder for run in self.runs]
         before = [folder for folder in folders if (paths.RUNS / folder / "metrics.json").exists()]
-        try:  # it only makes the time left better known: `make check` says what is wrong with the file
-            expected = json.loads((paths.REFERENCE / f"{self.name}.json").read_text()).get("seconds", {})
-        except (FileNotFoundError, json.JSONDecodeError):
-            expected = {}
-        plan = {"started": time.time(), "before": before, "runs": folders, "expected": expected}
+        plan = {"started": time.time(), "before": before, "runs": folders, "expected": self.blessed_seconds}
         write_json(paths.RESULTS / self.name / "plan.json", plan)
 
 

@@ -32,19 +32,28 @@ def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
     Raises:
         DefinitionError: the run is not finished, or its file is damaged.
     """
-    path = root / run.folder / "metrics.json"
+    return read_metrics_file(root / run.folder / "metrics.json", run)
+
+
+def read_metrics_file(path: Path, run: Run) -> dict[str, Any]:
+    """A ``metrics.json`` that may stand elsewhere than its run's.
+
+    Raises:
+        DefinitionError: it is not there, is damaged, or belongs to another run.
+    """
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise DefinitionError(
             f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)"
         ) from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise DefinitionError(
             f"{path} is damaged ({error}); delete it and run `snakemake --cores all {path}`"
         ) from error
-    if found.get("run_id") != run.id:
-        raise DefinitionError(f"{path} belongs to the run {found.get('run_id')!r}; delete it and run it again")
+    if not isinstance(found, dict) or found.get("run_id") != run.id:
+        owner = found.get("run_id") if isinstance(found, dict) else None
+        raise DefinitionError(f"{path} belongs to the run {owner!r}; delete it and run it again")
     return found
 
 

@@ -149,7 +149,7 @@ class Comparison:
             lines.append(f"{len(self.unfinished)} runs are not finished, the first is {self.unfinished[0]}")
         lines += [f"compared {tier.numbers} numbers, {tier.why}" for tier in self.tiers]
         counts = f"{len(self.changed)} changed, {len(self.missing)} missing, {len(self.new)} new"
-        return "\n".join([*lines, f"{self.equal} as blessed, {counts}"])
+        return "\n".join([*lines, f"{self.equal} agree, {counts}"])
 
 
 def _short(value: str) -> str:
@@ -292,7 +292,7 @@ def _tiers(
         if elsewhere:
             yield Tier("tolerance", count, "within a tolerance, as asked")
         elif before == after != "":
-            yield Tier("equal", count, f"to the last digit: the machine is the one that blessed ({before})")
+            yield Tier("equal", count, f"to the last digit: the machine is the same ({before})")
         else:
             differ = _differ(blessed.machines.get(before, {}), numbers.machines.get(after, {}))
             yield Tier("tolerance", count, f"within a tolerance: the machine is another one ({differ})")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import REFERENCE, ROOT, RUNS
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.results.records import read_metrics
-from benchmarks.harness.results.reference import Reference, write_reference
-from benchmarks.harness.results.regression import as_reference, judge, present
-from benchmarks.harness.running.repetition import Repetition, borrow, cheapest, prepare_folder, repeat_or_fail
+from benchmarks.harness.results.reference import write_reference
+from benchmarks.harness.results.regression import judge, present
+from benchmarks.harness.running.repetition import cheapest
+from benchmarks.harness.running.verification import run_again
 
 
 def clean_commit(root: Path = ROOT) -> str:
@@ -81,26 +81,12 @@ def refuse_what_does_not_repeat(runs: Sequence[Run], say: Callable[[str], None] 
         DefinitionError: a number is another one.
         RunError: a run failed.
     """
-    found = {run.id: read_metrics(run) for run in runs}
-    seconds = sum(float(content["cost"]["job_seconds"]) for content in found.values())
-    say(f"running {len(runs)} runs again, about {seconds:.0f} s")
-    with tempfile.TemporaryDirectory(prefix="again-") as temporary:
-        folder = Path(temporary).resolve()
-        prepare_folder(folder)
-        again = []
-        for run in runs:
-            borrow(run.spec.get("candidates", ()), folder)
-            threads = int(found[run.id]["environment"]["threads"])
-            again.append(Repetition(run, folder, threads))
-        repeat_or_fail(again)
-        numbers = _reference(runs, folder / RUNS)
-    comparison = judge(_reference(runs, RUNS), numbers, _no_tolerances)
+    repeated = run_again(runs, say)
+    for name, last in repeated.failed.items():
+        raise RunError(f"{name} failed when it was run again: {last}")
+    comparison = judge(repeated.before, repeated.after, _no_tolerances)
     if not comparison.passed:
         raise DefinitionError(f"numbers do not repeat, so they cannot be blessed:\n{comparison}")
-
-
-def _reference(runs: Sequence[Run], root: Path) -> Reference:
-    return as_reference([(run, read_metrics(run, root)) for run in runs])
 
 
 def _no_tolerances() -> NoReturn:

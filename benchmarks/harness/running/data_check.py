@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tabulate import tabulate
 
@@ -16,15 +16,15 @@ from benchmarks.harness.sources.local import local_folder, own_file
 from benchmarks.harness.sources.packages import package_files
 
 
-def check_data(suite: Suite, *, open_images: bool = False) -> Iterator[SetPart]:
-    """Every part of every set that the suite's runs read, each once, as it is read.
+def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[SetPart]:
+    """Every part of every set that runs read, each once, as it is read.
 
     Args:
-        suite: the suite.
+        runs: those of a suite.
         open_images: also open every image of image sets, which takes minutes.
     """
     seen: set[tuple[str, str]] = set()
-    for run in suite.runs:
+    for run in runs:
         kind, tasks = kind_of(run.benchmark), load_benchmark(run.benchmark).tasks
         for name, part in kind.parts_read(run.spec, tasks):
             if (name, part) not in seen:

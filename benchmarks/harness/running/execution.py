@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import resource
 import shutil
@@ -19,33 +18,15 @@ from typing import Any
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from benchmarks.harness.base.errors import DefinitionError, RunError
+from benchmarks.harness.base.errors import RunError
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.planning.kinds import kind_of
-from benchmarks.harness.planning.runs import Run, run_from_spec
+from benchmarks.harness.planning.runs import Run, read_run
 from benchmarks.harness.running import environment
+from benchmarks.harness.running.standing import LOCK
 from benchmarks.harness.training import distributed
 from benchmarks.harness.training.progress import Progress
-
-
-def read_run(path: Path) -> Run:
-    """Read a ``run.json``.
-
-    Raises:
-        DefinitionError: missing, not JSON, or not the spec that its folder is named after.
-    """
-    try:
-        run = run_from_spec(json.loads(path.read_text()))
-    except FileNotFoundError as error:
-        raise DefinitionError(
-            f"{path} does not exist; the workflow writes it when it runs `{path.parent}/metrics.json`"
-        ) from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DefinitionError(f"{path} is no run specification: {error!r}") from error
-    if path.parent.name != run.id:
-        raise DefinitionError(f"{path} was changed by hand: its content belongs into a folder named {run.id}")
-    return run
 
 
 def execute(path: Path, *, threads: int, log: Path, started: float | None = None, parallel: str = "ddp") -> Path:
@@ -149,7 +130,7 @@ def _peak_memory_mb() -> float:
 
 
 def _exclusive(folder: Path, run_id: str) -> AcquireReturnProxy[FileLock]:
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         return lock.acquire(blocking=False)
     except Timeout:

@@ -16,8 +16,7 @@ from benchmarks.harness.base.errors import RunError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.results.records import read_metrics
-
-LOG = "log.txt"
+from benchmarks.harness.running.standing import LOG, last_line
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,11 @@ class Repetition:
     def log(self) -> Path:
         """Where its output is."""
         return self.folder / RUNS / self.run.folder / LOG
+
+    @property
+    def last(self) -> str:
+        """The last line of its output."""
+        return last_line(self.log) if self.log.exists() else "it said nothing"
 
 
 def prepare_folder(folder: Path) -> None:
@@ -85,9 +89,7 @@ def repeat_or_fail(repetitions: Sequence[Repetition], *, jobs: int = 1) -> None:
         RunError: one failed.
     """
     if failed := repeat(repetitions, jobs=jobs):
-        log = failed[0].log
-        last = log.read_text().strip().splitlines()[-1:] if log.exists() else []
-        raise RunError(f"{failed[0].run.id} failed when it was run again, see {log}: {' '.join(last)}")
+        raise RunError(f"{failed[0].run.id} failed when it was run again: {failed[0].last}")
 
 
 def _fork(repetition: Repetition) -> int:

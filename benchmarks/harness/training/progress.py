@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.harness.base.paths import PLAN, RUNS
+from benchmarks.harness.results.durations import clock, estimate
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -63,13 +62,6 @@ class Progress(TrainerCallback):
         self.say(f"step {state.global_step}/{state.max_steps}, {clock(left)} of training left")
 
 
-def clock(seconds: float) -> str:
-    """``75`` as ``1:15``; hours where needed."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def _position(run_id: str) -> str:
     """``7 of 24 runs done, 9:10 left; `` from the plan that the workflow wrote when it started.
 
@@ -87,36 +79,12 @@ def _position(run_id: str) -> str:
     since = done - set(plan["before"])
     left = ""
     if since:
-        seconds = _seconds(folders, done, plan.get("expected", {}))
-        rest, worked = (sum(seconds[folder] for folder in some) for some in (set(folders) - done, since))
+        found = estimate(folders, done, plan.get("expected", {}))
+        known = [found[folder].seconds for folder in done]
+        usual = sum(known) / len(known)  # what stands for a run of which nothing is known
+        rest, worked = (
+            sum(found[folder].seconds if folder in found else usual for folder in some)
+            for some in (set(folders) - done, since)
+        )
         left = f", {clock(rest / worked * (time.time() - plan['started']))} left"
     return f"{len(done)} of {len(folders)} runs done{left}; "
-
-
-def _seconds(folders: Sequence[str], done: Collection[str], expected: Mapping[str, float]) -> dict[str, float]:
-    """What each run takes: as long as one that differs in the seed alone, else as one of its benchmark, else as expected, at the pace of those that are done.
-
-    Args:
-        folders: of all runs.
-        done: of the finished ones.
-        expected: seconds of a run by benchmark, on the machine where the suite was blessed.
-    """
-    known = {_but_the_seed(folder): folder for folder in done}
-    took = {kind: _job_seconds(folder) for kind, folder in known.items()}
-    benchmarks: dict[str, list[float]] = {}
-    for kind, seconds in took.items():
-        benchmarks.setdefault(kind.partition("/")[0], []).append(seconds)
-    usual = {name: sum(found) / len(found) for name, found in benchmarks.items()}
-    any_run = sum(usual.values()) / len(usual)
-    if both := set(usual) & set(expected):
-        pace = sum(usual[name] for name in both) / sum(expected[name] for name in both)
-        usual = {name: pace * seconds for name, seconds in expected.items()} | usual
-    return {folder: took.get(_but_the_seed(folder), usual.get(folder.partition("/")[0], any_run)) for folder in folders}
-
-
-def _but_the_seed(folder: str) -> str:
-    return re.sub(r"-s\d+-[0-9a-f]{8}$", "", folder)
-
-
-def _job_seconds(folder: str) -> float:
-    return float(json.loads((RUNS / folder / "metrics.json").read_text())["cost"]["job_seconds"])

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import click
 
-SUITE = click.option("--suite", default="mini", show_default=True, help="Which suite (a file in config/).")
+from benchmarks.commands.shell import AS_JSON, SUITE, benchmark_option, command, echo_json
 
 
-@click.command()
+@command("Write the tables and figures of a benchmark.")
 @SUITE
-@click.option("--benchmark", required=True, help="Which benchmark.")
+@benchmark_option("Which benchmark.", required=True)
 @click.option("--part", default=None, help="One of its sets alone, where sets are shown one by one.")
 def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark whose runs are finished."""
@@ -36,9 +36,9 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     write_paper_items(loaded, artifacts_of(benchmark, part), shown)
 
 
-@click.command()
+@command("Say what the runs say of the paper's claims.")
 @SUITE
-@click.option("--json", "as_json", is_flag=True, help="Every number, as JSON.")
+@AS_JSON
 @click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
 def claims(suite: str, as_json: bool, write: bool) -> None:
     """Say what a suite's finished runs say of the paper's claims."""
@@ -55,10 +55,10 @@ def claims(suite: str, as_json: bool, write: bool) -> None:
         click.echo(claims_table(loaded, judged(loaded)).markdown())
 
 
-@click.command()
+@command("Write the one-page report.")
 @SUITE
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The HTML page.")
-@click.option("--benchmark", default=None, help="Show this benchmark alone.")
+@benchmark_option("Show this benchmark alone.")
 def report(suite: str, output: Path, benchmark: str | None) -> None:
     """Write the one-page report of a suite whose tables exist."""
     from benchmarks.harness.planning.schema import check_names
@@ -70,7 +70,7 @@ def report(suite: str, output: Path, benchmark: str | None) -> None:
     write_report(loaded, output, benchmark)
 
 
-@click.command()
+@command("Mirror finished runs to MLflow.")
 @SUITE
 @click.option("--uri", default=None, help="MLflow's store; by default the suite's.")
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="Receipt to write.")
@@ -87,7 +87,7 @@ def mirror(suite: str, uri: str | None, output: Path | None) -> None:
         write_json(output, {"uri": uri or loaded.tracking_uri, "runs": len(loaded.runs)})
 
 
-@click.command()
+@command("Open the MLflow UI on the runs.")
 @SUITE
 def ui(suite: str) -> None:
     """Open the MLflow UI on the suite's store."""
@@ -100,14 +100,19 @@ def ui(suite: str) -> None:
         subprocess.run([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri], check=False)
 
 
-@click.command()
+@command("List the paper's tables and figures.")
 @SUITE
-def paper(suite: str) -> None:
+@AS_JSON
+def paper(suite: str, as_json: bool) -> None:
     """List the paper's tables and figures: the command that makes each, its files, whether they are there."""
     from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.reporting.paper_items import paper_index
 
-    click.echo(paper_index(suite_of_job(suite)).to_markdown(index=False))
+    index = paper_index(suite_of_job(suite))
+    if as_json:
+        echo_json(index.to_dict("records"))
+    else:
+        click.echo(index.to_markdown(index=False))
 
 
 COMMANDS = (tables, claims, paper, report, mirror, ui)

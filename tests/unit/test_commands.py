@@ -1,0 +1,307 @@
+"""Both programs' command lines: help, completion, lists, and what `plan`, `status`, `compare` and `verify` say of runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.shell_completion import ShellComplete
+from click.testing import CliRunner
+from filelock import FileLock
+
+from benchmarks.__main__ import cli as suite_cli
+from benchmarks.__main__ import main
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning import listing
+from benchmarks.harness.planning.runs import Run, plan
+from benchmarks.harness.running import verification
+from benchmarks.harness.running.repetition import Repetition
+from emoe import __main__ as library
+from emoe import bench
+from tests import fake_runs
+from tests.conftest import ROOT
+from tests.executed import finish, prepare
+
+RUNS = Path("results/runs")
+PROGRAMS = {"emoe-bench": suite_cli, "emoe": library.cli}
+COMMANDS = [(program, name) for program, cli in PROGRAMS.items() for name in cli.commands]
+
+
+def call(*arguments: str, status: int = 0) -> str:
+    done = CliRunner().invoke(suite_cli, arguments, obj=0.0)
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == status, done.output
+    return done.stdout
+
+
+def shown(program: str, *path: str) -> str:
+    """A help page at 80 columns."""
+    command: click.Command = PROGRAMS[program]
+    for name in path:
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
+    return command.get_help(click.Context(command, info_name=program, terminal_width=80, max_content_width=80))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_help_of_a_program_is_whole_at_80_columns(program: str) -> None:
+    text, cli = shown(program), PROGRAMS[program]
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    for name, command in cli.commands.items():
+        assert (f"{name} {command.short_help}" in rows) != command.hidden
+    assert all(str(code) in text for code in (0, 1, 2, 130))
+
+
+@pytest.mark.parametrize(("program", "name"), COMMANDS)
+def test_every_command_and_option_is_explained(program: str, name: str) -> None:
+    command = PROGRAMS[program].commands[name]
+    assert command.help
+    unexplained = [one.name for one in command.params if isinstance(one, click.Option) and not one.help]
+    assert unexplained == []
+    assert max(map(len, shown(program, name).splitlines())) <= 80
+
+
+def test_the_page_of_the_commands_has_each_as_its_program_says_it() -> None:
+    lines = (ROOT / "docs" / "commands.md").read_text().splitlines()
+    for cli in PROGRAMS.values():
+        for name, command in cli.commands.items():
+            assert (f"| `{name}` | {command.short_help} |" in lines) != command.hidden
+
+
+def test_help_comes_without_torch() -> None:
+    program = (
+        "import runpy, sys\n"
+        "sys.argv[1:] = ['check', '--help']\n"
+        "try: runpy.run_module('benchmarks', run_name='__main__')\n"
+        "finally: print({'torch', 'pandas', 'transformers'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "begun", "offered"),
+    [
+        ("emoe-bench", ["check", "--suite"], "smo", ["smoke"]),
+        ("emoe-bench", ["report", "--benchmark"], "glue_", ["glue_lora", "glue_ood"]),
+        ("emoe-bench", ["list"], "m", ["methods", "models", "metrics"]),
+        ("emoe", ["convert", "--partition"], "k", ["kmeans"]),
+        ("emoe", ["convert", "--set"], "selec", ["selection="]),
+    ],
+)
+def test_a_shell_completes_names(program: str, words: list[str], begun: str, offered: list[str]) -> None:
+    found = ShellComplete(PROGRAMS[program], {}, program, "_COMPLETE").get_completions(words, begun)
+    assert [item.value for item in found] == offered
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_knows_its_version(program: str) -> None:
+    done = CliRunner().invoke(PROGRAMS[program], ["--version"], prog_name=program)
+    assert done.output == f"{program} {library.emoe.__version__}\n"
+
+
+def test_the_suite_is_in_a_checkout_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("benchmarks", "benchmarks.__main__"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit, match=r"^error: the benchmarks run in a checkout of the suite.*\[suite\]"):
+        bench.main()
+
+
+def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(library, "build_kernels", interrupted)
+    monkeypatch.setattr(sys, "argv", ["emoe", "build"])
+    with pytest.raises(SystemExit) as end:
+        library.main()
+    assert end.value.code == 130
+
+
+@pytest.mark.parametrize("arguments", [["status", "--suite", "smok"], ["bless", "--suite", "smok"]])
+def test_a_wrong_suite_is_one_line_with_the_nearest(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["emoe-bench", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("error: there is no suite 'smok'; did you mean 'smoke'?")
+
+
+# lists
+
+
+def test_what_there_is_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "suite_names", lambda: ["emoji"])  # planning the others takes seconds
+    amounts = {row["kind"]: row["how many"] for row in json.loads(call("list", "--json"))}
+    assert list(amounts) == list(listing.LISTS)
+    for kind, many in amounts.items():
+        rows = json.loads(call("list", kind, "--json"))
+        assert len(rows) == many
+        text = call("list", kind)
+        assert all(row["name"] in text for row in rows)
+    suites = json.loads(call("list", "suites", "--json"))
+    assert suites == [{"name": "emoji", "runs": len(plan(["domainbed"], "emoji")), "benchmarks": ["domainbed"]}]
+
+
+# runs
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """Smoke's finished runs of text classification."""
+    monkeypatch.chdir(tmp_path)
+    found = plan(["glue"], "smoke")
+    fake_runs.write_runs(found)
+    for run in found:
+        prepare(run, str(RUNS))
+    return found
+
+
+def state_of(suite: str = "smoke") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(call("status", "--suite", suite, "--json"))
+    return found
+
+
+def test_status_tells_running_from_failed_and_shows_the_last_line(runs: list[Run]) -> None:
+    first, second, third = (RUNS / run.folder for run in runs[:3])
+    for folder in (first, second, third):
+        (folder / "metrics.json").unlink()
+    (first / "log.txt").write_text("step 10\nstep 20\r\n\n")
+    (second / "log.txt").write_text("Traceback\nValueError: odd\n")
+    with FileLock(first / ".lock"):
+        found = state_of()
+        text = call("status", "--suite", "smoke")
+    glue = next(row for row in found["benchmarks"] if row["benchmark"] == "glue")
+    assert glue == {"benchmark": "glue", "done": len(runs) - 3, "running": 1, "failed": 1, "waiting": 1}
+    assert [(one["run"], one["state"], one["last"]) for one in found["runs"]] == [
+        (runs[0].folder, "running", "step 20"),
+        (runs[1].folder, "failed", "ValueError: odd"),
+    ]
+    assert "ValueError: odd (0:" in text
+    assert state_of()["total"]["failed"] == 2  # whoever ran it is gone
+
+
+def test_plan_estimates_from_what_was_recorded_and_invents_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ("plan", "--suite", "emoji", "--json")
+    before = json.loads(call(*arguments))["total"]
+    assert (before["done"], before["seconds"], before["unknown"]) == (0, 0, before["runs"])
+    assert "unknown" in call(*arguments[:-1])
+    first = plan(["domainbed"], "emoji")[0]
+    fake_runs.write_runs([first])
+    found = json.loads(call(*arguments))
+    total = found["total"]
+    alike = [run for run in plan(["domainbed"], "emoji")[1:] if run.spec["model"] == first.spec["model"]]
+    assert (total["done"], total["missing"]) == (1, before["runs"] - 1)
+    assert total["seconds"] == 2.0 * len(alike)
+    assert sum(total["by_basis"].values()) == len(alike) == total["missing"] - total["unknown"]
+    assert [model["name"] for model in found["models"]] == [first.spec["model"]["name"]]
+    assert found["sets"]
+    (RUNS / first.folder / "metrics.json").write_text("{")
+    with pytest.raises(DefinitionError, match=r"metrics\.json is damaged"):
+        call(*arguments)
+
+
+def test_plan_takes_what_runs_took_where_the_suite_was_blessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = json.loads(call("plan", "--suite", "smoke", "--benchmark", "modularity", "--json"))["total"]
+    assert found["by_basis"] == {"blessed": found["missing"]}
+    assert found["seconds"] > 0
+    with pytest.raises(DefinitionError, match="did you mean 'glue'"):
+        call("plan", "--suite", "smoke", "--benchmark", "gleu")
+
+
+def test_compare_shows_settings_environment_and_numbers(runs: list[Run], tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    for file in ("run.json", "metrics.json"):
+        (tmp_path / "copy" / file).write_text((RUNS / runs[0].folder / file).read_text())
+    same = json.loads(call("compare", runs[0].id, str(tmp_path / "copy"), "--json"))
+    assert (same["settings"], same["environment"]) == ([], [])
+    assert all(pair["first"] == pair["second"] for pair in same["numbers"])
+
+    other = next(run for run in runs if run.spec["method"]["name"] == "emoe")
+    file = RUNS / other.folder / "metrics.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "environment": {**content["environment"], "threads": 2}}))
+    found = json.loads(call("compare", runs[0].folder, str(file), "--json"))
+    assert {"name": "threads", "first": 1, "second": 2, "difference": None} in found["environment"]
+    assert "method.name" in [pair["name"] for pair in found["settings"]]
+    scores = [pair for pair in found["numbers"] if pair["difference"]]
+    assert all(pair["difference"] == float(pair["second"]) - float(pair["first"]) for pair in scores)
+    assert scores
+    differing = sum(pair["first"] != pair["second"] for pair in found["numbers"])
+    assert f"numbers that differ: {differing} of" in call("compare", runs[0].id, other.id)
+
+
+def test_compare_takes_two_suites_blessed_numbers() -> None:
+    mini, smoke = (str(ROOT / "results" / "reference" / f"{name}.json") for name in ("mini", "smoke"))
+    found = json.loads(call("compare", mini, smoke, "--json"))
+    assert found["numbers"]
+    assert all(pair["first"] == pair["second"] for pair in json.loads(call("compare", mini, mini, "--json"))["numbers"])
+
+
+def test_what_cannot_be_compared_is_named(runs: list[Run]) -> None:
+    def refused(first: str, second: str, match: str) -> None:
+        with pytest.raises(DefinitionError, match=match):
+            call("compare", first, second)
+
+    folder = RUNS / runs[1].folder
+    refused(runs[0].id[:-1], runs[0].id, f"did you mean '{runs[0].id}'")
+    refused(runs[0].id, str(ROOT / "results" / "reference" / "mini.json"), "compare two of a kind")
+    refused(runs[0].id, "nothing.json", "nothing.json does not exist")
+    (folder / "metrics.json").unlink()
+    refused(runs[0].id, str(folder), "the run is not finished")
+    (folder / "run.json").write_text("[")
+    refused(runs[0].id, str(folder), "is no run specification")
+
+
+def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path) -> None:
+    run = next(run for run in plan(["modularity"], "smoke") if run.spec["method"]["name"] == "random_partition")
+    path = prepare(run, str(RUNS))
+    finish(path)
+    before = {file: file.stat().st_mtime_ns for file in path.parent.iterdir()}
+    found = json.loads(call("verify", "--suite", "smoke", "--runs", "5", "--json"))
+    assert found["runs"] == [run.id]
+    assert found["passed"]
+    assert found["comparison"]["equal"] > 0
+    assert {file: file.stat().st_mtime_ns for file in path.parent.iterdir()} == before
+
+
+def test_verify_fails_where_a_number_is_another_or_a_run_fails(
+    runs: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(repetitions: list[Repetition]) -> list[Repetition]:
+        first, *others = repetitions
+        first.log.parent.mkdir(parents=True)
+        first.log.write_text("ValueError: odd\n")
+        for one in others:
+            content = json.loads((RUNS / one.run.folder / "metrics.json").read_text())
+            content["probe"]["losses"][0] = "0.25"
+            one.log.parent.mkdir(parents=True)
+            one.log.with_name("metrics.json").write_text(json.dumps(content))
+        return [first]
+
+    monkeypatch.setattr(verification, "repeat", again)
+    text = call("verify", "--suite", "smoke", "--runs", "2", "--seed", "0", status=1)
+    assert "ValueError: odd" in text
+    assert "1 changed" in text
+    assert text == call("verify", "--suite", "smoke", "--runs", "2", "--seed", "0", status=1)
+    only = json.loads(call("verify", "--suite", "smoke", "--runs", "1", "--json", status=1))
+    assert list(only["failed"].values()) == ["ValueError: odd"]
+    for run in runs:
+        (RUNS / run.folder / "metrics.json").unlink()
+    with pytest.raises(DefinitionError, match="no run of the suite 'smoke' is finished"):
+        call("verify", "--suite", "smoke")
