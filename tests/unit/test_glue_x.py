@@ -195,11 +195,9 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
 @pytest.mark.parametrize(
     ("model", "method"),
     [
-        ("bert-large-cased", "lora"),
         ("bert-large-cased", "lora_gmoe"),
         ("bert-large-cased", "lora_emoe_learn"),
         ("gpt2-xl", "lora_block"),
-        ("gpt2-xl", "lora_emoe"),
     ],
 )
 def test_the_evaluation_batch_size_changes_no_number(workdir: Path, model: str, method: str) -> None:
