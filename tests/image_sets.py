@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from tests.planned import paper_runs
 
 FOLDERS = ("art_painting", "cartoon", "photo", "sketch")
 CLASSES = ("dog", "elephant", "giraffe")
@@ -44,22 +44,17 @@ def _write(folder: Path, environments: Sequence[str], rows: int, size: int) -> P
     return folder
 
 
-@functools.cache
-def _specs(suite: str) -> list[dict[str, Any]]:
-    return [run.spec for run in plan(["domainbed"], suite)]
-
-
 def pacs_run(method: str = "erm", held_out: int = 0, trial: int = 0, **training: Any) -> Run:
     """A run on PACS with timm's test_vit, cut to seconds; ``training`` are settings on top."""
     spec = next(
-        spec
-        for spec in _specs("paper")
-        if spec["task"]["name"] == "pacs"
-        and spec["method"]["name"] == method
-        and spec["test_envs"] == [held_out]
-        and spec["seed"] == trial
+        run.spec
+        for run in paper_runs("domainbed")
+        if run.spec["task"]["name"] == "pacs"
+        and run.spec["method"]["name"] == method
+        and run.spec["test_envs"] == [held_out]
+        and run.spec["seed"] == trial
     )
-    spec, smoke = copy.deepcopy(spec), copy.deepcopy(_specs("smoke")[0])
+    spec, smoke = copy.deepcopy(spec), plan(["domainbed"], "smoke")[0].spec
     config = spec["method"]["config"]
     if config is not None:
         narrow = {"layers": [2, 4], "num_experts": 8, "top_k": 8 if method == "all_experts" else 2}

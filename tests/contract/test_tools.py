@@ -20,7 +20,7 @@ ARCHITECTURES = sorted(tiny_models.BUILDERS)
 SOME = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all")
 
 # one of each kind of FFN; of the others one layer is, which takes a fourth of the time. `aot_eager`, which traces the
-# gradient too, is in test_training.py
+# gradient too, is in test_training.py and test_backends.py
 COMPILED_WHOLE = ("bert", "gpt2", "llama", "phi3", "t5", "VisionTransformer")
 
 
