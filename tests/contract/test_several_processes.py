@@ -29,7 +29,7 @@ from tests.executed import finish, numbers, prepare
 from tests.instruction_runs import tiny_run, write_rows
 
 pytestmark = pytest.mark.slow
-WAIT = 120
+WAIT = 600  # a loaded machine takes minutes to import twice
 
 
 @pytest.fixture(autouse=True)
