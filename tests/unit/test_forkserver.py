@@ -32,11 +32,12 @@ RUNS = {run.spec["method"]["name"]: run for run in load_suite({"suite": "smoke"}
 @pytest.fixture(scope="module")
 def started() -> Iterator[Server]:
     """A server that has the text pipeline; to import that takes longer than what is asked of it."""
+    found = Server(MODULES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(_OF_PYTEST, raising=False)
         patch.setenv("PYTHONPATH", str(ROOT))
-        found = Server(MODULES)
-        found.start()
+        with pytest.MonkeyPatch.context() as meanwhile:
+            meanwhile.delenv(_OF_PYTEST)
+            found.start()
         yield found
         found.stop()
 
