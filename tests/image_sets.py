@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from tests.planned import paper_runs
 
 FOLDERS = ("art_painting", "cartoon", "photo", "sketch")
 CLASSES = ("dog", "elephant", "giraffe")
@@ -46,13 +48,13 @@ def pacs_run(method: str = "erm", held_out: int = 0, trial: int = 0, **training:
     """A run on PACS with timm's test_vit, cut to seconds; ``training`` are settings on top."""
     spec = next(
         run.spec
-        for run in plan(["domainbed"], "paper")
+        for run in paper_runs("domainbed")
         if run.spec["task"]["name"] == "pacs"
         and run.spec["method"]["name"] == method
         and run.spec["test_envs"] == [held_out]
         and run.spec["seed"] == trial
     )
-    smoke = plan(["domainbed"], "smoke")[0].spec
+    spec, smoke = copy.deepcopy(spec), plan(["domainbed"], "smoke")[0].spec
     config = spec["method"]["config"]
     if config is not None:
         narrow = {"layers": [2, 4], "num_experts": 8, "top_k": 8 if method == "all_experts" else 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -145,8 +146,9 @@ class TextKind(TextSets[TextDefinition]):
                 )
             given = block.model_dump()
             axes = [key for key in ("model", "task", "method", *VARIANT_KEYS, *_OTHER_AXES) if key in given]
+            made: dict[str, dict[str, Any]] = {}
             for values in itertools.product(*(given[key] for key in axes)):
-                yield _spec(benchmark, suite, methods, dict(zip(axes, values, strict=True)), where, exclude)
+                yield _spec(benchmark, suite, methods, dict(zip(axes, values, strict=True)), where, exclude, made)
 
     def settings(self, definition: TextDefinition, method: str) -> list[str]:
         is_ablation = resolve_methods(definition)[method].role == ABLATION
@@ -232,7 +234,9 @@ def _spec(
     point: Mapping[str, Any],
     where: str,
     exclude: Collection[str],
+    made: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
+    """A run's spec; ``made`` are the methods of its block so far, which thousands of runs share that differ in task and rate."""
     task = benchmark.tasks[point["task"]]
     protocol = _protocol(task, point, where)
     settings = _settings(benchmark, suite, point)
@@ -241,7 +245,10 @@ def _spec(
         training["validation_fraction"] = 0.0
     if "train_share" in point:
         training["train_share"] = point["train_share"]
-    method = method_spec(methods, point, point["seed"], settings.lora, where)
+    shaping = repr([point.get(key) for key in ("model", "method", "seed", *VARIANT_KEYS, *OF_TRAINING)])
+    if shaping not in made:
+        made[shaping] = method_spec(methods, point, point["seed"], settings.lora, where)
+    method = copy.deepcopy(made[shaping])
     check_frozen(training, method, where)
     ood = [name for name in task.ood if name not in exclude] if settings.evaluate_ood else []
     return {

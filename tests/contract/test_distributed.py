@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -50,6 +51,11 @@ CASES = {
 }
 
 
+# FSDP2 meets each architecture's own blocks; DDP only the parameters, so one of each kind of FFN is enough
+DDP = ["bert", "gpt2", "llama", "phi3", "t5", "VisionTransformer", "TransformerEncoder"]
+PAIRS = [(name, kind) for name in CASES for kind in WRAPPERS if kind == "fsdp2" or name in DDP or "," in name]
+
+
 def losses(case: str, wrap: Callable[[nn.Module], nn.Module], rows: slice) -> list[float]:
     """Train a few steps on these rows of the batch; the loss before each."""
     name = case.split(",")[0]
@@ -75,12 +81,10 @@ def main(folder: Path, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     share = slice(rank * ROWS // WORLD, (rank + 1) * ROWS // WORLD)
     found: dict[str, dict[str, list[float] | str]] = {}
-    for name in CASES:
-        found[name] = {}
-        for kind, wrap in WRAPPERS.items():
-            mine = torch.tensor(losses(name, wrap, share), dtype=torch.float64)
-            dist.all_reduce(mine)
-            found[name][kind] = (mine / WORLD).tolist()
+    for name, kind in PAIRS:
+        mine = torch.tensor(losses(name, WRAPPERS[kind], share), dtype=torch.float64)
+        dist.all_reduce(mine)
+        found.setdefault(name, {})[kind] = (mine / WORLD).tolist()
     if rank == 0:
         (folder / "losses.json").write_text(json.dumps(found))
     dist.barrier()  # neither takes the connection down while the other still uses it
@@ -106,10 +110,14 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[st
     return json.loads((folder / "losses.json").read_text())
 
 
-@pytest.mark.parametrize("kind", WRAPPERS)
-@pytest.mark.parametrize("name", CASES)
+@functools.cache
+def losses_of_one(name: str) -> list[float]:
+    return losses(name, lambda model: model, slice(None))
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_two_processes_have_the_loss_of_one(two_processes, name: str, kind: str) -> None:
-    alone = losses(name, lambda model: model, slice(None))
+    alone = losses_of_one(name)
     assert alone[-1] < alone[0]
     assert two_processes[name][kind] == pytest.approx(alone, rel=1e-4)
 

@@ -333,8 +333,10 @@ def runtime() -> Any:
     return pytest.importorskip("onnxruntime")
 
 
-@pytest.mark.parametrize("dynamo", [True, False])
-@pytest.mark.parametrize("settings", SERVED)
+# what dynamo exports is the program of test_exported_programs, which has all settings
+@pytest.mark.parametrize(
+    ("settings", "dynamo"), [*((name, False) for name in SERVED), ("learned", True), ("capacity", True)]
+)
 def test_onnx(settings: str, dynamo: bool, runtime: Any, tmp_path) -> None:
     found, x = net(**SERVED[settings]), inputs()
     torch.onnx.export(found, (x,), tmp_path / "model.onnx", dynamo=dynamo, input_names=["x"], verbose=False)

@@ -72,11 +72,11 @@ def test_checkpointing_replays_noise_dropout_and_drops(method: str) -> None:
         torch.testing.assert_close(gradients[1][name], plain, atol=1e-4 * float(plain.abs().max()), rtol=1e-4)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("method", PUBLISHED)
+@pytest.mark.parametrize(("method", "training"), [*((method, True) for method in PUBLISHED), ("emoe_learn", False)])
 def test_published_layers_compile_without_a_graph_break(method: str, training: bool) -> None:
     values = {**tiny_models.inputs("bert"), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
     model = tiny_models.build("bert")
+    model.encoder.layer = model.encoder.layer[:2]  # each takes a second to compile
     emoe.convert_(model, dataclasses.replace(PUBLISHED[method], expert_dropout=0.0, router_noise=1e-6))
     for module in model.train(training).modules():
         if isinstance(module, torch.nn.Dropout):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def loaded(root: Path) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MODEL_ROOT, str(root))
+        return load_language_model(MODEL)
+
+
 @pytest.fixture
-def model(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def model(root: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv(MODEL_ROOT, str(root))
-    return load_language_model(MODEL)
+    return copy.deepcopy(loaded)
 
 
 def test_the_unpacked_model_is_that_of_the_file(model: Any) -> None:

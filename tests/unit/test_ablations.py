@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from benchmarks.harness.planning.schema import read_yaml
 from benchmarks.harness.planning.shared import ABLATION
 from benchmarks.harness.planning.variants import setting_text, setting_values, without
-from benchmarks.harness.reporting.presentation import present
+from benchmarks.harness.reporting.presentation import Presentation, present
 from benchmarks.harness.running.execution import execute
 from benchmarks.harness.sources.vader import ARCHIVE
 from benchmarks.text.ablation_figures import panels_of
@@ -28,6 +30,7 @@ from benchmarks.text.ablations import Ablations, ablation_rows
 from benchmarks.text.datasets import TextSplit
 from benchmarks.text.outcomes import TextOutcomes
 from tests import fake_runs
+from tests.planned import paper_runs
 
 LORA, OOD = load_benchmark("glue_lora"), load_benchmark("glue_ood")
 TABLES = [("glue", "settings"), ("glue_lora", "selection"), ("glue_lora", "settings"), ("glue_lora", "data")]
@@ -186,10 +189,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]
 
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
-    """The paper's ablations by adapters, on made-up numbers."""
+    """The paper's ablations by adapters, on made-up numbers: two of three rates and of three seeds, which takes half the time."""
     root = tmp_path_factory.mktemp("paper") / "results" / "runs"
     rows = {row for ablation in LORA.definition.ablations.values() for row in ablation.rows}
-    runs = [run for run in plan(["glue_lora"], "paper") if run.spec["method"]["name"] in rows]
+    runs = [run for run in paper_runs("glue_lora") if run.spec["method"]["name"] in rows]
+    rates = {
+        model: sorted({run.spec["learning_rate"] for run in runs if run.spec["model"]["name"] == model})[:2]
+        for model in {run.spec["model"]["name"] for run in runs}
+    }
+    runs = [
+        run for run in runs if run.spec["seed"] < 2 and run.spec["learning_rate"] in rates[run.spec["model"]["name"]]
+    ]
     fake_runs.write_runs(runs, {"lora_bottom": -0.05}, root)
     return root, runs
 
@@ -198,10 +208,30 @@ def of(runs: list[Run], benchmark: str) -> list[Run]:
     return [run for run in runs if run.benchmark == benchmark]
 
 
-def test_main_tables_have_no_row_of_an_ablation(finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(finished[0].parents[1])
+@pytest.fixture(scope="module")
+def presented(finished: tuple[Path, list[Run]]) -> Callable[[str], Presentation]:
+    """What a benchmark shows of the finished runs; made once, and only looked at."""
+
+    @functools.cache
+    def of_benchmark(name: str) -> Presentation:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(finished[0].parents[1])
+            return present(load_benchmark(name), of(finished[1], name))
+
+    return of_benchmark
+
+
+@pytest.fixture(scope="module")
+def ablated(finished: tuple[Path, list[Run]]) -> TextOutcomes:
+    """The finished runs by adapters, every setting a row."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(finished[0].parents[1])
+        return TextOutcomes(LORA, of(finished[1], "glue_lora"), ablated=True)
+
+
+def test_main_tables_have_no_row_of_an_ablation(presented) -> None:
     for benchmark in (LORA, OOD):
-        shown = present(benchmark, of(finished[1], benchmark.name))
+        shown = presented(benchmark.name)
         usual = [
             table
             for table in shown.tables
@@ -219,9 +249,11 @@ def outcomes_role(benchmark: str, name: str) -> str:
 
 
 @pytest.mark.parametrize(("benchmark", "name"), TABLES)
-def test_ablations_are_tables_and_figures(finished, benchmark: str, name: str, tmp_path: Path, monkeypatch) -> None:
+def test_ablations_are_tables_and_figures(
+    finished, presented, benchmark: str, name: str, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(finished[0].parents[1])
-    shown = present(load_benchmark(benchmark), of(finished[1], benchmark))
+    shown = presented(benchmark)
     (table,) = (table for table in shown.tables if table.name == f"{benchmark}_{name}")
     assert table.markdown()
     assert table.latex()
@@ -232,10 +264,8 @@ def test_ablations_are_tables_and_figures(finished, benchmark: str, name: str, t
     assert 60 < height < 12000
 
 
-def test_a_row_says_what_its_runs_say_and_the_paper_stands_beside(finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(finished[0].parents[1])
-    runs = of(finished[1], "glue_lora")
-    rows = ablation_rows(TextOutcomes(LORA, runs, ablated=True), LORA.definition.ablations["selection"])
+def test_a_row_says_what_its_runs_say_and_the_paper_stands_beside(ablated: TextOutcomes) -> None:
+    rows = ablation_rows(ablated, LORA.definition.ablations["selection"])
     own = rows[rows["is_ours"]].groupby("method")["delta"].mean()
     assert own["lora_bottom"] == pytest.approx(-0.05, abs=0.02)
     assert rows.loc[rows["method"] == "lora", "delta"].isna().all()
@@ -293,16 +323,16 @@ def test_a_suite_without_these_runs_says_so(monkeypatch: pytest.MonkeyPatch, tmp
     assert (tmp_path / "figure.png").exists()
 
 
-def test_claims_find_ablations_and_settings(finished, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claims_find_ablations_and_settings(finished, presented, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished[0].parents[1])
-    numbers = present(LORA, of(finished[1], "glue_lora")).compared()
+    numbers = presented("glue_lora").compared()
     keys = [column for column in numbers if column != "value"]
     assert not numbers.duplicated(keys).any()
     parts = numbers[numbers["method"] == "lora_emoe_part"]
     assert "D0.8" in set(parts["setting"])
     assert "" not in set(parts["setting"])
     assert set(numbers.loc[numbers["method"] == "lora_bottom", "setting"]) == {""}
-    evaluated = present(OOD, of(finished[1], "glue_ood")).compared()
+    evaluated = presented("glue_ood").compared()
     assert {"id", "ood_mean"} <= set(evaluated.loc[evaluated["method"] == "emoe2lora", "domain"])
 
 
@@ -346,7 +376,7 @@ def test_the_papers_cells_stand_in_the_rows_of_the_suite_that_is_made_for_them(
     monkeypatch.chdir(tmp_path)
     glue = load_benchmark("glue")
     shown = glue.definition.ablations["settings"]
-    runs = [run for run in plan(["glue"], "paper") if run.spec["method"]["name"] in shown.rows]
+    runs = [run for run in paper_runs("glue") if run.spec["method"]["name"] in shown.rows]
     runs = [run for run in runs if run.spec["task"]["name"] in ("cola", "mrpc", "rte")]
     fake_runs.write_runs([run for run in runs if run.spec["model"]["name"] == "bert-large-cased"])
     runs = [run for run in runs if run.spec["model"]["name"] == "bert-large-cased"]
@@ -372,15 +402,12 @@ def test_the_papers_cells_stand_in_the_rows_of_the_suite_that_is_made_for_them(
         ("gpt2-xl,CoLA,lora,,60,published,x\ngpt2-xl,CoLA,lora,,61,published,x", "stands there twice"),
     ],
 )
-def test_wrong_cells_of_an_ablation_are_named(
-    finished, line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(finished[0].parents[1])
+def test_wrong_cells_of_an_ablation_are_named(ablated: TextOutcomes, line: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "data.csv"
     file.write_text(f"model,scope,method,setting,value,status,source\n{line}\n")
     wrong = LORA.definition.ablations["data"].model_copy(update={"paper": str(file)})
     with pytest.raises(DefinitionError, match=message):
-        ablation_rows(TextOutcomes(LORA, of(finished[1], "glue_lora"), ablated=True), wrong)
+        ablation_rows(ablated, wrong)
 
 
 # steps
@@ -402,9 +429,8 @@ def test_every_step_adds_one_thing_until_all_are_the_published_settings() -> Non
     assert planned["lora_balance"]["tune"] != planned["lora_emoe_published"]["tune"]
 
 
-def test_a_step_is_compared_with_the_row_above(finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(finished[0].parents[1])
-    outcomes = TextOutcomes(LORA, of(finished[1], "glue_lora"), ablated=True)
+def test_a_step_is_compared_with_the_row_above(ablated: TextOutcomes) -> None:
+    outcomes = ablated
     ablation = LORA.definition.ablations["steps"]
     own = outcomes.seeds[outcomes.seeds["protocol"].isin(outcomes.run_protocols) & (outcomes.seeds["domain"] == "id")]
     seeds = own.set_index(["method", "seed"])["value"]

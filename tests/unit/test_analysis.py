@@ -305,16 +305,28 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
     return root, fake_runs.write(root, "paper", {"lora_emoe": 0.05}, ("glue_lora", "glue_ood"))
 
 
-def test_published_and_clean_runs_stand_side_by_side(paper, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(paper[0].parents[1])
-    outcomes = outcomes_of(paper[1], "glue_lora")
-    frame = tasks(outcomes).frame
+@pytest.fixture(scope="module")
+def adapted(paper: tuple[Path, list[Run]]) -> TextOutcomes:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(paper[0].parents[1])
+        return outcomes_of(paper[1], "glue_lora")
+
+
+@pytest.fixture(scope="module")
+def evaluated(paper: tuple[Path, list[Run]]) -> TextOutcomes:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(paper[0].parents[1])
+        return outcomes_of(paper[1], "glue_ood")
+
+
+def test_published_and_clean_runs_stand_side_by_side(adapted: TextOutcomes) -> None:
+    frame = tasks(adapted).frame
     assert set(frame["selection"]) == {"clean", "authors'"}
     by = frame.set_index(["model", "protocol", "method"])
     assert len(by.loc["gpt2-xl"].loc["published"]) == 12  # all rows; the paper's five were trained clean too
     assert len(by.loc["gpt2-xl"].loc["clean"]) == 5
     # the authors' numbers: best learning rate by its mean over seeds, that mean, and the population's standard deviation
-    rows = outcomes.records
+    rows = adapted.records
     rows = rows[
         (rows["model"] == "gpt2-xl")
         & (rows["task"] == "cola")
@@ -343,9 +355,8 @@ def test_an_average_is_over_all_tasks_or_not_given(paper, monkeypatch: pytest.Mo
     assert not math.isnan(by.loc[("gpt2-xl", "clean", "lora"), "average"])
 
 
-def test_p_values_are_corrected_over_the_tasks_of_a_method(paper, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(paper[0].parents[1])
-    frame = paired_tests(outcomes_of(paper[1], "glue_lora")).frame
+def test_p_values_are_corrected_over_the_tasks_of_a_method(adapted: TextOutcomes) -> None:
+    frame = paired_tests(adapted).frame
     family = frame[(frame["model"] == "gpt2-xl") & (frame["protocol"] == "clean") & (frame["method"] == "lora_emoe")]
     assert len(family) == 8
     ordered = family.sort_values("p")
@@ -359,9 +370,8 @@ def test_p_values_are_corrected_over_the_tasks_of_a_method(paper, monkeypatch: p
     assert set(family["verdict"]) <= {"better", "within noise"}
 
 
-def test_ranks_state_what_was_ranked(paper, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(paper[0].parents[1])
-    outcomes = outcomes_of(paper[1], "glue_ood")
+def test_ranks_state_what_was_ranked(evaluated: TextOutcomes) -> None:
+    outcomes = evaluated
     methods = outcomes.benchmark.definition.ranked
     rankings = list(ranked(outcomes, methods, ["protocol", "model"]))
     assert len(rankings) == 4
@@ -377,9 +387,8 @@ def test_ranks_state_what_was_ranked(paper, monkeypatch: pytest.MonkeyPatch) -> 
     assert frame.loc[("gpt2-xl", "published", "lora_emoe"), "paper"] == 3.88
 
 
-def test_own_metrics_stand_beside_the_papers(paper, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(paper[0].parents[1])
-    headings = tasks(outcomes_of(paper[1], "glue_ood"), "ood").texts().columns
+def test_own_metrics_stand_beside_the_papers(evaluated: TextOutcomes) -> None:
+    headings = tasks(evaluated, "ood").texts().columns
     assert "CoLA → Grammar Test (%)" in headings
     assert "CoLA → Grammar Test, Matthews correlation (%)" in headings
     for pair in ("MRPC → QQP", "MRPC → Twitter-PIT", "QQP → MRPC", "QQP → Twitter-PIT"):

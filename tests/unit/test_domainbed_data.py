@@ -39,9 +39,9 @@ from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.sources.packages import package_file, packaged
-from tests.image_sets import CLASSES, FOLDERS, pacs_run, write_pacs
+from tests.image_sets import CLASSES, FOLDERS, write_pacs
 
-TASK = pacs_run().spec["task"]
+TASK = load_benchmark("domainbed").tasks["pacs"].spec("pacs")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def test_all_experts_train_exactly_like_the_dense_model(whole: Finished) -> None
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["gmoe", "emoe_learn", "emoe_published"])
+@pytest.mark.parametrize("method", ["gmoe", "emoe_published"])
 def test_a_killed_run_resumes_to_the_same_numbers(
     whole: Finished, capfd: pytest.CaptureFixture[str], method: str
 ) -> None:
@@ -318,10 +319,10 @@ def test_adam_decays_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(groups[0]["params"]) > 70  # biases and norms too
 
 
-@pytest.fixture
-def model_root(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Small models with random weights, as folders under the real names."""
-    root = workdir / "models"
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small models with random weights, as folders under the real names, that tests only read."""
+    root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     vit = ViTConfig(**small, intermediate_size=64, image_size=48, patch_size=16, num_labels=5)
@@ -330,8 +331,25 @@ def model_root(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     timm_model = timm.create_model("deit_small_patch16_224", num_classes=1000)
     (root / "deit-small").mkdir()
     save_file(timm_model.state_dict(), root / "deit-small" / "model.safetensors")
+    return root
+
+
+@pytest.fixture
+def model_root(models: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model root with links to them."""
+    root = workdir / "models"
+    root.mkdir()
+    for folder in models.iterdir():
+        (root / folder.name).symlink_to(folder)
     monkeypatch.setenv(MODEL_ROOT, str(root))
     return root
+
+
+def own(folder: Path) -> Path:
+    """A model that a test may change, in the place of its link."""
+    shared = folder.resolve()
+    folder.unlink()
+    return Path(shutil.copytree(shared, folder))
 
 
 def with_model(name: str, method: str = "emoe", tune: dict[str, Any] | None = None, **changes: Any) -> Run:
@@ -384,7 +402,7 @@ def test_a_model_without_stochastic_depth_says_so(model_root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["deit-small", "dinov2-small"])
 def test_weights_of_another_model_are_refused(model_root: Path, name: str) -> None:
-    file = model_root / name / "model.safetensors"
+    file = own(model_root / name) / "model.safetensors"
     state = load_file(file)
     state.pop(next(key for key in state if key.endswith("fc1.weight")))
     save_file(state, file, metadata={"format": "pt"})
@@ -393,20 +411,20 @@ def test_weights_of_another_model_are_refused(model_root: Path, name: str) -> No
 
 
 def test_a_damaged_file_of_weights_is_named(model_root: Path) -> None:
-    file = model_root / "deit-small" / "model.safetensors"
+    file = own(model_root / "deit-small") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(DataError, match=r"deit-small/model.safetensors is damaged"):
         finish(prepare(with_model("deit-small", image_size=32)))
 
 
 def test_weights_that_would_have_to_be_unpickled_are_refused(model_root: Path) -> None:
-    file = model_root / "deit-small" / "model.safetensors"
+    file = own(model_root / "deit-small") / "model.safetensors"
     file.rename(file.with_name("pytorch_model.bin"))
     with pytest.raises(DataError, match=r"deit-small has no model.safetensors"):
         finish(prepare(with_model("deit-small", image_size=32)))
 
 
-@pytest.mark.parametrize("method", ["erm", "gmoe", "emoe", "emoe_learn"])
+@pytest.mark.parametrize("method", ["gmoe", "emoe_learn"])
 def test_vit_large_by_adapters(model_root: Path, method: str) -> None:
     plan_of = {run.spec["method"]["name"]: run.spec for run in plan(["domainbed"], "domainbed_large")}
     spec = plan_of[method]

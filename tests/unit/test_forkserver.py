@@ -21,6 +21,7 @@ from benchmarks.harness.planning.runs import Run, run_from_spec
 from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.running.forkserver import ADDRESS, ONE_THREAD, Server
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from tests.conftest import ROOT
 from tests.executed import numbers, prepare
 
 MODULES = ["benchmarks.glue.pipeline", "benchmarks.harness.running.execution"]
@@ -28,22 +29,32 @@ _OF_PYTEST = "PYTEST_CURRENT_TEST"  # another value in a fixture than in its tes
 RUNS = {run.spec["method"]["name"]: run for run in load_suite({"suite": "smoke"}).runs_of("glue")}
 
 
-@pytest.fixture
-def server(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that has the text pipeline, for an empty working directory with the real sentences."""
-    monkeypatch.delenv(_OF_PYTEST)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+@pytest.fixture(scope="module")
+def started() -> Iterator[Server]:
+    """A server that has the text pipeline; to import that takes longer than what is asked of it."""
     found = Server(MODULES)
-    found.start()
-    yield found
-    found.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        with pytest.MonkeyPatch.context() as meanwhile:
+            meanwhile.delenv(_OF_PYTEST)
+            found.start()
+        yield found
+        found.stop()
 
 
-def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
+@pytest.fixture
+def server(started: Server, workdir: Path) -> Server:
+    """The server, and an empty working directory with the real sentences."""
+    return started
+
+
+def start(
+    *arguments: object, program: tuple[str, str] = ("-m", "benchmarks"), **variables: str
+) -> subprocess.Popen[str]:
     """``python -m benchmarks …`` as Snakemake starts a job."""
     environment = {**os.environ, **ONE_THREAD, **variables}
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -87,7 +98,7 @@ def finish(path: Path, **variables: str) -> dict[str, object]:
 
 
 def test_numbers_are_those_of_a_process_of_ones_own_in_any_order(server: Server) -> None:
-    methods = ["emoe", "vanilla", "gmoe_published"]
+    methods = ["emoe", "gmoe_published"]
     alone = {method: finish(small(RUNS[method], "alone"), **{ADDRESS: ""}) for method in methods}
     for place, order in (("first", methods), ("second", methods[::-1])):
         shared = {method: finish(small(RUNS[method], place)) for method in order}
@@ -110,14 +121,14 @@ def test_a_command_has_its_own_folder_streams_and_exit_status(server: Server, tm
 
 
 def test_another_environment_or_no_server_is_no_fork(server: Server) -> None:
-    path = small(RUNS["vanilla"], "runs", epochs=200, checkpoint_selection="last")
-    process = start("run", path, OMP_NUM_THREADS="2")
-    wait_for(lambda: (path.parent / "log.txt").exists())
-    assert not forks()
-    process.kill()
-    process.wait()
-    server.stop()
-    assert start("run", "nowhere/run.json", **{ADDRESS: "/nowhere/socket"}).wait() == 1
+    ask = "from benchmarks.harness.running.forkserver import ask; print(ask(['check', '--sweet']))"
+    for variables, status in (
+        ({}, "2"),
+        ({"OMP_NUM_THREADS": "2"}, "None"),
+        ({ADDRESS: "/nowhere/socket"}, "None"),
+    ):
+        process = start(program=("-c", ask), **variables)
+        assert process.communicate()[0].splitlines()[-1] == status
 
 
 def test_what_ends_the_caller_ends_the_fork_and_the_run_goes_on_from_there(server: Server) -> None:

@@ -10,8 +10,9 @@ import pytest
 import emoe
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT
-from benchmarks.harness.planning.runs import plan, run_from_spec
+from benchmarks.harness.planning.runs import run_from_spec
 from benchmarks.harness.running.execution import execute
+from tests.planned import paper_runs
 from tests.text_sets import GLUE
 from tests.tiny_hub import write_data, write_models
 
@@ -34,7 +35,7 @@ def test_every_task_trains_and_evaluates(roots, tmp_path: Path, monkeypatch: pyt
     model, method = ("bert-base-cased", "gpt2")[place % 2], ("emoe", "emoe_learn")[place // 2 % 2]
     spec = next(
         run.spec
-        for run in plan(["glue"], "paper")
+        for run in paper_runs("glue")
         if (run.spec["task"]["name"], run.spec["model"]["name"], run.spec["method"]["name"]) == (task, model, method)
     )
     assert spec["training"]["epochs"] == (3 if task in ("mnli", "qqp", "qnli") else 10)
@@ -58,7 +59,7 @@ def test_calibration_and_running_gates_reach_the_library(roots, tmp_path: Path, 
     monkeypatch.setenv(DATA_ROOT, str(roots[1]))
     spec = next(
         run.spec
-        for run in plan(["glue"], "paper")
+        for run in paper_runs("glue")
         if (run.spec["task"]["name"], run.spec["model"]["name"]) == ("rte", "bert-base-cased")
         and run.spec["method"]["name"] == "emoe_published"
     )
@@ -84,7 +85,7 @@ def test_calibration_and_running_gates_reach_the_library(roots, tmp_path: Path, 
 def test_a_model_that_is_nowhere_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roots) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(DATA_ROOT, str(roots[1]))
-    run = next(run for run in plan(["glue"], "paper") if run.spec["task"]["name"] == "cola")
+    run = next(run for run in paper_runs("glue") if run.spec["task"]["name"] == "cola")
     path = tmp_path / run.id / "run.json"
     path.parent.mkdir()
     path.write_text(run.to_json())

@@ -15,8 +15,8 @@ from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.runs import plan
 from benchmarks.harness.planning.shared import ABLATION
 from benchmarks.text.training import Patience
+from tests.planned import paper_runs
 
-RUNS = plan(["glue", "glue_lora", "glue_ood"], "paper")
 TASKS = {"cola", "mrpc", "rte", "stsb", "sst2", "qnli", "qqp", "mnli"}
 METRIC = {"cola": "mcc", "mrpc": "accuracy_f1", "qqp": "accuracy_f1", "stsb": "pearson_spearman"}
 LONG = {"mnli", "qqp", "qnli"}
@@ -33,7 +33,7 @@ def of(benchmark: str, protocol: str | None = None) -> list[dict[str, Any]]:
     """The specs of a benchmark's main rows; ablations differ from them in what they are about."""
     return [
         run.spec
-        for run in RUNS
+        for run in paper_runs("glue", "glue_lora", "glue_ood")
         if run.benchmark == benchmark
         and protocol in (None, run.spec["protocol"])
         and run.spec["method"]["name"] not in ABLATIONS
@@ -49,7 +49,11 @@ ABLATIONS = {
 
 
 def test_ablations_are_trained_as_main_rows_are() -> None:
-    found = [run.spec for run in RUNS if run.spec["method"]["name"] in ABLATIONS and "training" in run.spec]
+    found = [
+        run.spec
+        for run in paper_runs("glue", "glue_lora", "glue_ood")
+        if run.spec["method"]["name"] in ABLATIONS and "training" in run.spec
+    ]
     assert {spec["task"]["name"] for spec in found} == {"cola", "mrpc", "rte"}
     for spec in found:
         training = {key: value for key, value in spec["training"].items() if key != "train_share"}
