@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # pages that lie outside docs/: from their path in the repository to the one in the site
 OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
     "config/README.md": "configuration.md",
     **{
         f"benchmarks/{path.parent.name}/README.md": f"benchmarks/{path.parent.name}.md"

@@ -57,7 +57,7 @@ def test_links_lead_somewhere(page: str) -> None:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built as `make docs` does (`--quiet` would not count warnings)."""
     for package in ("material", "mkdocstrings"):
-        pytest.importorskip(package, reason="the site is not built: pip install 'emoe-suite[docs]'")
+        pytest.importorskip(package, reason="the site is not built: pip install 'emoe[docs]'")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
