@@ -16,11 +16,15 @@ for shown in SHOWN:
             + suite_named(wildcards.suite).figure_inputs(shown.benchmark, shown.part),
         output:
             tables=shown.table_files("{suite}"),
-            figures=report(
-                shown.figure_files("{suite}"),
-                caption="../report/figure.rst",
-                category=shown.benchmark,
-            ),
+            figures=[
+                report(
+                    file,
+                    caption="../report/figure.rst",
+                    category=shown.benchmark,
+                    labels=labels,
+                )
+                for file, labels in shown.figure_labels("{suite}").items()
+            ],
             paper=paper_items.files_of(shown, "{suite}"),
         log:
             f"results/logs/{{suite}}/tables_of_{shown.name}.txt",
@@ -47,11 +51,15 @@ rule table_of_claims:
         claimed_metrics,
     output:
         tables=CLAIMS.table_files("{suite}"),
-        figures=report(
-            CLAIMS.figure_files("{suite}"),
-            caption="../report/figure.rst",
-            category="Claims",
-        ),
+        figures=[
+            report(
+                file,
+                caption="../report/figure.rst",
+                category="Claims",
+                labels=labels,
+            )
+            for file, labels in CLAIMS.figure_labels("{suite}").items()
+        ],
         main=paper_items.main_files("{suite}"),
     log:
         "results/logs/{suite}/table_of_claims.txt",

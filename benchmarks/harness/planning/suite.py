@@ -112,9 +112,21 @@ class Artifacts:
         folder = paths.RESULTS / suite / "tables"
         return [str(folder / f"{self.stem(table)}.{end}") for table in self.tables for end in FORMATS]
 
-    def figure_files(self, suite: str) -> list[str]:
+    def short_caption(self, figure: str) -> str:
+        """What a figure shows: its caption up to the first stop."""
+        return self.figures[figure].partition(". ")[0].partition(": ")[0].rstrip(".")
+
+    def figure_labels(self, suite: str) -> dict[str, dict[str, str]]:
+        """What Snakemake's report says of each file of :meth:`figure_files`."""
         folder = paths.RESULTS / suite / "figures"
-        return [str(folder / f"{self.stem(figure)}.{end}") for figure in self.figures for end in ("pdf", "png")]
+        return {
+            str(folder / f"{self.stem(figure)}.{end}"): {"figure": self.short_caption(figure), "format": end}
+            for figure in self.figures
+            for end in ("pdf", "png")
+        }
+
+    def figure_files(self, suite: str) -> list[str]:
+        return list(self.figure_labels(suite))
 
 
 CLAIMS = Artifacts(

@@ -58,7 +58,7 @@ class _Page:
                 "image": _image(folder / f"{shown.stem(name)}.png"),
                 "files": self.to(folder / shown.stem(name)),
                 "caption": caption,
-                "alt": caption.partition(". ")[0].partition(": ")[0].rstrip("."),
+                "alt": shown.short_caption(name),
             }
             for name, caption in shown.figures.items()
         ]
