@@ -161,7 +161,7 @@ class DomainTrainer:
         Returns:
             DomainBed's records: ``step``, ``loss`` (the mean since the record before) and ``<split>_acc`` of every split.
         """
-        checkpoint = last_complete_checkpoint(self._checkpoints)
+        checkpoint = last_complete_checkpoint(self._checkpoints, (Stopwatch.FILE, Probe.FILE))
         if checkpoint:
             self._stopwatch.resume(checkpoint)
             self.probe.resume(checkpoint)

@@ -112,7 +112,7 @@ def train(
         at_once, precision = spec["evaluation"]["batch_size"], precision_here(training["precision"])
         # after the stopwatch, which shall not count it
         trainer.add_callback(HeldOutCurve(held_out, tokenizer, every, at_once, precision))
-    checkpoint = last_complete_checkpoint(checkpoints)
+    checkpoint = last_complete_checkpoint(checkpoints, (Stopwatch.FILE, Probe.FILE))
     if checkpoint:
         stopwatch.resume(checkpoint)
         probe.resume(checkpoint)

@@ -159,7 +159,7 @@ class TextTrainer:
 
     def train(self) -> TrainingResult:
         """Train, from the last complete checkpoint where there is one."""
-        checkpoint = last_complete_checkpoint(self._checkpoints)
+        checkpoint = last_complete_checkpoint(self._checkpoints, (Stopwatch.FILE, Probe.FILE, RoutingTrace.FILE))
         if checkpoint:
             self._stopwatch.resume(checkpoint)
             self.probe.resume(checkpoint)

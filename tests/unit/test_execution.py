@@ -219,6 +219,12 @@ def test_checkpoints_that_are_not_complete_are_left_out(tmp_path: Path) -> None:
         half = shutil.copytree(tmp_path / "checkpoint-6", tmp_path / "checkpoint-18") / last.name
         half.write_bytes(last.read_bytes()[:length])
         assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    # the process was killed after Trainer had written its state, before the callbacks had written theirs
+    (tmp_path / "checkpoint-6" / "probe.json").write_text("[]")
+    shutil.copytree(tmp_path / "checkpoint-6", tmp_path / "checkpoint-18")
+    (tmp_path / "checkpoint-18" / "probe.json").unlink()
+    assert last_complete_checkpoint(tmp_path, ["probe.json"]) == tmp_path / "checkpoint-6"
+    assert not (tmp_path / "checkpoint-18").exists()
     shutil.rmtree(tmp_path / "checkpoint-6")
     assert last_complete_checkpoint(tmp_path) is None
 

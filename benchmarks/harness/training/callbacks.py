@@ -19,7 +19,7 @@ from benchmarks.harness.base.files import write_json
 class Stopwatch(TrainerCallback):
     """Time spent in steps, without evaluation and checkpoints, and in evaluation; kept beside every checkpoint."""
 
-    _FILE = "stopwatch.json"
+    FILE = "stopwatch.json"
 
     def __init__(self) -> None:
         self.seconds, self.steps, self.evaluation, self._start = 0.0, 0, 0.0, 0.0
@@ -31,14 +31,13 @@ class Stopwatch(TrainerCallback):
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint's count."""
-        if (checkpoint / self._FILE).exists():
-            saved = json.loads((checkpoint / self._FILE).read_text())
-            self.seconds, self.steps, self.evaluation = saved["seconds"], saved["steps"], saved["evaluation"]
+        saved = json.loads((checkpoint / self.FILE).read_text())
+        self.seconds, self.steps, self.evaluation = saved["seconds"], saved["steps"], saved["evaluation"]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         content = {"seconds": self.seconds, "steps": self.steps, "evaluation": self.evaluation}
-        write_json(folder / self._FILE, content)
+        write_json(folder / self.FILE, content)
 
     def on_evaluate(
         self,

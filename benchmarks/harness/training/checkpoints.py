@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -20,22 +21,27 @@ from benchmarks.harness.training.distributed import (
 WEIGHTS, OPTIMIZER, SCHEDULER = "trained.safetensors", "optimizer.pt", "scheduler.pt"
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, the same on all processes; half-written ones are removed."""
-    return cast("Path | None", broadcast(_last_complete(folder) if is_main() else None))
+def last_complete_checkpoint(folder: Path, beside: Sequence[str] = ()) -> Path | None:
+    """The newest checkpoint that was written to its end, the same on all processes; half-written ones are removed.
+
+    Args:
+        folder: of a run's checkpoints.
+        beside: files that callbacks write into each after Trainer has written its state: without them a run would go on with other counts.
+    """
+    return cast("Path | None", broadcast(_last_complete(folder, beside) if is_main() else None))
 
 
-def _last_complete(folder: Path) -> Path | None:
+def _last_complete(folder: Path, beside: Sequence[str]) -> Path | None:
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for checkpoint in found:
-        if _is_complete(checkpoint):
+        if _is_complete(checkpoint) and all((checkpoint / name).exists() for name in beside):
             return checkpoint
         shutil.rmtree(checkpoint)
     return None
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    # Trainer writes its state last
+    # Trainer writes its state last, before its callbacks are told
     sharded = (checkpoint / SHARDS).is_dir()
     files = (SCHEDULER, TRAINER_STATE_NAME) if sharded else (WEIGHTS, OPTIMIZER, SCHEDULER, TRAINER_STATE_NAME)
     if not all((checkpoint / name).exists() for name in files) or (sharded and not is_complete(checkpoint / SHARDS)):

@@ -62,7 +62,7 @@ class LogitsSummary:
 class Probe(TrainerCallback):
     """Collects the loss of the first batches, and what a fixed batch gives before training; kept beside every checkpoint."""
 
-    _FILE = "probe.json"
+    FILE = "probe.json"
 
     def __init__(self) -> None:
         self._losses: list[float] = []
@@ -106,14 +106,13 @@ class Probe(TrainerCallback):
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from what a checkpoint keeps."""
-        if (checkpoint / self._FILE).exists():
-            self._losses = [float(loss) for loss in json.loads((checkpoint / self._FILE).read_text())]
+        self._losses = [float(loss) for loss in json.loads((checkpoint / self.FILE).read_text())]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             # as text: the loss of a model that diverged is no number that JSON knows
             write_json(
-                Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / self._FILE, self._written_losses()
+                Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / self.FILE, self._written_losses()
             )
 
     def _written_losses(self) -> list[str]:

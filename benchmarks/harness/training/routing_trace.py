@@ -35,7 +35,7 @@ class RoutingTrace(TrainerCallback):
     As in the authors' code (and so in the paper's figure of them) a window ends with the epoch, however many steps it has by then.
     """
 
-    _FILE = "routing_trace.json"
+    FILE = "routing_trace.json"
 
     def __init__(self) -> None:
         self._ends: list[int] = []
@@ -45,9 +45,8 @@ class RoutingTrace(TrainerCallback):
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from what a checkpoint keeps."""
-        if (checkpoint / self._FILE).exists():
-            saved = json.loads((checkpoint / self._FILE).read_text())
-            self._ends, self._loads = saved["ends"], saved["loads"]
+        saved = json.loads((checkpoint / self.FILE).read_text())
+        self._ends, self._loads = saved["ends"], saved["loads"]
 
     def on_step_begin(
         self,
@@ -82,7 +81,7 @@ class RoutingTrace(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            write_json(folder / self._FILE, {"ends": self._ends, "loads": self._loads})
+            write_json(folder / self.FILE, {"ends": self._ends, "loads": self._loads})
 
     def summary(self) -> dict[str, Any]:
         """``windows`` of ``routing`` in ``metrics.json``: the last step of each, and by layer the loads ``[windows, N]``; empty for a dense model."""
