@@ -19,8 +19,6 @@ from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run, run_from_spec
 from benchmarks.harness.planning.suite import Suite, load_suite
-from benchmarks.harness.reporting import report
-from benchmarks.harness.reporting.claims_figure import write_claims
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.reporting.rendering import Column, Table
 from benchmarks.harness.results import tracking
@@ -408,25 +406,6 @@ def test_rows_that_train_other_things_are_not_compared(finished: Suite) -> None:
         DefinitionError, match=f"{re.escape(runs[-1].folder)} and .* train other adapters or another head"
     ):
         present(load_benchmark("glue_lora"), runs)
-
-
-def test_all_formats_and_the_report_are_written(finished: Suite) -> None:
-    from benchmarks.__main__ import cli
-
-    for benchmark in finished.settings.benchmarks:
-        cli(["tables", "--suite", "mini", "--benchmark", benchmark], standalone_mode=False)
-    write_claims(finished)
-    for file in finished.output_files():
-        assert Path(file).stat().st_size > 100, file
-    report.write_report(finished, Path("results/mini/report.html"))
-    page = Path("results/mini/report.html").read_text()
-    assert 'src="data:image/png;base64,' in page
-    assert "http://" not in page.replace("http://www.w3.org", "")
-    assert "EMoE, random partition" in page
-    assert "better" in page
-    assert "snakemake --cores all figure_5 --config suite=mini" in page
-    assert "results/mini/paper/figure_5a.png" in page
-    assert page.index("Claims of the paper</h2>") < page.index(f"<h2>{load_benchmark('glue').definition.title}")
 
 
 TABLE = Table(

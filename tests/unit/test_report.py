@@ -85,6 +85,13 @@ def test_verdicts_stand_before_numbers_and_one_table_of_a_benchmark_is_open(page
     assert re.search(rf'<th scope="row">all</th><td>{runs}</td>', text)
 
 
+def test_it_says_which_command_makes_the_papers_figures(page_file: Path) -> None:
+    text = page_file.read_text()
+    assert "snakemake --cores all figure_5 --config suite=mini" in text
+    assert "results/mini/paper/figure_5a.png" in text
+    assert (page_file.parent / "paper/figure_5a.png").exists()
+
+
 def test_runs_of_a_row_are_those_with_its_names() -> None:
     origins = pd.DataFrame(
         {"run_id": ["a", "b", "b", "c"], "model": "m", "method": ["x", "y", "y", "y"], "seed": [0, 0, 0, 1]}
