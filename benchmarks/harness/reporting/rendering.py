@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.harness.planning.catalogue import load_metrics
+from benchmarks.harness.reporting.latex import MISSING, latex_table, said_once
 
-MISSING = "–"
 RUNS = "runs"  # column of a frame: the folders of the runs that a row is made of, blanks between them
 
 
@@ -131,13 +131,12 @@ class Table:
         return f"### {self.title}\n\n{marked.to_markdown(index=False, disable_numparse=True)}\n\n{self.caption}\n"
 
     def latex(self) -> str:
-        """A booktabs table."""
-        best = self.best()
-        escaped = self.texts().map(_latex).where(~best, lambda cells: r"\textbf{" + cells + "}")
-        escaped.columns = [_latex(name) for name in escaped.columns]
-        layout = "l" * len(self.keys) + "r" * len(self.shown) + "l" * len(self.notes)
-        body = escaped.style.hide(axis="index").to_latex(hrules=True, column_format=layout)
-        return f"\\begin{{table}}\n\\centering\n\\small\n\\caption{{{_latex(self.title)}. {_latex(self.caption)}}}\n{body}\\end{{table}}\n"
+        """A booktabs table that fits a page, see :func:`~benchmarks.harness.reporting.latex.latex_table`."""
+        texts = self.texts()
+        same = self._said_once(texts)
+        kept = [heading for heading in texts.columns if heading not in same]
+        numbers = {column.heading for column in self.shown}
+        return latex_table(self.name, self.title, self.caption, texts[kept], self.best()[kept], numbers, same)
 
     def html(self) -> str:
         """A ``<table>`` without style of its own: a number's cell has its value to sort by, a row the runs it is made of."""
@@ -159,23 +158,25 @@ class Table:
             rows.append(f"<tr>{''.join(cells)}</tr>")
         headings = [*texts.columns[columns], *(["Runs"] if traced else [])]
         head = "".join(f'<th scope="col">{html.escape(heading)}</th>' for heading in headings)
-        once = "; ".join(f"{heading} {text}" for heading, text in same.items())
+        once = said_once(same)
         body = "\n".join(rows)
         return (
             f'<figure id="{html.escape(self.name)}">\n<figcaption><b>{html.escape(self.title)}.</b> '
             f"<details><summary>How to read it</summary>{html.escape(self.caption)}</details>"
-            f"{f'<p>In all rows: {html.escape(once)}.</p>' if once else ''}</figcaption>\n"
+            f"{f'<p>{html.escape(once)}</p>' if once else ''}</figcaption>\n"
             f'<div class="wide"><table class="{"sentences" if self.wraps else "numbers"}">\n'
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n</figure>\n"
         )
 
     def _said_once(self, texts: pd.DataFrame) -> dict[str, str]:
-        """Names that all rows share, by heading; one column of names always stays."""
+        """Texts that all rows share, by heading; one column of names always stays."""
         names = list(self.keys.values())
-        same = {name: str(texts[name].iloc[0]) for name in names if len(texts) > 1 and texts[name].nunique() == 1}
-        if len(same) == len(names):
-            same.popitem()
-        return same
+        shared = [
+            heading for heading in (*names, *self.notes.values()) if len(texts) > 1 and texts[heading].nunique() == 1
+        ]
+        if set(names) <= set(shared):
+            shared.remove(names[-1])
+        return {heading: str(texts[heading].iloc[0]) for heading in shared}
 
     def _sorts(self) -> list[list[float | None]]:
         """By row and printed cell, the number that is printed there."""
@@ -197,19 +198,3 @@ def _cell(text: str, strong: bool, sort: float | None, *, heads: bool) -> str:
     if heads and text:  # an empty cell heads nothing
         return f'<th scope="row">{text}</th>'
     return f"<td>{text}</td>" if sort is None else f'<td data-sort="{sort:.9g}">{text}</td>'
-
-
-_LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}
-_LATEX |= {
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "–": "--",
-    "÷": r"$\div$",
-    "Δ": r"$\Delta$",
-}
-_LATEX |= {"→": r"$\to$", "−": "$-$", "✓": r"$\checkmark$", "²": r"$^2$", "≤": r"$\le$", "×": r"$\times$"}
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
