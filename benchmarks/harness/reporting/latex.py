@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 import pandas as pd
 
-MISSING = "–"
 _LINES = 42  # that stand on a page; longer tables come in parts
 _LETTERS, _HEADING = 28, 14  # after so many a column of texts, or a heading, goes on in another line
 _WIDTH = "4.5cm"  # of such a column
@@ -15,12 +14,6 @@ _SIGNS = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"
 _SIGNS |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "°": r"\textdegree{}", "✓": r"\textbullet{}"}
 _SIGNS |= {"–": "--", "±": r"$\pm$", "÷": r"$\div$", "Δ": r"$\Delta$", "→": r"$\to$", "−": "$-$", "²": "$^2$"}
 _SIGNS |= {"≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$", "·": r"$\cdot$", "≈": r"$\approx$", "∞": r"$\infty$"}
-
-
-def said_once(same: Mapping[str, str]) -> str:
-    """What all rows of a table share, as a sentence; nothing where they share nothing, or that there is none of it."""
-    once = "; ".join(f"{heading} {text}" for heading, text in same.items() if text not in ("", MISSING))
-    return f"In all rows: {once}." if once else ""
 
 
 def escape(text: str) -> str:
@@ -35,7 +28,7 @@ def latex_table(
     texts: pd.DataFrame,
     best: pd.DataFrame,
     numbers: Collection[str],
-    same: Mapping[str, str],
+    said: str,
 ) -> str:
     """Lay a table out as one ``table`` environment, or as several where it is longer than a page.
 
@@ -43,23 +36,23 @@ def latex_table(
         name: of its files; the label is ``tab:<name>``.
         title: the caption that is printed.
         caption: how to read it; a comment, for whoever writes the paper.
-        texts: the printed cells, without the columns of ``same``.
+        texts: the printed cells, without what is said once.
         best: which of them are bold.
         numbers: headings of the columns of numbers.
-        same: what all rows share, by heading.
+        said: what all rows share, a sentence.
 
     Returns:
         LaTeX; where the table is wider than the text, it is made smaller.
     """
     cells = texts.map(escape).where(~best, lambda found: r"\textbf{" + found + "}")
     parts = [cells.iloc[places] for places in _parts(texts)]
-    said = " ".join(filter(None, (f"{escape(title)}.", escape(said_once(same)))))
+    printed = " ".join(filter(None, (f"{escape(title)}.", escape(said))))
     lines = [f"% {line}" for line in textwrap.wrap(f"How to read it: {caption}", 110)]
     lines += ["% \\usepackage{booktabs,graphicx}"]
     for number, part in enumerate(parts, 1):
         of = f" Part {number} of {len(parts)}." if len(parts) > 1 else ""
         label = f"tab:{name.replace('_', '-')}{f'-{number}' if number > 1 else ''}"
-        lines += [r"\begin{table}", r"\centering", r"\small", f"\\caption{{{said}{of}}}", f"\\label{{{label}}}"]
+        lines += [r"\begin{table}", r"\centering", r"\small", f"\\caption{{{printed}{of}}}", f"\\label{{{label}}}"]
         lines += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
         lines += [*_tabular(part, "".join(_layout(texts, numbers))), "}", r"\end{table}", ""]
     return "\n".join(lines)

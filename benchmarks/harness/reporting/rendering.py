@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 from benchmarks.harness.planning.catalogue import load_metrics
-from benchmarks.harness.reporting.latex import MISSING, latex_table, said_once
+from benchmarks.harness.reporting.latex import latex_table
 
+MISSING = "–"
 RUNS = "runs"  # column of a frame: the folders of the runs that a row is made of, blanks between them
 
 
@@ -136,7 +137,9 @@ class Table:
         same = self._said_once(texts)
         kept = [heading for heading in texts.columns if heading not in same]
         numbers = {column.heading for column in self.shown}
-        return latex_table(self.name, self.title, self.caption, texts[kept], self.best()[kept], numbers, same)
+        return latex_table(
+            self.name, self.title, self.caption, texts[kept], self.best()[kept], numbers, _sentence(same)
+        )
 
     def html(self) -> str:
         """A ``<table>`` without style of its own: a number's cell has its value to sort by, a row the runs it is made of."""
@@ -158,7 +161,7 @@ class Table:
             rows.append(f"<tr>{''.join(cells)}</tr>")
         headings = [*texts.columns[columns], *(["Runs"] if traced else [])]
         head = "".join(f'<th scope="col">{html.escape(heading)}</th>' for heading in headings)
-        once = said_once(same)
+        once = _sentence(same)
         body = "\n".join(rows)
         return (
             f'<figure id="{html.escape(self.name)}">\n<figcaption><b>{html.escape(self.title)}.</b> '
@@ -191,6 +194,12 @@ class Table:
         (folder / f"{self.name}.md").write_text(self.markdown())
         (folder / f"{self.name}.tex").write_text(self.latex())
         (folder / f"{self.name}.html").write_text(self.html())
+
+
+def _sentence(same: Mapping[str, str]) -> str:
+    """What all rows of a table share; nothing where they share nothing, or that there is none of it."""
+    once = "; ".join(f"{heading} {text}" for heading, text in same.items() if text not in ("", MISSING))
+    return f"In all rows: {once}." if once else ""
 
 
 def _cell(text: str, strong: bool, sort: float | None, *, heads: bool) -> str:
