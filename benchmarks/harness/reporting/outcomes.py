@@ -39,8 +39,8 @@ def compared_nothing() -> pd.DataFrame:
 def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     """Name the runs that each row of a table is made of, in the column :data:`~benchmarks.harness.reporting.rendering.RUNS`.
 
-    These are the runs with the row's names in every column that both have; an empty name and :data:`ALL` stand for all. Where one of several runs was chosen,
-    all of them are named. A row of others' numbers has none.
+    These are the runs with the row's names in every column that both have; an empty name and :data:`ALL` stand for all. Where a benchmark chooses
+    among finished runs (DomainBed's draws), all that it chose among are named. A row of others' numbers has none.
 
     Args:
         table: with names in its frame.
