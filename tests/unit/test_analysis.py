@@ -445,7 +445,13 @@ def test_cells_and_the_best_by_number() -> None:
 def test_every_format_escapes() -> None:
     assert "**100.0 ± 1.0**" in TABLE.markdown()
     latex = TABLE.latex()
-    for text in (r"\toprule", r"\textbf{100.0 $\pm$ 1.0}", r"A \& B", r"50 \% of\_it", r"two\_"):
+    for text in (
+        r"\toprule",
+        r"\textbf{100.0 $\pm$ 1.0}",
+        r"\caption{A \& B.}",
+        "% How to read it: 50 % of_it",
+        r"two\_",
+    ):
         assert text in latex
     assert "two_&lt;b&gt;" in TABLE.html()
     assert "<strong>100.0 ± 1.0</strong>" in TABLE.html()
