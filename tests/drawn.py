@@ -33,7 +33,7 @@ def faults(figure: Figure) -> list[str]:
     found = []
     if width > WIDEST or height > HIGHEST:
         found.append(f"is {width:.1f} by {height:.1f} inches")
-    texts = _drawn(figure)
+    texts = drawn_texts(figure)
     found += [f"{text!r} has {size:g} points" for text, _, size in texts if size < SMALLEST]
     page = figure.bbox
     for text, box, _ in texts:
@@ -48,7 +48,7 @@ def faults(figure: Figure) -> list[str]:
     return found
 
 
-def _drawn(figure: Figure) -> list[tuple[str, Any, float]]:
+def drawn_texts(figure: Figure) -> list[tuple[str, Any, float]]:
     """Every text that is really drawn (not ticks outside the limits), with its place and size in points."""
     found = []
     draw = Text.draw

@@ -22,7 +22,7 @@ from benchmarks.harness.reporting.plots import (
     USE,
     WIDTH,
     Panel,
-    hide,
+    hide_empty,
     over_mean,
     placeholder_figure,
     save,
@@ -117,7 +117,7 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             axis.set_title(wrapped(title, 1.5, 7), fontsize=7)
             axis.set_xticks(range(len(beside)), beside, rotation=90)
             axis.set_yticks(range(len(beside)), beside)
-        hide(axes, [columns] * (lines - 1) + [len(counts) - columns * (lines - 1)])
+        hide_empty(axes)
         envs = ", ".join(dict.fromkeys(env for found in counts.values() for env in found))
         only = f", {models[0]}" if len(models) == 1 else ""
         figure.suptitle(f"{outcomes.title('set', name)}{only}, held out: {envs}", fontsize=8)
@@ -168,8 +168,7 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             above.set_title(f"{title}\n{_told('class', loads.sum(0), chance)}", fontsize=7)
             below.set_title(_told("environment", loads.sum(1), chance), fontsize=7)
             below.set_xlabel(f"{loads.shape[2]} experts")
-        for axis in axes.flat:
-            axis.set_visible(axis.has_data())
+        hide_empty(axes)
         figure.colorbar(USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
         held_out = outcomes.env_title(name, env)
         title = f"{outcomes.title('set', name)}, {outcomes.title('model', model)}, {held_out} held out"

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.plots import STYLE, USE, WIDTH, hide, placeholder_figure, save, wrapped
+from benchmarks.harness.reporting.plots import STYLE, USE, WIDTH, hide_empty, placeholder_figure, save, wrapped
 from benchmarks.harness.results.statistics import CONFIDENCE
 from benchmarks.llama.grid import is_trained
 from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of, task_words
@@ -128,7 +128,7 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
                 axis.set_title(wrapped(title, inches, 7), fontsize=7)
             axis_row[0].set_yticks(range(len(names)), names)
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
-        hide(axes, [len(categories) for categories in panels.values()])
+        hide_empty(axes)
         figure.supxlabel("Accuracy (%); in brackets: questions; dashed: chance among four answers", fontsize=7.5)
         save(figure, path)
 

@@ -19,7 +19,7 @@ from benchmarks.harness.reporting.plots import (
     STYLE,
     WIDTH,
     draw_difference,
-    hide,
+    hide_empty,
     placeholder_figure,
     save,
     wrapped,
@@ -53,7 +53,7 @@ def draw_differences(rows: pd.DataFrame, path: Path, reference: str = "the basel
     names = list(dict.fromkeys(name for _, found in panels for name in found["method_title"]))
     with mpl.rc_context(STYLE):
         figure, axes = _axes(len(panels), 0.24 * len(names) + 0.9, shared=True)
-        for axis, (title, found) in zip(axes, panels, strict=False):
+        for axis, (title, found) in zip(axes.flat, panels, strict=False):
             for row in found.itertuples():
                 place = names.index(row.method_title)
                 mark, colour = ("o", SERIES[0]) if row.is_ours else ("x", SERIES[1])
@@ -62,6 +62,7 @@ def draw_differences(rows: pd.DataFrame, path: Path, reference: str = "the basel
             axis.set_title(title, fontsize=8)
             axis.set_yticks(range(len(names)), [textwrap.fill(name, 34) for name in names])
             axis.set_ylim(len(names) - 0.4, -0.6)
+        hide_empty(axes)
         figure.supxlabel(f"Difference to {reference} (points)", fontsize=8)
         save(figure, path)
 
@@ -81,7 +82,7 @@ def draw_curves(rows: pd.DataFrame, path: Path, axis: str) -> None:
     labels = list(dict.fromkeys(label for _, found in panels for label, _ in _series(found, axis)))
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
         figure, axes = _axes(len(panels), 2.2, shared=False)
-        for panel, (title, found) in zip(axes, panels, strict=False):
+        for panel, (title, found) in zip(axes.flat, panels, strict=False):
             places = sorted({float(value) for value in found[axis] if value})
             apart = 0.012 * (places[-1] - places[0])
             for label, part in _series(found, axis):
@@ -110,15 +111,18 @@ def draw_curves(rows: pd.DataFrame, path: Path, axis: str) -> None:
             )
             panel.set_title(title, fontsize=8)
             panel.set_xlabel(_AXIS_LABELS[axis], fontsize=7)
+        hide_empty(axes)
         handles = {
-            label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+            label: handle
+            for panel in axes.flat
+            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
         }
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=7, frameon=False)
         figure.supylabel("Score (%)", fontsize=8)
         save(figure, path)
 
 
-def _axes(panels: int, height: float, *, shared: bool) -> tuple[Any, list[Any]]:
+def _axes(panels: int, height: float, *, shared: bool) -> tuple[Any, Any]:
     """A figure with so many panels, at most four beside each other, all of one width, perhaps with the same axes."""
     columns = min(panels, _COLUMNS)
     lines = math.ceil(panels / columns)
@@ -131,8 +135,7 @@ def _axes(panels: int, height: float, *, shared: bool) -> tuple[Any, list[Any]]:
         sharey=shared,
         layout="constrained",
     )
-    hide(axes, [columns] * (lines - 1) + [panels - columns * (lines - 1)])
-    return figure, list(axes.flat)
+    return figure, axes
 
 
 def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.plots import COLOURS, STYLE, WIDTH, Panel, hide, save, score_panels, wrapped
+from benchmarks.harness.reporting.plots import COLOURS, STYLE, WIDTH, Panel, hide_empty, save, score_panels, wrapped
 from benchmarks.harness.results.statistics import SIGNIFICANCE, critical_difference, nemenyi
 from benchmarks.text.grid import ID, OOD
 from benchmarks.text.outcomes import Ranked, TextOutcomes
@@ -112,7 +112,7 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
             axis.set_yticks(range(len(methods)), [outcomes.title("method", name) for name in methods])
             axis.set_xticks(range(len(pairs)), [outcomes.pair_title(*pair) for pair in pairs], rotation=90)
             axis.set_title(_selected(outcomes, str(protocol), outcomes.title("model", str(model))), fontsize=8)
-        hide(axes, [columns] * (lines - 1) + [len(shown) - columns * (lines - 1)])
+        hide_empty(axes)
         bar = mpl.cm.ScalarMappable(norm, _DIFFERENCE)
         label = f"difference to {outcomes.baseline_title} (points)"
         figure.colorbar(bar, ax=axes, orientation="horizontal", shrink=0.5, aspect=40, label=label, extend="both")

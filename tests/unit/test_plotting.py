@@ -5,18 +5,17 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.text import Text
 from torch import nn
 
 import emoe
 from emoe.records import RoutingRecord
+from tests.drawn import drawn_texts
 
 mpl.use("Agg")
 
@@ -79,35 +78,19 @@ def test_axes_may_be_given() -> None:
     assert pair[1].lines
 
 
-def texts(figure: Any) -> list[Text]:
-    """Text that is drawn: matplotlib keeps labels of ticks outside the limits, too."""
-    drawn = figure.findobj(lambda thing: isinstance(thing, Text) and thing.get_visible() and thing.get_text().strip())
-    outside = {
-        id(label)
-        for axes in figure.axes
-        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim()))
-        for tick, place in zip(axis.get_major_ticks(), axis.get_majorticklocs(), strict=False)
-        if not (min(limits) - 1e-6 <= place <= max(limits) + 1e-6) or not tick.label1.get_visible()
-        for label in (tick.label1, tick.label2)
-    }
-    return [text for text in drawn if id(text) not in outside]
-
-
 @pytest.mark.parametrize("width", [3.3, 6.9])
 @pytest.mark.parametrize(("experts", "depth", "labels"), [(4, 1, 0), (4, 24, 2), (64, 1, 10), (64, 24, 10)])
 def test_text_is_large_enough_and_apart(experts: int, depth: int, labels: int, width: float) -> None:
     figure = record(experts, list(range(depth)), labels).plot(width=width)
-    figure.canvas.draw()
+    shown = drawn_texts(figure)
     assert figure.get_figwidth() == width
     assert figure.get_figheight() < 7
-    shown = texts(figure)
-    assert {"expert", "layer", "max ÷ mean"} <= {text.get_text() for text in shown}
-    assert min(text.get_fontsize() for text in shown) >= 7
-    boxes = [text.get_window_extent() for text in shown]
-    for text, box in zip(shown, boxes, strict=True):
+    assert {"expert", "layer", "max ÷ mean"} <= {text for text, _, _ in shown}
+    assert min(size for _, _, size in shown) >= 7
+    for text, box, _ in shown:
         assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, text
         assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, text
-    for (one, its), (other, theirs) in itertools.combinations(zip(shown, boxes, strict=True), 2):
+    for (one, its, _), (other, theirs, _) in itertools.combinations(shown, 2):
         assert not its.overlaps(theirs), (one, other)
 
 

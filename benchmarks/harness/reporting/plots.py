@@ -129,7 +129,7 @@ def score_panels(
             axis_row[0].set_yticks(range(len(names)), [methods[name].title for name in names])
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
         label = f"{measure}, bars: 95 % confidence interval (from three on), cut at the panel's edge"
-        hide(axes, [len(row) for row in lines])
+        hide_empty(axes)
         figure.supxlabel(wrapped(label, width), fontsize=7.5)
         save(figure, path)
 
@@ -142,19 +142,12 @@ def _draw_method(axis: Any, place: int, scores: Any, colour: str, limits: tuple[
     axis.plot(scores.mean(), place, "D", ms=4.2, color=colour, mec="white", mew=0.6)
 
 
-def hide(axes: NDArray[np.object_], counts: list[int]) -> None:
-    """Hide the axes that no panel needs, and put the ticks' labels below the last panel of each column where they are shared.
-
-    Args:
-        axes: ``[rows, columns]``.
-        counts: panels in each row.
-    """
-    for row, count in zip(axes, counts, strict=True):
-        for axis in row[count:]:
-            axis.set_visible(False)
+def hide_empty(axes: NDArray[np.object_]) -> None:
+    """Hide the axes ``[rows, columns]`` that nothing was drawn in; where ticks' labels are shared, they stand below the last panel of each column."""
     for column in axes.T:
-        seen = [axis for axis in column if axis.get_visible()]
-        if seen:
+        for axis in column:
+            axis.set_visible(axis.has_data())
+        if seen := [axis for axis in column if axis.get_visible()]:
             seen[-1].tick_params(labelbottom=True)
 
 
