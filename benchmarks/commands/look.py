@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks.commands.shell import AS_JSON, SUITE, benchmark_option, command, echo_json, echo_table
+from benchmarks.commands.shell import AS_JSON, SUITE, benchmark_option, command, echo_json, echo_table, load_suite
 
 if TYPE_CHECKING:
     from benchmarks.harness.planning.suite import Suite
@@ -41,14 +41,10 @@ def _cell(value: object) -> str:
 
 
 def _loaded(suite: str, benchmark: str | None) -> Suite:
-    """A suite, whose benchmark is known, and where its data is."""
+    """A suite, and where its data is."""
     import os
 
-    from benchmarks.harness.planning.schema import check_names
-    from benchmarks.harness.planning.suite import suite_of_job
-
-    loaded = suite_of_job(suite)
-    check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)
+    loaded = load_suite(suite, benchmark)
     os.environ.update(loaded.environment())
     return loaded
 

@@ -43,8 +43,8 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None, as_j
         echo_json({"parts": [dataclasses.asdict(part) for part in parts], "unpinned": loose})
     else:
         click.echo(data_check.describe(parts))
-    if loose and not as_json:
-        click.echo(f"\nNot pinned to a commit: {'; '.join(loose)}. metrics.json records which was read")
+        if loose:
+            click.echo(f"\nNot pinned to a commit: {'; '.join(loose)}. metrics.json records which was read")
     if any(part.rows is None for part in parts):
         sys.exit(1)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.commands.shell import AS_JSON, SUITE, benchmark_option, command, echo_json
+from benchmarks.commands.shell import AS_JSON, SUITE, benchmark_option, command, echo_json, load_suite
 
 
 @command("Write the tables and figures of a benchmark.")
@@ -59,15 +59,15 @@ def claims(suite: str, as_json: bool, write: bool) -> None:
 @SUITE
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The HTML page.")
 @benchmark_option("Show this benchmark alone.")
-def report(suite: str, output: Path, benchmark: str | None) -> None:
+@click.option("--copy", type=click.Path(path_type=Path), default=None, help="Copy this page, with links that hold.")
+def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -> None:
     """Write the one-page report of a suite whose tables exist."""
-    from benchmarks.harness.planning.schema import check_names
-    from benchmarks.harness.planning.suite import suite_of_job
-    from benchmarks.harness.reporting.report import write_report
+    from benchmarks.harness.reporting.report import copy_report, write_report
 
-    loaded = suite_of_job(suite)
-    check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)
-    write_report(loaded, output, benchmark)
+    if copy:
+        copy_report(copy, output)
+    else:
+        write_report(load_suite(suite, benchmark), output, benchmark)
 
 
 @command("Mirror finished runs to MLflow.")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from benchmarks.harness.planning.suite import Suite
 
 EXIT_CODES = """\b
 Exit status: 0 fine; 1 an error, said in one line, or a check that failed;
@@ -80,6 +83,20 @@ def _benchmarks(_context: click.Context, _parameter: click.Parameter, begun: str
 def benchmark_option(text: str, **attributes: Any) -> Callable[[AnyFunction], AnyFunction]:
     """``--benchmark``, completed by the shell."""
     return click.option("--benchmark", shell_complete=_benchmarks, help=text, **attributes)
+
+
+def load_suite(suite: str, benchmark: str | None = None) -> Suite:
+    """A suite as a job of the workflow sees it.
+
+    Raises:
+        DefinitionError: there is no such suite, or it has no such benchmark.
+    """
+    from benchmarks.harness.planning.schema import check_names
+    from benchmarks.harness.planning.suite import suite_of_job
+
+    loaded = suite_of_job(suite)
+    check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)
+    return loaded
 
 
 SUITE = click.option(

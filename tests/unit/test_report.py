@@ -72,6 +72,19 @@ def test_links_hold_in_the_copy_one_folder_up(page_file: Path) -> None:
     assert 'data-runs-folder="runs"' in copy.read_text()
 
 
+def test_a_copy_is_the_page_with_links_that_hold(page_file: Path) -> None:
+    copy = page_file.parents[1] / "copy.html"
+    cli(["report", "--copy", str(page_file), "--output", str(copy)], standalone_mode=False)
+    text = copy.read_text()
+    targets = set(re.findall(r'href="([^"#]+)"', text))
+    assert len(targets) > 40
+    assert [target for target in targets if not (copy.parent / unescape(target)).exists()] == []
+    folder = re.search(r'data-runs-folder="([^"]+)"', text)
+    assert folder is not None
+    assert (copy.parent / folder[1]).resolve() == page_file.parents[1] / "runs"
+    assert 'href="#glue"' in text
+
+
 def test_verdicts_stand_before_numbers_and_one_table_of_a_benchmark_is_open(page_file: Path) -> None:
     text = page_file.read_text()
     assert text.index('id="claims"') < text.index('id="glue"') < text.index('id="costs"')

@@ -69,6 +69,13 @@ def suite_named(name):
     return SUITE if name == SUITE.name else suites.plain_suite(name)
 
 
+def in_report(shown, category):
+    # figures, which Snakemake's own report names by what they show
+    figures = shown.figure_labels("{suite}").items()
+    said = dict(caption="../report/figure.rst", category=category)
+    return [report(file, labels=labels, **said) for file, labels in figures]
+
+
 def suite_outputs(suite):
     # the runs are named too: a deleted one is made again although its tables are still there
     files = [

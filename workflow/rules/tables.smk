@@ -16,15 +16,7 @@ for shown in SHOWN:
             + suite_named(wildcards.suite).figure_inputs(shown.benchmark, shown.part),
         output:
             tables=shown.table_files("{suite}"),
-            figures=[
-                report(
-                    file,
-                    caption="../report/figure.rst",
-                    category=shown.benchmark,
-                    labels=labels,
-                )
-                for file, labels in shown.figure_labels("{suite}").items()
-            ],
+            figures=in_report(shown, shown.benchmark),
             paper=paper_items.files_of(shown, "{suite}"),
         log:
             f"results/logs/{{suite}}/tables_of_{shown.name}.txt",
@@ -51,15 +43,7 @@ rule table_of_claims:
         claimed_metrics,
     output:
         tables=CLAIMS.table_files("{suite}"),
-        figures=[
-            report(
-                file,
-                caption="../report/figure.rst",
-                category="Claims",
-                labels=labels,
-            )
-            for file, labels in CLAIMS.figure_labels("{suite}").items()
-        ],
+        figures=in_report(CLAIMS, "Claims"),
         main=paper_items.main_files("{suite}"),
     log:
         "results/logs/{suite}/table_of_claims.txt",
@@ -117,7 +101,6 @@ rule report:
         "python -m benchmarks report --suite {wildcards.suite} --output {output:q} 2> {log:q}"
 
 
-# The same page again, whose links hold in this folder.
 rule latest_report:
     input:
         f"results/{SUITE.name}/report.html",
@@ -131,9 +114,9 @@ rule latest_report:
     params:
         suite=SUITE.name,
     message:
-        "The report of the last suite: {output}"
+        "Copy the report to {output}"
     shell:
-        "python -m benchmarks report --suite {params.suite} --output {output:q} 2> {log:q}"
+        "python -m benchmarks report --copy {input:q} --output {output:q} 2> {log:q}"
 
 
 # One job that mirrors all finished runs: SQLite does not stand parallel writers.

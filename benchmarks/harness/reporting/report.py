@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,6 +95,12 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text)
+
+
+def copy_report(page: Path, output: Path) -> None:
+    """Copy a report to another folder, with links that hold there."""
+    there = Path(os.path.relpath(page.parent, output.parent)).as_posix()
+    output.write_text(re.sub(r'((?:href|data-runs-folder)=")(?!#)', rf"\1{there}/", page.read_text()))
 
 
 def _claims(page: _Page) -> dict[str, Any]:
