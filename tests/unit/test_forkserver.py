@@ -45,6 +45,7 @@ def started() -> Iterator[Server]:
 @pytest.fixture
 def server(started: Server, workdir: Path) -> Server:
     """The server, and an empty working directory with the real sentences."""
+    wait_for(lambda: not forks())  # a fork lives a moment longer than the command that it did
     return started
 
 
