@@ -40,8 +40,9 @@ ONE_THREAD = dict.fromkeys(
     ),
     "1",
 )
-# what a shell sets, and where temporary files go: a fork takes them over
-_FREE = {ADDRESS, "_", "PWD", "OLDPWD", "SHLVL", "TMPDIR", "TMP", "TEMP", "TEMPDIR"}
+# what a shell sets, or drops where nobody types (its prompts, which an activated environment exports), and where temporary files
+# go: a fork takes them over
+_FREE = {ADDRESS, "_", "PWD", "OLDPWD", "SHLVL", "PS1", "PS2", "TMPDIR", "TMP", "TEMP", "TEMPDIR"}
 _ENVIRONMENT = dict(os.environ)  # read before anything else is imported, because some libraries set variables
 _TAKEN, _REFUSED = b"+", b"-"
 
