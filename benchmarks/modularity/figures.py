@@ -11,11 +11,20 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.plots import COLOURS, SERIES, STYLE, USE, over_mean, placeholder_figure, save
+from benchmarks.harness.reporting.plots import (
+    COLOURS,
+    SERIES,
+    STYLE,
+    USE,
+    WIDTH,
+    hide_empty,
+    over_mean,
+    placeholder_figure,
+    save,
+)
 from benchmarks.modularity.outcomes import ModularityOutcomes
 
 _PAPERS_N = 64  # of its Fig. 4
-_WIDTH = 6.9
 _MARKS = ("o", "s", "^", "D", "v")
 _MOST_MARKED = 32  # experts that a panel has room to mark
 _MOST_LINES = 40  # of tasks and classes
@@ -29,7 +38,7 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
         figure, axes = plt.subplots(
             len(places),
             len(names),
-            figsize=(_WIDTH, 2.3 * len(places) + 0.4),
+            figsize=(WIDTH, 2.3 * len(places) + 0.4),
             squeeze=False,
             sharex="row",
             sharey="row",
@@ -38,7 +47,6 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
         for axis_row, (title, rows) in zip(axes, places, strict=True):
             for axis, (name, row) in zip(axis_row, _shown(rows, names), strict=True):
                 if row is None:
-                    axis.set_visible(False)
                     continue
                 matrix = outcomes.found(row)["matrix"]
                 _draw_matrix(axis, matrix, int(row.num_experts))
@@ -48,6 +56,7 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
             axis_row[0].set_ylabel(f"{title}\ntokens of")
             for axis in axis_row:
                 axis.set_xlabel("neurons, expert by expert")
+        hide_empty(axes)
         save(figure, path)
 
 
@@ -78,7 +87,7 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
         placeholder_figure(path, "this suite runs neither clusters nor neurons as they stand")
         return
     with mpl.rc_context({**STYLE, "font.size": 7}):
-        figure = plt.figure(figsize=(_WIDTH, 3.0), layout="constrained")
+        figure = plt.figure(figsize=(WIDTH, 3.0), layout="constrained")
         for number, (name, row) in enumerate(pairs, 1):
             matrix = outcomes.found(row)["matrix"]
             axis: Any = figure.add_subplot(1, len(pairs), number, projection="3d")
@@ -113,8 +122,6 @@ def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
             sharey=True,
             layout="constrained",
         )
-        for axis in axes.flat[len(places) :]:
-            axis.set_visible(False)
         for axis, (_, title, rows) in zip(axes.flat, places, strict=False):
             sizes = sorted(rows["num_experts"].unique())
             axis.axhline(25, color="#bbbbbb", lw=0.8, ls=":", zorder=0)
@@ -127,6 +134,7 @@ def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
             axis.set_ylim(0, 102)
             axis.set_xlabel("number of experts, N")
             axis.set_title(title, fontsize=8)
+        hide_empty(axes)
         for axis in axes[:, 0]:
             axis.set_ylabel("active neurons in the\nbest quarter of experts (%)")
         handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -170,7 +178,7 @@ def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
         figure, axes = plt.subplots(
             len(panels),
             1,
-            figsize=(_WIDTH, 0.19 * sum(heights) + 0.8 * len(panels) + 0.2),
+            figsize=(WIDTH, 0.19 * sum(heights) + 0.8 * len(panels) + 0.2),
             squeeze=False,
             height_ratios=heights,
             layout="constrained",

@@ -122,11 +122,11 @@ def test_a_command_has_its_own_folder_streams_and_exit_status(server: Server, tm
 
 
 def test_another_environment_or_no_server_is_no_fork(server: Server) -> None:
-    """A prompt is none: an activated environment exports it, and the shell of a job drops it."""
+    """What a shell keeps for itself does not count: the shell of a job drops the prompt of an activated environment."""
     ask = "from benchmarks.harness.running.forkserver import ask; print(ask(['check', '--sweet']))"
     for variables, status in (
         ({}, "2"),
-        ({"PS1": "(.venv) "}, "2"),
+        ({"PS1": "(.venv) ", "PS2": "> ", "PS4": "+ ", "IFS": ":", "OPTIND": "2", "SHELLOPTS": "braceexpand"}, "2"),
         ({"OMP_NUM_THREADS": "2"}, "None"),
         ({ADDRESS: "/nowhere/socket"}, "None"),
     ):

@@ -18,13 +18,13 @@ from benchmarks.harness.base import paths
 from benchmarks.harness.planning.suite import CLAIMS, Suite
 from benchmarks.harness.reporting.claims import claimed_numbers, claims_table, counted_noun, judged, runs_text
 from benchmarks.harness.reporting.main_figure import draw_main, main_rows
-from benchmarks.harness.reporting.plots import STYLE, placeholder_figure, save
+from benchmarks.harness.reporting.plots import STYLE, WIDTH, placeholder_figure, save
 from benchmarks.harness.results.evidence import Verdict
 
 from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
 
 # inches: the width of a column of text, a claim's title, a test, and what a panel has below
-_WIDTH, _TITLE, _TEST, _BELOW = 6.9, 0.26, 0.32, 0.5
+_TITLE, _TEST, _BELOW = 0.26, 0.32, 0.5
 _LEFT, _RIGHT = 0.30, 0.745  # of the width: where axes begin and end
 _LETTERS = 46  # that fit beside the axes
 _REACH = 6.0  # intervals are cut at so many margins, or beyond the means
@@ -62,7 +62,7 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
     heights = [_TITLE * panel["claim"].nunique() + _TEST * len(panel) for panel in panels]
     total = sum(heights) + _BELOW * len(panels) + 0.3
     with mpl.rc_context({**STYLE, "font.size": 7.5, "axes.spines.left": False}):
-        figure = plt.figure(figsize=(_WIDTH, total))
+        figure = plt.figure(figsize=(WIDTH, total))
         top = total
         for panel, height in zip(panels, heights, strict=True):
             top -= height
@@ -89,7 +89,7 @@ def _draw_panel(axis: Any, panel: pd.DataFrame, height: float) -> None:
     top = 0.0
     for _, claim in panel.groupby("claim", sort=False):
         title = claim["claim_title"].iloc[0]
-        _write(axis, 0, -_LEFT * _WIDTH * 72 + 6, top + 0.62 * _TITLE, title, fontweight="bold", bbox=_PATCH)
+        _write(axis, 0, -_LEFT * WIDTH * 72 + 6, top + 0.62 * _TITLE, title, fontweight="bold", bbox=_PATCH)
         top += _TITLE
         for row in claim.itertuples():
             _draw_row(axis, row, top, low, high)
@@ -130,7 +130,7 @@ def _draw_row(axis: Any, row: Any, top: float, low: float, high: float) -> None:
     if not math.isnan(row.effect):
         axis.plot(row.effect, place, "|", ms=11, mew=1.6, color=_PAPER, zorder=3)
     axis.plot(row.delta, place, ms=5, zorder=4, **{"mec": mark["color"], **mark})
-    left = -_LEFT * _WIDTH * 72 + 6
+    left = -_LEFT * WIDTH * 72 + 6
     _write(axis, 0, left, place - 0.07, row.test, fontsize=7)
     _write(
         axis,

@@ -40,9 +40,11 @@ ONE_THREAD = dict.fromkeys(
     ),
     "1",
 )
-# what a shell sets, or drops where nobody types (its prompts, which an activated environment exports), and where temporary files
-# go: a fork takes them over
-_FREE = {ADDRESS, "_", "PWD", "OLDPWD", "SHLVL", "PS1", "PS2", "TMPDIR", "TMP", "TEMP", "TEMPDIR"}
+# a fork takes these over: what says where it stands, and what a shell keeps for itself, which bash sets, resets or drops (its
+# prompts, which an activated environment exports) before it starts a job
+_PLACES = {ADDRESS, "PWD", "OLDPWD", "TMPDIR", "TMP", "TEMP", "TEMPDIR"}
+_SHELL = {"_", "SHLVL", "SHELLOPTS", "IFS", "OPTIND", "PS1", "PS2", "PS4"}
+_FREE = _PLACES | _SHELL
 _ENVIRONMENT = dict(os.environ)  # read before anything else is imported, because some libraries set variables
 _TAKEN, _REFUSED = b"+", b"-"
 
