@@ -52,6 +52,7 @@ class TextEvaluator:
         folder: Path,
     ) -> None:
         self._tokenizer, self._task, self._max_length = tokenizer, task, max_length
+        self._prefix = classifier.prefix
         self.precision = precision_here(precision)
         arguments = quiet_arguments(folder / "checkpoints", self.precision, per_device_eval_batch_size=batch_size)
         self._stopwatch = Stopwatch()
@@ -75,7 +76,9 @@ class TextEvaluator:
 
     def evaluate(self, split: TextSplit, task: RunTask | None = None) -> dict[str, float | None]:
         """Scores and loss on a split of the task, or of another one."""
-        return evaluate_split(self._trainer, self._tokenizer, self._max_length, split, self._task, task)
+        return evaluate_split(
+            self._trainer, self._tokenizer, self._max_length, split, self._task, task, self._prefix
+        )
 
 
 def evaluate_split(

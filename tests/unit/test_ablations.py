@@ -447,7 +447,7 @@ def test_a_step_is_compared_with_the_row_above(ablated: TextOutcomes) -> None:
 
 
 def test_gmoe_has_as_many_experts_as_emoe_where_that_is_asked() -> None:
-    for suite in ("smoke", "mini", "paper"):
+    for suite in ("smoke", "mini_full", "paper"):
         configs: dict[str, set[tuple[int, int]]] = {}
         for run in plan(["glue_lora"], suite):
             config, name = run.spec["method"]["config"], run.spec["method"]["name"]
