@@ -29,24 +29,33 @@ from benchmarks.commands.shell import THREADS, command
     show_default=True,
     help="Each process has the whole model, or a part of it.",
 )
-def run(started: float, spec: Path, threads: int, log: Path | None, processes: int, parallel: str) -> None:
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Keep that many for this run alone; waits until they are free.",
+)
+def run(started: float, spec: Path, threads: int, log: Path | None, processes: int, parallel: str, gpus: int) -> None:
     """Execute the run of a run.json; writes metrics.json beside it.
 
     Over several machines, start it by torchrun on each: `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp`.
     """
     gc.disable()  # of what is imported nothing is garbage, neither now nor in training nor at the end of the process
 
+    from benchmarks.harness.running.devices import reserved
     from benchmarks.harness.running.execution import execute, launch_distributed
     from benchmarks.harness.training.distributed import exit_worker
 
     gc.freeze()
     gc.enable()
     log = log or spec.parent / "log.txt"
-    if processes > 1:
-        launch_distributed(spec, threads=threads, log=log, processes=processes, parallel=parallel)
-    else:
-        execute(spec, threads=threads, log=log, started=started, parallel=parallel)
-        exit_worker()
+    with reserved(gpus, spec.parent.name):
+        if processes > 1:
+            launch_distributed(spec, threads=threads, log=log, processes=processes, parallel=parallel)
+        else:
+            execute(spec, threads=threads, log=log, started=started, parallel=parallel)
+            exit_worker()
 
 
 @command("Write the tuned language model of a run as a folder.")

@@ -76,9 +76,7 @@ class TextEvaluator:
 
     def evaluate(self, split: TextSplit, task: RunTask | None = None) -> dict[str, float | None]:
         """Scores and loss on a split of the task, or of another one."""
-        return evaluate_split(
-            self._trainer, self._tokenizer, self._max_length, split, self._task, task, self._prefix
-        )
+        return evaluate_split(self._trainer, self._tokenizer, self._max_length, split, self._task, task, self._prefix)
 
 
 def evaluate_split(

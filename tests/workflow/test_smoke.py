@@ -20,50 +20,16 @@ from mlflow.tracking import MlflowClient
 from benchmarks.__main__ import cli
 from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.sources import vader
-from tests.conftest import ROOT
+from tests.checkout import SNAKEMAKE, Checkout
 
 # one worker runs all of these: they share one finished suite
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smoke")]
 
-SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 SUITE = load_suite({"suite": "smoke"})
 
 
-class Checkout:
-    """A copy of the working tree."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        files = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=ROOT,
-            capture_output=True,
-            check=True,
-        ).stdout
-        for name in files.decode().split("\0"):
-            if name and (ROOT / name).exists():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, folder / name)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(self.folder)}
-
-    def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        found = subprocess.run(
-            [str(word) for word in command],
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert not check or found.returncode == 0, found.stdout + found.stderr
-        return found
-
-    def snakemake(self, *words: object, check: bool = True) -> str:
-        found = self.run(SNAKEMAKE, "--cores", 2, *words, check=check)
-        return found.stdout + found.stderr
+class Finished(Checkout):
+    """A copy with a finished smoke suite."""
 
     def benchmarks(self, *words: str) -> Result:
         """``python -m benchmarks`` in this folder, without a process of its own."""
@@ -78,12 +44,6 @@ class Checkout:
             found[content["run_id"]] = {key: content[key] for key in ("scores", "epochs", "routing")}
         return found
 
-    def edit(self, file: str, old: str, new: str) -> None:
-        path = self.folder / file
-        text = path.read_text()
-        assert text.count(old) >= 1
-        path.write_text(text.replace(old, new))
-
 
 def jobs(text: str) -> dict[str, int]:
     """By rule, those that Snakemake said that it starts, or would."""
@@ -91,17 +51,15 @@ def jobs(text: str) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Checkout:
-    """A checkout with a finished smoke suite."""
-    made = Checkout(tmp_path_factory.mktemp("checkout"))
-    (made.folder / vader.ARCHIVE).parent.mkdir(parents=True)
-    shutil.copy2(archive, made.folder / vader.ARCHIVE)
+def checkout(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Finished:
+    made = Finished(tmp_path_factory.mktemp("checkout"))
+    made.put(archive)
     text = made.snakemake("smoke")
     assert "Traceback" not in text
     return made
 
 
-def test_everything_that_the_suite_promises_is_there(checkout: Checkout) -> None:
+def test_everything_that_the_suite_promises_is_there(checkout: Finished) -> None:
     for file in (
         *SUITE.metric_files(),
         *SUITE.output_files(),
@@ -114,7 +72,7 @@ def test_everything_that_the_suite_promises_is_there(checkout: Checkout) -> None
     assert "its scores mean nothing" in page
 
 
-def test_every_table_is_latex_that_fits_a_page(checkout: Checkout) -> None:
+def test_every_table_is_latex_that_fits_a_page(checkout: Finished) -> None:
     if shutil.which("pdflatex") is None:
         pytest.skip("no LaTeX on this machine (Debian: apt-get install texlive-latex-recommended)")
     tables = sorted((checkout.folder / "results/smoke").glob("*/*.tex"))
@@ -129,12 +87,12 @@ def test_every_table_is_latex_that_fits_a_page(checkout: Checkout) -> None:
     assert re.findall(r"Overfull \\hbox.*|.*too large for page.*|.*multiply defined.*", log) == []
 
 
-def test_the_numbers_are_the_blessed_ones(checkout: Checkout) -> None:
+def test_the_numbers_are_the_blessed_ones(checkout: Finished) -> None:
     found = checkout.benchmarks("check", "--suite", "smoke")
     assert found.exit_code == 0, found.output
 
 
-def test_a_number_that_moved_fails_the_check(checkout: Checkout) -> None:
+def test_a_number_that_moved_fails_the_check(checkout: Finished) -> None:
     path = checkout.folder / "results/reference/smoke.csv"
     text = path.read_text()
     table = pd.read_csv(path, keep_default_na=False, dtype=str)
@@ -150,7 +108,7 @@ def test_a_number_that_moved_fails_the_check(checkout: Checkout) -> None:
     assert "1 changed, 0 missing, 0 new" in found.stdout
 
 
-def test_using_all_experts_gives_the_dense_models_scores(checkout: Checkout) -> None:
+def test_using_all_experts_gives_the_dense_models_scores(checkout: Finished) -> None:
     scores = {
         name: value["scores"]
         for run, value in checkout.scores().items()
@@ -162,7 +120,7 @@ def test_using_all_experts_gives_the_dense_models_scores(checkout: Checkout) -> 
             assert scores["all_experts"][part][task] == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_chosen_weights_were_evaluated_out_of_domain(checkout: Checkout) -> None:
+def test_the_chosen_weights_were_evaluated_out_of_domain(checkout: Finished) -> None:
     """Of the row with two choices, the one with the better dev score."""
     runs = {run.folder: run for run in SUITE.runs}
     (search,) = (
@@ -180,7 +138,7 @@ def test_the_chosen_weights_were_evaluated_out_of_domain(checkout: Checkout) -> 
     assert dev[found["chosen"]["run"]] == max(dev.values())
 
 
-def test_deleted_results_are_run_again_alone_with_the_same_numbers(checkout: Checkout) -> None:
+def test_deleted_results_are_run_again_alone_with_the_same_numbers(checkout: Finished) -> None:
     """A training, an evaluation with the training that it needs, and an evaluation of weights that were kept."""
     evaluations = [run for run in SUITE.runs if run.benchmark == "glue_ood"]
     (trained,) = evaluations[0].spec["candidates"]
@@ -201,7 +159,7 @@ def test_deleted_results_are_run_again_alone_with_the_same_numbers(checkout: Che
     assert {path: json.loads(path.read_text())["scores"] for path in before} == before
 
 
-def test_a_comment_runs_nothing_and_a_seed_only_the_new_runs(checkout: Checkout) -> None:
+def test_a_comment_runs_nothing_and_a_seed_only_the_new_runs(checkout: Finished) -> None:
     file = "benchmarks/glue/benchmark.yaml"
     original = (checkout.folder / file).read_text()
     try:
@@ -217,7 +175,7 @@ def test_a_comment_runs_nothing_and_a_seed_only_the_new_runs(checkout: Checkout)
         (checkout.folder / file).write_text(original)
 
 
-def test_mirroring_again_adds_nothing(checkout: Checkout) -> None:
+def test_mirroring_again_adds_nothing(checkout: Finished) -> None:
     client = MlflowClient(f"sqlite:///{checkout.folder}/results/mlflow.db")
     experiment = client.get_experiment_by_name("glue").experiment_id
     count = len(client.search_runs([experiment]))
@@ -227,19 +185,13 @@ def test_mirroring_again_adds_nothing(checkout: Checkout) -> None:
     assert len(client.search_runs([experiment])) == count
 
 
-def test_kill_9_of_the_main_job_then_again_gives_the_same_numbers(checkout: Checkout) -> None:
+def test_kill_9_of_the_main_job_then_again_gives_the_same_numbers(checkout: Finished) -> None:
     before = checkout.scores()
     target = SUITE.metric_files()[2]
     (checkout.folder / target).unlink()
     log = checkout.folder / "killed.txt"
     with log.open("w") as stream:
-        main = subprocess.Popen(
-            [str(SNAKEMAKE), "--cores", "1", target],
-            cwd=checkout.folder,
-            env=checkout.environment,
-            stdout=stream,
-            stderr=stream,
-        )
+        main = checkout.start(SNAKEMAKE, "--cores", 1, target, stream=stream)
         deadline = time.monotonic() + 120
         said = (checkout.folder / target).with_name("log.txt")
         said.unlink(missing_ok=True)
@@ -254,7 +206,7 @@ def test_kill_9_of_the_main_job_then_again_gives_the_same_numbers(checkout: Chec
     assert checkout.scores() == before
 
 
-def test_a_lock_that_is_in_use_is_not_removed(checkout: Checkout) -> None:
+def test_a_lock_that_is_in_use_is_not_removed(checkout: Finished) -> None:
     locks = checkout.folder / ".snakemake" / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     (locks / "0.input.lock").write_text("")
@@ -280,13 +232,13 @@ def test_a_lock_that_is_in_use_is_not_removed(checkout: Checkout) -> None:
         (["results/runs/glue/minilm-tweets-vanilla-lr0.0001-s0-00000000/metrics.json"], "no suite has the run"),
     ],
 )
-def test_wrong_words_end_with_one_clear_message(checkout: Checkout, words: list[str], message: str) -> None:
+def test_wrong_words_end_with_one_clear_message(checkout: Finished, words: list[str], message: str) -> None:
     found = checkout.run(SNAKEMAKE, "--cores", 1, "-n", *words, check=False)
     assert found.returncode != 0
     assert message in found.stdout + found.stderr
 
 
-def test_a_failed_run_shows_its_log_and_the_others_go_on(checkout: Checkout) -> None:
+def test_a_failed_run_shows_its_log_and_the_others_go_on(checkout: Finished) -> None:
     before = checkout.scores()
     archive = checkout.folder / vader.ARCHIVE
     content, stamp = archive.read_bytes(), archive.stat()

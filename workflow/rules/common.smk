@@ -115,6 +115,11 @@ def run_resource(name, usual=None):
     return lambda wildcards: run_of(wildcards).resources.get(name, usual)
 
 
+def grown(name):
+    # more of it each time that a job is tried again; only schedulers of clusters care
+    return lambda wildcards, attempt: run_of(wildcards).resources[name] * attempt
+
+
 def run_threads(wildcards):
     # 0 stands for all, so that nothing runs beside a measurement
     return run_of(wildcards).resources["threads"] or workflow.cores

@@ -114,8 +114,8 @@ for place, name in enumerate(SUITE.by_size):
             ENVIRONMENT
         threads: run_threads
         resources:
-            mem_mb=run_resource("mem_mb"),
-            runtime=run_resource("runtime"),
+            mem_mb=grown("mem_mb"),
+            runtime=grown("runtime"),
             gpu=run_resource("gpu"),
             # of instruction tuning: how torchrun spreads a run
             processes=run_resource("processes", 1),
@@ -129,4 +129,4 @@ for place, name in enumerate(SUITE.by_size):
         shell:
             "printf '%s\\n' {params.spec:q} > {params.file:q} && "
             "python -m benchmarks run {params.file:q} --threads {threads} --log {log:q}"
-            " --processes {resources.processes} --parallel {resources.parallel}"
+            " --processes {resources.processes} --parallel {resources.parallel} --gpus {resources.gpu}"

@@ -45,6 +45,8 @@ ONE_THREAD = dict.fromkeys(
 _PLACES = {ADDRESS, "PWD", "OLDPWD", "TMPDIR", "TMP", "TEMP", "TEMPDIR"}
 _SHELL = {"_", "SHLVL", "SHELLOPTS", "IFS", "OPTIND", "PS1", "PS2", "PS4"}
 _FREE = _PLACES | _SHELL
+# has torch count accelerators without starting their driver, which a fork could not use any more
+_COUNT_ONLY = "PYTORCH_NVML_BASED_CUDA_CHECK"
 _ENVIRONMENT = dict(os.environ)  # read before anything else is imported, because some libraries set variables
 _TAKEN, _REFUSED = b"+", b"-"
 
@@ -100,6 +102,7 @@ class Server:
 
     def start(self) -> None:
         """Start it, and name it to all commands that this process starts from now on. They wait until it has imported."""
+        os.environ.setdefault(_COUNT_ONLY, "1")
         address = str(Path(tempfile.mkdtemp(prefix="emoe-")) / "socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(address)

@@ -1,0 +1,73 @@
+"""A copy of the working tree in which the workflow runs, as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+from benchmarks.harness.sources import vader
+from tests.conftest import ROOT
+
+SNAKEMAKE = Path(sys.executable).with_name("snakemake")
+
+
+class Checkout:
+    """A copy of the working tree."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        files = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for name in files.decode().split("\0"):
+            if name and (ROOT / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(self.folder)}
+
+    def put(self, archive: Path) -> None:
+        """The sentences, as if they were fetched."""
+        (self.folder / vader.ARCHIVE).parent.mkdir(parents=True)
+        shutil.copy2(archive, self.folder / vader.ARCHIVE)
+
+    def start(self, *command: object, stream: IO[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [str(word) for word in command],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=stream,
+            stderr=stream,
+            text=True,
+        )
+
+    def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+        found = subprocess.run(
+            [str(word) for word in command],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert not check or found.returncode == 0, found.stdout + found.stderr
+        return found
+
+    def snakemake(self, *words: object, check: bool = True) -> str:
+        found = self.run(SNAKEMAKE, "--cores", 2, *words, check=check)
+        return found.stdout + found.stderr
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        path = self.folder / file
+        text = path.read_text()
+        assert text.count(old) >= 1
+        path.write_text(text.replace(old, new))

@@ -1,0 +1,142 @@
+"""Jobs of one machine and its accelerators: made-up ones, which a variable of the environment names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.harness.base.errors import RunError
+from benchmarks.harness.running import devices
+from benchmarks.harness.running.devices import VISIBLE, reserved, visible
+from tests.conftest import ROOT
+
+# says what it sees, and keeps it until its input ends
+HOLD = """
+import os, sys
+from benchmarks.harness.running.devices import reserved
+with reserved(int(sys.argv[1]), "a run"):
+    print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VISIBLE, "0,1,2,3")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(devices, "_PAUSE", 0.05)
+
+
+@contextmanager
+def held(count: int, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process with so many."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(count)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def seen(process: subprocess.Popen[str]) -> list[str]:
+    assert process.stdout is not None
+    return process.stdout.readline().strip().split(",")
+
+
+def test_no_two_jobs_see_the_same_and_what_a_killed_one_had_is_free() -> None:
+    with held(1) as one, held(2) as two:
+        first, second = seen(one), seen(two)
+        assert (len(first), len(second)) == (1, 2)
+        with reserved(1, "third") as third:
+            assert os.environ[VISIBLE] == third[0]
+            assert sorted([*first, *second, *third]) == ["0", "1", "2", "3"]
+        one.kill()
+        one.wait()
+        with reserved(2, "fourth") as fourth:
+            assert set(first) < set(fourth)
+    assert os.environ[VISIBLE] == "0,1,2,3"
+
+
+def test_a_job_waits_until_there_are_as_many_as_it_wants() -> None:
+    with held(3) as other:
+        seen(other)
+        with reserved(1, "small"), held(2, CUDA_VISIBLE_DEVICES="0,1,2,3") as large:
+            assert large.stderr is not None
+            assert large.stderr.readline() == "[a run] waiting for 2 of 4 accelerators\n"
+            time.sleep(0.1)
+            assert large.poll() is None
+            assert other.stdin is not None
+            other.stdin.close()
+            assert len(seen(large)) == 2
+
+
+def test_as_many_as_a_scheduler_gave_are_taken_as_they_are() -> None:
+    """It numbers those of every job from 0, so that a lock would part what has nothing to do with each other."""
+    with held(2, CUDA_VISIBLE_DEVICES="0,1") as other, pytest.MonkeyPatch.context() as patch:
+        assert seen(other) == ["0", "1"]
+        patch.setenv(VISIBLE, "0,1")
+        with reserved(2, "a run") as found:
+            assert found == ["0", "1"]
+        patch.setenv("SLURM_JOB_ID", "7")  # which holds several, for several runs
+        with reserved(1, "a run") as found:
+            assert found == ["0"]
+
+
+def test_it_is_refused_what_is_not_there() -> None:
+    with (
+        pytest.raises(RunError, match=r"^llama asks for 8 accelerators, but 4 are visible; .*resources\.gpu"),
+        reserved(8, "llama"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("", []),
+        ("-1", []),
+        ("2", ["2"]),
+        (" 1, 0 ", ["1", "0"]),
+        ("0,-1,1", ["0"]),
+        ("GPU-8f2a,MIG-1/2/0", ["GPU-8f2a", "MIG-1/2/0"]),
+    ],
+)
+def test_what_is_visible_is_what_cuda_reads(given: str, found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VISIBLE, given)
+    assert visible() == found
+    with reserved(0, "a run on the CPU") as nothing:
+        assert nothing == []
+        assert os.environ[VISIBLE] == given
+    if len(found) > 1:
+        with reserved(1, "a run") as one:
+            assert one == found[:1]
+
+
+def test_without_a_variable_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VISIBLE)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with reserved(1, "a run") as found:
+        assert os.environ[VISIBLE] == found[0]
+    assert VISIBLE not in os.environ
+
+
+def test_an_error_gives_them_back() -> None:
+    with pytest.raises(KeyError), reserved(3, "a run"):
+        raise KeyError
+    with reserved(3, "another"):
+        pass
