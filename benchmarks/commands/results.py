@@ -115,4 +115,52 @@ def paper(suite: str, as_json: bool) -> None:
         click.echo(index.to_markdown(index=False))
 
 
-COMMANDS = (tables, claims, paper, report, mirror, ui)
+@command("Pack finished runs into one file.")
+@click.argument("output", type=click.Path(path_type=Path, dir_okay=False))
+@SUITE
+@benchmark_option("Only this one's.")
+@click.option("--name", default=None, help="Who ran them, for readers of the tables; by default this machine's name.")
+@click.option("--logs/--no-logs", default=True, show_default=True, help="With what the runs said.")
+def bundle(output: Path, suite: str, benchmark: str | None, name: str | None, logs: bool) -> None:
+    """Pack a suite's finished runs into the zip OUTPUT, for `merge` on another machine. Weights stay here."""
+    import platform
+
+    from benchmarks.harness.results.bundles import write_bundle
+
+    runs = load_suite(suite, benchmark).runs_of(benchmark) if benchmark else load_suite(suite).runs
+    packed = write_bundle(output, runs, name or platform.node() or "unknown", logs=logs)
+    click.echo(
+        f"{output}: {packed:,} runs; {len(runs) - packed:,} of the suite's {len(runs):,} are not finished", err=True
+    )
+
+
+@command("Put another machine's runs beside one's own.")
+@click.argument("bundle", type=click.Path(path_type=Path, dir_okay=False))
+@AS_JSON
+def merge(bundle: Path, as_json: bool) -> None:
+    """Put the runs of the zip BUNDLE beside one's own, after every digest and number in it was found right.
+
+    A run that is here keeps its numbers; status 1 where the bundle has others.
+    """
+    import dataclasses
+
+    from benchmarks.harness.results.bundles import merge_bundle
+
+    found = merge_bundle(bundle)
+    if as_json:
+        echo_json(dataclasses.asdict(found))
+    else:
+        counts = {
+            "added": found.added,
+            "here already, with the same numbers": found.there,
+            "being run here, left alone": found.running,
+            "here with other numbers, which were kept": found.different,
+        }
+        click.echo("; ".join(f"{len(runs):,} {what}" for what, runs in counts.items() if runs) or "no runs")
+        for folder in found.different:
+            click.echo(f"  results/runs/{folder}")
+    if found.different:
+        sys.exit(1)
+
+
+COMMANDS = (tables, claims, paper, report, bundle, merge, mirror, ui)

@@ -177,12 +177,12 @@ def test_counts_and_digests_are_compared(runs: list[Run], blessed: Path) -> None
 
 def test_a_difference_is_shown_in_units_of_the_seeds_spread(runs: list[Run], blessed: Path) -> None:
     table = read_reference("mini", blessed).rows
-    score_of(runs[0], 0.5)
+    score_of(runs[0], -0.5)
     finding = next(one for one in compare(runs, "mini", blessed).changed if one.part == "test")
     theirs = table[(table["run"] == finding.run) & (table["part"] == "test") & (table["metric"] == finding.metric)]
     values = theirs["value"].astype(float)
     assert finding.n == len(values) > 1
-    assert finding.spreads == pytest.approx(0.5 / values.std())
+    assert finding.spreads == pytest.approx(-0.5 / values.std())
     assert f"n {finding.n}" in str(finding)
     assert "sd of the seeds" in str(finding)
 
@@ -211,10 +211,10 @@ def test_another_machine_may_differ_as_much_as_machines_were_seen_to(runs: list[
 
 def test_another_machine_may_count_one_row_and_one_choice_otherwise(runs: list[Run], blessed: Path) -> None:
     write_spreads(blessed, loss=0.0)
-    score_of(runs[0], 1 / 8)  # of two classes, the smaller one with four rows
+    score_of(runs[0], -1 / 8)  # of two classes, the smaller one with four rows
     assert compare(runs, "mini", blessed, elsewhere=True).passed
     assert not compare(runs, "mini", blessed).passed
-    score_of(runs[0], 0.001)
+    score_of(runs[0], -0.001)
     assert not compare(runs, "mini", blessed, elsewhere=True).passed
 
 
@@ -309,7 +309,7 @@ def test_check_before_there_are_results_is_one_line_with_the_command(
 
 
 def test_the_status_and_json_of_check(runs: list[Run], blessed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    score_of(runs[0], 0.25)
+    score_of(runs[0], -0.25)
     found = compare(runs, "mini", blessed)
     monkeypatch.setattr("benchmarks.harness.results.regression.compare", lambda *args, **kwargs: found)
     done = CliRunner().invoke(cli, ["check", "--json"])
@@ -317,7 +317,7 @@ def test_the_status_and_json_of_check(runs: list[Run], blessed: Path, monkeypatc
     content = json.loads(done.output)
     assert content["passed"] is False
     assert content["findings"][0]["status"] == "changed"
-    assert content["findings"][0]["difference"] == pytest.approx(0.25)
+    assert content["findings"][0]["difference"] == pytest.approx(-0.25)
     assert content["tiers"][0]["name"] == "equal"
 
 

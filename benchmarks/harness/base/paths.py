@@ -13,6 +13,8 @@ REFERENCE = ROOT / "results" / "reference"
 # outputs, relative to the working directory
 RESULTS = Path("results")
 RUNS = RESULTS / "runs"
+LOCK, LOG = ".lock", "log.txt"  # in a run's folder
+ORIGIN = "origin.json"  # there: who ran it, where it was not run here
 PARTITIONS = Path("resources/partitions")
 PACKAGES = Path("resources/packages")
 MODELS = Path("resources/models")

@@ -81,7 +81,10 @@ def set_files(benchmark: str, task: Mapping[str, Any]) -> list[str]:
 
 
 def run_inputs(run: Run) -> list[str]:
-    """Files beside ``run.json`` that a run needs: data, weights, what its kind asks for, partitions."""
+    """Files beside ``run.json`` that a run needs: data, weights, what its kind asks for, partitions. None for one that was run elsewhere."""
+    folder = paths.RUNS / run.folder
+    if (folder / paths.ORIGIN).exists() and (folder / "metrics.json").exists():
+        return []
     tasks = [run.spec["task"], *run.spec["ood"]]
     return [
         *dict.fromkeys(file for task in tasks for file in set_files(run.benchmark, task)),

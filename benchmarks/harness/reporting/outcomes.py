@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -12,7 +13,8 @@ from benchmarks.harness.planning.kinds import COUNTS, Benchmark
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.shared import CONTROL, Entry, MethodsDefinition
-from benchmarks.harness.reporting.rendering import RUNS, Table
+from benchmarks.harness.reporting.rendering import RUN_BY, RUNS, Table
+from benchmarks.harness.results.bundles import origin_of
 
 SETTING = "|"  # between a row and a setting of it that is a row of its own
 ALL = "*"  # in place of a name: a mean over all
@@ -40,7 +42,8 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     """Name the runs that each row of a table is made of, in the column :data:`~benchmarks.harness.reporting.rendering.RUNS`.
 
     These are the runs with the row's names in every column that both have; an empty name and :data:`ALL` stand for all. Where a benchmark chooses
-    among finished runs (DomainBed's draws), all that it chose among are named. A row of others' numbers has none.
+    among finished runs (DomainBed's draws), all that it chose among are named. A row of others' numbers has none. Where runs were merged from
+    elsewhere, :data:`~benchmarks.harness.reporting.rendering.RUN_BY` says who ran how many.
 
     Args:
         table: with names in its frame.
@@ -58,7 +61,16 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
         for key, name in names.items():
             rows = rows if name in ("", ALL) else rows[rows[key] == name]
         found.append(" ".join(f"{benchmark}/{run}" for run in dict.fromkeys(rows["run_id"])))
-    return replace(table, frame=frame.assign(**{RUNS: found}))
+    frame = frame.assign(**{RUNS: found})
+    elsewhere = {run: name for run in dict.fromkeys(" ".join(found).split()) if (name := origin_of(run))}
+    if elsewhere:
+        frame[RUN_BY] = [_run_by(row.split(), elsewhere) for row in found]
+    return replace(table, frame=frame)
+
+
+def _run_by(runs: Sequence[str], elsewhere: Mapping[str, str]) -> str:
+    counted = Counter(elsewhere.get(run, "here") for run in runs)
+    return ", ".join(f"{name} ({count})" for name, count in counted.items())
 
 
 def counts(records: pd.DataFrame) -> pd.DataFrame:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.planning.catalogue import load_metrics
 from benchmarks.harness.planning.kinds import OOD_MEAN, kind_of
 from benchmarks.harness.planning.runs import Run
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
+_ROUNDING = 1e-6  # of a share that is computed
 _COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
 _MODEL = ("parameters", "trainable_parameters", "active_parameters", "flops_per_token", "active_neurons")
 ROUTING = (
@@ -42,7 +45,7 @@ def read_metrics_file(path: Path, run: Run) -> dict[str, Any]:
         DefinitionError: it is not there, is damaged, or belongs to another run.
     """
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text(), parse_constant=_no_number)
     except FileNotFoundError as error:
         raise DefinitionError(
             f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)"
@@ -54,7 +57,34 @@ def read_metrics_file(path: Path, run: Run) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("run_id") != run.id:
         owner = found.get("run_id") if isinstance(found, dict) else None
         raise DefinitionError(f"{path} belongs to the run {owner!r}; delete it and run it again")
+    check_numbers(run, found, path)
     return found
+
+
+def check_numbers(run: Run, found: Mapping[str, Any], path: Path) -> None:
+    """See that the content of a ``metrics.json`` has the parts that such a run records, and no number beyond its ``range`` in metrics.yaml.
+
+    Raises:
+        DefinitionError: it has not; names the file, the number, and what it may be.
+    """
+    again = f"delete the file and run `snakemake --cores all {path}`"
+    try:
+        numbers = list(_numbers(run, found))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DefinitionError(f"{path} lacks something that such a run records ({error!r}); {again}") from error
+    metrics = load_metrics()
+    for part, task, name, value in numbers:
+        low, high = metrics[name].range if name in metrics else (None, None)
+        least, most = (-math.inf if low is None else low), (math.inf if high is None else high)
+        if not isinstance(value, (int, float)) or not least - _ROUNDING <= value <= most + _ROUNDING:
+            where = " ".join(filter(None, (part, task, name)))
+            raise DefinitionError(
+                f"{path}: {where} is {value!r}, but has to be a number from {least:g} to {most:g}; {again}"
+            )
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
@@ -116,7 +146,7 @@ def _keys(run: Run) -> dict[str, Any]:
     }
 
 
-def _numbers(run: Run, found: dict[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+def _numbers(run: Run, found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
     task = run.spec["task"]["name"]
     if "measured" in found:
         for candidate, values in found["measured"].items():

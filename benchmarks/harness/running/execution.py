@@ -20,11 +20,12 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from benchmarks.harness.base.errors import RunError
 from benchmarks.harness.base.files import write_json
+from benchmarks.harness.base.paths import LOCK, ORIGIN
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.runs import Run, read_run
+from benchmarks.harness.results.records import check_numbers
 from benchmarks.harness.running import environment
-from benchmarks.harness.running.standing import LOCK
 from benchmarks.harness.training import distributed
 from benchmarks.harness.training.progress import Progress
 
@@ -71,6 +72,8 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
                 "peak_memory_mb": _peak_memory_mb(),
             }
             captured["fingerprint"] = environment.fingerprint(captured["packages"], captured["gpus"])
+            check_numbers(run, metrics, output)
+            (folder / ORIGIN).unlink(missing_ok=True)
             write_json(output, {"run_id": run.id, **metrics, "environment": captured})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             progress.finish(seconds)

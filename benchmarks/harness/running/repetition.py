@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness.base.errors import RunError
-from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.base.paths import LOG, RUNS
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.results.records import read_metrics
-from benchmarks.harness.running.standing import LOG, last_line
+from benchmarks.harness.running.standing import last_line
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.base.paths import LOCK, LOG, RUNS
 from benchmarks.harness.planning.runs import Run
 
-LOCK, LOG = ".lock", "log.txt"  # in a run's folder
 State = Literal["done", "running", "failed", "waiting"]
 _TAIL = 8192
 

@@ -1,0 +1,228 @@
+"""Finished runs in one file, to be put beside those of another machine.
+
+A bundle is a zip: ``bundle.json`` and, for every run, ``<benchmark>/<run>/run.json``, ``metrics.json`` and ``log.txt``. ``bundle.json`` has the
+sha256 of each. Weights are not in it. Nothing of a bundle is taken before all of it was read and found right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import Field
+
+from benchmarks.harness.base.errors import DataError, DefinitionError
+from benchmarks.harness.base.files import atomic_write, write_json
+from benchmarks.harness.base.paths import LOCK, LOG, ORIGIN, RUNS
+from benchmarks.harness.planning.runs import Run, read_run
+from benchmarks.harness.planning.schema import Strict, parse
+from benchmarks.harness.results.records import read_metrics_file
+
+_MANIFEST = "bundle.json"
+# metrics.json comes last: where it is, a run is finished
+_FILES = ("run.json", LOG, "metrics.json")
+_NEEDED = ("run.json", "metrics.json")
+_LARGEST = 1 << 28  # bytes of one file
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same runs make the same bytes
+_VARIES = ("cost", "environment")
+
+Folder = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*/[A-Za-z0-9._+-]+-[0-9a-f]{8}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+class _Entry(Strict):
+    origin: Name
+    files: dict[Literal["run.json", "log.txt", "metrics.json"], Digest]
+
+
+class _Manifest(Strict):
+    version: Literal[1]
+    runs: dict[Folder, _Entry]
+
+
+@dataclass
+class Merged:
+    """What became of the runs of a bundle, by their folders."""
+
+    added: list[str] = field(default_factory=list)
+    there: list[str] = field(default_factory=list)
+    """With the same numbers."""
+    different: list[str] = field(default_factory=list)
+    """There with other numbers, which were kept."""
+    running: list[str] = field(default_factory=list)
+    """Being run here, and left alone."""
+
+
+def write_bundle(file: Path, runs: Iterable[Run], name: str, *, logs: bool = True, root: Path = RUNS) -> int:
+    """Pack finished runs.
+
+    Args:
+        file: the zip to write.
+        runs: which; those that are not finished are left out.
+        name: of who ran them, for those who read the tables. A run that came from elsewhere keeps the name that it came with.
+        logs: pack what the runs said, too.
+        root: the folder of the runs.
+
+    Returns:
+        How many runs are in it.
+
+    Raises:
+        DefinitionError: a run's file is damaged, or the name has control characters or more than 80 letters.
+        DataError: none of the runs is finished.
+    """
+    finished = [run for run in runs if (root / run.folder / "metrics.json").exists()]
+    if not finished:
+        raise DataError("none of these runs is finished: there is nothing to pack")
+    entries: dict[str, Any] = {}
+    with atomic_write(file) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for run in sorted(finished, key=lambda run: run.folder):
+            folder = root / run.folder
+            read_metrics_file(folder / "metrics.json", run)
+            packed: dict[str, str] = {}
+            contents = {"run.json": (run.to_json() + "\n").encode()}
+            if logs and (folder / LOG).exists():
+                contents[LOG] = (folder / LOG).read_bytes()
+            contents["metrics.json"] = (folder / "metrics.json").read_bytes()
+            for part, content in contents.items():
+                archive.writestr(zipfile.ZipInfo(f"{run.folder}/{part}", _EPOCH), content, zipfile.ZIP_DEFLATED)
+                packed[part] = hashlib.sha256(content).hexdigest()
+            entries[run.folder] = {"origin": origin_of(run.folder, root) or name, "files": packed}
+        manifest = {"version": 1, "runs": entries}
+        parse(manifest, _Manifest, str(file))
+        archive.writestr(
+            zipfile.ZipInfo(_MANIFEST, _EPOCH), json.dumps(manifest, indent=1, sort_keys=True), zipfile.ZIP_DEFLATED
+        )
+    return len(finished)
+
+
+def merge_bundle(file: Path, root: Path = RUNS) -> Merged:
+    """Put the runs of a bundle beside one's own. A run that is there keeps its numbers.
+
+    Args:
+        file: what :func:`write_bundle` wrote.
+        root: the folder of the runs.
+
+    Raises:
+        DataError: it is no bundle, is damaged, or has files that none has.
+        DefinitionError: a run in it is no run of this version of the suite, or its numbers are not what such a run records.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            manifest = _manifest(archive, file)
+            with tempfile.TemporaryDirectory() as place:
+                for folder, entry in manifest.runs.items():  # all of it, before anything is taken
+                    _check(archive, folder, entry, Path(place) / folder, file)
+            return _take(archive, manifest, file, root)
+    except FileNotFoundError as error:
+        raise DataError(f"{file} does not exist") from error
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise DataError(f"{file} is no bundle, or is damaged: {error}") from error
+
+
+def origin_of(folder: str, root: Path = RUNS) -> str | None:
+    """Who ran a finished run that was merged, given its folder; None for one that was run here."""
+    file = root / folder / ORIGIN
+    try:
+        return str(json.loads(file.read_text())["name"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged ({error!r}); delete the run's folder and merge it again") from error
+
+
+def _manifest(archive: zipfile.ZipFile, file: Path) -> _Manifest:
+    if _MANIFEST not in archive.namelist():
+        raise DataError(f"{file} is no bundle: it has no {_MANIFEST}; `python -m benchmarks bundle` writes one")
+    try:
+        content = json.loads(_read(archive, _MANIFEST, file))
+    except ValueError as error:
+        raise DataError(f"{file}: its {_MANIFEST} is damaged ({error})") from error
+    manifest = parse(content, _Manifest, f"{file}, {_MANIFEST}")
+    said = [f"{folder}/{part}" for folder, entry in manifest.runs.items() for part in entry.files]
+    if odd := sorted({*archive.namelist()} ^ {*said, _MANIFEST}):
+        raise DataError(f"{file}: its {_MANIFEST} and its files differ in '{odd[0]}'")
+    for folder, entry in manifest.runs.items():
+        if missing := [part for part in _NEEDED if part not in entry.files]:
+            raise DataError(f"{file}: {folder} has no {missing[0]}")
+    return manifest
+
+
+def _read(archive: zipfile.ZipFile, name: str, file: Path) -> bytes:
+    with archive.open(name) as opened:
+        content = opened.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise DataError(f"{file}: '{name}' has more than {_LARGEST:,} bytes; nothing that runs write is as large")
+    return content
+
+
+def _check(archive: zipfile.ZipFile, folder: str, entry: _Entry, place: Path, file: Path) -> None:
+    """See that the files of a run are those that the bundle names, and a finished run of this suite."""
+    place.mkdir(parents=True)
+    for part, content in _contents(archive, folder, entry, file):
+        (place / part).write_bytes(content)
+    try:
+        run = read_run(place / "run.json")
+        read_metrics_file(place / "metrics.json", run)
+    except DefinitionError as error:
+        raise DefinitionError(str(error).replace(f"{place.parents[1]}/", f"{file}: ")) from error
+    if run.folder != folder:
+        raise DataError(f"{file}: {folder} has the run.json of {run.folder}")
+    for part in entry.files:
+        (place / part).unlink()
+
+
+def _contents(archive: zipfile.ZipFile, folder: str, entry: _Entry, file: Path) -> Iterator[tuple[str, bytes]]:
+    files: Mapping[str, str] = {**entry.files}
+    for part in _FILES:
+        if part in files:
+            content = _read(archive, f"{folder}/{part}", file)
+            if hashlib.sha256(content).hexdigest() != files[part]:
+                raise DataError(f"{file}: '{folder}/{part}' is not what was packed: its sha256 differs")
+            yield part, content
+
+
+def _take(archive: zipfile.ZipFile, manifest: _Manifest, file: Path, root: Path) -> Merged:
+    merged, digest, now = Merged(), _sha256(file), datetime.now(UTC).isoformat(timespec="seconds")
+    for folder, entry in manifest.runs.items():
+        place = root / folder
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(place / LOCK, blocking=False):
+                if (place / "metrics.json").exists():
+                    ours = json.loads((place / "metrics.json").read_text())
+                    theirs = json.loads(_read(archive, f"{folder}/metrics.json", file))
+                    same = _numbers(ours) == _numbers(theirs)
+                    (merged.there if same else merged.different).append(folder)
+                    continue
+                write_json(place / ORIGIN, {"name": entry.origin, "bundle": digest, "merged": now})
+                for part, content in _contents(archive, folder, entry, file):
+                    with atomic_write(place / part) as temporary:
+                        temporary.write_bytes(content)
+                merged.added.append(folder)
+        except Timeout:
+            merged.running.append(folder)
+    return merged
+
+
+def _numbers(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What is the same wherever a run is repeated; how long its clustering took is not."""
+    kept = {key: value for key, value in found.items() if key not in _VARIES}
+    model = kept.get("model", {})
+    if model.get("conversion"):
+        layers = [{key: value for key, value in layer.items() if key != "seconds"} for layer in model["conversion"]]
+        kept["model"] = {**model, "conversion": layers}
+    return kept
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
