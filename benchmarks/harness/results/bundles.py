@@ -181,7 +181,7 @@ def _check(archive: zipfile.ZipFile, folder: str, entry: _Entry, place: Path, fi
 
 
 def _contents(archive: zipfile.ZipFile, folder: str, entry: _Entry, file: Path) -> Iterator[tuple[str, bytes]]:
-    files: Mapping[str, str] = {**entry.files}
+    files = {str(part): digest for part, digest in entry.files.items()}
     for part in _FILES:
         if part in files:
             content = _read(archive, f"{folder}/{part}", file)
