@@ -50,7 +50,7 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
     gc.freeze()
     gc.enable()
     log = log or spec.parent / "log.txt"
-    with reserved(gpus, spec.parent.name):
+    with reserved(gpus, spec.parent.name, processes):
         if processes > 1:
             launch_distributed(spec, threads=threads, log=log, processes=processes, parallel=parallel)
         else:

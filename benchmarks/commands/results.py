@@ -147,13 +147,14 @@ def merge(bundle: Path, as_json: bool) -> None:
     from benchmarks.harness.results.bundles import merge_bundle
 
     found = merge_bundle(bundle)
+    _forget([f"results/runs/{folder}/metrics.json" for folder in found.added])
     if as_json:
         echo_json(dataclasses.asdict(found))
     else:
         counts = {
             "added": found.added,
             "here already, with the same numbers": found.there,
-            "being run here, left alone": found.running,
+            "begun here, left alone (delete their folders to take these)": found.begun,
             "here with other numbers, which were kept": found.different,
         }
         click.echo("; ".join(f"{len(runs):,} {what}" for what, runs in counts.items() if runs) or "no runs")
@@ -161,6 +162,13 @@ def merge(bundle: Path, as_json: bool) -> None:
             click.echo(f"  results/runs/{folder}")
     if found.different:
         sys.exit(1)
+
+
+def _forget(files: list[str]) -> None:
+    """Have Snakemake forget how it made files that are others now; it would make them again."""
+    for start in range(0, len(files), 1000) if Path(".snakemake/metadata").exists() else ():
+        words = ["snakemake", "--quiet", "all", "--cleanup-metadata", *files[start : start + 1000]]
+        subprocess.run([sys.executable, "-m", *words], check=False, capture_output=True)
 
 
 COMMANDS = (tables, claims, paper, report, bundle, merge, mirror, ui)

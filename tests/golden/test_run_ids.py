@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.suite import load_suite, suite_names
+from benchmarks.harness.planning.suite import find_run, load_suite, suite_names
 
 FILE = Path(__file__).with_name("run_ids.csv")
 
@@ -25,8 +25,12 @@ def digests(runs: list[Run]) -> dict[str, tuple[int, str]]:
 
 @pytest.mark.parametrize("suite", suite_names())
 def test_no_run_of_a_suite_has_got_another_id(suite: str) -> None:
-    """And every id is short, readable and safe as a folder's name."""
-    runs = load_suite({"suite": suite}).runs
+    """And every id is short, readable and safe as a folder's name, by which the run is found."""
+    loaded = load_suite({"suite": suite})
+    runs = loaded.runs
+    one_of_each = {(run.benchmark, run.spec["model"]["name"]): run for run in runs}
+    for run in one_of_each.values():
+        assert find_run(run.folder, loaded) == (run, loaded)
     for run in runs:
         assert len(run.id) <= 80
         assert re.fullmatch(re.escape(run.spec["model"]["name"]) + r"[A-Za-z0-9._+-]*", run.id)

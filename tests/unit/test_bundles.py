@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +17,11 @@ from click.testing import CliRunner, Result
 from filelock import FileLock
 
 from benchmarks.__main__ import cli
-from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import LOCK, ORIGIN
 from benchmarks.harness.planning.jobs import run_inputs
 from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.results import bundles
 from benchmarks.harness.results.bundles import Merged, merge_bundle, origin_of, write_bundle
 from emoe.errors import EMoEError
 from tests import fake_runs
@@ -96,9 +100,27 @@ def test_a_run_that_is_being_run_here_is_left_alone(bundle: Path) -> None:
     folder.mkdir(parents=True)
     with FileLock(folder / LOCK):
         merged = merge_bundle(bundle)
-    assert merged.running == [GLUE[0].folder]
+    assert merged.begun == [GLUE[0].folder]
     assert len(merged.added) == len(GLUE) - 1
     assert not (folder / "metrics.json").exists()
+
+
+def test_weights_of_a_training_here_never_stand_beside_anothers_numbers(bundle: Path) -> None:
+    weights = RUNS / GLUE[0].folder / "model/trained.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("ours")
+    found = call("merge", str(bundle))
+    assert f"{len(GLUE) - 1} added; 1 begun here, left alone (delete their folders to take these)" in found.output
+    assert content(weights.parents[1]) == {"model/trained.safetensors": b"ours"}
+
+
+def test_a_damaged_file_of_ones_own_is_told_before_anything_is_taken(bundle: Path) -> None:
+    own = RUNS / GLUE[-1].folder / "metrics.json"
+    own.parent.mkdir(parents=True)
+    own.write_text("{")
+    with pytest.raises(DefinitionError, match=r"metrics\.json is damaged"):
+        merge_bundle(bundle)
+    assert content(RUNS) == {f"{GLUE[-1].folder}/metrics.json": b"{"}
 
 
 def test_a_run_keeps_the_name_that_it_came_with(there: Path, bundle: Path) -> None:
@@ -166,7 +188,6 @@ def _moved(files: Files) -> None:
 
 def _metrics(old: bytes, new: bytes) -> Callable[[Files], None]:
     """Other numbers, with their right digest."""
-    import hashlib
 
     def changed(files: Files) -> None:
         name = f"{FIRST}/metrics.json"
@@ -194,6 +215,20 @@ def _metrics(old: bytes, new: bytes) -> Callable[[Files], None]:
         (lambda files: files.update({"../evil.py": b"1"}), r"differ in '\.\./evil\.py'"),
         (lambda files: files.update({f"{FIRST}/log.txt": b"other"}), "is not what was packed: its sha256 differs"),
         (_metrics(b'"run_id": "', b'"run_id": "x'), "belongs to the run 'x"),
+        (
+            _manifest(lambda found: found["runs"].update({"glue/" + "a" * 300 + "-00000000": found["runs"][FIRST]})),
+            "runs",
+        ),
+        (_metrics(b'"scores"', b'"measured": {}, "scored"'), "lacks something that such a run records"),
+        (_metrics(b'"cost": {', b'"cost": [], "costs": {'), "lacks something that such a run records"),
+        (_metrics(b'"model": {', b'"model": [], "models": {'), "lacks something that such a run records"),
+        (_metrics(b'"processor"', b'"process"'), r"lacks something that such a run records \(KeyError\('processor'\)"),
+        (_metrics(b'"balanced_accuracy": 0.', b'"balanced_accuracy": null, "x": 0.'), "balanced_accuracy is null"),
+        (
+            _metrics(b'"balanced_accuracy": 0.', b'"balanced_accuracy": true, "x": 0.'),
+            "is True, but has to be a number",
+        ),
+        (_metrics(b'"loss": 0.', b'"loss": 1e999, "x": 0.'), "loss is inf, but has to be a number"),
         (_metrics(b'"scores"', b'"scored"'), r"lacks something that such a run records \(KeyError\('scores'\)\)"),
         (_metrics(b'"balanced_accuracy": 0.', b'"balanced_accuracy": 17.'), "has to be a number from 0 to 1"),
         (_metrics(b'"balanced_accuracy": 0.', b'"balanced_accuracy": NaN, "x": 0.'), "NaN is no number of JSON"),
@@ -216,16 +251,39 @@ def test_nothing_of_a_wrong_bundle_is_taken(
     assert not RUNS.exists()
 
 
-def test_what_is_no_zip_is_refused(tmp_path: Path, bundle: Path) -> None:
-    text = tmp_path / "text.zip"
-    text.write_text("no zip")
-    cut = tmp_path / "cut.zip"
-    cut.write_bytes(bundle.read_bytes()[:-40])
-    flipped = tmp_path / "flipped.zip"
-    content = bytearray(bundle.read_bytes())
-    content[200] ^= 255
-    flipped.write_bytes(content)
-    for file in (text, cut, flipped, tmp_path / "missing.zip"):
-        with pytest.raises(DataError, match=file.name):
-            merge_bundle(file)
-    assert not RUNS.exists()
+def test_a_bundle_that_unpacks_to_too_much_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "_LARGEST_OF_ALL", 5000)
+    with pytest.raises(DataError, match="unpacks to more than 5,000 bytes"):
+        merge_bundle(bundle)
+    monkeypatch.setitem(bundles._LARGEST, "metrics.json", 100)
+    with pytest.raises(DataError, match=r"metrics\.json' has .* bytes, of 100 at most"):
+        merge_bundle(bundle)
+
+
+def refusal(file: Path) -> str | None:
+    try:
+        merge_bundle(file)
+    except EMoEError as error:
+        return str(error)
+    return None
+
+
+def test_what_is_no_zip_is_refused(tmp_path: Path, there: Path) -> None:
+    missing, broken = tmp_path / "missing.zip", tmp_path / "broken.zip"
+    assert refusal(missing) == f"{missing} does not exist"
+    write_bundle(broken, GLUE[:1], "lab b", root=there / RUNS)
+    whole = broken.read_bytes()
+    for content in (b"no zip", b"", whole[:-40]):
+        broken.write_bytes(content)
+        assert "broken.zip is no bundle" in str(refusal(broken))
+    for place in random.Random(0).sample(range(len(whole)), 150):
+        broken.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        said = refusal(broken)
+        if said is None:  # a byte that says nothing, such as a date
+            assert (RUNS / GLUE[0].folder / "metrics.json").read_bytes() == (
+                there / RUNS / GLUE[0].folder / "metrics.json"
+            ).read_bytes()
+            shutil.rmtree(RUNS)
+        else:
+            assert "broken.zip" in said
+            assert not RUNS.exists()

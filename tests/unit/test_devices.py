@@ -31,8 +31,9 @@ with reserved(int(sys.argv[1]), "a run"):
 @pytest.fixture(autouse=True)
 def four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VISIBLE, "0,1,2,3")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(devices, "_PAUSE", 0.05)
 
 
@@ -85,24 +86,46 @@ def test_a_job_waits_until_there_are_as_many_as_it_wants() -> None:
             assert len(seen(large)) == 2
 
 
-def test_as_many_as_a_scheduler_gave_are_taken_as_they_are() -> None:
-    """It numbers those of every job from 0, so that a lock would part what has nothing to do with each other."""
-    with held(2, CUDA_VISIBLE_DEVICES="0,1") as other, pytest.MonkeyPatch.context() as patch:
+def test_all_that_there_are_are_locked_too() -> None:
+    with held(4) as other:
+        assert len(seen(other)) == 4
+        with held(4) as second:
+            assert second.stderr is not None
+            assert "waiting for 4 of 4" in second.stderr.readline()
+
+
+def test_what_a_scheduler_gave_a_job_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may number those of every job from 0, so that a lock would part what has nothing to do with each other."""
+    monkeypatch.setenv(VISIBLE, "0,1")
+    with held(2, CUDA_VISIBLE_DEVICES="0,1") as other:
         assert seen(other) == ["0", "1"]
-        patch.setenv(VISIBLE, "0,1")
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
         with reserved(2, "a run") as found:
             assert found == ["0", "1"]
-        patch.setenv("SLURM_JOB_ID", "7")  # which holds several, for several runs
-        with reserved(1, "a run") as found:
+        with (
+            reserved(1, "a run") as found,
+            held(1, CUDA_VISIBLE_DEVICES="0,1") as beside,
+        ):  # one job, several runs: they share what it has
             assert found == ["0"]
+            assert seen(beside) == ["1"]
 
 
-def test_it_is_refused_what_is_not_there() -> None:
-    with (
-        pytest.raises(RunError, match=r"^llama asks for 8 accelerators, but 4 are visible; .*resources\.gpu"),
-        reserved(8, "llama"),
-    ):
-        pass
+def test_it_is_refused_what_is_not_there_and_to_share_one_among_processes() -> None:
+    for count, processes in ((8, 8), (8, 1), (4, 8)):
+        with (
+            pytest.raises(
+                RunError,
+                match=rf"^llama asks for {count} accelerators for {processes} process\(es\), and 4 are visible; .*`--resources gpu=N`",
+            ),
+            reserved(count, "llama", processes),
+        ):
+            pass
+
+
+def test_on_a_machine_without_any_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VISIBLE, "")
+    with reserved(1, "llama", 8) as found:
+        assert found == []
 
 
 @pytest.mark.parametrize(
@@ -113,6 +136,7 @@ def test_it_is_refused_what_is_not_there() -> None:
         ("2", ["2"]),
         (" 1, 0 ", ["1", "0"]),
         ("0,-1,1", ["0"]),
+        ("NoDevFiles", []),
         ("GPU-8f2a,MIG-1/2/0", ["GPU-8f2a", "MIG-1/2/0"]),
     ],
 )
@@ -122,7 +146,7 @@ def test_what_is_visible_is_what_cuda_reads(given: str, found: list[str], monkey
     with reserved(0, "a run on the CPU") as nothing:
         assert nothing == []
         assert os.environ[VISIBLE] == given
-    if len(found) > 1:
+    if found:
         with reserved(1, "a run") as one:
             assert one == found[:1]
 

@@ -9,6 +9,7 @@ from benchmarks.harness.planning import jobs, paper_items
 from benchmarks.harness.planning import suite as suites
 from benchmarks.harness.running.forkserver import Server
 from emoe.errors import EMoEError
+from snakemake.exceptions import WorkflowError
 
 try:
     SUITE = suites.load_suite(config)
@@ -120,9 +121,17 @@ def grown(name):
     return lambda wildcards, attempt: run_of(wildcards).resources[name] * attempt
 
 
+def all_threads():
+    # of a cluster's nodes nobody knows how many they have
+    try:
+        return workflow.cores
+    except WorkflowError:
+        return 2
+
+
 def run_threads(wildcards):
     # 0 stands for all, so that nothing runs beside a measurement
-    return run_of(wildcards).resources["threads"] or workflow.cores
+    return run_of(wildcards).resources["threads"] or all_threads()
 
 
 def partition_json(wildcards):

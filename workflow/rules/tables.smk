@@ -119,7 +119,7 @@ rule latest_report:
         "python -m benchmarks report --copy {input:q} --output {output:q} 2> {log:q}"
 
 
-# One job that mirrors all finished runs: SQLite does not stand parallel writers.
+# One job that mirrors all finished runs.
 rule mirror_to_mlflow:
     input:
         suite_metrics,
@@ -130,8 +130,6 @@ rule mirror_to_mlflow:
     localrule: True
     conda:
         ENVIRONMENT
-    resources:
-        tracking=1,
     params:
         uri=SUITE.tracking_uri,
     message:

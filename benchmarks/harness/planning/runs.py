@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.definition import AnyBenchmark, load_benchmark
+from benchmarks.harness.planning.definition import AnyBenchmark, benchmark_names, load_benchmark
 from benchmarks.harness.planning.kinds import kind_of
-from emoe.errors import did_you_mean
+from emoe.errors import EMoEError, did_you_mean
 
 _SLUG_LENGTH = 80
 
@@ -61,8 +61,12 @@ def run_from_spec(spec: Mapping[str, Any]) -> Run:
         parts.append(f"lr{spec['learning_rate']:g}")
     if kind.has_seeds:
         parts.append(f"s{spec['seed']}")
-    slug = re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(part for part in parts if part))
-    return Run(f"{slug[: _SLUG_LENGTH - 9]}-{digest}", dict(spec))
+    return Run(f"{slug('-'.join(part for part in parts if part))}-{digest}", dict(spec))
+
+
+def slug(text: str) -> str:
+    """The readable part of an id, of all of its parts or of the first."""
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", text)[: _SLUG_LENGTH - 9]
 
 
 def read_run(path: Path, *, anywhere: bool = False) -> Run:
@@ -76,12 +80,26 @@ def read_run(path: Path, *, anywhere: bool = False) -> Run:
         DefinitionError: missing, not JSON, or not the spec that its folder is named after.
     """
     try:
-        run = run_from_spec(json.loads(path.read_text()))
+        spec = json.loads(path.read_text())
+        name = spec["benchmark"]
+        if name not in benchmark_names():
+            raise DefinitionError(
+                f"{path} names the benchmark {name!r}, which is not here{did_you_mean(name, benchmark_names())}"
+            )
+        run = run_from_spec(spec)
     except FileNotFoundError as error:
         raise DefinitionError(
             f"{path} does not exist; the workflow writes it when it runs `{path.parent}/metrics.json`"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except EMoEError:
+        raise
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # whatever odd content leads to
         raise DefinitionError(f"{path} is no run specification: {error!r}") from error
     if path.parent.name != run.id and not anywhere:
         raise DefinitionError(f"{path} was changed by hand: its content belongs into a folder named {run.id}")

@@ -22,7 +22,7 @@ from benchmarks.harness.planning.claims import compared_benchmarks, load_claims
 from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
 from benchmarks.harness.planning.jobs import Job, PartitionJob, partition_jobs, set_files
 from benchmarks.harness.planning.kinds import kind_of
-from benchmarks.harness.planning.runs import Run, canonical_json, plan
+from benchmarks.harness.planning.runs import Run, canonical_json, plan, slug
 from benchmarks.harness.planning.schema import check_names, parse, read_yaml
 from benchmarks.harness.planning.settings import SuiteSettings
 from benchmarks.harness.sources.local import local_folder, own_file
@@ -343,9 +343,22 @@ def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:
         DefinitionError: no suite has such a run; names the nearest.
     """
     for suite in _suites(first):
-        if folder in suite.runs_by_folder:
+        if _may_have(suite, folder) and folder in suite.runs_by_folder:
             return suite.runs_by_folder[folder], suite
     raise DefinitionError(f"no suite has the run '{folder}'{did_you_mean(folder, first.runs_by_folder)}")
+
+
+def _may_have(suite: Suite, folder: str) -> bool:
+    """Whether a suite runs the model that a run's name begins with: to plan its runs takes seconds where there are ten thousand."""
+    name, _, run = folder.partition("/")
+    if name not in suite.settings.benchmarks:
+        return False
+    benchmark = load_benchmark(name)
+    try:
+        models = benchmark.kind.offer(benchmark, suite.name).models
+    except KeyError:  # a benchmark lacks the suite: planning says so
+        return True
+    return any(run.startswith(slug(model)) for model in models)
 
 
 def find_partition(name: str, first: Suite) -> PartitionJob:

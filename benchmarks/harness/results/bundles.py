@@ -10,18 +10,21 @@ import hashlib
 import json
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.files import atomic_write, write_json
 from benchmarks.harness.base.paths import LOCK, LOG, ORIGIN, RUNS
+from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, read_run
 from benchmarks.harness.planning.schema import Strict, parse
 from benchmarks.harness.results.records import read_metrics_file
@@ -30,11 +33,14 @@ _MANIFEST = "bundle.json"
 # metrics.json comes last: where it is, a run is finished
 _FILES = ("run.json", LOG, "metrics.json")
 _NEEDED = ("run.json", "metrics.json")
-_LARGEST = 1 << 28  # bytes of one file
+_LARGEST = {"run.json": 1 << 24, LOG: 1 << 26, "metrics.json": 1 << 26, _MANIFEST: 1 << 26}  # bytes of one file
+_LARGEST_OF_ALL = 1 << 33
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_OF_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same runs make the same bytes
 _VARIES = ("cost", "environment")
 
-Folder = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*/[A-Za-z0-9._+-]+-[0-9a-f]{8}$")]
+Folder = Annotated[str, Field(max_length=160, pattern=r"^[a-z][a-z0-9_]*/[A-Za-z0-9._+-]+-[0-9a-f]{8}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
@@ -58,8 +64,8 @@ class Merged:
     """With the same numbers."""
     different: list[str] = field(default_factory=list)
     """There with other numbers, which were kept."""
-    running: list[str] = field(default_factory=list)
-    """Being run here, and left alone."""
+    begun: list[str] = field(default_factory=list)
+    """Being run here, or begun: their checkpoints or weights are of another training, so they are left alone."""
 
 
 def write_bundle(file: Path, runs: Iterable[Run], name: str, *, logs: bool = True, root: Path = RUNS) -> int:
@@ -79,6 +85,10 @@ def write_bundle(file: Path, runs: Iterable[Run], name: str, *, logs: bool = Tru
         DefinitionError: a run's file is damaged, or the name has control characters or more than 80 letters.
         DataError: none of the runs is finished.
     """
+    try:
+        TypeAdapter(Name).validate_python(name)
+    except ValidationError as error:
+        raise DefinitionError(f"the name {name!r} has to have 1 to 80 letters, and no control characters") from error
     finished = [run for run in runs if (root / run.folder / "metrics.json").exists()]
     if not finished:
         raise DataError("none of these runs is finished: there is nothing to pack")
@@ -115,16 +125,25 @@ def merge_bundle(file: Path, root: Path = RUNS) -> Merged:
         DataError: it is no bundle, is damaged, or has files that none has.
         DefinitionError: a run in it is no run of this version of the suite, or its numbers are not what such a run records.
     """
+    if not file.is_file():
+        raise DataError(f"{file} does not exist")
+    with _reading(file):
+        opened = zipfile.ZipFile(file)
+    with opened as archive:
+        _check_sizes(archive, file)
+        manifest = _manifest(archive, file)
+        with tempfile.TemporaryDirectory() as place:  # all of it, before anything is taken
+            runs = [
+                _checked(archive, folder, entry, Path(place) / folder, file) for folder, entry in manifest.runs.items()
+            ]
+        return _take(archive, manifest, runs, file, root)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
     try:
-        with zipfile.ZipFile(file) as archive:
-            manifest = _manifest(archive, file)
-            with tempfile.TemporaryDirectory() as place:
-                for folder, entry in manifest.runs.items():  # all of it, before anything is taken
-                    _check(archive, folder, entry, Path(place) / folder, file)
-            return _take(archive, manifest, file, root)
-    except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist") from error
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        yield
+    except (*_OF_ZIP, ValueError, OSError) as error:
         raise DataError(f"{file} is no bundle, or is damaged: {error}") from error
 
 
@@ -143,8 +162,8 @@ def _manifest(archive: zipfile.ZipFile, file: Path) -> _Manifest:
     if _MANIFEST not in archive.namelist():
         raise DataError(f"{file} is no bundle: it has no {_MANIFEST}; `python -m benchmarks bundle` writes one")
     try:
-        content = json.loads(_read(archive, _MANIFEST, file))
-    except ValueError as error:
+        content = json.loads(_read(archive, _MANIFEST))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: its {_MANIFEST} is damaged ({error})") from error
     manifest = parse(content, _Manifest, f"{file}, {_MANIFEST}")
     said = [f"{folder}/{part}" for folder, entry in manifest.runs.items() for part in entry.files]
@@ -156,16 +175,24 @@ def _manifest(archive: zipfile.ZipFile, file: Path) -> _Manifest:
     return manifest
 
 
-def _read(archive: zipfile.ZipFile, name: str, file: Path) -> bytes:
-    with archive.open(name) as opened:
-        content = opened.read(_LARGEST + 1)
-    if len(content) > _LARGEST:
-        raise DataError(f"{file}: '{name}' has more than {_LARGEST:,} bytes; nothing that runs write is as large")
-    return content
+def _check_sizes(archive: zipfile.ZipFile, file: Path) -> None:
+    for member in archive.infolist():
+        most = _LARGEST.get(member.filename.rpartition("/")[2], _LARGEST[LOG])
+        if member.file_size > most or member.compress_type not in _METHODS:
+            raise DataError(
+                f"{file}: '{member.filename}' has {member.file_size:,} bytes, of {most:,} at most, or is compressed otherwise than bundles are"
+            )
+    if sum(member.file_size for member in archive.infolist()) > _LARGEST_OF_ALL:
+        raise DataError(f"{file} unpacks to more than {_LARGEST_OF_ALL:,} bytes; pack fewer runs, or no logs")
 
 
-def _check(archive: zipfile.ZipFile, folder: str, entry: _Entry, place: Path, file: Path) -> None:
-    """See that the files of a run are those that the bundle names, and a finished run of this suite."""
+def _read(archive: zipfile.ZipFile, name: str) -> bytes:
+    with _reading(Path(str(archive.filename))):
+        return archive.read(name)  # never more than the size that was checked
+
+
+def _checked(archive: zipfile.ZipFile, folder: str, entry: _Entry, place: Path, file: Path) -> Run:
+    """A run whose files are those that the bundle names, and which is a finished run as it would be made here."""
     place.mkdir(parents=True)
     for part, content in _contents(archive, folder, entry, file):
         (place / part).write_bytes(content)
@@ -176,40 +203,52 @@ def _check(archive: zipfile.ZipFile, folder: str, entry: _Entry, place: Path, fi
         raise DefinitionError(str(error).replace(f"{place.parents[1]}/", f"{file}: ")) from error
     if run.folder != folder:
         raise DataError(f"{file}: {folder} has the run.json of {run.folder}")
+    definition = load_benchmark(run.benchmark).definition
+    for key, ours in (("version", definition.version), ("pipeline", definition.pipeline)):
+        if run.spec[key] != ours:
+            raise DefinitionError(
+                f"{file}: {folder} is of {key} {run.spec[key]!r} of its benchmark, which has {ours!r} here"
+            )
     for part in entry.files:
         (place / part).unlink()
+    return run
 
 
 def _contents(archive: zipfile.ZipFile, folder: str, entry: _Entry, file: Path) -> Iterator[tuple[str, bytes]]:
     files = {str(part): digest for part, digest in entry.files.items()}
     for part in _FILES:
         if part in files:
-            content = _read(archive, f"{folder}/{part}", file)
+            content = _read(archive, f"{folder}/{part}")
             if hashlib.sha256(content).hexdigest() != files[part]:
                 raise DataError(f"{file}: '{folder}/{part}' is not what was packed: its sha256 differs")
             yield part, content
 
 
-def _take(archive: zipfile.ZipFile, manifest: _Manifest, file: Path, root: Path) -> Merged:
-    merged, digest, now = Merged(), _sha256(file), datetime.now(UTC).isoformat(timespec="seconds")
-    for folder, entry in manifest.runs.items():
-        place = root / folder
+def _take(archive: zipfile.ZipFile, manifest: _Manifest, runs: Iterable[Run], file: Path, root: Path) -> Merged:
+    merged, new = Merged(), list[str]()
+    for run in runs:  # before anything is written: one's own files may be damaged
+        ours = root / run.folder / "metrics.json"
+        if ours.exists():
+            theirs = json.loads(_read(archive, f"{run.folder}/metrics.json"))
+            same = _numbers(read_metrics_file(ours, run)) == _numbers(theirs)
+            (merged.there if same else merged.different).append(run.folder)
+        elif any((ours.parent / name).exists() for name in ("model", "checkpoints")):
+            merged.begun.append(run.folder)
+        else:
+            new.append(run.folder)
+    digest, now = _sha256(file), datetime.now(UTC).isoformat(timespec="seconds")
+    for folder in new:
+        place, entry = root / folder, manifest.runs[folder]
         place.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(place / LOCK, blocking=False):
-                if (place / "metrics.json").exists():
-                    ours = json.loads((place / "metrics.json").read_text())
-                    theirs = json.loads(_read(archive, f"{folder}/metrics.json", file))
-                    same = _numbers(ours) == _numbers(theirs)
-                    (merged.there if same else merged.different).append(folder)
-                    continue
                 write_json(place / ORIGIN, {"name": entry.origin, "bundle": digest, "merged": now})
                 for part, content in _contents(archive, folder, entry, file):
                     with atomic_write(place / part) as temporary:
                         temporary.write_bytes(content)
                 merged.added.append(folder)
         except Timeout:
-            merged.running.append(folder)
+            merged.begun.append(folder)
     return merged
 
 

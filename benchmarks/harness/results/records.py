@@ -18,6 +18,20 @@ from benchmarks.harness.planning.runs import Run
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
+# of the ``environment``, what reports show of a machine
+MACHINE = (
+    "processor",
+    "cores",
+    "threads",
+    "gpus",
+    "memory_gb",
+    "platform",
+    "python",
+    "packages",
+    "git_commit",
+    "git_dirty",
+)
+_MAY_DIVERGE = ("loss", "nats_per_byte")
 _ROUNDING = 1e-6  # of a share that is computed
 _COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
 _MODEL = ("parameters", "trainable_parameters", "active_parameters", "flops_per_token", "active_neurons")
@@ -50,18 +64,18 @@ def read_metrics_file(path: Path, run: Run) -> dict[str, Any]:
         raise DefinitionError(
             f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DefinitionError(
             f"{path} is damaged ({error}); delete it and run `snakemake --cores all {path}`"
         ) from error
     if not isinstance(found, dict) or found.get("run_id") != run.id:
         owner = found.get("run_id") if isinstance(found, dict) else None
         raise DefinitionError(f"{path} belongs to the run {owner!r}; delete it and run it again")
-    check_numbers(run, found, path)
+    check_content(run, found, path)
     return found
 
 
-def check_numbers(run: Run, found: Mapping[str, Any], path: Path) -> None:
+def check_content(run: Run, found: Mapping[str, Any], path: Path) -> None:
     """See that the content of a ``metrics.json`` has the parts that such a run records, and no number beyond its ``range`` in metrics.yaml.
 
     Raises:
@@ -69,18 +83,43 @@ def check_numbers(run: Run, found: Mapping[str, Any], path: Path) -> None:
     """
     again = f"delete the file and run `snakemake --cores all {path}`"
     try:
+        _check_parts(run, found)
         numbers = list(_numbers(run, found))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise DefinitionError(f"{path} lacks something that such a run records ({error!r}); {again}") from error
     metrics = load_metrics()
     for part, task, name, value in numbers:
         low, high = metrics[name].range if name in metrics else (None, None)
         least, most = (-math.inf if low is None else low), (math.inf if high is None else high)
-        if not isinstance(value, (int, float)) or not least - _ROUNDING <= value <= most + _ROUNDING:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not least - _ROUNDING <= value <= most + _ROUNDING:
             where = " ".join(filter(None, (part, task, name)))
             raise DefinitionError(
                 f"{path}: {where} is {value!r}, but has to be a number from {least:g} to {most:g}; {again}"
             )
+
+
+def _check_parts(run: Run, found: Mapping[str, Any]) -> None:
+    is_trained = "training" in run.spec
+    is_scored = is_trained or "evaluation" in run.spec
+    parts = ["scores" if is_scored else "measured", "cost", "environment"]
+    parts += ["data"] if is_scored else []
+    parts += ["model"] if is_trained else []
+    for part in parts:
+        if not isinstance(found[part], dict) or not found[part]:
+            raise TypeError(f"'{part}' is empty, or no object")
+    if missing := [name for name in MACHINE if name not in found["environment"]]:
+        raise KeyError(missing[0])
+    if not all(isinstance(layer, dict) for layer in found.get("model", {}).get("conversion", ())):
+        raise TypeError("a converted layer is no object")
+    if not is_scored:
+        return
+    if not any(found["scores"].values()):
+        raise ValueError("no scores")
+    for part, by_task in found["scores"].items():
+        for task, scores in by_task.items():
+            if nothing := [name for name, value in scores.items() if value is None and name not in _MAY_DIVERGE]:
+                raise ValueError(f"{part} {task} {nothing[0]} is null")
 
 
 def _no_number(text: str) -> float:

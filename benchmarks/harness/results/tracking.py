@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from filelock import FileLock
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
+from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.runs import Run, canonical_json
 from benchmarks.harness.results.records import collect, read_metrics
@@ -34,6 +36,12 @@ def mirror(runs: list[Run], uri: str) -> dict[str, int]:
     logging.getLogger("alembic").setLevel(logging.WARNING)  # silent about creating the store's tables
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     client = MlflowClient(uri)
+    paths.RESULTS.mkdir(exist_ok=True)
+    with FileLock(paths.RESULTS / ".mirror.lock"):  # SQLite does not stand parallel writers
+        return _mirror(runs, client)
+
+
+def _mirror(runs: list[Run], client: MlflowClient) -> dict[str, int]:
     counts = {"added": 0, "replaced": 0, "unchanged": 0}
     for benchmark in dict.fromkeys(run.benchmark for run in runs):
         experiment = _experiment(client, benchmark)

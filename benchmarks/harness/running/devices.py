@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import sys
@@ -15,27 +16,29 @@ from filelock import FileLock, Timeout
 from benchmarks.harness.base.errors import RunError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # ROCm's torch reads it too
-_ENDS = "-1"  # CUDA reads the list up to here
+_ENDS = ("-1", "NoDevFiles")  # CUDA reads the list up to the first; the second is how Slurm says none
+_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _PAUSE = 1.0  # seconds between two looks for free ones
 
 
 @contextmanager
-def reserved(count: int, name: str) -> Iterator[list[str]]:
+def reserved(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
     """Keep accelerators for this process and those that it starts, which see no others.
 
-    Waits until so many are free. A device is free when no process holds its lock, whichever checkout the process runs in; a lock ends
-    with its process, however that ends. Where a scheduler shows no more devices than are asked for, they are this job's already,
-    and nothing is locked: it numbers those of each job from 0. Must be called before anything uses an accelerator.
+    Waits until so many are free. A device is free when no process of this user on this machine holds its lock, whichever checkout it works
+    in; a lock ends with the process that took it. Where a scheduler's job sees no more devices than are asked for, they are its own
+    already, and nothing is locked: schedulers may number those of each job from 0. Must be called before anything uses an accelerator.
 
     Args:
         count: how many; of 0, or on a machine without accelerators, nothing is reserved and nothing changes.
         name: of the run, for messages.
+        processes: that will work on the run, one on each accelerator.
 
     Yields:
         What the process sees, as ``CUDA_VISIBLE_DEVICES`` names them.
 
     Raises:
-        RunError: fewer are visible than are asked for.
+        RunError: fewer are visible than are asked for, or than there are processes.
 
     Example:
         >>> with reserved(0, "a run on the CPU") as devices:
@@ -43,15 +46,16 @@ def reserved(count: int, name: str) -> Iterator[list[str]]:
         []
     """
     devices = visible() if count else []
-    if devices and len(devices) < count:
+    if devices and (len(devices) < count or count < processes):
         raise RunError(
-            f"{name} asks for {count} accelerators, but {len(devices)} {'is' if len(devices) == 1 else 'are'} visible; give the run fewer ('resources.gpu' and "
-            "'resources.processes' in the suite's part of benchmark.yaml, or Snakemake's --set-resources), or show it more"
+            f"{name} asks for {count} accelerators for {processes} process(es), and {len(devices)} are visible; let Snakemake give as many (`--resources gpu=N`, "
+            "which caps what each run gets), show the run more, or have it take fewer: 'resources.gpu' and 'resources.processes' in the suite's part of benchmark.yaml"
         )
-    if len(devices) <= count:
+    job = next(filter(None, map(os.environ.get, _JOBS)), "")
+    if not devices or (job and len(devices) == count):
         yield devices
         return
-    taken = _take(devices, count, name)
+    taken = _take(_folder(job), devices, count, name)
     before = os.environ.get(VISIBLE)
     os.environ[VISIBLE] = ",".join(taken)
     try:
@@ -66,19 +70,18 @@ def reserved(count: int, name: str) -> Iterator[list[str]]:
 
 
 def visible() -> list[str]:
-    """The accelerators that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; the driver is not started to count them."""
+    """The accelerators that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; where it does not, torch counts them, by NVML where that works."""
     given = os.environ.get(VISIBLE)
     if given is None:
         import torch
 
         return [str(number) for number in range(torch.cuda.device_count())]
     names = [name.strip() for name in given.split(",")]
-    return names[: names.index(_ENDS)] if _ENDS in names else [name for name in names if name]
+    return [name for name in itertools.takewhile(lambda name: name not in _ENDS, names) if name]
 
 
-def _take(devices: list[str], count: int, name: str) -> dict[str, FileLock]:
+def _take(folder: Path, devices: list[str], count: int, name: str) -> dict[str, FileLock]:
     """Lock so many, all at once or none, so that two jobs never wait for each other's."""
-    folder = _folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     said = False
     while True:
@@ -108,11 +111,7 @@ def _locked(folder: Path, devices: list[str], count: int) -> dict[str, FileLock]
     return found
 
 
-def _folder() -> Path:
-    """Of this user's locks on this machine; a job of a scheduler that holds several devices has its own, as it has its own numbers."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    job = os.environ.get("SLURM_JOB_ID", "")
-    return (
-        (Path(runtime) if runtime else cache) / "emoe" / "accelerators" / "-".join(filter(None, (platform.node(), job)))
-    )
+def _folder(job: str) -> Path:
+    """Of this user's locks on this machine. A scheduler's job has its own, as it has its own numbers of devices."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "emoe" / "accelerators" / "-".join(filter(None, (platform.node(), job)))

@@ -24,7 +24,7 @@ from benchmarks.harness.base.paths import LOCK, ORIGIN
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.runs import Run, read_run
-from benchmarks.harness.results.records import check_numbers
+from benchmarks.harness.results.records import check_content
 from benchmarks.harness.running import environment
 from benchmarks.harness.training import distributed
 from benchmarks.harness.training.progress import Progress
@@ -72,9 +72,10 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
                 "peak_memory_mb": _peak_memory_mb(),
             }
             captured["fingerprint"] = environment.fingerprint(captured["packages"], captured["gpus"])
-            check_numbers(run, metrics, output)
+            content = {"run_id": run.id, **metrics, "environment": captured}
+            check_content(run, content, output)
             (folder / ORIGIN).unlink(missing_ok=True)
-            write_json(output, {"run_id": run.id, **metrics, "environment": captured})
+            write_json(output, content)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             progress.finish(seconds)
     return output
