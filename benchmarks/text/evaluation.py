@@ -15,7 +15,13 @@ from benchmarks.harness.training.callbacks import Stopwatch
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.probe import fixed_rows
-from benchmarks.harness.training.trainer import finite, plain_logits, precision_here, quiet_arguments
+from benchmarks.harness.training.trainer import (
+    PrefixTrainer,
+    finite,
+    plain_logits,
+    precision_here,
+    quiet_arguments,
+)
 from benchmarks.text.datasets import TextSplit
 from benchmarks.text.definition import RunTask
 from benchmarks.text.tokenization import TokenisedRows
@@ -57,7 +63,7 @@ class TextEvaluator:
         arguments = quiet_arguments(folder / "checkpoints", self.precision, per_device_eval_batch_size=batch_size)
         self._stopwatch = Stopwatch()
         self._collate = padding_collator(tokenizer, self.precision)
-        self._trainer = Trainer(
+        self._trainer = PrefixTrainer(
             model=classifier.model,
             args=arguments,
             data_collator=self._collate,

@@ -14,13 +14,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5EncoderModel
+from transformers.models.bert.modeling_bert import BertLayer
 
 from benchmarks.domainbed import pipeline as images
 from benchmarks.domainbed.grid import KIND as DOMAINS
 from benchmarks.glue import pipeline as texts
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, PREFIXES
-from benchmarks.harness.modeling.build import Trainable, build_language_model
+from benchmarks.harness.modeling.build import Trainable, build_language_model, reopen_classifier
+from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.modeling.prefix import STATES, Prefix
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.frozen import check_frozen
@@ -30,6 +32,9 @@ from benchmarks.harness.planning.schema import parse
 from benchmarks.llama import pipeline as instructions
 from benchmarks.llama.export import export
 from benchmarks.llama.grid import KIND as INSTRUCTIONS
+from benchmarks.text.datasets import load_part
+from benchmarks.text.definition import TextSpec
+from benchmarks.text.evaluation import TextEvaluator
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 from tests.instruction_runs import tiny_run, write_rows
@@ -193,6 +198,29 @@ def _cut(file: Path) -> None:
 
 def _forget(file: Path) -> None:
     file.with_suffix(".json").unlink()
+
+
+def test_an_evaluation_of_kept_weights_begins_where_they_were_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = text_run("emoe", keep_weights=True)
+    path = prepare(run)
+    recorded = finish(path)
+    tokenizer = load_tokenizer(run.spec["model"])
+    weights = recorded["model"]["source"]["weights"]
+    task = parse(run.spec, TextSpec, "run.json").task
+    split = load_part(task, "dev", None)
+    called = []
+    forward = BertLayer.forward
+    monkeypatch.setattr(
+        BertLayer, "forward", lambda self, *args, **kwargs: called.append(self) or forward(self, *args, **kwargs)
+    )
+    for frozen in (True, False):
+        classifier = reopen_classifier(run.spec, weights, tokenizer, path.parent / "model")
+        classifier = classifier if frozen else replace(classifier, prefix=None)
+        evaluator = TextEvaluator(classifier, tokenizer, task, 4, 128, "fp32", Path())
+        called.clear()
+        close(evaluator.evaluate(split), recorded["scores"]["dev"]["rte"])
+        layers = classifier.model.bert.encoder.layer
+        assert [layer in called for layer in layers] == [not frozen] * 8 + [True] * (len(layers) - 8)
 
 
 def test_an_exported_model_is_whole() -> None:

@@ -60,7 +60,17 @@ def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArg
     return found
 
 
-class RoutedTrainer(Trainer):
+class PrefixTrainer(Trainer):
+    """A Trainer that leaves to a model what its frozen prefix made of the rows."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = cast(list[str], self._signature_columns)
+        if STATES not in columns:  # taken by a hook, which no signature shows
+            columns.append(STATES)
+
+
+class RoutedTrainer(PrefixTrainer):
     """Trainer for routed and adapted models.
 
     Adds the balance loss to the task's, orders the rows by seed and epoch, gives some parameters a share of the learning
@@ -100,12 +110,6 @@ class RoutedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         return self._order
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns = cast(list[str], self._signature_columns)
-        if STATES not in columns:  # taken by a hook, which no signature shows
-            columns.append(STATES)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
