@@ -74,13 +74,13 @@ def bless(suite: str) -> None:
 @SUITE
 @click.option(
     "--sample",
-    type=click.Choice(["all", "seeds", "cheapest"]),
+    type=click.Choice(["all", "seeds", "cheapest", "none"]),
     default="cheapest",
     show_default=True,
-    help="Every run, one seed of each, or the cheapest of each benchmark.",
+    help="Every run, one seed of each, the cheapest of each benchmark, or none: what is blessed on another machine alone.",
 )
 @click.option("--jobs", default=1, show_default=True, help="Runs at a time.")
-def spread(suite: str, sample: Literal["all", "seeds", "cheapest"], jobs: int) -> None:
+def spread(suite: str, sample: Literal["all", "seeds", "cheapest", "none"], jobs: int) -> None:
     """Measure how far a suite's numbers are apart between machines: the tolerances of `check` on another one.
 
     Runs finished runs again under other threads and kernels of this processor; four times as long as they took. Needs a clean checkout.

@@ -29,7 +29,7 @@ from benchmarks.harness.results.regression import as_reference
 from benchmarks.harness.running.blessing import clean_commit
 from benchmarks.harness.running.repetition import Repetition, borrow, cheapest, prepare_folder, repeat_or_fail
 
-Sample = Literal["all", "seeds", "cheapest"]
+Sample = Literal["all", "seeds", "cheapest", "none"]
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ VARIANTS = (
 
 
 def sample(runs: Sequence[Run], which: Sample) -> list[Run]:
-    """All finished runs, or one seed of each, or the cheapest of each benchmark; with those that they evaluate."""
-    if which == "all":
-        return list(runs)
+    """All finished runs, or one seed of each, or the cheapest of each benchmark, or none; with those that they evaluate."""
+    if which in ("all", "none"):
+        return list(runs) if which == "all" else []
     chosen = cheapest(runs) if which == "cheapest" else _one_seed(runs)
     folders = {folder for run in chosen for folder in run.spec.get("candidates", ())}
     return [run for run in runs if run in chosen or run.folder in folders]
@@ -100,15 +100,16 @@ def measure(
     """Run a sample of finished runs again under every one of :data:`VARIANTS`, and write the largest deviation of every quantity.
 
     Where numbers of another machine are blessed, the differences of all finished runs to them count as well: that is what the variants stand for.
+    With the sample ``none`` they are all that counts, and nothing is run.
 
     Raises:
-        RunError: a run failed.
+        RunError: a run failed, or there is nothing to compare with.
     """
     commit = clean_commit()
-    chosen = sample(runs, which)
-    before = as_reference([(run, read_metrics(run)) for run in chosen])
+    chosen, variants = sample(runs, which), [] if which == "none" else [variant.name for variant in VARIANTS]
+    before = as_reference([(run, read_metrics(run)) for run in chosen or runs[:1]])
     largest: dict[str, list[float]] = {}
-    for variant in VARIANTS:
+    for variant in VARIANTS if variants else ():
         say(f"{len(chosen)} runs with {variant.name}")
         with tempfile.TemporaryDirectory(prefix="again-") as temporary:
             place = Path(temporary).resolve()
@@ -116,7 +117,6 @@ def measure(
             after = as_reference([(run, read_metrics(run, place / RUNS)) for run in chosen])
         for quantity, apart in deviations(before, after):
             largest.setdefault(quantity, []).append(apart)
-    variants = [variant.name for variant in VARIANTS]
     elsewhere = _of_another_machine(suite, runs, folder)
     if elsewhere:
         blessed, now, count = elsewhere
@@ -124,6 +124,10 @@ def measure(
         variants.append(f"as blessed on {', '.join(sorted(processors))}, {count} runs")
         for quantity, apart in deviations(blessed, now):
             largest.setdefault(quantity, []).append(apart)
+    if not largest:
+        raise RunError(
+            f"no run of '{suite}' was blessed on another machine, so that there is nothing to compare with: take another --sample than 'none'"
+        )
     spreads = [
         Spread(quantity=quantity, largest=max(found), numbers=len(found)) for quantity, found in sorted(largest.items())
     ]
