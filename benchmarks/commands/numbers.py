@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from benchmarks.commands.shell import AS_JSON, SUITE, THREADS, command
+from benchmarks.commands.shell import AS_JSON, SUITE, THREADS, benchmark_option, command, load_suite
 
 
 @command("Compare a suite's numbers with the blessed ones.")
@@ -79,16 +79,21 @@ def bless(suite: str) -> None:
     show_default=True,
     help="Every run, one seed of each, the cheapest of each benchmark, or none: what is blessed on another machine alone.",
 )
+@benchmark_option("Only these; several may be named.", multiple=True)
 @click.option("--jobs", default=1, show_default=True, help="Runs at a time.")
-def spread(suite: str, sample: Literal["all", "seeds", "cheapest", "none"], jobs: int) -> None:
+def spread(
+    suite: str, sample: Literal["all", "seeds", "cheapest", "none"], benchmark: tuple[str, ...], jobs: int
+) -> None:
     """Measure how far a suite's numbers are apart between machines: the tolerances of `check` on another one.
 
     Runs finished runs again under other threads and kernels of this processor; four times as long as they took. Needs a clean checkout.
     """
-    from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.running.spread import measure
 
-    click.echo(f"wrote {measure(suite_of_job(suite).runs, suite, sample, jobs, say=click.echo)}")
+    for name in benchmark:
+        load_suite(suite, name)
+    runs = [run for run in load_suite(suite).runs if not benchmark or run.benchmark in benchmark]
+    click.echo(f"wrote {measure(runs, suite, sample, jobs, say=click.echo)}")
 
 
 @command("Run finished runs once more, in a folder.", hidden=True)

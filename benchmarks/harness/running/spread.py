@@ -132,7 +132,7 @@ def measure(
         Spread(quantity=quantity, largest=max(found), numbers=len(found)) for quantity, found in sorted(largest.items())
     ]
     content = SpreadFile(
-        made_by=f"python -m benchmarks spread --suite {suite} --sample {which}",
+        made_by=f"python -m benchmarks spread --suite {suite} --sample {which}; of {', '.join(dict.fromkeys(run.benchmark for run in runs))}",
         commit=commit,
         machine=dict(next(iter(before.machines.values()))),
         variants=variants,
