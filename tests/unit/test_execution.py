@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from benchmarks.__main__ import main
 from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.paths import ORIGIN
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.planning.runs import Run, plan, read_run, run_from_spec
 from benchmarks.harness.results.durations import clock
@@ -45,6 +46,7 @@ def prepare(method: str, folder: str = "runs", **training: object) -> Path:
 
 def test_two_processes_never_share_a_run_which_leaves_numbers_and_a_log_and_says_little(workdir: Path) -> None:
     path = prepare("emoe")
+    (path.parent / ORIGIN).write_text('{"name": "lab b"}')  # it was merged once, and its numbers deleted
     command = [sys.executable, "-m", "benchmarks", "run", str(path)]
     with FileLock(path.parent / ".lock"):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=workdir)
@@ -55,6 +57,7 @@ def test_two_processes_never_share_a_run_which_leaves_numbers_and_a_log_and_says
     assert (process.returncode, stdout) == (0, "")
     assert len(stderr.splitlines()) == 1  # off a terminal
     assert "finished in" in stderr
+    assert not (path.parent / ORIGIN).exists()
     stamp = (path.parent / "metrics.json").stat().st_mtime_ns
     numbers = finish(path)  # which another one has finished
     assert (path.parent / "metrics.json").stat().st_mtime_ns == stamp
@@ -250,6 +253,31 @@ def test_wrong_run_files_are_named(tmp_path: Path) -> None:
     path.write_text(plan(["glue"], "smoke")[0].to_json())
     with pytest.raises(DefinitionError, match="was changed by hand"):
         read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"learning_rate":0.003', '"learning_rate":NaN'),
+        ('"learning_rate":0.003', '"learning_rate":"fast"'),
+        ('"learning_rate":0.003', '"learning_rate":' + "9" * 5000),
+        ('"seed":0', '"seed":"\\ud800"'),
+        ('"model":{', '"model":[],"models":{'),
+        ('"benchmark":"glue"', '"benchmark":"glu"'),
+        ('"benchmark":"glue"', '"benchmark":"../glue"'),
+        ('"benchmark":"glue"', '"benchmark":["glue"]'),
+        ('"benchmark":"glue"', '"benchmark":"' + "a" * 300 + '"'),
+        ('"benchmark":"glue"', '"nested":' + "[" * 100_000 + "]" * 100_000),
+    ],
+)
+def test_odd_run_files_are_refused_in_one_line(tmp_path: Path, old: str, new: str) -> None:
+    text = plan(["glue"], "smoke")[0].to_json()
+    assert text.count(old) == 1
+    path = tmp_path / "run.json"
+    path.write_text(text.replace(old, new))
+    with pytest.raises(DefinitionError, match=r"run\.json (is no run specification|names the benchmark)") as raised:
+        read_run(path, anywhere=True)
+    assert "\n" not in str(raised.value)
 
 
 def test_command_line_errors_are_one_line(
