@@ -12,11 +12,9 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.results.records import repeatable
 from benchmarks.harness.running.execution import execute
 from benchmarks.harness.training.progress import Progress
-
-# what a run took, and on which machine
-_VARIES = ("cost", "environment")
 
 
 def prepare(run: Run, place: str = "runs") -> Path:
@@ -35,10 +33,7 @@ def finish(path: Path) -> dict[str, Any]:
 
 def numbers(path: Path) -> dict[str, Any]:
     """What of a finished run must be the same every time."""
-    found = json.loads((path.parent / "metrics.json").read_text())
-    for layer in found.get("model", {}).get("conversion", ()):
-        layer.pop("seconds")  # of its clustering
-    return {key: value for key, value in found.items() if key not in _VARIES}
+    return repeatable(json.loads((path.parent / "metrics.json").read_text()))
 
 
 @contextmanager

@@ -90,9 +90,7 @@ def spread(
     """
     from benchmarks.harness.running.spread import measure
 
-    for name in benchmark:
-        load_suite(suite, name)
-    runs = [run for run in load_suite(suite).runs if not benchmark or run.benchmark in benchmark]
+    runs = [run for run in load_suite(suite, *benchmark).runs if not benchmark or run.benchmark in benchmark]
     click.echo(f"wrote {measure(runs, suite, sample, jobs, say=click.echo)}")
 
 

@@ -127,7 +127,7 @@ def bundle(output: Path, suite: str, benchmark: str | None, name: str | None, lo
 
     from benchmarks.harness.results.bundles import write_bundle
 
-    runs = load_suite(suite, benchmark).runs_of(benchmark) if benchmark else load_suite(suite).runs
+    runs = [run for run in load_suite(suite, benchmark).runs if benchmark in (None, run.benchmark)]
     packed = write_bundle(output, runs, name or platform.node() or "unknown", logs=logs)
     click.echo(
         f"{output}: {packed:,} runs; {len(runs) - packed:,} of the suite's {len(runs):,} are not finished", err=True

@@ -85,8 +85,8 @@ def benchmark_option(text: str, **attributes: Any) -> Callable[[AnyFunction], An
     return click.option("--benchmark", shell_complete=_benchmarks, help=text, **attributes)
 
 
-def load_suite(suite: str, benchmark: str | None = None) -> Suite:
-    """A suite as a job of the workflow sees it.
+def load_suite(suite: str, *benchmarks: str | None) -> Suite:
+    """A suite as a job of the workflow sees it; benchmarks that are named have to be in it.
 
     Raises:
         DefinitionError: there is no such suite, or it has no such benchmark.
@@ -95,7 +95,7 @@ def load_suite(suite: str, benchmark: str | None = None) -> Suite:
     from benchmarks.harness.planning.suite import suite_of_job
 
     loaded = suite_of_job(suite)
-    check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)
+    check_names(f"suite {suite}: '", "benchmark", [name for name in benchmarks if name], loaded.settings.benchmarks)
     return loaded
 
 

@@ -80,30 +80,35 @@ def read_run(path: Path, *, anywhere: bool = False) -> Run:
         DefinitionError: missing, not JSON, or not the spec that its folder is named after.
     """
     try:
-        spec = json.loads(path.read_text())
-        name = spec["benchmark"]
-        if name not in benchmark_names():
-            raise DefinitionError(
-                f"{path} names the benchmark {name!r}, which is not here{did_you_mean(name, benchmark_names())}"
-            )
-        run = run_from_spec(spec)
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise DefinitionError(
             f"{path} does not exist; the workflow writes it when it runs `{path.parent}/metrics.json`"
         ) from error
-    except EMoEError:
-        raise
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # whatever odd content leads to
-        raise DefinitionError(f"{path} is no run specification: {error!r}") from error
+    run = parse_run(content, str(path))
     if path.parent.name != run.id and not anywhere:
         raise DefinitionError(f"{path} was changed by hand: its content belongs into a folder named {run.id}")
     return run
+
+
+def parse_run(content: bytes, where: str) -> Run:
+    """Read the content of a ``run.json``, wherever it stands.
+
+    Raises:
+        DefinitionError: not JSON, or no spec of a run; names ``where``.
+    """
+    try:
+        spec = json.loads(content.decode())
+        name = spec["benchmark"]
+        if name not in benchmark_names():
+            raise DefinitionError(
+                f"{where} names the benchmark {name!r}, which is not here{did_you_mean(name, benchmark_names())}"
+            )
+        return run_from_spec(spec)
+    except EMoEError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # what odd content leads to
+        raise DefinitionError(f"{where} is no run specification: {error!r}") from error
 
 
 def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) -> list[Run]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,9 +24,9 @@ from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.files import atomic_write, write_json
 from benchmarks.harness.base.paths import LOCK, LOG, ORIGIN, RUNS
 from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run, read_run
+from benchmarks.harness.planning.runs import Run, parse_run
 from benchmarks.harness.planning.schema import Strict, parse
-from benchmarks.harness.results.records import read_metrics_file
+from benchmarks.harness.results.records import parse_metrics, read_metrics_file, repeatable
 
 _MANIFEST = "bundle.json"
 # metrics.json comes last: where it is, a run is finished
@@ -36,9 +35,8 @@ _NEEDED = ("run.json", "metrics.json")
 _LARGEST = {"run.json": 1 << 24, LOG: 1 << 26, "metrics.json": 1 << 26, _MANIFEST: 1 << 26}  # bytes of one file
 _LARGEST_OF_ALL = 1 << 33
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_OF_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError)
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same runs make the same bytes
-_VARIES = ("cost", "environment")
 
 Folder = Annotated[str, Field(max_length=160, pattern=r"^[a-z][a-z0-9_]*/[A-Za-z0-9._+-]+-[0-9a-f]{8}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -96,12 +94,13 @@ def write_bundle(file: Path, runs: Iterable[Run], name: str, *, logs: bool = Tru
     with atomic_write(file) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for run in sorted(finished, key=lambda run: run.folder):
             folder = root / run.folder
-            read_metrics_file(folder / "metrics.json", run)
+            metrics = (folder / "metrics.json").read_bytes()
+            parse_metrics(metrics, run, str(folder / "metrics.json"))
             packed: dict[str, str] = {}
             contents = {"run.json": (run.to_json() + "\n").encode()}
             if logs and (folder / LOG).exists():
                 contents[LOG] = (folder / LOG).read_bytes()
-            contents["metrics.json"] = (folder / "metrics.json").read_bytes()
+            contents["metrics.json"] = metrics
             for part, content in contents.items():
                 archive.writestr(zipfile.ZipInfo(f"{run.folder}/{part}", _EPOCH), content, zipfile.ZIP_DEFLATED)
                 packed[part] = hashlib.sha256(content).hexdigest()
@@ -132,10 +131,8 @@ def merge_bundle(file: Path, root: Path = RUNS) -> Merged:
     with opened as archive:
         _check_sizes(archive, file)
         manifest = _manifest(archive, file)
-        with tempfile.TemporaryDirectory() as place:  # all of it, before anything is taken
-            runs = [
-                _checked(archive, folder, entry, Path(place) / folder, file) for folder, entry in manifest.runs.items()
-            ]
+        # all of it, before anything is taken
+        runs = [_checked(archive, folder, entry, file) for folder, entry in manifest.runs.items()]
         return _take(archive, manifest, runs, file, root)
 
 
@@ -143,7 +140,7 @@ def merge_bundle(file: Path, root: Path = RUNS) -> Merged:
 def _reading(file: Path) -> Iterator[None]:
     try:
         yield
-    except (*_OF_ZIP, ValueError, OSError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{file} is no bundle, or is damaged: {error}") from error
 
 
@@ -191,26 +188,17 @@ def _read(archive: zipfile.ZipFile, name: str) -> bytes:
         return archive.read(name)  # never more than the size that was checked
 
 
-def _checked(archive: zipfile.ZipFile, folder: str, entry: _Entry, place: Path, file: Path) -> Run:
+def _checked(archive: zipfile.ZipFile, folder: str, entry: _Entry, file: Path) -> Run:
     """A run whose files are those that the bundle names, and which is a finished run as it would be made here."""
-    place.mkdir(parents=True)
-    for part, content in _contents(archive, folder, entry, file):
-        (place / part).write_bytes(content)
-    try:
-        run = read_run(place / "run.json")
-        read_metrics_file(place / "metrics.json", run)
-    except DefinitionError as error:
-        raise DefinitionError(str(error).replace(f"{place.parents[1]}/", f"{file}: ")) from error
+    contents, where = dict(_contents(archive, folder, entry, file)), f"{file}: {folder}"
+    run = parse_run(contents["run.json"], f"{where}/run.json")
     if run.folder != folder:
-        raise DataError(f"{file}: {folder} has the run.json of {run.folder}")
+        raise DataError(f"{where} has the run.json of {run.folder}")
+    parse_metrics(contents["metrics.json"], run, f"{where}/metrics.json")
     definition = load_benchmark(run.benchmark).definition
     for key, ours in (("version", definition.version), ("pipeline", definition.pipeline)):
         if run.spec[key] != ours:
-            raise DefinitionError(
-                f"{file}: {folder} is of {key} {run.spec[key]!r} of its benchmark, which has {ours!r} here"
-            )
-    for part in entry.files:
-        (place / part).unlink()
+            raise DefinitionError(f"{where} is of {key} {run.spec[key]!r} of its benchmark, which has {ours!r} here")
     return run
 
 
@@ -230,7 +218,7 @@ def _take(archive: zipfile.ZipFile, manifest: _Manifest, runs: Iterable[Run], fi
         ours = root / run.folder / "metrics.json"
         if ours.exists():
             theirs = json.loads(_read(archive, f"{run.folder}/metrics.json"))
-            same = _numbers(read_metrics_file(ours, run)) == _numbers(theirs)
+            same = repeatable(read_metrics_file(ours, run)) == repeatable(theirs)
             (merged.there if same else merged.different).append(run.folder)
         elif any((ours.parent / name).exists() for name in ("model", "checkpoints")):
             merged.begun.append(run.folder)
@@ -250,16 +238,6 @@ def _take(archive: zipfile.ZipFile, manifest: _Manifest, runs: Iterable[Run], fi
         except Timeout:
             merged.begun.append(folder)
     return merged
-
-
-def _numbers(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What is the same wherever a run is repeated; how long its clustering took is not."""
-    kept = {key: value for key, value in found.items() if key not in _VARIES}
-    model = kept.get("model", {})
-    if model.get("conversion"):
-        layers = [{key: value for key, value in layer.items() if key != "seconds"} for layer in model["conversion"]]
-        kept["model"] = {**model, "conversion": layers}
-    return kept
 
 
 def _sha256(file: Path) -> str:

@@ -59,43 +59,63 @@ def read_metrics_file(path: Path, run: Run) -> dict[str, Any]:
         DefinitionError: it is not there, is damaged, or belongs to another run.
     """
     try:
-        found: dict[str, Any] = json.loads(path.read_text(), parse_constant=_no_number)
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise DefinitionError(
             f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)"
         ) from error
+    return parse_metrics(content, run, str(path))
+
+
+def parse_metrics(content: bytes, run: Run, where: str) -> dict[str, Any]:
+    """The content of a run's ``metrics.json``, wherever it stands.
+
+    Raises:
+        DefinitionError: it is damaged, or belongs to another run; names ``where``.
+    """
+    try:
+        found: dict[str, Any] = json.loads(content.decode(), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise DefinitionError(
-            f"{path} is damaged ({error}); delete it and run `snakemake --cores all {path}`"
+            f"{where} is damaged ({error}); delete it and run `snakemake --cores all {where}`"
         ) from error
     if not isinstance(found, dict) or found.get("run_id") != run.id:
         owner = found.get("run_id") if isinstance(found, dict) else None
-        raise DefinitionError(f"{path} belongs to the run {owner!r}; delete it and run it again")
-    check_content(run, found, path)
+        raise DefinitionError(f"{where} belongs to the run {owner!r}; delete it and run it again")
+    check_content(run, found, where)
     return found
 
 
-def check_content(run: Run, found: Mapping[str, Any], path: Path) -> None:
+def repeatable(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a ``metrics.json`` is the same however often a run is repeated: neither what it took, its clustering included, nor where."""
+    kept = {key: value for key, value in found.items() if key not in ("cost", "environment")}
+    if layers := kept.get("model", {}).get("conversion"):
+        timeless = [{key: value for key, value in layer.items() if key != "seconds"} for layer in layers]
+        kept["model"] = {**kept["model"], "conversion": timeless}
+    return kept
+
+
+def check_content(run: Run, found: Mapping[str, Any], where: str) -> None:
     """See that the content of a ``metrics.json`` has the parts that such a run records, and no number beyond its ``range`` in metrics.yaml.
 
     Raises:
         DefinitionError: it has not; names the file, the number, and what it may be.
     """
-    again = f"delete the file and run `snakemake --cores all {path}`"
+    again = f"delete the file and run `snakemake --cores all {where}`"
     try:
         _check_parts(run, found)
         numbers = list(_numbers(run, found))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise DefinitionError(f"{path} lacks something that such a run records ({error!r}); {again}") from error
+        raise DefinitionError(f"{where} lacks something that such a run records ({error!r}); {again}") from error
     metrics = load_metrics()
     for part, task, name, value in numbers:
         low, high = metrics[name].range if name in metrics else (None, None)
         least, most = (-math.inf if low is None else low), (math.inf if high is None else high)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or not least - _ROUNDING <= value <= most + _ROUNDING:
-            where = " ".join(filter(None, (part, task, name)))
+            number = " ".join(filter(None, (part, task, name)))
             raise DefinitionError(
-                f"{path}: {where} is {value!r}, but has to be a number from {least:g} to {most:g}; {again}"
+                f"{where}: {number} is {value!r}, but has to be a number from {least:g} to {most:g}; {again}"
             )
 
 

@@ -62,8 +62,10 @@ VARIANTS = (
 
 def sample(runs: Sequence[Run], which: Sample) -> list[Run]:
     """All finished runs, or one seed of each, or the cheapest of each benchmark, or none; with those that they evaluate."""
-    if which in ("all", "none"):
-        return list(runs) if which == "all" else []
+    if which == "none":
+        return []
+    if which == "all":
+        return list(runs)
     chosen = cheapest(runs) if which == "cheapest" else _one_seed(runs)
     folders = {folder for run in chosen for folder in run.spec.get("candidates", ())}
     return [run for run in runs if run in chosen or run.folder in folders]
@@ -106,10 +108,10 @@ def measure(
         RunError: a run failed, or there is nothing to compare with.
     """
     commit = clean_commit()
-    chosen, variants = sample(runs, which), [] if which == "none" else [variant.name for variant in VARIANTS]
+    chosen, varied = sample(runs, which), VARIANTS if which != "none" else ()
     before = as_reference([(run, read_metrics(run)) for run in chosen or runs[:1]])
     largest: dict[str, list[float]] = {}
-    for variant in VARIANTS if variants else ():
+    for variant in varied:
         say(f"{len(chosen)} runs with {variant.name}")
         with tempfile.TemporaryDirectory(prefix="again-") as temporary:
             place = Path(temporary).resolve()
@@ -117,6 +119,7 @@ def measure(
             after = as_reference([(run, read_metrics(run, place / RUNS)) for run in chosen])
         for quantity, apart in deviations(before, after):
             largest.setdefault(quantity, []).append(apart)
+    variants = [variant.name for variant in varied]
     elsewhere = _of_another_machine(suite, runs, folder)
     if elsewhere:
         blessed, now, count = elsewhere
