@@ -172,6 +172,8 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
                 crossbar_props={"color": COLOURS["baseline"]},
             )
             axis.set_xlim(1, len(ranks))  # all ranks that there are
+            for drawn in (*axis.lines, *axis.collections):
+                drawn.set_clip_on(False)  # the first and the last rank stand on the edge
             axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
             axis.spines["top"].set(visible=True, color="black")  # the diagram hides its own axis
             title = (

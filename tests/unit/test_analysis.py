@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from mlflow.tracking import MlflowClient
 from scipy import stats
 
@@ -33,6 +34,7 @@ from benchmarks.harness.results.statistics import (
     paired_differences,
 )
 from benchmarks.harness.training.metrics import SCORES, score
+from benchmarks.text.figures import rank_diagram
 from benchmarks.text.outcomes import TextOutcomes, ranked
 from benchmarks.text.paper_tables import paper as paper_table
 from benchmarks.text.paper_tables import ranks
@@ -383,6 +385,19 @@ def test_ranks_state_what_was_ranked(evaluated: TextOutcomes) -> None:
     assert "critical difference 1.57" in table.caption  # 2.728 * sqrt(5 * 6 / (6 * 15)), Demšar's table
     frame = table.frame.set_index(["model", "protocol", "method"])
     assert frame.loc[("gpt2-xl", "published", "lora_emoe"), "paper"] == 3.88
+
+
+def test_a_rank_at_the_edge_of_the_diagram_is_drawn_whole(
+    evaluated: TextOutcomes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    rankings = list(ranked(evaluated, evaluated.benchmark.definition.ranked, ["protocol", "model"]))
+    rank_diagram(evaluated, tmp_path / "ranks", rankings)
+    marks = [(axis, mark) for axis in drawn[0].axes for mark in axis.collections]
+    edge = [mark for axis, mark in marks if set(mark.get_offsets()[:, 0]) & set(axis.get_xlim())]
+    assert edge
+    assert not any(mark.get_clip_on() for mark in edge)
 
 
 def test_own_metrics_stand_beside_the_papers(evaluated: TextOutcomes) -> None:
