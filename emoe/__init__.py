@@ -20,7 +20,7 @@ from emoe.partitioning import partition
 from emoe.records import record_routing
 from emoe.routers import Router, register_router
 from emoe.rows import FFNSpec
-from emoe.settings import set_backend_, set_top_k_
+from emoe.settings import fix_experts_, set_backend_, set_top_k_
 from emoe.training import aux_loss, update_gates_
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ __all__ = [
     "aux_loss",
     "config_from_dict",
     "convert_",
+    "fix_experts_",
     "from_pretrained",
     "noisy_tuning_",
     "partition",

@@ -255,7 +255,8 @@ class EMoEConfig(RoutingConfig):
             set), ``random`` (seeded), ``contiguous``.
         partition_seed: seed of the partition.
         router: ``avg_k`` scores an expert by the mean of its keys and has no parameters;
-            ``cosine`` is the learned router of EMoE-learn. Others by :func:`emoe.register_router`.
+            ``cosine`` is the learned router of EMoE-learn; ``fixed`` is what :func:`emoe.fix_experts_` makes of a
+            converted model. Others by :func:`emoe.register_router`.
         selection: which experts are used: the ``top`` k scores, the ``bottom`` k, all except the
             top k (``not_top``), or k at ``random``.
         score: what avg-k scores an expert by: ``keys``, the input's product with the mean key (the

@@ -112,7 +112,7 @@ def convert_(
         ConversionError: the model was converted before, its architecture is unknown, a width does not
             divide, a norm stands inside an FFN, weights are quantised, sharded, wrapped, shared or not
             finite, keys are zero or equal (k-means only), the FFN is frozen (GMoE only), it has no
-            up-projection to score by, or the partition does not fit. The model is unchanged.
+            up-projection to score by, the router is ``fixed``, or the partition does not fit. The model is unchanged.
         ConfigError: ``layers`` matches nothing, or the configuration is none.
     """
     check_config(config, "convert_")
@@ -132,6 +132,10 @@ def convert_(
         active = neurons + sum(r.expert_size * (config.top_k - 1) for r in reports)
     else:
         check_divisible(chosen, config.num_experts)
+        if config.router == "fixed":
+            raise ConversionError(
+                "router='fixed' needs to know which experts are used: convert with router='avg_k', record_routing rows of the task, then emoe.fix_experts_"
+            )
         if config.score in ("up", "up_abs"):
             check_gated(chosen)
         if partition is None:

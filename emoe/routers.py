@@ -257,5 +257,26 @@ def lost_input(ffn: FFN) -> RuntimeError:
     )
 
 
+class FixedRouter(Router):
+    """The same experts for every token: those that were used most (:func:`emoe.fix_experts_`), which prunes the FFN to them.
+
+    Attributes:
+        usage: how often each expert was used, ``[N]`` int64, which no cast of the model rounds.
+    """
+
+    learned: ClassVar[bool] = False
+    usage: Tensor
+
+    def __init__(self, ffn: FFN, config: EMoEConfig | GMoEConfig) -> None:
+        super().__init__(ffn, config)
+        device = cast(Tensor, ffn.proj_in.weight).device
+        self.register_buffer("usage", torch.zeros(config.num_experts, dtype=torch.int64, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See :meth:`Router.forward`."""
+        return self.usage.to(x.device).float().expand(x.shape[0], -1)
+
+
 register_router("avg_k", AvgKRouter)
 register_router("cosine", CosineRouter)
+register_router("fixed", FixedRouter)

@@ -26,6 +26,7 @@ MAIN = [
     emoe.record_routing,
     emoe.save_pretrained,
     emoe.from_pretrained,
+    emoe.fix_experts_,
     emoe.set_top_k_,
     emoe.register_ffn,
     emoe.register_router,
