@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
     summary = {"rows": 10, "dropped": 1, "labels": {"0": 4, "1": 6}}
     ood = {other["name"]: one(0.75, tuple(other["ood_metrics"])) for other in run.spec["ood"]}
     data = {f"ood:{other['name']}": summary for other in run.spec["ood"]}
+    used = routed(config["num_experts"], [task, *ood], draw) if config else {"routing": {}, "usage": {}}
     if "candidates" in run.spec:
         return {
             "run_id": run.id,
             "scores": {"test": {task: one(0.88)}, "ood": ood},
+            **used,
             "chosen": {"run": run.spec["candidates"][0], "learning_rate": 0.1, "variant": ""},
             "cost": {"evaluation_seconds": 1.0, "startup_seconds": 0.2, "job_seconds": 2.0, "peak_memory_mb": 100.0},
             "data": {"test": summary, **data},
@@ -66,9 +69,9 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
         "epochs": [{"epoch": 1.0, **one(0.85)}, {"epoch": 2.0, **one(0.9)}],
         "kept_epoch": 2.0,
         "probe": probe,
-        "routing": {"load_entropy": 0.9, "load_max_over_mean": 2.0, "drop_rate": 0.0, "windows": windows(config, draw)}
-        if config
-        else {},
+        **used,
+        "routing": used["routing"] | ({"windows": windows(config, draw)} if config else {}),
+        **made_another(run, task, one),
         "updates": {
             "change": {} if run.spec["training"]["lora"] else {"0": draw.uniform(0.01, 0.02), "1": 0.01},
             "gradients": {"1": {name: draw.uniform(-0.5, 0.5) for name in ("own", *ood)}} if ood else {},
@@ -84,6 +87,34 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
     }
 
 
+def routed(experts: int, sets: list[str], draw: random.Random) -> dict[str, Any]:
+    """How a routed model's tokens, and the rows of some sets, use its experts."""
+    shares = [1 / experts] * experts
+    marks = [1, -1][:experts] + [0] * (experts - 2)
+    routing: dict[str, Any] = {"load_entropy": 0.9, "load_max_over_mean": 2.0, "drop_rate": 0.0}
+    if len(sets) < 2:
+        return {"routing": routing, "usage": {}}
+    for name in ("task", "class"):
+        routing |= {f"{name}_information{end}": draw.uniform(0, 0.1) for end in ("", "_chance", "_chance_95")}
+    return {
+        "routing": routing,
+        "usage": {
+            "tasks": {name: {"shares": shares, "marks": marks, "classes": {"0": shares, "1": shares}} for name in sets},
+            "shared": [2] if experts > 2 else [],
+            "specialised": [0],
+        },
+    }
+
+
+def made_another(run: Run, task: str, one: Callable[..., dict[str, float]]) -> dict[str, Any]:
+    """Scores of a run's model made another method's, where its spec says so."""
+    used_as = run.spec.get("used_as")
+    if not used_as:
+        return {}
+    ood = {other["name"]: one(0.74, tuple(other["ood_metrics"])) for other in run.spec["ood"]}
+    return {"transformed": {used_as["name"]: {"scores": {"test": {task: one(0.87)}, "ood": ood}}}}
+
+
 def windows(config: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     """Loads of twenty windows of a layer's training."""
     loads = [[draw.randrange(1, 99) for _ in range(config["num_experts"])] for _ in range(20)]
@@ -95,25 +126,14 @@ def modularity_metrics(run: Run) -> dict[str, Any]:
     draw, experts = random.Random(run.id), run.spec["method"]["config"]["num_experts"]
     names = [run.spec["task"]["name"], *(other["name"] for other in run.spec["ood"])]
     tasks = [name for name in names for _ in range(10)]
-    measured = {"best_quarter": 0.7, "best_quarter_mass": 0.3, "usage_gini": 0.2, "kept_by_gate": 0.3, "inertia": 0.9}
-    for name in ("task", "class"):
-        measured |= {f"{name}_information{end}": draw.uniform(0, 0.1) for end in ("", "_chance", "_chance_95")}
-    shares = [1 / experts] * experts
+    measured = {"best_quarter": 0.7, "best_quarter_mass": 0.3, "usage_gini": 0.2, "inertia": 0.9, "dead": 0.2}
+    measured |= {f"{name}_{selection}": 0.3 for name in ("kept", "active", "dead") for selection in ("top", "bottom")}
+    used = routed(experts, names, draw)
+    measured |= {name: value for name, value in used["routing"].items() if "_information" in name}
     return {
         "run_id": run.id,
         "measured": {"experts": {**measured, "shared_experts": 1.0, "specialised_experts": 2.0}},
-        "usage": {
-            "tasks": {
-                name: {
-                    "shares": shares,
-                    "marks": [1, -1] + [0] * (experts - 2),
-                    "classes": {"0": shares, "1": shares},
-                }
-                for name in names
-            },
-            "shared": [2],
-            "specialised": [0],
-        },
+        "usage": used["usage"],
         "matrix": {
             "tasks": tasks,
             "neurons": 8 * experts,

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.modeling.build import build_classifier, save_trained
+from benchmarks.harness.modeling.conversion import use_as_
 from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.trainer import with_routing
 from benchmarks.text.datasets import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec, TextTraining
+from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import calibration_batches
 from benchmarks.text.training import TextTrainer
 
@@ -46,17 +47,24 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     result = trainer.train()
     progress.say("evaluating")
     scores = {"dev": {task.name: {name: value for name, value in result.kept.items() if name != "epoch"}}}
-    tested, routing = with_routing(classifier.model, lambda: trainer.evaluate(splits["test"]))
-    scores["test"] = {task.name: tested}
-    scores["ood"] = {other.name: trainer.evaluate(ood[other.name], other) for other in read.ood}
+    routing = RowRouting(classifier.model)
+    scores |= _evaluated(trainer, read, splits["test"], ood, routing)
+    routed, usage = routing.described(task.name)
     agreement = trainer.gradient_agreement(splits["test"], {other.name: (ood[other.name], other) for other in read.ood})
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
+    transformed = {}
+    if read.used_as:
+        progress.say(f"evaluating as {read.used_as.name}")
+        use_as_(classifier.model, read.used_as.config, read.seed)
+        transformed = {read.used_as.name: {"scores": _evaluated(trainer, read, splits["test"], ood)}}
     return {
         "scores": scores,
+        "transformed": transformed,
         "epochs": result.epochs,
         "kept_epoch": result.kept["epoch"],
-        "routing": routing | trainer.routing_trace.summary(),
+        "routing": routed | trainer.routing_trace.summary(),
+        "usage": usage,
         "updates": {"change": trainer.weight_change.summary(), "gradients": agreement},
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
@@ -70,6 +78,20 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         },
         "data": {part: split.summary() for part, split in splits.items()}
         | {f"ood:{name}": split.summary() for name, split in ood.items()},
+    }
+
+
+def _evaluated(
+    trainer: TextTrainer,
+    spec: TextSpec,
+    test: TextSplit,
+    ood: Mapping[str, TextSplit],
+    routing: RowRouting | None = None,
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Scores on the reported split and on the other sets."""
+    return {
+        "test": {spec.task.name: trainer.evaluate(test, routing=routing)},
+        "ood": {other.name: trainer.evaluate(ood[other.name], other, routing) for other in spec.ood},
     }
 
 

@@ -30,18 +30,6 @@ class EvaluationSuite(SuitePart):
     """Settings that differ in this suite."""
 
 
-class Transformed(Strict):
-    """A row that is trained as one method of the other benchmark and evaluated as another."""
-
-    title: str
-    """Label in tables and figures."""
-    trained: str
-    """The row whose runs are evaluated."""
-    used_as: str
-    """The row as whose model they are evaluated: without experts where that is dense, else with its experts. Both train the same, and in its FFNs nothing that
-    would have to be translated."""
-
-
 class EvaluationFile(Definition, Ablated):
     """A benchmark that trains nothing. It evaluates the chosen runs of another on their task and on the OOD sets of it."""
 
@@ -51,8 +39,6 @@ class EvaluationFile(Definition, Ablated):
     """The benchmark whose runs are evaluated; it keeps their weights. Methods, baseline and tasks are its."""
     ranked: Annotated[list[str], Field(min_length=2), UNIQUE]
     """Methods that are ranked together; a rank means something among them only."""
-    transformed: dict[Key, Transformed] = Field({})
-    """Rows that are trained as one thing and evaluated as another, by name; they stand in ablations."""
     evaluation: Evaluation
     """How every set is evaluated; a suite may set its own."""
     suites: dict[Key, EvaluationSuite]

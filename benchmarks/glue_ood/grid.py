@@ -14,9 +14,9 @@ from benchmarks.harness.planning.definition import benchmark_names, load_benchma
 from benchmarks.harness.planning.kinds import Benchmark, Offer, kind_of
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.schema import check_names, parse
-from benchmarks.harness.planning.shared import ABLATION, Definition, Method, MethodRow, MethodsDefinition
+from benchmarks.harness.planning.shared import ABLATION, Definition, MethodsDefinition
 from benchmarks.text.definition import TaskEntry
-from benchmarks.text.grid import TextKind, TextSets, check_ablations
+from benchmarks.text.grid import TextKind, TextSets, check_ablations, transformed_rows
 
 
 class EvaluationKind(TextSets[EvaluationDefinition]):
@@ -35,18 +35,8 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
             if key not in Definition.model_fields
         }
         resolved = resolve_methods(other.definition)
-        usual = [name for name, method in resolved.items() if method.role != ABLATION]
-        rows = {name: row for name, row in taken["methods"].items() if name in usual}
-        for name, row in found.transformed.items():
-            where = f"{file}: 'transformed.{name}"
-            check_names(where, "trained", [row.trained], usual)
-            check_names(where, "used_as", [row.used_as], usual)
-            _check_transformed(resolved[row.trained], resolved[row.used_as], where)
-            if name in rows:
-                raise DefinitionError(f"{where}' has the name of a method of '{found.evaluates}'; give it another")
-            rows[name] = MethodRow(
-                **{"method": row.trained, **taken["methods"][row.trained].given(), "title": row.title, "role": ABLATION}
-            )
+        rows = {name: row for name, row in taken["methods"].items() if resolved[name].role != ABLATION}
+        rows |= transformed_rows(found.transformed, other.definition, file)
         return EvaluationDefinition(**found.given(), **{**taken, "methods": rows}), other.tasks
 
     def check(self, definition: EvaluationDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
@@ -127,25 +117,6 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
 
 
 KIND = EvaluationKind()
-
-
-def _check_transformed(trained: Method, used_as: Method, where: str) -> None:
-    """See that weights of one row mean the same in the model of another.
-
-    Raises:
-        DefinitionError: they would not.
-    """
-    if {trained.kind, used_as.kind} != {"dense", "emoe"}:
-        raise DefinitionError(
-            f"{where}' must name a dense row and one with experts that are parts of its FFNs (kind: emoe)"
-        )
-    for key, row in (("trained", trained), ("used_as", used_as)):
-        if row.kind == "emoe" and row.given().get("router", "avg_k") != "avg_k":
-            raise DefinitionError(
-                f"{where}.{key}' is '{row.title}', whose learned gate only the runs that trained it have"
-            )
-        if row.tune is not None or row.also_train is not None:
-            raise DefinitionError(f"{where}.{key}' is '{row.title}', which trains more than adapters and head")
 
 
 class _Cell(NamedTuple):

@@ -11,7 +11,7 @@ from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.modeling.build import reopen_classifier
-from benchmarks.harness.modeling.conversion import apply_method_
+from benchmarks.harness.modeling.conversion import use_as_
 from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, read_run
@@ -22,9 +22,10 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.text.datasets import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import TextEvaluator
+from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.selection import CHOICE, select
-from emoe import to_dense_
 from emoe.errors import CheckpointError
+from emoe.layer import routed_layers
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -54,10 +55,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         raise DataError(
             f"{error}\nDelete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
         ) from error
-    if read.transform == "emoe":
-        apply_method_(classifier.model, {"noise": 0.0, "config": read.method.config}, read.seed)
-    elif read.transform == "dense":
-        to_dense_(classifier.model)
+    if read.transform is not None:
+        use_as_(classifier.model, read.method.config, read.seed)
     evaluator = TextEvaluator(
         classifier,
         tokenizer,
@@ -70,18 +69,22 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     probe = Probe()
     if read.ood:  # sets can be excluded
         probe.look(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
-    training = trained.training
-    if read.transform is None and (training.eval_rows, training.max_length) == (settings.rows, settings.max_length):
+    training, routing = trained.training, RowRouting(classifier.model)
+    same = read.transform is None and (training.eval_rows, training.max_length) == (settings.rows, settings.max_length)
+    if same and not routed_layers(classifier.model):
         tested = recorded["scores"]["test"][read.task.name]  # as it was trained, on the same rows
     else:
         progress.say(f"evaluating on {read.task.name}, {len(own):,} rows")
-        tested = evaluator.evaluate(own)
+        tested = evaluator.evaluate(own, routing=routing)
     scores: dict[str, Any] = {}
     for other in read.ood:
         progress.say(f"evaluating on {other.name}, {len(splits[other.name]):,} rows")
-        scores[other.name] = evaluator.evaluate(splits[other.name], other)
+        scores[other.name] = evaluator.evaluate(splits[other.name], other, routing)
+    routed, usage = routing.described(read.task.name)
     return {
         "scores": {"test": {read.task.name: tested}, "ood": scores},
+        "routing": routed,
+        "usage": usage,
         "probe": probe.summary(),
         "chosen": {
             "run": chosen.folder,

@@ -19,6 +19,8 @@ from benchmarks.text.outcomes import ranked
 from benchmarks.text.paper_tables import paper, ranks
 from benchmarks.text.presentation import shown
 from benchmarks.text.tables import tasks, tests
+from benchmarks.text.usage_figures import draw_usage_by_set
+from benchmarks.text.usage_tables import usage_table
 
 
 def present(benchmark: Benchmark[EvaluationDefinition, TaskEntry], runs: list[Run]) -> Presentation:
@@ -35,7 +37,12 @@ def present(benchmark: Benchmark[EvaluationDefinition, TaskEntry], runs: list[Ru
         "ranks": partial(ranks, rankings=rankings),
         "scores": partial(tasks, domain=OOD),
         "tests": tests,
+        "usage": usage_table,
         "paper": partial(paper, domain=OOD),
     }
-    figures: dict[str, Callable[..., None]] = {"ranks": partial(rank_diagram, rankings=rankings), "scores": ood_scores}
+    figures: dict[str, Callable[..., None]] = {
+        "ranks": partial(rank_diagram, rankings=rankings),
+        "scores": ood_scores,
+        "usage": draw_usage_by_set,
+    }
     return shown(benchmark, ablations, tables, figures)

@@ -11,6 +11,8 @@ from benchmarks.harness.planning.shared import TrainingDefinition, TrainingSuite
 from benchmarks.harness.planning.specs import RunSpec
 from benchmarks.text.definition import RunTask
 
+EXPERTS = "experts"  # what is measured
+
 
 class Reading(Strict):
     """What a model reads, and what is kept of it."""

@@ -15,19 +15,17 @@ from benchmarks.harness.reporting.plots import (
     COLOURS,
     SERIES,
     STYLE,
-    USE,
     WIDTH,
     hide_empty,
-    over_mean,
     placeholder_figure,
     save,
 )
+from benchmarks.modularity.definition import EXPERTS
 from benchmarks.modularity.outcomes import ModularityOutcomes
+from benchmarks.text.usage_figures import UsagePanel, draw_usage
 
 _PAPERS_N = 64  # of its Fig. 4
 _MARKS = ("o", "s", "^", "D", "v")
-_MOST_MARKED = 32  # experts that a panel has room to mark
-_MOST_LINES = 40  # of tasks and classes
 
 
 def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
@@ -166,68 +164,10 @@ def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
         own = rows[rows["method"] == outcomes.baseline]
         if len(own):
             row = next(own.sort_values("num_experts", kind="stable").itertuples())
-            panels.append((title, row, outcomes.found(row)["usage"]))
-    if not panels:
-        placeholder_figure(path, "this suite runs no clusters")
-        return
-    heights = [sum(1 + len(task["classes"]) for task in used["tasks"].values()) for _, _, used in panels]
-    classes = sum(heights) <= _MOST_LINES
-    if not classes:
-        heights = [len(used["tasks"]) for _, _, used in panels]
-    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = plt.subplots(
-            len(panels),
-            1,
-            figsize=(WIDTH, 0.19 * sum(heights) + 0.8 * len(panels) + 0.2),
-            squeeze=False,
-            height_ratios=heights,
-            layout="constrained",
-        )
-        for axis, (title, row, used) in zip(axes[:, 0], panels, strict=True):
-            _draw_usage(axis, outcomes, used, classes=classes)
-            axis.set_title(
-                f"{title}, N = {row.num_experts}: task {row.task_information:.3f} bit (chance {row.task_information_chance:.3f}, 95 % {row.task_information_chance_95:.3f})"
-                f"{_told_of_classes(row)}",
-                fontsize=7.5,
-            )
-        axes[-1, 0].set_xlabel("experts")
-        figure.colorbar(USE, ax=axes, shrink=0.6, label="use ÷ mean use over tasks", extend="max")
-        save(figure, path)
-
-
-def _told_of_classes(row: Any) -> str:
-    bits = getattr(row, "class_information", float("nan"))
-    if np.isnan(bits):
-        return ""
-    return f"\nclass {bits:.3f} bit (chance {row.class_information_chance:.3f}, 95 % {row.class_information_chance_95:.3f})"
-
-
-def _draw_usage(axis: Any, outcomes: ModularityOutcomes, used: dict[str, Any], *, classes: bool) -> None:
-    tasks = used["tasks"]
-    mean = np.mean([task["shares"] for task in tasks.values()], axis=0)
-    lines, labels, marked = [], [], []
-    for name, task in tasks.items():
-        lines.append(task["shares"])
-        labels.append(outcomes.title("task", name))
-        marked.append(task["marks"])
-        known = outcomes.benchmark.tasks[name].labels
-        for number, shares in task["classes"].items() if classes else ():
-            lines.append(shares)
-            labels.append(f"{known[int(number)] if known else number} ")
-            marked.append([0] * len(mean))
-    axis.imshow(over_mean(np.array(lines), mean), norm=USE.norm, cmap=USE.cmap, aspect="auto")
-    axis.set_yticks(range(len(labels)), labels)
-    for tick, label in zip(axis.get_yticklabels(), labels, strict=True):
-        tick.set_fontweight("normal" if label.endswith(" ") else "bold")
-    axis.set_xticks([])
-    axis.spines[:].set_visible(False)
-    axis.tick_params(length=0)
-    if len(mean) <= _MOST_MARKED:
-        for line, marks in enumerate(marked):
-            for expert, mark in enumerate(marks):
-                if mark:
-                    axis.plot(expert, line, "^" if mark > 0 else "v", ms=3, color="black", mec="white", mew=0.4)
-    axis.plot(used["shared"], [len(labels) - 0.15] * len(used["shared"]), "o", ms=2.5, color="black", clip_on=False)
+            found = outcomes.found(row)
+            told = found["measured"][EXPERTS]
+            panels.append(UsagePanel(f"{title}, N = {row.num_experts}", told, found["usage"]))
+    draw_usage(panels, outcomes, path)
 
 
 def _shown(rows: pd.DataFrame, names: list[str]) -> Iterator[tuple[str, Any]]:

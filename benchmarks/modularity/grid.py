@@ -17,9 +17,9 @@ from benchmarks.modularity.definition import ModularityDefinition
 from benchmarks.text.definition import TaskEntry, TaskFile
 from benchmarks.text.grid import TextSets, text_models
 
-# what a row may set otherwise: how neurons are grouped, and which groups are chosen
+# what a row may set otherwise: how neurons are grouped, and what groups are scored by
 _FREE = {"kind", "title", "role", "method", "num_experts", "top_k", "top_k_fraction", "layers", "partition"}
-_FREE |= {"partition_seed", "selection", "score", "score_bias"}
+_FREE |= {"partition_seed", "score", "score_bias"}
 
 
 class ModularityKind(TextSets[ModularityDefinition]):

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 import emoe
@@ -22,23 +22,12 @@ from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.training.progress import Progress
 from benchmarks.modularity.concentration import Concentration, is_active
-from benchmarks.modularity.definition import ModularitySpec, Reading
-from benchmarks.modularity.usage import (
-    Loads,
-    Told,
-    marks,
-    shared_and_specialised,
-    shares_by,
-    told_of_classes,
-    told_of_tasks,
-)
+from benchmarks.modularity.definition import EXPERTS, ModularitySpec, Reading
+from benchmarks.modularity.selected import Selected, dense_magnitudes, is_dead, neurons_used
 from benchmarks.text.datasets import TextSplit, load_part
 from benchmarks.text.tokenization import TokenisedRows
-from emoe.architectures import find_ffns
-from emoe.calibration import record_activations
+from benchmarks.text.usage import SetLoads, describe_usage
 from emoe.records import RoutingRecord
-
-EXPERTS = "experts"  # what is measured
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -63,24 +52,27 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     (layer,) = spec["method"]["config"]["layers"]
     parts = {name: _encoded(split, tokenizer, read.reading) for name, split in splits.items()}
     progress.say(f"reading {sum(map(len, splits.values())):,} rows of {len(splits)} tasks with the dense model")
-    dense = {name: _magnitudes(model, layer, part.batches()) for name, part in parts.items()}
+    dense = {name: dense_magnitudes(model, layer, part.batches()) for name, part in parts.items()}
     report = apply_method_(model, spec["method"], read.seed)
     converted = [asdict(found) for found in report.layers] if report else []
     emoe.set_backend_(model, "masked")  # whose activations are those of all neurons, zero where they are not used
     progress.say("reading them again with experts")
-    loads, kept = {}, 0.0
+    loads, top = {}, []
     for name, part in parts.items():
         with emoe.record_routing(model) as record:
-            kept += float(_magnitudes(model, layer, part.batches(record)).sum())
+            top.append(neurons_used(model, layer, part.batches(record), "top"))
         by_row = record.layers[layer].by_label
-        loads[name] = np.stack([by_row[row].numpy() for row in range(len(part.rows))])
+        by_expert = np.stack([by_row[row].numpy() for row in range(len(part.rows))])
+        loads[name] = SetLoads(by_expert, splits[name].class_numbers)
+    bottom = [neurons_used(model, layer, part.batches(), "bottom") for part in parts.values()]
     order = permutations(model)[layer]
     ordered = {name: magnitudes[:, order] for name, magnitudes in dense.items()}
     number = spec["method"]["config"]["num_experts"]
     measured, matrix = _concentrated(ordered, number, read.reading)
-    measured["kept_by_gate"] = kept / sum(float(found.sum()) for found in dense.values())
+    measured |= _selected(ordered, {"top": torch.cat(top), "bottom": torch.cat(bottom)}, read.reading)
     measured["inertia"] = 1 - converted[0]["explained"]
-    told, usage = _used(loads, splits)
+    told, usage = describe_usage(loads)
+    told |= {f"{kind}_experts": float(len(usage[kind])) for kind in ("shared", "specialised")}
     return {
         "measured": {EXPERTS: measured | told},
         "usage": usage,
@@ -114,12 +106,6 @@ def _encoded(split: TextSplit, tokenizer: PreTrainedTokenizerBase, reading: Read
     return _Encoded(rows, tokenizer, reading.batch_size)
 
 
-def _magnitudes(model: nn.Module, layer: int, batches: Iterator[dict[str, Any]]) -> Tensor:
-    """``[tokens, d]``, ``|activation|`` of the same tokens each time, without padding."""
-    ffn = find_ffns(model)[layer]
-    return record_activations(model, [ffn], batches, seed=derive_seed("tokens"))[layer].t()
-
-
 def _concentrated(
     ordered: Mapping[str, Tensor], number: int, reading: Reading
 ) -> tuple[dict[str, float], dict[str, Any]]:
@@ -146,41 +132,12 @@ def _concentrated(
     return asdict(Concentration.of(whole, active, number)), matrix
 
 
-def _used(loads: Mapping[str, Loads], splits: Mapping[str, TextSplit]) -> tuple[dict[str, float], dict[str, Any]]:
-    """What the choice of an expert tells of tasks and classes, and the shares behind it."""
-    rows = np.concatenate(list(loads.values()))
-    tasks = np.repeat(np.arange(len(loads)), [len(found) for found in loads.values()])
-    by_split = [split.labels if split.has_classes else [-1] * len(split) for split in splits.values()]
-    classes = np.concatenate([np.asarray(labels, dtype=np.int64) for labels in by_split])
-    seed = derive_seed("shuffles")
-    of_tasks, of_classes = told_of_tasks(rows, tasks, seed), told_of_classes(rows, tasks, classes, seed)
-    marked = marks(rows, tasks, seed)
-    shares = shares_by(rows, tasks)
-    shared, specialised = shared_and_specialised(shares, marked)
-    told = _named("task", of_tasks) | (_named("class", of_classes) if of_classes else {})
-    told |= {"shared_experts": float(len(shared)), "specialised_experts": float(len(specialised))}
-    by_task = {
-        name: {
-            "shares": shares[place].tolist(),
-            "marks": marked[place].tolist(),
-            "classes": _by_class(loads[name], classes[tasks == place]),
-        }
-        for place, name in enumerate(loads)
-    }
-    return told, {"tasks": by_task, "shared": shared.tolist(), "specialised": specialised.tolist()}
-
-
-def _named(name: str, told: Told) -> dict[str, float]:
-    return {
-        f"{name}_information": told.bits,
-        f"{name}_information_chance": told.chance,
-        f"{name}_information_chance_95": told.chance_95,
-    }
-
-
-def _by_class(loads: Loads, classes: Loads) -> dict[str, list[float]]:
-    """Shares of every class that has rows; none of a regression's."""
-    if (classes < 0).any():
-        return {}
-    shares = shares_by(loads, classes)
-    return {str(label): shares[label].tolist() for label in np.unique(classes)}
+def _selected(ordered: Mapping[str, Tensor], used: Mapping[str, Tensor], reading: Reading) -> dict[str, float]:
+    """What the neurons are like that each selection uses."""
+    whole = torch.cat(list(ordered.values()))
+    active = is_active(whole, reading.active_share)
+    found = {"dead": float(is_dead(active).double().mean())}
+    for selection, neurons in used.items():
+        for name, value in asdict(Selected.of(neurons, whole, active)).items():
+            found[f"{name}_{selection}"] = value
+    return found

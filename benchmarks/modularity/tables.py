@@ -31,12 +31,26 @@ def concentration(outcomes: ModularityOutcomes) -> Table:
         [
             *(
                 Column(metric, metric, std=f"{metric}_std")
-                for metric in ("best_quarter", "best_quarter_mass", "usage_gini", "kept_by_gate", "inertia")
+                for metric in ("best_quarter", "best_quarter_mass", "usage_gini", "kept_top", "inertia")
             ),
             Column("best_quarter", "best_quarter_paper", "Paper: best quarter"),
             Column("usage_gini", "usage_gini_paper", "Paper: Gini"),
         ],
         frame,
+    )
+
+
+def selected(outcomes: ModularityOutcomes) -> Table:
+    """What the neurons are like that the top k experts have, and the bottom k."""
+    names = ["dead", *(f"{name}_{selection}" for name in ("dead", "active", "kept") for selection in ("top", "bottom"))]
+    return Table(
+        "Neurons in use by the top and the bottom k experts, nothing trained",
+        "Are the experts with the lowest scores dead, which would explain that using them does harm (the paper's Table 4)? A neuron is dead here if it is active for none of the tokens that are read, and active "
+        "as above. Shares are of the neurons of the experts in use, means over tokens; without a selection the share of dead neurons would be that of all. Kept is the share of all magnitude. Means over n random partitions ± standard "
+        "deviation.",
+        dict(_KEYS),
+        [Column(name, name, std=f"{name}_std") for name in names],
+        outcomes.means(),
     )
 
 
@@ -79,4 +93,4 @@ def _listed(shares: set[float]) -> str:
     return ", ".join(f"{share * 100:g}" for share in sorted(shares))
 
 
-TABLES = {"concentration": concentration, "usage": usage}
+TABLES = {"concentration": concentration, "selected": selected, "usage": usage}

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.planning.counts import PublishedRows, count_note
@@ -83,6 +86,11 @@ class TextSplit:
     def has_classes(self) -> bool:
         """Whether labels are class numbers, and not a regression's."""
         return all(isinstance(label, int) for label in self.labels)
+
+    @property
+    def class_numbers(self) -> NDArray[np.int64]:
+        """The rows' classes; -1 for each row of a regression."""
+        return np.asarray(self.labels if self.has_classes else [-1] * len(self), dtype=np.int64)
 
     def summary(self) -> dict[str, Any]:
         """Source, a digest of the rows, their number, dropped rows, and rows by class (or a regression's range)."""

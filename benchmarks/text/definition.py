@@ -88,8 +88,8 @@ class TextTrainingSettings(TextTraining, TrainingSettings):
 
     validation_fraction: Annotated[float, Field(gt=0, lt=1), AS_GIVEN]
     """Share of the training rows that a clean run holds out to choose by, where the task has no split for that."""
-    evaluate_ood: bool
-    """Evaluate every run on the task's OOD sets at its end. Large sets are for a benchmark that evaluates the chosen runs only."""
+    evaluate_ood: bool | Names
+    """Evaluate every run on the task's OOD sets at its end, or those of some methods. Large sets are for a benchmark that evaluates the chosen runs only."""
     epochs_by_task: dict[str, Positive] = Field({})
     """Epochs of single tasks."""
     by_model: dict[str, Annotated[Strict, PartOf(TextTraining)]] = Field({})
@@ -111,6 +111,8 @@ class TextBlock(VariantAxes):
     """Seeds."""
     train_share: Annotated[list[Annotated[float, Field(gt=0, lt=1), AS_GIVEN]], Field(min_length=1)] | None = left_out()
     """Shares of the training rows, for rows with `role: ablation`."""
+    epochs_factor: Positives | None = left_out()
+    """Times the usual epochs, for rows with `role: ablation`."""
     protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = left_out()
     """How epoch and hyper-parameters are chosen. published: by the dev split, which is also reported. clean: by a split that is not reported.
     Left out: clean for tasks with a test split, else published."""
@@ -123,6 +125,17 @@ class TextSuite(TrainingSuite):
     """Settings that differ in this suite."""
     grid: Annotated[list[TextBlock], Field(min_length=1)]
     """Blocks of runs; each is the product of its lists."""
+
+
+class Transformed(Strict):
+    """A row that is trained as one method and evaluated as another."""
+
+    title: str
+    """Label in tables and figures."""
+    trained: str
+    """The row whose runs are evaluated."""
+    used_as: str
+    """The row as whose model they are evaluated: without experts where that is dense, else with its experts, made of the trained weights. Both train the same."""
 
 
 class Ablation(Strict):
@@ -147,6 +160,8 @@ class Ablated(Strict):
 
     ablations: dict[Key, Ablation] = Field({})
     """Tables of their own for rows with `role: ablation`, by name; `tables` and `figures` name those that are made."""
+    transformed: dict[Key, Transformed] = Field({})
+    """Rows that are trained as one thing and evaluated as another, by name; they stand in ablations."""
 
 
 class PublishedTraces(Strict):
@@ -312,6 +327,15 @@ class TaskFile(Strict):
     """The tasks, by name."""
 
 
+class UsedAs(Strict):
+    """As what a run's model is evaluated once more."""
+
+    name: str
+    """The row whose numbers these are."""
+    config: dict[str, Any] | None
+    """The configuration of its EMoE; null for the dense model."""
+
+
 class TextSpec(RunSpec):
     """What shapes the numbers of a run that trains a text classifier."""
 
@@ -323,3 +347,5 @@ class TextSpec(RunSpec):
     """What it is evaluated on beside."""
     training: TextTraining
     """How it is trained."""
+    used_as: UsedAs | None = left_out()
+    """What its model is made at the end, and evaluated as once more; left out: nothing."""

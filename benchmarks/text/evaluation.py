@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from benchmarks.harness.training.trainer import (
 )
 from benchmarks.text.datasets import TextSplit
 from benchmarks.text.definition import RunTask
+from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import TokenisedRows
 
 
@@ -80,9 +82,13 @@ class TextEvaluator:
         rows = TokenisedRows(split, self._tokenizer, self._max_length, by_length=False, labelled=False)
         return dict(self._collate(fixed_rows(rows)))
 
-    def evaluate(self, split: TextSplit, task: RunTask | None = None) -> dict[str, float | None]:
-        """Scores and loss on a split of the task, or of another one."""
-        return evaluate_split(self._trainer, self._tokenizer, self._max_length, split, self._task, task, self._prefix)
+    def evaluate(
+        self, split: TextSplit, task: RunTask | None = None, routing: RowRouting | None = None
+    ) -> dict[str, float | None]:
+        """Scores and loss on a split of the task, or of another one, and how its rows are routed."""
+        return evaluate_split(
+            self._trainer, self._tokenizer, self._max_length, split, self._task, task, self._prefix, routing
+        )
 
 
 def evaluate_split(
@@ -93,14 +99,17 @@ def evaluate_split(
     trained: RunTask,
     other: RunTask | None,
     prefix: Prefix | None = None,
+    routing: RowRouting | None = None,
 ) -> dict[str, float | None]:
     """Predict a split in batches of like length and score it by what the task reports.
 
     The loss is left out where the set has other classes than the head.
     """
     rows = TokenisedRows(split, tokenizer, max_length, by_length=True, labelled=False, prefix=prefix)
-    logits = plain_logits(trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
-    read = label_mapping(trained, other or trained, (other or trained).name)
+    name = (other or trained).name
+    with routing.watching(name, split.class_numbers[rows.order]) if routing else nullcontext():
+        logits = plain_logits(trainer.predict(cast(Any, rows), metric_key_prefix="eval").predictions)
+    read = label_mapping(trained, other or trained, name)
     metrics = [trained.metric] if other is None else other.ood_metrics
     scores: dict[str, float | None] = {name: score(name, logits, rows.labels, read) for name in metrics}
     return {**scores, "loss": finite(mean_loss(logits, rows.labels))} if read.same else scores

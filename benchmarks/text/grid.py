@@ -13,7 +13,7 @@ from benchmarks.harness.base.errors import DataError, DefinitionError, first_lin
 from benchmarks.harness.planning.catalogue import load_metrics, load_models
 from benchmarks.harness.planning.frozen import check_frozen
 from benchmarks.harness.planning.kinds import COUNTS, OOD_MEAN, Benchmark, D, Domain, Kind, Offer, SetPart
-from benchmarks.harness.planning.method_rows import resolve_methods
+from benchmarks.harness.planning.method_rows import check_rows, resolve_methods
 from benchmarks.harness.planning.methods import (
     OF_TRAINING,
     VARIANT_KEYS,
@@ -22,7 +22,7 @@ from benchmarks.harness.planning.methods import (
     training_settings,
 )
 from benchmarks.harness.planning.schema import check_file, check_names, parse, read
-from benchmarks.harness.planning.shared import ABLATION, Method, MethodsDefinition
+from benchmarks.harness.planning.shared import ABLATION, Method, MethodRow, MethodsDefinition
 from benchmarks.harness.planning.variants import variant_of
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from benchmarks.harness.sources.packages import PackageFile, packaged
@@ -35,17 +35,18 @@ from benchmarks.text.definition import (
     TextDefinition,
     TextTraining,
     TextTrainingSettings,
+    Transformed,
 )
 from emoe.errors import EMoEError
 
 PUBLISHED, CLEAN = "published", "clean"
 # what the usual presentation makes
-TABLES = ("results", "tasks", "tests", "ood", "cost", "choices", "traces", "updates", "paper")
-FIGURES = ("ood", "traces")
+TABLES = ("results", "tasks", "tests", "ood", "cost", "choices", "traces", "updates", "usage", "paper")
+FIGURES = ("ood", "traces", "usage")
 ID, OOD = "id", "ood"
 OWN = "own"  # other rows of the task itself, where gradients are compared
 _SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
-_OTHER_AXES = ("train_share", "protocol", "learning_rate", "seed")
+_OTHER_AXES = (*OF_TRAINING, "protocol", "learning_rate", "seed")
 
 
 class TextSets(Kind[D, TaskEntry]):
@@ -99,6 +100,11 @@ class TextKind(TextSets[TextDefinition]):
 
     def load(self, content: object, file: Path) -> tuple[TextDefinition, Mapping[str, TaskEntry]]:
         definition = parse(content, TextDefinition, str(file))
+        rows = transformed_rows(definition.transformed, definition, file)
+        trained = [row.trained for row in definition.transformed.values()]
+        if twice := [name for name in trained if trained.count(name) > 1]:
+            raise DefinitionError(f"{file}: 'transformed' makes two things of '{twice[0]}'; a run's model is made one")
+        definition = definition.model_copy(update={"methods": {**definition.methods, **rows}})
         return definition, read(file.parent / definition.tasks, TaskFile).tasks
 
     def published_files(self, definition: TextDefinition) -> list[str]:
@@ -119,6 +125,10 @@ class TextKind(TextSets[TextDefinition]):
                 check_file(f"{where}.rows", name, trace, folder)
         for suite, part in definition.suites.items():
             training = definition.training.changed(part.training)
+            if not isinstance(training.evaluate_ood, bool):
+                check_names(
+                    f"{file}: 'suites.{suite}.training", "evaluate_ood", training.evaluate_ood, definition.methods
+                )
             if training.patience is not None and training.checkpoint_selection != "best":
                 raise DefinitionError(
                     f"{file}: 'suites.{suite}.training.patience' needs checkpoint_selection: best; set patience: null"
@@ -134,17 +144,20 @@ class TextKind(TextSets[TextDefinition]):
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
         methods = suite_methods(benchmark, suite)
+        trained = [name for name in methods if name not in benchmark.definition.transformed]
         trainable = [name for name, task in benchmark.tasks.items() if task.splits.train and task.splits.dev]
         for number, block in enumerate(benchmark.definition.suites[suite].grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
             check_names(where, "model", block.model, text_models())
             check_names(where, "task", block.task, trainable)
-            check_names(where, "method", block.method, methods)
-            if block.train_share and (usual := [name for name in block.method if methods[name].role != ABLATION]):
-                raise DefinitionError(
-                    f"{where}.train_share' varies '{usual[0]}', whose runs would compete with those on all rows; take a row with role: {ABLATION}"
-                )
+            check_names(where, "method", block.method, trained)
             given = block.model_dump()
+            usual = [name for name in block.method if methods[name].role != ABLATION]
+            for key in OF_TRAINING if usual else ():
+                if given.get(key):
+                    raise DefinitionError(
+                        f"{where}.{key}' varies '{usual[0]}', whose runs would compete with those that are trained as usual; take a row with role: {ABLATION}"
+                    )
             axes = [key for key in ("model", "task", "method", *VARIANT_KEYS, *_OTHER_AXES) if key in given]
             made: dict[str, dict[str, Any]] = {}
             for values in itertools.product(*(given[key] for key in axes)):
@@ -166,9 +179,12 @@ class TextKind(TextSets[TextDefinition]):
 
     def offer(self, benchmark: Benchmark[TextDefinition, TaskEntry], suite: str) -> Offer:
         found = super().offer(benchmark, suite)
+        transformed = {name for name, row in benchmark.definition.transformed.items() if row.trained in found.methods}
+        found = replace(found, methods=found.methods | transformed)
         training = benchmark.definition.suites[suite].training.given()
         out_of_domain = training.get("evaluate_ood", benchmark.definition.training.evaluate_ood)
-        return found if out_of_domain else replace(found, domains=found.domains - {OOD, OOD_MEAN})
+        # of some methods alone it is not to be had of all that the suite runs
+        return found if out_of_domain is True else replace(found, domains=found.domains - {OOD, OOD_MEAN})
 
 
 KIND = TextKind()
@@ -177,6 +193,56 @@ KIND = TextKind()
 def text_models() -> list[str]:
     """The models that classify texts."""
     return [name for name, model in load_models().items() if model.modality is None]
+
+
+def transformed_rows(
+    transformed: Mapping[str, Transformed], definition: MethodsDefinition, file: Path
+) -> dict[str, MethodRow]:
+    """The rows that are trained as one thing and evaluated as another, as methods of a definition.
+
+    Args:
+        transformed: what the file says of them.
+        definition: with the methods that train.
+        file: the file, for messages.
+
+    Raises:
+        DefinitionError: a row that does not exist, whose weights would mean something else in the other's model, or that is transformed twice.
+    """
+    check_rows(definition, str(file))
+    resolved = resolve_methods(definition)
+    usual = [name for name, method in resolved.items() if method.role != ABLATION]
+    found: dict[str, MethodRow] = {}
+    for name, row in transformed.items():
+        where = f"{file}: 'transformed.{name}"
+        check_names(where, "trained", [row.trained], usual)
+        check_names(where, "used_as", [row.used_as], usual)
+        _check_transformed(resolved[row.trained], resolved[row.used_as], where)
+        if name in definition.methods:
+            raise DefinitionError(f"{where}' has the name of a method; give it another")
+        trained = definition.methods[row.trained].given()
+        found[name] = MethodRow(**{"method": row.trained, **trained, "title": row.title, "role": ABLATION})
+    return found
+
+
+def _check_transformed(trained: Method, used_as: Method, where: str) -> None:
+    """See that weights of one row mean the same in the model of another.
+
+    Raises:
+        DefinitionError: they would not.
+    """
+    if {trained.kind, used_as.kind} != {"dense", "emoe"}:
+        raise DefinitionError(
+            f"{where}' must name a dense row and one with experts that are parts of its FFNs (kind: emoe)"
+        )
+    for key, row in (("trained", trained), ("used_as", used_as)):
+        if row.kind == "emoe" and row.given().get("router", "avg_k") != "avg_k":
+            raise DefinitionError(
+                f"{where}.{key}' is '{row.title}', whose router has state that only the runs that trained it have"
+            )
+        if row.given().get("partition") == "coactivation":
+            raise DefinitionError(f"{where}.{key}' is '{row.title}', whose experts are made of the rows of its runs")
+        if row.tune is not None or row.also_train is not None:
+            raise DefinitionError(f"{where}.{key}' is '{row.title}', which trains another part of the model")
 
 
 def check_ablations(definition: MethodsDefinition, ablations: Mapping[str, Ablation], file: Path) -> None:
@@ -245,12 +311,16 @@ def _spec(
         training["validation_fraction"] = 0.0
     if "train_share" in point:
         training["train_share"] = point["train_share"]
+    training["epochs"] *= point.get("epochs_factor", 1)
     shaping = repr([point.get(key) for key in ("model", "method", "seed", *VARIANT_KEYS, *OF_TRAINING)])
     if shaping not in made:
         made[shaping] = method_spec(methods, point, point["seed"], settings.lora, where)
     method = copy.deepcopy(made[shaping])
     check_frozen(training, method, where)
-    ood = [name for name in task.ood if name not in exclude] if settings.evaluate_ood else []
+    evaluated = (
+        settings.evaluate_ood if isinstance(settings.evaluate_ood, bool) else point["method"] in settings.evaluate_ood
+    )
+    ood = [name for name in task.ood if name not in exclude] if evaluated else []
     return {
         "benchmark": benchmark.name,
         "version": benchmark.definition.version,
@@ -263,7 +333,25 @@ def _spec(
         "training": training,
         "learning_rate": float(point["learning_rate"]),
         "seed": point["seed"],
+        **_used_as(benchmark.definition, methods, point, settings, where),
     }
+
+
+def _used_as(
+    definition: TextDefinition,
+    methods: Mapping[str, Method],
+    point: Mapping[str, Any],
+    settings: TextTrainingSettings,
+    where: str,
+) -> dict[str, Any]:
+    """As what a run's model is evaluated once more, with the settings of the same point of the grid."""
+    for name, row in definition.transformed.items():
+        if row.trained == point["method"]:
+            config = method_spec(methods, {**point, "method": row.used_as}, point["seed"], settings.lora, where)[
+                "config"
+            ]
+            return {"used_as": {"name": name, "config": config}}
+    return {}
 
 
 def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:

@@ -16,7 +16,7 @@ from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.shared import ABLATION, MethodsDefinition
 from benchmarks.harness.planning.variants import setting_text, setting_values, without
 from benchmarks.harness.reporting.outcomes import SETTING, Outcomes, compared, counts
-from benchmarks.harness.results.records import collect, read_metrics, scores_of
+from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
 from benchmarks.harness.results.statistics import Ranking, friedman_ranks, paired_differences, with_verdicts
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import ID, OOD
@@ -65,7 +65,10 @@ class TextOutcomes(Outcomes):
         records = collect(shown) if records is None else records
         self._evaluates = benchmark.kind.evaluates(benchmark.definition) is not None
         self._ablated = ablated
-        self.records = records[records["run_id"].isin({run.id for run in shown})].reset_index(drop=True)
+        records = with_transformed(records[records["run_id"].isin({run.id for run in shown})])
+        if not ablated:
+            records = records[records["method"].map(lambda name: roles[name] != ABLATION)]
+        self.records = records.reset_index(drop=True)
         self.settings: dict[str, tuple[str, str]] = {}
         if ablated:
             self._split_settings()
@@ -126,7 +129,7 @@ class TextOutcomes(Outcomes):
 
     @cached_property
     def training(self) -> list[tuple[Any, dict[str, Any]]]:
-        """The chosen runs of the first selection, by record, with ``routing`` and ``updates`` as ``metrics.json`` has them."""
+        """The chosen runs of the first selection, by record, with ``routing``, ``updates`` and ``usage`` as ``metrics.json`` has them."""
         if not self.run_protocols:
             return []
         chosen = self.chosen[self.run_protocols[0]].drop_duplicates("run_id")
@@ -134,7 +137,7 @@ class TextOutcomes(Outcomes):
         found = []
         for record in self.order(chosen, ["model", "task", "method", "seed"]).itertuples():
             metrics = read_metrics(by_id[str(record.run_id)])
-            found.append((record, {part: metrics.get(part, {}) for part in ("routing", "updates")}))
+            found.append((record, {part: metrics.get(part, {}) for part in ("routing", "updates", "usage")}))
         return found
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
@@ -192,6 +195,19 @@ class TextOutcomes(Outcomes):
         """``SST-2 → IMDB``, or the task alone in domain and over all sets."""
         titles = [self.title("task", name) for name in dict.fromkeys([task, eval_task or task])]
         return ARROW.join(titles)
+
+
+def with_transformed(records: pd.DataFrame) -> pd.DataFrame:
+    """The records, with the numbers of a run whose model was made another method's under the name of that method.
+
+    What chose the run is its own: the row is of the chosen runs of the method that trained it.
+    """
+    made = records["part"].str.partition(AS)
+    own = records[made[2] == ""]
+    theirs = records.assign(part=made[0], method=made[2])[made[2] != ""]
+    chose = own[own["part"] == "dev"].drop(columns="method")
+    chose = chose.merge(theirs[["run_id", "method"]].drop_duplicates(), on="run_id")
+    return pd.concat([own, chose, theirs], ignore_index=True)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ from benchmarks.text.ablations import Ablations
 from benchmarks.text.figures import scores_by_training_task
 from benchmarks.text.tables import TABLES, verdicts
 from benchmarks.text.trace_figures import draw_traces
+from benchmarks.text.usage_figures import draw_usage_by_set
 
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
-    return shown(benchmark, Ablations(benchmark, runs), TABLES, {"ood": scores_by_training_task, "traces": draw_traces})
+    figures = {"ood": scores_by_training_task, "traces": draw_traces, "usage": draw_usage_by_set}
+    return shown(benchmark, Ablations(benchmark, runs), TABLES, figures)
 
 
 def shown(

@@ -27,6 +27,7 @@ from benchmarks.text.paper_tables import paper
 from benchmarks.text.selection import CELL, CHOICE, PROTOCOLS, choices, choosing_scores
 from benchmarks.text.traces import trace_table
 from benchmarks.text.updates import update_table
+from benchmarks.text.usage_tables import usage_table
 
 _KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
 _BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
@@ -176,11 +177,12 @@ def ood(outcomes: TextOutcomes) -> Table:
 
 def cost(outcomes: TextOutcomes) -> Table:
     """Time, memory, parameters and how the experts were used."""
+    records = _usual_records(outcomes)
     return cost_table(
         _KEYS,
         _cells(outcomes),
         CELL,
-        _usual_records(outcomes),
+        records[~records["metric"].str.contains("_information")],  # which stand in a table of their own
         averaged="Means over seeds of the chosen runs",
         measured_on="the ID test split without padding",
     )
@@ -237,6 +239,7 @@ TABLES = {
     "choices": chosen,
     "traces": trace_table,
     "updates": update_table,
+    "usage": usage_table,
     "paper": paper,
 }
 

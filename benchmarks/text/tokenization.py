@@ -39,6 +39,10 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         by_length: sort by length, so that evaluation batches need little padding.
         labelled: give the labels to the model, which then computes a loss.
         prefix: of the model, where its first layers are frozen; rows then have what it makes of them.
+
+    Attributes:
+        order: places in the split, in the order of the rows.
+        labels: of the rows, in their order.
     """
 
     def __init__(
@@ -55,9 +59,9 @@ class TokenisedRows(Dataset[dict[str, Any]]):
         lengths = columns.pop(_LENGTHS)
         self._columns, self._ends = columns, np.cumsum(lengths)
         self._lengths = lengths
-        self._order = np.argsort(lengths, kind="stable") if by_length else np.arange(len(lengths))
+        self.order = np.argsort(lengths, kind="stable") if by_length else np.arange(len(lengths))
         self._labels = split.labels if labelled else None
-        self.labels = np.asarray(split.labels)[self._order]
+        self.labels = np.asarray(split.labels)[self.order]
         self._states: PrefixStates | None = None
         if prefix:
             collate = DataCollatorWithPadding(tokenizer)
@@ -71,13 +75,13 @@ class TokenisedRows(Dataset[dict[str, Any]]):
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
-        return [int(length) for length in self._lengths[self._order]]
+        return [int(length) for length in self._lengths[self.order]]
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = int(self._order[index])
+        place = int(self.order[index])
         row = self._tokens(place)
         if self._states is not None:
             row[STATES] = self._states[place]

@@ -33,6 +33,7 @@ from benchmarks.text.datasets import TextSplit
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import evaluate_split, padding_collator
 from benchmarks.text.grid import OWN
+from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import TokenisedRows
 
 _LOSS = "mean_loss"
@@ -187,10 +188,12 @@ class TextTrainer:
         )
         return TrainingResult(epochs, kept, state.global_step, self._stopwatch.step_seconds)
 
-    def evaluate(self, split: TextSplit, task: RunTask | None = None) -> dict[str, float | None]:
-        """Scores and loss on a split: of the training task, or of another as it is read out of domain."""
+    def evaluate(
+        self, split: TextSplit, task: RunTask | None = None, routing: RowRouting | None = None
+    ) -> dict[str, float | None]:
+        """Scores and loss on a split: of the training task, or of another as it is read out of domain; and how its rows are routed."""
         return evaluate_split(
-            self._trainer, self._tokenizer, self._training.max_length, split, self._task, task, self._prefix
+            self._trainer, self._tokenizer, self._training.max_length, split, self._task, task, self._prefix, routing
         )
 
     def gradient_agreement(

@@ -34,7 +34,7 @@ from tests.planned import paper_runs
 
 LORA, OOD = load_benchmark("glue_lora"), load_benchmark("glue_ood")
 TABLES = [("glue", "settings"), ("glue_lora", "selection"), ("glue_lora", "settings"), ("glue_lora", "data")]
-TABLES += [("glue_lora", "steps"), ("glue_lora", "controls")]
+TABLES += [("glue_lora", "steps"), ("glue_lora", "controls"), ("glue", "transformation")]
 TABLES.append(("glue_ood", "transformation"))
 
 
@@ -89,12 +89,13 @@ def test_rows_of_ablations_keep_the_others_runs_and_stand_in_their_suites() -> N
     }
 
 
-def test_only_rows_of_ablations_are_trained_on_a_part() -> None:
-    block = LORA.definition.suites["mini"].grid[0].model_copy(update={"train_share": [0.5]})
+@pytest.mark.parametrize("key", ["train_share", "epochs_factor"])
+def test_only_rows_of_ablations_are_trained_otherwise(key: str) -> None:
+    block = LORA.definition.suites["mini"].grid[0].model_copy(update={key: [0.5]})
     suite = LORA.definition.suites["mini"].model_copy(update={"grid": [block]})
     changed = LORA.definition.model_copy(update={"suites": {**LORA.definition.suites, "mini": suite}})
     with pytest.raises(
-        DefinitionError, match=r"suites\.mini\.grid\[0\]\.train_share' varies 'lora', whose runs would compete"
+        DefinitionError, match=rf"suites\.mini\.grid\[0\]\.{key}' varies 'lora', whose runs would compete"
     ):
         list(LORA.kind.specs(definition.Benchmark("glue_lora", changed, LORA.tasks), "mini", (), dict))
 
@@ -147,8 +148,11 @@ def test_a_model_is_used_as_one_row_and_not_as_several() -> None:
         ({"trained": "lora", "used_as": "lora_gmoe"}, "must name a dense row and one with experts that are parts"),
         ({"trained": "lora", "used_as": "lora_block"}, "must name a dense row and one with experts that are parts"),
         ({"trained": "lora_emoe", "used_as": "lora_emoe"}, "must name a dense row and one with experts that are parts"),
-        ({"trained": "lora", "used_as": "lora_emoe_learn"}, r"used_as' is 'LoRA \+ EMoE-learn', whose learned gate"),
-        ({"trained": "lora_block", "used_as": "lora_emoe"}, r"trained' is 'LoRA \+ Block', which trains more"),
+        (
+            {"trained": "lora", "used_as": "lora_emoe_learn"},
+            r"used_as' is 'LoRA \+ EMoE-learn', whose router has state",
+        ),
+        ({"trained": "lora_block", "used_as": "lora_emoe"}, r"trained' is 'LoRA \+ Block', which trains another part"),
         ({"trained": "lora", "used_as": "lora_emo"}, r"used_as' is 'lora_emo'.*did you mean 'lora_emoe'"),
         ({"trained": "lora", "used_as": "lora_bottom"}, r"used_as' is 'lora_bottom', which does not exist"),
     ],

@@ -111,8 +111,8 @@ def changed(monkeypatch):
     """Run a plan on the real benchmark with one value changed."""
 
     def use(path: str, value: object):
-        content = parse(edited(path, value), TextDefinition, "benchmark.yaml")
         real = load_benchmark("glue")
+        content = real.kind.load(edited(path, value), real.file)[0]
         monkeypatch.setattr(runs, "load_benchmark", lambda name: Benchmark(name, content, real.tasks))
         return runs.plan(["glue"], "mini")
 
@@ -137,8 +137,8 @@ def changed(monkeypatch):
         ("suites.mini.grid.0.task", ["imdb"], "task' is 'imdb', which does not exist"),  # it has no training split
         ("suites.mini.grid.0.protocol", ["published"], "'published' is for tasks without a test split"),
         ("training.by_model", {"gpt2-x": {"batch_size": 8}}, "did you mean 'gpt2-xl'"),
-        ("methods.vanilla.tune", "blocks", "sets 'tune: blocks' but no 'layers'"),
-        ("methods.emoe.also_train", ["pooler"], "sets 'also_train', which needs training.lora or 'tune'"),
+        ("suites.mini.methods.vanilla", {"tune": "blocks"}, "sets 'tune: blocks' but no 'layers'"),
+        ("methods.random_partition.also_train", ["pooler"], "sets 'also_train', which needs training.lora or 'tune'"),
         ("suites.mini.methods.vanilla", {"num_experts": 4}, "is dense and takes no 'num_experts'"),
         ("suites.mini.methods.emoe_learn.weighting", "binary", "router gets no gradient"),
         ("training.epochs_by_task", {"mlni": 3}, "did you mean 'mnli'"),
@@ -161,7 +161,7 @@ def test_a_plan_that_cannot_run_is_refused_before_it_starts(changed, path, value
 def test_names_that_lead_nowhere_are_refused(path, value, message) -> None:
     real = load_benchmark("glue")
     with pytest.raises(DefinitionError, match=message):
-        definition.check_references(parse(edited(path, value), TextDefinition, "b.yaml"), real.tasks, real.folder)
+        definition.check_references(real.kind.load(edited(path, value), real.file)[0], real.tasks, real.folder)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_tables_are_made_again_for_their_benchmarks_own_runs(path, value, made_a
         return {name: found.digest(name) for name in found.settings.benchmarks}
 
     before, real = digests(), load_benchmark("glue")
-    content = parse(edited(path, value), TextDefinition, "benchmark.yaml")
+    content = real.kind.load(edited(path, value), real.file)[0]
     edited_glue = Benchmark("glue", content, real.tasks)
     for module in (runs, suite):
         monkeypatch.setattr(
@@ -412,6 +412,7 @@ def test_only_clustered_methods_wait_for_a_partition() -> None:
     clustered = ["emoe", "emoe_learn", "lora_emoe", "lora_emoe_learn"]
     clustered += ["lora_not_top", "lora_bottom"]
     clustered += ["lora_dropout", "lora_bias", "lora_capacity", "lora_noise", "lora_balance", "lora_emoe_learn_softmax"]
+    clustered += ["lora_most_used", "lora_emoe_learn_long"]
     clustered += ["lora_emoe_part", "lora_emoe_settings", "lora_emoe_layers"]
     assert [name for name, needed in needs.items() if needed] == clustered
     # one clustering serves all methods; other settings have N = 32, and layer 3

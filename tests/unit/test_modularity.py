@@ -11,6 +11,7 @@ import pytest
 import torch
 from matplotlib import image
 
+import emoe
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
@@ -20,8 +21,9 @@ from benchmarks.modularity.concentration import Concentration, gini, is_active
 from benchmarks.modularity.definition import ModularityDefinition
 from benchmarks.modularity.grid import KIND
 from benchmarks.modularity.outcomes import ModularityOutcomes
-from benchmarks.modularity.usage import marks, shared_and_specialised, told_of_classes, told_of_tasks
-from tests import fake_runs
+from benchmarks.modularity.selected import Selected, dense_magnitudes, is_dead, neurons_used
+from benchmarks.text.usage import marks, shared_and_specialised, told_of_classes, told_of_tasks
+from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare
 
 BENCHMARK = load_benchmark("modularity")
@@ -113,6 +115,30 @@ def test_classes_are_shuffled_within_their_task_and_tasks_without_have_none() ->
     assert told_of_classes(loads, tasks, np.full(80, -1), seed=0) is None
 
 
+# what selections use
+
+
+def test_what_is_used_fires_or_is_dead() -> None:
+    active = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    used = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1]], dtype=torch.bool)
+    magnitudes = torch.tensor([[4.0, 1.0, 2.0, 1.0], [4.0, 5.0, 2.0, 1.0]])
+    assert is_dead(active).tolist() == [False, False, True, True]
+    assert Selected.of(used, magnitudes, active) == Selected(kept=12 / 20, active=0.5, dead=0.5)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_neurons_in_use_are_those_that_the_model_computes_with(name: str) -> None:
+    model, batches = tiny_models.build(name), [tiny_models.inputs(name)]
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=3, layers=[1], backend="masked"))
+    expected = tiny_models.output(model, batches[0])
+    used = {selection: neurons_used(model, 1, batches, selection) for selection in ("top", "bottom", "not_top")}
+    assert torch.equal(used["top"], dense_magnitudes(model, 1, batches) != 0)
+    assert torch.equal(used["top"], ~used["not_top"])
+    assert (used["bottom"].float().mean(1) == 3 / 8).all()
+    assert not (used["top"] & used["bottom"]).any()
+    assert torch.equal(tiny_models.output(model, batches[0]), expected)  # it is as it was
+
+
 # a run
 
 
@@ -127,7 +153,9 @@ def test_a_run_measures_draws_and_counts_and_does_so_again(workdir: Path) -> Non
     config = run.spec["method"]["config"]
     measured = found["measured"]["experts"]
     share = config["top_k"] / config["num_experts"]
-    assert share < measured["kept_by_gate"] < 1  # more than as many experts at random
+    assert share < measured["kept_top"] < 1  # more than as many experts at random
+    assert measured["kept_bottom"] < measured["kept_top"]
+    assert measured["active_bottom"] < measured["active_top"]
     assert 0.25 < measured["best_quarter"] <= 1
     assert set(found["usage"]["tasks"]) == {"tweets", "amazon"}
     for used in found["usage"]["tasks"].values():

@@ -20,7 +20,10 @@ from benchmarks.harness.modeling.language import is_language_model, load_languag
 from benchmarks.harness.modeling.loading import load_backbone
 from emoe.architectures import find_ffns, resolve_layers
 from emoe.config import EMoEConfig
+from emoe.layer import routed_layers
 from emoe.partitioning import Partition, load_partition, partition_key, save_partition
+
+_FIXED = "fixed"  # experts by their use, which is counted when the model routes by avg-k
 
 
 def apply_method_(
@@ -36,8 +39,8 @@ def apply_method_(
         model: the pre-trained model.
         method: the ``method`` part of a run's spec.
         seed: the run's seed, for noisy tuning.
-        calibration: batches of training rows, read for a co-activation partition only.
-        partition: of a model that is built again; made, or taken from the cache, where None.
+        calibration: batches of training rows, read for a co-activation partition and for experts that are fixed by their use.
+        partition: of a model that is built again, whose other state is loaded afterwards; made, or taken from the cache, where None.
 
     Returns:
         The conversion's report; None for a dense model.
@@ -47,6 +50,11 @@ def apply_method_(
     if method["config"] is None:
         return None
     config = emoe.config_from_dict(method["config"])
+    if isinstance(config, EMoEConfig) and config.router == _FIXED:
+        by_token = {**method, "noise": 0.0, "config": dataclasses.replace(config, router="avg_k").to_dict()}
+        report = apply_method_(model, by_token, seed, calibration, partition)
+        emoe.fix_experts_(model, _unknown_usage(model) if partition is not None else _usage(model, calibration))
+        return report
     if isinstance(config, EMoEConfig) and partition is not None:
         return emoe.convert_(model, config, partition=partition)
     if isinstance(config, EMoEConfig) and config.partition == "kmeans":
@@ -54,6 +62,28 @@ def apply_method_(
     if isinstance(config, EMoEConfig) and config.partition == "coactivation":
         return emoe.convert_(model, config, calibration=calibration)
     return emoe.convert_(model, config)
+
+
+def use_as_(model: nn.Module, config: Mapping[str, Any] | None, seed: int) -> None:
+    """Make a trained model dense (``config`` None), or a dense one an EMoE whose experts are made of its present weights, in place."""
+    if config is None:
+        emoe.to_dense_(model)
+    else:
+        apply_method_(model, {"noise": 0.0, "config": config}, seed)
+
+
+@torch.no_grad()
+def _usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[int, torch.Tensor]:
+    """How often avg-k uses each expert, by layer."""
+    with emoe.record_routing(model.eval()) as record:
+        for batch in batches:
+            model(**batch)
+    return {number: layer.loads for number, layer in record.layers.items()}
+
+
+def _unknown_usage(model: nn.Module) -> dict[int, torch.Tensor]:
+    """In the place of counts that are loaded."""
+    return {layer.ffn_index: torch.ones(layer.config.num_experts, dtype=torch.int64) for layer in routed_layers(model)}
 
 
 def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:

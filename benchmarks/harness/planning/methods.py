@@ -15,7 +15,7 @@ from benchmarks.harness.planning.tunings import needs_layers, tuning_spec
 from benchmarks.harness.planning.variants import variant_of
 
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
-OF_TRAINING = ("train_share",)  # settings that are no method's, but vary a row all the same
+OF_TRAINING = ("train_share", "epochs_factor")  # settings that are no method's, but vary a row all the same
 Changed = TypeVar("Changed", bound=Strict)
 Settings = TypeVar("Settings", bound=TrainingSettings)
 

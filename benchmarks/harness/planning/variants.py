@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# letter by setting: N experts, k as a share of them, converted layers, share of the training rows (data)
-_LETTERS = {"num_experts": "N", "top_k_fraction": "k", "layers": "L", "train_share": "D"}
-_WORDS = {"N": "N {}", "k": "k/N {}", "L": "layers {}", "D": "{:g} % of the rows"}
+# letter by setting: N experts, k as a share of them, converted layers, share of the training rows (data), times the usual epochs
+_LETTERS = {"num_experts": "N", "top_k_fraction": "k", "layers": "L", "train_share": "D", "epochs_factor": "E"}
+_WORDS = {"N": "N {}", "k": "k/N {}", "L": "layers {}", "D": "{:g} % of the rows", "E": "{} times the epochs"}
 
 
 def variant_of(varied: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.catalogue import Judged, load_metrics
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.results.records import GROUP_KEYS, ROUTING, collect_from
+from benchmarks.harness.results.records import AS, GROUP_KEYS, ROUTING, collect_from
 
 KEYS = ["run", "seed", "part", "set", "metric"]
 COLUMNS = [*KEYS, "value"]
@@ -130,8 +130,8 @@ def one_counts(rows: pd.DataFrame) -> dict[tuple[str, int, str, str, str], float
         run, seed, part, name, metric = key
         if metric == LOADS:
             found[key] = 1 / max(sum(map(int, row.value.split(" "))), 1)
-        elif part in ("dev", "test", "ood") and metric != "loss":
-            places = (f"ood:{name}",) if part == "ood" else (part, f"{name} in")
+        elif (base := part.partition(AS)[0]) in ("dev", "test", "ood") and metric != "loss":
+            places = (f"ood:{name}",) if base == "ood" else (base, f"{name} in")
             found[key] = max(sets.get((run, seed, place), 0.0) for place in places)
     return found
 

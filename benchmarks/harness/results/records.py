@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ MACHINE = (
     "git_commit",
     "git_dirty",
 )
+AS = " as "  # in a part, before the method that a run's model was made for it
 _MAY_DIVERGE = ("loss", "nats_per_byte")
 _ROUNDING = 1e-6  # of a share that is computed
 _COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
@@ -39,7 +41,11 @@ ROUTING = (
     "load_entropy",
     "load_max_over_mean",
     "drop_rate",
-    *(f"{name}_information{chance}" for name in ("class", "environment") for chance in ("", "_chance", "_chance_95")),
+    *(
+        f"{name}_information{chance}"
+        for name in ("class", "environment", "task")
+        for chance in ("", "_chance", "_chance_95")
+    ),
 )
 
 
@@ -136,7 +142,8 @@ def _check_parts(run: Run, found: Mapping[str, Any]) -> None:
         return
     if not any(found["scores"].values()):
         raise ValueError("no scores")
-    for part, by_task in found["scores"].items():
+    made = [content["scores"] for content in found.get("transformed", {}).values()]
+    for part, by_task in itertools.chain.from_iterable(scores.items() for scores in (found["scores"], *made)):
         for task, scores in by_task.items():
             if nothing := [name for name, value in scores.items() if value is None and name not in _MAY_DIVERGE]:
                 raise ValueError(f"{part} {task} {nothing[0]} is null")
@@ -161,6 +168,7 @@ def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
       a dev split of their own (of the others it is the reported score, or the score of rows held out);
     - ``test``: the reported split of the training task; ``ood``: each other task;
     - ``ood_mean``: mean of the scores over the other tasks (metric ``score``);
+    - ``test as <method>``, ``ood as <method>``, ``ood_mean as <method>``: the same of its model, made another method's at the end;
     - ``cost``, ``model``, ``routing``: what the run took and what was trained.
 
     A run of domain generalisation has the accuracies of the record that training-domain validation chooses among its own: ``dev``, the mean of the
@@ -176,7 +184,7 @@ def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
             "eval_task": task,
             "metric": metric,
             "value": value,
-            "is_score": metric == judged.get((part, task), "score"),
+            "is_score": metric == judged.get((part.partition(AS)[0], task), "score"),
         }
         for run, judged, found in ((run, _judged_by(run), found) for run, found in read)
         for part, task, metric, value in _numbers(run, found)
@@ -212,21 +220,28 @@ def _numbers(run: Run, found: Mapping[str, Any]) -> Iterator[tuple[str, str, str
             for name, value in values.items():
                 yield task, candidate, name, value
         return
-    for part, by_task in found["scores"].items():
-        for name, scores in by_task.items():
-            for key, value in scores.items():
-                if value is not None:  # the loss of a model that diverged
-                    yield part, name, key, value
+    yield from _scored(run, found["scores"])
+    for method, content in found.get("transformed", {}).items():
+        yield from _scored(run, content["scores"], AS + method)
     if "epochs" in found and run.spec["task"]["splits"]["test"] is not None:
         metric = run.spec["task"]["metric"]
         yield "dev_best", task, metric, max(entry[metric] for entry in found["epochs"])
-    ood = [found["scores"]["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]]
-    if ood:
-        yield OOD_MEAN, "", "score", sum(ood) / len(ood)
     for part, names in (("cost", _COST), ("model", _MODEL), ("routing", ROUTING)):
         for name in names:
             if name in found.get(part, ()):
                 yield part, "", name, found[part][name]
+
+
+def _scored(run: Run, scores: Mapping[str, Any], made: str = "") -> Iterator[tuple[str, str, str, float]]:
+    """Scores by part, and the mean out of domain; ``made`` says of what."""
+    for part, by_task in scores.items():
+        for name, values in by_task.items():
+            for key, value in values.items():
+                if value is not None:  # the loss of a model that diverged
+                    yield part + made, name, key, value
+    ood = [scores["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]]
+    if ood:
+        yield OOD_MEAN + made, "", "score", sum(ood) / len(ood)
 
 
 def scores_of(records: pd.DataFrame, part: str) -> pd.DataFrame:

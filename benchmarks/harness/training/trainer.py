@@ -29,6 +29,7 @@ from benchmarks.harness.training.distributed import (
 from benchmarks.harness.training.probe import Probe
 from emoe.errors import EMoEError
 from emoe.layer import routed_layers
+from emoe.records import RoutingRecord
 
 Result = TypeVar("Result")
 
@@ -199,8 +200,13 @@ def with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Resu
         return evaluate(), {}
     with emoe.record_routing(model) as record:
         result = evaluate()
+    return result, routing_summary(record)
+
+
+def routing_summary(record: RoutingRecord) -> dict[str, Any]:
+    """How tokens were routed: means over layers, and ``shares`` of each expert by layer."""
     shares = {str(layer): found.shares.tolist() for layer, found in record.layers.items()}
-    return result, record.summary() | {"shares": shares}
+    return record.summary() | {"shares": shares}
 
 
 def plain_logits(predictions: Any) -> NDArray[Any]:

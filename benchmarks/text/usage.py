@@ -1,12 +1,15 @@
-"""Which experts the tokens of each task and class choose, beside what chance would give."""
+"""Which experts the tokens of each set and class choose, beside what chance would give."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.results.information import LEVEL, PERMUTATIONS, by_chance, shuffled_information
 
 Loads = NDArray[np.int64]
@@ -92,3 +95,57 @@ def shared_and_specialised(shares: NDArray[np.float64], marked: Loads) -> tuple[
     """The experts that every task uses above the average 1/N and none uses more or less than the others, and those that some task uses more than chance would explain."""
     shared = (shares > 1 / shares.shape[1]).all(0) & (marked == 0).all(0)
     return np.flatnonzero(shared), np.flatnonzero((marked > 0).any(0))
+
+
+@dataclass(frozen=True)
+class SetLoads:
+    """How the rows of one set were routed.
+
+    Attributes:
+        loads: ``[rows, N]``, how often the tokens of a row chose each expert.
+        classes: of the rows ``[rows]``; -1 where the set has none.
+    """
+
+    loads: Loads
+    classes: Loads
+
+
+def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict[str, Any]]:
+    """What the choice of an expert tells of sets and classes, and the shares behind it.
+
+    Args:
+        sets: two at least, by name.
+
+    Returns:
+        Numbers by the names of metrics.yaml; and, by set, shares of the experts, marks (see :func:`marks`) and shares by class, with the shared and the
+        specialised experts.
+    """
+    rows = np.concatenate([one.loads for one in sets.values()])
+    tasks = np.repeat(np.arange(len(sets)), [len(one.loads) for one in sets.values()])
+    classes = np.concatenate([one.classes for one in sets.values()])
+    seed = derive_seed("shuffles")
+    of_tasks, of_classes = told_of_tasks(rows, tasks, seed), told_of_classes(rows, tasks, classes, seed)
+    marked, shares = marks(rows, tasks, seed), shares_by(rows, tasks)
+    shared, specialised = shared_and_specialised(shares, marked)
+    by_set = {
+        name: {"shares": shares[place].tolist(), "marks": marked[place].tolist(), "classes": _by_class(one)}
+        for place, (name, one) in enumerate(sets.items())
+    }
+    told = _named("task", of_tasks) | (_named("class", of_classes) if of_classes else {})
+    return told, {"tasks": by_set, "shared": shared.tolist(), "specialised": specialised.tolist()}
+
+
+def _named(name: str, told: Told) -> dict[str, float]:
+    return {
+        f"{name}_information": told.bits,
+        f"{name}_information_chance": told.chance,
+        f"{name}_information_chance_95": told.chance_95,
+    }
+
+
+def _by_class(found: SetLoads) -> dict[str, list[float]]:
+    """Shares of every class that has rows; none of a regression's."""
+    if (found.classes < 0).any():
+        return {}
+    shares = shares_by(found.loads, found.classes)
+    return {str(label): shares[label].tolist() for label in np.unique(found.classes)}

@@ -1,0 +1,233 @@
+"""Full fine-tuning: models that are evaluated once more as another method's, in the run that trained them; and how rows of every set are routed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import image
+
+import emoe
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.paths import BENCHMARKS, RUNS
+from benchmarks.harness.modeling.build import reopen_classifier
+from benchmarks.harness.modeling.conversion import apply_method_, use_as_
+from benchmarks.harness.modeling.loading import load_backbone, load_tokenizer
+from benchmarks.harness.planning import definition
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.planning.schema import read_yaml
+from benchmarks.harness.reporting.presentation import present
+from benchmarks.harness.results.records import collect
+from benchmarks.text.datasets import load_part
+from benchmarks.text.definition import RunTask
+from benchmarks.text.evaluation import TextEvaluator
+from benchmarks.text.outcomes import TextOutcomes
+from benchmarks.text.row_routing import RowRouting
+from benchmarks.text.tokenization import calibration_batches
+from emoe.layer import routed_layers
+from tests import fake_runs, tiny_models
+from tests.executed import finish, prepare
+
+GLUE = load_benchmark("glue")
+
+
+def smoke(method: str, **training: Any) -> Run:
+    spec = next(
+        run.spec for run in plan(["glue"], "smoke") if (run.spec["method"]["name"], run.spec["seed"]) == (method, 0)
+    )
+    return run_from_spec({**spec, "training": {**spec["training"], "epochs": 1, **training}})
+
+
+def reopened(run: Run, found: dict[str, Any]) -> Any:
+    tokenizer = load_tokenizer(run.spec["model"])
+    weights = found["model"]["source"]["weights"]
+    return reopen_classifier(run.spec, weights, tokenizer, RUNS / run.folder / "model"), tokenizer
+
+
+@pytest.mark.parametrize(("method", "row"), [("vanilla", "vanilla2emoe"), ("emoe", "emoe2vanilla")])
+def test_trained_weights_are_evaluated_as_another_methods(workdir: Path, method: str, row: str) -> None:
+    run = smoke(method, keep_weights=True)
+    path = prepare(run, str(RUNS))
+    found = finish(path)
+    classifier, tokenizer = reopened(run, found)
+    use_as_(classifier.model, run.spec["used_as"]["config"], run.spec["seed"])
+    assert bool(routed_layers(classifier.model)) == (method == "vanilla")
+    task, training = RunTask.model_validate(run.spec["task"]), run.spec["training"]
+    evaluator = TextEvaluator(
+        classifier, tokenizer, task, training["eval_batch_size"], training["max_length"], "fp32", workdir
+    )
+    other = RunTask.model_validate(run.spec["ood"][0])
+    scores = found["transformed"][row]["scores"]
+    assert set(found["transformed"]) == {row}
+    test = load_part(task, "test", training["eval_rows"])
+    assert evaluator.evaluate(test) == pytest.approx(scores["test"]["tweets"])
+    ood = evaluator.evaluate(load_part(other, "test", training["eval_rows"]), other)
+    assert ood == pytest.approx(scores["ood"][other.name])
+    assert scores["test"] != found["scores"]["test"]
+
+
+def test_a_row_that_nothing_trains_is_of_the_runs_of_another(workdir: Path) -> None:
+    runs = [run for run in plan(["glue"], "smoke") if run.spec["method"]["name"] in ("vanilla", "emoe")]
+    fake_runs.write_runs(runs)
+    main, ablated = (TextOutcomes(GLUE, runs, ablated=ablated) for ablated in (False, True))
+    assert set(main.rows["method"]) == {"vanilla", "emoe"}
+    assert set(ablated.rows["method"]) == {"vanilla", "emoe", "vanilla2emoe", "emoe2vanilla"}
+    seeds = ablated.seeds[(ablated.seeds["method"] == "vanilla2emoe") & (ablated.seeds["domain"] == "id")]
+    for seed, value in zip(seeds["seed"], seeds["value"], strict=True):
+        (run,) = [run for run in runs if run.spec["seed"] == seed and run.spec["method"]["name"] == "vanilla"]
+        recorded = json.loads((RUNS / run.folder / "metrics.json").read_text())["transformed"]["vanilla2emoe"]
+        assert value == recorded["scores"]["test"]["tweets"]["balanced_accuracy"]
+    assert seeds["seed"].nunique() == 2
+    origins = ablated.origins
+    assert set(origins.loc[origins["method"] == "emoe2vanilla", "run_id"]) == {
+        run.id for run in runs if run.spec["method"]["name"] == "emoe"
+    }
+
+
+def test_they_are_read_and_checked_with_the_run(workdir: Path) -> None:
+    run = smoke("vanilla")
+    fake_runs.write_runs([run])
+    records = collect([run])
+    parts = records[records["part"].str.contains(" as ")]
+    assert set(parts["part"]) == {f"{part} as vanilla2emoe" for part in ("test", "ood", "ood_mean")}
+    assert set(parts.loc[parts["is_score"], "metric"]) == {"balanced_accuracy", "score"}
+    file = RUNS / run.folder / "metrics.json"
+    content = json.loads(file.read_text())
+    content["transformed"]["vanilla2emoe"]["scores"]["test"]["tweets"]["balanced_accuracy"] = 17.0
+    file.write_text(json.dumps(content))
+    with pytest.raises(DefinitionError, match=r"test as vanilla2emoe tweets balanced_accuracy is 17\.0"):
+        collect([run])
+
+
+def changed(**transformed: dict[str, str]) -> object:
+    content = read_yaml(BENCHMARKS / "glue" / "benchmark.yaml")
+    return {**content, "transformed": {**content["transformed"], **transformed}}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"trained": "vanila", "used_as": "emoe"}, r"transformed\.more\.trained' is 'vanila'.*did you mean 'vanilla'"),
+        ({"trained": "vanilla", "used_as": "gmoe"}, "must name a dense row and one with experts"),
+        ({"trained": "emoe_learn", "used_as": "vanilla"}, r"trained' is 'EMoE-learn', whose router has state"),
+    ],
+)
+def test_what_cannot_be_used_as_another_is_refused(row: dict[str, str], message: str) -> None:
+    with pytest.raises(DefinitionError, match=message):
+        GLUE.kind.load(changed(more={"title": "More", **row}), GLUE.file)
+
+
+def test_a_run_is_made_one_thing() -> None:
+    content = changed(more={"title": "More", "trained": "vanilla", "used_as": "random_partition"})
+    with pytest.raises(DefinitionError, match="'transformed' makes two things of 'vanilla'"):
+        GLUE.kind.load(content, GLUE.file)
+
+
+def test_nothing_trains_a_row_that_is_made() -> None:
+    suite = GLUE.definition.suites["smoke"]
+    block = suite.grid[0].model_copy(update={"method": ["vanilla2emoe"]})
+    suites = {**GLUE.definition.suites, "smoke": suite.model_copy(update={"grid": [block]})}
+    benchmark = definition.Benchmark("glue", GLUE.definition.model_copy(update={"suites": suites}), GLUE.tasks)
+    with pytest.raises(DefinitionError, match=r"grid\[0\]\.method' is 'vanilla2emoe', which does not exist"):
+        list(GLUE.kind.specs(benchmark, "smoke", (), dict))
+
+
+def test_sets_of_some_methods_alone_are_evaluated() -> None:
+    found = {run.spec["method"]["name"] for run in plan(["glue"], "paper") if run.spec["ood"]}
+    assert found == {"vanilla", "emoe"}
+
+
+# how rows are routed
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_loads_of_each_row_are_those_of_the_row_alone(batch_size: int) -> None:
+    model = tiny_models.build("bert")
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0, 1]))
+    values = tiny_models.inputs("bert")
+    rows = len(values["input_ids"])
+    routing = RowRouting(model)
+    for name in ("one", "two"):
+        with routing.watching(name, np.arange(rows) % 2):
+            for start in range(0, rows, batch_size):
+                model(**{key: value[start : start + batch_size] for key, value in values.items()})
+    told, usage = routing.described("one")
+    expected = []
+    for row in range(rows):
+        with emoe.record_routing(model) as record:
+            model(**{key: value[row : row + 1] for key, value in values.items()})
+        expected.append(record.layers[1].loads.numpy())
+    shares = np.sum(expected, axis=0) / np.sum(expected)
+    assert usage["tasks"]["one"]["shares"] == pytest.approx(shares.tolist())
+    by_class = np.sum(expected[1::2], axis=0)
+    assert usage["tasks"]["two"]["classes"]["1"] == pytest.approx((by_class / by_class.sum()).tolist())
+    assert told["task_information"] == pytest.approx(0, abs=1e-12)  # the same rows twice
+    assert told["shares"]["1"] == pytest.approx(shares.tolist())
+
+
+def test_a_dense_model_has_no_routing_and_one_set_alone_tells_nothing() -> None:
+    model = tiny_models.build("bert")
+    routing = RowRouting(model)
+    with routing.watching("one", np.zeros(2, dtype=np.int64)):
+        tiny_models.output(model, tiny_models.inputs("bert"))
+    assert routing.described("one") == ({}, {})
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1]))
+    values = tiny_models.inputs("bert")
+    with routing.watching("one", np.zeros(len(values["input_ids"]), dtype=np.int64)):
+        tiny_models.output(model, values)
+    told, usage = routing.described("one")
+    assert "load_entropy" in told
+    assert not [name for name in told if "information" in name]
+    assert usage == {}
+
+
+def test_an_evaluation_names_its_rows_in_their_order(workdir: Path) -> None:
+    """Rows are sorted by their length, and 100 rows are all drawn."""
+    run = smoke("emoe")
+    found = finish(prepare(run))
+    assert set(found["usage"]["tasks"]) == {"tweets", "amazon", "movie", "nyt"}
+    for one in found["usage"]["tasks"].values():
+        assert sum(one["shares"]) == pytest.approx(1)
+        assert set(one["classes"]) == {"0", "1"}
+    # every row of the split counts, so shares of the test split are those of all its tokens
+    layer = max(found["routing"]["shares"])
+    assert found["usage"]["tasks"]["tweets"]["shares"] == pytest.approx(found["routing"]["shares"][layer])
+
+
+def test_tables_and_figures_show_it(workdir: Path) -> None:
+    runs = [run for run in plan(["glue"], "smoke") if run.spec["method"]["name"] in ("vanilla", "emoe", "gmoe")]
+    fake_runs.write_runs(runs)
+    presentation = present(GLUE, runs)
+    tables = dict(zip(GLUE.definition.tables, presentation.tables, strict=True))
+    assert set(tables["usage"].frame["method"]) == {"emoe", "gmoe"}
+    presentation.figures["glue_usage"](workdir / "usage")
+    assert image.imread(workdir / "usage.png").shape[0] > 100
+
+
+# the experts that are used most
+
+
+def test_the_most_used_experts_are_counted_on_training_rows_and_come_back_from_a_file(workdir: Path) -> None:
+    spec = next(run.spec for run in plan(["glue_lora"], "smoke") if run.spec["method"]["name"] == "lora_most_used")
+    run = run_from_spec({**spec, "training": {**spec["training"], "epochs": 1}})
+    found = finish(prepare(run, str(RUNS)))
+    (layer,) = found["routing"]["shares"].values()
+    config = run.spec["method"]["config"]
+    used = [share for share in layer if share]
+    assert used == pytest.approx([1 / config["top_k"]] * config["top_k"])
+    classifier, tokenizer = reopened(run, found)
+    router = routed_layers(classifier.model)[0].router
+    task, training = RunTask.model_validate(spec["task"]), spec["training"]
+    train = load_part(task, "train", training["train_rows"])
+    batches = calibration_batches(train, tokenizer, training["max_length"], training["eval_batch_size"])
+    fresh = load_backbone(spec["model"]).eval()
+    apply_method_(fresh, {**spec["method"], "config": {**config, "router": "avg_k"}}, spec["seed"])
+    with torch.no_grad(), emoe.record_routing(fresh) as record:
+        for batch in batches:
+            fresh(**batch)
+    assert torch.equal(router.usage, record.layers[1].loads)
