@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.planning.suite import CLAIMS, Suite
-from benchmarks.harness.reporting.claims import claimed_numbers, claims_table, counted_noun, judged, runs_text
+from benchmarks.harness.reporting.claims import claimed_numbers, claims_table, judged, runs_text
 from benchmarks.harness.reporting.main_figure import draw_main, main_rows
 from benchmarks.harness.reporting.plots import STYLE, WIDTH, placeholder_figure, save
 from benchmarks.harness.results.evidence import Verdict
@@ -24,9 +23,8 @@ from benchmarks.harness.results.evidence import Verdict
 from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
 
 # inches: the width of a column of text, a claim's title, a test, and what a panel has below
-_TITLE, _TEST, _BELOW = 0.26, 0.32, 0.5
-_LEFT, _RIGHT = 0.30, 0.745  # of the width: where axes begin and end
-_LETTERS = 46  # that fit beside the axes
+_TITLE, _TEST, _BELOW = 0.22, 0.18, 0.47
+_LEFT, _RIGHT = 0.36, 0.74  # of the width: where axes begin and end
 _REACH = 6.0  # intervals are cut at so many margins, or beyond the means
 _MARKS: dict[Verdict, dict[str, Any]] = {
     Verdict.SUPPORTED: {"marker": "o", "color": "#0072b2"},
@@ -34,7 +32,7 @@ _MARKS: dict[Verdict, dict[str, Any]] = {
     Verdict.UNDECIDED: {"marker": "D", "color": "#777777"},
     Verdict.NO_TEST: {"marker": "D", "color": "#777777", "mfc": "white"},
 }
-_PAPER, _BAND, _SOFT = "#222222", "#dcebf5", "#62656b"
+_PAPER, _BAND = "#222222", "#dcebf5"
 _PATCH = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
 
 
@@ -51,7 +49,7 @@ def write_claims(suite: Suite) -> None:
 def draw_claims(rows: pd.DataFrame, path: Path) -> None:
     """Draw what :func:`~benchmarks.harness.reporting.claims.judged` found as ``<path>.pdf`` and ``.png``.
 
-    Tests of different units have panels of their own. Counts, and what was not tested, are in the table alone.
+    Tests of different units have panels of their own. What is compared with what, counts, and what was not tested, are in the table alone.
     """
     drawn = rows[[row.evidence is not None and row.compare.direction != "equal" for row in rows.itertuples()]]
     drawn = drawn[drawn["delta"].notna()]
@@ -131,18 +129,8 @@ def _draw_row(axis: Any, row: Any, top: float, low: float, high: float) -> None:
         axis.plot(row.effect, place, "|", ms=11, mew=1.6, color=_PAPER, zorder=3)
     axis.plot(row.delta, place, ms=5, zorder=4, **{"mec": mark["color"], **mark})
     left = -_LEFT * WIDTH * 72 + 6
-    _write(axis, 0, left, place - 0.07, row.test, fontsize=7)
-    _write(
-        axis,
-        0,
-        left,
-        place + 0.07,
-        textwrap.shorten(row.contrast, _LETTERS, placeholder=" …"),
-        fontsize=6.5,
-        color=_SOFT,
-    )
-    _write(axis, 1, 8, place - 0.07, runs_text(row).replace(" points", ""), fontsize=7)
-    _write(axis, 1, 8, place + 0.07, f"{counted_noun(int(row.n), row.pair)}, {row.verdict}", fontsize=6.5, color=_SOFT)
+    _write(axis, 0, left, place, row.test, fontsize=7)
+    _write(axis, 1, 8, place, f"{runs_text(row).replace(' points', '')}, n {int(row.n)}", fontsize=7)
 
 
 def _limits(panel: pd.DataFrame) -> tuple[float, float]:
