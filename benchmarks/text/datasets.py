@@ -20,11 +20,11 @@ from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.planning.counts import PublishedRows, count_note
 from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_vader
 from benchmarks.text.definition import RunTask, Splits, TaskEntry
-from benchmarks.text.readers import FileRows, Rows, read_rows
+from benchmarks.text.readers import FileRows, Rows, has_numbers, label_text, read_rows
 from emoe.errors import did_you_mean
 
 _NO_LABEL = {"", "-1", "nan", "none", "null"}  # where none of these is a label of the task
-_WHOLE = re.compile(r"(-?\d+)\.0*")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)  # Python's has 1_0 too
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TextSplit:
     Attributes:
         texts: one tuple a row, of one text or of a pair.
         labels: class numbers, or numbers for a regression.
-        dropped: rows without a gold label or without text, left out.
+        dropped: rows without a gold label, without text, or without one of two texts, left out.
         source: where they came from.
     """
 
@@ -176,8 +176,8 @@ def _to_split(files: Rows, task: RunTask) -> TextSplit:
         found = file.columns[task.label]
         total += len(found)
         for row, cells in enumerate(zip(*(file.columns[field] for field in task.fields), strict=True)):
-            written = tuple(_text(cell, file, row) for cell in cells)
-            label = label_of(row, found[row]) if any(written) else None
+            written = tuple(text for cell in cells if (text := _text(cell, file, row)) is not None)
+            label = label_of(row, found[row]) if any(written) and len(written) == len(cells) else None
             if label is not None:
                 texts.append(written)
                 labels.append(label)
@@ -187,10 +187,10 @@ def _to_split(files: Rows, task: RunTask) -> TextSplit:
     return TextSplit(texts, labels, total - len(texts), where)
 
 
-def _text(cell: Any, file: FileRows, row: int) -> str:
-    """A cell as text; a missing one is empty."""
+def _text(cell: Any, file: FileRows, row: int) -> str | None:
+    """A cell as text; None where it is missing, as in a row that ends early."""
     if cell is None or cell != cell:
-        return ""
+        return None
     if not isinstance(cell, str | int | float):
         raise DataError(f"{file.place(row)}: a cell is {type(cell).__name__}, not text")
     text = str(cell)
@@ -203,11 +203,11 @@ def _text(cell: Any, file: FileRows, row: int) -> str:
 
 def _reader(file: FileRows, task: RunTask) -> Callable[[int, object], int | float | None]:
     """What makes a number of a row's label, or None where there is none, and refuses what is no label of the task."""
-    unlabelled = {_plain(value) for value in task.unlabelled}
+    unlabelled = {label_text(value) for value in task.unlabelled}
     classes = _classes(file, task)
 
     def read(row: int, value: object) -> int | float | None:
-        text = _plain(value)
+        text = label_text(value)
         if text in unlabelled:
             return None
         number = classes.get(text) if task.labels else _score(text, task)
@@ -222,27 +222,19 @@ def _reader(file: FileRows, task: RunTask) -> Callable[[int, object], int | floa
 def _classes(file: FileRows, task: RunTask) -> dict[str, int]:
     """The numbers of a task's classes by all that a file may call them: names of its own, else the task's names and numbers."""
     names: list[str] = task.labels
-    if file.label_names is not None:
-        return {called: names.index(name) for called, name in file.label_names.items()}
-    spelled = {called: names.index(name) for called, name in task.label_names.items()}
-    numbers = {str(number): number for number in range(len(names))}
-    return numbers | spelled | {name: number for number, name in enumerate(names)}
-
-
-def _plain(value: object) -> str:
-    """A label as text, without blanks around it and the zeros behind a whole number."""
-    text = "" if value is None else str(value).strip()
-    whole = _WHOLE.fullmatch(text)
-    return whole[1] if whole else text
+    spelled = file.label_names
+    if spelled is None:
+        numbers = {str(number): name for number, name in enumerate(names)} if has_numbers(task) else {}
+        spelled = numbers | task.label_names | {name: name for name in names}
+    return {label_text(called): names.index(name) for called, name in spelled.items()}
 
 
 def _score(text: str, task: RunTask) -> float | None:
     """A regression's label, if it is one."""
-    try:
-        number = float(text)
-    except ValueError:
+    if not _NUMBER.fullmatch(text):
         return None
     low, high = task.range or (-math.inf, math.inf)
+    number = float(text)
     return number if math.isfinite(number) and low <= number <= high else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from benchmarks.text.tabular import (
     read_json_lines,
 )
 from emoe.errors import did_you_mean
+
+_WHOLE = re.compile(r"(-?\d+)\.0*")
+_PIECE = re.compile(r".*-(\d+)-of-(\d+)\.\w+")  # as the hub and `datasets` number the files of a split
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,10 @@ def _read_split(folder: Path, task: RunTask, split: str) -> Rows:
     config = task.source.config
     for place in [folder, *([folder / config, folder / "data"] if config else [])]:
         for suffix, read in READERS.items():
-            forms = (f"{split}.{suffix}", f"{split}-*.{suffix}", f"{split}/*.{suffix}")
-            files = sorted({file for form in forms for file in place.glob(form)})
+            files = _files(place, split, suffix)
             # a set's own CSV may have such a name too, but has no header
-            if files and not (suffix == "csv" and layouts and not _has_columns(files[0], task)):
+            own = suffix == "csv" and any(folder / layout.files[split] in files for layout in layouts)
+            if files and not (own and not _has_columns(files[0], task)):
                 return [_as_on_hub(read(file, _wanted(task)), str(file), task) for file in files]
     for layout in layouts:
         file = folder / layout.files[split]
@@ -132,6 +136,27 @@ def _read_split(folder: Path, task: RunTask, split: str) -> Rows:
     raise DataError(
         f"{folder} has no file for the split '{split}': wanted one of {', '.join(wanted)}; it holds {', '.join(present) or 'nothing'}"
     )
+
+
+def _files(place: Path, split: str, suffix: str) -> list[Path]:
+    """The files of a split in one form: one, or numbered pieces, or whatever is in a folder of its name.
+
+    Raises:
+        DataError: it is there in two of these, or a piece is missing.
+    """
+    forms = (f"{split}.{suffix}", f"{split}-*.{suffix}", f"{split}/*.{suffix}")
+    found = [files for form in forms if (files := sorted(place.glob(form)))]
+    if len(found) > 1:
+        one, other = (files[0].relative_to(place) for files in found[:2])
+        raise DataError(f"{place} has the split '{split}' twice: {one} and {other}; leave one of them")
+    files = found[0] if found else []
+    pieces = [(int(piece[1]), int(piece[2])) for file in files if (piece := _PIECE.fullmatch(file.name))]
+    if pieces and pieces != [(number, len(files)) for number in range(len(files))]:
+        raise DataError(
+            f"{files[0].parent}: the split '{split}' must be {max(count for _, count in pieces)} files, and is "
+            + ", ".join(file.name for file in files)
+        )
+    return files
 
 
 def _wanted(task: RunTask) -> set[Column]:
@@ -212,10 +237,22 @@ def _read_own(file: Path, layout: FileLayout, task: RunTask, split: str) -> File
     return _file_rows(table, str(file), task, columns, label_names or None, chosen)
 
 
+def has_numbers(task: RunTask) -> bool:
+    """Whether the number of a class may stand for it; not where classes are called by numbers, of which 1 may be the first."""
+    return not any(label_text(name).lstrip("-").isdecimal() for name in (*task.labels, *task.label_names))
+
+
+def label_text(value: object) -> str:
+    """A label as text, without blanks around it and the zeros behind a whole number."""
+    text = "" if value is None else str(value).strip()
+    whole = _WHOLE.fullmatch(text)
+    return whole[1] if whole else text
+
+
 def _spelled(table: Table, task: RunTask) -> Mapping[str, str] | None:
     """The classes by the names that a file stores for its numbers; None where it stores no names.
 
-    Names are the task's or its makers' spellings. Where all are numbers from 0 they are the task's numbers. A name that is none of these
+    Names are the task's or its makers' spellings. Where all are numbers from 0 they are the task's numbers, if these mean a class. A name that is none of these
     has no class, so that a row with it is refused.
     """
     label = task.label
@@ -224,9 +261,9 @@ def _spelled(table: Table, task: RunTask) -> Mapping[str, str] | None:
     )
     if names is None or not task.labels:
         return None
-    if sorted(names) == sorted(map(str, range(len(names)))):
+    if has_numbers(task) and sorted(names) == sorted(map(str, range(len(names)))):
         return {str(number): name for number, name in enumerate(task.labels)}
     makers = [layout.label_names for layout in task.raw_formats or ()]
-    known = {name: meant for spelling in (*makers, task.label_names) for name, meant in spelling.items()}
-    known |= {name: name for name in task.labels}
-    return {name: known[name] for name in names if name in known}
+    spellings = (*makers, task.label_names, {name: name for name in task.labels})
+    known = {label_text(called): name for spelling in spellings for called, name in spelling.items()}
+    return {called: known[label_text(called)] for called in names if label_text(called) in known}

@@ -58,7 +58,7 @@ def named(file: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (ValueError, OSError, KeyError, pa.ArrowException) as error:
+    except (ValueError, OSError, KeyError, AttributeError, TypeError, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read: {first_line(error)}") from error
 
 
@@ -185,7 +185,7 @@ def read_arrow(file: Path, wanted: Wanted) -> Table:
 def from_arrow(table: pa.Table, wanted: Wanted) -> Table:
     """A table of Arrow's; columns whose classes ``datasets`` stored the names of hold these instead of numbers."""
     notes = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = notes.get("info", {}).get("features", {})
+    features = notes.get("info", {}).get("features") or {}
     columns: dict[Column, Sequence[Any]] = {}
     classes: dict[Column, Sequence[str]] = {}
     for place, name in enumerate(table.column_names):

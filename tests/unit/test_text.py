@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import datasets
@@ -226,6 +227,7 @@ def test_stored_class_names_that_do_not_fit_are_refused(
         ("stsb", "0.000", "n/a", "row 2: 'n/a' is no label of task 'stsb'; it must be a number from 0 to 5$"),
         ("stsb", "0.000", "7.3", "row 2: '7.3' is no label of task 'stsb'; it must be a number from 0 to 5$"),
         ("stsb", "0.000", "inf", "row 2: 'inf' is no label"),
+        ("stsb", "0.000", "0_5", "row 2: '0_5' is no label"),  # a number in Python alone
         ("rte", "sentence2", "sentense2", "has no column 'sentence2'; did you mean 'sentense2'"),
     ],
 )
@@ -262,6 +264,14 @@ def test_text_that_looks_like_a_number_stays_text(root: Path, form: str) -> None
             r"line 1: its cells are separated by ';'; .* by ','$",
         ),
         ("sst2", "dev.tsv", b"sentence,label\nfine,1\n", r"line 1: its cells are separated by ','; .* by '\\t'$"),
+        (
+            "sst2",
+            "validation.csv",
+            b"sentence;label, gold\nfine;1\n",
+            "has no column 'sentence'; did you mean 'sentence;label'",
+        ),
+        ("sst2", "validation.csv", b"Sentence,Label\nfine,1\n", "has no column 'sentence'; did you mean 'Sentence'"),
+        ("sst2", "validation.csv", "sentence,label\nfine,1\n".encode("utf-16"), "line 1 is not UTF-8$"),
         ("yelp_polarity", "test.csv", b'"1";"Dull, really."\n', "line 1: ',' expected after"),
         ("yelp_polarity", "test.csv", b"1;Dull.\n", "line 1: its cells are separated by ';'"),
         ("sst2", "validation.csv", b"", "is empty$"),
@@ -318,6 +328,58 @@ def test_a_file_that_cannot_be_read_as_it_is_meant_is_refused(root: Path, name, 
     assert "\n" not in str(caught.value)
 
 
+def test_a_split_is_read_once_and_as_a_whole(root: Path) -> None:
+    (root / "RTE").mkdir()
+    piece = "validation-0000{}-of-00003.parquet"
+    for number in (2, 0, 1):
+        hub_frame("rte").to_parquet(root / "RTE" / piece.format(number))
+    assert load_split(task("rte"), "dev").labels == LABELS["rte"] * 3
+    (root / "RTE" / piece.format(1)).unlink()
+    kept = ", ".join(piece.format(number) for number in (0, 2))
+    with pytest.raises(DataError, match=f"RTE: the split 'validation' must be 3 files, and is {kept}$"):
+        load_split(task("rte"), "dev")
+    hub_frame("rte").to_parquet(root / "RTE/validation.parquet")
+    with pytest.raises(DataError, match=f"the split 'validation' twice: validation.parquet and {piece.format(0)}; lea"):
+        load_split(task("rte"), "dev")
+
+
+def test_numbers_that_are_names_of_classes_are_no_numbers_of_classes(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stars from 1 to 3 are not numbered from 0: 1 is then the first class, and 0 none."""
+    stars = task("sst2").model_copy(update={"labels": ["1.0", "2", "3"]})
+    write_rows(root, "sst2", [3, 1.0, 2, -1], "csv", monkeypatch)
+    split = load_split(stars, "dev")
+    assert (split.labels, split.dropped) == ([2, 0, 1], 1)
+    shutil.rmtree(root / "SST-2")
+    write_rows(root, "sst2", [0, 1, 2], "csv", monkeypatch)
+    with pytest.raises(DataError, match=r"row 1: '0' is no label of task 'sst2'; choose from 1, 2, 3$"):
+        load_split(stars, "dev")
+    shutil.rmtree(root / "SST-2")
+    write_rows(root, "sst2", [0, 1, 2], "parquet", monkeypatch, ["3", "1", "2"])
+    assert load_split(stars, "dev").labels == [2, 0, 1]
+    shutil.rmtree(root / "SST-2")
+    write_rows(root, "sst2", [0, 1, 2], "parquet", monkeypatch, ["0", "1", "2"])
+    with pytest.raises(DataError, match="row 1: '0' is no label of task 'sst2'"):
+        load_split(stars, "dev")
+
+
+@pytest.mark.parametrize("form", ["own", "jsonl"])
+def test_rows_without_one_of_two_texts_are_dropped_and_counted(root: Path, form: str) -> None:
+    """As in the hub's script of GLUE; a cell that is there and empty is a text."""
+    if form == "own":
+        path = write_glue(root, "mrpc")
+        path.write_text(path.read_text() + "1\t14\t15\tThis row ends early\n1\t16\t17\tEmpty.\t\n")
+    else:
+        (root / "MRPC").mkdir()
+        rows = [("a", "b", 1), ("c", "d", 0), ("e", None, 1), ("f", "", 1)]
+        lines = (json.dumps({"sentence1": one, "sentence2": other, "label": label}) for one, other, label in rows)
+        (root / "MRPC/validation.jsonl").write_text("\n".join(lines))
+    split = load_split(task("mrpc"), "dev")
+    assert (split.labels, split.dropped) == ([1, 0, 1], 1)
+    assert split.texts[-1][1] == ""
+
+
 def test_a_text_in_another_encoding_is_named(root: Path) -> None:
     file = write_own(root, "imdb") / "test/pos/0_9.txt"
     file.write_bytes(b"caf\xe9")
@@ -333,6 +395,17 @@ def test_damaged_and_missing_files_are_named(root: Path) -> None:
     (root / "RTE" / "validation.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match=r"validation\.parquet cannot be read"):
         load_split(task("rte"), "dev")
+
+
+@pytest.mark.parametrize(
+    "notes", ["{", "[]", '{"info": 1}', '{"info": {"features": {"label": {"_type": "ClassLabel"}}}}']
+)
+def test_damaged_notes_of_classes_are_named(root: Path, notes: str) -> None:
+    (root / "SST-2").mkdir()
+    table = pa.table({"sentence": ["a"], "label": [1]}).replace_schema_metadata({"huggingface": notes})
+    pq.write_table(table, root / "SST-2/validation.parquet")
+    with pytest.raises(DataError, match=r"validation\.parquet cannot be read: "):
+        load_split(task("sst2"), "dev")
 
 
 def test_without_hub_or_folder_the_remedy_is_named(root: Path) -> None:
