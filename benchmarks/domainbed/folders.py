@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def load_folders(task: RunSet, *, truncated: str = REFUSE) -> ImageSet:
 
 
 def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
-    folders = _environment_folders(root, {name: str(folder) for name, folder in task.environments})
+    folders = _environment_order(_folders(root, root), task, str(root))
     environments: list[Environment] = []
     classes: list[str] = []
     first = root / folders[0]
@@ -77,22 +76,25 @@ def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
     return ImageSet(environments, classes, str(root))
 
 
-def _environment_folders(root: Path, wanted: Mapping[str, str]) -> list[str]:
-    """The environments' folders in order.
+def _environment_order(found: list[str], task: RunSet, where: str) -> list[str]:
+    """The environments as they are called on disk or on the hub, in DomainBed's order.
 
-    Folders of quite other names are taken by their order, as DomainBed takes all; where some are known, the rest must be too.
+    Quite other names are taken by their order, as DomainBed takes all folders; where some are known, the rest must be too.
     """
-    folders = {plain_name(name): name for name in _folders(root, root)}
-    missing = [folder for folder in wanted.values() if plain_name(folder) not in folders]
-    extra = [name for plain, name in folders.items() if plain not in map(plain_name, wanted.values())]
-    if not missing and not extra:
-        return [folders[plain_name(folder)] for folder in wanted.values()]
-    if len(missing) == len(extra) == len(wanted):
+    wanted = {name: str(called) for name, called in task.environments}
+    names = {plain_name(name): name for name in found}
+    missing = [called for called in wanted.values() if plain_name(called) not in names]
+    extra = [name for plain, name in names.items() if plain not in map(plain_name, wanted.values())]
+    twice = sorted(set(found) - set(names.values()))
+    if not (missing or extra or twice):
+        return [names[plain_name(called)] for called in wanted.values()]
+    if len(missing) == len(extra) == len(wanted) and not twice:
         return sorted(extra)
-    expected = ", ".join(f"{folder} ({name})" for name, folder in wanted.items())
+    expected = ", ".join(f"{called} ({name})" for name, called in wanted.items())
     wrong = [f"lacks the environment {missing[0]}{did_you_mean(missing[0], extra) if extra else ''}"] if missing else []
     wrong += [f"has {', '.join(extra)}, which is no environment"] if extra else []
-    raise DataError(f"{root} {' and '.join(wrong)}; it must have {expected}, and no other folder")
+    wrong += [f"has {twice[0]} beside {names[plain_name(twice[0])]}"] if twice else []
+    raise DataError(f"{where} {' and '.join(wrong)}; it must have {expected}, and no other")
 
 
 def plain_name(name: str) -> str:
@@ -190,12 +192,8 @@ def _from_hub(task: RunSet, truncated: str) -> ImageSet:
     for column in _COLUMNS:
         if column not in rows.column_names:
             raise DataError(f"{where} has no column '{column}'{did_you_mean(column, rows.column_names)}")
-    names = rows.features["label"].names if isinstance(rows.features["label"], datasets.ClassLabel) else None
-    labels = [names[value] if names else str(value) for value in rows["label"]]
-    domains = [_domain(rows.features["domain"], value) for value in rows["domain"]]
-    classes, present = sorted(set(labels)), sorted(set(domains))
-    if len(present) != len(task.environments):
-        raise DataError(f"{where} has the domains {', '.join(present)}, but must have {len(task.environments)}")
+    labels, domains = (_names(rows, column, where) for column in ("label", "domain"))
+    classes, present = sorted(set(labels)), _environment_order(sorted(set(domains)), task, where)
     images = rows.cast_column("image", datasets.Image(decode=False))
     environments = []
     for (name, _), domain in zip(task.environments, present, strict=True):
@@ -209,11 +207,24 @@ def _from_hub(task: RunSet, truncated: str) -> ImageSet:
     return ImageSet(environments, classes, f"hub {read}")
 
 
-def _domain(feature: Any, value: Any) -> str:
-    return str(feature.names[value]) if hasattr(feature, "names") else str(value)
+def _names(rows: Any, column: str, where: str) -> list[str]:
+    """What the rows of the hub's set say in a column: classes by their names.
+
+    Raises:
+        DataError: a row says nothing there.
+    """
+    names = getattr(rows.features[column], "names", None)
+    found = []
+    for number, value in enumerate(rows[column], start=1):
+        if value in (None, "", -1) or value != value or (names and value >= len(names)):
+            raise DataError(f"{where}, row {number}: '{column}' is {value!r}, which names none")
+        found.append(str(names[value] if names else value))
+    return found
 
 
 def _open_row(rows: Any, chosen: list[int], places: list[str], truncated: str, row: int) -> tuple[Image.Image, str]:
     content = rows[chosen[row]]["image"]
+    if content is None:
+        raise DataError(f"{places[row]} has no image")
     file = content["bytes"] if content["bytes"] is not None else Path(content["path"])
     return open_image(file, places[row], truncated=truncated)

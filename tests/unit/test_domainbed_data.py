@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -107,6 +108,12 @@ def test_a_folder_that_is_no_environment_is_named(root: Path) -> None:
 def test_a_missing_environment_is_not_replaced_by_another_folder(root: Path) -> None:
     (root / "PACS" / "photo").rename(root / "PACS" / "sketch_old")
     with pytest.raises(DataError, match=r"lacks the environment photo.* and has sketch_old, which is no environment"):
+        load()
+
+
+def test_an_environment_that_is_there_twice_is_named(root: Path) -> None:
+    shutil.copytree(root / "PACS/photo", root / "PACS/photo_")
+    with pytest.raises(DataError, match=r"PACS has photo beside photo_; it must have art_painting"):
         load()
 
 
@@ -333,6 +340,50 @@ def test_a_hub_set_has_the_same_environments_and_classes(
     assert validate_dataset(found)["environments"]["A"]["rows"] == 9
 
 
+PLAIN_HUB = {"image": [None] * 8, "domain": [*FOLDERS, *FOLDERS], "label": [0] * 4 + [1] * 4}
+
+
+def load_hub(monkeypatch: pytest.MonkeyPatch, names: list[str] | None = None, **columns: Any) -> ImageSet:
+    """A set of the hub with those columns instead of usual ones."""
+    rows = datasets.Dataset.from_dict({**PLAIN_HUB, **columns})
+    rows = rows.cast_column("label", datasets.ClassLabel(names=names)) if names else rows
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=rows))
+    monkeypatch.delenv(DATA_ROOT, raising=False)
+    return load()
+
+
+@pytest.mark.parametrize(
+    ("names", "columns", "message"),
+    [
+        (["dog", "cat"], {"label": [0] * 4 + [1] * 3 + [-1]}, "row 8: 'label' is -1, which names none"),  # not the last
+        (["dog", "cat"], {"label": [0] * 4 + [None] + [1] * 3}, "row 5: 'label' is None, which names none"),
+        (None, {"label": [0] * 4 + [-1] + [1] * 3}, "row 5: 'label' is -1"),
+        (None, {"label": [0.0] * 4 + [math.nan] + [1.0] * 3}, "row 5: 'label' is nan"),
+        (None, {"domain": [*FOLDERS, *FOLDERS[:3], None]}, "row 8: 'domain' is None"),
+        (None, {"domain": [*FOLDERS[1:], "zoo"] * 2}, "lacks the environment art_painting.* has zoo, which is no env"),
+        (None, {"domain": [*FOLDERS, *FOLDERS[1:], "zoo"]}, "has zoo, which is no environment; it must have art_p"),
+        (None, {"domain": [*FOLDERS, *FOLDERS[1:], "Sketch"]}, "has Sketch beside sketch; it must have art_painting"),
+    ],
+)
+def test_rows_of_a_hub_set_without_class_or_environment_are_refused(
+    monkeypatch: pytest.MonkeyPatch, names: list[str] | None, columns: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=rf"^flwrlabs/pacs,? {message}"):
+        load_hub(monkeypatch, names, **columns)
+
+
+def test_environments_of_a_hub_set_are_found_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In DomainBed's order, whatever stands first; quite other names by their own."""
+    found = load_hub(monkeypatch, domain=["Sketch", "photo", "Art Painting", "cartoon"] * 2)
+    assert [environment.places for environment in found.environments] == [
+        [f"flwrlabs/pacs, row {row}" for row in rows] for rows in ((3, 7), (4, 8), (2, 6), (1, 5))
+    ]
+    found = load_hub(monkeypatch, domain=["d", "b", "c", "a"] * 2)
+    assert [environment.places[0][-1] for environment in found.environments] == ["4", "2", "3", "1"]
+    with pytest.raises(DataError, match="row 4 has no image"):
+        found.environments[0].open(0)
+
+
 def test_a_hub_set_without_a_column_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_copy(root, tmp_path / "hub", domain="style")
     monkeypatch.delenv(DATA_ROOT)
@@ -468,6 +519,39 @@ def test_all_of_mnist_is_read_train_before_test(tmp_path: Path, monkeypatch: pyt
         "environments": [["+90%", 0.1], ["+80%", 0.2], ["-90%", 0.9]],
     }
     assert [len(environment) for environment in load(task=task).environments] == [6, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train-labels-idx1-ubyte", b"no labels", "raw lacks MNIST's files .*, or one is damaged$"),
+        ("train-labels-idx1-ubyte", b"", "raw lacks MNIST's files .*, or one is damaged$"),
+        ("train-images-idx3-ubyte", struct.pack(">4i", 2051, 4, 28, 28) + bytes(99), "or one is damaged$"),
+        (
+            "train-labels-idx1-ubyte",
+            struct.pack(">2i", 2049, 3) + bytes(3),
+            "of train are 4 × 28 × 28, and must be 3 × ",
+        ),
+        (
+            "t10k-images-idx3-ubyte",
+            struct.pack(">4i", 2051, 2, 9, 9) + bytes(162),
+            "of t10k are 2 × 9 × 9, and must be",
+        ),
+        (
+            "train-labels-idx1-ubyte",
+            struct.pack(">2i", 2049, 4) + b"\1\xff\2\3",
+            "train-labels.*, row 2: 255 is no digit",
+        ),
+    ],
+)
+def test_damaged_files_of_mnist_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: bytes, message: str
+) -> None:
+    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
+    write_idx(tmp_path / "MNIST/raw", {"train": 4, "t10k": 2})
+    (tmp_path / "MNIST/raw" / file).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_digits("all")
 
 
 def test_an_image_of_32_bits_is_refused(root: Path) -> None:
