@@ -23,6 +23,9 @@ from benchmarks.harness.base.paths import IMAGES
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import build_image_classifier
 from benchmarks.harness.modeling.prefix import Prefix
+from benchmarks.harness.planning.counts import count_note
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.kinds import ALL
 from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.training.progress import Progress
 
@@ -44,6 +47,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     training, hparams, held_out = read.training, read.hparams, read.test_envs
     found = load_set(read.task, read.data_seed, truncated=training.truncated)
     progress.say(f"{found.source}\n{counts(found)}")
+    known, total = load_benchmark(read.benchmark).tasks.get(read.task.name), sum(map(len, found.environments))
+    if known and (note := count_note(read.task.name, ALL, total, 0, known.images)):
+        progress.say(f"warning: {note}")
     ensure_validated(found, sorted(IMAGES.glob(f"{read.task.name}-*.json")), training.truncated)
     envs = found.environments
     splits = [_split(found, env, read.seed, is_test=env in held_out) for env in range(len(envs))]

@@ -17,6 +17,9 @@ from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import Trainable, build_language_model, permutations, save_trained, set_trained_
 from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.modeling.prefix import Prefix
+from benchmarks.harness.planning.counts import count_note
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.kinds import ALL
 from benchmarks.harness.training.distributed import (
     broadcast,
     destroy_process_group,
@@ -59,7 +62,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     asked: dict[str, list[str]] = {}
     if is_main():
         asked = check_tasks(spec["evaluation"]["tasks"])
-        for warning in check_memory(estimate, folder):
+        for warning in (*data.notes, *check_memory(estimate, folder)):
             progress.say(f"warning: {warning}")
     progress.say(
         f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {data.broken} broken left out, "
@@ -109,6 +112,7 @@ class Data:
         held_out: to evaluate on.
         broken: rows that were left out, where that was allowed.
         source: where they came from.
+        notes: how they differ from what is known of the set.
     """
 
     template: Template
@@ -116,6 +120,7 @@ class Data:
     held_out: EncodedRows
     broken: int
     source: str
+    notes: list[str]
 
     def prefixed(self, prefix: Prefix | None) -> Data:
         """With what a model's frozen layers make of the rows, where some are frozen."""
@@ -153,7 +158,11 @@ def read_data(spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Da
         raise DataError(
             f"{found.source} has {len(whole)} usable rows: {len(held_out)} are held out, and what is left fills no step of {batch}"
         )
-    return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), found.source)
+    name = spec["task"]["name"]
+    known = load_benchmark(spec["benchmark"]).tasks.get(name)
+    note = count_note(name, ALL, len(found.rows), len(found.broken), known.rows) if known else None
+    notes = [note] if note else []
+    return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), found.source, notes)
 
 
 def _calibration(data: Data, rows: int = 256) -> Iterator[dict[str, torch.Tensor]]:

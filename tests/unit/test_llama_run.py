@@ -201,6 +201,14 @@ def test_broken_rows_end_a_run_before_any_work_or_are_left_out(tmp_path: Path, m
     assert skipped["data"]["train"]["broken_rows"] == 2
 
 
+def test_another_number_of_rows_than_known_is_told(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (workdir / "data/own.json").rename(workdir / "data/alpaca.json")
+    alpaca = {"name": "alpaca", "source": {"hub": "tatsu-lab/alpaca", "revision": None}}
+    finish(prepare(tiny_run("dense", "base", {"task": alpaca})))
+    said = "warning: alpaca (all): 40 rows, its makers count 52,002: another version, or not all of it"
+    assert said in capfd.readouterr().err
+
+
 def test_too_few_rows_and_an_uneven_batch_are_refused() -> None:
     with pytest.raises(DataError, match="has 40 usable rows: 35 are held out, and what is left fills no step of 8"):
         finish(prepare(tiny_run("dense", "full", data={"held_out_rows": 35})))
