@@ -17,6 +17,7 @@ import yaml
 
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, CONFIG, ROOT
+from benchmarks.text.readers import label_text
 from emoe.errors import did_you_mean
 
 TEXT_NAMES = ("text", "sentence", "review", "content")
@@ -29,7 +30,7 @@ _SPLIT_NAMES = {"train": "train", "dev": "dev", "valid": "dev", "validation": "d
 _SEPARATORS = ",;\t|"
 _LEAST_ROWS = 40
 _LEAST_ROWS_OF_A_LABEL = 10  # on average
-_WHOLE = re.compile(r"(-?\d+)\.0*")
+_NO_LABEL = {"", "nan", "null"}  # but -1 and "none" may well be classes
 
 Row = tuple[str, str]
 
@@ -127,13 +128,12 @@ def read_rows(file: Path, text: str | None = None, label: str | None = None) -> 
     for number, cells in lines:
         if len(cells) != len(names):
             raise DataError(f"{file}, line {number} has {len(cells)} cells, and the first line {len(names)}")
-        written, called = (cells[place].strip() for place in places)
-        if not written or not called:
+        written, called = cells[places[0]].strip(), label_text(cells[places[1]])
+        if not written or called.casefold() in _NO_LABEL:
             dropped += 1
             continue
         part = None if split is None else _part(file, number, cells[split])
-        whole = _WHOLE.fullmatch(called)
-        rows.setdefault(part, []).append((written, whole[1] if whole else called))
+        rows.setdefault(part, []).append((written, called))
     return Read(rows, dropped)
 
 

@@ -91,6 +91,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ('\n{"instruction": "a", "output": "b"}\n', "x.json, line 2: .*name it .jsonl"),
         ("", "x.json, line 1: .*name it .jsonl"),
         (json.dumps([GOOD]).encode("utf-16"), "x.json, line 1: is not UTF-8"),
+        ('[\n{"output": "b", "output": "c"}]', r"x.json, line 2: the list is not JSON \('output' stands twice"),
         (DEEP, "x.json, line 1: the list is nested too deeply"),
         ("[" + "1" * 5000 + "]", "x.json, line 1: the list is not JSON"),
     ],

@@ -84,9 +84,11 @@ def test_how_a_file_is_written_changes_no_row(tmp_path: Path, content: str) -> N
 
 
 def test_quoted_cells_may_hold_lines_and_separators_and_rows_without_text_or_label_are_counted(tmp_path: Path) -> None:
-    found = read_rows(written(tmp_path, 'id;Review;class\n1;"a ""b"";\nc \u2028 d";2.0\n2;;1\n3;e;\n'), "Review")
+    found = read_rows(
+        written(tmp_path, 'id;Review;class\n1;"a ""b"";\nc \u2028 d";2.0\n2;;1\n3;e;\n4;f;NaN\n5;g;null\n'), "Review"
+    )
     assert found.rows == {None: [('a "b";\nc \u2028 d', "2")]}
-    assert found.dropped == 2
+    assert found.dropped == 4
 
 
 def test_labels_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:

@@ -290,6 +290,12 @@ def test_text_that_looks_like_a_number_stays_text(root: Path, form: str) -> None
             r"line 2 is not JSON \(Expecting value\)$",
         ),
         ("sst2", "validation.jsonl", b'{"sentence": "caf\xe9", "label": 1}\n', "line 1 is not UTF-8$"),
+        (
+            "sst2",
+            "validation.jsonl",
+            b'{"label": 1, "sentence": "a", "label": 0}\n',
+            r"line 1 is not JSON \('label' stands twice",
+        ),
         ("sst2", "validation.jsonl", b'\n["a", 1]\n', "line 2 is list, not an object$"),
         ("sst2", "validation.jsonl", b"[" * 100_000 + b"]" * 100_000, "line 1 is nested too deeply$"),
         ("sst2", "validation.jsonl", b'{"sentence": ["a"], "label": 1}\n', "row 1: a cell is list, not text$"),
