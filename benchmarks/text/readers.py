@@ -22,6 +22,7 @@ from benchmarks.text.tabular import (
     read_delimited,
     read_folders,
     read_json_lines,
+    visible,
 )
 from emoe.errors import did_you_mean
 
@@ -145,7 +146,7 @@ def _files(place: Path, split: str, suffix: str) -> list[Path]:
         DataError: it is there in two of these, or a piece is missing.
     """
     forms = (f"{split}.{suffix}", f"{split}-*.{suffix}", f"{split}/*.{suffix}")
-    found = [files for form in forms if (files := sorted(place.glob(form)))]
+    found = [files for form in forms if (files := visible(place.glob(form)))]
     if len(found) > 1:
         one, other = (files[0].relative_to(place) for files in found[:2])
         raise DataError(f"{place} has the split '{split}' twice: {one} and {other}; leave one of them")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -204,6 +204,11 @@ def _name_of(value: Any, names: Sequence[str]) -> Any:
     return names[int(value)] if isinstance(value, int | float) and value in range(len(names)) else value
 
 
+def visible(files: Iterable[Path]) -> list[Path]:
+    """Those that are not hidden, as notes of file managers are (``._name``), in order."""
+    return sorted(file for file in files if not file.name.startswith("."))
+
+
 def read_folders(folder: Path, labels: Collection[str], text: str, label: str) -> Table:
     """One text file a row, below a folder of its label's name.
 
@@ -215,7 +220,7 @@ def read_folders(folder: Path, labels: Collection[str], text: str, label: str) -
     """
     texts, found = [], []
     for name in labels:
-        files = sorted((folder / name).glob("*.txt"))
+        files = visible((folder / name).glob("*.txt"))
         if not files:
             raise DataError(f"{folder / name} holds no .txt file")
         for file in files:

@@ -349,6 +349,17 @@ def test_a_split_is_read_once_and_as_a_whole(root: Path) -> None:
         load_split(task("rte"), "dev")
 
 
+def test_hidden_files_are_no_rows(root: Path) -> None:
+    """As file managers leave them beside others (``._name``)."""
+    folder = write_own(root, "imdb")
+    (folder / "test/pos/._0_9.txt").write_text("Mac OS X")
+    assert load_split(task("imdb"), "test").labels == MEANING["imdb"][0]
+    (root / "RTE/validation").mkdir(parents=True)
+    hub_frame("rte").to_parquet(root / "RTE/validation/0.parquet")
+    (root / "RTE/validation/._0.parquet").write_text("Mac OS X")
+    assert load_split(task("rte"), "dev").labels == LABELS["rte"]
+
+
 def test_numbers_that_are_names_of_classes_are_no_numbers_of_classes(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
