@@ -107,12 +107,13 @@ def paper(suite: str, as_json: bool) -> None:
     """List the paper's tables and figures: the command that makes each, its files, whether they are there."""
     from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.reporting.paper_items import paper_index
+    from benchmarks.harness.reporting.rendering import MISSING
 
     index = paper_index(suite_of_job(suite))
     if as_json:
         echo_json(index.to_dict("records"))
     else:
-        click.echo(index.to_markdown(index=False))
+        click.echo(index.assign(files=index["files"].map(", ".join)).replace("", MISSING).to_markdown(index=False))
 
 
 @command("Pack finished runs into one file.")

@@ -15,9 +15,9 @@ import pytest
 
 from benchmarks.__main__ import cli
 from benchmarks.harness.base import paths
-from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.planning.suite import all_artifacts, load_suite
 from benchmarks.harness.reporting.outcomes import ALL, with_runs
-from benchmarks.harness.reporting.rendering import RUNS, Column, Table
+from benchmarks.harness.reporting.rendering import RUNS, Column, Table, with_code
 from tests import fake_runs
 
 if TYPE_CHECKING:
@@ -100,9 +100,22 @@ def test_verdicts_stand_before_numbers_and_one_table_of_a_benchmark_is_open(page
 
 def test_it_says_which_command_makes_the_papers_figures(page_file: Path) -> None:
     text = page_file.read_text()
-    assert "snakemake --cores all figure_5 --config suite=mini" in text
-    assert "results/mini/paper/figure_5a.png" in text
+    assert "<code>snakemake --cores all figure_5 --config suite=mini</code>" in text
+    assert '<a href="paper/figure_5a.png">figure_5a.png</a>' in text
     assert (page_file.parent / "paper/figure_5a.png").exists()
+    assert "not in this suite (benchmark domainbed)" in text
+
+
+def test_code_in_captions_is_marked_as_such(page_file: Path) -> None:
+    read = re.sub(r"<(script|style)>.*?</\1>", "", page_file.read_text(), flags=re.DOTALL)
+    assert "`" not in read
+    assert with_code("`a <b>` & c") == "<code>a &lt;b&gt;</code> &amp; c"
+
+
+def test_a_folded_figure_is_named_by_a_whole_sentence() -> None:
+    titles = [shown.short_caption(name) for shown in all_artifacts() for name in shown.figures]
+    assert "The same as the paper draws it (Fig. 4 of the first version)" in titles
+    assert [title for title in titles if title.count("(") != title.count(")")] == []
 
 
 def test_runs_of_a_row_are_those_with_its_names() -> None:
@@ -166,6 +179,13 @@ def test_it_is_readable_at_every_width_and_for_everybody(
     if scheme == "dark":
         assert violations(pages[-1]) == []
     assert said == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_claims_are_read_without_a_window_to_scroll_in(browser: Browser, page_file: Path, width: int) -> None:
+    page, _ = opened(browser, page_file, width)
+    heights = "[...document.querySelectorAll('.whole')].map((box) => box.scrollHeight - box.clientHeight)"
+    assert page.evaluate(heights) == [0, 0]  # claims, and the paper's tables and figures
 
 
 def test_a_click_on_a_heading_sorts_by_the_number(browser: Browser, page_file: Path) -> None:

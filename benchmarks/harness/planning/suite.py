@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -113,8 +114,8 @@ class Artifacts:
         return [str(folder / f"{self.stem(table)}.{end}") for table in self.tables for end in FORMATS]
 
     def short_caption(self, figure: str) -> str:
-        """What a figure shows: its caption up to the first stop."""
-        return self.figures[figure].partition(". ")[0].partition(": ")[0].rstrip(".")
+        """What a figure shows: its caption up to the first stop, which is not that of ``Fig. 4``."""
+        return re.split(r"\. (?=[A-Z])|: ", self.figures[figure], maxsplit=1)[0].rstrip(".")
 
     def figure_labels(self, suite: str) -> dict[str, dict[str, str]]:
         """What Snakemake's report says of each file of :meth:`figure_files`."""

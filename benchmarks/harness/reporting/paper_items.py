@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 
@@ -17,7 +18,7 @@ from benchmarks.harness.planning.paper_items import (
 from benchmarks.harness.planning.suite import Artifacts, Suite
 from benchmarks.harness.reporting.outcomes import SETTING
 from benchmarks.harness.reporting.presentation import Presentation
-from benchmarks.harness.reporting.rendering import MISSING, Table
+from benchmarks.harness.reporting.rendering import Table
 
 _PROTOCOLS = ("published", "clean")  # the paper's own first
 
@@ -71,15 +72,15 @@ def paper_index(suite: Suite) -> pd.DataFrame:
             needed = sorted({one.part.benchmark for one in outputs}) or ["with a claim"]
             status = f"not in this suite (benchmark {', '.join(needed)})"
         else:
-            there = sum((paths.ROOT / file).exists() for file in files)
+            there = sum(Path(file).exists() for file in files)
             status = "made" if there == len(files) else f"{there} of {len(files)} files"
         found.append(
             {
                 "item": name,
                 "title": item.title,
                 "naacl": item.naacl,
-                "command": MISSING if item.missing else f"snakemake --cores all {name}",
-                "files": ", ".join(file for file in files if file.endswith((".md", ".png"))) or MISSING,
+                "command": "" if item.missing else f"snakemake --cores all {name} --config suite={suite.name}",
+                "files": [file for file in files if file.endswith((".md", ".png"))],
                 "status": status,
             }
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +170,7 @@ class Table:
         body = "\n".join(rows)
         return (
             f'<figure id="{html.escape(self.name)}">\n<figcaption><b>{html.escape(self.title)}.</b> '
-            f"<details><summary>How to read it</summary>{html.escape(self.caption)}</details>"
+            f"<details><summary>How to read it</summary>{with_code(self.caption)}</details>"
             f"{f'<p>{html.escape(once)}</p>' if once else ''}</figcaption>\n"
             f'<div class="wide"><table class="{"sentences" if self.wraps else "numbers"}">\n'
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n</figure>\n"
@@ -198,6 +199,11 @@ class Table:
         (folder / f"{self.name}.md").write_text(self.markdown())
         (folder / f"{self.name}.tex").write_text(self.latex())
         (folder / f"{self.name}.html").write_text(self.html())
+
+
+def with_code(text: str) -> str:
+    """A text as HTML: what stands between backticks is code, and nothing else is markup."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _sentence(same: Mapping[str, str]) -> str:

@@ -24,7 +24,7 @@ from benchmarks.harness.planning.suite import CLAIMS, Artifacts, Suite, artifact
 from benchmarks.harness.reporting.claims import cards, has_random_weights, sentences
 from benchmarks.harness.reporting.paper_items import paper_index
 from benchmarks.harness.reporting.presentation import Presentation, present
-from benchmarks.harness.reporting.rendering import MISSING, Table
+from benchmarks.harness.reporting.rendering import MISSING, with_code
 from benchmarks.harness.results.bundles import origin_of
 from benchmarks.harness.results.records import read_metrics
 
@@ -59,7 +59,7 @@ class _Page:
                 "name": shown.stem(name),
                 "image": _image(folder / f"{shown.stem(name)}.png"),
                 "files": self.to(folder / shown.stem(name)),
-                "caption": caption,
+                "caption": Markup(with_code(caption)),  # noqa: S704 -- it escapes
                 "alt": shown.short_caption(name),
             }
             for name, caption in shown.figures.items()
@@ -87,7 +87,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         shown_names=shown,
         sections=[{**_section(page, name), "cost": costs[name]} for name in shown],
         most=_MOST_SENTENCES,
-        paper=Markup() if benchmark else _paper(suite),
+        paper=[] if benchmark else _paper(page),
         costs=costs,
         environments=environments,
         runs_folder=page.to(paths.RUNS),
@@ -119,32 +119,15 @@ def _claims(page: _Page) -> dict[str, Any]:
     }
 
 
-def _paper(suite: Suite) -> Markup:
-    """Where each table and figure of the paper is; empty where the suite makes none of them."""
-    index = paper_index(suite)
-    if not any(index["files"] != MISSING):
-        return Markup()
-    table = Table(
-        "Which file shows what the paper shows",
-        "Numbers are those of the first version (arXiv). Each is made by its command, with what it needs; the same tables with all rows and selections are above.",
-        {
-            "item": "Item",
-            "title": "Shows",
-            "naacl": "In the NAACL version",
-            "command": "Command",
-            "files": "Files",
-            "status": "Status",
-        },
-        [],
-        index.assign(
-            command=[
-                f"{command} --config suite={suite.name}" if command != MISSING else MISSING
-                for command in index["command"]
-            ]
-        ),
-        wraps=True,
-    )
-    return Markup(table.html())  # noqa: S704
+def _paper(page: _Page) -> list[dict[str, Any]]:
+    """Where each table and figure of the paper is; nothing where the suite makes none of them."""
+    index = paper_index(page.suite)
+    if not any(index["files"]):
+        return []
+    return [
+        {**row, "files": [(file, page.to(Path(file)) if Path(file).exists() else "") for file in row["files"]]}
+        for row in index.to_dict("records")
+    ]
 
 
 def _section(page: _Page, name: str) -> dict[str, Any]:
