@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from benchmarks.harness.results.regression import Comparison, Finding, Tier
 from tests.conftest import ROOT
@@ -106,6 +107,18 @@ def test_an_issue_form_is_one(form: Path) -> None:
         assert field["attributes"]["label"]
         options = field["attributes"].get("options", ["none"])
         assert all(isinstance(one, dict if field["type"] == "checkboxes" else str) for one in options)
+
+
+def test_every_release_has_a_section_in_the_changelog() -> None:
+    unreleased, *releases = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert unreleased == "Unreleased"
+    found = [re.fullmatch(r"(\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d)", heading) for heading in releases]
+    assert None not in found
+    versions, dates = zip(*(match.groups() for match in found if match), strict=True)
+    assert list(versions) == sorted(versions, key=Version, reverse=True)
+    assert list(dates) == sorted(dates, reverse=True)
+    tags = subprocess.run(["git", "tag", "--list", "v*"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {tag.removeprefix("v") for tag in tags.stdout.split()} <= set(versions)
 
 
 def test_the_paper_is_what_is_cited() -> None:
