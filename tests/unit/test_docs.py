@@ -87,6 +87,15 @@ def test_a_table_of_suites_counts_the_runs_that_are_planned(page: str) -> None:
     assert said == runs.to_dict()
 
 
+def test_every_difference_has_a_consequence_and_a_choice() -> None:
+    text = (ROOT / "docs/differences.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")] for line in re.findall(r"^\| \d+ \|.*$", text, re.MULTILINE)]
+    assert [int(row[1]) for row in rows] == list(range(1, 35))
+    for _, _, theirs, consequence, ours, their_way, _ in rows:
+        assert all((theirs, ours, their_way))
+        assert re.search(r"\*\*(stops|confounds|hard to repeat)\*\*", consequence)
+
+
 def test_pages_agree_on_the_verdicts() -> None:
     counts = r"(\d+) tests of (?:twelve|the paper's twelve) claims\]\([\w./]+\) (\d+) are supported, (\d+) contradicted, (\d+)\s"
     said = {page: re.search(counts, (ROOT / page).read_text()) for page in ("README.md", "docs/results.md")}
