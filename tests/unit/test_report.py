@@ -226,6 +226,14 @@ def test_a_link_opens_what_is_folded_and_paper_shows_all(browser: Browser, page_
     assert page.locator("details:not([open])").count() > 5
 
 
+def test_paper_is_white_whatever_the_screen_is(browser: Browser, page_file: Path) -> None:
+    page, _ = opened(browser, page_file, scheme="dark")
+    ink = "getComputedStyle(document.body).color"
+    assert page.evaluate(ink) == "rgb(231, 232, 234)"
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate(ink) == "rgb(29, 29, 31)"
+
+
 def test_without_javascript_it_is_all_there(browser: Browser, page_file: Path) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
