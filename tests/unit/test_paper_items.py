@@ -34,7 +34,7 @@ def test_every_part_is_made_by_one_rule() -> None:
     made = [output.name for shown in all_artifacts() for output in outputs_of(shown)]
     assert sorted(made) == sorted(output.name for output in paper_outputs())
     assert len(made) == len(set(made))
-    assert {"table_4", "table_3a", "table_3d", "table_8_pacs", "figure_5b"} <= set(made)
+    assert {"table_4a", "table_3a", "table_3d", "table_8_pacs", "figure_5b"} <= set(made)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_suite_makes_what_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "table_8_rotated_mnist_5k" in names
     assert "table_8_pacs" not in names
     assert {Path(file).name for file in paper_files(suite, "table_4")} == {
-        f"table_4.{end}" for end in ("csv", "md", "tex", "html")
+        f"table_4{part}.{end}" for part in "ab" for end in ("csv", "md", "tex", "html")
     }
     assert paper_files(load_suite({"suite": "speed"})) == []
 
@@ -73,7 +73,7 @@ def test_paper_tables_have_the_papers_rows_by_one_selection(tmp_path: Path, monk
     folder = Path("results/mini/paper")
     write_claims(suite)
     assert {path.name for path in folder.iterdir()} == {Path(file).name for file in paper_files(suite)}
-    table = (folder / "table_4.md").read_text()
+    table = (folder / "table_4a.md").read_text()
     assert table.startswith("### Table 4 of the paper (first version): Clustered and random experts")
     assert "bottom k" in table
     assert "all but the top k" not in table  # of table 17
@@ -84,7 +84,8 @@ def test_paper_tables_have_the_papers_rows_by_one_selection(tmp_path: Path, monk
     assert "random partition" not in (folder / "table_2a.md").read_text()
     index = paper_index(suite).set_index("item")
     assert index.loc["table_1", "status"].startswith("not in this suite")
-    assert index.loc["figure_4", "status"] == "not in this suite (benchmark modularity)"
+    assert index.loc["table_mmlu", "status"] == "not in this suite (benchmark llama)"
+    assert index.loc["table_4", "status"] == "made"
     assert index.loc["table_multitask", "status"].startswith("not made: ")
 
 
