@@ -24,14 +24,14 @@ def manifest(script: Path) -> dict[str, Any]:
     Returns:
         The Job. It is given as much as it asks for and no more, like a job of Slurm's.
     """
-    job, gpu_nodes = yaml.safe_load_all(TEMPLATE.read_text())
+    job, gpu_nodes = [*yaml.safe_load_all(TEMPLATE.read_text()), None][:2]
     line = next(line for line in script.read_text().splitlines() if line.startswith(_PROPERTIES))
     properties = json.loads(line.removeprefix(_PROPERTIES))
     resources = properties["resources"]
     asked = {"cpu": properties["threads"], "memory": f"{resources['mem_mb']}M"}
     pod = job["spec"]["template"]["spec"]
     if resources.get("gpu"):
-        pod.update(gpu_nodes)
+        pod.update(gpu_nodes or {})
         asked[GPU] = resources["gpu"]
     pod["activeDeadlineSeconds"] = 60 * resources["runtime"]  # from when it starts; what waits for a node is not ended
     pod["containers"][0] |= {
@@ -49,9 +49,13 @@ def manifest(script: Path) -> dict[str, Any]:
 def main() -> None:
     """Submit the job of the script that the command line names."""
     command = ["kubectl", "create", "--filename", "-", "--output", "name"]
-    found = subprocess.run(
-        command, input=json.dumps(manifest(Path(sys.argv[1]))), stdout=subprocess.PIPE, text=True, check=False
-    )
+    try:
+        job = json.dumps(manifest(Path(sys.argv[1])))
+        found = subprocess.run(command, input=job, stdout=subprocess.PIPE, text=True, check=False)
+    except yaml.YAMLError as error:
+        sys.exit(f"error: {TEMPLATE}: {' '.join(str(error).split())}")
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error.filename} is not there")
     if found.returncode:  # it has said why
         sys.exit(found.returncode)
     sys.stdout.write(found.stdout.removeprefix("job.batch/"))

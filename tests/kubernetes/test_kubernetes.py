@@ -130,11 +130,33 @@ def test_a_group_of_jobs_is_named_after_the_group(tmp_path: Path) -> None:
     assert job["metadata"]["generateName"] == "emoe-partitions-"
 
 
-def test_all_pods_have_the_same_image_user_and_volume(tmp_path: Path) -> None:
+def test_what_keeps_a_job_from_being_submitted_is_one_line(tmp_path: Path) -> None:
+    profile, script = tmp_path / "kubernetes", tmp_path / "job.sh"
+    shutil.copytree(PROFILE, profile)
+    described(tmp_path)
+
+    def said(path: str = os.defpath) -> str:
+        command = [sys.executable, profile / "submit.py", script]
+        environment = {"PATH": path, "KUBECONFIG": "/dev/null"}
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert found.returncode
+        assert not found.stdout
+        return found.stderr
+
+    assert said(str(tmp_path)) == "error: kubectl is not there\n"
+    (profile / "job.yaml").write_text("kind: Job\nspec: [\n")
+    assert re.fullmatch(r"error: .*job\.yaml: .* line 3, column 1.*\n", said())
+    (profile / "job.yaml").unlink()
+    assert re.fullmatch(r"error: .*job\.yaml is not there\n", said())
+
+
+def test_all_pods_have_the_same_image_user_cache_and_volume(tmp_path: Path) -> None:
     parts = list(yaml.safe_load_all((PROFILE / "cluster.yaml").read_text()))
     by_kind = {part["kind"]: part for part in parts}
     main, run = by_kind["Pod"]["spec"], pod(described(tmp_path))
-    assert main["containers"][0]["image"] == run["containers"][0]["image"]
+    assert [main["containers"][0][key] for key in ("image", "env")] == [
+        run["containers"][0][key] for key in ("image", "env")
+    ]
     assert main["securityContext"] == run["securityContext"]
     claim = {"persistentVolumeClaim": {"claimName": by_kind["PersistentVolumeClaim"]["metadata"]["name"]}}
     for spec in (main, run):
