@@ -225,4 +225,4 @@ def test_what_is_cancelled_leaves_no_pod_behind(checkout: Checkout, cluster: Clu
         assert cluster.running
         main.send_signal(signal.SIGINT)
         main.wait()
-    assert not cluster.running
+        wait_for(lambda: not cluster.running)
