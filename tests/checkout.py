@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -71,3 +73,11 @@ class Checkout:
         text = path.read_text()
         assert text.count(old) >= 1
         path.write_text(text.replace(old, new))
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Return when it holds; fail where it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.2)

@@ -10,15 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.suite import load_suite
-from tests.checkout import SNAKEMAKE, Checkout
+from tests.checkout import SNAKEMAKE, Checkout, wait_for
 from tests.conftest import ROOT
 
 _CLUSTER = ROOT / "tests/slurm/cluster.sh"
@@ -73,13 +72,6 @@ def queued() -> list[list[str]]:
         ["squeue", "--noheader", "--format", "%A %T %k"], capture_output=True, text=True, check=True
     ).stdout
     return [line.split() for line in shown.splitlines()]
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.2)
 
 
 def test_a_benchmark_runs_from_its_partitions_to_its_tables(checkout: Checkout) -> None:

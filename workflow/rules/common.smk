@@ -27,6 +27,10 @@ except EMoEError as error:
 ENVIRONMENT = "../envs/emoe.yaml"
 
 
+# only used with `--sdm apptainer`: made of the Dockerfile's image (docs/cluster.md)
+container: "emoe.sif"
+
+
 wildcard_constraints:
     suite="[a-z][a-z0-9_]*",
     benchmark="[a-z][a-z0-9_]*",
@@ -42,12 +46,13 @@ wildcard_constraints:
 os.environ.update(SUITE.environment())
 
 
-# Jobs of this machine fork from a process that has imported what they need.
+# Jobs of this machine fork from a process that has imported what they need, unless each has a Python of its own (`--sdm`).
 FORKSERVER = Server(SUITE.modules)
 
 
 onstart:
-    FORKSERVER.start()
+    if not workflow.deployment_settings.deployment_method:
+        FORKSERVER.start()
     SUITE.write_plan()
     if missing := SUITE.missing_sets():
         print(

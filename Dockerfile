@@ -1,0 +1,31 @@
+# The suite with what it needs, for a container's own checkout in /emoe or another that one mounts there:
+#   docker build --tag emoe .
+#   docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD:/emoe" emoe snakemake --cores all
+# pip's torch comes with CUDA; a smaller image for CPUs: --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+FROM python:3.11-slim-trixie
+
+# git knows the version and which commit made a number; g++ compiles the sparse path's kernels; kubectl is what profiles/kubernetes calls
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ git kubernetes-client \
+    && rm -rf /var/lib/apt/lists/* \
+    && git config --system --add safe.directory '*' \
+    && useradd --create-home --uid 1000 emoe \
+    && chmod 1777 /home/emoe \
+    && install --directory --owner emoe /emoe
+
+# whoever it runs as has a name and a home
+ENV HOME=/home/emoe USER=emoe PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+ARG PIP_EXTRA_INDEX_URL
+
+# what the project depends on, which is installed again only where pyproject.toml has changed
+COPY pyproject.toml /tmp/dependencies/
+# hadolint ignore=DL3013
+RUN pip install '/tmp/dependencies[suite,mini,kubernetes]'
+
+WORKDIR /emoe
+COPY --chown=emoe . .
+RUN pip install --no-deps --editable .
+
+USER 1000
+CMD ["snakemake", "--cores", "all"]
