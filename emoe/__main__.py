@@ -19,12 +19,14 @@ from tabulate import tabulate
 import emoe
 from emoe.checkpoint import EXTRA_FILE, read_sidecars, save_weights
 from emoe.errors import ConfigError, EMoEError
-from emoe.folders import check_new, copy_companions, load_dense, loader_for, model_folder
+from emoe.folders import copy_companions, load_dense, loader_for, model_folder
 from emoe.sparse.build import build_kernels
+from emoe.streaming import NotStreamedError, convert_folder, fold_folder
+from emoe.unfinished import check_free
 
 _FOLDER = click.Path(path_type=Path)
 # a folder that cannot be written to, a full disk: no mistake of ours
-_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _KINDS: dict[str, type[emoe.EMoEConfig] | type[emoe.GMoEConfig]] = {"emoe": emoe.EMoEConfig, "gmoe": emoe.GMoEConfig}
 
 
@@ -88,8 +90,16 @@ def _plain_value(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _copy_companions(source: Path, out: Path) -> None:
-    for file in copy_companions(source, out):
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _say_in_memory(reason: NotStreamedError) -> None:
+    click.echo(f"Held in memory, and not to be resumed: {reason}", err=True)
+
+
+def _say_left_out(source: Path, files: list[Path]) -> None:
+    for file in files:
         click.echo(f"Not copied: {source / file} is a link that leads out of the folder", err=True)
 
 
@@ -127,6 +137,12 @@ def _copy_companions(source: Path, out: Path) -> None:
     shell_complete=_completed_by(*(f"{name}=" for name in _FIELDS)),
     help="Any other field of the configuration.",
 )
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Layers at a time. By default as many as cores, while memory stays below twice the largest weight file and 1 GB.",
+)
 @_with_clear_errors
 def convert(
     model: str,
@@ -138,8 +154,12 @@ def convert(
     kind: str,
     as_published: str | None,
     others: tuple[str, ...],
+    jobs: int | None,
 ) -> None:
-    """Convert MODEL, a folder or hub id of transformers or timm, and write it to the new folder OUT."""
+    """Convert MODEL, a folder or hub id of transformers or timm, and write it to the new folder OUT.
+
+    The model is not held in memory. What was interrupted goes on when the same command is given again.
+    """
     values: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "layers": _plain_layers(layers)}
     values |= {"partition": partition} if partition else {}
     values |= dict(_plain_value(text) for text in others)
@@ -147,12 +167,17 @@ def convert(
     config = cls.as_published(as_published, **values) if as_published else cls(**values)
     if getattr(config, "partition", None) == "coactivation":
         raise ConfigError("a co-activation partition needs calibration data; convert in Python (docs/library.md)")
-    check_new(out)
+    check_free(out)
     source = model_folder(model)
-    loaded = load_dense(source)
-    report = emoe.convert_(loaded, config, progress=True)
-    emoe.save_pretrained(loaded, out)
-    _copy_companions(source, out)
+    try:
+        report, outside = convert_folder(source, out, config, jobs=jobs, progress=True)
+    except NotStreamedError as reason:
+        _say_in_memory(reason)
+        loaded = load_dense(source)
+        report = emoe.convert_(loaded, config, progress=True)
+        emoe.save_pretrained(loaded, out)
+        outside = copy_companions(source, out, _names(out))
+    _say_left_out(source, outside)
     click.echo(report)
     click.echo(f"Written to {out}")
 
@@ -240,14 +265,22 @@ def _in_cells(measured: dict[str, Any]) -> dict[str, Any]:
 @click.option("--restore-order", is_flag=True, help="Put the neurons back where they stood before the conversion.")
 @_with_clear_errors
 def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
-    """Fold the experts of a converted FOLDER back, and write the dense model to the new folder OUT."""
-    check_new(out)
+    """Fold the experts of a converted FOLDER back, and write the dense model to the new folder OUT.
+
+    The model is not held in memory. What was interrupted goes on when the same command is given again.
+    """
+    check_free(out)
     source = model_folder(str(folder))
-    model = emoe.from_pretrained(loader_for(source), source)
-    emoe.to_dense_(model, restore_order=restore_order)
-    out.mkdir(parents=True, exist_ok=True)
-    save_weights(model, out)
-    _copy_companions(source, out)
+    try:
+        outside = fold_folder(source, out, restore_order=restore_order, progress=True)
+    except NotStreamedError as reason:
+        _say_in_memory(reason)
+        model = emoe.from_pretrained(loader_for(source), source)
+        emoe.to_dense_(model, restore_order=restore_order)
+        out.mkdir(parents=True, exist_ok=True)
+        save_weights(model, out)
+        outside = copy_companions(source, out, _names(out))
+    _say_left_out(source, outside)
     click.echo(f"Written to {out}")
 
 

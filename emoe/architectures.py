@@ -229,6 +229,25 @@ class FFN:
     def gated(self) -> bool:
         return self.spec.fused is not None or self.spec.proj_up is not None
 
+    def neuron_dims(self) -> dict[str, int]:
+        """The dimension that counts neurons, of each tensor of the projections that has one, by its path below the layer."""
+        dim = self.neuron_dim_in
+        found = {f"{path}.{name}": at for path, _ in self.inputs() for name, at in (("weight", dim), ("bias", 0))}
+        return {**found, f"{self.spec.proj_out}.weight": 1 - dim}
+
+    def take(self, path: str, tensor: Tensor, neurons: Tensor) -> Tensor:
+        """A projection's tensor with these neurons only, in this order.
+
+        Args:
+            path: of the tensor below the layer; one of :meth:`neuron_dims`.
+            tensor: stored as this FFN's.
+            neurons: ``[n]``; the neuron that goes to place i is ``neurons[i]``.
+        """
+        dim, neurons = self.neuron_dims()[path], neurons.to(tensor.device)
+        if not self.spec.fused or path == f"{self.spec.proj_out}.weight":
+            return tensor.index_select(dim, neurons)
+        return torch.cat([half.index_select(dim, neurons) for half in self.parts(tensor, dim)], dim)
+
     @torch.no_grad()
     def permute_(self, permutation: Tensor) -> None:
         """Reorder the neurons in place; the dense function does not change.
@@ -236,15 +255,11 @@ class FFN:
         Args:
             permutation: ``[d]``; the neuron that goes to place i is ``permutation[i]``.
         """
-        dim = self.neuron_dim_in
-        for _, module in self.inputs():
-            weight, bias = cast(Tensor, module.weight), bias_of(module)
-            for part in self.parts(weight, dim):
-                part.copy_(part.index_select(dim, permutation.to(weight.device)))
-            for part in self.parts(bias, 0) if bias is not None else ():
-                part.copy_(part[permutation.to(weight.device)])
-        values = cast(Tensor, self.proj_out.weight)
-        values.copy_(values.index_select(1 - dim, permutation.to(values.device)))
+        for path in self.neuron_dims():
+            module, _, name = path.rpartition(".")
+            tensor = cast("Tensor | None", getattr(_submodule(self.layer, module), name, None))
+            if tensor is not None:
+                tensor.copy_(self.take(path, tensor, permutation))
 
     def parts(self, tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
         """Views of an in-projection's tensor, each with one entry a neuron along ``dim``: two where it is fused."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +40,7 @@ from emoe.partitioning import is_permutation
 from emoe.routers import in_place, is_offloaded, whole
 from emoe.stock import load_around, load_stock, refuse_adapters, save_weights
 from emoe.tensors import carried
+from emoe.unfinished import refuse_unfinished
 from emoe.weights import WEIGHT_FILES, Weights, one_line, read_object, read_tensors
 
 __all__ = [
@@ -99,22 +101,37 @@ def save_sidecars(model: nn.Module, folder: Path, *, write: bool = True) -> None
         write: false in processes that gather only.
     """
     layers, _ = numbered_layers(model)
-    config = next(iter(layers.values())).config
-    tensors = {f"key_norms.{index}": _key_norms(layer.ffn) for index, layer in layers.items()}
-    for index, layer in layers.items():
-        if layer.permutation is not None:
-            tensors[f"permutation.{index}"] = layer.permutation.contiguous()
-    tensors["num_experts"] = torch.tensor(config.num_experts)
-    extra = {f"{i}.{name}": _whole(tensor) for i, layer in layers.items() for name, tensor in _extra(layer).items()}
+    found = [describe_layer(index, layer) for index, layer in layers.items()]
     if not write:
         return
-    save_file(tensors, folder / PARTITION_FILE)
+    tensors, extra = (
+        {name: tensor for part in parts for name, tensor in part.items()} for parts in zip(*found, strict=True)
+    )
+    config = next(iter(layers.values())).config
+    save_file({**tensors, "num_experts": torch.tensor(config.num_experts)}, folder / PARTITION_FILE)
     if extra:
         save_file(extra, folder / EXTRA_FILE)
     else:
         (folder / EXTRA_FILE).unlink(missing_ok=True)
-    text = {"config": config.to_dict(), "layers": sorted(layers)}
-    (folder / CONFIG_FILE).write_text(json.dumps(text, indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(config_text(config, layers))
+
+
+def describe_layer(index: int, layer: RoutedActivation) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the two sidecars with tensors hold of one layer.
+
+    Args:
+        index: its number.
+        layer: whose weights are in place.
+    """
+    tensors = {f"key_norms.{index}": _key_norms(layer.ffn)}
+    if layer.permutation is not None:
+        tensors[f"permutation.{index}"] = layer.permutation.contiguous()
+    return tensors, {f"{index}.{name}": _whole(tensor) for name, tensor in _extra(layer).items()}
+
+
+def config_text(config: EMoEConfig | GMoEConfig, layers: Iterable[int]) -> str:
+    """What the sidecar ``emoe_config.json`` says."""
+    return json.dumps({"config": config.to_dict(), "layers": sorted(layers)}, indent=2) + "\n"
 
 
 def _stock_state(model: nn.Module) -> dict[str, Tensor]:
@@ -199,8 +216,36 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         model = load_around(loader, folder, resized=resized, **options)
     else:
         model = load_stock(loader, folder, **options)
-    ffns = find_ffns(model)
-    chosen = _marked_ffns(ffns, indices, folder)
+    chosen, order = marked_ffns(model, folder, config, indices, tensors)
+    _check_in_place(chosen, config, folder)
+    padding = padding_watches(model, chosen, config)
+    for ffn in chosen:
+        if resized:
+            widen(ffn, config.num_experts)
+        layer = attach(ffn, config, order[ffn.index], padding.get(ffn.index))
+        restore_layer(layer, tensors, extra, weights, folder)
+    watch_losses(model)
+    mark_(model)
+    guard_(model)
+    return model.eval()
+
+
+def marked_ffns(
+    model: nn.Module, folder: Path, config: EMoEConfig | GMoEConfig, indices: list[int], tensors: dict[str, Tensor]
+) -> tuple[list[FFN], dict[int, Tensor | None]]:
+    """The FFNs of a folder's model that are experts, and the permutation of each, where that is known.
+
+    Args:
+        model: the dense model.
+        folder: of the checkpoint.
+        config: of the experts.
+        indices: their layers' numbers.
+        tensors: of the partition file.
+
+    Raises:
+        CheckpointError: the sidecars are not of this model.
+    """
+    chosen = _numbered_ffns(find_ffns(model), indices, folder)
     if isinstance(config, EMoEConfig):
         check_divisible(chosen, config.num_experts)
     order = {ffn.index: tensors.get(f"permutation.{ffn.index}") for ffn in chosen}
@@ -208,22 +253,10 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         for ffn in chosen:
             if not is_permutation(order[ffn.index], ffn.d):
                 raise CheckpointError(f"{folder / PARTITION_FILE} has no permutation of {ffn.name}'s {ffn.d} neurons")
-    _check_in_place(chosen, config, folder)
-    padding = padding_watches(model, chosen, config)
-    for ffn in chosen:
-        if resized:
-            widen(ffn, config.num_experts)
-        layer = attach(ffn, config, order[ffn.index], padding.get(ffn.index))
-        _restore(layer, extra, weights, folder)
-        if tensors:
-            _check_norms(ffn, tensors[f"key_norms.{ffn.index}"], folder)
-    watch_losses(model)
-    mark_(model)
-    guard_(model)
-    return model.eval()
+    return chosen, order
 
 
-def _marked_ffns(ffns: list[FFN], indices: list[int], folder: Path) -> list[FFN]:
+def _numbered_ffns(ffns: list[FFN], indices: list[int], folder: Path) -> list[FFN]:
     """The FFNs that a folder's layer numbers name, once it is clear that they were counted in this model."""
     missing = sorted(set(indices) - set(range(len(ffns))))
     named_by = CONFIG_FILE if (folder / CONFIG_FILE).exists() else "config.json"
@@ -243,8 +276,21 @@ def _holds_routing(weights: Weights, config: EMoEConfig | GMoEConfig) -> bool:
     return config.has_routing_state and any(re.search(r"\.(router\..+|output_bias)$", name) for name in weights.names)
 
 
-def _restore(layer: RoutedActivation, extra: dict[str, Tensor], weights: Weights, folder: Path) -> None:
-    """Give a routed layer, and a GMoE's projections, the state that the stock class has no place for."""
+def restore_layer(
+    layer: RoutedActivation, tensors: dict[str, Tensor], extra: dict[str, Tensor], weights: Weights, folder: Path
+) -> None:
+    """Give a routed layer, and a GMoE's projections, the state that the stock class has no place for.
+
+    Args:
+        layer: fresh, its FFN's weights in place.
+        tensors: of the partition file; empty where there is none.
+        extra: of the file of such state.
+        weights: of the folder.
+        folder: of the checkpoint.
+
+    Raises:
+        CheckpointError: a part of the state is missing, or the sidecars are of other weights.
+    """
     ffn = layer.ffn
     parts: dict[str, tuple[str, nn.Module]] = {"routing": (ffn.spec.activation, layer)}
     if isinstance(layer.config, GMoEConfig):
@@ -268,6 +314,8 @@ def _restore(layer: RoutedActivation, extra: dict[str, Tensor], weights: Weights
             raise CheckpointError(
                 f"{folder / EXTRA_FILE} does not hold '{prefix}*' as the model needs it: {one_line(error)}"
             ) from error
+    if tensors:
+        _check_norms(ffn, tensors[f"key_norms.{ffn.index}"], folder)
 
 
 def _equal(tensor: Tensor, other: Tensor | None) -> bool:
@@ -282,6 +330,7 @@ def read_sidecars(folder: Path) -> tuple[EMoEConfig | GMoEConfig, list[int], dic
     Raises:
         CheckpointError: a missing or damaged file.
     """
+    refuse_unfinished(folder)
     path, mark = folder / CONFIG_FILE, read_mark(folder)
     if not path.exists():
         refuse_adapters(folder)

@@ -18,17 +18,18 @@ def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
     for ffn in ffns:
         _check_shapes(ffn)
         _check_between(ffn)
-    _check_unshared(model, ffns)
+    check_unshared(model, ffns)
 
 
 def check_plain(ffns: Iterable[FFN]) -> None:
     """Plain, finite floating-point weights: not quantised, sharded or wrapped by an adapter."""
     for ffn in ffns:
-        for path, module in _projections(ffn):
+        for path, module in projections(ffn):
             _check_weight(f"{ffn.name}.{path}", module)
 
 
-def _projections(ffn: FFN) -> list[tuple[str, nn.Module]]:
+def projections(ffn: FFN) -> list[tuple[str, nn.Module]]:
+    """The in-projections and the out-projection of an FFN with their paths below the layer."""
     return [*ffn.inputs(), (ffn.spec.proj_out, ffn.proj_out)]
 
 
@@ -40,7 +41,7 @@ def _check_weight(name: str, module: nn.Module) -> None:
     # one that is computed (weight norm, pruning) is no parameter, a sharded or quantised one of another class
     if weight is None:
         raise ConversionError(f"{what} has no plain weight: convert before quantising, pruning or parametrising")
-    if type(weight.detach()) is not Tensor or not weight.is_floating_point():
+    if type(weight.detach()) is not Tensor or not weight.is_floating_point() or weight.itemsize < 2:
         kind = str(weight.dtype) if type(weight.detach()) is Tensor else type(weight).__name__
         raise ConversionError(f"{what} has a weight of {kind}: convert before quantising, sharding or adding adapters")
     if weight.ndim != 2:
@@ -84,14 +85,14 @@ def _check_between(ffn: FFN) -> None:
             )
 
 
-def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
+def check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
     """Permuting a weight that another module uses too would change that module."""
     users: dict[int, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), set()).add(name)
     for ffn in ffns:
-        for path, module in _projections(ffn):
+        for path, module in projections(ffn):
             others = users.get(id(module.weight), set()) - {f"{ffn.name}.{path}"}
             if others:
                 raise ConversionError(
@@ -113,7 +114,7 @@ def check_divisible(ffns: Iterable[FFN], num_experts: int) -> None:
 def check_trainable(ffns: Iterable[FFN]) -> None:
     """The FFNs train; copies of a frozen one would stay equal, and routing between them would mean nothing."""
     for ffn in ffns:
-        for path, module in _projections(ffn):
+        for path, module in projections(ffn):
             if not module.weight.requires_grad:
                 raise ConversionError(
                     f"{ffn.name}.{path} is frozen: GMoE's copies would never differ. Set requires_grad before converting "

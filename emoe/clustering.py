@@ -75,10 +75,10 @@ def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Clus
 
 def inertia(rows: Tensor, labels: Tensor, num_clusters: int) -> float:
     """Sum of squared distances of rows ``[n, h]`` to the means of their clusters, in float64."""
-    rows = rows.double()
+    rows = rows.to(torch.float64, copy=True)  # a copy, whose squares then take no memory of their own
     sums = _sums(rows, labels.to(rows.device), num_clusters)
     counts = torch.bincount(labels, minlength=num_clusters).clamp(min=1).to(rows)
-    return float((rows.square().sum() - (sums.square().sum(1) / counts).sum()).clamp(min=0))
+    return float((rows.square_().sum() - (sums.square().sum(1) / counts).sum()).clamp(min=0))
 
 
 def explained_variance_ratio(points: Tensor, labels: Tensor, num_clusters: int) -> float:

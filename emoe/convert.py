@@ -121,34 +121,39 @@ def convert_(
     ffns = find_ffns(model)
     chosen = [ffns[i] for i in resolve_layers(config.layers, len(ffns))]  # type: ignore[arg-type]
     check_weights(model, chosen)
-    before = sum(p.numel() for p in model.parameters())
-    neurons = sum(ffn.d for ffn in ffns)
-    if isinstance(config, GMoEConfig):
-        if partition is not None or calibration is not None:
-            raise ConversionError("GMoE copies whole FFNs; it takes no partition")
-        check_trainable(chosen)
-        padding = padding_watches(model, chosen, config)
-        reports = [_copy(ffn, config, padding.get(ffn.index)) for ffn in chosen]
-        active = neurons + sum(r.expert_size * (config.top_k - 1) for r in reports)
-    else:
-        check_divisible(chosen, config.num_experts)
-        if config.router == "fixed":
-            raise ConversionError(
-                "router='fixed' needs to know which experts are used: convert with router='avg_k', record_routing rows of the task, then emoe.fix_experts_"
-            )
-        if config.score in ("up", "up_abs"):
-            check_gated(chosen)
+    before, neurons = count_parameters(model), sum(ffn.d for ffn in ffns)
+    if isinstance(config, GMoEConfig) and (partition is not None or calibration is not None):
+        raise ConversionError("GMoE copies whole FFNs; it takes no partition")
+    check_config_fits(chosen, config)
+    if isinstance(config, EMoEConfig):
         if partition is None:
             partition = build_partition(model, config, calibration=calibration, progress=progress)
         _check_partition(chosen, partition)
-        padding = padding_watches(model, chosen, config)
-        reports = [_split(ffn, config, partition, padding.get(ffn.index)) for ffn in chosen]
-        active = neurons - sum(r.expert_size * (config.num_experts - config.num_active_experts) for r in reports)
+    padding = padding_watches(model, chosen, config)
+    reports = [convert_ffn(ffn, config, partition or {}, padding.get(ffn.index)) for ffn in chosen]
     watch_losses(model)
     mark_(model)
     guard_(model)
-    added = sum(p.numel() for p in model.parameters()) - before
-    return ConversionReport(tuple(reports), len(ffns), active / neurons, added)
+    return conversion_report(reports, config, len(ffns), neurons, count_parameters(model) - before)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count the numbers that a model's parameters hold."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
+    """Check that FFNs have what a configuration asks for (:class:`ConversionError`)."""
+    if isinstance(config, GMoEConfig):
+        check_trainable(ffns)
+        return
+    check_divisible(ffns, config.num_experts)
+    if config.router == "fixed":
+        raise ConversionError(
+            "router='fixed' needs to know which experts are used: convert with router='avg_k', record_routing rows of the task, then emoe.fix_experts_"
+        )
+    if config.score in ("up", "up_abs"):
+        check_gated(ffns)
 
 
 def padding_watches(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> dict[int, PaddingMaskHook]:
@@ -178,35 +183,57 @@ def _check_partition(chosen: list[FFN], partition: Mapping[int, Tensor]) -> None
             )
 
 
-def _split(
-    ffn: FFN, config: EMoEConfig, partition: Mapping[int, Tensor], padding: PaddingMaskHook | None
+def convert_ffn(
+    ffn: FFN,
+    config: EMoEConfig | GMoEConfig,
+    partition: Mapping[int, Tensor],
+    padding: PaddingMaskHook | None = None,
 ) -> LayerReport:
-    permutation = partition[ffn.index].cpu()
-    ffn.permute_(permutation)
+    """Turn one FFN that was checked into experts, in place.
+
+    Args:
+        ffn: to convert.
+        config: what to build.
+        partition: layer number to permutation; empty for GMoE.
+        padding: as in :func:`attach`.
+    """
+    permutation, size = None, ffn.d
+    if isinstance(config, GMoEConfig):
+        widen(ffn, config.num_experts)
+    else:
+        permutation, size = partition[ffn.index].cpu(), ffn.d // config.num_experts
+        ffn.permute_(permutation)
     attach(ffn, config, permutation, padding)
     notes = partition if isinstance(partition, Partition) else Partition({})
-    return _report(
-        ffn,
-        config,
-        len(permutation) // config.num_experts,
+    return LayerReport(
+        ffn.index,
+        ffn.name,
+        size * config.num_experts,
+        config.num_experts,
+        size,
+        config.top_k,
         notes.explained.get(ffn.index),
         notes.seconds.get(ffn.index),
     )
 
 
-def _copy(ffn: FFN, config: GMoEConfig, padding: PaddingMaskHook | None) -> LayerReport:
-    size = ffn.d
-    widen(ffn, config.num_experts)
-    attach(ffn, config, None, padding)
-    return _report(ffn, config, size, None, None)
+def conversion_report(
+    reports: list[LayerReport], config: EMoEConfig | GMoEConfig, ffns: int, neurons: int, added: int
+) -> ConversionReport:
+    """Sum up a conversion.
 
-
-def _report(
-    ffn: FFN, config: EMoEConfig | GMoEConfig, size: int, explained: float | None, seconds: float | None
-) -> LayerReport:
-    return LayerReport(
-        ffn.index, ffn.name, size * config.num_experts, config.num_experts, size, config.top_k, explained, seconds
-    )
+    Args:
+        reports: of the converted FFNs.
+        config: of their experts.
+        ffns: how many FFNs the model has.
+        neurons: of all its FFNs before.
+        added: parameters.
+    """
+    if isinstance(config, GMoEConfig):
+        active = neurons + sum(r.expert_size * (config.top_k - 1) for r in reports)
+    else:
+        active = neurons - sum(r.expert_size * (config.num_experts - config.num_active_experts) for r in reports)
+    return ConversionReport(tuple(reports), ffns, active / neurons, added)
 
 
 def attach(
@@ -221,20 +248,12 @@ def attach(
 @torch.no_grad()
 def widen(ffn: FFN, copies: int) -> None:
     """Replace the projections by ``copies`` copies side by side; the output bias stays single."""
-    dim = ffn.neuron_dim_in
-
-    def repeat_in(tensor: Tensor, dim: int) -> Tensor:
-        return torch.cat([part for part in ffn.parts(tensor, dim) for _ in range(copies)], dim)
-
-    for path, module in ffn.inputs():
+    neurons = torch.arange(ffn.d).repeat(copies)
+    for path, module in [*ffn.inputs(), (ffn.spec.proj_out, ffn.proj_out)]:
         weight, bias = cast(Tensor, module.weight), bias_of(module)
-        wide = _like(module, repeat_in(weight, dim), None if bias is None else repeat_in(bias, 0))
-        ffn.replace(path, wide)
-    module = ffn.proj_out
-    values, bias = cast(Tensor, module.weight), bias_of(module)
-    ffn.replace(
-        ffn.spec.proj_out, _like(module, torch.cat([values] * copies, 1 - dim), None if bias is None else bias.clone())
-    )
+        if bias is not None:
+            bias = bias.clone() if path == ffn.spec.proj_out else ffn.take(f"{path}.bias", bias, neurons)
+        ffn.replace(path, _like(module, ffn.take(f"{path}.weight", weight, neurons), bias))
 
 
 def _like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -287,16 +306,10 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     layers = routed_layers(model)
     if not layers:
         raise no_experts(model, "to_dense_", "it is dense already")
-    if any(isinstance(layer.config, GMoEConfig) for layer in layers):
-        raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained apart")
+    check_foldable(layer.config for layer in layers)
     if restore_order:
         check_plain(layer.ffn for layer in layers)
-        unknown = [layer.ffn_name for layer in layers if layer.permutation is None]
-        if unknown:
-            raise ConversionError(
-                f"to_dense_: where the neurons of {unknown[0]} stood at first is not known, because the model was saved without "
-                "emoe.save_pretrained or emoe.TrainerCallback, or took a state dict of other weights; leave restore_order out"
-            )
+        check_order_known(layers)
     remove_hooks(model)
     unguard_(model)
     for layer in layers:
@@ -305,3 +318,19 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
             layer.ffn.permute_(torch.argsort(layer.permutation))  # type: ignore[arg-type]
     renew_mark_(model)
     return model
+
+
+def check_foldable(configs: Iterable[EMoEConfig | GMoEConfig]) -> None:
+    """Check that experts have a dense equal (:class:`ConversionError`)."""
+    if any(isinstance(config, GMoEConfig) for config in configs):
+        raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained apart")
+
+
+def check_order_known(layers: Iterable[RoutedActivation]) -> None:
+    """Check that it is known where neurons stood before the conversion (:class:`ConversionError`)."""
+    unknown = [layer.ffn_name for layer in layers if layer.permutation is None]
+    if unknown:
+        raise ConversionError(
+            f"to_dense_: where the neurons of {unknown[0]} stood at first is not known, because the model was saved without "
+            "emoe.save_pretrained or emoe.TrainerCallback, or took a state dict of other weights; leave restore_order out"
+        )

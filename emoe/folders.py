@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,13 @@ def check_new(folder: Path) -> None:
         raise CheckpointError(f"{folder} exists and is not empty; name a new folder")
 
 
-def copy_companions(source: Path, target: Path) -> list[Path]:
+def copy_companions(source: Path, target: Path, written: Collection[str]) -> list[Path]:
     """Copy tokenizer, templates and the like, which belong to the model but are not written with its weights.
+
+    Args:
+        source: the model's folder.
+        target: another one.
+        written: names of files that are written there, and not to be copied.
 
     Returns:
         Files that were left out, because they are links that lead out of the folder.
@@ -121,7 +127,7 @@ def copy_companions(source: Path, target: Path) -> list[Path]:
         and path.suffix in _COMPANIONS
         and not path.name.endswith(".index.json")
         and path.name != CONFIG_FILE
-        and not (target / path.relative_to(source)).exists()
+        and str(path.relative_to(source)) not in written
     ]
     places = _storage(source)
     outside = [file for file in files if not any((source / file).resolve().is_relative_to(place) for place in places)]

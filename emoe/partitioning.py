@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from emoe.architectures import FFN, find_ffns, resolve_layers
+from emoe.architectures import find_ffns, resolve_layers
 from emoe.calibration import Batch, record_activations
 from emoe.checks import check_distinct_keys, check_divisible, check_weights
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
@@ -107,31 +107,52 @@ def partition(
         from tqdm.auto import tqdm  # `import emoe` needs torch and safetensors alone
 
         chosen = tqdm(chosen, desc="Grouping neurons", unit="layer")
-    permutations, explained, seconds = {}, {}, {}
-    for ffn in chosen:
-        start = time.perf_counter()
-        labels, share = _group(ffn, config, features.get(ffn.index))
-        permutations[ffn.index] = torch.sort(labels, stable=True).indices
-        explained[ffn.index] = share
-        seconds[ffn.index] = time.perf_counter() - start
-    return Partition(permutations, explained, seconds)
+    return join_partitions(group_neurons(ffn.keys(), config, ffn.index, features.get(ffn.index)) for ffn in chosen)
 
 
-def _group(ffn: FFN, config: EMoEConfig, activations: Tensor | None) -> tuple[Tensor, float]:
+def join_partitions(parts: Iterable[Partition]) -> Partition:
+    """Put partitions of different layers together."""
+    parts = list(parts)
+    return Partition(
+        {layer: permutation for part in parts for layer, permutation in part.items()},
+        {layer: share for part in parts for layer, share in part.explained.items()},
+        {layer: seconds for part in parts for layer, seconds in part.seconds.items()},
+    )
+
+
+def group_neurons(keys: Tensor, config: EMoEConfig, layer: int, activations: Tensor | None = None) -> Partition:
+    """Group the neurons of one FFN.
+
+    Args:
+        keys: ``[d, h]``.
+        config: as in :func:`partition`.
+        layer: its number, which a random partition depends on.
+        activations: ``[d, tokens]`` for a co-activation partition.
+
+    Returns:
+        The partition of this layer alone.
+    """
+    start = time.perf_counter()
+    labels, share = _labels(keys, config, layer, activations)
+    permutation = torch.sort(labels, stable=True).indices
+    return Partition({layer: permutation}, {layer: share}, {layer: time.perf_counter() - start})
+
+
+def _labels(keys: Tensor, config: EMoEConfig, layer: int, activations: Tensor | None) -> tuple[Tensor, float]:
     """Each neuron's expert ``[d]``, and the share of the variance between keys that this explains."""
-    keys, n, seed = ffn.keys(), config.num_experts, config.partition_seed
+    n, seed = config.num_experts, config.partition_seed
     if config.partition == "kmeans":
         found = balanced_kmeans(keys, n, seed=seed)
         return found.labels, found.explained
     if activations is not None:
         labels = balanced_kmeans(activations, n, seed=seed).labels
     else:
-        labels = torch.arange(n).repeat_interleave(ffn.d // n)
+        labels = torch.arange(n).repeat_interleave(len(keys) // n)
         if config.partition == "random":
-            text = f"random partition, seed {seed}, layer {ffn.index}"
+            text = f"random partition, seed {seed}, layer {layer}"
             digest = hashlib.sha256(text.encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            labels = labels[torch.randperm(ffn.d, generator=generator)]
+            labels = labels[torch.randperm(len(keys), generator=generator)]
     return labels, explained_variance_ratio(keys, labels, n)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,7 +85,7 @@ def load_around(loader: Any, folder: Path, *, resized: bool, **options: Any) -> 
         **options: passed to the loader.
     """
     if hasattr(loader, "from_pretrained"):
-        with _quiet():  # what it would report is the converted model's own
+        with quiet():  # what it would report is the converted model's own
             return load_stock(loader, folder, **({"ignore_mismatched_sizes": True} if resized else {}), **options)
     state = read_tensors(_checked_files(loader, folder)[0])
     model = loader(f"local-dir:{folder}", pretrained=False, **options) if _is_timm(loader) else loader(**options)
@@ -164,11 +165,22 @@ def _name(loader: Any) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("transformers.modeling_utils")
+def quiet(*, bars: bool = True) -> Iterator[None]:
+    """Keep transformers from reporting on a model that is loaded or saved for our own ends.
+
+    Args:
+        bars: let it show its progress bars.
+    """
+    logger = logging.getLogger("transformers")  # all of it: modeling_utils checks more where its own level is high
     level = logger.level
     logger.setLevel(logging.ERROR)
+    library = sys.modules.get("transformers")
+    hidden = library is not None and not bars and library.utils.logging.is_progress_bar_enabled()
+    if hidden:
+        cast(Any, library).utils.logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        if hidden:
+            cast(Any, library).utils.logging.enable_progress_bar()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from emoe.errors import CheckpointError
+from emoe.unfinished import refuse_unfinished
 
 STOCK_CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -64,8 +65,9 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a folder's weights.
 
     Raises:
-        CheckpointError: there are none, or an index names shards that are missing, pickled or outside the folder.
+        CheckpointError: there are none, the folder is not finished, or an index names shards that are missing, pickled or outside the folder.
     """
+    refuse_unfinished(folder)
     whole, index = (folder / name for name in WEIGHT_FILES)
     if whole.exists():
         return [whole]
@@ -107,7 +109,7 @@ class Weights:
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def below(self, parent: str, path: str, wanted: Iterable[str]) -> dict[str, Tensor]:
+    def below(self, parent: str, path: str, wanted: Collection[str]) -> dict[str, Tensor]:
         """The state of a module, by the names that it has in the model; empty where it is not all there.
 
         A checkpoint may call the parent otherwise: with or without the prefix of a base model, or as the model's
@@ -118,8 +120,13 @@ class Weights:
             path: of the module below it.
             wanted: names of its tensors.
         """
+        found = self.places(parent, path, wanted)
+        return {name: self[place] for name, place in found.items()} if len(found) == len(set(wanted)) else {}
+
+    def places(self, parent: str, path: str, wanted: Iterable[str]) -> dict[str, str]:
+        """The names in the files of what :meth:`below` gives, of those tensors that are there."""
         found = {name: self._place(parent, f"{path}.{name}") for name in wanted}
-        return {name: self[place] for name, place in found.items() if place} if all(found.values()) else {}
+        return {name: place for name, place in found.items() if place}
 
     def _place(self, parent: str, name: str) -> str | None:
         parents = {

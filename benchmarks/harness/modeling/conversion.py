@@ -21,7 +21,7 @@ from benchmarks.harness.modeling.loading import load_backbone
 from emoe.architectures import find_ffns, resolve_layers
 from emoe.config import EMoEConfig
 from emoe.layer import routed_layers
-from emoe.partitioning import Partition, load_partition, partition_key, save_partition
+from emoe.partitioning import Partition, join_partitions, load_partition, partition_key, save_partition
 
 _FIXED = "fixed"  # experts by their use, which is counted when the model routes by avg-k
 
@@ -124,11 +124,7 @@ def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTIT
         if not path.exists():
             save_partition(emoe.partition(model, single), path)
         parts.append(load_partition(path))
-    return Partition(
-        {layer: permutation for part in parts for layer, permutation in part.items()},
-        {layer: share for part in parts for layer, share in part.explained.items()},
-        {layer: seconds for part in parts for layer, seconds in part.seconds.items()},
-    )
+    return join_partitions(parts)
 
 
 def _by_layer(model: nn.Module, config: EMoEConfig) -> list[tuple[int, EMoEConfig]]:

@@ -1,0 +1,424 @@
+"""Folders converted and folded back from disk to disk: what the model in memory gives, in little memory, and after any interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+
+import emoe
+from emoe.checkpoint import save_weights
+from emoe.folders import load_dense, loader_for
+from emoe.layer import routed_layers
+from emoe.streaming import convert_folder, fold_folder
+from emoe.unfinished import unfinished
+from tests.tiny_models import BUILDERS, build, build_generator
+
+FOLDERS = [name for name in BUILDERS if not name.startswith("Transformer")]
+# those that timm builds by options that a folder does not tell are for Python
+SHOWN = [name for name in FOLDERS if name not in ("Beit", "SwinTransformer")]
+
+
+def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard_size: str | None = None) -> Path:
+    folder.mkdir()
+    model: Any = build(name).to(dtype)
+    if shard_size:
+        model.save_pretrained(folder, max_shard_size=shard_size)
+        assert (folder / "model.safetensors.index.json").exists()
+    else:
+        save_weights(model, folder)
+    return folder
+
+
+def in_memory(source: Path, out: Path, config: Any) -> Path:
+    """What the library makes of a folder, on one thread, learned routers from seed 0."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = load_dense(source)
+    torch.manual_seed(0)
+    emoe.convert_(model, config)
+    emoe.save_pretrained(model, out)
+    torch.set_num_threads(threads)
+    return out
+
+
+def tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob(pattern)) for name, tensor in load_file(file).items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
+
+
+def assert_same_folders(one: Path, other: Path) -> None:
+    assert_same(tensors(one), tensors(other))
+    for name in ("config.json", "emoe_config.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def loaded(folder: Path) -> nn.Module:
+    return emoe.from_pretrained(loader_for(folder), folder)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_folder_becomes_what_the_model_in_memory_becomes(name: str, tmp_path: Path) -> None:
+    source = save(name, tmp_path / "source")
+    config = emoe.EMoEConfig(num_experts=8, top_k=2, layers="last-half:1")
+    report, _ = convert_folder(source, tmp_path / "streamed", config)
+    assert len(report.layers) == len(json.loads((tmp_path / "streamed" / "emoe_config.json").read_text())["layers"])
+    expected = in_memory(source, tmp_path / "expected", config)
+    assert_same_folders(tmp_path / "streamed", expected)
+    assert_same(loaded(tmp_path / "streamed").state_dict(), loaded(expected).state_dict())
+    fold_folder(tmp_path / "streamed", tmp_path / "dense", restore_order=True)
+    assert_same(tensors(tmp_path / "dense"), tensors(source))
+    assert {path.name for path in (tmp_path / "dense").iterdir()} == {path.name for path in source.iterdir()}
+    assert (tmp_path / "dense" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+CONFIGS = {
+    "cosine": emoe.EMoEConfig(num_experts=4, top_k=2, layers="all", router="cosine", weighting="softmax"),
+    "published": emoe.EMoEConfig.as_published("tutel", num_experts=4, top_k=2, layers=[1, 3]),
+    "running gate": emoe.EMoEConfig(num_experts=4, top_k=2, layers="last:2", gate_momentum=0.9),
+    "weighted by values": emoe.EMoEConfig(num_experts=4, top_k=1, layers=[0], value_norm_weighted=True),
+    "random": emoe.EMoEConfig(num_experts=4, top_k=1, layers="1:3", partition="random", partition_seed=3),
+    "contiguous": emoe.EMoEConfig(num_experts=4, top_k=1, layers="all", partition="contiguous"),
+    "gmoe": emoe.GMoEConfig(num_experts=3, top_k=2, layers=[1, 2]),
+    "gmoe, biases": emoe.GMoEConfig(num_experts=2, top_k=1, layers=[3], output_bias="per_expert_whole"),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "phi3", "vit", "llama"])
+def test_every_kind_of_experts(name: str, config: Any, tmp_path: Path) -> None:
+    source = save(name, tmp_path / "source")
+    report, _ = convert_folder(source, tmp_path / "streamed", config)
+    expected = in_memory(source, tmp_path / "expected", config)
+    assert_same_folders(tmp_path / "streamed", expected)
+    assert_same(loaded(tmp_path / "streamed").state_dict(), loaded(expected).state_dict())
+    model = load_dense(source)
+    assert report.added_parameters == emoe.convert_(model, config).added_parameters
+    if config.kind == "gmoe":
+        with pytest.raises(emoe.ConversionError, match="no dense equal"):
+            fold_folder(tmp_path / "streamed", tmp_path / "dense")
+        assert not (tmp_path / "dense").exists()
+    else:
+        fold_folder(tmp_path / "streamed", tmp_path / "dense")
+        model = loaded(expected)
+        emoe.to_dense_(model)
+        assert_same(load_dense(tmp_path / "dense").state_dict(), model.state_dict())
+
+
+CONFIG = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all")
+
+
+@pytest.mark.parametrize("config", [CONFIG, CONFIGS["gmoe"]], ids=["emoe", "gmoe"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "vit"])
+def test_layers_that_lie_in_two_shards(name: str, config: Any, tmp_path: Path) -> None:
+    source = save(name, tmp_path / "source", shard_size="20KB")
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    assert len(shards) > 6
+    convert_folder(source, tmp_path / "streamed", config)
+    expected = in_memory(source, tmp_path / "expected", config)
+    assert_same_folders(tmp_path / "streamed", expected)
+    assert shards == sorted(path.name for path in (tmp_path / "streamed").glob("model*.safetensors"))
+    index = json.loads((tmp_path / "streamed" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for tensor in tensors(tmp_path / "streamed", "model*.safetensors").values()
+    )
+    assert_same(loaded(tmp_path / "streamed").state_dict(), loaded(expected).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays(dtype: torch.dtype, tmp_path: Path) -> None:
+    source = save("llama", tmp_path / "source", dtype)
+    convert_folder(source, tmp_path / "streamed", CONFIG)
+    assert_same_folders(tmp_path / "streamed", in_memory(source, tmp_path / "expected", CONFIG))
+    assert tensors(tmp_path / "streamed", "model*.safetensors")["layers.0.mlp.up_proj.weight"].dtype is dtype
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e5m2, torch.float32], ids=str)
+def test_weights_of_another_precision_than_the_configurations(stored: torch.dtype, tmp_path: Path) -> None:
+    """The library casts them when it loads; so experts are those of the cast weights, and the file keeps what it had."""
+    source = save("llama", tmp_path / "source")
+    state = {name: tensor.to(stored) for name, tensor in tensors(source).items()}
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    edit(source / "config.json", dtype="bfloat16")
+    convert_folder(source, tmp_path / "streamed", CONFIG)
+    expected = in_memory(source, tmp_path / "expected", CONFIG)
+    assert_same(loaded(tmp_path / "streamed").state_dict(), loaded(expected).state_dict())
+    assert_same(tensors(tmp_path / "streamed", "emoe*.safetensors"), tensors(expected, "emoe*.safetensors"))
+    assert {tensor.dtype for tensor in tensors(tmp_path / "streamed", "model*.safetensors").values()} == {stored}
+
+
+def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
+    source = save("llama", tmp_path / "source")
+    edit(source / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(emoe.ConversionError, match="is quantised, says its"):
+        convert_folder(source, tmp_path / "out", CONFIG)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_the_model_does_not_know_are_kept_and_its_prefix_may_be_missing(tmp_path: Path) -> None:
+    """GPT-2 on the hub has no ``transformer.`` before its names."""
+    source = tmp_path / "source"
+    build_generator("gpt2").save_pretrained(source)
+    state = {name.removeprefix("transformer."): tensor for name, tensor in tensors(source).items()}
+    odd = {"old.flags": torch.tensor([True, False]), "old.nothing": torch.empty(0, 3)}
+    save_file({**state, **odd}, source / "model.safetensors", metadata={"format": "pt", "from": "elsewhere"})
+    convert_folder(source, tmp_path / "streamed", CONFIG)
+    expected = in_memory(source, tmp_path / "expected", CONFIG)
+    assert_same(loaded(tmp_path / "streamed").state_dict(), loaded(expected).state_dict())
+    found = tensors(tmp_path / "streamed", "model*.safetensors")
+    assert found.keys() == {*state, *odd}
+    assert_same({name: found[name] for name in odd}, odd)
+    with safe_open(tmp_path / "streamed" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "from": "elsewhere"}
+
+
+def test_what_a_models_own_library_saved_is_folded_back(tmp_path: Path) -> None:
+    """Routers and biases of experts stand among its weights; none of them is left, and the biases are one again."""
+    model: Any = build("bert")
+    emoe.convert_(model, CONFIGS["published"])
+    with torch.no_grad():
+        for layer in routed_layers(model):
+            layer.output_bias.normal_()
+    model.save_pretrained(tmp_path / "own")
+    assert any("output_bias" in name for name in tensors(tmp_path / "own"))
+    fold_folder(tmp_path / "own", tmp_path / "dense")
+    emoe.to_dense_(model)
+    assert_same(tensors(tmp_path / "dense"), model.state_dict())
+    with pytest.raises(emoe.ConversionError, match="leave restore_order out"):
+        fold_folder(tmp_path / "own", tmp_path / "again", restore_order=True)
+    assert not (tmp_path / "again").exists()
+
+
+def test_any_number_of_jobs_gives_the_same_bytes(tmp_path: Path) -> None:
+    source = save("llama", tmp_path / "source", shard_size="40KB")
+    for jobs in (1, 2, 5):
+        convert_folder(source, tmp_path / str(jobs), CONFIG, jobs=jobs)
+    assert digests(tmp_path / "1") == digests(tmp_path / "2") == digests(tmp_path / "5")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state["layers.2.mlp.up_proj.weight"].fill_(torch.nan),
+            "layers.2.mlp.up_proj.weight holds values",
+        ),
+        (lambda state: state["layers.3.mlp.gate_proj.weight"][5].zero_(), "keys of neurons 5 are all zero"),
+        (lambda state: state.pop("layers.1.mlp.down_proj.weight"), "lacks layers.1.mlp.down_proj.weight"),
+    ],
+)
+def test_weights_that_cannot_be_converted_are_named_before_anything_is_written(
+    change: Any, message: str, tmp_path: Path
+) -> None:
+    source = save("llama", tmp_path / "source")
+    state = tensors(source)
+    change(state)
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(emoe.EMoEError, match=message):
+        convert_folder(source, tmp_path / "out", CONFIG)
+    assert not (tmp_path / "out").exists()
+
+
+class KilledError(Exception):
+    pass
+
+
+def stop_after(steps: int) -> Any:
+    """Something that ends the process's work at its n-th call."""
+    calls = iter(range(steps))
+
+    def step(*_: object) -> None:
+        if next(calls, None) is None:
+            raise KilledError
+
+    return step
+
+
+def test_an_unfinished_folder_is_refused_by_whoever_reads_it_and_by_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = save("llama", tmp_path / "source", shard_size="40KB"), tmp_path / "out"
+    convert_folder(source, tmp_path / "whole", CONFIG)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", stop_after(3))
+        with pytest.raises(KilledError):
+            convert_folder(source, out, CONFIG)
+    assert len(list(out.glob("model*.safetensors"))) == 3
+    for read in (
+        lambda: emoe.from_pretrained(LlamaModel, out),
+        lambda: fold_folder(out, tmp_path / "dense"),
+        lambda: load_dense(out),
+    ):
+        with pytest.raises(emoe.CheckpointError, match=r"is not finished|does not exist"):
+            read()
+    with pytest.raises(emoe.CheckpointError, match="was begun with num_experts 8, not 4"):
+        convert_folder(source, out, dataclasses.replace(CONFIG, num_experts=4))
+    with pytest.raises(emoe.CheckpointError, match="was begun with source "):
+        convert_folder(save("llama", tmp_path / "other"), out, CONFIG)
+    with pytest.raises(emoe.CheckpointError, match='was begun with command "convert", not "to-dense"'):
+        fold_folder(tmp_path / "whole", out)
+    convert_folder(source, out, CONFIG)
+    assert digests(out) == digests(tmp_path / "whole")
+    with pytest.raises(emoe.CheckpointError, match="exists and is not empty"):
+        convert_folder(source, out, CONFIG)
+
+
+def test_a_source_that_changed_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = save("llama", tmp_path / "source", shard_size="40KB"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", stop_after(2))
+        with pytest.raises(KilledError):
+            convert_folder(source, out, CONFIG)
+    shard = sorted(source.glob("*.safetensors"))[-1]
+    save_file({name: tensor + 1 for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    with pytest.raises(emoe.CheckpointError, match=rf"was begun with {shard.name} "):
+        convert_folder(source, out, CONFIG)
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    with (
+        unfinished(tmp_path / "out", {"a": 1}),
+        pytest.raises(emoe.CheckpointError, match="is being written by another process"),
+        unfinished(tmp_path / "out", {"a": 1}),
+    ):
+        pass
+
+
+def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "emoe", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+SETTINGS = ("--num-experts", 8, "--top-k", 2, "--layers", "all")
+
+
+def converting(source: Path, out: Path) -> int:
+    """A process of its own that converts: a fork, which has imported everything; its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        torch.set_num_threads(1)  # a fork has none of its parent's threads
+        convert_folder(source, out, CONFIG, jobs=2)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    source, out = save("llama", tmp_path / "source", shard_size="20KB"), tmp_path / "out"
+    start = time.perf_counter()
+    convert_folder(source, tmp_path / "whole", CONFIG)
+    wanted, takes, moments = digests(tmp_path / "whole"), time.perf_counter() - start, random.Random(0)
+    found = set()
+    for _ in range(5):
+        shutil.rmtree(out, ignore_errors=True)
+        for kills in range(50):
+            child = converting(source, out)
+            if kills < 8:
+                time.sleep(moments.uniform(0, 1.2 * takes))
+                os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            if os.waitstatus_to_exitcode(status) == 0 or (
+                (out / "config.json").exists() and not (out / ".unfinished").exists()
+            ):
+                break
+            assert kills < 8  # left alone, it ends well
+            if (out / ".unfinished" / "plan.json").exists():
+                found.add(len(list(out.iterdir())))
+                with pytest.raises(emoe.CheckpointError):
+                    loaded(out)
+        assert digests(out) == wanted
+    assert len(found) > 2  # it was stopped at different points
+
+
+def test_a_full_disk_is_one_line_and_can_be_resumed(tmp_path: Path) -> None:
+    source, out = save("bert", tmp_path / "source"), tmp_path / "out"
+    largest = (source / "model.safetensors").stat().st_size
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
+
+    process = start("convert", source, out, *SETTINGS, preexec_fn=limit)
+    said, _ = process.communicate()
+    assert process.returncode == 1
+    assert said.strip().splitlines()[-1] == f"Error: {out / 'model.safetensors'}: File too large"
+    assert "Traceback" not in said
+    assert not (out / "model.safetensors").exists()
+    assert start("convert", source, out, *SETTINGS).wait() == 0
+    assert not (out / ".unfinished").exists()
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save("bert", tmp_path / "source")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**4))
+    with pytest.raises(emoe.CheckpointError, match=r"are to be written, and the disk has 0\.0 GB left"):
+        convert_folder(source, tmp_path / "out", CONFIG)
+
+
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    source = save("bert", tmp_path / "source")
+    before = os.umask(0o027)
+    try:
+        convert_folder(source, tmp_path / "out", CONFIGS["cosine"])
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
+    """Peak resident memory of the process, mapped files included."""
+    peaks, sizes = [], []
+    for layers in (2, 12):
+        source = tmp_path / str(layers)
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=512, intermediate_size=2048, num_hidden_layers=layers, num_attention_heads=4
+        )
+        LlamaModel(config).save_pretrained(source, max_shard_size="20MB")
+        sizes.append(sum(path.stat().st_size for path in source.iterdir()))
+        code = (
+            "import resource, sys; from emoe.__main__ import cli; cli(sys.argv[1:], standalone_mode=False);"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        )
+        arguments = ("convert", source, tmp_path / f"out{layers}", *SETTINGS, "--jobs", 1)
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        peaks.append(int(said.split()[-1]))
+    assert sizes[1] - sizes[0] > 150e6
+    assert peaks[1] - peaks[0] < 30e6
+    assert peaks[1] < 2 * 20e6 + 1e9
