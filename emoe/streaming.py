@@ -159,6 +159,8 @@ def convert_folder(
     """
     if holds_experts(source):
         raise CheckpointError(f"{source} holds experts already; fold them back first (python -m emoe to-dense)")
+    if _is_quantised(source):
+        raise ConversionError(f"{source} is quantised, says its {STOCK_CONFIG_FILE}: convert before quantising")
     plan = _plan("convert", source, {"config": config.to_dict(), "partition version": ALGORITHM_VERSION})
     begun = check_begun(out, plan)
     folder = _open(source)
@@ -239,8 +241,8 @@ def _plan(command: str, source: Path, settings: Mapping[str, Any]) -> dict[str, 
 
 def _open(source: Path) -> _Folder:
     loader = loader_for(source)
-    if "quantization_config" in read_object(source / STOCK_CONFIG_FILE):
-        raise ConversionError(f"{source} is quantised, says its {STOCK_CONFIG_FILE}: convert before quantising")
+    if _is_quantised(source):
+        raise NotStreamedError(f"the weights in {source} are quantised")
     if hasattr(loader, "from_pretrained") and importlib.util.find_spec("accelerate") is None:
         raise NotStreamedError("the package 'accelerate' is not installed")
     folder = _Folder(
@@ -249,6 +251,10 @@ def _open(source: Path) -> _Folder:
     if not hasattr(loader, "from_pretrained"):  # timm, which has not looked at the files
         folder.check_stored(folder.model.state_dict())
     return folder
+
+
+def _is_quantised(source: Path) -> bool:
+    return "quantization_config" in read_object(source / STOCK_CONFIG_FILE)
 
 
 def _check(folder: _Folder, chosen: list[FFN], config: EMoEConfig | GMoEConfig) -> None:

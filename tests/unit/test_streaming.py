@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -19,12 +20,14 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 import emoe
+from emoe.__main__ import cli
 from emoe.checkpoint import save_weights
 from emoe.folders import load_dense, loader_for
 from emoe.layer import routed_layers
@@ -155,6 +158,23 @@ def test_half_precision_stays(dtype: torch.dtype, tmp_path: Path) -> None:
     convert_folder(source, tmp_path / "streamed", CONFIG)
     assert_same_folders(tmp_path / "streamed", in_memory(source, tmp_path / "expected", CONFIG))
     assert tensors(tmp_path / "streamed", "model*.safetensors")["layers.0.mlp.up_proj.weight"].dtype is dtype
+
+
+def test_where_it_cannot_stream_the_command_says_so_and_holds_the_model_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save("llama", tmp_path / "source")
+    convert_folder(source, tmp_path / "streamed", CONFIG)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    for arguments in (
+        ("convert", source, tmp_path / "out", *SETTINGS),
+        ("to-dense", tmp_path / "out", tmp_path / "dense", "--restore-order"),
+    ):
+        result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        assert result.exit_code == 0
+        assert "Held in memory, and not to be resumed: the package 'accelerate' is not installed" in result.output
+    assert_same_folders(tmp_path / "out", tmp_path / "streamed")
+    assert_same(tensors(tmp_path / "dense"), tensors(source))
 
 
 def edit(path: Path, **values: Any) -> None:
@@ -411,14 +431,15 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
         )
         LlamaModel(config).save_pretrained(source, max_shard_size="20MB")
         sizes.append(sum(path.stat().st_size for path in source.iterdir()))
+        # not ru_maxrss, in which the parent's memory at the fork counts
         code = (
-            "import resource, sys; from emoe.__main__ import cli; cli(sys.argv[1:], standalone_mode=False);"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+            "import sys; from emoe.__main__ import cli; cli(sys.argv[1:], standalone_mode=False);"
+            "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
         )
         arguments = ("convert", source, tmp_path / f"out{layers}", *SETTINGS, "--jobs", 1)
         command = [sys.executable, "-c", code, *map(str, arguments)]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        peaks.append(int(said.split()[-1]))
+        peaks.append(1024 * int(said.split()[-1]))
     assert sizes[1] - sizes[0] > 150e6
     assert peaks[1] - peaks[0] < 30e6
     assert peaks[1] < 2 * 20e6 + 1e9
