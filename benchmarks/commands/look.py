@@ -1,25 +1,17 @@
-"""Looking: what there is, what a suite will take, how far it is, and two runs side by side."""
+"""Looking: what there is, how far a suite is, and two runs side by side."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from benchmarks.commands.shell import AS_JSON, SUITE, benchmark_option, command, echo_json, echo_table, load_suite
-
-if TYPE_CHECKING:
-    from benchmarks.harness.planning.suite import Suite
-    from benchmarks.harness.running.outlook import Outlook, Work
+from benchmarks.commands.ahead import plan
+from benchmarks.commands.shell import AS_JSON, SUITE, command, echo_json, echo_table, load_suite
 
 _KINDS = ("suites", "benchmarks", "methods", "tasks", "models", "metrics", "claims")
 _LONGEST = 60  # of what is printed of one value
-_BASES = {
-    "seed": "as other seeds took",
-    "kind": "as its model's finished runs took",
-    "blessed": "as where the suite was blessed",
-}
 
 
 @command("List what there is: suites, benchmarks, methods.", name="list")
@@ -40,90 +32,6 @@ def _cell(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
-def _loaded(suite: str, benchmark: str | None) -> Suite:
-    """A suite, and where its data is."""
-    import os
-
-    loaded = load_suite(suite, benchmark)
-    os.environ.update(loaded.environment())
-    return loaded
-
-
-@command("Say what a suite will take, before anything runs.")
-@SUITE
-@benchmark_option("Only this one.")
-@AS_JSON
-def plan(suite: str, benchmark: str | None, as_json: bool) -> None:
-    """Say of every benchmark of a suite how many runs are done and missing, and what the missing ones take: time, GPUs, memory, downloads.
-
-    Nothing runs and nothing is downloaded. Time is what finished runs of the same kind took; where there is none it is unknown.
-    """
-    from benchmarks.harness.running.outlook import look_ahead
-
-    loaded = _loaded(suite, benchmark)
-    outlook = look_ahead(loaded, benchmark)
-    if as_json:
-        content = dataclasses.asdict(outlook)
-        for row in (*content["work"], content["total"]):
-            row["missing"] = row["runs"] - row["done"]
-        echo_json({"suite": suite, **content})
-    else:
-        _show(outlook, suite)
-
-
-def _show(outlook: Outlook, suite: str) -> None:
-    several = [outlook.total] if len(outlook.work) > 1 else []
-    echo_table([_row(work) for work in (*outlook.work, *several)], right=("runs", "done", "missing", "GPUs", "memory"))
-    click.echo(
-        "\nTime is that of one run after the other; `--cores N` of snakemake does several at a time. GPUs, threads and memory are those of one run"
-    )
-    for basis, words in _BASES.items():
-        if found := outlook.total.by_basis.get(basis):
-            click.echo(f"{found} runs are taken to last {words}")
-    if outlook.total.unknown:
-        click.echo(f"{outlook.total.unknown} runs have no time: nothing like them has finished here or was blessed")
-    if outlook.partitions:
-        click.echo(f"\n{outlook.partitions_there} of {outlook.partitions} clusterings are made")
-    for title, needs in (("models", outlook.models), ("packages", outlook.packages)):
-        if needs:
-            there = sum(need.there for need in needs)
-            click.echo(f"\n{there} of {len(needs)} {title} are there" + (", missing:" if there < len(needs) else ""))
-            for need in needs:
-                if not need.there:
-                    click.echo(f"  {need.name} ({need.place})")
-    if outlook.sets:
-        absent = dict.fromkeys(part.name for part in outlook.sets if part.rows is None)
-        there = sum(part.rows is not None for part in outlook.sets)
-        click.echo(
-            f"\n{there} of {len(outlook.sets)} parts of sets are there"
-            + (f", missing: {', '.join(absent)}" if absent else "")
-        )
-        if absent:
-            click.echo(f"Where they come from: `python -m benchmarks data --suite {suite} --check`")
-
-
-def _row(work: Work) -> dict[str, object]:
-    return {
-        "benchmark": work.name,
-        "runs": work.runs,
-        "done": work.done,
-        "missing": work.missing,
-        "time of the missing": _time(work, work.seconds),
-        "GPU time": _time(work, work.gpu_seconds) if work.gpus else "",
-        "GPUs": work.gpus,
-        "threads": ("all" if work.threads == 0 else work.threads) if work.missing else "",
-        "memory": f"{work.mem_mb / 1000:g} GB" if work.missing else "",
-    }
-
-
-def _time(work: Work, seconds: float) -> str:
-    from benchmarks.harness.results.durations import clock
-
-    if work.unknown == work.missing:
-        return "unknown" if work.missing else ""
-    return clock(seconds) + (f" + {work.unknown} unknown" if work.unknown else "")
-
-
 @command("Show what is running, done, failed, waiting.")
 @SUITE
 @AS_JSON
@@ -135,7 +43,7 @@ def status(suite: str, as_json: bool) -> None:
     from benchmarks.harness.results.durations import clock
     from benchmarks.harness.running.standing import count, standing_of
 
-    runs = _loaded(suite, None).runs
+    runs = load_suite(suite).runs
     found = [standing_of(run) for run in runs]
     names = dict.fromkeys(run.benchmark for run in runs)
     rows: list[dict[str, Any]] = [

@@ -14,6 +14,7 @@ from benchmarks.domainbed.emoji import EMOJI_PACKAGES
 from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.protocol import BASELINE, held_out_combinations, hyper_parameters, sweep_seed
 from benchmarks.domainbed.selection import SELECTIONS
+from benchmarks.domainbed.workload import image_workload
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.frozen import check_frozen
@@ -26,6 +27,7 @@ from benchmarks.harness.planning.methods import (
 )
 from benchmarks.harness.planning.schema import check_file, check_names, parse, read
 from benchmarks.harness.planning.shared import Method
+from benchmarks.harness.planning.workload import Workload
 from benchmarks.harness.sources.packages import PackageFile, packaged
 
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
@@ -92,6 +94,11 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).file]
+
+    def workload(
+        self, spec: Mapping[str, Any], tasks: Mapping[str, SetEntry], specs: Mapping[str, Mapping[str, Any]]
+    ) -> Workload | None:
+        return image_workload(spec, tasks)
 
     def figure_inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).picture]

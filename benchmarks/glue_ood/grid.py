@@ -15,8 +15,10 @@ from benchmarks.harness.planning.kinds import Benchmark, Offer, kind_of
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.schema import check_names, parse
 from benchmarks.harness.planning.shared import ABLATION, Definition, MethodsDefinition
+from benchmarks.harness.planning.workload import Workload, model_size
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import TextKind, TextSets, check_ablations, transformed_rows
+from benchmarks.text.workload import find_part, read_workload
 
 
 class EvaluationKind(TextSets[EvaluationDefinition]):
@@ -111,6 +113,23 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
         }
         domains = frozenset(self.compared_domains(benchmark.definition))
         return replace(trained, methods=methods | transformed, domains=domains)
+
+    def workload(
+        self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Mapping[str, Mapping[str, Any]]
+    ) -> Workload | None:
+        """As of the first candidate's model: all of them have the same shape. The task itself is read where it is not as it was when it was trained."""
+        trained, settings = specs[spec["candidates"][0]], spec["evaluation"]
+        training = trained["training"]
+        same = (training["eval_rows"], training["max_length"]) == (settings["rows"], settings["max_length"])
+        names = [other["name"] for other in spec["ood"]]
+        if "transform" in spec or not same:
+            names.append(spec["task"]["name"])
+        parts = {name: find_part(tasks, name, "test", settings["rows"], settings["max_length"]) for name in names}
+        size = model_size(trained)
+        still = size and replace(size, trained=0, learned=0)
+        return read_workload(
+            still, parts, settings["batch_size"], settings["max_length"], precision=training["precision"]
+        )
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [str(RUNS / folder / "metrics.json") for folder in spec["candidates"]]

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from benchmarks.harness.planning.counts import SetSize
 from benchmarks.harness.planning.schema import (
     AsGiven,
     Count,
@@ -216,6 +217,8 @@ class InstructionSet(Entry):
     """Where rows come from, where there is no file `<name>.json` or `<name>.jsonl` below data_root."""
     rows: Count | None = left_out()
     """Rows as its makers count them."""
+    size: SetSize = SetSize()
+    """How large it is; a row's text are instruction, input and output."""
     download_instructions: str
     """Where the set comes from."""
 

@@ -22,10 +22,12 @@ from benchmarks.harness.planning.methods import (
 from benchmarks.harness.planning.schema import check_names, parse, read
 from benchmarks.harness.planning.shared import Method, Resources
 from benchmarks.harness.planning.tunings import TUNINGS, needs_layers, tuning_spec
+from benchmarks.harness.planning.workload import Workload
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.llama.definition import Finetuning, InstructionDefinition, InstructionSet, SetFile
 from benchmarks.llama.instructions import ALPACA_DEMO, load_instructions
 from benchmarks.llama.mmlu_dev import is_mmlu_dev, mmlu_dev_file
+from benchmarks.llama.workload import instruction_workload
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
 _UNTRAINED = "nothing"
@@ -118,6 +120,11 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
             return
         inputs = f"{sum(bool(row.input) for row in found.rows):,} with an input"
         yield SetPart(name, ALL, len(found.rows), len(found.broken), known.rows, inputs, found.source)
+
+    def workload(
+        self, spec: Mapping[str, Any], tasks: Mapping[str, InstructionSet], specs: Mapping[str, Mapping[str, Any]]
+    ) -> Workload | None:
+        return instruction_workload(spec, tasks)
 
     def unpinned(self, spec: Mapping[str, Any]) -> Iterator[str]:
         for entry in spec["evaluation"]["tasks"]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import random
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.planning.schema import check_names, read_yaml
 from benchmarks.llama.instructions import Instruction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHAT, RANDOM = "chat", "random"
 _FILE = BENCHMARKS / "llama" / "templates.yaml"
@@ -28,6 +29,13 @@ def _templates() -> dict[str, dict[str, str]]:
 def template_names() -> list[str]:
     """What ``data.template`` may be."""
     return [*_templates(), CHAT, RANDOM]
+
+
+def template_bytes(name: str) -> float:
+    """Bytes that a template adds to a row, on average over rows with and without an input; 0 of one that the model brings itself."""
+    chosen = _templates().values() if name == RANDOM else [_templates()[name]] if name in _templates() else []
+    sizes = [len(text.encode()) for template in chosen for text in template.values()]
+    return sum(sizes) / len(sizes) if sizes else 0.0
 
 
 @dataclass(frozen=True)

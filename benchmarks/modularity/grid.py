@@ -13,9 +13,11 @@ from benchmarks.harness.planning.kinds import Benchmark, Domain
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.methods import VARIANT_KEYS, method_spec, suite_methods
 from benchmarks.harness.planning.schema import check_names, parse, read
+from benchmarks.harness.planning.workload import Workload, model_size
 from benchmarks.modularity.definition import ModularityDefinition
 from benchmarks.text.definition import TaskEntry, TaskFile
 from benchmarks.text.grid import TextSets, text_models
+from benchmarks.text.workload import find_part, read_workload
 
 # what a row may set otherwise: how neurons are grouped, and what groups are scored by
 _FREE = {"kind", "title", "role", "method", "num_experts", "top_k", "top_k_fraction", "layers", "partition"}
@@ -53,6 +55,15 @@ class ModularityKind(TextSets[ModularityDefinition]):
 
     def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         return [spec["task"], *spec["ood"]]
+
+    def workload(
+        self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Mapping[str, Mapping[str, Any]]
+    ) -> Workload | None:
+        """All rows are read with the dense model, and again with experts."""
+        reading = spec["reading"]
+        names = [spec["task"]["name"], *(other["name"] for other in spec["ood"])]
+        parts = {name: find_part(tasks, name, "test", reading["rows"], reading["max_length"]) for name in names}
+        return read_workload(model_size(spec), parts, reading["batch_size"], reading["max_length"], passes=2)
 
     def compared_domains(self, definition: ModularityDefinition) -> Mapping[str, Domain]:
         return {}

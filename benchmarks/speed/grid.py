@@ -10,7 +10,9 @@ from typing import Any
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.kinds import Benchmark, Domain, Kind, Offer
 from benchmarks.harness.planning.schema import check_names, parse
+from benchmarks.harness.planning.workload import Workload
 from benchmarks.speed.definition import Measure, MeasurementDefinition
+from benchmarks.speed.workload import measured_workload
 
 # shape how much is measured, not what
 _NOT_IN_VARIANT = ("candidates", "rounds")
@@ -67,6 +69,11 @@ class MeasurementKind(Kind[MeasurementDefinition, Measure]):
                     raise DefinitionError(f"{where}' measures {' '.join(filter(None, key))} a second time")
                 seen.add(key)
                 yield spec
+
+    def workload(
+        self, spec: Mapping[str, Any], tasks: Mapping[str, Measure], specs: Mapping[str, Mapping[str, Any]]
+    ) -> Workload | None:
+        return measured_workload(spec)
 
     def compared_domains(self, definition: MeasurementDefinition) -> Mapping[str, Domain]:
         return dict.fromkeys(definition.measures, Domain(("ratio", "ratio_low", "ratio_high"), "setting"))

@@ -24,6 +24,7 @@ from benchmarks.harness.planning.methods import (
 from benchmarks.harness.planning.schema import check_file, check_names, parse, read
 from benchmarks.harness.planning.shared import ABLATION, Method, MethodRow, MethodsDefinition
 from benchmarks.harness.planning.variants import variant_of
+from benchmarks.harness.planning.workload import Workload
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.training.label_mapping import label_mapping
@@ -37,6 +38,7 @@ from benchmarks.text.definition import (
     TextTrainingSettings,
     Transformed,
 )
+from benchmarks.text.workload import trained_workload
 from emoe.errors import EMoEError
 
 PUBLISHED, CLEAN = "published", "clean"
@@ -64,6 +66,10 @@ class TextSets(Kind[D, TaskEntry]):
 
     def compared_domains(self, definition: D) -> Mapping[str, Domain]:
         return {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
+
+    def rows_shown(self, definition: D, shown: str) -> Collection[str] | None:
+        ablations: Mapping[str, Ablation] = definition.ablations if isinstance(definition, Ablated) else {}
+        return ablations[shown].rows if shown in ablations else None
 
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
         return [packaged("vaderSentiment")] if "vader_sentiment" in task.get("source", {}) else []
@@ -107,9 +113,18 @@ class TextKind(TextSets[TextDefinition]):
         definition = definition.model_copy(update={"methods": {**definition.methods, **rows}})
         return definition, read(file.parent / definition.tasks, TaskFile).tasks
 
+    def workload(
+        self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Mapping[str, Mapping[str, Any]]
+    ) -> Workload | None:
+        return trained_workload(spec, tasks)
+
     def published_files(self, definition: TextDefinition) -> list[str]:
         traces = definition.published_traces
         return [*super().published_files(definition), *(traces.rows.values() if traces else ())]
+
+    def rows_shown(self, definition: TextDefinition, shown: str) -> Collection[str] | None:
+        traces = definition.published_traces
+        return traces.rows if shown == "traces" and traces else super().rows_shown(definition, shown)
 
     def check(self, definition: TextDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
         file = folder / "benchmark.yaml"

@@ -1,4 +1,4 @@
-"""Both programs' command lines: help, completion, lists, and what `plan`, `status`, `compare` and `verify` say of runs."""
+"""Both programs' command lines: help, completion, lists, and what `status`, `compare` and `verify` say of runs."""
 
 from __future__ import annotations
 
@@ -190,38 +190,6 @@ def test_status_tells_running_from_failed_and_shows_the_last_line(runs: list[Run
     ]
     assert "ValueError: odd (0:" in text
     assert state_of()["total"]["failed"] == 2  # whoever ran it is gone
-
-
-def test_plan_estimates_from_what_was_recorded_and_invents_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    arguments = ("plan", "--suite", "emoji", "--json")
-    before = json.loads(call(*arguments))["total"]
-    assert (before["done"], before["seconds"], before["unknown"]) == (0, 0, before["runs"])
-    assert "unknown" in call(*arguments[:-1])
-    first = plan(["domainbed"], "emoji")[0]
-    fake_runs.write_runs([first])
-    found = json.loads(call(*arguments))
-    total = found["total"]
-    alike = [run for run in plan(["domainbed"], "emoji")[1:] if run.spec["model"] == first.spec["model"]]
-    assert (total["done"], total["missing"]) == (1, before["runs"] - 1)
-    assert total["seconds"] == 2.0 * len(alike)
-    assert sum(total["by_basis"].values()) == len(alike) == total["missing"] - total["unknown"]
-    assert [model["name"] for model in found["models"]] == [first.spec["model"]["name"]]
-    assert found["sets"]
-    (RUNS / first.folder / "metrics.json").write_text("{")
-    with pytest.raises(DefinitionError, match=r"metrics\.json is damaged"):
-        call(*arguments)
-
-
-def test_plan_takes_what_runs_took_where_the_suite_was_blessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    found = json.loads(call("plan", "--suite", "smoke", "--benchmark", "modularity", "--json"))["total"]
-    assert found["by_basis"] == {"blessed": found["missing"]}
-    assert found["seconds"] > 0
-    with pytest.raises(DefinitionError, match="did you mean 'glue'"):
-        call("plan", "--suite", "smoke", "--benchmark", "gleu")
 
 
 def test_compare_shows_settings_environment_and_numbers(runs: list[Run], tmp_path: Path) -> None:

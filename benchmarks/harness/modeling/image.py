@@ -18,11 +18,11 @@ from benchmarks.harness.modeling.loading import (
     describe,
     from_pretrained,
     locate,
-    own_folder,
     read_tensors,
     weights_digest,
 )
 from benchmarks.harness.sources.hub import cached_commit, hub_name
+from benchmarks.harness.sources.local import own_folder
 from emoe.errors import did_you_mean
 
 _HEAD_DEVIATION = 0.02

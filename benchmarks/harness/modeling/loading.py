@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -24,10 +23,11 @@ from transformers import (
 )
 
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import MODEL_ROOT, MODELS
+from benchmarks.harness.base.paths import MODELS
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.sources.hub import hub_name
+from benchmarks.harness.sources.local import own_folder
 from benchmarks.harness.sources.packages import package_folder
 from emoe.partitioning import tensor_digest
 
@@ -139,13 +139,6 @@ def weights_digest(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tensor_digest(tensor)}".encode())
     return digest.hexdigest()[:16]
-
-
-def own_folder(model: Mapping[str, Any]) -> Path | None:
-    """The folder of the model's name below the model root, if the user has one."""
-    root = os.environ.get(MODEL_ROOT)
-    folder = Path(root) / model["name"] if root else None
-    return folder if folder and folder.is_dir() else None
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

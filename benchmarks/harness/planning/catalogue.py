@@ -9,6 +9,7 @@ from pydantic import Field
 
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.planning.schema import Number, Positive, Strict, Whole, left_out, read
+from benchmarks.harness.planning.shapes import Shape
 
 _NEEDS = (
     ("package", "path"),
@@ -57,10 +58,12 @@ class ModelEntry(ModelSource):
 
     title: str
     """Label in tables."""
+    shape: Shape | None = left_out()
+    """Its sizes, by which `plan` knows what its runs take; left out: those of `config`, else `plan` says that they are unknown."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """The ``model`` part of a run's spec; titles are for readers and shape no number."""
-        return {"name": name, **self.model_dump(exclude={"title"})}
+        """The ``model`` part of a run's spec; title and shape shape no number."""
+        return {"name": name, **self.model_dump(exclude={"title", "shape"})}
 
 
 class ModelFile(Strict):

@@ -10,6 +10,7 @@ from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.base.paths import SCHEMAS
 from benchmarks.harness.planning.catalogue import MetricFile, ModelFile
 from benchmarks.harness.planning.claims import ClaimFile
+from benchmarks.harness.planning.devices import DeviceFile
 from benchmarks.harness.planning.kinds import find_kind, kind_names
 from benchmarks.harness.planning.method_rows import MethodFile
 from benchmarks.harness.planning.paper_items import PaperFile
@@ -36,6 +37,6 @@ def write_schemas() -> list[Path]:
 
 def _models() -> Iterator[tuple[str, type[Strict]]]:
     yield from (("models", ModelFile), ("metrics", MetricFile), ("methods", MethodFile))
-    yield from (("claims", ClaimFile), ("paper", PaperFile), ("config", SuiteSettings))
+    yield from (("devices", DeviceFile), ("claims", ClaimFile), ("paper", PaperFile), ("config", SuiteSettings))
     for kind in kind_names():
         yield from find_kind(kind).files

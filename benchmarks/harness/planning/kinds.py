@@ -16,6 +16,7 @@ from benchmarks.harness.planning.counts import PublishedRows, count_note
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.schema import Strict, read_yaml
 from benchmarks.harness.planning.shared import Definition, Entry, MethodsDefinition, Resources
+from benchmarks.harness.planning.workload import Workload
 from benchmarks.harness.sources.packages import PackageFile
 from emoe.errors import did_you_mean
 
@@ -226,6 +227,27 @@ class Kind(ABC, Generic[D, E]):
     def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> list[tuple[str, str]]:
         """Name and part of every set that a run reads."""
         return []
+
+    def workload(
+        self, spec: Mapping[str, Any], tasks: Mapping[str, E], specs: Mapping[str, Mapping[str, Any]]
+    ) -> Workload | None:
+        """What a run computes, for ``plan``; None where nobody can say.
+
+        Args:
+            spec: of the run.
+            tasks: of the benchmark.
+            specs: of all runs of the suite, by their folders.
+        """
+        return None
+
+    def set_megabytes(self, tasks: Mapping[str, E], name: str) -> float | None:
+        """How large a set is, unpacked; None where that is not known."""
+        size = getattr(tasks[name], "size", None)
+        return size.megabytes if size else None
+
+    def rows_shown(self, definition: D, shown: str) -> Collection[str] | None:
+        """The methods of which a table or figure has rows; None: all."""
+        return None
 
     def describe(
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, E], *, open_files: bool

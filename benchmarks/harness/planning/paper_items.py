@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,8 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.planning.claims import Comparison, check_comparison
 from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
-from benchmarks.harness.planning.runs import canonical_json
+from benchmarks.harness.planning.kinds import kind_of
+from benchmarks.harness.planning.runs import Run, canonical_json
 from benchmarks.harness.planning.schema import Key, Names, Number, Strict, check_names, left_out, read
 from benchmarks.harness.planning.suite import FORMATS, Artifacts, Suite
 
@@ -257,3 +258,34 @@ def paper_files(suite: Suite, item: str | None = None) -> list[str]:
     ran = any(average.of.benchmark in suite.settings.benchmarks for average in load_main_averages().values())
     main = ran and (item is None or bool(load_paper_items()[item].main))
     return [file for output in found for file in output.files(suite.name)] + (main_files(suite.name) if main else [])
+
+
+def runs_shown(suite: Suite, item: str) -> list[Run]:
+    """The runs of a suite that a table or figure of the paper shows, with those that they evaluate; fewer than its target runs, which makes all tables of a benchmark.
+
+    Raises:
+        DefinitionError: there is no such table or figure; names the nearest.
+    """
+    check_names("paper.yaml: '", "items", [item], load_paper_items())
+    chosen: list[Run] = []
+    for output in paper_outputs():
+        if output.item == item and output.is_in(suite):
+            part = output.part
+            definition = load_benchmark(part.benchmark).definition
+            rows = part.rows or load_benchmark(part.benchmark).kind.rows_shown(definition, part.shown)
+            chosen += [run for run in suite.runs_of(part.benchmark, output.of_set) if _is_row(run, rows)]
+    if load_paper_items()[item].main:
+        for average in load_main_averages().values():
+            of = average.of
+            chosen += [run for run in suite.runs_of(of.benchmark) if _is_row(run, (of.dense, of.gmoe, of.emoe))]
+    found = {run.folder: run for run in chosen}
+    for run in chosen:
+        for file in kind_of(run.benchmark).inputs(run.spec):
+            folder = file.removeprefix(f"{paths.RUNS}/").removesuffix("/metrics.json")
+            if folder in suite.runs_by_folder:
+                found[folder] = suite.runs_by_folder[folder]
+    return list(found.values())
+
+
+def _is_row(run: Run, rows: Collection[str] | None) -> bool:
+    return rows is None or run.spec["method"]["name"] in rows

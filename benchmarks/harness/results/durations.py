@@ -1,32 +1,15 @@
-"""How long runs take, from what finished ones took: for the time left, and for plans."""
+"""How long runs take, from what finished ones took: for the time left."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-
-Basis = Literal["seed", "kind", "blessed"]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What one run takes.
-
-    Attributes:
-        seconds: of one job.
-        basis: as a finished one that differs in the ``seed`` alone; as finished ones of its ``kind`` on average; as those of its benchmark
-            where the suite was ``blessed``, at the pace of those that are finished here.
-    """
-
-    seconds: float
-    basis: Basis
 
 
 def benchmark_of(folder: str) -> str:
@@ -34,38 +17,31 @@ def benchmark_of(folder: str) -> str:
     return folder.partition("/")[0]
 
 
-def estimate(
-    folders: Iterable[str],
-    done: Collection[str],
-    blessed: Mapping[str, float],
-    kind: Callable[[str], str] = benchmark_of,
-) -> dict[str, Estimate]:
-    """What each run takes; those of which nothing is known are left out.
+def estimate(folders: Iterable[str], done: Collection[str], blessed: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each run: as one that differs in the seed alone, else as finished ones of its benchmark on average, else as those where the suite
+    was blessed, at the pace of those that are finished here; those of which nothing is known are left out.
 
     Args:
         folders: of the runs.
         done: of the finished ones.
         blessed: seconds of a run by benchmark, on the machine where the suite was blessed.
-        kind: what runs have in common whose mean stands for one.
 
     Raises:
         DefinitionError: a finished run does not say what it took.
     """
-    finished = {_but_the_seed(folder): folder for folder in done}
-    took = {like: job_seconds(folder) for like, folder in finished.items()}
-    usual = _means((kind(finished[like]), seconds) for like, seconds in took.items())
+    took = {but_the_seed(folder): job_seconds(folder) for folder in done}
     here = _means((benchmark_of(like), seconds) for like, seconds in took.items())
     both = set(here) & set(blessed)
     pace = sum(here[name] for name in both) / sum(blessed[name] for name in both) if both else 1.0
     found = {}
     for folder in folders:
-        like, benchmark = _but_the_seed(folder), benchmark_of(folder)
+        like, benchmark = but_the_seed(folder), benchmark_of(folder)
         if like in took:
-            found[folder] = Estimate(took[like], "seed")
-        elif kind(folder) in usual:
-            found[folder] = Estimate(usual[kind(folder)], "kind")
+            found[folder] = took[like]
+        elif benchmark in here:
+            found[folder] = here[benchmark]
         elif benchmark in blessed:
-            found[folder] = Estimate(pace * blessed[benchmark], "blessed")
+            found[folder] = pace * blessed[benchmark]
     return found
 
 
@@ -75,9 +51,21 @@ def job_seconds(folder: str, root: Path = RUNS) -> float:
     Raises:
         DefinitionError: its ``metrics.json`` is damaged, or does not say.
     """
+    return float(read_cost(folder, root)[0]["job_seconds"])
+
+
+def read_cost(folder: str, root: Path = RUNS) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a finished run took (``cost`` of its ``metrics.json``), and where (``environment``).
+
+    Raises:
+        DefinitionError: the file is damaged, or does not say how long the job took.
+    """
     path = root / folder / "metrics.json"
     try:
-        return float(json.loads(path.read_text())["cost"]["job_seconds"])
+        content = json.loads(path.read_text())
+        cost: dict[str, Any] = content["cost"]
+        float(cost["job_seconds"])
+        return cost, dict(content.get("environment", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise DefinitionError(
             f"{path} is damaged ({error!r}); delete it and run `snakemake --cores all {path}`"
@@ -98,5 +86,6 @@ def _means(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def _but_the_seed(folder: str) -> str:
+def but_the_seed(folder: str) -> str:
+    """What the folders of runs have in common that differ in the seed alone."""
     return re.sub(r"-s\d+-[0-9a-f]{8}$", "", folder)

@@ -12,7 +12,7 @@ from benchmarks.harness.planning.kinds import SetPart, kind_of
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.sources.hub import is_commit
-from benchmarks.harness.sources.local import local_folder, own_file
+from benchmarks.harness.sources.local import local_folder, own_file, own_folder
 from benchmarks.harness.sources.packages import package_files
 
 
@@ -77,8 +77,6 @@ def unpinned(suite: Suite) -> list[str]:
 
 
 def _unpinned(run: Run) -> Iterator[str]:
-    from benchmarks.harness.modeling.loading import own_folder
-
     spec, model = run.spec, run.spec["model"]
     place = model.get("hub") or (f"timm/{model['timm']}" if "timm" in model and not model.get("random") else None)
     if place and not is_commit(model["revision"]) and own_folder(model) is None:

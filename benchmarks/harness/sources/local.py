@@ -1,4 +1,4 @@
-"""A set's place below the data root."""
+"""The user's own folders: of a set below the data root, of a model below the model root."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.base.paths import DATA_ROOT, ROOT
+from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, ROOT
 
 OWN_SUFFIXES = (".json", ".jsonl")  # of a set of instructions below the data root
 
@@ -36,3 +36,10 @@ def wanted_place(source: Mapping[str, Any]) -> str:
         return str(ROOT / source["path"])
     root = os.environ.get(DATA_ROOT)
     return str(Path(root) / source["folder"]) if root else f"<data_root>/{source['folder']}"
+
+
+def own_folder(model: Mapping[str, Any]) -> Path | None:
+    """The folder of the model's name below the model root, if the user has one."""
+    root = os.environ.get(MODEL_ROOT)
+    folder = Path(root) / model["name"] if root else None
+    return folder if folder and folder.is_dir() else None

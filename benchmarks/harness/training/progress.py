@@ -80,11 +80,8 @@ def _position(run_id: str) -> str:
     left = ""
     if since:
         found = estimate(folders, done, plan.get("expected", {}))
-        known = [found[folder].seconds for folder in done]
+        known = [found[folder] for folder in done]
         usual = sum(known) / len(known)  # what stands for a run of which nothing is known
-        rest, worked = (
-            sum(found[folder].seconds if folder in found else usual for folder in some)
-            for some in (set(folders) - done, since)
-        )
+        rest, worked = (sum(found.get(folder, usual) for folder in some) for some in (set(folders) - done, since))
         left = f", {clock(rest / worked * (time.time() - plan['started']))} left"
     return f"{len(done)} of {len(folders)} runs done{left}; "

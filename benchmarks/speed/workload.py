@@ -1,0 +1,45 @@
+"""What measurements compute that train: one FFN, or a whole model, a step for every candidate and round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.harness.planning.shapes import Shape, shape_of_config
+from benchmarks.harness.planning.workload import ModelSize, Passes, Workload
+
+
+def measured_workload(spec: Mapping[str, Any]) -> Workload | None:
+    """What a measurement of a layer or a step computes; None of the others, which wait for memory or cluster."""
+    model, settings, measure = spec["model"], spec["settings"], spec["task"]["name"]
+    if measure == "layer":
+        shape = Shape(width=model["hidden"], layers=1, neurons=model["neurons"], gated=model["gated"])
+        tokens, parameters = settings["tokens"], shape.ffn
+    elif measure == "step":
+        shape = shape_of_config(model["config"])
+        row = shape.image_tokens(model["config"].get("image_size", 224)) if shape.patch else settings["length"]
+        tokens, parameters = settings["batch_size"] * row, shape.layers * shape.block
+    else:
+        return None
+    if settings.get("dtype", "float32") != "float32":
+        return None
+    steps = (settings["rounds"] + 1) * (1 + len(settings["candidates"]))
+    held = parameters * (1 + len(settings["candidates"]))
+    size = ModelSize(
+        shape,
+        held,
+        held if measure == "step" else 0,
+        parameters,
+        parameters,
+        parameters,
+        shape.layers,
+        shape.layers * shape.neurons,
+    )
+    return Workload(
+        size=size,
+        training=Passes(steps, steps * tokens, 3 * parameters, 3 * shape.layers),
+        updates=steps,
+        reading=(),
+        batch_tokens=tokens,
+        threads=settings["threads"],
+    )
