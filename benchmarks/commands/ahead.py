@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import textwrap
 from collections.abc import Sequence
@@ -41,6 +42,12 @@ def _devices(_context: click.Context, _parameter: click.Parameter, begun: str) -
     return [name for name in load_devices() if name.startswith(begun)]
 
 
+def _finite(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no speed")
+    return value
+
+
 @command("Say what a suite will take, before anything runs.")
 @SUITE
 @benchmark_option("Only this one.")
@@ -55,6 +62,7 @@ def _devices(_context: click.Context, _parameter: click.Parameter, begun: str) -
 @click.option(
     "--tflops",
     type=click.FloatRange(min=0, min_open=True),
+    callback=_finite,
     help="What the device does in 10^12 operations a second, instead of what devices.yaml says.",
 )
 @click.option("--cores", type=click.IntRange(min=1), help="CPU cores that work at once; by default this machine's.")
