@@ -192,7 +192,7 @@ def _echo_rests(outlook: Outlook, cores: int, gpus: int) -> None:
             notes.append(f"{found:,} runs are taken to last {words}.")
     if total.unknown:
         notes.append(
-            f"{total.unknown:,} runs have no time (+): nobody has written down their model's shape, or counted the rows of their sets."
+            f"{total.unknown:,} runs have no time (+): nothing says what they compute (their model's shape, the rows of their sets)."
         )
     for name, device in outlook.devices.items():
         if total.missing and device.memory_gb:

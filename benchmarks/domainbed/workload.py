@@ -16,7 +16,7 @@ _STATE = 4
 def image_workload(spec: Mapping[str, Any], tasks: Mapping[str, SetEntry]) -> Workload | None:
     """What a run computes, environments taken to be of one size; None where the images of its set are not counted."""
     size, training, images = model_size(spec), spec["training"], tasks[spec["task"]["name"]].images
-    if size is None or images is None:
+    if size is None or images is None or not size.shape.patch:
         return None
     environments, held_out, steps = len(spec["task"]["environments"]), len(spec["test_envs"]), training["steps"]
     tokens = size.shape.image_tokens(training["image_size"])

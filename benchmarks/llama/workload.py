@@ -53,7 +53,8 @@ def instruction_workload(spec: Mapping[str, Any], tasks: Mapping[str, Instructio
     whole = None if row_bytes is None else row_bytes + template_bytes(data["template"])
     tokens = text_tokens(whole, longest, 2)
     assumed = [] if row_bytes is not None else [f"rows of {spec['task']['name']} as long as they may be"]
-    rows = min(count for count in (data["train_rows"], known.rows and known.rows - held_out) if count is not None)
+    there = None if known.rows is None else max(known.rows - held_out, 0)
+    rows = min(count for count in (data["train_rows"], there) if count is not None)
     trained, updates, looks, batch_tokens = NO_PASSES, 0, 0, evaluation["batch_size"] * longest
     if batch := training.get("batch_size"):
         updates = training["steps"] or int(rows // batch * training["epochs"])

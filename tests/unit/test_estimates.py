@@ -15,7 +15,7 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning import devices
 from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.devices import device_of, find_device, load_devices
+from benchmarks.harness.planning.devices import USUAL_GPU, device_of, find_device, load_devices
 from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.runs import Run, plan
 from benchmarks.harness.planning.suite import load_suite
@@ -164,11 +164,12 @@ def test_recorded_gpus_are_known_by_their_names() -> None:
         "Tesla V100-SXM2-32GB": "v100",
         "NVIDIA A10": "a10",
     }
+    known |= {"NVIDIA RTX A1000 Laptop": USUAL_GPU, "NVIDIA A10G": "a10"}
     known |= {"NVIDIA A100-PCIE-40GB": "a100", "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA L40S": "l40s"}
     for name, device in known.items():
         assert device_of([name]) == device
     assert device_of([]) == "cpu"
-    assert device_of(["NVIDIA GB10"]) is None
+    assert device_of(["NVIDIA GB10"]) == USUAL_GPU  # finished runs correct it
 
 
 def test_a_wrong_device_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

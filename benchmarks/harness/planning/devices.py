@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
@@ -124,17 +125,19 @@ def find_device(name: str) -> Device:
     return known[name]
 
 
-def device_of(gpus: Sequence[str]) -> str | None:
-    """The name of the device that a run was recorded on; None where it is not known here.
+def device_of(gpus: Sequence[str]) -> str:
+    """The name of the device that a run was recorded on; a usual one for a GPU that is not known here, which finished runs correct.
 
     Args:
         gpus: as ``environment.gpus`` of its ``metrics.json`` names them; none for a CPU.
 
     >>> device_of(["NVIDIA A100-SXM4-80GB"]), device_of([]), device_of(["Some Other 1"])
-    ('a100', 'cpu', None)
+    ('a100', 'cpu', 'a100')
     """
     if not gpus:
         return CPU
-    plain = gpus[0].lower().replace(" ", "")
-    # the longest first: an RTX A10… is no A10
-    return next((name for name in sorted(load_devices(), key=len, reverse=True) if name != CPU and name in plain), None)
+    # a space may part letters and number; an RTX A1000 is no A100
+    patterns = {name: re.sub(r"([a-z])(\d)", r"\1 ?\2", name) for name in load_devices() if name != CPU}
+    plain = gpus[0].lower()
+    found = (name for name, text in patterns.items() if re.search(rf"(?<![a-z0-9]){text}(?!\d)", plain))
+    return next(found, USUAL_GPU)

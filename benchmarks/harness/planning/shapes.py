@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from benchmarks.harness.planning.schema import Count, Strict, Whole
 
+_IMAGES = ("vit", "deit", "dinov2")
 _GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma")  # by `model_type`: three matrices in an FFN
 
 
@@ -80,15 +81,15 @@ def shape_of_config(config: Mapping[str, Any]) -> Shape:
 
     width = of("hidden_size", "n_embd", default=768)
     heads = of("num_attention_heads", "n_head", default=12)
-    gated = config.get("model_type") in _GATED
+    gated, sees = config.get("model_type") in _GATED, config.get("model_type") in _IMAGES
     return Shape(
         width=width,
         layers=of("num_hidden_layers", "n_layer", default=12),
         neurons=of("intermediate_size", "n_inner", default=4 * width),
         gated=gated,
         key_width=width // heads * of("num_key_value_heads", default=heads),
-        vocab=0 if config.get("model_type") == "vit" else of("vocab_size", default=30522),
+        vocab=0 if sees else of("vocab_size", default=30522),
         positions=0 if gated else of("max_position_embeddings", "n_positions", default=0),
-        patch=of("patch_size", default=16) if config.get("model_type") == "vit" else 0,
+        patch=of("patch_size", default=16) if sees else 0,
         tied=bool(config.get("tie_word_embeddings", not gated)),
     )

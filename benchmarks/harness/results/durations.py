@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -64,7 +65,8 @@ def read_cost(folder: str, root: Path = RUNS) -> tuple[dict[str, Any], dict[str,
     try:
         content = json.loads(path.read_text())
         cost: dict[str, Any] = content["cost"]
-        float(cost["job_seconds"])
+        if not 0 < float(cost["job_seconds"]) < math.inf:
+            raise ValueError(f"'job_seconds' is {cost['job_seconds']}")
         return cost, dict(content.get("environment", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise DefinitionError(

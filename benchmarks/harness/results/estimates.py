@@ -25,7 +25,7 @@ class Recorded:
 
     Attributes:
         folder: of the run.
-        device: it ran on, by its name in ``devices.yaml``; None where that is not known there.
+        device: it ran on, by its name in ``devices.yaml``.
         threads: it was given.
         seconds: of the job.
         megabytes: its memory at the highest; None where it was not recorded.
@@ -33,7 +33,7 @@ class Recorded:
     """
 
     folder: str
-    device: str | None
+    device: str
     threads: int
     seconds: float
     megabytes: float | None
@@ -50,7 +50,7 @@ def recorded(folder: str, root: Path = RUNS) -> Recorded:
     return Recorded(
         folder,
         device_of(environment.get("gpus", ())),
-        int(environment.get("threads", 1)),
+        environment.get("threads", 1),
         float(cost["job_seconds"]),
         cost.get("peak_memory_mb"),
         cost.get("steps") or None,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
@@ -20,6 +19,7 @@ from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.planning.workload import Workload
 from benchmarks.harness.results.estimates import Basis, Error, Estimate, Estimator, errors, recorded
 from benchmarks.harness.running.downloads import Need, check_sets, exists, models_needed, packages_needed, sets_needed
+from emoe.errors import EMoEError
 
 _FILES = 40e3  # bytes of a run's settings, numbers and log, in the mini suite
 
@@ -271,27 +271,32 @@ class _Look:
 
 
 def _workload(run: Run, specs: Mapping[str, Mapping[str, object]]) -> Workload | None:
-    return kind_of(run.benchmark).workload(run.spec, load_benchmark(run.benchmark).tasks, specs)
+    try:
+        return kind_of(run.benchmark).workload(run.spec, load_benchmark(run.benchmark).tasks, specs)
+    except EMoEError as error:  # layers that the model's shape does not have
+        raise DefinitionError(f"{run.folder}: {error}") from error
 
 
 def _measured() -> dict[str, Run]:
     """Finished measurements, of whatever suite: they say how fast this machine is."""
-    names = [name for name in benchmark_names() if not kind_of(name).has_models]
-    files: Iterable[Path] = (file for name in names for file in sorted((RUNS / name).glob("*/run.json")))
-    return {
-        f"{file.parent.parent.name}/{file.parent.name}": read_run(file)
-        for file in files
-        if file.with_name("metrics.json").exists()
-    }
+    found = {}
+    for name in benchmark_names():
+        if not kind_of(name).has_models:
+            version = load_benchmark(name).definition.version
+            for file in sorted((RUNS / name).glob("*/metrics.json")):
+                run = read_run(file.with_name("run.json"))
+                if run.spec["version"] == version:
+                    found[run.folder] = run
+    return found
 
 
 def _device_here() -> str:
-    """The device of this machine, as ``devices.yaml`` names it; a usual one for a GPU that is not known there."""
+    """The device of this machine, as ``devices.yaml`` names it."""
     import torch
 
     if not torch.cuda.is_available():
         return CPU
-    return device_of([torch.cuda.get_device_name()]) or USUAL_GPU
+    return device_of([torch.cuda.get_device_name()])
 
 
 def _overridden(device: Device, tflops: float | None) -> Device:
