@@ -18,7 +18,7 @@ from benchmarks.domainbed.workload import image_workload
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.frozen import check_frozen
-from benchmarks.harness.planning.kinds import ALL, COUNTS, Benchmark, Domain, SetPart, WholeSets, missing_set
+from benchmarks.harness.planning.kinds import ALL, COUNTS, Benchmark, Domain, SetPart, Specs, WholeSets, missing_set
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
     method_spec,
@@ -95,9 +95,7 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).file]
 
-    def workload(
-        self, spec: Mapping[str, Any], tasks: Mapping[str, SetEntry], specs: Mapping[str, Mapping[str, Any]]
-    ) -> Workload | None:
+    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, SetEntry], specs: Specs) -> Workload | None:
         return image_workload(spec, tasks)
 
     def figure_inputs(self, spec: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
-from benchmarks.harness.planning.kinds import Benchmark, Offer, kind_of
+from benchmarks.harness.planning.kinds import Benchmark, Offer, Specs, kind_of
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.schema import check_names, parse
 from benchmarks.harness.planning.shared import ABLATION, Definition, MethodsDefinition
@@ -114,15 +114,13 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
         domains = frozenset(self.compared_domains(benchmark.definition))
         return replace(trained, methods=methods | transformed, domains=domains)
 
-    def workload(
-        self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Mapping[str, Mapping[str, Any]]
-    ) -> Workload | None:
-        """As of the first candidate's model: all of them have the same shape. The task itself is read where it is not as it was when it was trained."""
+    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Specs) -> Workload | None:
+        """As of the first candidate's model: all of them have the same shape. The task itself is read where what was recorded of it does not tell enough."""
         trained, settings = specs[spec["candidates"][0]], spec["evaluation"]
         training = trained["training"]
         same = (training["eval_rows"], training["max_length"]) == (settings["rows"], settings["max_length"])
         names = [other["name"] for other in spec["ood"]]
-        if "transform" in spec or not same:
+        if "transform" in spec or trained["method"]["config"] or not same:
             names.append(spec["task"]["name"])
         parts = {name: find_part(tasks, name, "test", settings["rows"], settings["max_length"]) for name in names}
         size = model_size(trained)

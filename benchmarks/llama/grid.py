@@ -11,7 +11,17 @@ from typing import Any
 from benchmarks.harness.base.errors import DataError, DefinitionError, RunError, first_line
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.frozen import check_frozen
-from benchmarks.harness.planning.kinds import ALL, COUNTS, Benchmark, Domain, Offer, SetPart, WholeSets, missing_set
+from benchmarks.harness.planning.kinds import (
+    ALL,
+    COUNTS,
+    Benchmark,
+    Domain,
+    Offer,
+    SetPart,
+    Specs,
+    WholeSets,
+    missing_set,
+)
 from benchmarks.harness.planning.methods import (
     VARIANT_KEYS,
     method_spec,
@@ -121,9 +131,7 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
         inputs = f"{sum(bool(row.input) for row in found.rows):,} with an input"
         yield SetPart(name, ALL, len(found.rows), len(found.broken), known.rows, inputs, found.source)
 
-    def workload(
-        self, spec: Mapping[str, Any], tasks: Mapping[str, InstructionSet], specs: Mapping[str, Mapping[str, Any]]
-    ) -> Workload | None:
+    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, InstructionSet], specs: Specs) -> Workload | None:
         return instruction_workload(spec, tasks)
 
     def unpinned(self, spec: Mapping[str, Any]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.kinds import Benchmark, Domain
+from benchmarks.harness.planning.kinds import Benchmark, Domain, Specs
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.methods import VARIANT_KEYS, method_spec, suite_methods
 from benchmarks.harness.planning.schema import check_names, parse, read
@@ -56,14 +56,12 @@ class ModularityKind(TextSets[ModularityDefinition]):
     def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         return [spec["task"], *spec["ood"]]
 
-    def workload(
-        self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Mapping[str, Mapping[str, Any]]
-    ) -> Workload | None:
-        """All rows are read with the dense model, and again with experts."""
+    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Specs) -> Workload | None:
+        """All rows are read with the dense model, with the best experts, and with the worst."""
         reading = spec["reading"]
         names = [spec["task"]["name"], *(other["name"] for other in spec["ood"])]
         parts = {name: find_part(tasks, name, "test", reading["rows"], reading["max_length"]) for name in names}
-        return read_workload(model_size(spec), parts, reading["batch_size"], reading["max_length"], passes=2)
+        return read_workload(model_size(spec), parts, reading["batch_size"], reading["max_length"], passes=3)
 
     def compared_domains(self, definition: ModularityDefinition) -> Mapping[str, Domain]:
         return {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.kinds import Benchmark, Domain, Kind, Offer
+from benchmarks.harness.planning.kinds import Benchmark, Domain, Kind, Offer, Specs
 from benchmarks.harness.planning.schema import check_names, parse
 from benchmarks.harness.planning.workload import Workload
 from benchmarks.speed.definition import Measure, MeasurementDefinition
@@ -70,9 +70,7 @@ class MeasurementKind(Kind[MeasurementDefinition, Measure]):
                 seen.add(key)
                 yield spec
 
-    def workload(
-        self, spec: Mapping[str, Any], tasks: Mapping[str, Measure], specs: Mapping[str, Mapping[str, Any]]
-    ) -> Workload | None:
+    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, Measure], specs: Specs) -> Workload | None:
         return measured_workload(spec)
 
     def compared_domains(self, definition: MeasurementDefinition) -> Mapping[str, Domain]:

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.planning.catalogue import load_metrics, load_models
 from benchmarks.harness.planning.frozen import check_frozen
-from benchmarks.harness.planning.kinds import COUNTS, OOD_MEAN, Benchmark, D, Domain, Kind, Offer, SetPart
+from benchmarks.harness.planning.kinds import COUNTS, OOD_MEAN, Benchmark, D, Domain, Kind, Offer, SetPart, Specs
 from benchmarks.harness.planning.method_rows import check_rows, resolve_methods
 from benchmarks.harness.planning.methods import (
     OF_TRAINING,
@@ -67,10 +67,6 @@ class TextSets(Kind[D, TaskEntry]):
     def compared_domains(self, definition: D) -> Mapping[str, Domain]:
         return {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
 
-    def rows_shown(self, definition: D, shown: str) -> Collection[str] | None:
-        ablations: Mapping[str, Ablation] = definition.ablations if isinstance(definition, Ablated) else {}
-        return ablations[shown].rows if shown in ablations else None
-
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
         return [packaged("vaderSentiment")] if "vader_sentiment" in task.get("source", {}) else []
 
@@ -113,9 +109,7 @@ class TextKind(TextSets[TextDefinition]):
         definition = definition.model_copy(update={"methods": {**definition.methods, **rows}})
         return definition, read(file.parent / definition.tasks, TaskFile).tasks
 
-    def workload(
-        self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Mapping[str, Mapping[str, Any]]
-    ) -> Workload | None:
+    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Specs) -> Workload | None:
         return trained_workload(spec, tasks)
 
     def published_files(self, definition: TextDefinition) -> list[str]:

@@ -86,7 +86,7 @@ def trained_workload(spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) ->
     agreement = GRADIENT_ROWS * (2 + len(others)) if others else 0
     tokens = rows * epochs * padded(train.tokens, together, length) + agreement * test.tokens
     at_once = training["eval_batch_size"]
-    ends = [test, *(other for other in others if other)]
+    ends = [test, *(other for other in others if other)] * (2 if "used_as" in spec else 1)  # once more as another model
     reading = [
         read_passes(size, epochs * math.ceil(dev_rows / at_once), epochs * dev_rows * test.tokens),
         *(read_passes(size, math.ceil(part.rows / at_once), part.rows * part.tokens) for part in ends),
@@ -103,7 +103,7 @@ def trained_workload(spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) ->
         keeps=training["keep_weights"],
         caches=tuple(_caches(spec, [train, *ends], length, size)),
         assumed=tuple(
-            [note for part in (train, *ends) for note in part.assumed]
+            [note for part in dict.fromkeys((train, *ends)) for note in part.assumed]
             + [f"{other['name']} not counted" for other, part in zip(spec["ood"], others, strict=True) if part is None]
         ),
     )

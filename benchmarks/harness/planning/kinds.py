@@ -100,6 +100,7 @@ class Domain:
     selections: tuple[str, ...] = ()
 
 
+Specs = Mapping[str, Mapping[str, Any]]  # of a suite's runs, by their folders
 OOD_MEAN = "ood_mean"  # the mean of a run's scores over its other sets
 COUNTS = Domain(("parameters", "trainable_parameters"))  # of every model
 
@@ -228,15 +229,13 @@ class Kind(ABC, Generic[D, E]):
         """Name and part of every set that a run reads."""
         return []
 
-    def workload(
-        self, spec: Mapping[str, Any], tasks: Mapping[str, E], specs: Mapping[str, Mapping[str, Any]]
-    ) -> Workload | None:
+    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, E], specs: Specs) -> Workload | None:
         """What a run computes, for ``plan``; None where nobody can say.
 
         Args:
             spec: of the run.
             tasks: of the benchmark.
-            specs: of all runs of the suite, by their folders.
+            specs: of all runs of the suite.
         """
         return None
 
@@ -246,8 +245,9 @@ class Kind(ABC, Generic[D, E]):
         return size.megabytes if size else None
 
     def rows_shown(self, definition: D, shown: str) -> Collection[str] | None:
-        """The methods of which a table or figure has rows; None: all."""
-        return None
+        """The methods of which a table or figure has rows, such as one of `ablations`; None: all."""
+        ablations = getattr(definition, "ablations", {})
+        return ablations[shown].rows if shown in ablations else None
 
     def describe(
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, E], *, open_files: bool
