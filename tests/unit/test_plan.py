@@ -11,6 +11,8 @@ from click.testing import CliRunner
 
 from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning import workload
+from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.paper_items import runs_shown
 from benchmarks.harness.planning.runs import plan
 from benchmarks.harness.planning.suite import load_suite
@@ -163,3 +165,24 @@ def test_plan_says_how_far_it_is_off_on_finished_runs(tmp_path: Path, monkeypatc
     assert found["total"]["seconds"] == 0
     text = " ".join(call("plan", "--suite", "smoke").split())
     assert "How far estimates are off on finished runs" in text
+
+
+@pytest.mark.parametrize("seconds", ["NaN", "-1.0", "0", '"long"', "null"])
+def test_plan_refuses_a_record_of_no_time(seconds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = RUNS / plan(["modularity"], "smoke")[0].folder
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(f'{{"cost": {{"job_seconds": {seconds}}}}}')
+    with pytest.raises(DefinitionError, match=r"metrics\.json is damaged"):
+        call("plan", "--suite", "smoke", "--benchmark", "modularity")
+
+
+def test_plan_names_the_run_whose_layers_a_shape_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = dict(load_models())
+    shape = models["minilm"].shape
+    assert shape is not None
+    models["minilm"] = models["minilm"].model_copy(update={"shape": shape.model_copy(update={"layers": 4})})
+    monkeypatch.setattr(workload, "load_models", lambda: models)
+    with pytest.raises(DefinitionError, match=r"glue/minilm-\S+: layers \[5\] do not exist.*'minilm\.shape'"):
+        call("plan", "--suite", "mini", "--benchmark", "modularity")

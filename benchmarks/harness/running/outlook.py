@@ -274,7 +274,8 @@ def _workload(run: Run, specs: Mapping[str, Mapping[str, object]]) -> Workload |
     try:
         return kind_of(run.benchmark).workload(run.spec, load_benchmark(run.benchmark).tasks, specs)
     except EMoEError as error:  # layers that the model's shape does not have
-        raise DefinitionError(f"{run.folder}: {error}") from error
+        place = f"by '{run.spec['model']['name']}.shape' in benchmarks/models.yaml"
+        raise DefinitionError(f"{run.folder}: {error}, {place}") from error
 
 
 def _measured() -> dict[str, Run]:
