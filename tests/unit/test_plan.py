@@ -108,10 +108,10 @@ def test_plan_counts_a_run_once_though_several_tables_show_it(tmp_path: Path, mo
     alone = planned("--suite", "mini", "--table", "table_3")
     assert alone["total"] == {**tables["table_3"], "name": "all"}
     assert [row["name"] for row in alone["tables"]] == ["table_3"]
-    four = planned("--suite", "mini", "--table", "table_4")
-    methods = {run.spec["method"]["name"] for run in runs_shown(load_suite({"suite": "mini"}), "table_4")}
-    assert methods == {"lora", "lora_emoe", "lora_bottom", "lora_random"}  # mini has no lora_random_bottom
-    assert [row["name"] for row in four["work"]] == ["glue_lora"]
+    traces = planned("--suite", "mini", "--table", "figure_6")
+    methods = {run.spec["method"]["name"] for run in runs_shown(load_suite({"suite": "mini"}), "figure_6")}
+    assert methods == {"lora_gmoe", "lora_emoe", "lora_emoe_learn"}  # of which the paper has traces
+    assert [row["name"] for row in traces["work"]] == ["glue_lora"]
 
 
 def test_plan_says_how_long_it_takes_on_several_cores_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
