@@ -55,9 +55,14 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         save_trained(classifier.model, folder / "model")
     transformed = {}
     if read.used_as:
-        progress.say(f"evaluating as {read.used_as.name}")
-        use_as_(classifier.model, read.used_as.config, read.seed)
-        transformed = {read.used_as.name: {"scores": _evaluated(trainer, read, splits["test"], ood)}}
+        made = {part: scores[part] for part in ("test", "ood")}
+        if (
+            result.kept["loss"] is not None
+        ):  # else it diverged, and has no weights of which experts could be made: its answers stay what they are
+            progress.say(f"evaluating as {read.used_as.name}")
+            use_as_(classifier.model, read.used_as.config, read.seed)
+            made = _evaluated(trainer, read, splits["test"], ood)
+        transformed = {read.used_as.name: {"scores": made}}
     return {
         "scores": scores,
         "transformed": transformed,

@@ -129,9 +129,9 @@ def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
     again: list[dict[str, float | None]] = []
     evaluate = TextTrainer.evaluate
 
-    def spy(self: TextTrainer, split: TextSplit, task: object = None) -> dict:
+    def spy(self: TextTrainer, split: TextSplit, task: object = None, routing: object = None) -> dict:
         again.append(evaluate(self, load_split(RunTask.model_validate(SPEC["task"]), "dev").head(30, "tweets/dev")))
-        return evaluate(self, split, task)
+        return evaluate(self, split, task, routing)
 
     with monkeypatch.context() as patch:
         patch.setattr(TextTrainer, "evaluate", spy)
@@ -147,7 +147,7 @@ def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
     # killed after it had stopped, while evaluating: the best weights are loaded again and nothing is trained
     killed = prepare("vanilla", "killed", **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(TextTrainer, "evaluate", lambda self, split, task=None: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(TextTrainer, "evaluate", lambda *_args, **_options: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finish(killed)
     assert finish(killed) == whole
@@ -205,6 +205,9 @@ def test_a_diverged_run_is_recorded_as_such(workdir: Path, monkeypatch: pytest.M
     assert found["scores"]["test"]["tweets"]["loss"] is None
     assert set(found["updates"]["change"].values()) == {None}
     assert 0 <= found["scores"]["test"]["tweets"]["balanced_accuracy"] <= 1
+    # no experts are made of weights that are no numbers
+    (made,) = found["transformed"].values()
+    assert made["scores"] == {part: found["scores"][part] for part in ("test", "ood")}
 
 
 def test_checkpoints_that_are_not_complete_are_left_out(tmp_path: Path) -> None:
