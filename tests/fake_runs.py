@@ -121,6 +121,33 @@ def windows(config: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     return {"ends": [100 * number for number in range(1, 21)], "loads": {"1": loads}}
 
 
+def multitask_metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
+    """Plausible numbers of a run on several tasks; the same for the same run."""
+    draw = random.Random(run.id)
+
+    def one(base: float, names: list[str]) -> dict[str, float]:
+        return {name: min(base + gain + draw.uniform(-0.02, 0.02), 1.0) for name in names} | {"loss": 0.5}
+
+    tasks, config = run.spec["task"]["tasks"], run.spec["method"]["config"]
+    summary = {"rows": 10, "dropped": 1, "labels": {"0": 4, "1": 6}}
+    parts = [f"{part}:{task['name']}" for task in tasks for part in ("train", "dev", "test")]
+    return {
+        "run_id": run.id,
+        "scores": {
+            "dev": {task["name"]: one(0.9, [task["metric"]]) for task in tasks},
+            "test": {task["name"]: one(0.88, [task["metric"]]) for task in tasks},
+            "ood": {other["name"]: one(0.75, other["ood_metrics"]) for other in run.spec["ood"]},
+        },
+        "dev_curve": [{"epoch": 1.0, "mean_score": 0.9}],
+        "kept_epoch": 1.0,
+        "probe": {"losses": ["0.7"], "loads": {"1": [10, 10]} if config else {}},
+        "routing": {"load_entropy": 0.9, "load_max_over_mean": 2.0, "drop_rate": 0.0} if config else {},
+        **trained_model({}),
+        "data": dict.fromkeys([*parts, *(f"ood:{other['name']}" for other in run.spec["ood"])], summary),
+        "environment": ENVIRONMENT,
+    }
+
+
 def modularity_metrics(run: Run) -> dict[str, Any]:
     """Plausible numbers of a pre-trained model as it is; the same for the same run."""
     draw, experts = random.Random(run.id), run.spec["method"]["config"]["num_experts"]
@@ -323,6 +350,8 @@ def _made_up(run: Run, gain: float) -> dict[str, Any]:
         return instruction_metrics(run, gain)
     if "reading" in run.spec:
         return modularity_metrics(run)
+    if "tasks" in run.spec["task"]:
+        return multitask_metrics(run, gain)
     return domain_metrics(run, gain) if run.benchmark == "domainbed" else metrics(run, gain)
 
 

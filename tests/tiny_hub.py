@@ -6,7 +6,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tests.text_sets import GLUE, write_glue
 
@@ -35,11 +43,39 @@ WORDS = [
 LAYERS = {"bert-base-cased": 12, "gpt2": 12, "bert-large-cased": 24, "gpt2-xl": 48}
 
 
-def write_models(root: Path, names: list[str]) -> None:
-    """Models and tokenizers below a model root."""
-    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}
+ANSWERS = ["entailment", "neutral", "contradiction", "not_entailment"]
+
+
+def _words(words: list[str]) -> tuple[dict[str, int], Tokenizer]:
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *words])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return vocabulary, raw
+
+
+def write_seq2seq(root: Path, name: str, layers: int) -> None:
+    """An encoder-decoder and its tokenizer, which knows the answers of NLI, below a model root."""
+    vocabulary, raw = _words([*WORDS, *ANSWERS])
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(vocabulary),
+        d_model=16,
+        d_kv=8,
+        d_ff=64,
+        num_layers=layers,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(root / name)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
+    tokenizer.save_pretrained(root / name)
+
+
+def write_models(root: Path, names: list[str]) -> None:
+    """Models and tokenizers below a model root."""
+    vocabulary, raw = _words(WORDS)
     for name in names:
         torch.manual_seed(0)
         size, layers = {"vocab_size": len(vocabulary)}, LAYERS[name]

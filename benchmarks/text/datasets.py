@@ -160,10 +160,10 @@ def load_split(task: RunTask, part: str) -> TextSplit:
         raise DataError(f"task '{task.name}' has no {part} split")
     source = task.source
     if source.vader_sentiment:
-        texts, labels, dropped = load_vader(source.vader_sentiment, split)
-        return TextSplit(
-            [(text,) for text in texts], labels, dropped, f"{PACKAGE} {VERSION}, {source.vader_sentiment}, {split}"
-        )
+        strength = source.vader_label == "strength"
+        texts, labels, dropped = load_vader(source.vader_sentiment, split, strength=strength)
+        where = ", ".join(filter(None, (source.vader_sentiment, source.vader_label, split)))
+        return TextSplit([(text,) for text in texts], labels, dropped, f"{PACKAGE} {VERSION}, {where}")
     return _to_split(read_rows(task, split), task)
 
 

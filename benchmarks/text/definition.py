@@ -203,9 +203,12 @@ class TextSource(Strict):
     """The set's folder in this project, from its top."""
     vader_sentiment: str | None = left_out()
     """A domain of the human-rated sentiment set."""
+    vader_label: Literal["strength"] | None = left_out()
+    """Its label is how strong the rating is (weak, strong) and not its sign, which it is where left out."""
 
     def model_post_init(self, _context: Any, /) -> None:
         self.need_one_of("folder", "path", "vader_sentiment")
+        self.need_together("vader_label", "vader_sentiment")
 
 
 class Splits(Strict):

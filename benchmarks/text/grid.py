@@ -23,6 +23,7 @@ from benchmarks.harness.planning.methods import (
 )
 from benchmarks.harness.planning.schema import check_file, check_names, parse, read
 from benchmarks.harness.planning.shared import ABLATION, Method, MethodRow, MethodsDefinition
+from benchmarks.harness.planning.specs import trained_sets
 from benchmarks.harness.planning.variants import variant_of
 from benchmarks.harness.planning.workload import Workload
 from benchmarks.harness.sources.local import local_folder, wanted_place
@@ -74,7 +75,8 @@ class TextSets(Kind[D, TaskEntry]):
         from benchmarks.text.datasets import part_read
 
         trained = ("train", "dev", "test") if "training" in spec else ("test",)
-        named = [(spec["task"]["name"], part) for part in trained] + [(other["name"], "test") for other in spec["ood"]]
+        named = [(task["name"], part) for task in trained_sets(spec) for part in trained]
+        named += [(other["name"], "test") for other in spec["ood"]]
         return [(name, part_read(tasks[name].splits, part)) for name, part in named]
 
     def describe(

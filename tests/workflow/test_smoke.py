@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from mlflow.tracking import MlflowClient
 
 from benchmarks.__main__ import cli
+from benchmarks.harness.planning.paper_items import paper_files
 from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.sources import vader
 from tests.checkout import SNAKEMAKE, Checkout
@@ -118,6 +119,13 @@ def test_using_all_experts_gives_the_dense_models_scores(checkout: Finished) -> 
     for part, by_task in scores["vanilla"].items():
         for task, expected in by_task.items():
             assert scores["all_experts"][part][task] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_papers_multitask_gains_stand_beside_ours(checkout: Finished) -> None:
+    files = [checkout.folder / file for file in paper_files(SUITE, "table_multitask")]
+    assert {file.name for file in files if file.suffix == ".md"} == {"table_multitask_a.md", "table_multitask_b.md"}
+    assert all(file.is_file() for file in files)
+    assert "+7.56" in next(file for file in files if file.name == "table_multitask_a.md").read_text()
 
 
 def test_the_chosen_weights_were_evaluated_out_of_domain(checkout: Finished) -> None:

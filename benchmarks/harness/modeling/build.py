@@ -21,6 +21,7 @@ from benchmarks.harness.modeling.image import load_image_classifier
 from benchmarks.harness.modeling.language import load_language_model
 from benchmarks.harness.modeling.loading import describe, load_classifier, read_tensors, weights_digest
 from benchmarks.harness.modeling.prefix import Prefix
+from benchmarks.harness.modeling.seq2seq import load_seq2seq
 from benchmarks.harness.modeling.tuning import FAST, tune_
 from emoe.architectures import find_ffns
 from emoe.layer import routed_layers
@@ -130,6 +131,21 @@ def build_language_model(
     return found
 
 
+def build_seq2seq(spec: Mapping[str, Any]) -> Trainable:
+    """Load and convert an encoder-decoder model, all of which is trained.
+
+    Args:
+        spec: of a run on several tasks.
+
+    Raises:
+        DataError: the weights are not there.
+        EMoEError: the model cannot be converted as asked.
+    """
+    model = load_seq2seq(spec["model"])
+    source = {"from": describe(spec["model"], model), "weights": weights_digest(model)}
+    return _converted(model, model, source, spec)
+
+
 def _converted(
     model: nn.Module,
     network: nn.Module,
@@ -139,7 +155,7 @@ def _converted(
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> Trainable:
     """Convert and adapt a model's network, which is the model itself or a part of it."""
-    seed, lora, tune = spec["seed"], spec["training"]["lora"], spec["method"]["tune"]
+    seed, lora, tune = spec["seed"], spec["training"].get("lora"), spec["method"]["tune"]
     dense_parameters = _count(model)
     in_ffns, in_tables = _ffn_parameters(network), _looked_up(model)
     prefix = Prefix(model, network, layers) if (layers := spec["training"].get("frozen_layers")) else None

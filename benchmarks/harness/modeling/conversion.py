@@ -18,6 +18,7 @@ from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.image import is_image_model, load_image_network
 from benchmarks.harness.modeling.language import is_language_model, load_language_model
 from benchmarks.harness.modeling.loading import load_backbone
+from benchmarks.harness.modeling.seq2seq import is_seq2seq, load_seq2seq
 from emoe.architectures import find_ffns, resolve_layers
 from emoe.config import EMoEConfig
 from emoe.layer import routed_layers
@@ -110,6 +111,8 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
 def _load_dense(model: Mapping[str, Any]) -> nn.Module:
     if is_image_model(model):
         return load_image_network(model)
+    if is_seq2seq(model):
+        return load_seq2seq(model)
     return load_language_model(model) if is_language_model(model) else load_backbone(model)
 
 

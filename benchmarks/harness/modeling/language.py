@@ -13,9 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from benchmarks.harness.base.errors import DataError, DefinitionError
+from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.modeling.loading import from_pretrained, gguf_option, locate
+from benchmarks.harness.modeling.loading import from_pretrained, gguf_option, load_whole, locate
 from emoe.architectures import find_ffns, resolve_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -66,18 +66,11 @@ def load_language_model(model: Mapping[str, Any], converted: Any = (), *, empty:
                 for parameter in ffns[i].layer.parameters():
                     parameter.data.zero_()
         return built
-    place, revision = locate(model)
+    place, _ = locate(model)
     options: dict[str, Any] = gguf_option(place) or {"use_safetensors": True}
     if "quantize" in model:
         options["quantization_config"] = _four_bit(model)
-    loaded, notes = from_pretrained(
-        AutoModelForCausalLM, place, revision, dtype=dtype, output_loading_info=True, **options
-    )
-    if missing := sorted(notes["missing_keys"]):
-        raise DataError(
-            f"{place} does not hold the weights of '{model['name']}': it lacks '{missing[0]}' ({len(missing)} tensors in all)"
-        )
-    return cast(PreTrainedModel, loaded)
+    return load_whole(AutoModelForCausalLM, model, dtype=dtype, **options)
 
 
 def unpack_gguf(source: Path, folder: Path) -> None:

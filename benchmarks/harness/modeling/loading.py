@@ -155,6 +155,26 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise DataError(f"{file} is damaged: {error}") from error
 
 
+def load_whole(loader: Any, model: Mapping[str, Any], **options: Any) -> PreTrainedModel:
+    """A pre-trained model with its own head, every weight of which is there.
+
+    Args:
+        loader: one of transformers' auto classes.
+        model: a resolved entry of ``models.yaml``.
+        **options: how it loads.
+
+    Raises:
+        DataError: it is not there, or lacks weights of its layers.
+    """
+    place, revision = locate(model)
+    loaded, notes = from_pretrained(loader, place, revision, output_loading_info=True, **options)
+    if missing := sorted(notes["missing_keys"]):
+        raise DataError(
+            f"{place} does not hold the weights of '{model['name']}': it lacks '{missing[0]}' ({len(missing)} tensors in all)"
+        )
+    return cast(PreTrainedModel, loaded)
+
+
 def from_pretrained(loader: Any, place: str, revision: str | None, **options: Any) -> Any:
     """What one of transformers' auto classes loads.
 

@@ -24,8 +24,8 @@ _NEEDS = (
 class ModelSource(Strict):
     """Where a model comes from, and what it is for."""
 
-    modality: Literal["image", "language"] | None = left_out()
-    """What it is for: images, or language modelling; text classification where left out."""
+    modality: Literal["image", "language", "seq2seq"] | None = left_out()
+    """What it is for: images, language modelling, or text from text; text classification where left out."""
     hub: str | None = left_out()
     """Repository on the hub."""
     revision: str | None = None

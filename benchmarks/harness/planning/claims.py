@@ -131,7 +131,7 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
     domain = domains[compare.domain]
     known("metric", [compare.metric], [name for name in domain.metrics if name in load_metrics()])
     known("models", compare.models, load_models())
-    known("tasks", compare.tasks, benchmark.tasks)
+    known("tasks", compare.tasks, kind.task_titles(benchmark.definition, benchmark.tasks))
     known("tunings", compare.tunings, getattr(benchmark.definition, "finetuning", ()))
     known("selection", [compare.selection], domain.selections)
     if compare.settings:

@@ -13,6 +13,7 @@ from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.runs import Run, canonical_json
+from benchmarks.harness.planning.specs import all_sets
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from emoe.errors import did_you_mean
 
@@ -85,9 +86,8 @@ def run_inputs(run: Run) -> list[str]:
     folder = paths.RUNS / run.folder
     if (folder / paths.ORIGIN).exists() and (folder / "metrics.json").exists():
         return []
-    tasks = [run.spec["task"], *run.spec["ood"]]
     return [
-        *dict.fromkeys(file for task in tasks for file in set_files(run.benchmark, task)),
+        *dict.fromkeys(file for task in all_sets(run.spec) for file in set_files(run.benchmark, task)),
         *model_files(run.spec["model"]),
         *kind_of(run.benchmark).inputs(run.spec),
         *(job.file for job in partition_jobs(run)),

@@ -276,6 +276,10 @@ class Kind(ABC, Generic[D, E]):
         methods = resolve_methods(definition) if isinstance(definition, MethodsDefinition) else {}
         return {name: method.title for name, method in methods.items()}
 
+    def task_titles(self, definition: D, tasks: Mapping[str, E]) -> Mapping[str, str]:
+        """Titles of what runs are trained or evaluated on, by the names that tables and claims have for it."""
+        return {name: task.title for name, task in tasks.items()}
+
     def published_files(self, definition: D) -> list[str]:
         """The CSV files with published numbers, in the benchmark's folder, that its tables show."""
         return [definition.paper] if definition.paper else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from benchmarks.harness.planning.catalogue import ModelSource
@@ -69,3 +70,14 @@ class RunSpec(Strict):
     """Peak learning rate; 0 where nothing is trained."""
     seed: Whole
     """The run's seed."""
+
+
+def trained_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The sets that a run is trained on: one, or of a mixture several."""
+    found: list[Mapping[str, Any]] = spec["task"].get("tasks", [spec["task"]])
+    return found
+
+
+def all_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The sets that a run is trained or evaluated on."""
+    return [*trained_sets(spec), *spec["ood"]]

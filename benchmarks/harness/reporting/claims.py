@@ -169,7 +169,8 @@ def _paper_text(paper: PaperEffect) -> str:
 
 def _remark(compare: Comparison, evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
     """What the numbers are over, and what they lack."""
-    tasks = [benchmark.tasks[name].title if name in benchmark.tasks else name for name in evidence.tasks]
+    known = benchmark.kind.task_titles(benchmark.definition, benchmark.tasks)
+    tasks = [known.get(name, name) for name in evidence.tasks]
     models = [load_models()[name].title if name in load_models() else name for name in evidence.models]
     over = [_listed(models, "models"), _listed(tasks, "tasks")]
     found = ["; ".join(filter(None, over))]

@@ -109,10 +109,16 @@ class Outcomes:
         self.methods = resolve_methods(benchmark.definition)
         self.baseline = benchmark.definition.baseline
         models, tasks = (
-            {name: all_of[name].title for name in dict.fromkeys([*ran, *all_of]) if name in all_of}
+            {name: all_of[name] for name in dict.fromkeys([*ran, *all_of]) if name in all_of}
             for all_of, ran in (
-                (load_models(), [run.spec["model"]["name"] for run in runs]),
-                (benchmark.tasks, [run.spec["task"]["name"] for run in runs]),
+                (
+                    {name: model.title for name, model in load_models().items()},
+                    [run.spec["model"]["name"] for run in runs],
+                ),
+                (
+                    benchmark.kind.task_titles(benchmark.definition, benchmark.tasks),
+                    [run.spec["task"]["name"] for run in runs],
+                ),
             )
         )
         methods = {name: method.title for name, method in self.methods.items()}

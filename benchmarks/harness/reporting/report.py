@@ -169,8 +169,8 @@ def _data(runs: list[Run]) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for run in runs:
         for part, summary in read_metrics(run)["data"].items():
-            task = part.removeprefix("ood:") if part.startswith("ood:") else run.spec["task"]["name"]
-            name = "test" if part.startswith("ood:") else part
+            name, _, task = part.partition(":")  # of a set beside the run's own, or of one of several
+            name, task = "test" if name == "ood" else name, task or run.spec["task"]["name"]
             if (task, name) in found and found[task, name]["rows"] > summary["rows"]:
                 continue
             labels = summary.get("labels") or {"from": summary["range"][0], "to": summary["range"][1]}

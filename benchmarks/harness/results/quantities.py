@@ -131,7 +131,7 @@ def one_counts(rows: pd.DataFrame) -> dict[tuple[str, int, str, str, str], float
         if metric == LOADS:
             found[key] = 1 / max(sum(map(int, row.value.split(" "))), 1)
         elif (base := part.partition(AS)[0]) in ("dev", "test", "ood") and metric != "loss":
-            places = (f"ood:{name}",) if base == "ood" else (base, f"{name} in")
+            places = (f"{base}:{name}", *(() if base == "ood" else (base, f"{name} in")))
             found[key] = max(sets.get((run, seed, place), 0.0) for place in places)
     return found
 

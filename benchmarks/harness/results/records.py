@@ -16,6 +16,7 @@ from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning.catalogue import load_metrics
 from benchmarks.harness.planning.kinds import OOD_MEAN, kind_of
 from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.specs import trained_sets
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
@@ -194,8 +195,11 @@ def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
 
 def _judged_by(run: Run) -> dict[tuple[str, str], str]:
     """The metric of every part and set by which it is judged: the task's own, out of domain the paper's."""
-    task = run.spec["task"]
-    own = {(part, task["name"]): task.get("metric", "") for part in ("dev", "dev_best", "test")}
+    own = {
+        (part, task["name"]): task.get("metric", "")
+        for task in trained_sets(run.spec)
+        for part in ("dev", "dev_best", "test")
+    }
     return own | {("ood", other["name"]): other["ood_metrics"][0] for other in run.spec["ood"]}
 
 

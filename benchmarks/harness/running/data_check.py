@@ -10,6 +10,7 @@ from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.jobs import run_inputs
 from benchmarks.harness.planning.kinds import SetPart, kind_of
 from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.specs import all_sets
 from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.sources.hub import is_commit
 from benchmarks.harness.sources.local import local_folder, own_file, own_folder
@@ -81,7 +82,7 @@ def _unpinned(run: Run) -> Iterator[str]:
     place = model.get("hub") or (f"timm/{model['timm']}" if "timm" in model and not model.get("random") else None)
     if place and not is_commit(model["revision"]) and own_folder(model) is None:
         yield f"{place} (the model {model['name']})"
-    for task in (spec["task"], *spec["ood"]):
+    for task in all_sets(spec):
         source = task.get("source", {})
         revision = source.get("revision")
         if (

@@ -12,6 +12,7 @@ from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.jobs import model_files, rebuilt_from
 from benchmarks.harness.planning.kinds import SetPart, kind_of
 from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.planning.specs import all_sets
 from benchmarks.harness.planning.workload import shape_of_model
 from benchmarks.harness.running import data_check
 from benchmarks.harness.sources.hub import cached_commit
@@ -46,7 +47,7 @@ def packages_needed(runs: Iterable[Run]) -> list[Need]:
     found: dict[str, PackageFile] = {}
     for run in runs:
         kind = kind_of(run.benchmark)
-        files = [file for task in (run.spec["task"], *run.spec["ood"]) for file in kind.package_files(task)]
+        files = [file for task in all_sets(run.spec) for file in kind.package_files(task)]
         if "rebuilt" in run.spec["model"]:
             files.append(rebuilt_from(run.spec["model"]["name"]))
         found |= {file.name: file for file in files}
@@ -81,7 +82,7 @@ def sets_needed(parts: Iterable[SetPart], runs: Iterable[Run]) -> list[Need]:
     of: dict[str, list[SetPart]] = {}
     for part in parts:
         of.setdefault(part.name, []).append(part)
-    read_by = {task["name"]: (run.benchmark, task) for run in runs for task in (run.spec["task"], *run.spec["ood"])}
+    read_by = {task["name"]: (run.benchmark, task) for run in runs for task in all_sets(run.spec)}
     found = []
     for name, its in of.items():
         benchmark, task = read_by[name]

@@ -27,11 +27,13 @@ _FILES = {
     "nyt": "nytEditorialSnippets_GroundTruth.txt",
     "tweets": "tweets_GroundTruth.txt",
 }
-_NEUTRAL = 0.5
+_NEUTRAL, _STRONG = 0.5, 1.5
 _TEST_SHARE, _DEV_SHARE = 0.25, 0.15
 
 
-def load_vader(domain: str, split: str, archive: Path = ARCHIVE) -> tuple[list[str], list[int], int]:
+def load_vader(
+    domain: str, split: str, archive: Path = ARCHIVE, *, strength: bool = False
+) -> tuple[list[str], list[int], int]:
     """Sentences of one split, in a fixed shuffled order.
 
     Near-neutral sentences (absolute rating of at most 0.5) are dropped; the label is the sign
@@ -42,6 +44,7 @@ def load_vader(domain: str, split: str, archive: Path = ARCHIVE) -> tuple[list[s
         domain: ``amazon``, ``movie``, ``nyt`` or ``tweets``.
         split: ``train`` (60 % of the documents), ``dev`` (15 %) or ``test`` (25 %).
         archive: the source package.
+        strength: the label is not the sign but whether the rating is strong: above 1.5, whatever its sign (weak 0, strong 1).
 
     Returns:
         Texts, labels, and how many near-neutral sentences of the split were dropped.
@@ -71,7 +74,11 @@ def load_vader(domain: str, split: str, archive: Path = ARCHIVE) -> tuple[list[s
     chosen = {"test": names[:test], "dev": names[test : test + dev], "train": names[test + dev :]}[split]
     rows = [row for name in chosen for row in documents[name]]
     random.Random(derive_seed("rated order", domain, split)).shuffle(rows)
-    clear = [(text, int(rating > 0)) for text, rating in rows if abs(rating) > _NEUTRAL]
+    clear = [
+        (text, int(abs(rating) > _STRONG if strength else rating > 0))
+        for text, rating in rows
+        if abs(rating) > _NEUTRAL
+    ]
     return [text for text, _ in clear], [label for _, label in clear], len(rows) - len(clear)
 
 

@@ -1,0 +1,1 @@
+"""T5 on several tasks at once."""

@@ -1,0 +1,82 @@
+"""Train an encoder-decoder on several tasks at once; evaluate it on each of them and, untouched, on others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.modeling.build import build_seq2seq
+from benchmarks.harness.modeling.seq2seq import load_seq2seq_tokenizer
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.schema import parse
+from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.trainer import with_routing
+from benchmarks.multitask.definition import MultitaskSpec, MultitaskTraining, WrittenTask
+from benchmarks.multitask.training import MultitaskTrainer
+from benchmarks.text.datasets import TextSplit, load_part
+
+
+def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+    """Run one spec.
+
+    Args:
+        spec: the content of ``run.json``.
+        folder: the run's folder, for checkpoints.
+        progress: where to say what is going on.
+
+    Returns:
+        The content of ``metrics.json``, less what the harness adds.
+    """
+    read = parse(spec, MultitaskSpec, str(folder / "run.json"))
+    tasks, training = read.task.tasks, read.training
+    load = partial(load_part, known=load_benchmark(read.benchmark).tasks, say=progress.say)
+    splits = {task.name: _splits(task, training, load) for task in tasks}
+    ood = {other.name: load(other, "test", training.eval_rows) for other in read.ood}
+    train, dev, test = ({name: parts[part] for name, parts in splits.items()} for part in ("train", "dev", "test"))
+
+    tokenizer = load_seq2seq_tokenizer(spec["model"])
+    trainable = build_seq2seq(spec)
+    trainer = MultitaskTrainer(trainable, tokenizer, read, train, dev, folder, progress)
+    result = trainer.train()
+    progress.say("evaluating")
+    tested, routing = with_routing(
+        trainable.model, lambda: {task.name: trainer.evaluate(test[task.name], task) for task in tasks}
+    )
+    return {
+        "scores": {
+            "dev": trainer.dev_scores(),
+            "test": tested,
+            "ood": {other.name: trainer.evaluate(ood[other.name], other) for other in read.ood},
+        },
+        "dev_curve": result.epochs,
+        "kept_epoch": result.kept["epoch"],
+        "routing": routing,
+        "updates": {"change": trainer.weight_change.summary()},
+        "probe": trainer.probe.summary(),
+        "model": trainable.summary,
+        "cost": {
+            "steps": result.steps,
+            "step_seconds": result.step_seconds,
+            "train_seconds": result.step_seconds * result.steps,
+            "evaluation_seconds": trainer.evaluation_seconds,
+            "precision": trainer.precision,
+        },
+        "data": {f"{part}:{name}": split.summary() for name, parts in splits.items() for part, split in parts.items()}
+        | {f"ood:{name}": split.summary() for name, split in ood.items()},
+    }
+
+
+def _splits(task: WrittenTask, training: MultitaskTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:
+    """Train, dev (which chooses) and test (which is reported) of a task.
+
+    Without a test split the dev split is reported, and a share of the training rows is held out to choose by.
+    """
+    train, test = load(task, "train", None), load(task, "test", training.eval_rows)
+    if task.splits.test:
+        dev = load(task, "dev", training.dev_rows)
+    else:
+        train, dev = train.divided(training.validation_fraction, f"{task.name}/held out")
+        dev = dev.head(training.dev_rows, f"{task.name}/held out rows")
+    return {"train": train, "dev": dev, "test": test}

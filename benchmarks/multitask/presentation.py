@@ -1,0 +1,26 @@
+"""Tables, figure and verdicts of models that learn several tasks at once."""
+
+from __future__ import annotations
+
+from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.reporting.presentation import NOTE, Presentation, make
+from benchmarks.multitask.definition import MultitaskDefinition
+from benchmarks.multitask.figures import draw_differences
+from benchmarks.multitask.outcomes import MultitaskOutcomes
+from benchmarks.multitask.tables import TABLES, verdicts
+from benchmarks.text.definition import TaskEntry
+
+
+def present(benchmark: Benchmark[MultitaskDefinition, TaskEntry], runs: list[Run]) -> Presentation:
+    """Present finished runs."""
+    outcomes = MultitaskOutcomes(benchmark, runs)
+    return make(
+        benchmark,
+        TABLES,
+        {"differences": draw_differences},
+        outcomes,
+        verdicts=list(verdicts(outcomes)),
+        note=NOTE,
+        compared=outcomes.compared,
+    )

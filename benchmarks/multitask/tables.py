@@ -1,0 +1,172 @@
+"""The tables of models that learn several tasks at once, and their verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pandas as pd
+
+from benchmarks.harness.planning.kinds import OOD_MEAN
+from benchmarks.harness.reporting.common_tables import difference_text, means_by, tests_table, with_numbers
+from benchmarks.harness.reporting.outcomes import with_runs
+from benchmarks.harness.reporting.published import read_published
+from benchmarks.harness.reporting.rendering import MISSING, RUNS, Column, Table
+from benchmarks.multitask.grid import ID_MEAN
+from benchmarks.multitask.outcomes import MultitaskOutcomes
+from benchmarks.text.grid import CLEAN, ID, OOD
+from benchmarks.text.selection import CELL
+from benchmarks.text.tables import cost, ood, tests
+
+_KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
+_PAPER = ["domain", "method", "value", "status", "source"]
+_MEANS = {ID: (ID_MEAN, "in domain"), OOD: (OOD_MEAN, "out of domain")}
+_CHOSEN = "Epoch and learning rate are chosen by the mean score over the tasks on rows that are not reported."
+
+
+def gains(outcomes: MultitaskOutcomes) -> Table:
+    """The paper's best gains beside ours: the mean over the sets, and the best of them."""
+    known = read_published(outcomes.benchmark, _PAPER).set_index(["domain", "method"])["value"] / 100
+    rows = outcomes.of_mixtures(outcomes.rows)
+    rows = rows[rows["method"] != outcomes.baseline]
+    found = []
+    for domain, (mean, words) in _MEANS.items():
+        sets = rows[(rows["domain"] == domain) & rows["delta"].notna()]
+        for row in rows[rows["domain"] == mean].itertuples():
+            own = sets[(sets["model"] == row.model) & (sets["task"] == row.task) & (sets["method"] == row.method)]
+            best = own.loc[own["delta"].idxmax()] if len(own) else None
+            found.append(
+                {
+                    "model": row.model,
+                    "task": row.task,
+                    "method": row.method,
+                    "where": words,
+                    "sets": len(own),
+                    "delta": row.delta,
+                    "low": row.low,
+                    "high": row.high,
+                    "n": 0 if math.isnan(row.pairs) else int(row.pairs),
+                    "best": math.nan if best is None else best["delta"],
+                    "best_low": math.nan if best is None else best["low"],
+                    "best_high": math.nan if best is None else best["high"],
+                    "best_set": MISSING if best is None else outcomes.title("task", best["eval_task"]),
+                    "paper": known.get((domain, row.method), math.nan),
+                }
+            )
+    columns = [
+        *CELL,
+        "where",
+        "sets",
+        "delta",
+        "low",
+        "high",
+        "n",
+        "best",
+        "best_low",
+        "best_high",
+        "best_set",
+        "paper",
+    ]
+    frame = pd.DataFrame(found, columns=columns)
+    return Table(
+        "The paper's best gains beside ours",
+        f"Differences to {outcomes.baseline_title} that learned the same tasks at once, in points, paired by seed over n seeds, with a 95 % confidence interval (Student's t), not corrected for their number: the "
+        f"table of tests is. Mean: over the sets. Best set: the set with the largest difference, which is the largest of several and so an optimistic number. Of the paper nothing but its largest gains is known "
+        f"(T5-Base, N = 32, k = 8 in domain; status and source in paper.csv): neither its tasks nor its absolute scores, nor whether its gain is of a task or a mean, so that it stands here for the reader and not for comparison. {_CHOSEN}",
+        {**_KEYS, "where": "Where", "sets": "Sets", "n": "n"},
+        [
+            Column("score", "delta", "Δ, mean", interval=("low", "high"), signed=True),
+            Column("score", "best", "Δ, best set", interval=("best_low", "best_high"), signed=True),
+            Column("score", "paper", "Paper, best gain", signed=True, decimals=2),
+        ],
+        outcomes.order(frame, CELL),
+        notes={"best_set": "Best set"},
+    )
+
+
+def results(outcomes: MultitaskOutcomes) -> Table:
+    """Means over the tasks and over the other sets, differences to the baseline, and what it took; tasks alone below mixtures."""
+    rows = outcomes.rows
+    alone = ~rows["task"].isin(outcomes.mixtures)
+    in_domain = rows[(rows["domain"] == ID_MEAN) | (alone & (rows["domain"] == ID))]
+    frame = outcomes.order(in_domain[[*CELL, "n"]], CELL)
+    columns = []
+    for name, numbers in (("ID", in_domain), ("OOD", rows[rows["domain"] == OOD_MEAN])):
+        kept = numbers[[*CELL, "mean", "std", "common", "delta", "low", "high"]]
+        frame = with_numbers(frame, CELL, kept, f"{name}_")
+        interval = (f"{name}_low", f"{name}_high")
+        columns += [
+            Column("score", f"{name}_mean", name, std=f"{name}_std", best=f"{name}_common"),
+            Column("score", f"{name}_delta", f"Δ {name}", interval=interval, signed=True),
+        ]
+    chosen = outcomes.chosen[CLEAN]
+    rates = chosen.groupby(CELL, sort=False)["learning_rate"].first().map("{:.1e}".format).rename("rate")
+    took = ["train_seconds", "active_neurons", "trainable_parameters"]
+    frame = frame.merge(rates, left_on=CELL, right_index=True, how="left")
+    frame = with_numbers(frame, CELL, means_by(chosen, CELL, took))
+    return Table(
+        "Several tasks at once: means over tasks and over other sets",
+        f"Mean ± sample standard deviation over n seeds of the mean over the tasks (ID) and over the sets that no task is trained on (OOD), each scored by its own metric; differences to {outcomes.baseline_title} "
+        f"trained on the same, paired by seed, with a 95 % confidence interval (Student's t), not corrected for their number. Rows of one task are models that learned it alone. {_CHOSEN} Bold marks the best method, "
+        "controls apart.",
+        {**_KEYS, "rate": "Learning rate", "n": "n"},
+        [*columns, *(Column(metric, metric) for metric in took)],
+        frame,
+        group=("model", "task"),
+        compare="is_method",
+    )
+
+
+def sets(outcomes: MultitaskOutcomes) -> Table:
+    """The score on every set."""
+    found = ood(outcomes)
+    return replace(
+        found,
+        caption=f"Mean ± sample standard deviation over n seeds. Sets that a row is trained on are in domain, the others are read as the task that names them. {_CHOSEN}",
+    )
+
+
+def transfer(outcomes: MultitaskOutcomes) -> Table:
+    """What learning a task with others gains or costs, against the same method that learned it alone."""
+    table = tests_table(
+        "the same method that learned the task alone",
+        "Score of a task where it is learned alone, and where it is learned with the others: as many passes over as many of its rows. Δ is the difference, paired by seed over n seeds, with a 95 % confidence interval; below 0 the other tasks "
+        f"do harm (negative transfer). p of the paired t-test, and corrected by Holm's procedure over the tasks of a row. Δ less {outcomes.baseline_title}'s is how much more a method gains by the other tasks than {outcomes.baseline_title} does, by which the paper explains its results; "
+        "not corrected.",
+        {**_KEYS, "eval_task_title": "Task", "n": "n"},
+        "score",
+        outcomes.transfer,
+    )
+    less = Column(
+        "score", "less_delta", f"Δ less {outcomes.baseline_title}'s", interval=("less_low", "less_high"), signed=True
+    )
+    columns = [Column("score", "alone", "Alone"), Column("score", "together", "Together"), *table.columns, less]
+    return _of_both(outcomes, replace(table, title="Learned together against learned alone", columns=columns))
+
+
+def _of_both(outcomes: MultitaskOutcomes, table: Table) -> Table:
+    """Name the runs of both sides: those on several tasks, and those on the task alone."""
+    together, alone = (
+        with_runs(replace(table, frame=table.frame.assign(task=table.frame[key])), outcomes.origins, outcomes.name)
+        for key in ("task", "eval_task")
+    )
+    both = [" ".join(runs) for runs in zip(together.frame[RUNS], alone.frame[RUNS], strict=True)]
+    return replace(table, frame=table.frame.assign(**{RUNS: both}))
+
+
+TABLES = {"gains": gains, "results": results, "sets": sets, "tests": tests, "transfer": transfer, "cost": cost}
+
+
+def verdicts(outcomes: MultitaskOutcomes) -> Iterator[str]:
+    """A sentence a model, mixture and method of the paper: does it differ from the baseline?"""
+    rows = outcomes.of_mixtures(outcomes.rows)
+    rows = rows[(rows["method"].map(outcomes.role) == "method") & rows["delta"].notna()]
+    for (model, task, method), found in outcomes.order(rows, CELL).groupby(CELL, sort=False):
+        parts = [
+            f"{words} {difference_text(row)}"
+            for mean, words in _MEANS.values()
+            for row in found[found["domain"] == mean].itertuples()
+        ]
+        titles = ", ".join(outcomes.title(key, name) for key, name in zip(CELL, (model, task, method), strict=True))
+        yield f"{titles} (n = {int(found['pairs'].max())}): {'; '.join(parts)}, means over sets."

@@ -1,0 +1,393 @@
+"""Several tasks at once: rows as text, answers by likelihood, how tasks are mixed, a run from start to end, and what is shown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score
+
+from benchmarks.harness.base.errors import DataError, DefinitionError
+from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT
+from benchmarks.harness.modeling.seq2seq import load_seq2seq, load_seq2seq_tokenizer
+from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.jobs import partition_jobs, run_inputs
+from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.runs import Run, canonical_json, plan, run_from_spec
+from benchmarks.harness.planning.schema import parse
+from benchmarks.harness.reporting.presentation import Presentation, present
+from benchmarks.harness.results.quantities import one_counts, quantities
+from benchmarks.harness.sources.vader import load_vader
+from benchmarks.multitask.definition import MultitaskDefinition, MultitaskSpec, WrittenTask
+from benchmarks.multitask.grid import KIND
+from benchmarks.multitask.mixing import MixedOrder
+from benchmarks.multitask.outcomes import MultitaskOutcomes
+from benchmarks.multitask.ranking import log_likelihoods, rank
+from benchmarks.multitask.rows import answers, as_text, written
+from benchmarks.text.datasets import load_part
+from benchmarks.text.tokenization import TokenisedRows
+from tests import fake_runs
+from tests.executed import finish, killed_at, prepare
+from tests.planned import paper_runs
+from tests.text_sets import write_glue, write_own
+from tests.tiny_hub import write_seq2seq
+
+BENCHMARK = load_benchmark("multitask")
+TINY = load_models()["tiny-t5"].spec("tiny-t5")
+
+
+def task(name: str, prefix: str | None = None) -> WrittenTask:
+    return WrittenTask(**BENCHMARK.tasks[name].spec(name), prefix=prefix or name)
+
+
+# rows as text
+
+
+def test_a_row_is_its_tasks_prefix_and_its_named_texts() -> None:
+    assert written(("He ran.", "He moved."), task("mnli")) == "mnli premise: He ran. hypothesis: He moved."
+    assert written(("Fine: very.",), task("amazon", "sentiment")) == "sentiment text: Fine: very."
+    with pytest.raises(ValueError, match="shorter"):
+        written(("He ran.",), task("mnli"))
+
+
+def test_answers_are_the_names_of_classes_with_their_end() -> None:
+    tokenizer = load_seq2seq_tokenizer(TINY)
+    found = answers(tokenizer, task("rte"))
+    assert [tokenizer.decode(answer[:-1]) for answer in found] == ["entailment", "not _ entailment"]
+    assert {answer[-1] for answer in found} == {tokenizer.eos_token_id}
+    alike = task("rte").model_copy(update={"labels": ["Yes", "no", "yes"]})  # the tokenizer knows no capitals
+    with pytest.raises(DataError, match="task 'rte': the tokenizer writes 'Yes' and 'yes' alike"):
+        answers(tokenizer, alike)
+
+
+def test_the_same_sentences_have_another_label_where_strength_is_asked(workdir: Path) -> None:
+    sign, strength = (load_part(task(name), "test", None) for name in ("amazon", "amazon_strength"))
+    assert sign.texts == strength.texts
+    assert 0.4 < np.mean(strength.labels) < 0.7
+    assert sign.labels != strength.labels
+    assert strength.source.endswith("amazon, strength, test")
+    assert strength.labels == load_vader("amazon", "test", strength=True)[1]
+
+
+# answers by likelihood
+
+
+@torch.no_grad()
+def test_likelihoods_are_those_of_the_answers_said_one_token_after_the_other() -> None:
+    model, tokenizer = load_seq2seq(TINY).eval(), load_seq2seq_tokenizer(TINY)
+    found = answers(tokenizer, task("rte"))
+    assert len({len(answer) for answer in found}) == 2  # one is padded
+    batch = tokenizer(["a fine film", "rain"], padding=True, return_tensors="pt")
+    ranked = log_likelihoods(model, dict(batch), found)
+    for row, text in enumerate(["a fine film", "rain"]):
+        alone = tokenizer([text], return_tensors="pt")
+        for number, answer in enumerate(found):
+            said, total = [model.config.decoder_start_token_id], 0.0
+            for token in answer:
+                logits = model(**alone, decoder_input_ids=torch.tensor([said])).logits[0, -1]
+                total += float(torch.log_softmax(logits.double(), -1)[token])
+                said.append(token)
+            assert float(ranked[row, number]) == pytest.approx(total, abs=1e-4)
+
+
+def test_ranking_leaves_the_model_and_chance_as_they_were_and_keeps_the_order_of_rows(workdir: Path) -> None:
+    model, tokenizer = load_seq2seq(TINY).train(), load_seq2seq_tokenizer(TINY)
+    amazon = task("amazon")
+    split = as_text(load_part(amazon, "test", 10), amazon)
+    rows = TokenisedRows(split, tokenizer, 32, by_length=True, labelled=False)
+    found = answers(tokenizer, amazon)
+    state = torch.random.get_rng_state()
+    three, all_at_once = (rank(model, rows, tokenizer, found, size, "fp32") for size in (3, 10))
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert three.shape == (10, 2)
+    np.testing.assert_allclose(three, all_at_once, atol=1e-4)
+
+
+# how tasks are mixed
+
+SIZES = {"large": 10, "small": 3}
+
+
+def order(most: int | None, seed: int = 0, *, by_length: bool = False) -> MixedOrder:
+    lengths = [(name, list(range(5, 5 + rows))) for name, rows in SIZES.items()]
+    return MixedOrder(lengths, most, 4, seed, by_length=by_length)
+
+
+def epoch(found: MixedOrder, number: int) -> list[int]:
+    found.set_epoch(number)
+    return list(found)
+
+
+def test_an_epoch_has_every_task_up_to_the_limit_and_mixes_them() -> None:
+    found = order(4)
+    assert len(found) == 4 + 3
+    rows = epoch(found, 0)
+    assert len(rows) == len(set(rows)) == 7
+    assert {row for row in rows if row >= 10} == {10, 11, 12}
+    mixed = [[row >= 10 for row in epoch(order(4, seed), 0)] for seed in range(5)]
+    assert any(flags not in (sorted(flags), sorted(flags, reverse=True)) for flags in mixed)
+
+
+def test_a_large_task_goes_through_all_rows_before_any_comes_again() -> None:
+    found = order(4)
+    large = [row for number in range(5) for row in epoch(found, number) if row < 10]
+    assert set(Counter(large).values()) == {2}  # 20 rows of 10
+    firsts = [{row for row in epoch(found, number) if row < 10} for number in (0, 1)]
+    assert not firsts[0] & firsts[1]
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    assert epoch(order(4), 3) == epoch(order(4), 3)
+    assert epoch(order(4), 0) != epoch(order(4), 1)
+    assert epoch(order(4), 0) != epoch(order(4, seed=1), 0)
+    assert sorted(epoch(order(None), 0)) == list(range(13))
+
+
+def test_rows_of_like_length_go_together_where_that_is_asked() -> None:
+    lengths = [("one", [5, 50] * 50), ("other", [5, 50] * 50)]
+    rows = epoch(MixedOrder(lengths, 100, 4, 0, by_length=True), 0)
+    tokens = [lengths[row // 100][1][row % 100] for row in rows]
+    batches = [set(tokens[start : start + 4]) for start in range(0, len(tokens), 4)]
+    assert sum(len(batch) == 1 for batch in batches) > 0.9 * len(batches)
+    assert sorted(rows) == list(range(200))
+
+
+# a run
+
+
+def smoke(method: str, mixture: str = "two", **training: object) -> Run:
+    spec = next(
+        run.spec
+        for run in plan(["multitask"], "smoke")
+        if (run.spec["method"]["name"], run.spec["task"]["name"]) == (method, mixture)
+    )
+    return run_from_spec({**spec, "training": {**spec["training"], **training}})
+
+
+@pytest.mark.parametrize("method", ["emoe", "gmoe"])
+def test_a_killed_run_resumes_to_the_same_numbers(
+    workdir: Path, capfd: pytest.CaptureFixture[str], method: str
+) -> None:
+    run = smoke(method)
+    whole = finish(prepare(run))
+    assert finish(prepare(run, "again")) == whole
+    killed = prepare(run, "killed")
+    with killed_at(12):  # in the second epoch, after the checkpoint of step 8
+        finish(killed)
+    assert not (killed.parent / "metrics.json").exists()
+    assert finish(killed) == whole
+    assert "resumed at step 8" in "".join(capfd.readouterr())
+    assert set(whole["scores"]["test"]) == {"amazon", "amazon_strength"}
+    assert set(whole["scores"]["ood"]) == {other["name"] for other in run.spec["ood"]}
+    assert [entry["epoch"] for entry in whole["dev_curve"]] == [1.0, 2.0]
+    assert whole["data"]["test:amazon"]["rows"] == 40
+    assert whole["model"]["conversion"][0]["index"] == 1
+
+
+def test_scores_are_of_the_likelier_answers_and_the_best_epoch_is_kept(workdir: Path, monkeypatch) -> None:
+    seen: list[np.ndarray[Any, Any]] = []
+
+    def known(model, rows, *rest: object) -> Any:
+        ranked = np.where(np.arange(len(rows))[:, None] % 3 == np.array([[0, 1]]), 1.0, 0.0)
+        seen.append(ranked)
+        return ranked
+
+    monkeypatch.setattr("benchmarks.multitask.training.rank", known)
+    run = smoke("vanilla", checkpoint_selection="best")
+    found = finish(prepare(run))
+    amazon = task("amazon", "sentiment")
+    split = as_text(load_part(amazon, "test", 40), amazon)
+    rows = TokenisedRows(split, load_seq2seq_tokenizer(TINY), 32, by_length=True, labelled=False)
+    predicted = known(None, rows).argmax(-1)
+    assert found["scores"]["test"]["amazon"]["balanced_accuracy"] == balanced_accuracy_score(rows.labels, predicted)
+    means = [np.mean([entry["amazon"], entry["amazon_strength"]]) for entry in found["dev_curve"]]
+    assert [entry["mean_score"] for entry in found["dev_curve"]] == pytest.approx(means)
+    assert found["kept_epoch"] == 1.0  # of equal ones the first
+
+
+def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models, data = tmp_path / "models", tmp_path / "data"
+    data.mkdir()
+    write_seq2seq(models, "t5-base", 12)
+    for name in ("mnli", "rte"):
+        write_glue(data, name, train=True, copies=8)
+    for name in ("snli", "sick_entailment", "scitail", "hans"):
+        write_own(data, name)
+    monkeypatch.setenv(MODEL_ROOT, str(models))
+    monkeypatch.setenv(DATA_ROOT, str(data))
+    spec = next(
+        run.spec
+        for run in paper_runs("multitask")
+        if (run.spec["task"]["name"], run.spec["method"]["name"]) == ("nli", "emoe")
+    )
+    assert {other["name"]: other["read_as"] for other in spec["ood"]} == {
+        "snli": "mnli",
+        "sick_entailment": "mnli",
+        "scitail": "rte",
+        "hans": "rte",
+    }
+    config = spec["method"]["config"]
+    assert (config["num_experts"], config["top_k"], config["layers"]) == (32, 8, [10])
+    found = finish(prepare(run_from_spec({**spec, "training": {**spec["training"], "epochs": 2}})))
+    assert set(found["scores"]["ood"]) == {"snli", "sick_entailment", "scitail", "hans"}
+    assert set(found["scores"]["dev"]["mnli"]) == {"accuracy", "loss"}
+    assert found["data"]["dev:rte"]["rows"] + found["data"]["train:rte"]["rows"] == 16  # a tenth is held out
+    (layer,) = found["model"]["conversion"]
+    assert layer["index"] == 10
+
+
+# what is planned, and what is not
+
+
+def changed(change: dict[str, Any]) -> MultitaskDefinition:
+    return parse({**BENCHMARK.definition.given(), **change}, MultitaskDefinition, "benchmark.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"mixtures": {"six": {"title": "x", "tasks": ["mnlo", "rte"]}}},
+            r"six\.tasks' is 'mnlo'.*did you mean 'mnli'",
+        ),
+        ({"mixtures": {"six": {"title": "x", "tasks": ["rte"]}}}, "must be two at least"),
+        ({"mixtures": {"rte": {"title": "x", "tasks": ["rte", "mnli"]}}}, "mixtures.rte' has the name of a task"),
+        ({"mixtures": {"six": {"title": "x", "tasks": ["stsb", "rte"]}}}, "has 'stsb', a regression"),
+        ({"mixtures": {"six": {"title": "x", "tasks": ["snli", "rte"]}}}, "has 'snli', which has no split to train on"),
+        ({"prefixes": {"amazn": "x"}}, r"prefixes' is 'amazn'.*did you mean 'amazon'"),
+        ({"methods": {"vanilla": {}, "block": {"layers": [1]}}}, "methods.block' trains a part of the model"),
+        ({"methods": {"vanilla": {}, "emoe": {"partition": "coactivation"}}}, "emoe' groups neurons by co-activation"),
+    ],
+)
+def test_what_cannot_be_learned_so_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DefinitionError, match=message):
+        KIND.check(changed(change), BENCHMARK.tasks, BENCHMARK.folder)
+
+
+def test_a_grid_names_mixtures_or_tasks_and_models_that_write() -> None:
+    smoke = BENCHMARK.definition.suites["smoke"].given()
+    block = {"method": ["vanilla"], "learning_rate": [1e-3], "seed": [0]}
+    for model, mixture, message in (
+        ("tiny-bert", "two", r"grid\[0\]\.model' is 'tiny-bert'"),
+        ("tiny-t5", "tow", r"grid\[0\]\.mixture' is 'tow'.*did you mean 'two'"),
+        ("tiny-t5", "stsb", "has 'stsb', a regression"),
+    ):
+        part = {**smoke, "grid": [{**block, "model": [model], "mixture": [mixture]}]}
+        other = Benchmark(BENCHMARK.name, changed({"suites": {"smoke": part}}), BENCHMARK.tasks)
+        with pytest.raises(DefinitionError, match=message):
+            list(KIND.specs(other, "smoke", (), lambda _: {}))
+
+
+def test_sets_that_are_learned_are_not_out_of_domain_and_excluded_ones_are_not_read() -> None:
+    run = next(run for run in plan(["multitask"], "mini") if run.spec["task"]["name"] == "sentences")
+    assert {other["name"]: other["read_as"] for other in run.spec["ood"]} == {
+        "tweets": "amazon",
+        "nyt": "amazon",
+        "tweets_strength": "amazon_strength",
+        "nyt_strength": "amazon_strength",
+    }
+    assert {one["prefix"] for one in run.spec["task"]["tasks"]} == {"sentiment", "strength"}
+    without = next(iter(plan(["multitask"], "mini", exclude=["tweets"])))
+    assert [other["name"] for other in without.spec["ood"]] == ["nyt", "tweets_strength", "nyt_strength"]
+
+
+def test_a_spec_is_read_back_as_it_is_hashed() -> None:
+    for suite in ("smoke", "mini"):
+        for run in plan(["multitask"], suite):
+            assert canonical_json(parse(run.spec, MultitaskSpec, "run.json").model_dump()) == run.to_json()
+
+
+def test_a_run_waits_for_its_package_and_its_clustering() -> None:
+    run = smoke("emoe")
+    assert len(partition_jobs(run)) == 1
+    files = run_inputs(run)
+    assert any("vader" in file.lower() for file in files)
+    assert partition_jobs(run)[0].file in files
+
+
+# what is shown
+
+
+@pytest.fixture
+def outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MultitaskOutcomes:
+    monkeypatch.chdir(tmp_path)
+    return MultitaskOutcomes(BENCHMARK, fake_runs.write(Path("results/runs"), "mini", benchmarks=("multitask",)))
+
+
+def test_means_are_over_the_tasks_of_a_seed(outcomes: MultitaskOutcomes) -> None:
+    rows = outcomes.rows.set_index(["domain", "task", "eval_task", "method"])
+    tasks = outcomes.benchmark.definition.mixtures["sentences"].tasks
+    mean = rows.loc[("id_mean", "sentences", "", "emoe"), "mean"]
+    assert mean == pytest.approx(np.mean([rows.loc[("id", "sentences", name, "emoe"), "mean"] for name in tasks]))
+    seeds = outcomes.seeds[(outcomes.seeds["task"] == "sentences") & (outcomes.seeds["domain"] == "id")]
+    by_seed = seeds.pivot_table(index="seed", columns="method", values="value")
+    row = rows.loc[("id_mean", "sentences", "", "emoe")]
+    assert row["delta"] == pytest.approx((by_seed["emoe"] - by_seed["vanilla"]).mean())
+    assert row["pairs"] == 3
+
+
+def test_transfer_is_together_less_alone_by_seed(outcomes: MultitaskOutcomes) -> None:
+    row = outcomes.transfer.set_index(["method", "eval_task"]).loc[("vanilla", "movie")]
+    own = outcomes.seeds[(outcomes.seeds["eval_task"] == "movie") & (outcomes.seeds["method"] == "vanilla")]
+    own = own[own["domain"] == "id"].pivot_table(index="seed", columns="task", values="value")
+    assert row["alone"] == pytest.approx(own["movie"].mean())
+    assert row["delta"] == pytest.approx((own["sentences"] - own["movie"]).mean())
+    assert row["n"] == 3
+
+
+def test_claims_are_of_mixtures_alone(outcomes: MultitaskOutcomes) -> None:
+    found = outcomes.compared()
+    assert set(found.loc[found["domain"] == "id", "task"]) == {"sentences"}
+    assert set(found["domain"]) == {"id", "ood", "ood_mean", "model"}
+
+
+def shown(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float = 0.0) -> Presentation:
+    monkeypatch.chdir(tmp_path)
+    return present(BENCHMARK, fake_runs.write(Path("results/runs"), suite, {"emoe": gain}, benchmarks=("multitask",)))
+
+
+def test_the_papers_gains_stand_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = shown("paper", tmp_path, monkeypatch, gain=0.05)
+    gains = found.tables[0].frame.set_index(["task", "method", "where"])
+    assert gains.loc[("six", "emoe", "in domain"), "paper"] == pytest.approx(0.0756)
+    assert gains.loc[("nli", "emoe", "out of domain"), "paper"] == pytest.approx(0.0158)
+    assert np.isnan(gains.loc[("six", "gmoe", "in domain"), "paper"])
+    row = gains.loc[("six", "emoe", "in domain")]
+    assert row["low"] < row["delta"] < row["high"]
+    assert row["best"] > row["delta"]
+    assert (row["n"], row["sets"]) == (3, 6)
+    transfer = next(table for table in found.tables if table.name == "multitask_transfer").frame
+    assert transfer.loc[transfer["method"] == "emoe", "less_delta"].notna().all()
+    assert all(
+        "multitask/t5-base-six-" in runs and "multitask/t5-base-rte-" in runs
+        for runs in transfer.loc[transfer["eval_task"] == "rte", "runs"][:1]
+    )
+    assert any("six GLUE tasks, EMoE (n = 3): in domain +" in sentence for sentence in found.verdicts)
+
+
+def test_a_suite_without_single_tasks_has_an_empty_table_of_transfer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = fake_runs.write(Path("results/runs"), "mini", benchmarks=("multitask",))
+    found = present(BENCHMARK, [run for run in runs if run.spec["task"]["name"] == "sentences"])
+    table = next(table for table in found.tables if table.name == "multitask_transfer")
+    assert table.frame.empty
+    assert "Learned together" in table.markdown()
+
+
+def test_one_row_counts_in_its_own_set(tmp_path: Path) -> None:
+    run = smoke("vanilla")
+    rows = quantities([(run, fake_runs.multitask_metrics(run))])
+    moved = pd.Series(one_counts(rows))
+    assert moved[moved.index.get_level_values(2).isin(["dev", "test", "ood"])].eq(1 / 8).all()  # of 4 and 6 rows
