@@ -9,12 +9,14 @@ from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.kinds import COUNTS, OOD_MEAN, Benchmark, Domain
+from benchmarks.harness.planning.kinds import COUNTS, OOD_MEAN, Benchmark, Domain, Specs
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.methods import VARIANT_KEYS, method_spec, suite_methods, training_settings
 from benchmarks.harness.planning.schema import check_names, parse, read
+from benchmarks.harness.planning.workload import Workload
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.multitask.definition import Mixture, MultitaskDefinition, MultitaskTraining
+from benchmarks.multitask.workload import mixed_workload
 from benchmarks.text.definition import TaskEntry, TaskFile
 from benchmarks.text.grid import CLEAN, ID, OOD, TextSets
 from emoe.errors import EMoEError
@@ -55,6 +57,9 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
     def task_titles(self, definition: MultitaskDefinition, tasks: Mapping[str, TaskEntry]) -> Mapping[str, str]:
         mixtures = {name: mixture.title for name, mixture in definition.mixtures.items()}
         return mixtures | dict(super().task_titles(definition, tasks))
+
+    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Specs) -> Workload | None:
+        return mixed_workload(spec, tasks)
 
     def marks(self, spec: Mapping[str, Any]) -> list[str]:
         return []

@@ -58,7 +58,7 @@ def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
 def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
     """Draw panels below each other: sets, and where there is room their classes, down, experts across."""
     if not panels:
-        placeholder_figure(path, "this suite has no model whose experts are read by set")
+        placeholder_figure(path, "this suite has no experts to show")
         return
     heights = [sum(1 + len(one["classes"]) for one in panel.usage["tasks"].values()) for panel in panels]
     classes = sum(heights) <= _MOST_LINES

@@ -20,7 +20,7 @@ from benchmarks.harness.planning.workload import (
 from benchmarks.text.definition import TaskEntry
 
 GRADIENT_ROWS = 64  # of every set on which gradients are compared
-_BY_LENGTH = 2  # rows that are padded together in groups of like length are about as long as two rows by chance
+BY_LENGTH = 2  # rows that are padded together in groups of like length are about as long as two rows by chance
 _COLUMNS = 12  # bytes of a token in the cache: its id, its sort, whether it is padding
 _STATE = 4
 
@@ -81,7 +81,7 @@ def trained_workload(spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) ->
         dev_rows = held_out
     rows = int((train.rows - held_out) * training.get("train_share", 1.0))
     epochs, batch = training["epochs"], training["batch_size"]
-    together = _BY_LENGTH if training["sampling"] == "group_by_length" else batch
+    together = BY_LENGTH if training["sampling"] == "group_by_length" else batch
     batches = math.ceil(rows / batch) * epochs
     agreement = GRADIENT_ROWS * (2 + len(others)) if others else 0
     tokens = rows * epochs * padded(train.tokens, together, length) + agreement * test.tokens

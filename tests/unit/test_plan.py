@@ -139,13 +139,7 @@ def test_plan_names_what_it_does_not_know(tmp_path: Path, monkeypatch: pytest.Mo
 
     refused("did you mean 'table_3'", "--suite", "smoke", "--table", "tabel_3")
     refused("did you mean 'h100'", "--suite", "smoke", "--device", "h10")
-    refused(
-        "the suite smoke runs nothing of table_multitask: tasks, rates",
-        "--suite",
-        "smoke",
-        "--table",
-        "table_multitask",
-    )
+    refused("the suite mini_search runs nothing of table_mmlu", "--suite", "mini_search", "--table", "table_mmlu")
     refused("runs nothing in the benchmark llama", "--suite", "smoke", "--table", "table_4", "--benchmark", "llama")
 
 

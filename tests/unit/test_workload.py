@@ -118,6 +118,19 @@ def test_reading_counts_every_task_three_times() -> None:
     assert found.tokens_read == pytest.approx(3 * 100 * (TWEETS + AMAZON + MOVIE + NYT))
 
 
+def test_several_tasks_count_the_rows_of_an_epoch_and_what_the_encoder_computes() -> None:
+    run = find_run("multitask", method__name="vanilla", task__name="sentences", seed=0)
+    found = workload(run)
+    training = run.spec["training"]
+    rows = 4 * training["rows_per_epoch"]  # each of its tasks has more
+    assert found.updates == training["epochs"] * math.ceil(rows / training["batch_size"])
+    alone = workload(find_run("multitask", method__name="vanilla", task__name="amazon", seed=0))
+    assert found.updates == 4 * alone.updates
+    assert 3 < found.tokens_trained / alone.tokens_trained < 6  # sentences of movies are longer
+    assert found.training.parameters == 3 * found.size.above
+    assert found.size.above == found.size.forward / 2
+
+
 def test_images_count_patches_environments_and_evaluations() -> None:
     found = workload(find_run("domainbed", method__name="erm", seed=0))
     tokens = (56 // 14) ** 2 + 1
