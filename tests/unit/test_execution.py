@@ -283,6 +283,21 @@ def test_odd_run_files_are_refused_in_one_line(tmp_path: Path, old: str, new: st
     assert "\n" not in str(raised.value)
 
 
+def test_a_run_file_does_not_choose_what_is_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "evilmod.py").write_text("import pathlib\npathlib.Path(__file__).with_name('executed').touch()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write_run(run_from_spec({**SPEC, "pipeline": "evilmod"}), str(tmp_path / "runs"))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "run", str(path)])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().err.strip()
+    assert "'pipeline' is 'evilmod', but runs of glue are executed by 'benchmarks.glue.pipeline'" in said
+    assert "\n" not in said
+    assert not (tmp_path / "executed").exists()
+
+
 def test_command_line_errors_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from benchmarks.harness.base.errors import RunError
+from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.base.paths import LOCK, ORIGIN
 from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.runs import Run, read_run
 from benchmarks.harness.results.records import check_content
@@ -123,8 +124,13 @@ def _run_worker(run: Run, folder: Path, log: Path) -> None:
 
 
 def _pipeline(run: Run) -> Any:
+    pipeline = load_benchmark(run.benchmark).definition.pipeline  # never a module of a file's choice
+    if run.spec["pipeline"] != pipeline:
+        raise DefinitionError(
+            f"{run.id}: 'pipeline' is {run.spec['pipeline']!r}, but runs of {run.benchmark} are executed by '{pipeline}'"
+        )
     torch.manual_seed(derive_seed("run", run.spec["seed"]))
-    return importlib.import_module(run.spec["pipeline"])
+    return importlib.import_module(pipeline)
 
 
 def _peak_memory_mb() -> float:
