@@ -90,7 +90,16 @@ def test_missing_keys_are_named() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", "is not valid YAML"), ("a: 1\na: 2", "the key 'a' is given twice"), ("[]", "must be object")],
+    [
+        ("a: [1", "is not valid YAML"),
+        ("a: 1\na: 2", "the key 'a' is given twice"),
+        ("[a, b]: 1", "a key is no text or number"),
+        ("{a: b}: 1", "a key is no text or number"),
+        ("a: " + "9" * 5000, "is not valid YAML"),
+        ("a: 2020-99-99", "is not valid YAML"),
+        ("a: " + "[" * 50_000, "is not valid YAML"),
+        ("[]", "must be object"),
+    ],
 )
 def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "config.yaml"
@@ -98,6 +107,7 @@ def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None
     with pytest.raises(DefinitionError, match=message) as caught:
         read(path, SuiteSettings)
     assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
