@@ -472,6 +472,19 @@ def test_every_format_escapes() -> None:
     assert "<strong>100.0 ± 1.0</strong>" in TABLE.html()
 
 
+def test_markdown_escapes_what_would_end_a_cell_or_begin_a_tag() -> None:
+    frame = pd.DataFrame({"name": ["a | b\n\n# c <script>x</script>"], "a": [0.5]})
+    said = "p < 0.05 | `a|b`<br>"
+    table = Table("T <b>", said, {"name": "N | M"}, [Column("accuracy", "a", label="L|<i>")], frame)
+    title, _, heading, _, row, _, caption = table.markdown().splitlines()
+    assert title == "### T \\<b>"
+    for line in (heading, row):
+        assert len(re.findall(r"(?<!\\)\|", line)) == 3
+    assert "N \\| M" in heading
+    assert "a \\| b # c \\<script>x\\</script>" in row
+    assert caption == "p < 0.05 \\| `a|b`\\<br>"
+
+
 def test_an_empty_table_is_still_a_table(tmp_path: Path) -> None:
     empty = Table(
         "E", "", {"name": "Name"}, [Column("accuracy", "a", best="a")], pd.DataFrame({"name": [], "a": []}), name="e"

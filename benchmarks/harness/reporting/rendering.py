@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,8 +130,10 @@ class Table:
 
     def markdown(self) -> str:
         """Title, table and caption; the best numbers in bold."""
-        marked = self.texts().where(~self.best(), lambda cells: "**" + cells + "**")
-        return f"### {self.title}\n\n{marked.to_markdown(index=False, disable_numparse=True)}\n\n{self.caption}\n"
+        texts = self.texts().map(_plain_markdown).rename(columns=_plain_markdown)
+        marked = texts.where(~self.best().to_numpy(), lambda cells: "**" + cells + "**")
+        title, caption = _plain_markdown(self.title), _outside_code(self.caption, _plain_markdown)
+        return f"### {title}\n\n{marked.to_markdown(index=False, disable_numparse=True)}\n\n{caption}\n"
 
     def latex(self) -> str:
         """A booktabs table that fits a page, see :func:`~benchmarks.harness.reporting.latex.latex_table`."""
@@ -204,6 +206,15 @@ class Table:
 def with_code(text: str) -> str:
     """A text as HTML: what stands between backticks is code, and nothing else is markup."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
+def _plain_markdown(text: str) -> str:
+    """A text on one line of Markdown in which no tag begins and no cell of a table ends."""
+    return re.sub(r"\s*\n\s*", " ", re.sub(r"\||<(?=[A-Za-z/!?])", r"\\\g<0>", text))
+
+
+def _outside_code(text: str, change: Callable[[str], str]) -> str:
+    return "".join(part if place % 2 else change(part) for place, part in enumerate(re.split(r"(`[^`]+`)", text)))
 
 
 def _sentence(same: Mapping[str, str]) -> str:
