@@ -63,6 +63,24 @@ def status(suite: str, as_json: bool) -> None:
         click.echo(f"\n{one.state:<8} {one.run.folder}\n         {_short(one.last) or 'nothing in its log'}{ago}")
 
 
+@command("List results of other versions of their benchmarks.")
+@AS_JSON
+def stale(as_json: bool) -> None:
+    """List the folders of results/runs that no suite takes any more: of another version of their benchmark, or with a damaged run.json.
+
+    They take nothing but room. A new version computes otherwise, so its runs have other names.
+    """
+    from benchmarks.harness.results.stale import stale_runs
+
+    found = [dataclasses.asdict(one) for one in stale_runs()]
+    if as_json:
+        echo_json(found)
+        return
+    echo_table(found)
+    if not found:
+        click.echo("no results of other versions")
+
+
 @command("Put two runs side by side.")
 @click.argument("first")
 @click.argument("second")
@@ -101,4 +119,4 @@ def _short(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
-COMMANDS = (list_command, plan, status, compare)
+COMMANDS = (list_command, plan, status, stale, compare)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ from filelock import FileLock
 from benchmarks.__main__ import cli as suite_cli
 from benchmarks.__main__ import main
 from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning import listing
-from benchmarks.harness.planning.runs import Run, plan
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from benchmarks.harness.running import verification
 from benchmarks.harness.running.repetition import Repetition
 from emoe import __main__ as library
@@ -234,6 +236,22 @@ def test_what_cannot_be_compared_is_named(runs: list[Run]) -> None:
     refused(runs[0].id, str(folder), "the run is not finished")
     (folder / "run.json").write_text("[")
     refused(runs[0].id, str(folder), "is no run specification")
+
+
+def test_results_of_another_version_are_listed(workdir: Path) -> None:
+    planned = plan(["modularity"], "smoke")
+    old = run_from_spec({**planned[0].spec, "version": 99})
+    broken = prepare(planned[2], str(RUNS))
+    broken.write_text("{")
+    for run in (old, planned[1]):
+        prepare(run, str(RUNS))
+    found = json.loads(call("stale", "--json"))
+    assert {one["folder"] for one in found} == {old.folder, planned[2].folder}
+    said = call("stale")
+    assert "of version 99 of modularity, which has" in said
+    assert planned[1].folder not in said
+    shutil.rmtree(RUNS)
+    assert call("stale") == "no results of other versions\n"
 
 
 def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path) -> None:
