@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,27 +78,34 @@ def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -
 def mirror(suite: str, uri: str | None, output: Path | None) -> None:
     """Mirror a suite's finished runs to MLflow; doing it twice adds nothing."""
     from benchmarks.harness.base.files import write_json
+    from benchmarks.harness.base.secrets import without_passwords
     from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.results.tracking import mirror as mirror_runs
 
     loaded = suite_of_job(suite)
-    counts = mirror_runs(loaded.runs, uri or loaded.tracking_uri)
+    figures = {
+        name: [Path(file) for file in loaded.output_files(name) if file.endswith(".png")]
+        for name in loaded.settings.benchmarks
+    }
+    counts = mirror_runs(loaded.runs, uri or loaded.tracking_uri, figures)
     click.echo("MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items()), err=True)
     if output:
-        write_json(output, {"uri": uri or loaded.tracking_uri, "runs": len(loaded.runs)})
+        write_json(output, {"uri": without_passwords(uri or loaded.tracking_uri), "runs": len(loaded.runs)})
 
 
 @command("Open the MLflow UI on the runs.")
 @SUITE
 def ui(suite: str) -> None:
     """Open the MLflow UI on the suite's store."""
+    from benchmarks.harness.base.secrets import without_passwords
     from benchmarks.harness.planning.suite import suite_of_job
 
     uri = suite_of_job(suite).tracking_uri
     if uri.startswith("http"):
-        click.echo(f"The runs are on the MLflow server {uri}")
-    else:
-        subprocess.run([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri], check=False)
+        click.echo(f"The runs are on the MLflow server {without_passwords(uri)}")
+    else:  # by its environment, which other users do not see
+        store = {"MLFLOW_BACKEND_STORE_URI": uri}
+        subprocess.run([sys.executable, "-m", "mlflow", "ui"], env=os.environ | store, check=False)
 
 
 @command("List the paper's tables and figures.")

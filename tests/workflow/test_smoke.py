@@ -187,7 +187,7 @@ def test_mirroring_again_adds_nothing(checkout: Finished) -> None:
     client = MlflowClient(f"sqlite:///{checkout.folder}/results/mlflow.db")
     experiment = client.get_experiment_by_name("glue").experiment_id
     count = len(client.search_runs([experiment]))
-    assert count == 15 + 12
+    assert count == 15 + 13 + 1  # runs, their seeds' means, figures
     found = checkout.benchmarks("mirror", "--suite", "smoke")
     assert f"0 added, 0 replaced, {len(SUITE.runs)} unchanged" in found.stderr
     assert len(client.search_runs([experiment])) == count
@@ -212,6 +212,23 @@ def test_kill_9_of_the_main_job_then_again_gives_the_same_numbers(checkout: Fini
     assert "was killed and left its lock" in unlocked.stderr
     checkout.snakemake(target)
     assert checkout.scores() == before
+
+
+def test_a_lock_of_another_machine_is_not_removed(checkout: Finished) -> None:
+    locks = checkout.folder / ".snakemake" / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    (locks / "0.input.lock").write_text("")
+    plan = checkout.folder / "results" / "smoke" / "plan.json"
+    before = plan.read_text()
+    try:
+        plan.write_text(json.dumps({**json.loads(before), "host": "node7"}))
+        found = checkout.run(sys.executable, "workflow/scripts/unlock_stale.py", check=False)
+        assert found.returncode != 0
+        assert "node7 worked in this folder last" in found.stderr
+        assert list(locks.iterdir())
+    finally:
+        plan.write_text(before)
+        shutil.rmtree(locks)
 
 
 def test_a_lock_that_is_in_use_is_not_removed(checkout: Finished) -> None:

@@ -5,6 +5,7 @@ import sys
 sys.path.insert(0, str(workflow.basedir))
 
 from benchmarks.domainbed.jobs import find_validation
+from benchmarks.harness.base.secrets import without_passwords
 from benchmarks.harness.planning import jobs, paper_items
 from benchmarks.harness.planning import suite as suites
 from benchmarks.harness.running.forkserver import Server

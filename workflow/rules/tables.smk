@@ -123,6 +123,7 @@ rule latest_report:
 rule mirror_to_mlflow:
     input:
         suite_metrics,
+        suite_tables,
     output:
         "results/{suite}/mlflow.json",
     log:
@@ -131,8 +132,9 @@ rule mirror_to_mlflow:
     conda:
         ENVIRONMENT
     params:
-        uri=SUITE.tracking_uri,
+        # with its password hidden: Snakemake writes parameters and commands into its logs, and keeps them
+        store=without_passwords(SUITE.tracking_uri),
     message:
-        "Mirror the runs to MLflow at {params.uri}"
+        "Mirror the runs to MLflow at {params.store}"
     shell:
-        "python -m benchmarks mirror --suite {wildcards.suite} --uri {params.uri:q} --output {output:q} 2> {log:q}"
+        "python -m benchmarks mirror --suite {wildcards.suite} --output {output:q} 2> {log:q}"

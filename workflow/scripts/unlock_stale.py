@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,15 @@ def working_here(folder: Path) -> list[int]:
     return found
 
 
+def last_host(folder: Path) -> str | None:
+    """The machine that began the newest work in ``folder``; None where nobody says."""
+    plans = sorted(folder.glob("results/*/plan.json"), key=lambda path: path.stat().st_mtime)
+    try:
+        return str(json.loads(plans[-1].read_text())["host"]) if plans else None
+    except (ValueError, LookupError, TypeError):  # damaged, or of an older version
+        return None
+
+
 def main() -> None:
     """Unlock the current folder if nobody works in it."""
     folder = Path.cwd()
@@ -28,6 +39,11 @@ def main() -> None:
         return
     if alive := working_here(folder):
         sys.exit(f"error: another snakemake (process {alive[0]}) works in this folder; wait for it or stop it first")
+    host = last_host(folder)
+    if host not in (None, platform.node()):
+        sys.exit(
+            f"error: {host} worked in this folder last, and its processes are not seen from here. Where snakemake has ended there: snakemake --unlock"
+        )
     sys.stderr.write(
         "The last run was killed and left its lock; removing it. Finished runs are kept, the others go on.\n"
     )

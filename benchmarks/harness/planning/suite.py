@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import re
 import sys
 import time
@@ -288,6 +289,8 @@ class Suite:
             found[paths.DATA_ROOT] = str(Path(self.settings.data_root).resolve())
         if self.settings.model_root:
             found[paths.MODEL_ROOT] = str(Path(self.settings.model_root).resolve())
+        if self.settings.tracking_uri:  # may hold a password, which no command line shows
+            found[paths.TRACKING_URI] = self.settings.tracking_uri
         return found
 
     @property
@@ -330,10 +333,10 @@ class Suite:
         return found
 
     def write_plan(self) -> None:
-        """Write the list of runs that progress lines count, and where the work starts."""
+        """Write the list of runs that progress lines count, where the work starts, and which machine does it."""
         folders = [run.folder for run in self.runs]
         before = [folder for folder in folders if (paths.RUNS / folder / "metrics.json").exists()]
-        plan = {"started": time.time(), "before": before, "runs": folders, "expected": self.blessed_seconds}
+        plan = {"host": platform.node(), "started": time.time(), "before": before, "runs": folders, "expected": self.blessed_seconds}
         write_json(paths.RESULTS / self.name / "plan.json", plan)
 
 

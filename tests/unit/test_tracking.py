@@ -1,0 +1,227 @@
+"""The mirror in MLflow: what it holds, SQLite's file, and PostgreSQL behind a real server."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from benchmarks.harness.base.errors import RunError
+from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.base.secrets import without_passwords
+from benchmarks.harness.planning.runs import Run, plan
+from benchmarks.harness.results.tracking import mirror
+from tests import fake_runs
+from tests.checkout import wait_for
+from tests.conftest import ROOT
+
+PASSWORD = "S3cret"
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """Two seeds of two methods."""
+    monkeypatch.chdir(tmp_path)
+    planned = [run for run in plan(["glue"], "mini") if run.spec["task"]["name"] == "tweets"]
+    found = [
+        run
+        for method in ("vanilla", "emoe")
+        for run in [run for run in planned if run.spec["method"]["name"] == method and run.spec["seed"] < 2]
+    ]
+    fake_runs.write_runs(found)
+    return found
+
+
+def children_and_parents(uri: str) -> tuple[dict, dict]:
+    client = MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name("glue").experiment_id], max_results=1000)
+    children = [run for run in found if "mlflow.parentRunId" in run.data.tags]
+    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    by_id = {run.data.tags["emoe.run_id"]: run for run in children}
+    assert len(by_id) == len(children)  # none twice
+    return by_id, {run.info.run_id: run for run in parents}
+
+
+def test_parents_carry_the_means_of_their_seeds_and_runs_their_times_and_files(runs: list[Run], tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/m.db"
+    ended = 1_700_000_000
+    for run in runs:
+        os.utime(RUNS / run.folder / "metrics.json", (ended, ended + run.spec["seed"]))
+        (RUNS / run.folder / "log.txt").write_text("trained")
+    picture = Path("results/mini/figures/glue_scores.png")
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"a picture")
+    mirror(runs, uri, {"glue": [picture, picture.with_name("not_drawn.png")]})
+    children, parents = children_and_parents(uri)
+    assert set(children) == {run.id for run in runs}
+    seconds = 1000 * json.loads((RUNS / runs[0].folder / "metrics.json").read_text())["cost"]["job_seconds"]
+    by_parent: dict[str, list] = {}
+    for run in runs:
+        child = children[run.id]
+        assert child.info.end_time == 1000 * (ended + run.spec["seed"])
+        assert child.info.end_time - child.info.start_time == seconds
+        assert child.info.status == "FINISHED"
+        assert (Path(child.info.artifact_uri.removeprefix("file://")) / "log.txt").read_text() == "trained"
+        names = {file.path for file in MlflowClient(uri).list_artifacts(child.info.run_id)}
+        assert names == {"metrics.json", "log.txt"}  # a made-up run has no run.json
+        by_parent.setdefault(child.data.tags["mlflow.parentRunId"], []).append(child)
+    assert len(by_parent) == 2
+    name = "test.tweets.balanced_accuracy"
+    for parent, seeds in by_parent.items():
+        assert len(seeds) == 2
+        found = parents.pop(parent)
+        values = [seed.data.metrics[name] for seed in seeds]
+        assert found.data.metrics[name] == pytest.approx(sum(values) / 2)
+        assert found.data.metrics[f"{name}.std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        assert found.data.metrics["seeds"] == 2
+        assert (found.info.start_time, found.info.end_time) == (1000 * ended - seconds, 1000 * (ended + 1))
+    (figures,) = parents.values()
+    assert [file.path for file in MlflowClient(uri).list_artifacts(figures.info.run_id)] == [picture.name]
+    experiment = MlflowClient(uri).get_experiment_by_name("glue")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+    # another number, and the mean follows
+    path = RUNS / runs[0].folder / "metrics.json"
+    content = json.loads(path.read_text())
+    content["scores"]["test"]["tweets"]["balanced_accuracy"] = 0.25
+    path.write_text(json.dumps(content))
+    assert mirror(runs, uri) == {"added": 0, "replaced": 1, "unchanged": 3}
+    children, parents = children_and_parents(uri)
+    changed = parents[children[runs[0].id].data.tags["mlflow.parentRunId"]]
+    siblings = [c for c in children.values() if c.data.tags["mlflow.parentRunId"] == changed.info.run_id]
+    assert changed.data.metrics[name] == pytest.approx(sum(c.data.metrics[name] for c in siblings) / 2)
+    assert 0.25 in {c.data.metrics[name] for c in siblings}
+
+
+def test_a_kill_while_the_file_is_created_breaks_no_later_mirror(runs: list[Run], tmp_path: Path) -> None:
+    file = tmp_path / "m.db"
+    code = f"from benchmarks.harness.results.tracking import mirror; mirror([], 'sqlite:///{file}')"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        wait_for(lambda: [path for path in tmp_path.glob(".m.db.*") if not path.name.endswith("-journal")], 120)
+        process.send_signal(signal.SIGKILL)
+    assert not file.exists()
+    assert mirror(runs, f"sqlite:///{file}")["added"] == len(runs)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"postgresql://lab:{PASSWORD}@db:5432/mlflow",
+        f"https://lab:{PASSWORD}@lab.org",
+        f"postgresql://db/mlflow?user=lab&password={PASSWORD}&sslmode=require",
+        f"mysql://lab:{PASSWORD}@/@db/mlflow",
+    ],
+)
+def test_passwords_are_hidden(uri: str) -> None:
+    assert PASSWORD not in without_passwords(f"no answer of {uri} today")
+    assert "***" in without_passwords(uri)
+
+
+# PostgreSQL
+
+_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+_INITDB = shutil.which("initdb") or (str(_BINARIES[-1]) if _BINARIES else None)
+postgres_present = pytest.mark.skipif(
+    _INITDB is None or importlib.util.find_spec("psycopg2") is None,
+    reason="wants Debian's postgresql, and pip's psycopg2-binary",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """A server of this test alone, which root starts as another user, as PostgreSQL demands; the address with its password."""
+    assert _INITDB
+    programs = Path(_INITDB).resolve().parent
+    user = {"user": "nobody"} if os.geteuid() == 0 else {}
+    folder = Path(tempfile.mkdtemp(prefix="emoe-postgres-"))
+    secret, port = folder / "secret", free_port()
+    secret.write_text(PASSWORD)
+    if user:
+        for path in (folder, secret):
+            shutil.chown(path, "nobody")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+
+    def call(name: str, *words: str, check: bool = True) -> None:
+        command = [programs / name, "-D", folder / "data", *words]
+        subprocess.run(command, check=check, cwd=folder, stdout=subprocess.DEVNULL, **user)
+
+    try:
+        call("initdb", "-U", "lab", "-A", "scram-sha-256", "--pwfile", str(secret))
+        call("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
+        yield f"postgresql://lab:{PASSWORD}@127.0.0.1:{port}/postgres"
+    finally:
+        call("pg_ctl", "-m", "immediate", "stop", check=False)
+        shutil.rmtree(folder)
+
+
+def mirror_in_a_process(runs: list[Run], uri: str) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=mirror, args=(runs, uri))
+    process.start()
+    return process
+
+
+@pytest.mark.slow
+@postgres_present
+def test_many_mirrors_at_once_lose_no_run_and_make_none_twice(
+    runs: list[Run],
+    postgres: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    port = free_port()
+    server = f"http://127.0.0.1:{port}"
+    words = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    words += ["--artifacts-destination", str(tmp_path / "artifacts")]
+    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": postgres}
+    MlflowClient(postgres).search_experiments()  # the tables
+    with subprocess.Popen(
+        [sys.executable, "-m", "mlflow", *words], env=environment, cwd=tmp_path, start_new_session=True
+    ) as process:
+        try:
+
+            def answers() -> bool:
+                with socket.socket() as found:
+                    return found.connect_ex(("127.0.0.1", port)) == 0
+
+            wait_for(answers, 120)
+            # each has a run that another one has, too
+            parts = [(runs[place : place + 2], uri) for place in range(3) for uri in (server, postgres)]
+            started = [mirror_in_a_process(part, uri) for part, uri in parts]
+            for one in started:
+                one.join(240)
+            assert [one.exitcode for one in started] == [0] * len(parts)
+            for uri in (server, postgres):
+                assert mirror(runs, uri) == {"added": 0, "replaced": 0, "unchanged": len(runs)}
+                children, parents = children_and_parents(uri)
+                assert set(children) == {run.id for run in runs}
+                assert len(parents) == 2
+            stored = MlflowClient(server).list_artifacts(children[runs[0].id].info.run_id)
+            assert [file.path for file in stored] == ["metrics.json"]
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 2)  # of ten, which take two minutes
+    with pytest.raises(RunError, match=r"MLflow at postgresql://lab:\*\*\*@") as refused:
+        mirror(runs, postgres.replace("/postgres", "/none").replace(f":{PASSWORD}@", f":x{PASSWORD}@"))
+    assert PASSWORD not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert PASSWORD not in "".join(capfd.readouterr())
