@@ -18,7 +18,6 @@ from filelock import FileLock
 from benchmarks.__main__ import cli as suite_cli
 from benchmarks.__main__ import main
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning import listing
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from benchmarks.harness.running import verification

