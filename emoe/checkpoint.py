@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emoe.architectures import FFN, find_ffns, has_plain_weight
@@ -41,7 +40,7 @@ from emoe.routers import in_place, is_offloaded, whole
 from emoe.stock import load_around, load_stock, refuse_adapters, save_weights
 from emoe.tensors import carried
 from emoe.unfinished import refuse_unfinished
-from emoe.weights import WEIGHT_FILES, Weights, one_line, read_object, read_tensors
+from emoe.weights import WEIGHT_FILES, Weights, one_line, read_object, read_tensors, write_tensors
 
 __all__ = [
     "WEIGHT_FILES",
@@ -108,9 +107,9 @@ def save_sidecars(model: nn.Module, folder: Path, *, write: bool = True) -> None
         {name: tensor for part in parts for name, tensor in part.items()} for parts in zip(*found, strict=True)
     )
     config = next(iter(layers.values())).config
-    save_file({**tensors, "num_experts": torch.tensor(config.num_experts)}, folder / PARTITION_FILE)
+    write_tensors({**tensors, "num_experts": torch.tensor(config.num_experts)}, folder / PARTITION_FILE)
     if extra:
-        save_file(extra, folder / EXTRA_FILE)
+        write_tensors(extra, folder / EXTRA_FILE)
     else:
         (folder / EXTRA_FILE).unlink(missing_ok=True)
     (folder / CONFIG_FILE).write_text(config_text(config, layers))

@@ -13,12 +13,21 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emoe.architectures import find_ffns
 from emoe.errors import CheckpointError, ConversionError, EMoEError
-from emoe.weights import STOCK_CONFIG_FILE, WEIGHT_FILES, Weights, one_line, read_object, read_tensors, weight_files
+from emoe.permissions import share
+from emoe.weights import (
+    STOCK_CONFIG_FILE,
+    WEIGHT_FILES,
+    Weights,
+    one_line,
+    read_object,
+    read_tensors,
+    weight_files,
+    write_tensors,
+)
 
 _ADAPTER_FILE = "adapter_config.json"
 
@@ -31,13 +40,15 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
             cast(Any, model).save_pretrained(folder, state_dict=state)
         except NotImplementedError as error:
             raise ConversionError(f"{type(model).__name__} is not saved by its library as it is: quantised?") from error
+        for file in folder.glob("*.safetensors"):
+            share(file)
         return
     if hasattr(model, "pretrained_cfg"):
         from timm.models._hub import save_config_for_hf
 
         save_config_for_hf(model, str(folder / STOCK_CONFIG_FILE))
     # tied tensors are written under each of their names
-    save_file(
+    write_tensors(
         {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()},
         folder / WEIGHT_FILES[0],
     )

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emoe.errors import CheckpointError
+from emoe.permissions import share
 from emoe.unfinished import refuse_unfinished
 
 STOCK_CONFIG_FILE = "config.json"
@@ -59,6 +60,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} does not exist") from error
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged: {one_line(error)}") from error
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, notes: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that others may read as the umask allows."""
+    save_file(tensors, path, metadata=notes)
+    share(path)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.templates import find_template
 from emoe.folders import check_new
 from emoe.layer import routed_layers
+from emoe.stock import save_weights
 
 DENSE, EXPERTS = "dense", "emoe"
 
@@ -70,7 +71,7 @@ def export(path: Path, output: Path, form: str) -> str:
     else:
         if routed:
             emoe.to_dense_(model, restore_order=True)
-        model.save_pretrained(output)
+        save_weights(model, output)
     tokenizer.chat_template = template.as_chat_template()
     tokenizer.save_pretrained(output)
     shutil.copyfile(path, output / "run.json")

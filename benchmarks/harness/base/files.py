@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from emoe.permissions import share
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -20,6 +22,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
+        share(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from peft import LoraModel
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +25,7 @@ from benchmarks.harness.modeling.tuning import FAST, tune_
 from emoe.architectures import find_ffns
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition, load_partition, save_partition
+from emoe.weights import write_tensors
 
 _TRAINED, _PARTITION = "trained.safetensors", "partition.safetensors"
 
@@ -268,7 +268,7 @@ def save_trained(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if found := permutations(model):
         save_partition(Partition(found), folder / _PARTITION)
-    save_file(trained_state(model), folder / _TRAINED)
+    write_tensors(trained_state(model), folder / _TRAINED)
 
 
 def reopen_classifier(

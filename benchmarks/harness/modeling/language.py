@@ -17,6 +17,7 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.loading import from_pretrained, gguf_option, load_whole, locate
 from emoe.architectures import find_ffns, resolve_layers
+from emoe.stock import save_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -92,7 +93,7 @@ def unpack_gguf(source: Path, folder: Path) -> None:
     plain.tie_weights()
     plain.load_state_dict(loaded.state_dict())
     from_pretrained(AutoTokenizer, str(source), None, **option).save_pretrained(folder)
-    plain.save_pretrained(folder)
+    save_weights(plain, folder)
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -9,7 +9,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
@@ -30,6 +29,7 @@ from benchmarks.harness.training.probe import Probe
 from emoe.errors import EMoEError
 from emoe.layer import routed_layers
 from emoe.records import RoutingRecord
+from emoe.weights import write_tensors
 
 Result = TypeVar("Result")
 
@@ -155,7 +155,7 @@ class RoutedTrainer(PrefixTrainer):
         if is_sharded():
             save_shards(self._trained, self._plain_optimizer, folder / SHARDS)
         elif self.args.should_save:
-            save_file(trained_state(self._trained), folder / WEIGHTS)
+            write_tensors(trained_state(self._trained), folder / WEIGHTS)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not is_sharded():
