@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emoe.architectures import find_ffns, resolve_layers
@@ -26,7 +25,7 @@ from emoe.checks import check_distinct_keys, check_divisible, check_weights
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 from emoe.config import EMoEConfig, check_config
 from emoe.errors import CheckpointError, ConfigError, ConversionError
-from emoe.weights import one_line
+from emoe.weights import one_line, write_tensors
 
 # Part of every cache key: raise it when the same settings would give another partition.
 ALGORITHM_VERSION = 2
@@ -199,16 +198,22 @@ def save_partition(partition: Partition, path: str | os.PathLike[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"layer.{layer}": permutation.contiguous() for layer, permutation in partition.items()}
     notes = {"explained": json.dumps(partition.explained), "seconds": json.dumps(partition.seconds)}
+    notes["sha256"] = _digest(partition.permutations)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    save_file(tensors, temporary, metadata=notes)
+    write_tensors(tensors, temporary, notes)
     temporary.replace(path)
+
+
+def _digest(permutations: Mapping[int, Tensor]) -> str:
+    text = "".join(f"{layer}:{tensor_digest(found)}" for layer, found in sorted(permutations.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_partition(path: str | os.PathLike[str]) -> Partition:
     """Read what :func:`save_partition` wrote.
 
     Raises:
-        CheckpointError: no such file, a truncated one, or one that holds no permutations.
+        CheckpointError: no such file, a truncated one, or one that holds others than were written, or no permutations.
     """
     path = Path(path)
     try:
@@ -226,4 +231,6 @@ def load_partition(path: str | os.PathLike[str]) -> Partition:
     for layer, permutation in permutations.items():
         if not is_permutation(permutation, permutation.numel()):
             raise CheckpointError(f"{path}: layer.{layer} is not a permutation")
+    if notes.get("sha256") != _digest(permutations):
+        raise CheckpointError(f"{path} holds other permutations than were written, or does not say which; delete it")
     return Partition(dict(sorted(permutations.items())), **numbers)

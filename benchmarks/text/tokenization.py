@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
@@ -114,15 +114,27 @@ def _cached(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: in
     key = hashlib.sha256(f"{_VERSION}\n{_tokenizer_digest(tokenizer)}\n{max_length}\n{split.texts_digest}".encode())
     file = TOKENS / f"{key.hexdigest()[:24]}.safetensors"
     try:
-        return load_file(file)
+        columns = load_file(file)
+        with safe_open(file, framework="np") as opened:
+            if (opened.metadata() or {}).get("sha256") == _columns_digest(columns):
+                return columns
     except FileNotFoundError:
         pass
     except SafetensorError:  # a machine that went down while it was written
-        file.unlink(missing_ok=True)
+        pass
+    # also in the place of one that holds other tokens than were written
     columns = _tokenise(split, tokenizer, max_length)
     with atomic_write(file) as temporary:
-        save_file(columns, temporary)
+        save_file(columns, temporary, metadata={"sha256": _columns_digest(columns)})
     return columns
+
+
+def _columns_digest(columns: Mapping[str, NDArray[np.int32]]) -> str:
+    digest = hashlib.sha256()
+    for name, column in sorted(columns.items()):
+        digest.update(f"{name} {column.dtype} {column.shape}".encode())
+        digest.update(np.ascontiguousarray(column).data)
+    return digest.hexdigest()
 
 
 def _tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, NDArray[np.int32]]:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -161,6 +162,9 @@ def test_partition_file_round_trip_and_damage(tmp_path) -> None:
     assert torch.equal(again[3], found[3])
     assert again.explained == found.explained
     emoe.convert_(model, CONFIG, partition=again)
+    save_file({f"layer.{layer}": order.flip(0).contiguous() for layer, order in again.items()}, path)
+    with pytest.raises(emoe.CheckpointError, match="other permutations than were written"):
+        load_partition(path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(emoe.CheckpointError, match="damaged"):
         load_partition(path)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import emoe
 from benchmarks.harness.base.paths import MODEL_ROOT
@@ -34,6 +37,25 @@ def test_partitions_are_cached_by_layer_and_content(tmp_path: Path) -> None:
         assert torch.equal(again[layer], expected[layer])
         assert found.explained[layer] == expected.explained[layer]
     assert list(one) == [1]
+
+
+def test_damaged_partitions_are_made_again_and_shared_as_the_umask_allows(tmp_path: Path) -> None:
+    model, config = tiny_models.build("bert"), emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1])
+    old = os.umask(0o002)
+    try:
+        found = cached_partition(model, config, tmp_path)
+        emoe.save_pretrained(emoe.convert_(model, config) and model, tmp_path / "model")
+    finally:
+        os.umask(old)
+    for path in (*tmp_path.glob("*.safetensors"), *(tmp_path / "model").iterdir()):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o664, path
+    (path,) = tmp_path.glob("*.safetensors")
+    for damage in (b"", path.read_bytes()[:-8]):
+        path.unlink()  # what is open is still read from
+        path.write_bytes(damage)
+        assert torch.equal(cached_partition(tiny_models.build("bert"), config, tmp_path)[1], found[1])
+    save_file({"layer.1": found[1].flip(0).contiguous()}, path)  # another permutation
+    assert torch.equal(cached_partition(tiny_models.build("bert"), config, tmp_path)[1], found[1])
 
 
 @pytest.mark.parametrize("name", ["tiny-bert", "tiny-gpt2"])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness.base.paths import TOKENS
@@ -83,6 +88,31 @@ def test_a_damaged_cache_is_made_again(tokenizer: PreTrainedTokenizerBase, calls
     file.write_bytes(file.read_bytes()[:-4])
     assert list(TokenisedRows(PAIRS, tokenizer, 16, by_length=False)) == before
     assert calls == [3, 3]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_cache_with_other_tokens_is_made_again(
+    tokenizer: PreTrainedTokenizerBase, calls: list[int], keep: bool
+) -> None:
+    before = list(TokenisedRows(PAIRS, tokenizer, 16, by_length=False))
+    (file,) = TOKENS.glob("*.safetensors")
+    with safe_open(file, framework="np") as opened:
+        metadata = opened.metadata()
+    columns = load_file(file)
+    columns["input_ids"] = np.zeros_like(columns["input_ids"])
+    save_file(columns, file, metadata=metadata if keep else None)
+    assert list(TokenisedRows(PAIRS, tokenizer, 16, by_length=False)) == before
+    assert calls == [3, 3]
+
+
+def test_a_cache_can_be_read_by_whom_the_umask_allows(tokenizer: PreTrainedTokenizerBase) -> None:
+    old = os.umask(0o002)
+    try:
+        TokenisedRows(PAIRS, tokenizer, 16, by_length=False)
+    finally:
+        os.umask(old)
+    (file,) = TOKENS.glob("*.safetensors")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o664
 
 
 def test_large_sets_are_tokenised_in_parts(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from benchmarks.harness.modeling.loading import load_backbone
 from benchmarks.harness.modeling.seq2seq import is_seq2seq, load_seq2seq
 from emoe.architectures import find_ffns, resolve_layers
 from emoe.config import EMoEConfig
+from emoe.errors import CheckpointError
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition, join_partitions, load_partition, partition_key, save_partition
 
@@ -124,9 +125,12 @@ def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTIT
     parts = []
     for _, single in _by_layer(model, config):
         path = folder / f"{partition_key(model, single)}.safetensors"
-        if not path.exists():
+        try:
+            part = load_partition(path)
+        except CheckpointError:  # not there, or damaged
             save_partition(emoe.partition(model, single), path)
-        parts.append(load_partition(path))
+            part = load_partition(path)
+        parts.append(part)
     return join_partitions(parts)
 
 
