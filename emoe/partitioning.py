@@ -231,6 +231,6 @@ def load_partition(path: str | os.PathLike[str]) -> Partition:
     for layer, permutation in permutations.items():
         if not is_permutation(permutation, permutation.numel()):
             raise CheckpointError(f"{path}: layer.{layer} is not a permutation")
-    if notes.get("sha256") != _digest(permutations):
-        raise CheckpointError(f"{path} holds other permutations than were written, or does not say which; delete it")
+    if notes.get("sha256", digest := _digest(permutations)) != digest:  # files of older versions say none
+        raise CheckpointError(f"{path} holds other permutations than were written; delete it")
     return Partition(dict(sorted(permutations.items())), **numbers)
