@@ -100,7 +100,7 @@ def routed(experts: int, sets: list[str], draw: random.Random) -> dict[str, Any]
         "routing": routing,
         "usage": {
             "tasks": {name: {"shares": shares, "marks": marks, "classes": {"0": shares, "1": shares}} for name in sets},
-            "shared": [2] if experts > 2 else [],
+            "shared": [2] if experts > 2 and draw.random() < 0.5 else [],
             "specialised": [0],
         },
     }

@@ -116,4 +116,5 @@ def _draw(axis: Any, outcomes: Outcomes, used: Mapping[str, Any], *, classes: bo
             for expert, mark in enumerate(marks):
                 if mark:
                     axis.plot(expert, line, "^" if mark > 0 else "v", ms=3, color="black", mec="white", mew=0.4)
-    axis.plot(used["shared"], [len(labels) - 0.15] * len(used["shared"]), "o", ms=2.5, color="black", clip_on=False)
+    if used["shared"]:  # a line without points would take the figure's corner for its place
+        axis.plot(used["shared"], [len(labels) - 0.15] * len(used["shared"]), "o", ms=2.5, color="black", clip_on=False)
