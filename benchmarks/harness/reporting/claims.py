@@ -198,8 +198,9 @@ def counted_noun(count: int, noun: str) -> str:
 
 
 def has_random_weights(runs: Sequence[Run]) -> bool:
-    """Whether the models of these runs have random weights, so that their scores mean nothing."""
-    return any(kind_of(run.benchmark).has_models and {"config", "random"} & set(run.spec["model"]) for run in runs)
+    """Whether the models of all these runs have random weights, so that their scores mean nothing."""
+    models = [run.spec["model"] for run in runs if kind_of(run.benchmark).has_models]
+    return bool(models) and all({"config", "random"} & set(model) for model in models)
 
 
 def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
