@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
 
 # inches: the width of a column of text, a claim's title, a test, and what a panel has below
 _TITLE, _TEST, _BELOW = 0.22, 0.18, 0.47
-_LEFT, _RIGHT = 0.36, 0.74  # of the width: where axes begin and end
+_LEFT, _RIGHT = 0.36, 0.715  # of the width: where axes begin and end
 _REACH = 6.0  # intervals are cut at so many margins, or beyond the means
 _MARKS: dict[Verdict, dict[str, Any]] = {
     Verdict.SUPPORTED: {"marker": "o", "color": "#0072b2"},
