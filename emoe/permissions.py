@@ -10,8 +10,6 @@ from pathlib import Path
 def share(path: Path) -> None:
     """Give a file the permissions of any new file beside it; safetensors lets its owner alone read what it writes.
 
-    >>> share(folder / "model.safetensors")
-
     Args:
         path: of the file; a new one beside it tells the umask, which cannot be asked for without setting it.
     """

@@ -154,9 +154,7 @@ def test_without_anything_learned_every_chosen_expert_may_weigh_the_same(router:
 def test_a_checkpoint_whose_router_is_not_registered_is_one_clear_error(tmp_path: Path) -> None:
     emoe.save_pretrained(converted("bert"), tmp_path)
     del ROUTERS["linear"]
-    wanted = (
-        r"config\.json, 'emoe': EMoEConfig\.router is 'linear', .*\(emoe\.register_router\); choose from avg_k, cosine$"
-    )
+    wanted = r"config\.json, 'emoe': EMoEConfig\.router is 'linear', .*\(emoe\.register_router\); choose from avg_k, cosine, fixed$"
     with pytest.raises(emoe.CheckpointError, match=wanted) as error:
         emoe.from_pretrained(tiny_models.loader("bert"), tmp_path)
     assert "\n" not in str(error.value)

@@ -69,7 +69,11 @@ def text_run(method: str, model: str = "bert-base-cased", **training: Any) -> Ru
         if (run.spec["task"]["name"], run.spec["model"]["name"], run.spec["method"]["name"]) == ("rte", model, method)
     )
     return run_from_spec(
-        {**spec, "training": {**spec["training"], "epochs": 2, "batch_size": 4, "frozen_layers": 8, **training}}
+        {
+            **spec,
+            "ood": [],
+            "training": {**spec["training"], "epochs": 2, "batch_size": 4, "frozen_layers": 8, **training},
+        }
     )
 
 
