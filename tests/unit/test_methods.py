@@ -54,7 +54,7 @@ def test_damaged_partitions_are_made_again_and_shared_as_the_umask_allows(tmp_pa
         path.unlink()  # what is open is still read from
         path.write_bytes(damage)
         assert torch.equal(cached_partition(tiny_models.build("bert"), config, tmp_path)[1], found[1])
-    save_file({"layer.1": found[1].flip(0).contiguous()}, path)  # another permutation
+    save_file({"layer.1": found[1].flip(0).contiguous()}, path, metadata={"sha256": "of another permutation"})
     assert torch.equal(cached_partition(tiny_models.build("bert"), config, tmp_path)[1], found[1])
 
 
