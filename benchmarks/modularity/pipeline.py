@@ -68,15 +68,17 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     order = permutations(model)[layer]
     ordered = {name: magnitudes[:, order] for name, magnitudes in dense.items()}
     number = spec["method"]["config"]["num_experts"]
-    measured, matrix = _concentrated(ordered, number, read.reading)
-    measured |= _selected(ordered, {"top": torch.cat(top), "bottom": torch.cat(bottom)}, read.reading)
+    whole = torch.cat(list(ordered.values()))
+    active = is_active(whole, read.reading.active_share)
+    measured = asdict(Concentration.of(whole, active, number))
+    measured |= _selected(whole, active, {"top": torch.cat(top), "bottom": torch.cat(bottom)})
     measured["inertia"] = 1 - converted[0]["explained"]
     told, usage = describe_usage(loads)
     told |= {f"{kind}_experts": float(len(usage[kind])) for kind in ("shared", "specialised")}
     return {
         "measured": {EXPERTS: measured | told},
         "usage": usage,
-        "matrix": matrix,
+        "matrix": _matrix({name: len(found) for name, found in ordered.items()}, whole, active, read.reading),
         "model": {"source": source, "conversion": converted},
         "cost": {},
         "data": {f"test:{name}": split.summary() for name, split in splits.items()},
@@ -106,36 +108,29 @@ def _encoded(split: TextSplit, tokenizer: PreTrainedTokenizerBase, reading: Read
     return _Encoded(rows, tokenizer, reading.batch_size)
 
 
-def _concentrated(
-    ordered: Mapping[str, Tensor], number: int, reading: Reading
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Statistics over all tokens, and the active neurons of some of every task."""
-    whole = torch.cat(list(ordered.values()))
-    active = is_active(whole, reading.active_share)
+def _matrix(tokens: Mapping[str, int], whole: Tensor, active: Tensor, reading: Reading) -> dict[str, Any]:
+    """The active neurons of some tokens of every task; ``tokens`` says how many of each stand in ``whole`` one after the other."""
     generator = torch.Generator().manual_seed(derive_seed("shown tokens"))
     shown, tasks, start = [], [], 0
-    for name, found in ordered.items():
-        chosen = torch.randperm(len(found), generator=generator)[: reading.shown_tokens // len(ordered)]
+    for name, count in tokens.items():
+        chosen = torch.randperm(count, generator=generator)[: reading.shown_tokens // len(tokens)]
         shown.append(start + chosen.sort().values)
         tasks += [name] * len(chosen)
-        start += len(found)
+        start += count
     places = torch.cat(shown)
     token, neuron = active[places].nonzero(as_tuple=True)
     values = whole[places][token, neuron]
-    matrix = {
+    return {
         "tasks": tasks,
         "neurons": whole.shape[1],
         "tokens": token.tolist(),
         "places": neuron.tolist(),
         "values": [round(float(value), 3) for value in values],
     }
-    return asdict(Concentration.of(whole, active, number)), matrix
 
 
-def _selected(ordered: Mapping[str, Tensor], used: Mapping[str, Tensor], reading: Reading) -> dict[str, float]:
+def _selected(whole: Tensor, active: Tensor, used: Mapping[str, Tensor]) -> dict[str, float]:
     """What the neurons are like that each selection uses."""
-    whole = torch.cat(list(ordered.values()))
-    active = is_active(whole, reading.active_share)
     found = {"dead": float(is_dead(active).double().mean())}
     for selection, neurons in used.items():
         for name, value in asdict(Selected.of(neurons, whole, active)).items():

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
@@ -19,7 +17,7 @@ from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.probe import Probe, fixed_rows
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here, quiet_arguments
+from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here
 from benchmarks.harness.training.updates import WeightChange
 from benchmarks.multitask.definition import MultitaskSpec, OtherTask, WrittenTask
 from benchmarks.multitask.mixing import MixedOrder
@@ -27,25 +25,9 @@ from benchmarks.multitask.ranking import rank
 from benchmarks.multitask.rows import LearnedRows, answers, as_text
 from benchmarks.text.datasets import TextSplit
 from benchmarks.text.tokenization import TokenisedRows
+from benchmarks.text.training import TrainingResult, epoch_arguments
 
 _MEAN = "mean_score"  # over the tasks, on the rows that choose
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What training gives back beside the model's new weights.
-
-    Attributes:
-        epochs: ``epoch``, the mean score over the tasks on the rows that choose, and each task's.
-        kept: the one whose weights the model has.
-        steps: optimiser steps.
-        step_seconds: mean over the steps.
-    """
-
-    epochs: list[dict[str, Any]]
-    kept: dict[str, Any]
-    steps: int
-    step_seconds: float
 
 
 class _ScoringTrainer(RoutedTrainer):
@@ -106,25 +88,12 @@ class MultitaskTrainer:
         best = self._training.checkpoint_selection == "best"
         self._trainer = _ScoringTrainer(
             self._mean_and_tasks,
-            args=quiet_arguments(
+            args=epoch_arguments(
                 self._checkpoints,
                 self.precision,
-                num_train_epochs=self._training.epochs,
-                per_device_train_batch_size=self._training.batch_size,
-                gradient_accumulation_steps=self._training.gradient_accumulation_steps,
-                learning_rate=spec.learning_rate,
-                lr_scheduler_type="linear",
-                warmup_steps=self._training.warmup,
-                weight_decay=self._training.weight_decay,
-                max_grad_norm=0.0,
-                seed=derive_seed("dropout", spec.seed),
-                eval_strategy="epoch",
-                save_strategy="epoch",
-                save_total_limit=1,
-                load_best_model_at_end=best,
-                metric_for_best_model=_MEAN if best else None,
-                greater_is_better=True if best else None,
-                logging_strategy="epoch",
+                self._training,
+                spec,
+                _MEAN if best else None,
                 remove_unused_columns=False,
             ),
             order=MixedOrder(
@@ -147,7 +116,7 @@ class MultitaskTrainer:
         """Time spent in evaluations so far, those during training included."""
         return self._stopwatch.evaluation + self._evaluation
 
-    def train(self) -> Learned:
+    def train(self) -> TrainingResult:
         """Train, from the last complete checkpoint where there is one."""
         checkpoint = last_complete_checkpoint(self._checkpoints, (Stopwatch.FILE, Probe.FILE))
         if checkpoint:
@@ -163,7 +132,7 @@ class MultitaskTrainer:
         ]
         best = self._training.checkpoint_selection == "best"
         kept = max(epochs, key=lambda entry: (entry[_MEAN], -entry["epoch"])) if best else epochs[-1]
-        return Learned(epochs, kept, state.global_step, self._stopwatch.step_seconds)
+        return TrainingResult(epochs, kept, state.global_step, self._stopwatch.step_seconds)
 
     def evaluate(self, split: TextSplit, task: WrittenTask | OtherTask) -> dict[str, float | None]:
         """Scores on a split of a task, or of another set as it is read out of domain; and the cross entropy among the answers, where these are its classes."""

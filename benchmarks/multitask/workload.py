@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.harness.planning.workload import Workload, model_size, padded, read_passes, trained_passes
 from benchmarks.text.definition import TaskEntry
-from benchmarks.text.workload import BY_LENGTH, find_part
+from benchmarks.text.workload import BY_LENGTH, find_part, unknowns
 
 _READ = 0.5  # of the blocks: those of the encoder, which read a row; the decoder's read its answers, a few tokens
 
@@ -21,7 +21,7 @@ def mixed_workload(spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> W
     names = [task["name"] for task in spec["task"]["tasks"]]
     train = [find_part(tasks, name, "train", training["rows_per_epoch"], length) for name in names]
     test = [find_part(tasks, name, "test", limit, length) for name in names]
-    others = [find_part(tasks, other["name"], "test", limit, length) for other in spec["ood"]]
+    others = {other["name"]: find_part(tasks, other["name"], "test", limit, length) for other in spec["ood"]}
     if whole is None or None in train or None in test:
         return None
     size = replace(whole, above=round(whole.above * _READ), learned=round(whole.learned * _READ))
@@ -31,7 +31,7 @@ def mixed_workload(spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> W
     rows = sum(part.rows for part in learned)
     tokens = epochs * sum(part.rows * padded(part.tokens, together, length) for part in learned)
     batches = math.ceil(rows / batch) * epochs
-    ends = [part for part in (*test, *others) if part]
+    ends = [part for part in (*test, *others.values()) if part]
     dev = [(training["dev_rows"] or part.rows) * epochs for part in test if part]
     reading = [(count, count * part.tokens) for count, part in zip(dev, (part for part in test if part), strict=True)]
     reading += [(part.rows, part.rows * part.tokens) for part in ends]
@@ -42,8 +42,5 @@ def mixed_workload(spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> W
         reading=tuple(read_passes(size, math.ceil(count / at_once), total) for count, total in reading),
         batch_tokens=max(batch, at_once) * length,
         precision=training["precision"],
-        assumed=tuple(
-            [note for part in dict.fromkeys((*learned, *ends)) for note in part.assumed]
-            + [f"{other['name']} not counted" for other, part in zip(spec["ood"], others, strict=True) if part is None]
-        ),
+        assumed=unknowns((*learned, *ends), others),
     )

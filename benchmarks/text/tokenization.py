@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,7 @@ def _cached(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: in
     try:
         columns = load_file(file)
         with safe_open(file, framework="np") as opened:
-            if (opened.metadata() or {}).get("sha256") == _columns_digest(columns):
+            if (opened.metadata() or {}).get("sha256") == columns_digest(columns):
                 return columns
     except FileNotFoundError:
         pass
@@ -125,16 +125,8 @@ def _cached(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: in
     # also in the place of one that holds other tokens than were written
     columns = _tokenise(split, tokenizer, max_length)
     with atomic_write(file) as temporary:
-        save_file(columns, temporary, metadata={"sha256": _columns_digest(columns)})
+        save_file(columns, temporary, metadata={"sha256": columns_digest(columns)})
     return columns
-
-
-def _columns_digest(columns: Mapping[str, NDArray[np.int32]]) -> str:
-    digest = hashlib.sha256()
-    for name, column in sorted(columns.items()):
-        digest.update(f"{name} {column.dtype} {column.shape}".encode())
-        digest.update(np.ascontiguousarray(column).data)
-    return digest.hexdigest()
 
 
 def _tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, NDArray[np.int32]]:

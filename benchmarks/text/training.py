@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import (
     EvalPrediction,
@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import Trainable
+from benchmarks.harness.planning.specs import RunSpec
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.label_mapping import label_mapping
@@ -51,6 +52,66 @@ class TrainingResult:
     kept: dict[str, Any]
     steps: int
     step_seconds: float
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """What training took, for ``cost`` of ``metrics.json``."""
+        return {
+            "steps": self.steps,
+            "step_seconds": self.step_seconds,
+            "train_seconds": self.step_seconds * self.steps,
+        }
+
+
+class EpochSettings(Protocol):
+    """What the settings of runs say that train and choose by epochs."""
+
+    epochs: float
+    batch_size: int
+    gradient_accumulation_steps: int
+    warmup: float
+    weight_decay: float
+
+
+def epoch_arguments(
+    folder: Path,
+    precision: str,
+    training: EpochSettings,
+    spec: RunSpec,
+    best: str | None,
+    **options: Any,
+) -> TrainingArguments:
+    """Trainer's arguments for a run that evaluates, and writes a checkpoint, after every epoch.
+
+    Args:
+        folder: for checkpoints.
+        precision: of the arithmetic.
+        training: the run's settings.
+        spec: the run's, with rate and seed.
+        best: the metric whose best epoch is kept; None keeps the last one.
+        **options: other arguments.
+    """
+    return quiet_arguments(
+        folder,
+        precision,
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=training.warmup,
+        weight_decay=training.weight_decay,
+        max_grad_norm=0.0,
+        seed=derive_seed("dropout", spec.seed),
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=best is not None,
+        metric_for_best_model=best,
+        greater_is_better=None if best is None else True,
+        logging_strategy="epoch",
+        **options,
+    )
 
 
 class Patience(TrainerCallback):
@@ -97,26 +158,13 @@ class TextTrainer:
         self._stopwatch, self.probe, self.routing_trace = Stopwatch(), Probe(), RoutingTrace()
         best = self._training.checkpoint_selection == "best"
         self.precision = precision_here(self._training.precision)
-        arguments = quiet_arguments(
+        arguments = epoch_arguments(
             self._checkpoints,
-            num_train_epochs=self._training.epochs,
-            per_device_train_batch_size=self._training.batch_size,
+            self.precision,
+            self._training,
+            spec,
+            self._metric if best else None,
             per_device_eval_batch_size=self._training.eval_batch_size,
-            gradient_accumulation_steps=self._training.gradient_accumulation_steps,
-            learning_rate=spec.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=self._training.warmup,
-            weight_decay=self._training.weight_decay,
-            max_grad_norm=0.0,
-            precision=self.precision,
-            seed=derive_seed("dropout", spec.seed),
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            save_total_limit=1,
-            load_best_model_at_end=best,
-            metric_for_best_model=self._metric if best else None,
-            greater_is_better=True if best else None,
-            logging_strategy="epoch",
         )
         patience = self._training.patience
         self._patience = None if patience is None else Patience(self._metric, patience)

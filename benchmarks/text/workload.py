@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,12 @@ def find_part(tasks: Mapping[str, TaskEntry], name: str, part: str, limit: int |
     return Part(f"{name} {part}", rows, text_tokens(row_bytes, max_length, len(task.fields) + 1), assumed)
 
 
+def unknowns(parts: Iterable[Part], others: Mapping[str, Part | None]) -> tuple[str, ...]:
+    """What is not known of the parts that a run reads, and which other sets are not counted."""
+    notes = [note for part in dict.fromkeys(parts) for note in part.assumed]
+    return (*notes, *(f"{name} not counted" for name, part in others.items() if part is None))
+
+
 def trained_workload(spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> Workload | None:
     """What training a classifier computes, with its evaluations after every epoch and at its end."""
     size, training, name = model_size(spec), spec["training"], spec["task"]["name"]
@@ -73,7 +79,7 @@ def trained_workload(spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) ->
     train = find_part(tasks, name, "train", training["train_rows"], length)
     test = find_part(tasks, name, "test", limit, length)
     own_dev = find_part(tasks, name, "dev", training.get("dev_rows") or limit, length) if splits["test"] else test
-    others = [find_part(tasks, other["name"], "test", limit, length) for other in spec["ood"]]
+    others = {other["name"]: find_part(tasks, other["name"], "test", limit, length) for other in spec["ood"]}
     if size is None or train is None or test is None or own_dev is None:
         return None
     held_out, dev_rows = round(train.rows * training["validation_fraction"]), own_dev.rows
@@ -86,7 +92,9 @@ def trained_workload(spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) ->
     agreement = GRADIENT_ROWS * (2 + len(others)) if others else 0
     tokens = rows * epochs * padded(train.tokens, together, length) + agreement * test.tokens
     at_once = training["eval_batch_size"]
-    ends = [test, *(other for other in others if other)] * (2 if "used_as" in spec else 1)  # once more as another model
+    ends = [test, *(other for other in others.values() if other)] * (
+        2 if "used_as" in spec else 1
+    )  # once more as another model
     reading = [
         read_passes(size, epochs * math.ceil(dev_rows / at_once), epochs * dev_rows * test.tokens),
         *(read_passes(size, math.ceil(part.rows / at_once), part.rows * part.tokens) for part in ends),
@@ -102,10 +110,7 @@ def trained_workload(spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) ->
         least=1.0 if patience is None else min((patience + 1) / epochs, 1.0),
         keeps=training["keep_weights"],
         caches=tuple(_caches(spec, [train, *ends], length, size)),
-        assumed=tuple(
-            [note for part in dict.fromkeys((train, *ends)) for note in part.assumed]
-            + [f"{other['name']} not counted" for other, part in zip(spec["ood"], others, strict=True) if part is None]
-        ),
+        assumed=unknowns((train, *ends), others),
     )
 
 
@@ -140,10 +145,7 @@ def read_workload(
         ),
         batch_tokens=batch * max_length,
         precision=precision,
-        assumed=tuple(
-            [note for part in found for note in part.assumed]
-            + [f"{name} not counted" for name, part in parts.items() if part is None]
-        ),
+        assumed=unknowns(found, parts),
     )
 
 

@@ -31,7 +31,7 @@ def estimate(folders: Iterable[str], done: Collection[str], blessed: Mapping[str
         DefinitionError: a finished run does not say what it took.
     """
     took = {but_the_seed(folder): job_seconds(folder) for folder in done}
-    here = _means((benchmark_of(like), seconds) for like, seconds in took.items())
+    here = means((benchmark_of(like), seconds) for like, seconds in took.items())
     both = set(here) & set(blessed)
     pace = sum(here[name] for name in both) / sum(blessed[name] for name in both) if both else 1.0
     found = {}
@@ -81,7 +81,8 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _means(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+def means(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The mean of the values of each name."""
     found: dict[str, list[float]] = {}
     for name, seconds in pairs:
         found.setdefault(name, []).append(seconds)

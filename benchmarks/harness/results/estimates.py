@@ -13,7 +13,7 @@ from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning.devices import Device, device_of
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.workload import Workload
-from benchmarks.harness.results.durations import benchmark_of, but_the_seed, read_cost
+from benchmarks.harness.results.durations import benchmark_of, but_the_seed, means, read_cost
 
 _MOST = 200  # settings of a benchmark that are looked at
 Basis = Literal["seed", "finished", "blessed", "others", "stated"]
@@ -191,10 +191,10 @@ class Estimator:
             self._point(one, device.memory_bytes(found) / 1e6, one.megabytes) for one, found in points if one.megabytes
         ]
         self._factors, self._memory_factors = factors(self.times), factors(self.memory)
-        self._alike = _means((but_the_seed(one.folder), one.seconds) for one in here)
-        self._means = _means((benchmark_of(one.folder), one.seconds) for one in here)
+        self._alike = means((but_the_seed(one.folder), one.seconds) for one in here)
+        self._means = means((benchmark_of(one.folder), one.seconds) for one in here)
         self._blessed = blessed
-        said = _means((benchmark_of(folder), self._said(folder, found)) for folder, found in work.items() if found)
+        said = means((benchmark_of(folder), self._said(folder, found)) for folder, found in work.items() if found)
         self._blessed_factors = {key: seconds / said[key] for key, seconds in blessed.items() if key in said}
         self._others = statistics.median(self._factors.values()) if self._factors else None
         self._estimates: dict[str, Estimate | None] = {}
@@ -257,10 +257,3 @@ class Estimator:
 
 def _share(passes: Any, share: float) -> Any:
     return dataclasses.replace(passes, count=passes.count * share, tokens=passes.tokens * share)
-
-
-def _means(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for name, value in pairs:
-        found.setdefault(name, []).append(value)
-    return {name: statistics.fmean(values) for name, values in found.items()}
