@@ -16,7 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tests.text_sets import GLUE, write_glue
+from tests.text_sets import GLUE, OWN_FILES, write_glue, write_own, write_saved
 
 WORDS = [
     "a",
@@ -96,3 +96,11 @@ def write_data(root: Path) -> None:
     """Every GLUE task's own files below a data root."""
     for name in GLUE:
         write_glue(root, name, train=True, copies=8)
+
+
+def write_glue_x(root: Path) -> None:
+    """Every GLUE-X set below a data root: as its makers hand it out, or as the hub does."""
+    for name in sorted(set(OWN_FILES) - {"sick_entailment"}):  # one folder, two sets
+        write_own(root, name)
+    write_saved(root, "grammar_test", [0, 1, 1, 0])
+    write_saved(root, "newsqa_qnli", ["entailment", "not_entailment", "entailment"])

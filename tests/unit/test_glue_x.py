@@ -31,8 +31,8 @@ from benchmarks.text.tokenization import TokenisedRows
 from emoe.errors import EMoEError
 from emoe.layer import routed_layers
 from tests.planned import paper_runs
-from tests.text_sets import MEANING, OWN_FILES, TASKS, write_own, write_saved
-from tests.tiny_hub import write_data, write_models
+from tests.text_sets import MEANING, TASKS
+from tests.tiny_hub import write_data, write_glue_x, write_models
 
 GLUE_OOD = load_benchmark("glue_ood")
 
@@ -43,10 +43,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model_root, data_root = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("data")
     write_models(model_root, ["bert-large-cased", "gpt2-xl"])
     write_data(data_root)
-    for name in sorted(set(OWN_FILES) - {"sick_entailment"}):  # one folder, two sets
-        write_own(data_root, name)
-    write_saved(data_root, "grammar_test", [0, 1, 1, 0])
-    write_saved(data_root, "newsqa_qnli", ["entailment", "not_entailment", "entailment"])
+    write_glue_x(data_root)
     return model_root, data_root
 
 
