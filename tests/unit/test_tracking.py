@@ -174,7 +174,7 @@ def postgres() -> Iterator[str]:
 
 
 def mirror_in_a_process(runs: list[Run], uri: str) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(target=mirror, args=(runs, uri))
+    process = multiprocessing.get_context("forkserver").Process(target=mirror, args=(runs, uri))
     process.start()
     return process
 
