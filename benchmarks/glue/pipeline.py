@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from benchmarks.harness.modeling.build import build_classifier, save_trained
 from benchmarks.harness.modeling.conversion import use_as_
 from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.modeling.states_below import StatesBelow
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.training.progress import Progress
@@ -18,6 +22,7 @@ from benchmarks.text.definition import RunTask, TextSpec, TextTraining
 from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import calibration_batches
 from benchmarks.text.training import TextTrainer
+from emoe.architectures import find_ffns, resolve_layers
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -48,20 +53,23 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     progress.say("evaluating")
     scores = {"dev": {task.name: {name: value for name, value in result.kept.items() if name != "epoch"}}}
     routing = RowRouting(classifier.model)
-    scores |= _evaluated(trainer, read, splits["test"], ood, routing)
+    below = _unchanged(classifier.model, read)
+    with below.recording() if below else nullcontext():
+        scores |= _evaluated(trainer, read, splits["test"], ood, routing)
     routed, usage = routing.described(task.name)
     agreement = trainer.gradient_agreement(splits["test"], {other.name: (ood[other.name], other) for other in read.ood})
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
     transformed = {}
-    if read.used_as:
+    if read.used_as and below:
         made = {part: scores[part] for part in ("test", "ood")}
         if (
             result.kept["loss"] is not None
         ):  # else it diverged, and has no weights of which experts could be made: its answers stay what they are
             progress.say(f"evaluating as {read.used_as.name}")
             use_as_(classifier.model, read.used_as.config, read.seed)
-            made = _evaluated(trainer, read, splits["test"], ood)
+            with below.replaying():
+                made = _evaluated(trainer, read, splits["test"], ood)
         transformed = {read.used_as.name: {"scores": made}}
     return {
         "scores": scores,
@@ -96,6 +104,15 @@ def _evaluated(
         "test": {spec.task.name: trainer.evaluate(test, routing=routing)},
         "ood": {other.name: trainer.evaluate(ood[other.name], other, routing) for other in spec.ood},
     }
+
+
+def _unchanged(model: nn.Module, spec: TextSpec) -> StatesBelow | None:
+    """The layers that are the same in a model that is trained as one thing and used as another."""
+    if spec.used_as is None:
+        return None
+    number = len(find_ffns(model))
+    configs = [config for config in (spec.method.config, spec.used_as.config) if config]
+    return StatesBelow(model, min(resolve_layers(config["layers"], number)[0] for config in configs))
 
 
 def _splits(task: RunTask, training: TextTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -58,7 +58,8 @@ def check_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
                 f"'evaluation.tasks' names '{name}', which lm-eval does not have{did_you_mean(name, known)}"
             )
         try:
-            loaded = _manager(folder).load([name])["tasks"]
+            with _uncounted(folder):
+                loaded = _manager(folder).load([name])["tasks"]
         except Exception as error:  # whatever hub, parser and the task's own code raise
             raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
         for task, found in loaded.items():
@@ -113,6 +114,19 @@ def _manager(folder: Path | None) -> Any:
     return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
 
 
+@contextmanager
+def _uncounted(folder: Path | None) -> Iterator[None]:
+    """Have `datasets` not tell the hub that it reads questions which are a file here: it would call for each of 57 subjects."""
+    from datasets import config
+
+    before = config.HF_UPDATE_DOWNLOAD_COUNTS
+    config.HF_UPDATE_DOWNLOAD_COUNTS = before and folder is None
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = before
+
+
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -142,15 +156,17 @@ def run_tasks(
 
     mixed = DTYPES["bf16"] if precision == "bf16" else None
     wrapped = SharedPromptLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed)
-    found = simple_evaluate(
-        model=wrapped,
-        tasks=[entry["task"]],
-        num_fewshot=entry["num_fewshot"],
-        limit=entry["limit"],
-        task_manager=_manager(_folder(entry["task"])),
-        log_samples=True,
-        bootstrap_iters=0,
-    )
+    folder = _folder(entry["task"])
+    with _uncounted(folder):
+        found = simple_evaluate(
+            model=wrapped,
+            tasks=[entry["task"]],
+            num_fewshot=entry["num_fewshot"],
+            limit=entry["limit"],
+            task_manager=_manager(folder),
+            log_samples=True,
+            bootstrap_iters=0,
+        )
     return summarise(found)
 
 

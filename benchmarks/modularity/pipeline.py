@@ -18,6 +18,7 @@ from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import permutations
 from benchmarks.harness.modeling.conversion import apply_method_
 from benchmarks.harness.modeling.loading import describe, load_backbone, load_tokenizer, weights_digest
+from benchmarks.harness.modeling.states_below import StatesBelow
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.training.progress import Progress
@@ -52,19 +53,23 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     (layer,) = spec["method"]["config"]["layers"]
     parts = {name: _encoded(split, tokenizer, read.reading) for name, split in splits.items()}
     progress.say(f"reading {sum(map(len, splits.values())):,} rows of {len(splits)} tasks with the dense model")
-    dense = {name: dense_magnitudes(model, layer, part.batches()) for name, part in parts.items()}
+    below = StatesBelow(model, layer)
+    with below.recording():
+        dense = {name: dense_magnitudes(model, layer, part.batches()) for name, part in parts.items()}
     report = apply_method_(model, spec["method"], read.seed)
     converted = [asdict(found) for found in report.layers] if report else []
     emoe.set_backend_(model, "masked")  # whose activations are those of all neurons, zero where they are not used
     progress.say("reading them again with experts")
     loads, top = {}, []
-    for name, part in parts.items():
-        with emoe.record_routing(model) as record:
-            top.append(neurons_used(model, layer, part.batches(record), "top"))
-        by_row = record.layers[layer].by_label
-        by_expert = np.stack([by_row[row].numpy() for row in range(len(part.rows))])
-        loads[name] = SetLoads(by_expert, splits[name].class_numbers)
-    bottom = [neurons_used(model, layer, part.batches(), "bottom") for part in parts.values()]
+    with below.replaying():
+        for name, part in parts.items():
+            with emoe.record_routing(model) as record:
+                top.append(neurons_used(model, layer, part.batches(record), "top"))
+            by_row = record.layers[layer].by_label
+            by_expert = np.stack([by_row[row].numpy() for row in range(len(part.rows))])
+            loads[name] = SetLoads(by_expert, splits[name].class_numbers)
+    with below.replaying():
+        bottom = [neurons_used(model, layer, part.batches(), "bottom") for part in parts.values()]
     order = permutations(model)[layer]
     ordered = {name: magnitudes[:, order] for name, magnitudes in dense.items()}
     number = spec["method"]["config"]["num_experts"]
