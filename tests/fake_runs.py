@@ -13,6 +13,7 @@ from PIL import Image
 from benchmarks.domainbed.jobs import validation_job
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning.runs import Run, plan
+from benchmarks.llama.definition import InstructionSpec
 from benchmarks.llama.evaluation import task_title
 
 ENVIRONMENT = {
@@ -270,7 +271,7 @@ def instruction_metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
     """Plausible numbers of a run of instruction tuning; the same for the same run."""
     draw = random.Random(run.id)
     tasks = {}
-    for entry in run.spec["evaluation"]["tasks"]:
+    for entry in InstructionSpec.model_validate(run.spec).evaluation.tasks:
         correct = {
             name: "".join(str(int(draw.random() < 0.4 + gain)) for _ in range(count))
             for name, count in SUBJECTS.items()
@@ -293,7 +294,7 @@ def instruction_metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
             "subjects": subjects,
             "correct": correct,
         }
-        if "continuation" in entry["task"]:
+        if "continuation" in entry.task:
             nats = {name: [draw.uniform(1, 2) - gain for _ in digits] for name, digits in correct.items()}
             every = [value for values in nats.values() for value in values]
             tasks[task_title(entry)]["nats_per_byte"] = nats

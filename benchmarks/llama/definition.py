@@ -34,6 +34,7 @@ from benchmarks.harness.planning.shared import (
     TrainingSuite,
     VariantAxes,
 )
+from benchmarks.harness.planning.specs import RunSpec
 from benchmarks.harness.planning.tunings import TUNINGS
 
 
@@ -232,3 +233,45 @@ class SetFile(Strict):
 
     sets: Annotated[dict[Key, InstructionSet], Field(min_length=1)]
     """The sets, by name."""
+
+
+class RunInstructions(Strict):
+    """The set of a run."""
+
+    name: str
+    """Name among the benchmark's sets."""
+    source: InstructionSource
+    """Where its rows come from."""
+
+
+class RunInstructionTraining(InstructionTraining):
+    """How a run is trained."""
+
+    lora: LoRA | None
+    """The adapters, where there are any."""
+
+
+class Untrained(Strict):
+    """What is left of that where nothing is trained."""
+
+    lora: None
+    precision: Literal["fp32", "bf16"]
+    """Arithmetic on accelerators."""
+    keep_weights: Literal[False]
+
+
+class InstructionSpec(RunSpec):
+    """What shapes the numbers of a run that tunes a language model on instructions, or evaluates it as it is."""
+
+    task: RunInstructions
+    """The set of instructions."""
+    ood: Annotated[list[Any], Field(max_length=0)]
+    """Empty: it is evaluated on tasks of lm-eval."""
+    finetuning: str
+    """What is trained, by its name in the benchmark."""
+    data: Data
+    """How instructions become rows."""
+    training: RunInstructionTraining | Untrained
+    """How it is trained."""
+    evaluation: Evaluation
+    """How it is evaluated."""

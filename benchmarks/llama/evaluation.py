@@ -18,6 +18,7 @@ from benchmarks.harness.base.errors import DataError, DefinitionError, first_lin
 from benchmarks.harness.base.paths import QUESTIONS
 from benchmarks.harness.modeling.language import DTYPES
 from benchmarks.harness.sources.hub import commit_of, hub_name
+from benchmarks.llama.definition import AskedTask
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator
 from benchmarks.llama.instructions import Instruction
 from benchmarks.llama.likelihood import NATS, nats_per_byte
@@ -28,13 +29,13 @@ from emoe.errors import did_you_mean
 _ACCURACY, _BY_LENGTH, _FILTER = "acc", "acc_norm", "none"
 
 
-def task_title(entry: Mapping[str, Any]) -> str:
+def task_title(entry: AskedTask) -> str:
     """An entry of ``evaluation.tasks`` as records name it: ``mmlu (5-shot)``, ``mmlu_dev (0-shot, first 3)``."""
-    limit = f", first {entry['limit']}" if entry["limit"] else ""
-    return f"{entry['task']} ({entry['num_fewshot']}-shot{limit})"
+    limit = f", first {entry.limit}" if entry.limit else ""
+    return f"{entry.task} ({entry.num_fewshot}-shot{limit})"
 
 
-def check_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+def check_tasks(tasks: Sequence[AskedTask]) -> dict[str, list[str]]:
     """See that lm-eval has the tasks, that their data are there, and that they can be run as asked, before any other work is done.
 
     Returns:
@@ -46,7 +47,7 @@ def check_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """
     sources = {}
     for entry in tasks:
-        name = entry["task"]
+        name = entry.task
         folder = _folder(name)
         if folder and not mmlu_dev_file(name).exists():
             raise DataError(
@@ -80,16 +81,17 @@ def _source(name: str, task: Any) -> str:
     return hub_name(task.DATASET_PATH, asked, commit_of(task.dataset))
 
 
-def _check_task(entry: Mapping[str, Any], name: str, task: Any) -> None:
+def _check_task(entry: AskedTask, name: str, task: Any) -> None:
     """One of the tasks that an entry of ``evaluation.tasks`` stands for."""
-    where, shots = f"'evaluation.tasks' names '{entry['task']}' with {entry['num_fewshot']} shots", entry["num_fewshot"]
+    shots = entry.num_fewshot
+    where = f"'evaluation.tasks' names '{entry.task}' with {shots} shots"
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         raise DefinitionError(
             f"{where}, but '{name}' runs code that a model wrote, or shows images; neither is done here"
         )
     if shots and task.get_config("num_fewshot") == 0:
         raise DefinitionError(f"{where}, but '{name}' has none in lm-eval; ask for 0")
-    if shots and _folder(entry["task"]):
+    if shots and _folder(entry.task):
         others = len(list(task.fewshot_docs())) - 1  # all but the one that is asked
         if shots > others:
             raise DefinitionError(f"{where}, but '{name}' has {others} other questions")
@@ -130,7 +132,7 @@ def _uncounted(folder: Path | None) -> Iterator[None]:
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    entry: Mapping[str, Any],
+    entry: AskedTask,
     batch_size: int,
     precision: str,
 ) -> dict[str, Any]:
@@ -156,13 +158,13 @@ def run_tasks(
 
     mixed = DTYPES["bf16"] if precision == "bf16" else None
     wrapped = SharedPromptLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed)
-    folder = _folder(entry["task"])
+    folder = _folder(entry.task)
     with _uncounted(folder):
         found = simple_evaluate(
             model=wrapped,
-            tasks=[entry["task"]],
-            num_fewshot=entry["num_fewshot"],
-            limit=entry["limit"],
+            tasks=[entry.task],
+            num_fewshot=entry.num_fewshot,
+            limit=entry.limit,
             task_manager=_manager(folder),
             log_samples=True,
             bootstrap_iters=0,

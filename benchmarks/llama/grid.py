@@ -34,7 +34,16 @@ from benchmarks.harness.planning.shared import Method, Resources
 from benchmarks.harness.planning.tunings import TUNINGS, needs_layers, tuning_spec
 from benchmarks.harness.planning.workload import Workload
 from benchmarks.harness.sources.packages import PackageFile, packaged
-from benchmarks.llama.definition import Finetuning, InstructionDefinition, InstructionSet, SetFile
+from benchmarks.llama.definition import (
+    Finetuning,
+    InstructionDefinition,
+    InstructionSet,
+    InstructionSource,
+    InstructionSpec,
+    InstructionTraining,
+    RunInstructionTraining,
+    SetFile,
+)
 from benchmarks.llama.instructions import ALPACA_DEMO, load_instructions
 from benchmarks.llama.mmlu_dev import is_mmlu_dev, mmlu_dev_file
 from benchmarks.llama.workload import instruction_workload
@@ -88,13 +97,15 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
         return found if is_trained(spec) else found | {"processes": 1, "gpu": min(resources.gpu, 1)}
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
-        if not is_trained(spec):
+        read = InstructionSpec.model_validate(spec)
+        training = read.training
+        if not isinstance(training, RunInstructionTraining):
             super().check_processes(spec, processes, parallel)
             return
-        accumulation(spec["training"], processes)
-        if processes > 1 and "frozen_layers" in spec["training"]:
+        accumulation(training, processes)
+        if processes > 1 and training.frozen_layers:
             raise RunError("a run with training.frozen_layers is not spread over several processes; start it on one")
-        if processes > 1 and parallel == "fsdp" and "quantize" in spec["model"]:
+        if processes > 1 and parallel == "fsdp" and read.model.quantize:
             raise RunError("weights in 4 bits are not sharded; take --parallel ddp")
 
     def compared_domains(self, definition: InstructionDefinition) -> Mapping[str, Domain]:
@@ -124,7 +135,7 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
         """A set of instructions; rows that are broken without regard to their length count as dropped."""
         known = tasks[name]
         try:
-            found = load_instructions(spec["task"])
+            found = load_instructions(name, InstructionSource.model_validate(spec["task"]["source"]))
         except DataError as error:
             yield missing_set(name, first_line(error), known.download_instructions, known.rows)
             return
@@ -143,19 +154,19 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
 KIND = InstructionKind()
 
 
-def accumulation(training: Mapping[str, Any], processes: int) -> int:
+def accumulation(training: InstructionTraining, processes: int) -> int:
     """Micro-batches of a step on each process.
 
     Raises:
         DefinitionError: the batch is no multiple of what the processes take at once.
     """
-    at_once = training["per_device_train_batch_size"] * processes
-    if training["batch_size"] % at_once:
+    at_once = training.per_device_train_batch_size * processes
+    if training.batch_size % at_once:
         raise DefinitionError(
-            f"training.batch_size {training['batch_size']} is no multiple of training.per_device_train_batch_size {training['per_device_train_batch_size']} "
+            f"training.batch_size {training.batch_size} is no multiple of training.per_device_train_batch_size {training.per_device_train_batch_size} "
             f"times {processes} processes"
         )
-    return int(training["batch_size"] // at_once)
+    return training.batch_size // at_once
 
 
 def is_trained(spec: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.json_rows import Damaged, json_lines, json_list
 from benchmarks.harness.sources.local import OWN_SUFFIXES, own_file
 from benchmarks.harness.sources.packages import packaged
+from benchmarks.llama.definition import InstructionSource
 
 ALPACA_DEMO = "llamafactory"  # the package with a set that needs no hub
 _SHOWN = 5
@@ -60,29 +61,29 @@ class Instructions:
     source: str
 
 
-def load_instructions(task: Mapping[str, Any]) -> Instructions:
+def load_instructions(name: str, source: InstructionSource) -> Instructions:
     """Read a set.
 
     The user's file ``<name>.json`` or ``<name>.jsonl`` below the data root (environment variable ``EMOE_DATA_ROOT``) comes first.
 
     Args:
-        task: a set's spec.
+        name: of the set.
+        source: where its rows come from.
 
     Raises:
         DataError: it is missing, or no list of rows.
     """
-    if own := own_file(task["name"]):
+    if own := own_file(name):
         return parse(own.read_bytes(), str(own), lines=own.suffix == ".jsonl")
-    source = task["source"]
-    if "package" in source:
+    if source.package:
         file = packaged(ALPACA_DEMO)
         with tarfile.open(file.check()) as archive:
-            member = archive.extractfile(source["package"])
+            member = archive.extractfile(source.package)
             assert member is not None  # noqa: S101  the archive's checksum was checked
             return parse(member.read(), f"package {file.package} {file.version}", lines=False)
-    if "hub" in source:
-        return _read_hub(source["hub"], source["revision"])
-    raise DataError(f"the set '{task['name']}' is a file of yours: put {_wanted(task['name'])} there")
+    if source.hub:
+        return _read_hub(source.hub, source.revision)
+    raise DataError(f"the set '{name}' is a file of yours: put {_wanted(name)} there")
 
 
 def _wanted(name: str) -> str:

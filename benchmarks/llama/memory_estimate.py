@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -17,7 +15,7 @@ from benchmarks.harness.modeling.memory import Memory, memory
 from benchmarks.harness.modeling.prefix import frozen_names
 from benchmarks.harness.modeling.tuning import tune_
 from benchmarks.harness.training.distributed import is_sharded, local_rank, local_size, world_size
-from benchmarks.llama.grid import is_trained
+from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 
 _BYTES = {"fp32": 4.0, "bf16": 2.0}
 _FOUR_BIT = 0.55  # with the blocks' scales
@@ -55,37 +53,40 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimiser + self.logits
 
 
-def estimate_memory(spec: Mapping[str, Any]) -> MemoryEstimate:
+def estimate_memory(spec: InstructionSpec) -> MemoryEstimate:
     """The least that a run takes. Activations come on top.
 
     Args:
         spec: of the run.
     """
-    config, training, tune = load_config(spec["model"]), spec["training"], spec["method"]["tune"]
+    training, tune = spec.training, spec.method.tune
+    trains = training if isinstance(training, RunInstructionTraining) else None
+    config = load_config(spec.model.model_dump())
     model = meta_model(config)
-    frozen = frozen_names(model, layers) if (layers := training.get("frozen_layers")) else frozenset()
+    frozen = frozen_names(model, trains.frozen_layers) if trains and trains.frozen_layers else frozenset()
     if tune is not None:
-        tune_(model, training["lora"], tune, spec["seed"], frozen)
+        lora = training.lora.model_dump() if training.lora else None
+        tune_(model, lora, tune.model_dump(), spec.seed, frozen)
     for name in frozen if tune is None else ():
         model.get_parameter(name).requires_grad_(False)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # a CPU computes in float32, whatever the weights were
-    each = _BYTES[spec["model"].get("weights", "fp32")] if torch.cuda.is_available() else _FLOAT
-    each = _FOUR_BIT if "quantize" in spec["model"] else each
+    each = _BYTES[spec.model.weights or "fp32"] if torch.cuda.is_available() else _FLOAT
+    each = _FOUR_BIT if spec.model.quantize else each
     # of a sharded model this machine's processes hold their part of one copy
     copies = local_size() / world_size() if is_sharded() else local_size()
-    row = 2 * spec["data"]["max_length"] * config.vocab_size * _FLOAT
+    row = 2 * spec.data.max_length * config.vocab_size * _FLOAT
     weights = (total - trained) * each + trained * _FLOAT
     return MemoryEstimate(
         weights=copies * weights,
         gradients=copies * trained * _GRADIENT,
         optimiser=copies * trained * _ADAM,
-        logits=training["per_device_train_batch_size"] * local_size() * row if is_trained(spec) else 0,
+        logits=trains.per_device_train_batch_size * local_size() * row if trains else 0,
         whole=weights,
         loading=(1 if is_sharded() else local_size()) * total * each,
-        evaluation=weights + spec["evaluation"]["batch_size"] * row,
-        disk=2 * trained * (_FLOAT + _ADAM) + (trained * _FLOAT if training["keep_weights"] else 0),
+        evaluation=weights + spec.evaluation.batch_size * row,
+        disk=2 * trained * (_FLOAT + _ADAM) + (trained * _FLOAT if training.keep_weights else 0),
     )
 
 

@@ -20,6 +20,7 @@ from benchmarks.harness.modeling.prefix import Prefix
 from benchmarks.harness.planning.counts import count_note
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.kinds import ALL
+from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.training.distributed import (
     broadcast,
     destroy_process_group,
@@ -31,9 +32,9 @@ from benchmarks.harness.training.distributed import (
 from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import precision_here, with_routing
+from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator
 from benchmarks.llama.evaluation import answers, check_tasks, held_out_loss, run_tasks, task_title
-from benchmarks.llama.grid import is_trained
 from benchmarks.llama.instructions import load_instructions, refuse_broken
 from benchmarks.llama.memory_estimate import check_memory, estimate_memory
 from benchmarks.llama.templates import Template, find_template
@@ -56,17 +57,18 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         DefinitionError: a template or task that does not exist, or settings that do not go with the model.
         DataError: broken or too few rows, a model that is not there, one that no memory here holds, too little disk; before any of it is loaded.
     """
-    training = spec["training"]
-    estimate = estimate_memory(spec)
-    data = read_data(spec, load_tokenizer(spec["model"]))
+    read = parse(spec, InstructionSpec, str(folder / "run.json"))
+    training = read.training
+    estimate = estimate_memory(read)
+    data = read_data(read, load_tokenizer(spec["model"]))
     asked: dict[str, list[str]] = {}
     if is_main():
-        asked = check_tasks(spec["evaluation"]["tasks"])
+        asked = check_tasks(read.evaluation.tasks)
         for warning in (*data.notes, *check_memory(estimate, folder)):
             progress.say(f"warning: {warning}")
     progress.say(
         f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {data.broken} broken left out, "
-        f"{data.train.summary()['truncated_responses']} responses cut at {spec['data']['max_length']} tokens; at least {estimate.memory / 1e9:.1f} GB"
+        f"{data.train.summary()['truncated_responses']} responses cut at {read.data.max_length} tokens; at least {estimate.memory / 1e9:.1f} GB"
     )
     trainable = _build(spec, data)
     data = data.prefixed(trainable.prefix)
@@ -75,16 +77,18 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     probe = Probe()
     probe.look(trainable.model, collator(data.template.tokenizer)([data.train[0]]))
     trained = Trained([], 0, 0.0)
-    if is_trained(spec):
-        trained = train(trainable, data.template.tokenizer, spec, data.train, data.held_out, folder, progress, probe)
+    if isinstance(training, RunInstructionTraining):
+        trained = train(
+            trainable, data.template.tokenizer, read, training, data.train, data.held_out, folder, progress, probe
+        )
         trainable = _whole_again(spec, trainable)
     destroy_process_group()
     if not is_main():
         return {}
-    if training["keep_weights"]:
+    if training.keep_weights:
         save_trained(trainable.model, folder / "model")
-    evaluated = _evaluated(spec, trainable, data, asked, progress)
-    last = {"step": trained.steps, "loss": evaluated["scores"]["dev"][spec["task"]["name"]]["loss"]}
+    evaluated = _evaluated(read, trainable, data, asked, progress)
+    last = {"step": trained.steps, "loss": evaluated["scores"]["dev"][read.task.name]["loss"]}
     return evaluated | {
         "curve": trained.curve,
         **({"held_out_curve": [*trained.held_out, last]} if trained.held_out else {}),
@@ -94,7 +98,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             "steps": trained.steps,
             "step_seconds": trained.step_seconds,
             "train_seconds": trained.step_seconds * trained.steps,
-            "precision": precision_here(training["precision"]),
+            "precision": precision_here(training.precision),
             "least_memory_mb": estimate.memory / 1e6,
             **trainable.prefix_cost(),
         },
@@ -135,31 +139,30 @@ class Data:
         return {"train": shared | self.train.summary(), "held_out": shared | self.held_out.summary()}
 
 
-def read_data(spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Data:
+def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Read, check, divide and encode the rows of a run.
 
     Raises:
         DataError: broken rows that shall not be left out, or too few rows.
     """
-    settings, training = spec["data"], spec["training"]
-    found = load_instructions(spec["task"])
-    template = find_template(settings["template"], tokenizer, spec["seed"])
-    whole = EncodedRows(found.rows, template, settings["max_length"])
+    settings, training, name = spec.data, spec.training, spec.task.name
+    found = load_instructions(name, spec.task.source)
+    template = find_template(settings.template, tokenizer, spec.seed)
+    whole = EncodedRows(found.rows, template, settings.max_length)
     broken = [*found.broken, *whole.broken]
-    refuse_broken(broken, found.source, settings["broken_rows"])
+    refuse_broken(broken, found.source, settings.broken_rows)
     order = list(range(len(whole)))
     # the same rows for all runs on the set
-    random.Random(derive_seed("held out", spec["task"]["name"])).shuffle(order)
-    held_out, rest = order[: settings["held_out_rows"]], order[settings["held_out_rows"] :]
-    rest = rest[: settings["train_rows"]]
-    batch = training.get("batch_size", 1)
+    random.Random(derive_seed("held out", name)).shuffle(order)
+    held_out, rest = order[: settings.held_out_rows], order[settings.held_out_rows :]
+    rest = rest[: settings.train_rows]
+    batch = training.batch_size if isinstance(training, RunInstructionTraining) else 1
     learned = rest[: len(rest) // batch * batch]
     if not learned:
         raise DataError(
             f"{found.source} has {len(whole)} usable rows: {len(held_out)} are held out, and what is left fills no step of {batch}"
         )
-    name = spec["task"]["name"]
-    known = load_benchmark(spec["benchmark"]).tasks.get(name)
+    known = load_benchmark(spec.benchmark).tasks.get(name)
     note = count_note(name, ALL, len(found.rows), len(found.broken), known.rows) if known else None
     notes = [note] if note else []
     return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), found.source, notes)
@@ -197,9 +200,9 @@ def _whole_again(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
 
 
 def _evaluated(
-    spec: Mapping[str, Any], trainable: Trainable, data: Data, asked: Mapping[str, list[str]], progress: Progress
+    spec: InstructionSpec, trainable: Trainable, data: Data, asked: Mapping[str, list[str]], progress: Progress
 ) -> dict[str, Any]:
-    evaluation, precision = spec["evaluation"], precision_here(spec["training"]["precision"])
+    evaluation, precision = spec.evaluation, precision_here(spec.training.precision)
     model, tokenizer = cast(PreTrainedModel, trainable.model), data.template.tokenizer
     if torch.cuda.is_available():
         gc.collect()  # what training held
@@ -209,21 +212,21 @@ def _evaluated(
     model.config.use_cache = True
     progress.say("evaluating on held-out instructions")
     loss, routing = with_routing(
-        model, lambda: held_out_loss(model, data.held_out, tokenizer, evaluation["batch_size"], precision)
+        model, lambda: held_out_loss(model, data.held_out, tokenizer, evaluation.batch_size, precision)
     )
     tasks = {}
-    for entry in evaluation["tasks"]:
+    for entry in evaluation.tasks:
         progress.say(f"evaluating on {task_title(entry)}")
-        found = run_tasks(model, tokenizer, entry, evaluation["batch_size"], precision)
+        found = run_tasks(model, tokenizer, entry, evaluation.batch_size, precision)
         tasks[task_title(entry)] = found | {"source": asked[task_title(entry)]}
-    instructions = data.held_out.sources[: evaluation["generations"]]
+    instructions = data.held_out.sources[: evaluation.generations]
     progress.say(f"answering {len(instructions)} instructions")
     return {
         "scores": {
-            "dev": {spec["task"]["name"]: {"loss": loss}},
+            "dev": {spec.task.name: {"loss": loss}},
             "test": {name: found["scores"] for name, found in tasks.items()},
         },
         "tasks": tasks,
-        "answers": answers(model, data.template, instructions, evaluation["new_tokens"], precision),
+        "answers": answers(model, data.template, instructions, evaluation.new_tokens, precision),
         "routing": routing,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here, quiet_arguments
+from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator
 from benchmarks.llama.grid import accumulation
 from benchmarks.llama.held_out import HeldOutCurve
@@ -43,7 +43,8 @@ class Trained:
 def train(
     trainable: Trainable,
     tokenizer: PreTrainedTokenizerBase,
-    spec: Mapping[str, Any],
+    spec: InstructionSpec,
+    training: RunInstructionTraining,
     rows: EncodedRows,
     held_out: EncodedRows,
     folder: Path,
@@ -58,6 +59,7 @@ def train(
         trainable: the model; sharded where several processes share it.
         tokenizer: the model's.
         spec: the run's.
+        training: its settings.
         rows: to learn.
         held_out: to take the loss on every ``eval_every`` steps.
         folder: the run's folder; checkpoints are written below it.
@@ -67,25 +69,24 @@ def train(
     Raises:
         DataError: a checkpoint that is damaged or of another model.
     """
-    training = spec["training"]
     checkpoints, stopwatch = folder / "checkpoints", Stopwatch()
     arguments = quiet_arguments(
         checkpoints,
-        precision_here(training["precision"]),
-        num_train_epochs=training["epochs"],
-        max_steps=training["steps"] or -1,
-        per_device_train_batch_size=training["per_device_train_batch_size"],
+        precision_here(training.precision),
+        num_train_epochs=training.epochs,
+        max_steps=training.steps or -1,
+        per_device_train_batch_size=training.per_device_train_batch_size,
         gradient_accumulation_steps=accumulation(training, world_size()),
-        learning_rate=spec["learning_rate"],
-        lr_scheduler_type=training["schedule"],
-        warmup_steps=training["warmup"],
-        weight_decay=training["weight_decay"],
-        max_grad_norm=training["max_grad_norm"],
-        activation_checkpointing=training["gradient_checkpointing"],
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=training.schedule,
+        warmup_steps=training.warmup,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        activation_checkpointing=training.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        seed=derive_seed("dropout", spec["seed"]),
+        seed=derive_seed("dropout", spec.seed),
         save_strategy="steps",
-        save_steps=training["save_steps"],
+        save_steps=training.save_steps,
         save_total_limit=1,
         logging_strategy="steps",
         logging_steps=1,
@@ -96,20 +97,20 @@ def train(
         args=arguments,
         order=EpochOrder(
             [len(row.tokens) for row in rows.rows],
-            training["per_device_train_batch_size"],
-            spec["seed"],
+            training.per_device_train_batch_size,
+            spec.seed,
             by_length=False,
         ),
         trainable=trainable,
-        base_lr_ratio=training["lora"]["base_lr_ratio"] if training["lora"] else 1.0,
+        base_lr_ratio=training.lora.base_lr_ratio if training.lora else 1.0,
         probe=probe,
         by_token=True,
         train_dataset=rows,
-        data_collator=collator(tokenizer, packing=training["packing"]),
+        data_collator=collator(tokenizer, packing=training.packing),
         callbacks=[progress, stopwatch, RetieGates()],
     )
-    if every := training.get("eval_every"):
-        at_once, precision = spec["evaluation"]["batch_size"], precision_here(training["precision"])
+    if every := training.eval_every:
+        at_once, precision = spec.evaluation.batch_size, precision_here(training.precision)
         # after the stopwatch, which shall not count it
         trainer.add_callback(HeldOutCurve(held_out, tokenizer, every, at_once, precision))
     checkpoint = last_complete_checkpoint(checkpoints, (Stopwatch.FILE, Probe.FILE))

@@ -70,11 +70,10 @@ def test_rows_of_ablations_keep_the_others_runs_and_stand_in_their_suites() -> N
     planned = plan(["glue_lora", "glue_ood"], "mini")
     rows = Counter((run.benchmark, run.spec["method"]["name"], run.spec["method"]["variant"]) for run in planned)
     for row in ("lora_not_top", "lora_bottom"):
-        assert rows["glue_lora", row, ""] == 3
-    assert rows["glue_lora", "lora_emoe_part", "D0.8"] == rows["glue_lora", "lora_part", "D0.8"] == 3
+        assert rows["glue_lora", row, ""] == 5
+    assert rows["glue_lora", "lora_emoe_part", "D0.8"] == rows["glue_lora", "lora_part", "D0.8"] == 5
     settings = {variant: count for (_, row, variant), count in rows.items() if row == "lora_emoe_settings"}
-    assert settings == {"N16-k0.5": 3, "N32-k0.25": 3}
-    assert rows["glue_lora", "lora_emoe_layers", "L3+5"] == 3
+    assert settings == {"N16-k0.5": 5, "N32-k0.25": 5}
     # the chosen runs of another benchmark are evaluated, not those of its ablations
     evaluated = {row for benchmark, row, _ in rows if benchmark == "glue_ood"}
     assert evaluated == {
@@ -186,9 +185,21 @@ def test_settings_are_read_back() -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
+    """The default suite's text, and of the night's a part of every ablation."""
     root = tmp_path_factory.mktemp("mini") / "results" / "runs"
     gains = {"lora_bottom": -0.05, "emoe2lora": 0.04}
-    return root, fake_runs.write(root, "mini", gains, ("glue", "glue_lora", "glue_ood"))
+    runs = fake_runs.write(root, "mini", gains, ("glue", "glue_lora", "glue_ood"))
+    known = {run.id for run in runs}
+    more = [
+        run
+        for run in plan(["glue_lora"], "mini_full")
+        if run.spec["task"]["name"] == "tweets"
+        and run.spec["learning_rate"] == 4.0e-3
+        and run.spec["seed"] < 3
+        and run.id not in known
+    ]
+    fake_runs.write_runs(more, gains, root)
+    return root, [*runs, *more]
 
 
 @pytest.fixture(scope="module")

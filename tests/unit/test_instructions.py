@@ -17,6 +17,7 @@ from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.sources.packages import packaged
+from benchmarks.llama.definition import InstructionSource
 from benchmarks.llama.encoding import IGNORED, EncodedRow, EncodedRows, _begin, collator
 from benchmarks.llama.evaluation import held_out_loss
 from benchmarks.llama.instructions import Instruction, load_instructions, parse, refuse_broken
@@ -24,7 +25,6 @@ from benchmarks.llama.templates import find_template, template_names
 from tests.conftest import fetched
 
 GOOD = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
-OWN = {"name": "own", "source": {}}
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +110,20 @@ def test_a_line_that_is_no_json_is_broken() -> None:
 
 
 def test_a_set_is_read_from_the_users_file_else_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = {"name": "alpaca_demo", "source": {"package": "llamafactory-0.9.5/data/alpaca_en_demo.json"}}
+    package = InstructionSource(package="llamafactory-0.9.5/data/alpaca_en_demo.json")
     archive = fetched(packaged("llamafactory"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"python -m benchmarks fetch llamafactory-0.9.5.tar.gz"):
-        load_instructions(package)
+        load_instructions("alpaca_demo", package)
     packaged("llamafactory").path.parent.mkdir(parents=True)
     packaged("llamafactory").path.symlink_to(archive)
-    found = load_instructions(package)
+    found = load_instructions("alpaca_demo", package)
     assert (len(found.rows), len(found.broken), found.source) == (999, 0, "package llamafactory 0.9.5")
     monkeypatch.setenv(DATA_ROOT, str(tmp_path))
     (tmp_path / "alpaca_demo.jsonl").write_text(json.dumps(GOOD))
-    assert load_instructions(package).source == str(tmp_path / "alpaca_demo.jsonl")
+    assert load_instructions("alpaca_demo", package).source == str(tmp_path / "alpaca_demo.jsonl")
     with pytest.raises(DataError, match=r"put .*/own.json or .*/own.jsonl there"):
-        load_instructions(OWN)
+        load_instructions("own", InstructionSource())
 
 
 def test_templates_put_instruction_and_input_in_as_they_are(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -26,6 +26,7 @@ from benchmarks.harness.modeling.language import load_language_model
 from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.modeling.memory import Memory, memory
 from benchmarks.harness.training.distributed import is_complete
+from benchmarks.llama.definition import AskedTask, InstructionSpec
 from benchmarks.llama.encoding import IGNORED
 from benchmarks.llama.evaluation import check_tasks, summarise
 from benchmarks.llama.export import export
@@ -172,7 +173,7 @@ def test_blocks_are_trained_as_a_whole_and_nothing_else() -> None:
 def test_held_out_rows_are_the_same_for_all_seeds_and_never_learned() -> None:
     def places(seed: int) -> tuple[list[str], list[str]]:
         run = tiny_run("dense", "full", seed=seed)
-        data = read_data(run.spec, load_tokenizer(run.spec["model"]))
+        data = read_data(InstructionSpec.model_validate(run.spec), load_tokenizer(run.spec["model"]))
         return [row.place for row in data.train.sources], [row.place for row in data.held_out.sources]
 
     assert places(0) == places(1)
@@ -233,8 +234,8 @@ def test_unknown_tasks_end_a_run_before_any_work() -> None:
         check_tasks([ask("mmlu_dev_anatomie")])
 
 
-def ask(task: str, shots: int = 0) -> dict[str, Any]:
-    return {"task": task, "num_fewshot": shots, "limit": None}
+def ask(task: str, shots: int = 0) -> AskedTask:
+    return AskedTask(task=task, num_fewshot=shots)
 
 
 def test_shots_that_a_task_does_not_have_are_refused() -> None:
@@ -298,8 +299,10 @@ def test_what_is_no_yes_or_no_has_no_questions_to_pair() -> None:
 def test_memory_and_disk_are_counted_before_the_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     llama = {"name": "llama", "config": LLAMA2_7B}
     sizes = {"data": {"max_length": 512}, "training": {"per_device_train_batch_size": 1}}
-    full = tiny_run("dense", "full", {"model": llama, **sizes}).spec
-    lora = tiny_run("dense", "lora", {"model": {**llama, "weights": "bf16"}, **sizes}).spec
+    full = InstructionSpec.model_validate(tiny_run("dense", "full", {"model": llama, **sizes}).spec)
+    lora = InstructionSpec.model_validate(
+        tiny_run("dense", "lora", {"model": {**llama, "weights": "bf16"}, **sizes}).spec
+    )
     parameters, adapters = 6_738_415_616, 4_194_304  # r = 8 on q and v of 32 layers
     estimate = estimate_memory(full)
     assert (estimate.weights, estimate.gradients, estimate.optimiser) == (
@@ -369,8 +372,8 @@ def test_a_control_group_limits_the_memory(version: int, tmp_path: Path) -> None
 def test_memory_of_gpus_is_counted_by_process(monkeypatch: pytest.MonkeyPatch) -> None:
     llama = {"name": "llama", "config": LLAMA2_7B, "weights": "bf16"}
     sizes = {"data": {"max_length": 512}, "training": {"per_device_train_batch_size": 1}}
-    full = tiny_run("dense", "full", {"model": llama, **sizes}).spec
-    lora = tiny_run("dense", "lora", {"model": llama, **sizes}).spec
+    full = InstructionSpec.model_validate(tiny_run("dense", "full", {"model": llama, **sizes}).spec)
+    lora = InstructionSpec.model_validate(tiny_run("dense", "lora", {"model": llama, **sizes}).spec)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(30e9), int(80e9)))
     there_is(monkeypatch, total=50e9, free=40e9)

@@ -289,7 +289,7 @@ def test_a_grid_names_mixtures_or_tasks_and_models_that_write() -> None:
 
 
 def test_sets_that_are_learned_are_not_out_of_domain_and_excluded_ones_are_not_read() -> None:
-    run = next(run for run in plan(["multitask"], "mini") if run.spec["task"]["name"] == "sentences")
+    run = next(run for run in plan(["multitask"], "mini_full") if run.spec["task"]["name"] == "sentences")
     assert {other["name"]: other["read_as"] for other in run.spec["ood"]} == {
         "tweets": "amazon",
         "nyt": "amazon",
@@ -297,12 +297,12 @@ def test_sets_that_are_learned_are_not_out_of_domain_and_excluded_ones_are_not_r
         "nyt_strength": "amazon_strength",
     }
     assert {one["prefix"] for one in run.spec["task"]["tasks"]} == {"sentiment", "strength"}
-    without = next(iter(plan(["multitask"], "mini", exclude=["tweets"])))
+    without = next(iter(plan(["multitask"], "mini_full", exclude=["tweets"])))
     assert [other["name"] for other in without.spec["ood"]] == ["nyt", "tweets_strength", "nyt_strength"]
 
 
 def test_a_spec_is_read_back_as_it_is_hashed() -> None:
-    for suite in ("smoke", "mini"):
+    for suite in ("smoke", "mini_full"):
         for run in plan(["multitask"], suite):
             assert canonical_json(parse(run.spec, MultitaskSpec, "run.json").model_dump()) == run.to_json()
 
@@ -321,7 +321,7 @@ def test_a_run_waits_for_its_package_and_its_clustering() -> None:
 @pytest.fixture
 def outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MultitaskOutcomes:
     monkeypatch.chdir(tmp_path)
-    return MultitaskOutcomes(BENCHMARK, fake_runs.write(Path("results/runs"), "mini", benchmarks=("multitask",)))
+    return MultitaskOutcomes(BENCHMARK, fake_runs.write(Path("results/runs"), "mini_full", benchmarks=("multitask",)))
 
 
 def test_means_are_over_the_tasks_of_a_seed(outcomes: MultitaskOutcomes) -> None:
@@ -379,7 +379,7 @@ def test_a_suite_without_single_tasks_has_an_empty_table_of_transfer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    runs = fake_runs.write(Path("results/runs"), "mini", benchmarks=("multitask",))
+    runs = fake_runs.write(Path("results/runs"), "mini_full", benchmarks=("multitask",))
     found = present(BENCHMARK, [run for run in runs if run.spec["task"]["name"] == "sentences"])
     table = next(table for table in found.tables if table.name == "multitask_transfer")
     assert table.frame.empty

@@ -104,9 +104,9 @@ def test_sets_of_the_hub_are_recorded_with_their_commit(tmp_path: Path, monkeypa
     of_the_hub({"premise": ["a"], "hypothesis": ["b"], "label": [1]})
     assert load_split(text, "test").source == f"jhu-cogsci/hans@{COMMIT} (not pinned) (default), split validation"
     of_the_hub({"instruction": ["a"], "input": [""], "output": ["b"]})
-    alpaca = load_benchmark("llama").tasks["alpaca"].spec("alpaca")["source"]
-    read = load_instructions({"name": "alpaca", "source": alpaca}).source
-    assert read == f"tatsu-lab/alpaca@{COMMIT} (instead of {alpaca['revision']})"
+    alpaca = load_benchmark("llama").tasks["alpaca"].source
+    read = load_instructions("alpaca", alpaca).source
+    assert read == f"tatsu-lab/alpaca@{COMMIT} (instead of {alpaca.revision})"
 
 
 def test_images_of_the_hub_are_recorded_with_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,12 +259,18 @@ def test_a_lock_that_is_in_use_is_not_removed(checkout: Finished) -> None:
     [
         (["--config", "suite=minni"], "there is no suite 'minni'; did you mean 'mini'?"),
         (["results/runs/glue/minilm-tweets-vanilla-lr0.0001-s0-00000000/metrics.json"], "no suite has the run"),
+        (
+            ["table_multitask", "--config", "suite=mini"],
+            "error: the suite 'mini' does not run multitask; mini_full, paper, smoke do: "
+            "`snakemake --cores all table_multitask --config suite=mini_full`",
+        ),
     ],
 )
 def test_wrong_words_end_with_one_clear_message(checkout: Finished, words: list[str], message: str) -> None:
     found = checkout.run(SNAKEMAKE, "--cores", 1, "-n", *words, check=False)
     assert found.returncode != 0
     assert message in found.stdout + found.stderr
+    assert not message.startswith("error: ") or "Traceback" not in found.stderr
 
 
 def test_a_failed_run_shows_its_log_and_the_others_go_on(checkout: Finished) -> None:

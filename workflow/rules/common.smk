@@ -102,6 +102,14 @@ def outputs_of(benchmark):
     return suite_outputs(suite_named(benchmark))
 
 
+def not_here(target, wanted):
+    # for targets that the suite does not have: says which has them, where they are asked for
+    def refuse(wildcards):
+        sys.exit(f"error: {suites.elsewhere(target, wanted, SUITE)}")
+
+    return refuse
+
+
 def part_outputs(benchmark, part):
     return suites.find_part(benchmark, part, SUITE).output_files(benchmark, part)
 

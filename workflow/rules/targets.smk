@@ -45,15 +45,18 @@ rule stale:
 
 # one target per benchmark: `snakemake glue`, `snakemake speed`
 for name in suites.benchmark_names():
-    if name in SUITE.settings.benchmarks or name in suites.suite_names():
 
-        rule:
-            name:
-                name
-            input:
-                outputs_of(name),
-            message:
-                "The tables and figures of the benchmark are up to date"
+    rule:
+        name:
+            name
+        input:
+            (
+                outputs_of(name)
+                if name in (*SUITE.settings.benchmarks, *suites.suite_names())
+                else not_here(name, [name])
+            ),
+        message:
+            "The tables and figures of the benchmark are up to date"
 
 
 # one target per image set: `snakemake domainbed_pacs`, of the configured suite or of the first that has it
@@ -71,12 +74,15 @@ for shown in SHOWN:
 
 # one target per table and figure of the paper: `snakemake table_4`, `snakemake figure_7`
 for name, item in paper_items.load_paper_items().items():
-    if files := paper_items.paper_files(SUITE, name):
+    if item.missing is None:
 
         rule:
             name:
                 name
             input:
-                files,
+                paper_items.paper_files(SUITE, name)
+                or not_here(
+                    name, sorted({part.benchmark for part in item.parts or ()})
+                ),
             message:
                 "The paper's table or figure is up to date"

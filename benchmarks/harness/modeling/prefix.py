@@ -158,6 +158,11 @@ def _stay(module: nn.Module, _mode: bool = True) -> nn.Module:
     return module
 
 
+def has_prefix(network: nn.Module) -> bool:
+    """Whether it is known that a network's layers get nothing of those below but what the one before them puts out."""
+    return _kind(network) in _BEFORE
+
+
 def frozen_names(network: nn.Module, layers: int) -> frozenset[str]:
     """The parameters of a network's embeddings and first layers.
 
@@ -173,8 +178,7 @@ def _below(network: nn.Module, paths: Collection[str]) -> frozenset[str]:
 
 def _frozen_paths(network: nn.Module, layers: int) -> list[str]:
     """Paths of what is frozen: modules, and parameters that stand by themselves."""
-    config = getattr(network, "config", None)
-    kind = getattr(config, "model_type", type(network).__name__)
+    kind = _kind(network)
     if kind not in _BEFORE:
         raise DefinitionError(
             f"training.frozen_layers is {layers}, but nobody has said what stands before the layers of '{kind}'; this is known of {', '.join(_BEFORE)}"
@@ -185,6 +189,10 @@ def _frozen_paths(network: nn.Module, layers: int) -> list[str]:
     around = block_of(ffns[0].name).removesuffix("0").removesuffix(f"{ffns[0].spec.layers}.")
     blocks = [block_of(ffn.name) for ffn in ffns[:layers]]
     return [*(f"{around}{name}" for name in _BEFORE[kind]), *blocks]
+
+
+def _kind(network: nn.Module) -> str:
+    return str(getattr(getattr(network, "config", None), "model_type", type(network).__name__))
 
 
 def _described(network: nn.Module, modules: Collection[nn.Module]) -> str:

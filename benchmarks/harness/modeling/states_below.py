@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.modeling.prefix import has_prefix
 from benchmarks.harness.planning.tunings import block_of
 from emoe.architectures import find_ffns
 
@@ -19,8 +20,9 @@ _ROOM = 2**29  # bytes
 class StatesBelow:
     """What the layers below one put out, batch by batch, so that another pass over the same batches begins there.
 
-    For passes in evaluation mode between which nothing changes below that layer. Results are the same to the last bit: batches that do not fit
-    into the room, and blocks that give back more than a tensor, are computed again.
+    For passes in evaluation mode between which nothing changes below that layer. Results are the same to the last bit. Computed again is what
+    does not fit into the room, and all of architectures of which :func:`~benchmarks.harness.modeling.prefix.has_prefix` does not know that
+    layers hand on nothing else, as in an encoder whose decoder reads it.
 
     Args:
         network: a classifier or language model, converted or not.
@@ -31,13 +33,14 @@ class StatesBelow:
         >>> below = StatesBelow(model, 10)  # doctest: +SKIP
         >>> with below.recording():
         ...     dense = evaluate(model)
-        >>> emoe.convert_(model, layers=[10], num_experts=64, top_k=16)
+        >>> emoe.convert_(model, emoe.EMoEConfig(num_experts=64, top_k=16, layers=(10,)))
         >>> with below.replaying():
         ...     sparse = evaluate(model)
     """
 
     def __init__(self, network: nn.Module, layer: int, room: int = _ROOM) -> None:
-        self._blocks = [network.get_submodule(block_of(ffn.name)) for ffn in find_ffns(network)[:layer]]
+        below = find_ffns(network)[:layer] if has_prefix(network) else []
+        self._blocks = [network.get_submodule(block_of(ffn.name)) for ffn in below]
         self._room = room
         self._batches: list[tuple[str, Tensor | None]] = []
 
@@ -51,12 +54,11 @@ class StatesBelow:
             nonlocal begun
             begun = _mark(args[0])
 
-        def end(_block: nn.Module, _args: object, states: object) -> None:
+        def end(_block: nn.Module, _args: object, states: Tensor) -> None:
             nonlocal room
-            size = states.numel() * states.element_size() if isinstance(states, Tensor) else room + 1
-            kept = cast(Tensor, states).detach().cpu() if size <= room else None
-            room -= size if kept is not None else 0
-            self._batches.append((begun, kept))
+            fits = states.nbytes <= room
+            room -= states.nbytes if fits else 0
+            self._batches.append((begun, states.detach().cpu() if fits else None))
 
         hooks = []
         if self._blocks:

@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -158,6 +158,23 @@ def all_artifacts() -> list[Artifacts]:
         parts = list(loaded.tasks) if loaded.kind.shows_parts else []
         found += [artifacts_of(name, part) for part in (None, *parts)]
     return found
+
+
+def elsewhere(what: str, wanted: Collection[str], here: Suite) -> str:
+    """Say in which suites a target can be had that the given one does not have.
+
+    Args:
+        what: the target.
+        wanted: benchmarks, each of which shows it.
+        here: the suite.
+    """
+    others = [name for name in suite_names() if set(wanted) & set(plain_suite(name).settings.benchmarks)]
+    where = (
+        f"{', '.join(others)} do: `snakemake --cores all {what} --config suite={others[0]}`"
+        if others
+        else "no suite does"
+    )
+    return f"the suite '{here.name}' does not run {' or '.join(wanted)}; {where}"
 
 
 def find_part(benchmark: str, part: str, first: Suite) -> Suite:

@@ -1,0 +1,124 @@
+"""A second pass over the same batches begins where nothing below has changed, and ends with the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import emoe
+from benchmarks.harness.modeling.prefix import has_prefix
+from benchmarks.harness.modeling.states_below import StatesBelow
+from benchmarks.harness.planning.tunings import block_of
+from emoe.architectures import find_ffns
+from tests.tiny_models import VOCABULARY, build
+
+KNOWN = ("bert", "roberta", "electra", "gpt2", "llama", "VisionTransformer")
+EXPERTS = emoe.EMoEConfig(num_experts=8, top_k=2, layers=(2,))
+
+
+def batches(name: str) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    if name == "VisionTransformer":
+        return [{"x": torch.randn(rows, 3, 160, 160, generator=generator)} for rows in (3, 2)]
+    found = []
+    for rows, length in ((3, 7), (2, 5)):
+        ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, length - 2 :] = 0
+        found.append({"input_ids": ids, "attention_mask": mask})
+    return found
+
+
+@torch.inference_mode()
+def outputs(model: nn.Module, given: list[dict[str, Tensor]]) -> list[Tensor]:
+    found: list[Any] = [model(**batch) for batch in given]
+    return [made if isinstance(made, Tensor) else made[0] for made in found]
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[Callable[[], list[int]]]:
+    """How often each FFN's out-projection runs."""
+    counts = [0] * len(find_ffns(model))
+
+    def count(place: int) -> Callable[..., None]:
+        def called(*_: object) -> None:
+            counts[place] += 1
+
+        return called
+
+    hooks = [ffn.proj_out.register_forward_hook(count(place)) for place, ffn in enumerate(find_ffns(model))]
+    yield lambda: counts
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_second_pass_is_that_of_the_whole_model_and_begins_at_the_layer(name: str) -> None:
+    model, given = build(name).eval(), batches(name)
+    below = StatesBelow(model, 2)
+    with below.recording():
+        dense = outputs(model, given)
+    emoe.convert_(model, EXPERTS)
+    emoe.set_backend_(model, "masked")  # which hooks that count would make it take
+    wanted = outputs(model, given)
+    assert not torch.equal(wanted[0], dense[0])
+    for _ in range(2):  # it can be had as often as one likes
+        with counted(model) as calls, below.replaying():
+            assert all(map(torch.equal, outputs(model, given), wanted))
+        assert calls()[:2] == [0, 0]
+        assert calls()[3] == 2
+    with counted(model) as calls:
+        assert all(map(torch.equal, outputs(model, given), wanted))  # and leaves nothing behind
+    assert calls()[:2] == [2, 2]
+    assert not any("forward" in model.get_submodule(block_of(ffn.name)).__dict__ for ffn in find_ffns(model))
+
+
+def test_what_has_no_room_is_computed_again() -> None:
+    model, given = build("bert").eval(), batches("bert")
+    size = 3 * 7 * 32 * 4  # the first batch alone
+    below = StatesBelow(model, 2, room=size)
+    with below.recording():
+        wanted = outputs(model, given)
+    with counted(model) as calls, below.replaying():
+        assert all(map(torch.equal, outputs(model, given), wanted))
+    assert calls() == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3])
+def test_any_layer_may_be_the_first_that_differs(layer: int) -> None:
+    model, given = build("bert").eval(), batches("bert")
+    below = StatesBelow(model, layer)
+    with below.recording():
+        wanted = outputs(model, given)
+    with counted(model) as calls, below.replaying():
+        assert all(map(torch.equal, outputs(model, given), wanted))
+    assert calls() == [0] * layer + [2] * (4 - layer)
+
+
+def test_other_batches_are_refused() -> None:
+    model, given = build("bert").eval(), batches("bert")
+    below = StatesBelow(model, 2)
+    with below.recording():
+        outputs(model, given)
+    changed = [{**given[0], "input_ids": given[0]["input_ids"].flip(1)}]
+    for others in (given[::-1], given * 2, changed):
+        with below.replaying(), pytest.raises(RuntimeError, match="a pass over other batches"):
+            outputs(model, others)
+    assert len(outputs(model, given[::-1])) == 2  # the model is as it was
+
+
+def test_layers_below_that_others_read_too_are_not_left_out() -> None:
+    model = build("t5").eval()
+    assert not has_prefix(model)
+    ids = torch.randint(3, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0))
+    given = [{"input_ids": ids, "decoder_input_ids": ids}]
+    below = StatesBelow(model, 3)
+    with below.recording():
+        wanted = outputs(model, given)
+    with below.replaying():
+        assert torch.equal(outputs(model, given)[0], wanted[0])
