@@ -57,6 +57,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     with below.recording() if below else nullcontext():
         scores |= _evaluated(trainer, read, splits["test"], ood, routing)
     routed, usage = routing.described(task.name)
+    change = trainer.weight_change.summary()  # before the model is used as another, whose neurons stand elsewhere
     agreement = trainer.gradient_agreement(splits["test"], {other.name: (ood[other.name], other) for other in read.ood})
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
@@ -78,7 +79,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "kept_epoch": result.kept["epoch"],
         "routing": routed | trainer.routing_trace.summary(),
         "usage": usage,
-        "updates": {"change": trainer.weight_change.summary(), "gradients": agreement},
+        "updates": {"change": change, "gradients": agreement},
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {

@@ -71,6 +71,16 @@ def test_trained_weights_are_evaluated_as_another_methods(workdir: Path, method:
     assert scores["test"] != found["scores"]["test"]
 
 
+@pytest.mark.parametrize("method", ["vanilla", "emoe"])
+def test_whatever_else_is_recorded_is_of_the_model_as_it_was_trained(workdir: Path, method: str) -> None:
+    run = smoke(method)
+    alone = run_from_spec({name: value for name, value in run.spec.items() if name != "used_as"})
+    found, wanted = (finish(prepare(one, str(RUNS))) for one in (run, alone))
+    for name in set(found) - {"run_id", "transformed", "cost", "environment"}:
+        assert found[name] == wanted[name], name
+    assert found["transformed"]
+
+
 def test_a_row_that_nothing_trains_is_of_the_runs_of_another(workdir: Path) -> None:
     runs = [run for run in plan(["glue"], "smoke") if run.spec["method"]["name"] in ("vanilla", "emoe")]
     fake_runs.write_runs(runs)
