@@ -61,7 +61,8 @@ class ModularityKind(TextSets[ModularityDefinition]):
         reading = spec["reading"]
         names = [spec["task"]["name"], *(other["name"] for other in spec["ood"])]
         parts = {name: find_part(tasks, name, "test", reading["rows"], reading["max_length"]) for name in names}
-        return read_workload(model_size(spec), parts, reading["batch_size"], reading["max_length"], passes=3)
+        size, (layer,) = model_size(spec), spec["method"]["config"]["layers"]
+        return read_workload(size, parts, reading["batch_size"], reading["max_length"], again=(layer, layer))
 
     def compared_domains(self, definition: ModularityDefinition) -> Mapping[str, Domain]:
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from benchmarks.harness.planning.workload import (
     trained_passes,
 )
 from benchmarks.text.definition import TaskEntry
+from emoe.architectures import resolve_layers
 
 GRADIENT_ROWS = 64  # of every set on which gradients are compared
 BY_LENGTH = 2  # rows that are padded together in groups of like length are about as long as two rows by chance
@@ -92,13 +93,13 @@ def trained_workload(spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) ->
     agreement = GRADIENT_ROWS * (2 + len(others)) if others else 0
     tokens = rows * epochs * padded(train.tokens, together, length) + agreement * test.tokens
     at_once = training["eval_batch_size"]
-    ends = [test, *(other for other in others.values() if other)] * (
-        2 if "used_as" in spec else 1
-    )  # once more as another model
-    reading = [
-        read_passes(size, epochs * math.ceil(dev_rows / at_once), epochs * dev_rows * test.tokens),
-        *(read_passes(size, math.ceil(part.rows / at_once), part.rows * part.tokens) for part in ends),
-    ]
+    ends = [test, *(other for other in others.values() if other)]
+    read = [read_passes(size, math.ceil(part.rows / at_once), part.rows * part.tokens) for part in ends]
+    reading = [read_passes(size, epochs * math.ceil(dev_rows / at_once), epochs * dev_rows * test.tokens), *read]
+    if "used_as" in spec:  # once more as another model
+        (config,) = (config for config in (spec["method"]["config"], spec["used_as"]["config"]) if config)
+        first = resolve_layers(config["layers"], size.shape.layers)[0]
+        reading += [passes.again(size.shape, first) for passes in read]
     patience = training["patience"]
     return Workload(
         size=size,
@@ -121,7 +122,7 @@ def read_workload(
     max_length: int,
     *,
     precision: str = "fp32",
-    passes: int = 1,
+    again: Sequence[int] = (),
 ) -> Workload | None:
     """What a run computes that trains nothing.
 
@@ -131,18 +132,17 @@ def read_workload(
         batch: rows at once.
         max_length: tokens of the longest.
         precision: of an accelerator's arithmetic.
-        passes: how often it reads all of it.
+        again: the first layer that differs, of every further time that it reads all of it.
     """
     found = [part for part in parts.values() if part]
     if size is None or not found:
         return None
+    once = [read_passes(size, math.ceil(part.rows / batch), part.rows * part.tokens) for part in found]
     return Workload(
         size=size,
         training=NO_PASSES,
         updates=0,
-        reading=tuple(
-            read_passes(size, passes * math.ceil(part.rows / batch), passes * part.rows * part.tokens) for part in found
-        ),
+        reading=(*once, *(passes.again(size.shape, first) for first in again for passes in once)),
         batch_tokens=batch * max_length,
         precision=precision,
         assumed=unknowns(found, parts),

@@ -24,6 +24,7 @@ from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
 from benchmarks.harness.running import environment
 from benchmarks.harness.sources import hub
+from benchmarks.llama.definition import AskedTask
 from benchmarks.llama.evaluation import check_tasks
 from benchmarks.llama.instructions import load_instructions
 from benchmarks.text.datasets import load_split
@@ -126,7 +127,7 @@ def test_questions_of_lm_eval_are_recorded_with_their_commit(tmp_path: Path, mon
     )
     manager = SimpleNamespace(all_tasks=["mmlu"], load=lambda names: {"tasks": {"mmlu_a": task, "mmlu_b": task}})
     monkeypatch.setattr("benchmarks.llama.evaluation._manager", lambda folder: manager)
-    found = check_tasks([{"task": "mmlu", "num_fewshot": 5, "limit": None}])
+    found = check_tasks([AskedTask(task="mmlu", num_fewshot=5)])
     assert found == {"mmlu (5-shot)": [f"cais/mmlu@{COMMIT} (not pinned)"]}
 
 

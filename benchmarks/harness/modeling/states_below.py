@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness.modeling.prefix import has_prefix
 from benchmarks.harness.planning.tunings import block_of
+from benchmarks.harness.planning.workload import STATES_ROOM
 from emoe.architectures import find_ffns
-
-_ROOM = 2**29  # bytes
 
 
 class StatesBelow:
@@ -38,7 +37,7 @@ class StatesBelow:
         ...     sparse = evaluate(model)
     """
 
-    def __init__(self, network: nn.Module, layer: int, room: int = _ROOM) -> None:
+    def __init__(self, network: nn.Module, layer: int, room: int = STATES_ROOM) -> None:
         below = find_ffns(network)[:layer] if has_prefix(network) else []
         self._blocks = [network.get_submodule(block_of(ffn.name)) for ffn in below]
         self._room = room

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.harness.planning.catalogue import load_models
@@ -16,6 +16,7 @@ BYTES_PER_TOKEN = (
 )
 _PADDING = 0.24  # by doubling of the batch, in the same sets: 1.7 times the mean length at 8 rows, 2.2 times at 32
 _FLOAT, _HALF, _FOUR_BIT = 4.0, 2.0, 0.55
+STATES_ROOM = 2**29  # bytes of what is kept of one pass for the next
 _MOMENTS = 8  # bytes that Adam keeps of a trained number
 
 
@@ -82,6 +83,12 @@ class Passes:
     def operations(self) -> float:
         """Floating-point operations: a multiplication and an addition each."""
         return 2 * self.tokens * self.parameters
+
+    def again(self, shape: Shape, first: int) -> Passes:
+        """The same passes once more, where what reaches the first layer that differs is kept, as far as there is room."""
+        kept = min(1.0, STATES_ROOM / max(self.tokens * shape.width * _FLOAT, 1))
+        share = 1 - kept * first / shape.layers
+        return replace(self, parameters=self.parameters * share, layers=self.layers * share)
 
 
 @dataclass(frozen=True)
