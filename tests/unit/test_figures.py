@@ -18,10 +18,8 @@ _PART = {"learning_rate": 3e-4, "protocol": "published"}  # of the paper's by ad
 @pytest.mark.parametrize(
     ("suite", "benchmark"),
     [
-        *(
-            ("mini", name)
-            for name in ("glue", "glue_lora", "glue_ood", "multitask", "modularity", "domainbed", "llama")
-        ),
+        *(("mini", name) for name in ("glue", "glue_lora", "glue_ood", "modularity", "domainbed", "llama")),
+        ("mini_full", "multitask"),
         *(("paper", name) for name in ("glue_lora", "glue_ood", "multitask", "modularity", "domainbed", "llama")),
         ("speed", "speed"),
     ],
