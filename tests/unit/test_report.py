@@ -58,6 +58,20 @@ def test_each_row_leads_to_the_runs_it_is_made_of(page_file: Path) -> None:
     assert 'data-runs-folder="../runs"' in text
 
 
+def test_what_no_run_is_of_is_named_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(paths.OVERRIDES, '{"benchmarks": ["glue_lora"], "suite": "mini"}')
+    fake_runs.write(Path("results/runs"), "mini", benchmarks=("glue_lora",))
+    cli(["tables", "--suite", "mini", "--benchmark", "glue_lora"], standalone_mode=False)
+    page = Path("results/mini/glue_lora.html")
+    cli(["report", "--suite", "mini", "--benchmark", "glue_lora", "--output", str(page)], standalone_mode=False)
+    text = page.read_text()
+    assert "<p>No run of this suite is of: From clean to as published, a step at a time; Controls.</p>" in text
+    assert 'id="glue_lora_selection"' in text
+    assert 'id="glue_lora_steps"' not in text
+    assert "glue_lora_controls." not in text
+
+
 def test_links_to_files_hold(page_file: Path) -> None:
     targets = set(re.findall(r'href="([^"#]+)"', page_file.read_text()))
     assert len(targets) > 40

@@ -6,7 +6,7 @@ import base64
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -52,7 +52,7 @@ class _Page:
             "command": f"snakemake --cores 1 {path}.csv --config suite={self.suite.name}",
         }
 
-    def figures(self, shown: Artifacts) -> list[dict[str, str]]:
+    def figures(self, shown: Artifacts, without: Collection[str] = ()) -> list[dict[str, str]]:
         folder = paths.RESULTS / self.suite.name / "figures"
         return [
             {
@@ -63,6 +63,7 @@ class _Page:
                 "alt": shown.short_caption(name),
             }
             for name, caption in shown.figures.items()
+            if name not in without
         ]
 
 
@@ -156,11 +157,14 @@ def _section(page: _Page, name: str) -> dict[str, Any]:
 
 
 def _shown(page: _Page, shown: Artifacts, presented: Presentation) -> dict[str, Any]:
-    """Tables and figures of a benchmark or a part of it."""
-    tables = zip(shown.tables, presented.tables, strict=True)
+    """Tables and figures of a benchmark or a part of it, and the titles of those that have no row here."""
+    tables = dict(zip(shown.tables, presented.tables, strict=True))
+    first = next(iter(tables))
+    empty = {name: table.title for name, table in tables.items() if table.frame.empty and name != first}
     return {
-        "tables": [page.table(shown, name, table.title) for name, table in tables],
-        "figures": page.figures(shown),
+        "tables": [page.table(shown, name, table.title) for name, table in tables.items() if name not in empty],
+        "figures": page.figures(shown, empty),
+        "empty": list(empty.values()),
     }
 
 
