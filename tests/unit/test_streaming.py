@@ -347,7 +347,7 @@ SETTINGS = ("--num-experts", 8, "--top-k", 2, "--layers", "all")
 
 def convert_until(source: Path, out: Path, writes: int = 0, seconds: float = 0) -> None:
     """Convert, and be killed after so many files were written, or seconds of CPU time: other work changes neither."""
-    signal.alarm(120)  # ends what would never end
+    signal.alarm(600)  # ends what would never end
     signal.setitimer(signal.ITIMER_PROF, seconds)  # whose signal nothing handles: the process is gone
     fsync, counted = os.fsync, itertools.count(1)
 
