@@ -17,7 +17,7 @@ from benchmarks.harness.planning.tunings import block_of
 from emoe.architectures import find_ffns
 from tests.tiny_models import VOCABULARY, build
 
-KNOWN = ("bert", "roberta", "electra", "gpt2", "llama", "VisionTransformer")
+KNOWN = ("bert", "roberta", "xlm-roberta", "electra", "gpt2", "llama", "mistral", "qwen2", "qwen3", "VisionTransformer")
 EXPERTS = emoe.EMoEConfig(num_experts=8, top_k=2, layers=(2,))
 
 

@@ -261,7 +261,7 @@ def test_a_lock_that_is_in_use_is_not_removed(checkout: Finished) -> None:
         (["results/runs/glue/minilm-tweets-vanilla-lr0.0001-s0-00000000/metrics.json"], "no suite has the run"),
         (
             ["table_multitask", "--config", "suite=mini"],
-            "error: the suite 'mini' does not run multitask; mini_full, paper, smoke do: "
+            "error: the suite 'mini' does not run multitask; mini_full, smoke, paper do: "
             "`snakemake --cores all table_multitask --config suite=mini_full`",
         ),
     ],

@@ -164,6 +164,12 @@ def load_paper_items() -> Mapping[str, PaperItem]:
     return _load().items
 
 
+def shown_benchmarks(item: PaperItem) -> list[str]:
+    """The benchmarks that show an item of the paper, or a part of it."""
+    parts = {part.benchmark for part in item.parts or ()}
+    return sorted(parts or {average.of.benchmark for average in load_main_averages().values()})
+
+
 @functools.cache
 def load_main_averages() -> Mapping[str, MainAverage]:
     """The averages of the paper's main figure, by name.

@@ -168,7 +168,9 @@ def elsewhere(what: str, wanted: Collection[str], here: Suite) -> str:
         wanted: benchmarks, each of which shows it.
         here: the suite.
     """
-    others = [name for name in suite_names() if set(wanted) & set(plain_suite(name).settings.benchmarks)]
+    ready = ("mini", "mini_full", "smoke")  # on any machine
+    names = sorted(suite_names(), key=lambda name: (ready.index(name) if name in ready else len(ready), name))
+    others = [name for name in names if set(wanted) & set(plain_suite(name).settings.benchmarks)]
     where = (
         f"{', '.join(others)} do: `snakemake --cores all {what} --config suite={others[0]}`"
         if others
