@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,8 +52,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     progress.say("evaluating")
     scores = {"dev": {task.name: {name: value for name, value in result.kept.items() if name != "epoch"}}}
     routing = RowRouting(classifier.model)
-    below = _unchanged(classifier.model, read)
-    with below.recording() if below else nullcontext():
+    below = StatesBelow(classifier.model, _first_changed(classifier.model, read))
+    with below.recording():
         scores |= _evaluated(trainer, read, splits["test"], ood, routing)
     routed, usage = routing.described(task.name)
     change = trainer.weight_change.summary()  # before the model is used as another, whose neurons stand elsewhere
@@ -62,7 +61,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
     transformed = {}
-    if read.used_as and below:
+    if read.used_as:
         made = {part: scores[part] for part in ("test", "ood")}
         if (
             result.kept["loss"] is not None
@@ -107,13 +106,10 @@ def _evaluated(
     }
 
 
-def _unchanged(model: nn.Module, spec: TextSpec) -> StatesBelow | None:
-    """The layers that are the same in a model that is trained as one thing and used as another."""
-    if spec.used_as is None:
-        return None
-    number = len(find_ffns(model))
-    configs = [config for config in (spec.method.config, spec.used_as.config) if config]
-    return StatesBelow(model, min(resolve_layers(config["layers"], number)[0] for config in configs))
+def _first_changed(model: nn.Module, spec: TextSpec) -> int:
+    """The first layer that is not the same in a model that is trained as one thing and used as another; 0 where it is used as nothing else."""
+    config = spec.used_as and (spec.method.config or spec.used_as.config)  # one of both has experts
+    return resolve_layers(config["layers"], len(find_ffns(model)))[0] if config else 0
 
 
 def _splits(task: RunTask, training: TextTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:

@@ -97,7 +97,7 @@ def trained_workload(spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) ->
     read = [read_passes(size, math.ceil(part.rows / at_once), part.rows * part.tokens) for part in ends]
     reading = [read_passes(size, epochs * math.ceil(dev_rows / at_once), epochs * dev_rows * test.tokens), *read]
     if "used_as" in spec:  # once more as another model
-        (config,) = (config for config in (spec["method"]["config"], spec["used_as"]["config"]) if config)
+        config = spec["method"]["config"] or spec["used_as"]["config"]  # one of both has experts
         first = resolve_layers(config["layers"], size.shape.layers)[0]
         reading += [passes.again(size.shape, first) for passes in read]
     patience = training["patience"]

@@ -13,7 +13,7 @@ from benchmarks.harness.planning.paper_items import (
     load_paper_items,
     outputs_of,
     paper_files,
-    paper_outputs,
+    shown_benchmarks,
 )
 from benchmarks.harness.planning.suite import Artifacts, Suite
 from benchmarks.harness.reporting.outcomes import SETTING
@@ -65,12 +65,10 @@ def paper_index(suite: Suite) -> pd.DataFrame:
     found = []
     for name, item in load_paper_items().items():
         files = paper_files(suite, name)
-        outputs = [output for output in paper_outputs() if output.item == name]
         if item.missing:
             status = f"not made: {item.missing}"
         elif not files:
-            needed = sorted({one.part.benchmark for one in outputs}) or ["with a claim"]
-            status = f"not in this suite (benchmark {', '.join(needed)})"
+            status = f"not in this suite (benchmark {', '.join(shown_benchmarks(item))})"
         else:
             there = sum(Path(file).exists() for file in files)
             status = "made" if there == len(files) else f"{there} of {len(files)} files"
