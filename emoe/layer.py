@@ -32,7 +32,7 @@ from emoe.routing import (
 )
 from emoe.sparse.path import SparsePath, may_take_sparse_path
 from emoe.tensors import DeferredTensor, carried, carry
-from emoe.tokens import PaddingMaskHook, is_recomputed
+from emoe.tokens import PaddingMaskHook, do_nothing, is_recomputed
 
 
 class Recorder(Protocol):
@@ -103,8 +103,7 @@ class RoutedActivation(nn.Module):
         if config.output_bias != "shared":
             self._divide_output_bias()
         self._stand_around_projections()
-        # torch's fused layers, which would pass this module by, are not taken where a module has a hook
-        self.register_forward_pre_hook(_do_nothing)
+        self.register_forward_pre_hook(do_nothing)  # so that torch's fused layers do not pass this module by
         self._choose_path()
 
     def configure_(self, config: EMoEConfig | GMoEConfig) -> None:
@@ -375,10 +374,6 @@ class RoutedActivation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.config.kind}, experts={self.config.num_experts}, top_k={self.config.top_k}"
-
-
-def _do_nothing(_module: nn.Module, _args: tuple[Any, ...]) -> None:
-    pass
 
 
 def routed_layers(model: nn.Module) -> list[RoutedActivation]:

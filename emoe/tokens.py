@@ -117,13 +117,26 @@ def _is_within_a_pass(module: nn.Module) -> bool:
 _CALL = nn.Module._call_impl.__code__
 
 
+def do_nothing(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+    """Be a hook: torch's fused layers, which pass a module by, are not taken where it has one."""
+
+
+def is_own_hook(hook: object) -> bool:
+    """Whether a hook is one of ours, which look at no neuron."""
+    return hook is do_nothing or _watches(hook)
+
+
 def remove_hooks(model: nn.Module) -> None:
     """Take away what :func:`watch_passes` and :func:`watch_padding` have put on a model, or on one that it is a copy of."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if hook in (_begin_model, _begin_part) or isinstance(getattr(hook, "__self__", None), _ArgumentHook):
+                if _watches(hook):
                     del hooks[key]
+
+
+def _watches(hook: object) -> bool:
+    return hook in (_begin_model, _begin_part) or isinstance(getattr(hook, "__self__", None), _ArgumentHook)
 
 
 class _ArgumentHook:

@@ -36,6 +36,7 @@ from emoe.sparse.cost_model import predicted_decode_ratio, predicted_time_ratio
 from emoe.sparse.decode import DecodeCache, DecodeWeights, decode_ffn, decode_weights
 from emoe.sparse.ffn import sparse_ffn
 from emoe.tensors import Deferred, DeferredTensor
+from emoe.tokens import is_own_hook
 
 _logger = logging.getLogger(__name__)
 _told: set[str] = set()  # reasons that were said in this process
@@ -258,7 +259,7 @@ class SparsePath:
             return "the activation is not known to take each neuron for itself, is random, or writes over its input"
         if self._is_looked_at_inside:
             return "the FFN's own code looks at hidden neurons"
-        if _is_looked_at(layer, own_hooks=1) or any(map(_is_looked_at, self._watched)) or _has_global_hook():
+        if any(map(_is_looked_at, (layer, *self._watched))) or _has_global_hook():
             return "a hook or a replaced forward looks at the FFN"
         return None
 
@@ -303,13 +304,11 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [found for name in ("weight", "bias") for store in own if (found := store.get(name)) is not None]
 
 
-def _is_looked_at(module: object, own_hooks: int = 0) -> bool:
+def _is_looked_at(module: object) -> bool:
+    """Whether a hook that is not ours, or a replaced ``forward``, sees what a module computes."""
     state = vars(module)
-    found = 0
-    for name in _HOOKS:
-        if hooks := state[name]:
-            found += len(hooks)
-    return found > own_hooks or "forward" in state
+    hooks = (hook for name in _HOOKS if state[name] for hook in state[name].values())
+    return "forward" in state or not all(map(is_own_hook, hooks))
 
 
 def _has_global_hook() -> bool:

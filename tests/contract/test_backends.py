@@ -125,6 +125,7 @@ def test_every_variant(name: str, kind: str, implementation: str) -> None:
     values["attention_mask"] = (torch.arange(11) < torch.tensor([[11], [7], [4]])).long()
     masked, sparse = (model.train() for model in pair(name, CONFIGS[kind]))
     agree(results(masked, values), results(sparse, values))
+    assert takes_sparse_path(sparse, values)
     with emoe.record_routing(masked) as one, emoe.record_routing(sparse) as other:
         for model in (masked, sparse):
             torch.manual_seed(2)
