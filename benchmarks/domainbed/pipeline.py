@@ -150,9 +150,13 @@ def _prefixed(
     if prefix is None:
         return {}
     training, prefixed = spec.training, {}
-    for env, (environment, split) in enumerate(zip(found.environments, splits, strict=True)):
+    environments = list(enumerate(zip(found.environments, splits, strict=True)))
+    # methods begin with different ones, so that runs side by side share the work instead of waiting for each other
+    begin = derive_seed("first", spec.method.name) % len(environments)
+    for env, (environment, split) in [*environments[begin:], *environments[:begin]]:
         within = split.within[: training.eval_rows] if env in spec.test_envs else split.within
-        rows = [*within, *split.out[: training.eval_rows]]
+        # in an order that does not depend on the split: where all rows are in use, trials share them
+        rows = sorted([*within, *split.out[: training.eval_rows]])
         prefixed[environment.name] = PrefixedImages(prefix, environment, rows, training.image_size)
     return prefixed
 

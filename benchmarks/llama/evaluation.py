@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.base.paths import QUESTIONS
 from benchmarks.harness.modeling.language import DTYPES
+from benchmarks.harness.modeling.prefix import Prefix
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.llama.definition import AskedTask
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator
@@ -135,6 +136,7 @@ def run_tasks(
     entry: AskedTask,
     batch_size: int,
     precision: str,
+    prefix: Prefix | None = None,
 ) -> dict[str, Any]:
     """Run one task or group by lm-eval, on the model as it is in this process.
 
@@ -144,6 +146,7 @@ def run_tasks(
         entry: of ``evaluation.tasks``.
         batch_size: rows at once.
         precision: in which an accelerator computes.
+        prefix: the model's frozen layers, where it has some.
 
     Returns:
         ``scores``: ``accuracy`` over all questions (micro) and, of several subjects, ``accuracy_macro``, their mean, ``accuracy_norm`` where
@@ -157,7 +160,9 @@ def run_tasks(
     from benchmarks.llama.shared_prompt import SharedPromptLM
 
     mixed = DTYPES["bf16"] if precision == "bf16" else None
-    wrapped = SharedPromptLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed)
+    wrapped = SharedPromptLM(
+        prefix=prefix, pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed
+    )
     folder = _folder(entry.task)
     with _uncounted(folder):
         found = simple_evaluate(

@@ -217,7 +217,7 @@ def _evaluated(
     tasks = {}
     for entry in evaluation.tasks:
         progress.say(f"evaluating on {task_title(entry)}")
-        found = run_tasks(model, tokenizer, entry, evaluation.batch_size, precision)
+        found = run_tasks(model, tokenizer, entry, evaluation.batch_size, precision, trainable.prefix)
         tasks[task_title(entry)] = found | {"source": asked[task_title(entry)]}
     instructions = data.held_out.sources[: evaluation.generations]
     progress.say(f"answering {len(instructions)} instructions")

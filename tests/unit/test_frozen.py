@@ -237,9 +237,11 @@ def test_an_exported_model_is_whole() -> None:
     assert changed == {f"model.layers.{i}.self_attn.{name}_proj.weight" for i in (2, 3) for name in "qv"}
 
 
-def test_methods_of_a_cell_share_it() -> None:
+def test_methods_and_trials_share_it() -> None:
     for method in ("erm", "emoe", "gmoe"):
-        finish(prepare(image_run(method)))
+        run = image_run(method)
+        finish(prepare(run))
+    finish(prepare(run_from_spec({**run.spec, "seed": run.spec["seed"] + 1})))
     assert len(list(PREFIXES.glob("*.npy"))) == 4  # one an environment
 
 

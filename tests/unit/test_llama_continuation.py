@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from benchmarks.harness.base.paths import QUESTIONS
+from benchmarks.harness.base.paths import PREFIXES, QUESTIONS
 from benchmarks.harness.modeling.build import build_language_model
 from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.planning.definition import load_benchmark
@@ -123,21 +123,28 @@ def test_nats_are_paired_by_question_and_less_is_better() -> None:
     assert "nats a byte of the right answer, better" in said
 
 
-def test_choices_that_share_their_prompt_are_as_likely_as_alone() -> None:
+@pytest.mark.parametrize("frozen_layers", [0, 2])
+def test_choices_that_share_their_prompt_are_as_likely_as_alone(
+    frozen_layers: int,
+) -> None:
     from lm_eval.models.huggingface import HFLM
 
     from benchmarks.llama.shared_prompt import SharedPromptLM
 
     tokenizer = load_tokenizer(tiny_run().spec["model"])
-    model = build_language_model(tiny_run("emoe", "full").spec).model.eval()
+    built = build_language_model(tiny_run("emoe", "full", training={"frozen_layers": frozen_layers}).spec)
+    model, prefix = built.model.eval(), built.prefix
     texts = [("Name a colour.", " red"), ("Name a colour.", " a colour like blue"), ("One plus one is", " two")]
     texts += [("One plus one is", " not three"), ("Name a colour.", " green or so"), ("Alone", " it stands here")]
     asked = [((a, b), tokenizer.encode(a), tokenizer.encode(b, add_special_tokens=False)) for a, b in texts]
     assert len({len(choice) for _, _, choice in asked}) > 2
-    ours, theirs = (
-        kind(pretrained=model, tokenizer=tokenizer, batch_size=4)._loglikelihood_tokens(asked, disable_tqdm=True)
-        for kind in (SharedPromptLM, HFLM)
+    settings = {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
+    theirs, ours, again = (
+        asked_model._loglikelihood_tokens(asked, disable_tqdm=True)
+        for asked_model in (HFLM(**settings), *(SharedPromptLM(prefix=prefix, **settings) for _ in range(2)))
     )
     assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=1e-5)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert len({value for value, _ in ours}) == len(texts)
+    assert again == ours  # what the frozen layers make of the questions is read
+    assert len(list(PREFIXES.glob("*.npy"))) == (frozen_layers > 0)
