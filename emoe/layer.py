@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Protocol, Self, cast
 
 import torch
@@ -301,7 +302,7 @@ class RoutedActivation(nn.Module):
         return self.weighting != "binary" or self.config.aux_loss_coefficient > 0
 
     def _with_gradient(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._needs_gradient else torch.no_grad()
+        return nullcontext() if self._needs_gradient or not torch.is_grad_enabled() else torch.no_grad()
 
     def _scores(self, x: Tensor | None, z: Tensor) -> Tensor:
         """``[T, N]`` float32, before any neuron is activated."""
@@ -349,15 +350,22 @@ class RoutedActivation(nn.Module):
             self.record.update(mask, kept)
         return kept, weights
 
-    def route_few(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+    def route_few(self, scores: Tensor, kernels: ModuleType | None = None) -> tuple[Tensor, Tensor | None]:
         """Experts ``[T, k]`` of a few tokens at rest from their scores, and their weights where not all are 1.
 
         Only for a configuration whose every token uses the same number of experts.
+
+        Args:
+            scores: ``[T, N]`` float32.
+            kernels: the compiled ones, where they can be used: PyTorch's sort takes longer than the choice.
         """
         config = self.config
         binary = self.weighting == "binary"
         if binary and self.record is None and not config.aux_loss_coefficient:
-            return select_experts(scores, config.top_k, cast(EMoEConfig, config).selection), None
+            selection = cast(EMoEConfig, config).selection
+            if selection == "top" and kernels is not None:
+                return kernels.largest(scores, config.top_k), None
+            return select_experts(scores, config.top_k, selection), None
         mask, weights = self.route(scores)
         chosen = mask.nonzero()[:, 1].view(len(scores), -1)
         return chosen, None if binary else weights.gather(1, chosen)

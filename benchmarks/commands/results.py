@@ -19,9 +19,10 @@ from benchmarks.commands.shell import AS_JSON, SUITE, benchmark_option, command,
 def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark whose runs are finished."""
     from benchmarks.harness.base import paths
+    from benchmarks.harness.planning.artifacts import artifacts_of
     from benchmarks.harness.planning.definition import load_benchmark
     from benchmarks.harness.planning.schema import check_names
-    from benchmarks.harness.planning.suite import artifacts_of, suite_of_job
+    from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.reporting.paper_items import write_paper_items
     from benchmarks.harness.reporting.presentation import present
 

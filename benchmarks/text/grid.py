@@ -384,8 +384,7 @@ def _settings(
     definition, where = benchmark.definition, f"{benchmark.file}: 'suites.{suite}.training"
     found = training_settings(definition.training, definition.suites[suite].training, point["model"], where)
     check_names(where, "epochs_by_task", found.epochs_by_task, benchmark.tasks)
-    epochs = found.epochs_by_task.get(point["task"], found.epochs)
-    return found.model_copy(update={"epochs": epochs})
+    return found.model_copy(update={"epochs": found.epochs_by_task.get(point["task"], found.epochs)})
 
 
 def _advice(name: str, task: TaskEntry, problem: str) -> str:

@@ -2,13 +2,16 @@
 
 Such a forward pass is bound by memory, so two things are kept between passes while nothing is trained: the mean keys, and the values laid out by
 neuron (``[d, h]``, as large as the out-projection's weight), without which an expert's values lie scattered over memory. Both are forgotten when
-the model trains or a gradient is recorded, and made again when the weights have changed: when PyTorch counts a change, when they are other tensors, or when one of 64 places of
+the model trains or a gradient is recorded, and made again when the weights have changed: when PyTorch counts a change, when they are other tensors, or when one of 16 places of
 each is not what it was. A few numbers changed behind PyTorch's back, between two passes of a model at rest, are not seen.
+
+The compiled kernels read the weights once, where they lie; PyTorch copies the chosen ones first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -16,22 +19,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emoe.architectures import FFN
+from emoe.sparse.build import compiled_kernels
 
-_SAMPLED = 64
+_SAMPLED = 16
+_COMPILED = (torch.float32, torch.bfloat16)
 
 
 class DecodeWeights(NamedTuple):
     """One FFN's weights as decoding reads them.
 
     Attributes:
-        inputs: ``[N, s * h]`` weight and ``[N, s]`` bias (or None) of each in-projection, the activated one first; views.
+        inputs: ``[N, s * h]`` weights of the in-projections, the activated one first; views.
+        biases: theirs, ``[N, s]`` or None.
         values: ``[N, s * h]`` by neuron, a copy; or ``[h, N, s]`` as they lie in the out-projection.
         gate: mean keys ``[N, h]``, for a router that scores by them.
+        kernels: the compiled ones, where they can read the weights, or None.
     """
 
-    inputs: list[tuple[Tensor, Tensor | None]]
+    inputs: list[Tensor]
+    biases: list[Tensor | None]
     values: Tensor
     gate: Tensor | None
+    kernels: ModuleType | None
 
 
 class _Copied:
@@ -102,9 +111,12 @@ def decode_weights(ffn: FFN, num_experts: int, gate: Tensor | None, *, by_neuron
         gate: mean keys, where the router scores by them.
         by_neuron: copy the values, so that those of an expert lie together.
     """
-    inputs, values = ffn.blocks(num_experts)
+    blocks, values = ffn.blocks(num_experts)
+    inputs, biases = zip(*((weight.detach().flatten(1), bias) for weight, bias in blocks), strict=True)
     laid_out = values.contiguous().flatten(1) if by_neuron else values.permute(2, 0, 1)
-    return DecodeWeights([(weight.detach().flatten(1), bias) for weight, bias in inputs], laid_out.detach(), gate)
+    readable = all(w.is_contiguous() and w.device.type == "cpu" and w.dtype in _COMPILED for w in (*inputs, laid_out))
+    kernels = compiled_kernels() if readable and by_neuron else None
+    return DecodeWeights(list(inputs), list(biases), laid_out.detach(), gate, kernels)
 
 
 def decode_ffn(
@@ -122,16 +134,23 @@ def decode_ffn(
     Returns:
         ``[T, h]``.
     """
-    (tokens, h), flat = x.shape, experts.flatten()
-    pre = []
-    for weight, bias in weights.inputs:
-        z = _rows_times(x, weight.index_select(0, flat).view(tokens, -1, h))
-        pre.append(z if bias is None else z + bias.index_select(0, flat).view(tokens, -1))
+    kernels = weights.kernels
+    if kernels is not None:
+        pre = kernels.rows_mm(x, weights.inputs, weights.biases, experts)
+    else:
+        (tokens, h), flat = x.shape, experts.flatten()
+        pre = [
+            _rows_times(x, weight.index_select(0, flat).view(tokens, -1, h), bias, flat)
+            for weight, bias in zip(weights.inputs, weights.biases, strict=True)
+        ]
     hidden = activation(pre[0])
     if len(pre) > 1:
         hidden = hidden * pre[1]
     if scales is not None:
         hidden = (hidden.view(*experts.shape, -1) * scales.unsqueeze(-1).to(hidden.dtype)).flatten(1)
+    if kernels is not None:
+        y: Tensor = kernels.values_mm(hidden, weights.values, experts)
+        return y
     if weights.values.ndim == 2:
         chosen = weights.values.index_select(0, flat).view(tokens, -1, h)
         return hidden @ chosen[0] if tokens == 1 else torch.bmm(hidden.unsqueeze(1), chosen).squeeze(1)
@@ -139,6 +158,7 @@ def decode_ffn(
     return F.linear(hidden, chosen[:, 0]) if tokens == 1 else torch.einsum("tn,htn->th", hidden, chosen)
 
 
-def _rows_times(x: Tensor, weights: Tensor) -> Tensor:
-    """``x [T, h]`` times each row's own ``weights [T, n, h]``: ``[T, n]``."""
-    return F.linear(x, weights[0]) if len(x) == 1 else torch.bmm(weights, x.unsqueeze(2)).squeeze(2)
+def _rows_times(x: Tensor, weights: Tensor, bias: Tensor | None, experts: Tensor) -> Tensor:
+    """``x [T, h]`` times each row's own ``weights [T, n, h]``, plus those of ``bias [N, s]``: ``[T, n]``."""
+    z = F.linear(x, weights[0]) if len(x) == 1 else torch.bmm(weights, x.unsqueeze(2)).squeeze(2)
+    return z if bias is None else z + bias.index_select(0, experts).view(len(x), -1)

@@ -1,10 +1,22 @@
-// The three products of an FFN of experts, restricted to the chosen (token, expert) pairs.
+// The three products of an FFN of experts, restricted to the chosen (token, expert) pairs, and the two of a few tokens.
 //
 // Pairs are sorted by chunk of tokens, then expert, then token: the pairs of chunk c and expert n are
 // rows[starts[c * N + n]] ... rows[starts[c * N + n + 1] - 1]. Chunks of tokens share no output row and experts share no
 // weight, so each product runs in parallel without locks, and in the same order for the same number of chunks.
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
+
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+// Compiled for several processors; the one at hand is asked for when the library is loaded, which may be kept where others read it.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+#define INLINE inline __attribute__((always_inline))
 
 namespace {
 
@@ -134,10 +146,154 @@ void outer_mm(const Tensor& a, const Tensor& x, const Tensor& rows, const Tensor
   });
 }
 
+// A few tokens: bound by memory, so weights are read where they lie, once, and only those of the chosen experts.
+
+INLINE float wide(float value) { return value; }
+
+INLINE float wide(at::BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
+  float found;
+  std::memcpy(&found, &bits, sizeof(found));
+  return found;
+}
+
+// out[i] = b[i] + x . w[i], for rows i of w
+template <typename scalar_t>
+INLINE void rows_times(scalar_t* out, const float* x, const scalar_t* w, const scalar_t* b, int64_t rows, int64_t width) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const scalar_t* row = w + i * width;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < width; ++j) sum += x[j] * wide(row[j]);
+    out[i] = static_cast<scalar_t>(b ? sum + wide(b[i]) : sum);
+  }
+}
+
+// sum[j] += a . w[:, j], for columns begin to end of w [rows, width]
+template <typename scalar_t>
+INLINE void add_times_rows(float* sum, const float* a, const scalar_t* w, int64_t rows, int64_t width, int64_t begin, int64_t end) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {  // sums are read and written once for four rows
+    const scalar_t *first = w + i * width, *second = first + width, *third = second + width, *fourth = third + width;
+#pragma omp simd
+    for (int64_t j = begin; j < end; ++j) {
+      sum[j] += (a[i] * wide(first[j]) + a[i + 1] * wide(second[j])) + (a[i + 2] * wide(third[j]) + a[i + 3] * wide(fourth[j]));
+    }
+  }
+  for (; i < rows; ++i) {
+    const scalar_t* row = w + i * width;
+#pragma omp simd
+    for (int64_t j = begin; j < end; ++j) sum[j] += a[i] * wide(row[j]);
+  }
+}
+
+FOR_EACH_PROCESSOR void rows_of(float* out, const float* x, const float* w, const float* b, int64_t rows, int64_t width) {
+  rows_times(out, x, w, b, rows, width);
+}
+
+FOR_EACH_PROCESSOR void rows_of(at::BFloat16* out, const float* x, const at::BFloat16* w, const at::BFloat16* b, int64_t rows,
+                                int64_t width) {
+  rows_times(out, x, w, b, rows, width);
+}
+
+FOR_EACH_PROCESSOR void add_rows_of(float* sum, const float* a, const float* w, int64_t rows, int64_t width, int64_t begin,
+                                    int64_t end) {
+  add_times_rows(sum, a, w, rows, width, begin, end);
+}
+
+FOR_EACH_PROCESSOR void add_rows_of(float* sum, const float* a, const at::BFloat16* w, int64_t rows, int64_t width, int64_t begin,
+                                    int64_t end) {
+  add_times_rows(sum, a, w, rows, width, begin, end);
+}
+
+// Items for each thread.
+int64_t share(int64_t items) { return at::divup(items, at::get_num_threads()); }
+
+template <typename scalar_t>
+void rows_mm_as(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+                const Tensor& experts, std::vector<Tensor>& found, int64_t size) {
+  const int64_t pairs = experts.numel(), count = experts.size(1), width = x.size(1);
+  const float* inputs = x.const_data_ptr<float>();
+  const int64_t* chosen = experts.const_data_ptr<int64_t>();
+  at::parallel_for(0, pairs, share(pairs), [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t first = chosen[pair] * size;
+      for (size_t i = 0; i < weights.size(); ++i) {
+        const scalar_t* b = biases[i] ? biases[i]->const_data_ptr<scalar_t>() + first : nullptr;
+        rows_of(found[i].mutable_data_ptr<scalar_t>() + pair * size, inputs + pair / count * width,
+                weights[i].const_data_ptr<scalar_t>() + first * width, b, size, width);
+      }
+    }
+  });
+}
+
+// For each w [N, s * h] with its b [N, s]: x [T, h] times the rows of the chosen experts [T, k], plus theirs of b: [T, k * s]
+std::vector<Tensor> rows_mm(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+                            const Tensor& experts) {
+  const int64_t size = weights[0].size(1) / x.size(1);
+  const Tensor inputs = x.to(at::kFloat).contiguous(), chosen = experts.contiguous();
+  std::vector<Tensor> found;
+  for (size_t i = 0; i < weights.size(); ++i) found.push_back(at::empty({x.size(0), experts.size(1) * size}, x.options()));
+  if (x.scalar_type() == at::kBFloat16) {
+    rows_mm_as<at::BFloat16>(inputs, weights, biases, chosen, found, size);
+  } else {
+    rows_mm_as<float>(inputs, weights, biases, chosen, found, size);
+  }
+  return found;
+}
+
+template <typename scalar_t>
+void values_mm_as(const Tensor& a, const Tensor& v, const Tensor& experts, Tensor& sums) {
+  const int64_t tokens = a.size(0), count = experts.size(1), size = a.size(1) / count, width = sums.size(1);
+  const float* hidden = a.const_data_ptr<float>();
+  const int64_t* chosen = experts.const_data_ptr<int64_t>();
+  at::parallel_for(0, width, share(width), [&](int64_t begin, int64_t end) {
+    for (int64_t pair = 0; pair < tokens * count; ++pair) {
+      add_rows_of(sums.mutable_data_ptr<float>() + pair / count * width, hidden + pair * size,
+                  v.const_data_ptr<scalar_t>() + chosen[pair] * size * width, size, width, begin, end);
+    }
+  });
+}
+
+// a [T, k * s] times the values v [N, s * h] of the chosen experts [T, k]: [T, h]
+Tensor values_mm(const Tensor& a, const Tensor& v, const Tensor& experts) {
+  const Tensor hidden = a.to(at::kFloat).contiguous(), chosen = experts.contiguous();
+  const int64_t size = a.size(1) / experts.size(1);
+  Tensor sums = at::zeros({a.size(0), v.size(1) / size}, hidden.options());
+  if (v.scalar_type() == at::kBFloat16) {
+    values_mm_as<at::BFloat16>(hidden, v, chosen, sums);
+  } else {
+    values_mm_as<float>(hidden, v, chosen, sums);
+  }
+  return sums.to(a.scalar_type());
+}
+
+// [T, k]: the places of the k largest scores [T, N] in float32, the largest first; of equal ones the lower place, and NaN before all, as a stable sort has them
+Tensor largest(const Tensor& scores, int64_t count) {
+  const Tensor values = scores.contiguous();
+  const int64_t experts = values.size(1);
+  Tensor found = at::empty({values.size(0), count}, values.options().dtype(at::kLong));
+  std::vector<int64_t> order(experts);
+  for (int64_t t = 0; t < values.size(0); ++t) {
+    const float* score = values.const_data_ptr<float>() + t * experts;
+    std::iota(order.begin(), order.end(), 0);
+    std::partial_sort(order.begin(), order.begin() + count, order.end(), [score](int64_t a, int64_t b) {
+      const bool nan_a = std::isnan(score[a]), nan_b = std::isnan(score[b]);
+      if (nan_a || nan_b) return nan_a == nan_b ? a < b : nan_a;
+      return score[a] == score[b] ? a < b : score[a] > score[b];
+    });
+    std::copy_n(order.begin(), count, found.mutable_data_ptr<int64_t>() + t * count);
+  }
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("gather_mm", &gather_mm, py::call_guard<py::gil_scoped_release>());
   m.def("scatter_mm", &scatter_mm, py::call_guard<py::gil_scoped_release>());
   m.def("outer_mm", &outer_mm, py::call_guard<py::gil_scoped_release>());
+  m.def("rows_mm", &rows_mm, py::call_guard<py::gil_scoped_release>());
+  m.def("largest", &largest);
+  m.def("values_mm", &values_mm, py::call_guard<py::gil_scoped_release>());
 }

@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -48,7 +49,7 @@ _HOOKS = (
 )
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 _PLAIN = (Tensor, nn.Parameter)
-Way = Literal["sparse", "decode"]
+Way = Literal["sparse"] | DecodeWeights
 _MANY_TOKENS = 4096
 _ELEMENTWISE = {
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid),
@@ -72,7 +73,7 @@ class Layer(Protocol):
     def current_gate(self) -> Tensor: ...
     def linear_scores(self, x: Tensor, gate: Tensor | None = None) -> Tensor: ...
     def route(self, clean: Tensor) -> tuple[Tensor, Tensor]: ...
-    def route_few(self, scores: Tensor) -> tuple[Tensor, Tensor | None]: ...
+    def route_few(self, scores: Tensor, kernels: ModuleType | None = None) -> tuple[Tensor, Tensor | None]: ...
     def add_output_bias(self, y: Tensor, weights: Tensor) -> Tensor: ...
 
 
@@ -101,7 +102,8 @@ class SparsePath:
         self._places = tuple(_place(ffn.layer, path) for path, _, _ in projections)
         between = [ffn.layer.get_submodule(path) for path in ffn.spec.between]
         self._dropouts = tuple(module for module in between if isinstance(module, nn.Dropout))
-        self._watched = (*self._projections, *layer.activation.modules(), *between, *_holders(ffn))
+        own = cast(nn.Module, layer)
+        self._watched = (own, *self._projections, *layer.activation.modules(), *between, *_holders(ffn))
         self._is_looked_at_inside = False
         self._width, self._hidden = ffn.d, ffn.h
         if cast(Tensor, ffn.proj_in.weight).device.type == "cpu" and (
@@ -110,7 +112,7 @@ class SparsePath:
             prepare_kernels()
 
     def choose(self, x: Tensor) -> Way | None:
-        """How a forward pass with this input is computed; None for the masked path."""
+        """How a forward pass with this input is computed: decoded with these weights, by the sparse path, or None for the masked one."""
         if torch.is_grad_enabled():
             self._cache.clear()
         decodes = self._may_decode(x)
@@ -124,7 +126,7 @@ class SparsePath:
                 _logger.warning("emoe: %s takes the masked path: %s", self._ffn.name, reason)
             return None
         # changes of weights that were made under inference_mode cannot be seen
-        return "decode" if decodes and not any(tensor.is_inference() for tensor in tensors) else "sparse"
+        return "sparse" if not decodes or any(map(Tensor.is_inference, tensors)) else self._decode_weights(tensors)
 
     def compute(self, x: Tensor, way: Way, pre_activations: Callable[[Tensor], Tensor]) -> Tensor:
         """The FFN's output for ``x [..., h]``, in the place of its pre-activations.
@@ -135,7 +137,7 @@ class SparsePath:
             pre_activations: computes them, should anybody look at them, given the experts' weights ``[T, N]``.
         """
         rows = x.reshape(-1, x.shape[-1])
-        y, weights = self._decode(rows) if way == "decode" else self._sum_experts(rows)
+        y, weights = self._sum_experts(rows) if way == "sparse" else self._decode(rows, way)
         shape = (*x.shape[:-1], self._width * (2 if self._ffn.spec.fused else 1))
         output = y.view(*x.shape[:-1], -1)
         # in training not a view, which whoever changes it in place could not have under FSDP2
@@ -157,10 +159,10 @@ class SparsePath:
         bias = bias_of(self._projections[-1])
         return layer.add_output_bias(y if bias is None else y + bias.to(y.dtype), weights), lambda: weights
 
-    def _decode(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        layer, kept = self._layer, self._decode_weights()
+    def _decode(self, x: Tensor, kept: DecodeWeights) -> tuple[Tensor, Callable[[], Tensor]]:
+        layer = self._layer
         scores = layer.linear_scores(x, kept.gate)
-        experts, scales = layer.route_few(scores)
+        experts, scales = layer.route_few(scores, kept.kernels)
         y = decode_ffn(x, kept, layer.activation, experts, scales)
 
         def weights() -> Tensor:
@@ -181,7 +183,8 @@ class SparsePath:
         """The up-projection's part, which nobody needs once the output is known."""
         return DeferredTensor.of((*x.shape[:-1], self._width), x, up, Deferred(self._layer, x, x))
 
-    def _decode_weights(self) -> DecodeWeights:
+    def _decode_weights(self, tensors: Sequence[Tensor]) -> DecodeWeights:
+        """What decoding keeps of the projections' weights and biases, which are these."""
         layer, config = self._layer, self._layer.config
         n, by_neuron = config.num_experts, config.decode_cache
         by_keys = isinstance(config, EMoEConfig) and config.router == "avg_k" and config.score == "keys"
@@ -192,8 +195,7 @@ class SparsePath:
 
         # the other weights are read where they lie
         copied = [cast(Tensor, module.weight) for module in (self._projections[0], self._projections[-1])]
-        views = tuple(tensor.data_ptr() for module in self._projections for tensor in _tensors(module))
-        return self._cache.get(copied, (config, views), make)
+        return self._cache.get(copied, (config, tuple(map(Tensor.data_ptr, tensors))), make)
 
     def _may_decode(self, x: Tensor) -> bool:
         """Whether these are few tokens of a model at rest, each with as many experts as the others."""
@@ -259,7 +261,7 @@ class SparsePath:
             return "the activation is not known to take each neuron for itself, is random, or writes over its input"
         if self._is_looked_at_inside:
             return "the FFN's own code looks at hidden neurons"
-        if any(map(_is_looked_at, (layer, *self._watched))) or _has_global_hook():
+        if any(map(_is_looked_at, self._watched)) or _has_global_hook():
             return "a hook or a replaced forward looks at the FFN"
         return None
 
@@ -275,10 +277,9 @@ def _is_transformed() -> bool:
 
 def _is_elementwise(activation: nn.Module) -> bool:
     """Whether an activation is one of those that take each neuron for itself, always give the same and leave their input as it is."""
-    if getattr(activation, "inplace", False):
-        return False
     kind = type(activation)
-    return kind in _ELEMENTWISE or kind.__module__ in _ELEMENTWISE_MODULES
+    known = kind in _ELEMENTWISE or kind.__module__ in _ELEMENTWISE_MODULES
+    return known and not activation.__dict__.get("inplace", False)
 
 
 def _holders(ffn: FFN) -> list[nn.Module]:
@@ -304,11 +305,13 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [found for name in ("weight", "bias") for store in own if (found := store.get(name)) is not None]
 
 
-def _is_looked_at(module: object) -> bool:
+def _is_looked_at(module: nn.Module) -> bool:
     """Whether a hook that is not ours, or a replaced ``forward``, sees what a module computes."""
-    state = vars(module)
-    hooks = (hook for name in _HOOKS if state[name] for hook in state[name].values())
-    return "forward" in state or not all(map(is_own_hook, hooks))
+    state = module.__dict__
+    for name in _HOOKS:
+        if (hooks := state[name]) and not all(map(is_own_hook, hooks.values())):
+            return True
+    return "forward" in state
 
 
 def _has_global_hook() -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import emoe
 from emoe.layer import routed_layers
-from emoe.sparse import path
+from emoe.sparse import decode, path
+from emoe.sparse.build import compiled_kernels
 from emoe.sparse.cost_model import predicted_decode_ratio
 from emoe.sparse.decode import decode_ffn
 from tests import tiny_models
@@ -30,6 +31,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "momentum": {"gate_momentum": 0.5},
     "gate": {"score": "gate"},
 }
+
+
+@pytest.fixture(params=["compiled", "PyTorch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What reads the weights."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(decode, "compiled_kernels", lambda: None)
+    elif compiled_kernels() is None:
+        pytest.skip("no compiler on this machine")
+    return str(request.param)
 
 
 def converted(backend: str, gated: bool = True, **settings: Any) -> nn.Module:
@@ -49,7 +60,9 @@ def decodes(found: nn.Module, x: Tensor) -> bool:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_output_is_the_masked_paths(variant: str, tokens: int, gated: bool, dtype: torch.dtype) -> None:
+def test_the_output_is_the_masked_paths(
+    variant: str, tokens: int, gated: bool, dtype: torch.dtype, kernels: str
+) -> None:
     x = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
     models = [converted(backend, gated, **VARIANTS[variant]).to(dtype) for backend in ("masked", "sparse")]
     assert [decodes(model, x) for model in models] == [False, True]
@@ -177,3 +190,36 @@ def test_auto_decodes_where_fewer_weights_are_read() -> None:
     emoe.set_top_k_(found, 31)
     assert not decodes(found, torch.randn(1, 256))
     assert predicted_decode_ratio(1, 576, 24, 0.25, 64) < predicted_decode_ratio(2, 576, 24, 0.25, 64)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_compiled_products_of_random_shapes(seed: int) -> None:
+    compiled = compiled_kernels()
+    if compiled is None:
+        pytest.skip("no compiler on this machine")
+    random = torch.Generator().manual_seed(seed)
+
+    def one_of(*values: int) -> int:
+        return values[int(torch.randint(len(values), (), generator=random))]
+
+    for _ in range(25):
+        n, size, h, tokens = one_of(1, 3, 8), one_of(1, 7, 8, 24, 33), one_of(1, 5, 16, 67), one_of(1, 2, 8)
+        dtype = (torch.float32, torch.bfloat16)[one_of(0, 1)]
+        k = one_of(*range(1, n + 1))
+        experts = torch.stack([torch.randperm(n, generator=random)[:k] for _ in range(tokens)])
+        x, keys, ups, bias, values = (
+            torch.randn(*shape, generator=random).to(dtype)
+            for shape in ((tokens, h), (n, size * h), (n, size * h), (n, size), (n, size * h))
+        )
+        found = compiled.rows_mm(x, [keys, ups], [bias, None], experts)
+        picked = [weight.float().view(n, size, h)[experts] for weight in (keys, ups)]
+        wanted = [torch.einsum("th,tksh->tks", x.float(), rows) for rows in picked]
+        wanted[0] += bias.float()[experts]
+        tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours.dtype == dtype
+            torch.testing.assert_close(ours.float(), theirs.flatten(1), **tolerance)
+        y = torch.einsum(
+            "tks,tksh->th", found[0].float().view(tokens, k, size), values.float().view(n, size, h)[experts]
+        )
+        torch.testing.assert_close(compiled.values_mm(found[0], values, experts).float(), y, **tolerance)

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, ROOT
+from benchmarks.harness.planning.artifacts import all_artifacts, artifacts_of
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.paper_items import (
     PaperPart,
@@ -19,7 +20,7 @@ from benchmarks.harness.planning.paper_items import (
     paper_files,
     paper_outputs,
 )
-from benchmarks.harness.planning.suite import all_artifacts, artifacts_of, load_suite
+from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.reporting.claims import claimed_numbers
 from benchmarks.harness.reporting.claims_figure import write_claims
 from benchmarks.harness.reporting.main_figure import draw_main, main_rows

@@ -7,6 +7,7 @@ sys.path.insert(0, str(workflow.basedir))
 from benchmarks.domainbed.jobs import find_validation
 from benchmarks.harness.base.secrets import without_passwords
 from benchmarks.harness.planning import jobs, paper_items
+from benchmarks.harness.planning.artifacts import CLAIMS, all_artifacts
 from benchmarks.harness.planning import suite as suites
 from benchmarks.harness.running.forkserver import Server
 from emoe.errors import EMoEError
@@ -15,8 +16,7 @@ from snakemake.exceptions import WorkflowError
 try:
     SUITE = suites.load_suite(config)
     SUITE.runs
-    SHOWN = suites.all_artifacts()
-    CLAIMS = suites.CLAIMS
+    SHOWN = all_artifacts()
     paper_items.load_paper_items()
     SUITE.claims_digest()
 except EMoEError as error:

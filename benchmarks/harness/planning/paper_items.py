@@ -14,12 +14,13 @@ from pydantic import Field
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
+from benchmarks.harness.planning.artifacts import FORMATS, Artifacts
 from benchmarks.harness.planning.claims import Comparison, check_comparison
 from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
 from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.runs import Run, canonical_json
 from benchmarks.harness.planning.schema import Key, Names, Number, Strict, check_names, left_out, read
-from benchmarks.harness.planning.suite import FORMATS, Artifacts, Suite
+from benchmarks.harness.planning.suite import Suite
 
 _FILE = "paper.yaml"
 

@@ -14,7 +14,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.harness.base import paths
-from benchmarks.harness.planning.suite import CLAIMS, Suite
+from benchmarks.harness.planning.artifacts import CLAIMS
+from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.reporting.claims import claimed_numbers, claims_table, judged, runs_text
 from benchmarks.harness.reporting.main_figure import draw_main, main_rows
 from benchmarks.harness.reporting.plots import STYLE, WIDTH, placeholder_figure, save

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.harness.base import paths
+from benchmarks.harness.planning.artifacts import Artifacts
 from benchmarks.harness.planning.paper_items import (
     PaperOutput,
     load_paper_items,
@@ -15,7 +16,7 @@ from benchmarks.harness.planning.paper_items import (
     paper_files,
     shown_benchmarks,
 )
-from benchmarks.harness.planning.suite import Artifacts, Suite
+from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.reporting.outcomes import SETTING
 from benchmarks.harness.reporting.presentation import Presentation
 from benchmarks.harness.reporting.rendering import Table

@@ -18,9 +18,10 @@ from markupsafe import Markup
 
 import emoe
 from benchmarks.harness.base import paths
+from benchmarks.harness.planning.artifacts import CLAIMS, Artifacts, artifacts_of
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.suite import CLAIMS, Artifacts, Suite, artifacts_of
+from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.reporting.claims import cards, has_random_weights, sentences
 from benchmarks.harness.reporting.paper_items import paper_index
 from benchmarks.harness.reporting.presentation import Presentation, present
