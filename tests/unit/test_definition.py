@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 import string
 from pathlib import Path
@@ -73,6 +74,9 @@ def test_every_shipped_file_is_valid() -> None:
         ("training.checkpoint_selection", "lst", r"did you mean 'last'"),
         ("training.batch_size", 0, r"'training\.batch_size': 0 is less than the minimum of 1"),
         ("versions", 1, r"unknown key 'versions'; did you mean 'version'"),
+        ("methods.emoe_search.title", None, r"'methods\.emoe_search\.title' is None, but must be string"),
+        ("suites.mini.methods.emoe", {"role": None}, r"'suites\.mini\.methods\.emoe\.role' is None"),
+        ("suites.mini.note", ["long"] * 3000, r"'suites\.mini\.note' is \['long', .{80,120}…, but must be string"),
     ],
 )
 def test_wrong_keys_and_values_are_named_with_the_nearest_valid_one(path, value, message) -> None:
@@ -114,6 +118,8 @@ def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text("")
     with pytest.raises(DefinitionError, match=r"did you mean 'mini\.yaml'"):
         read_yaml(tmp_path / "minni.yaml")
+    with pytest.raises(DefinitionError, match=f"^{re.escape(str(tmp_path))} cannot be read: Is a directory$"):
+        read_yaml(tmp_path)
 
 
 @pytest.fixture
@@ -165,6 +171,7 @@ def test_a_plan_that_cannot_run_is_refused_before_it_starts(changed, path, value
         ("baseline", "vanila", "'baseline' is 'vanila', which is no method; did you mean 'vanilla'"),
         ("pipeline", "benchmarks.gleu.pipeline", r"did you mean 'benchmarks\.glue\.pipeline'"),
         ("paper", "papers.csv", r"'paper' is 'papers\.csv', which does not exist; did you mean 'paper\.csv'"),
+        ("paper", ".", r"'paper' is '\.', which does not exist; choose from paper\.csv, settings\.csv"),
         ("suites.mini.training.patience", 3, r"'suites\.mini\.training\.patience' needs checkpoint_selection: best"),
     ],
 )

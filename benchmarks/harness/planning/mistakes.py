@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from emoe.errors import did_you_mean
 
 _AT_MOST = 5
+_LONGEST = 100  # characters of a value
 # what pydantic appends to the place of a key that is wrong itself
 _KEY = "[key]"
 _TYPES = ("bool", "dict", "float", "int", "list", "model", "string")
@@ -55,6 +56,12 @@ class _Mistake:
     message: str
 
     @property
+    def shown(self) -> str:
+        """The value, of which a long one's beginning is enough."""
+        text = repr(self.value)
+        return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+    @property
     def is_type(self) -> bool:
         return self.kind.removesuffix("_type") in _TYPES
 
@@ -76,24 +83,24 @@ class _Mistake:
             options = [
                 option for part in allowed for option in part.get("enum", [part["const"]] if "const" in part else [])
             ]
-            return f"'{key}' is {self.value!r}{did_you_mean(self.value, options)}"
+            return f"'{key}' is {self.shown}{did_you_mean(self.value, options)}"
         if self.kind == "unknown_name":
-            return f"'{key}' is {self.value!r}{did_you_mean(self.value, self.context['options'])}"
+            return f"'{key}' is {self.shown}{did_you_mean(self.value, self.context['options'])}"
         if self.kind == _KEY:
             pattern = self.context.get("pattern")
             rule = f"does not match '{pattern}'" if pattern else "is no text; put it in quotation marks"
-            return f"'{key}': the key {self.value!r} {rule}"
+            return f"'{key}': the key {self.shown} {rule}"
         if self.kind == "string_pattern_mismatch":
-            return f"'{key}': {self.value!r} does not match '{self.context['pattern']}'"
+            return f"'{key}': {self.shown} does not match '{self.context['pattern']}'"
         if self.is_type:
             wanted = dict.fromkeys(part["type"] for part in allowed if "type" in part)
-            return f"'{key}' is {self.value!r}, but must be {' or '.join(wanted)}{_float_hint(self.value) if 'number' in wanted else ''}"
+            return f"'{key}' is {self.shown}, but must be {' or '.join(wanted)}{_float_hint(self.value) if 'number' in wanted else ''}"
         if self.kind in _BOUNDS:
             bound, words = _BOUNDS[self.kind]
-            return f"'{key}': {self.value!r} {words} {self.context[bound]:g}"
+            return f"'{key}': {self.shown} {words} {self.context[bound]:g}"
         if self.kind in _LENGTHS:
             bound, words = _LENGTHS[self.kind]
-            return f"'{key}' is {self.value!r}, but must have {words} {self.context[bound]}"
+            return f"'{key}' is {self.shown}, but must have {words} {self.context[bound]}"
         return f"'{key}': {self.message}"
 
 

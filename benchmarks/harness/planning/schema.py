@@ -61,13 +61,15 @@ def read_yaml(path: Path) -> Any:
     """Parse one YAML file.
 
     Raises:
-        DefinitionError: the file is missing or is not valid YAML; names the line.
+        DefinitionError: the file is missing, cannot be read or is not valid YAML; names the line.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
     except FileNotFoundError as error:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise DefinitionError(f"{path} does not exist{did_you_mean(path.name, near)}") from error
+    except OSError as error:
+        raise DefinitionError(f"{path} cannot be read: {error.strerror}") from error
     except (
         yaml.YAMLError,
         ValueError,
@@ -276,4 +278,4 @@ def check_file(where: str, key: str, name: str, folder: Path) -> None:
         DefinitionError: names the nearest that is there.
     """
     known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]
-    check_names(where, key, () if (folder / name).exists() else [name], known)
+    check_names(where, key, () if (folder / name).is_file() else [name], known)

@@ -65,11 +65,11 @@ else:
 class MethodSettings(_ConfigFields):
     """Settings of a method; beside these keys it takes every field of EMoEConfig and GMoEConfig."""
 
-    title: str | None = None
+    title: str = left_out()
     """Label in tables and figures."""
-    role: Role | None = None
+    role: Role = left_out()
     """What the row is there for. An ablation stands in no table but those of `ablations`, each of its settings as a row of its own."""
-    noise: NotNegative | None = None
+    noise: NotNegative = left_out()
     """Intensity of noisy tuning; 0 for none."""
     tune: Annotated[str, Registered(TUNINGS)] | None = None
     """A registered way of tuning: what is trained beside adapters (where training.lora has any), head and routers, instead of everything.

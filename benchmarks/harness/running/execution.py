@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import os
 import resource
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,8 @@ from benchmarks.harness.results.records import check_content
 from benchmarks.harness.running import environment
 from benchmarks.harness.training import distributed
 from benchmarks.harness.training.progress import Progress
+
+_LAUNCHER = "EMOE_LAUNCHER"  # process id of what has started several processes for a run
 
 
 def execute(path: Path, *, threads: int, log: Path, started: float | None = None, parallel: str = "ddp") -> Path:
@@ -48,6 +53,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
         The path of ``metrics.json``.
     """
     started = time.time() if started is None else started
+    _end_with_launcher()
     run = read_run(path)
     folder, output = path.parent, path.parent / "metrics.json"
     torch.set_num_threads(threads)
@@ -100,11 +106,26 @@ def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, p
     _check_processes(run, processes, parallel)
     each = str(max(threads // processes, 1))
     arguments = ["run", str(path), "--threads", each, "--log", str(log), "--parallel", parallel]
-    result = subprocess.run(distributed.torchrun_command(processes, ["benchmarks", *arguments]), check=False)
+    command = distributed.torchrun_command(processes, ["benchmarks", *arguments])
+    result = subprocess.run(command, env={**os.environ, _LAUNCHER: str(os.getpid())}, check=False)
     if result.returncode:
         raise RunError(
             f"{run.id}: one of its {processes} processes failed, see {log} and the logs beside it; started again, the run goes on from its last checkpoint"
         )
+
+
+def _end_with_launcher() -> None:
+    """End this process when the one that launched it with others does: one that is killed cannot end them."""
+    launcher = os.environ.pop(_LAUNCHER, None)
+    if launcher is None or not hasattr(os, "pidfd_open"):  # Linux has it
+        return
+
+    def wait() -> None:
+        with suppress(ProcessLookupError):  # it is gone already
+            select.select([os.pidfd_open(int(launcher))], [], [])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _check_processes(run: Run, processes: int, parallel: str) -> None:
