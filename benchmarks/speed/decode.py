@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import emoe
+from benchmarks.speed.definition import DecodeSettings, GenerateSettings, RunModel
 from benchmarks.speed.timing import ratios, side_by_side
 
 # candidates by what they change in the configuration
@@ -23,41 +23,40 @@ _CANDIDATES: dict[str, dict[str, Any]] = {
 _PROMPT = 16
 
 
-def measure_ffns(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def measure_ffns(model: RunModel, settings: DecodeSettings) -> dict[str, dict[str, float]]:
     """Ratios of the time that one token takes in all converted FFNs, one after the other, so that no weight is still in a cache.
 
     Args:
         model: ``config`` of a transformers language model with ``mlp`` in its layers, whose weights are random.
-        settings: ``num_experts``, ``top_k_fraction``, ``dtype``, ``rounds``, ``candidates``.
+        settings: of the measure.
     """
     nets = _models(model, settings)
-    x = torch.randn(1, 1, nets["dense"].config.hidden_size).to(getattr(torch, settings["dtype"]))
+    x = torch.randn(1, 1, nets["dense"].config.hidden_size).to(getattr(torch, settings.dtype))
     calls = {name: functools.partial(_through_ffns, net, x) for name, net in nets.items()}
-    return ratios(side_by_side(calls, settings["rounds"]), "dense")
+    return ratios(side_by_side(calls, settings.rounds), "dense")
 
 
-def measure_generate(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def measure_generate(model: RunModel, settings: GenerateSettings) -> dict[str, dict[str, float]]:
     """Ratios of the time of a greedy answer of ``tokens`` tokens to a prompt of 16, with a key-value cache.
 
     Args:
         model: as above.
-        settings: as above, and ``tokens``.
+        settings: of the measure.
     """
     nets = _models(model, settings)
     prompt = torch.randint(3, nets["dense"].config.vocab_size, (1, _PROMPT))
-    calls = {name: functools.partial(_answer, net, prompt, settings["tokens"]) for name, net in nets.items()}
-    return ratios(side_by_side(calls, settings["rounds"]), "dense")
+    calls = {name: functools.partial(_answer, net, prompt, settings.tokens) for name, net in nets.items()}
+    return ratios(side_by_side(calls, settings.rounds), "dense")
 
 
-def _models(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model["config"]))
-    nets: dict[str, Any] = {"dense": dense.to(getattr(torch, settings["dtype"])).eval()}
-    n = settings["num_experts"]
-    for name in settings["candidates"]:
+def _models(model: RunModel, settings: DecodeSettings) -> dict[str, Any]:
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(model.config or {})))
+    nets: dict[str, Any] = {"dense": dense.to(getattr(torch, settings.dtype)).eval()}
+    for name in settings.candidates:
         nets[name] = copy.deepcopy(nets["dense"])
         config = emoe.EMoEConfig(
-            num_experts=n,
-            top_k=round(settings["top_k_fraction"] * n),
+            num_experts=settings.num_experts,
+            top_k=settings.top_k,
             layers="all",
             partition="contiguous",
             **_CANDIDATES[name],

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.planning.schema import Count, Key, Names, Strict, Whole, left_out
-from benchmarks.harness.planning.shared import Definition, Entry, Resources, SuitePart
+from benchmarks.harness.planning.schema import Count, Key, Names, Share, Strict, Whole, left_out
+from benchmarks.harness.planning.shared import Definition, Entry, Layers, Resources, SuitePart
 
 
 class Candidate(Entry):
     """What is compared."""
 
 
-class MeasuredModel(Entry):
+class Measured(Strict):
     """What is measured on: one FFN by its sizes, one layer of a model of models.yaml, or a whole model with random weights."""
 
     hidden: Count | None = left_out()
@@ -30,9 +30,91 @@ class MeasuredModel(Entry):
     config: dict[str, Any] | None = left_out()
     """Configuration of the whole model."""
 
+
+class RunModel(Measured):
+    """The ``model`` part of a run's spec."""
+
+    name: str
+
+
+class MeasuredModel(Measured, Entry):
+    """What is measured on, as the file has it."""
+
     def spec(self, name: str) -> dict[str, Any]:
         """The ``model`` part of a run's spec."""
         return {"name": name, **self.model_dump(exclude={"title"})}
+
+
+class Settings(Strict):
+    """How anything is measured."""
+
+    num_experts: Count
+    """N."""
+    threads: Count
+    """Of torch."""
+    candidates: Names
+    """What is compared, beside the dense model where there is one."""
+
+
+class TimedSettings(Settings):
+    """How times are measured: all candidates in turn, several times."""
+
+    top_k_fraction: Share
+    """k / N."""
+    rounds: Count
+    """How often."""
+
+    @property
+    def top_k(self) -> int:
+        return round(self.top_k_fraction * self.num_experts)
+
+
+class DecodeSettings(TimedSettings):
+    """One token through all FFNs."""
+
+    dtype: Literal["float32", "bfloat16"]
+    """Of the weights."""
+
+
+class LayerSettings(DecodeSettings):
+    """One FFN, forward and backward."""
+
+    tokens: Count
+    """Of a pass."""
+
+
+class GenerateSettings(DecodeSettings):
+    """A greedy answer."""
+
+    tokens: Count
+    """Of the answer."""
+
+
+class StepSettings(TimedSettings):
+    """A training step of a whole model."""
+
+    layers: Layers
+    """Which are converted."""
+    batch_size: Count
+    """Rows."""
+    length: Count
+    """Tokens of a row."""
+
+
+class PartitionSettings(Settings):
+    """Clustering of one layer's keys."""
+
+    starts: Count
+    """Of k-means-constrained."""
+
+
+SETTINGS: dict[str, type[Settings]] = {
+    "layer": LayerSettings,
+    "step": StepSettings,
+    "decode": DecodeSettings,
+    "generate": GenerateSettings,
+    "partition": PartitionSettings,
+}
 
 
 class Measure(Entry):

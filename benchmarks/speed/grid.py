@@ -11,7 +11,7 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.kinds import Benchmark, Domain, Kind, Offer, Specs
 from benchmarks.harness.planning.schema import check_names, parse
 from benchmarks.harness.planning.workload import Workload
-from benchmarks.speed.definition import Measure, MeasurementDefinition
+from benchmarks.speed.definition import SETTINGS, Measure, MeasurementDefinition
 from benchmarks.speed.workload import measured_workload
 
 # shape how much is measured, not what
@@ -35,6 +35,9 @@ class MeasurementKind(Kind[MeasurementDefinition, Measure]):
 
     def load(self, content: object, file: Path) -> tuple[MeasurementDefinition, Mapping[str, Measure]]:
         definition = parse(content, MeasurementDefinition, str(file))
+        check_names(f"{file}: '", "measures", definition.measures, SETTINGS)
+        for name, measure in definition.measures.items():
+            parse(measure.settings, SETTINGS[name], str(file), "measures", name, "settings")
         return definition, definition.measures
 
     def specs(
@@ -52,17 +55,13 @@ class MeasurementKind(Kind[MeasurementDefinition, Measure]):
             check_names(where, "model", block.model, definition.models)
             usual = definition.measures[block.measure].settings
             check_names(where, "settings", block.settings, usual)
-            for name, values in block.settings.items():
-                for value in values:
-                    if type(value) is not type(usual[name]):
-                        kind = type(usual[name]).__name__
-                        raise DefinitionError(
-                            f"{where}.settings.{name}' has {value!r}, but must be {kind} like {usual[name]!r}"
-                        )
             candidates = [name for values in block.settings.get("candidates", []) for name in values]
             check_names(where, "settings.candidates", candidates, definition.candidates)
             for model, *values in itertools.product(block.model, *block.settings.values()):
                 settings = {**usual, **dict(zip(block.settings, values, strict=True))}
+                parse(
+                    settings, SETTINGS[block.measure], str(benchmark.file), "suites", suite, "grid", number, "settings"
+                )
                 spec = _spec(benchmark, block.measure, model, settings, usual)
                 key = (block.measure, model, spec["method"]["variant"])
                 if key in seen:

@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.speed.definition import LayerSettings, RunModel
 from benchmarks.speed.ffn import CANDIDATES, FFN
 from benchmarks.speed.timing import ratios, side_by_side
 from emoe.sparse.cost_model import predicted_time_ratio
 
 
-def measure(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def measure(model: RunModel, settings: LayerSettings) -> dict[str, dict[str, float]]:
     """Ratios by candidate: time, and what is kept for the backward pass.
 
     Args:
         model: ``hidden`` and ``neurons`` of the FFN, and whether it is ``gated``.
-        settings: ``num_experts``, ``top_k_fraction``, ``tokens``, ``dtype``, ``rounds``, ``candidates``.
+        settings: of the measure.
     """
-    n, dtype = settings["num_experts"], getattr(torch, settings["dtype"])
-    k = round(settings["top_k_fraction"] * n)
-    ffn = FFN(model["hidden"], model["neurons"], gated=model["gated"])
-    nets = {name: CANDIDATES[name](ffn, n, k).to(dtype) for name in ("dense", *settings["candidates"])}
-    x = torch.randn(settings["tokens"], model["hidden"], dtype=dtype)
+    n, k, dtype = settings.num_experts, settings.top_k, getattr(torch, settings.dtype)
+    hidden, neurons = cast(int, model.hidden), cast(int, model.neurons)
+    ffn = FFN(hidden, neurons, gated=bool(model.gated))
+    nets = {name: CANDIDATES[name](ffn, n, k).to(dtype) for name in ("dense", *settings.candidates)}
+    x = torch.randn(settings.tokens, hidden, dtype=dtype)
     gradient = torch.randn_like(x)
     found = ratios(
-        side_by_side(
-            {name: functools.partial(_pass, net, x, gradient) for name, net in nets.items()}, settings["rounds"]
-        ),
+        side_by_side({name: functools.partial(_pass, net, x, gradient) for name, net in nets.items()}, settings.rounds),
         "dense",
     )
     kept = {name: kept_bytes(net, functools.partial(net, x.requires_grad_())) for name, net in nets.items()}
     for name, row in found.items():
         row["memory_ratio"] = kept[name] / kept["dense"]
-    expected = predicted_time_ratio(
-        len(x), model["hidden"], model["neurons"] // n, k / n, dtype, torch.get_num_threads()
-    )
+    expected = predicted_time_ratio(len(x), hidden, neurons // n, k / n, dtype, torch.get_num_threads())
     if "sparse" in found and expected is not None:
         found["sparse"]["expected_ratio"] = expected
     return found

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.training.progress import Progress
 from benchmarks.speed import decode, layer, partition, step
+from benchmarks.speed.definition import SETTINGS, RunModel
 
-_MEASURES = {
+_MEASURES: dict[str, Callable[[RunModel, Any], dict[str, dict[str, float]]]] = {
     "layer": layer.measure,
     "step": step.measure,
     "decode": decode.measure_ffns,
@@ -21,18 +23,21 @@ _MEASURES = {
 }
 
 
-def run(spec: Mapping[str, Any], _folder: Path, progress: Progress) -> dict[str, Any]:
+def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
     """Run one spec.
 
     Args:
         spec: the content of ``run.json``.
-        _folder: the run's folder; nothing is written there.
+        folder: the run's folder; nothing is written there.
         progress: where to say what is going on.
 
     Returns:
         The content of ``metrics.json``, less what the harness adds: ``measured`` by candidate.
     """
-    torch.set_num_threads(spec["settings"]["threads"])
+    measure, file = spec["task"]["name"], str(folder / "run.json")
+    model = parse(spec["model"], RunModel, file, "model")
+    settings = parse(spec["settings"], SETTINGS[measure], file, "settings")
+    torch.set_num_threads(settings.threads)
     torch.manual_seed(derive_seed("speed", spec["seed"]))
-    progress.say(f"measuring the {spec['task']['name']}")
-    return {"measured": _MEASURES[spec["task"]["name"]](spec["model"], spec["settings"]), "cost": {}}
+    progress.say(f"measuring the {measure}")
+    return {"measured": _MEASURES[measure](model, settings), "cost": {}}

@@ -5,41 +5,41 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
 import emoe
+from benchmarks.speed.definition import RunModel, StepSettings
 from benchmarks.speed.timing import ratios, side_by_side
 
 
-def measure(model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def measure(model: RunModel, settings: StepSettings) -> dict[str, dict[str, float]]:
     """Ratios of a converted model's step to the dense model's.
 
     Args:
         model: ``config`` of a transformers model, whose weights are random.
-        settings: ``layers``, ``num_experts``, ``top_k_fraction``, ``batch_size``, ``length``, ``rounds``, ``candidates`` (backends).
+        settings: of the measure; candidates are backends.
     """
-    dense = AutoModel.from_config(AutoConfig.for_model(**model["config"])).train()
-    n = settings["num_experts"]
+    dense = AutoModel.from_config(AutoConfig.for_model(**(model.config or {}))).train()
     nets: dict[str, nn.Module] = {"dense": dense}
-    for backend in settings["candidates"]:
+    for backend in settings.candidates:
         nets[backend] = copy.deepcopy(dense)
         config = emoe.EMoEConfig(
-            num_experts=n,
-            top_k=round(settings["top_k_fraction"] * n),
-            layers=settings["layers"],
+            num_experts=settings.num_experts,
+            top_k=settings.top_k,
+            layers=settings.layers,
             partition="random",
-            backend=backend,
+            backend=cast(Any, backend),
         )
         emoe.convert_(nets[backend], config)
-    inputs = _inputs(dense, settings["batch_size"], settings["length"])
+    inputs = _inputs(dense, settings.batch_size, settings.length)
     steps = {
         name: functools.partial(_step, net, torch.optim.AdamW(net.parameters()), inputs) for name, net in nets.items()
     }
-    return ratios(side_by_side(steps, settings["rounds"]), "dense")
+    return ratios(side_by_side(steps, settings.rounds), "dense")
 
 
 def _inputs(model: Any, batch_size: int, length: int) -> dict[str, torch.Tensor]:

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.planning.shapes import Shape, shape_of_config
 from benchmarks.harness.planning.workload import ModelSize, Passes, Workload
+from benchmarks.speed.definition import SETTINGS, LayerSettings, RunModel, StepSettings
 
 
 def measured_workload(spec: Mapping[str, Any]) -> Workload | None:
     """What a measurement of a layer or a step computes; None of the others, which wait for memory or cluster."""
-    model, settings, measure = spec["model"], spec["settings"], spec["task"]["name"]
-    if measure == "layer":
-        shape = Shape(width=model["hidden"], layers=1, neurons=model["neurons"], gated=model["gated"])
-        tokens, parameters = settings["tokens"], shape.ffn
-    elif measure == "step":
-        shape = shape_of_config(model["config"])
-        row = shape.image_tokens(model["config"].get("image_size", 224)) if shape.patch else settings["length"]
-        tokens, parameters = settings["batch_size"] * row, shape.layers * shape.block
+    model = parse(spec["model"], RunModel, "run.json", "model")
+    settings = parse(spec["settings"], SETTINGS[spec["task"]["name"]], "run.json", "settings")
+    if isinstance(settings, LayerSettings) and settings.dtype == "float32":
+        shape = Shape(
+            width=cast(int, model.hidden), layers=1, neurons=cast(int, model.neurons), gated=bool(model.gated)
+        )
+        tokens, parameters = settings.tokens, shape.ffn
+    elif isinstance(settings, StepSettings):
+        config = model.config or {}
+        shape = shape_of_config(config)
+        row = shape.image_tokens(config.get("image_size", 224)) if shape.patch else settings.length
+        tokens, parameters = settings.batch_size * row, shape.layers * shape.block
     else:
         return None
-    if settings.get("dtype", "float32") != "float32":
-        return None
-    steps = (settings["rounds"] + 1) * (1 + len(settings["candidates"]))
-    held = parameters * (1 + len(settings["candidates"]))
+    steps = (settings.rounds + 1) * (1 + len(settings.candidates))
+    held = parameters * (1 + len(settings.candidates))
     size = ModelSize(
         shape,
         held,
-        held if measure == "step" else 0,
+        held if isinstance(settings, StepSettings) else 0,
         parameters,
         parameters,
         parameters,
@@ -41,5 +45,5 @@ def measured_workload(spec: Mapping[str, Any]) -> Workload | None:
         updates=steps,
         reading=(),
         batch_tokens=tokens,
-        threads=settings["threads"],
+        threads=settings.threads,
     )

@@ -21,7 +21,7 @@ from benchmarks.harness.reporting import report
 from benchmarks.harness.reporting.claims_figure import write_claims
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.speed import layer, partition, pipeline, step, timing
-from benchmarks.speed.definition import MeasurementDefinition
+from benchmarks.speed.definition import MeasurementDefinition, RunModel, StepSettings
 from benchmarks.speed.ffn import CANDIDATES, FFN
 from tests import fake_runs
 from tests.conftest import ROOT
@@ -113,7 +113,7 @@ def test_each_measure_gives_a_row_a_candidate(measure: str, tmp_path: Path) -> N
     usual = load_benchmark("speed").definition.measures[measure].settings
     small = {"num_experts": 8, "tokens": 20, "rounds": 2, "batch_size": 2, "length": 4, "starts": 1}
     settings = usual | {name: value for name, value in small.items() if name in usual}
-    spec = {"task": {"name": measure}, "model": models[measure], "settings": settings, "seed": 0}
+    spec = {"task": {"name": measure}, "model": {"name": "small", **models[measure]}, "settings": settings, "seed": 0}
     threads = torch.get_num_threads()
     found = pipeline.run(spec, tmp_path, Silent())["measured"]
     torch.set_num_threads(threads)
@@ -129,21 +129,31 @@ def test_each_measure_gives_a_row_a_candidate(measure: str, tmp_path: Path) -> N
 def test_pictures_are_fed_to_models_that_read_them() -> None:
     config = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config |= {"intermediate_size": 32, "image_size": 32, "patch_size": 16}
-    settings = {"layers": "all", "num_experts": 4, "top_k_fraction": 0.5, "batch_size": 2, "length": 9, "rounds": 1}
-    assert set(step.measure({"config": config}, {**settings, "candidates": ["masked"]})) == {"dense", "masked"}
+    settings = StepSettings(
+        layers="all",
+        num_experts=4,
+        top_k_fraction=0.5,
+        batch_size=2,
+        length=9,
+        rounds=1,
+        threads=1,
+        candidates=["masked"],
+    )
+    assert set(step.measure(RunModel(name="vit", config=config), settings)) == {"dense", "masked"}
 
 
 def test_keys_are_real_or_made_up_and_the_same_each_time() -> None:
-    made = partition.keys_of({"hidden": 16, "neurons": 64})
+    made_up = RunModel(name="made up", hidden=16, neurons=64)
+    made = partition.keys_of(made_up)
     assert made.shape == (64, 16)
-    assert torch.equal(made, partition.keys_of({"hidden": 16, "neurons": 64}))
-    assert partition.keys_of({"model": "minilm", "layer": 5}).shape == (1536, 384)
+    assert torch.equal(made, partition.keys_of(made_up))
+    assert partition.keys_of(RunModel(name="real", model="minilm", layer=5)).shape == (1536, 384)
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partition.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="k-means-constrained is not installed"):
-        partition.CANDIDATES["kmeans_constrained"](torch.randn(8, 4), 2, {"starts": 1})
+        partition.CANDIDATES["kmeans_constrained"](torch.randn(8, 4), 2, 1)
 
 
 # plans
@@ -157,7 +167,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"measure": "layer", "model": ["bert-base"], "settings": {"token": [1]}}, "did you mean 'tokens'"),
         (
             {"measure": "layer", "model": ["bert-base"], "settings": {"tokens": ["1"]}},
-            "has '1', but must be int like 2048",
+            r"'suites.smoke.grid\[0\].settings.tokens' is '1', but must be integer",
         ),
         (
             {"measure": "layer", "model": ["bert-base"], "settings": {"candidates": [["spars"]]}},

@@ -68,7 +68,7 @@ def test_a_run_of_text_classification_counts_rows_epochs_padding_and_evaluations
     found = workload(run)
     # one epoch of 640 rows, like two rows that are padded together; 64 rows of 5 sets for gradients, without padding
     assert found.tokens_trained == pytest.approx(640 * TWEETS * 1.24 + 5 * 64 * TWEETS)
-    ends = 500 * (TWEETS + AMAZON + MOVIE + NYT)
+    ends = 400 * (TWEETS + AMAZON + MOVIE + NYT)
     assert "used_as" in run.spec  # evaluated as it was trained, and as another model
     assert found.tokens_read == pytest.approx(200 * TWEETS + 2 * ends)
     assert (found.updates, found.training.count) == (80, 80)
@@ -87,7 +87,7 @@ def test_adapters_need_no_gradients_of_weights_and_frozen_layers_no_passes() -> 
     assert {passes.parameters for passes in found.reading} == {3 * BLOCK}
     assert found.keeps
     assert sum(size for name, size in found.caches if name.startswith("states")) == pytest.approx(
-        (1280 + 500) * TWEETS * 384 * 4
+        (1280 + 400) * TWEETS * 384 * 4
     )
 
 

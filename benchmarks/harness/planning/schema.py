@@ -224,7 +224,7 @@ def json_schema(model: type[Strict]) -> dict[str, Any]:
     return model.model_json_schema(schema_generator=_EditorSchema)
 
 
-def parse(content: object, model: type[Model], where: str, *at: str) -> Model:
+def parse(content: object, model: type[Model], where: str, *at: str | int) -> Model:
     """Check what a file holds.
 
     Args:
