@@ -17,7 +17,7 @@ from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.devices import find_device
 from benchmarks.harness.planning.kinds import kind_of
-from benchmarks.harness.planning.runs import Run, plan
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from benchmarks.harness.planning.shapes import shape_of_config
 from benchmarks.harness.planning.workload import Passes, Workload, model_size, padded
 from benchmarks.harness.training.samplers import EpochOrder
@@ -104,15 +104,20 @@ def test_copies_of_a_layer_are_held_trained_and_computed() -> None:
 
 def test_an_evaluation_has_the_model_of_what_it_evaluates() -> None:
     specs = {run.folder: run.spec for run in runs_of(("glue_lora", "glue_ood"), "mini")}
-    plain = workload(find_run("glue_lora", "glue_ood", method__name="lora", seed=0), specs)
-    copied = workload(find_run("glue_lora", "glue_ood", method__name="lora_gmoe", seed=0), specs)
-    other = workload(find_run("glue_lora", "glue_ood", method__name="emoe2lora", seed=0), specs)
-    assert plain.tokens_read == pytest.approx(500 * (AMAZON + MOVIE + NYT))  # its own set is as it was when trained
+
+    def of(method: str, rows: int) -> Workload:
+        spec = find_run("glue_lora", "glue_ood", method__name=method, seed=0).spec
+        return workload(run_from_spec({**spec, "evaluation": {**spec["evaluation"], "rows": rows}}), specs)
+
+    plain, copied, other = (of(method, 400) for method in ("lora", "lora_gmoe", "emoe2lora"))
+    assert plain.tokens_read == pytest.approx(400 * (AMAZON + MOVIE + NYT))  # its own set is as it was when trained
     assert plain.operations == pytest.approx(2 * 3 * BLOCK * plain.tokens_read)
     # whose routing nobody recorded by row: its own set too
-    assert copied.tokens_read == pytest.approx(500 * (TWEETS + AMAZON + MOVIE + NYT))
+    assert copied.tokens_read == pytest.approx(400 * (TWEETS + AMAZON + MOVIE + NYT))
     assert copied.operations == pytest.approx(2 * (3 * BLOCK + 7 * FFN) * copied.tokens_read)
-    assert other.tokens_read - plain.tokens_read == pytest.approx(500 * TWEETS)
+    assert other.tokens_read - plain.tokens_read == pytest.approx(400 * TWEETS)
+    # other rows than when it was trained: its own set too
+    assert of("lora", 500).tokens_read == pytest.approx(500 * (TWEETS + AMAZON + MOVIE + NYT))
     assert (plain.updates, plain.size.trained, plain.tokens_trained) == (0, 0, 0)
 
 
