@@ -363,7 +363,7 @@ class RoutedActivation(nn.Module):
         binary = self.weighting == "binary"
         if binary and self.record is None and not config.aux_loss_coefficient:
             selection = cast(EMoEConfig, config).selection
-            if selection == "top" and kernels is not None:
+            if selection == "top" and kernels is not None and scores.dtype == torch.float32:
                 return kernels.largest(scores, config.top_k), None
             return select_experts(scores, config.top_k, selection), None
         mask, weights = self.route(scores)

@@ -114,7 +114,8 @@ def decode_weights(ffn: FFN, num_experts: int, gate: Tensor | None, *, by_neuron
     blocks, values = ffn.blocks(num_experts)
     inputs, biases = zip(*((weight.detach().flatten(1), bias) for weight, bias in blocks), strict=True)
     laid_out = values.contiguous().flatten(1) if by_neuron else values.permute(2, 0, 1)
-    readable = all(w.is_contiguous() and w.device.type == "cpu" and w.dtype in _COMPILED for w in (*inputs, laid_out))
+    read = (*inputs, laid_out, *(bias for bias in biases if bias is not None))
+    readable = all(t.is_contiguous() and t.device.type == "cpu" and t.dtype in _COMPILED for t in read)
     kernels = compiled_kernels() if readable and by_neuron else None
     return DecodeWeights(list(inputs), list(biases), laid_out.detach(), gate, kernels)
 

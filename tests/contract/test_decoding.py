@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import emoe
+from emoe.config import ROUTERS
 from emoe.layer import routed_layers
 from emoe.sparse import decode, path
 from emoe.sparse.build import compiled_kernels
@@ -223,3 +224,31 @@ def test_compiled_products_of_random_shapes(seed: int) -> None:
             "tks,tksh->th", found[0].float().view(tokens, k, size), values.float().view(n, size, h)[experts]
         )
         torch.testing.assert_close(compiled.values_mm(found[0], values, experts).float(), y, **tolerance)
+
+
+def test_a_bias_that_does_not_lie_in_one_piece_is_read_as_it_is(kernels: str) -> None:
+    models = [converted(backend) for backend in ("masked", "sparse")]
+    strided = torch.randn(128, generator=torch.Generator().manual_seed(3))[::2]
+    for model in models:
+        model.layers[0].inner.bias = nn.Parameter(strided)
+    x = torch.randn(1, 16)
+    assert decodes(models[1], x)
+    with torch.no_grad():
+        torch.testing.assert_close(models[1](x), models[0](x), atol=1e-5, rtol=1e-5)
+
+
+def test_scores_of_another_type_than_float32_choose_as_they_do_elsewhere(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Doubles(emoe.Router):
+        learned = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :8].double()
+
+    monkeypatch.setitem(ROUTERS, "doubles", Doubles)
+    masked, sparse = (converted(backend, router="doubles") for backend in ("masked", "sparse"))
+    x = torch.randn(1, 16)
+    assert decodes(sparse, x)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(x), masked(x), atol=1e-5, rtol=1e-5)
