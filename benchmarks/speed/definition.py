@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.planning.schema import Count, Key, Names, Share, Strict, Whole, left_out
+from benchmarks.harness.planning.schema import Count, Key, Names, Share, Strict, Whole, left_out, parse
 from benchmarks.harness.planning.shared import Definition, Entry, Layers, Resources, SuitePart
 
 
@@ -115,6 +116,12 @@ SETTINGS: dict[str, type[Settings]] = {
     "generate": GenerateSettings,
     "partition": PartitionSettings,
 }
+
+
+def read_spec(spec: Mapping[str, Any], file: str) -> tuple[RunModel, Settings]:
+    """What a run measures on, and how."""
+    settings = SETTINGS[spec["task"]["name"]]
+    return parse(spec["model"], RunModel, file, "model"), parse(spec["settings"], settings, file, "settings")
 
 
 class Measure(Entry):

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.training.progress import Progress
 from benchmarks.speed import decode, layer, partition, step
-from benchmarks.speed.definition import SETTINGS, RunModel
+from benchmarks.speed.definition import RunModel, read_spec
 
 _MEASURES: dict[str, Callable[[RunModel, Any], dict[str, dict[str, float]]]] = {
     "layer": layer.measure,
@@ -34,9 +33,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     Returns:
         The content of ``metrics.json``, less what the harness adds: ``measured`` by candidate.
     """
-    measure, file = spec["task"]["name"], str(folder / "run.json")
-    model = parse(spec["model"], RunModel, file, "model")
-    settings = parse(spec["settings"], SETTINGS[measure], file, "settings")
+    measure, (model, settings) = spec["task"]["name"], read_spec(spec, str(folder / "run.json"))
     torch.set_num_threads(settings.threads)
     torch.manual_seed(derive_seed("speed", spec["seed"]))
     progress.say(f"measuring the {measure}")

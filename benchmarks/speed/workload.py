@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.planning.shapes import Shape, shape_of_config
 from benchmarks.harness.planning.workload import ModelSize, Passes, Workload
-from benchmarks.speed.definition import SETTINGS, LayerSettings, RunModel, StepSettings
+from benchmarks.speed.definition import LayerSettings, StepSettings, read_spec
 
 
 def measured_workload(spec: Mapping[str, Any]) -> Workload | None:
     """What a measurement of a layer or a step computes; None of the others, which wait for memory or cluster."""
-    model = parse(spec["model"], RunModel, "run.json", "model")
-    settings = parse(spec["settings"], SETTINGS[spec["task"]["name"]], "run.json", "settings")
+    model, settings = read_spec(spec, "run.json")
     if isinstance(settings, LayerSettings) and settings.dtype == "float32":
         shape = Shape(
             width=cast(int, model.hidden), layers=1, neurons=cast(int, model.neurons), gated=bool(model.gated)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.running.execution import RunError, launch_distributed
 from benchmarks.llama.export import export
+from tests.checkout import wait_for
 from tests.conftest import ROOT
 from tests.executed import finish, numbers, prepare
 from tests.instruction_runs import tiny_run, write_rows
@@ -97,7 +97,7 @@ def kill_one(path: Path, parallel: str, checkpoint: str) -> None:
     state = path.parent / "checkpoints" / checkpoint / "trainer_state.json"
     with ThreadPoolExecutor(1) as thread:
         ended = thread.submit(launch, path, parallel)
-        wait_for(lambda: state.exists() or ended.done())
+        wait_for(lambda: state.exists() or ended.done(), WAIT)
         assert state.exists()
         workers = [child for child in psutil.Process().children(recursive=True) if _rank(child) == "1"]
         assert workers, "the run was over before it could be killed"
@@ -152,18 +152,11 @@ def test_processes_end_with_what_launched_them() -> None:
     path = prepare(dropout_free("lora", epochs=400, save_steps=4))
     words = ["run", str(path), "--processes", "2", "--threads", "2", "--log", str(path.parent / "log.txt")]
     with subprocess.Popen([sys.executable, "-m", "benchmarks", *words]) as launcher:
-        wait_for(lambda: (path.parent / "checkpoints/checkpoint-4/trainer_state.json").exists())
+        wait_for(lambda: (path.parent / "checkpoints/checkpoint-4/trainer_state.json").exists(), WAIT)
         started = psutil.Process(launcher.pid).children(recursive=True)
         assert {_rank(one) for one in started} >= {"0", "1"}
         launcher.kill()
-    wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started))
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started), WAIT)
 
 
 def test_what_cannot_be_spread_is_refused_before_any_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from benchmarks.harness.planning.runs import Run, run_from_spec
 from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.running.forkserver import ADDRESS, ONE_THREAD, Server
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from tests.checkout import wait_for
 from tests.conftest import ROOT
 from tests.executed import numbers, prepare
 
@@ -70,13 +70,6 @@ def forks() -> list[psutil.Process]:
         with suppress(psutil.Error):  # one that has ended, and that nobody has waited for, says nothing of the others
             found += child.children() if "serve" in child.cmdline() else []
     return found
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 def has_gone_on(path: Path, since: Path | None) -> bool:
