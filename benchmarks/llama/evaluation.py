@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +31,22 @@ from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
 
 _ACCURACY, _BY_LENGTH, _FILTER = "acc", "acc_norm", "none"
+_SEED, _OTHER_SEED = 0, 1234  # those of lm-eval's own command: Python's; NumPy's, torch's and that of the shots
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task or group of lm-eval, ready to be asked once.
+
+    Attributes:
+        entry: of ``evaluation.tasks``.
+        found: what lm-eval loaded, tasks and groups.
+        sources: where the questions came from.
+    """
+
+    entry: AskedTask
+    found: dict[str, Any]
+    sources: list[str]
 
 
 def task_title(entry: AskedTask) -> str:
@@ -36,42 +55,41 @@ def task_title(entry: AskedTask) -> str:
     return f"{entry.task} ({entry.num_fewshot}-shot{limit})"
 
 
-def check_tasks(tasks: Sequence[AskedTask]) -> dict[str, list[str]]:
-    """See that lm-eval has the tasks, that their data are there, and that they can be run as asked, before any other work is done.
-
-    Returns:
-        Where the questions of each task came from, by its title.
+def load_tasks(tasks: Sequence[AskedTask]) -> list[LoadedTask]:
+    """Load what lm-eval is asked for, and see that it can be run as asked, before any other work is done.
 
     Raises:
         DefinitionError: a task that does not exist, that needs what is not given here, or that has no such shots.
         DataError: MMLU-dev has not been written, or a task's data cannot be loaded.
     """
-    sources = {}
-    for entry in tasks:
-        name = entry.task
-        folder = _folder(name)
-        if folder and not mmlu_dev_file(name).exists():
-            raise DataError(
-                f"{mmlu_dev_file(name)} does not exist; the workflow writes it, or `python -m benchmarks questions`"
-            )
-        known = _manager(folder).all_tasks
-        if name not in known:
-            raise DefinitionError(
-                f"'evaluation.tasks' names '{name}', which lm-eval does not have{did_you_mean(name, known)}"
-            )
-        try:
-            with _uncounted(folder):
-                loaded = _manager(folder).load([name])["tasks"]
-        except Exception as error:  # whatever hub, parser and the task's own code raise
-            raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
-        for task, found in loaded.items():
-            _check_task(entry, task, found)
-        if _shared_metric({task: list(found.aggregation()) for task, found in loaded.items()}) is None:
-            raise DefinitionError(
-                f"'evaluation.tasks' names '{name}', whose tasks are scored by different metrics; name them one by one"
-            )
-        sources[task_title(entry)] = sorted({_source(name, found) for found in loaded.values()})
-    return sources
+    return [_load(entry) for entry in tasks]
+
+
+def _load(entry: AskedTask) -> LoadedTask:
+    name = entry.task
+    folder = _folder(name)
+    if folder and not mmlu_dev_file(name).exists():
+        raise DataError(
+            f"{mmlu_dev_file(name)} does not exist; the workflow writes it, or `python -m benchmarks questions`"
+        )
+    known = _manager(folder).all_tasks
+    if name not in known:
+        raise DefinitionError(
+            f"'evaluation.tasks' names '{name}', which lm-eval does not have{did_you_mean(name, known)}"
+        )
+    try:
+        with _uncounted(folder):
+            loaded = _manager(folder).load([name])
+    except Exception as error:  # whatever hub, parser and the task's own code raise
+        raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
+    tasks = loaded["tasks"]
+    for task, found in tasks.items():
+        _check_task(entry, task, found)
+    if _shared_metric({task: list(found.aggregation()) for task, found in tasks.items()}) is None:
+        raise DefinitionError(
+            f"'evaluation.tasks' names '{name}', whose tasks are scored by different metrics; name them one by one"
+        )
+    return LoadedTask(entry, loaded, sorted({_source(name, found) for found in tasks.values()}))
 
 
 def _source(name: str, task: Any) -> str:
@@ -130,20 +148,22 @@ def _uncounted(folder: Path | None) -> Iterator[None]:
         config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
-def run_tasks(
+def run_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    entry: AskedTask,
+    task: LoadedTask,
     batch_size: int,
     precision: str,
     prefix: Prefix | None = None,
 ) -> dict[str, Any]:
     """Run one task or group by lm-eval, on the model as it is in this process.
 
+    The same as ``lm_eval.simple_evaluate``, which would load the task again, and ask pip and git what there is on this machine.
+
     Args:
         model: the model.
         tokenizer: its own.
-        entry: of ``evaluation.tasks``.
+        task: the task.
         batch_size: rows at once.
         precision: in which an accelerator computes.
         prefix: the model's frozen layers, where it has some.
@@ -153,9 +173,9 @@ def run_tasks(
         lm-eval has it, ``nats_per_byte`` where answers are said (see :mod:`~benchmarks.llama.likelihood`); or, of tasks that are not
         scored by accuracy, ``task_score``: ``metric``, lm-eval's first one; ``questions``: how many; ``subjects``: every metric of each task;
         ``categories``: groups within the group; ``correct``: 1 or 0 for every question of a subject, in its order, where that is what
-        accuracy counts; ``nats_per_byte``: that of every question of a subject, where there is one.
+        accuracy counts; ``nats_per_byte``: that of every question of a subject, where there is one; ``source``: where they came from.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
 
     from benchmarks.llama.shared_prompt import SharedPromptLM
 
@@ -163,27 +183,32 @@ def run_tasks(
     wrapped = SharedPromptLM(
         prefix=prefix, pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed
     )
-    folder = _folder(entry.task)
-    with _uncounted(folder):
-        found = simple_evaluate(
-            model=wrapped,
-            tasks=[entry.task],
-            num_fewshot=entry.num_fewshot,
-            limit=entry.limit,
-            task_manager=_manager(folder),
+    random.seed(_SEED)
+    np.random.seed(_OTHER_SEED)
+    torch.manual_seed(_OTHER_SEED)
+    for one in task.found["tasks"].values():
+        if one.get_config("num_fewshot") != 0:  # 0 in a task's own file is meant
+            one.set_config(key="num_fewshot", value=task.entry.num_fewshot)
+        one.set_fewshot_seed(seed=_OTHER_SEED)
+    with _uncounted(_folder(task.entry.task)):
+        found = evaluate(
+            lm=wrapped,
+            task_dict=task.found,
+            limit=task.entry.limit,
             log_samples=True,
             bootstrap_iters=0,
+            fewshot_as_multiturn=True,
         )
-    return summarise(found)
+    return {**summarise(found), "source": task.sources}
 
 
 def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What lm-eval found (the result of ``simple_evaluate``), by subject and category; see :func:`run_tasks`."""
+    """What lm-eval found , by subject and category; see :func:`run_task`."""
     # groups have results of their own, but no samples
     counts = {name: int(samples["effective"]) for name, samples in found["n-samples"].items()}
     subjects = {name: _numbers(found["results"][name]) for name in counts}
     metric = _shared_metric({name: list(values) for name, values in subjects.items()})
-    assert metric is not None  # noqa: S101  check_tasks saw to it
+    assert metric is not None  # noqa: S101  load_tasks saw to it
 
     def mean(names: Sequence[str], of: str = metric) -> float:
         return sum(subjects[name][of] * counts[name] for name in names) / sum(counts[name] for name in names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +34,7 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import precision_here, with_routing
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator
-from benchmarks.llama.evaluation import answers, check_tasks, held_out_loss, run_tasks, task_title
+from benchmarks.llama.evaluation import LoadedTask, answers, held_out_loss, load_tasks, run_task, task_title
 from benchmarks.llama.instructions import load_instructions, refuse_broken
 from benchmarks.llama.memory_estimate import check_memory, estimate_memory
 from benchmarks.llama.templates import Template, find_template
@@ -61,9 +61,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     training = read.training
     estimate = estimate_memory(read)
     data = read_data(read, load_tokenizer(spec["model"]))
-    asked: dict[str, list[str]] = {}
+    asked: list[LoadedTask] = []
     if is_main():
-        asked = check_tasks(read.evaluation.tasks)
+        asked = load_tasks(read.evaluation.tasks)
         for warning in (*data.notes, *check_memory(estimate, folder)):
             progress.say(f"warning: {warning}")
     progress.say(
@@ -200,7 +200,7 @@ def _whole_again(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
 
 
 def _evaluated(
-    spec: InstructionSpec, trainable: Trainable, data: Data, asked: Mapping[str, list[str]], progress: Progress
+    spec: InstructionSpec, trainable: Trainable, data: Data, asked: Sequence[LoadedTask], progress: Progress
 ) -> dict[str, Any]:
     evaluation, precision = spec.evaluation, precision_here(spec.training.precision)
     model, tokenizer = cast(PreTrainedModel, trainable.model), data.template.tokenizer
@@ -215,10 +215,10 @@ def _evaluated(
         model, lambda: held_out_loss(model, data.held_out, tokenizer, evaluation.batch_size, precision)
     )
     tasks = {}
-    for entry in evaluation.tasks:
-        progress.say(f"evaluating on {task_title(entry)}")
-        found = run_tasks(model, tokenizer, entry, evaluation.batch_size, precision, trainable.prefix)
-        tasks[task_title(entry)] = found | {"source": asked[task_title(entry)]}
+    for task in asked:
+        title = task_title(task.entry)
+        progress.say(f"evaluating on {title}")
+        tasks[title] = run_task(model, tokenizer, task, evaluation.batch_size, precision, trainable.prefix)
     instructions = data.held_out.sources[: evaluation.generations]
     progress.say(f"answering {len(instructions)} instructions")
     return {

@@ -16,7 +16,7 @@ from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import plan, run_from_spec
 from benchmarks.llama.definition import AskedTask
-from benchmarks.llama.evaluation import check_tasks
+from benchmarks.llama.evaluation import load_tasks
 from benchmarks.llama.grid import KIND
 from benchmarks.llama.likelihood import nats_per_byte
 from benchmarks.llama.outcomes import InstructionOutcomes
@@ -63,9 +63,8 @@ def test_all_subjects_are_there_in_both_forms() -> None:
     write_mmlu_dev(FILES)
     for form in ("", "_continuation"):
         assert len(list(FILES.glob(f"mmlu_dev_anatomy{form}.yaml"))) == 1
-    assert check_tasks([AskedTask.model_validate(TASK)])["mmlu_dev_continuation (0-shot, first 1)"][0].startswith(
-        "package lm-eval"
-    )
+    (found,) = load_tasks([AskedTask.model_validate(TASK)])
+    assert found.sources[0].startswith("package lm-eval")
     (run,) = [run for run in plan(["llama"], "smoke") if "emoe-base" in run.id]
     assert KIND.inputs(run.spec) == [f"{FILES}/mmlu_dev.yaml", f"{FILES}/mmlu_dev_continuation.yaml"]
 

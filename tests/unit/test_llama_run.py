@@ -28,7 +28,7 @@ from benchmarks.harness.modeling.memory import Memory, memory
 from benchmarks.harness.training.distributed import is_complete
 from benchmarks.llama.definition import AskedTask, InstructionSpec
 from benchmarks.llama.encoding import IGNORED
-from benchmarks.llama.evaluation import check_tasks, summarise
+from benchmarks.llama.evaluation import load_tasks, summarise
 from benchmarks.llama.export import export
 from benchmarks.llama.memory_estimate import check_memory, estimate_memory
 from benchmarks.llama.pipeline import read_data
@@ -225,13 +225,13 @@ def test_unknown_tasks_end_a_run_before_any_work() -> None:
         DataError,
         match=r"resources/questions/mmlu_dev/mmlu_dev.yaml does not exist; .* `python -m benchmarks questions`",
     ):
-        check_tasks([ask("mmlu_dev")])
+        load_tasks([ask("mmlu_dev")])
     write_mmlu_dev(QUESTIONS / "mmlu_dev")
-    check_tasks([ask("mmlu_dev")])
+    load_tasks([ask("mmlu_dev")])
     with pytest.raises(
         DefinitionError, match="names 'mmlu_dev_anatomie', which lm-eval does not have; did you mean 'mmlu_dev_anatomy'"
     ):
-        check_tasks([ask("mmlu_dev_anatomie")])
+        load_tasks([ask("mmlu_dev_anatomie")])
 
 
 def ask(task: str, shots: int = 0) -> AskedTask:
@@ -240,18 +240,18 @@ def ask(task: str, shots: int = 0) -> AskedTask:
 
 def test_shots_that_a_task_does_not_have_are_refused() -> None:
     write_mmlu_dev(QUESTIONS / "mmlu_dev")
-    check_tasks([ask("mmlu_dev_anatomy", 4)])
+    load_tasks([ask("mmlu_dev_anatomy", 4)])
     with pytest.raises(
         DefinitionError, match=r"'mmlu_dev_anatomy' with 5 shots, but 'mmlu_dev_anatomy' has 4 other questions"
     ):
-        check_tasks([ask("mmlu_dev_anatomy", 5)])
+        load_tasks([ask("mmlu_dev_anatomy", 5)])
     with pytest.raises(DefinitionError, match=r"'mmlu_dev' with 3 shots, but 'mmlu_dev_\w+' has 2 other questions"):
-        check_tasks([ask("mmlu_dev", 3)])
+        load_tasks([ask("mmlu_dev", 3)])
 
 
 def test_a_task_whose_data_are_not_there_is_named() -> None:
     with pytest.raises(DataError, match="lm-eval cannot load 'hellaswag'"):
-        check_tasks([ask("hellaswag", 5)])
+        load_tasks([ask("hellaswag", 5)])
 
 
 def result(**changes: Any) -> dict[str, Any]:

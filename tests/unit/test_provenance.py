@@ -25,7 +25,7 @@ from benchmarks.harness.planning.definition import benchmark_names, load_benchma
 from benchmarks.harness.running import environment
 from benchmarks.harness.sources import hub
 from benchmarks.llama.definition import AskedTask
-from benchmarks.llama.evaluation import check_tasks
+from benchmarks.llama.evaluation import load_tasks
 from benchmarks.llama.instructions import load_instructions
 from benchmarks.text.datasets import load_split
 from tests.conftest import ROOT
@@ -127,8 +127,8 @@ def test_questions_of_lm_eval_are_recorded_with_their_commit(tmp_path: Path, mon
     )
     manager = SimpleNamespace(all_tasks=["mmlu"], load=lambda names: {"tasks": {"mmlu_a": task, "mmlu_b": task}})
     monkeypatch.setattr("benchmarks.llama.evaluation._manager", lambda folder: manager)
-    found = check_tasks([AskedTask(task="mmlu", num_fewshot=5)])
-    assert found == {"mmlu (5-shot)": [f"cais/mmlu@{COMMIT} (not pinned)"]}
+    (found,) = load_tasks([AskedTask(task="mmlu", num_fewshot=5)])
+    assert found.sources == [f"cais/mmlu@{COMMIT} (not pinned)"]
 
 
 @pytest.mark.parametrize("revision", [COMMIT, None])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
+import itertools
+import sys
 from collections.abc import Collection, Hashable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -81,12 +85,13 @@ def read_yaml(path: Path) -> Any:
 class Strict(BaseModel):
     """Data of a file: no unknown key, no conversion of a value, no change afterwards.
 
-    A field's docstring is its description in an editor.
+    A field's docstring is its description in an editor. :class:`_EditorSchema` reads it where that is asked for; pydantic would at every
+    start, which takes each command a second.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    part_of: ClassVar[type[Strict] | None] = None
+    """Of which model this has some of the keys."""
 
     def given(self) -> dict[str, Any]:
         """What the file says, without defaults; values as they are here."""
@@ -145,9 +150,10 @@ class PartOf:
 def _part_of(model: type[Strict]) -> type[Strict]:
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():
-        value = Field(default=None, description=field.description)
-        fields[name] = (Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation, value)
-    return create_model(f"{model.__name__}Changes", __base__=Strict, __doc__=model.__doc__, **fields)
+        fields[name] = (Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation, None)
+    made = create_model(f"{model.__name__}Changes", __base__=Strict, __doc__=model.__doc__, **fields)
+    made.part_of = model
+    return made
 
 
 def _as_given(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
@@ -207,8 +213,40 @@ Shares = Annotated[list[Share], _NotEmpty]
 Key = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 
 
+@functools.cache
+def _classes(module: str) -> dict[str, dict[str, str]]:
+    """What stands below the fields of each class of a module, by class and field."""
+    found = {}
+    for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = {
+                field.target.id: inspect.cleandoc(said.value.value)
+                for field, said in itertools.pairwise(node.body)
+                if isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(said, ast.Expr)
+                and isinstance(said.value, ast.Constant)
+                and isinstance(said.value.value, str)
+            }
+    return found
+
+
+def _descriptions(model: type[Strict]) -> dict[str, str]:
+    """The docstrings of a model's fields, its own before those of what it inherits from."""
+    bases = reversed((model.part_of or model).__mro__)
+    known = [base for base in bases if issubclass(base, Strict)]
+    return {name: text for base in known for name, text in _classes(base.__module__).get(base.__name__, {}).items()}
+
+
 class _EditorSchema(GenerateJsonSchema):
     """The JSON Schema of a model, without titles that repeat the names of keys, and without the null of what is left out."""
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        described = super().model_schema(schema)
+        for name, text in _descriptions(schema["cls"]).items():
+            if name in described.get("properties", ()):
+                described["properties"][name].setdefault("description", text)
+        return described
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
