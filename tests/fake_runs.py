@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from benchmarks.domainbed.jobs import validation_job
@@ -118,7 +119,7 @@ def made_another(run: Run, task: str, one: Callable[..., dict[str, float]]) -> d
 
 def windows(config: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     """Loads of twenty windows of a layer's training."""
-    loads = [[draw.randrange(1, 99) for _ in range(config["num_experts"])] for _ in range(20)]
+    loads = np.random.default_rng(draw.randrange(2**32)).integers(1, 99, (20, config["num_experts"])).tolist()
     return {"ends": [100 * number for number in range(1, 21)], "loads": {"1": loads}}
 
 

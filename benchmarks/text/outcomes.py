@@ -158,10 +158,12 @@ class TextOutcomes(Outcomes):
 
     def _rows(self) -> pd.DataFrame:
         cell = [*_SET, "method"]
-        by_cell = self.seeds.groupby(cell, sort=False)["value"]
-        rows = by_cell.agg(
-            mean=pd.Series.mean, std=pd.Series.std, population_std=lambda values: values.std(ddof=0), n="size"
-        )
+        found = {
+            key: (values.mean(), values.std(), values.std(ddof=0), len(values))
+            for key, values in self.seeds.groupby(cell, sort=False)["value"]
+        }
+        rows = pd.DataFrame(found.values(), columns=["mean", "std", "population_std", "n"])
+        rows.index = pd.MultiIndex.from_tuples(found, names=cell)
         methods, here = (self.seeds.groupby(keys)["method"].transform("nunique") for keys in (_SET, [*_SET, "seed"]))
         rows["common"] = self.seeds[methods == here].groupby(cell)["value"].agg(pd.Series.mean)
         compared = paired_differences(self.seeds, cell, {"method": self.baseline}, "seed").drop(columns="values")

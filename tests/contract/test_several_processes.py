@@ -117,7 +117,7 @@ def _rank(process: psutil.Process) -> str:
 def test_a_sharded_run_whose_worker_is_killed_goes_on_with_two_processes_or_with_one(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run = dropout_free("full", epochs=16, save_steps=4)
+    run = dropout_free("full", epochs=8, save_steps=4)
     whole = finish(prepare(run, "whole"))
     killed = prepare(run, "killed")
     kill_one(killed, "fsdp", "checkpoint-4")
@@ -139,7 +139,7 @@ def test_a_sharded_run_whose_worker_is_killed_goes_on_with_two_processes_or_with
 def test_a_data_parallel_run_whose_worker_is_killed_goes_on_with_one_process(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run = dropout_free("lora", epochs=16, save_steps=4)
+    run = dropout_free("lora", epochs=8, save_steps=4)
     whole = finish(prepare(run, "whole"))
     killed = prepare(run, "killed")
     kill_one(killed, "ddp", "checkpoint-4")

@@ -231,7 +231,9 @@ def presented(finished: tuple[Path, list[Run]]) -> Callable[[str], Presentation]
     def of_benchmark(name: str) -> Presentation:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(finished[0].parents[1])
-            return present(load_benchmark(name), of(finished[1], name))
+            made = present(load_benchmark(name), of(finished[1], name))
+            assert made.tables  # read while the runs are there
+            return made
 
     return of_benchmark
 

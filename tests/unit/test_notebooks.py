@@ -38,7 +38,13 @@ def test_every_notebook_is_tested() -> None:
 
 
 def test_training_shows_what_is_committed_but_for_numbers(checkout: Path) -> None:
-    now = [[without_numbers(text) for text in texts] for texts in shown(executed(committed(NAMES[0]), checkout))]
+    """With fewer rows, which change nothing but numbers, too."""
+    notebook = committed(NAMES[0])
+    (cell,) = (cell for cell in notebook.cells if 'rows("train", 160)' in cell.source)
+    cell.source = cell.source.replace('rows("train", 160)', 'rows("train", 24)').replace(
+        'rows("test", 200)', 'rows("test", 60)'
+    )
+    now = [[without_numbers(text) for text in texts] for texts in shown(executed(notebook, checkout))]
     assert now == [[without_numbers(text) for text in texts] for texts in shown(committed(NAMES[0]))]
 
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, ROOT
-from benchmarks.harness.planning.artifacts import all_artifacts, artifacts_of
+from benchmarks.harness.planning.artifacts import FIGURE_FORMATS, all_artifacts, artifacts_of
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.paper_items import (
     PaperPart,
@@ -68,11 +68,16 @@ def test_paper_tables_have_the_papers_rows_by_one_selection(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     suite = load_suite({"benchmarks": ["glue", "glue_lora", "glue_ood"]})
     fake_runs.write_runs(suite.runs)
+    folder, drawn = Path("results/mini/paper"), Path("results/mini/figures")
+    drawn.mkdir(parents=True)
     for name in suite.settings.benchmarks:
         presented = present(load_benchmark(name), suite.runs_of(name))
+        for figure in presented.figures:
+            for end in FIGURE_FORMATS:  # test_figures draws them
+                (drawn / f"{figure}.{end}").write_text(f"{figure}, {end}")
         write_paper_items(suite, artifacts_of(name), presented)
-    folder = Path("results/mini/paper")
     write_claims(suite)
+    assert (folder / "figure_5a.pdf").read_text() == "glue_settings, pdf"
     assert {path.name for path in folder.iterdir()} == {Path(file).name for file in paper_files(suite)}
     table = (folder / "table_4a.md").read_text()
     assert table.startswith("### Table 4 of the paper (first version): Clustered and random experts")

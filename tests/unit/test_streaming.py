@@ -7,14 +7,15 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,7 @@ from emoe.folders import load_dense, loader_for
 from emoe.layer import routed_layers
 from emoe.streaming import convert_folder, fold_folder
 from emoe.unfinished import unfinished
+from tests.forked import start as start_fork
 from tests.tiny_models import BUILDERS, build, build_generator
 
 FOLDERS = [name for name in BUILDERS if not name.startswith("Transformer")]
@@ -360,23 +362,25 @@ def convert_until(source: Path, out: Path, writes: int = 0, seconds: float = 0) 
     convert_folder(source, out, CONFIG, jobs=2)
 
 
+def exit_code(work: Callable[..., None], *arguments: Any) -> int | None:
+    """That of a process that does this."""
+    process = start_fork(work, *arguments)
+    process.join()
+    return process.exitcode
+
+
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    # processes that import once: a fork of this one, which has threads, could wait for ever for what one of them holds
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__])
     source, out = save("llama", tmp_path / "source", shard_size="20KB"), tmp_path / "out"
 
     def ends_well(*arguments: Any) -> bool:
-        process = processes.Process(target=convert_until, args=(source, *arguments))
-        process.start()
-        process.join()
-        assert process.exitcode in (0, -signal.SIGPROF)
-        return process.exitcode == 0
+        code = exit_code(convert_until, source, *arguments)
+        assert code in (0, -signal.SIGPROF)
+        return code == 0
 
     assert ends_well(tmp_path / "whole")
     wanted, moments = digests(tmp_path / "whole"), random.Random(0)
     found = set()
-    for _ in range(10):
+    for _ in range(6):
         shutil.rmtree(out, ignore_errors=True)
         for attempt in itertools.count():
             writes = moments.choice([0, 1, 2, 3, 5, 7, 9]) if attempt < 4 else 0
@@ -408,7 +412,7 @@ def test_a_full_disk_is_one_line_and_can_be_resumed(tmp_path: Path) -> None:
     assert said.strip().splitlines()[-1] == f"Error: {out / 'model.safetensors'}: File too large"
     assert "Traceback" not in said
     assert not (out / "model.safetensors").exists()
-    assert start("convert", source, out, *SETTINGS).wait() == 0
+    assert CliRunner().invoke(cli, ["convert", str(source), str(out), *map(str, SETTINGS)]).exit_code == 0
     assert not (out / ".unfinished").exists()
 
 
@@ -432,6 +436,12 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def convert_and_say_peak(source: Path, out: Path, peak: Path) -> None:
+    convert_folder(source, out, CONFIG, jobs=1)
+    # not ru_maxrss, in which the parent's memory at the fork counts
+    peak.write_text(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     """Peak resident memory of the process, mapped files included."""
     peaks, sizes = [], []
@@ -442,15 +452,9 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
         )
         LlamaModel(config).save_pretrained(source, max_shard_size="20MB")
         sizes.append(sum(path.stat().st_size for path in source.iterdir()))
-        # not ru_maxrss, in which the parent's memory at the fork counts
-        code = (
-            "import sys; from emoe.__main__ import cli; cli(sys.argv[1:], standalone_mode=False);"
-            "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
-        )
-        arguments = ("convert", source, tmp_path / f"out{layers}", *SETTINGS, "--jobs", 1)
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        peaks.append(1024 * int(said.split()[-1]))
+        peak = tmp_path / f"{layers}.txt"
+        assert exit_code(convert_and_say_peak, source, tmp_path / f"out{layers}", peak) == 0
+        peaks.append(1024 * int(peak.read_text()))
     assert sizes[1] - sizes[0] > 150e6
     assert peaks[1] - peaks[0] < 30e6
     assert peaks[1] < 2 * 20e6 + 1e9

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -26,6 +25,7 @@ from benchmarks.harness.results.tracking import mirror
 from tests import fake_runs
 from tests.checkout import wait_for
 from tests.conftest import ROOT
+from tests.forked import start as start_fork
 
 KEPT_QUIET = "S3cret"
 
@@ -173,12 +173,6 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-def mirror_in_a_process(runs: list[Run], uri: str) -> multiprocessing.Process:
-    process = multiprocessing.get_context("forkserver").Process(target=mirror, args=(runs, uri))
-    process.start()
-    return process
-
-
 @pytest.mark.slow
 @postgres_present
 def test_many_mirrors_at_once_lose_no_run_and_make_none_twice(
@@ -208,7 +202,7 @@ def test_many_mirrors_at_once_lose_no_run_and_make_none_twice(
             mirror(runs[:1], postgres)
             # each has a run that another one has, too
             parts = [(runs[place : place + 2], uri) for place in range(3) for uri in (server, postgres)]
-            started = [mirror_in_a_process(part, uri) for part, uri in parts]
+            started = [start_fork(mirror, part, uri) for part, uri in parts]
             for one in started:
                 one.join(240)
             assert [one.exitcode for one in started] == [0] * len(parts)

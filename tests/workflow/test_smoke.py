@@ -146,27 +146,6 @@ def test_the_chosen_weights_were_evaluated_out_of_domain(checkout: Finished) -> 
     assert dev[found["chosen"]["run"]] == max(dev.values())
 
 
-def test_deleted_results_are_run_again_alone_with_the_same_numbers(checkout: Finished) -> None:
-    """A training, an evaluation with the training that it needs, and an evaluation of weights that were kept."""
-    evaluations = [run for run in SUITE.runs if run.benchmark == "glue_ood"]
-    (trained,) = evaluations[0].spec["candidates"]
-    alone = next(run for run in evaluations if trained not in run.spec["candidates"])
-    before = {}
-    for folder in (SUITE.runs_of("glue")[0].folder, trained, evaluations[0].folder, alone.folder):
-        path = checkout.folder / "results/runs" / folder / "metrics.json"
-        before[path] = json.loads(path.read_text())["scores"]
-        path.unlink()
-    target = f"results/runs/{evaluations[0].folder}/metrics.json"
-    assert jobs(checkout.snakemake("-n", target)) == {"run_glue_lora": 1, "run_glue_ood": 1}
-    ran = jobs(checkout.snakemake("smoke"))
-    assert {name: count for name, count in ran.items() if name.startswith("run_")} == {
-        "run_glue": 1,
-        "run_glue_lora": 1,
-        "run_glue_ood": 1 + sum(trained in run.spec["candidates"] for run in evaluations),
-    }
-    assert {path: json.loads(path.read_text())["scores"] for path in before} == before
-
-
 def test_a_comment_runs_nothing_and_a_seed_only_the_new_runs(checkout: Finished) -> None:
     file = "benchmarks/glue/benchmark.yaml"
     original = (checkout.folder / file).read_text()
@@ -191,6 +170,32 @@ def test_mirroring_again_adds_nothing(checkout: Finished) -> None:
     found = checkout.benchmarks("mirror", "--suite", "smoke")
     assert f"0 added, 0 replaced, {len(SUITE.runs)} unchanged" in found.stderr
     assert len(client.search_runs([experiment])) == count
+
+
+def test_deleted_results_are_run_again_alone_with_the_same_numbers(checkout: Finished) -> None:
+    """A training, an evaluation with the training that it needs, and an evaluation of weights that were kept."""
+    evaluations = [run for run in SUITE.runs if run.benchmark == "glue_ood"]
+    (trained,) = evaluations[0].spec["candidates"]
+    alone = next(run for run in evaluations if trained not in run.spec["candidates"])
+    before = {}
+    for folder in (SUITE.runs_of("glue")[0].folder, trained, evaluations[0].folder, alone.folder):
+        path = checkout.folder / "results/runs" / folder / "metrics.json"
+        before[path] = json.loads(path.read_text())["scores"]
+        path.unlink()
+    runs = {
+        "run_glue": 1,
+        "run_glue_lora": 1,
+        "run_glue_ood": 1 + sum(trained in run.spec["candidates"] for run in evaluations),
+    }
+    shown = {f"tables_of_{name.removeprefix('run_')}" for name in runs}
+    planned = jobs(checkout.snakemake("-n", "smoke"))
+    assert {name: count for name, count in planned.items() if name.startswith("run_")} == runs
+    assert {name for name in planned if name.startswith("tables_of_")} == shown
+    # the tables of these, which take longer, are made in the tests of tables
+    targets = [path.relative_to(checkout.folder) for path in before]
+    targets += [f"results/runs/{run.folder}/metrics.json" for run in evaluations if trained in run.spec["candidates"]]
+    assert jobs(checkout.snakemake(*targets)) == runs
+    assert {path: json.loads(path.read_text())["scores"] for path in before} == before
 
 
 def test_kill_9_of_the_main_job_then_again_gives_the_same_numbers(checkout: Finished) -> None:

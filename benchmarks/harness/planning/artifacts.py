@@ -9,6 +9,7 @@ from benchmarks.harness.base import paths
 from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
 
 FORMATS = ("csv", "md", "tex", "html")
+FIGURE_FORMATS = ("pdf", "png")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Artifacts:
         return {
             str(folder / f"{self.stem(figure)}.{end}"): {"figure": self.short_caption(figure), "format": end}
             for figure in self.figures
-            for end in ("pdf", "png")
+            for end in FIGURE_FORMATS
         }
 
     def figure_files(self, suite: str) -> list[str]:

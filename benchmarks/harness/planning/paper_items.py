@@ -14,7 +14,7 @@ from pydantic import Field
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.planning.artifacts import FORMATS, Artifacts
+from benchmarks.harness.planning.artifacts import FIGURE_FORMATS, FORMATS, Artifacts
 from benchmarks.harness.planning.claims import Comparison, check_comparison
 from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
 from benchmarks.harness.planning.kinds import kind_of
@@ -145,7 +145,7 @@ class PaperOutput:
         return f"{number} of the paper (first version): {load_paper_items()[self.item].title}"
 
     def files(self, suite: str) -> list[str]:
-        ends = ("pdf", "png") if self.part.figure else FORMATS
+        ends = FIGURE_FORMATS if self.part.figure else FORMATS
         return [str(paths.RESULTS / suite / "paper" / f"{self.name}.{end}") for end in ends]
 
     def is_in(self, suite: Suite) -> bool:
@@ -250,7 +250,7 @@ def main_files(suite: str) -> list[str]:
         str(paths.RESULTS / suite / "paper" / f"{name}{letter}.{end}")
         for name in names
         for letter in "ab"
-        for end in ("pdf", "png")
+        for end in FIGURE_FORMATS
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -55,12 +55,17 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     if not keys or RUNS in frame:  # its maker has named them
         return table
     known = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates()
+    runs = [f"{benchmark}/{run}" for run in known["run_id"]]
+    places: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for place, names in enumerate(known[keys].to_dict("records")):
+        for named in names.items():
+            places[named].add(place)
     found = []
     for names in frame[keys].fillna("").astype(str).to_dict("records"):
-        rows = known
-        for key, name in names.items():
-            rows = rows if name in ("", ALL) else rows[rows[key] == name]
-        found.append(" ".join(f"{benchmark}/{run}" for run in dict.fromkeys(rows["run_id"])))
+        of_row = set(range(len(runs))).intersection(
+            *(places[key, name] for key, name in names.items() if name not in ("", ALL))
+        )
+        found.append(" ".join(dict.fromkeys(runs[place] for place in sorted(of_row))))
     frame = frame.assign(**{RUNS: found})
     elsewhere = {run: name for run in dict.fromkeys(" ".join(found).split()) if (name := origin_of(run))}
     if elsewhere:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from benchmarks.harness.base import paths
-from benchmarks.harness.planning.artifacts import Artifacts
+from benchmarks.harness.planning.artifacts import FIGURE_FORMATS, Artifacts
 from benchmarks.harness.planning.paper_items import (
     PaperOutput,
     load_paper_items,
@@ -30,14 +31,16 @@ def write_paper_items(suite: Suite, shown: Artifacts, presented: Presentation) -
     Args:
         suite: whose runs.
         shown: the benchmark, or one of its sets.
-        presented: what is shown of it.
+        presented: what is shown of it; its figures are drawn already.
     """
     folder = paths.RESULTS / suite.name / "paper"
+    folder.mkdir(parents=True, exist_ok=True)
     tables = {table.name: table for table in presented.tables}
     for output in outputs_of(shown):
         name = shown.stem(output.part.shown)
         if output.part.figure:
-            presented.figures[name](folder / output.name)
+            for end in FIGURE_FORMATS:
+                shutil.copyfile(folder.parent / "figures" / f"{name}.{end}", folder / f"{output.name}.{end}")
         else:
             _as_in_the_paper(tables[name], output, suite).write(folder)
 

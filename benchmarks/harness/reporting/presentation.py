@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Presentation:
     """What ``benchmarks/<name>/presentation.py`` gives back from ``present(benchmark, runs)``; :func:`make` makes it.
 
     Attributes:
-        tables: as the benchmark's ``tables`` names them, or a set's ``set_tables``.
+        makers: what makes each of its ``tables``, or ``set_tables``, by the name of the file without ending.
         figures: what writes each of its ``figures``, or ``set_figures``, as PDF and PNG, by the name of the file without ending.
         verdicts: a sentence each: how do the methods differ from the dense model?
         note: how to read the verdicts.
@@ -37,12 +37,17 @@ class Presentation:
         parts: what is shown of each of its sets alone, by the set's name; empty for benchmarks whose sets are shown together.
     """
 
-    tables: list[Table]
+    makers: Mapping[str, Callable[[], Table]]
     figures: dict[str, Callable[[Path], None]]
     verdicts: list[str] = field(default_factory=list)
     note: str = ""
     compared: Callable[[], pd.DataFrame] = compared_nothing
     parts: dict[str, Presentation] = field(default_factory=dict)
+
+    @cached_property
+    def tables(self) -> list[Table]:
+        """All tables, in order; made when they are first asked for, since claims and figures need none."""
+        return [make() for make in self.makers.values()]
 
     def draw(self, folder: Path) -> None:
         """Write all figures into a folder."""
@@ -78,11 +83,13 @@ def make(
     for key, known in ((f"{prefix}tables", tables), (f"{prefix}figures", figures)):
         named.append(list(getattr(benchmark.definition, key)))
         check_names(f"{benchmark.file}: '", key, named[-1], known)
+
+    def table(name: str) -> Table:
+        made = replace(tables[name](outcomes, *of), name=f"{stem}_{name}")
+        return with_runs(made, outcomes.origins, benchmark.name)
+
     return Presentation(
-        [
-            with_runs(replace(tables[name](outcomes, *of), name=f"{stem}_{name}"), outcomes.origins, benchmark.name)
-            for name in named[0]
-        ],
+        {f"{stem}_{name}": partial(table, name) for name in named[0]},
         {f"{stem}_{name}": partial(figures[name], outcomes, *of) for name in named[1]},
         **said,
     )
