@@ -1,13 +1,25 @@
-"""The paper's thousands of runs, planned once a process, when the first test asks; only to be looked at."""
+"""Runs that are planned: the paper's thousands once a process, when the first test asks, only to be looked at; and evaluations of others."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
-from benchmarks.harness.planning.runs import Run, plan
+from benchmarks.glue_ood.grid import KIND as EVALUATION
+from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 
 
 @functools.cache
 def paper_runs(*benchmarks: str) -> list[Run]:
     """The runs of these benchmarks in the paper's suite."""
     return plan(list(benchmarks), "paper")
+
+
+def evaluations(runs: list[Run], **changes: Any) -> list[Run]:
+    """What glue_ood would evaluate of these runs in smoke, with another definition."""
+    own = load_benchmark("glue_ood")
+    benchmark = Benchmark("glue_ood", own.definition.model_copy(update=changes), own.tasks)
+    specs = EVALUATION.specs(benchmark, "smoke", (), lambda _: {run.folder: run.spec for run in runs})
+    return [run_from_spec(spec) for spec in specs]

@@ -12,27 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from mlflow.tracking import MlflowClient
 from scipy import stats
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run, run_from_spec
+from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.suite import Suite, load_suite
 from benchmarks.harness.reporting.presentation import present
-from benchmarks.harness.reporting.rendering import Column, Table
-from benchmarks.harness.results import tracking
 from benchmarks.harness.results.records import collect, read_metrics, scores_of
-from benchmarks.harness.results.statistics import (
-    confidence_interval,
-    critical_difference,
-    friedman_ranks,
-    holm,
-    mean_difference,
-    nemenyi,
-    paired_differences,
-)
 from benchmarks.harness.training.metrics import SCORES, score
 from benchmarks.text.figures import rank_diagram
 from benchmarks.text.outcomes import TextOutcomes, ranked
@@ -79,78 +67,6 @@ def test_collapsed_models_have_a_score() -> None:
     for metric in SCORES:
         logits = np.ones((4, 1)) if metric == "pearson_spearman" else np.array([[1.0, 0.0]] * 4)
         assert math.isfinite(score(metric, logits, labels))
-
-
-# statistics
-
-
-def test_a_difference_is_scipys_paired_t_test_over_the_seeds_that_both_have() -> None:
-    ours, base = [0.8, 0.9, 0.7, 0.85], [0.75, 0.8, 0.72, 0.8, 0.1]
-    scores = pd.DataFrame(
-        {"method": ["ours"] * 4 + ["base"] * 5, "seed": [0, 1, 2, 3, 0, 1, 2, 3, 9], "value": ours + base}
-    )
-    (found,) = paired_differences(scores, ["method"], {"method": "base"}, "seed").to_dict("records")
-    expected = stats.ttest_rel(ours, base[:4])
-    assert (found["method"], found["n"], found["p"]) == ("ours", 4, pytest.approx(expected.pvalue))
-    assert (found["low"], found["high"]) == pytest.approx(tuple(expected.confidence_interval()))
-
-
-def test_values_of_one_pair_are_averaged_over_what_both_have() -> None:
-    rows = [("ours", 0, "a", 0.9), ("ours", 0, "b", 0.7), ("ours", 1, "a", 0.6), ("ours", 1, "c", 0.0)]
-    rows += [("base", 0, "a", 0.5), ("base", 0, "b", 0.5), ("base", 1, "a", 0.5), ("base", 2, "a", 0.1)]
-    scores = pd.DataFrame(rows, columns=["method", "seed", "env", "value"])
-    (found,) = paired_differences(scores, ["method"], {"method": "base"}, "seed").to_dict("records")
-    assert (found["delta"], found["n"], found["values"]) == (pytest.approx((0.3 + 0.1) / 2), 2, 3)
-    (found,) = paired_differences(scores, ["method"], {"method": "base"}, "seed", ["seed"]).to_dict("records")
-    means = {"a": (0.5 + 0.5 + 0.1) / 3, "b": 0.5}
-    first, second = (0.9 + 0.7 - means["a"] - means["b"]) / 2, 0.6 - means["a"]
-    assert found["delta"] == pytest.approx((first + second) / 2)
-
-
-def test_differences_without_spread_or_with_one_pair() -> None:
-    one = mean_difference(np.array([0.1]))
-    assert one.mean == pytest.approx(0.1)
-    assert math.isnan(one.low)
-    equal = mean_difference(np.array([0.125, 0.125]))
-    assert equal.mean == 0.125
-    assert math.isnan(equal.low)  # two equal differences are no certainty
-    same = mean_difference(np.zeros(2))
-    assert (same.mean, same.low, same.high) == (0, 0, 0)
-    assert confidence_interval(np.array([0.3])) == (0.3, 0.3)
-
-
-def test_friedman_ranks() -> None:
-    table = pd.DataFrame({"x": [0.9, 0.8, 0.7], "y": [0.5, 0.6, 0.4], "z": [0.3, 0.3, 0.1]}, index=["a", "b", "c"])
-    found = friedman_ranks(table)
-    assert found.ranks.to_dict() == pytest.approx({"a": 4.5 / 3, "b": 4.5 / 3, "c": 3})
-    assert found.p == pytest.approx(stats.friedmanchisquare(*table.to_numpy()).pvalue)
-    assert math.isnan(friedman_ranks(table.head(2)).p)
-
-
-def test_holm_by_hand() -> None:
-    p = pd.Series([0.01, math.nan, 0.04, 0.03], index=list("abcd"))
-    assert holm(p).fillna(-1).to_dict() == pytest.approx({"a": 0.03, "b": -1, "c": 0.06, "d": 0.06})
-    assert holm(pd.Series([math.nan])).isna().all()
-
-
-def test_critical_differences_are_demsars() -> None:
-    # Demšar (2006), section 3.2.2 and table 5: four classifiers on fourteen sets
-    assert critical_difference(4, 14) == pytest.approx(1.25, abs=0.005)
-
-
-def test_nemenyi_tells_apart_what_is_further_apart_than_the_critical_difference() -> None:
-    generator = np.random.default_rng(0)
-    scores = pd.DataFrame(generator.normal(size=(5, 12)) + np.arange(5)[:, None], index=list("abcde"))
-    ranks, p, limit = friedman_ranks(scores).ranks, nemenyi(scores), critical_difference(5, 12)
-    for one in scores.index:
-        for other in scores.index:
-            assert (p.loc[one, other] < 0.05) == (abs(ranks[one] - ranks[other]) > limit)
-
-
-def test_ties_everywhere_have_no_test() -> None:
-    found = friedman_ranks(pd.DataFrame(np.ones((3, 4)), index=list("abc")))
-    assert found.ranks.tolist() == [2, 2, 2]
-    assert math.isnan(found.p)
 
 
 # selection
@@ -423,76 +339,6 @@ def test_rows_that_train_other_things_are_not_compared(finished: Suite) -> None:
         present(load_benchmark("glue_lora"), runs)
 
 
-TABLE = Table(
-    "A & B",
-    "50 % of_it",
-    {"g": "Group", "name": "Name"},
-    [
-        Column("accuracy", "a", std="s", best="a"),
-        Column("loss", "l", best="l"),
-        Column("accuracy", "d", "Δ", interval=("lo", "hi"), signed=True),
-    ],
-    pd.DataFrame(
-        {
-            "g": ["x", "x", "y"],
-            "name": ["one", "two_<b>", "three"],
-            "a": [0.9999, 0.09999, 0.5],
-            "s": [0.01, math.nan, 0.0],
-            "l": [2.0, 10.0, math.nan],
-            "d": [-0.00001, 0.02, math.nan],
-            "lo": [-0.01, math.nan, math.nan],
-            "hi": [0.01, math.nan, math.nan],
-        }
-    ),
-    group=("g",),
-)
-
-
-def test_cells_and_the_best_by_number() -> None:
-    texts = TABLE.texts()
-    assert texts["Accuracy (%)"].tolist() == ["100.0 ± 1.0", "10.0", "50.0 ± 0.0"]
-    assert texts["Δ (%)"].tolist() == ["+0.0 [-1.0, +1.0]", "+2.0", "–"]
-    best = TABLE.best()
-    assert best["Accuracy (%)"].tolist() == [True, False, False]  # a group of one has no best
-    assert best["Loss"].tolist() == [True, False, False]  # 2 is better than 10, though "10" sorts first
-
-
-def test_every_format_escapes() -> None:
-    assert "**100.0 ± 1.0**" in TABLE.markdown()
-    latex = TABLE.latex()
-    for text in (
-        r"\toprule",
-        r"\textbf{100.0 $\pm$ 1.0}",
-        r"\caption{A \& B.}",
-        "% How to read it: 50 % of_it",
-        r"two\_",
-    ):
-        assert text in latex
-    assert "two_&lt;b&gt;" in TABLE.html()
-    assert "<strong>100.0 ± 1.0</strong>" in TABLE.html()
-
-
-def test_markdown_escapes_what_would_end_a_cell_or_begin_a_tag() -> None:
-    frame = pd.DataFrame({"name": ["a | b\n\n# c <script>x</script>"], "a": [0.5]})
-    said = "p < 0.05 | `a|b`<br>"
-    table = Table("T <b>", said, {"name": "N | M"}, [Column("accuracy", "a", label="L|<i>")], frame)
-    title, _, heading, _, row, _, caption = table.markdown().splitlines()
-    assert title == "### T \\<b>"
-    for line in (heading, row):
-        assert len(re.findall(r"(?<!\\)\|", line)) == 3
-    assert "N \\| M" in heading
-    assert "a \\| b # c \\<script>x\\</script>" in row
-    assert caption == "p < 0.05 \\| `a|b`\\<br>"
-
-
-def test_an_empty_table_is_still_a_table(tmp_path: Path) -> None:
-    empty = Table(
-        "E", "", {"name": "Name"}, [Column("accuracy", "a", best="a")], pd.DataFrame({"name": [], "a": []}), name="e"
-    )
-    empty.write(tmp_path)
-    assert "Accuracy" in (tmp_path / "e.md").read_text()
-
-
 # presentation
 
 
@@ -504,70 +350,3 @@ def test_a_text_benchmark_without_a_presentation_takes_the_usual_one(finished: S
     assert [table.name for table in presented.tables] == ["mine_tests", "mine_choices"]
     presented.draw(tmp_path)
     assert [path.name for path in sorted(tmp_path.glob("mine*"))] == ["mine_ood.pdf", "mine_ood.png"]
-
-
-# MLflow
-
-
-def test_mirroring_twice_adds_nothing_and_a_new_number_replaces(finished: Suite, tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    runs = [run for run in finished.runs_of("glue") if run.spec["task"]["name"] == "tweets"]
-    runs = [
-        run
-        for name in ("vanilla", "emoe")
-        for run in runs
-        if run.spec["method"]["name"] == name and run.spec["seed"] < 2
-    ]
-    assert tracking.mirror(runs, uri) == {"added": 4, "replaced": 0, "unchanged": 0}
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("glue").experiment_id
-    # two seeds of two methods, each method with a parent
-    assert len(client.search_runs([experiment])) == 4 + 2
-    assert tracking.mirror(runs, uri) == {"added": 0, "replaced": 0, "unchanged": 4}
-    assert len(client.search_runs([experiment])) == 4 + 2
-
-    path = Path("results/runs") / runs[0].folder / "metrics.json"
-    content = json.loads(path.read_text())
-    content["scores"]["test"]["tweets"]["balanced_accuracy"] = 0.123
-    path.write_text(json.dumps(content))
-    assert tracking.mirror(runs, uri) == {"added": 0, "replaced": 1, "unchanged": 3}
-    found = client.search_runs([experiment], filter_string=f"tags.`emoe.run_id` = '{runs[0].id}'")
-    assert [run.data.metrics["test.tweets.balanced_accuracy"] for run in found] == [0.123]
-    assert found[0].data.params["learning_rate"] == "0.0001"
-    assert len(client.search_runs([experiment])) == 4 + 2
-
-    # a mirror that was killed between making a run and writing its numbers
-    client.delete_tag(found[0].info.run_id, "emoe.content")
-    assert tracking.mirror(runs, uri) == {"added": 0, "replaced": 1, "unchanged": 3}
-
-
-def test_a_run_that_diverged_is_mirrored_with_all_its_settings(finished: Suite, tmp_path: Path) -> None:
-    trained, evaluated = finished.runs[0], next(run for run in finished.runs if "candidates" in run.spec)
-    path = Path("results/runs") / trained.folder / "metrics.json"
-    content = json.loads(path.read_text())
-    content["epochs"][1]["loss"] = content["scores"]["dev"]["tweets"]["loss"] = None
-    path.write_text(json.dumps(content))
-    many = run_from_spec(
-        {
-            **evaluated.spec,
-            "candidates": evaluated.spec["candidates"] * 20,
-            "more": dict.fromkeys(["+90%", *map(str, range(150))], 1),
-        }
-    )
-    fake_runs.write_runs([many])
-
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    assert tracking.mirror([trained, many], uri)["added"] == 2
-    client = MlflowClient(uri)
-    ids = {
-        found.data.tags["emoe.run_id"]: found.info.run_id
-        for name in ("glue", "glue_ood")
-        for found in client.search_runs([client.get_experiment_by_name(name).experiment_id])
-    }
-    assert [point.step for point in client.get_metric_history(ids[trained.id], "epoch.loss")] == [1]
-    assert len(client.get_metric_history(ids[trained.id], "epoch.balanced_accuracy")) == 2
-    parameters = client.get_run(ids[many.id]).data.params
-    assert {"more._90_", *(f"more.{number}" for number in range(150))} < set(parameters)
-    assert parameters["candidates"] == str(many.spec["candidates"])
-    assert "tweets" in client.get_run(ids[trained.id]).data.params["task.name"]
-    assert set(parameters) >= {"ood", "seed"}

@@ -11,19 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from click.testing import CliRunner
 from scipy import stats
 
-from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import BENCHMARKS, OVERRIDES
+from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.planning.catalogue import load_metrics
 from benchmarks.harness.planning.claims import Claim, Comparison, load_claims, suites_with
-from benchmarks.harness.planning.suite import Suite, load_suite
-from benchmarks.harness.reporting.claims import claims_table, judged
-from benchmarks.harness.reporting.claims_figure import draw_claims, write_claims
 from benchmarks.harness.results.evidence import (
-    POWER,
     Evidence,
     Verdict,
     beyond_p,
@@ -32,11 +26,7 @@ from benchmarks.harness.results.evidence import (
     judge,
     measured,
     paired,
-    pairs_needed,
-    power_of,
 )
-from benchmarks.harness.results.statistics import mean_difference
-from tests import fake_runs
 
 HIGHER = Comparison(
     benchmark="glue",
@@ -47,7 +37,6 @@ HIGHER = Comparison(
     metric="score",
     direction="higher",
 )
-PART_OF_MINI = {"suite": "mini", "benchmarks": ["glue_lora", "domainbed", "llama"]}
 LOWER = HIGHER.model_copy(update={"direction": "lower"})
 
 
@@ -281,168 +270,6 @@ def test_a_ratio_is_near_one_where_all_of_its_range_is(low: float, high: float, 
     assert found is not None
     assert found.difference.n == 2
     assert judge(near, found, math.nan, 0.1 + 1e-9) is verdict
-
-
-# equivalence and power
-
-
-def test_equivalence_is_the_90_percent_interval_within_the_margin() -> None:
-    values = np.array([0.004, -0.002, 0.001, 0.003, 0.0])
-    found, deviation = mean_difference(values), float(values.std(ddof=1))
-    low, high = stats.t.interval(0.9, 4, loc=values.mean(), scale=deviation / math.sqrt(5))
-    end = max(abs(low), abs(high))
-    assert equivalence_p(found, deviation, end) == pytest.approx(0.05)
-    assert equivalence_p(found, deviation, 1.001 * end) < 0.05 < equivalence_p(found, deviation, 0.999 * end)
-    # the two one-sided tests, by scipy
-    sides = [
-        stats.ttest_1samp(values, -0.004, alternative="greater").pvalue,
-        stats.ttest_1samp(values, 0.004, alternative="less").pvalue,
-    ]
-    assert equivalence_p(found, deviation, 0.004) == pytest.approx(max(sides))
-
-
-@pytest.mark.parametrize("values", [[0.001], [0.001, 0.001], [0.0, 0.0]])
-def test_there_is_no_equivalence_test_of_one_pair_or_equal_differences(values: list[float]) -> None:
-    found = mean_difference(np.array(values))
-    assert math.isnan(equivalence_p(found, 0.0, 0.01))
-
-
-@pytest.mark.parametrize(("n", "ratio", "alpha"), [(5, 1.2, 0.05), (12, 0.8, 0.05), (20, 0.8, 0.005)])
-def test_power_is_what_a_simulation_finds(n: int, ratio: float, alpha: float) -> None:
-    draws = np.random.default_rng(0).normal(ratio * 0.02, 0.02, (40_000, n))
-    found = float((stats.ttest_1samp(draws, 0.0, axis=1).pvalue < alpha).mean())
-    assert power_of(n, ratio * 0.02, 0.02, alpha) == pytest.approx(found, abs=0.008)
-
-
-@pytest.mark.parametrize(("ratio", "pairs"), [(0.5, 34), (0.8, 15), (1.0, 10), (0.2, 199)])
-def test_pairs_needed_are_those_of_power_tables(ratio: float, pairs: int) -> None:
-    assert pairs_needed(ratio, 1.0, 0.05) == pairs
-    assert power_of(pairs - 1, ratio, 1.0, 0.05) < POWER <= power_of(pairs, ratio, 1.0, 0.05)
-    assert pairs_needed(-ratio, 1.0, 0.05) == pairs
-    assert pairs_needed(ratio, 1.0, 0.05 / 11) > pairs
-
-
-def test_pairs_needed_are_capped_and_need_an_effect_and_a_deviation() -> None:
-    assert pairs_needed(0.08, 1.0, 0.05) == math.inf
-    for effect, deviation in ((math.nan, 1.0), (0.0, 1.0), (1.0, math.nan), (1.0, 0.0)):
-        assert math.isnan(pairs_needed(effect, deviation, 0.05))
-
-
-# a suite
-
-
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> tuple[Suite, pd.DataFrame, Path]:
-    """Most of the mini suite with made-up runs, EMoE a little better by LoRA."""
-    suite, folder = load_suite(PART_OF_MINI), tmp_path_factory.mktemp("mini")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        fake_runs.write_runs(suite.runs, {"lora_emoe": 0.01})
-        return suite, judged(suite), folder
-
-
-def test_every_test_of_every_claim_has_a_row(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
-    _, rows, _ = mini
-    expected = [(name, test.title) for name, claim in load_claims().items() for test in claim.tests]
-    assert list(zip(rows["claim"], rows["test"], strict=True)) == expected
-    assert set(rows["verdict"]) <= {word.value for word in Verdict}
-
-
-def test_p_is_corrected_over_all_tests_of_the_table(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
-    _, rows, _ = mini
-    for column in ("p", "equivalence_p"):
-        p = sorted((value, place) for place, value in rows[column].dropna().items())
-        assert len(p) > 5
-        highest = 0.0
-        for step, (value, place) in enumerate(p):
-            highest = max(highest, min(1.0, value * (len(p) - step)))
-            assert rows.loc[place, f"{column}_holm"] == pytest.approx(highest)
-
-
-def test_differences_are_those_of_the_runs(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
-    suite, rows, folder = mini
-    scores: dict[tuple[str, int], float] = {}
-    for run in suite.runs_of("glue_lora"):
-        if run.spec["method"]["name"] in ("lora", "lora_emoe"):
-            found = json.loads((folder / "results/runs" / run.folder / "metrics.json").read_text())
-            task = run.spec["task"]
-            key = (run.spec["method"]["name"], run.spec["seed"])
-            scores[key] = found["scores"]["test"][task["name"]][task["metric"]]
-    seeds = sorted({seed for _, seed in scores})
-    pairs = np.array([scores["lora_emoe", seed] - scores["lora", seed] for seed in seeds]) * 100
-    row = rows[(rows["claim"] == "in_domain") & (rows["benchmark"] == "glue_lora")].iloc[0]
-    assert (row.delta, row.n, row.deviation) == pytest.approx((pairs.mean(), len(pairs), pairs.std(ddof=1)))
-    assert row.pairs_needed == pairs_needed(0.79, row.deviation, 0.05 / rows["p"].notna().sum())
-    assert row.pairs_needed_alone <= row.pairs_needed
-
-
-def test_what_is_not_tested_says_what_it_needs(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
-    _, rows, _ = mini
-    missing = rows[rows["verdict"] == "not tested"].set_index(["claim", "test"])["remark"]
-    assert all(text.startswith("not tested in this suite: ") for text in missing)
-    assert missing["llama", "questions, full fine-tuning"].endswith("its runs are in paper")
-    assert missing["robust", "every N and k, full fine-tuning"].endswith("its runs are in paper")
-    assert missing["cost"].iloc[0].endswith("its runs are in smoke, speed")
-    assert "mini" not in missing["llama", "questions, full fine-tuning"]
-
-
-def test_the_table_shows_what_was_found(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
-    suite, rows, _ = mini
-    table = claims_table(suite, rows)
-    cells = table.texts()
-    assert list(cells.columns[:5]) == ["Claim", "Tested on", "The paper", "These runs", "n"]
-    assert cells["Claim"].ne("").sum() == len(load_claims())
-    first, row = cells.iloc[1], rows.iloc[1]
-    assert first["Tested on"] == "text, LoRA: (LoRA + EMoE) − LoRA"
-    assert first["The paper"].startswith("+0.79 points (Fig. 2")
-    assert first["These runs"] == f"{row.delta:+.2f} points [{row.low:+.2f}, {row.high:+.2f}]"
-    assert first["n"] == f"{row.n:g} seeds"
-    assert cells.loc[rows["claim"] == "parameters", "These runs"].tolist() == ["–", "0 parameters", "0 parameters"]
-    assert f"over the {rows['p'].notna().sum()} tests" in table.caption
-    assert "random weights" not in table.caption
-
-
-def test_files_of_a_suite_with_random_weights_say_that_scores_mean_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    suite = load_suite({"suite": "smoke", "benchmarks": ["glue", "speed"]})
-    fake_runs.write_runs(suite.runs)
-    write_claims(suite)
-    for file in suite.claim_files():
-        assert Path(file).stat().st_size > 1000
-    text = Path("results/smoke/tables/claims.md").read_text()
-    assert "random weights" in text
-    frame = pd.read_csv("results/smoke/tables/claims.csv").set_index(["claim", "test"])
-    assert frame.loc[("gate", "text in domain, full fine-tuning"), "remark"].endswith("no test: 1 seed")
-    assert frame.loc[("cost", "time of a training step"), "n"] == 1
-
-
-def test_the_command_prints_every_number(
-    mini: tuple[Suite, pd.DataFrame, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, rows, folder = mini
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv(OVERRIDES, json.dumps(PART_OF_MINI))
-    shown = CliRunner().invoke(cli, ["claims", "--suite", "mini", "--json"], catch_exceptions=False)
-    found = json.loads(shown.output)
-    assert [row["verdict"] for row in found] == list(rows["verdict"])
-    assert found[0]["delta"] is None
-    assert [found[1][key] for key in ("p", "delta")] == pytest.approx([rows[key].iloc[1] for key in ("p", "delta")])
-
-
-def test_a_suite_without_claimed_benchmarks_shows_no_claims(monkeypatch: pytest.MonkeyPatch) -> None:
-    suite = load_suite({"suite": "mini", "benchmarks": ["glue"]})
-    assert [file for file in suite.output_files() if "claims" in file] == suite.claim_files() != []
-    assert not [file for file in suite.output_files("glue") if "claims" in file]
-    monkeypatch.setattr("benchmarks.harness.planning.suite.compared_benchmarks", lambda names: [])
-    assert not [file for file in suite.output_files() if "claims" in file]
-
-
-def test_a_figure_without_tests_says_so(mini: tuple[Suite, pd.DataFrame, Path], tmp_path: Path) -> None:
-    _, rows, _ = mini
-    draw_claims(rows[rows["verdict"] == "not tested"], tmp_path / "none")
-    assert (tmp_path / "none.png").stat().st_size > 500
 
 
 # the file

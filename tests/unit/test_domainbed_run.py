@@ -5,22 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import (
-    Dinov2Config,
-    Dinov2Model,
     Trainer,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from benchmarks.domainbed import pipeline
@@ -29,12 +22,10 @@ from benchmarks.domainbed.definition import ImageSpec, ImageSuite
 from benchmarks.domainbed.grid import KIND
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.training import DomainTrainer
-from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT
-from benchmarks.harness.modeling.build import build_image_classifier
-from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.planning.runs import Run, run_from_spec
 from benchmarks.harness.results.information import mutual_information
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
@@ -318,123 +309,3 @@ def test_adam_decays_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [group for group in optimizer.param_groups if group["params"]]
     assert [(group["weight_decay"], group["lr"]) for group in groups] == [(1e-6, 1e-3)]
     assert len(groups[0]["params"]) > 70  # biases and norms too
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small models with random weights, as folders under the real names, that tests only read."""
-    root = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    small = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
-    vit = ViTConfig(**small, intermediate_size=64, image_size=48, patch_size=16, num_labels=5)
-    ViTForImageClassification(vit).save_pretrained(root / "vit-large")
-    Dinov2Model(Dinov2Config(**small, image_size=42, patch_size=14)).save_pretrained(root / "dinov2-small")
-    timm_model = timm.create_model("deit_small_patch16_224", num_classes=1000)
-    (root / "deit-small").mkdir()
-    save_file(timm_model.state_dict(), root / "deit-small" / "model.safetensors")
-    return root
-
-
-@pytest.fixture
-def model_root(models: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model root with links to them."""
-    root = workdir / "models"
-    root.mkdir()
-    for folder in models.iterdir():
-        (root / folder.name).symlink_to(folder)
-    monkeypatch.setenv(MODEL_ROOT, str(root))
-    return root
-
-
-def own(folder: Path) -> Path:
-    """A model that a test may change, in the place of its link."""
-    shared = folder.resolve()
-    folder.unlink()
-    return Path(shutil.copytree(shared, folder))
-
-
-def with_model(name: str, method: str = "emoe", tune: dict[str, Any] | None = None, **changes: Any) -> Run:
-    spec = pacs_run(method).spec
-    config = spec["method"]["config"]
-    layers = {"layers": [1, 3]} if config else {}
-    method_spec = {**spec["method"], "config": {**config, **layers} if config else None, "tune": tune}
-    model = load_models()[name].spec(name)
-    training = {**spec["training"], "steps": 2, "eval_every": 1, "eval_rows": 4, **changes}
-    return run_from_spec({**spec, "model": model, "method": method_spec, "training": training})
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "drop_path"), [("dinov2-small", 28, 0.1), ("vit-large", 32, 0.0), ("deit-small", 32, 0.1)]
-)
-def test_every_library_of_models_trains_from_a_local_folder(
-    model_root: Path, name: str, size: int, drop_path: float
-) -> None:
-    found = finish(prepare(with_model(name, image_size=size, drop_path=drop_path)))
-    assert found["model"]["source"]["from"] == str(model_root / name)
-    assert [layer["index"] for layer in found["model"]["conversion"]] == [1, 3]
-    assert found["model"]["parameters"] == found["model"]["dense_parameters"] == found["model"]["trainable_parameters"]
-
-
-@pytest.mark.parametrize(
-    ("name", "size"), [("test-vit", 32), ("dinov2-small", 28), ("vit-large", 32)], ids=["timm", "dinov2", "vit"]
-)
-def test_vit_dropout_is_in_front_of_the_head_in_training_only(model_root: Path, name: str, size: int) -> None:
-    """As DomainBed has it: of what the network gives to its classifier."""
-    spec = with_model(name, "erm", image_size=size, drop_path=0.0).spec
-    spec = {**spec, "hparams": {**spec["hparams"], "vit_dropout": 0.5}}
-    model = build_image_classifier(spec, 3).model
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    head = next(module for module in linear if module.out_features == 3)
-    seen: list[torch.Tensor] = []
-    head.register_forward_pre_hook(lambda _head, args: seen.append(args[0].detach()))
-    images = torch.randn(8, 3, size, size)
-    for mode in (True, False, False):
-        model.train(mode)(images)
-    kept = seen[0] != 0
-    assert 0.3 < kept.float().mean() < 0.7
-    torch.testing.assert_close(seen[0][kept], 2 * seen[1][kept])
-    assert torch.equal(seen[1], seen[2])
-
-
-def test_a_model_without_stochastic_depth_says_so(model_root: Path) -> None:
-    with pytest.raises(DefinitionError, match=r"'vit-large' has no drop_path; set training.drop_path to 0"):
-        finish(prepare(with_model("vit-large", image_size=32)))
-
-
-@pytest.mark.parametrize("name", ["deit-small", "dinov2-small"])
-def test_weights_of_another_model_are_refused(model_root: Path, name: str) -> None:
-    file = own(model_root / name) / "model.safetensors"
-    state = load_file(file)
-    state.pop(next(key for key in state if key.endswith("fc1.weight")))
-    save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(DataError, match=rf"does not hold the weights of '{name}': '.*fc1.weight' is missing"):
-        finish(prepare(with_model(name, image_size=28 if "dino" in name else 32)))
-
-
-def test_a_damaged_file_of_weights_is_named(model_root: Path) -> None:
-    file = own(model_root / "deit-small") / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(DataError, match=r"deit-small/model.safetensors is damaged"):
-        finish(prepare(with_model("deit-small", image_size=32)))
-
-
-def test_weights_that_would_have_to_be_unpickled_are_refused(model_root: Path) -> None:
-    file = own(model_root / "deit-small") / "model.safetensors"
-    file.rename(file.with_name("pytorch_model.bin"))
-    with pytest.raises(DataError, match=r"deit-small has no model.safetensors"):
-        finish(prepare(with_model("deit-small", image_size=32)))
-
-
-@pytest.mark.parametrize("method", ["gmoe", "emoe_learn"])
-def test_vit_large_by_adapters(model_root: Path, method: str) -> None:
-    plan_of = {run.spec["method"]["name"]: run.spec for run in plan(["domainbed"], "domainbed_large")}
-    spec = plan_of[method]
-    assert spec["training"]["lora"]["rank"] == 32
-    tune = spec["method"]["tune"] | {"blocks": [1, 3] if method == "gmoe" else []}
-    lora = spec["training"]["lora"]
-    run = with_model("vit-large", method, tune, image_size=32, drop_path=0.0, lora=lora)
-    trained = finish(prepare(run))["model"]["trained"]
-    blocks, routers = {"gmoe": {"blocks", "routers"}, "emoe_learn": {"routers"}}, {"gmoe", "emoe_learn"}
-    expected = {"adapters", "head", "also"} | ({"routers"} if method in routers else set()) | blocks.get(method, set())
-    assert set(trained) == expected
-    assert trained["adapters"]["parameters"] == 4 * 3 * 2 * 32 * 32  # layers, projections, two factors of rank 32

@@ -1,0 +1,91 @@
+"""Differences, ranks and corrections are scipy's and the textbooks'."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from benchmarks.harness.results.statistics import (
+    confidence_interval,
+    critical_difference,
+    friedman_ranks,
+    holm,
+    mean_difference,
+    nemenyi,
+    paired_differences,
+)
+
+# statistics
+
+
+def test_a_difference_is_scipys_paired_t_test_over_the_seeds_that_both_have() -> None:
+    ours, base = [0.8, 0.9, 0.7, 0.85], [0.75, 0.8, 0.72, 0.8, 0.1]
+    scores = pd.DataFrame(
+        {"method": ["ours"] * 4 + ["base"] * 5, "seed": [0, 1, 2, 3, 0, 1, 2, 3, 9], "value": ours + base}
+    )
+    (found,) = paired_differences(scores, ["method"], {"method": "base"}, "seed").to_dict("records")
+    expected = stats.ttest_rel(ours, base[:4])
+    assert (found["method"], found["n"], found["p"]) == ("ours", 4, pytest.approx(expected.pvalue))
+    assert (found["low"], found["high"]) == pytest.approx(tuple(expected.confidence_interval()))
+
+
+def test_values_of_one_pair_are_averaged_over_what_both_have() -> None:
+    rows = [("ours", 0, "a", 0.9), ("ours", 0, "b", 0.7), ("ours", 1, "a", 0.6), ("ours", 1, "c", 0.0)]
+    rows += [("base", 0, "a", 0.5), ("base", 0, "b", 0.5), ("base", 1, "a", 0.5), ("base", 2, "a", 0.1)]
+    scores = pd.DataFrame(rows, columns=["method", "seed", "env", "value"])
+    (found,) = paired_differences(scores, ["method"], {"method": "base"}, "seed").to_dict("records")
+    assert (found["delta"], found["n"], found["values"]) == (pytest.approx((0.3 + 0.1) / 2), 2, 3)
+    (found,) = paired_differences(scores, ["method"], {"method": "base"}, "seed", ["seed"]).to_dict("records")
+    means = {"a": (0.5 + 0.5 + 0.1) / 3, "b": 0.5}
+    first, second = (0.9 + 0.7 - means["a"] - means["b"]) / 2, 0.6 - means["a"]
+    assert found["delta"] == pytest.approx((first + second) / 2)
+
+
+def test_differences_without_spread_or_with_one_pair() -> None:
+    one = mean_difference(np.array([0.1]))
+    assert one.mean == pytest.approx(0.1)
+    assert math.isnan(one.low)
+    equal = mean_difference(np.array([0.125, 0.125]))
+    assert equal.mean == 0.125
+    assert math.isnan(equal.low)  # two equal differences are no certainty
+    same = mean_difference(np.zeros(2))
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    assert confidence_interval(np.array([0.3])) == (0.3, 0.3)
+
+
+def test_friedman_ranks() -> None:
+    table = pd.DataFrame({"x": [0.9, 0.8, 0.7], "y": [0.5, 0.6, 0.4], "z": [0.3, 0.3, 0.1]}, index=["a", "b", "c"])
+    found = friedman_ranks(table)
+    assert found.ranks.to_dict() == pytest.approx({"a": 4.5 / 3, "b": 4.5 / 3, "c": 3})
+    assert found.p == pytest.approx(stats.friedmanchisquare(*table.to_numpy()).pvalue)
+    assert math.isnan(friedman_ranks(table.head(2)).p)
+
+
+def test_holm_by_hand() -> None:
+    p = pd.Series([0.01, math.nan, 0.04, 0.03], index=list("abcd"))
+    assert holm(p).fillna(-1).to_dict() == pytest.approx({"a": 0.03, "b": -1, "c": 0.06, "d": 0.06})
+    assert holm(pd.Series([math.nan])).isna().all()
+
+
+def test_critical_differences_are_demsars() -> None:
+    # Demšar (2006), section 3.2.2 and table 5: four classifiers on fourteen sets
+    assert critical_difference(4, 14) == pytest.approx(1.25, abs=0.005)
+
+
+def test_nemenyi_tells_apart_what_is_further_apart_than_the_critical_difference() -> None:
+    generator = np.random.default_rng(0)
+    scores = pd.DataFrame(generator.normal(size=(5, 12)) + np.arange(5)[:, None], index=list("abcde"))
+    ranks, p, limit = friedman_ranks(scores).ranks, nemenyi(scores), critical_difference(5, 12)
+    for one in scores.index:
+        for other in scores.index:
+            assert (p.loc[one, other] < 0.05) == (abs(ranks[one] - ranks[other]) > limit)
+
+
+def test_ties_everywhere_have_no_test() -> None:
+    found = friedman_ranks(pd.DataFrame(np.ones((3, 4)), index=list("abc")))
+    assert found.ranks.tolist() == [2, 2, 2]
+    assert math.isnan(found.p)
