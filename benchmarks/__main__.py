@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import sys
 import time
@@ -15,6 +16,9 @@ from benchmarks.harness.running.forkserver import ask, serve
 
 # a folder that cannot be written to, a full disk, too many open files: no mistake of ours
 _OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+# libraries that tell their makers of each use, unless the user wants that; read when they are imported
+for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_telemetry, "true")
 
 
 def _version(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:

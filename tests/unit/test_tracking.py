@@ -173,6 +173,23 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
+def test_no_library_tells_its_makers_what_is_done_here_unless_asked_to(tmp_path: Path) -> None:
+    asks = (
+        "from huggingface_hub.constants import HF_HUB_DISABLE_TELEMETRY as hub;"
+        "from mlflow.telemetry.utils import is_telemetry_disabled; print(is_telemetry_disabled(), hub)"
+    )
+    # nothing by which mlflow would know a test
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def said(code: str, **variables: str) -> str:
+        command = [sys.executable, "-c", f"import os, benchmarks.__main__; {code}"]
+        return subprocess.check_output(command, env={**environment, **variables}, text=True)
+
+    assert said(asks) == "True True\n"
+    shown = "print(*(os.environ[name] for name in ('MLFLOW_DISABLE_TELEMETRY', 'HF_HUB_DISABLE_TELEMETRY')))"
+    assert said(shown, MLFLOW_DISABLE_TELEMETRY="false", HF_HUB_DISABLE_TELEMETRY="0") == "false 0\n"
+
+
 @pytest.mark.slow
 @postgres_present
 def test_many_mirrors_at_once_lose_no_run_and_make_none_twice(

@@ -68,14 +68,14 @@ def test_a_run_of_text_classification_counts_rows_epochs_padding_and_evaluations
     found = workload(run)
     # one epoch of 640 rows, like two rows that are padded together; 64 rows of 5 sets for gradients, without padding
     assert found.tokens_trained == pytest.approx(640 * TWEETS * 1.24 + 5 * 64 * TWEETS)
-    ends = 400 * (TWEETS + AMAZON + MOVIE + NYT)
+    ends = 300 * (TWEETS + AMAZON + MOVIE + NYT)
     assert "used_as" in run.spec  # evaluated as it was trained, and as another model
-    assert found.tokens_read == pytest.approx(200 * TWEETS + 2 * ends)
+    assert found.tokens_read == pytest.approx(100 * TWEETS + 2 * ends)
     assert (found.updates, found.training.count) == (80, 80)
     assert found.size.trained == found.size.parameters == 6 * BLOCK + (30522 + 512) * 384
     assert found.training.operations == 2 * found.tokens_trained * 3 * 6 * BLOCK  # 6 N a token
     # the second time from the last of six layers on: what reaches it is kept
-    reading = 2 * BLOCK * (6 * (200 * TWEETS + ends) + ends)
+    reading = 2 * BLOCK * (6 * (100 * TWEETS + ends) + ends)
     assert found.operations == pytest.approx(found.training.operations + reading)
 
 
@@ -87,7 +87,7 @@ def test_adapters_need_no_gradients_of_weights_and_frozen_layers_no_passes() -> 
     assert {passes.parameters for passes in found.reading} == {3 * BLOCK}
     assert found.keeps
     assert sum(size for name, size in found.caches if name.startswith("states")) == pytest.approx(
-        (1280 + 400) * TWEETS * 384 * 4
+        (1280 + 300) * TWEETS * 384 * 4
     )
 
 
@@ -109,13 +109,13 @@ def test_an_evaluation_has_the_model_of_what_it_evaluates() -> None:
         spec = find_run("glue_lora", "glue_ood", method__name=method, seed=0).spec
         return workload(run_from_spec({**spec, "evaluation": {**spec["evaluation"], "rows": rows}}), specs)
 
-    plain, copied, other = (of(method, 400) for method in ("lora", "lora_gmoe", "emoe2lora"))
-    assert plain.tokens_read == pytest.approx(400 * (AMAZON + MOVIE + NYT))  # its own set is as it was when trained
+    plain, copied, other = (of(method, 300) for method in ("lora", "lora_gmoe", "emoe2lora"))
+    assert plain.tokens_read == pytest.approx(300 * (AMAZON + MOVIE + NYT))  # its own set is as it was when trained
     assert plain.operations == pytest.approx(2 * 3 * BLOCK * plain.tokens_read)
     # whose routing nobody recorded by row: its own set too
-    assert copied.tokens_read == pytest.approx(400 * (TWEETS + AMAZON + MOVIE + NYT))
+    assert copied.tokens_read == pytest.approx(300 * (TWEETS + AMAZON + MOVIE + NYT))
     assert copied.operations == pytest.approx(2 * (3 * BLOCK + 7 * FFN) * copied.tokens_read)
-    assert other.tokens_read - plain.tokens_read == pytest.approx(400 * TWEETS)
+    assert other.tokens_read - plain.tokens_read == pytest.approx(300 * TWEETS)
     # other rows than when it was trained: its own set too
     assert of("lora", 500).tokens_read == pytest.approx(500 * (TWEETS + AMAZON + MOVIE + NYT))
     assert (plain.updates, plain.size.trained, plain.tokens_trained) == (0, 0, 0)
