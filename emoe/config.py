@@ -68,7 +68,7 @@ class RoutingConfig:
             ``masked`` in forward passes where it cannot (see :mod:`emoe.sparse.path`). ``auto`` takes, in each forward
             pass, the one that is expected to be faster (see :mod:`emoe.sparse.cost_model`).
         decode_cache: while decoding, keep the values by neuron too, as much memory again as the out-projections of the converted
-            layers. Without, a token takes about a fifth longer (see :mod:`emoe.sparse.decode`).
+            layers. Without, all FFNs of a token take about twice as long (see :mod:`emoe.sparse.decode`).
         score_threshold: in evaluation, use every expert whose score is at least this, and the best one
             in any case, instead of ``top_k``; None for always ``top_k``. See :func:`emoe.set_top_k_`.
         capacity_factor: None for no limit. A number c limits each expert to

@@ -209,10 +209,10 @@ class RoutedActivation(nn.Module):
         name = None if args else next(iter(kwargs))
         hidden = args[0] if name is None else kwargs[name]
         if isinstance(hidden, DeferredTensor):
-            deferred = hidden.call
-            known = hidden.is_whole and deferred.layer is self and deferred.grad == torch.is_grad_enabled()
-            if known and deferred.output is not None:
-                return deferred.output
+            call_of = hidden.call
+            known = call_of.take() if hidden.is_whole and call_of.layer is self else None
+            if known is not None:
+                return known
             hidden = hidden.value()
         hidden, this = carried(hidden)
         weights, self._traced_weights = self._traced_weights, None
@@ -234,7 +234,7 @@ class RoutedActivation(nn.Module):
         if torch.compiler.is_compiling():
             return super().__call__(z)
         if isinstance(z, DeferredTensor):
-            if z.call.layer is self:
+            if z.call.layer is self and not z.is_routed:
                 return z.then(self, z.sizes, is_routed=True, is_whole=not self._gated)
             z = z.value()
         plain, call = carried(z)

@@ -80,7 +80,7 @@ def _plain_class(projection: nn.Module) -> type[nn.Module] | None:
 def is_linear(projection: nn.Module) -> bool:
     """Whether a projection does what its weight and bias say and nothing else: PyTorch's linear layer or GPT-2's, as they are."""
     plain = _plain_class(projection)
-    if plain is None or F.linear is not _LINEAR:
+    if plain is None or F.linear is not _LINEAR or plain.__call__ is not nn.Module.__call__:
         return False
     forward = plain.forward
     return forward is _LINEAR_FORWARD or (plain.__name__, forward.__module__) == (

@@ -6,6 +6,7 @@ ones travels with the data: a forward pass leaves nothing behind, threads do not
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,8 @@ class CarrierTensor(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
+        if DeferredTensor in types:  # the part of an up-projection, whose in-projection takes the masked path
+            args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.value, (tuple(args), kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **(kwargs or {}))
         extra = next((arg.extra for arg in args if isinstance(arg, CarrierTensor)), None)
@@ -53,6 +56,11 @@ def carried(tensor: Tensor) -> tuple[Tensor, Any]:
     return tensor, None if type(tensor) is Tensor else getattr(tensor, "extra", None)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on a type of device, or None where it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 @dataclass
 class Deferred:
     """One call of an FFN whose output is known, although its neurons were not computed.
@@ -62,6 +70,8 @@ class Deferred:
         x: the FFN's input.
         output: the output; None once somebody has looked at neurons, which then count.
         tell: called when that happens, or None.
+        read: what neurons that are looked at are computed from; changed since, they cannot be.
+        requires_grad: whether the neurons have a gradient.
         grad: whether gradients were enabled at the call.
         autocast: the type that autocast was on with, or None.
     """
@@ -70,12 +80,35 @@ class Deferred:
     x: Tensor
     output: Tensor | None
     tell: Callable[[], None] | None = None
+    read: Sequence[Tensor] = ()
+    requires_grad: bool = field(default_factory=torch.is_grad_enabled)
     grad: bool = field(default_factory=torch.is_grad_enabled)
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        kind = self.x.device.type
-        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.autocast = autocast_dtype(self.x.device.type)
+        self.is_taken = False
+        self._versions = [tensor._version for tensor in self.read]
+
+    def take(self) -> Tensor | None:
+        """The output, for the first who takes it as it was computed: another would get the same tensor, changed perhaps."""
+        if self.is_taken or self.grad != torch.is_grad_enabled() or self.autocast != autocast_dtype(self.x.device.type):
+            return None
+        self.is_taken = self.output is not None
+        return self.output
+
+    def look(self) -> None:
+        """Have neurons count from now on.
+
+        Raises:
+            RuntimeError: what they are computed from was changed meanwhile.
+        """
+        if [tensor._version for tensor in self.read] != self._versions:
+            raise RuntimeError(_BEHIND.format("code that changed the FFN's input or weights before"))
+        if self.output is not None:
+            self.output = None
+            if self.tell is not None:
+                self.tell()
 
 
 class DeferredTensor(Tensor):
@@ -97,6 +130,7 @@ class DeferredTensor(Tensor):
     sizes: tuple[int, ...]
     _compute: Callable[[], Tensor]
     _value: Tensor | None
+    _made_of_it: list[weakref.ref[DeferredTensor]]
 
     @staticmethod
     def of(
@@ -119,28 +153,28 @@ class DeferredTensor(Tensor):
             is_whole: see the class.
         """
         found = Tensor._make_wrapper_subclass(
-            DeferredTensor, shape, dtype=like.dtype, device=like.device, requires_grad=call.grad
+            DeferredTensor, shape, dtype=like.dtype, device=like.device, requires_grad=call.requires_grad
         )
         found.call, found.is_routed, found.is_whole, found.sizes = call, is_routed, is_whole, shape
-        found._compute, found._value = compute, None
-        if call.grad:
+        found._compute, found._value, found._made_of_it = compute, None, []
+        if call.requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
                 found.register_hook(_refuse_gradient)
         return found
 
     def value(self) -> Tensor:
-        """The values, computed at the first look as they would have been in the call."""
+        """The values, computed at the first look as they would have been in the call; with what was made of them, before they change."""
         if self._value is None:
             call, kind = self.call, self.call.x.device.type
-            if call.output is not None:
-                call.output = None
-                if call.tell is not None:
-                    call.tell()
+            call.look()
             with (
                 torch.set_grad_enabled(call.grad),
                 torch.autocast(kind, call.autocast, enabled=call.autocast is not None),
             ):
                 self._value = self._compute()
+            for reference in self._made_of_it:
+                if (made := reference()) is not None:
+                    made.value()
         return self._value
 
     def then(
@@ -149,9 +183,11 @@ class DeferredTensor(Tensor):
         """What a step makes of it: deferred too, unless somebody has looked."""
         if self.call.output is None:
             return step(self.value())
-        return DeferredTensor.of(
+        made = DeferredTensor.of(
             shape, self, lambda: step(self.value()), self.call, is_routed=is_routed, is_whole=is_whole
         )
+        self._made_of_it.append(weakref.ref(made))
+        return made
 
     @classmethod
     def __torch_function__(
@@ -200,19 +236,22 @@ _METADATA = {
 }
 
 
-def _product(first: Any, second: Any) -> Tensor | None:
-    """Activated neurons times the up-projection's part of the same FFN."""
-    if not (isinstance(first, DeferredTensor) and isinstance(second, DeferredTensor)):
+def _product(first: Any = None, second: Any = None, **_named: Any) -> Tensor | None:
+    """Activated neurons times the up-projection's part of the same FFN, as nearly all code writes it."""
+    if not (isinstance(first, DeferredTensor) and isinstance(second, DeferredTensor)) or _named:
         return None
     routed, other = (first, second) if first.is_routed else (second, first)
     same = routed.call.layer is other.call.layer and routed.call.x is other.call.x and routed.sizes == other.sizes
     seen = routed.call.output is None or other.call.output is None
     if seen or not same or not routed.is_routed or routed.is_whole or other.is_routed:
         return None
-    return routed.then(lambda value: value * other.value(), routed.sizes, is_routed=True, is_whole=True)
+    made = routed.then(lambda value: value * other.value(), routed.sizes, is_routed=True, is_whole=True)
+    if isinstance(made, DeferredTensor):
+        other._made_of_it.append(weakref.ref(made))
+    return made
 
 
-def _halves(tensor: Any, chunks: Any, dim: int = 0) -> tuple[Tensor, ...] | None:
+def _halves(tensor: Any = None, chunks: Any = None, dim: int = 0, **_named: Any) -> tuple[Tensor, ...] | None:
     """A fused in-projection's two halves."""
     if not isinstance(tensor, DeferredTensor) or chunks != 2 or dim not in (-1, len(tensor.sizes) - 1):
         return None
@@ -225,7 +264,7 @@ def _halves(tensor: Any, chunks: Any, dim: int = 0) -> tuple[Tensor, ...] | None
 
 
 def _without_dropout(
-    tensor: Any, p: float = 0.5, training: bool = True, *_inplace: Any, **_named: Any
+    tensor: Any = None, p: float = 0.5, training: bool = True, *_inplace: Any, **_named: Any
 ) -> Tensor | None:
     return tensor if isinstance(tensor, DeferredTensor) and (p == 0 or not training) else None
 

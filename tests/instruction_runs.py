@@ -44,10 +44,10 @@ def tiny_run(method: str = "emoe", tuning: str = "lora", changes: Mapping[str, A
     )
     spec = copy.deepcopy(found.spec)
     spec["task"] = {"name": "own", "source": {}}
-    spec["data"] |= {"max_length": 48, "train_rows": 24, "held_out_rows": 6}
+    spec["data"] |= {"max_length": 48, "train_rows": 12, "held_out_rows": 6}
     spec["evaluation"] |= {"tasks": [], "generations": 1}
     if "steps" in spec["training"]:
-        spec["training"] |= {"epochs": 2, "batch_size": 8, "per_device_train_batch_size": 4, "save_steps": 2}
+        spec["training"] |= {"epochs": 2, "batch_size": 4, "per_device_train_batch_size": 2, "save_steps": 2}
     for part, values in {**(changes or {}), **parts}.items():
         if isinstance(values, dict):
             spec[part] = {**spec[part], **values}

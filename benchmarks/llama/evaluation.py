@@ -203,7 +203,7 @@ def run_task(
 
 
 def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What lm-eval found , by subject and category; see :func:`run_task`."""
+    """What lm-eval found, by subject and category; see :func:`run_task`."""
     # groups have results of their own, but no samples
     counts = {name: int(samples["effective"]) for name, samples in found["n-samples"].items()}
     subjects = {name: _numbers(found["results"][name]) for name in counts}

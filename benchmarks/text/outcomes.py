@@ -158,12 +158,11 @@ class TextOutcomes(Outcomes):
 
     def _rows(self) -> pd.DataFrame:
         cell = [*_SET, "method"]
-        found = {
-            key: (values.mean(), values.std(), values.std(ddof=0), len(values))
+        found = [
+            (*key, values.mean(), values.std(), values.std(ddof=0), len(values))
             for key, values in self.seeds.groupby(cell, sort=False)["value"]
-        }
-        rows = pd.DataFrame(found.values(), columns=["mean", "std", "population_std", "n"])
-        rows.index = pd.MultiIndex.from_tuples(found, names=cell)
+        ]
+        rows = pd.DataFrame(found, columns=[*cell, "mean", "std", "population_std", "n"]).set_index(cell)
         methods, here = (self.seeds.groupby(keys)["method"].transform("nunique") for keys in (_SET, [*_SET, "seed"]))
         rows["common"] = self.seeds[methods == here].groupby(cell)["value"].agg(pd.Series.mean)
         compared = paired_differences(self.seeds, cell, {"method": self.baseline}, "seed").drop(columns="values")

@@ -33,7 +33,8 @@ def library_file() -> Path:
     """Where the compiled kernels of this Python, this torch and this source are kept."""
     parts = (torch.__version__, str(torch.version.git_version), str(sysconfig.get_config_var("SOABI")))
     digest = hashlib.sha256(" ".join(parts).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    named = os.environ.get("XDG_CACHE_HOME")
+    cache = Path(named) if named else Path.home() / ".cache"
     return cache / "emoe" / digest / f"{_NAME}.so"
 
 
@@ -44,11 +45,13 @@ def build_kernels() -> Path:
         The file.
 
     Raises:
-        RuntimeError: there is no compiler, or it fails; the message is the compiler's last line.
+        RuntimeError: there is no compiler, or it fails; the message is the compiler's last line. Or there is no home to keep them in.
         OSError: the cache cannot be written.
     """
     library = library_file()
     if library.exists():
+        if compiled_kernels() is None:
+            compiled_kernels.cache_clear()  # another process has built them meanwhile
         return library
     import ninja
 
@@ -62,6 +65,7 @@ def build_kernels() -> Path:
             env={**os.environ, "PATH": path},
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
         )
         if done.returncode:
@@ -73,9 +77,12 @@ def build_kernels() -> Path:
 
 @functools.cache
 def compiled_kernels() -> ModuleType | None:
-    """The compiled module, or None where it has not been built or does not load. It never builds."""
-    library = library_file()
-    if not library.exists():
+    """The compiled module, or None where it has not been built, cannot be looked for or does not load. It never builds."""
+    try:
+        library = library_file()
+        if not library.exists():
+            return None
+    except (OSError, RuntimeError):  # a cache of another user, no home, no source beside this file
         return None
     try:
         loader = importlib.machinery.ExtensionFileLoader(_NAME, str(library))

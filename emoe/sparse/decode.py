@@ -29,7 +29,7 @@ class DecodeWeights(NamedTuple):
     """One FFN's weights as decoding reads them.
 
     Attributes:
-        inputs: ``[N, s * h]`` weights of the in-projections, the activated one first; views.
+        inputs: ``[N, s * h]`` weights of the in-projections, the activated one first; views, where they lie by neuron.
         biases: theirs, ``[N, s]`` or None.
         values: ``[N, s * h]`` by neuron, a copy; or ``[h, N, s]`` as they lie in the out-projection.
         gate: mean keys ``[N, h]``, for a router that scores by them.
@@ -52,7 +52,9 @@ class _Copied:
         self._version = weight._version
         # some who write do not count it (fused optimisers, ``weight.data``), but hardly one leaves all of these places as they were
         flat = self._weight.as_strided((weight.numel(),), (1,))
-        self._sample = flat[:: weight.numel() // _SAMPLED + 1]
+        # along the diagonal: every sixteenth of the rows and of the columns has one
+        step = (weight.numel() + max(weight.stride())) // _SAMPLED
+        self._sample = flat[:: max(min(step, (weight.numel() - 1) // (_SAMPLED - 1)), 1)][:_SAMPLED]
         self._values = self._sample.clone()
 
     def is_still(self, weight: Tensor) -> bool:
@@ -62,6 +64,7 @@ class _Copied:
             weight.data_ptr() == kept.data_ptr()
             and weight._version == self._version
             and weight.dtype == kept.dtype
+            and weight.shape == kept.shape
             and weight.stride() == kept.stride()
             and torch.equal(self._sample, self._values)
         )
@@ -112,12 +115,13 @@ def decode_weights(ffn: FFN, num_experts: int, gate: Tensor | None, *, by_neuron
         by_neuron: copy the values, so that those of an expert lie together.
     """
     blocks, values = ffn.blocks(num_experts)
-    inputs, biases = zip(*((weight.detach().flatten(1), bias) for weight, bias in blocks), strict=True)
+    inputs = [weight.detach().flatten(1) for weight, _ in blocks]
+    biases = [None if bias is None else bias.detach() for _, bias in blocks]
     laid_out = values.contiguous().flatten(1) if by_neuron else values.permute(2, 0, 1)
     read = (*inputs, laid_out, *(bias for bias in biases if bias is not None))
     readable = all(t.is_contiguous() and t.device.type == "cpu" and t.dtype in _COMPILED for t in read)
     kernels = compiled_kernels() if readable and by_neuron else None
-    return DecodeWeights(list(inputs), list(biases), laid_out.detach(), gate, kernels)
+    return DecodeWeights(inputs, biases, laid_out.detach(), gate, kernels)
 
 
 def decode_ffn(

@@ -6,6 +6,7 @@ out-projection recognise (:class:`emoe.tensors.DeferredTensor`). The masked path
 - a projection carries an adapter, whose effect on a neuron is not known before all are computed;
 - a weight is sharded, quantised, offloaded or of another dtype at that moment (FSDP must shard the layer, not its projections);
 - dropout acts on the hidden neurons;
+- experts are scored by their neurons (``gate``, ``up``) in half precision, to which the masked path rounds these; or autocast meets float64;
 - the activation is none of the known ones that take each neuron for itself, or writes over its input;
 - a projection is no plain linear layer;
 - somebody else looks at a projection, the activation, or a module that holds a part of the FFN: a hook of any kind, also a global one, or a replaced ``forward``;
@@ -36,7 +37,7 @@ from emoe.sparse.build import compiled_kernels, prepare_kernels
 from emoe.sparse.cost_model import predicted_decode_ratio, predicted_time_ratio
 from emoe.sparse.decode import DecodeCache, DecodeWeights, decode_ffn, decode_weights
 from emoe.sparse.ffn import sparse_ffn
-from emoe.tensors import Deferred, DeferredTensor
+from emoe.tensors import Deferred, DeferredTensor, autocast_dtype
 from emoe.tokens import is_own_hook
 
 _logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ _ELEMENTWISE = {
     *(nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Tanh, nn.Tanhshrink),
 }
 _ELEMENTWISE_MODULES = {"transformers.activations", "timm.layers.activations"}
+_OF_NEURONS = ("gate", "up")
+_HALF = (torch.bfloat16, torch.float16)
 _FEW_TOKENS = 8  # beyond, decoding reads each weight more than once for nothing
 
 
@@ -102,21 +105,27 @@ class SparsePath:
         self._places = tuple(_place(ffn.layer, path) for path, _, _ in projections)
         between = [ffn.layer.get_submodule(path) for path in ffn.spec.between]
         self._dropouts = tuple(module for module in between if isinstance(module, nn.Dropout))
-        own = cast(nn.Module, layer)
-        self._watched = (own, *self._projections, *layer.activation.modules(), *between, *_holders(ffn))
+        self._others = (cast(nn.Module, layer), *self._projections, *between, *_holders(ffn))
+        self._watch_activation()
         self._is_looked_at_inside = False
         self._width, self._hidden = ffn.d, ffn.h
-        if cast(Tensor, ffn.proj_in.weight).device.type == "cpu" and (
-            layer.config.backend == "sparse" or self._predict(_MANY_TOKENS) < 1
-        ):
+        first = getattr(self._projections[0], "weight", None)  # one that was replaced may have none
+        on_cpu = isinstance(first, Tensor) and first.device.type == "cpu"
+        if on_cpu and (layer.config.backend == "sparse" or self._predict(_MANY_TOKENS) < 1):
             prepare_kernels()
+
+    def _watch_activation(self) -> None:
+        self._activation = self._layer.activation
+        self._watched = (*self._others, *self._activation.modules())
 
     def choose(self, x: Tensor) -> Way | None:
         """How a forward pass with this input is computed: decoded with these weights, by the sparse path, or None for the masked one."""
         if torch.is_grad_enabled():
             self._cache.clear()
+        if not self._takes(x):
+            return None
         decodes = self._may_decode(x)
-        if not (_is_plain(x) and self._is_profitable(x, decodes=decodes)):
+        if not self._is_profitable(x, decodes=decodes):
             return None
         tensors = [tensor for module in self._projections for tensor in _tensors(module)]
         reason = self._fallback_reason(x, tensors)
@@ -140,8 +149,11 @@ class SparsePath:
         y, weights = self._sum_experts(rows) if way == "sparse" else self._decode(rows, way)
         shape = (*x.shape[:-1], self._width * (2 if self._ffn.spec.fused else 1))
         output = y.view(*x.shape[:-1], -1)
-        # in training not a view, which whoever changes it in place could not have under FSDP2
-        call = Deferred(self._layer, x, output.clone() if y.requires_grad else output, self._tell_of_a_look)
+        # no view, which whoever changes it in place could not have under FSDP2, or later with gradients
+        output = output.clone() if y.requires_grad else output.data
+        weight = cast(Tensor, self._projections[0].weight)
+        read = () if x.is_inference() or weight.is_inference() else (x, weight)  # which count no changes
+        call = Deferred(self._layer, x, output, self._tell_of_a_look, read, y.requires_grad)
         return DeferredTensor.of(shape, y, lambda: pre_activations(weights()), call)
 
     def _tell_of_a_look(self) -> None:
@@ -162,6 +174,10 @@ class SparsePath:
     def _decode(self, x: Tensor, kept: DecodeWeights) -> tuple[Tensor, Callable[[], Tensor]]:
         layer = self._layer
         scores = layer.linear_scores(x, kept.gate)
+        if scores.size(-1) != layer.config.num_experts or scores.size(0) != x.size(0):
+            raise RuntimeError(
+                f"the router of {self._ffn.name} gave scores {list(scores.shape)}, not {[len(x), layer.config.num_experts]}"
+            )
         experts, scales = layer.route_few(scores, kept.kernels)
         y = decode_ffn(x, kept, layer.activation, experts, scales)
 
@@ -177,7 +193,7 @@ class SparsePath:
 
     def may_defer(self, x: Tensor) -> bool:
         """Whether the up-projection's part can wait until somebody looks at it: nobody does, where the in-projection has the output already."""
-        return _is_plain(x) and not _is_transformed() and self._is_profitable(x, decodes=self._may_decode(x))
+        return self._takes(x) and not _is_transformed() and self._is_profitable(x, decodes=self._may_decode(x))
 
     def defer_up(self, x: Tensor, up: Callable[[], Tensor]) -> Tensor:
         """The up-projection's part, which nobody needs once the output is known."""
@@ -193,9 +209,17 @@ class SparsePath:
             gate = layer.current_gate() if by_keys else None
             return decode_weights(self._ffn, n, gate, by_neuron=by_neuron)
 
-        # the other weights are read where they lie
-        copied = [cast(Tensor, module.weight) for module in (self._projections[0], self._projections[-1])]
+        # the weights between are read where they lie, if that is by neuron
+        first, *between, last = self._projections
+        scattered = [
+            module for module in between if not (isinstance(module, nn.Linear) and module.weight.is_contiguous())
+        ]
+        copied = [cast(Tensor, module.weight) for module in (first, *scattered, last)]
         return self._cache.get(copied, (config, tuple(map(Tensor.data_ptr, tensors))), make)
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether it is an input that this path can read; of another the projection says what is wrong with it."""
+        return _is_plain(x) and x.ndim > 0 and x.size(-1) == self._hidden
 
     def _may_decode(self, x: Tensor) -> bool:
         """Whether these are few tokens of a model at rest, each with as many experts as the others."""
@@ -240,17 +264,24 @@ class SparsePath:
             if modules.get(name) is not own:
                 return "a projection carries an adapter or was replaced"
         for module, handler in self._handlers:
-            if not is_routed_by(module, handler, alone=True):
+            own_weight = module._parameters.get("weight") is not None or module._buffers.get("weight") is not None
+            if not (own_weight and is_routed_by(module, handler, alone=True)):
                 return "a projection's class was replaced, or its weight is computed"
         device, dtype = x.device, x.dtype
+        autocast = autocast_dtype(device.type)
+        if autocast is not None and torch.float64 in (dtype, tensors[0].dtype):
+            return "autocast leaves float64 as it is"
+        config = layer.config
+        if isinstance(config, EMoEConfig) and config.score in _OF_NEURONS and (autocast or dtype) in _HALF:
+            return "scores of neurons are rounded like them in half precision"
         for tensor in tensors:
             if type(tensor) not in _PLAIN:
                 return f"a weight is a {type(tensor).__name__}"
+            if not tensor.is_contiguous() and 0 in tensor.stride():
+                return "numbers of a weight lie in one place"
             if tensor.device != device:
                 return f"a weight is on {tensor.device}, the input on {device}"
-            if tensor.dtype != dtype and (
-                tensor.dtype != tensors[0].dtype or not torch.is_autocast_enabled(device.type)
-            ):
+            if tensor.dtype != dtype and (tensor.dtype != tensors[0].dtype or autocast is None):
                 return "weights and input are of several dtypes"
         if layer.training:
             if layer.config.expert_dropout:
@@ -259,6 +290,8 @@ class SparsePath:
                 return "dropout acts on hidden neurons"
         if not _is_elementwise(layer.activation):
             return "the activation is not known to take each neuron for itself, is random, or writes over its input"
+        if layer.activation is not self._activation:
+            self._watch_activation()
         if self._is_looked_at_inside:
             return "the FFN's own code looks at hidden neurons"
         if any(map(_is_looked_at, self._watched)) or _has_global_hook():

@@ -66,7 +66,9 @@ def test_the_output_is_the_masked_paths(
 ) -> None:
     x = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
     models = [converted(backend, gated, **VARIANTS[variant]).to(dtype) for backend in ("masked", "sparse")]
-    assert [decodes(model, x) for model in models] == [False, True]
+    # neurons by which experts are scored are rounded in half precision: the mask computes them
+    by_neurons = variant == "gate" and dtype == torch.bfloat16
+    assert [decodes(model, x) for model in models] == [False, not by_neurons]
     with torch.no_grad():
         expected, found = (model(x) for model in models)
     tolerance = 1e-5 if dtype == torch.float32 else 0.05

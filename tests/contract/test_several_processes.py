@@ -62,7 +62,7 @@ def dropout_free(tuning: str, **training: Any) -> Run:
     return tiny_run(
         "emoe",
         tuning,
-        training={"per_device_train_batch_size": 2, "lora": {**lora, "dropout": 0.0} if lora else None, **training},
+        training={"per_device_train_batch_size": 1, "lora": {**lora, "dropout": 0.0} if lora else None, **training},
     )
 
 

@@ -48,9 +48,9 @@ def test_a_run_leaves_its_numbers(capfd: pytest.CaptureFixture[str]) -> None:
     write_mmlu_dev(QUESTIONS / "mmlu_dev")
     path = prepare(tiny_run("emoe", evaluation=ONE_TASK))
     found = finish(path)
-    assert len(found["curve"]) == 6  # 24 rows, 8 a step, twice
+    assert len(found["curve"]) == 6  # 12 rows, 4 a step, twice
     assert found["curve"][-1] < found["curve"][0]
-    assert found["data"]["train"]["rows"] == 24
+    assert found["data"]["train"]["rows"] == 12
     assert found["data"]["held_out"]["rows"] == 6
     assert found["data"]["train"]["source"].endswith("own.json")
     assert found["scores"]["dev"]["own"]["loss"] > 0
@@ -67,7 +67,7 @@ def test_a_run_leaves_its_numbers(capfd: pytest.CaptureFixture[str]) -> None:
     assert all(len(shares) == 8 and sum(shares) == pytest.approx(1) for shares in found["routing"]["shares"].values())
     assert found["routing"]["active_neurons"] == pytest.approx(0.25)
     said = "".join(capfd.readouterr())
-    assert "24 rows to learn, 6 held out, 0 broken left out" in said
+    assert "12 rows to learn, 6 held out, 0 broken left out" in said
     assert not (path.parent / "checkpoints").exists()
 
 
@@ -88,8 +88,8 @@ def test_neither_micro_batch_nor_packing_nor_checkpointing_changes_the_curve() -
     curves = []
     for changes in (
         {},
-        {"per_device_train_batch_size": 8},
-        {"per_device_train_batch_size": 2, "packing": True},
+        {"per_device_train_batch_size": 4},
+        {"per_device_train_batch_size": 1, "packing": True},
         {"gradient_checkpointing": True},
     ):
         run = tiny_run("emoe", "full", training=changes)
@@ -116,7 +116,7 @@ def test_the_loss_is_that_of_the_responses_alone(monkeypatch: pytest.MonkeyPatch
         return step(self, model, inputs, *args)
 
     monkeypatch.setattr(Trainer, "training_step", spy)
-    run = tiny_run("dense", "full", training={"epochs": 1, "batch_size": 24, "per_device_train_batch_size": 8})
+    run = tiny_run("dense", "full", training={"epochs": 1, "batch_size": 12, "per_device_train_batch_size": 4})
     curve = finish(prepare(run))["curve"]
     model = build_language_model(run.spec).model.eval()
     loss, tokens = 0.0, 0
@@ -135,7 +135,7 @@ def test_the_loss_is_that_of_the_responses_alone(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_first_of_a_few_steps_learns() -> None:
-    path = prepare(tiny_run("dense", "full", training={"epochs": 1, "batch_size": 24, "keep_weights": True}))
+    path = prepare(tiny_run("dense", "full", training={"epochs": 1, "batch_size": 12, "keep_weights": True}))
     assert len(finish(path)["curve"]) == 1
     before = build_language_model(json.loads(path.read_text())).model.state_dict()
     after = load_file(path.parent / "model" / "trained.safetensors")
@@ -174,7 +174,7 @@ def test_held_out_rows_are_the_same_for_all_seeds_and_never_learned() -> None:
     assert places(0) == places(1)
     train, held_out = places(0)
     assert not set(train) & set(held_out)
-    assert (len(train), len(held_out)) == (24, 6)
+    assert (len(train), len(held_out)) == (12, 6)
 
 
 def test_broken_rows_end_a_run_before_any_work_or_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,11 +206,11 @@ def test_another_number_of_rows_than_known_is_told(workdir: Path, capfd: pytest.
 
 
 def test_too_few_rows_and_an_uneven_batch_are_refused() -> None:
-    with pytest.raises(DataError, match="has 40 usable rows: 35 are held out, and what is left fills no step of 8"):
-        finish(prepare(tiny_run("dense", "full", data={"held_out_rows": 35})))
+    with pytest.raises(DataError, match="has 40 usable rows: 37 are held out, and what is left fills no step of 4"):
+        finish(prepare(tiny_run("dense", "full", data={"held_out_rows": 37})))
     with pytest.raises(
         DefinitionError,
-        match=r"batch_size 8 is no multiple of training.per_device_train_batch_size 3 times 1 processes",
+        match=r"batch_size 4 is no multiple of training.per_device_train_batch_size 3 times 1 processes",
     ):
         finish(prepare(tiny_run("dense", "full", training={"per_device_train_batch_size": 3})))
 

@@ -86,7 +86,7 @@ class Strict(BaseModel):
     """Data of a file: no unknown key, no conversion of a value, no change afterwards.
 
     A field's docstring is its description in an editor. :class:`_EditorSchema` reads it where that is asked for; pydantic would at every
-    start, which takes each command a second.
+    start, which takes Snakemake half a second.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -214,10 +214,14 @@ Key = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 
 
 @functools.cache
-def _classes(module: str) -> dict[str, dict[str, str]]:
-    """What stands below the fields of each class of a module, by class and field."""
+def _docstrings(module: str) -> dict[str, dict[str, str]]:
+    """Those of the fields of each class of a module, by class and field; nothing of a module without a file."""
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):
+        return {}
     found = {}
-    for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ClassDef):
             found[node.name] = {
                 field.target.id: inspect.cleandoc(said.value.value)
@@ -235,7 +239,7 @@ def _descriptions(model: type[Strict]) -> dict[str, str]:
     """The docstrings of a model's fields, its own before those of what it inherits from."""
     bases = reversed((model.part_of or model).__mro__)
     known = [base for base in bases if issubclass(base, Strict)]
-    return {name: text for base in known for name, text in _classes(base.__module__).get(base.__name__, {}).items()}
+    return {name: text for base in known for name, text in _docstrings(base.__module__).get(base.__name__, {}).items()}
 
 
 class _EditorSchema(GenerateJsonSchema):
