@@ -209,10 +209,9 @@ class RoutedActivation(nn.Module):
         name = None if args else next(iter(kwargs))
         hidden = args[0] if name is None else kwargs[name]
         if isinstance(hidden, DeferredTensor):
-            call_of = hidden.call
-            known = call_of.take() if hidden.is_whole and call_of.layer is self else None
-            if known is not None:
-                return known
+            is_ours = hidden.is_whole and hidden.call.layer is self
+            if is_ours and (output := hidden.call.take()) is not None:
+                return output
             hidden = hidden.value()
         hidden, this = carried(hidden)
         weights, self._traced_weights = self._traced_weights, None

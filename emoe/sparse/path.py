@@ -215,7 +215,7 @@ class SparsePath:
             module for module in between if not (isinstance(module, nn.Linear) and module.weight.is_contiguous())
         ]
         copied = [cast(Tensor, module.weight) for module in (first, *scattered, last)]
-        return self._cache.get(copied, (config, tuple(map(Tensor.data_ptr, tensors))), make)
+        return self._cache.get(copied, (config, len(copied), tuple(map(Tensor.data_ptr, tensors))), make)
 
     def _takes(self, x: Tensor) -> bool:
         """Whether it is an input that this path can read; of another the projection says what is wrong with it."""
