@@ -8,36 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import emoe
 from tests import tiny_models
-from tests.plain_net import plain_net
-
-Settings = dict[str, Any]
-SETTINGS: dict[str, Settings] = {
-    "plain": {},
-    "learned": {"router": "cosine", "weighting": "softmax_times_k"},
-    "own biases": {"output_bias": "per_expert"},
-}
-
-
-def net(backend: str = "auto", gated: bool = True, **settings: Any) -> nn.Module:
-    """One gated FFN of 64 neurons and width 16, converted."""
-    found = plain_net(16, 64, gated=gated)
-    torch.manual_seed(0)
-    emoe.convert_(found, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0], backend=backend, **settings))
-    return found
-
-
-def model(name: str, backend: str = "auto", **settings: Any) -> nn.Module:
-    found = tiny_models.build(name)
-    torch.manual_seed(0)
-    emoe.convert_(found, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", backend=backend, **settings))
-    return found.eval()
-
-
-def inputs(rows: int = 5, seed: int = 0) -> Tensor:
-    return torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))
-
+from tests.converted import SETTINGS, Settings, inputs, model, net
 
 # tracing, exporting
 
