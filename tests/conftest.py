@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import emoe
+from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.tunings import TUNINGS
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.sources.vader import ARCHIVE
@@ -56,6 +57,13 @@ ROOT = Path(__file__).resolve().parents[1]
 def archive() -> Path:
     """The real sentiment set: the checkout's, or fetched once a machine from the package index."""
     return fetched(packaged("vaderSentiment"))
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty data root."""
+    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
+    return tmp_path
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from PIL import Image
 from benchmarks.domainbed.jobs import validation_job
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning.runs import Run, plan
+from benchmarks.harness.planning.suite import Suite, load_suite
 from benchmarks.llama.definition import InstructionSpec
 from benchmarks.llama.evaluation import task_title
 
@@ -364,3 +365,26 @@ def write_samples(runs: list[Run]) -> None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (80, 60)).save(picture)
         Path(job.file).write_text(json.dumps({"samples": ["0", "15", "30", "45", "60", "75"]}))
+
+
+def text_and_measurements() -> list[Run]:
+    """Write runs of glue, some seeds of three methods, and measurements, into the working directory."""
+    write(RUNS, benchmarks=("glue",))
+    write(RUNS, suite="smoke", benchmarks=("speed",))
+    text = [run for run in plan(["glue"], "mini") if run.spec["method"]["name"] in ("vanilla", "emoe", "gmoe")]
+    return [*text, *plan(["speed"], "smoke")]
+
+
+def text_suite() -> Suite:
+    """The text of the mini suite, finished in the working directory with a gain of EMoE."""
+    benchmarks = ("glue", "glue_lora", "glue_ood")
+    write(RUNS, gains={"emoe": 0.05, "random_partition": -0.1}, benchmarks=benchmarks)
+    return load_suite({"benchmarks": list(benchmarks)})
+
+
+def edit(run: Run, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a run wrote."""
+    path = RUNS / run.folder / "metrics.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))

@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.domainbed.definition import RunSet
+from benchmarks.domainbed.environments import ImageSet
+from benchmarks.domainbed.loading import load_set
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from tests.planned import paper_runs
 
 FOLDERS = ("art_painting", "cartoon", "photo", "sketch")
 CLASSES = ("dog", "elephant", "giraffe")
+PACS = load_benchmark("domainbed").tasks["pacs"].spec("pacs")
 
 
 def write_images(root: Path, name: str, rows: int = 2) -> Path:
@@ -63,3 +67,8 @@ def pacs_run(method: str = "erm", held_out: int = 0, trial: int = 0, **training:
     hparams = {**spec["hparams"], "lr": 1e-3, "batch_size": 4}
     found = {**spec, "model": smoke["model"], "training": {**spec["training"], **short}, "hparams": hparams}
     return run_from_spec({**found, "learning_rate": 1e-3})
+
+
+def load(truncated: str = "refuse", task: dict[str, Any] = PACS) -> ImageSet:
+    """A set as runs of the first trial read it."""
+    return load_set(RunSet.model_validate(task), 0, truncated=truncated)

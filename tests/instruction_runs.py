@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 
 ROWS = [
@@ -26,6 +29,13 @@ def write_rows(root: Path, rows: list[Any] = ROWS) -> Path:
     path = root / "own.json"
     path.write_text(json.dumps(rows, indent=1))
     return path
+
+
+def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Make a folder the working one, with the set ``own`` in its data root."""
+    write_rows(folder / "data")
+    patch.setenv(DATA_ROOT, str(folder / "data"))
+    patch.chdir(folder)
 
 
 def tiny_run(method: str = "emoe", tuning: str = "lora", changes: Mapping[str, Any] | None = None, **parts: Any) -> Run:

@@ -9,6 +9,7 @@ import datasets
 import pandas as pd
 
 from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.text.definition import RunTask
 
 TASKS = {name: task.model_dump() for name, task in load_benchmark("glue").tasks.items()}
 
@@ -196,3 +197,8 @@ def write_saved(
         saved = saved.cast_column(TASKS[name]["label"], datasets.ClassLabel(names=names))
     (datasets.DatasetDict({split: saved}) if split else saved).save_to_disk(str(folder))
     return folder
+
+
+def task(name: str) -> RunTask:
+    """A task of glue as a run has it."""
+    return load_benchmark("glue").tasks[name].as_run(name)

@@ -264,8 +264,7 @@ class SparsePath:
             if modules.get(name) is not own:
                 return "a projection carries an adapter or was replaced"
         for module, handler in self._handlers:
-            own_weight = module._parameters.get("weight") is not None or module._buffers.get("weight") is not None
-            if not (own_weight and is_routed_by(module, handler, alone=True)):
+            if _own(module, "weight") is None or not is_routed_by(module, handler, alone=True):
                 return "a projection's class was replaced, or its weight is computed"
         device, dtype = x.device, x.dtype
         autocast = autocast_dtype(device.type)
@@ -334,8 +333,13 @@ def _place(layer: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], st
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     """Weight and bias of a projection, where they are its own and not computed."""
-    own = (module._parameters, module._buffers)
-    return [found for name in ("weight", "bias") for store in own if (found := store.get(name)) is not None]
+    return [found for name in ("weight", "bias") if (found := _own(module, name)) is not None]
+
+
+def _own(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer that a module holds itself."""
+    found = module._parameters.get(name)
+    return module._buffers.get(name) if found is None else found
 
 
 def _is_looked_at(module: nn.Module) -> bool:

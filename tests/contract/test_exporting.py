@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from tests import tiny_models
 from tests.converted import SETTINGS, Settings, inputs, model, net
 
-# tracing, exporting
-
-
 SERVED: dict[str, Settings] = {**SETTINGS, "capacity": {"capacity_factor": 1.5}, "not top": {"selection": "not_top"}}
 
 

@@ -17,8 +17,6 @@ from tests import tiny_models
 from tests.converted import BACKENDS, LLAMA, SETTINGS, inputs, model, net
 from tests.plain_net import plain_net
 
-# what an outsider tried: code between the projections, other projections and activations, copies
-
 
 class Block(nn.Module):
     """An FFN whose own code does something with its hidden neurons."""

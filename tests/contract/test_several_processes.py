@@ -21,14 +21,13 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.running.execution import RunError, launch_distributed
 from benchmarks.llama.export import export
 from tests.checkout import wait_for
 from tests.conftest import ROOT
 from tests.executed import finish, numbers, prepare
-from tests.instruction_runs import tiny_run, write_rows
+from tests.instruction_runs import enter, tiny_run
 
 pytestmark = pytest.mark.slow
 WAIT = 600  # a loaded machine takes minutes to import twice
@@ -37,10 +36,8 @@ WAIT = 600  # a loaded machine takes minutes to import twice
 @pytest.fixture(autouse=True)
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory with a data root."""
-    write_rows(tmp_path / "data")
-    monkeypatch.setenv(DATA_ROOT, str(tmp_path / "data"))
+    enter(tmp_path, monkeypatch)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

@@ -18,7 +18,7 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.suite import Suite, load_suite
+from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.results.records import collect, read_metrics, scores_of
 from benchmarks.harness.training.metrics import SCORES, score
@@ -36,11 +36,7 @@ from tests import fake_runs
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     """The mini suite, finished with made-up numbers, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    benchmarks = ("glue", "glue_lora", "glue_ood")
-    fake_runs.write(
-        tmp_path / "results" / "runs", gains={"emoe": 0.05, "random_partition": -0.1}, benchmarks=benchmarks
-    )
-    return load_suite({"benchmarks": list(benchmarks)})
+    return fake_runs.text_suite()
 
 
 def outcomes_of(runs: list[Run], benchmark: str = "glue") -> TextOutcomes:

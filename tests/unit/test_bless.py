@@ -11,37 +11,22 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.runs import Run, plan
+from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.results.regression import compare
 from benchmarks.harness.running import blessing, environment, verification
 from benchmarks.harness.running.blessing import bless, clean_commit, refuse_what_does_not_repeat
 from benchmarks.harness.running.repetition import Repetition, repeat
 from benchmarks.harness.running.spread import sample
 from tests import fake_runs
-
-METHODS = ("vanilla", "emoe", "gmoe")
-RUNS = Path("results/runs")
+from tests.fake_runs import edit
 
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """Finished runs of glue, some seeds of three methods, and measurements."""
+    """Finished runs of text and measurements, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    fake_runs.write(RUNS, benchmarks=("glue",))
-    fake_runs.write(RUNS, suite="smoke", benchmarks=("speed",))
-    text = [run for run in plan(["glue"], "mini") if run.spec["method"]["name"] in METHODS]
-    return [*text, *plan(["speed"], "smoke")]
-
-
-def edit(run: Run, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what a run wrote."""
-    path = RUNS / run.folder / "metrics.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-# bless
+    return fake_runs.text_and_measurements()
 
 
 def checkout(folder: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from click.testing import CliRunner
 
 from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DefinitionError, RunError
-from benchmarks.harness.planning.runs import Run, plan
+from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.results.quantities import deviation
 from benchmarks.harness.results.reference import (
     FACTOR,
@@ -29,19 +29,14 @@ from benchmarks.harness.results.reference import (
 from benchmarks.harness.results.regression import Comparison, compare, present
 from benchmarks.harness.running import spread
 from tests import fake_runs
-
-METHODS = ("vanilla", "emoe", "gmoe")
-RUNS = Path("results/runs")
+from tests.fake_runs import edit
 
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """Finished runs of glue, some seeds of three methods, and measurements."""
+    """Finished runs of text and measurements, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    fake_runs.write(RUNS, benchmarks=("glue",))
-    fake_runs.write(RUNS, suite="smoke", benchmarks=("speed",))
-    text = [run for run in plan(["glue"], "mini") if run.spec["method"]["name"] in METHODS]
-    return [*text, *plan(["speed"], "smoke")]
+    return fake_runs.text_and_measurements()
 
 
 @pytest.fixture
@@ -51,14 +46,6 @@ def blessed(runs: list[Run], tmp_path: Path) -> Path:
     numbers, _ = present(runs, "mini")
     write_reference("mini", numbers, "0" * 40, folder)
     return folder
-
-
-def edit(run: Run, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what a run wrote."""
-    path = RUNS / run.folder / "metrics.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def score_of(run: Run, difference: float) -> None:

@@ -25,9 +25,6 @@ from tests import fake_runs
 PART_OF_MINI = {"suite": "mini", "benchmarks": ["glue_lora", "domainbed", "llama"]}
 
 
-# a suite
-
-
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> tuple[Suite, pd.DataFrame, Path]:
     """Most of the mini suite with made-up runs, EMoE a little better by LoRA."""

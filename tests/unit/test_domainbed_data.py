@@ -16,8 +16,6 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.domainbed.definition import RunSet
-from benchmarks.domainbed.environments import ImageSet
-from benchmarks.domainbed.loading import load_set
 from benchmarks.domainbed.transforms import DEVIATION, MEAN, augmented, plain
 from benchmarks.domainbed.validation import (
     counts,
@@ -28,22 +26,14 @@ from benchmarks.domainbed.validation import (
 )
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.planning.definition import load_benchmark
-from tests.image_sets import CLASSES, FOLDERS, write_pacs
-
-TASK = load_benchmark("domainbed").tasks["pacs"].spec("pacs")
+from tests.image_sets import CLASSES, FOLDERS, PACS, load, write_pacs
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(root: Path) -> Path:
     """A data root with a small PACS."""
-    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
-    write_pacs(tmp_path, rows=3)
-    return tmp_path
-
-
-def load(truncated: str = "refuse", task: dict[str, Any] = TASK) -> ImageSet:
-    return load_set(RunSet.model_validate(task), 0, truncated=truncated)
+    write_pacs(root, rows=3)
+    return root
 
 
 def test_rows_are_those_of_image_folder_in_its_order(root: Path) -> None:
@@ -178,7 +168,7 @@ def test_files_that_are_not_read_are_counted_by_their_ending(root: Path, tmp_pat
     said = "not read: 3 .gif, 1 .jpg in no class, 1 .txt in no class, 1 README"
     assert counts(found).splitlines()[-1] == f"P: {said}"
     assert counts(found).splitlines()[-2].startswith("all")
-    assert [labels for _, _, labels, _ in list_environments(RunSet.model_validate(TASK), 0, open_images=False)] == [
+    assert [labels for _, _, labels, _ in list_environments(RunSet.model_validate(PACS), 0, open_images=False)] == [
         "3 classes, 3 to 3 each" + (f"; {said}" if name == "P" else "") for name in "ACPS"
     ]
     assert validate_dataset(found)["environments"]["P"]["ignored"] == found.environments[2].ignored
@@ -212,7 +202,7 @@ def test_classes_that_differ_are_named_with_both_folders(root: Path) -> None:
 
 def test_a_set_that_is_not_there_says_where_it_must_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DATA_ROOT, str(tmp_path))
-    task = {**TASK, "source": {"folder": "VLCS"}}
+    task = {**PACS, "source": {"folder": "VLCS"}}
     with pytest.raises(DataError, match=r"VLCS does not exist; it must hold <environment>/<class>/<image>"):
         load(task=task)
 
@@ -273,7 +263,7 @@ def test_other_kinds_of_images_become_rgb_and_are_counted(root: Path) -> None:
 def test_a_validation_is_made_once_and_again_when_a_file_changes(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "images" / "pacs-32px.json"
     validate_to_file(
-        {"benchmark": "domainbed", "task": TASK, "data_seed": 0, "image_size": 32, "truncated": "refuse"}, output
+        {"benchmark": "domainbed", "task": PACS, "data_seed": 0, "image_size": 32, "truncated": "refuse"}, output
     )
     assert json.loads(output.read_text())["environments"]["S"]["rows"] == 9
     grid = np.asarray(Image.open(output.with_suffix(".png")))
@@ -286,7 +276,7 @@ def test_a_validation_is_made_once_and_again_when_a_file_changes(root: Path, tmp
 def test_a_validation_that_is_current_is_trusted(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "images" / "pacs-32px.json"
     validate_to_file(
-        {"benchmark": "domainbed", "task": TASK, "data_seed": 0, "image_size": 32, "truncated": "refuse"}, output
+        {"benchmark": "domainbed", "task": PACS, "data_seed": 0, "image_size": 32, "truncated": "refuse"}, output
     )
     monkeypatch.setattr("benchmarks.domainbed.validation.validate_dataset", lambda found: pytest.fail("looked again"))
     ensure_validated(load(), [output], "refuse")

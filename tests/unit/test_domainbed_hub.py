@@ -10,30 +10,21 @@ import datasets
 import pytest
 from PIL import Image
 
-from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.environments import ImageSet
-from benchmarks.domainbed.loading import load_set
 from benchmarks.domainbed.validation import (
     validate_dataset,
 )
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.definition import load_benchmark
-from tests.image_sets import CLASSES, FOLDERS, write_pacs
-
-TASK = load_benchmark("domainbed").tasks["pacs"].spec("pacs")
+from tests.image_sets import CLASSES, FOLDERS, PACS, load, write_pacs
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(root: Path) -> Path:
     """A data root with a small PACS."""
-    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
-    write_pacs(tmp_path, rows=3)
-    return tmp_path
-
-
-def load(truncated: str = "refuse", task: dict[str, Any] = TASK) -> ImageSet:
-    return load_set(RunSet.model_validate(task), 0, truncated=truncated)
+    write_pacs(root, rows=3)
+    return root
 
 
 def hub_copy(root: Path, folder: Path, **renamed: str) -> None:
@@ -64,7 +55,7 @@ def test_a_hub_set_has_the_same_environments_and_classes(
     hub_copy(root, tmp_path / "hub")
     local = load()
     monkeypatch.delenv(DATA_ROOT)
-    found = load(task={**TASK, "source": {"folder": "PACS", "hub": str(tmp_path / "hub"), "revision": None}})
+    found = load(task={**PACS, "source": {"folder": "PACS", "hub": str(tmp_path / "hub"), "revision": None}})
     assert [environment.name for environment in found.environments] == ["A", "C", "P", "S"]
     assert found.classes == local.classes
     for ours, theirs in zip(found.environments, local.environments, strict=True):
@@ -121,7 +112,7 @@ def test_a_hub_set_without_a_column_is_refused(root: Path, tmp_path: Path, monke
     hub_copy(root, tmp_path / "hub", domain="style")
     monkeypatch.delenv(DATA_ROOT)
     with pytest.raises(DataError, match="has no column 'domain'"):
-        load(task={**TASK, "source": {"folder": "PACS", "hub": str(tmp_path / "hub"), "revision": None}})
+        load(task={**PACS, "source": {"folder": "PACS", "hub": str(tmp_path / "hub"), "revision": None}})
 
 
 def test_every_set_has_domainbeds_environments() -> None:

@@ -16,10 +16,7 @@ import torch
 from PIL import Image
 
 from benchmarks.domainbed import emoji as emoji_module
-from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.emoji import EMOJI_PACKAGES
-from benchmarks.domainbed.environments import ImageSet
-from benchmarks.domainbed.loading import load_set
 from benchmarks.domainbed.mnist import load_digits
 from benchmarks.domainbed.protocol import split_paired
 from benchmarks.domainbed.transforms import plain
@@ -30,23 +27,15 @@ from benchmarks.domainbed.validation import (
 )
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.sources.packages import package_file, packaged
-from tests.image_sets import write_pacs
-
-TASK = load_benchmark("domainbed").tasks["pacs"].spec("pacs")
+from tests.image_sets import PACS, load, write_pacs
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(root: Path) -> Path:
     """A data root with a small PACS."""
-    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
-    write_pacs(tmp_path, rows=3)
-    return tmp_path
-
-
-def load(truncated: str = "refuse", task: dict[str, Any] = TASK) -> ImageSet:
-    return load_set(RunSet.model_validate(task), 0, truncated=truncated)
+    write_pacs(root, rows=3)
+    return root
 
 
 EMOJI_TASK = {
@@ -202,7 +191,7 @@ def test_an_image_of_32_bits_is_refused(root: Path) -> None:
         validate_dataset(load())
 
 
-@pytest.mark.parametrize("task", [TASK, EMOJI_TASK], ids=["folders", "emoji"])
+@pytest.mark.parametrize("task", [PACS, EMOJI_TASK], ids=["folders", "emoji"])
 def test_worker_processes_can_be_given_a_set(root: Path, packages: Path, task: dict[str, Any]) -> None:
     for environment in load(task=task).environments:
         again = pickle.loads(pickle.dumps(environment))
@@ -217,7 +206,7 @@ def test_a_validation_that_filled_images_is_not_trusted_by_a_run_that_refuses_th
     image.write_bytes(image.read_bytes()[:-200])
     output = tmp_path / "images" / "pacs-32px.json"
     validate_to_file(
-        {"benchmark": "domainbed", "task": TASK, "data_seed": 0, "image_size": 32, "truncated": "load"}, output
+        {"benchmark": "domainbed", "task": PACS, "data_seed": 0, "image_size": 32, "truncated": "load"}, output
     )
     ensure_validated(load("load"), [output], "load")
     with pytest.raises(DataError, match="1 of 36 images cannot be used"):

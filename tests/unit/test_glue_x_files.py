@@ -10,26 +10,8 @@ import pandas as pd
 import pytest
 
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.text.datasets import load_split
-from benchmarks.text.definition import RunTask
-from tests.text_sets import GLUE, MEANING, OWN_FILES, TASKS, write_own, write_saved
-
-BENCHMARK = load_benchmark("glue")
-
-
-def task(name: str) -> RunTask:
-    return BENCHMARK.tasks[name].as_run(name)
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
-    return tmp_path
-
-
-# GLUE-X
+from tests.text_sets import GLUE, MEANING, OWN_FILES, TASKS, task, write_own, write_saved
 
 
 def test_fifteen_pairs_over_thirteen_sets() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import plan, run_from_spec
 from benchmarks.harness.results.records import read_metrics
@@ -15,14 +14,12 @@ from benchmarks.llama.figures import draw_curves
 from benchmarks.llama.outcomes import InstructionOutcomes
 from tests.executed import finish, killed_at, prepare
 from tests.fake_runs import write_runs
-from tests.instruction_runs import tiny_run, write_rows
+from tests.instruction_runs import enter, tiny_run
 
 
 @pytest.fixture(autouse=True)
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows(tmp_path / "data")
-    monkeypatch.setenv(DATA_ROOT, str(tmp_path / "data"))
-    monkeypatch.chdir(tmp_path)
+    enter(tmp_path, monkeypatch)
 
 
 def test_looking_at_held_out_rows_changes_no_other_number() -> None:

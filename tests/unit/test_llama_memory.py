@@ -11,20 +11,17 @@ import pytest
 import torch
 
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.modeling.memory import Memory, memory
 from benchmarks.llama.definition import InstructionSpec
 from benchmarks.llama.memory_estimate import check_memory, estimate_memory
 from tests.executed import finish, prepare
-from tests.instruction_runs import tiny_run, write_rows
+from tests.instruction_runs import enter, tiny_run
 
 
 @pytest.fixture(autouse=True)
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory with a data root."""
-    write_rows(tmp_path / "data")
-    monkeypatch.setenv(DATA_ROOT, str(tmp_path / "data"))
-    monkeypatch.chdir(tmp_path)
+    enter(tmp_path, monkeypatch)
     return tmp_path
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 import emoe
 from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, QUESTIONS
+from benchmarks.harness.base.paths import MODEL_ROOT, QUESTIONS
 from benchmarks.harness.modeling.build import build_language_model
 from benchmarks.harness.modeling.language import load_language_model
 from benchmarks.harness.modeling.loading import load_tokenizer
@@ -30,7 +30,7 @@ from benchmarks.llama.pipeline import read_data
 from benchmarks.llama.questions import write_mmlu_dev
 from emoe.errors import CheckpointError
 from tests.executed import finish, killed_at, prepare
-from tests.instruction_runs import ROWS, tiny_run, write_rows
+from tests.instruction_runs import ROWS, enter, tiny_run, write_rows
 
 ONE_TASK = {"tasks": [{"task": "mmlu_dev_anatomy", "num_fewshot": 0, "limit": None}]}
 
@@ -38,9 +38,7 @@ ONE_TASK = {"tasks": [{"task": "mmlu_dev_anatomy", "num_fewshot": 0, "limit": No
 @pytest.fixture(autouse=True)
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory with a data root."""
-    write_rows(tmp_path / "data")
-    monkeypatch.setenv(DATA_ROOT, str(tmp_path / "data"))
-    monkeypatch.chdir(tmp_path)
+    enter(tmp_path, monkeypatch)
     return tmp_path
 
 

@@ -9,7 +9,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from benchmarks.harness.planning.runs import run_from_spec
-from benchmarks.harness.planning.suite import Suite, load_suite
+from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.results import tracking
 from tests import fake_runs
 
@@ -18,17 +18,7 @@ from tests import fake_runs
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     """The mini suite, finished with made-up numbers, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    benchmarks = ("glue", "glue_lora", "glue_ood")
-    fake_runs.write(
-        tmp_path / "results" / "runs", gains={"emoe": 0.05, "random_partition": -0.1}, benchmarks=benchmarks
-    )
-    return load_suite({"benchmarks": list(benchmarks)})
-
-
-# both selections, on GLUE's own tasks
-
-
-# MLflow
+    return fake_runs.text_suite()
 
 
 def test_mirroring_twice_adds_nothing_and_a_new_number_replaces(finished: Suite, tmp_path: Path) -> None:

@@ -16,8 +16,6 @@ from benchmarks.harness.results.evidence import (
 )
 from benchmarks.harness.results.statistics import mean_difference
 
-# equivalence and power
-
 
 def test_equivalence_is_the_90_percent_interval_within_the_margin() -> None:
     values = np.array([0.004, -0.002, 0.001, 0.003, 0.0])

@@ -19,8 +19,6 @@ from benchmarks.harness.results.statistics import (
     paired_differences,
 )
 
-# statistics
-
 
 def test_a_difference_is_scipys_paired_t_test_over_the_seeds_that_both_have() -> None:
     ours, base = [0.8, 0.9, 0.7, 0.85], [0.75, 0.8, 0.72, 0.8, 0.1]

@@ -12,24 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.sources.vader import load_vader
 from benchmarks.text.datasets import TextSplit, load_part, load_split
-from benchmarks.text.definition import RunTask, TaskEntry
-from tests.text_sets import GLUE, LABELS, MEANING, OWN_FILES, TASKS, write_glue, write_own, write_saved
-
-BENCHMARK = load_benchmark("glue")
-
-
-def task(name: str) -> RunTask:
-    return BENCHMARK.tasks[name].as_run(name)
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
-    return tmp_path
+from benchmarks.text.definition import TaskEntry
+from tests.text_sets import GLUE, LABELS, MEANING, OWN_FILES, TASKS, task, write_glue, write_own, write_saved
 
 
 def hub_frame(name: str) -> pd.DataFrame:

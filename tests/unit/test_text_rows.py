@@ -13,24 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.text.datasets import load_split
-from benchmarks.text.definition import RunTask
-from tests.text_sets import TASKS, write_glue
-
-BENCHMARK = load_benchmark("glue")
-
-
-def task(name: str) -> RunTask:
-    return BENCHMARK.tasks[name].as_run(name)
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
-    return tmp_path
-
+from tests.text_sets import TASKS, task, write_glue
 
 FORMS = ["parquet", "arrow", "jsonl", "csv", "saved", "hub"]
 
