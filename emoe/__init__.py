@@ -6,25 +6,48 @@ config = emoe.EMoEConfig(num_experts=64, top_k=16, layers="last-half:2")
 print(emoe.convert_(model, config))
 """
 
+import importlib
 import importlib.metadata
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from emoe.architectures import register_ffn
-from emoe.checkpoint import from_pretrained, save_pretrained
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
-from emoe.convert import ConversionReport, convert_, to_dense_
 from emoe.errors import CheckpointError, ConfigError, ConversionError, EMoEError
-from emoe.noise import noisy_tuning_
-from emoe.partitioning import partition
-from emoe.records import record_routing
-from emoe.routers import Router, register_router
-from emoe.rows import FFNSpec
-from emoe.settings import fix_experts_, set_backend_, set_top_k_
-from emoe.training import aux_loss, update_gates_
 
 if TYPE_CHECKING:
+    from emoe.architectures import register_ffn
+    from emoe.checkpoint import from_pretrained, save_pretrained
+    from emoe.convert import ConversionReport, convert_, to_dense_
+    from emoe.noise import noisy_tuning_
+    from emoe.partitioning import partition
+    from emoe.records import record_routing
+    from emoe.routers import Router, register_router
+    from emoe.rows import FFNSpec
+    from emoe.settings import fix_experts_, set_backend_, set_top_k_
     from emoe.trainer import TrainerCallback as TrainerCallback
+    from emoe.training import aux_loss, update_gates_
+
+# what needs PyTorch, or transformers, is imported when it is first asked for: planning a benchmark needs neither
+_WHERE = {
+    "ConversionReport": "convert",
+    "FFNSpec": "rows",
+    "Router": "routers",
+    "TrainerCallback": "trainer",
+    "aux_loss": "training",
+    "convert_": "convert",
+    "fix_experts_": "settings",
+    "from_pretrained": "checkpoint",
+    "noisy_tuning_": "noise",
+    "partition": "partitioning",
+    "record_routing": "records",
+    "register_ffn": "architectures",
+    "register_router": "routers",
+    "save_pretrained": "checkpoint",
+    "set_backend_": "settings",
+    "set_top_k_": "settings",
+    "to_dense_": "convert",
+    "update_gates_": "training",
+}
 
 try:
     # a checkout's is that of its last installation: the commit says more, and is what runs record
@@ -61,11 +84,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "TrainerCallback":  # and nothing else of emoe needs transformers
-        from emoe.trainer import TrainerCallback
-
-        return TrainerCallback
     if name == "retie_gates_":
         warnings.warn("emoe.retie_gates_ is now emoe.update_gates_", DeprecationWarning, stacklevel=2)
-        return update_gates_
-    raise AttributeError(f"module 'emoe' has no attribute '{name}'")
+        name = "update_gates_"
+    if name not in _WHERE:
+        raise AttributeError(f"module 'emoe' has no attribute '{name}'")
+    return globals().setdefault(name, getattr(importlib.import_module(f"emoe.{_WHERE[name]}"), name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, cast
 
 from emoe.errors import ConfigError, did_you_mean
+from emoe.registry import ROUTERS
 
 Layers = str | tuple[int, ...]
 Partition = Literal["kmeans", "random", "contiguous", "coactivation"]
@@ -33,8 +34,6 @@ _BOUNDS: dict[str, tuple[Callable[[Any, float], bool], str]] = {
 }
 
 CONFIG_VERSION = 1
-# name to class, filled by emoe.routers
-ROUTERS: dict[str, Any] = {}
 
 # The authors' Tutel layer with the settings of their language scripts.
 _TUTEL: dict[str, Any] = {

@@ -9,17 +9,19 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from emoe.architectures import FFN, bias_of, find_ffns, resolve_layers
+from emoe.architectures import FFN, bias_of, find_ffns
 from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_gated, check_plain, check_trainable, check_weights
-from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, check_config
+from emoe.config import EMoEConfig, GMoEConfig, check_config
 from emoe.errors import ConversionError
 from emoe.guards import guard_, unguard_
 from emoe.layer import RoutedActivation, routed_layers
+from emoe.layer_numbers import resolve_layers
 from emoe.marks import mark_, no_experts, renew_mark_
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
 from emoe.projections import with_values
+from emoe.registry import ROUTERS
 from emoe.routers import FixedRouter
 from emoe.tokens import PaddingMaskHook, remove_hooks, watch_padding, watch_passes
 
@@ -149,7 +151,7 @@ def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
         check_trainable(ffns)
         return
     check_divisible(ffns, config.num_experts)
-    if ROUTERS[config.router] is FixedRouter:
+    if ROUTERS[config.router].load() is FixedRouter:
         raise ConversionError(
             "router='fixed' needs to know which experts are used: convert with router='avg_k', record_routing rows of the task, then emoe.fix_experts_"
         )

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, bias_of
-from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, Weighting
+from emoe.config import EMoEConfig, GMoEConfig, Weighting
 from emoe.errors import ConversionError
 from emoe.losses import PassLoss
 from emoe.projections import is_routed_by, leave_, stand_around_, with_values, without_adapter
+from emoe.registry import ROUTERS
 from emoe.routers import AvgKRouter, Router, lost_input
 from emoe.routing import (
     balance_loss,
@@ -90,7 +91,7 @@ class RoutedActivation(nn.Module):
         self.padding = padding
         # In a tuple, so that the FFN's layer does not become a child of its own activation.
         self._ffn = (ffn,)
-        self.router = ROUTERS[config.router](ffn, config)
+        self.router = ROUTERS[config.router].load()(ffn, config)
         self._needs_gradient = self._scores_need_gradient()
         self.output_bias = None
         self.register_buffer("output_bias_parts", None)

@@ -19,12 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from emoe.architectures import find_ffns, resolve_layers
+from emoe.architectures import find_ffns
 from emoe.calibration import Batch, record_activations
 from emoe.checks import check_distinct_keys, check_divisible, check_weights
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 from emoe.config import EMoEConfig, check_config
 from emoe.errors import CheckpointError, ConfigError, ConversionError
+from emoe.layer_numbers import resolve_layers
 from emoe.weights import one_line, write_tensors
 
 # Part of every cache key: raise it when the same settings would give another partition.

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, has_plain_weight
-from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
+from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
+from emoe.registry import ROUTERS, RegisteredRouter
 from emoe.routing import block_means, expert_means, key_scores
 
 _COSINE_DIM = 256
@@ -74,7 +75,7 @@ def register_router(name: str, router: type[Router]) -> None:
         raise ConversionError(f"register_router: {name!r} is no name; write one like 'my_router'")
     if not (isinstance(router, type) and issubclass(router, Router)):
         raise ConversionError(f"register_router('{name}'): {router!r} is no subclass of emoe.Router")
-    ROUTERS[name] = router
+    ROUTERS[name] = RegisteredRouter(router.learned, lambda: router)
 
 
 class _ScoreLinear(nn.Linear):
@@ -275,8 +276,3 @@ class FixedRouter(Router):
     def forward(self, x: Tensor) -> Tensor:
         """See :meth:`Router.forward`."""
         return self.usage.to(x.device).float().expand(x.shape[0], -1)
-
-
-register_router("avg_k", AvgKRouter)
-register_router("cosine", CosineRouter)
-register_router("fixed", FixedRouter)

@@ -8,7 +8,8 @@ import re
 import typing
 from typing import Any, Literal
 
-from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
+from emoe.config import EMoEConfig, GMoEConfig
+from emoe.registry import ROUTERS
 
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 _LAYERS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}, "minItems": 1}]}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from emoe.architectures import FFN, find_ffns, resolve_layers
+from emoe.architectures import FFN, find_ffns
 from emoe.checkpoint import (
     CONFIG_FILE,
     EXTRA_FILE,
@@ -49,6 +49,7 @@ from emoe.convert import (
 from emoe.errors import CheckpointError, ConversionError, EMoEError
 from emoe.folders import copy_companions, holds_experts, loader_for
 from emoe.layer import RoutedActivation, routed_layers
+from emoe.layer_numbers import resolve_layers
 from emoe.marks import mark_
 from emoe.partitioning import (
     ALGORITHM_VERSION,

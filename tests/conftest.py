@@ -20,7 +20,7 @@ from benchmarks.harness.planning.tunings import TUNINGS
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.sources.vader import ARCHIVE
 from emoe import architectures
-from emoe.config import ROUTERS
+from emoe.registry import ROUTERS
 from tests.plain_net import SPECS
 
 torch.set_num_threads(1)

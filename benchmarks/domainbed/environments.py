@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 from PIL import Image
-from torch import Tensor
 
-Picture = Image.Image | Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Picture = Union[Image.Image, "Tensor"]
 
 
 @dataclass(frozen=True)

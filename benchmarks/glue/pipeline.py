@@ -21,7 +21,8 @@ from benchmarks.text.definition import RunTask, TextSpec, TextTraining
 from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import calibration_batches
 from benchmarks.text.training import TextTrainer
-from emoe.architectures import find_ffns, resolve_layers
+from emoe.architectures import find_ffns
+from emoe.layer_numbers import resolve_layers
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from benchmarks.harness.planning.workload import (
     trained_passes,
 )
 from benchmarks.text.definition import TaskEntry
-from emoe.architectures import resolve_layers
+from emoe.layer_numbers import resolve_layers
 
 GRADIENT_ROWS = 64  # of every set on which gradients are compared
 BY_LENGTH = 2  # rows that are padded together in groups of like length are about as long as two rows by chance

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import emoe
-from emoe.config import ROUTERS
 from emoe.layer import routed_layers
 from emoe.sparse import decode, path
 from emoe.sparse.build import compiled_kernels
@@ -239,16 +238,14 @@ def test_a_bias_that_does_not_lie_in_one_piece_is_read_as_it_is(kernels: str) ->
         torch.testing.assert_close(models[1](x), models[0](x), atol=1e-5, rtol=1e-5)
 
 
-def test_scores_of_another_type_than_float32_choose_as_they_do_elsewhere(
-    kernels: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_of_another_type_than_float32_choose_as_they_do_elsewhere(kernels: str) -> None:
     class Doubles(emoe.Router):
         learned = False
 
         def forward(self, x: Tensor) -> Tensor:
             return x[:, :8].double()
 
-    monkeypatch.setitem(ROUTERS, "doubles", Doubles)
+    emoe.register_router("doubles", Doubles)
     masked, sparse = (converted(backend, router="doubles") for backend in ("masked", "sparse"))
     x = torch.randn(1, 16)
     assert decodes(sparse, x)

@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import emoe
-from emoe.config import ROUTERS
 from emoe.layer import routed_layers
+from emoe.registry import ROUTERS
 from emoe.schema import config_schema
 from emoe.sparse import path
 from emoe.sparse.decode import decode_ffn
@@ -31,7 +31,7 @@ def router(registry: None) -> type[emoe.Router]:
     """The page's router, registered as the page registers it."""
     names: dict[str, Any] = {}
     exec(python_blocks("docs/adding.md")[0], names)  # noqa: S102 -- our own page
-    assert ROUTERS["linear"] is names["LinearRouter"]
+    assert ROUTERS["linear"].load() is names["LinearRouter"]
     return names["LinearRouter"]
 
 

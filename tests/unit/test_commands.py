@@ -77,15 +77,23 @@ def test_the_page_of_the_commands_has_each_as_its_program_says_it() -> None:
             assert (f"| `{name}` | {command.short_help} |" in lines) != command.hidden
 
 
-def test_help_comes_without_torch() -> None:
-    program = (
-        "import runpy, sys\n"
-        "sys.argv[1:] = ['check', '--help']\n"
-        "try: runpy.run_module('benchmarks', run_name='__main__')\n"
-        "finally: print({'torch', 'pandas', 'transformers'} & set(sys.modules))\n"
-    )
+def imports_nothing_heavy(program: str) -> None:
+    """Neither PyTorch, which takes a second, nor what takes longer."""
+    program += "; import sys; print({'torch', 'pandas', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("words", [["check", "--help"], ["list"], ["list", "methods"], ["status", "--suite", "smoke"]])
+def test_what_computes_nothing_comes_at_once(words: list[str]) -> None:
+    imports_nothing_heavy(f"from benchmarks.__main__ import cli; cli({words}, standalone_mode=False)")
+
+
+def test_snakemake_plans_without_waiting_for_what_trains() -> None:
+    file = (ROOT / "workflow/rules/common.smk").read_text()
+    needed = [line for line in file.splitlines() if line.startswith(("from benchmarks", "from emoe"))]
+    assert len(needed) > 5
+    imports_nothing_heavy("; ".join([*needed, "suites.load_suite({'suite': 'paper'}).runs"]))
 
 
 @pytest.mark.parametrize(

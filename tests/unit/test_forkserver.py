@@ -142,8 +142,9 @@ def test_what_ends_the_caller_ends_the_fork_and_the_run_goes_on_from_there(serve
 
 
 def test_a_fork_that_is_killed_is_a_command_that_failed(server: Server) -> None:
-    process = start("run", small(RUNS["vanilla"], "runs", epochs=200))
-    wait_for(forks)
+    path = small(RUNS["vanilla"], "runs", epochs=200)
+    process = start("run", path)
+    wait_for(partial(has_gone_on, path, None))  # one that is killed before it took the command leaves it to the caller
     forks()[0].kill()
     assert "was killed; was there memory enough?" in process.communicate()[1]
     assert process.returncode == 1

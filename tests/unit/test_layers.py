@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 import emoe
-from emoe.architectures import resolve_layers
+from emoe.layer_numbers import resolve_layers
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from benchmarks.harness.results.tracking import mirror
 from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of
 from benchmarks.llama.tables import answers, categories, data, paper, results, subjects, verdicts
 from benchmarks.llama.tables import tests as paired_tests
-from emoe.architectures import resolve_layers
+from emoe.layer_numbers import resolve_layers
 from tests.fake_runs import SUBJECTS, write_runs
 
 LLAMA = load_benchmark("llama")

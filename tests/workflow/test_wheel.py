@@ -30,6 +30,8 @@ import torch
 seen = set(sys.modules)
 import emoe
 
+for name in emoe.__all__:  # most are imported when they are asked for
+    getattr(emoe, name)
 others = {name.partition(".")[0] for name in set(sys.modules) - seen} - set(sys.stdlib_module_names)
 assert others == {"emoe"}, f"`import emoe` imports {others}"
 

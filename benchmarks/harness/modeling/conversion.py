@@ -19,10 +19,11 @@ from benchmarks.harness.modeling.image import is_image_model, load_image_network
 from benchmarks.harness.modeling.language import is_language_model, load_language_model
 from benchmarks.harness.modeling.loading import load_backbone
 from benchmarks.harness.modeling.seq2seq import is_seq2seq, load_seq2seq
-from emoe.architectures import find_ffns, resolve_layers
+from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig
 from emoe.errors import CheckpointError
 from emoe.layer import routed_layers
+from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import Partition, join_partitions, load_partition, partition_key, save_partition
 
 _FIXED = "fixed"  # experts by their use, which is counted when the model routes by avg-k

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.frozen import refuse_below
 from benchmarks.harness.planning.tunings import block_of, is_below
-from emoe.architectures import find_ffns, resolve_layers
+from emoe.architectures import find_ffns
+from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import tensor_digest
 
 STATES = "prefix_states"  # the argument by which a model is handed the output of its prefix

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness.base.errors import DefinitionError
-from emoe.architectures import find_ffns, resolve_layers
+from emoe.layer_numbers import resolve_layers
 
-Parameters = Callable[[nn.Module, Any], Iterable[str]]
+if TYPE_CHECKING:
+    from torch import nn
+
+Parameters = Callable[["nn.Module", Any], Iterable[str]]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ def is_below(name: str, modules: Iterable[str]) -> bool:
 
 def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
     """The transformer blocks whose FFNs are named."""
+    from emoe.architectures import find_ffns  # needs PyTorch, and ways of tuning are named where nothing is trained
+
     ffns = find_ffns(model)
     blocks = [block_of(ffns[layer].name) for layer in resolve_layers(layers, len(ffns))]
     return [name for name, _ in model.named_parameters() if is_below(name, blocks)]

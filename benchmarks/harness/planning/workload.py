@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.shapes import Shape, shape_of_config
-from emoe.architectures import resolve_layers
+from emoe.layer_numbers import resolve_layers
 
 BYTES_PER_TOKEN = (
     4.4  # of English, by WordPiece and BPE; 3.8 (tweets) to 4.8 (instructions) in the sets that ship inside packages

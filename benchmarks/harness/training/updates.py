@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness.training.trainer import finite
 from benchmarks.harness.training.undisturbed import undisturbed
-from emoe.architectures import find_ffns, resolve_layers
+from emoe.architectures import find_ffns
+from emoe.layer_numbers import resolve_layers
 
 # the gradients of all layers would take a whole backward pass; experts are in the last ones
 _LAST = "last-quarter:1"
