@@ -24,6 +24,7 @@ from emoe.registry import ROUTERS
 from tests.plain_net import SPECS
 
 torch.set_num_threads(1)
+gc.set_threshold(20_000, 20, 20)
 SHIPPED = frozenset(architectures.registered_ffns())  # before tests and benchmarks add theirs
 emoe.register_ffn("PlainNet", *SPECS)
 
@@ -33,8 +34,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: each training collects garbage, and went through all of it for half a second."""
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """What is there by now stays: each training collects garbage, and went through all that was ever imported for a tenth of a second."""
+    gc.collect()
     gc.freeze()
 
 

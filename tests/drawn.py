@@ -58,7 +58,9 @@ def drawn_texts(figure: Figure) -> list[tuple[str, Any, float]]:
             found.append((text.get_text(), text.get_window_extent(renderer), text.get_fontsize()))
         draw(text, renderer, *rest, **named)
 
-    FigureCanvasAgg(figure).draw()  # lays it out
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()  # lays it out
+    figure.set_layout_engine("none")
     with mock.patch.object(Text, "draw", noted):
-        FigureCanvasAgg(figure).draw()
+        figure.draw_without_rendering()
     return found

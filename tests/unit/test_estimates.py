@@ -22,6 +22,7 @@ from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.planning.workload import Passes, Workload
 from benchmarks.harness.results.estimates import Estimator, Point, Recorded, errors, factors, recorded
 from benchmarks.harness.running.outlook import look_ahead
+from tests.planned import paper_runs
 
 CPU = find_device("cpu")
 
@@ -65,7 +66,7 @@ def miscounted(work: Workload, share: float) -> Workload:
 
 def test_tokens_that_are_miscounted_are_seen_in_the_error() -> None:
     """Runs of several tasks and lengths, as a machine takes them that does what is stated: counted well the error is that of the noise, else it is not."""
-    runs = [run for run in plan(["glue"], "paper") if run.spec["seed"] == 0 and run.spec["method"]["name"] == "vanilla"]
+    runs = [run for run in paper_runs("glue") if run.spec["seed"] == 0 and run.spec["method"]["name"] == "vanilla"]
     draw = random.Random(0)
     truth = {run.folder: CPU.seconds(size_of(run)) * 1.7 * draw.uniform(0.97, 1.03) for run in runs}
     resources = {run.folder: {"threads": 1, "gpu": 0} for run in runs}
@@ -94,7 +95,7 @@ def write_metrics(folder: Path, **cost: Any) -> None:
 
 def test_a_run_that_stopped_early_is_compared_with_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run = next(run for run in plan(["glue"], "paper") if run.spec["task"]["name"] == "cola")
+    run = next(run for run in paper_runs("glue") if run.spec["task"]["name"] == "cola")
     run = dataclasses.replace(run, resources={"threads": 1, "gpu": 0})
     work = size_of(run)
     write_metrics(RUNS / run.folder, steps=work.updates // 2, peak_memory_mb=800.0)
@@ -128,10 +129,10 @@ def test_a_faster_device_takes_less_and_a_stated_speed_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    suite = load_suite({"suite": "paper"})
+    suite = load_suite({"suite": "paper", "benchmarks": ["modularity"]})
     hours = {name: look_ahead(suite, "modularity", device=name).total.gpu_seconds for name in ("v100", "a100", "h100")}
     assert hours["v100"] > hours["a100"] > hours["h100"]
-    work = size_of(next(run for run in suite.runs if run.benchmark == "glue"))
+    work = size_of(paper_runs("glue")[0])
     passes = [
         find_device("a100").model_copy(update={"tflops": {"fp32": speed}, "share": {"fp32": 1.0}}) for speed in (5, 10)
     ]
@@ -149,7 +150,7 @@ def test_tiny_work_takes_as_long_as_it_takes_to_start_it() -> None:
 
 def test_runs_that_a_gpu_does_not_hold_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    suite = load_suite({"suite": "paper"})
+    suite = load_suite({"suite": "paper", "benchmarks": ["llama"]})
     assert look_ahead(suite, "llama", device="a100").total.too_large == 0
     small = look_ahead(suite, "llama", device="rtx4090").total
     assert 0 < small.too_large < small.runs

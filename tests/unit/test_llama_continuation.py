@@ -24,7 +24,7 @@ from benchmarks.llama.questions import write_mmlu_dev
 from benchmarks.llama.tables import nats_tests, results, verdicts
 from tests.executed import finish, prepare
 from tests.fake_runs import write_runs
-from tests.instruction_runs import tiny_run, write_rows
+from tests.instruction_runs import offer_only, tiny_run, write_rows
 
 TASK = {"task": "mmlu_dev_continuation", "num_fewshot": 0, "limit": 1}
 FILES = QUESTIONS / "mmlu_dev"
@@ -43,6 +43,7 @@ def prompts(task: Any) -> list[Any]:
 def test_questions_are_asked_as_lm_eval_asks_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks import TaskManager
 
+    offer_only("mmlu", monkeypatch)
     assert write_mmlu_dev(FILES) == 281
     lines = (FILES / "formal_logic.jsonl").read_text().splitlines()
     rows = datasets.Dataset.from_list([json.loads(line) for line in lines])

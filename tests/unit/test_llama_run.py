@@ -30,7 +30,7 @@ from benchmarks.llama.pipeline import read_data
 from benchmarks.llama.questions import write_mmlu_dev
 from emoe.errors import CheckpointError
 from tests.executed import finish, killed_at, prepare
-from tests.instruction_runs import ROWS, enter, tiny_run, write_rows
+from tests.instruction_runs import ROWS, enter, offer_only, tiny_run, write_rows
 
 ONE_TASK = {"tasks": [{"task": "mmlu_dev_anatomy", "num_fewshot": 0, "limit": None}]}
 
@@ -350,6 +350,7 @@ def test_a_dense_run_has_no_experts_to_export() -> None:
 def test_lm_evals_own_command_line_agrees_on_the_exported_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.__main__ import cli_evaluate
 
+    offer_only("mmlu", monkeypatch)
     write_mmlu_dev(QUESTIONS / "mmlu_dev")
     path = prepare(
         tiny_run("dense", "full", evaluation={"tasks": [{"task": "mmlu_dev_anatomy", "num_fewshot": 2, "limit": None}]})

@@ -1,6 +1,10 @@
 # Loads and checks the configuration; short input functions. Logic lives in benchmarks/harness.
+import gc
 import os
 import sys
+
+# the millions of objects that Snakemake keeps for ten thousand jobs would be walked through again and again
+gc.set_threshold(100_000, 20, 20)
 
 sys.path.insert(0, str(workflow.basedir))
 

@@ -38,7 +38,7 @@ class Benchmark(Generic[D_co, E_co]):
     definition: D_co
     tasks: Mapping[str, E_co]
 
-    @property
+    @functools.cached_property
     def kind(self) -> Kind[Any, Any]:
         return find_kind(self.definition.kind or usual_kind(self.name))
 

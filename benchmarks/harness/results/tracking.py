@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from filelock import FileLock
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, RunInfo, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from benchmarks.harness.base import paths
@@ -55,32 +59,45 @@ def mirror(runs: list[Run], uri: str, figures: Mapping[str, Sequence[Path]] | No
     paths.RESULTS.mkdir(exist_ok=True)
     with FileLock(paths.RESULTS / ".mirror.lock"):  # SQLite does not stand parallel writers
         try:
-            _create_file(uri)
-            store = _Store(uri)
-            counts = {"added": 0, "replaced": 0, "unchanged": 0}
-            for benchmark in dict.fromkeys(run.benchmark for run in runs):
-                found = store.experiment(benchmark)
-                for word in found.write([run for run in runs if run.benchmark == benchmark]):
-                    counts[word] += 1
-                found.write_figures((figures or {}).get(benchmark, ()))
+            with _place(uri) as place:
+                store = _Store(place)
+                counts = {"added": 0, "replaced": 0, "unchanged": 0}
+                for benchmark in dict.fromkeys(run.benchmark for run in runs):
+                    found = store.experiment(benchmark)
+                    for word in found.write([run for run in runs if run.benchmark == benchmark]):
+                        counts[word] += 1
+                    found.write_figures((figures or {}).get(benchmark, ()))
         except (MlflowException, SQLAlchemyError) as error:
             said = without_passwords(first_line(error))
             raise RunError(f"MLflow at {without_passwords(uri)}: {said}") from None
     return counts
 
 
-def _create_file(uri: str) -> None:
-    """Create SQLite's file beside its place first: one that is half made would break every later mirror."""
+@contextmanager
+def _place(uri: str) -> Iterator[str]:
+    """Where to write. A file of SQLite that is not there yet is written beside its place: half made, it would break every later mirror.
+
+    As nobody else has that one, it need not wait for the disk eight times a run.
+    """
     file = Path(uri.removeprefix(_SQLITE))
     if not uri.startswith(_SQLITE) or file.exists() or file.name.startswith(":"):
+        yield uri
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    event.listen(Engine, "connect", _wait_for_no_disk)
     try:
-        MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
+        yield f"{_SQLITE}{temporary}"
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         temporary.replace(file)
     finally:
+        event.remove(Engine, "connect", _wait_for_no_disk)
         temporary.unlink(missing_ok=True)
+
+
+def _wait_for_no_disk(connection: Any, _: object) -> None:
+    connection.execute("PRAGMA synchronous=OFF")
 
 
 class _Store:
@@ -88,6 +105,7 @@ class _Store:
 
     def __init__(self, uri: str) -> None:
         self.uri, self.client = uri, MlflowClient(uri)
+        self.client.search_experiments(max_results=1)  # makes the tables, also where nothing is written
 
     def experiment(self, name: str) -> _Experiment:
         """The experiment of a benchmark, made where it is not there."""
@@ -157,7 +175,7 @@ class _Experiment:
         content = hashlib.sha256(canonical_json([means, times, seeds]).encode()).hexdigest()
         identifier, before = self._known.get(name, (None, None))
         if identifier is None:
-            identifier = self._create(name, times[0], {_ID: name})
+            identifier = self._create(name, times[0], {_ID: name}).run_id
         if before != content:
             now = round(time.time() * 1000)  # the newest of a name is what MLflow shows
             self._client.set_terminated(identifier, end_time=times[1])
@@ -182,10 +200,11 @@ class _Experiment:
             "git_dirty": str(environment["git_dirty"]),
             "processor": environment["processor"],
         }
-        identifier = self._create(run.id, times[0], about)
+        info = self._create(run.id, times[0], about)
+        identifier = info.run_id
         self._client.set_terminated(identifier, end_time=times[1])
         folder = paths.RUNS / run.folder
-        self._keep(identifier, [folder / name for name in _ARTIFACTS])
+        self._keep(info.artifact_uri, [folder / name for name in _ARTIFACTS])
         logged = [
             Metric(_named(row.part, row.eval_task, row.metric), float(row.value), times[1], 0)
             for row in numbers.itertuples()
@@ -212,16 +231,15 @@ class _Experiment:
         identifier, before = self._known.get(name, (None, None))
         if before != content:
             ended = round(max(path.stat().st_mtime for path in there) * 1000)
-            identifier = identifier or self._create(name, ended, {_ID: name})
-            self._client.set_terminated(identifier, end_time=ended)
-            self._keep(identifier, there)
-            self._client.set_tag(identifier, _CONTENT, content)
+            info = self._client.get_run(identifier).info if identifier else self._create(name, ended, {_ID: name})
+            self._client.set_terminated(info.run_id, end_time=ended)
+            self._keep(info.artifact_uri, there)
+            self._client.set_tag(info.run_id, _CONTENT, content)
 
-    def _create(self, name: str, began: int, tags: dict[str, str]) -> str:
-        return str(self._client.create_run(self._identifier, began, tags, name).info.run_id)
+    def _create(self, name: str, began: int, tags: dict[str, str]) -> RunInfo:
+        return self._client.create_run(self._identifier, began, tags, name).info
 
-    def _keep(self, identifier: str, files: Sequence[Path]) -> None:
-        place = self._client.get_run(identifier).info.artifact_uri
+    def _keep(self, place: str | None, files: Sequence[Path]) -> None:
         repository = get_artifact_repository(str(place), tracking_uri=self._store.uri)
         for file in files:
             if file.exists():
