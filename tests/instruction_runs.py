@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.llama import evaluation
 
 ROWS = [
     {
@@ -42,6 +43,7 @@ def offer_only(folder: str, patch: pytest.MonkeyPatch) -> None:
     """Have lm-eval's own list hold the tasks of one of its folders: to read the nine thousand files of all takes five seconds."""
     from lm_eval.tasks import _index
 
+    patch.setattr(evaluation, "_manager", evaluation._manager.__wrapped__)  # other tests see the whole list
     own = Path(_index.__file__).parent
     files = _index.TaskIndex._iter_yaml_files
     patch.setattr(

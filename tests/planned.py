@@ -5,16 +5,28 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import pytest
+
 from benchmarks.glue_ood.grid import KIND as EVALUATION
+from benchmarks.harness.planning import suite as suites
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 
 
 @functools.cache
+def _planned(suite: str, benchmarks: tuple[str, ...], exclude: tuple[str, ...] = ()) -> list[Run]:
+    return plan(list(benchmarks), suite, exclude)
+
+
 def paper_runs(*benchmarks: str) -> list[Run]:
     """The runs of these benchmarks in the paper's suite."""
-    return plan(list(benchmarks), "paper")
+    return _planned("paper", benchmarks)
+
+
+def plan_once(patch: pytest.MonkeyPatch) -> None:
+    """Have suites that are loaded several times planned once: for where nobody changes a definition."""
+    patch.setattr(suites, "plan", lambda benchmarks, suite, exclude: _planned(suite, tuple(benchmarks), tuple(exclude)))
 
 
 def evaluations(runs: list[Run], **changes: Any) -> list[Run]:

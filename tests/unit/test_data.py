@@ -16,12 +16,14 @@ from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.sources.packages import PackageFile, sha256
 from benchmarks.harness.sources.vader import ARCHIVE
 from tests.image_sets import write_images
+from tests.planned import plan_once
 from tests.text_sets import OWN_FILES, write_own, write_saved
 from tests.tiny_hub import write_data
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    plan_once(monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sets").mkdir()
     return tmp_path / "sets"

@@ -242,7 +242,8 @@ def test_shots_that_a_task_does_not_have_are_refused() -> None:
         load_tasks([ask("mmlu_dev", 3)])
 
 
-def test_a_task_whose_data_are_not_there_is_named() -> None:
+def test_a_task_whose_data_are_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer_only("hellaswag", monkeypatch)
     with pytest.raises(DataError, match="lm-eval cannot load 'hellaswag'"):
         load_tasks([ask("hellaswag", 5)])
 

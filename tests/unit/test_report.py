@@ -20,6 +20,7 @@ from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.reporting.outcomes import ALL, with_runs
 from benchmarks.harness.reporting.rendering import RUNS, Column, Table, with_code
 from tests import fake_runs
+from tests.drawn import undrawn
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -62,6 +63,7 @@ def test_each_row_leads_to_the_runs_it_is_made_of(page_file: Path) -> None:
 def test_what_no_run_is_of_is_named_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(paths.OVERRIDES, '{"benchmarks": ["glue_lora"], "suite": "mini"}')
+    undrawn(monkeypatch)
     fake_runs.write(Path("results/runs"), "mini", benchmarks=("glue_lora",))
     cli(["tables", "--suite", "mini", "--benchmark", "glue_lora"], standalone_mode=False)
     page = Path("results/mini/glue_lora.html")
