@@ -28,6 +28,7 @@ from benchmarks.harness.base.errors import DefinitionError, RunError, first_line
 from benchmarks.harness.base.secrets import without_passwords
 from benchmarks.harness.planning.runs import Run, canonical_json
 from benchmarks.harness.results.records import GROUP_KEYS, collect_from, read_metrics
+from emoe.permissions import share
 
 _ID, _CONTENT, _PARENT = "emoe.run_id", "emoe.content", "mlflow.parentRunId"
 _SQLITE = "sqlite:///"
@@ -90,6 +91,7 @@ def _place(uri: str) -> Iterator[str]:
         yield f"{_SQLITE}{temporary}"
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
+        share(temporary)  # SQLite lets its owner alone write
         temporary.replace(file)
     finally:
         event.remove(Engine, "connect", _wait_for_no_disk)
