@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from emoe.architectures import FFN, find_ffns, has_plain_weight
-from emoe.checks import check_divisible
+from emoe.checks import check_divisible, check_one_conversion
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.convert import attach, padding_watches, watch_losses, widen
 from emoe.errors import CheckpointError, ConversionError
 from emoe.guards import guard_
-from emoe.layer import RoutedActivation, check_one_conversion, routed_layers
+from emoe.layer import RoutedActivation, routed_layers
 from emoe.marks import mark_, mark_from, no_experts, numbered_layers, read_mark
 from emoe.partitioning import is_permutation
 from emoe.routers import in_place, is_offloaded, whole

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from emoe.architectures import FFN
 from emoe.errors import ConversionError
+from emoe.layer import RoutedActivation
 
 
 def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
@@ -147,6 +148,12 @@ def check_distinct_keys(ffns: Iterable[FFN]) -> None:
             first = seen.setdefault(hashlib.sha256(key.numpy().data).digest(), row)
             if first != row:
                 raise ConversionError(f"{name}: neurons {first} and {row} have the same key; {way_out}")
+
+
+def check_one_conversion(layers: Sequence[RoutedActivation], what: str) -> None:
+    """Refuse a model whose parts were converted apart (:class:`ConversionError`): their layer numbers collide."""
+    if len({layer.ffn_index for layer in layers}) < len(layers) or len({layer.config for layer in layers}) > 1:
+        raise ConversionError(f"{what}: parts of the model were converted apart; take each part for itself")
 
 
 def _some(numbers: list[int]) -> str:

@@ -7,7 +7,7 @@ Everything else, from the projections to LoRA, saving and sharding, stays what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from emoe.architectures import FFN, bias_of
 from emoe.config import EMoEConfig, GMoEConfig, Weighting
-from emoe.errors import ConversionError
 from emoe.losses import PassLoss
 from emoe.projections import is_routed_by, leave_, stand_around_, with_values, without_adapter
 from emoe.registry import ROUTERS
@@ -393,9 +392,3 @@ def routed_layers(model: nn.Module) -> list[RoutedActivation]:
         if isinstance(module, RoutedActivation) and "original_module" not in name.split(".")
     ]
     return sorted(found, key=lambda module: module.ffn_index)
-
-
-def check_one_conversion(layers: Sequence[RoutedActivation], what: str) -> None:
-    """Refuse a model whose parts were converted apart (:class:`ConversionError`): their layer numbers collide."""
-    if len({layer.ffn_index for layer in layers}) < len(layers) or len({layer.config for layer in layers}) > 1:
-        raise ConversionError(f"{what}: parts of the model were converted apart; take each part for itself")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from emoe.checks import check_one_conversion
 from emoe.errors import ConversionError
-from emoe.layer import check_one_conversion, routed_layers
+from emoe.layer import routed_layers
 from emoe.plotting import plot_routing
 from emoe.tokens import LabelHook, PaddingMaskHook, is_recomputed, watch_padding
 

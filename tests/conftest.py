@@ -24,7 +24,7 @@ from emoe.registry import ROUTERS
 from tests.plain_net import SPECS
 
 torch.set_num_threads(1)
-gc.set_threshold(20_000, 20, 20)
+gc.set_threshold(20_000, 20, 20)  # tests make far more objects than they leave
 SHIPPED = frozenset(architectures.registered_ffns())  # before tests and benchmarks add theirs
 emoe.register_ffn("PlainNet", *SPECS)
 

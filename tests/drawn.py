@@ -8,7 +8,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -69,7 +68,6 @@ def drawn_texts(figure: Figure) -> list[tuple[str, Any, float]]:
             found.append((text.get_text(), text.get_window_extent(renderer), text.get_fontsize()))
         draw(text, renderer, *rest, **named)
 
-    FigureCanvasAgg(figure)
     figure.draw_without_rendering()  # lays it out
     figure.set_layout_engine("none")
     with mock.patch.object(Text, "draw", noted):

@@ -170,6 +170,6 @@ def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
 def test_what_cannot_be_imported_leaves_commands_to_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server(["no_such_module"])
     server.start()
-    process = start("status", "--sweet")
-    assert "No such option" in process.communicate()[1]
+    process = start("run", "nowhere/run.json")
+    assert "nowhere/run.json does not exist" in process.communicate()[1]
     server.stop()

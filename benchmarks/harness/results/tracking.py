@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,6 @@ from mlflow.entities import Metric, Param, RunInfo, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from benchmarks.harness.base import paths
@@ -60,46 +56,33 @@ def mirror(runs: list[Run], uri: str, figures: Mapping[str, Sequence[Path]] | No
     paths.RESULTS.mkdir(exist_ok=True)
     with FileLock(paths.RESULTS / ".mirror.lock"):  # SQLite does not stand parallel writers
         try:
-            with _place(uri) as place:
-                store = _Store(place)
-                counts = {"added": 0, "replaced": 0, "unchanged": 0}
-                for benchmark in dict.fromkeys(run.benchmark for run in runs):
-                    found = store.experiment(benchmark)
-                    for word in found.write([run for run in runs if run.benchmark == benchmark]):
-                        counts[word] += 1
-                    found.write_figures((figures or {}).get(benchmark, ()))
+            _create_file(uri)
+            store = _Store(uri)
+            counts = {"added": 0, "replaced": 0, "unchanged": 0}
+            for benchmark in dict.fromkeys(run.benchmark for run in runs):
+                found = store.experiment(benchmark)
+                for word in found.write([run for run in runs if run.benchmark == benchmark]):
+                    counts[word] += 1
+                found.write_figures((figures or {}).get(benchmark, ()))
         except (MlflowException, SQLAlchemyError) as error:
             said = without_passwords(first_line(error))
             raise RunError(f"MLflow at {without_passwords(uri)}: {said}") from None
     return counts
 
 
-@contextmanager
-def _place(uri: str) -> Iterator[str]:
-    """Where to write. A file of SQLite that is not there yet is written beside its place: half made, it would break every later mirror.
-
-    As nobody else has that one, it need not wait for the disk eight times a run.
-    """
+def _create_file(uri: str) -> None:
+    """Create SQLite's file beside its place first: one that is half made would break every later mirror."""
     file = Path(uri.removeprefix(_SQLITE))
     if not uri.startswith(_SQLITE) or file.exists() or file.name.startswith(":"):
-        yield uri
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    event.listen(Engine, "connect", _wait_for_no_disk)
     try:
-        yield f"{_SQLITE}{temporary}"
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
         share(temporary)  # SQLite lets its owner alone write
         temporary.replace(file)
     finally:
-        event.remove(Engine, "connect", _wait_for_no_disk)
         temporary.unlink(missing_ok=True)
-
-
-def _wait_for_no_disk(connection: Any, _: object) -> None:
-    connection.execute("PRAGMA synchronous=OFF")
 
 
 class _Store:
@@ -107,7 +90,6 @@ class _Store:
 
     def __init__(self, uri: str) -> None:
         self.uri, self.client = uri, MlflowClient(uri)
-        self.client.search_experiments(max_results=1)  # makes the tables, also where nothing is written
 
     def experiment(self, name: str) -> _Experiment:
         """The experiment of a benchmark, made where it is not there."""
