@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
@@ -19,6 +20,7 @@ from benchmarks.llama.instructions import Broken, Instruction
 from benchmarks.llama.templates import Template
 
 IGNORED = -100
+Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 _ROWS_AT_ONCE = 1000
 
 
@@ -128,9 +130,7 @@ def _begin(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
     return len(offsets)
 
 
-def collator(
-    tokenizer: PreTrainedTokenizerBase, *, packing: bool = False
-) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
+def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Collate:
     """What makes batches of rows: padded on the right, where padding is neither read, nor learned, nor counted in routing.
 
     Args:
@@ -141,3 +141,21 @@ def collator(
     if packing:
         return with_states(DataCollatorWithFlattening(separator_id=IGNORED))
     return with_states(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED))
+
+
+def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
+    """A collator whose batches ask for logits only from where the first response begins; of models that cannot be asked so it is the same.
+
+    Nothing is learned of what is left away, and projecting on the vocabulary is a third of the work of a model of SmolLM2's size.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return collate
+
+    def collated(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
+        found = dict(collate(rows))
+        labels = found["labels"]
+        learned = (labels != IGNORED).any(dim=0).nonzero()
+        keep = labels.shape[1] - int(learned[0]) + 1 if len(learned) else 1  # a token is predicted by the one before it
+        return {**found, "labels": labels[:, -keep:], "logits_to_keep": keep}
+
+    return collated

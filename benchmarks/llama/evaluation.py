@@ -23,7 +23,7 @@ from benchmarks.harness.modeling.language import DTYPES
 from benchmarks.harness.modeling.prefix import Prefix
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.llama.definition import AskedTask
-from benchmarks.llama.encoding import IGNORED, EncodedRows, collator
+from benchmarks.llama.encoding import IGNORED, EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.instructions import Instruction
 from benchmarks.llama.likelihood import NATS, nats_per_byte
 from benchmarks.llama.mmlu_dev import MMLU_DEV, is_mmlu_dev, mmlu_dev_file
@@ -283,10 +283,12 @@ def held_out_loss(
     """Mean loss over the learned tokens of rows; None of a model that diverged."""
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows.rows[i].tokens))
-    total, tokens, collate = 0.0, 0, collator(tokenizer)
+    total, tokens, collate = 0.0, 0, without_prompt_logits(collator(tokenizer), model)
     for start in range(0, len(order), batch_size):
         batch = collate([rows[i] for i in order[start : start + batch_size]])
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        inputs = {
+            name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+        }
         labels = inputs.pop("labels")[:, 1:]
         with autocast(model, precision):
             logits = model(**inputs).logits[:, :-1]

@@ -18,7 +18,7 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here, quiet_arguments
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
-from benchmarks.llama.encoding import EncodedRows, collator
+from benchmarks.llama.encoding import EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.grid import accumulation
 from benchmarks.llama.held_out import HeldOutCurve
 
@@ -106,7 +106,7 @@ def train(
         probe=probe,
         by_token=True,
         train_dataset=rows,
-        data_collator=collator(tokenizer, packing=training.packing),
+        data_collator=without_prompt_logits(collator(tokenizer, packing=training.packing), trainable.model),
         callbacks=[progress, stopwatch, RetieGates()],
     )
     if every := training.eval_every:

@@ -18,7 +18,7 @@ from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.sources.packages import packaged
 from benchmarks.llama.definition import InstructionSource
-from benchmarks.llama.encoding import IGNORED, EncodedRow, EncodedRows, _begin, collator
+from benchmarks.llama.encoding import IGNORED, EncodedRow, EncodedRows, _begin, collator, without_prompt_logits
 from benchmarks.llama.evaluation import held_out_loss
 from benchmarks.llama.instructions import Instruction, load_instructions, parse, refuse_broken
 from benchmarks.llama.templates import find_template, template_names
@@ -237,6 +237,22 @@ def test_neither_padding_nor_packing_changes_the_loss(converted: bool, tokenizer
         for packing in (False, True):
             together = model(**collator(tokenizer, packing=packing)(rows))
             assert float(together.loss) == pytest.approx(alone / count, abs=1e-5)
+
+
+def test_logits_of_prompts_are_left_away_and_nothing_else(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, rows = small_llama(), random_rows(4)
+    rows = [{**row, "labels": [IGNORED] * 4 + row["input_ids"][4:]} for row in rows]  # of the first nothing is learned
+    plain, short = collator(tokenizer)(rows), without_prompt_logits(collator(tokenizer), model)(rows)
+    whole, cut = model(**plain), model(**short)
+    assert float(cut.loss) == pytest.approx(float(whole.loss), rel=1e-6)
+    assert cut.logits.shape[1] == whole.logits.shape[1] - 3  # the fourth token predicts the first that is learned
+    assert int((short["labels"] != IGNORED).sum()) == int((plain["labels"] != IGNORED).sum())
+    assert len(without_prompt_logits(collator(tokenizer), model)(rows[:1])["labels"][0]) == 1
+
+    class Other(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> None: ...
+
+    assert "logits_to_keep" not in without_prompt_logits(collator(tokenizer), Other())(rows)
 
 
 def test_padding_is_not_counted_in_routing(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import sys
@@ -110,7 +111,7 @@ def test_the_loss_is_that_of_the_responses_alone(monkeypatch: pytest.MonkeyPatch
     step = Trainer.training_step
 
     def spy(self: Trainer, model: object, inputs: dict, *args: object) -> torch.Tensor:
-        seen.append({name: tensor.clone() for name, tensor in inputs.items()})
+        seen.append(copy.deepcopy(inputs))
         return step(self, model, inputs, *args)
 
     monkeypatch.setattr(Trainer, "training_step", spy)
@@ -120,7 +121,14 @@ def test_the_loss_is_that_of_the_responses_alone(monkeypatch: pytest.MonkeyPatch
     loss, tokens = 0.0, 0
     with torch.no_grad():
         for batch in seen:
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            assert batch["logits_to_keep"] < batch["input_ids"].shape[1]  # nothing is learned of what stands before
+            logits, mask = (
+                values[:, -batch["logits_to_keep"] :]
+                for values in (
+                    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
+                    batch["attention_mask"],
+                )
+            )
             targets = batch["labels"][:, 1:]
             loss += float(
                 torch.nn.functional.cross_entropy(
@@ -128,7 +136,7 @@ def test_the_loss_is_that_of_the_responses_alone(monkeypatch: pytest.MonkeyPatch
                 )
             )
             tokens += int((targets != IGNORED).sum())
-            assert ((batch["labels"] == IGNORED) | (batch["attention_mask"] == 1)).all()
+            assert ((batch["labels"] == IGNORED) | (mask == 1)).all()
     assert curve == [pytest.approx(loss / tokens, abs=1e-4)]
 
 
