@@ -40,7 +40,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     task, training = read.task, read.training
     load = partial(load_part, known=load_benchmark(read.benchmark).tasks, say=progress.say)
     splits = _splits(task, training, load)
-    ood = {other.name: load(other, "test", training.eval_rows) for other in read.ood}
+    ood = {other.name: load(other, "test", training.ood_rows or training.eval_rows) for other in read.ood}
 
     tokenizer = load_tokenizer(spec["model"])
     calibration = calibration_batches(splits["train"], tokenizer, training.max_length, training.eval_batch_size)

@@ -60,6 +60,8 @@ class TextTraining(Strict):
     """Rows of every evaluation split; null for all."""
     dev_rows: Count | None = left_out()
     """Rows of the split that selects, of tasks that have one beside a test split, where it is evaluated on fewer; left out, or null: as many as of the others."""
+    ood_rows: Count | None = left_out()
+    """Rows of every set that the task is not trained on, where they are not as many as `eval_rows` says; left out, or null: as many."""
     weight_decay: NotNegative
     """AdamW's weight decay."""
     warmup: Rate

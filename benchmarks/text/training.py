@@ -36,9 +36,9 @@ from benchmarks.text.evaluation import evaluate_split, padding_collator
 from benchmarks.text.grid import OWN
 from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import TokenisedRows
+from benchmarks.text.workload import GRADIENT_ROWS
 
 _LOSS = "mean_loss"
-_GRADIENT_ROWS = 64  # of every set
 
 
 @dataclass(frozen=True)
@@ -252,13 +252,13 @@ class TextTrainer:
         Sets whose classes are not the head's have no loss, and so are left out; see :func:`~benchmarks.harness.training.updates.gradient_agreement`.
         """
         compared = {
-            name: self._batches(split.head(_GRADIENT_ROWS, "gradients"))
+            name: self._batches(split.head(GRADIENT_ROWS, "gradients"))
             for name, (split, task) in others.items()
             if label_mapping(self._task, task, name).same
         }
         if not compared:
             return {}
-        first, second = own.head(2 * _GRADIENT_ROWS, "gradients").divided(0.5, "gradients")
+        first, second = own.head(2 * GRADIENT_ROWS, "gradients").divided(0.5, "gradients")
         return gradient_agreement(self._model, self._batches(first), {OWN: self._batches(second), **compared})
 
     def _batches(self, split: TextSplit) -> Iterator[dict[str, Any]]:

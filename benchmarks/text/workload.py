@@ -20,7 +20,7 @@ from benchmarks.harness.planning.workload import (
 from benchmarks.text.definition import TaskEntry
 from emoe.layer_numbers import resolve_layers
 
-GRADIENT_ROWS = 64  # of every set on which gradients are compared
+GRADIENT_ROWS = 32  # of every set on which gradients are compared
 BY_LENGTH = 2  # rows that are padded together in groups of like length are about as long as two rows by chance
 _COLUMNS = 12  # bytes of a token in the cache: its id, its sort, whether it is padding
 _STATE = 4
@@ -80,7 +80,8 @@ def trained_workload(spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) ->
     train = find_part(tasks, name, "train", training["train_rows"], length)
     test = find_part(tasks, name, "test", limit, length)
     own_dev = find_part(tasks, name, "dev", training.get("dev_rows") or limit, length) if splits["test"] else test
-    others = {other["name"]: find_part(tasks, other["name"], "test", limit, length) for other in spec["ood"]}
+    beside = training.get("ood_rows") or limit
+    others = {other["name"]: find_part(tasks, other["name"], "test", beside, length) for other in spec["ood"]}
     if size is None or train is None or test is None or own_dev is None:
         return None
     held_out, dev_rows = round(train.rows * training["validation_fraction"]), own_dev.rows

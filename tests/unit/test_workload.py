@@ -66,9 +66,9 @@ TWEETS, AMAZON, MOVIE, NYT = (length(size, 48) for size in (79, 90, 112, 110))
 def test_a_run_of_text_classification_counts_rows_epochs_padding_and_evaluations() -> None:
     run = find_run("glue", method__name="vanilla", task__name="tweets", seed=0)
     found = workload(run)
-    # one epoch of 640 rows, like two rows that are padded together; 64 rows of 5 sets for gradients, without padding
-    assert found.tokens_trained == pytest.approx(640 * TWEETS * 1.24 + 5 * 64 * TWEETS)
-    ends = 300 * (TWEETS + AMAZON + MOVIE + NYT)
+    # one epoch of 640 rows, like two rows that are padded together; 32 rows of 5 sets for gradients, without padding
+    assert found.tokens_trained == pytest.approx(640 * TWEETS * 1.24 + 5 * 32 * TWEETS)
+    ends = 400 * TWEETS + 250 * (AMAZON + MOVIE + NYT)
     assert "used_as" in run.spec  # evaluated as it was trained, and as another model
     assert found.tokens_read == pytest.approx(100 * TWEETS + 2 * ends)
     assert (found.updates, found.training.count) == (80, 80)
@@ -188,7 +188,7 @@ def test_early_stopping_is_counted_to_the_end_and_said() -> None:
     found = workload(run)
     assert found.updates == math.ceil(8551 / 32) * 10
     assert found.least == 0.5  # four epochs without a new best after the first, of ten
-    row, compared = length(57, 128), 64 * (2 + len(run.spec["ood"])) if run.spec["ood"] else 0
+    row, compared = length(57, 128), 32 * (2 + len(run.spec["ood"])) if run.spec["ood"] else 0
     assert found.tokens_trained == pytest.approx(8551 * 10 * row * (1 + 0.24 * 5) + compared * row)
     clean = workload(
         find_run("glue", suite="paper", task__name="cola", protocol="clean", model__name="bert-base-cased")
@@ -205,7 +205,7 @@ def test_what_is_not_known_is_said() -> None:
     found = kind_of("glue").workload(run.spec, tasks, {})
     assert found is not None
     assert found.assumed == ("rows of tweets as long as they may be",) * 2
-    assert found.tokens_trained == 640 * 48 + 5 * 64 * 48
+    assert found.tokens_trained == 640 * 48 + 5 * 32 * 48
     spec = dict(find_run("llama", method__name="dense", finetuning="base").spec)
     spec["evaluation"] = {**spec["evaluation"], "tasks": [{"task": "arc_easy", "num_fewshot": 0, "limit": None}]}
     asked = kind_of("llama").workload(spec, load_benchmark("llama").tasks, {})
