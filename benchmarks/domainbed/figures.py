@@ -55,7 +55,7 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
         ]
         for model, of_model in cells.groupby("model", sort=False)
     ]
-    score_panels(outcomes, panels, path, "Accuracy (%); diamonds: mean over trials, dots: trials")
+    score_panels(outcomes, panels, path, "Accuracy (%); large marks: mean over trials, dots below: trials")
 
 
 def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
@@ -75,7 +75,9 @@ def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
         figure, axis = plt.subplots(figsize=(width, width * grid.shape[0] / grid.shape[1]), layout="constrained")
         axis.imshow(grid)
         step = grid.shape[0] / len(labels)
-        axis.set_yticks([(row + 0.5) * step for row in range(len(labels))], labels)
+        axis.set_yticks(
+            [(row + 0.5) * step for row in range(len(labels))], [outcomes.env_title(name, env) for env in labels]
+        )
         axis.set_xticks([])
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)

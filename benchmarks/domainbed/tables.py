@@ -12,6 +12,7 @@ from benchmarks.domainbed.selection import standard_error
 from benchmarks.harness.reporting.common_tables import (
     cost_table,
     difference_text,
+    our_means,
     published_table,
     tests_table,
     with_average,
@@ -157,9 +158,12 @@ def paper(outcomes: DomainOutcomes) -> Table:
     """Published averages beside ours."""
     published = read_published(outcomes.benchmark, _PAPER_COLUMNS).assign(value=lambda frame: frame["value"] / 100)
     key = ["model", "set", "method", "selection"]
-    ours = outcomes.trials(complete=True).groupby(CELL, sort=False).mean().rename("ours").reset_index()
-    four = ours[ours["set"].isin(FOUR)].groupby(["selection", "model", "method"], sort=False)["ours"]
-    averages = four.mean().where(four.count() == len(FOUR)).dropna().reset_index().assign(set=_FOUR)
+    trials = outcomes.trials(complete=True)
+    ours = our_means(trials, CELL)
+    by_trial = trials.reset_index()
+    four = by_trial[by_trial["set"].isin(FOUR)].groupby(["selection", "model", "method", "trial"], sort=False)["value"]
+    whole = four.mean()[four.count() == len(FOUR)]
+    averages = our_means(whole, ["selection", "model", "method"]).assign(set=_FOUR)
     ours = pd.concat([ours[ours["set"].isin(published["set"])], averages])
     frame = published.merge(ours, on=key, how="outer", sort=False)
     frame["difference"] = frame["ours"] - frame["value"]

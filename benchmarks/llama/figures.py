@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,26 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.plots import STYLE, USE, WIDTH, hide_empty, placeholder_figure, save, wrapped
+from benchmarks.harness.reporting.looks import DENSE, Look
+from benchmarks.harness.reporting.plots import (
+    REFERENCE,
+    STYLE,
+    USE,
+    WIDTH,
+    count_text,
+    hide_empty,
+    placeholder_figure,
+    save,
+    wrapped,
+)
 from benchmarks.harness.results.statistics import CONFIDENCE
 from benchmarks.llama.grid import is_trained
-from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of, task_words
+from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of, part_words, task_words
 
 _Point = tuple[int, float | None]  # step and loss
 _FOUR_CHOICES, _CHANCE = "mmlu", 0.25
 _NAMES = 1.8  # inches beside the panels
-_LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"))
-_COLOURS = ("#444444", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#999999")
+_LINES = ("-", "--", ":", "-.", (0, (5, 1)))  # of the variants of a method
 
 
 def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
@@ -45,16 +57,30 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
         )
         for column, ((model, name, tuning), lines) in enumerate(groups.items()):
             for axis, (label, points) in zip(axes[:, column], panels.items(), strict=True):
-                for number, (title, runs) in enumerate(lines.items()):
-                    _draw_curve(axis, number, title, [points(run) for run in runs])
+                drawn: Counter[str] = Counter()
+                for title, runs in lines.items():
+                    method = runs[0].spec["method"]["name"]
+                    _draw_curve(axis, outcomes.look(method), drawn[method], title, [points(run) for run in runs])
+                    drawn[method] += 1
                 axis.set_ylabel(label if column == 0 else "")
             tuned = outcomes.title("tuning", tuning)
             below = f"{outcomes.title('set', name)}, {tuned}" if outcomes.several_sets else tuned
             title = f"{outcomes.title('model', model)}\n{below}"
             axes[0, column].set_title(wrapped(title, (size[0] - 0.6) / len(groups)), fontsize=8)
-            axes[0, column].legend(fontsize=7, frameon=False)
-            axes[-1, column].set_xlabel("step")
+            counted = count_text(len(runs) for runs in lines.values())
+            axes[-1, column].set_xlabel(f"step; means of {counted}")
             axes[-1, column].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        handles = {
+            label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside lower center",
+            ncols=len(groups) + 1,
+            fontsize=7,
+            frameon=False,
+        )
         save(figure, path)
 
 
@@ -66,25 +92,22 @@ def _held_out(outcomes: InstructionOutcomes, run: Run) -> list[_Point]:
     return [(point["step"], point["loss"]) for point in outcomes.metrics[run.id].get("held_out_curve", ())]
 
 
-def _draw_curve(axis: Any, number: int, title: str, curves: list[list[_Point]]) -> None:
-    """The mean over seeds, in a style of its own: where lines lie on each other, each shows between the other's dashes and in its markers."""
+def _draw_curve(axis: Any, look: Look, number: int, title: str, curves: list[list[_Point]]) -> None:
+    """The mean over seeds; variants of a method differ by their dashes and by whether marks are filled. Where lines lie on each other, each shows between the other's dashes and in its marks."""
     steps = [step for step, _ in curves[0]]
     if not steps:
         return
     losses = [[math.nan if loss is None else loss for _, loss in curve] for curve in curves if len(curve) == len(steps)]
-    dash, marker = _LINES[number % len(_LINES)]
+    wide = look == DENSE  # so that it shows below the others
     axis.plot(
         steps,
         np.mean(np.array(losses), axis=0),
-        color=_COLOURS[number % len(_COLOURS)],
         label=title,
-        ls=dash,
-        # the first line is the widest, so that it shows below the others
-        lw=2.6 if number == 0 else 1.2,
-        alpha=0.55 if number == 0 else 1.0,
-        marker=marker,
+        ls=_LINES[number % len(_LINES)],
+        lw=2.6 if wide else 1.2,
+        alpha=0.55 if wide else 1.0,
         ms=4,
-        mfc="white" if number % 2 else None,
+        **replace(look, hollow=number % 2 == 1).mark,
         markevery=max(1, len(steps) // 8),
     )
 
@@ -121,10 +144,10 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
             for axis, (name, rows) in zip(axis_row, categories.items(), strict=False):
                 for place, key in enumerate(cells[CELL].itertuples(index=False, name=None)):
                     if key in rows:
-                        _draw_shares(axis, place, rows[key])
+                        _draw_shares(axis, place, rows[key], outcomes.look(key[CELL.index("method")]))
                 if task.startswith(_FOUR_CHOICES):
-                    axis.axvline(_CHANCE * 100, color="#444444", lw=0.8, ls="--", zorder=0)
-                title = f"{task_words(task)}\n{name} ({next(iter(rows.values()))[0][1]:,})"
+                    axis.axvline(_CHANCE * 100, color=REFERENCE, lw=0.8, ls="--", zorder=0)
+                title = f"{task_words(task)}\n{part_words(name)} ({next(iter(rows.values()))[0][1]:,})"
                 axis.set_title(wrapped(title, inches, 7), fontsize=7)
             axis_row[0].set_yticks(range(len(names)), names)
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
@@ -133,14 +156,14 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
         save(figure, path)
 
 
-def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]]) -> None:
+def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]], look: Look) -> None:
     """Seeds, their mean, and how sure the first one is of its questions."""
     share, count = shares[0]
     interval = stats.binomtest(round(share * count), count).proportion_ci(CONFIDENCE, "wilson")
     values = [value * 100 for value, _ in shares]
-    axis.plot([interval.low * 100, interval.high * 100], [place, place], color="#9bbfd8", lw=1.2)
-    axis.plot(values, [place] * len(values), "o", ms=2.6, color="#0072b2", alpha=0.6, mew=0)
-    axis.plot(np.mean(values), place, "D", ms=4, color="#0072b2", mec="white", mew=0.6)
+    axis.plot([interval.low * 100, interval.high * 100], [place, place], color=look.colour, alpha=0.4, lw=1.2)
+    axis.plot(values, [place] * len(values), "o", ms=2.6, color=look.colour, alpha=0.6, mew=0)
+    axis.plot(np.mean(values), place, ls="", ms=4, **{"mec": "white", "mew": 0.6, **look.mark})
 
 
 def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:

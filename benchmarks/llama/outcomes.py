@@ -172,6 +172,11 @@ def task_words(task: str) -> str:
     return " ".join((_TITLES.get(name, name), shots)).strip()
 
 
+def part_words(part: str) -> str:
+    """A category or subject as people write it: lm-eval names a group within a group by both."""
+    return part.rpartition("::")[2].replace("_", " ")
+
+
 def _chosen(runs: Sequence[Run], read: dict[str, dict[str, Any]]) -> list[Run]:
     """The runs of the best learning rate of each cell."""
     by_cell: dict[tuple[str, ...], dict[float, list[Run]]] = {}

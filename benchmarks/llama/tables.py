@@ -12,6 +12,7 @@ from benchmarks.harness.reporting.common_tables import (
     cost_table,
     difference_text,
     interval_text,
+    our_means,
     published_table,
     tests_table,
     with_numbers,
@@ -20,7 +21,16 @@ from benchmarks.harness.reporting.published import read_published
 from benchmarks.harness.reporting.rendering import Column, Table
 from benchmarks.llama.grid import is_trained
 from benchmarks.llama.likelihood import NATS
-from benchmarks.llama.outcomes import BASELINE, CELL, GROUP, UNTUNED, InstructionOutcomes, cell_of, task_words
+from benchmarks.llama.outcomes import (
+    BASELINE,
+    CELL,
+    GROUP,
+    UNTUNED,
+    InstructionOutcomes,
+    cell_of,
+    part_words,
+    task_words,
+)
 
 _PAPER_COLUMNS = ["model", "tuning", "method", "value", "status", "source"]
 _CHOSEN = "Of several learning rates the one with the lowest held-out loss stands here. "
@@ -122,7 +132,7 @@ def _parts(outcomes: InstructionOutcomes, key: str, title: str, caption: str) ->
     rows = [
         {
             "task_title": task_words(task),
-            "part": f"{part.replace('_', ' ')} ({counts[task, part]})",
+            "part": f"{part_words(part)} ({counts[task, part]})",
             **{column: sum(values) / len(values) for column, values in by_column.items()},
         }
         for (task, part), by_column in found.items()
@@ -198,9 +208,8 @@ def paper(outcomes: InstructionOutcomes) -> Table:
     ours = []
     for task in outcomes.tasks:
         values = outcomes.numbers("test", "accuracy", task)
-        means = values.groupby(CELL, sort=False).mean().rename("ours").reset_index()
-        ours.append(means.assign(task=task_words(task)))
-    own = pd.concat(ours) if ours else pd.DataFrame(columns=[*CELL, "ours", "task"])
+        ours.append(our_means(values, CELL).assign(task=task_words(task)))
+    own = pd.concat(ours) if ours else pd.DataFrame(columns=[*CELL, "ours", "low", "high", "n", "task"])
     frame = published.assign(task="MMLU (shots unknown)").merge(
         own, on=key, how="outer", sort=False, suffixes=("_paper", "")
     )

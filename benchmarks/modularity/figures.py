@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 
+from benchmarks.harness.reporting.looks import EMOE
 from benchmarks.harness.reporting.plots import (
-    COLOURS,
-    SERIES,
+    REFERENCE,
     STYLE,
     WIDTH,
     hide_empty,
@@ -25,7 +25,7 @@ from benchmarks.modularity.outcomes import ModularityOutcomes
 from benchmarks.text.usage_figures import UsagePanel, draw_usage
 
 _PAPERS_N = 64  # of its Fig. 4
-_MARKS = ("o", "s", "^", "D", "v")
+_BESIDE = 0.14  # of a place: where the paper's cross stands beside our mark
 
 
 def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
@@ -62,9 +62,7 @@ def _draw_matrix(axis: Any, matrix: dict[str, Any], experts: int) -> None:
     size = matrix["neurons"] // experts
     for place in range(size, matrix["neurons"], size):
         axis.axvline(place - 0.5, color="#e3e3e3", lw=0.3, zorder=0)
-    axis.plot(
-        matrix["places"], matrix["tokens"], "s", ms=0.9, mew=0, color=COLOURS["method"], alpha=0.8, rasterized=True
-    )
+    axis.plot(matrix["places"], matrix["tokens"], "s", ms=0.9, mew=0, color=EMOE.colour, alpha=0.8, rasterized=True)
     axis.set_xlim(-0.5, matrix["neurons"] - 0.5)
     axis.set_ylim(len(matrix["tasks"]) - 0.5, -0.5)
     axis.set_xticks([0, matrix["neurons"]])
@@ -136,24 +134,29 @@ def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
         for axis in axes[:, 0]:
             axis.set_ylabel("active neurons in the\nbest quarter of experts (%)")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        handles.append(mpl.lines.Line2D([], [], color="#444444", marker="x", ls="", ms=5))
+        handles.append(mpl.lines.Line2D([], [], color=REFERENCE, marker="x", ls="", ms=5))
         figure.legend(handles, [*labels, "the paper's matrices"], loc="outside right center", frameon=False, fontsize=7)
         save(figure, path)
 
 
 def _draw_series(axis: Any, outcomes: ModularityOutcomes, rows: pd.DataFrame, sizes: list[int], number: int) -> None:
-    name, colour = str(rows["method"].iloc[0]), SERIES[number]
+    name = str(rows["method"].iloc[0])
+    look = outcomes.look(name)
     by_size = rows.groupby("num_experts")["best_quarter"]
     places = [sizes.index(size) for size in by_size.groups]
     shift = 0.12 * (number - 1)
     means, low, high = by_size.mean() * 100, by_size.min() * 100, by_size.max() * 100
     at = np.array(places) + shift
-    axis.vlines(at, low, high, color=colour, lw=1.4)
-    axis.plot(at, means, _MARKS[number], ms=4.5, color=colour, label=outcomes.title("method", name))
+    axis.vlines(at, low, high, color=look.colour, lw=1.4)
+    axis.plot(at, means, ls="", ms=4.5, **look.mark, label=outcomes.title("method", name))
     known = outcomes.paper[(outcomes.paper["method"] == name) & (outcomes.paper["metric"] == "best_quarter")]
     known = known[known["num_experts"].isin(sizes)]
     axis.plot(
-        [sizes.index(size) + shift for size in known["num_experts"]], known["value"] * 100, "x", ms=5, color=colour
+        [sizes.index(size) + shift + _BESIDE for size in known["num_experts"]],
+        known["value"] * 100,
+        "x",
+        ms=5,
+        color=look.colour,
     )
 
 

@@ -11,10 +11,10 @@ from matplotlib import pyplot as plt
 
 from benchmarks.harness.planning.kinds import OOD_MEAN
 from benchmarks.harness.reporting.plots import (
-    COLOURS,
-    SERIES,
+    REFERENCE,
     STYLE,
     WIDTH,
+    count_text,
     draw_difference,
     placeholder_figure,
     save,
@@ -24,7 +24,6 @@ from benchmarks.multitask.grid import ID_MEAN
 from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.text.grid import ID, OOD
 
-_MARKS = "osD^vP*X"
 _DOMAINS = {ID: "", ID_MEAN: "mean of the tasks", OOD: " (OOD)", OOD_MEAN: "mean out of domain"}
 _LINE, _APART = 0.27, 0.8  # inches of a set, and the part of it that its methods are spread over
 
@@ -58,16 +57,13 @@ def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
                 for row in found.loc[own].itertuples():
                     number = methods.index(row.method)
                     shift = _APART * ((number + 0.5) / len(methods) - 0.5)
-                    draw_difference(axis, row, line + shift, SERIES[number % len(SERIES)], _MARKS[number % 8], 100)
-            axis.axvline(0, color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
+                    draw_difference(axis, row, line + shift, outcomes.look(row.method), 100)
+            axis.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
             title = f"{outcomes.title('model', model)}, {outcomes.title('task', task)}"
             axis.set_title(wrapped(title, WIDTH), fontsize=8)
             axis.set_yticks(range(len(names)), [name for name, _ in names])
             axis.set_ylim(len(names) - 0.4, -0.6)
-        handles = [
-            mpl.lines.Line2D([], [], color=SERIES[number % len(SERIES)], marker=_MARKS[number % 8], ls="", ms=4.5)
-            for number in range(len(methods))
-        ]
+        handles = [mpl.lines.Line2D([], [], ls="", ms=4.5, **outcomes.look(name).mark) for name in methods]
         figure.legend(
             handles,
             [outcomes.title("method", name) for name in methods],
@@ -76,7 +72,9 @@ def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
             fontsize=7,
             frameon=False,
         )
-        axes[-1, 0].set_xlabel(f"Difference to {outcomes.baseline_title} (points)")
+        axes[-1, 0].set_xlabel(
+            ", ".join(filter(None, (f"Difference to {outcomes.baseline_title} (points)", count_text(rows["n"]))))
+        )
         save(figure, path)
 
 

@@ -32,6 +32,9 @@ _MARKERS = {
 }
 
 
+_LEVEL = "_"  # a mark of lines, which shows where there is one value alone
+
+
 def draw_layer(measured: Measurements, path: Path) -> None:
     """One panel a number of threads: the FFNs that met all candidates."""
     rows = measured.ratios(dtype="float32")
@@ -115,12 +118,16 @@ def draw_scaling(measured: Measurements, path: Path) -> None:
                 predicted_time_ratio(row.tokens, int(row.hidden), int(row.size), row.top_k_fraction, torch.float32, 1)
                 for row in own.itertuples()
             ]
-            axis.plot(own[column], expected, color="#bbbbbb", lw=2.5, zorder=0, label="sparse, expected")
-            axis.plot(own[column], own["top_k_fraction"], ":", color="black", lw=1, label="limit k/N")
+            axis.plot(
+                own[column], expected, color="#bbbbbb", lw=2.5, marker=_LEVEL, ms=14, zorder=0, label="sparse, expected"
+            )
+            axis.plot(
+                own[column], own["top_k_fraction"], ":", color="black", lw=1, marker=_LEVEL, ms=9, label="limit k/N"
+            )
             axis.axhline(1, color="#444444", ls="--", lw=0.8, zorder=0)
             if column != "top_k_fraction":
                 axis.set_xscale("log", base=2)
-                _plain_ticks(axis.xaxis, _apart(sorted(own[column].unique())))
+            _plain_ticks(axis.xaxis, _apart(sorted(own[column].unique())))
             axis.set_xlabel(label)
             axis.grid(axis="y", color="#e3e3e3")
             axis.set_ylim(0, 2)

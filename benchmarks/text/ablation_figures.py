@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 from benchmarks.harness.reporting.plots import (
-    COLOURS,
     FEW,
-    SERIES,
+    REFERENCE,
     STYLE,
     WIDTH,
+    count_text,
     draw_difference,
     hide_empty,
     placeholder_figure,
@@ -25,20 +27,23 @@ from benchmarks.harness.reporting.plots import (
     wrapped,
 )
 from benchmarks.text.grid import ID
+from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.selection import PROTOCOLS
 
 _COLUMNS, _MOST, _NAMES = 3, 12, 2.3  # panels beside each other and in all, inches of names beside them
 _TITLE, _TICKS = 1.4, 6  # inches of a panel's title, and labels below it
 _NOTHING = "this suite runs no row of this ablation"
+_DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))  # of the curves of one method
 _AXIS_LABELS = {"D": "Share of the training rows", "k": "Experts in use, k/N"}
 
 
-def draw_differences(rows: pd.DataFrame, path: Path, reference: str = "the baseline") -> None:
+def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, reference: str = "the baseline") -> None:
     """A panel a model, selection and scope (of many the averages alone): the difference of every row to its reference, with its 95 % interval from three seeds on; crosses are the paper's.
 
     All panels share one axis.
 
     Args:
+        outcomes: for looks.
         rows: what :func:`~benchmarks.text.ablations.ablation_rows` gave.
         path: of the files, without ending.
         reference: what the differences are to.
@@ -56,28 +61,34 @@ def draw_differences(rows: pd.DataFrame, path: Path, reference: str = "the basel
         for axis, (title, found) in zip(axes.flat, panels, strict=False):
             for row in found.itertuples():
                 place = names.index(row.method_title)
-                mark, colour = ("o", SERIES[0]) if row.is_ours else ("x", SERIES[1])
-                draw_difference(axis, row, place, colour, mark, 100)
-            axis.axvline(0, color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
+                look = outcomes.look(row.method)
+                draw_difference(axis, row, place, look if row.is_ours else replace(look, marker="x", hollow=False), 100)
+            axis.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
             axis.set_title(title, fontsize=8)
             axis.set_yticks(range(len(names)), [textwrap.fill(name, 34) for name in names])
             axis.set_ylim(len(names) - 0.4, -0.6)
         hide_empty(axes)
-        figure.supxlabel(f"Difference to {reference} (points)", fontsize=8)
+        counted = count_text(n for _, found in panels for n in found.loc[found["is_ours"], "n"])
+        label = ", ".join(filter(None, (f"Difference to {reference} (points)", counted)))
+        figure.supxlabel(label, fontsize=8)
         save(figure, path)
 
 
-def draw_curves(rows: pd.DataFrame, path: Path, axis: str) -> None:
+def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: str) -> None:
     """A panel a model, selection and scope: the score of every method over a setting, with its 95 % interval from three seeds on. The dashed line is the baseline.
 
     Args:
+        outcomes: for looks.
         rows: what :func:`~benchmarks.text.ablations.ablation_rows` gave.
         path: of the files, without ending.
         axis: the letter of the setting.
     """
     panels = [(title, found) for title, found in panels_of(rows) if found.loc[found[axis].ne(""), axis].nunique() > 1]
     if not panels:
-        placeholder_figure(path, _NOTHING)
+        placeholder_figure(
+            path,
+            f"no row of this suite has two values of:\n{_AXIS_LABELS[axis]}" if rows["is_ours"].any() else _NOTHING,
+        )
         return
     labels = list(dict.fromkeys(label for _, found in panels for label, _ in _series(found, axis)))
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
@@ -85,29 +96,33 @@ def draw_curves(rows: pd.DataFrame, path: Path, axis: str) -> None:
         for panel, (title, found) in zip(axes.flat, panels, strict=False):
             places = sorted({float(value) for value in found[axis] if value})
             apart = 0.012 * (places[-1] - places[0])
+            drawn: Counter[str] = Counter()
             for label, part in _series(found, axis):
-                number = labels.index(label)
-                shift = apart * (number - (len(labels) - 1) / 2)  # so that no interval hides another
+                shift = apart * (labels.index(label) - (len(labels) - 1) / 2)  # so that no interval hides another
+                method = part["method"].iloc[0]
+                kind = part["kind"].iloc[0]
                 panel.errorbar(
                     part[axis].astype(float) + shift,
                     part["score"] * 100,
-                    yerr=part["half"] * 100,
+                    yerr=None if part["half"].isna().all() else part["half"] * 100,
                     label=label,
-                    color=SERIES[number % len(SERIES)],
-                    marker="osD^vP*X"[number % 8],
+                    ls=_DASHES[drawn[kind] % len(_DASHES)],
                     ms=3.5,
                     lw=1.2,
                     capsize=2,
+                    **replace(outcomes.look(method), hollow=drawn[kind] % 2 == 1).mark,
                 )
+                drawn[kind] += 1
             base = found[found["is_baseline"]]["score"]
             if len(base):
-                panel.axhline(float(base.iloc[0]) * 100, color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
+                panel.axhline(float(base.iloc[0]) * 100, color=REFERENCE, lw=0.8, ls="--", zorder=0)
             low, high = panel.get_ylim()
             panel.set_ylim(max(low, 0.0), min(high, 101.0))  # intervals of few seeds know no bounds
             panel.set_xticks(places)
             every = math.ceil(len(places) / _TICKS)
             panel.set_xticklabels(
-                ["" if number % every else f"{place:g}" for number, place in enumerate(places)], size=7
+                ["" if (len(places) - 1 - number) % every else f"{place:g}" for number, place in enumerate(places)],
+                size=7,
             )
             panel.set_title(title, fontsize=8)
             panel.set_xlabel(_AXIS_LABELS[axis], fontsize=7)

@@ -32,7 +32,8 @@ from benchmarks.text.outcomes import ARROW, TextOutcomes
 _AVERAGE = "average"
 AVERAGE_OF = f"{_AVERAGE} of "
 # letters of the settings that a figure may have on its axis
-AXES = {"train_share": "D", "top_k_fraction": "k"}
+_N_AND_K = "top_k_fraction"
+AXES = {"train_share": "D", _N_AND_K: "k"}
 _FEW = 3  # sets that an average names
 _COLUMNS = ["model", "scope", "method", "setting", "value", "status", "source"]
 _CELL = ["protocol", "domain", "model", "scope"]
@@ -88,10 +89,10 @@ class Ablations:
     def _draw(self, name: str, _usual: TextOutcomes, path: Path) -> None:
         axis = self._definitions[name].axis
         if axis:
-            draw_curves(self._shown(name), path, AXES[axis])
+            draw_curves(self._outcomes, self._shown(name), path, AXES[axis])
         else:
             reference = "the row above" if self._definitions[name].steps else "the baseline"
-            draw_differences(self._shown(name), path, reference)
+            draw_differences(self._outcomes, self._shown(name), path, reference)
 
 
 def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
@@ -125,7 +126,8 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
     rows = with_verdicts(rows.merge(compared, on=_ROW, how="left"), _CELL)
     rows = with_numbers(rows, ["model", "method"], means_by(outcomes.records, ["model", "method"], ["active_neurons"]))
     rows = _with_paper(outcomes, ablation, rows)
-    scopes, order = list(rows["scope"].drop_duplicates()), [*names, *rows["method"].drop_duplicates()]
+    scopes = list(rows["scope"].drop_duplicates())
+    order = sorted(rows["method"].drop_duplicates(), key=lambda name: _place(outcomes, ablation, name))
     rows = rows.assign(
         is_ours=rows["mean"].notna(),
         scope_place=rows["scope"].map(scopes.index),
@@ -156,6 +158,19 @@ def _names(outcomes: TextOutcomes, ablation: Ablation) -> list[str]:
         for row in ablation.rows
         for name in (row, *(own for own, (of, _) in outcomes.settings.items() if of == row))
     ]
+
+
+def _place(outcomes: TextOutcomes, ablation: Ablation, name: str) -> tuple[int, list[tuple[str, float, str]]]:
+    """Where a row stands: in the order of the ablation, its settings by their numbers."""
+    row, setting = _split(outcomes, name)
+    return ablation.rows.index(row), [(key, *_number_or_text(value)) for key, value in setting_values(setting).items()]
+
+
+def _number_or_text(value: str) -> tuple[float, str]:
+    try:
+        return float(value), ""
+    except ValueError:
+        return math.inf, value
 
 
 def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -243,12 +258,20 @@ def _values_of(spec: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def _with_n_and_k(row: Any) -> str:
+    """The title of a row, with N and k where it is a main row, whose title does not say them."""
+    return f"{row.method_title}, N {row.N}, k/N {row.k}" if row.N and SETTING not in row.method else row.method_title
+
+
 def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
     """Lay out what :func:`ablation_rows` found."""
     frame = rows.assign(
         **{key: rows[key].fillna("").replace("", MISSING) for key in ("verdict", "status", "source")},
         n=[MISSING if math.isnan(n) else f"{n:.0f}" for n in rows["n"]],
         model_title=rows["model_title"].replace("", MISSING),
+        method_title=[
+            _with_n_and_k(row) if definition.axis == _N_AND_K else row.method_title for row in rows.itertuples()
+        ],
         on=[f"{row.scope} ({'in domain' if row.domain == ID else 'out of domain'})" for row in rows.itertuples()],
     )
     return Table(

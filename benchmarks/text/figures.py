@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.plots import COLOURS, STYLE, WIDTH, Panel, hide_empty, save, score_panels, wrapped
+from benchmarks.harness.reporting.plots import REFERENCE, STYLE, WIDTH, Panel, hide_empty, save, score_panels, wrapped
 from benchmarks.harness.results.statistics import SIGNIFICANCE, critical_difference, nemenyi
 from benchmarks.text.grid import ID, OOD
 from benchmarks.text.outcomes import Ranked, TextOutcomes
@@ -168,8 +168,8 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
                 ax=axis,
                 label_fmt_left="{label} ({rank:.2f}) ",
                 label_fmt_right=" ({rank:.2f}) {label}",
-                color_palette=dict.fromkeys(ranks.index, COLOURS["method"]),
-                crossbar_props={"color": COLOURS["baseline"]},
+                color_palette={names[method]: outcomes.look(method).colour for method in names},
+                crossbar_props={"color": REFERENCE},
             )
             axis.set_xlim(1, len(ranks))  # all ranks that there are
             for drawn in (*axis.lines, *axis.collections):

@@ -16,6 +16,10 @@ from benchmarks.text.selection import PROTOCOLS
 AVERAGE, RANK = "average", "OOD Friedman rank"
 _COLUMNS = ["model", "scope", "method", "value", "status", "source"]
 _KEY = ["model", "scope", "method"]
+_NUMBERS = ["", "_delta", "_low", "_high", "_n"]  # what there is of ours, after the selection's name
+_PAPERS_RANKS = (
+    "; which ones the paper ranks is unknown, so that its ranks stand here for the reader and not for comparison"
+)
 
 
 def read_paper(outcomes: TextOutcomes) -> pd.DataFrame:
@@ -35,7 +39,7 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     published["paper_delta"] = published_delta(published, outcomes.baseline)
     frame = published
     for protocol in (PUBLISHED, CLEAN):
-        ours = _ours(outcomes, domain, protocol).rename(columns={"ours": protocol, "ours_delta": f"{protocol}_delta"})
+        ours = _ours(outcomes, domain, protocol).rename(columns={f"ours{end}": f"{protocol}{end}" for end in _NUMBERS})
         frame = frame.merge(ours, on=_KEY, how="outer", sort=False)
     # of what was not found a row is shown where we have a number ourselves
     frame = frame[frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)].reset_index(drop=True)
@@ -47,7 +51,7 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     frame[["status", "source"]] = frame[["status", "source"]].fillna(MISSING).replace("", MISSING)
     return Table(
         "The paper's numbers beside ours",
-        f"Δ is the difference to {outcomes.baseline_title}; ours is paired by seed. Status: published (typed in the authors' notebooks or quoted from the paper), inferred "
+        f"Δ is the difference to {outcomes.baseline_title}; ours is paired by seed, with a 95 % confidence interval where it is of one task. A mean is over n seeds, a difference over those that both methods have. Status: published (typed in the authors' notebooks or quoted from the paper), inferred "
         "(published, but the row is our reading), unknown (in the paper, but not found by us). A dash is a number that was not found, or that this suite did not run. Another model "
         "and other data can neither confirm nor refute the paper's value.",
         {"model_title": "Model", "scope": "Task", "method_title": "Method"},
@@ -59,7 +63,15 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
                 for protocol in (PUBLISHED, CLEAN)
                 for column in (
                     Column("score", protocol, f"Ours, {PROTOCOLS[protocol]} selection", decimals=2),
-                    Column("score", f"{protocol}_delta", f"Δ ours, {PROTOCOLS[protocol]}", signed=True, decimals=2),
+                    Column(
+                        "score",
+                        f"{protocol}_delta",
+                        f"Δ ours, {PROTOCOLS[protocol]}",
+                        interval=(f"{protocol}_low", f"{protocol}_high"),
+                        signed=True,
+                        decimals=2,
+                    ),
+                    Column("runs", f"{protocol}_n", f"n, {PROTOCOLS[protocol]}"),
                 )
             ),
         ],
@@ -90,7 +102,7 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
     return Table(
         "Friedman ranks out of domain",
         f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. A rank means something only among the rows that are ranked "
-        "together; which ones the paper ranks is unknown, so that its ranks stand here for the reader and not for comparison. "
+        f"together{_PAPERS_RANKS if frame['paper'].notna().any() else ''}. "
         f"Sets ({len(pairs)}): {', '.join(pairs)}. {'; '.join(notes)}. Ranks that are further apart than the critical difference differ by Nemenyi's test at 5 %.",
         {"model_title": "Model", "selection": "Selection", "method_title": "Method"},
         [
@@ -117,6 +129,9 @@ def _ours(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
             "method": row.method,
             "ours": row.mean,
             "ours_delta": row.delta,
+            "ours_low": row.low,
+            "ours_high": row.high,
+            "ours_n": row.n,
         }
         for row in rows.itertuples()
     ]
@@ -129,7 +144,7 @@ def _ours(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
                 part = of_model[(of_model["method"] == method) & of_model["task"].isin(tasks)]
                 numbers = {"ours": part["mean"].mean(), "ours_delta": part["delta"].mean()}
                 found.append({"model": model, "scope": _scope(outcomes, tasks), "method": method, **numbers})
-    return pd.DataFrame(found, columns=[*_KEY, "ours", "ours_delta"])
+    return pd.DataFrame(found, columns=[*_KEY, *(f"ours{end}" for end in _NUMBERS)])
 
 
 def _scope(outcomes: TextOutcomes, tasks: tuple[str, ...]) -> str:

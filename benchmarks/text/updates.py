@@ -11,8 +11,10 @@ from benchmarks.harness.reporting.rendering import Column, Table
 from benchmarks.harness.results.statistics import paired_differences, with_verdicts
 from benchmarks.text.grid import OWN
 from benchmarks.text.outcomes import TextOutcomes
+from benchmarks.text.workload import GRADIENT_ROWS
 
 _ROW = ["model", "task", "method", "on"]
+_CONVERTED = "converted"  # the layers that the suite's methods convert, of the dense model too
 
 
 def _mean(values: Iterable[float | None]) -> float:
@@ -20,14 +22,23 @@ def _mean(values: Iterable[float | None]) -> float:
     return float(np.mean([np.nan if value is None else value for value in values]))
 
 
+def _converted(outcomes: TextOutcomes) -> list[str]:
+    """The layers that every method converts that converts any, as keys of ``updates``."""
+    converted = ({str(layer["index"]) for layer in found["model"]["conversion"]} for _, found in outcomes.training)
+    sets = [layers for layers in converted if layers]
+    return sorted(set.intersection(*sets), key=int) if sets else []
+
+
 def update_table(outcomes: TextOutcomes) -> Table:
     """A row a model, task and method, and one a set whose gradient is compared."""
-    rows = []
+    rows, converted = [], _converted(outcomes)
     for record, found in outcomes.training:
         key = {"model": record.model, "task": record.task, "method": record.method, "seed": record.seed}
         change, agreement = (found["updates"].get(part, {}) for part in ("change", "gradients"))
         if change:
             rows.append({**key, "on": "", "metric": "weight_change", "value": _mean(change.values())})
+        if own := [change[layer] for layer in converted if layer in change]:
+            rows.append({**key, "on": _CONVERTED, "metric": "weight_change", "value": _mean(own)})
         for name in next(iter(agreement.values()), {}):
             cosines = [layer[name] for layer in agreement.values()]
             rows.append({**key, "on": name, "metric": "gradient_agreement", "value": _mean(cosines)})
@@ -37,9 +48,10 @@ def update_table(outcomes: TextOutcomes) -> Table:
     compared = paired_differences(seeds, _ROW, {"method": outcomes.baseline}, "seed").drop(columns=["values", "n"])
     frame = with_verdicts(frame.merge(compared, on=_ROW, how="left"), ["model", "task", "metric"])
     frame = frame.drop(columns="verdict")  # neither number is better for being higher
-    order = {name: place for place, name in enumerate(["", OWN, *outcomes.benchmark.tasks])}
+    order = {name: place for place, name in enumerate(["", _CONVERTED, OWN, *outcomes.benchmark.tasks])}
     frame = outcomes.order(frame.assign(place=frame["on"].map(order)), ["model", "task", "place", "method"])
-    what = {"": "weights of all FFNs, change", OWN: "gradients of other rows of the task"}
+    layers = f"weights of FFN {', '.join(converted)}, which methods convert"
+    what = {"": "weights of all FFNs", _CONVERTED: layers, OWN: "gradients of other rows of the task"}
     own = [what.get(row.on, f"gradients of {outcomes.title('task', row.on)}") for row in frame.itertuples()]
     for metric in ("weight_change", "gradient_agreement"):
         here = frame["metric"] == metric
@@ -47,7 +59,7 @@ def update_table(outcomes: TextOutcomes) -> Table:
             frame[f"{metric}_{number}"] = frame[number].where(here)
     return Table(
         "What training does to the FFNs",
-        "Change: norm of the weights' change over their norm before training, mean over layers. Gradients: cosine, after training, between the loss's gradient on 64 rows of the task and on 64 others (of the task "
+        f"Change: norm of the weights' change over their norm before training, mean over layers; of the FFNs that methods convert once more by themselves, of the dense model too. Gradients: cosine, after training, between the loss's gradient on {GRADIENT_ROWS} rows of the task and on {GRADIENT_ROWS} others (of the task "
         "itself, or of a set that the model is not trained on), by the weights of the FFNs in the last quarter of the layers; 1 where both ask for the same change, negative where what helps the one harms the "
         "other. What other rows of the task give is as much as is to be had. Means over n seeds ± standard deviation; Δ is the difference to the baseline, paired by seed, with a 95 % interval, and p is corrected by "
         "Holm's procedure over the rows of a task. The paper explains its gains by less negative transfer; it measures none.",

@@ -27,6 +27,7 @@ from benchmarks.harness.reporting.main_figure import draw_main, main_rows
 from benchmarks.harness.reporting.paper_items import paper_index, write_paper_items
 from benchmarks.harness.reporting.presentation import present
 from tests import fake_runs
+from tests.drawn import watched
 
 FILE = BENCHMARKS / "paper.yaml"
 
@@ -142,6 +143,12 @@ def test_main_averages_are_those_of_the_runs_and_of_the_paper(tmp_path: Path, mo
     paper = rows[rows["whose"] == "paper"].set_index(["axis", "method"])
     assert paper.loc[("Text in full, BERT-large", "emoe"), "delta"] == pytest.approx(0.62)
     assert paper.loc[("Text by LoRA, OOD, GPT2-XL", "emoe"), "is_rank"]
+    # every row says what it is of, and so does every axis of the radar
+    assert full["of"].to_dict() == dict.fromkeys(full.index, "Tweets; n = 5 pairs")
+    assert full.loc[["gmoe", "emoe"], "compared"].to_list() == ["Tweets; n = 5 pairs", "Amazon, Tweets; n = 8 pairs"]
+    with watched() as found:
+        draw_main(rows, tmp_path)
+    assert found == []
     draw_main(rows, tmp_path)
     draw_main(rows[rows["whose"] == "paper"], tmp_path / "none")
     assert (tmp_path / "figure_2a.png").stat().st_size > 2 * (tmp_path / "none" / "figure_2a.png").stat().st_size

@@ -59,6 +59,34 @@ def test_every_format_escapes() -> None:
     assert "<strong>100.0 ± 1.0</strong>" in TABLE.html()
 
 
+def test_latex_names_groups_once_breaks_wide_tables_and_sets_long_notes_below() -> None:
+    sources = ["the first of the two places that a number is from", "another place that a number is from, just as long"]
+    rows = [
+        {
+            "model": model,
+            "name": f"row {number}",
+            **{f"c{column}": number + column for column in range(12)},
+            "source": sources[number % 2],
+        }
+        for model in ("one", "two")
+        for number in range(4)
+    ]
+    columns = [Column("loss", f"c{column}", label=f"Number {column}") for column in range(12)]
+    table = Table(
+        "T", "", {"model": "Model", "name": "Name"}, columns, pd.DataFrame(rows), notes={"source": "Source"}, name="t"
+    )
+    parts = table.latex().split(r"\end{table}".replace("\\\\", "\\"))[:-1]
+    assert len(parts) > 1
+    for part in parts:
+        assert (
+            part.count(r"\textit{one}".replace("\\\\", "\\")) == part.count(r"\textit{two}".replace("\\\\", "\\")) == 1
+        )
+        assert all(f"row {number} &" in part for number in range(4))
+    assert [f"Number {column}" in "".join(parts) for column in range(12)] == [True] * 12
+    assert all("".join(parts).count(source) == 1 for source in sources)
+    assert f"a: {sources[0]}; b: {sources[1]}." in parts[-1]
+
+
 def test_markdown_escapes_what_would_end_a_cell_or_begin_a_tag() -> None:
     frame = pd.DataFrame({"name": ["a | b\n\n# c <script>x</script>"], "a": [0.5]})
     said = "p < 0.05 | `a|b`<br>"

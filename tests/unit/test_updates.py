@@ -105,10 +105,14 @@ def test_the_table_pairs_by_seed_and_leaves_out_what_was_not_measured(tmp_path: 
     monkeypatch.chdir(tmp_path)
     runs = fake_runs.write(Path("results/runs"), "mini")
     outcomes = TextOutcomes(load_benchmark("glue"), runs)
+    for record, found in outcomes.training:
+        found["model"] = {"conversion": [] if record.method == "vanilla" else [{"index": 1}]}
+        found["updates"]["change"]["1"] = 0.01 + 0.001 * record.seed * (record.method == "emoe")
     table = update_table(outcomes)
     frame = table.frame[table.frame["task"] == "tweets"]
     assert list(frame["what"].drop_duplicates()) == [
-        "weights of all FFNs, change",
+        "weights of all FFNs",
+        "weights of FFN 1, which methods convert",
         "gradients of other rows of the task",
         *(f"gradients of {name}" for name in ("Amazon", "Movie", "NYT")),
     ]
@@ -120,7 +124,21 @@ def test_the_table_pairs_by_seed_and_leaves_out_what_was_not_measured(tmp_path: 
     row = frame[(frame["method"] == "emoe") & (frame["on"] == "")].iloc[0]
     differences = [by_seed["emoe", seed] - by_seed["vanilla", seed] for seed in range(8)]
     assert row["delta"] == pytest.approx(sum(differences) / 8)
+    converted = frame[frame["on"] == "converted"].set_index("method")
+    alone = {
+        (record.method, record.seed): found["updates"]["change"]["1"]
+        for record, found in outcomes.training
+        if record.task == "tweets"
+    }
+    assert converted.loc["vanilla", "weight_change_mean"] == pytest.approx(
+        sum(alone["vanilla", seed] for seed in range(8)) / 8
+    )
+    assert converted.loc["emoe", "delta"] == pytest.approx(
+        sum(alone["emoe", seed] - alone["vanilla", seed] for seed in range(8)) / 8
+    )
     assert frame[frame["method"] == "vanilla"]["delta"].isna().all()
-    empty = SimpleNamespace(training=[(record, {"updates": {}}) for record, _ in outcomes.training])
+    empty = SimpleNamespace(
+        training=[(record, {"updates": {}, "model": {"conversion": []}}) for record, _ in outcomes.training]
+    )
     monkeypatch.setattr(outcomes, "training", empty.training)
     assert update_table(outcomes).frame.empty

@@ -78,7 +78,7 @@ def test_every_table_is_latex_that_fits_a_page(checkout: Finished) -> None:
         pytest.skip("no LaTeX on this machine (Debian: apt-get install texlive-latex-recommended)")
     tables = sorted((checkout.folder / "results/smoke").glob("*/*.tex"))
     assert len(tables) > 60
-    packages = r"\usepackage[a4paper,margin=2.5cm]{geometry}\usepackage{booktabs,graphicx}"
+    packages = r"\usepackage[a4paper,margin=2.5cm]{geometry}\usepackage{booktabs}"
     body = "\\clearpage\n".join(table.read_text() for table in tables)
     document = checkout.folder / "tables.tex"
     document.write_text(f"\\documentclass{{article}}{packages}\\begin{{document}}\n{body}\\end{{document}}\n")

@@ -63,7 +63,7 @@ CLAIMS = Artifacts(
     None,
     [""],
     {
-        "": "The claims of the paper, as these runs see them: differences with their 95 % intervals (of a ratio its range), those that a test was made of. Blue circles are supported, red crosses contradicted, "
+        "": "The claims of the paper, as these runs see them: differences with their 95 % intervals (of a ratio its range), those that a test was made of. Blue circles are supported, orange crosses contradicted, "
         "grey diamonds undecided; open diamonds have no test. The band is the margin below which a difference makes no odds; a thin line marks what the paper says."
     },
 )

@@ -60,6 +60,8 @@ class PaperItem(Strict):
     """Why nothing does."""
     main: Literal[True] | None = left_out()
     """It is the figure of the main averages: over several benchmarks, by `main` of this file."""
+    caption: str | None = left_out()
+    """What it claims and how to read it, of the main averages; other figures have a caption in their benchmark."""
 
     def model_post_init(self, _context: Any, /) -> None:
         self.need_one_of("parts", "missing", "main")
@@ -141,8 +143,9 @@ class PaperOutput:
     @property
     def title(self) -> str:
         """The item's number and what it shows."""
-        number = self.item.replace("_", " ").capitalize()
-        return f"{number} of the paper (first version): {load_paper_items()[self.item].title}"
+        kind, _, number = self.item.partition("_")
+        where = f"{kind.capitalize()} {number} of the paper (first version)" if number.isdigit() else "The paper"
+        return f"{where}: {load_paper_items()[self.item].title}"
 
     def files(self, suite: str) -> list[str]:
         ends = FIGURE_FORMATS if self.part.figure else FORMATS

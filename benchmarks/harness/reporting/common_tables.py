@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
+from benchmarks.harness.results.statistics import confidence_interval
 
 _COST = (
     "train_seconds",
@@ -116,6 +117,16 @@ def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str
     )
 
 
+def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
+    """Means by cell as :func:`published_table` reads them: ``ours``, the ends of its 95 % interval from two values on, and their number ``n``."""
+    rows = values.groupby(list(cell), sort=False)
+    found = rows.agg(ours="mean", n="size")
+    for number, end in enumerate(("low", "high")):
+        ends = rows.agg(lambda own, number=number: confidence_interval(own.to_numpy())[number])
+        found[end] = ends.where(found["n"] > 1)
+    return found.reset_index()
+
+
 def published_table(title: str, caption: str, keys: Mapping[str, str], frame: pd.DataFrame) -> Table:
     """Published accuracies beside ours.
 
@@ -123,15 +134,16 @@ def published_table(title: str, caption: str, keys: Mapping[str, str], frame: pd
         title: heading.
         caption: what the columns and their gaps mean.
         keys: columns that name a row, with their headings.
-        frame: with ``value``, ``ours``, ``difference``, ``status`` and ``source``.
+        frame: with ``value``, what :func:`our_means` gives, ``difference``, ``status`` and ``source``.
     """
     return Table(
         title,
-        caption,
+        f"{caption} Ours: mean over n runs, with a 95 % confidence interval.",
         dict(keys),
         [
             Column("accuracy", "value", "Published", decimals=2),
-            Column("accuracy", "ours", "Ours", decimals=2),
+            Column("accuracy", "ours", "Ours", interval=("low", "high"), decimals=2),
+            Column("runs", "n", "n"),
             Column("accuracy", "difference", "Ours − published", signed=True, decimals=2),
         ],
         frame.assign(status=frame["status"].fillna(MISSING), source=frame["source"].fillna(MISSING)),

@@ -13,6 +13,7 @@ from benchmarks.harness.planning.kinds import COUNTS, Benchmark
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.shared import CONTROL, Entry, MethodsDefinition
+from benchmarks.harness.reporting.looks import Look, look_of
 from benchmarks.harness.reporting.rendering import RUN_BY, RUNS, Table
 from benchmarks.harness.results.bundles import origin_of
 
@@ -146,6 +147,10 @@ class Outcomes:
     def role(self, method: str) -> str:
         """``baseline``, ``method`` or ``control``; of what a paper alone has, ``method``."""
         return self.methods[method].role if method in self.methods else "method"
+
+    def look(self, method: str) -> Look:
+        """How a method looks in figures; a setting of it looks as the method does."""
+        return look_of(self.methods[method.partition(SETTING)[0]])
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Rows with ``<key>_title`` of every key that they have, and ``is_method``: whether they are no control."""

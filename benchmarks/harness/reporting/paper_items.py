@@ -20,7 +20,7 @@ from benchmarks.harness.planning.paper_items import (
 from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.reporting.outcomes import SETTING
 from benchmarks.harness.reporting.presentation import Presentation
-from benchmarks.harness.reporting.rendering import Table
+from benchmarks.harness.reporting.rendering import RUNS, Table
 
 _PROTOCOLS = ("published", "clean")  # the paper's own first
 
@@ -47,7 +47,7 @@ def write_paper_items(suite: Suite, shown: Artifacts, presented: Presentation) -
 
 def _as_in_the_paper(table: Table, output: PaperOutput, suite: Suite) -> Table:
     """A table with the paper's rows, by one selection: the authors' where the suite has runs of it, else the clean one."""
-    frame = table.frame
+    frame, said = table.frame, [table.caption]
     if output.part.rows and "method" in frame:
         frame = frame[frame["method"].str.split(SETTING, regex=False).str[0].isin(output.part.rows)]
     if "protocol" in frame:
@@ -55,12 +55,18 @@ def _as_in_the_paper(table: Table, output: PaperOutput, suite: Suite) -> Table:
         wanted = next((name for name in _PROTOCOLS if name in ran), None)
         alone = frame["is_ours"].eq(False) if "is_ours" in frame else pd.Series(False, index=frame.index)  # the paper's
         frame = frame[frame["protocol"].eq(wanted) | alone]
+    if "p_holm" in frame and len(frame) < len(table.frame):
+        said.append(f"p is corrected over all rows of `{table.name}`, of which some stand here.")
+    if RUNS in frame and frame[RUNS].eq("").all():
+        said.append("All numbers are published ones: this suite runs none of these rows.")
+    said.append(f"Made by `snakemake --cores all {output.item} --config suite={suite.name}`.")
+    own = [] if table.title == load_paper_items()[output.item].title else [table.title]
     return replace(
         table,
         frame=frame.reset_index(drop=True),
         name=output.name,
-        title=f"{output.title}. {table.title}",
-        caption=f"{table.caption} Made by `snakemake --cores all {output.item} --config suite={suite.name}`.",
+        title=". ".join([output.title, *own]),
+        caption=" ".join(said),
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from benchmarks.harness.reporting.looks import Look
 from benchmarks.harness.reporting.outcomes import Outcomes
 from benchmarks.harness.results.statistics import confidence_interval
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = {"baseline": "#444444", "method": "#0072b2", "control": "#999999"}
-# of Okabe and Ito, which the colour-blind tell apart
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+REFERENCE = "#444444"  # lines that others are compared with
 # of use of an expert over its mean use: 1 is like the others
 USE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 2), "PuOr_r")
 STYLE: Any = {
@@ -40,28 +41,35 @@ STYLE: Any = {
 
 WIDTH = 6.9  # inches of a page's text: no figure is wider
 _NAMES, _COLUMNS = 1.7, 4  # inches beside the panels of scores, and how many stand beside each other
+_BARS, _BELOW = 5, 0.26  # below so many scores no interval is drawn; where they stand, in lines below their mean
 FEW = 3  # below so many pairs an interval says nothing that the numbers do not
 
 
-def draw_difference(axis: Any, row: Any, place: float, colour: str, mark: str, scale: float = 1) -> None:
+def draw_difference(axis: Any, row: Any, place: float, look: Look, scale: float = 1) -> None:
     """Draw a difference and, where there are enough pairs, its interval.
 
     Args:
         axis: where.
         row: with ``delta``, ``low``, ``high`` and ``n``.
         place: on the vertical axis.
-        colour: of both.
-        mark: of the difference.
+        look: of the method.
         scale: what the numbers are drawn times.
     """
     if row.n >= FEW and not math.isnan(row.low):
-        axis.plot([row.low * scale, row.high * scale], [place, place], color=colour, lw=1.4)
-    axis.plot(row.delta * scale, place, mark, ms=4.5, color=colour)
+        axis.plot([row.low * scale, row.high * scale], [place, place], color=look.colour, lw=1.4)
+    axis.plot(row.delta * scale, place, ls="", ms=4.5, **look.mark)
+
+
+def count_text(counts: Iterable[float], of: str = "seeds") -> str:
+    """How many there are of what is drawn, ``n = 5 to 8 seeds``; nothing where no count is known."""
+    known = sorted({int(count) for count in counts if count and not math.isnan(count)})
+    return f"n = {known[0]}{f' to {known[-1]}' if len(known) > 1 else ''} {of}" if known else ""
 
 
 def wrapped(text: str, inches: float, size: float = 8) -> str:
     """Break a text into lines of that width, by the mean width of letters of ``size`` points."""
     letters = max(8, int(inches * 72 / (0.58 * size)))
+    text = re.sub(r"(?<=\d) (?=[MB]\))", "\u00a0", text)  # a number of parameters and its unit
     return "\n".join(textwrap.fill(line, letters, break_on_hyphens=False) for line in text.split("\n"))
 
 
@@ -82,18 +90,19 @@ def score_panels(
     outcomes: Outcomes,
     panels: list[list[Panel]],
     path: Path,
-    measure: str = "Score (%); diamonds: mean over seeds, dots: seeds",
+    measure: str = "Score (%); large marks: mean over seeds, dots below: seeds",
 ) -> None:
     """Score by method, one panel a set.
 
-    Small dots are seeds, the diamond their mean, the bar its 95 % confidence interval, cut at the panel's edge.
+    Small dots are seeds, the large mark above them their mean, the bar its 95 % confidence interval: of fewer than five seeds it would say less than
+    the dots do. An arrow is an end beyond the panel.
     All panels share one axis, and the dashed line is the baseline's mean.
 
     Args:
         outcomes: for titles, roles and order.
         panels: by row and column.
         path: of the files, without ending.
-        measure: what the axis shows, and what diamonds and dots are.
+        measure: what the axis shows, and what marks and dots are.
     """
     lines = [row[start : start + _COLUMNS] for row in panels for start in range(0, len(row), _COLUMNS)]
     values = pd.concat([panel.rows["value"] for row in lines for panel in row]) * 100
@@ -109,7 +118,7 @@ def score_panels(
         figure, axes = plt.subplots(
             len(lines),
             columns,
-            figsize=(width, 0.25 * sum(heights) + 0.6 * len(lines) + 0.3),
+            figsize=(width, 0.27 * sum(heights) + 0.6 * len(lines) + 0.3),
             height_ratios=heights,
             squeeze=False,
             sharex=True,
@@ -121,25 +130,29 @@ def score_panels(
                 for place, method in enumerate(names):
                     scores = panel.rows.loc[panel.rows["method"] == method, "value"].to_numpy(dtype=float) * 100
                     if len(scores):
-                        _draw_method(axis, place, scores, COLOURS[methods[method].role], (low - margin, high + margin))
+                        _draw_method(axis, place, scores, outcomes.look(method), (low - margin, high + margin))
                     if len(scores) and method == outcomes.baseline:
-                        axis.axvline(scores.mean(), color=COLOURS["baseline"], lw=0.8, ls="--", zorder=0)
+                        axis.axvline(scores.mean(), color=REFERENCE, lw=0.8, ls="--", zorder=0)
                 axis.set_title(wrapped(panel.title, inches), fontsize=8)
                 axis.set_xlim(low - margin, high + margin)
             axis_row[0].set_yticks(range(len(names)), [methods[name].title for name in names])
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
-        label = f"{measure}, bars: 95 % confidence interval (from three on), cut at the panel's edge"
+        label = f"{measure}, bars: 95 % confidence interval (from five on; arrows: beyond the panel)"
         hide_empty(axes)
         figure.supxlabel(wrapped(label, width), fontsize=7.5)
         save(figure, path)
 
 
-def _draw_method(axis: Any, place: int, scores: Any, colour: str, limits: tuple[float, float]) -> None:
-    if len(scores) >= FEW:
+def _draw_method(axis: Any, place: int, scores: Any, look: Look, limits: tuple[float, float]) -> None:
+    if len(scores) >= _BARS:
         ends = confidence_interval(scores)
-        axis.plot([max(ends[0], limits[0]), min(ends[1], limits[1])], [place, place], color=colour, lw=1.2, alpha=0.6)
-    axis.plot(scores, [place] * len(scores), "o", ms=2.6, color=colour, alpha=0.55, mew=0)
-    axis.plot(scores.mean(), place, "D", ms=4.2, color=colour, mec="white", mew=0.6)
+        bar = [max(ends[0], limits[0]), min(ends[1], limits[1])]
+        axis.plot(bar, [place, place], color=look.colour, lw=1.2, alpha=0.6)
+        for end, shown, arrow in zip(ends, bar, "<>", strict=True):
+            if end != shown:
+                axis.plot(shown, place, arrow, ms=4, color=look.colour, mew=0, clip_on=False)
+    axis.plot(scores.mean(), place, ls="", ms=4.2, **{"mec": "white", "mew": 0.6, **look.mark})
+    axis.plot(scores, [place + _BELOW] * len(scores), "o", ms=2.6, color=look.colour, alpha=0.55, mew=0)
 
 
 def hide_empty(axes: NDArray[np.object_]) -> None:

@@ -141,8 +141,9 @@ class Table:
         same = self._said_once(texts)
         kept = [heading for heading in texts.columns if heading not in same]
         numbers = {column.heading for column in self.shown}
+        keys = list(self.keys.values())
         return latex_table(
-            self.name, self.title, self.caption, texts[kept], self.best()[kept], numbers, _sentence(same)
+            self.name, self.title, self.caption, texts[kept], self.best()[kept], keys, numbers, _sentence(same)
         )
 
     def html(self) -> str:

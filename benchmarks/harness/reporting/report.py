@@ -20,6 +20,7 @@ import emoe
 from benchmarks.harness.base import paths
 from benchmarks.harness.planning.artifacts import CLAIMS, Artifacts, artifacts_of
 from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.paper_items import load_paper_items, main_files
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.reporting.claims import cards, has_random_weights, sentences
@@ -65,6 +66,21 @@ class _Page:
             }
             for name, caption in shown.figures.items()
             if name not in without
+        ]
+
+    def main_figures(self) -> list[dict[str, str]]:
+        """The main averages, by :func:`~benchmarks.harness.reporting.main_figure.draw_main`; the caption stands below the last."""
+        item = next(item for item in load_paper_items().values() if item.main)
+        stems = list(dict.fromkeys(Path(file).with_suffix("") for file in main_files(self.suite.name)))
+        return [
+            {
+                "name": stem.name,
+                "image": _image(stem.with_suffix(".png")),
+                "files": self.to(stem),
+                "caption": item.caption if stem == stems[-1] else "",
+                "alt": f"{item.title}, {how}",
+            }
+            for stem, how in zip(stems, ("radar", "differences to the dense model"), strict=True)
         ]
 
 
@@ -118,6 +134,7 @@ def _claims(page: _Page) -> dict[str, Any]:
         "cards": list(cards(verdicts)),
         "table": page.table(CLAIMS, "", "Every test"),
         "figures": page.figures(CLAIMS),
+        "main": page.main_figures(),
     }
 
 

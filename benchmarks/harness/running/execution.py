@@ -157,7 +157,7 @@ def _pipeline(run: Run) -> Any:
 def _peak_memory_mb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def _exclusive(folder: Path, run_id: str) -> AcquireReturnProxy[FileLock]:

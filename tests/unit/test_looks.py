@@ -1,0 +1,46 @@
+"""How methods look in figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
+from benchmarks.harness.planning.method_rows import load_methods, resolve_methods
+from benchmarks.harness.planning.shared import MethodsDefinition
+from benchmarks.harness.reporting.looks import DENSE, EMOE, GMOE, look_of
+
+BENCHMARKS = [name for name in benchmark_names() if isinstance(load_benchmark(name).definition, MethodsDefinition)]
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_a_method_looks_the_same_in_every_benchmark(benchmark: str) -> None:
+    definition = load_benchmark(benchmark).definition
+    for name, method in resolve_methods(definition).items():
+        kind = definition.methods[name].method or name
+        same = load_methods()[kind]
+        own = {"selection", "partition", "router", "num_experts"} & set(definition.methods[name].given())
+        if not own:
+            assert look_of(method) == look_of(same), name
+    assert look_of(resolve_methods(definition)[definition.baseline]) in (DENSE, EMOE)
+
+
+def test_methods_that_stand_beside_each_other_are_told_apart() -> None:
+    methods = load_methods()
+    names = (
+        "vanilla",
+        "block",
+        "gmoe",
+        "emoe",
+        "emoe_learn",
+        "random_partition",
+        "all_experts",
+        "gmoe_published",
+        "emoe_published",
+    )
+    looks = [look_of(methods[name]) for name in names]
+    assert len(set(looks)) == len(looks)
+    assert looks[:4:3] == [DENSE, EMOE]
+    assert looks[2] == GMOE
+    rows = resolve_methods(load_benchmark("glue_lora").definition)
+    selected = [look_of(rows[name]) for name in ("lora", "lora_emoe", "lora_bottom", "lora_random", "lora_contiguous")]
+    assert len(set(selected)) == len(selected)
