@@ -18,7 +18,7 @@ def test_a_method_looks_the_same_in_every_benchmark(benchmark: str) -> None:
     for name, method in resolve_methods(definition).items():
         kind = definition.methods[name].method or name
         same = load_methods()[kind]
-        own = {"selection", "partition", "router", "num_experts"} & set(definition.methods[name].given())
+        own = {"selection", "partition", "router", "num_experts", "also_train"} & set(definition.methods[name].given())
         if not own:
             assert look_of(method) == look_of(same), name
     assert look_of(resolve_methods(definition)[definition.baseline]) in (DENSE, EMOE)

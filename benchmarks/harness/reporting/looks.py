@@ -52,7 +52,7 @@ def look_of(method: Method) -> Look:
         True
     """
     look = _kind(method)
-    return replace(look, hollow=True) if method.as_published else look
+    return replace(look, hollow=True) if method.as_published or method.also_train else look
 
 
 def _kind(method: Method) -> Look:

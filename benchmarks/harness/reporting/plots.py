@@ -63,7 +63,10 @@ def draw_difference(axis: Any, row: Any, place: float, look: Look, scale: float 
 def count_text(counts: Iterable[float], of: str = "seeds") -> str:
     """How many there are of what is drawn, ``n = 5 to 8 seeds``; nothing where no count is known."""
     known = sorted({int(count) for count in counts if count and not math.isnan(count)})
-    return f"n = {known[0]}{f' to {known[-1]}' if len(known) > 1 else ''} {of}" if known else ""
+    if not known:
+        return ""
+    named = of.removesuffix("s") if known == [1] else of
+    return f"n = {known[0]}{f' to {known[-1]}' if len(known) > 1 else ''} {named}"
 
 
 def wrapped(text: str, inches: float, size: float = 8) -> str:
