@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,14 @@ from benchmarks.harness.planning.paper_items import (
     shown_benchmarks,
 )
 from benchmarks.harness.planning.suite import Suite
+from benchmarks.harness.reporting.common_tables import difference_text
 from benchmarks.harness.reporting.outcomes import SETTING
 from benchmarks.harness.reporting.presentation import Presentation
 from benchmarks.harness.reporting.rendering import RUNS, Table
 
 _PROTOCOLS = ("published", "clean")  # the paper's own first
+_FEW = 3  # verdicts in a caption
+_COST = "cost"  # of which no verdict says anything
 
 
 def write_paper_items(suite: Suite, shown: Artifacts, presented: Presentation) -> None:
@@ -42,10 +46,10 @@ def write_paper_items(suite: Suite, shown: Artifacts, presented: Presentation) -
             for end in FIGURE_FORMATS:
                 shutil.copyfile(folder.parent / "figures" / f"{name}.{end}", folder / f"{output.name}.{end}")
         else:
-            _as_in_the_paper(tables[name], output, suite).write(folder)
+            _as_in_the_paper(tables[name], output, suite, presented.verdicts).write(folder)
 
 
-def _as_in_the_paper(table: Table, output: PaperOutput, suite: Suite) -> Table:
+def _as_in_the_paper(table: Table, output: PaperOutput, suite: Suite, verdicts: Sequence[str]) -> Table:
     """A table with the paper's rows, by one selection: the authors' where the suite has runs of it, else the clean one."""
     frame, said = table.frame, [table.caption]
     if output.part.rows and "method" in frame:
@@ -59,6 +63,8 @@ def _as_in_the_paper(table: Table, output: PaperOutput, suite: Suite) -> Table:
         said.append(f"p is corrected over all rows of `{table.name}`, of which some stand here.")
     if RUNS in frame and frame[RUNS].eq("").all():
         said.append("All numbers are published ones: this suite runs none of these rows.")
+    if output.part.shown != _COST and (seen := _seen(frame, verdicts)):
+        said.append(f"What these runs see: {seen}")
     said.append(f"Made by `snakemake --cores all {output.item} --config suite={suite.name}`.")
     own = [] if table.title == load_paper_items()[output.item].title else [table.title]
     return replace(
@@ -68,6 +74,18 @@ def _as_in_the_paper(table: Table, output: PaperOutput, suite: Suite) -> Table:
         title=". ".join([output.title, *own]),
         caption=" ".join(said),
     )
+
+
+def _seen(frame: pd.DataFrame, verdicts: Sequence[str]) -> str:
+    """What came out: of an ablation the differences of its rows where it was first looked, else the first verdicts on the benchmark; nothing where nothing of it ran."""
+    if "is_ours" not in frame:
+        return " ".join(verdicts[:_FEW])
+    rows = frame[frame["is_ours"] & frame["delta"].notna()]
+    if rows.empty:
+        return ""
+    first = rows[rows["on"].eq(rows["on"].iloc[0]) & rows["model"].eq(rows["model"].iloc[0])]
+    words = [f"{row.method_title} {difference_text(row)}" for row in first.itertuples()]
+    return f"{first['model_title'].iloc[0]}, {first['on'].iloc[0]}: {'; '.join(words)}."
 
 
 def paper_index(suite: Suite) -> pd.DataFrame:

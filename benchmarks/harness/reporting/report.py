@@ -77,7 +77,7 @@ class _Page:
                 "name": stem.name,
                 "image": _image(stem.with_suffix(".png")),
                 "files": self.to(stem),
-                "caption": item.caption if stem == stems[-1] else "",
+                "caption": (item.caption or "") if stem == stems[-1] else "",
                 "alt": f"{item.title}, {how}",
             }
             for stem, how in zip(stems, ("radar", "differences to the dense model"), strict=True)
