@@ -177,7 +177,7 @@ def _to_split(files: Rows, task: RunTask) -> TextSplit:
         total += len(found)
         for row, cells in enumerate(zip(*(file.columns[field] for field in task.fields), strict=True)):
             written = tuple(text for cell in cells if (text := _text(cell, file, row)) is not None)
-            label = label_of(row, found[row]) if any(written) and len(written) == len(cells) else None
+            label = label_of(row, found[row]) if "".join(written).strip() and len(written) == len(cells) else None
             if label is not None:
                 texts.append(written)
                 labels.append(label)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,24 +15,19 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from benchmarks.harness.base.errors import DataError, first_line
 from benchmarks.harness.sources.json_rows import Damaged, json_lines
+from benchmarks.harness.sources.links import Links
 
 Column = str | int  # by name, or by place in a file without names
 Wanted = Collection[Column]
 
 _SEPARATORS = (",", "\t", ";", "|")
+_BEHIND_QUOTE = re.compile(r'"\s*([;|\t])\s*"')
 
 csv.field_size_limit(sys.maxsize)  # a text may be long
-
-
-class _Commas(csv.excel):
-    strict = True
-
-
-class _Tabs(csv.excel_tab):
-    quoting = csv.QUOTE_NONE
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,9 @@ def named(file: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (ValueError, OSError, KeyError, AttributeError, TypeError, pa.ArrowException) as error:
+    except RecursionError as error:
+        raise DataError(f"{file} cannot be read: its notes are nested too deeply") from error
+    except (ValueError, OSError, KeyError, AttributeError, TypeError, yaml.YAMLError, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read: {first_line(error)}") from error
 
 
@@ -103,19 +101,34 @@ def column_names(file: Path) -> Sequence[Column]:
 
 def _cells(file: Path, separator: str, errors: str) -> Iterator[tuple[int, list[str]]]:
     """The rows of a file, one at least, each with the line on which it begins; blank lines are none."""
-    dialect: type[csv.Dialect] = _Commas if separator == "," else _Tabs
-    reader = csv.reader(_lines(file, errors), dialect)
-    begin, width = 1, 0
+    width = 0
+    for line, row in _quoted(file, errors) if separator == "," else _split(file, separator, errors):
+        width = width or _check_width(file, line, row, separator)
+        yield line, row
+    if not width:
+        raise DataError(f"{file} is empty")
+
+
+def _split(file: Path, separator: str, errors: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are lines, in which every other sign is one of a text, a lone carriage return too."""
+    for number, line in enumerate(_lines(file, errors), start=1):
+        if text := line.removesuffix("\n").removesuffix("\r"):
+            yield number, text.split(separator)
+
+
+def _quoted(file: Path, errors: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows of cells between commas, which may stand in quotation marks."""
+    reader, begin = csv.reader(_lines(file, errors), csv.excel, strict=True), 1
     try:
         for row in reader:
             if row:
-                width = width or _check_width(file, begin, row, separator)
                 yield begin, row
             begin = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{file}, line {begin}: {error}") from error
-    if not width:
-        raise DataError(f"{file} is empty")
+        problem = "a carriage return in a cell must stand in quotation marks" if "new-line" in str(error) else error
+        other = _BEHIND_QUOTE.search(next(_lines(file, errors)))
+        hint = f"; its cells are separated by {other[1]!r}; they must be separated by ','" if other else ""
+        raise DataError(f"{file}, line {begin}: {problem}{hint}") from error
 
 
 def _check_width(file: Path, line: int, row: list[str], separator: str) -> int:
@@ -128,13 +141,13 @@ def _check_width(file: Path, line: int, row: list[str], separator: str) -> int:
 
 
 def _lines(file: Path, errors: str) -> Iterator[str]:
-    """The lines of a UTF-8 file, as they end.
+    """The lines of a UTF-8 file, as they end; a carriage return alone ends none.
 
     Raises:
         DataError: a line with other bytes, where ``errors`` is strict.
     """
     strict = errors == "strict"
-    with file.open(encoding="utf-8-sig", errors="surrogateescape" if strict else errors, newline="") as text:
+    with file.open(encoding="utf-8-sig", errors="surrogateescape" if strict else errors, newline="\n") as text:
         for number, line in enumerate(text, start=1):
             if strict and not line.isascii():
                 try:
@@ -195,11 +208,11 @@ def from_arrow(table: pa.Table, wanted: Wanted) -> Table:
         feature = features.get(name)
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
             classes[name] = feature["names"]
-            columns[name] = [_name_of(value, classes[name]) for value in columns[name]]
+            columns[name] = [name_of(value, classes[name]) for value in columns[name]]
     return Table(table.column_names, columns, None, classes)
 
 
-def _name_of(value: Any, names: Sequence[str]) -> Any:
+def name_of(value: Any, names: Sequence[str]) -> Any:
     """The name of a class; what is no number of one (-1, for want of a label) as it is."""
     return names[int(value)] if isinstance(value, int | float) and value in range(len(names)) else value
 
@@ -217,15 +230,21 @@ def read_folders(folder: Path, labels: Collection[str], text: str, label: str) -
         labels: their names.
         text: what to call the column of the texts.
         label: what to call the column of the labels.
+
+    Raises:
+        DataError: a folder has no text, is a link, or holds one to another of its files; or a file is not UTF-8.
     """
-    texts, found = [], []
+    texts, found, links = [], [], Links(folder.parent)
+    links.check(folder)
     for name in labels:
+        links.check(folder / name)
         files = visible((folder / name).glob("*.txt"))
         if not files:
             raise DataError(f"{folder / name} holds no .txt file")
         for file in files:
+            links.check(file)
             with named(file):
-                texts.append(file.read_text(encoding="utf-8"))
+                texts.append(file.read_text(encoding="utf-8-sig"))
             found.append(name)
     return Table([text, label], {text: texts, label: found})
 

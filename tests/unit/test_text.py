@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -130,7 +131,15 @@ def test_damaged_and_missing_files_are_named(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "notes", ["{", "[]", '{"info": 1}', '{"info": {"features": {"label": {"_type": "ClassLabel"}}}}']
+    "notes",
+    [
+        "{",
+        "[]",
+        "null",
+        '{"info": 1}',
+        '{"info": {"features": {"label": {"_type": "ClassLabel"}}}}',
+        "[" * 100_000 + "]" * 100_000,
+    ],
 )
 def test_damaged_notes_of_classes_are_named(root: Path, notes: str) -> None:
     (root / "SST-2").mkdir()
@@ -138,6 +147,46 @@ def test_damaged_notes_of_classes_are_named(root: Path, notes: str) -> None:
     pq.write_table(table, root / "SST-2/validation.parquet")
     with pytest.raises(DataError, match=r"validation\.parquet cannot be read: "):
         load_split(task("sst2"), "dev")
+
+
+@pytest.mark.parametrize(("name", "file"), [("sst2", "dataset_dict.json"), ("snli", "state.json")])
+def test_notes_of_a_saved_set_that_are_nested_too_deeply_are_named(root: Path, name: str, file: str) -> None:
+    folder = root / TASKS[name]["source"]["folder"]
+    folder.mkdir()
+    for written in (file, "dataset_info.json"):
+        (folder / written).write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(DataError, match=f"^{folder} cannot be read: its notes are nested too deeply$"):
+        load_split(task(name), "dev" if name == "sst2" else "test")
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "why"),
+    [
+        ("neg", "pos", "which belongs to the set and would be there twice"),
+        ("neg", "../../elsewhere", "which is no folder of the set"),
+        ("neg", "../../nowhere", "which is not there"),
+        ("pos/b.txt", "0_9.txt", "which belongs to the set and would be there twice"),
+        ("pos/b.txt", "../../../elsewhere/a.txt", "as .*/pos/a.txt is, and would be there twice"),
+    ],
+)
+def test_links_in_a_folder_of_texts_are_refused_as_in_image_sets(root: Path, link: str, target: str, why: str) -> None:
+    folder = write_own(root, "imdb") / "test"
+    (root / "elsewhere").mkdir()
+    (root / "elsewhere/a.txt").write_text("Fine.")
+    (folder / "pos/a.txt").symlink_to("../../../elsewhere/a.txt")
+    assert "Fine." in {text for (text,) in load_split(task("imdb"), "test").texts}
+    if link == "neg":
+        shutil.rmtree(folder / link)
+    (folder / link).symlink_to(target)
+    with pytest.raises(DataError, match=rf"{folder / link} is a link to /.*, {why}; remove it, or put a copy in its"):
+        load_split(task("imdb"), "test")
+
+
+def test_a_byte_order_mark_is_no_text(root: Path) -> None:
+    file = write_own(root, "imdb") / "test/pos/0_9.txt"
+    before = load_split(task("imdb"), "test").texts
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_split(task("imdb"), "test").texts == before
 
 
 def test_without_hub_or_folder_the_remedy_is_named(root: Path) -> None:
