@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import local_folder, wanted_place
+from benchmarks.text.class_names import with_names_beside
 from benchmarks.text.definition import FileLayout, RunTask
 from benchmarks.text.tabular import (
     READERS,
@@ -127,7 +128,12 @@ def _read_split(folder: Path, task: RunTask, split: str) -> Rows:
             # a set's own CSV may have such a name too, but has no header
             own = suffix == "csv" and any(folder / layout.files[split] in files for layout in layouts)
             if files and not (own and not _has_columns(files[0], task)):
-                return [_as_on_hub(read(file, _wanted(task)), str(file), task) for file in files]
+                places = dict.fromkeys((folder, place, files[0].parent))
+                labels = {task.label, *(also for also, meant in task.column_aliases.items() if meant == task.label)}
+                tables = (
+                    (file, with_names_beside(read(file, _wanted(task)), file, places, config, labels)) for file in files
+                )
+                return [_as_on_hub(table, str(file), task) for file, table in tables]
     for layout in layouts:
         file = folder / layout.files[split]
         if file.exists():

@@ -203,6 +203,14 @@ def test_text_that_looks_like_a_number_stays_text(root: Path, form: str) -> None
         ("sst2", "validation.csv", b"Sentence,Label\nfine,1\n", "has no column 'sentence'; did you mean 'Sentence'"),
         ("sst2", "validation.csv", "sentence,label\nfine,1\n".encode("utf-16"), "line 1 is not UTF-8$"),
         ("yelp_polarity", "test.csv", b'"1";"Dull, really."\n', "line 1: ',' expected after"),
+        ("yelp_polarity", "test.csv", b'"1";"Dull, really."\n', "separated by ';'; they must be separated by ','$"),
+        ("sst2", "validation.csv", b'"sentence"\t"label"\n"fine, really"\t1\n', r"line 1: .* separated by '\\t'; they"),
+        (
+            "sst2",
+            "validation.csv",
+            b"sentence,label\nhel\rlo,1\nok,0\n",
+            "line 2: a carriage return in a cell must stand",
+        ),
         ("yelp_polarity", "test.csv", b"1;Dull.\n", "line 1: its cells are separated by ';'"),
         ("sst2", "validation.csv", b"", "is empty$"),
         ("sst2", "dev.tsv", b"\n\n", "is empty$"),
@@ -283,3 +291,108 @@ def test_numbers_that_are_names_of_classes_are_no_numbers_of_classes(
     write_rows(root, "sst2", [0, 1, 2], "parquet", monkeypatch, ["0", "1", "2"])
     with pytest.raises(DataError, match="row 1: '0' is no label of task 'sst2'"):
         load_split(stars, "dev")
+
+
+NAMES = ("contradiction", "entailment", "neutral")  # not in the task's order
+FEATURES = {"label": {"names": list(NAMES), "_type": "ClassLabel"}}
+README = "---\ndataset_info:\n  features:\n  - name: label\n    dtype:\n      class_label:\n        names:\n" + "".join(
+    f"          '{number}': {name}\n" for number, name in enumerate(NAMES)
+)
+BESIDE = {
+    "README.md": f"{README}---\n# SNLI\n",
+    "dataset_info.json": json.dumps({"features": FEATURES}),
+    "dataset_infos.json": json.dumps({"other": {"features": {}}, "plain_text": {"features": FEATURES}}),
+}
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "jsonl", "csv"])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_numbers_are_read_by_the_class_names_in_the_hubs_files_beside_them(
+    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, beside: str
+) -> None:
+    write_rows(root, "mnli", [0, 1, 2, -1], form, monkeypatch)
+    (root / "MNLI" / beside).write_text(BESIDE[beside])
+    split = load_split(task("mnli"), "dev")
+    assert (split.labels, split.dropped) == ([2, 0, 1], 1)
+
+
+def test_class_names_beside_a_file_are_those_of_the_sets_part(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(root, "rte", [0, 1], "parquet", monkeypatch)
+    names = {"rte": ["not_entailment", "entailment"], "qnli": ["entailment", "not_entailment"]}
+    infos = {config: {"features": {"label": {"names": found}}} for config, found in names.items()}
+    (root / "RTE/dataset_infos.json").write_text(json.dumps(infos))
+    (root / "RTE/README.md").write_text("# A set without front matter\n---\nand a line.\n")
+    assert load_split(task("rte"), "dev").labels == [1, 0]
+    (root / "RTE/dataset_infos.json").write_text(json.dumps({"wnli": infos["rte"], "qnli": infos["qnli"]}))
+    with pytest.raises(
+        DataError, match=r"dataset_infos.json calls the classes of 'label' entailment, not_entailment, and"
+    ):
+        load_split(task("rte"), "dev")
+
+
+@pytest.mark.parametrize(
+    ("stored", "beside", "content", "message"),
+    [
+        (NAMES, "README.md", BESIDE["README.md"], None),
+        (
+            NAMES[::-1],
+            "README.md",
+            BESIDE["README.md"],
+            "README.md calls the classes of 'label' contradiction, entailment, neutral, and .*parquet neutral, entailment, contradiction; correct one",
+        ),
+        (None, "README.md", f"{README} : [\n---\n", "README.md cannot be read: "),
+        (None, "README.md", "---\n- a list\n---\n", "README.md cannot be read: "),
+        (None, "dataset_info.json", "[" * 100_000 + "]" * 100_000, "dataset_info.json cannot be read: .*too deeply$"),
+    ],
+)
+def test_class_names_beside_a_file_that_do_not_fit_are_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, stored, beside: str, content: str, message: str | None
+) -> None:
+    write_rows(root, "mnli", [0, 1, 2], "parquet", monkeypatch, stored and list(stored))
+    (root / "MNLI" / beside).write_text(content)
+    if message is None:
+        assert load_split(task("mnli"), "dev").labels == [2, 0, 1]
+        return
+    with pytest.raises(DataError, match=message) as caught:
+        load_split(task("mnli"), "dev")
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_may_be_names_beside_the_file_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stars from 1 to 3: is a CSV's 1 the first class, or the second?"""
+    stars = task("sst2").model_copy(update={"labels": ["1", "2", "3"]})
+    write_rows(root, "sst2", [1, 2], "csv", monkeypatch)
+    info = {"features": {"label": {"names": ["1", "2", "3"], "_type": "ClassLabel"}}}
+    (root / "SST-2/dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(
+        DataError, match=r"dataset_info\.json calls the classes of 'label' 1, 2, 3: is a number in .*csv one"
+    ):
+        load_split(stars, "dev")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "texts"),
+    [
+        ("sst2", "dev.tsv", "sentence\tlabel\nhel\rlo\t1\nok\t0\n", [("hel\rlo",), ("ok",)]),
+        ("sst2", "dev.tsv", "sentence\tlabel\r\nhel\rlo\t1\r\n\r\nok\t0\r\n", [("hel\rlo",), ("ok",)]),
+        ("cola", "dev.tsv", "gj04\t1\t\thel\rlo world\ngj04\t0\t*\tok\n", [("hel\rlo world",), ("ok",)]),
+        ("sst2", "validation.csv", 'sentence,label\r\n"hel\rlo",1\r\nok,0\r\n', [("hel\rlo",), ("ok",)]),
+    ],
+)
+def test_a_lone_carriage_return_is_a_sign_of_the_text(root: Path, name: str, file: str, content: str, texts) -> None:
+    path = root / TASKS[name]["source"]["folder"] / file
+    path.parent.mkdir()
+    path.write_bytes(content.encode())
+    split = load_split(task(name), "dev")
+    assert (split.texts, split.labels, split.dropped) == (texts, [1, 0], 0)
+
+
+def test_texts_of_blanks_alone_are_dropped_and_counted(root: Path) -> None:
+    (root / "SST-2").mkdir()
+    (root / "SST-2/validation.csv").write_text('sentence,label\n"  ",1\n,0\n"\n",1\nfine,1\n')
+    split = load_split(task("sst2"), "dev")
+    assert (split.texts, split.dropped) == ([("fine",)], 3)
+    (root / "MRPC").mkdir()
+    (root / "MRPC/validation.csv").write_text('sentence1,sentence2,label\n" ",,1\n" ",half,1\n')
+    split = load_split(task("mrpc"), "dev")
+    assert (split.texts, split.dropped) == ([(" ", "half")], 1)
