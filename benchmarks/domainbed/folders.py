@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from benchmarks.domainbed.environments import Environment, ImageSet
 from benchmarks.domainbed.images import REFUSE, open_image
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.sources.hub import commit_of, hub_name
+from benchmarks.harness.sources.links import Links, is_broken
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from emoe.errors import did_you_mean
 
@@ -43,13 +45,14 @@ def load_folders(task: RunSet, *, truncated: str = REFUSE) -> ImageSet:
 
 
 def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
-    folders = _environment_order(_folders(root, root), task, str(root))
+    links = Links(root)
+    folders = _environment_order(_folders(root, links), task, str(root))
     environments: list[Environment] = []
     classes: list[str] = []
     first = root / folders[0]
     for (name, _), folder in zip(task.environments, folders, strict=True):
         here = root / folder
-        found = _folders(here, root)
+        found = _folders(here, links)
         if not found:
             raise DataError(f"{here} has no class folder")
         if classes and found != classes:
@@ -67,7 +70,7 @@ def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
         paths: list[str] = []
         labels: list[int] = []
         for label, class_name in enumerate(classes):
-            images = _images(here / class_name, root, ignored)
+            images = _images(here / class_name, links, ignored)
             paths += images
             labels += [label] * len(images)
         environments.append(
@@ -106,45 +109,39 @@ def _others(found: list[str], classes: list[str]) -> list[str]:
     return sorted(set(found) ^ set(classes))[1:]
 
 
-def _folders(here: Path, root: Path) -> list[str]:
+def _folders(here: Path, links: Links) -> list[str]:
     """Names of the folders in a folder of the set, in order."""
-    return _shown(here, [path.name for path in here.iterdir() if path.is_dir()], root)
+    return _shown(here, [path.name for path in here.iterdir() if path.is_dir() or is_broken(path)], links)
 
 
-def _shown(here: Path, names: list[str], root: Path) -> list[str]:
-    """Those of its folders that are not hidden as ``.ipynb_checkpoints`` is, in order; none may be a link."""
-    shown = sorted(name for name in names if not name.startswith("."))
+def _shown(here: Path, names: Iterable[str], links: Links) -> list[str]:
+    """Those of its folders that are not hidden, in order; none may be a link."""
+    shown = _visible(here, names)
     for name in shown:
-        _refuse_link(here / name, root)
+        links.check(here / name)
     return shown
 
 
-def _refuse_link(path: Path, root: Path) -> None:
-    """A set is read with every image in it once, and with nothing that lies elsewhere but single files.
+def _visible(here: Path, names: Iterable[str]) -> list[str]:
+    """Names that are not hidden, as ``.ipynb_checkpoints`` and macOS's ``._000.jpg`` are, in order.
 
     Raises:
-        DataError: the path is a link to a folder, or to an image of the set.
+        DataError: one of them is no text, so that no file can hold it.
     """
-    if not path.is_symlink():
-        return
-    target, top = Path(os.path.realpath(path)), Path(os.path.realpath(root))
-    inside = target.is_relative_to(top) and not any(part.startswith(".") for part in target.relative_to(top).parts)
-    if Path(os.path.realpath(path.parent)).is_relative_to(target):
-        what = "in which it lies itself"
-    elif inside:
-        what = "which belongs to the set and would be there twice"
-    elif path.is_dir():
-        what = "which is no folder of the set"
-    else:
-        return
-    raise DataError(f"{path} is a link to {target}, {what}; remove it, or put a copy in its place")
+    shown = sorted(name for name in names if not name.startswith("."))
+    for name in shown:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{here} holds {os.fsencode(name)!r}: the name is not UTF-8; give it another") from error
+    return shown
 
 
-def _images(folder: Path, root: Path, ignored: Counter[str]) -> list[str]:
+def _images(folder: Path, links: Links, ignored: Counter[str]) -> list[str]:
     """Image files in and below a folder, in torchvision's order; counts the files that are none by their ending.
 
     Raises:
-        DataError: there is no image, a link that is refused, or a folder that cannot be read.
+        DataError: there is no image, a link that is refused, a name that is no text, or a folder that cannot be read.
     """
 
     def fail(error: OSError) -> None:
@@ -152,15 +149,17 @@ def _images(folder: Path, root: Path, ignored: Counter[str]) -> list[str]:
 
     walked: list[tuple[str, list[str]]] = []
     for where, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = _shown(Path(where), folders, root)
-        walked.append((where, sorted(names)))
+        folders[:] = _shown(Path(where), folders, links)
+        walked.append((where, _visible(Path(where), names)))
     found = []
     for where, names in sorted(walked):
         for path in (Path(where, name) for name in names):
-            if path.name.lower().endswith(IMG_EXTENSIONS):
-                _refuse_link(path, root)
+            is_image = path.name.lower().endswith(IMG_EXTENSIONS)
+            if is_image or is_broken(path):
+                links.check(path)
+            if is_image:
                 found.append(str(path))
-            elif not path.name.startswith("."):
+            else:
                 ignored[_ending(path.name)] += 1
     if not found:
         raise DataError(f"{folder} has no image ({', '.join(IMG_EXTENSIONS)})")

@@ -115,6 +115,10 @@ def test_other_spellings_are_known_and_quite_other_names_are_taken_in_order(root
         ("photo/dog/deep/away", "../../../../elsewhere", "which is no folder of the set"),
         ("clipart", "../elsewhere", "which is no folder of the set"),
         ("photo/dog/twice.jpg", "../elephant/000.jpg", "which belongs to the set and would be there twice"),
+        ("clipart", "/nowhere/clipart", "which is not there"),
+        ("photo/zebra", "/nowhere/zebra", "which is not there"),
+        ("photo/dog/more", "/nowhere/more", "which is not there"),
+        ("photo/dog/gone.jpg", "gone.jpg", "which is not there"),
     ],
 )
 def test_links_to_folders_and_to_images_of_the_set_are_refused(root: Path, link: str, target: str, why: str) -> None:
@@ -122,6 +126,34 @@ def test_links_to_folders_and_to_images_of_the_set_are_refused(root: Path, link:
     (root / "PACS" / link).parent.mkdir(exist_ok=True)
     (root / "PACS" / link).symlink_to(target)
     with pytest.raises(DataError, match=rf"PACS/{link} is a link to /.*, {why}; remove it, or put a copy in its place"):
+        load()
+
+
+def test_a_class_that_is_a_broken_link_everywhere_is_not_left_out(root: Path) -> None:
+    for folder in FOLDERS:
+        shutil.rmtree(root / "PACS" / folder / "dog")
+        (root / "PACS" / folder / "dog").symlink_to(f"/nowhere/{folder}/dog")
+    with pytest.raises(DataError, match=r"PACS/art_painting/dog is a link to /nowhere/.*, which is not there"):
+        load()
+
+
+def test_two_links_to_one_file_elsewhere_are_refused(root: Path) -> None:
+    """They would be on both sides of a split, as two links to an image of the set."""
+    image = root / "PACS/photo/dog/000.jpg"
+    image.rename(root / "blob.jpg")
+    image.symlink_to(root / "blob.jpg")
+    other = root / "PACS/sketch/elephant/more.jpg"
+    other.symlink_to("../../../blob.jpg")
+    with pytest.raises(DataError, match=f"{other} is a link to .*blob.jpg, as {image} is, and would be there twice"):
+        load()
+
+
+@pytest.mark.parametrize("place", ["PACS/photo/dog", "PACS/photo"])
+def test_a_name_that_is_no_text_is_told_in_one_line(root: Path, place: str) -> None:
+    """A folder as well as an image: such names are in no file that is written in UTF-8."""
+    folder = root / place
+    (folder / ("000.jpg" if folder.name == "dog" else "dog")).rename(folder / os.fsdecode(b"caf\xe9.jpg"))
+    with pytest.raises(DataError, match=rf"{place} holds b'caf\\xe9.jpg': the name is not UTF-8; give it another$"):
         load()
 
 
@@ -154,6 +186,7 @@ def test_hidden_folders_are_no_part_of_a_set(root: Path) -> None:
     for place in ("PACS", "PACS/photo", "PACS/photo/dog"):
         shutil.copytree(root / "PACS/sketch/dog", root / place / ".ipynb_checkpoints")
         (root / place / ".DS_Store").touch()
+        (root / place / "._000.jpg").write_bytes(b"\0\5\x16\7Mac OS X")
     assert [environment.places for environment in load().environments] == whole
     assert "not read" not in counts(load())
 

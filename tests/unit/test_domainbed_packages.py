@@ -158,6 +158,7 @@ def test_all_of_mnist_is_read_train_before_test(tmp_path: Path, monkeypatch: pyt
         ("train-labels-idx1-ubyte", b"no labels", "raw lacks MNIST's files .*, or one is damaged$"),
         ("train-labels-idx1-ubyte", b"", "raw lacks MNIST's files .*, or one is damaged$"),
         ("train-images-idx3-ubyte", struct.pack(">4i", 2051, 4, 28, 28) + bytes(99), "or one is damaged$"),
+        ("train-images-idx3-ubyte", struct.pack(">4i", 0x0D03, 4, 28, 28) + bytes(4 * 4 * 784), "or one is damaged$"),
         (
             "train-labels-idx1-ubyte",
             struct.pack(">2i", 2049, 3) + bytes(3),

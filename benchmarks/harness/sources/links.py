@@ -8,6 +8,11 @@ from pathlib import Path
 from benchmarks.harness.base.errors import DataError
 
 
+def is_broken(path: Path) -> bool:
+    """Whether a path is a link to what is not there, of which nobody knows whether it was a folder."""
+    return path.is_symlink() and not path.exists()
+
+
 class Links:
     """Refuses what a set may not link to; single files elsewhere it may, as content stores keep them.
 
@@ -30,7 +35,7 @@ class Links:
         target = Path(os.path.realpath(path))
         inside = target.is_relative_to(self._root)
         hidden = inside and any(part.startswith(".") for part in target.relative_to(self._root).parts)
-        if not path.exists():
+        if is_broken(path):
             what = "which is not there"
         elif Path(os.path.realpath(path.parent)).is_relative_to(target):
             what = "in which it lies itself"
