@@ -37,6 +37,7 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
     """Image classifiers, trained on some environments of a set and judged on those held out."""
 
     files = (("domainbed", ImageDefinition), ("image_sets", SetFile))
+    paper_columns = ("model", "set", "method", "selection")
     shows_parts = True
     optimizer = "Adam, constant rate, no clipping"
     late_imports = ("timm",)
@@ -72,7 +73,10 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
 
     def check(self, definition: ImageDefinition, tasks: Mapping[str, SetEntry], folder: Path) -> None:
         if definition.published_costs:
-            check_file(f"{folder / 'benchmark.yaml'}: '", "published_costs", definition.published_costs, folder)
+            columns = ("model", "set", "method", "metric")
+            check_file(
+                f"{folder / 'benchmark.yaml'}: '", "published_costs", definition.published_costs, folder, columns
+            )
 
     def published_files(self, definition: ImageDefinition) -> list[str]:
         costs = definition.published_costs

@@ -28,6 +28,7 @@ class ModularityKind(TextSets[ModularityDefinition]):
     """Pre-trained text models that read rows of several tasks; nothing is trained."""
 
     files = (("modularity", ModularityDefinition),)
+    paper_columns = ("method", "num_experts", "metric")
     counts_labels = False
 
     def load(self, content: object, file: Path) -> tuple[ModularityDefinition, Mapping[str, TaskEntry]]:

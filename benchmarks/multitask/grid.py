@@ -30,6 +30,7 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
     """Encoder-decoder models that learn several tasks at once, as text from text, and are judged on each and on other sets."""
 
     files = (("multitask", MultitaskDefinition),)
+    paper_columns = ("domain", "method")
     optimizer = "AdamW, linear decay, no clipping"
 
     def load(self, content: object, file: Path) -> tuple[MultitaskDefinition, Mapping[str, TaskEntry]]:

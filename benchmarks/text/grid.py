@@ -43,9 +43,6 @@ from benchmarks.text.workload import trained_workload
 from emoe.errors import EMoEError
 
 PUBLISHED, CLEAN = "published", "clean"
-# what the usual presentation makes
-TABLES = ("results", "tasks", "tests", "ood", "cost", "choices", "traces", "updates", "usage", "paper")
-FIGURES = ("ood", "traces", "usage")
 ID, OOD = "id", "ood"
 OWN = "own"  # other rows of the task itself, where gradients are compared
 _SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
@@ -54,6 +51,8 @@ _OTHER_AXES = (*OF_TRAINING, "protocol", "learning_rate", "seed")
 
 class TextSets(Kind[D, TaskEntry]):
     """What all benchmarks on text sets share: which sets they read, and from where."""
+
+    paper_columns: tuple[str, ...] = ("model", "scope", "method")
 
     def excludable(self, tasks: Mapping[str, TaskEntry]) -> Iterable[str]:
         return {name for task in tasks.values() for name in task.ood}
@@ -124,9 +123,6 @@ class TextKind(TextSets[TextDefinition]):
 
     def check(self, definition: TextDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
         file = folder / "benchmark.yaml"
-        if not (folder / "presentation.py").exists():
-            check_names(f"{file}: '", "tables", definition.tables, [*TABLES, *definition.ablations])
-            check_names(f"{file}: '", "figures", definition.figures, [*FIGURES, *definition.ablations])
         check_ablations(definition, definition.ablations, file)
         if traces := definition.published_traces:
             where = f"{file}: 'published_traces"
@@ -269,7 +265,7 @@ def check_ablations(definition: MethodsDefinition, ablations: Mapping[str, Ablat
         if definition.baseline in ablation.rows[1:] or definition.baseline not in ablation.rows:
             raise DefinitionError(f"{where}.rows' must begin with the baseline, '{definition.baseline}'")
         if ablation.paper:
-            check_file(where, "paper", ablation.paper, file.parent)
+            check_file(where, "paper", ablation.paper, file.parent, (*TextSets.paper_columns, "setting"))
     shown = {row for ablation in ablations.values() for row in ablation.rows}
     for row, method in methods.items():
         if method.role == ABLATION and row not in shown:

@@ -11,7 +11,8 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.planning.kinds import Benchmark, find_kind, kind_name, usual_kind
 from benchmarks.harness.planning.method_rows import check_rows, load_methods, resolve_methods
-from benchmarks.harness.planning.schema import check_file, read_yaml
+from benchmarks.harness.planning.presented import check_module, file_of, names_shown
+from benchmarks.harness.planning.schema import check_file, check_names, read_yaml
 from benchmarks.harness.planning.shared import ABLATION, Definition, Entry, MethodsDefinition
 from emoe.errors import did_you_mean
 
@@ -59,10 +60,16 @@ def check_references(definition: Definition, tasks: Mapping[str, Entry], folder:
         near = did_you_mean(definition.pipeline, modules)
         raise DefinitionError(f"{file}: 'pipeline' is '{definition.pipeline}', which is no module{near}")
     there = [path.stem for path in folder.glob("*.py")]
-    # looked for when all runs are done
-    if kind.presentation is None and "presentation" not in there:
+    # it is imported when all runs are done
+    if "presentation" in there:
+        check_module(presentation := folder / "presentation.py")
+    elif kind.presentation:
+        presentation = file_of(kind.presentation)
+    else:
         near = did_you_mean("presentation", [module for module in there if module != "__init__"])
         raise DefinitionError(f"{folder} has no module 'presentation', which kind: {name} needs{near}")
+    for key, known in names_shown(presentation).items():
+        check_names(f"{file}: '", key, getattr(definition, key, ()), [*known, *getattr(definition, "ablations", ())])
     if isinstance(definition, MethodsDefinition):
         check_rows(definition, str(file))
         ablations = [row for row, method in resolve_methods(definition).items() if method.role == ABLATION]
@@ -74,7 +81,7 @@ def check_references(definition: Definition, tasks: Mapping[str, Entry], folder:
             near = did_you_mean(definition.baseline, definition.methods)
             raise DefinitionError(f"{file}: 'baseline' is '{definition.baseline}', which is no method{near}")
     if definition.paper:
-        check_file(f"{file}: '", "paper", definition.paper, folder)
+        check_file(f"{file}: '", "paper", definition.paper, folder, kind.paper_columns)
     if "paper" in definition.tables and not definition.paper:
         raise DefinitionError(f"{file}: 'tables' names 'paper', so it needs 'paper': a CSV with published numbers")
     kind.check(definition, tasks, folder)

@@ -121,6 +121,7 @@ class Kind(ABC, Generic[D, E]):
     Attributes:
         files: what its YAML files hold: names of schemas for editors, and the models.
         presentation: the module that shows its finished runs where a benchmark's folder has none; else every folder needs one.
+        paper_columns: of its ``paper.csv``, those before value, status and source; none where it does not say.
         has_models: whether its runs have a model with weights; a measurement has not.
         has_seeds: whether its runs are seeded, so that their names say how.
         shows_parts: whether each of its sets has tables and figures of its own.
@@ -131,6 +132,7 @@ class Kind(ABC, Generic[D, E]):
 
     files: tuple[tuple[str, type[Strict]], ...]
     presentation: str | None = None
+    paper_columns: tuple[str, ...] = ()
     has_models = True
     has_seeds = True
     shows_parts = False

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import csv
 import functools
 import inspect
 import itertools
 import sys
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
@@ -307,17 +308,23 @@ def check_names(where: str, key: str, names: Iterable[str], known: Collection[st
             raise DefinitionError(f"{at}' is '{name}', which does not exist{did_you_mean(name, known)}")
 
 
-def check_file(where: str, key: str, name: str, folder: Path) -> None:
-    """Check that a CSV that a file names is there.
+def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
+    """Check that a CSV that a file names is there, and has published numbers where it should.
 
     Args:
         where: as :func:`check_names`.
         key: the key.
         name: what it names.
         folder: where it is looked for.
+        columns: what each number is of; its value, status and source are the columns behind these.
 
     Raises:
-        DefinitionError: names the nearest that is there.
+        DefinitionError: names the nearest that is there, or the columns.
     """
     known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]
     check_names(where, key, () if (folder / name).is_file() else [name], known)
+    if columns:
+        with (folder / name).open(encoding="utf-8-sig", errors="replace", newline="") as rows:
+            found, wanted = next(csv.reader(rows), []), [*columns, "value", "status", "source"]
+        if found != wanted:
+            raise DefinitionError(f"{folder / name}: the columns are {found}, but must be {wanted}")
