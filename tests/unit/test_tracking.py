@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -103,6 +104,20 @@ def test_parents_carry_the_means_of_their_seeds_and_runs_their_times_and_files(r
     siblings = [c for c in children.values() if c.data.tags["mlflow.parentRunId"] == changed.info.run_id]
     assert changed.data.metrics[name] == pytest.approx(sum(c.data.metrics[name] for c in siblings) / 2)
     assert 0.25 in {c.data.metrics[name] for c in siblings}
+
+
+def test_a_value_that_is_too_long_for_mlflow_says_where_it_is_whole(runs: list[Run], tmp_path: Path) -> None:
+    whole = [f"a task of many {number:04}" for number in range(500)]
+    long = dataclasses.replace(runs[0], spec={**runs[0].spec, "remark": whole})
+    (RUNS / long.folder / "run.json").write_text(json.dumps(long.spec))
+    mirror([long], uri := f"sqlite:///{tmp_path}/m.db")
+    (child,) = children_and_parents(uri)[0].values()
+    value = child.data.params["remark"]
+    assert str(whole).startswith(value.removesuffix("… (whole in run.json, among the files)"))
+    assert 5900 < len(value) <= 6000
+    kept = Path(child.info.artifact_uri.removeprefix("file://")) / "run.json"
+    assert json.loads(kept.read_text())["remark"] == whole
+    assert child.data.params["seed"] == "0"
 
 
 def test_a_kill_while_the_file_is_created_breaks_no_later_mirror(runs: list[Run], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mlflow.entities import Metric, Param, RunInfo, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
+from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 from sqlalchemy.exc import SQLAlchemyError
 
 from benchmarks.harness.base import paths
@@ -30,6 +31,7 @@ _ID, _CONTENT, _PARENT = "emoe.run_id", "emoe.content", "mlflow.parentRunId"
 _SQLITE = "sqlite:///"
 # what MLflow's pages show first of an experiment: its training runs
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
+_CUT = "… (whole in run.json, among the files)"
 _ARTIFACTS = ("run.json", "metrics.json", paths.LOG)
 
 
@@ -200,7 +202,7 @@ class _Experiment:
             for key, value in entry.items()
             if key != counter and value is not None  # the loss of a model that diverged
         ]
-        parameters = [Param(_plain(key), str(value)) for key, value in _flat(run.spec)]
+        parameters = [Param(_plain(key), _shortened(str(value))) for key, value in _flat(run.spec)]
         # the digest last, so that a run whose writing was cut short is written again
         self._log(identifier, logged, parameters, {_CONTENT: tags[_CONTENT]})
         self._known[run.id] = (identifier, tags[_CONTENT])
@@ -253,6 +255,11 @@ def _named(*parts: str) -> str:
 def _plain(name: str) -> str:
     """A name without what MLflow does not allow (the environments of ColoredMNIST are called +90%)."""
     return re.sub(r"[^\w\-. :/]", "_", name)
+
+
+def _shortened(value: str) -> str:
+    """A value of a length that MLflow takes; it cuts others without a word."""
+    return value if len(value) <= MAX_PARAM_VAL_LENGTH else value[: MAX_PARAM_VAL_LENGTH - len(_CUT)] + _CUT
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
