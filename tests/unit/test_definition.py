@@ -365,6 +365,21 @@ def test_tables_are_made_again_for_their_benchmarks_own_runs(path, value, made_a
     assert {name for name in before if before[name] != after[name]} == made_again
 
 
+@pytest.mark.parametrize(
+    ("model", "made_again"),
+    [("another", False), ("llama-30b", False), ("minilm", True), ("bert-large-cased", True)],
+)
+def test_tables_are_made_again_for_titles_of_the_models_that_they_show(
+    model: str, made_again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the suite runs, and those of published numbers."""
+    found, models = suite.load_suite({"suite": "mini"}), load_models()
+    before = found.digest("glue")
+    entry = models.get(model, models["minilm"]).model_copy(update={"title": "Another title"})
+    monkeypatch.setattr(suite, "load_models", lambda: {**models, model: entry})
+    assert (found.digest("glue") != before) == made_again
+
+
 def test_titles_change_no_run_and_the_version_changes_all(changed) -> None:
     before = {run.id for run in runs.plan(["glue"], "mini")}
     assert {run.id for run in changed("methods.emoe.title", "Ours")} == before

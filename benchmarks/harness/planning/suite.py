@@ -205,16 +205,22 @@ class Suite:
     def digest(self, benchmark: str, part: str | None = None) -> str:
         """Hash of everything that shapes the tables of a benchmark or of a part beside its runs' numbers; comments do not count."""
         loaded = load_benchmark(benchmark)
-        definition = loaded.definition
+        definition, runs = loaded.definition, self.runs_of(benchmark, part)
+        published = [(loaded.folder / name).read_text() for name in loaded.kind.published_files(definition)]
+        models = {run.spec["model"]["name"] for run in runs}
         content: list[object] = [
             # of its suites only what the report says of this one: their grids are in the runs
             definition.model_dump(exclude={"suites"}),
             definition.suites[self.name].note if self.name in definition.suites else None,
             {name: task.model_dump(exclude={"size"}) for name, task in loaded.tasks.items()},
             {name: metric.model_dump() for name, metric in load_metrics().items()},
-            {name: model.title for name, model in load_models().items()},
-            [(loaded.folder / name).read_text() for name in loaded.kind.published_files(definition)],
-            [run.id for run in self.runs_of(benchmark, part)],
+            {  # of the models that it shows
+                name: model.title
+                for name, model in load_models().items()
+                if name in models or any(name in text for text in published)
+            },
+            published,
+            [run.id for run in runs],
         ]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
 
