@@ -135,7 +135,9 @@ def load_part(
     part = part_read(task.splits, part)
     found = load_split(task, part)
     if say and known and task.name in known:
-        note = count_note(task.name, part, len(found), found.dropped, *known_rows(known[task.name], part))
+        expected, published = known_rows(known[task.name], part)
+        counted = counts_unlabelled(known[task.name])
+        note = count_note(task.name, part, len(found), found.dropped, expected, published, counts_dropped=counted)
         if note:
             say(f"warning: {note}")
     return found.head(rows, f"{task.name}/{part}")
@@ -144,6 +146,11 @@ def load_part(
 def known_rows(known: TaskEntry, part: str) -> tuple[int | None, PublishedRows | None]:
     """How many rows a set's entry in ``tasks.yaml`` says that a part has, and how many the paper's authors score."""
     return getattr(known.rows, part), known.published_rows if part == "test" else None
+
+
+def counts_unlabelled(known: TaskEntry) -> bool:
+    """Whether a set's makers count rows that are left out: those that they mark as rows without a gold label."""
+    return any(label != "" for label in known.unlabelled)
 
 
 def load_split(task: RunTask, part: str) -> TextSplit:

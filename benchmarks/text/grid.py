@@ -81,7 +81,7 @@ class TextSets(Kind[D, TaskEntry]):
     def describe(
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, TaskEntry], *, open_files: bool
     ) -> Iterator[SetPart]:
-        from benchmarks.text.datasets import known_rows, label_counts, load_split
+        from benchmarks.text.datasets import counts_unlabelled, known_rows, label_counts, load_split
 
         task = tasks[name]
         expected, published = known_rows(task, part)
@@ -91,7 +91,10 @@ class TextSets(Kind[D, TaskEntry]):
             yield SetPart(name, part, None, expected=expected, advice=_advice(name, task, first_line(error)))
             return
         labels = label_counts(found, task.labels)
-        yield SetPart(name, part, len(found), found.dropped, expected, labels, found.source, published=published)
+        counted = counts_unlabelled(task)
+        yield SetPart(
+            name, part, len(found), found.dropped, expected, labels, found.source, "", published, counts_dropped=counted
+        )
 
 
 class TextKind(TextSets[TextDefinition]):

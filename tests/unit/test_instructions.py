@@ -85,6 +85,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
     [
         (json.dumps([GOOD] * 40) + json.dumps([GOOD] * 960), r"x.json, line 1: something stands after the list: '\["),
         (json.dumps([GOOD], indent=1) + "\n\n}", "x.json, line 9: something stands after the list: '}'"),
+        (" [\n]\n", "x.json, line 2: the list is empty$"),
         ('[\n{"instruction": "a", "output": "b"},\n]', r"x.json, line \d: the list is not JSON"),
         ('[\n{"instruction": "a", "output": "b"},\n{"instruction": ]', "x.json, line 3: the list is not JSON"),
         ('[\n{"instruction": "a", "output": "b"}', "x.json, line 2: the list is not JSON"),

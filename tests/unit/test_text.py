@@ -237,6 +237,14 @@ def test_a_held_out_share_is_the_same_for_everyone_and_never_trained_on() -> Non
         ),
         ("scitail", ["entails"] * 2, 3, 2, None),  # GLUE-X's own copy
         ("flipkart", ["positive", "", "negative"], 2, None, None),  # counted without those that nobody can score
+        (
+            "flipkart",
+            ["positive", "", "negative"],
+            3,
+            None,
+            "flipkart (test): 2 rows beside 1 dropped, its makers count 3",
+        ),
+        ("hans", ["entailment", ""], 2, None, "hans (test): 1 rows beside 1 dropped, its makers count 2: another"),
     ],
 )
 def test_other_numbers_of_rows_than_known_are_told(

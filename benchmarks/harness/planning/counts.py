@@ -32,6 +32,8 @@ def count_note(
     dropped: int,
     expected: int | None,
     published: PublishedRows | None = None,
+    *,
+    counts_dropped: bool = True,
 ) -> str | None:
     """How the number of a part's rows differs from those that are known; None where it does not.
 
@@ -42,11 +44,16 @@ def count_note(
         dropped: how many were left out.
         expected: how many there are by the set's makers.
         published: how many the paper's authors score, who says so, and why.
+        counts_dropped: whether the makers count those that are left out too.
     """
+    whole = rows + dropped if counts_dropped else rows
     if published and published.rows == rows:
         return None
-    if expected not in (None, rows, rows + dropped):
-        return f"{name} ({part}): {rows + dropped:,} rows, its makers count {expected:,}: another version, or not all of it"
+    if expected not in (None, rows, whole):
+        beside = f" beside {dropped:,} dropped" if whole < rows + dropped else ""
+        return (
+            f"{name} ({part}): {whole:,} rows{beside}, its makers count {expected:,}: another version, or not all of it"
+        )
     if published:
         return (
             f"{name} ({part}): {rows:,} rows are scored, not {published.rows:,} as by {published.of}: {published.why}"

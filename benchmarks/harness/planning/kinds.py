@@ -65,6 +65,7 @@ class SetPart:
         source: where they came from.
         advice: what to do, where the part is missing.
         published: rows that the paper's authors score, where these are others.
+        counts_dropped: whether the makers count rows that are left out too.
     """
 
     name: str
@@ -76,13 +77,22 @@ class SetPart:
     source: str = ""
     advice: str = ""
     published: PublishedRows | None = None
+    counts_dropped: bool = True
 
     @property
     def note(self) -> str | None:
         """How its rows differ from what is known of the set."""
         if self.rows is None:
             return None
-        return count_note(self.name, self.part, self.rows, self.dropped, self.expected, self.published)
+        return count_note(
+            self.name,
+            self.part,
+            self.rows,
+            self.dropped,
+            self.expected,
+            self.published,
+            counts_dropped=self.counts_dropped,
+        )
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[Se
 def _cells(part: SetPart) -> dict[str, str]:
     if part.rows is None:
         return {"set": part.name, "part": part.part, "rows": "missing", "dropped": "", "labels": "", "from": ""}
-    other = f" of {part.expected:,}" if part.expected not in (None, part.rows, part.rows + part.dropped) else ""
+    whole = part.rows + part.dropped if part.counts_dropped else part.rows
+    other = f" of {part.expected:,}" if part.expected not in (None, part.rows, whole) else ""
     return {
         "set": part.name,
         "part": part.part,

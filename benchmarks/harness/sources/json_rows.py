@@ -43,7 +43,7 @@ def json_list(text: str, where: str) -> Iterator[tuple[int, Any]]:
     """Each value of a text that is one list and nothing else, with the line on which it begins.
 
     Raises:
-        DataError: it is no list, is damaged, or goes on after the list; names the line.
+        DataError: it is no list, is empty or damaged, or goes on after the list; names the line.
     """
 
     def fail(place: int, problem: str) -> DataError:
@@ -55,7 +55,9 @@ def json_list(text: str, where: str) -> Iterator[tuple[int, Any]]:
         wanted = "a .json file is one list of objects; name it .jsonl where every line is an object"
         raise fail(place, wanted if encoded else "is not UTF-8")
     place, line, counted = _after_blanks(text, place + 1), 1, 0
-    another = not text.startswith("]", place)
+    if text.startswith("]", place):
+        raise fail(place, "the list is empty")
+    another = True
     while another:
         try:
             value, end = _DECODER.raw_decode(text, place)
