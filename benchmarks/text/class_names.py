@@ -37,26 +37,30 @@ def with_names_beside(
         DataError: names beside it are not those in it, or not those of one another, or may be numbers themselves.
     """
     for name in (column for column in table.columns if column in labels):
-        beside, numbers = list(_beside(places, config, name)), [_number(value) for value in table.columns[name]]
-        stored = name in table.classes
-        if not beside or (not stored and all(number is None for number in numbers)):
-            continue
-        first, *others = [(file, tuple(table.classes[name])), *beside] if stored else beside
-        for where, names in others:
-            if names != first[1]:
-                said = f"{where} calls the classes of '{name}' {', '.join(names)}, and {first[0]} {', '.join(first[1])}"
-                raise DataError(f"{said}; correct one of them")
-        if stored:
-            continue
-        where, names = first
-        if _misleading(names) and any(isinstance(value, str) for value in table.columns[name]):
-            raise DataError(
-                f"{where} calls the classes of '{name}' {', '.join(names)}: is a number in {file} one of these, or counted from 0? Remove them"
-            )
-        cells = zip(table.columns[name], numbers, strict=True)
-        column = [value if number is None else name_of(number, names) for value, number in cells]
-        table = replace(table, columns={**table.columns, name: column}, classes={**table.classes, name: names})
+        beside = list(_beside(places, config, name))
+        numbers = [_number(value) for value in table.columns[name]] if beside else []
+        if name in table.classes:
+            _one_of([(file, tuple(table.classes[name])), *beside], name)
+        elif any(number is not None for number in numbers):
+            where, names = _one_of(beside, name)
+            if _misleading(names) and any(isinstance(value, str) for value in table.columns[name]):
+                raise DataError(
+                    f"{where} calls the classes of '{name}' {', '.join(names)}: is a number in {file} one of these, or counted from 0? Remove them"
+                )
+            cells = zip(table.columns[name], numbers, strict=True)
+            column = [value if number is None else name_of(number, names) for value, number in cells]
+            table = replace(table, columns={**table.columns, name: column}, classes={**table.classes, name: names})
     return table
+
+
+def _one_of(said: Sequence[Said], label: Column) -> Said:
+    """The first of files that all say the same."""
+    first, *others = said
+    for where, names in others:
+        if names != first[1]:
+            theirs = f"{where} calls the classes of '{label}' {', '.join(names)}"
+            raise DataError(f"{theirs}, and {first[0]} {', '.join(first[1])}; correct one of them")
+    return first
 
 
 def _number(value: object) -> int | float | None:
