@@ -59,6 +59,7 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
     files = (("llama", InstructionDefinition), ("instruction_sets", SetFile))
     counts_labels = False
     optimizer = "AdamW"
+    paper_columns = ("model", "tuning", "method")
     late_imports = ("lm_eval.evaluator", "lm_eval.models.huggingface")
 
     def load(self, content: object, file: Path) -> tuple[InstructionDefinition, Mapping[str, InstructionSet]]:
