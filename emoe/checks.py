@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from emoe.architectures import FFN
-from emoe.errors import ConversionError
+from emoe.errors import ConversionError, nearest_divisor
 from emoe.layer import RoutedActivation
 
 
@@ -105,10 +105,8 @@ def check_divisible(ffns: Iterable[FFN], num_experts: int) -> None:
     """``num_experts`` divides the width of every FFN."""
     for ffn in ffns:
         if ffn.d % num_experts:
-            near = [n for n in range(1, ffn.d + 1) if ffn.d % n == 0]
-            best = min(near, key=lambda n: abs(n - num_experts))
             raise ConversionError(
-                f"{ffn.name}: {ffn.d} neurons cannot be split into {num_experts} equal experts; the nearest number that can is {best}"
+                f"{ffn.name}: {ffn.d} neurons cannot be split into {num_experts} equal experts; the nearest number that can is {nearest_divisor(ffn.d, num_experts)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The errors that users meet, and the "did you mean" that goes into them."""
+"""The errors that users meet, and the nearest valid values that go into them."""
 
 from __future__ import annotations
 
@@ -29,3 +29,12 @@ def did_you_mean(given: object, options: Iterable[object]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; choose from {', '.join(names)}" if names else ""
+
+
+def nearest_divisor(width: int, number: int) -> int:
+    """The divisor of ``width`` that is nearest to ``number``, the smaller of two.
+
+    >>> nearest_divisor(64, 24)
+    16
+    """
+    return min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - number))

@@ -150,6 +150,11 @@ def changed(monkeypatch):
         ("methods.emoe_search.method", "emo", r"'methods\.emoe_search\.method' is 'emo', .* did you mean 'emoe'"),
         ("suites.mini.methods.emoe", {"top_k": 4, "top_k_fraction": 0.5}, "both top_k and top_k_fraction"),
         ("suites.mini.methods.emoe.top_k_fraction", 0.3, "of 16 experts is 4.8, not a whole number"),
+        (
+            "suites.mini.methods.emoe.num_experts",
+            40,
+            "num_experts is 40, but the 1536 neurons of an FFN of 'minilm' cannot be split into so many equal experts; the nearest number that can is 32",
+        ),
         ("suites.mini.grid.0.task", ["imdb"], "task' is 'imdb', which does not exist"),  # it has no training split
         ("suites.mini.grid.0.protocol", ["published"], "'published' is for tasks without a test split"),
         ("training.by_model", {"gpt2-x": {"batch_size": 8}}, "did you mean 'gpt2-xl'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ from benchmarks.harness.planning.schema import Strict, check_names, parse
 from benchmarks.harness.planning.shared import Entry, LoRA, Method, TrainingDefinition, TrainingSettings
 from benchmarks.harness.planning.tunings import needs_layers, tuning_spec
 from benchmarks.harness.planning.variants import variant_of
+from benchmarks.harness.planning.workload import shape_of_model
+from emoe.errors import nearest_divisor
 
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
 OF_TRAINING = ("train_share", "epochs_factor")  # settings that are no method's, but vary a row all the same
@@ -95,13 +98,34 @@ def method_spec(
     varied = {key: point[key] for key in varying if key in point}
     method = base.model_copy(update=varied)
     named = f"{where}': method '{point['method']}'"
+    config = method_config(method, seed, named)
+    if config is not None and config.get("kind") == "emoe":
+        _check_divisible(point["model"], config["num_experts"], named)
     return {
         "name": point["method"],
         "variant": variant_of({**varied, **{key: point[key] for key in OF_TRAINING if key in point}}),
         "noise": float(method.noise),
-        "config": method_config(method, seed, named),
+        "config": config,
         "tune": _tuned(method, lora, named),
     }
+
+
+@functools.cache
+def _nearest(model: str, num_experts: int) -> tuple[int, int] | None:
+    """The neurons of a model's FFN and the nearest N, where they cannot be split into so many; once a process, not once a run."""
+    shape = shape_of_model(load_models()[model].spec(model))
+    if shape is None or shape.neurons % num_experts == 0:
+        return None
+    return shape.neurons, nearest_divisor(shape.neurons, num_experts)
+
+
+def _check_divisible(model: str, num_experts: int, where: str) -> None:
+    """See that experts are of equal size, as far as ``models.yaml`` knows the model's FFNs."""
+    if found := _nearest(model, num_experts):
+        neurons, best = found
+        raise DefinitionError(
+            f"{where}: num_experts is {num_experts}, but the {neurons} neurons of an FFN of '{model}' cannot be split into so many equal experts; the nearest number that can is {best}"
+        )
 
 
 def _tuned(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | None:
