@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from benchmarks.commands.shell import AS_JSON, SUITE, benchmark_option, command, echo_json, load_suite
+
+if TYPE_CHECKING:
+    from benchmarks.harness.planning.suite import Suite
 
 
 @command("Write the tables and figures of a benchmark.")
@@ -29,6 +34,7 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     loaded = suite_of_job(suite)
     if part:
         check_names(f"suite {suite}: '", "part", [part], loaded.parts(benchmark))
+    _check_finished(loaded, [benchmark], part)
     presented = present(load_benchmark(benchmark), loaded.runs_of(benchmark, part))
     shown = presented.parts[part] if part else presented
     folder = paths.RESULTS / suite
@@ -49,6 +55,7 @@ def claims(suite: str, as_json: bool, write: bool) -> None:
     from benchmarks.harness.reporting.claims_figure import write_claims
 
     loaded = suite_of_job(suite)
+    _check_finished(loaded, loaded.claimed, which=" that claims compare")
     if write:
         write_claims(loaded)
     elif as_json:
@@ -69,7 +76,10 @@ def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -
     if copy:
         copy_report(copy, output)
     else:
-        write_report(load_suite(suite, benchmark), output, benchmark)
+        loaded = load_suite(suite, benchmark)
+        shown = [benchmark] if benchmark else loaded.settings.benchmarks
+        _check_finished(loaded, shown)
+        write_report(loaded, output, benchmark)
 
 
 @command("Mirror finished runs to MLflow.")
@@ -84,6 +94,7 @@ def mirror(suite: str, uri: str | None, output: Path | None) -> None:
     from benchmarks.harness.results.tracking import mirror as mirror_runs
 
     loaded = suite_of_job(suite)
+    _check_finished(loaded, loaded.settings.benchmarks)
     figures = {
         name: [Path(file) for file in loaded.output_files(name) if file.endswith(".png")]
         for name in loaded.settings.benchmarks
@@ -179,6 +190,16 @@ def _forget(files: list[str]) -> None:
     for start in range(0, len(files), 1000) if Path(".snakemake/metadata").exists() else ():
         words = ["snakemake", "--quiet", "all", "--cleanup-metadata", *files[start : start + 1000]]
         subprocess.run([sys.executable, "-m", *words], check=False, capture_output=True)
+
+
+def _check_finished(suite: Suite, benchmarks: Sequence[str], part: str | None = None, which: str = "") -> None:
+    """Refuse to show runs of which some are missing: says how many, which the name of the first would not."""
+    from benchmarks.harness.results.records import check_finished
+
+    runs = [run for name in benchmarks for run in suite.runs_of(name, part)]
+    whole = which or len(benchmarks) == len(suite.settings.benchmarks)
+    of = "" if whole else f"{part or benchmarks[0]} in "
+    check_finished(runs, f"of {of}the suite {suite.name}{which}", f"make run SUITE={suite.name}")
 
 
 COMMANDS = (tables, claims, paper, report, bundle, merge, mirror, ui)

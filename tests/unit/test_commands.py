@@ -202,6 +202,30 @@ def test_status_tells_running_from_failed_and_shows_the_last_line(runs: list[Run
     assert state_of()["total"]["failed"] == 2  # whoever ran it is gone
 
 
+@pytest.mark.parametrize("command", [["claims"], ["report", "--output", "r.html"], ["mirror"]])
+def test_runs_that_are_missing_are_counted(
+    runs: list[Run], command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing, wanted = (86 - len(runs), "86") if command == ["claims"] else (89 - len(runs), "89")
+    assert refusal([*command, "--suite", "smoke"], monkeypatch, capsys).startswith(
+        f"error: {missing} of {wanted} runs of the suite smoke "
+    )
+    (RUNS / runs[0].folder / "metrics.json").unlink()
+    of_one = refusal(["tables", "--suite", "smoke", "--benchmark", "glue"], monkeypatch, capsys)
+    assert of_one == (
+        f"error: 1 of {len(runs)} runs of glue in the suite smoke is missing; make it with `make run SUITE=smoke`\n"
+    )
+
+
+def refusal(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the suite's program says when it ends with status 1."""
+    monkeypatch.setattr(sys, "argv", ["emoe-bench", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    return capsys.readouterr().err
+
+
 def test_compare_shows_settings_environment_and_numbers(runs: list[Run], tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     for file in ("run.json", "metrics.json"):

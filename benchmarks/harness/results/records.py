@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,23 @@ def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
         DefinitionError: the run is not finished, or its file is damaged.
     """
     return read_metrics_file(root / run.folder / "metrics.json", run)
+
+
+def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
+    """See that all runs that a command shows are finished, before it reads any.
+
+    Args:
+        runs: that it shows.
+        which: they are, for the message.
+        command: that makes them.
+
+    Raises:
+        DefinitionError: some are missing; says how many.
+    """
+    missing = sum(not (RUNS / run.folder / "metrics.json").exists() for run in runs)
+    if missing:
+        verb, them = ("is", "it") if missing == 1 else ("are", "them")
+        raise DefinitionError(f"{missing:,} of {len(runs):,} runs {which} {verb} missing; make {them} with `{command}`")
 
 
 def read_metrics_file(path: Path, run: Run) -> dict[str, Any]:
