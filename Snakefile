@@ -22,7 +22,7 @@ rule all:
     input:
         suite_outputs(SUITE),
     message:
-        "The suite is complete"
+        f"The suite is complete: results/{SUITE.name}/report.html"
 
 
 include: "workflow/rules/runs.smk"

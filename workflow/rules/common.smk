@@ -55,10 +55,16 @@ os.environ.update(SUITE.environment())
 FORKSERVER = Server(SUITE.modules)
 
 
+def wanted_runs():
+    # of the targets that were asked for: of one table they are fewer than the suite's
+    jobs = [job for job in workflow.dag.jobs if job.rule.name.startswith("run_")]
+    return {f"{job.wildcards.benchmark}/{job.wildcards.run}" for job in jobs}
+
+
 onstart:
     if not workflow.deployment_settings.deployment_method:
         FORKSERVER.start()
-    SUITE.write_plan()
+    SUITE.write_plan(wanted_runs())
     if missing := SUITE.missing_sets():
         print(
             f"not there: {', '.join(missing)}. What needs them will fail; `python -m benchmarks data --check "
@@ -104,6 +110,13 @@ def outputs_of(benchmark):
     if benchmark in SUITE.settings.benchmarks:
         return [*SUITE.output_files(benchmark), *SUITE.pages(benchmark)]
     return suite_outputs(suite_named(benchmark))
+
+
+def page_of(benchmark):
+    # where to read it: its own page, or the report of a suite of that name
+    if benchmark in SUITE.settings.benchmarks:
+        return f"results/{SUITE.name}/{benchmark}.html"
+    return f"results/{benchmark}/report.html"
 
 
 def not_here(target, wanted):

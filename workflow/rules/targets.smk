@@ -5,7 +5,7 @@ rule smoke:
     input:
         suite_outputs(suite_named("smoke")),
     message:
-        "The smoke suite is complete"
+        "The smoke suite is complete: results/smoke/report.html"
 
 
 # both names, because one job makes the tables and the figures of a benchmark
@@ -61,7 +61,7 @@ for name in suites.benchmark_names():
                 else not_here(name, [name])
             ),
         message:
-            "The tables and figures of the benchmark are up to date"
+            f"The tables and figures of the benchmark are up to date: {page_of(name)}"
 
 
 # one target per image set: `snakemake domainbed_pacs`, of the configured suite or of the first that has it
@@ -88,4 +88,4 @@ for name, item in paper_items.load_paper_items().items():
                 paper_items.paper_files(SUITE, name)
                 or not_here(name, paper_items.shown_benchmarks(item)),
             message:
-                "The paper's table or figure is up to date"
+                "The paper's table or figure is up to date: {input}"

@@ -289,15 +289,18 @@ class Suite:
             return {}
         return found
 
-    def write_plan(self) -> None:
-        """Write the list of runs that progress lines count, where the work starts, and which machine does it."""
-        folders = [run.folder for run in self.runs]
+    def write_plan(self, folders: Collection[str]) -> None:
+        """Write the list of runs that progress lines count, where the work starts, and which machine does it.
+
+        Args:
+            folders: of the runs that the targets need, below ``results/runs``, those that are there already included.
+        """
         before = [folder for folder in folders if (paths.RUNS / folder / "metrics.json").exists()]
         plan = {
             "host": platform.node(),
             "started": time.time(),
             "before": before,
-            "runs": folders,
+            "runs": sorted(folders),
             "expected": self.blessed_seconds,
         }
         write_json(paths.RESULTS / self.name / "plan.json", plan)
