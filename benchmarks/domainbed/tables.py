@@ -111,7 +111,7 @@ def tests(outcomes: DomainOutcomes) -> Table:
     return tests_table(
         outcomes.baseline_title,
         f"Differences to {outcomes.baseline_title} of the mean over held-out environments, paired by trial, over n trials, with a 95 % confidence interval; p of the paired t-test, and p corrected by Holm's "
-        "procedure over the sets of a model, method and selection. The verdict takes the corrected p at 5 %; a dash means that there is no test: one trial, or equal differences.",
+        "procedure over the sets of a model, method and selection. The verdict takes the corrected p at 5 %; “equal”: every difference is zero; a dash means that there is no test: one trial, or differences that are all the same and not zero.",
         {
             "model_title": "Model",
             "selection_title": "Selection",

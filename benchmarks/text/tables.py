@@ -142,8 +142,8 @@ def tests(outcomes: TextOutcomes) -> Table:
     return tests_table(
         outcomes.baseline_title,
         f"Differences to {outcomes.baseline_title}, paired by seed, over n seeds, with a 95 % confidence interval; p of the paired t-test, and p corrected by Holm's procedure over all "
-        "tasks of a model, method and selection (in domain and out of domain apart). The verdict takes the corrected p at 5 %; a dash means that there is no test: one seed, or equal "
-        f"differences. {_SELECTIONS}",
+        "tasks of a model, method and selection (in domain and out of domain apart). The verdict takes the corrected p at 5 %; “equal”: every difference is zero; a dash means that there is no test: one seed, or "
+        f"differences that are all the same and not zero. {_SELECTIONS}",
         {
             "model_title": "Model",
             "selection": "Selection",
