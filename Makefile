@@ -18,11 +18,13 @@ $(STAMP): pyproject.toml
 	@python=$$(for name in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
 		$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done); \
 	if [ -z "$$python" ]; then echo "error: no Python >= 3.11 found; name one with PYTHON=/path/to/python" >&2; exit 1; fi; \
-	echo "Setting up $(VENV) with $$($$python --version); the first time takes minutes"; \
+	echo "Making $(VENV) with $$($$python --version)"; \
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV) || \
 		{ echo "error: could not make $(VENV); on Debian install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+	@echo "Installing the suite, PyTorch and the packages that data and models are in: about three minutes, in which pip says nothing"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[suite,mini,dev]'
 	@touch $@
+	@echo "Ready. For commands other than make: . $(BIN)/activate"
 
 run: $(STAMP) ## run a suite: make run, make run SUITE=smoke
 	@$(BIN)/python workflow/scripts/unlock_stale.py
