@@ -216,7 +216,7 @@ def test_kill_9_of_the_main_job_then_again_gives_the_same_numbers(checkout: Fini
     assert "was killed and left its lock" in unlocked.stderr
     checkout.snakemake(target)
     assert checkout.scores() == before
-    plan = json.loads((checkout.folder / "results/smoke/plan.json").read_text())
+    plan = json.loads((checkout.folder / "results/mini/plan.json").read_text())
     assert plan["runs"] == ["/".join(Path(target).parts[2:4])]  # progress counts what was asked for, not the suite
 
 
