@@ -144,9 +144,15 @@ def _paper(page: _Page) -> list[dict[str, Any]]:
     if not any(index["files"]):
         return []
     return [
-        {**row, "files": [(file, page.to(Path(file)) if Path(file).exists() else "") for file in row["files"]]}
+        {**row, "files": [(file.name, page.to(file) if file.exists() else "") for file in map(_to_read, row["files"])]}
         for row in index.to_dict("records")
     ]
+
+
+def _to_read(file: str) -> Path:
+    """A table for a browser, which shows Markdown as it is written."""
+    path = Path(file)
+    return path.with_suffix(".html") if path.suffix == ".md" else path
 
 
 def _section(page: _Page, name: str) -> dict[str, Any]:
