@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 from tests.pages import code_blocks
 
 PAGE = code_blocks("docs/adding.md")
+PAGE_TEXT = (ROOT / "docs/adding.md").read_text()
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("adding")]
 
 # trains planned runs for a few steps, on a tiny model with random weights
@@ -61,7 +62,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     files = {name: root / "benchmarks" / name for name in ("methods.yaml", "metrics.yaml")}
     mine = {name: root / "benchmarks/reviews" / name for name in ("benchmark.yaml", "tasks.yaml")}
     plugin = root / "my_plugin.py"
-    method, row, block = PAGE["A method"]
+    method, row, block, elsewhere, elsewhere_block = PAGE["A method"]
     router, plugins, linear, _ = PAGE["A router"]
     tuning, bitfit = PAGE["A way of tuning"]
     task, task_block = PAGE["A task"]
@@ -84,6 +85,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
         append(mine["benchmark.yaml"], block.replace("emoe_bottom", name))
         replace(mine["benchmark.yaml"], "\nmethods:\n", f"\nmethods:\n{row.replace('emoe_bottom', name)}")
     replace(mine["benchmark.yaml"], "\nmethods:\n", f"\nmethods:\n{row}")
+    glue = root / "benchmarks/glue/benchmark.yaml"
+    replace(glue, "\nmethods:\n", f"\nmethods:\n{elsewhere}")
+    replace(glue, "\n\n  mini:\n", f"\n{elsewhere_block}\n  mini:\n")
     append(plugin, score)
     append(plugin, architecture)
     append(files["metrics.yaml"], metric)
@@ -145,6 +149,17 @@ def test_snakemake_plans_all_of_it(project: Path) -> None:
     names = ["vanilla", "emoe", "random_partition", "emoe_bottom", "emoe_linear", "bitfit"]
     assert [name for name in names if f"Run minilm-reviews-{name}-lr0.0001-s1-" not in found] == []
     assert "Run minilm-topics-emoe-lr0.0001-s0-" in found
+
+
+def test_a_block_for_another_benchmark_grows_its_suite_alone(project: Path) -> None:
+    counts = {}
+    for root in (ROOT, project):
+        rows = json.loads(run(root, [sys.executable, "-m", "benchmarks", "list", "suites", "--json"]))
+        counts[root] = {row["name"]: row["runs"] for row in rows}
+    assert counts[project] == counts[ROOT] | {"smoke": 91, "reviews": counts[project]["reviews"]}
+    assert (counts[ROOT]["smoke"], "counts 91 runs of `smoke` instead of 89" in PAGE_TEXT) == (89, True)
+    planned = run(project, ["snakemake", "--cores", "2", "glue", "--config", "suite=smoke", "-n"])
+    assert "Run tiny-bert-tweets-emoe_bottom-lr0.003-s1-" in planned
 
 
 def test_its_router_its_tuning_and_its_metric_run(project: Path) -> None:
