@@ -120,6 +120,7 @@ def test_it_says_which_command_makes_the_papers_figures(page_file: Path) -> None
     assert "<code>snakemake --cores all figure_5 --config suite=mini</code>" in text
     assert '<a href="paper/figure_5a.png">figure_5a.png</a>' in text
     assert (page_file.parent / "paper/figure_5a.png").exists()
+    assert '<a href="paper/table_19a.html">table_19a.html</a>' in text  # which a browser shows as a table
     assert "not in this suite (benchmark domainbed)" in text
 
 
