@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test coverage oldest test-oldest lint docs check bless ui
+.PHONY: help setup run test test-paper-size coverage oldest test-oldest lint docs check bless ui
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,9 @@ $(OLDEST)/.installed: pyproject.toml tests/oldest.txt $(STAMP)
 test-oldest: $(OLDEST)/.installed ## the library's contract with the oldest versions of torch, transformers, peft, accelerate
 	@$(OLDEST)/bin/python -m pytest -n 2 -q tests/contract/test_safe_use.py tests/contract/test_exporting.py tests/contract/test_foreign_code.py tests/contract/test_always_as_masked.py tests/contract/test_decoding.py \
 		tests/contract/test_backends.py tests/contract/test_training.py tests/contract/test_quantised.py tests/unit/test_docs.py tests/golden
+
+test-paper-size: $(STAMP) ## graph, tables and report of the paper's suite at its whole size, with made-up results; minutes
+	@$(BIN)/python -m pytest -m paper_size tests/workflow/test_paper_size.py
 
 lint: $(STAMP) ## style, types, imports between rooms, workflow style
 	@echo "Checking style, types and workflow"

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from benchmarks.harness.planning.paper_items import load_paper_items, shown_benchmarks
 from benchmarks.text import new
 from tests.conftest import ROOT, SHIPPED
 from tests.pages import python_blocks
@@ -85,6 +86,16 @@ def test_a_table_of_suites_counts_the_runs_that_are_planned(page: str) -> None:
 def test_the_first_page_counts_the_papers_runs_that_are_planned() -> None:
     runs = pd.read_csv(ROOT / "tests/golden/run_ids.csv").groupby("suite")["runs"].sum()
     assert f"{runs['paper']:,} runs, planned" in (ROOT / "README.md").read_text()
+
+
+def test_the_papers_items_say_how_many_minutes_their_runs_take() -> None:
+    took = dict(re.findall(r"^\| \[`(\w+)`\].*\| (\d+) min \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
+    said = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", (ROOT / "docs/reproducing.md").read_text(), re.MULTILINE))
+    for name, item in load_paper_items().items():
+        made = set() if item.missing else set(shown_benchmarks(item))
+        made |= {"glue_lora"} if "glue_ood" in made else set()  # whose models it evaluates
+        minutes = sum(int(took[other]) for other in made) if made <= set(took) else None
+        assert said[name] == ("–" if item.missing else "not in `mini`" if minutes is None else f"{minutes} min"), name
 
 
 def test_every_difference_has_a_consequence_and_a_choice() -> None:

@@ -36,7 +36,8 @@ _METHODS = {"dense": "dense", "gmoe": "GMoE", "emoe": "EMoE"}
 _LOOKS = {"dense": DENSE, "gmoe": GMOE, "emoe": EMOE}
 _NOTHING = "this suite runs none of the main averages"
 _FEW_TASKS = 3  # whose names are listed
-_LETTERS, _LABEL = 58, 52  # of a line below a radar, and beside a difference
+_LETTERS = string.ascii_uppercase  # of the axes of a radar
+_TOLD, _LABEL = 58, 52  # letters of a line below a radar, and beside a difference
 _RADAR, _LINE = 2.9, 0.135  # inches of a radar with its title, and of a line below it
 _PADDING = 0.25  # of the range of an axis of the radar, inside its least and outside its greatest value
 
@@ -125,7 +126,7 @@ def draw_main(rows: pd.DataFrame, folder: Path) -> None:
 def draw_radar(rows: pd.DataFrame, path: Path) -> None:
     """Two radars, ours and the paper's: every axis has its own range, and the best is outside. Axes have letters, and what they are stands below with its numbers."""
     with mpl.rc_context({**STYLE, "axes.grid": True, "axes.grid.axis": "both"}):
-        letters, sides = iter(string.ascii_uppercase), {}
+        letters, sides = map("".join, itertools.product(("", *_LETTERS), _LETTERS)), {}
         for whose in ("ours", "paper"):
             found = rows[rows["whose"] == whose]
             wide = found.pivot_table(index="axis", columns="method", values="mean", sort=False)
@@ -174,9 +175,7 @@ def _explained(rows: pd.DataFrame, wide: pd.DataFrame, named: Mapping[str, str])
     for letter, axis in named.items():
         numbers = " / ".join(f"{wide.loc[axis, method]:.1f}" for method in _METHODS if method in wide)
         of = first.loc[axis, "of"]
-        yield textwrap.fill(
-            f"{letter}  {axis}{f' ({of})' if of else ''}: {numbers}", _LETTERS, subsequent_indent="     "
-        )
+        yield textwrap.fill(f"{letter}  {axis}{f' ({of})' if of else ''}: {numbers}", _TOLD, subsequent_indent="     ")
 
 
 def draw_differences(rows: pd.DataFrame, path: Path) -> None:
