@@ -197,7 +197,7 @@ def _check_finished(suite: Suite, benchmarks: Sequence[str], part: str | None = 
     from benchmarks.harness.results.records import check_finished
 
     runs = [run for name in benchmarks for run in suite.runs_of(name, part)]
-    whole = which or len(benchmarks) == len(suite.settings.benchmarks)
+    whole = which or (part is None and len(benchmarks) == len(suite.settings.benchmarks))
     of = "" if whole else f"{part or benchmarks[0]} in "
     check_finished(runs, f"of {of}the suite {suite.name}{which}", f"make run SUITE={suite.name}")
 

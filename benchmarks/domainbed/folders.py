@@ -63,9 +63,8 @@ def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
             )
         classes = found
         ignored = Counter(
-            f"{_ending(path.name)} in no class"
-            for path in here.iterdir()
-            if path.is_file() and not path.name.startswith(".")
+            f"{_ending(name)} in no class"
+            for name in _visible(here, [path.name for path in here.iterdir() if path.is_file()])
         )
         paths: list[str] = []
         labels: list[int] = []

@@ -25,7 +25,6 @@ from benchmarks.harness.results.information import PERMUTATIONS
 
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _FOUR = "average of four"
-_PAPER_COLUMNS = ["model", "set", "method", "selection", "value", "status", "source"]
 _ORDER = ["model", "selection", "set", "method"]
 _KEYS = {"model_title": "Model", "selection_title": "Selection", "method_title": "Method"}
 _SELECTIONS = (
@@ -146,7 +145,7 @@ def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
     if not file:
         return None
     keys = ["model", "set", "method"]
-    found = read_published(outcomes.benchmark, [*keys, "metric", "value", "status", "source"], file)
+    found = read_published(outcomes.benchmark, file, [*keys, "metric"])
     numbers = found.pivot_table(index=keys, columns="metric", values="value", sort=False)
     sources = found.groupby(keys, sort=False)["source"].agg(lambda named: "; ".join(named.unique()))
     rows = numbers.join(sources).reset_index()
@@ -156,7 +155,7 @@ def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
 
 def paper(outcomes: DomainOutcomes) -> Table:
     """Published averages beside ours."""
-    published = read_published(outcomes.benchmark, _PAPER_COLUMNS).assign(value=lambda frame: frame["value"] / 100)
+    published = read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
     key = ["model", "set", "method", "selection"]
     trials = outcomes.trials(complete=True)
     ours = our_means(trials, CELL)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.looks import DENSE, Look
+from benchmarks.harness.reporting.looks import DENSE, Look, curves
 from benchmarks.harness.reporting.plots import (
     REFERENCE,
     STYLE,
@@ -34,7 +32,6 @@ from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of, part_w
 _Point = tuple[int, float | None]  # step and loss
 _FOUR_CHOICES, _CHANCE = "mmlu", 0.25
 _NAMES = 1.8  # inches beside the panels
-_LINES = ("-", "--", ":", "-.", (0, (5, 1)))  # of the variants of a method
 
 
 def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
@@ -50,6 +47,11 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     panels: dict[str, Callable[[Run], list[_Point]]] = {"training loss": lambda run: _trained(outcomes, run)}
     if any(_held_out(outcomes, run) for lines in groups.values() for runs in lines.values() for run in runs):
         panels["held-out loss"] = lambda run: _held_out(outcomes, run)
+    styles = curves(
+        (title, outcomes.look(runs[0].spec["method"]["name"]))
+        for lines in groups.values()
+        for title, runs in lines.items()
+    )
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
         size = (min(3.0 * len(groups) + 0.6, WIDTH), 2.3 * len(panels) + 0.3)
         figure, axes = plt.subplots(
@@ -57,11 +59,8 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
         )
         for column, ((model, name, tuning), lines) in enumerate(groups.items()):
             for axis, (label, points) in zip(axes[:, column], panels.items(), strict=True):
-                drawn: Counter[str] = Counter()
                 for title, runs in lines.items():
-                    method = runs[0].spec["method"]["name"]
-                    _draw_curve(axis, outcomes.look(method), drawn[method], title, [points(run) for run in runs])
-                    drawn[method] += 1
+                    _draw_curve(axis, title, styles[title], [points(run) for run in runs])
                 axis.set_ylabel(label if column == 0 else "")
             tuned = outcomes.title("tuning", tuning)
             below = f"{outcomes.title('set', name)}, {tuned}" if outcomes.several_sets else tuned
@@ -92,22 +91,21 @@ def _held_out(outcomes: InstructionOutcomes, run: Run) -> list[_Point]:
     return [(point["step"], point["loss"]) for point in outcomes.metrics[run.id].get("held_out_curve", ())]
 
 
-def _draw_curve(axis: Any, look: Look, number: int, title: str, curves: list[list[_Point]]) -> None:
-    """The mean over seeds; variants of a method differ by their dashes and by whether marks are filled. Where lines lie on each other, each shows between the other's dashes and in its marks."""
-    steps = [step for step, _ in curves[0]]
+def _draw_curve(axis: Any, title: str, style: Mapping[str, Any], found: list[list[_Point]]) -> None:
+    """The mean over seeds. Where lines lie on each other, each shows between the other's dashes and in its marks."""
+    steps = [step for step, _ in found[0]]
     if not steps:
         return
-    losses = [[math.nan if loss is None else loss for _, loss in curve] for curve in curves if len(curve) == len(steps)]
-    wide = look == DENSE  # so that it shows below the others
+    losses = [[math.nan if loss is None else loss for _, loss in curve] for curve in found if len(curve) == len(steps)]
+    wide = style["color"] == DENSE.colour  # so that it shows below the others
     axis.plot(
         steps,
         np.mean(np.array(losses), axis=0),
         label=title,
-        ls=_LINES[number % len(_LINES)],
         lw=2.6 if wide else 1.2,
         alpha=0.55 if wide else 1.0,
         ms=4,
-        **replace(look, hollow=number % 2 == 1).mark,
+        **style,
         markevery=max(1, len(steps) // 8),
     )
 

@@ -32,7 +32,6 @@ from benchmarks.llama.outcomes import (
     task_words,
 )
 
-_PAPER_COLUMNS = ["model", "tuning", "method", "value", "status", "source"]
 _CHOSEN = "Of several learning rates the one with the lowest held-out loss stands here. "
 _LONGEST = 300  # letters of a text in a table
 _FEW = 50  # questions of a subject
@@ -203,7 +202,7 @@ def cost(outcomes: InstructionOutcomes) -> Table:
 
 def paper(outcomes: InstructionOutcomes) -> Table:
     """The paper's MMLU accuracies beside ours."""
-    published = read_published(outcomes.benchmark, _PAPER_COLUMNS).assign(value=lambda frame: frame["value"] / 100)
+    published = read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
     key = ["model", "tuning", "method"]
     ours = []
     for task in outcomes.tasks:

@@ -18,7 +18,6 @@ from benchmarks.text.definition import TaskEntry
 
 PLACE = ["model", "layer"]
 CELL = [*PLACE, "num_experts", "method"]
-_PAPER = ["method", "num_experts", "metric", "value", "status", "source"]
 
 
 class ModularityOutcomes(Outcomes):
@@ -38,7 +37,7 @@ class ModularityOutcomes(Outcomes):
         self.metrics = list(numbers.columns)
         rows = pd.DataFrame([_settings(run) for run in runs]).merge(numbers, left_on="run_id", right_index=True)
         self.rows = self.order(rows, [*PLACE, "num_experts", "method", "seed"])
-        published = read_published(benchmark, _PAPER)
+        published = read_published(benchmark)
         scales = [load_metrics()[metric].scale for metric in published["metric"]]
         self.records = self.rows
         self.paper = published.assign(value=published["value"].astype(float) / pd.Series(scales, dtype=float))

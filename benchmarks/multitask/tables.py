@@ -20,14 +20,13 @@ from benchmarks.text.selection import CELL
 from benchmarks.text.tables import cost, ood, tests
 
 _KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
-_PAPER = ["domain", "method", "value", "status", "source"]
 _MEANS = {ID: (ID_MEAN, "in domain"), OOD: (OOD_MEAN, "out of domain")}
 _CHOSEN = "Epoch and learning rate are chosen by the mean score over the tasks on rows that are not reported."
 
 
 def gains(outcomes: MultitaskOutcomes) -> Table:
     """The paper's best gains beside ours: the mean over the sets, and the best of them."""
-    known = read_published(outcomes.benchmark, _PAPER).set_index(["domain", "method"])["value"] / 100
+    known = read_published(outcomes.benchmark).set_index(["domain", "method"])["value"] / 100
     rows = outcomes.of_mixtures(outcomes.rows)
     rows = rows[rows["method"] != outcomes.baseline]
     found = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib import pyplot as plt
 
+from benchmarks.harness.reporting.looks import curves
 from benchmarks.harness.reporting.plots import (
     FEW,
     REFERENCE,
@@ -33,7 +33,6 @@ from benchmarks.text.selection import PROTOCOLS
 _COLUMNS, _MOST, _NAMES = 3, 12, 2.3  # panels beside each other and in all, inches of names beside them
 _TITLE, _TICKS = 1.4, 6  # inches of a panel's title, and labels below it
 _NOTHING = "this suite runs no row of this ablation"
-_DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))  # of the curves of one method
 _AXIS_LABELS = {"D": "Share of the training rows", "k": "Experts in use, k/N"}
 
 
@@ -90,29 +89,26 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
             f"no row of this suite has two values of:\n{_AXIS_LABELS[axis]}" if rows["is_ours"].any() else _NOTHING,
         )
         return
-    labels = list(dict.fromkeys(label for _, found in panels for label, _ in _series(found, axis)))
+    series = [(label, part) for _, found in panels for label, part in _series(found, axis)]
+    styles = curves((label, outcomes.look(part["method"].iloc[0])) for label, part in series)
+    labels = list(styles)
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
         figure, axes = _axes(len(panels), 2.2, shared=False)
         for panel, (title, found) in zip(axes.flat, panels, strict=False):
             places = sorted({float(value) for value in found[axis] if value})
             apart = 0.012 * (places[-1] - places[0])
-            drawn: Counter[str] = Counter()
             for label, part in _series(found, axis):
                 shift = apart * (labels.index(label) - (len(labels) - 1) / 2)  # so that no interval hides another
-                method = part["method"].iloc[0]
-                kind = part["kind"].iloc[0]
                 panel.errorbar(
                     part[axis].astype(float) + shift,
                     part["score"] * 100,
                     yerr=None if part["half"].isna().all() else part["half"] * 100,
                     label=label,
-                    ls=_DASHES[drawn[kind] % len(_DASHES)],
                     ms=3.5,
                     lw=1.2,
                     capsize=2,
-                    **replace(outcomes.look(method), hollow=drawn[kind] % 2 == 1).mark,
+                    **styles[label],
                 )
-                drawn[kind] += 1
             base = found[found["is_baseline"]]["score"]
             if len(base):
                 panel.axhline(float(base.iloc[0]) * 100, color=REFERENCE, lw=0.8, ls="--", zorder=0)

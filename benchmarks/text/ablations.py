@@ -15,7 +15,7 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.definition import AnyBenchmark
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.schema import check_names
+from benchmarks.harness.planning.schema import NUMBER_COLUMNS, check_names
 from benchmarks.harness.planning.shared import ABLATION, CONTROL
 from benchmarks.harness.planning.variants import setting_text, setting_values
 from benchmarks.harness.reporting.common_tables import means_by, with_numbers
@@ -35,7 +35,7 @@ AVERAGE_OF = f"{_AVERAGE} of "
 _N_AND_K = "top_k_fraction"
 AXES = {"train_share": "D", _N_AND_K: "k"}
 _FEW = 3  # sets that an average names
-_COLUMNS = ["model", "scope", "method", "setting", "value", "status", "source"]
+_OF = ["model", "scope", "method", "setting"]  # what a published number is of
 _CELL = ["protocol", "domain", "model", "scope"]
 _ROW = [*_CELL, "method"]
 _PAIRS = ["task", "eval_task"]
@@ -203,18 +203,18 @@ def _title(outcomes: TextOutcomes, name: str) -> str:
 
 def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """Rows with what the paper has of them, and rows of what the paper alone has; its numbers are by its authors' selection."""
-    published = pd.DataFrame(columns=_COLUMNS)
+    published = pd.DataFrame(columns=[*_OF, *NUMBER_COLUMNS])
     if ablation.paper:
-        published = read_published(outcomes.benchmark, _COLUMNS, ablation.paper)
+        published = read_published(outcomes.benchmark, ablation.paper, _OF)
         where = f"{outcomes.benchmark.folder / ablation.paper}: '"
         check_names(where, "method", published["method"], ablation.rows)
         check_names(where, "model", filter(None, published["model"]), load_models())
         known = _scopes(outcomes)
         named = [scope for scope in published["scope"] if not scope.startswith(_AVERAGE)]
         check_names(where, "scope", named, known)
-        twice = published[published.duplicated(_COLUMNS[:4])]
+        twice = published[published.duplicated(_OF)]
         if len(twice):
-            raise DefinitionError(f"{where}{' '.join(twice.iloc[0][_COLUMNS[:4]])}' stands there twice")
+            raise DefinitionError(f"{where}{' '.join(twice.iloc[0][_OF])}' stands there twice")
     settings = published["setting"].astype(str)
     published = published.assign(
         method=published["method"].where(settings.eq(""), published["method"] + SETTING + settings),

@@ -89,7 +89,8 @@ def _features(file: Path, config: str | None) -> list[dict[Any, Any]]:
     text = file.read_text(encoding="utf-8-sig")
     if file.suffix == ".md":
         front = _FRONT.match(text)
-        notes = ((yaml.safe_load(front[1]) if front else None) or {}).get("dataset_info") or []
+        said = yaml.safe_load(front[1]) if front else None
+        notes = (said.get("dataset_info") if isinstance(said, dict) else None) or []  # lines may stand there for looks
         infos = {info.get("config_name", _DEFAULT): info for info in (notes if isinstance(notes, list) else [notes])}
     else:
         notes = json.loads(text)

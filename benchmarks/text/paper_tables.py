@@ -14,7 +14,6 @@ from benchmarks.text.outcomes import Ranked, TextOutcomes
 from benchmarks.text.selection import PROTOCOLS
 
 AVERAGE, RANK = "average", "OOD Friedman rank"
-_COLUMNS = ["model", "scope", "method", "value", "status", "source"]
 _KEY = ["model", "scope", "method"]
 _NUMBERS = ["", "_delta", "_low", "_high", "_n"]  # what there is of ours, after the selection's name
 _PAPERS_RANKS = (
@@ -24,7 +23,7 @@ _PAPERS_RANKS = (
 
 def read_paper(outcomes: TextOutcomes) -> pd.DataFrame:
     """The ``paper.csv`` of a text benchmark: a row a cell of the paper's tables."""
-    return read_published(outcomes.benchmark, _COLUMNS)
+    return read_published(outcomes.benchmark)
 
 
 def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:

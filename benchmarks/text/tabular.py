@@ -149,6 +149,8 @@ def _lines(file: Path, errors: str) -> Iterator[str]:
     strict = errors == "strict"
     with file.open(encoding="utf-8-sig", errors="surrogateescape" if strict else errors, newline="\n") as text:
         for number, line in enumerate(text, start=1):
+            if number == 1 and not line.endswith("\n") and "\r" in line.rstrip("\r"):
+                raise DataError(f"{file} ends its lines with carriage returns alone; write line feeds in their place")
             if strict and not line.isascii():
                 try:
                     line.encode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -22,11 +22,21 @@ def _mean(values: Iterable[float | None]) -> float:
     return float(np.mean([np.nan if value is None else value for value in values]))
 
 
-def _converted(outcomes: TextOutcomes) -> list[str]:
-    """The layers that every method converts that converts any, as keys of ``updates``."""
-    converted = ({str(layer["index"]) for layer in found["model"]["conversion"]} for _, found in outcomes.training)
-    sets = [layers for layers in converted if layers]
-    return sorted(set.intersection(*sets), key=int) if sets else []
+def _converted(outcomes: TextOutcomes) -> dict[str, list[str]]:
+    """By model the layers that every method converts that converts any, as keys of ``updates``."""
+    found: dict[str, set[str]] = {}
+    for record, metrics in outcomes.training:
+        if layers := {str(layer["index"]) for layer in metrics["model"]["conversion"]}:
+            found[record.model] = found.get(record.model, layers) & layers
+    return {model: sorted(layers, key=int) for model, layers in found.items()}
+
+
+def _words(outcomes: TextOutcomes, converted: Mapping[str, Sequence[str]], model: str, on: str) -> str:
+    """What a row's numbers are of."""
+    if on == _CONVERTED:
+        return f"weights of FFN {', '.join(converted[model])}, which methods convert"
+    known = {"": "weights of all FFNs", OWN: "gradients of other rows of the task"}
+    return known.get(on) or f"gradients of {outcomes.title('task', on)}"
 
 
 def update_table(outcomes: TextOutcomes) -> Table:
@@ -37,7 +47,7 @@ def update_table(outcomes: TextOutcomes) -> Table:
         change, agreement = (found["updates"].get(part, {}) for part in ("change", "gradients"))
         if change:
             rows.append({**key, "on": "", "metric": "weight_change", "value": _mean(change.values())})
-        if own := [change[layer] for layer in converted if layer in change]:
+        if own := [change[layer] for layer in converted.get(record.model, ()) if layer in change]:
             rows.append({**key, "on": _CONVERTED, "metric": "weight_change", "value": _mean(own)})
         for name in next(iter(agreement.values()), {}):
             cosines = [layer[name] for layer in agreement.values()]
@@ -50,9 +60,7 @@ def update_table(outcomes: TextOutcomes) -> Table:
     frame = frame.drop(columns="verdict")  # neither number is better for being higher
     order = {name: place for place, name in enumerate(["", _CONVERTED, OWN, *outcomes.benchmark.tasks])}
     frame = outcomes.order(frame.assign(place=frame["on"].map(order)), ["model", "task", "place", "method"])
-    layers = f"weights of FFN {', '.join(converted)}, which methods convert"
-    what = {"": "weights of all FFNs", _CONVERTED: layers, OWN: "gradients of other rows of the task"}
-    own = [what.get(row.on, f"gradients of {outcomes.title('task', row.on)}") for row in frame.itertuples()]
+    own = [_words(outcomes, converted, row.model, row.on) for row in frame.itertuples()]
     for metric in ("weight_change", "gradient_agreement"):
         here = frame["metric"] == metric
         for number in ("mean", "std", "delta", "low", "high"):

@@ -255,7 +255,8 @@ def test_everything_that_the_suite_shows_is_made(finished: tuple[list[Run], Path
     page = Path("report.html").read_text()
     assert "A small stand-in" in page
     assert "RotatedMNIST, 5,000 digits</h3>" in page
-    assert page.count("data:image/png") == 5
+    assert page.count("data:image/png") == 7  # two of them the main averages
+    assert "Main averages, differences to the dense model" in page
     assert "Adam, constant rate, no clipping" in page
     rows = pd.read_csv(paths.RESULTS / "mini/tables/domainbed_cost.csv")
     costs = rows[rows["set_title"] != "VLCS"].set_index("method").loc["emoe"]  # ours, and not what others report

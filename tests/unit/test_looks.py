@@ -7,7 +7,7 @@ import pytest
 from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
 from benchmarks.harness.planning.method_rows import load_methods, resolve_methods
 from benchmarks.harness.planning.shared import MethodsDefinition
-from benchmarks.harness.reporting.looks import DENSE, EMOE, GMOE, look_of
+from benchmarks.harness.reporting.looks import DENSE, EMOE, GMOE, curves, look_of
 
 BENCHMARKS = [name for name in benchmark_names() if isinstance(load_benchmark(name).definition, MethodsDefinition)]
 
@@ -21,7 +21,8 @@ def test_a_method_looks_the_same_in_every_benchmark(benchmark: str) -> None:
         own = {"selection", "partition", "router", "num_experts", "also_train"} & set(definition.methods[name].given())
         if not own:
             assert look_of(method) == look_of(same), name
-    assert look_of(resolve_methods(definition)[definition.baseline]) in (DENSE, EMOE)
+    baseline = resolve_methods(definition)[definition.baseline]
+    assert look_of(baseline) == (DENSE if baseline.kind == "dense" else EMOE)  # modularity compares ways to cluster
 
 
 def test_methods_that_stand_beside_each_other_are_told_apart() -> None:
@@ -44,3 +45,12 @@ def test_methods_that_stand_beside_each_other_are_told_apart() -> None:
     rows = resolve_methods(load_benchmark("glue_lora").definition)
     selected = [look_of(rows[name]) for name in ("lora", "lora_emoe", "lora_bottom", "lora_random", "lora_contiguous")]
     assert len(set(selected)) == len(selected)
+
+
+def test_curves_of_a_method_have_a_style_each_wherever_they_are_drawn() -> None:
+    looks = [("N 64", EMOE), ("N 16", EMOE), ("dense", DENSE), ("N 16", EMOE), ("N 32", EMOE)]
+    found = curves(looks)
+    assert list(found) == ["N 64", "N 16", "dense", "N 32"]
+    styles = [(str(style["ls"]), style.get("mfc"), style["color"]) for style in found.values()]
+    assert len(set(styles)) == len(styles)
+    assert {style["color"] for name, style in found.items() if name != "dense"} == {EMOE.colour}

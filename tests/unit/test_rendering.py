@@ -75,12 +75,10 @@ def test_latex_names_groups_once_breaks_wide_tables_and_sets_long_notes_below() 
     table = Table(
         "T", "", {"model": "Model", "name": "Name"}, columns, pd.DataFrame(rows), notes={"source": "Source"}, name="t"
     )
-    parts = table.latex().split(r"\end{table}".replace("\\\\", "\\"))[:-1]
+    parts = table.latex().split(r"\end{table}")[:-1]
     assert len(parts) > 1
     for part in parts:
-        assert (
-            part.count(r"\textit{one}".replace("\\\\", "\\")) == part.count(r"\textit{two}".replace("\\\\", "\\")) == 1
-        )
+        assert part.count(r"\textit{one}") == part.count(r"\textit{two}") == 1
         assert all(f"row {number} &" in part for number in range(4))
     assert [f"Number {column}" in "".join(parts) for column in range(12)] == [True] * 12
     assert all("".join(parts).count(source) == 1 for source in sources)

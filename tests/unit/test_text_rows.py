@@ -341,7 +341,6 @@ def test_class_names_beside_a_file_are_those_of_the_sets_part(root: Path, monkey
             "README.md calls the classes of 'label' contradiction, entailment, neutral, and .*parquet neutral, entailment, contradiction; correct one",
         ),
         (None, "README.md", f"{README} : [\n---\n", "README.md cannot be read: "),
-        (None, "README.md", "---\n- a list\n---\n", "README.md cannot be read: "),
         (None, "dataset_info.json", "[" * 100_000 + "]" * 100_000, "dataset_info.json cannot be read: .*too deeply$"),
     ],
 )
@@ -385,6 +384,24 @@ def test_a_lone_carriage_return_is_a_sign_of_the_text(root: Path, name: str, fil
     path.write_bytes(content.encode())
     split = load_split(task(name), "dev")
     assert (split.texts, split.labels, split.dropped) == (texts, [1, 0], 0)
+
+
+@pytest.mark.parametrize("file", ["dev.tsv", "validation.csv"])
+def test_lines_that_end_in_carriage_returns_alone_are_named(root: Path, file: str) -> None:
+    between = "\t" if file == "dev.tsv" else ","
+    (root / "SST-2").mkdir()
+    (root / "SST-2" / file).write_bytes(f"sentence{between}label\rfine{between}1\r".encode())
+    with pytest.raises(DataError, match=f"{file} ends its lines with carriage returns alone"):
+        load_split(task("sst2"), "dev")
+
+
+@pytest.mark.parametrize("front", ["- a list", "just words", "# nothing"])
+def test_lines_before_the_text_of_a_readme_need_not_be_notes(
+    root: Path, front: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(root, "sst2", [1, 0], "parquet", monkeypatch)
+    (root / "SST-2/README.md").write_text(f"---\n{front}\n---\n# A set\n")
+    assert load_split(task("sst2"), "dev").labels == [1, 0]
 
 
 def test_texts_of_blanks_alone_are_dropped_and_counted(root: Path) -> None:

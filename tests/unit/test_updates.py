@@ -137,6 +137,17 @@ def test_the_table_pairs_by_seed_and_leaves_out_what_was_not_measured(tmp_path: 
         sum(alone["emoe", seed] - alone["vanilla", seed] for seed in range(8)) / 8
     )
     assert frame[frame["method"] == "vanilla"]["delta"].isna().all()
+    # of two models that convert other layers, each has its own
+    twice = [
+        (record._replace(model="bert-large-cased"), {**found, "model": {"conversion": [{"index": 0}]}})
+        for record, found in outcomes.training
+        if record.method == "emoe"
+    ]
+    monkeypatch.setattr(outcomes, "training", [*outcomes.training, *twice])
+    words = update_table(outcomes).frame
+    words = words[words["on"] == "converted"].groupby("model")["what"].first()
+    assert words["minilm"] == "weights of FFN 1, which methods convert"
+    assert words["bert-large-cased"] == "weights of FFN 0, which methods convert"
     empty = SimpleNamespace(
         training=[(record, {"updates": {}, "model": {"conversion": []}}) for record, _ in outcomes.training]
     )

@@ -25,6 +25,11 @@ class PublishedRows(Strict):
     """Why they differ."""
 
 
+def counted(rows: int, dropped: int, *, counts_dropped: bool) -> int:
+    """The rows that a set's makers count: those that are used, and those that are left out where they count these too."""
+    return rows + dropped if counts_dropped else rows
+
+
 def count_note(
     name: str,
     part: str,
@@ -46,7 +51,7 @@ def count_note(
         published: how many the paper's authors score, who says so, and why.
         counts_dropped: whether the makers count those that are left out too.
     """
-    whole = rows + dropped if counts_dropped else rows
+    whole = counted(rows, dropped, counts_dropped=counts_dropped)
     if published and published.rows == rows:
         return None
     if expected not in (None, rows, whole):

@@ -259,7 +259,8 @@ def main_files(suite: str) -> list[str]:
 
 def main_text() -> str:
     """Everything that ``paper.yaml`` says of them, so that they are made again when it says something else."""
-    return canonical_json({name: average.model_dump() for name, average in load_main_averages().items()})
+    items = [item.model_dump() for item in load_paper_items().values() if item.main]
+    return canonical_json([items, *(average.model_dump() for average in load_main_averages().values())])
 
 
 def paper_files(suite: Suite, item: str | None = None) -> list[str]:

@@ -24,7 +24,10 @@ def check_module(file: Path) -> None:
     """
     tree = _parse(file)
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    if "present" not in [*functions, *_imported(tree)]:
+    assigned = [
+        str(getattr(target, "id", "")) for node in tree.body if isinstance(node, ast.Assign) for target in node.targets
+    ]
+    if "present" not in [*functions, *assigned, *_imported(tree)]:
         raise DefinitionError(f"{file} has no function 'present'{did_you_mean('present', functions)}")
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):

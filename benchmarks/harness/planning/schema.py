@@ -127,6 +127,9 @@ def refusal(message: str) -> PydanticCustomError:
     return PydanticCustomError("refusal", "{message}", {"message": message})
 
 
+NUMBER_COLUMNS = ("value", "status", "source")  # columns of every published number, behind those that say what it is of
+
+
 def left_out() -> Any:
     """The default of a key that may be left out, and then stands in no run's spec."""
     return Field(default=None, exclude_if=lambda value: value is None)
@@ -325,6 +328,6 @@ def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[
     check_names(where, key, () if (folder / name).is_file() else [name], known)
     if columns:
         with (folder / name).open(encoding="utf-8-sig", errors="replace", newline="") as rows:
-            found, wanted = next(csv.reader(rows), []), [*columns, "value", "status", "source"]
+            found, wanted = next(csv.reader(rows), []), [*columns, *NUMBER_COLUMNS]
         if found != wanted:
             raise DefinitionError(f"{folder / name}: the columns are {found}, but must be {wanted}")

@@ -52,7 +52,7 @@ def latex_table(
     """
     texts, below = _with_letters(texts, [heading for heading in texts if heading not in (*keys, *numbers)])
     above = _shared_in_turn(texts, keys)
-    groups = [", ".join(text for text in row if text.strip("–")) for row in texts[above].itertuples(index=False)]
+    groups = [", ".join(text for text in row if text.strip("–")) for row in texts[above].to_numpy().tolist()]
     texts = texts.drop(columns=above)
     cells = texts.map(escape).where(~best.drop(columns=above), lambda found: r"\textbf{" + found + "}")
     parts = list(itertools.product(_column_parts(texts, keys), _row_parts(texts, groups)))

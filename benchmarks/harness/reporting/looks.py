@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,9 +38,10 @@ EMOE = Look("#0072b2", "D")
 _LEARNED = Look("#009e73", "^")
 _RANDOM = Look("#cc79a7", "v")
 _OTHER_NEURONS = Look("#56b4e9", "P")  # as they stand, by co-activation
-_OTHER_EXPERTS = Look("#e69f00", "X")  # not the top k
+_OTHER_EXPERTS = Look("#e69f00", "<")  # not the top k; crosses are published numbers
 _DENSE_BESIDE = Look("#8c6d31", "p")  # single blocks, noise
 _CONTROL = Look("#999999", "h")
+_DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 
 def look_of(method: Method) -> Look:
@@ -71,3 +74,19 @@ def _kind(method: Method) -> Look:
         return _OTHER_EXPERTS
     router = given.get("router", "avg_k")
     return EMOE if router == "avg_k" else _LEARNED if ROUTERS[router].learned else _CONTROL
+
+
+def curves(looks: Iterable[tuple[str, Look]]) -> dict[str, dict[str, Any]]:
+    """Arguments of ``plot`` for the curves of a figure, by what they are called: those of one method differ by their dashes, and every second one has empty marks.
+
+    Args:
+        looks: what each curve is called, and its method's look; of one that is drawn in several panels the first counts.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    seen: Counter[Look] = Counter()
+    for label, look in looks:
+        if label not in found:
+            number = seen[look]
+            found[label] = {"ls": _DASHES[number % len(_DASHES)], **replace(look, hollow=number % 2 == 1).mark}
+            seen[look] += 1
+    return found

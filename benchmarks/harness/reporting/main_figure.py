@@ -206,9 +206,10 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
 
 def _labelled(axis: str, rows: pd.DataFrame) -> str:
     """What a row of differences is, and over what: once where all methods have the same."""
-    compared = dict(zip(rows["method"].map(_METHODS), rows["compared"], strict=True))
+    ours = rows[rows["whose"] == "ours"]  # the paper may have a row of the same model
+    compared = dict(zip(ours["method"].map(_METHODS), ours["compared"], strict=True))
     said = set(compared.values())
-    if said == {""}:
+    if not said:
         return textwrap.fill(axis, _LABEL)
     of = said.pop() if len(said) == 1 else ". ".join(f"{name}: {text}" for name, text in compared.items())
     return "\n".join((textwrap.fill(axis, _LABEL), textwrap.fill(of, _LABEL)))

@@ -22,7 +22,7 @@ from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.reporting.common_tables import difference_text
 from benchmarks.harness.reporting.outcomes import SETTING
 from benchmarks.harness.reporting.presentation import Presentation
-from benchmarks.harness.reporting.rendering import RUNS, Table
+from benchmarks.harness.reporting.rendering import MISSING, RUNS, Table
 
 _PROTOCOLS = ("published", "clean")  # the paper's own first
 _FEW = 3  # verdicts in a caption
@@ -61,9 +61,10 @@ def _as_in_the_paper(table: Table, output: PaperOutput, suite: Suite, verdicts: 
         frame = frame[frame["protocol"].eq(wanted) | alone]
     if "p_holm" in frame and len(frame) < len(table.frame):
         said.append(f"p is corrected over all rows of `{table.name}`, of which some stand here.")
-    if RUNS in frame and frame[RUNS].eq("").all():
+    alone = RUNS in frame and len(frame) > 0 and frame[RUNS].eq("").all()
+    if alone:
         said.append("All numbers are published ones: this suite runs none of these rows.")
-    if output.part.shown != _COST and (seen := _seen(frame, verdicts)):
+    if not alone and output.part.shown != _COST and (seen := _seen(frame, verdicts)):
         said.append(f"What these runs see: {seen}")
     said.append(f"Made by `snakemake --cores all {output.item} --config suite={suite.name}`.")
     own = [] if table.title == load_paper_items()[output.item].title else [table.title]
@@ -78,11 +79,12 @@ def _as_in_the_paper(table: Table, output: PaperOutput, suite: Suite, verdicts: 
 
 def _seen(frame: pd.DataFrame, verdicts: Sequence[str]) -> str:
     """What came out: of an ablation the differences of its rows where it was first looked, else the first verdicts on the benchmark; nothing where nothing of it ran."""
-    if "is_ours" not in frame:
+    if "is_ours" not in frame:  # no ablation
         return " ".join(verdicts[:_FEW])
     rows = frame[frame["is_ours"] & frame["delta"].notna()]
     if rows.empty:
         return ""
+    rows = rows.assign(verdict=rows["verdict"].replace(MISSING, ""))
     first = rows[rows["on"].eq(rows["on"].iloc[0]) & rows["model"].eq(rows["model"].iloc[0])]
     words = [f"{row.method_title} {difference_text(row)}" for row in first.itertuples()]
     return f"{first['model_title'].iloc[0]}, {first['on'].iloc[0]}: {'; '.join(words)}."

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.kinds import Benchmark
+from benchmarks.harness.planning.schema import NUMBER_COLUMNS
 from benchmarks.harness.planning.shared import Definition, Entry
 from emoe.errors import did_you_mean
 
@@ -15,19 +17,20 @@ _STATUS = ("published", "inferred", "unknown")
 
 
 def read_published(
-    benchmark: Benchmark[Definition, Entry], columns: list[str], file: str | None = None
+    benchmark: Benchmark[Definition, Entry], file: str | None = None, of: Sequence[str] | None = None
 ) -> pd.DataFrame:
     """A benchmark's ``paper.csv``: published numbers, values in points (of a rank, as it is), each with status and source.
 
     Args:
         benchmark: whose numbers.
-        columns: that the file must have.
         file: another file in its folder.
+        of: columns that say what a number is of, where they are not the kind's own.
 
     Raises:
         DefinitionError: a wrong column, status, or a value that does not go with its status.
     """
     file = file or benchmark.definition.paper
+    columns = [*(of or benchmark.kind.paper_columns), *NUMBER_COLUMNS]
     if not file:
         return pd.DataFrame(columns=columns)
     path = benchmark.folder / file

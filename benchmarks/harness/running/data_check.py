@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from tabulate import tabulate
 
+from benchmarks.harness.planning.counts import counted
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.jobs import run_inputs
 from benchmarks.harness.planning.kinds import SetPart, kind_of
@@ -36,7 +37,7 @@ def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[Se
 def _cells(part: SetPart) -> dict[str, str]:
     if part.rows is None:
         return {"set": part.name, "part": part.part, "rows": "missing", "dropped": "", "labels": "", "from": ""}
-    whole = part.rows + part.dropped if part.counts_dropped else part.rows
+    whole = counted(part.rows, part.dropped, counts_dropped=part.counts_dropped)
     other = f" of {part.expected:,}" if part.expected not in (None, part.rows, whole) else ""
     return {
         "set": part.name,

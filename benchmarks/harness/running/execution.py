@@ -156,7 +156,7 @@ def _pipeline(run: Run) -> Any:
 
 def _peak_memory_mb() -> float:
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
