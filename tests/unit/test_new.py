@@ -198,7 +198,7 @@ def test_names_that_cannot_be_modules_are_refused(tmp_path: Path, name: str) -> 
     assert listed(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["smoke", "tables", "partition_neurons", "run_mine", "tables_of_mine"])
+@pytest.mark.parametrize("name", ["smoke", "tables", "figures", "partition_neurons", "run_mine", "tables_of_mine"])
 def test_names_of_rules_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DefinitionError, match="is a rule of the workflow"):
         new_benchmark(name, written(tmp_path, CSV))

@@ -123,7 +123,7 @@ def test_plan_says_how_long_it_takes_on_several_cores_and_gpus(tmp_path: Path, m
     gpu, gpus = (planned("--suite", "mini", "--device", "h100", "--gpus", count) for count in ("1", "4"))
     assert gpus["seconds_at_once"] == pytest.approx(gpu["total"]["gpu_seconds"] / 4)
     slow, fast = (
-        planned("--suite", "mini", "--device", "a100", "--tflops", speed)["total"] for speed in ("0.01", "0.1")
+        planned("--suite", "mini", "--device", "a100", "--tflops", speed)["total"] for speed in ("0.001", "0.01")
     )
     assert slow["seconds"] > 4 * fast["seconds"]
     for wrong in (("--tflops", "0"), ("--cores", "0"), ("--gpus", "-1"), ("--tflops", "nan"), ("--tflops", "fast")):

@@ -12,8 +12,13 @@ import pandas as pd
 _LINES = 40  # that stand on a page; longer tables come in parts
 _ACROSS = 106  # letters that stand beside each other in its type, 7 points; wider tables come in parts of their columns
 _BETWEEN = 2  # letters between two columns
-_LETTERS, _HEADING = 28, 14  # after so many a column of texts, or a heading, goes on in another line
-_WIDTH = "3.2cm"  # of such a column
+_LETTERS, _LEAST, _HEADING = (
+    28,
+    12,
+    14,
+)  # after so many, or less, a column of texts goes on in another line; and a heading
+_NAMES = 0.6  # of a line that the names of rows may take
+_LETTER = 0.115  # centimetres
 _SIGNS = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}
 _SIGNS |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "°": r"\textdegree{}", "✓": r"\textbullet{}"}
 _SIGNS |= {"–": "--", "±": r"$\pm$", "÷": r"$\div$", "Δ": r"$\Delta$", "→": r"$\to$", "−": "$-$", "²": "$^2$"}
@@ -55,7 +60,8 @@ def latex_table(
     groups = [", ".join(text for text in row if text.strip("–")) for row in texts[above].to_numpy().tolist()]
     texts = texts.drop(columns=above)
     cells = texts.map(escape).where(~best.drop(columns=above), lambda found: r"\textbf{" + found + "}")
-    parts = list(itertools.product(_column_parts(texts, keys), _row_parts(texts, groups)))
+    letters = _letters(texts, keys)
+    parts = list(itertools.product(_column_parts(texts, keys, letters), _row_parts(texts, groups, letters)))
     printed = " ".join(filter(None, (f"{escape(title)}.", escape(said))))
     lines = [f"% {line}" for line in textwrap.wrap(f"How to read it: {caption}", 110)]
     lines += ["% \\usepackage{booktabs}"]
@@ -64,7 +70,7 @@ def latex_table(
         label = f"tab:{name.replace('_', '-')}{f'-{number}' if number > 1 else ''}"
         lines += [r"\begin{table}", r"\centering", r"\scriptsize", r"\setlength{\tabcolsep}{3pt}"]
         lines += [f"\\caption{{{printed}{of}}}", f"\\label{{{label}}}"]
-        layout, of_rows = "".join(_layout(texts[headings], numbers)), [groups[place] for place in places]
+        layout, of_rows = "".join(_layout(texts[headings], numbers, letters)), [groups[place] for place in places]
         lines += [*_tabular(cells.iloc[places][headings], of_rows, layout)]
         shown = {mark: text for mark, text in below.items() if texts.iloc[places][headings].eq(mark).any(axis=None)}
         if shown:
@@ -98,15 +104,25 @@ def _shared_in_turn(texts: pd.DataFrame, keys: Sequence[str]) -> list[str]:
     return found
 
 
-def _column_parts(texts: pd.DataFrame, keys: Collection[str]) -> list[list[str]]:
+def _letters(texts: pd.DataFrame, keys: Collection[str]) -> int:
+    """After how many letters a column of texts goes on in another line: fewer where there are many names."""
+    named = [heading for heading in texts if heading in keys]
+    wanted = _NAMES * _ACROSS
+    fits = (
+        number for number in range(_LETTERS, _LEAST, -1) if sum(_width(texts, key, number) for key in named) <= wanted
+    )
+    return next(fits, _LEAST)
+
+
+def _column_parts(texts: pd.DataFrame, keys: Collection[str], letters: int) -> list[list[str]]:
     """Headings of each part: the names of the rows, and as many other columns as stand beside them."""
     named = [heading for heading in texts if heading in keys]
-    room = _ACROSS - sum(_width(texts, heading) for heading in named)
+    room = _ACROSS - sum(_width(texts, heading, letters) for heading in named)
     parts, left = [list(named)], room
     for heading in texts:
         if heading in keys:
             continue
-        wide = _width(texts, heading)
+        wide = _width(texts, heading, letters)
         if wide > left and len(parts[-1]) > len(named):
             parts.append(list(named))
             left = room
@@ -115,17 +131,17 @@ def _column_parts(texts: pd.DataFrame, keys: Collection[str]) -> list[list[str]]
     return parts
 
 
-def _width(texts: pd.DataFrame, heading: str) -> int:
+def _width(texts: pd.DataFrame, heading: str, letters: int) -> int:
     longest = int(texts[heading].map(len).max()) if len(texts) else 0
-    return max(min(longest, _LETTERS), *map(len, _broken(heading))) + _BETWEEN
+    return max(min(longest, letters), *map(len, _broken(heading))) + _BETWEEN
 
 
-def _row_parts(texts: pd.DataFrame, groups: Sequence[str]) -> list[list[int]]:
+def _row_parts(texts: pd.DataFrame, groups: Sequence[str], letters: int) -> list[list[int]]:
     """Places of the rows of each part, as many as a page has lines for."""
     parts: list[list[int]] = [[]]
     left = _LINES
     for place, row in enumerate(texts.itertuples(index=False)):
-        lines = max((-(-len(text) // _LETTERS) for text in row), default=1)
+        lines = max((-(-len(text) // letters) for text in row), default=1)
         lines += not place or groups[place] != groups[place - 1]
         if lines > left and parts[-1]:
             parts.append([])
@@ -150,11 +166,11 @@ def _tabular(cells: pd.DataFrame, groups: Sequence[str], layout: str) -> Iterato
     yield r"\end{tabular}"
 
 
-def _layout(texts: pd.DataFrame, numbers: Collection[str]) -> Iterator[str]:
+def _layout(texts: pd.DataFrame, numbers: Collection[str], letters: int) -> Iterator[str]:
     """A column's letter: numbers stand at the right, long texts in lines."""
     for heading in texts.columns:
         longest = int(texts[heading].map(len).max()) if len(texts) else 0
-        yield "r" if heading in numbers else rf"p{{{_WIDTH}}}" if longest > _LETTERS else "l"
+        yield "r" if heading in numbers else rf"p{{{_LETTER * letters:.1f}cm}}" if longest > letters else "l"
 
 
 def _broken(heading: str) -> list[str]:
