@@ -105,13 +105,14 @@ def _shared_in_turn(texts: pd.DataFrame, keys: Sequence[str]) -> list[str]:
 
 
 def _letters(texts: pd.DataFrame, keys: Collection[str]) -> int:
-    """After how many letters a column of texts goes on in another line: fewer where there are many names."""
-    named = [heading for heading in texts if heading in keys]
-    wanted = _NAMES * _ACROSS
+    """After how many letters a column of texts goes on in another line: fewer where there are many names, but no word is longer."""
+    named, wanted = [heading for heading in texts if heading in keys], _NAMES * _ACROSS
+    words = (len(word) for heading in texts for text in texts[heading] for word in text.split())
+    least = min(max(words, default=0) + _BETWEEN, _LETTERS)
     fits = (
-        number for number in range(_LETTERS, _LEAST, -1) if sum(_width(texts, key, number) for key in named) <= wanted
+        number for number in range(_LETTERS, least, -1) if sum(_width(texts, key, number) for key in named) <= wanted
     )
-    return next(fits, _LEAST)
+    return next(fits, least)
 
 
 def _column_parts(texts: pd.DataFrame, keys: Collection[str], letters: int) -> list[list[str]]:
