@@ -100,3 +100,23 @@ def test_it_gives_logits_and_with_labels_the_mean_loss() -> None:
     found = model(images, labels)
     assert found["logits"].shape == (3, 7)
     assert found["loss"].item() == pytest.approx(torch.nn.functional.cross_entropy(found["logits"], labels).item())
+
+
+def test_random_weights_are_the_same_in_every_run_and_ask_nothing_of_functions_that_releases_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch's ``trunc_normal_`` draws other numbers from one release to the next."""
+
+    def loaded() -> dict[str, torch.Tensor]:
+        return load_image_classifier(TEST_VIT, 10, 32, 0.0, 3).state_dict()
+
+    wanted = loaded()
+
+    def other(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return tensor.uniform_(-1, 1)
+
+    torch.rand(7)
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", other)
+    monkeypatch.setattr("timm.models.vision_transformer.trunc_normal_", other)
+    found = loaded()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())

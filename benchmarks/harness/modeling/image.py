@@ -166,9 +166,11 @@ def _load_timm(
 def _draw_(network: nn.Module, seed: int) -> None:
     """Random weights that every release of torch draws alike; timm's own, by ``trunc_normal_``, are others from one to the next."""
     torch.manual_seed(seed)
-    for weight in network.parameters():
+    for name, weight in network.named_parameters():
         if weight.ndim > 1:
             nn.init.normal_(weight, std=_DEVIATION)
+        elif name.endswith("bias"):
+            nn.init.zeros_(weight)  # some are drawn, too
 
 
 def _repository(model: Mapping[str, Any]) -> str:
