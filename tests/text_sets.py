@@ -7,6 +7,9 @@ from pathlib import Path
 
 import datasets
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.text.definition import RunTask
@@ -202,3 +205,47 @@ def write_saved(
 def task(name: str) -> RunTask:
     """A task of glue as a run has it."""
     return load_benchmark("glue").tasks[name].as_run(name)
+
+
+def write_rows(
+    root: Path,
+    name: str,
+    labels: list[object],
+    form: str,
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str] | None = None,
+) -> None:
+    """The dev split of a task in a form that the hub's column names have, names of classes stored beside numbers where given."""
+    folder, split = root / TASKS[name]["source"]["folder"], TASKS[name]["splits"]["dev"]
+    columns = {field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]}
+    columns |= {TASKS[name]["label"]: labels}
+    if form == "csv":  # as text, so that every row is written as it is given
+        lines = [
+            ",".join("" if cell is None else str(cell) for cell in row) for row in zip(*columns.values(), strict=True)
+        ]
+        folder.mkdir()
+        (folder / f"{split}.csv").write_text("\n".join([",".join(columns), *lines]) + "\n")
+        return
+    if form == "jsonl":
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        folder.mkdir()
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return
+    loaded = datasets.Dataset.from_dict(columns)
+    if names:
+        loaded = loaded.cast_column(TASKS[name]["label"], datasets.ClassLabel(names=names))
+    if form == "saved":
+        datasets.DatasetDict({split: loaded}).save_to_disk(str(folder))
+    elif form == "hub":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: loaded)
+    else:
+        folder.mkdir()
+        table = loaded.with_format("arrow")[:]
+        if form == "parquet":
+            pq.write_table(table, folder / f"{split}.parquet")
+        else:
+            with (
+                pa.OSFile(str(folder / f"{split}.arrow"), "wb") as sink,
+                pa.ipc.new_stream(sink, table.schema) as writer,
+            ):
+                writer.write_table(table)

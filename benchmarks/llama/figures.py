@@ -21,6 +21,7 @@ from benchmarks.harness.reporting.plots import (
     WIDTH,
     count_text,
     hide_empty,
+    legend_below,
     placeholder_figure,
     save,
     wrapped,
@@ -69,17 +70,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
             counted = count_text(len(runs) for runs in lines.values())
             axes[-1, column].set_xlabel(f"step; means of {counted}")
             axes[-1, column].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-        handles = {
-            label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(
-            handles.values(),
-            handles.keys(),
-            loc="outside lower center",
-            ncols=len(groups) + 1,
-            fontsize=7,
-            frameon=False,
-        )
+        legend_below(figure, axes.flat, len(groups) + 1)
         save(figure, path)
 
 

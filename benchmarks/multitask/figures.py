@@ -14,7 +14,7 @@ from benchmarks.harness.reporting.plots import (
     REFERENCE,
     STYLE,
     WIDTH,
-    count_text,
+    difference_label,
     draw_difference,
     placeholder_figure,
     save,
@@ -72,9 +72,7 @@ def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
             fontsize=7,
             frameon=False,
         )
-        axes[-1, 0].set_xlabel(
-            ", ".join(filter(None, (f"Difference to {outcomes.baseline_title} (points)", count_text(rows["n"]))))
-        )
+        axes[-1, 0].set_xlabel(difference_label(outcomes.baseline_title, rows["n"]))
         save(figure, path)
 
 

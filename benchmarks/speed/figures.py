@@ -9,7 +9,7 @@ import matplotlib as mpl
 import torch
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.plots import STYLE, WIDTH, save
+from benchmarks.harness.reporting.plots import STYLE, WIDTH, legend_below, save
 from benchmarks.speed.measurements import Measurements
 from benchmarks.speed.tables import threads_text
 from emoe.sparse.cost_model import predicted_time_ratio
@@ -76,7 +76,7 @@ def draw_layer(measured: Measurements, path: Path) -> None:
             axis.set_xlabel("Time ÷ dense")
         axes[0][0].set_yticks(range(len(cells)), [f"{title}, k/N {share:g}" for title, share in cells])
         axes[0][0].set_ylim(len(cells) - 0.5, -0.5)
-        _legend(figure, axes[0][0])
+        legend_below(figure, axes[0][:1], 3)
         save(figure, path)
 
 
@@ -133,7 +133,7 @@ def draw_scaling(measured: Measurements, path: Path) -> None:
             axis.set_ylim(0, 2)
         for axis in axes[:, 0]:
             axis.set_ylabel("Time ÷ dense")
-        _legend(figure, axes[0, 0])
+        legend_below(figure, axes[0, :1], 3)
         save(figure, path)
 
 
@@ -151,11 +151,3 @@ def _plain_ticks(axis: Any, places: list[float]) -> None:
     axis.set_major_locator(mpl.ticker.FixedLocator(places))
     axis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(mpl.ticker.NullLocator())
-
-
-def _legend(figure: Any, axis: Any) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(
-        unique.values(), unique.keys(), loc="outside lower center", ncols=min(len(unique), 3), fontsize=7, frameon=False
-    )

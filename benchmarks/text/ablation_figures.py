@@ -19,9 +19,10 @@ from benchmarks.harness.reporting.plots import (
     REFERENCE,
     STYLE,
     WIDTH,
-    count_text,
+    difference_label,
     draw_difference,
     hide_empty,
+    legend_below,
     placeholder_figure,
     save,
     wrapped,
@@ -67,9 +68,8 @@ def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, ref
             axis.set_yticks(range(len(names)), [textwrap.fill(name, 34) for name in names])
             axis.set_ylim(len(names) - 0.4, -0.6)
         hide_empty(axes)
-        counted = count_text(n for _, found in panels for n in found.loc[found["is_ours"], "n"])
-        label = ", ".join(filter(None, (f"Difference to {reference} (points)", counted)))
-        figure.supxlabel(label, fontsize=8)
+        counts = (n for _, found in panels for n in found.loc[found["is_ours"], "n"])
+        figure.supxlabel(difference_label(reference, counts), fontsize=8)
         save(figure, path)
 
 
@@ -123,12 +123,7 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
             panel.set_title(title, fontsize=8)
             panel.set_xlabel(_AXIS_LABELS[axis], fontsize=7)
         hide_empty(axes)
-        handles = {
-            label: handle
-            for panel in axes.flat
-            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+        legend_below(figure, axes.flat, 2)
         figure.supylabel("Score (%)", fontsize=8)
         save(figure, path)
 

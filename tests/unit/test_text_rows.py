@@ -7,60 +7,13 @@ import math
 import shutil
 from pathlib import Path
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.text.datasets import load_split
-from tests.text_sets import TASKS, task, write_glue
+from tests.text_sets import TASKS, task, write_glue, write_rows
 
 FORMS = ["parquet", "arrow", "jsonl", "csv", "saved", "hub"]
-
-
-def write_rows(
-    root: Path,
-    name: str,
-    labels: list[object],
-    form: str,
-    monkeypatch: pytest.MonkeyPatch,
-    names: list[str] | None = None,
-) -> None:
-    """The dev split of a task in a form that the hub's column names have, names of classes stored beside numbers where given."""
-    folder, split = root / TASKS[name]["source"]["folder"], TASKS[name]["splits"]["dev"]
-    columns = {field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]}
-    columns |= {TASKS[name]["label"]: labels}
-    if form == "csv":  # as text, so that every row is written as it is given
-        lines = [
-            ",".join("" if cell is None else str(cell) for cell in row) for row in zip(*columns.values(), strict=True)
-        ]
-        folder.mkdir()
-        (folder / f"{split}.csv").write_text("\n".join([",".join(columns), *lines]) + "\n")
-        return
-    if form == "jsonl":
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        folder.mkdir()
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return
-    loaded = datasets.Dataset.from_dict(columns)
-    if names:
-        loaded = loaded.cast_column(TASKS[name]["label"], datasets.ClassLabel(names=names))
-    if form == "saved":
-        datasets.DatasetDict({split: loaded}).save_to_disk(str(folder))
-    elif form == "hub":
-        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: loaded)
-    else:
-        folder.mkdir()
-        table = loaded.with_format("arrow")[:]
-        if form == "parquet":
-            pq.write_table(table, folder / f"{split}.parquet")
-        else:
-            with (
-                pa.OSFile(str(folder / f"{split}.arrow"), "wb") as sink,
-                pa.ipc.new_stream(sink, table.schema) as writer,
-            ):
-                writer.write_table(table)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -293,82 +246,6 @@ def test_numbers_that_are_names_of_classes_are_no_numbers_of_classes(
         load_split(stars, "dev")
 
 
-NAMES = ("contradiction", "entailment", "neutral")  # not in the task's order
-FEATURES = {"label": {"names": list(NAMES), "_type": "ClassLabel"}}
-README = "---\ndataset_info:\n  features:\n  - name: label\n    dtype:\n      class_label:\n        names:\n" + "".join(
-    f"          '{number}': {name}\n" for number, name in enumerate(NAMES)
-)
-BESIDE = {
-    "README.md": f"{README}---\n# SNLI\n",
-    "dataset_info.json": json.dumps({"features": FEATURES}),
-    "dataset_infos.json": json.dumps({"other": {"features": {}}, "plain_text": {"features": FEATURES}}),
-}
-
-
-@pytest.mark.parametrize("form", ["parquet", "arrow", "jsonl", "csv"])
-@pytest.mark.parametrize("beside", BESIDE)
-def test_numbers_are_read_by_the_class_names_in_the_hubs_files_beside_them(
-    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, beside: str
-) -> None:
-    write_rows(root, "mnli", [0, 1, 2, -1], form, monkeypatch)
-    (root / "MNLI" / beside).write_text(BESIDE[beside])
-    split = load_split(task("mnli"), "dev")
-    assert (split.labels, split.dropped) == ([2, 0, 1], 1)
-
-
-def test_class_names_beside_a_file_are_those_of_the_sets_part(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows(root, "rte", [0, 1], "parquet", monkeypatch)
-    names = {"rte": ["not_entailment", "entailment"], "qnli": ["entailment", "not_entailment"]}
-    infos = {config: {"features": {"label": {"names": found}}} for config, found in names.items()}
-    (root / "RTE/dataset_infos.json").write_text(json.dumps(infos))
-    (root / "RTE/README.md").write_text("# A set without front matter\n---\nand a line.\n")
-    assert load_split(task("rte"), "dev").labels == [1, 0]
-    (root / "RTE/dataset_infos.json").write_text(json.dumps({"wnli": infos["rte"], "qnli": infos["qnli"]}))
-    with pytest.raises(
-        DataError, match=r"dataset_infos.json calls the classes of 'label' entailment, not_entailment, and"
-    ):
-        load_split(task("rte"), "dev")
-
-
-@pytest.mark.parametrize(
-    ("stored", "beside", "content", "message"),
-    [
-        (NAMES, "README.md", BESIDE["README.md"], None),
-        (
-            NAMES[::-1],
-            "README.md",
-            BESIDE["README.md"],
-            "README.md calls the classes of 'label' contradiction, entailment, neutral, and .*parquet neutral, entailment, contradiction; correct one",
-        ),
-        (None, "README.md", f"{README} : [\n---\n", "README.md cannot be read: "),
-        (None, "dataset_info.json", "[" * 100_000 + "]" * 100_000, "dataset_info.json cannot be read: .*too deeply$"),
-    ],
-)
-def test_class_names_beside_a_file_that_do_not_fit_are_refused(
-    root: Path, monkeypatch: pytest.MonkeyPatch, stored, beside: str, content: str, message: str | None
-) -> None:
-    write_rows(root, "mnli", [0, 1, 2], "parquet", monkeypatch, stored and list(stored))
-    (root / "MNLI" / beside).write_text(content)
-    if message is None:
-        assert load_split(task("mnli"), "dev").labels == [2, 0, 1]
-        return
-    with pytest.raises(DataError, match=message) as caught:
-        load_split(task("mnli"), "dev")
-    assert "\n" not in str(caught.value)
-
-
-def test_numbers_that_may_be_names_beside_the_file_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stars from 1 to 3: is a CSV's 1 the first class, or the second?"""
-    stars = task("sst2").model_copy(update={"labels": ["1", "2", "3"]})
-    write_rows(root, "sst2", [1, 2], "csv", monkeypatch)
-    info = {"features": {"label": {"names": ["1", "2", "3"], "_type": "ClassLabel"}}}
-    (root / "SST-2/dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(
-        DataError, match=r"dataset_info\.json calls the classes of 'label' 1, 2, 3: is a number in .*csv one"
-    ):
-        load_split(stars, "dev")
-
-
 @pytest.mark.parametrize(
     ("name", "file", "content", "texts"),
     [
@@ -393,15 +270,6 @@ def test_lines_that_end_in_carriage_returns_alone_are_named(root: Path, file: st
     (root / "SST-2" / file).write_bytes(f"sentence{between}label\rfine{between}1\r".encode())
     with pytest.raises(DataError, match=f"{file} ends its lines with carriage returns alone"):
         load_split(task("sst2"), "dev")
-
-
-@pytest.mark.parametrize("front", ["- a list", "just words", "# nothing"])
-def test_lines_before_the_text_of_a_readme_need_not_be_notes(
-    root: Path, front: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_rows(root, "sst2", [1, 0], "parquet", monkeypatch)
-    (root / "SST-2/README.md").write_text(f"---\n{front}\n---\n# A set\n")
-    assert load_split(task("sst2"), "dev").labels == [1, 0]
 
 
 def test_texts_of_blanks_alone_are_dropped_and_counted(root: Path) -> None:

@@ -18,7 +18,7 @@ from benchmarks.harness.planning.artifacts import CLAIMS
 from benchmarks.harness.planning.suite import Suite
 from benchmarks.harness.reporting.claims import claimed_numbers, claims_table, judged, runs_text
 from benchmarks.harness.reporting.main_figure import draw_main, main_rows
-from benchmarks.harness.reporting.plots import STYLE, WIDTH, placeholder_figure, save
+from benchmarks.harness.reporting.plots import STYLE, WIDTH, draw_interval, placeholder_figure, save
 from benchmarks.harness.results.evidence import Verdict
 
 from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
@@ -121,11 +121,8 @@ def _draw_row(axis: Any, row: Any, top: float, low: float, high: float) -> None:
         start = low if row.compare.direction == "near" else -row.margin
         axis.fill_betweenx([top, top + _TEST], start, row.margin, color=_BAND, lw=0, zorder=0)
     if not math.isnan(row.low):
-        ends = max(row.low, low), min(row.high, high)
-        axis.plot(ends, [place, place], color=mark["color"], lw=1.4, zorder=2, solid_capstyle="butt")
-        for cut, end, arrow in ((row.low < low, low, "<"), (row.high > high, high, ">")):
-            if cut:
-                axis.plot(end, place, arrow, ms=4.5, color=mark["color"], mew=0, clip_on=False, zorder=3)
+        line = {"lw": 1.4, "zorder": 2, "solid_capstyle": "butt"}
+        draw_interval(axis, (row.low, row.high), place, (low, high), mark["color"], **line)
     if not math.isnan(row.effect):
         axis.plot(row.effect, place, "|", ms=11, mew=1.6, color=_PAPER, zorder=3)
     axis.plot(row.delta, place, ms=5, zorder=4, **{"mec": mark["color"], **mark})

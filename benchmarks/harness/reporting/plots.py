@@ -69,6 +69,35 @@ def count_text(counts: Iterable[float], of: str = "seeds") -> str:
     return f"n = {known[0]}{f' to {known[-1]}' if len(known) > 1 else ''} {named}"
 
 
+def difference_label(reference: str, counts: Iterable[float]) -> str:
+    """What an axis of differences shows, and over how many seeds."""
+    return ", ".join(filter(None, (f"Difference to {reference} (points)", count_text(counts))))
+
+
+def draw_interval(
+    axis: Any, ends: tuple[float, float], place: float, limits: tuple[float, float], colour: str, **line: Any
+) -> None:
+    """Draw an interval as far as the panel goes, with an arrow at an end that lies beyond it."""
+    shown = max(ends[0], limits[0]), min(ends[1], limits[1])
+    axis.plot(shown, [place, place], color=colour, **line)
+    for end, cut, arrow in zip(ends, shown, "<>", strict=True):
+        if end != cut:
+            axis.plot(cut, place, arrow, ms=4.5, color=colour, mew=0, clip_on=False, zorder=3)
+
+
+def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> None:
+    """Name what is drawn in any of the axes once, below the figure."""
+    named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        named.values(),
+        named.keys(),
+        loc="outside lower center",
+        ncols=min(len(named), columns),
+        fontsize=7,
+        frameon=False,
+    )
+
+
 def wrapped(text: str, inches: float, size: float = 8) -> str:
     """Break a text into lines of that width, by the mean width of letters of ``size`` points."""
     letters = max(8, int(inches * 72 / (0.58 * size)))
@@ -148,12 +177,7 @@ def score_panels(
 
 def _draw_method(axis: Any, place: int, scores: Any, look: Look, limits: tuple[float, float]) -> None:
     if len(scores) >= _BARS:
-        ends = confidence_interval(scores)
-        bar = [max(ends[0], limits[0]), min(ends[1], limits[1])]
-        axis.plot(bar, [place, place], color=look.colour, lw=1.2, alpha=0.6)
-        for end, shown, arrow in zip(ends, bar, "<>", strict=True):
-            if end != shown:
-                axis.plot(shown, place, arrow, ms=4, color=look.colour, mew=0, clip_on=False)
+        draw_interval(axis, confidence_interval(scores), place, limits, look.colour, lw=1.2, alpha=0.6)
     axis.plot(scores.mean(), place, ls="", ms=4.2, **{"mec": "white", "mew": 0.6, **look.mark})
     axis.plot(scores, [place + _BELOW] * len(scores), "o", ms=2.6, color=look.colour, alpha=0.55, mew=0)
 
