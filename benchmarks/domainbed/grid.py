@@ -33,6 +33,9 @@ from benchmarks.harness.sources.packages import PackageFile, packaged
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
 
 
+COST_COLUMNS = ("model", "set", "method", "metric")  # of published costs, before value, status and source
+
+
 class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
     """Image classifiers, trained on some environments of a set and judged on those held out."""
 
@@ -73,10 +76,8 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
 
     def check(self, definition: ImageDefinition, tasks: Mapping[str, SetEntry], folder: Path) -> None:
         if definition.published_costs:
-            columns = ("model", "set", "method", "metric")
-            check_file(
-                f"{folder / 'benchmark.yaml'}: '", "published_costs", definition.published_costs, folder, columns
-            )
+            where = f"{folder / 'benchmark.yaml'}: '"
+            check_file(where, "published_costs", definition.published_costs, folder, COST_COLUMNS)
 
     def published_files(self, definition: ImageDefinition) -> list[str]:
         costs = definition.published_costs

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from benchmarks.domainbed.grid import COST_COLUMNS
 from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.domainbed.selection import standard_error
 from benchmarks.harness.reporting.common_tables import (
@@ -144,8 +145,8 @@ def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
     file = outcomes.benchmark.definition.published_costs
     if not file:
         return None
-    keys = ["model", "set", "method"]
-    found = read_published(outcomes.benchmark, file, [*keys, "metric"])
+    keys = list(COST_COLUMNS[:-1])
+    found = read_published(outcomes.benchmark, file, COST_COLUMNS)
     numbers = found.pivot_table(index=keys, columns="metric", values="value", sort=False)
     sources = found.groupby(keys, sort=False)["source"].agg(lambda named: "; ".join(named.unique()))
     rows = numbers.join(sources).reset_index()

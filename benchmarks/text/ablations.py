@@ -25,7 +25,7 @@ from benchmarks.harness.reporting.rendering import MISSING, Column, Table
 from benchmarks.harness.results.records import collect
 from benchmarks.harness.results.statistics import confidence_interval, paired_differences, with_verdicts
 from benchmarks.text.ablation_figures import draw_curves, draw_differences
-from benchmarks.text.definition import Ablation
+from benchmarks.text.definition import ABLATION_COLUMNS, Ablation
 from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
 from benchmarks.text.outcomes import ARROW, TextOutcomes
 
@@ -35,7 +35,6 @@ AVERAGE_OF = f"{_AVERAGE} of "
 _N_AND_K = "top_k_fraction"
 AXES = {"train_share": "D", _N_AND_K: "k"}
 _FEW = 3  # sets that an average names
-_OF = ["model", "scope", "method", "setting"]  # what a published number is of
 _CELL = ["protocol", "domain", "model", "scope"]
 _ROW = [*_CELL, "method"]
 _PAIRS = ["task", "eval_task"]
@@ -203,18 +202,18 @@ def _title(outcomes: TextOutcomes, name: str) -> str:
 
 def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
     """Rows with what the paper has of them, and rows of what the paper alone has; its numbers are by its authors' selection."""
-    published = pd.DataFrame(columns=[*_OF, *NUMBER_COLUMNS])
+    published = pd.DataFrame(columns=[*ABLATION_COLUMNS, *NUMBER_COLUMNS])
     if ablation.paper:
-        published = read_published(outcomes.benchmark, ablation.paper, _OF)
+        published = read_published(outcomes.benchmark, ablation.paper, ABLATION_COLUMNS)
         where = f"{outcomes.benchmark.folder / ablation.paper}: '"
         check_names(where, "method", published["method"], ablation.rows)
         check_names(where, "model", filter(None, published["model"]), load_models())
         known = _scopes(outcomes)
         named = [scope for scope in published["scope"] if not scope.startswith(_AVERAGE)]
         check_names(where, "scope", named, known)
-        twice = published[published.duplicated(_OF)]
+        twice = published[published.duplicated(list(ABLATION_COLUMNS))]
         if len(twice):
-            raise DefinitionError(f"{where}{' '.join(twice.iloc[0][_OF])}' stands there twice")
+            raise DefinitionError(f"{where}{' '.join(twice.iloc[0][list(ABLATION_COLUMNS)])}' stands there twice")
     settings = published["setting"].astype(str)
     published = published.assign(
         method=published["method"].where(settings.eq(""), published["method"] + SETTING + settings),

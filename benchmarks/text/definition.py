@@ -38,6 +38,9 @@ from benchmarks.harness.planning.specs import RunSpec
 
 Protocol = Literal["published", "clean"]
 
+PAPER_COLUMNS = ("model", "scope", "method")  # of published numbers, before value, status and source
+ABLATION_COLUMNS = (*PAPER_COLUMNS, "setting")
+
 
 class TextTraining(Strict):
     """How a run is trained."""

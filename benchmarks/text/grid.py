@@ -30,6 +30,8 @@ from benchmarks.harness.sources.local import local_folder, wanted_place
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.text.definition import (
+    ABLATION_COLUMNS,
+    PAPER_COLUMNS,
     Ablated,
     Ablation,
     TaskEntry,
@@ -43,8 +45,7 @@ from benchmarks.text.workload import trained_workload
 from emoe.errors import EMoEError
 
 PUBLISHED, CLEAN = "published", "clean"
-ID, OOD = "id", "ood"
-OWN = "own"  # other rows of the task itself, where gradients are compared
+ID, OOD, OWN = "id", "ood", "own"  # the last: other rows of the task itself, where gradients are compared
 _SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
 _OTHER_AXES = (*OF_TRAINING, "protocol", "learning_rate", "seed")
 
@@ -52,7 +53,7 @@ _OTHER_AXES = (*OF_TRAINING, "protocol", "learning_rate", "seed")
 class TextSets(Kind[D, TaskEntry]):
     """What all benchmarks on text sets share: which sets they read, and from where."""
 
-    paper_columns: tuple[str, ...] = ("model", "scope", "method")
+    paper_columns: tuple[str, ...] = PAPER_COLUMNS
 
     def excludable(self, tasks: Mapping[str, TaskEntry]) -> Iterable[str]:
         return {name for task in tasks.values() for name in task.ood}
@@ -268,7 +269,7 @@ def check_ablations(definition: MethodsDefinition, ablations: Mapping[str, Ablat
         if definition.baseline in ablation.rows[1:] or definition.baseline not in ablation.rows:
             raise DefinitionError(f"{where}.rows' must begin with the baseline, '{definition.baseline}'")
         if ablation.paper:
-            check_file(where, "paper", ablation.paper, file.parent, (*TextSets.paper_columns, "setting"))
+            check_file(where, "paper", ablation.paper, file.parent, ABLATION_COLUMNS)
     shown = {row for ablation in ablations.values() for row in ablation.rows}
     for row, method in methods.items():
         if method.role == ABLATION and row not in shown:
