@@ -60,7 +60,7 @@ test-oldest: $(OLDEST)/.installed ## the library's contract with the oldest vers
 	@$(OLDEST)/bin/python -m pytest -n 2 -q tests/contract/test_safe_use.py tests/contract/test_exporting.py tests/contract/test_foreign_code.py tests/contract/test_always_as_masked.py tests/contract/test_decoding.py \
 		tests/contract/test_backends.py tests/contract/test_training.py tests/contract/test_quantised.py tests/unit/test_docs.py tests/golden
 
-test-paper-size: $(STAMP) ## graph, tables and report of the paper's suite at its whole size, with made-up results; minutes
+test-paper-size: $(STAMP) ## graph, tables, report and mirror of the paper's suite at its whole size, with made-up results; minutes
 	@$(BIN)/python -m pytest -m paper_size tests/workflow/test_paper_size.py
 
 lint: $(STAMP) ## style, types, imports between rooms, workflow style

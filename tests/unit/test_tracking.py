@@ -22,6 +22,7 @@ from benchmarks.harness.base.errors import RunError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.base.secrets import without_passwords
 from benchmarks.harness.planning.runs import Run, plan
+from benchmarks.harness.results import mlflow_store, tracking
 from benchmarks.harness.results.tracking import mirror
 from tests import fake_runs
 from tests.checkout import wait_for
@@ -104,6 +105,44 @@ def test_parents_carry_the_means_of_their_seeds_and_runs_their_times_and_files(r
     siblings = [c for c in children.values() if c.data.tags["mlflow.parentRunId"] == changed.info.run_id]
     assert changed.data.metrics[name] == pytest.approx(sum(c.data.metrics[name] for c in siblings) / 2)
     assert 0.25 in {c.data.metrics[name] for c in siblings}
+
+
+def test_a_database_holds_what_mlflows_client_would_write(
+    runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(uri: str) -> dict[str, dict]:
+        mirror(runs, uri)
+        client = MlflowClient(uri)
+        found = client.search_runs([client.get_experiment_by_name("glue").experiment_id])
+        names = {run.info.run_id: run.info.run_name for run in found}
+        return {
+            run.info.run_name: {
+                "info": {
+                    key: value
+                    for key, value in dict(run.info).items()
+                    if key not in ("run_id", "run_uuid", "artifact_uri")
+                },
+                "tags": {key: names.get(value, value) for key, value in run.data.tags.items()},
+                "params": run.data.params,
+                "metrics": run.data.metrics,
+                "points": {
+                    key: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)]
+                    for key in run.data.metrics
+                },
+                "files": [file.path for file in client.list_artifacts(run.info.run_id)],
+            }
+            for run in found
+        }
+
+    path = RUNS / runs[0].folder / "metrics.json"
+    content = json.loads(path.read_text())
+    content["curve"] = [0.5, 0.25, 0.25]
+    path.write_text(json.dumps(content))
+    at_once = written(f"sqlite:///{tmp_path}/at_once.db")
+    monkeypatch.setattr(tracking, "open_store", mlflow_store.Store)
+    assert at_once == written(f"sqlite:///{tmp_path}/by_client.db")
+    assert at_once[runs[0].id]["points"]["step.loss"] == [(1, 0.5), (2, 0.25), (3, 0.25)]
+    assert at_once[runs[0].id]["metrics"]["step.loss"] == 0.25
 
 
 def test_a_value_that_is_too_long_for_mlflow_says_where_it_is_whole(runs: list[Run], tmp_path: Path) -> None:

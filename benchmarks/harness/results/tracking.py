@@ -7,15 +7,15 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from filelock import FileLock
-from mlflow.entities import Metric, Param, RunInfo, RunTag
+from mlflow.entities import Experiment, Metric
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 from sqlalchemy.exc import SQLAlchemyError
@@ -24,10 +24,11 @@ from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError, RunError, first_line
 from benchmarks.harness.base.secrets import without_passwords
 from benchmarks.harness.planning.runs import Run, canonical_json
+from benchmarks.harness.results.mlflow_store import FinishedRun, Store, open_store
 from benchmarks.harness.results.records import GROUP_KEYS, collect_from, read_metrics
 from emoe.permissions import share
 
-_ID, _CONTENT, _PARENT = "emoe.run_id", "emoe.content", "mlflow.parentRunId"
+_PARENT = "mlflow.parentRunId"
 _SQLITE = "sqlite:///"
 # what MLflow's pages show first of an experiment: its training runs
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
@@ -59,17 +60,16 @@ def mirror(runs: list[Run], uri: str, figures: Mapping[str, Sequence[Path]] | No
     with FileLock(paths.RESULTS / ".mirror.lock"):  # SQLite does not stand parallel writers
         try:
             _create_file(uri)
-            store = _Store(uri)
-            counts = {"added": 0, "replaced": 0, "unchanged": 0}
+            store = open_store(uri)
+            counts = Counter(added=0, replaced=0, unchanged=0)
             for benchmark in dict.fromkeys(run.benchmark for run in runs):
-                found = store.experiment(benchmark)
-                for word in found.write([run for run in runs if run.benchmark == benchmark]):
-                    counts[word] += 1
+                found = _Mirrored(store, benchmark)
+                counts.update(found.write([run for run in runs if run.benchmark == benchmark]))
                 found.write_figures((figures or {}).get(benchmark, ()))
         except (MlflowException, SQLAlchemyError) as error:
             said = without_passwords(first_line(error))
             raise RunError(f"MLflow at {without_passwords(uri)}: {said}") from None
-    return counts
+    return dict(counts)
 
 
 def _create_file(uri: str) -> None:
@@ -87,125 +87,54 @@ def _create_file(uri: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-class _Store:
-    """An MLflow store."""
+class _Mirrored:
+    """What MLflow has of a benchmark: by name, MLflow's own id of it and a digest of what was written last."""
 
-    def __init__(self, uri: str) -> None:
-        self.uri, self.client = uri, MlflowClient(uri)
-
-    def experiment(self, name: str) -> _Experiment:
-        """The experiment of a benchmark, made where it is not there."""
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
-            # a server keeps artifacts itself
-            location = None if self.uri.startswith("http") else (paths.RESULTS / "mlflow" / name).resolve().as_uri()
-            return _Experiment(self, str(self.client.create_experiment(name, location, _KIND)))
-        if found.lifecycle_stage == "deleted":
-            raise DefinitionError(
-                f"MLflow's experiment '{name}' is deleted; restore it with `mlflow experiments restore` or choose another tracking_uri"
-            )
-        return _Experiment(self, str(found.experiment_id))
-
-
-class _Experiment:
-    """What MLflow has of a benchmark: by id, MLflow's own id of it and a digest of what was written last."""
-
-    def __init__(self, store: _Store, identifier: str) -> None:
-        self._store, self._client, self._identifier = store, store.client, identifier
+    def __init__(self, store: Store, benchmark: str) -> None:
+        self._store, self._experiment = store, _experiment(store, benchmark)
         self._known: dict[str, tuple[str, str | None]] = {}
-        for found in self._all_runs():
-            name, content = found.data.tags[_ID], found.data.tags.get(_CONTENT)
+        for identifier, name, content in store.known(self._experiment.experiment_id):
             if name in self._known:  # another results folder wrote it at the same time
-                self._client.delete_run(found.info.run_id)
+                store.client.delete_run(identifier)
             else:
-                self._known[name] = (found.info.run_id, content)
+                self._known[name] = (identifier, content)
 
-    def _all_runs(self) -> Iterator[Any]:
-        token = None
-        while True:
-            page = self._client.search_runs(
-                [self._identifier], filter_string=f"tags.`{_ID}` != ''", max_results=1000, page_token=token
-            )
-            yield from page
-            token = page.token
-            if not token:
-                return
-
-    def write(self, runs: list[Run]) -> Iterator[str]:
-        """Write runs and the means of their seeds; yields what was done with each."""
+    def write(self, runs: list[Run]) -> Counter[str]:
+        """Write runs and the means of their seeds; returns with how many of them what was done."""
         read = [(run, read_metrics(run)) for run in runs]
         records = collect_from(read)
-        numbers = dict(iter(records.groupby("run_id", sort=False)))
         times = {run.id: _times(run, metrics) for run, metrics in read}
-        parents: dict[str, str] = {}
+        parents: dict[str, str] = {}  # by run, the name of its parent
+        means = []
         for names, group in records.groupby(GROUP_KEYS, sort=False):
-            name = " / ".join(str(found) for found in names[1:] if found != "")
-            members = list(dict.fromkeys(group["run_id"]))
-            began, ended = zip(*(times[member] for member in members), strict=True)
-            parents |= dict.fromkeys(members, self._write_parent(name, group, (min(began), max(ended)), len(members)))
-        for run, metrics in read:
-            content = hashlib.sha256(canonical_json(metrics).encode()).hexdigest()
-            before = self._known.get(run.id)
-            if before and before[1] == content:
-                yield "unchanged"
-                continue
-            if before:
-                self._client.delete_run(before[0])
-            self._write_run(run, metrics, numbers[run.id], times[run.id], {_PARENT: parents[run.id], _CONTENT: content})
-            yield "replaced" if before else "added"
+            means.append(_parent(" / ".join(str(found) for found in names[1:] if found != ""), group, times))
+            parents |= dict.fromkeys(group["run_id"], means[-1].name)
+        for parent in means:
+            identifier, before = self._known.get(parent.name, (None, None))
+            if identifier and before != parent.content:
+                self._store.update(identifier, parent)
+        self._add([parent for parent in means if parent.name not in self._known])
 
-    def _write_parent(self, name: str, group: pd.DataFrame, times: tuple[int, int], seeds: int) -> str:
-        by_number = group.groupby(["part", "eval_task", "metric"], sort=False)["value"]
-        means = {_named(*names): float(value) for names, value in by_number.mean().items()}
-        means |= {f"{_named(*names)}.std": float(value) for names, value in by_number.std().dropna().items()}
-        content = hashlib.sha256(canonical_json([means, times, seeds]).encode()).hexdigest()
-        identifier, before = self._known.get(name, (None, None))
-        if identifier is None:
-            identifier = self._create(name, times[0], {_ID: name}).run_id
-        if before != content:
-            now = round(time.time() * 1000)  # the newest of a name is what MLflow shows
-            self._client.set_terminated(identifier, end_time=times[1])
-            self._log(
-                identifier,
-                [Metric(key, value, now, 0) for key, value in {**means, "seeds": seeds}.items()],
-                [],
-                {_CONTENT: content},
-            )
-            self._known[name] = (identifier, content)
-        return identifier
+        numbers = dict(iter(records.groupby("run_id", sort=False)))
+        counts: Counter[str] = Counter()
 
-    def _write_run(
-        self, run: Run, metrics: dict[str, Any], numbers: pd.DataFrame, times: tuple[int, int], tags: dict[str, str]
-    ) -> None:
-        environment = metrics["environment"]
-        about = {
-            _ID: run.id,
-            _PARENT: tags[_PARENT],
-            "benchmark": run.benchmark,
-            "mlflow.source.git.commit": str(environment["git_commit"]),
-            "git_dirty": str(environment["git_dirty"]),
-            "processor": environment["processor"],
-        }
-        info = self._create(run.id, times[0], about)
-        identifier = info.run_id
-        self._client.set_terminated(identifier, end_time=times[1])
-        folder = paths.RUNS / run.folder
-        self._keep(info.artifact_uri, [folder / name for name in _ARTIFACTS])
-        logged = [
-            Metric(_named(row.part, row.eval_task, row.metric), float(row.value), times[1], 0)
-            for row in numbers.itertuples()
-        ]
-        logged += [
-            Metric(_plain(f"{word}.{key}"), float(value), times[1], round(entry[counter]))
-            for word, counter, entries in _histories(metrics)
-            for entry in entries
-            for key, value in entry.items()
-            if key != counter and value is not None  # the loss of a model that diverged
-        ]
-        parameters = [Param(_plain(key), _shortened(str(value))) for key, value in _flat(run.spec)]
-        # the digest last, so that a run whose writing was cut short is written again
-        self._log(identifier, logged, parameters, {_CONTENT: tags[_CONTENT]})
-        self._known[run.id] = (identifier, tags[_CONTENT])
+        def new() -> Iterator[FinishedRun]:
+            for run, metrics in read:
+                content = hashlib.sha256(canonical_json(metrics).encode()).hexdigest()
+                identifier, before = self._known.get(run.id, (None, None))
+                if before == content:
+                    counts["unchanged"] += 1
+                    continue
+                if identifier is None:
+                    counts["added"] += 1
+                else:
+                    counts["replaced"] += 1
+                    self._store.client.delete_run(identifier)
+                parent_id, _ = self._known[parents[run.id]]
+                yield _child(run, metrics, numbers[run.id], times[run.id], parent_id, content)
+
+        self._add(new())
+        return counts
 
     def write_figures(self, figures: Sequence[Path]) -> None:
         """Keep pictures of the benchmark, in a run of their own."""
@@ -214,25 +143,74 @@ class _Experiment:
             return
         name = f"figures of {there[0].parents[1].name}"
         content = hashlib.sha256(b"".join(path.read_bytes() for path in there)).hexdigest()
+        ended = round(max(path.stat().st_mtime for path in there) * 1000)
+        pictures = FinishedRun(name, content, (ended, ended), {}, files=there)
         identifier, before = self._known.get(name, (None, None))
-        if before != content:
-            ended = round(max(path.stat().st_mtime for path in there) * 1000)
-            info = self._client.get_run(identifier).info if identifier else self._create(name, ended, {_ID: name})
-            self._client.set_terminated(info.run_id, end_time=ended)
-            self._keep(info.artifact_uri, there)
-            self._client.set_tag(info.run_id, _CONTENT, content)
+        if identifier is None:
+            self._add([pictures])
+        elif before != content:
+            self._store.keep(self._store.client.get_run(identifier).info.artifact_uri, there)
+            self._store.update(identifier, pictures)
 
-    def _create(self, name: str, began: int, tags: dict[str, str]) -> RunInfo:
-        return self._client.create_run(self._identifier, began, tags, name).info
+    def _add(self, runs: Iterable[FinishedRun]) -> None:
+        for identifier, run in self._store.add(self._experiment, runs):
+            self._known[run.name] = (identifier, run.content)
 
-    def _keep(self, place: str | None, files: Sequence[Path]) -> None:
-        repository = get_artifact_repository(str(place), tracking_uri=self._store.uri)
-        for file in files:
-            if file.exists():
-                repository.log_artifact(str(file))
 
-    def _log(self, identifier: str, metrics: list[Metric], parameters: list[Param], tags: dict[str, str]) -> None:
-        self._client.log_batch(identifier, metrics, parameters, [RunTag(key, value) for key, value in tags.items()])
+def _experiment(store: Store, name: str) -> Experiment:
+    """The experiment of a benchmark, made where it is not there."""
+    found = store.client.get_experiment_by_name(name)
+    if found is None:
+        # a server keeps artifacts itself
+        location = None if store.uri.startswith("http") else (paths.RESULTS / "mlflow" / name).resolve().as_uri()
+        found = store.client.get_experiment(store.client.create_experiment(name, location, _KIND))
+    if found.lifecycle_stage == "deleted":
+        raise DefinitionError(
+            f"MLflow's experiment '{name}' is deleted; restore it with `mlflow experiments restore` or choose another tracking_uri"
+        )
+    return found
+
+
+def _parent(name: str, group: pd.DataFrame, times: Mapping[str, tuple[int, int]]) -> FinishedRun:
+    """The means over the seeds of a setting."""
+    by_number = group.groupby(["part", "eval_task", "metric"], sort=False)["value"]
+    means = {_named(*names): float(value) for names, value in by_number.mean().items()}
+    means |= {f"{_named(*names)}.std": float(value) for names, value in by_number.std().dropna().items()}
+    members = group["run_id"].unique()
+    began, ended = zip(*(times[member] for member in members), strict=True)
+    whole = (min(began), max(ended))
+    content = hashlib.sha256(canonical_json([means, whole, len(members)]).encode()).hexdigest()
+    now = round(time.time() * 1000)  # the newest of a name is what MLflow shows
+    metrics = [Metric(key, value, now, 0) for key, value in {**means, "seeds": len(members)}.items()]
+    return FinishedRun(name, content, whole, {}, metrics)
+
+
+def _child(
+    run: Run, metrics: dict[str, Any], numbers: pd.DataFrame, times: tuple[int, int], parent: str, content: str
+) -> FinishedRun:
+    """A run with its numbers, settings and files."""
+    environment = metrics["environment"]
+    tags = {
+        _PARENT: parent,
+        "benchmark": run.benchmark,
+        "mlflow.source.git.commit": str(environment["git_commit"]),
+        "git_dirty": str(environment["git_dirty"]),
+        "processor": environment["processor"],
+    }
+    logged = [
+        Metric(_named(row.part, row.eval_task, row.metric), float(row.value), times[1], 0)
+        for row in numbers.itertuples()
+    ]
+    logged += [
+        Metric(_plain(f"{word}.{key}"), float(value), times[1], round(entry[counter]))
+        for word, counter, entries in _histories(metrics)
+        for entry in entries
+        for key, value in entry.items()
+        if key != counter and value is not None  # the loss of a model that diverged
+    ]
+    params = {_plain(key): _shortened(str(value)) for key, value in _flat(run.spec)}
+    files = [paths.RUNS / run.folder / name for name in _ARTIFACTS]
+    return FinishedRun(run.id, content, times, tags, logged, params, files)
 
 
 def _times(run: Run, metrics: Mapping[str, Any]) -> tuple[int, int]:
