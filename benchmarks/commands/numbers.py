@@ -81,8 +81,9 @@ def bless(suite: str) -> None:
 )
 @benchmark_option("Only these; several may be named.", multiple=True)
 @click.option("--jobs", default=1, show_default=True, help="Runs at a time.")
+@click.option("--add", is_flag=True, help="Keep what was measured before, on another machine perhaps, where it is larger.")
 def spread(
-    suite: str, sample: Literal["all", "seeds", "cheapest", "none"], benchmark: tuple[str, ...], jobs: int
+    suite: str, sample: Literal["all", "seeds", "cheapest", "none"], benchmark: tuple[str, ...], jobs: int, add: bool
 ) -> None:
     """Measure how far a suite's numbers are apart between machines: the tolerances of `check` on another one.
 
@@ -91,7 +92,7 @@ def spread(
     from benchmarks.harness.running.spread import measure
 
     runs = [run for run in load_suite(suite, *benchmark).runs if not benchmark or run.benchmark in benchmark]
-    click.echo(f"wrote {measure(runs, suite, sample, jobs, say=click.echo)}")
+    click.echo(f"wrote {measure(runs, suite, sample, jobs, say=click.echo, add=add)}")
 
 
 @command("Run finished runs once more, in a folder.", hidden=True)

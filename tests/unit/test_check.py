@@ -124,6 +124,16 @@ def test_a_real_second_machine_counts_in_the_spreads(
     metric = text[-1].spec["task"]["metric"]
     assert {row.quantity: row.largest for row in found.spreads}[metric] == pytest.approx(0.002)
 
+    # a third machine, which is farther away in one quantity and nearer in the others
+    write_spreads(blessed, **{metric: 0.001, "first losses": 0.5, "of old": 0.25})
+    both = SpreadFile.model_validate_json(spread.measure(text, "mini", "none", 1, blessed, add=True).read_text())
+    largest = {row.quantity: row.largest for row in both.spreads}
+    assert largest == {row.quantity: row.largest for row in found.spreads} | {"first losses": 0.5, "of old": 0.25}
+    numbers = {row.quantity: row.numbers for row in found.spreads}
+    assert {row.quantity: row.numbers for row in both.spreads}[metric] == numbers[metric] + 9
+    assert both.variants == found.variants
+    assert both.made_by.endswith("(0000000)")
+
 
 def test_a_seed_or_a_run_that_is_lost_fails(runs: list[Run], blessed: Path) -> None:
     fewer = compare(runs[1:], "mini", blessed)

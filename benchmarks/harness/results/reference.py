@@ -157,6 +157,19 @@ def read_reference(suite: str, folder: Path = REFERENCE) -> Reference:
     return Reference(rows, read.machines)
 
 
+def read_spreads(path: Path) -> SpreadFile:
+    """Measured spreads.
+
+    Raises:
+        DefinitionError: the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DefinitionError(f"{path} is damaged: {error}") from error
+    return parse(content, SpreadFile, str(path))
+
+
 def read_tolerances(suite: str, folder: Path = REFERENCE) -> Tolerances:
     """The measured spreads of a suite and of the smoke suite, which every method is in: the larger of both.
 
@@ -166,11 +179,7 @@ def read_tolerances(suite: str, folder: Path = REFERENCE) -> Tolerances:
     files = {spread_file(suite, folder), spread_file("smoke", folder)}
     spreads: dict[str, float] = {}
     for path in [path for path in files if path.exists()]:
-        try:
-            content = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise DefinitionError(f"{path} is damaged: {error}") from error
-        for row in parse(content, SpreadFile, str(path)).spreads:
+        for row in read_spreads(path).spreads:
             spreads[row.quantity] = max(spreads.get(row.quantity, 0.0), row.largest)
     if not spreads:
         raise DefinitionError(

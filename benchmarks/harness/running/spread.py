@@ -22,6 +22,7 @@ from benchmarks.harness.results.reference import (
     Spread,
     SpreadFile,
     read_reference,
+    read_spreads,
     reference_file,
     spread_file,
 )
@@ -98,11 +99,22 @@ def measure(
     jobs: int,
     folder: Path = REFERENCE,
     say: Callable[[str], None] = print,
+    *,
+    add: bool = False,
 ) -> Path:
     """Run a sample of finished runs again under every one of :data:`VARIANTS`, and write the largest deviation of every quantity.
 
     Where numbers of another machine are blessed, the differences of all finished runs to them count as well: that is what the variants stand for.
     With the sample ``none`` they are all that counts, and nothing is run.
+
+    Args:
+        runs: finished ones.
+        suite: which they are of.
+        which: of them are run again.
+        jobs: runs at a time.
+        folder: where references are.
+        say: told what is run.
+        add: of a quantity that was measured before, on another machine perhaps, keep the larger deviation.
 
     Raises:
         RunError: a run failed, or there is nothing to compare with.
@@ -143,8 +155,32 @@ def measure(
         spreads=spreads,
     )
     path = spread_file(suite, folder)
+    if add and path.exists():
+        content = _larger(read_spreads(path), content)
     write_json(path, content.model_dump())
     return path
+
+
+def _larger(before: SpreadFile, after: SpreadFile) -> SpreadFile:
+    """Two measurements as one."""
+    both: dict[str, list[Spread]] = {}
+    for spread in (*before.spreads, *after.spreads):
+        both.setdefault(spread.quantity, []).append(spread)
+    return SpreadFile(
+        made_by=f"{before.made_by}; and {after.made_by} ({after.commit[:7]})",
+        commit=before.commit,
+        machine=before.machine,
+        variants=[*before.variants, *after.variants],
+        runs=before.runs,
+        spreads=[
+            Spread(
+                quantity=name,
+                largest=max(spread.largest for spread in found),
+                numbers=sum(spread.numbers for spread in found),
+            )
+            for name, found in sorted(both.items())
+        ],
+    )
 
 
 def _of_another_machine(suite: str, runs: Sequence[Run], folder: Path) -> tuple[Reference, Reference, int] | None:
