@@ -116,6 +116,8 @@ class RoutedActivation(nn.Module):
         self._choose_path()
 
     def _choose_path(self) -> None:
+        if self.sparse is not None:
+            self.sparse.leave_()
         wanted = may_take_sparse_path(self.config)
         self.sparse = SparsePath(self.ffn, self, self._handlers()) if wanted else None
 
@@ -162,6 +164,8 @@ class RoutedActivation(nn.Module):
         """Give the FFN back its activation and its one output bias: ``(k / N) * sum of the experts'`` biases."""
         for projection in filter(None, (self.ffn.proj_in, self.ffn.proj_up, self.ffn.proj_out)):
             leave_(without_adapter(projection))
+        if self.sparse is not None:
+            self.sparse.leave_()
         self.ffn.replace(self.ffn.spec.activation, self.activation)
         if self.output_bias is not None:
             proj_out = without_adapter(self.ffn.proj_out)

@@ -1,4 +1,4 @@
-"""Stand around a projection's call by giving it a class of its own, as FSDP2 does.
+"""Stand around the call of a projection, or of a whole FFN, by giving it a class of its own, as FSDP2 does.
 
 Hooks, wrappers, copies and replaced ``forward`` methods go on working, and other people's are left alone when ours is taken away.
 """
@@ -30,56 +30,84 @@ class RoutedProjection(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the projection; a compiler may come here without a call."""
-        # somebody may have kept this method while the class was taken away again
-        plain = super().forward if isinstance(self, RoutedProjection) else functools.partial(type(self).forward, self)
-        handler = self.__dict__.get(_HANDLER)
+        plain, handler = _own_forward(self, RoutedProjection), self.__dict__.get(_HANDLER)
         if handler is None or not torch.compiler.is_compiling():
             return plain(*args, **kwargs)
         return handler(plain, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # pickle finds a class by its name, and this one is made when it is needed
-        plain = next(base for base in type(self).__mro__ if not issubclass(base, RoutedProjection))
-        return (_new, (plain,), *cast(tuple[Any, ...], super().__reduce_ex__(protocol))[2:])
+        return _reduced(self, RoutedProjection, super().__reduce_ex__(protocol))
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
+class RoutedFFN(nn.Module):
+    """The module of a whole FFN, of whose forward pass a handler may have the result: ``handler(x)``, None where it has not.
+
+    Hooks of the module, and what is put around its ``forward``, see the call as they would without.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the FFN."""
+        if not torch.compiler.is_compiling():
+            handler = self.__dict__.get(_HANDLER)
+            if handler is not None and len(args) == 1 and not kwargs and (y := handler(args[0])) is not None:
+                return y
+        return _own_forward(self, RoutedFFN)(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(self, RoutedFFN, super().__reduce_ex__(protocol))
 
 
-def _routed_class(plain: type[nn.Module]) -> type[nn.Module]:
-    if plain not in _classes:
-        _classes[plain] = type(f"Routed{plain.__name__}", (RoutedProjection, plain), {"__module__": __name__})
-    return _classes[plain]
+def _own_forward(module: nn.Module, base: _Base) -> Callable[..., Any]:
+    # somebody may have kept our method while the class was taken away again
+    if not isinstance(module, base):
+        return functools.partial(type(module).forward, module)
+    return cast(Any, super(base, module)).forward
 
 
-def _new(plain: type[nn.Module]) -> nn.Module:
-    return _routed_class(plain).__new__(_routed_class(plain))
+def _reduced(module: nn.Module, base: _Base, reduced: Any) -> Any:
+    # pickle finds a class by its name, and this one is made when it is needed
+    plain = next(found for found in type(module).__mro__ if not issubclass(found, base))
+    return (_new, (base, plain), *reduced[2:])
 
 
-def stand_around_(projection: nn.Module, handler: Handler) -> None:
-    """Let the calls of a projection go through a handler from now on, in place."""
-    projection.__dict__[_HANDLER] = handler
-    if not isinstance(projection, RoutedProjection):  # it still is where somebody put a class on top of ours
-        projection.__class__ = _routed_class(type(projection))
+_Base = type[RoutedProjection] | type[RoutedFFN]
+_classes: dict[tuple[_Base, type[nn.Module]], type[nn.Module]] = {}
 
 
-def leave_(projection: nn.Module) -> None:
+def _routed_class(base: _Base, plain: type[nn.Module]) -> type[nn.Module]:
+    if (base, plain) not in _classes:
+        _classes[base, plain] = type(f"Routed{plain.__name__}", (base, plain), {"__module__": __name__})
+    return _classes[base, plain]
+
+
+def _new(base: _Base, plain: type[nn.Module]) -> nn.Module:
+    return _routed_class(base, plain).__new__(_routed_class(base, plain))
+
+
+def stand_around_(module: nn.Module, handler: Handler, base: _Base = RoutedProjection) -> None:
+    """Let the calls of a projection, or of a whole FFN, go through a handler from now on, in place."""
+    module.__dict__[_HANDLER] = handler
+    if not isinstance(module, base):  # it still is where somebody put a class on top of ours
+        module.__class__ = _routed_class(base, type(module))
+
+
+def leave_(module: nn.Module) -> None:
     """Take the handler away again, and the class unless somebody else has put theirs on top of it."""
-    projection.__dict__.pop(_HANDLER, None)
-    plain = _plain_class(projection)
+    module.__dict__.pop(_HANDLER, None)
+    plain = plain_class(module)
     if plain is not None:
-        projection.__class__ = plain
+        module.__class__ = plain
 
 
-def _plain_class(projection: nn.Module) -> type[nn.Module] | None:
-    """The class that ours was made of, where nobody has put theirs on top of it."""
-    own = type(projection)
-    return own.__mro__[2] if own.__bases__[0] is RoutedProjection else None
+def plain_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that ours was made of, where we stand around a module and nobody has put theirs on top."""
+    own = type(module)
+    return own.__mro__[2] if own.__bases__[0] in (RoutedProjection, RoutedFFN) else None
 
 
 def is_linear(projection: nn.Module) -> bool:
     """Whether a projection does what its weight and bias say and nothing else: PyTorch's linear layer or GPT-2's, as they are."""
-    plain = _plain_class(projection)
+    plain = plain_class(projection)
     if plain is None or F.linear is not _LINEAR or plain.__call__ is not nn.Module.__call__:
         return False
     forward = plain.forward

@@ -160,7 +160,21 @@ INLINE float wide(at::BFloat16 value) {
 // out[i] = b[i] + x . w[i], for rows i of w
 template <typename scalar_t>
 INLINE void rows_times(scalar_t* out, const float* x, const scalar_t* w, const scalar_t* b, int64_t rows, int64_t width) {
-  for (int64_t i = 0; i < rows; ++i) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {  // four sums at a time, none of which waits for another
+    const scalar_t *first = w + i * width, *second = first + width, *third = second + width, *fourth = third + width;
+    float a = 0, c = 0, d = 0, e = 0;
+#pragma omp simd reduction(+ : a, c, d, e)
+    for (int64_t j = 0; j < width; ++j) {
+      a += x[j] * wide(first[j]);
+      c += x[j] * wide(second[j]);
+      d += x[j] * wide(third[j]);
+      e += x[j] * wide(fourth[j]);
+    }
+    const float sums[] = {a, c, d, e};
+    for (int64_t r = 0; r < 4; ++r) out[i + r] = static_cast<scalar_t>(b ? sums[r] + wide(b[i + r]) : sums[r]);
+  }
+  for (; i < rows; ++i) {
     const scalar_t* row = w + i * width;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)

@@ -32,11 +32,12 @@ from torch.nn.modules import module as nn_module
 
 from emoe.architectures import FFN, bias_of
 from emoe.config import LINEAR_SCORES, EMoEConfig, GMoEConfig
-from emoe.projections import is_routed_by
+from emoe.projections import RoutedFFN, is_routed_by, leave_, stand_around_
 from emoe.sparse.build import compiled_kernels, prepare_kernels
 from emoe.sparse.cost_model import predicted_decode_ratio, predicted_time_ratio
 from emoe.sparse.decode import DecodeCache, DecodeWeights, decode_ffn, decode_weights
 from emoe.sparse.ffn import sparse_ffn
+from emoe.sparse.whole import whole_ffn
 from emoe.tensors import Deferred, DeferredTensor, autocast_dtype
 from emoe.tokens import is_own_hook
 
@@ -108,6 +109,9 @@ class SparsePath:
         self._others = (cast(nn.Module, layer), *self._projections, *between, *_holders(ffn))
         self._watch_activation()
         self._is_looked_at_inside = False
+        self._whole = whole_ffn(ffn)
+        if self._whole is not None:
+            stand_around_(self._whole.module, self.decode, RoutedFFN)
         self._width, self._hidden = ffn.d, ffn.h
         first = getattr(self._projections[0], "weight", None)  # one that was replaced may have none
         on_cpu = isinstance(first, Tensor) and first.device.type == "cpu"
@@ -156,8 +160,25 @@ class SparsePath:
         call = Deferred(self._layer, x, output, self._tell_of_a_look, read, y.requires_grad)
         return DeferredTensor.of(shape, y, lambda: pre_activations(weights()), call)
 
+    def decode(self, x: Tensor) -> Tensor | None:
+        """The FFN's output for a few tokens of a model at rest, for its module to give without running its own code; None where it has to."""
+        whole = self._whole
+        if torch.is_grad_enabled() or whole is None or not self._takes(x) or x.numel() > _FEW_TOKENS * self._hidden:
+            return None
+        if not whole.is_as_known() or whole.activation is not self._layer:
+            return None
+        way = self.choose(x)
+        if way is None or way == "sparse":
+            return None
+        return self._decode(x.reshape(-1, self._hidden), way)[0].view(x.shape).data  # no view, as above
+
     def _tell_of_a_look(self) -> None:
         self._is_looked_at_inside = True
+
+    def leave_(self) -> None:
+        """Let the FFN's module run its own code again."""
+        if self._whole is not None:
+            leave_(self._whole.module)
 
     def forget(self) -> None:
         """Drop what decoding keeps of the weights."""

@@ -1,0 +1,194 @@
+"""One token through a language model's FFN: its module's own code need not run, and nobody sees a difference."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import emoe
+from tests import tiny_models
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+
+
+def converted(name: str = "llama", backend: str = "sparse") -> nn.Module:
+    model = tiny_models.build(name).eval()
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", backend=backend))
+    return model
+
+
+def ffn(model: nn.Module) -> Any:
+    return next(module for name, module in model.named_modules() if name.endswith("mlp"))
+
+
+def token(module: Any, tokens: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, tokens, module.gate_proj.in_features, generator=generator)
+
+
+def own_code_runs(module: Any, call: Callable[[Tensor], Tensor] | None = None, tokens: int = 1) -> bool:
+    """Whether the library's own ``forward`` of the FFN is called."""
+    plain = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("transformers."))
+    code, seen = plain.forward.__code__, set()
+    x = token(module, tokens)
+    sys.setprofile(lambda frame, event, _: seen.add(frame.f_code) if event == "call" else None)
+    try:
+        with torch.no_grad():
+            (call or module)(x)
+    finally:
+        sys.setprofile(None)
+    return code in seen
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_token_does_not_go_through_its_code(name: str) -> None:
+    masked, sparse = (ffn(converted(name, backend)) for backend in ("masked", "sparse"))
+    assert [own_code_runs(masked), own_code_runs(sparse)] == [True, False]
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(token(sparse)), masked(token(sparse)))
+        assert sparse(token(sparse)).add_(1).shape == token(sparse).shape  # a tensor of its own
+    # many tokens, gradients, training
+    assert own_code_runs(sparse, tokens=9)
+    x = token(sparse)
+    ours, theirs = (
+        torch.autograd.grad(module(x).square().sum(), module.up_proj.weight)[0] for module in (sparse, masked)
+    )
+    torch.testing.assert_close(ours, theirs)
+    sparse.train()
+    assert own_code_runs(sparse)
+
+
+def test_hooks_of_its_module_are_called() -> None:
+    module, seen = ffn(converted()), []
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    module.register_forward_hook(lambda _, args, output: output * 2)
+    reference = ffn(converted(backend="masked"))
+    with torch.no_grad():
+        torch.testing.assert_close(module(token(module)), 2 * reference(token(module)))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj", "act_fn"])
+def test_hooks_of_its_parts_are_called(part: str) -> None:
+    module, seen = ffn(converted()), []
+    getattr(module, part).register_forward_hook(lambda *_: seen.append(part))
+    assert own_code_runs(module)
+    assert seen == [part]
+
+
+def _other_class(module: Any, patch: pytest.MonkeyPatch) -> None:
+    plain = type(module).__mro__[2]
+    patch.setattr(plain, "forward", lambda self, x: self.down_proj(self.up_proj(x)) * 0 + 7)
+
+
+def _other_forward(module: Any, patch: pytest.MonkeyPatch) -> None:
+    module.forward = lambda x: torch.full_like(x, 7)
+
+
+def _other_activation(module: Any, patch: pytest.MonkeyPatch) -> None:
+    # by an activation that gives nothing, and an out-projection that then gives its bias
+    module.act_fn = _Zero()
+    module.down_proj.bias = nn.Parameter(torch.full((module.down_proj.out_features,), 7.0))
+
+
+class _Zero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("replace", [_other_class, _other_forward, _other_activation])
+def test_what_is_put_in_its_place_runs(replace: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ffn(converted())
+    assert not own_code_runs(module)
+    replace(module, monkeypatch)
+    with torch.no_grad():
+        torch.testing.assert_close(module(token(module)), torch.full_like(token(module), 7.0))
+
+
+def test_copies_decode_by_their_own_weights() -> None:
+    model = converted()
+    before = ffn(model)(token(ffn(model)))
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other = ffn(made)
+        with torch.no_grad():
+            torch.testing.assert_close(other(token(other)), before)
+            other.down_proj.weight.zero_()
+            assert not other(token(other)).any()
+        assert not own_code_runs(other)
+    torch.testing.assert_close(ffn(model)(token(ffn(model))), before)
+
+
+def test_a_dense_model_is_as_it_was() -> None:
+    plain = type(ffn(tiny_models.build("llama")))
+    model = converted()
+    module = ffn(model)
+    kept = module.forward  # as libraries do that put something around it
+    assert type(module) is not plain
+    assert isinstance(module, plain)
+    emoe.set_backend_(model, "masked")
+    assert type(module) is plain
+    emoe.set_backend_(model, "sparse")
+    assert not own_code_runs(module)
+    emoe.to_dense_(model)
+    assert type(module) is plain
+    assert own_code_runs(module)
+    with torch.no_grad():
+        torch.testing.assert_close(kept(token(module)), module(token(module)))
+
+
+def test_keywords_and_other_inputs_are_its_own_codes() -> None:
+    module, reference = ffn(converted()), ffn(converted(backend="masked"))
+    assert own_code_runs(module, lambda x: module(x=x))
+    assert not own_code_runs(module, lambda x: module(x[0]))
+    with torch.no_grad():
+        torch.testing.assert_close(module(token(module)[0, 0]), reference(token(module)[0, 0]))
+    for wrong in (torch.ones(1, 3), [1.0]):
+        errors = []
+        for each in (module, reference):
+            with pytest.raises(Exception) as raised, torch.no_grad():  # noqa: PT011  whatever the masked path says
+                each(wrong)
+            errors.append(type(raised.value))
+        assert errors[0] is errors[1]
+
+
+def test_threads_decode_together() -> None:
+    module = ffn(converted())
+    xs = [torch.randn(1, 1, module.gate_proj.in_features) for _ in range(2)]
+    with torch.no_grad():
+        expected = [module(x) for x in xs]
+    wrong: list[int] = []
+
+    def work(place: int) -> None:
+        with torch.no_grad():
+            wrong.extend(place for _ in range(200) if not torch.equal(module(xs[place]), expected[place]))
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_answers_are_the_masked_paths(compiled: bool) -> None:
+    answers = []
+    for backend in ("masked", "sparse"):
+        model = tiny_models.build_generator("llama").eval()
+        emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", backend=backend))
+        step = torch.compile(model, backend="eager") if compiled else model
+        with torch.no_grad():
+            answers.append(
+                step(torch.tensor([[3, 5, 7]])).logits
+                if compiled
+                else model.generate(torch.tensor([[3, 5, 7]]), max_new_tokens=8, do_sample=False)
+            )
+    torch.testing.assert_close(answers[0], answers[1])
