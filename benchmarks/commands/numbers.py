@@ -81,7 +81,9 @@ def bless(suite: str) -> None:
 )
 @benchmark_option("Only these; several may be named.", multiple=True)
 @click.option("--jobs", default=1, show_default=True, help="Runs at a time.")
-@click.option("--add", is_flag=True, help="Keep what was measured before, on another machine perhaps, where it is larger.")
+@click.option(
+    "--add", is_flag=True, help="Keep what was measured before, on another machine perhaps, where it is larger."
+)
 def spread(
     suite: str, sample: Literal["all", "seeds", "cheapest", "none"], benchmark: tuple[str, ...], jobs: int, add: bool
 ) -> None:

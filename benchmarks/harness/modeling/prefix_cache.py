@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.harness.base.files import atomic_write, write_json
+from benchmarks.harness.base.locks import hold
 from benchmarks.harness.base.paths import PREFIXES
 from benchmarks.harness.modeling.prefix import STATES, Prefix
 
@@ -50,7 +50,7 @@ class PrefixStates:
         found = _read(file, int(ends[-1]))
         if found is None:
             folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / f".{key}.lock"):
+            with hold(folder / f".{key}.lock"):
                 found = _read(file, int(ends[-1]))
                 if found is None:
                     _write(file, prefix, ends, lengths, batch)

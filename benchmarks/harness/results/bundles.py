@@ -17,11 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from pydantic import Field, TypeAdapter, ValidationError
 
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.files import atomic_write, write_json
+from benchmarks.harness.base.locks import hold
 from benchmarks.harness.base.paths import LOCK, LOG, ORIGIN, RUNS
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, parse_run
@@ -229,7 +230,7 @@ def _take(archive: zipfile.ZipFile, manifest: _Manifest, runs: Iterable[Run], fi
         place, entry = root / folder, manifest.runs[folder]
         place.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(place / LOCK, blocking=False):
+            with hold(place / LOCK, blocking=False):
                 write_json(place / ORIGIN, {"name": entry.origin, "bundle": digest, "merged": now})
                 for part, content in _contents(archive, folder, entry, file):
                     with atomic_write(place / part) as temporary:

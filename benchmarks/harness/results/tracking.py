@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from filelock import FileLock
 from mlflow.entities import Experiment, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -22,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError, RunError, first_line
+from benchmarks.harness.base.locks import hold
 from benchmarks.harness.base.secrets import without_passwords
 from benchmarks.harness.planning.runs import Run, canonical_json
 from benchmarks.harness.results.mlflow_store import FinishedRun, Store, open_store
@@ -57,7 +57,7 @@ def mirror(runs: list[Run], uri: str, figures: Mapping[str, Sequence[Path]] | No
     logging.getLogger("alembic").setLevel(logging.WARNING)  # silent about creating the store's tables
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     paths.RESULTS.mkdir(exist_ok=True)
-    with FileLock(paths.RESULTS / ".mirror.lock"):  # SQLite does not stand parallel writers
+    with hold(paths.RESULTS / ".mirror.lock"):  # SQLite does not stand parallel writers
         try:
             _create_file(uri)
             store = open_store(uri)

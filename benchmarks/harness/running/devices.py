@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, Timeout
 
 from benchmarks.harness.base.errors import RunError
+from benchmarks.harness.base.locks import hold
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # ROCm's torch reads it too
 _ENDS = ("-1", "NoDevFiles")  # CUDA reads the list up to the first; the second is how Slurm says none
@@ -80,12 +81,12 @@ def visible() -> list[str]:
     return [name for name in itertools.takewhile(lambda name: name not in _ENDS, names) if name]
 
 
-def _take(folder: Path, devices: list[str], count: int, name: str) -> dict[str, FileLock]:
+def _take(folder: Path, devices: list[str], count: int, name: str) -> dict[str, BaseFileLock]:
     """Lock so many, all at once or none, so that two jobs never wait for each other's."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     said = False
     while True:
-        with FileLock(folder / "choice.lock"):
+        with hold(folder / "choice.lock"):
             free = _locked(folder, devices, count)
         if len(free) == count:
             return free
@@ -97,17 +98,15 @@ def _take(folder: Path, devices: list[str], count: int, name: str) -> dict[str, 
         time.sleep(_PAUSE)
 
 
-def _locked(folder: Path, devices: list[str], count: int) -> dict[str, FileLock]:
-    found: dict[str, FileLock] = {}
+def _locked(folder: Path, devices: list[str], count: int) -> dict[str, BaseFileLock]:
+    found: dict[str, BaseFileLock] = {}
     for device in devices:
         if len(found) == count:
             break
-        lock = FileLock(folder / f"{device.replace('/', '_')}.lock")
         try:
-            lock.acquire(blocking=False)
+            found[device] = hold(folder / f"{device.replace('/', '_')}.lock", blocking=False).lock
         except Timeout:
             continue
-        found[device] = lock
     return found
 
 

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import AcquireReturnProxy, Timeout
 
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.files import write_json
+from benchmarks.harness.base.locks import hold
 from benchmarks.harness.base.paths import LOCK, ORIGIN
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.planning.definition import load_benchmark
@@ -160,13 +161,12 @@ def _peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def _exclusive(folder: Path, run_id: str) -> AcquireReturnProxy[FileLock]:
-    lock = FileLock(folder / LOCK)
+def _exclusive(folder: Path, run_id: str) -> AcquireReturnProxy[Any]:
     try:
-        return lock.acquire(blocking=False)
+        return hold(folder / LOCK, blocking=False)
     except Timeout:
         print(f"[{run_id}] another process works on this run; waiting for it", file=sys.stderr, flush=True)  # noqa: T201
-        return lock.acquire()
+        return hold(folder / LOCK)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from benchmarks.harness.base.locks import is_held
 from benchmarks.harness.base.paths import LOCK, LOG, RUNS
 from benchmarks.harness.planning.runs import Run
 
@@ -40,7 +40,7 @@ def standing_of(run: Run, root: Path = RUNS) -> Standing:
     if (folder / "metrics.json").exists():
         return Standing(run, "done")
     log = folder / LOG
-    if _is_locked(folder / LOCK):
+    if is_held(folder / LOCK):
         state: State = "running"
     elif log.exists() or (folder / LOCK).exists():
         # its numbers are written before its lock is let go, so that a run that ended meanwhile has them
@@ -66,18 +66,3 @@ def last_line(log: Path) -> str:
         file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, 0))
         text = file.read().decode(errors="replace")
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a process holds a lock; asked for a moment with others, so that a folder that cannot be written to will do."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
