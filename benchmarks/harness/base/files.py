@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import uuid
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from emoe.permissions import share
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A place to write to, which takes the path's place at the end: a reader sees the old file or the new one.
+    """A place to write to, which takes the path's place at the end: a reader sees the old file or the new one, after a power cut too.
 
     Its name is unique, also among processes on other machines that share the folder.
     """
@@ -23,9 +24,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         share(temporary)
+        _sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk take a file's content before it takes its name."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, content: object) -> None:
