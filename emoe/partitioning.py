@@ -26,6 +26,7 @@ from emoe.clustering import balanced_kmeans, explained_variance_ratio
 from emoe.config import EMoEConfig, check_config
 from emoe.errors import CheckpointError, ConfigError, ConversionError
 from emoe.layer_numbers import resolve_layers
+from emoe.permissions import sync
 from emoe.weights import one_line, write_tensors
 
 # Part of every cache key: raise it when the same settings would give another partition.
@@ -194,7 +195,7 @@ def is_permutation(tensor: Tensor | None, length: int) -> bool:
 
 
 def save_partition(partition: Partition, path: str | os.PathLike[str]) -> None:
-    """Write a partition as safetensors, atomically."""
+    """Write a partition as safetensors: a reader sees the old file or the new one, after a power cut too."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"layer.{layer}": permutation.contiguous() for layer, permutation in partition.items()}
@@ -202,6 +203,7 @@ def save_partition(partition: Partition, path: str | os.PathLike[str]) -> None:
     notes["sha256"] = _digest(partition.permutations)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     write_tensors(tensors, temporary, notes)
+    sync(temporary)
     temporary.replace(path)
 
 

@@ -1,7 +1,8 @@
-"""Permissions of written files: those that the umask allows, whoever wrote them."""
+"""Files as others find them: with the permissions that the umask allows, and whole after a power cut."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -19,3 +20,12 @@ def share(path: Path) -> None:
         shutil.copymode(usual, path)
     finally:
         usual.unlink()
+
+
+def sync(path: Path) -> None:
+    """Have the disk take a file's content, before it takes its name: after a power cut the name could stand alone."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from emoe.permissions import share
+from emoe.permissions import share, sync
 
 
 @contextmanager
@@ -24,19 +23,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         share(temporary)
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk take a file's content before it takes its name."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_json(path: Path, content: object) -> None:
