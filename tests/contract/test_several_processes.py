@@ -41,15 +41,9 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def launch(path: Path, parallel: str) -> None:
-    """Two processes for a run; what starts them is this one, which has imported all that they wait for."""
-    launch_distributed(path, threads=2, log=path.parent / "log.txt", processes=2, parallel=parallel)
-
-
-def together(path: Path, parallel: str) -> dict[str, Any]:
-    """Run on two processes and give back what must be the same every time."""
-    launch(path, parallel)
-    return numbers(path)
+def launch(path: Path) -> None:
+    """Two processes that share a run's model; what starts them is this one, which has imported all that they wait for."""
+    launch_distributed(path, threads=2, log=path.parent / "log.txt", processes=2, parallel="fsdp")
 
 
 def dropout_free(tuning: str, **training: Any) -> Run:
@@ -89,11 +83,11 @@ def test_two_processes_train_as_one_does() -> None:
         assert torch.allclose(ours, theirs, atol=1e-3), name
 
 
-def kill_one(path: Path, parallel: str, checkpoint: str) -> None:
+def kill_one(path: Path) -> None:
     """Start two processes, and kill the second one as soon as a checkpoint is complete; the run ends with one clear message."""
-    state = path.parent / "checkpoints" / checkpoint / "trainer_state.json"
+    state = path.parent / "checkpoints/checkpoint-4/trainer_state.json"
     with ThreadPoolExecutor(1) as thread:
-        ended = thread.submit(launch, path, parallel)
+        ended = thread.submit(launch, path)
         wait_for(lambda: state.exists() or ended.done(), WAIT)
         assert state.exists()
         workers = [child for child in psutil.Process().children(recursive=True) if _rank(child) == "1"]
@@ -117,7 +111,7 @@ def test_a_sharded_run_whose_worker_is_killed_goes_on_with_two_processes_or_with
     run = dropout_free("full", epochs=8, save_steps=4)
     whole = finish(prepare(run, "whole"))
     killed = prepare(run, "killed")
-    kill_one(killed, "fsdp", "checkpoint-4")
+    kill_one(killed)
     shards = sorted((killed.parent / "checkpoints").glob("checkpoint-*/shards/*.safetensors"))
     assert len(shards) >= 2  # one a process
     for state in killed.parent.glob("checkpoints/*/trainer_state.json"):  # written last, by the first process
@@ -125,7 +119,8 @@ def test_a_sharded_run_whose_worker_is_killed_goes_on_with_two_processes_or_with
     other = Path("other") / killed.parent.relative_to("killed") / "run.json"
     shutil.copytree(killed.parent, other.parent)
 
-    check_same(together(killed, "fsdp"), whole, 0.02)
+    launch(killed)
+    check_same(numbers(killed), whole, 0.02)
     assert "resumed at step" in (killed.parent / "log.txt").read_text()
     # as one process, which reads the shards
     capfd.readouterr()
@@ -133,27 +128,23 @@ def test_a_sharded_run_whose_worker_is_killed_goes_on_with_two_processes_or_with
     assert "resumed at step" in "".join(capfd.readouterr())
 
 
-def test_a_data_parallel_run_whose_worker_is_killed_goes_on_with_one_process(
+def test_data_parallel_processes_end_with_what_launched_them_and_the_run_goes_on_with_one(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     run = dropout_free("lora", epochs=8, save_steps=4)
     whole = finish(prepare(run, "whole"))
     killed = prepare(run, "killed")
-    kill_one(killed, "ddp", "checkpoint-4")
-    capfd.readouterr()
-    check_same(finish(killed), whole, 0.02)
-    assert "resumed at step" in "".join(capfd.readouterr())
-
-
-def test_processes_end_with_what_launched_them() -> None:
-    path = prepare(dropout_free("lora", epochs=400, save_steps=4))
-    words = ["run", str(path), "--processes", "2", "--threads", "2", "--log", str(path.parent / "log.txt")]
-    with subprocess.Popen([sys.executable, "-m", "benchmarks", *words]) as launcher:
-        wait_for(lambda: (path.parent / "checkpoints/checkpoint-4/trainer_state.json").exists(), WAIT)
+    words = ["run", killed, "--processes", 2, "--parallel", "ddp", "--threads", 2, "--log", killed.parent / "log.txt"]
+    with subprocess.Popen([sys.executable, "-m", "benchmarks", *map(str, words)]) as launcher:
+        wait_for((killed.parent / "checkpoints/checkpoint-4/trainer_state.json").exists, WAIT)
         started = psutil.Process(launcher.pid).children(recursive=True)
         assert {_rank(one) for one in started} >= {"0", "1"}
         launcher.kill()
     wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started), WAIT)
+    assert not (killed.parent / "metrics.json").exists()
+    capfd.readouterr()
+    check_same(finish(killed), whole, 0.02)
+    assert "resumed at step" in "".join(capfd.readouterr())
 
 
 def test_what_cannot_be_spread_is_refused_before_any_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
