@@ -10,9 +10,9 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,14 +23,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel
 
 import emoe
-from emoe.__main__ import cli
+from emoe.__main__ import cli, main
 from emoe.folders import load_dense
 from emoe.streaming import convert_folder, fold_folder
 from emoe.unfinished import unfinished
 from tests.forked import start as start_fork
 from tests.model_folders import digests, loaded, save
 
-SETTINGS = ("--num-experts", 8, "--top-k", 2, "--layers", "all")
 CONFIG = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all")
 
 
@@ -99,11 +98,6 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
         pass
 
 
-def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "emoe", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-
-
 def convert_until(source: Path, out: Path, writes: int = 0, seconds: float = 0) -> None:
     """Convert, and be killed after so many files were written, or seconds of CPU time: other work changes neither."""
     signal.alarm(600)  # ends what would never end
@@ -154,22 +148,26 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> No
     assert len(found) > 2  # it was stopped at different points
 
 
+def with_little_room(words: list[str], room: int, said: Path) -> None:
+    """The program, where no file may be larger."""
+    sys.argv[1:] = words
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))
+    with said.open("w") as stream, redirect_stdout(stream), redirect_stderr(stream):
+        try:
+            main()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
 def test_a_full_disk_is_one_line_and_can_be_resumed(tmp_path: Path) -> None:
-    source, out = save("bert", tmp_path / "source"), tmp_path / "out"
-    largest = (source / "model.safetensors").stat().st_size
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
-
-    # what coverage writes would not fit into the limit either
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-    process = start("convert", source, out, *SETTINGS, preexec_fn=limit, env=environment)
-    said, _ = process.communicate()
-    assert process.returncode == 1
-    assert said.strip().splitlines()[-1] == f"Error: {out / 'model.safetensors'}: File too large"
-    assert "Traceback" not in said
+    source, out, said = save("bert", tmp_path / "source"), tmp_path / "out", tmp_path / "said.txt"
+    words = ["convert", str(source), str(out), "--num-experts", "8", "--top-k", "2", "--layers", "all"]
+    assert exit_code(with_little_room, words, (source / "model.safetensors").stat().st_size // 2, said) == 1
+    assert said.read_text().splitlines()[-1] == f"Error: {out / 'model.safetensors'}: File too large"
+    assert "Traceback" not in said.read_text()
     assert not (out / "model.safetensors").exists()
-    assert CliRunner().invoke(cli, ["convert", str(source), str(out), *map(str, SETTINGS)]).exit_code == 0
+    assert CliRunner().invoke(cli, words).exit_code == 0
     assert not (out / ".unfinished").exists()
 
 
@@ -182,7 +180,6 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
         convert_folder(source, tmp_path / "out", CONFIG)
 
 
-@pytest.mark.slow
 def convert_and_say_peak(source: Path, out: Path, peak: Path) -> None:
     convert_folder(source, out, CONFIG, jobs=1)
     # not ru_maxrss, in which the parent's memory at the fork counts
