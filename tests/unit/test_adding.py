@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from benchmarks.harness.sources.vader import load_vader
@@ -22,7 +23,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("adding")]
 
 # trains planned runs for a few steps, on a tiny model with random weights
 RUN = """
-import json, sys
 from pathlib import Path
 from benchmarks.harness.planning.runs import run_from_spec
 from benchmarks.harness.planning.suite import load_suite
@@ -30,7 +30,7 @@ from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.running.execution import execute
 
 runs = {run.spec["method"]["name"]: run for run in load_suite({"suite": "reviews"}).runs}
-for name in sys.argv[1:]:
+for name in ("emoe_linear", "bitfit"):
     spec = runs[name].spec
     spec["model"] = load_models()["tiny-bert"].spec("tiny-bert")
     if spec["method"]["config"]:
@@ -56,8 +56,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     rows = [(text, ("negative", "positive")[label]) for text, label in zip(texts, labels, strict=True)][:200]
     write(root / "reviews.csv", rows)
 
-    new, _, _ = commands(PAGE["A benchmark from a csv"][0])
-    assert "(138 train, 31 dev, 31 test rows; labels negative, positive)" in run(root, new)
+    said = run(root, commands(PAGE["A benchmark from a csv"][0])[0])
+    assert "(138 train, 31 dev, 31 test rows; labels negative, positive)" in said
 
     files = {name: root / "benchmarks" / name for name in ("methods.yaml", "metrics.yaml")}
     mine = {name: root / "benchmarks/reviews" / name for name in ("benchmark.yaml", "tasks.yaml")}
@@ -137,33 +137,33 @@ def replace(file: Path, old: str, new: str) -> None:
 
 
 def test_its_data_is_found(project: Path) -> None:
-    _, check, _ = commands(PAGE["A benchmark from a csv"][0])
-    found = run(project, check)
+    found = run(project, commands(PAGE["A benchmark from a csv"][0])[1])
     assert "6 of 6 parts are there" in found
     assert "politics 8, sport 8" in found
 
 
 def test_snakemake_plans_all_of_it(project: Path) -> None:
-    _, _, snakemake = commands(PAGE["A benchmark from a csv"][0])
-    found = run(project, [*snakemake, "-n"])
+    found = run(project, [*commands(PAGE["A benchmark from a csv"][0])[2], "-n"])
     names = ["vanilla", "emoe", "random_partition", "emoe_bottom", "emoe_linear", "bitfit"]
     assert [name for name in names if f"Run minilm-reviews-{name}-lr0.0001-s1-" not in found] == []
     assert "Run minilm-topics-emoe-lr0.0001-s0-" in found
 
 
 def test_a_block_for_another_benchmark_grows_its_suite_alone(project: Path) -> None:
-    counts = {}
-    for root in (ROOT, project):
-        rows = json.loads(run(root, [sys.executable, "-m", "benchmarks", "list", "suites", "--json"]))
-        counts[root] = {row["name"]: row["runs"] for row in rows}
-    assert counts[project] == counts[ROOT] | {"smoke": 91, "reviews": counts[project]["reviews"]}
-    assert (counts[ROOT]["smoke"], "counts 91 runs of `smoke` instead of 89" in PAGE_TEXT) == (89, True)
+    before = pd.read_csv(ROOT / "tests/golden/run_ids.csv").groupby("suite")["runs"].sum().to_dict()
+    rows = json.loads(run(project, [sys.executable, "-m", "benchmarks", "list", "suites", "--json"]))
+    after = {row["name"]: row["runs"] for row in rows}
+    assert after == before | {"smoke": 91, "reviews": after["reviews"]}
+    assert (before["smoke"], "counts 91 runs of `smoke` instead of 89" in PAGE_TEXT) == (89, True)
     planned = run(project, ["snakemake", "--cores", "2", "glue", "--config", "suite=smoke", "-n"])
     assert "Run tiny-bert-tweets-emoe_bottom-lr0.003-s1-" in planned
 
 
-def test_its_router_its_tuning_and_its_metric_run(project: Path) -> None:
-    said = run(project, [sys.executable, "-c", RUN, "emoe_linear", "bitfit"])
+def test_its_router_its_tuning_its_metric_and_its_architecture_run(project: Path) -> None:
+    look, printed, _, check = PAGE["An architecture"]
+    imports = "import torch, emoe\nfrom benchmarks.harness.planning.plugins import import_plugins\nimport_plugins()\n"
+    said = run(project, [sys.executable, "-c", imports + look + check + RUN])
+    assert printed in said
     paths = [project / line for line in said.splitlines() if line.endswith("metrics.json")]
     linear, bitfit = (json.loads(path.read_text()) for path in paths)
     for metrics in (linear, bitfit):
@@ -174,9 +174,3 @@ def test_its_router_its_tuning_and_its_metric_run(project: Path) -> None:
     assert set(model["trained"]) == {"head", "bias"}
     assert 0 < model["trained"]["bias"]["parameters"] < model["parameters"] / 100
     assert model["trainable_parameters"] == sum(group["parameters"] for group in model["trained"].values())
-
-
-def test_its_architecture_converts(project: Path) -> None:
-    look, printed, _, check = PAGE["An architecture"]
-    imports = "import torch, emoe\nfrom benchmarks.harness.planning.plugins import import_plugins\nimport_plugins()\n"
-    assert printed in run(project, [sys.executable, "-c", imports + look + check])
