@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import prune
 
 import emoe
 from emoe.layer import RoutedActivation, routed_layers
@@ -52,6 +53,14 @@ def quantised(layer: Any) -> None:
 
 class Subclass(torch.Tensor):
     """Stands for sharded and quantised weights, which are tensors of other classes."""
+
+
+def no_matrix(layer: Any) -> None:
+    layer.output.dense.weight = nn.Parameter(torch.randn(32, 64, 1))
+
+
+def pruned(layer: Any) -> None:
+    prune.random_unstructured(layer.intermediate.dense, "weight", 0.5)
 
 
 def sharded(layer: Any) -> None:
@@ -101,6 +110,8 @@ BROKEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
         edit(quantised),
         r"intermediate\.dense \(Linear\) has a weight of torch\.int8: convert before quantising",
     ),
+    "no matrix": (edit(no_matrix), r"output\.dense \(Linear\) has a weight of 3 dimensions"),
+    "pruned": (edit(pruned), r"intermediate\.dense \(Linear\) has no plain weight: convert before"),
     "sharded": (
         edit(sharded),
         r"output\.dense \(Linear\) has a weight of Subclass: convert before quantising, sharding",

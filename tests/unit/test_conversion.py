@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
@@ -208,24 +207,6 @@ def test_sidecar_of_another_model_is_refused(saved) -> None:
         emoe.from_pretrained(cls, folder)
 
 
-def test_damaged_files_are_named(saved) -> None:
-    folder, cls = saved
-    for name in ("emoe_partition.safetensors", "model.safetensors"):
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[: len(content) // 2])
-        with pytest.raises(emoe.CheckpointError, match=r"damaged"):
-            emoe.from_pretrained(cls, folder)
-        (folder / name).write_bytes(content)
-    text = json.loads((folder / "emoe_config.json").read_text())
-    text["config"]["top_q"] = 3
-    (folder / "emoe_config.json").write_text(json.dumps(text))
-    with pytest.raises(emoe.CheckpointError, match=r"emoe_config\.json: .*did you mean 'top_k'"):
-        emoe.from_pretrained(cls, folder)
-    (folder / "emoe_config.json").unlink()
-    with pytest.raises(emoe.CheckpointError, match="not a folder that"):
-        emoe.from_pretrained(cls, folder)
-
-
 def test_checkpoint_loads_in_another_precision(saved) -> None:
     folder, cls = saved
     model = emoe.from_pretrained(cls, folder, dtype=torch.bfloat16)
@@ -249,49 +230,7 @@ def test_to_dense_of_a_dense_model_is_refused() -> None:
         emoe.to_dense_(tiny_models.build("bert"))
 
 
-def test_a_model_can_be_copied_after_a_training_step() -> None:
-    model, values = tiny_models.build("bert").train(), tiny_models.inputs("bert")
-    emoe.convert_(model, emoe.GMoEConfig(num_experts=2, top_k=2, layers=[1]))
-    (tiny_models.output(model, values).square().mean() + emoe.aux_loss(model)).backward()
-    twin = copy.deepcopy(model)
-    assert emoe.aux_loss(twin) == 0.0
-    assert emoe.aux_loss(model) > 0
-
-
-def test_deep_copies_are_independent() -> None:
-    model, values = tiny_models.build("bert"), tiny_models.inputs("bert")
-    emoe.convert_(model, CONFIG)
-    twin = copy.deepcopy(model)
-    expected = tiny_models.output(model, values)
-    torch.testing.assert_close(tiny_models.output(twin, values), expected, atol=0, rtol=0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    torch.testing.assert_close(tiny_models.output(twin, values), expected, atol=0, rtol=0)
-
-
-def test_a_projection_that_is_no_matrix_is_refused() -> None:
-    net = plain_net(8, 16)
-    net.layers[0].outer.weight = torch.nn.Parameter(torch.randn(8, 16, 1))
-    with pytest.raises(emoe.ConversionError, match=r"outer \(Linear\) has a weight of 3 dimensions"):
-        emoe.convert_(net, emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0]))
-
-
-def test_a_pruned_projection_is_refused() -> None:
-    net = plain_net(8, 16)
-    torch.nn.utils.prune.random_unstructured(net.layers[0].inner, "weight", 0.5)
-    with pytest.raises(emoe.ConversionError, match=r"inner \(Linear\) has no plain weight: convert before"):
-        emoe.convert_(net, emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0]))
-
-
 def test_a_partition_that_hangs_on_data_has_no_key() -> None:
     config = emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0], partition="coactivation")
     with pytest.raises(emoe.ConversionError, match="it depends on the calibration set"):
         partition_key(plain_net(8, 16), config)
-
-
-def test_an_old_name_works_and_says_the_new_one() -> None:
-    with pytest.warns(DeprecationWarning, match=r"emoe\.retie_gates_ is now emoe\.update_gates_"):
-        assert emoe.retie_gates_ is emoe.update_gates_
-    with pytest.raises(AttributeError, match="module 'emoe' has no attribute 'convert_model'"):
-        emoe.convert_model  # noqa: B018
