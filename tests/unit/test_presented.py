@@ -9,7 +9,38 @@ import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning import definition
-from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.planning.definition import AnyBenchmark, load_benchmark
+
+
+def copied(name: str, folder: Path) -> tuple[AnyBenchmark, Path]:
+    """A benchmark, and a copy of its folder."""
+    real = load_benchmark(name)
+    return real, Path(shutil.copytree(real.folder, folder / name, ignore=shutil.ignore_patterns("__pycache__")))
+
+
+@pytest.mark.parametrize("name", ["llama", "domainbed", "speed", "glue_ood"])
+def test_what_shows_finished_runs_is_there_before_they_start(name: str, tmp_path: Path) -> None:
+    real, folder = copied(name, tmp_path)
+    definition.check_references(real.definition, real.tasks, folder)
+    (folder / "presentation.py").rename(folder / "presentations.py")
+    message = rf"has no module 'presentation', which kind: {name} needs; did you mean 'presentations'"
+    with pytest.raises(DefinitionError, match=message):
+        definition.check_references(real.definition, real.tasks, folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tables", ["results", "test"], "tables' is 'test', which does not exist; did you mean 'tests'"),
+        ("figures", {"odd": "…"}, "figures' is 'odd', which does not exist; did you mean 'ood'"),
+        ("paper", None, "tables' names 'paper', so it needs 'paper'"),
+    ],
+)
+def test_what_the_usual_presentation_cannot_make_is_refused_before_runs_start(key, value, message) -> None:
+    real = load_benchmark("glue")
+    assert not (real.folder / "presentation.py").exists()
+    with pytest.raises(DefinitionError, match=message):
+        definition.check_references(real.definition.model_copy(update={key: value}), real.tasks, real.folder)
 
 
 @pytest.mark.parametrize(
@@ -27,8 +58,7 @@ from benchmarks.harness.planning.definition import load_benchmark
     ],
 )
 def test_a_presentation_that_cannot_be_imported_is_refused_before_runs_start(text, message, tmp_path) -> None:
-    real, folder = load_benchmark("glue"), tmp_path / "glue"
-    shutil.copytree(real.folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    real, folder = copied("glue", tmp_path)
     (folder / "presentation.py").write_text(text)
     with pytest.raises(DefinitionError, match=message) as caught:
         definition.check_references(real.definition, real.tasks, folder)
@@ -53,8 +83,7 @@ def test_a_misspelt_table_or_figure_is_refused_before_runs_start(name: str, key:
 
 
 def test_a_presentation_may_make_its_tables_in_ways_that_nobody_can_read(tmp_path: Path) -> None:
-    real, folder = load_benchmark("glue"), tmp_path / "glue"
-    shutil.copytree(real.folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    real, folder = copied("glue", tmp_path)
     (folder / "presentation.py").write_text(
         "from benchmarks.harness.reporting.presentation import make\n"
         "def present(benchmark, runs):\n"
@@ -79,8 +108,7 @@ def test_a_presentation_may_make_its_tables_in_ways_that_nobody_can_read(tmp_pat
     ],
 )
 def test_other_columns_of_published_numbers_are_refused_before_runs_start(name: str, file: str, tmp_path: Path) -> None:
-    real, folder = load_benchmark(name), tmp_path / name
-    shutil.copytree(real.folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    real, folder = copied(name, tmp_path)
     (folder / file).write_text("model,b\n")
     message = rf"{file}: the columns are \['model', 'b'\], but must be \[.*'value', 'status', 'source'\]$"
     with pytest.raises(DefinitionError, match=message):
