@@ -29,10 +29,12 @@ def net(backend: str = "auto", gated: bool = True, **settings: Any) -> nn.Module
     return found
 
 
-def model(name: str, backend: str = "auto", **settings: Any) -> nn.Module:
+def model(name: str, backend: str = "auto", **settings: Any) -> Any:
+    """One of the tiny models, two of eight experts in each of its FFNs unless told otherwise."""
     found = tiny_models.build(name)
     torch.manual_seed(0)
-    emoe.convert_(found, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", backend=backend, **settings))
+    usual = {"num_experts": 8, "top_k": 2, "layers": "all", "backend": backend}
+    emoe.convert_(found, emoe.EMoEConfig(**{**usual, **settings}))
     return found.eval()
 
 

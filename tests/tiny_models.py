@@ -102,23 +102,9 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "TransformerDecoder": lambda: nn.TransformerDecoder(_torch_layer(nn.TransformerDecoderLayer), LAYERS),
     **{name: (lambda options=options: timm.create_model(**options)) for name, options in TIMM.items()},
 }
-# the decoders, which generate
-DECODERS = [
-    "gpt2",
-    "gpt_neox",
-    "opt",
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "phi",
-    "phi3",
-    "t5",
-    "t5 v1.1",
-]
+# the decoders, which generate, stand together
+_NAMES = list(BUILDERS)
+DECODERS = _NAMES[_NAMES.index("gpt2") : _NAMES.index("phi3") + 1]
 
 
 def build(name: str, seed: int = 0) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -18,6 +18,7 @@ from emoe.sparse.build import compiled_kernels
 from emoe.sparse.cost_model import predicted_decode_ratio
 from emoe.sparse.decode import decode_ffn
 from tests import tiny_models
+from tests.converted import net
 from tests.plain_net import plain_net
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,13 +44,6 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
-def converted(backend: str, gated: bool = True, **settings: Any) -> nn.Module:
-    found = plain_net(16, 64, gated=gated)
-    torch.manual_seed(0)
-    emoe.convert_(found, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0], backend=backend, **settings))
-    return found
-
-
 def decodes(found: nn.Module, x: Tensor) -> bool:
     with mock.patch.object(path, "decode_ffn", side_effect=decode_ffn) as spy, torch.no_grad():
         found(x)
@@ -64,7 +58,7 @@ def test_the_output_is_the_masked_paths(
     variant: str, tokens: int, gated: bool, dtype: torch.dtype, kernels: str
 ) -> None:
     x = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
-    models = [converted(backend, gated, **VARIANTS[variant]).to(dtype) for backend in ("masked", "sparse")]
+    models = [net(backend, gated, **VARIANTS[variant]).to(dtype) for backend in ("masked", "sparse")]
     # neurons by which experts are scored are rounded in half precision: the mask computes them
     by_neurons = variant == "gate" and dtype == torch.bfloat16
     assert [decodes(model, x) for model in models] == [False, not by_neurons]
@@ -76,7 +70,7 @@ def test_the_output_is_the_masked_paths(
 
 def test_what_is_kept_follows_the_weights() -> None:
     x, changes = torch.randn(1, 16), 0
-    masked, sparse = converted("masked"), converted("sparse")
+    masked, sparse = net("masked"), net("sparse")
     with torch.no_grad():
         other = {name: tensor * 1.5 for name, tensor in masked.state_dict().items()}
 
@@ -107,6 +101,8 @@ def test_what_is_kept_follows_the_weights() -> None:
         lambda model: emoe.set_top_k_(model, 3),
         lambda model: model.double().float(),
         lambda model: setattr(model.layers[0].up, "weight", nn.Parameter(torch.ones(64, 16))),
+        lambda model: model.layers[0].inner.weight.data.neg_(),  # as an average of weights is swapped in
+        lambda model: setattr(model.layers[0].outer, "weight", nn.Parameter(torch.ones(16, 64))),
     ):
         for model in (masked, sparse):
             change(model)
@@ -114,12 +110,12 @@ def test_what_is_kept_follows_the_weights() -> None:
         with torch.no_grad():
             torch.testing.assert_close(sparse(x), masked(x), atol=1e-3, rtol=1e-4)
         changes += 1
-    assert changes == 9
+    assert changes == 11
 
 
 def test_it_is_for_models_at_rest_only() -> None:
     x = torch.randn(1, 16)
-    sparse = converted("sparse")
+    sparse = net("sparse")
     assert decodes(sparse, x)
     assert not decodes(sparse, torch.randn(20, 16))
     assert not decodes(copy.deepcopy(sparse).train(), x)
@@ -127,8 +123,8 @@ def test_it_is_for_models_at_rest_only() -> None:
         sparse(x.requires_grad_()).sum().backward()
         assert not spy.called
     for settings in ({"capacity_factor": 1.0, "count_padding": True}, {"score": "inter", "backend": "auto"}):
-        assert not decodes(converted(**{"backend": "sparse", **settings}), x)
-    thresholded = converted("sparse")
+        assert not decodes(net(**{"backend": "sparse", **settings}), x)
+    thresholded = net("sparse")
     emoe.set_top_k_(thresholded, score_threshold=0.0)
     assert not decodes(thresholded, x)
     with torch.inference_mode():
@@ -141,7 +137,7 @@ def test_it_is_for_models_at_rest_only() -> None:
 
 
 def test_copies_do_not_share_what_is_kept() -> None:
-    x, sparse = torch.randn(1, 16), converted("sparse")
+    x, sparse = torch.randn(1, 16), net("sparse")
     with torch.no_grad():
         expected = sparse(x)
         twin = copy.deepcopy(sparse)
@@ -151,23 +147,16 @@ def test_copies_do_not_share_what_is_kept() -> None:
 
 
 def test_threads_decode_together() -> None:
-    sparse, xs = converted("sparse"), torch.randn(2, 1, 16)
-    wrong: list[int] = []
+    sparse, xs = net("sparse"), torch.randn(2, 1, 16)
     with torch.no_grad():
         expected = [sparse(x) for x in xs]
 
-    def serve(place: int) -> None:
+    def serve(place: int) -> bool:
         with torch.no_grad():
-            for _ in range(200):
-                if not torch.equal(sparse(xs[place]), expected[place]):
-                    wrong.append(place)
+            return all(torch.equal(sparse(xs[place]), expected[place]) for _ in range(200))
 
-    threads = [threading.Thread(target=serve, args=(place,)) for place in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(serve, (0, 1)))
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
@@ -228,7 +217,7 @@ def test_compiled_products_of_random_shapes(seed: int) -> None:
 
 
 def test_a_bias_that_does_not_lie_in_one_piece_is_read_as_it_is(kernels: str) -> None:
-    models = [converted(backend) for backend in ("masked", "sparse")]
+    models = [net(backend) for backend in ("masked", "sparse")]
     strided = torch.randn(128, generator=torch.Generator().manual_seed(3))[::2]
     for model in models:
         model.layers[0].inner.bias = nn.Parameter(strided)
@@ -246,7 +235,7 @@ def test_scores_of_another_type_than_float32_choose_as_they_do_elsewhere(kernels
             return x[:, :8].double()
 
     emoe.register_router("doubles", Doubles)
-    masked, sparse = (converted(backend, router="doubles") for backend in ("masked", "sparse"))
+    masked, sparse = (net(backend, router="doubles") for backend in ("masked", "sparse"))
     x = torch.randn(1, 16)
     assert decodes(sparse, x)
     with torch.no_grad():

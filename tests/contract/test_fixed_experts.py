@@ -13,15 +13,9 @@ import emoe
 from emoe.architectures import find_ffns
 from emoe.layer import routed_layers
 from tests import tiny_models
+from tests.converted import model as converted
 
 NAMES = ["bert", "gpt2", "llama", "phi3", "t5", "vit"]
-
-
-def converted(name: str, **settings: Any) -> nn.Module:
-    model = tiny_models.build(name)
-    usual = {"num_experts": 8, "top_k": 2, "layers": "all"}
-    emoe.convert_(model, emoe.EMoEConfig(**{**usual, **settings}))
-    return model.eval()
 
 
 def usage(model: nn.Module, values: dict[str, Tensor]) -> dict[int, Tensor]:

@@ -181,30 +181,6 @@ def test_decoding_follows_optimisers_that_do_not_count_their_changes(step: dict[
             network.zero_grad()
 
 
-def test_decoding_follows_weights_written_behind_pytorchs_back() -> None:
-    masked, sparse = both(lambda: Block(lambda h: None))
-    x, changes = inputs(1), 0
-
-    def merge(weight: Tensor) -> None:
-        weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
-
-    for change in (
-        lambda block: merge(block.outer.weight),  # as PEFT merges adapters
-        lambda block: block.inner.weight.data.copy_(
-            block.inner.weight.data * -1
-        ),  # as an average of weights is swapped in
-        lambda block: setattr(block.outer, "weight", nn.Parameter(torch.ones(16, 64))),
-    ):
-        with torch.no_grad():
-            sparse(x)
-            for network in (masked, sparse):
-                network.eval()
-                change(network.layers[0])
-            torch.testing.assert_close(sparse(x), masked(x), atol=1e-4, rtol=1e-4)
-        changes += 1
-    assert changes == 3
-
-
 def test_parts_can_be_copied_whatever_the_balance_loss() -> None:
     """PEFT copies the modules that it trains as a whole."""
     values = {**tiny_models.inputs("llama"), "attention_mask": torch.ones(3, 11, dtype=torch.long)}

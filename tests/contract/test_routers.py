@@ -20,8 +20,8 @@ from emoe.sparse import path
 from emoe.sparse.decode import decode_ffn
 from emoe.sparse.ffn import sparse_ffn
 from tests import tiny_models
+from tests.converted import BACKENDS, model, net
 from tests.pages import python_blocks
-from tests.plain_net import plain_net
 
 NAMES = ["bert", "gpt2", "llama", "phi3"]
 
@@ -35,16 +35,8 @@ def router(registry: None) -> type[emoe.Router]:
     return names["LinearRouter"]
 
 
-def config(**settings: Any) -> emoe.EMoEConfig:
-    usual = {"layers": "all", "router": "linear", "weighting": "softmax_times_k"}
-    return emoe.EMoEConfig(num_experts=8, top_k=2, **{**usual, **settings})
-
-
 def converted(name: str, **settings: Any) -> nn.Module:
-    model = tiny_models.build(name)
-    torch.manual_seed(0)
-    emoe.convert_(model, config(**settings))
-    return model
+    return model(name, **{"router": "linear", "weighting": "softmax_times_k", **settings})
 
 
 def gradients(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -58,7 +50,7 @@ def gradients(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("output_bias", ["shared", "per_expert"])
 def test_masked_and_sparse_agree_and_teach_it(name: str, output_bias: str) -> None:
     values = tiny_models.inputs(name)
-    masked, sparse = (converted(name, output_bias=output_bias, backend=backend) for backend in ("masked", "sparse"))
+    masked, sparse = (converted(name, output_bias=output_bias, backend=backend) for backend in BACKENDS)
     expected = gradients(masked, values)
     with mock.patch.object(path, "sparse_ffn", side_effect=sparse_ffn) as spy:
         found = gradients(sparse, values)
@@ -75,12 +67,10 @@ def test_masked_and_sparse_agree_and_teach_it(name: str, output_bias: str) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_decodes(dtype: torch.dtype) -> None:
     x, results = torch.randn(1, 16, generator=torch.Generator().manual_seed(0)).to(dtype), []
-    for backend in ("masked", "sparse"):
-        net = plain_net(16, 64, gated=True)
-        torch.manual_seed(0)
-        emoe.convert_(net, config(layers=[0], backend=backend))
+    for backend in BACKENDS:
+        found = net(backend, router="linear", weighting="softmax_times_k")
         with mock.patch.object(path, "decode_ffn", side_effect=decode_ffn) as spy, torch.no_grad():
-            results.append(net.to(dtype)(x))
+            results.append(found.to(dtype)(x))
         assert spy.called == (backend == "sparse")
     close = {"atol": 0.05 * float(results[0].abs().max()), "rtol": 0.05} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(*results, **close)
@@ -148,7 +138,7 @@ def test_without_anything_learned_every_chosen_expert_may_weigh_the_same(router:
     found = gradients(model, tiny_models.inputs("bert"))
     assert not any(".router." in key for key in found)
     with pytest.raises(emoe.ConfigError, match="router='linear', else the router gets no gradient"):
-        config(weighting="binary")
+        converted("bert", weighting="binary")
 
 
 def test_a_checkpoint_whose_router_is_not_registered_is_one_clear_error(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import accelerate
@@ -99,24 +99,14 @@ def test_threads_share_a_model(name: str, backend: str) -> None:
     batches = [values, {key: value[:2, :7] for key, value in values.items()}]
     with torch.no_grad():
         expected = [tiny_models.output(found, batch) for batch in batches]
-    wrong: list[object] = []
 
-    def serve(place: int) -> None:
-        try:
-            with torch.no_grad():
-                for _ in range(60):
-                    if not torch.equal(tiny_models.output(found, batches[place]), expected[place]):
-                        wrong.append(place)
-        except Exception as error:
-            wrong.append(error)
+    def serve(place: int) -> bool:
+        with torch.no_grad():
+            outputs = [tiny_models.output(found, batches[place]) for _ in range(60)]
+        return all(torch.equal(one, expected[place]) for one in outputs)
 
-    threads = [threading.Thread(target=serve, args=(place,)) for place in (0, 1)]
-    with emoe.record_routing(found) as record:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not wrong
+    with emoe.record_routing(found) as record, ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(serve, (0, 1)))
     assert record.layers[0].tokens == 60 * (33 + 14)
 
 

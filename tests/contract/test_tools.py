@@ -15,6 +15,7 @@ import emoe
 from emoe.architectures import find_ffns
 from emoe.layer import routed_layers
 from tests import tiny_models
+from tests.converted import model as converted
 
 ARCHITECTURES = sorted(tiny_models.BUILDERS)
 SOME = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all")
@@ -22,12 +23,6 @@ SOME = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all")
 # one of each kind of FFN; of the others one layer is, which takes a fourth of the time. `aot_eager`, which traces the
 # gradient too, is in test_training.py and test_backends.py
 COMPILED_WHOLE = ("bert", "gpt2", "llama", "phi3", "t5", "VisionTransformer")
-
-
-def converted(name: str, config: emoe.EMoEConfig = SOME) -> nn.Module:
-    model = tiny_models.build(name)
-    emoe.convert_(model, config)
-    return model
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -138,7 +133,7 @@ class TestTools:
 
     def test_bf16_autocast(self, name: str) -> None:
         values = tiny_models.inputs(name)
-        model = converted(name, emoe.EMoEConfig(num_experts=8, top_k=8, layers="all"))
+        model = converted(name, top_k=8)
         dense = tiny_models.build(name)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             routed, plain = (tiny_models.output(m, values) for m in (model, dense))

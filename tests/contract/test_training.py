@@ -13,30 +13,19 @@ from tests import tiny_models
 
 ALL = emoe.EMoEConfig(num_experts=8, top_k=8, layers="all")
 SOME = emoe.EMoEConfig(num_experts=8, top_k=2, layers="all")
-# adapters on attention only, and on the FFN too
-TARGETS = {"attention": ["query", "value"], "ffn": ["query", "intermediate.dense", "output.dense"]}
 
 
-def adapted(targets: str, config: emoe.EMoEConfig | None):
+def adapted(config: emoe.EMoEConfig | None):
     model = tiny_models.build("bert")
     if config:
         emoe.convert_(model, config)
     torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS[targets], init_lora_weights=False)).eval()
-
-
-@pytest.mark.parametrize("targets", TARGETS)
-def test_lora_routes_by_the_adapted_keys_and_merges(targets: str) -> None:
-    values = tiny_models.inputs("bert")
-    model = adapted(targets, SOME)
-    expected = tiny_models.output(model, values)
-    merged = model.merge_and_unload()
-    torch.testing.assert_close(tiny_models.output(merged, values), expected, atol=1e-5, rtol=1e-4)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)).eval()
 
 
 def test_lora_with_all_experts_is_the_dense_model_with_lora() -> None:
     values = tiny_models.inputs("bert")
-    dense, routed = adapted("attention", None), adapted("attention", ALL)
+    dense, routed = adapted(None), adapted(ALL)
     torch.testing.assert_close(
         tiny_models.output(routed, values), tiny_models.output(dense, values), atol=1e-5, rtol=1e-4
     )
@@ -44,7 +33,7 @@ def test_lora_with_all_experts_is_the_dense_model_with_lora() -> None:
 
 def test_saving_with_adapters_is_refused(tmp_path) -> None:
     with pytest.raises(emoe.ConversionError, match="merge the adapters first"):
-        emoe.save_pretrained(adapted("attention", SOME), tmp_path)
+        emoe.save_pretrained(adapted(SOME), tmp_path)
 
 
 PUBLISHED = {
@@ -76,7 +65,7 @@ def test_checkpointing_replays_noise_dropout_and_drops(method: str) -> None:
 def test_published_layers_compile_without_a_graph_break(method: str, training: bool) -> None:
     values = {**tiny_models.inputs("bert"), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
     model = tiny_models.build("bert")
-    model.encoder.layer = model.encoder.layer[:2]  # each takes a second to compile
+    model.encoder.layer = model.encoder.layer[:1]  # each takes a second to compile
     emoe.convert_(model, dataclasses.replace(PUBLISHED[method], expert_dropout=0.0, router_noise=1e-6))
     for module in model.train(training).modules():
         if isinstance(module, torch.nn.Dropout):

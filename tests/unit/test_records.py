@@ -11,13 +11,17 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForSequenceClassification, CLIPConfig, CLIPModel
 
 import emoe
-from tests import tiny_models
+from tests import converted, tiny_models
 from tests.plain_net import SPECS, plain_net
+
+T5_MASKS = {
+    "attention_mask": (torch.arange(11) < 4).long().repeat(3, 1),
+    "decoder_attention_mask": (torch.arange(7) < 5).long().repeat(3, 1),
+}
 
 
 def test_loads_count_every_token_and_leave_padding_out() -> None:
-    model, values = tiny_models.build("bert"), tiny_models.inputs("bert")
-    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1]))
+    model, values = converted.model("bert", layers=[1]), tiny_models.inputs("bert")
     with emoe.record_routing(model) as record:
         model(**values)
     found = record.layers[1]
@@ -37,8 +41,7 @@ def test_loads_count_every_token_and_leave_padding_out() -> None:
 
 
 def test_padding_does_not_change_the_record_of_real_tokens() -> None:
-    model = tiny_models.build("bert")
-    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1]))
+    model = converted.model("bert", layers=[1])
     ids = tiny_models.inputs("bert")["input_ids"]
     padded = torch.cat([ids, torch.zeros(3, 9, dtype=torch.long)], 1)
     mask = (torch.arange(20) < 11).long().repeat(3, 1)
@@ -81,8 +84,7 @@ def test_recording_ends_and_needs_a_routed_model() -> None:
 
 
 def test_aux_loss_only_where_asked_for() -> None:
-    model, values = tiny_models.build("bert"), tiny_models.inputs("bert")
-    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1]))
+    model, values = converted.model("bert", layers=[1]), tiny_models.inputs("bert")
     model.train()(**values)
     assert emoe.aux_loss(model) == 0.0
     emoe.to_dense_(model)
@@ -96,8 +98,7 @@ def test_aux_loss_only_where_asked_for() -> None:
 
 
 def test_drops_windows_and_the_table() -> None:
-    model = tiny_models.build("bert")
-    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1, 2], capacity_factor=1.0))
+    model = converted.model("bert", layers=[1, 2], capacity_factor=1.0)
     with emoe.record_routing(model, window=2) as record:
         for seed in range(5):
             model(**tiny_models.inputs("bert", rows=8, seed=seed))
@@ -115,8 +116,7 @@ def test_drops_windows_and_the_table() -> None:
 
 
 def test_labels_can_be_given_to_models_that_are_not_called_with_them() -> None:
-    model, values = tiny_models.build("vit"), tiny_models.inputs("vit")
-    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1]))
+    model, values = converted.model("vit", layers=[1]), tiny_models.inputs("vit")
     with emoe.record_routing(model) as record:
         record.set_labels(torch.tensor([2, 0, 2]))
         model(**values)
@@ -128,18 +128,12 @@ def test_labels_can_be_given_to_models_that_are_not_called_with_them() -> None:
 
 
 def test_t5_counts_the_padding_of_each_stack() -> None:
-    model, values = tiny_models.build("t5"), tiny_models.inputs("t5")
-    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all"))
-    masks = {
-        "attention_mask": (torch.arange(11) < 4).long().repeat(3, 1),
-        "decoder_attention_mask": (torch.arange(7) < 5).long().repeat(3, 1),
-    }
+    model, values = converted.model("t5"), tiny_models.inputs("t5")
     with emoe.record_routing(model) as record:
-        model(**values, **masks)
+        model(**values, **T5_MASKS)
     assert [layer.tokens for layer in record.layers.values()] == [12, 12, 15, 15]
 
 
-@pytest.mark.slow
 class Work(TorchDispatchMode):
     """Counts what is computed: elements of every result."""
 
@@ -192,15 +186,10 @@ def test_recording_follows_the_layer_through_wrappers() -> None:
         def forward(self, **values: torch.Tensor) -> object:
             return self.inner(**values)
 
-    model, values = tiny_models.build("t5"), tiny_models.inputs("t5")
-    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all"))
-    masks = {
-        "attention_mask": (torch.arange(11) < 4).long().repeat(3, 1),
-        "decoder_attention_mask": (torch.arange(7) < 5).long().repeat(3, 1),
-    }
+    model, values = converted.model("t5"), tiny_models.inputs("t5")
     for whole in (Wrapper(model), get_peft_model(model, LoraConfig(target_modules=["q"]))):
         with emoe.record_routing(whole) as record:
-            whole(**values, **masks)
+            whole(**values, **T5_MASKS)
         assert [layer.tokens for layer in record.layers.values()] == [12, 12, 15, 15]
 
 

@@ -78,26 +78,23 @@ def test_the_second_pass_is_that_of_the_whole_model_and_begins_at_the_layer(name
     assert not any("forward" in model.get_submodule(block_of(ffn.name)).__dict__ for ffn in find_ffns(model))
 
 
-def test_what_has_no_room_is_computed_again() -> None:
+@pytest.mark.parametrize(
+    ("layer", "options", "counts"),
+    [
+        (0, {}, [2, 2, 2, 2]),
+        (1, {}, [0, 2, 2, 2]),
+        (3, {}, [0, 0, 0, 2]),
+        (2, {"room": 3 * 7 * 32 * 4}, [1, 1, 2, 2]),  # for the first batch alone: the other is computed again
+    ],
+)
+def test_any_layer_may_be_the_first_that_differs(layer: int, options: dict[str, int], counts: list[int]) -> None:
     model, given = build("bert").eval(), batches("bert")
-    size = 3 * 7 * 32 * 4  # the first batch alone
-    below = StatesBelow(model, 2, room=size)
+    below = StatesBelow(model, layer, **options)
     with below.recording():
         wanted = outputs(model, given)
     with counted(model) as calls, below.replaying():
         assert all(map(torch.equal, outputs(model, given), wanted))
-    assert calls() == [1, 1, 2, 2]
-
-
-@pytest.mark.parametrize("layer", [0, 1, 3])
-def test_any_layer_may_be_the_first_that_differs(layer: int) -> None:
-    model, given = build("bert").eval(), batches("bert")
-    below = StatesBelow(model, layer)
-    with below.recording():
-        wanted = outputs(model, given)
-    with counted(model) as calls, below.replaying():
-        assert all(map(torch.equal, outputs(model, given), wanted))
-    assert calls() == [0] * layer + [2] * (4 - layer)
+    assert calls() == counts
 
 
 def test_other_batches_are_refused() -> None:
