@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,9 @@ from benchmarks.harness.sources.vader import ARCHIVE
 from emoe import architectures
 from emoe.registry import ROUTERS
 from tests.plain_net import SPECS
+
+if TYPE_CHECKING:
+    from tests.checkout import Checkout
 
 torch.set_num_threads(1)
 gc.set_threshold(20_000, 20, 20)  # tests make far more objects than they leave
@@ -70,12 +74,62 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def workdir(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory with the real sentences."""
-    (tmp_path / ARCHIVE).parent.mkdir(parents=True)
-    (tmp_path / ARCHIVE).symlink_to(archive)
+def pacs(root: Path) -> Path:
+    """A data root with a small PACS."""
+    from tests.image_sets import write_pacs
+
+    write_pacs(root, rows=3)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shared_pacs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with a small PACS to train on, that tests only read."""
+    from tests.image_sets import write_pacs
+
+    return write_pacs(tmp_path_factory.mktemp("data")).parent
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def shared_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working directory that the tests of a module share."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture
+def workdir(here: Path, archive: Path) -> Path:
+    """An empty working directory with the real sentences."""
+    ARCHIVE.parent.mkdir(parents=True)
+    ARCHIVE.symlink_to(archive)
+    return here
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are a dot each: for where the files must be there and nobody looks at them."""
+    from tests.drawn import undraw  # which imports Matplotlib
+
+    undraw(monkeypatch)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, archive: Path) -> Checkout:
+    """A copy of the working tree, with the sentences fetched."""
+    from tests.checkout import Checkout  # which takes ROOT from here
+
+    made = Checkout(tmp_path / "checkout")
+    made.put(archive)
+    return made
 
 
 def fetched(package: PackageFile) -> Path:

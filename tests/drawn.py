@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-WIDEST, HIGHEST, SMALLEST = 6.95, 9.6, 6.9  # inches, inches, points
+NARROWEST, WIDEST, HIGHEST, SMALLEST = 1.6, 6.95, 9.6, 6.9  # inches, the last in points
 
 
 @contextmanager
@@ -28,8 +28,8 @@ def watched() -> Iterator[list[str]]:
         yield found
 
 
-def undrawn(patch: pytest.MonkeyPatch) -> None:
-    """Have figures written as a dot each: for where the files must be there and nobody looks at them."""
+def undraw(patch: pytest.MonkeyPatch) -> None:
+    """Have figures written as a dot each."""
 
     def dot(_: Figure, path: Any, **__: Any) -> None:
         Image.new("RGB", (1, 1)).save(path)
@@ -41,7 +41,7 @@ def faults(figure: Figure) -> list[str]:
     """What is wrong with a figure, a sentence each."""
     width, height = figure.get_size_inches()
     found = []
-    if width > WIDEST or height > HIGHEST:
+    if not NARROWEST < width <= WIDEST or not NARROWEST / 3 < height <= HIGHEST:
         found.append(f"is {width:.1f} by {height:.1f} inches")
     texts = drawn_texts(figure)
     found += [f"{text!r} has {size:g} points" for text, _, size in texts if size < SMALLEST]

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.modeling.build import Trainable, reopen_classifier
+from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.results.records import repeatable
 from benchmarks.harness.running.execution import execute
@@ -29,6 +32,20 @@ def finish(path: Path) -> dict[str, Any]:
     """Execute, and give back what must be the same every time."""
     execute(path, threads=1, log=path.parent / "log.txt")
     return numbers(path)
+
+
+def recorded(run: Run) -> dict[str, Any]:
+    """Execute a run below ``results/runs``, and give back all that it wrote."""
+    path = prepare(run, str(RUNS))
+    found: dict[str, Any] = json.loads(execute(path, threads=1, log=path.parent / "log.txt").read_text())
+    return found
+
+
+def reopened(run: Run, found: dict[str, Any]) -> tuple[Trainable, Any]:
+    """The model that a recorded run kept, and its tokenizer."""
+    tokenizer = load_tokenizer(run.spec["model"])
+    weights = found["model"]["source"]["weights"]
+    return reopen_classifier(run.spec, weights, tokenizer, RUNS / run.folder / "model"), tokenizer
 
 
 def numbers(path: Path) -> dict[str, Any]:

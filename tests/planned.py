@@ -29,6 +29,12 @@ def plan_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(suites, "plan", lambda benchmarks, suite, exclude: _planned(suite, tuple(benchmarks), tuple(exclude)))
 
 
+def smoke_run(benchmark: str, method: str, part: str = "training", **changes: Any) -> Run:
+    """The first run of a method in the smoke suite, with other values in a part of its spec."""
+    spec = next(run.spec for run in _planned("smoke", (benchmark,)) if run.spec["method"]["name"] == method)
+    return run_from_spec({**spec, part: {**spec[part], **changes}})
+
+
 def evaluations(runs: list[Run], **changes: Any) -> list[Run]:
     """What glue_ood would evaluate of these runs in smoke, with another definition."""
     own = load_benchmark("glue_ood")

@@ -43,14 +43,6 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
     made.stop()
 
 
-@pytest.fixture
-def checkout(tmp_path: Path, archive: Path) -> Checkout:
-    """A copy of the working tree, with the sentences fetched."""
-    made = Checkout(tmp_path / "checkout")
-    made.put(archive)
-    return made
-
-
 def submit(checkout: Checkout, *words: str) -> str:
     """As in the pod where Snakemake runs."""
     found = checkout.run(SNAKEMAKE, *KUBERNETES, *words)

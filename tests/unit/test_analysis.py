@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.kinds import Benchmark
 from benchmarks.harness.planning.runs import Run
@@ -33,9 +34,8 @@ from tests import fake_runs
 
 
 @pytest.fixture
-def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
+def finished(here: Path) -> Suite:
     """The mini suite, finished with made-up numbers, in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
     return fake_runs.text_suite()
 
 
@@ -96,9 +96,9 @@ def test_selection_takes_the_best_mean_dev_score_of_each_cell() -> None:
 
 def test_records_name_unfinished_damaged_and_foreign_files(finished: Suite) -> None:
     run, other = finished.runs[:2]
-    path = Path("results/runs") / run.folder / "metrics.json"
+    path = RUNS / run.folder / "metrics.json"
     text = path.read_text()
-    path.write_text((Path("results/runs") / other.folder / "metrics.json").read_text())
+    path.write_text((RUNS / other.folder / "metrics.json").read_text())
     with pytest.raises(DefinitionError, match=f"belongs to the run '{other.id}'"):
         read_metrics(run)
     path.write_text(text[:50])
@@ -133,8 +133,8 @@ def test_ranks_and_marks_compare_the_seeds_that_all_rows_have(finished: Suite) -
                 if (other.spec["method"]["name"], other.spec["task"]["name"], other.spec["seed"])
                 == ("vanilla", run.spec["task"]["name"], run.spec["seed"])
             )
-            content = json.loads((Path("results/runs") / twin.folder / "metrics.json").read_text())
-            (Path("results/runs") / run.folder / "metrics.json").write_text(json.dumps({**content, "run_id": run.id}))
+            content = json.loads((RUNS / twin.folder / "metrics.json").read_text())
+            (RUNS / run.folder / "metrics.json").write_text(json.dumps({**content, "run_id": run.id}))
     frame = results(outcomes_of(finished.runs)).frame.set_index(["task", "method"])
     for column in ("id_common", "ood_common", "ood_rank"):
         assert frame.loc[("tweets", "random_partition"), column] == frame.loc[("tweets", "vanilla"), column]
@@ -211,24 +211,19 @@ def test_wrong_cells_of_the_paper_are_named(finished: Suite, tmp_path: Path, lin
 
 
 @pytest.fixture(scope="module")
-def paper(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
+def paper(shared_here: Path) -> list[Run]:
     """A part of the paper suite with made-up numbers: two models' LoRA rows on all tasks, and GLUE-X."""
-    root = tmp_path_factory.mktemp("paper") / "results" / "runs"
-    return root, fake_runs.write(root, "paper", {"lora_emoe": 0.05}, ("glue_lora", "glue_ood"))
+    return fake_runs.write(RUNS, "paper", {"lora_emoe": 0.05}, ("glue_lora", "glue_ood"))
 
 
 @pytest.fixture(scope="module")
-def adapted(paper: tuple[Path, list[Run]]) -> TextOutcomes:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(paper[0].parents[1])
-        return outcomes_of(paper[1], "glue_lora")
+def adapted(paper: list[Run]) -> TextOutcomes:
+    return outcomes_of(paper, "glue_lora")
 
 
 @pytest.fixture(scope="module")
-def evaluated(paper: tuple[Path, list[Run]]) -> TextOutcomes:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(paper[0].parents[1])
-        return outcomes_of(paper[1], "glue_ood")
+def evaluated(paper: list[Run]) -> TextOutcomes:
+    return outcomes_of(paper, "glue_ood")
 
 
 def test_published_and_clean_runs_stand_side_by_side(adapted: TextOutcomes) -> None:
@@ -255,12 +250,9 @@ def test_published_and_clean_runs_stand_side_by_side(adapted: TextOutcomes) -> N
     )
 
 
-def test_an_average_is_over_all_tasks_or_not_given(paper, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(paper[0].parents[1])
+def test_an_average_is_over_all_tasks_or_not_given(paper: list[Run]) -> None:
     some = [
-        run
-        for run in paper[1]
-        if not (run.spec["method"]["name"] == "lora_block" and run.spec["task"]["name"] == "cola")
+        run for run in paper if not (run.spec["method"]["name"] == "lora_block" and run.spec["task"]["name"] == "cola")
     ]
     by = tasks(outcomes_of(some, "glue_lora")).frame.set_index(["model", "protocol", "method"])
     assert math.isnan(by.loc[("gpt2-xl", "clean", "lora_block"), "average"])
@@ -325,7 +317,7 @@ def test_rows_that_train_other_things_are_not_compared(finished: Suite) -> None:
 
     runs = [run for run in finished.runs if run.benchmark == "glue_lora"]
     present(load_benchmark("glue_lora"), runs)
-    path = Path("results/runs") / runs[-1].folder / "metrics.json"
+    path = RUNS / runs[-1].folder / "metrics.json"
     content = json.loads(path.read_text())
     content["model"]["trained"]["head"]["names"] = "other"
     path.write_text(json.dumps(content))
@@ -338,6 +330,7 @@ def test_rows_that_train_other_things_are_not_compared(finished: Suite) -> None:
 # presentation
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_text_benchmark_without_a_presentation_takes_the_usual_one(finished: Suite, tmp_path: Path) -> None:
     real = load_benchmark("glue")
     changes = {"tables": ["tests", "choices"], "figures": {"ood": "Scores."}}

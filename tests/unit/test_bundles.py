@@ -25,7 +25,6 @@ from benchmarks.harness.results import bundles
 from benchmarks.harness.results.bundles import Merged, merge_bundle, origin_of, write_bundle
 from emoe.errors import EMoEError
 from tests import fake_runs
-from tests.drawn import undrawn
 
 RUNS = Path("results/runs")
 GLUE = load_suite({"suite": "smoke"}).runs_of("glue")
@@ -133,8 +132,8 @@ def test_a_run_keeps_the_name_that_it_came_with(there: Path, bundle: Path) -> No
     assert origin_of(GLUE[0].folder) == "lab b"
 
 
-def test_tables_and_the_report_say_who_ran_what(there: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undrawn(monkeypatch)
+@pytest.mark.usefixtures("undrawn")
+def test_tables_and_the_report_say_who_ran_what(there: Path, bundle: Path) -> None:
     fake_runs.write(RUNS, "smoke", benchmarks=("glue",))
     for run in GLUE:
         if run.spec["seed"] == 1:

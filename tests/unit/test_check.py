@@ -9,9 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 
-from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning.runs import Run
@@ -30,12 +28,12 @@ from benchmarks.harness.results.regression import Comparison, compare, present
 from benchmarks.harness.running import spread
 from tests import fake_runs
 from tests.fake_runs import edit
+from tests.programs import call
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+def runs(here: Path) -> list[Run]:
     """Finished runs of text and measurements, in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
     return fake_runs.text_and_measurements()
 
 
@@ -306,24 +304,17 @@ def test_an_older_or_damaged_reference_says_to_bless_again(runs: list[Run], bles
         compare(runs, "mini", blessed)
 
 
-def test_check_before_there_are_results_is_one_line_with_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(cli, ["check", "--suite", "smoke"])
-    assert isinstance(done.exception, DefinitionError)
-    assert str(done.exception) == (
-        "no run of the suite 'smoke' is finished below results/runs: `snakemake --cores all --config suite=smoke`"
-    )
+def test_check_before_there_are_results_is_one_line_with_the_command(here: Path) -> None:
+    message = "no run of the suite 'smoke' is finished below results/runs: `snakemake --cores all --config suite=smoke`"
+    with pytest.raises(DefinitionError, match=f"^{message}$"):
+        call("check", "--suite", "smoke")
 
 
 def test_the_status_and_json_of_check(runs: list[Run], blessed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score_of(runs[0], -0.25)
     found = compare(runs, "mini", blessed)
     monkeypatch.setattr("benchmarks.harness.results.regression.compare", lambda *args, **kwargs: found)
-    done = CliRunner().invoke(cli, ["check", "--json"])
-    assert done.exit_code == 1
-    content = json.loads(done.output)
+    content = json.loads(call("check", "--json", status=1))
     assert content["passed"] is False
     assert content["findings"][0]["status"] == "changed"
     assert content["findings"][0]["difference"] == pytest.approx(-0.25)

@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 
-from benchmarks.__main__ import cli
-from benchmarks.harness.base.paths import OVERRIDES
+from benchmarks.harness.base.paths import OVERRIDES, RUNS
 from benchmarks.harness.planning.claims import load_claims
 from benchmarks.harness.planning.suite import Suite, load_suite
 from benchmarks.harness.reporting.claims import claims_table, judged
@@ -21,29 +19,32 @@ from benchmarks.harness.results.evidence import (
     pairs_needed,
 )
 from tests import fake_runs
+from tests.programs import call
 
 PART_OF_MINI = {"suite": "mini", "benchmarks": ["glue_lora", "domainbed", "llama"]}
 
 
 @pytest.fixture(scope="module")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> tuple[Suite, pd.DataFrame, Path]:
+def suite(shared_here: Path) -> Suite:
     """Most of the mini suite with made-up runs, EMoE a little better by LoRA."""
-    suite, folder = load_suite(PART_OF_MINI), tmp_path_factory.mktemp("mini")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        fake_runs.write_runs(suite.runs, {"lora_emoe": 0.01})
-        return suite, judged(suite), folder
+    found = load_suite(PART_OF_MINI)
+    fake_runs.write_runs(found.runs, {"lora_emoe": 0.01})
+    return found
 
 
-def test_every_test_of_every_claim_has_a_row(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
-    _, rows, _ = mini
+@pytest.fixture(scope="module")
+def rows(suite: Suite) -> pd.DataFrame:
+    """Its claims."""
+    return judged(suite)
+
+
+def test_every_test_of_every_claim_has_a_row(rows: pd.DataFrame) -> None:
     expected = [(name, test.title) for name, claim in load_claims().items() for test in claim.tests]
     assert list(zip(rows["claim"], rows["test"], strict=True)) == expected
     assert set(rows["verdict"]) <= {word.value for word in Verdict}
 
 
-def test_p_is_corrected_over_all_tests_of_the_table(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
-    _, rows, _ = mini
+def test_p_is_corrected_over_all_tests_of_the_table(rows: pd.DataFrame) -> None:
     for column in ("p", "equivalence_p"):
         p = sorted((value, place) for place, value in rows[column].dropna().items())
         assert len(p) > 5
@@ -53,12 +54,11 @@ def test_p_is_corrected_over_all_tests_of_the_table(mini: tuple[Suite, pd.DataFr
             assert rows.loc[place, f"{column}_holm"] == pytest.approx(highest)
 
 
-def test_differences_are_those_of_the_runs(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
-    suite, rows, folder = mini
+def test_differences_are_those_of_the_runs(suite: Suite, rows: pd.DataFrame) -> None:
     scores: dict[tuple[str, int], float] = {}
     for run in suite.runs_of("glue_lora"):
         if run.spec["method"]["name"] in ("lora", "lora_emoe"):
-            found = json.loads((folder / "results/runs" / run.folder / "metrics.json").read_text())
+            found = json.loads((RUNS / run.folder / "metrics.json").read_text())
             task = run.spec["task"]
             key = (run.spec["method"]["name"], run.spec["seed"])
             scores[key] = found["scores"]["test"][task["name"]][task["metric"]]
@@ -70,8 +70,7 @@ def test_differences_are_those_of_the_runs(mini: tuple[Suite, pd.DataFrame, Path
     assert row.pairs_needed_alone <= row.pairs_needed
 
 
-def test_what_is_not_tested_says_what_it_needs(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
-    _, rows, _ = mini
+def test_what_is_not_tested_says_what_it_needs(rows: pd.DataFrame) -> None:
     missing = rows[rows["verdict"] == "not tested"].set_index(["claim", "test"])["remark"]
     assert all(text.startswith("not tested in this suite: ") for text in missing)
     assert missing["llama", "questions, full fine-tuning"].endswith("its runs are in paper")
@@ -80,8 +79,7 @@ def test_what_is_not_tested_says_what_it_needs(mini: tuple[Suite, pd.DataFrame, 
     assert "mini" not in missing["llama", "questions, full fine-tuning"]
 
 
-def test_the_table_shows_what_was_found(mini: tuple[Suite, pd.DataFrame, Path]) -> None:
-    suite, rows, _ = mini
+def test_the_table_shows_what_was_found(suite: Suite, rows: pd.DataFrame) -> None:
     table = claims_table(suite, rows)
     cells = table.texts()
     assert list(cells.columns[:5]) == ["Claim", "Tested on", "The paper", "These runs", "n"]
@@ -96,10 +94,7 @@ def test_the_table_shows_what_was_found(mini: tuple[Suite, pd.DataFrame, Path]) 
     assert "random weights" not in table.caption
 
 
-def test_files_of_a_suite_with_random_weights_say_that_scores_mean_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_files_of_a_suite_with_random_weights_say_that_scores_mean_nothing(here: Path) -> None:
     suite = load_suite({"suite": "smoke", "benchmarks": ["glue", "speed"]})
     fake_runs.write_runs(suite.runs)
     write_claims(suite)
@@ -112,14 +107,9 @@ def test_files_of_a_suite_with_random_weights_say_that_scores_mean_nothing(
     assert frame.loc[("cost", "time of a training step"), "n"] == 1
 
 
-def test_the_command_prints_every_number(
-    mini: tuple[Suite, pd.DataFrame, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, rows, folder = mini
-    monkeypatch.chdir(folder)
+def test_the_command_prints_every_number(rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OVERRIDES, json.dumps(PART_OF_MINI))
-    shown = CliRunner().invoke(cli, ["claims", "--suite", "mini", "--json"], catch_exceptions=False)
-    found = json.loads(shown.output)
+    found = json.loads(call("claims", "--suite", "mini", "--json"))
     assert [row["verdict"] for row in found] == list(rows["verdict"])
     assert found[0]["delta"] is None
     assert [found[1][key] for key in ("p", "delta")] == pytest.approx([rows[key].iloc[1] for key in ("p", "delta")])
@@ -133,7 +123,6 @@ def test_a_suite_without_claimed_benchmarks_shows_no_claims(monkeypatch: pytest.
     assert not [file for file in suite.output_files() if "claims" in file]
 
 
-def test_a_figure_without_tests_says_so(mini: tuple[Suite, pd.DataFrame, Path], tmp_path: Path) -> None:
-    _, rows, _ = mini
+def test_a_figure_without_tests_says_so(rows: pd.DataFrame, tmp_path: Path) -> None:
     draw_claims(rows[rows["verdict"] == "not tested"], tmp_path / "none")
     assert (tmp_path / "none.png").stat().st_size > 500

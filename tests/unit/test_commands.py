@@ -27,18 +27,11 @@ from emoe import bench
 from tests import fake_runs
 from tests.conftest import ROOT
 from tests.executed import finish, prepare
+from tests.programs import call
 
 RUNS = Path("results/runs")
 PROGRAMS = {"emoe-bench": suite_cli, "emoe": library.cli}
 COMMANDS = [(program, name) for program, cli in PROGRAMS.items() for name in cli.commands]
-
-
-def call(*arguments: str, status: int = 0) -> str:
-    done = CliRunner().invoke(suite_cli, arguments, obj=0.0)
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == status, done.output
-    return done.stdout
 
 
 def shown(program: str, *path: str) -> str:
@@ -141,11 +134,8 @@ def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_suite_is_one_line_with_the_nearest(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["emoe-bench", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 1
-    assert capsys.readouterr().err.startswith("error: there is no suite 'smok'; did you mean 'smoke'?")
+    said = refusal(arguments, monkeypatch, capsys)
+    assert said.startswith("error: there is no suite 'smok'; did you mean 'smoke'?")
 
 
 # lists
@@ -168,9 +158,8 @@ def test_what_there_is_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+def runs(here: Path) -> list[Run]:
     """Smoke's finished runs of text classification."""
-    monkeypatch.chdir(tmp_path)
     found = plan(["glue"], "smoke")
     fake_runs.write_runs(found)
     for run in found:

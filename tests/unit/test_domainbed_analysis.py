@@ -24,6 +24,7 @@ from benchmarks.domainbed.selection import (
 from benchmarks.domainbed.tables import choices, cost, paper, results, summary
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.planning import suite as planning
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from benchmarks.harness.planning.suite import Suite, find_part, load_suite
@@ -33,6 +34,7 @@ from benchmarks.harness.reporting.report import write_report
 from benchmarks.harness.results.records import collect
 from tests.fake_runs import write_runs, write_samples
 from tests.image_sets import pacs_run
+from tests.planned import paper_runs
 
 
 def record(step: int, within: list[float], out: list[float]) -> dict[str, Any]:
@@ -109,20 +111,18 @@ def test_the_error_is_domainbeds() -> None:
 
 
 @pytest.fixture
-def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Run], Path]:
-    """Made-up records of the mini suite's runs."""
-    monkeypatch.chdir(tmp_path)
-    runs = plan(["domainbed"], "mini")
-    write_runs(runs, gains={"emoe": 0.1})
-    return runs, tmp_path
+def runs(here: Path) -> list[Run]:
+    """Those of the mini suite, finished with made-up records."""
+    planned = plan(["domainbed"], "mini")
+    write_runs(planned, gains={"emoe": 0.1})
+    return planned
 
 
 def outcomes(runs: list[Run]) -> DomainOutcomes:
     return DomainOutcomes(load_benchmark("domainbed"), runs)
 
 
-def test_tables_average_over_environments_then_trials(finished: tuple[list[Run], Path]) -> None:
-    runs, _ = finished
+def test_tables_average_over_environments_then_trials(runs: list[Run]) -> None:
     others = [run_from_spec({**run.spec, "test_envs": [5]}) for run in runs]
     write_runs(others)
     found = outcomes([*runs, *others])
@@ -142,8 +142,7 @@ def test_tables_average_over_environments_then_trials(finished: tuple[list[Run],
     assert "augmented" not in table.caption  # digits are not
 
 
-def test_differences_are_paired_by_trial(finished: tuple[list[Run], Path]) -> None:
-    runs, _ = finished
+def test_differences_are_paired_by_trial(runs: list[Run]) -> None:
     found = outcomes(runs)
     cells = found.cells[found.cells["selection"] == "oracle"].set_index(["method", "trial", "env"])["value"]
     expected = (cells["emoe"] - cells["erm"]).groupby("trial").mean()
@@ -152,8 +151,7 @@ def test_differences_are_paired_by_trial(finished: tuple[list[Run], Path]) -> No
     assert row["n"] == 3
 
 
-def test_the_best_draw_is_reported_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_best_draw_is_reported_and_named(here: Path) -> None:
     runs = plan(["domainbed"], "domainbed_sweep")
     chosen = [
         run
@@ -176,8 +174,7 @@ def test_the_best_draw_is_reported_and_named(tmp_path: Path, monkeypatch: pytest
         assert row.chosen_by == max(last.values()) == last[row.hparams_seed]
 
 
-def test_what_was_chosen_is_shown(finished: tuple[list[Run], Path]) -> None:
-    runs, _ = finished
+def test_what_was_chosen_is_shown(runs: list[Run]) -> None:
     text = choices(outcomes(runs), "rotated_mnist_5k").markdown()
     assert "| training-domain validation" in text
     assert "| defaults" in text
@@ -185,8 +182,7 @@ def test_what_was_chosen_is_shown(finished: tuple[list[Run], Path]) -> None:
     assert len([line for line in text.splitlines() if line.startswith("| DINOv2")]) == 2 * 4 * 3
 
 
-def test_published_numbers_stand_beside_ours_where_there_are_any(finished: tuple[list[Run], Path]) -> None:
-    runs, _ = finished
+def test_published_numbers_stand_beside_ours_where_there_are_any(runs: list[Run]) -> None:
     table = paper(outcomes(runs))
     text = table.markdown()
     assert "| DeiT-S/16 (22 M)" in text
@@ -196,11 +192,10 @@ def test_published_numbers_stand_beside_ours_where_there_are_any(finished: tuple
     assert set(table.frame["status"]) <= {"published", "inferred"}
 
 
-def test_the_average_of_four_is_over_the_papers_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_average_of_four_is_over_the_papers_sets(here: Path) -> None:
     runs = [
         run
-        for run in plan(["domainbed"], "paper")
+        for run in paper_runs("domainbed")
         if run.spec["model"]["name"] == "deit-small" and run.spec["method"]["name"] == "emoe"
     ]
     write_runs(runs)
@@ -214,10 +209,7 @@ def test_the_average_of_four_is_over_the_papers_sets(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("val_augment", [True, False])
-def test_tables_say_whose_validation_and_whose_gmoe_it_is(
-    val_augment: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_tables_say_whose_validation_and_whose_gmoe_it_is(val_augment: bool, here: Path) -> None:
     runs = [
         run
         for method in ("gmoe", "gmoe_upstream")
@@ -243,8 +235,8 @@ def write_outputs(suite: Suite, runs: list[Run]) -> None:
         shown.draw(folder / "figures")
 
 
-def test_everything_that_the_suite_shows_is_made(finished: tuple[list[Run], Path]) -> None:
-    runs, _ = finished
+@pytest.mark.usefixtures("undrawn")
+def test_everything_that_the_suite_shows_is_made(runs: list[Run]) -> None:
     suite = load_suite({"suite": "mini", "benchmarks": ["domainbed"]})
     write_samples(suite.runs_of("domainbed"))
     write_outputs(suite, runs)
@@ -267,7 +259,7 @@ def test_everything_that_the_suite_shows_is_made(finished: tuple[list[Run], Path
     assert "EMoE +" in page
 
 
-def test_a_part_alone_needs_only_its_own_runs(finished: tuple[list[Run], Path]) -> None:
+def test_a_part_alone_needs_only_its_own_runs(runs: list[Run]) -> None:
     suite = load_suite({"suite": "smoke"})
     assert suite.parts("domainbed") == ["rotated_mnist_5k", "colored_mnist_5k"]
     own = suite.metric_files("domainbed", "colored_mnist_5k")
@@ -278,7 +270,8 @@ def test_a_part_alone_needs_only_its_own_runs(finished: tuple[list[Run], Path]) 
     assert set(files) < set(suite.output_files("domainbed"))
 
 
-def test_a_set_is_found_in_the_suite_that_runs_it() -> None:
+def test_a_set_is_found_in_the_suite_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "suite_names", lambda: ["mini", "mini_search", "smoke"])
     mini = load_suite({"suite": "mini"})
     assert find_part("domainbed", "rotated_mnist_5k", mini).name == "mini"
     assert find_part("domainbed", "colored_mnist_5k", mini).name == "smoke"
@@ -287,8 +280,7 @@ def test_a_set_is_found_in_the_suite_that_runs_it() -> None:
         find_part("domainbed", "colored_mnist", mini)
 
 
-def test_numbers_of_a_run_are_collected(finished: tuple[list[Run], Path]) -> None:
-    runs, _ = finished
+def test_numbers_of_a_run_are_collected(runs: list[Run]) -> None:
     records = collect(runs[:1])
     assert set(records["part"]) == {"train", "dev", "test", "cost", "model"}
     assert set(records["variant"]) == {"T0"}
@@ -297,13 +289,10 @@ def test_numbers_of_a_run_are_collected(finished: tuple[list[Run], Path]) -> Non
     assert isinstance(records, pd.DataFrame)
 
 
-def test_a_set_of_which_not_all_environments_were_held_out_is_not_compared_with_published_averages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_set_of_which_not_all_environments_were_held_out_is_not_compared_with_published_averages(here: Path) -> None:
     runs = [
         run
-        for run in plan(["domainbed"], "paper")
+        for run in paper_runs("domainbed")
         if run.spec["model"]["name"] == "deit-small"
         and run.spec["task"]["name"] == "pacs"
         and run.spec["method"]["name"] == "emoe"
@@ -313,10 +302,8 @@ def test_a_set_of_which_not_all_environments_were_held_out_is_not_compared_with_
     assert paper(outcomes(runs[3:])).frame["ours"].notna().sum() == 0
 
 
-def test_runs_that_hold_out_two_environments_alone_are_no_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("undrawn")
+def test_runs_that_hold_out_two_environments_alone_are_no_result(here: Path) -> None:
     suite = load_suite({"suite": "smoke", "benchmarks": ["domainbed"]})
     runs = [run for run in suite.runs if len(run.spec["test_envs"]) == 2]
     write_runs(runs)
@@ -326,13 +313,13 @@ def test_runs_that_hold_out_two_environments_alone_are_no_result(
     Path(picture).with_suffix(".json").write_text(json.dumps({"samples": ["+90%", "+80%", "-90%"]}))
     presented = present(load_benchmark("domainbed"), runs)
     assert presented.verdicts == []
-    presented.parts["colored_mnist_5k"].draw(tmp_path / "figures")
-    assert len(list((tmp_path / "figures").glob("*.png"))) == 4
+    presented.parts["colored_mnist_5k"].draw(here / "figures")
+    assert len(list((here / "figures").glob("*.png"))) == 4
     assert presented.parts["colored_mnist_5k"].tables[0].frame.empty
 
 
-def test_published_costs_stand_below_ours_with_their_source(finished: tuple[list[Run], Path]) -> None:
-    frame = cost(outcomes(finished[0])).frame
+def test_published_costs_stand_below_ours_with_their_source(runs: list[Run]) -> None:
+    frame = cost(outcomes(runs)).frame
     assert list(frame["set_title"])[-3:] == ["VLCS"] * 3
     published = frame.iloc[-1]
     assert published["method"] == "emoe"

@@ -24,10 +24,7 @@ _PART = {"learning_rate": 3e-4, "protocol": "published"}  # of the paper's by ad
         ("speed", "speed"),
     ],
 )
-def test_figures_fit_a_page_and_no_text_touches_another(
-    suite: str, benchmark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_figures_fit_a_page_and_no_text_touches_another(suite: str, benchmark: str, here: Path) -> None:
     runs = fake_runs.write(Path("results/runs"), suite, benchmarks=(benchmark,))
     if benchmark == "domainbed":
         runs = [run for run in runs if suite != "paper" or run.spec["task"]["name"] == "pacs"]
@@ -39,7 +36,7 @@ def test_figures_fit_a_page_and_no_text_touches_another(
     assert len(figures) >= len(load_benchmark(benchmark).definition.figures)
     for name, draw in figures.items():
         with watched() as found:
-            draw(tmp_path / name)
+            draw(here / name)
         assert found == [], name
 
 

@@ -12,7 +12,7 @@ from benchmarks.harness.planning.runs import plan, run_from_spec
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.figures import draw_curves
 from benchmarks.llama.outcomes import InstructionOutcomes
-from tests.executed import finish, killed_at, prepare
+from tests.executed import finish, prepare
 from tests.fake_runs import write_runs
 from tests.instruction_runs import enter, tiny_run
 
@@ -36,16 +36,6 @@ def test_looking_at_held_out_rows_changes_no_other_number() -> None:
     assert losses[0] > losses[-1]
     untuned = finish(prepare(tiny_run("emoe", "base")))
     assert losses[0] == pytest.approx(untuned["scores"]["dev"]["own"]["loss"], abs=1e-6)
-
-
-def test_a_killed_run_keeps_its_points() -> None:
-    run = tiny_run("dense", "lora", training={"eval_every": 1})
-    whole = finish(prepare(run, "whole"))
-    killed = prepare(run, "killed")
-    with killed_at(5):
-        finish(killed)
-    assert finish(killed)["held_out_curve"] == whole["held_out_curve"]
-    assert len(whole["held_out_curve"]) == 7
 
 
 def test_held_out_points_get_a_panel_of_their_own() -> None:

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib import image
 
 import emoe
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.planning.runs import plan
 from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.reporting.presentation import Presentation, present
 from benchmarks.modularity.concentration import Concentration, gini, is_active
@@ -25,6 +24,7 @@ from benchmarks.modularity.selected import Selected, dense_magnitudes, is_dead, 
 from benchmarks.text.usage import marks, shared_and_specialised, told_of_classes, told_of_tasks
 from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare
+from tests.planned import smoke_run
 
 BENCHMARK = load_benchmark("modularity")
 
@@ -142,13 +142,8 @@ def test_neurons_in_use_are_those_that_the_model_computes_with(name: str) -> Non
 # a run
 
 
-def smoke(method: str, **reading: object) -> Run:
-    spec = next(run.spec for run in plan(["modularity"], "smoke") if run.spec["method"]["name"] == method)
-    return run_from_spec({**spec, "reading": {**spec["reading"], **reading}})
-
-
 def test_a_run_measures_draws_and_counts_and_does_so_again(workdir: Path) -> None:
-    run = smoke("emoe")
+    run = smoke_run("modularity", "emoe", "reading")
     found = finish(prepare(run))
     config = run.spec["method"]["config"]
     measured = found["measured"]["experts"]
@@ -170,7 +165,9 @@ def test_a_run_measures_draws_and_counts_and_does_so_again(workdir: Path) -> Non
 
 
 def test_constructions_see_the_same_activations_in_another_order(workdir: Path) -> None:
-    clustered, standing = (finish(prepare(smoke(method))) for method in ("emoe", "contiguous"))
+    clustered, standing = (
+        finish(prepare(smoke_run("modularity", method, "reading"))) for method in ("emoe", "contiguous")
+    )
 
     def by_token(found: dict[str, Any]) -> list[Any]:
         return sorted(zip(found["matrix"]["tokens"], found["matrix"]["values"], strict=True))
@@ -181,7 +178,10 @@ def test_constructions_see_the_same_activations_in_another_order(workdir: Path) 
 
 
 def test_batches_of_another_size_give_the_same_numbers_but_for_rounding(workdir: Path) -> None:
-    one, other = (finish(prepare(smoke("emoe", batch_size=size)))["measured"]["experts"] for size in (32, 7))
+    one, other = (
+        finish(prepare(smoke_run("modularity", "emoe", "reading", batch_size=size)))["measured"]["experts"]
+        for size in (32, 7)
+    )
     assert one == pytest.approx(other, abs=1e-4)
 
 
@@ -244,17 +244,8 @@ def test_an_excluded_task_is_not_read_and_one_alone_is_not_enough() -> None:
 
 
 @pytest.fixture
-def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Presentation:
-    monkeypatch.chdir(tmp_path)
+def shown(here: Path) -> Presentation:
     return present(BENCHMARK, fake_runs.write(Path("results/runs"), "mini", benchmarks=("modularity",)))
-
-
-@pytest.mark.parametrize("figure", list(BENCHMARK.definition.figures))
-def test_every_figure_is_drawn(shown: Presentation, tmp_path: Path, figure: str) -> None:
-    shown.figures[f"modularity_{figure}"](tmp_path / figure)
-    height, width = image.imread(tmp_path / f"{figure}.png").shape[:2]
-    assert 300 < width <= 1_300
-    assert height <= 1_000
 
 
 def test_the_table_has_a_row_a_construction_with_the_papers_matrices_beside(shown: Presentation) -> None:
@@ -269,8 +260,7 @@ def test_the_table_has_a_row_a_construction_with_the_papers_matrices_beside(show
     assert np.isnan(gini_of["emoe", 16])
 
 
-def test_a_sentence_says_whether_more_than_chance_is_told(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_sentence_says_whether_more_than_chance_is_told(here: Path) -> None:
     runs = fake_runs.write(Path("results/runs"), "smoke", benchmarks=("modularity",))
     for bits, words in ((0.9, "more than chance"), (0.0, "no more than chance")):
         for run in runs:
@@ -282,8 +272,7 @@ def test_a_sentence_says_whether_more_than_chance_is_told(tmp_path: Path, monkey
         assert f"tells {words} of the task" in sentence
 
 
-def test_means_are_over_the_seeds_of_a_construction(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_means_are_over_the_seeds_of_a_construction(here: Path) -> None:
     runs = fake_runs.write(Path("results/runs"), "mini", benchmarks=("modularity",))
     outcomes = ModularityOutcomes(BENCHMARK, runs)
     own = outcomes.rows[(outcomes.rows["method"] == "random_partition") & (outcomes.rows["num_experts"] == 32)]

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, ROOT
 from benchmarks.harness.planning.artifacts import FIGURE_FORMATS, all_artifacts, artifacts_of
@@ -28,6 +26,7 @@ from benchmarks.harness.reporting.paper_items import paper_index, write_paper_it
 from benchmarks.harness.reporting.presentation import present
 from tests import fake_runs
 from tests.drawn import watched
+from tests.programs import call
 
 FILE = BENCHMARKS / "paper.yaml"
 
@@ -65,8 +64,8 @@ def test_a_suite_makes_what_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert paper_files(load_suite({"suite": "speed"})) == []
 
 
-def test_paper_tables_have_the_papers_rows_by_one_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("undrawn")
+def test_paper_tables_have_the_papers_rows_by_one_selection(here: Path) -> None:
     suite = load_suite({"benchmarks": ["glue", "glue_lora", "glue_ood"]})
     fake_runs.write_runs(suite.runs)
     folder, drawn = Path("results/mini/paper"), Path("results/mini/figures")
@@ -97,10 +96,9 @@ def test_paper_tables_have_the_papers_rows_by_one_selection(tmp_path: Path, monk
 
 
 def test_the_command_lists_every_item() -> None:
-    shown = CliRunner().invoke(cli, ["paper", "--suite", "mini"])
-    assert shown.exit_code == 0, shown.output
+    said = call("paper", "--suite", "mini")
     for name in load_paper_items():
-        assert f"| {name} " in shown.output
+        assert f"| {name} " in said
 
 
 def test_the_documents_have_a_row_for_every_item() -> None:
@@ -112,8 +110,7 @@ def test_the_documents_have_a_row_for_every_item() -> None:
         assert ("not made" in row) == (item.missing is not None)
 
 
-def test_main_averages_are_those_of_the_runs_and_of_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_main_averages_are_those_of_the_runs_and_of_the_paper(here: Path) -> None:
     suite = load_suite({"benchmarks": ["glue", "glue_lora", "glue_ood", "domainbed"]})
     fake_runs.write_runs(suite.runs, {"emoe": 0.03})
     rows = main_rows(claimed_numbers(suite))
@@ -147,8 +144,8 @@ def test_main_averages_are_those_of_the_runs_and_of_the_paper(tmp_path: Path, mo
     assert full["of"].to_dict() == dict.fromkeys(full.index, "Tweets; n = 5 pairs")
     assert full.loc[["gmoe", "emoe"], "compared"].to_list() == ["Tweets; n = 5 pairs", "Amazon, Tweets; n = 8 pairs"]
     with watched() as found:
-        draw_main(rows, tmp_path)
+        draw_main(rows, here)
     assert found == []
-    draw_main(rows, tmp_path)
-    draw_main(rows[rows["whose"] == "paper"], tmp_path / "none")
-    assert (tmp_path / "figure_2a.png").stat().st_size > 2 * (tmp_path / "none" / "figure_2a.png").stat().st_size
+    draw_main(rows, here)
+    draw_main(rows[rows["whose"] == "paper"], here / "none")
+    assert (here / "figure_2a.png").stat().st_size > 2 * (here / "none" / "figure_2a.png").stat().st_size

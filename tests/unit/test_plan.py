@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning import workload
 from benchmarks.harness.planning.catalogue import load_models
@@ -17,16 +15,15 @@ from benchmarks.harness.planning.paper_items import runs_shown
 from benchmarks.harness.planning.runs import plan
 from benchmarks.harness.planning.suite import load_suite
 from tests import fake_runs
+from tests.planned import plan_once
+from tests.programs import call
 
 RUNS = Path("results/runs")
 
 
-def call(*arguments: str, status: int = 0) -> str:
-    done = CliRunner().invoke(cli, arguments, obj=0.0)
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == status, done.output
-    return done.stdout
+@pytest.fixture(autouse=True)
+def workdir(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_once(monkeypatch)
 
 
 def planned(*arguments: str) -> dict[str, Any]:
@@ -34,10 +31,7 @@ def planned(*arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_plan_estimates_by_what_is_stated_until_something_was_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_plan_estimates_by_what_is_stated_until_something_was_recorded() -> None:
     before = planned("--suite", "emoji")["total"]
     assert (before["done"], before["by_basis"], before["unknown"]) == (0, {"stated": before["runs"]}, 0)
     assert "nothing like them was measured" in " ".join(call("plan", "--suite", "emoji").split())
@@ -55,8 +49,7 @@ def test_plan_estimates_by_what_is_stated_until_something_was_recorded(
         planned("--suite", "emoji")
 
 
-def test_plan_takes_what_runs_took_where_the_suite_was_blessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_plan_takes_what_runs_took_where_the_suite_was_blessed() -> None:
     found = planned("--suite", "smoke", "--benchmark", "modularity")["total"]
     assert found["by_basis"] == {"blessed": found["missing"]}
     assert found["seconds"] > 0
@@ -69,12 +62,11 @@ def numbers(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize("suite", ["smoke", "mini", "paper"])
-def test_plan_fits_a_terminal_and_touches_nothing(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_plan_fits_a_terminal_and_touches_nothing(suite: str, here: Path) -> None:
     text = call("plan", "--suite", suite)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
     loaded = load_suite({"suite": suite})
     shown = {line.split()[0]: numbers(line) for line in lines if line[:1].isalpha() and len(line.split()) > 4}
     for name in (*loaded.settings.benchmarks, "all"):
@@ -90,8 +82,7 @@ def test_plan_fits_a_terminal_and_touches_nothing(suite: str, tmp_path: Path, mo
         assert "flipkart by hand unknown 205,041" in words
 
 
-def test_plan_counts_a_run_once_though_several_tables_show_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_plan_counts_a_run_once_though_several_tables_show_it() -> None:
     found = planned("--suite", "mini")
     tables = {row["name"]: row for row in found["tables"]}
     total = found["total"]
@@ -114,8 +105,7 @@ def test_plan_counts_a_run_once_though_several_tables_show_it(tmp_path: Path, mo
     assert [row["name"] for row in traces["work"]] == ["glue_lora"]
 
 
-def test_plan_says_how_long_it_takes_on_several_cores_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_plan_says_how_long_it_takes_on_several_cores_and_gpus() -> None:
     one, two = (planned("--suite", "mini", "--cores", cores) for cores in ("1", "2"))
     assert one["seconds_at_once"] == pytest.approx(one["total"]["seconds"])
     assert two["seconds_at_once"] == pytest.approx(one["total"]["seconds"] / 2)
@@ -130,8 +120,7 @@ def test_plan_says_how_long_it_takes_on_several_cores_and_gpus(tmp_path: Path, m
         call("plan", "--suite", "smoke", *wrong, status=2)
 
 
-def test_plan_names_what_it_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_plan_names_what_it_does_not_know() -> None:
 
     def refused(match: str, *arguments: str) -> None:
         with pytest.raises(DefinitionError, match=match):
@@ -143,8 +132,7 @@ def test_plan_names_what_it_does_not_know(tmp_path: Path, monkeypatch: pytest.Mo
     refused("runs nothing in the benchmark llama", "--suite", "smoke", "--table", "table_4", "--benchmark", "llama")
 
 
-def test_plan_says_how_far_it_is_off_on_finished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_plan_says_how_far_it_is_off_on_finished_runs() -> None:
     runs = plan(["glue"], "smoke")
     fake_runs.write_runs(runs)
     for run in runs:
@@ -162,8 +150,7 @@ def test_plan_says_how_far_it_is_off_on_finished_runs(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("seconds", ["NaN", "-1.0", "0", '"long"', "null"])
-def test_plan_refuses_a_record_of_no_time(seconds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_plan_refuses_a_record_of_no_time(seconds: str) -> None:
     folder = RUNS / plan(["modularity"], "smoke")[0].folder
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(f'{{"cost": {{"job_seconds": {seconds}}}}}')
@@ -171,8 +158,7 @@ def test_plan_refuses_a_record_of_no_time(seconds: str, tmp_path: Path, monkeypa
         call("plan", "--suite", "smoke", "--benchmark", "modularity")
 
 
-def test_plan_names_the_run_whose_layers_a_shape_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_plan_names_the_run_whose_layers_a_shape_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     models = dict(load_models())
     shape = models["minilm"].shape
     assert shape is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.reporting.outcomes import ALL, with_runs
 from benchmarks.harness.reporting.rendering import RUNS, Column, Table, with_code
 from tests import fake_runs
-from tests.drawn import undrawn
+from tests.drawn import undraw
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -31,22 +30,19 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-backgroun
 
 
 @pytest.fixture(scope="module")
-def page_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def page_file(shared_here: Path) -> Iterator[Path]:
     """The report of two benchmarks of mini, of made-up runs."""
-    folder, before = tmp_path_factory.mktemp("report"), Path.cwd()
-    os.chdir(folder)
-    os.environ[paths.OVERRIDES] = '{"benchmarks": ["glue", "modularity"], "suite": "mini"}'
-    try:
-        fake_runs.write(folder / "results/runs", "mini", benchmarks=tuple(SHOWN))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(paths.OVERRIDES, '{"benchmarks": ["glue", "modularity"], "suite": "mini"}')
+        if CHROMIUM is None:
+            undraw(patch)
+        fake_runs.write(paths.RUNS, "mini", benchmarks=tuple(SHOWN))
         for name in SHOWN:
             cli(["tables", "--suite", "mini", "--benchmark", name], standalone_mode=False)
         cli(["claims", "--suite", "mini", "--write"], standalone_mode=False)
         file = Path("results/mini/report.html")
         cli(["report", "--suite", "mini", "--output", str(file)], standalone_mode=False)
-        yield folder / file
-    finally:
-        os.chdir(before)
-        del os.environ[paths.OVERRIDES]
+        yield shared_here / file
 
 
 def test_each_row_leads_to_the_runs_it_is_made_of(page_file: Path) -> None:
@@ -60,10 +56,9 @@ def test_each_row_leads_to_the_runs_it_is_made_of(page_file: Path) -> None:
     assert 'data-runs-folder="../runs"' in text
 
 
-def test_what_no_run_is_of_is_named_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("undrawn")
+def test_what_no_run_is_of_is_named_and_not_shown(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(paths.OVERRIDES, '{"benchmarks": ["glue_lora"], "suite": "mini"}')
-    undrawn(monkeypatch)
     fake_runs.write(Path("results/runs"), "mini", benchmarks=("glue_lora",))
     cli(["tables", "--suite", "mini", "--benchmark", "glue_lora"], standalone_mode=False)
     page = Path("results/mini/glue_lora.html")

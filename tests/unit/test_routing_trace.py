@@ -10,14 +10,14 @@ import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
-from benchmarks.harness.reporting.presentation import present
+from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.training import routing_trace
 from benchmarks.harness.training.routing_trace import window_steps
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.traces import Trace, published_traces, shown_traces, trace_table
 from tests import fake_runs
 from tests.executed import finish, prepare
+from tests.planned import smoke_run
 
 LORA = load_benchmark("glue_lora")
 
@@ -38,9 +38,7 @@ def test_a_window_is_the_authors_or_what_gives_twenty_to_a_hundred_of_them() -> 
 
 def small(method: str) -> Run:
     """A run of the smoke suite on few rows; test_execution kills such runs, and what they end with has the windows too."""
-    spec = next(run.spec for run in plan(["glue"], "smoke") if run.spec["method"]["name"] == method)
-    training = {**spec["training"], "train_rows": 48, "eval_rows": 20, "epochs": 2}
-    return run_from_spec({**spec, "training": training})
+    return smoke_run("glue", method, train_rows=48, eval_rows=20, epochs=2)
 
 
 @pytest.mark.parametrize("method", ["emoe", "gmoe", "emoe_learn_published"])
@@ -90,8 +88,7 @@ def test_one_window_has_no_change_and_one_expert_is_balanced() -> None:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    monkeypatch.chdir(tmp_path)
+def runs(here: Path) -> list[Run]:
     return fake_runs.write(Path("results/runs"), "smoke", benchmarks=("glue_lora",))
 
 
@@ -129,15 +126,6 @@ def test_a_figure_shows_the_first_seed_of_every_method_that_is_no_control(runs: 
     title, trace = shown["lora_emoe"]
     assert title == "LoRA + EMoE, layer 1"
     assert np.allclose(trace.shares, np.array(loads) / np.sum(loads, axis=1, keepdims=True))
-
-
-@pytest.mark.parametrize("benchmark", ["glue", "glue_lora"])
-def test_the_figure_is_drawn(benchmark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    shown = present(load_benchmark(benchmark), fake_runs.write(Path("results/runs"), "smoke", benchmarks=(benchmark,)))
-    shown.figures[f"{benchmark}_traces"](tmp_path / "traces")
-    assert (tmp_path / "traces.png").stat().st_size > 10_000
-    assert (tmp_path / "traces.pdf").exists()
 
 
 def test_a_damaged_file_of_the_papers_is_named(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from matplotlib import image
 
 import emoe
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, RUNS
-from benchmarks.harness.modeling.build import reopen_classifier
 from benchmarks.harness.modeling.conversion import apply_method_, use_as_
-from benchmarks.harness.modeling.loading import load_backbone, load_tokenizer
+from benchmarks.harness.modeling.loading import load_backbone
 from benchmarks.harness.planning import definition
 from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.planning.runs import plan, run_from_spec
 from benchmarks.harness.planning.schema import read_yaml
 from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.results.records import collect
@@ -31,29 +28,16 @@ from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import calibration_batches
 from emoe.layer import routed_layers
 from tests import fake_runs, tiny_models
-from tests.executed import finish, prepare
+from tests.executed import finish, prepare, recorded, reopened
+from tests.planned import paper_runs, smoke_run
 
 GLUE = load_benchmark("glue")
 
 
-def smoke(method: str, **training: Any) -> Run:
-    spec = next(
-        run.spec for run in plan(["glue"], "smoke") if (run.spec["method"]["name"], run.spec["seed"]) == (method, 0)
-    )
-    return run_from_spec({**spec, "training": {**spec["training"], "epochs": 1, **training}})
-
-
-def reopened(run: Run, found: dict[str, Any]) -> Any:
-    tokenizer = load_tokenizer(run.spec["model"])
-    weights = found["model"]["source"]["weights"]
-    return reopen_classifier(run.spec, weights, tokenizer, RUNS / run.folder / "model"), tokenizer
-
-
 @pytest.mark.parametrize(("method", "row"), [("vanilla", "vanilla2emoe"), ("emoe", "emoe2vanilla")])
 def test_trained_weights_are_evaluated_as_another_methods(workdir: Path, method: str, row: str) -> None:
-    run = smoke(method, keep_weights=True)
-    path = prepare(run, str(RUNS))
-    found = finish(path)
+    run = smoke_run("glue", method, epochs=1, keep_weights=True)
+    found = recorded(run)
     classifier, tokenizer = reopened(run, found)
     use_as_(classifier.model, run.spec["used_as"]["config"], run.spec["seed"])
     assert bool(routed_layers(classifier.model)) == (method == "vanilla")
@@ -73,7 +57,7 @@ def test_trained_weights_are_evaluated_as_another_methods(workdir: Path, method:
 
 @pytest.mark.parametrize("method", ["vanilla", "emoe"])
 def test_whatever_else_is_recorded_is_of_the_model_as_it_was_trained(workdir: Path, method: str) -> None:
-    run = smoke(method)
+    run = smoke_run("glue", method, epochs=1)
     alone = run_from_spec({name: value for name, value in run.spec.items() if name != "used_as"})
     found, wanted = (finish(prepare(one, str(RUNS))) for one in (run, alone))
     for name in set(found) - {"run_id", "transformed", "cost", "environment"}:
@@ -100,7 +84,7 @@ def test_a_row_that_nothing_trains_is_of_the_runs_of_another(workdir: Path) -> N
 
 
 def test_they_are_read_and_checked_with_the_run(workdir: Path) -> None:
-    run = smoke("vanilla")
+    run = smoke_run("glue", "vanilla", epochs=1)
     fake_runs.write_runs([run])
     records = collect([run])
     parts = records[records["part"].str.contains(" as ")]
@@ -148,7 +132,7 @@ def test_nothing_trains_a_row_that_is_made() -> None:
 
 
 def test_sets_of_some_methods_alone_are_evaluated() -> None:
-    found = {run.spec["method"]["name"] for run in plan(["glue"], "paper") if run.spec["ood"]}
+    found = {run.spec["method"]["name"] for run in paper_runs("glue") if run.spec["ood"]}
     assert found == {"vanilla", "emoe"}
 
 
@@ -198,7 +182,7 @@ def test_a_dense_model_has_no_routing_and_one_set_alone_tells_nothing() -> None:
 
 def test_an_evaluation_names_its_rows_in_their_order(workdir: Path) -> None:
     """Rows are sorted by their length, and 100 rows are all drawn."""
-    run = smoke("emoe")
+    run = smoke_run("glue", "emoe", epochs=1)
     found = finish(prepare(run))
     assert set(found["usage"]["tasks"]) == {"tweets", "amazon", "movie", "nyt"}
     for one in found["usage"]["tasks"].values():
@@ -209,23 +193,19 @@ def test_an_evaluation_names_its_rows_in_their_order(workdir: Path) -> None:
     assert found["usage"]["tasks"]["tweets"]["shares"] == pytest.approx(found["routing"]["shares"][layer])
 
 
-def test_tables_and_figures_show_it(workdir: Path) -> None:
+def test_a_table_shows_it(workdir: Path) -> None:
     runs = [run for run in plan(["glue"], "smoke") if run.spec["method"]["name"] in ("vanilla", "emoe", "gmoe")]
     fake_runs.write_runs(runs)
-    presentation = present(GLUE, runs)
-    tables = dict(zip(GLUE.definition.tables, presentation.tables, strict=True))
+    tables = dict(zip(GLUE.definition.tables, present(GLUE, runs).tables, strict=True))
     assert set(tables["usage"].frame["method"]) == {"emoe", "gmoe"}
-    presentation.figures["glue_usage"](workdir / "usage")
-    assert image.imread(workdir / "usage.png").shape[0] > 100
 
 
 # the experts that are used most
 
 
 def test_the_most_used_experts_are_counted_on_training_rows_and_come_back_from_a_file(workdir: Path) -> None:
-    spec = next(run.spec for run in plan(["glue_lora"], "smoke") if run.spec["method"]["name"] == "lora_most_used")
-    run = run_from_spec({**spec, "training": {**spec["training"], "epochs": 1}})
-    found = finish(prepare(run, str(RUNS)))
+    run = smoke_run("glue_lora", "lora_most_used", epochs=1)
+    spec, found = run.spec, recorded(run)
     (layer,) = found["routing"]["shares"].values()
     config = run.spec["method"]["config"]
     used = [share for share in layer if share]

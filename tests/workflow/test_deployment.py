@@ -61,20 +61,11 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def checkout(tmp_path: Path, archive: Path) -> Checkout:
-    made = Checkout(tmp_path / "checkout")
-    made.put(archive)
-    return made
-
-
 @pytest.mark.slow
 def test_apptainer_runs_the_jobs_in_the_image(checkout: Checkout, tools: Path) -> None:
-    ask = ("--config", "suite=smoke", "--", PARTITION)
-    checkout.snakemake(*ask)
-    assert not (tools / "said.txt").exists()  # without --sdm there are no containers
-    (checkout.folder / PARTITION).unlink()
-    checkout.snakemake("--sdm", "apptainer", "--apptainer-args=--nv", *ask)
+    """And there alone: the whole suite of test_smoke.py runs without ``--sdm``, and has no image."""
+    words = ("--sdm", "apptainer", "--apptainer-args=--nv", "--config", "suite=smoke", "--", PARTITION)
+    checkout.snakemake(*words)
     (said,) = (tools / "said.txt").read_text().splitlines()
     home = re.escape(str(checkout.folder))
     assert re.match(rf"exec --home {home} +--nv .*emoe\.sif bash -c ", said)
