@@ -17,17 +17,10 @@ from benchmarks.domainbed.validation import (
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.planning.definition import load_benchmark
-from tests.image_sets import CLASSES, FOLDERS, PACS, load, write_pacs
+from tests.image_sets import CLASSES, FOLDERS, PACS, load
 
 
-@pytest.fixture
-def root(root: Path) -> Path:
-    """A data root with a small PACS."""
-    write_pacs(root, rows=3)
-    return root
-
-
-def hub_copy(root: Path, folder: Path, **renamed: str) -> None:
+def hub_copy(pacs: Path, folder: Path, **renamed: str) -> None:
     """The set as the hub hands it out: rows in any order, one split, an image column."""
     found = load()
     rows = [
@@ -50,9 +43,9 @@ def hub_copy(root: Path, folder: Path, **renamed: str) -> None:
 
 
 def test_a_hub_set_has_the_same_environments_and_classes(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pacs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub_copy(root, tmp_path / "hub")
+    hub_copy(pacs, tmp_path / "hub")
     local = load()
     monkeypatch.delenv(DATA_ROOT)
     found = load(task={**PACS, "source": {"folder": "PACS", "hub": str(tmp_path / "hub"), "revision": None}})
@@ -108,8 +101,8 @@ def test_environments_of_a_hub_set_are_found_by_their_names(monkeypatch: pytest.
         found.environments[0].open(0)
 
 
-def test_a_hub_set_without_a_column_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub_copy(root, tmp_path / "hub", domain="style")
+def test_a_hub_set_without_a_column_is_refused(pacs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_copy(pacs, tmp_path / "hub", domain="style")
     monkeypatch.delenv(DATA_ROOT)
     with pytest.raises(DataError, match="has no column 'domain'"):
         load(task={**PACS, "source": {"folder": "PACS", "hub": str(tmp_path / "hub"), "revision": None}})

@@ -23,21 +23,13 @@ from benchmarks.harness.modeling.build import build_image_classifier
 from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from tests.executed import finish, prepare
-from tests.image_sets import pacs_run, write_pacs
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root that tests only read."""
-    return write_pacs(tmp_path_factory.mktemp("data")).parent
+from tests.image_sets import pacs_run
 
 
 @pytest.fixture(autouse=True)
-def workdir(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
-    monkeypatch.setenv(DATA_ROOT, str(data))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def workdir(shared_pacs: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(DATA_ROOT, str(shared_pacs))
+    return here
 
 
 @pytest.fixture(scope="module")

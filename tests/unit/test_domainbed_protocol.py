@@ -30,6 +30,7 @@ from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.methods import suite_methods, training_settings
 from benchmarks.harness.planning.runs import plan
 from benchmarks.harness.results.information import by_chance, mutual_information
+from tests.planned import paper_runs
 
 
 def md5_of(text: str) -> int:
@@ -285,7 +286,7 @@ def test_things_of_a_paired_set_keep_together() -> None:
 
 
 def test_the_papers_protocol() -> None:
-    runs = plan(["domainbed"], "paper")
+    runs = paper_runs("domainbed")
     for run in runs:
         training, hparams = run.spec["training"], run.spec["hparams"]
         assert (training["steps"], training["eval_every"], training["eval_batch_size"]) == (5001, 300, 64)

@@ -31,18 +31,10 @@ from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root that tests only read."""
-    return write_pacs(tmp_path_factory.mktemp("data")).parent
-
-
 @pytest.fixture(autouse=True)
-def workdir(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
-    monkeypatch.setenv(DATA_ROOT, str(data))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def workdir(shared_pacs: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(DATA_ROOT, str(shared_pacs))
+    return here
 
 
 @pytest.fixture

