@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -18,31 +19,8 @@ from transformers import (
 
 from tests.text_sets import GLUE, OWN_FILES, write_glue, write_own, write_saved
 
-WORDS = [
-    "a",
-    "the",
-    "he",
-    "she",
-    "it",
-    "rain",
-    "sun",
-    "dog",
-    "cat",
-    "ran",
-    "won",
-    "fell",
-    "train",
-    "man",
-    "film",
-    "fine",
-    "dull",
-    "when",
-    "where",
-    "who",
-]
+WORDS = re.findall(r"\w+", "a the he she it rain sun dog cat ran won fell train man film fine dull when where who")
 LAYERS = {"bert-base-cased": 12, "gpt2": 12, "bert-large-cased": 24, "gpt2-xl": 48}
-
-
 ANSWERS = ["entailment", "neutral", "contradiction", "not_entailment"]
 
 

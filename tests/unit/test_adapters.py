@@ -24,6 +24,7 @@ from benchmarks.text.definition import TextSpec
 from benchmarks.text.training import TextTrainer
 from emoe.errors import EMoEError
 
+pytestmark = pytest.mark.usefixtures("here")
 SMOKE = {run.spec["method"]["name"]: run.spec for run in plan(["glue_lora"], "smoke")}
 ROWS = TextSplit([(f"{word} film",) for word in ("a", "fine", "dull", "the") * 12], [0, 1, 0, 1] * 12)
 
@@ -45,11 +46,6 @@ def trained(method: str, model: str) -> dict[str, set[str]]:
     classifier, spec = build(method, model)
     found = trained_groups(classifier.model, spec["method"]["tune"])
     return {group: {name for name, _ in parameters} for group, parameters in found.items()}
-
-
-@pytest.fixture(autouse=True)
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 EXTRA = {

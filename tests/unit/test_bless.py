@@ -23,9 +23,8 @@ from tests.fake_runs import edit
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+def runs(here: Path) -> list[Run]:
     """Finished runs of text and measurements, in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
     return fake_runs.text_and_measurements()
 
 

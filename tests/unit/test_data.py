@@ -23,11 +23,10 @@ from tests.tiny_hub import write_data
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     plan_once(monkeypatch)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "sets").mkdir()
-    return tmp_path / "sets"
+    (here / "sets").mkdir()
+    return here / "sets"
 
 
 def check(*words: str) -> tuple[int, str]:

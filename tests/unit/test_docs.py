@@ -18,8 +18,7 @@ from tests.pages import python_blocks
 
 
 @pytest.mark.parametrize(("page", "least"), [("docs/library.md", 6), ("docs/adding.md", 5)])
-def test_every_python_block_runs(page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_every_python_block_runs(page: str, least: int, here: Path) -> None:
     blocks = python_blocks(page)
     assert len(blocks) >= least
     names: dict[str, object] = {}
@@ -30,9 +29,8 @@ def test_every_python_block_runs(page: str, least: int, tmp_path: Path, monkeypa
 
 
 def test_the_start_shows_what_its_blocks_print(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for block in python_blocks("docs/start.md"):
         exec(block, names)  # noqa: S102 -- our own page
@@ -41,8 +39,8 @@ def test_the_start_shows_what_its_blocks_print(
     assert converted in text
     assert int(names["right"].sum()) >= 36  # of 40, which it learns on any machine
     for folder in ("benchmarks", "config"):
-        (tmp_path / folder).mkdir()
-        monkeypatch.setattr(new, folder.upper(), tmp_path / folder)
+        (here / folder).mkdir()
+        monkeypatch.setattr(new, folder.upper(), here / folder)
     assert new.new_benchmark("reviews", Path("reviews.csv")) in text
 
 

@@ -22,9 +22,14 @@ from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.planning.workload import Passes, Workload
 from benchmarks.harness.results.estimates import Estimator, Point, Recorded, errors, factors, recorded
 from benchmarks.harness.running.outlook import look_ahead
-from tests.planned import paper_runs
+from tests.planned import paper_runs, plan_once
 
 CPU = find_device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def workdir(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_once(monkeypatch)
 
 
 def points(pairs: dict[str, list[tuple[str, float, float]]]) -> list[Point]:
@@ -93,8 +98,7 @@ def write_metrics(folder: Path, **cost: Any) -> None:
     (folder / "metrics.json").write_text(json.dumps(content))
 
 
-def test_a_run_that_stopped_early_is_compared_with_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_run_that_stopped_early_is_compared_with_what_it_did() -> None:
     run = next(run for run in paper_runs("glue") if run.spec["task"]["name"] == "cola")
     run = dataclasses.replace(run, resources={"threads": 1, "gpu": 0})
     work = size_of(run)
@@ -104,8 +108,7 @@ def test_a_run_that_stopped_early_is_compared_with_what_it_did(tmp_path: Path, m
     assert point.said - reading == pytest.approx((CPU.seconds(work) - reading) / 2, rel=0.01)
 
 
-def test_times_rest_on_what_is_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_times_rest_on_what_is_nearest() -> None:
     suite = load_suite({"suite": "mini"})
     total = look_ahead(suite).total
     assert total.by_basis == {"blessed": total.missing}
@@ -125,10 +128,7 @@ def test_times_rest_on_what_is_nearest(tmp_path: Path, monkeypatch: pytest.Monke
     assert other.errors["time"] == []
 
 
-def test_a_faster_device_takes_less_and_a_stated_speed_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_faster_device_takes_less_and_a_stated_speed_is_taken() -> None:
     suite = load_suite({"suite": "paper", "benchmarks": ["modularity"]})
     hours = {name: look_ahead(suite, "modularity", device=name).total.gpu_seconds for name in ("v100", "a100", "h100")}
     assert hours["v100"] > hours["a100"] > hours["h100"]
@@ -148,8 +148,7 @@ def test_tiny_work_takes_as_long_as_it_takes_to_start_it() -> None:
     assert work.operations / device.speed("fp32") < least / 10
 
 
-def test_runs_that_a_gpu_does_not_hold_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_runs_that_a_gpu_does_not_hold_are_counted() -> None:
     suite = load_suite({"suite": "paper", "benchmarks": ["llama"]})
     assert look_ahead(suite, "llama", device="a100").total.too_large == 0
     small = look_ahead(suite, "llama", device="rtx4090").total

@@ -169,10 +169,7 @@ def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(
     }
     run = run_from_spec(spec)
     assert "-clean-" in run.id
-    path = Path(run.id) / "run.json"
-    path.parent.mkdir()
-    path.write_text(run.to_json())
-    found = finish(path)
+    found = finish(write_run(run))
     assert [found["data"][part]["rows"] for part in ("train", "dev", "test")] == [54, 6, 30]
     kept = found["scores"]["dev"]["tweets"]
     assert kept in [{k: epoch[k] for k in ("balanced_accuracy", "loss")} for epoch in found["epochs"]]
@@ -198,10 +195,7 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone(by_length: bool) -> N
 def test_a_diverged_run_is_recorded_as_such(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SPEC | {"learning_rate": 1e30}
     run = run_from_spec({**spec, "training": {**spec["training"], "train_rows": 48, "eval_rows": 30}})
-    path = Path(run.id) / "run.json"
-    path.parent.mkdir()
-    path.write_text(run.to_json())
-    found = finish(path)
+    found = finish(write_run(run))
     assert found["scores"]["test"]["tweets"]["loss"] is None
     assert set(found["updates"]["change"].values()) == {None}
     assert 0 <= found["scores"]["test"]["tweets"]["balanced_accuracy"] <= 1
@@ -315,9 +309,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_says_which_run_step_and_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_says_which_run_step_and_time_left(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run: Run = plan(["glue"], "smoke")[0]
-    monkeypatch.chdir(tmp_path)
     took = {"glue/a-s0-00000000": 30, "glue/b-s0-00000000": 10, "llama/c-s0-00000000": 20}
     for folder, seconds in took.items():
         path = Path("results/runs", folder, "metrics.json")
@@ -345,10 +338,9 @@ def test_progress_says_which_run_step_and_time_left(tmp_path: Path, monkeypatch:
 
 
 def test_runs_of_a_benchmark_without_any_take_as_long_as_where_it_was_blessed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run: Run = plan(["glue"], "smoke")[0]
-    monkeypatch.chdir(tmp_path)
     done = Path("results/runs/llama/c-s0-00000000/metrics.json")
     done.parent.mkdir(parents=True)
     done.write_text(json.dumps({"cost": {"job_seconds": 20}}))

@@ -56,10 +56,9 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def workdir(roots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def workdir(roots: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MODEL_ROOT, str(roots / "models"))
     monkeypatch.setenv(DATA_ROOT, str(roots / "data"))
-    monkeypatch.chdir(tmp_path)
 
 
 def text_run(method: str, model: str = "bert-base-cased", **training: Any) -> Run:

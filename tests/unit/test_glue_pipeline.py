@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 import emoe
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT
+from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, RUNS
 from benchmarks.harness.planning.runs import run_from_spec
-from benchmarks.harness.running.execution import execute
+from tests.executed import recorded
 from tests.planned import paper_runs
 from tests.text_sets import GLUE
 from tests.tiny_hub import write_data, write_glue_x, write_models
 
+pytestmark = pytest.mark.usefixtures("here", "roots")
+
 
 @pytest.fixture(scope="module")
-def roots(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A model root, and a data root with GLUE and GLUE-X."""
     model_root, data_root = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("data")
     write_models(model_root, ["bert-base-cased", "gpt2"])
     write_data(data_root)
     write_glue_x(data_root)
-    return model_root, data_root
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MODEL_ROOT, str(model_root))
+        patch.setenv(DATA_ROOT, str(data_root))
+        yield
 
 
 @pytest.mark.parametrize("task", GLUE)
-def test_every_task_trains_and_evaluates(roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(MODEL_ROOT, str(roots[0]))
-    monkeypatch.setenv(DATA_ROOT, str(roots[1]))
+def test_every_task_trains_and_evaluates(task: str) -> None:
     place = GLUE.index(task)
     model, method = ("bert-base-cased", "gpt2")[place % 2], ("emoe", "emoe_learn")[place // 2 % 2]
     spec = next(
@@ -42,11 +43,7 @@ def test_every_task_trains_and_evaluates(roots, tmp_path: Path, monkeypatch: pyt
     assert spec["training"]["epochs"] == (3 if task in ("mnli", "qqp", "qnli") else 10)
     assert spec["method"]["config"]["num_experts"] == 64
     assert spec["method"]["config"]["top_k"] == 16
-    run = run_from_spec({**spec, "training": {**spec["training"], "epochs": 1}})
-    path = Path(run.id) / "run.json"
-    path.parent.mkdir()
-    path.write_text(run.to_json())
-    found = json.loads(execute(path, threads=1, log=path.parent / "log.txt").read_text())
+    found = recorded(run_from_spec({**spec, "training": {**spec["training"], "epochs": 1}}))
     metric = spec["task"]["metric"]
     assert found["scores"]["test"] == found["scores"]["dev"]  # GLUE's validation split is selected on and reported
     assert -1 <= found["scores"]["test"][task][metric] <= 1
@@ -55,10 +52,7 @@ def test_every_task_trains_and_evaluates(roots, tmp_path: Path, monkeypatch: pyt
     assert found["model"]["active_neurons"] == pytest.approx((11 + 0.25) / 12)
 
 
-def test_calibration_and_running_gates_reach_the_library(roots, tmp_path: Path, monkeypatch, capfd) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(MODEL_ROOT, str(roots[0]))
-    monkeypatch.setenv(DATA_ROOT, str(roots[1]))
+def test_calibration_and_running_gates_reach_the_library(monkeypatch, capfd) -> None:
     spec = next(
         run.spec
         for run in paper_runs("glue")
@@ -68,13 +62,9 @@ def test_calibration_and_running_gates_reach_the_library(roots, tmp_path: Path, 
     assert spec["method"]["config"]["capacity_factor"] == 1.5
     config = {**spec["method"]["config"], "partition": "coactivation", "gate_momentum": 0.9}
     spec = {**spec, "method": {**spec["method"], "config": config}, "training": {**spec["training"], "epochs": 1}}
-    run = run_from_spec(spec)
-    path = Path(run.id) / "run.json"
-    path.parent.mkdir()
-    path.write_text(run.to_json())
     calls: list[object] = []
     monkeypatch.setattr(emoe, "update_gates_", calls.append)
-    found = json.loads(execute(path, threads=1, log=path.parent / "log.txt").read_text())
+    found = recorded(run_from_spec(spec))
     assert len(calls) == found["cost"]["steps"] > 0
     assert 0 <= found["routing"]["drop_rate"] < 1
     (layer,) = found["model"]["conversion"]
@@ -84,14 +74,10 @@ def test_calibration_and_running_gates_reach_the_library(roots, tmp_path: Path, 
     assert said.count("warning: rte (dev): ") == 1
 
 
-def test_a_model_that_is_nowhere_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roots) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(DATA_ROOT, str(roots[1]))
+def test_a_model_that_is_nowhere_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(MODEL_ROOT)
     run = next(run for run in paper_runs("glue") if run.spec["task"]["name"] == "cola")
-    path = tmp_path / run.id / "run.json"
-    path.parent.mkdir()
-    path.write_text(run.to_json())
     with pytest.raises(DataError, match="could not load the model 'google-bert/bert-base-cased'") as caught:
-        execute(path, threads=1, log=path.parent / "log.txt")
+        recorded(run)
     assert "model_root" in str(caught.value)
-    assert "Traceback" in (path.parent / "log.txt").read_text()
+    assert "Traceback" in (RUNS / run.folder / "log.txt").read_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +16,8 @@ import emoe
 from benchmarks.glue_ood.grid import KIND as EVALUATION
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, RUNS
-from benchmarks.harness.modeling.build import reopen_classifier
-from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, plan, run_from_spec
-from benchmarks.harness.running.execution import execute
 from benchmarks.harness.training.label_mapping import LabelMapping, label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.text.datasets import load_part
@@ -30,6 +26,7 @@ from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.tokenization import TokenisedRows
 from emoe.errors import EMoEError
 from emoe.layer import routed_layers
+from tests.executed import recorded, reopened
 from tests.planned import paper_runs
 from tests.text_sets import MEANING, TASKS
 from tests.tiny_hub import write_data, write_glue_x, write_models
@@ -48,18 +45,10 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def workdir(roots: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+def workdir(roots: tuple[Path, Path], here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(MODEL_ROOT, str(roots[0]))
     monkeypatch.setenv(DATA_ROOT, str(roots[1]))
-    return tmp_path
-
-
-def finish(run: Run) -> dict[str, Any]:
-    path = RUNS / run.folder / "run.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(run.to_json())
-    return json.loads(execute(path, threads=1, log=path.parent / "log.txt").read_text())
+    return here
 
 
 def trainings(
@@ -96,15 +85,13 @@ def test_every_pair_is_evaluated_as_the_libraries_would(workdir: Path, task: str
     model = "gpt2-xl" if task in ("cola", "stsb", "rte") else "bert-large-cased"
     method = "lora_emoe" if task in ("cola", "mnli", "rte") else "lora_gmoe"
     runs = trainings(model, task, method)
-    trained = finish(runs[0])
+    trained = recorded(runs[0])
     (evaluation,) = evaluations(runs)
-    found = finish(evaluation)
+    found = recorded(evaluation)
     assert set(found["scores"]["ood"]) == {other for name, other in PAIRS if name == task}
     assert found["chosen"]["run"] == runs[0].folder
 
-    spec = runs[0].spec
-    tokenizer = load_tokenizer(spec["model"])
-    opened = reopen_classifier(spec, trained["model"]["source"]["weights"], tokenizer, RUNS / runs[0].folder / "model")
+    opened, tokenizer = reopened(runs[0], trained)
     for other in map(RunTask.model_validate, evaluation.spec["ood"]):
         split = load_part(other, "test", None)
         if other.name in MEANING:
@@ -133,7 +120,7 @@ def test_every_pair_is_evaluated_as_the_libraries_would(workdir: Path, task: str
 def test_the_chosen_runs_of_all_seeds_are_evaluated(workdir: Path) -> None:
     runs = trainings("bert-large-cased", "mrpc", "lora_emoe", rates=2, seeds=2)
     for run in runs:
-        finish(run)
+        recorded(run)
     rates = sorted({run.spec["learning_rate"] for run in runs})
     # made-up dev scores: one rate has the best single run, the other the best mean over seeds
     for run in runs:
@@ -143,7 +130,7 @@ def test_the_chosen_runs_of_all_seeds_are_evaluated(workdir: Path) -> None:
         content["scores"]["dev"]["mrpc"]["accuracy_f1"] = values[run.spec["learning_rate"], run.spec["seed"]]
         path.write_text(json.dumps(content))
     for evaluation in evaluations(runs):
-        chosen = finish(evaluation)["chosen"]
+        chosen = recorded(evaluation)["chosen"]
         assert chosen["learning_rate"] == rates[1]
         assert f"-s{evaluation.spec['seed']}-" in chosen["run"]
 
@@ -152,24 +139,24 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
     workdir: Path, roots: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = trainings("bert-large-cased", "rte", "lora_emoe")
-    finish(runs[0])
+    recorded(runs[0])
     (evaluation,) = evaluations(runs)
     kept = RUNS / runs[0].folder / "model" / "trained.safetensors"
     whole = kept.read_bytes()
 
     kept.write_bytes(whole[:-8])
     with pytest.raises(DataError, match="is damaged") as caught:
-        finish(evaluation)
+        recorded(evaluation)
     assert f"Delete {RUNS / runs[0].folder / 'metrics.json'}" in str(caught.value)
     kept.unlink()
     with pytest.raises(DataError, match=r"trained\.safetensors does not exist"):
-        finish(evaluation)
+        recorded(evaluation)
     kept.write_bytes(whole)
     # without the grouping it would be routed in another way than it was trained
     grouping = kept.with_name("partition.safetensors")
     moved = grouping.rename(grouping.with_suffix(".away"))
     with pytest.raises(DataError, match=r"partition\.safetensors does not exist"):
-        finish(evaluation)
+        recorded(evaluation)
     moved.rename(grouping)
 
     changed = tmp_path / "models"
@@ -184,9 +171,9 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
     assert config["num_hidden_layers"] == 24
     monkeypatch.setenv(MODEL_ROOT, str(changed))
     with pytest.raises(DataError, match="the weights of 'bert-large-cased' changed since the run was trained"):
-        finish(evaluation)
+        recorded(evaluation)
     monkeypatch.setenv(MODEL_ROOT, str(roots[0]))
-    assert finish(evaluation)["chosen"]["run"] == runs[0].folder
+    assert recorded(evaluation)["chosen"]["run"] == runs[0].folder
 
 
 @pytest.mark.parametrize(
@@ -199,11 +186,8 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
 )
 def test_the_evaluation_batch_size_changes_no_number(workdir: Path, model: str, method: str) -> None:
     runs = trainings(model, "cola", method)
-    trained = finish(runs[0])
-    spec = runs[0].spec
-    tokenizer = load_tokenizer(spec["model"])
-    opened = reopen_classifier(spec, trained["model"]["source"]["weights"], tokenizer, RUNS / runs[0].folder / "model")
-    trained_on = RunTask.model_validate(spec["task"])
+    opened, tokenizer = reopened(runs[0], recorded(runs[0]))
+    trained_on = RunTask.model_validate(runs[0].spec["task"])
     split = load_part(trained_on, "train", None)
     rows = TokenisedRows(split, tokenizer, 128, by_length=True, labelled=False)
     found, scores = [], []
@@ -226,12 +210,9 @@ def test_only_capacity_depends_on_the_batch(workdir: Path) -> None:
         "capacity_factor": 0.5,
     }  # made-up sentences are few: so that experts get full
     runs = [run_from_spec({**run.spec, "method": {**run.spec["method"], "config": config}})]
-    trained = finish(runs[0])
-    spec = runs[0].spec
-    tokenizer = load_tokenizer(spec["model"])
-    opened = reopen_classifier(spec, trained["model"]["source"]["weights"], tokenizer, RUNS / runs[0].folder / "model")
+    opened, tokenizer = reopened(runs[0], recorded(runs[0]))
     assert routed_layers(opened.model)[0].config.capacity_factor == 0.5
-    trained_on = RunTask.model_validate(spec["task"])
+    trained_on = RunTask.model_validate(runs[0].spec["task"])
     split, rates = load_part(trained_on, "train", None), []
     for size in (1, 32):
         with emoe.record_routing(opened.model) as record:
@@ -269,9 +250,9 @@ def test_classes_that_cannot_be_compared_are_refused() -> None:
 
 def test_a_three_way_model_is_evaluated_on_hans(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     runs = trainings("bert-large-cased", "mnli", "lora")
-    finish(runs[0])
+    recorded(runs[0])
     (evaluation,) = evaluations(runs)
-    found = finish(run_from_spec({**evaluation.spec, "ood": [GLUE_OOD.tasks["hans"].spec("hans")]}))
+    found = recorded(run_from_spec({**evaluation.spec, "ood": [GLUE_OOD.tasks["hans"].spec("hans")]}))
     assert set(found["scores"]["ood"]["hans"]) == {"accuracy"}  # no loss: the classes are others
     assert 0 <= found["scores"]["ood"]["hans"]["accuracy"] <= 1
     assert "warning: hans (test): 2 rows, its makers count 30,000" in capfd.readouterr().err

@@ -110,19 +110,18 @@ def test_a_line_that_is_no_json_is_broken() -> None:
     assert found.broken[1].reason == "is nested too deeply"
 
 
-def test_a_set_is_read_from_the_users_file_else_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_is_read_from_the_users_file_else_the_package(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = InstructionSource(package="llamafactory-0.9.5/data/alpaca_en_demo.json")
     archive = fetched(packaged("llamafactory"))
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"python -m benchmarks fetch llamafactory-0.9.5.tar.gz"):
         load_instructions("alpaca_demo", package)
     packaged("llamafactory").path.parent.mkdir(parents=True)
     packaged("llamafactory").path.symlink_to(archive)
     found = load_instructions("alpaca_demo", package)
     assert (len(found.rows), len(found.broken), found.source) == (999, 0, "package llamafactory 0.9.5")
-    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
-    (tmp_path / "alpaca_demo.jsonl").write_text(json.dumps(GOOD))
-    assert load_instructions("alpaca_demo", package).source == str(tmp_path / "alpaca_demo.jsonl")
+    monkeypatch.setenv(DATA_ROOT, str(here))
+    (here / "alpaca_demo.jsonl").write_text(json.dumps(GOOD))
+    assert load_instructions("alpaca_demo", package).source == str(here / "alpaca_demo.jsonl")
     with pytest.raises(DataError, match=r"put .*/own.json or .*/own.jsonl there"):
         load_instructions("own", InstructionSource())
 

@@ -26,13 +26,9 @@ from tests.executed import finish, prepare
 from tests.fake_runs import write_runs
 from tests.instruction_runs import offer_only, tiny_run, write_rows
 
+pytestmark = pytest.mark.usefixtures("here")
 TASK = {"task": "mmlu_dev_continuation", "num_fewshot": 0, "limit": 1}
 FILES = QUESTIONS / "mmlu_dev"
-
-
-@pytest.fixture(autouse=True)
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def prompts(task: Any) -> list[Any]:

@@ -15,9 +15,8 @@ from tests import fake_runs
 
 
 @pytest.fixture
-def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
+def finished(here: Path) -> Suite:
     """The mini suite, finished with made-up numbers, in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
     return fake_runs.text_suite()
 
 

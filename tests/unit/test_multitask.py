@@ -19,9 +19,9 @@ from benchmarks.harness.planning.catalogue import load_models
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.jobs import partition_jobs, run_inputs
 from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run, canonical_json, plan, run_from_spec
+from benchmarks.harness.planning.runs import canonical_json, plan, run_from_spec
 from benchmarks.harness.planning.schema import parse
-from benchmarks.harness.reporting.presentation import Presentation, present
+from benchmarks.harness.reporting.presentation import present
 from benchmarks.harness.results.quantities import one_counts, quantities
 from benchmarks.harness.sources.vader import load_vader
 from benchmarks.multitask.definition import MultitaskDefinition, MultitaskSpec, WrittenTask
@@ -34,7 +34,7 @@ from benchmarks.text.datasets import load_part
 from benchmarks.text.tokenization import TokenisedRows
 from tests import fake_runs
 from tests.executed import finish, killed_at, prepare
-from tests.planned import paper_runs
+from tests.planned import paper_runs, smoke_run
 from tests.text_sets import write_glue, write_own
 from tests.tiny_hub import write_seq2seq
 
@@ -162,22 +162,12 @@ def test_rows_of_like_length_go_together_where_that_is_asked() -> None:
 # a run
 
 
-def smoke(method: str, mixture: str = "two", **training: object) -> Run:
-    spec = next(
-        run.spec
-        for run in plan(["multitask"], "smoke")
-        if (run.spec["method"]["name"], run.spec["task"]["name"]) == (method, mixture)
-    )
-    return run_from_spec({**spec, "training": {**spec["training"], **training}})
-
-
 @pytest.mark.parametrize("method", ["emoe", "gmoe"])
 def test_a_killed_run_resumes_to_the_same_numbers(
     workdir: Path, capfd: pytest.CaptureFixture[str], method: str
 ) -> None:
-    run = smoke(method)
+    run = smoke_run("multitask", method)
     whole = finish(prepare(run))
-    assert finish(prepare(run, "again")) == whole
     killed = prepare(run, "killed")
     with killed_at(12):  # in the second epoch, after the checkpoint of step 8
         finish(killed)
@@ -200,7 +190,7 @@ def test_scores_are_of_the_likelier_answers_and_the_best_epoch_is_kept(workdir: 
         return ranked
 
     monkeypatch.setattr("benchmarks.multitask.training.rank", known)
-    run = smoke("vanilla", checkpoint_selection="best")
+    run = smoke_run("multitask", "vanilla", checkpoint_selection="best")
     found = finish(prepare(run))
     amazon = task("amazon", "sentiment")
     split = as_text(load_part(amazon, "test", 40), amazon)
@@ -213,10 +203,9 @@ def test_scores_are_of_the_likelier_answers_and_the_best_epoch_is_kept(workdir: 
 
 
 def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    models, data = tmp_path / "models", tmp_path / "data"
+    models, data = here / "models", here / "data"
     data.mkdir()
     write_seq2seq(models, "t5-base", 12)
     for name in ("mnli", "rte"):
@@ -308,7 +297,7 @@ def test_a_spec_is_read_back_as_it_is_hashed() -> None:
 
 
 def test_a_run_waits_for_its_package_and_its_clustering() -> None:
-    run = smoke("emoe")
+    run = smoke_run("multitask", "emoe")
     assert len(partition_jobs(run)) == 1
     files = run_inputs(run)
     assert any("vader" in file.lower() for file in files)
@@ -319,8 +308,7 @@ def test_a_run_waits_for_its_package_and_its_clustering() -> None:
 
 
 @pytest.fixture
-def outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MultitaskOutcomes:
-    monkeypatch.chdir(tmp_path)
+def outcomes(here: Path) -> MultitaskOutcomes:
     return MultitaskOutcomes(BENCHMARK, fake_runs.write(Path("results/runs"), "mini_full", benchmarks=("multitask",)))
 
 
@@ -351,13 +339,9 @@ def test_claims_are_of_mixtures_alone(outcomes: MultitaskOutcomes) -> None:
     assert set(found["domain"]) == {"id", "ood", "ood_mean", "model"}
 
 
-def shown(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float = 0.0) -> Presentation:
-    monkeypatch.chdir(tmp_path)
-    return present(BENCHMARK, fake_runs.write(Path("results/runs"), suite, {"emoe": gain}, benchmarks=("multitask",)))
-
-
-def test_the_papers_gains_stand_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = shown("paper", tmp_path, monkeypatch, gain=0.05)
+def test_the_papers_gains_stand_beside_ours(here: Path) -> None:
+    runs = fake_runs.write(Path("results/runs"), "paper", {"emoe": 0.05}, benchmarks=("multitask",))
+    found = present(BENCHMARK, runs)
     gains = found.tables[0].frame.set_index(["task", "method", "where"])
     assert gains.loc[("six", "emoe", "in domain"), "paper"] == pytest.approx(0.0756)
     assert gains.loc[("nli", "emoe", "out of domain"), "paper"] == pytest.approx(0.0158)
@@ -375,10 +359,7 @@ def test_the_papers_gains_stand_beside_ours(tmp_path: Path, monkeypatch: pytest.
     assert any("six GLUE tasks, EMoE (n = 3): in domain +" in sentence for sentence in found.verdicts)
 
 
-def test_a_suite_without_single_tasks_has_an_empty_table_of_transfer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_suite_without_single_tasks_has_an_empty_table_of_transfer(here: Path) -> None:
     runs = fake_runs.write(Path("results/runs"), "mini_full", benchmarks=("multitask",))
     found = present(BENCHMARK, [run for run in runs if run.spec["task"]["name"] == "sentences"])
     table = next(table for table in found.tables if table.name == "multitask_transfer")
@@ -387,7 +368,7 @@ def test_a_suite_without_single_tasks_has_an_empty_table_of_transfer(
 
 
 def test_one_row_counts_in_its_own_set(tmp_path: Path) -> None:
-    run = smoke("vanilla")
+    run = smoke_run("multitask", "vanilla")
     rows = quantities([(run, fake_runs.multitask_metrics(run))])
     moved = pd.Series(one_counts(rows))
     assert moved[moved.index.get_level_values(2).isin(["dev", "test", "ood"])].eq(1 / 8).all()  # of 4 and 6 rows

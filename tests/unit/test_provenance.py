@@ -33,20 +33,8 @@ from tests.imported import imports
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 # what draws, prints, plans and watches
-NO_NUMBERS = {
-    "click",
-    "filelock",
-    "markupsafe",
-    "matplotlib",
-    "mlflow",
-    "sqlalchemy",
-    "ninja",
-    "psutil",
-    "pydantic",
-    "pydantic_core",
-    "scikit_posthocs",
-}
-NO_NUMBERS |= {"tabulate", "tqdm", "yaml"}
+NO_NUMBERS = {"click", "filelock", "markupsafe", "matplotlib", "mlflow", "sqlalchemy", "ninja", "psutil"}
+NO_NUMBERS |= {"pydantic", "pydantic_core", "scikit_posthocs", "tabulate", "tqdm", "yaml"}
 
 
 def imported(package: str) -> set[str]:

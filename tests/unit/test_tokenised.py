@@ -19,17 +19,13 @@ from benchmarks.text import tokenization as tokenised
 from benchmarks.text.datasets import TextSplit
 from benchmarks.text.tokenization import TokenisedRows, calibration_batches
 
+pytestmark = pytest.mark.usefixtures("here")
 PAIRS = TextSplit([("a longer first sentence", "so it is"), ("short", "too"), ("", "empty first")], [1, 0, 1])
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer(load_models()["minilm"].spec("minilm"))
-
-
-@pytest.fixture(autouse=True)
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

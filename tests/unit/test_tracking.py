@@ -33,9 +33,8 @@ KEPT_QUIET = "S3cret"
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+def runs(here: Path) -> list[Run]:
     """Two seeds of two methods."""
-    monkeypatch.chdir(tmp_path)
     planned = [run for run in plan(["glue"], "mini") if run.spec["task"]["name"] == "tweets"]
     found = [
         run

@@ -101,8 +101,7 @@ def test_the_model_stays_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_table_pairs_by_seed_and_leaves_out_what_was_not_measured(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_table_pairs_by_seed_and_leaves_out_what_was_not_measured(here: Path, monkeypatch) -> None:
     runs = fake_runs.write(Path("results/runs"), "mini")
     outcomes = TextOutcomes(load_benchmark("glue"), runs)
     for record, found in outcomes.training:
