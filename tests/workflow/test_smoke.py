@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -21,10 +21,9 @@ from benchmarks.__main__ import cli
 from benchmarks.harness.planning.paper_items import paper_files
 from benchmarks.harness.planning.suite import load_suite
 from benchmarks.harness.sources import vader
-from tests.checkout import SNAKEMAKE, Checkout
+from tests.checkout import SNAKEMAKE, Checkout, wait_for
 
-# one worker runs all of these: they share one finished suite
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smoke")]
+pytestmark = pytest.mark.slow
 
 SUITE = load_suite({"suite": "smoke"})
 
@@ -109,18 +108,6 @@ def test_a_number_that_moved_fails_the_check(checkout: Finished) -> None:
     assert "1 changed, 0 missing, 0 new" in found.stdout
 
 
-def test_using_all_experts_gives_the_dense_models_scores(checkout: Finished) -> None:
-    scores = {
-        name: value["scores"]
-        for run, value in checkout.scores().items()
-        for name in ("vanilla", "all_experts")
-        if f"-{name}-" in run and "-s0-" in run
-    }
-    for part, by_task in scores["vanilla"].items():
-        for task, expected in by_task.items():
-            assert scores["all_experts"][part][task] == pytest.approx(expected, abs=1e-4)
-
-
 def test_the_papers_multitask_gains_stand_beside_ours(checkout: Finished) -> None:
     files = [checkout.folder / file for file in paper_files(SUITE, "table_multitask")]
     assert {file.name for file in files if file.suffix == ".md"} == {"table_multitask_a.md", "table_multitask_b.md"}
@@ -134,14 +121,10 @@ def test_the_chosen_weights_were_evaluated_out_of_domain(checkout: Finished) -> 
     (search,) = (
         run for run in runs.values() if run.benchmark == "glue_ood" and run.spec["method"]["name"] == "lora_emoe_search"
     )
-    path = checkout.folder / "results/runs" / search.folder / "metrics.json"
-    found = json.loads(path.read_text())
-    dev = {
-        folder: json.loads((checkout.folder / "results/runs" / folder / "metrics.json").read_text())["scores"]["dev"][
-            "tweets"
-        ]["balanced_accuracy"]
-        for folder in search.spec["candidates"]
-    }
+    found = json.loads((checkout.folder / "results/runs" / search.folder / "metrics.json").read_text())
+    files = {folder: checkout.folder / "results/runs" / folder / "metrics.json" for folder in search.spec["candidates"]}
+    scores = {folder: json.loads(file.read_text())["scores"]["dev"]["tweets"] for folder, file in files.items()}
+    dev = {folder: found["balanced_accuracy"] for folder, found in scores.items()}
     assert len(dev) == 2
     assert dev[found["chosen"]["run"]] == max(dev.values())
 
@@ -171,93 +154,76 @@ def test_mirroring_again_adds_nothing(checkout: Finished) -> None:
     assert len(client.search_runs([experiment])) == count
 
 
-def test_deleted_results_are_run_again_alone_with_the_same_numbers(checkout: Finished) -> None:
-    """A training, an evaluation with the training that it needs, and an evaluation of weights that were kept."""
+def test_what_was_killed_or_deleted_is_run_again_alone_with_the_same_numbers(checkout: Finished) -> None:
+    """A training that was killed, one that was not, an evaluation with its training, and one of weights that were kept."""
     evaluations = [run for run in SUITE.runs if run.benchmark == "glue_ood"]
     (trained,) = evaluations[0].spec["candidates"]
     alone = next(run for run in evaluations if trained not in run.spec["candidates"])
+    other, killed = (SUITE.runs_of("glue")[number].folder for number in (0, 2))
     before = {}
-    for folder in (SUITE.runs_of("glue")[0].folder, trained, evaluations[0].folder, alone.folder):
+    for folder in (killed, other, trained, evaluations[0].folder, alone.folder):
         path = checkout.folder / "results/runs" / folder / "metrics.json"
         before[path] = json.loads(path.read_text())["scores"]
         path.unlink()
-    runs = {
-        "run_glue": 1,
-        "run_glue_lora": 1,
-        "run_glue_ood": 1 + sum(trained in run.spec["candidates"] for run in evaluations),
-    }
-    shown = {f"tables_of_{name.removeprefix('run_')}" for name in runs}
-    planned = jobs(checkout.snakemake("-n", "smoke"))
-    assert {name: count for name, count in planned.items() if name.startswith("run_")} == runs
-    assert {name for name in planned if name.startswith("tables_of_")} == shown
-    # the tables of these, which take longer, are made in the tests of tables
-    targets = [path.relative_to(checkout.folder) for path in before]
-    targets += [f"results/runs/{run.folder}/metrics.json" for run in evaluations if trained in run.spec["candidates"]]
-    assert jobs(checkout.snakemake(*targets)) == runs
-    assert {path: json.loads(path.read_text())["scores"] for path in before} == before
 
-
-def test_kill_9_of_the_main_job_then_again_gives_the_same_numbers(checkout: Finished) -> None:
-    before = checkout.scores()
-    target = SUITE.metric_files()[2]
-    (checkout.folder / target).unlink()
-    log = checkout.folder / "killed.txt"
-    with log.open("w") as stream:
+    target = f"results/runs/{killed}/metrics.json"
+    said = (checkout.folder / target).with_name("log.txt")
+    said.unlink()
+    with (checkout.folder / "killed.txt").open("w") as stream:
         main = checkout.start(SNAKEMAKE, "--cores", 1, target, stream=stream)
-        deadline = time.monotonic() + 120
-        said = (checkout.folder / target).with_name("log.txt")
-        said.unlink(missing_ok=True)
-        while not (said.exists() and "training," in said.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for(lambda: said.exists() and "training," in said.read_text())
         main.send_signal(signal.SIGKILL)
         main.wait()
     assert list((checkout.folder / ".snakemake/locks").iterdir())
     unlocked = checkout.run(sys.executable, "workflow/scripts/unlock_stale.py")
     assert "was killed and left its lock" in unlocked.stderr
-    checkout.snakemake(target)
-    assert checkout.scores() == before
+
+    again = [run for run in evaluations if trained in run.spec["candidates"]]
+    runs = {"run_glue": 2, "run_glue_lora": 1, "run_glue_ood": 1 + len(again)}
+    shown = {f"tables_of_{name.removeprefix('run_')}" for name in runs}
+    planned = jobs(checkout.snakemake("-n", "smoke"))
+    assert {name: count for name, count in planned.items() if name.startswith("run_")} == runs
+    assert {name for name in planned if name.startswith("tables_of_")} == shown
+    # the tables of these, which take longer, are made in the tests of tables
+    folders = {killed, other, trained, alone.folder, *(run.folder for run in again)}
+    assert jobs(checkout.snakemake(*(f"results/runs/{folder}/metrics.json" for folder in folders))) == runs
+    assert {path: json.loads(path.read_text())["scores"] for path in before} == before
     plan = json.loads((checkout.folder / "results/mini/plan.json").read_text())
-    assert plan["runs"] == ["/".join(Path(target).parts[2:4])]  # progress counts what was asked for, not the suite
+    needed = {folder for run in (alone, *again) for folder in run.spec["candidates"]}
+    assert set(plan["runs"]) == folders | needed  # progress counts what was asked for, not the suite
 
 
-def test_a_lock_of_another_machine_is_not_removed(checkout: Finished) -> None:
-    locks = checkout.folder / ".snakemake" / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    (locks / "0.input.lock").write_text("")
-    plan = checkout.folder / "results" / "smoke" / "plan.json"
-    before = plan.read_text() if plan.exists() else None
-    plan.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        plan.write_text(json.dumps({"host": "node7"}))
-        found = checkout.run(sys.executable, "workflow/scripts/unlock_stale.py", check=False)
-        assert found.returncode != 0
-        assert "node7 worked in this folder last" in found.stderr
-        assert list(locks.iterdir())
-    finally:
-        if before is None:
-            plan.unlink()
-        else:
-            plan.write_text(before)
-        shutil.rmtree(locks)
+@pytest.fixture
+def lock(checkout: Finished) -> Iterator[Path]:
+    """A lock of Snakemake's in the folder."""
+    file = checkout.folder / ".snakemake/locks/0.input.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    yield file
+    shutil.rmtree(file.parent)
 
 
-def test_a_lock_that_is_in_use_is_not_removed(checkout: Finished) -> None:
-    locks = checkout.folder / ".snakemake" / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    (locks / "0.input.lock").write_text("")
+def test_a_lock_of_another_machine_is_not_removed(checkout: Finished, lock: Path) -> None:
+    plan = checkout.folder / "results/smoke/plan.json"  # the newest
+    plan.write_text(json.dumps({"host": "node7"}))
+    found = checkout.run(sys.executable, "workflow/scripts/unlock_stale.py", check=False)
+    plan.unlink()
+    assert found.returncode != 0
+    assert "node7 worked in this folder last" in found.stderr
+    assert lock.exists()
+
+
+def test_a_lock_that_is_in_use_is_not_removed(checkout: Finished, lock: Path) -> None:
     script = checkout.folder / "snakemake"
     script.write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n")
     with subprocess.Popen([sys.executable, str(script)], cwd=checkout.folder, stdout=subprocess.PIPE) as other:
-        try:
-            assert other.stdout.readline() == b"up\n"
-            found = checkout.run(sys.executable, "workflow/scripts/unlock_stale.py", check=False)
-            assert found.returncode != 0
-            assert f"process {other.pid}) works in this folder" in found.stderr
-            assert list(locks.iterdir())
-        finally:
-            other.kill()
-            shutil.rmtree(locks)
-            script.unlink()
+        assert other.stdout.readline() == b"up\n"
+        found = checkout.run(sys.executable, "workflow/scripts/unlock_stale.py", check=False)
+        other.kill()
+    script.unlink()
+    assert found.returncode != 0
+    assert f"process {other.pid}) works in this folder" in found.stderr
+    assert lock.exists()
 
 
 @pytest.mark.parametrize(
