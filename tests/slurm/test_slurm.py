@@ -26,7 +26,6 @@ _PRESENT = all(map(shutil.which, ("slurmctld", "slurmd", "munged"))) and importl
 )
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("slurm"),
     pytest.mark.skipif(
         "EMOE_NEED_SLURM" not in os.environ
         and (not _PRESENT or os.geteuid() != 0 or Path("/etc/slurm/slurm.conf").exists()),

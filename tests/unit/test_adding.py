@@ -19,7 +19,7 @@ from tests.pages import code_blocks
 
 PAGE = code_blocks("docs/adding.md")
 PAGE_TEXT = (ROOT / "docs/adding.md").read_text()
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("adding")]
+pytestmark = pytest.mark.slow
 
 # trains planned runs for a few steps, on a tiny model with random weights
 RUN = """

@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
 VERSION = "7.8.9"
 USE = """
 import pathlib
