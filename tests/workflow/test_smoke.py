@@ -108,6 +108,18 @@ def test_a_number_that_moved_fails_the_check(checkout: Finished) -> None:
     assert "1 changed, 0 missing, 0 new" in found.stdout
 
 
+def test_using_all_experts_gives_the_dense_models_scores(checkout: Finished) -> None:
+    scores = {
+        name: value["scores"]
+        for run, value in checkout.scores().items()
+        for name in ("vanilla", "all_experts")
+        if f"-{name}-" in run and "-s0-" in run
+    }
+    for part, by_task in scores["vanilla"].items():
+        for task, expected in by_task.items():
+            assert scores["all_experts"][part][task] == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_papers_multitask_gains_stand_beside_ours(checkout: Finished) -> None:
     files = [checkout.folder / file for file in paper_files(SUITE, "table_multitask")]
     assert {file.name for file in files if file.suffix == ".md"} == {"table_multitask_a.md", "table_multitask_b.md"}
