@@ -13,7 +13,7 @@ import pytest
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.results.quantities import deviation
+from benchmarks.harness.results.quantities import COLUMNS, KEYS, deviation, one_counts
 from benchmarks.harness.results.reference import (
     FACTOR,
     ROUNDING,
@@ -223,6 +223,35 @@ def test_another_machine_may_count_one_row_and_one_choice_otherwise(runs: list[R
     assert not compare(runs, "mini", blessed).passed
     score_of(runs[0], -0.001)
     assert not compare(runs, "mini", blessed, elsewhere=True).passed
+
+
+def test_the_mean_over_sets_may_differ_by_the_mean_of_their_rows() -> None:
+    rows = pd.DataFrame(
+        [
+            ("glue a", 0, "data", "ood:here", "content", "rows 8, 0: 4, 1: 4, abc"),
+            ("glue a", 0, "data", "ood:there", "content", "rows 20, 0: 10, 1: 10, abc"),
+            ("glue a", 0, "ood_mean", "", "score", "0.5"),
+            ("glue a", 0, "ood_mean as b", "", "score", "0.5"),
+            ("glue a", 1, "ood_mean", "", "score", "0.5"),
+        ],
+        columns=COLUMNS,
+    )
+    both = (1 / 8 + 1 / 20) / 2
+    assert one_counts(rows) == {tuple(rows.loc[place, KEYS]): pytest.approx(both) for place in (2, 3)}
+
+
+def test_logits_of_a_trained_model_have_a_spread_of_their_own(here: Path) -> None:
+    runs = fake_runs.text_suite().runs
+    chosen = next(run for run in runs if run.benchmark == "glue_ood")
+    edit(chosen, lambda content: content.update(probe={"logits": {"mean": 0.1, "projection": 0.5}}))
+    found = present(runs, "mini")[0].rows
+    names = found.loc[found["metric"].isin(["logits", "trained_logits"]), ["run", "metric"]]
+    # glue_ood opens what runs of glue and glue_lora have trained
+    assert {(run.partition(" ")[0], metric) for run, metric in names.itertuples(index=False)} == {
+        ("glue", "logits"),
+        ("glue_lora", "logits"),
+        ("glue_ood", "trained_logits"),
+    }
 
 
 def test_first_losses_and_loads_give_a_swapped_method_away_on_another_machine(runs: list[Run], blessed: Path) -> None:

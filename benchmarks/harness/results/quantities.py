@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,9 @@ from benchmarks.harness.results.records import AS, GROUP_KEYS, ROUTING, collect_
 KEYS = ["run", "seed", "part", "set", "metric"]
 COLUMNS = [*KEYS, "value"]
 _ID = "id"
-PROBE, LOADS, LOGITS, LOSS = "probe", "loads", "logits", "loss_"
+PROBE, LOADS, LOSS = "probe", "loads", "loss_"
+# of a model before it is trained, and of one that another run has trained, which carries the rounding of its training
+LOGITS, TRAINED_LOGITS = "logits", "trained_logits"
 UPDATES = "updates"
 # counts, names and digests of what was read, converted and trained
 CONTENT, CONVERSION, TRAINED = "content", "conversion", "trained"
@@ -28,7 +31,7 @@ def judged_how(metric: str) -> Judged:
     """How a number is judged: ``exact`` on every machine, ``measured`` by the spread between machines, ``shown`` alone."""
     if metric in _EXACT:
         return "exact"
-    if metric in (LOADS, LOGITS) or metric.startswith(LOSS):
+    if metric in (LOADS, LOGITS, TRAINED_LOGITS) or metric.startswith(LOSS):
         return "measured"
     known = load_metrics()
     return known[metric].judged if metric in known else "shown"
@@ -55,7 +58,7 @@ def quantities(read: Iterable[tuple[Run, Mapping[str, Any]]]) -> pd.DataFrame:
         name, seed = names[run.id], int(run.spec["seed"])
         if taken.setdefault((name, seed), run.id) != run.id:
             raise DefinitionError(f"the runs {run.id} and {taken[name, seed]} cannot be told apart by '{name}'")
-        rows += [(name, seed, *more, run.id) for more in _of_itself(found)]
+        rows += [(name, seed, *more, run.id) for more in _of_itself(run, found)]
     rows += [
         (
             names[row.run_id],
@@ -81,13 +84,14 @@ def _text(metric: str, value: float) -> str:
     return str(int(value)) if judged_how(metric) == "exact" and value.is_integer() else repr(value)
 
 
-def _of_itself(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+def _of_itself(run: Run, found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     """What a run says of itself beside scores: its probe, what training did to it, its model and its data."""
     probe = found.get(PROBE, {})
     for number, loss in enumerate(probe.get("losses", ()), 1):
         yield PROBE, "", f"{LOSS}{number}", loss
     if probe.get(LOGITS):
-        yield PROBE, "", LOGITS, " ".join(repr(value) for value in probe[LOGITS].values())
+        name = TRAINED_LOGITS if "candidates" in run.spec else LOGITS
+        yield PROBE, "", name, " ".join(repr(value) for value in probe["logits"].values())
     for layer, loads in probe.get(LOADS, {}).items():
         yield PROBE, f"layer {layer}", LOADS, " ".join(map(str, loads))
     updates = found.get(UPDATES, {})
@@ -127,12 +131,16 @@ def quantity_of(metric: str) -> str:
 def one_counts(rows: pd.DataFrame) -> dict[tuple[str, int, str, str, str], float]:
     """By how much one row moves a score at most, and one choice the loads, by the :data:`KEYS` of a row that is counted from something.
 
-    Scores are of the sets whose classes are known; by one row of the smallest class.
+    Scores are of the sets whose classes are known; by one row of the smallest class, a mean over sets by the mean of theirs.
     """
     sets = {
         (str(row.run), int(row.seed), str(row.set)): _smallest_share(row.value)
         for row in rows[rows["metric"] == CONTENT].itertuples()
     }
+    others: dict[tuple[str, int], list[float]] = {}
+    for (run, seed, place), share in sets.items():
+        if place.startswith("ood:"):
+            others.setdefault((run, seed), []).append(share)
     found = {}
     for row in rows.itertuples():
         key = str(row.run), int(row.seed), str(row.part), str(row.set), str(row.metric)
@@ -142,6 +150,8 @@ def one_counts(rows: pd.DataFrame) -> dict[tuple[str, int, str, str, str], float
         elif (base := part.partition(AS)[0]) in ("dev", "test", "ood") and metric != "loss":
             places = (f"{base}:{name}", *(() if base == "ood" else (base, f"{name} in")))
             found[key] = max(sets.get((run, seed, place), 0.0) for place in places)
+        elif base == "ood_mean" and (run, seed) in others:
+            found[key] = statistics.mean(others[run, seed])
     return found
 
 
@@ -168,5 +178,5 @@ def deviation(metric: str, before: str, after: str) -> float:
         return sum(abs(a / max(sum(old), 1) - b / max(sum(new), 1)) for a, b in zip(old, new, strict=True)) / 2
     largest = max(abs(a - b) for a, b in zip(old, new, strict=True))
     size = max(map(abs, old))
-    relative = metric == LOGITS or metric.startswith(LOSS)
+    relative = metric in (LOGITS, TRAINED_LOGITS) or metric.startswith(LOSS)
     return largest / (max(size, 1e-12) if relative else max(size, 1.0))
