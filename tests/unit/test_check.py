@@ -210,9 +210,9 @@ def test_another_machine_may_differ_as_much_as_machines_were_seen_to(runs: list[
     score_of(runs[0], 0.001)
     with pytest.raises(DefinitionError, match=r"measure how far machines are apart \(`python -m benchmarks spread"):
         compare(runs, "mini", blessed, elsewhere=True)
-    write_spreads(blessed, **{metric: 0.0011 / FACTOR})
+    write_spreads(blessed, **{metric: 0.0009})  # and one row of 8,000
     assert compare(runs, "mini", blessed, elsewhere=True).passed
-    write_spreads(blessed, **{metric: 0.0009 / FACTOR})
+    write_spreads(blessed, **{metric: 0.0008})
     assert named(compare(runs, "mini", blessed, elsewhere=True)) == {metric}
 
 
@@ -276,14 +276,16 @@ def test_the_smoke_suites_spreads_count_too(tmp_path: Path) -> None:
     with pytest.raises(DefinitionError, match=r"mini_spread\.json does not exist"):
         read_tolerances("mini", tmp_path)
     write_spreads(tmp_path, accuracy=0.01, loss=0.03, first_losses=0.001)
-    write_spreads(tmp_path, "smoke", accuracy=0.02, routing=0.05)
+    write_spreads(tmp_path, "smoke", accuracy=0.02, routing=0.05, **{"ood loss": 0.04})
     found = read_tolerances("mini", tmp_path)
-    assert found.of("accuracy") == FACTOR * 0.02
-    assert found.of("loss") == FACTOR * 0.03
-    assert found.of("loss_3") == FACTOR * 0.001
-    assert found.of("class_information") == found.of("drop_rate") == FACTOR * 0.05
-    assert found.of("f1") == ROUNDING  # not measured
-    assert found.of("f1", 0.5) == pytest.approx(0.5)
+    assert found.of("test", "accuracy") == FACTOR * 0.02
+    assert found.of("test", "loss") == FACTOR * 0.03
+    assert found.of("ood", "loss") == found.of("ood as emoe2vanilla", "loss") == FACTOR * 0.04
+    assert found.of("test", "loss_3") == FACTOR * 0.001
+    assert found.of("test", "class_information") == found.of("test", "drop_rate") == FACTOR * 0.05
+    assert found.of("test", "f1") == ROUNDING  # not measured
+    assert found.of("test", "f1", 0.5) == pytest.approx(0.5)
+    assert found.of("test", "accuracy", 0.5) == pytest.approx(0.52)  # counted: one row more than was seen
 
 
 def test_how_far_two_values_are_apart() -> None:

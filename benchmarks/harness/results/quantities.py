@@ -21,7 +21,7 @@ _ID = "id"
 PROBE, LOADS, LOSS = "probe", "loads", "loss_"
 # of a model before it is trained, and of one that another run has trained, which carries the rounding of its training
 LOGITS, TRAINED_LOGITS = "logits", "trained_logits"
-UPDATES = "updates"
+UPDATES, OOD = "updates", "ood"
 # counts, names and digests of what was read, converted and trained
 CONTENT, CONVERSION, TRAINED = "content", "conversion", "trained"
 _EXACT = {CONTENT, CONVERSION, TRAINED}
@@ -121,11 +121,16 @@ def _content(summary: Mapping[str, Any]) -> str:
     return ", ".join([*words, *([summary["digest"]] if "digest" in summary else [])])
 
 
-def quantity_of(metric: str) -> str:
-    """Under which name the spread of a metric is measured: all first losses are one quantity, and all that is told of the routing of a trained model."""
+def quantity_of(part: str, metric: str) -> str:
+    """Under which name the spread of a number is measured.
+
+    All first losses are one quantity, and all that is told of the routing of a trained model; losses out of domain, which a rounding moves farther, are one of their own.
+    """
     if metric.startswith(LOSS):
         return "first losses"
-    return "routing" if metric in ROUTING else metric
+    if metric in ROUTING:
+        return "routing"
+    return f"{OOD} {metric}" if metric == "loss" and part.partition(AS)[0] == OOD else metric
 
 
 def one_counts(rows: pd.DataFrame) -> dict[tuple[str, int, str, str, str], float]:

@@ -75,14 +75,17 @@ class Tolerances:
 
     spreads: Mapping[str, float]
 
-    def of(self, metric: str, one: float = 0.0) -> float:
+    def of(self, part: str, metric: str, one: float = 0.0) -> float:
         """The largest deviation that passes.
 
         Args:
+            part: of the number.
             metric: of the number.
-            one: what one row or one choice of what is counted makes; so much always passes.
+            one: what one row or one choice makes of what is counted, which may differ by one more than was seen; 0 for what is measured,
+                which may differ by :data:`FACTOR` times as much as was seen.
         """
-        return max(FACTOR * self.spreads.get(quantity_of(metric), 0.0), one * (1 + ROUNDING), ROUNDING)
+        seen = self.spreads.get(quantity_of(part, metric), 0.0)
+        return max(seen + one * (1 + ROUNDING) if one else FACTOR * seen, ROUNDING)
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ def judge(
         tolerance = 0.0
         if judged == "measured" and not same and apart:
             allowed = allowed or tolerances()
-            tolerance = allowed.of(key[-1], ones.get(key, 0.0))
+            tolerance = allowed.of(key[2], key[-1], ones.get(key, 0.0))
         if judged != "shown" and apart <= tolerance:
             equal += 1
             continue

@@ -233,7 +233,7 @@ def deviations(before: Reference, after: Reference) -> list[tuple[str, float]]:
     merged = before.rows.merge(after.rows, on=KEYS, suffixes=("_before", "_after"))
     return [
         (
-            quantity_of(str(row.metric)),
+            quantity_of(str(row.part), str(row.metric)),
             deviation(str(row.metric), row.value_before, row.value_after),
         )
         for row in merged.itertuples()
