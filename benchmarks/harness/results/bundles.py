@@ -28,6 +28,7 @@ from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.runs import Run, parse_run
 from benchmarks.harness.planning.schema import Strict, parse
 from benchmarks.harness.results.records import parse_metrics, read_metrics_file, repeatable
+from benchmarks.harness.sources.packages import sha256
 
 _MANIFEST = "bundle.json"
 # metrics.json comes last: where it is, a run is finished
@@ -225,7 +226,7 @@ def _take(archive: zipfile.ZipFile, manifest: _Manifest, runs: Iterable[Run], fi
             merged.begun.append(run.folder)
         else:
             new.append(run.folder)
-    digest, now = _sha256(file), datetime.now(UTC).isoformat(timespec="seconds")
+    digest, now = sha256(file), datetime.now(UTC).isoformat(timespec="seconds")
     for folder in new:
         place, entry = root / folder, manifest.runs[folder]
         place.mkdir(parents=True, exist_ok=True)
@@ -239,8 +240,3 @@ def _take(archive: zipfile.ZipFile, manifest: _Manifest, runs: Iterable[Run], fi
         except Timeout:
             merged.begun.append(folder)
     return merged
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

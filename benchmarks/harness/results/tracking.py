@@ -24,6 +24,7 @@ from benchmarks.harness.base.errors import DefinitionError, RunError, first_line
 from benchmarks.harness.base.locks import hold
 from benchmarks.harness.base.secrets import without_passwords
 from benchmarks.harness.planning.runs import Run, canonical_json
+from benchmarks.harness.results.contrast import flat
 from benchmarks.harness.results.mlflow_store import FinishedRun, Store, open_store
 from benchmarks.harness.results.records import GROUP_KEYS, collect_from, read_metrics
 from emoe.permissions import share
@@ -208,7 +209,7 @@ def _child(
         for key, value in entry.items()
         if key != counter and value is not None  # the loss of a model that diverged
     ]
-    params = {_plain(key): _shortened(str(value)) for key, value in _flat(run.spec)}
+    params = {_plain(key): _shortened(str(value)) for key, value in flat(run.spec).items() if value != {}}
     files = [paths.RUNS / run.folder / name for name in _ARTIFACTS]
     return FinishedRun(run.id, content, times, tags, logged, params, files)
 
@@ -238,11 +239,3 @@ def _plain(name: str) -> str:
 def _shortened(value: str) -> str:
     """A value of a length that MLflow takes; it cuts others without a word."""
     return value if len(value) <= MAX_PARAM_VAL_LENGTH else value[: MAX_PARAM_VAL_LENGTH - len(_CUT)] + _CUT
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, below in value.items():
-            yield from _flat(below, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, value

@@ -10,6 +10,7 @@ from typing import NoReturn
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import REFERENCE, ROOT, RUNS
 from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.results.durations import means
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.reference import write_reference
 from benchmarks.harness.results.regression import judge, present
@@ -66,12 +67,8 @@ def bless(
             f"runs below {RUNS} do not say on what they ran: they were made by older code; delete them and run them again"
         )
     refuse_what_does_not_repeat(cheapest(runs), say)
-    seconds: dict[str, list[float]] = {}
-    for run in runs:
-        seconds.setdefault(run.benchmark, []).append(float(read_metrics(run)["cost"]["job_seconds"]))
-    return write_reference(
-        suite, numbers, commit, folder, {name: sum(found) / len(found) for name, found in seconds.items()}
-    )
+    seconds = means((run.benchmark, float(read_metrics(run)["cost"]["job_seconds"])) for run in runs)
+    return write_reference(suite, numbers, commit, folder, seconds)
 
 
 def refuse_what_does_not_repeat(runs: Sequence[Run], say: Callable[[str], None] = print) -> None:
