@@ -114,19 +114,8 @@ class Outcomes:
         self.benchmark, self.runs, self.name = benchmark, list(runs), benchmark.name
         self.methods = resolve_methods(benchmark.definition)
         self.baseline = benchmark.definition.baseline
-        models, tasks = (
-            {name: all_of[name] for name in dict.fromkeys([*ran, *all_of]) if name in all_of}
-            for all_of, ran in (
-                (
-                    {name: model.title for name, model in load_models().items()},
-                    [run.spec["model"]["name"] for run in runs],
-                ),
-                (
-                    benchmark.kind.task_titles(benchmark.definition, benchmark.tasks),
-                    [run.spec["task"]["name"] for run in runs],
-                ),
-            )
-        )
+        models = _that_ran_first({name: model.title for name, model in load_models().items()}, runs, "model")
+        tasks = _that_ran_first(benchmark.kind.task_titles(benchmark.definition, benchmark.tasks), runs, "task")
         methods = {name: method.title for name, method in self.methods.items()}
         known = {"model": models, "method": methods, **dict.fromkeys(("task", "eval_task", "set"), tasks), **titles}
         self.titles: dict[str, Mapping[str, str]] = {key: known[key] for key in keys}
@@ -165,3 +154,9 @@ class Outcomes:
             return column.map(lambda name: places.get(name, len(places))) if places else column
 
         return self.titled(frame.sort_values(list(keys), key=place, kind="stable").reset_index(drop=True))
+
+
+def _that_ran_first(titles: Mapping[str, str], runs: Sequence[Run], part: str) -> dict[str, str]:
+    """Titles by name: of the models or tasks of the runs, then of the others."""
+    ran = [run.spec[part]["name"] for run in runs]
+    return {name: titles[name] for name in dict.fromkeys([*ran, *titles]) if name in titles}
