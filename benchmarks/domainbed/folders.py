@@ -56,10 +56,10 @@ def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
         if not found:
             raise DataError(f"{here} has no class folder")
         if classes and found != classes:
-            odd = sorted(set(found) ^ set(classes))[0]
+            odd, *others = sorted(set(found) ^ set(classes))
             has, lacks = (here, first) if odd in found else (first, here)
             raise DataError(
-                f"classes differ between environments: {has} has '{odd}', {lacks} does not{did_you_mean(odd, _others(found, classes))}"
+                f"classes differ between environments: {has} has '{odd}', {lacks} does not{did_you_mean(odd, others)}"
             )
         classes = found
         ignored = Counter(
@@ -102,10 +102,6 @@ def _environment_order(found: list[str], task: RunSet, where: str) -> list[str]:
 def plain_name(name: str) -> str:
     """A name without case, spaces and signs."""
     return re.sub(r"[\W_]", "", name).casefold()
-
-
-def _others(found: list[str], classes: list[str]) -> list[str]:
-    return sorted(set(found) ^ set(classes))[1:]
 
 
 def _folders(here: Path, links: Links) -> list[str]:

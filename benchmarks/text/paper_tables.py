@@ -21,11 +21,6 @@ _PAPERS_RANKS = (
 )
 
 
-def read_paper(outcomes: TextOutcomes) -> pd.DataFrame:
-    """The ``paper.csv`` of a text benchmark: a row a cell of the paper's tables."""
-    return read_published(outcomes.benchmark)
-
-
 def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
     """What the paper says and what came out, under both selections.
 
@@ -33,7 +28,7 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
         outcomes: the finished runs.
         domain: ``id`` or ``ood``.
     """
-    published = read_paper(outcomes)
+    published = read_published(outcomes.benchmark)
     published = published[published["scope"] != RANK].assign(value=lambda frame: frame["value"] / 100)
     published["paper_delta"] = published_delta(published, outcomes.baseline)
     frame = published
@@ -81,7 +76,7 @@ def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
 
 def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
     """Mean ranks over the OOD sets, the paper's beside ours."""
-    published = read_paper(outcomes)
+    published = read_published(outcomes.benchmark)
     published = published[published["scope"] == RANK].set_index(["model", "method"])["value"]
     rows = [
         {**one.key, "method": method, "rank": rank, "sets": one.scores.shape[1], "ranked": len(one.scores)}

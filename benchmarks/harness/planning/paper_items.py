@@ -158,7 +158,6 @@ class PaperOutput:
         return self.of_set is None or self.of_set in suite.parts(self.part.benchmark)
 
 
-@functools.cache
 def load_paper_items() -> Mapping[str, PaperItem]:
     """The paper's tables and figures, by name.
 
@@ -174,7 +173,6 @@ def shown_benchmarks(item: PaperItem) -> list[str]:
     return sorted(parts or {average.of.benchmark for average in load_main_averages().values()})
 
 
-@functools.cache
 def load_main_averages() -> Mapping[str, MainAverage]:
     """The averages of the paper's main figure, by name.
 

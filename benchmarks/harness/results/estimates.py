@@ -197,15 +197,9 @@ class Estimator:
         said = means((benchmark_of(folder), self._said(folder, found)) for folder, found in work.items() if found)
         self._blessed_factors = {key: seconds / said[key] for key, seconds in blessed.items() if key in said}
         self._others = statistics.median(self._factors.values()) if self._factors else None
-        self._estimates: dict[str, Estimate | None] = {}
 
     def estimate(self, folder: str) -> Estimate | None:
         """What a run will take; None where nothing is known."""
-        if folder not in self._estimates:
-            self._estimates[folder] = self._estimate(folder)
-        return self._estimates[folder]
-
-    def _estimate(self, folder: str) -> Estimate | None:
         benchmark, work = benchmark_of(folder), self._work[folder]
         if (alike := self._alike.get(but_the_seed(folder))) is not None:
             return Estimate(alike, alike, "seed")

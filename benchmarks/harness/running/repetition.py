@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness.base.errors import RunError
 from benchmarks.harness.base.paths import LOG, RUNS
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.results.records import read_metrics
@@ -80,16 +79,6 @@ def repeat(repetitions: Sequence[Repetition], *, jobs: int = 1) -> list[Repetiti
                 repetition = running.pop(child)
                 failed += [repetition] if status else []
     return failed
-
-
-def repeat_or_fail(repetitions: Sequence[Repetition], *, jobs: int = 1) -> None:
-    """Like :func:`repeat`.
-
-    Raises:
-        RunError: one failed.
-    """
-    if failed := repeat(repetitions, jobs=jobs):
-        raise RunError(f"{failed[0].run.id} failed when it was run again: {failed[0].last}")
 
 
 def _fork(repetition: Repetition) -> int:

@@ -28,7 +28,7 @@ from benchmarks.harness.results.reference import (
 )
 from benchmarks.harness.results.regression import as_reference
 from benchmarks.harness.running.blessing import clean_commit
-from benchmarks.harness.running.repetition import Repetition, borrow, cheapest, prepare_folder, repeat_or_fail
+from benchmarks.harness.running.repetition import Repetition, borrow, cheapest, prepare_folder, repeat
 
 Sample = Literal["all", "seeds", "cheapest", "none"]
 
@@ -89,7 +89,8 @@ def run_again(runs: Sequence[Run], folder: Path, threads: int, jobs: int) -> Non
     prepare_folder(folder)
     for late in (False, True):
         some = [run for run in runs if ("candidates" in run.spec) == late]
-        repeat_or_fail([Repetition(run, folder.resolve(), threads) for run in some], jobs=jobs)
+        if failed := repeat([Repetition(run, folder.resolve(), threads) for run in some], jobs=jobs):
+            raise RunError(f"{failed[0].run.id} failed when it was run again: {failed[0].last}")
 
 
 def measure(
