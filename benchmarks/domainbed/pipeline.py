@@ -18,7 +18,7 @@ from benchmarks.domainbed.training import ACCURACY, DomainTrainer
 from benchmarks.domainbed.transforms import augmented, plain
 from benchmarks.domainbed.validation import counts, ensure_validated
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.files import atomic_write
+from benchmarks.harness.base.files import write_text
 from benchmarks.harness.base.paths import IMAGES
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import build_image_classifier
@@ -205,5 +205,4 @@ def sweep_arguments(spec: ImageSpec) -> dict[str, Any]:
 def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -> None:
     """The records as DomainBed's own scripts read them."""
     more = {"args": sweep_arguments(spec), "hparams": spec.hparams.model_dump()}
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(json.dumps({**record, **more}, sort_keys=True) + "\n" for record in records))
+    write_text(path, "".join(json.dumps({**record, **more}, sort_keys=True) + "\n" for record in records))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.files import atomic_write
+from benchmarks.harness.base.files import write_text
 from benchmarks.llama.mmlu_dev import CONTINUATION, MMLU_DEV
 
 _LETTERS = "ABCD"
@@ -75,7 +75,8 @@ def write_mmlu_dev(folder: Path) -> int:
         questions = [_question(sample, file) for sample in samples if _FIFTH not in sample["question"]]
         count += len(questions)
         everything.update(json.dumps([subject, questions]).encode())
-        _write_questions(folder / f"{subject}.jsonl", questions)
+        lines = (json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
+        write_text(folder / f"{subject}.jsonl", "".join(lines))
         for form in _FORMS:
             own = _read(mmlu / form.folder / file.name)
             task = _subject(_read(mmlu / form.folder / form.template), own, subject, folder)
@@ -132,16 +133,5 @@ def _renamed(content: Any) -> Any:
     return re.sub(r"^mmlu(?=_|$)", MMLU_DEV, content)
 
 
-def _write_questions(path: Path, questions: list[dict[str, Any]]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(_lines(questions)), encoding="utf-8")
-
-
-def _lines(questions: list[dict[str, Any]]) -> Iterator[str]:
-    for question in questions:
-        yield json.dumps(question, ensure_ascii=False) + "\n"
-
-
 def _write_task(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))

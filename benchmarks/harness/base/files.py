@@ -29,10 +29,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text, all of it or nothing."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: object) -> None:
     """Write JSON, all of it or nothing."""
-    with atomic_write(path) as temporary:
-        text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-        # a list of numbers on one line
-        text = re.sub(r"\[\n[\s\d.,eE+-]*\]", lambda found: "".join(found[0].split()).replace(",", ", "), text)
-        temporary.write_text(text + "\n")
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+    # a list of numbers on one line
+    text = re.sub(r"\[\n[\s\d.,eE+-]*\]", lambda found: "".join(found[0].split()).replace(",", ", "), text)
+    write_text(path, text + "\n")

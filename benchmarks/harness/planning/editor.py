@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.harness.base.files import atomic_write
+from benchmarks.harness.base.files import write_text
 from benchmarks.harness.base.paths import SCHEMAS
 from benchmarks.harness.planning.catalogue import MetricFile, ModelFile
 from benchmarks.harness.planning.claims import ClaimFile
@@ -30,8 +30,7 @@ def write_schemas() -> list[Path]:
     """Write every schema, and give their files."""
     found = editor_schemas()
     for file, text in found.items():
-        with atomic_write(file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(file, text)
     return list(found)
 
 
