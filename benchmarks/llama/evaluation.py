@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -286,9 +287,7 @@ def held_out_loss(
     total, tokens, collate = 0.0, 0, without_prompt_logits(collator(tokenizer), model)
     for start in range(0, len(order), batch_size):
         batch = collate([rows[i] for i in order[start : start + batch_size]])
-        inputs = {
-            name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-        }
+        inputs = send_to_device(dict(batch), model.device)
         labels = inputs.pop("labels")[:, 1:]
         with autocast(model, precision):
             logits = model(**inputs).logits[:, :-1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -83,12 +84,8 @@ class Probe(TrainerCallback):
             return
         if torch.cuda.is_available() and world_size() == 1 and not getattr(model, "is_quantized", False):
             model.to("cuda")  # where it is trained
-        device = next(model.parameters()).device
-        inputs = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-            if name != "labels"
-        }
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = send_to_device(given, next(model.parameters()).device)
         with undisturbed(model):
             model.eval()
             if routed_layers(model):

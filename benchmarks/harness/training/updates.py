@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from benchmarks.harness.training.trainer import finite
@@ -90,7 +91,7 @@ def _gradients(
     matrices = [weight for found in weights.values() for weight in found]
     device, total, rows = matrices[0].device, [torch.zeros_like(weight) for weight in matrices], 0
     for batch in batches:
-        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        inputs = send_to_device(batch, device)
         size = len(inputs["labels"])
         with torch.enable_grad():
             found = torch.autograd.grad(model(**inputs)["loss"], matrices)
