@@ -9,29 +9,20 @@ import matplotlib as mpl
 import torch
 from matplotlib import pyplot as plt
 
+from benchmarks.harness.reporting.looks import Look
 from benchmarks.harness.reporting.plots import STYLE, WIDTH, legend_below, save
 from benchmarks.speed.measurements import Measurements
 from benchmarks.speed.tables import threads_text
 from emoe.sparse.cost_model import predicted_time_ratio
 
-_COLOURS = {
-    "auto": "#0072b2",
-    "sparse": "#56b4e9",
-    "masked": "#999999",
-    "block_mask": "#d55e00",
-    "transformers_eager": "#009e73",
-    "transformers_grouped": "#cc79a7",
+_LOOKS = {
+    "auto": Look("#0072b2", "D"),
+    "sparse": Look("#56b4e9", "o"),
+    "masked": Look("#999999", "s"),
+    "block_mask": Look("#d55e00", "^"),
+    "transformers_eager": Look("#009e73", "v"),
+    "transformers_grouped": Look("#cc79a7", ">"),
 }
-_MARKERS = {
-    "auto": "D",
-    "sparse": "o",
-    "masked": "s",
-    "block_mask": "^",
-    "transformers_eager": "v",
-    "transformers_grouped": ">",
-}
-
-
 _LEVEL = "_"  # a mark of lines, which shows where there is one value alone
 
 
@@ -40,7 +31,7 @@ def draw_layer(measured: Measurements, path: Path) -> None:
     rows = measured.ratios(dtype="float32")
     rows = rows[rows["candidates"].map(len) == rows["candidates"].map(len).max()]
     panels = sorted(rows["threads"].unique())
-    names = [name for name in _COLOURS if name in set(rows["eval_task"])]
+    names = [name for name in _LOOKS if name in set(rows["eval_task"])]
     cells = list(dict.fromkeys(zip(rows["model_title"], rows["top_k_fraction"], strict=True)))
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -59,15 +50,8 @@ def draw_layer(measured: Measurements, path: Path) -> None:
                 for offset, name in enumerate(names):
                     for row in cell[cell["eval_task"] == name].itertuples():
                         height = place + (offset - (len(names) - 1) / 2) * 0.11
-                        axis.plot([row.ratio_low, row.ratio_high], [height] * 2, color=_COLOURS[name], lw=1)
-                        axis.plot(
-                            row.ratio,
-                            height,
-                            _MARKERS[name],
-                            ms=3.6,
-                            color=_COLOURS[name],
-                            label=measured.titles[name],
-                        )
+                        axis.plot([row.ratio_low, row.ratio_high], [height] * 2, color=_LOOKS[name].colour, lw=1)
+                        axis.plot(row.ratio, height, ls="", ms=3.6, label=measured.titles[name], **_LOOKS[name].mark)
                 axis.plot([share] * 2, [place - 0.4, place + 0.4], ":", color="black", lw=1)
             axis.axvline(1, color="#444444", ls="--", lw=0.8, zorder=0)
             axis.set_xscale("log")
@@ -107,11 +91,10 @@ def draw_scaling(measured: Measurements, path: Path) -> None:
                     line[column],
                     line["ratio"],
                     yerr=[line["ratio"] - line["ratio_low"], line["ratio_high"] - line["ratio"]],
-                    color=_COLOURS[name],
-                    marker=_MARKERS[name],
                     ms=3.4,
                     lw=1,
                     label=measured.titles[name],
+                    **_LOOKS[name].mark,
                 )
             own = panel[panel["eval_task"] == "auto"].sort_values(column)
             expected = [
