@@ -151,9 +151,9 @@ class DomainTrainer:
         return self._stopwatch.evaluation
 
     @property
-    def step_seconds(self) -> float:
-        """Mean over the steps."""
-        return self._stopwatch.step_seconds
+    def cost(self) -> dict[str, float]:
+        """What training took."""
+        return self._stopwatch.cost(self._trainer.args.max_steps)
 
     def train(self) -> list[dict[str, Any]]:
         """Train, from the last complete checkpoint where there is one.

@@ -21,6 +21,7 @@ from benchmarks.harness.planning.counts import count_note
 from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.kinds import ALL
 from benchmarks.harness.planning.schema import parse
+from benchmarks.harness.training.callbacks import Stopwatch
 from benchmarks.harness.training.distributed import (
     broadcast,
     destroy_process_group,
@@ -76,7 +77,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         progress.say(f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}")
     probe = Probe()
     probe.look(trainable.model, collator(data.template.tokenizer)([data.train[0]]))
-    trained = Trained([], 0, 0.0)
+    trained = Trained([], Stopwatch().cost(0))
     if isinstance(training, RunInstructionTraining):
         trained = train(
             trainable, data.template.tokenizer, read, training, data.train, data.held_out, folder, progress, probe
@@ -88,16 +89,14 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     if training.keep_weights:
         save_trained(trainable.model, folder / "model")
     evaluated = _evaluated(read, trainable, data, asked, progress)
-    last = {"step": trained.steps, "loss": evaluated["scores"]["dev"][read.task.name]["loss"]}
+    last = {"step": trained.cost["steps"], "loss": evaluated["scores"]["dev"][read.task.name]["loss"]}
     return evaluated | {
         "curve": trained.curve,
         **({"held_out_curve": [*trained.held_out, last]} if trained.held_out else {}),
         "probe": probe.summary(),
         "model": trainable.summary,
         "cost": {
-            "steps": trained.steps,
-            "step_seconds": trained.step_seconds,
-            "train_seconds": trained.step_seconds * trained.steps,
+            **trained.cost,
             "precision": precision_here(training.precision),
             "least_memory_mb": estimate.memory / 1e6,
             **trainable.prefix_cost(),

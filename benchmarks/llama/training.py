@@ -29,14 +29,12 @@ class Trained:
 
     Attributes:
         curve: the loss of every step: the mean over its learned tokens.
-        steps: optimiser steps.
-        step_seconds: mean over the steps.
+        cost: what it took: ``steps``, ``step_seconds``, ``train_seconds``.
         held_out: step and loss on the held-out rows, where the settings ask for it.
     """
 
     curve: list[float | None]
-    steps: int
-    step_seconds: float
+    cost: dict[str, float]
     held_out: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -119,4 +117,4 @@ def train(
         probe.resume(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     curve = [finite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return Trained(curve, trainer.state.global_step, stopwatch.step_seconds, HeldOutCurve.points(trainer.state))
+    return Trained(curve, stopwatch.cost(trainer.state.global_step), HeldOutCurve.points(trainer.state))

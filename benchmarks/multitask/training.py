@@ -132,7 +132,7 @@ class MultitaskTrainer:
         ]
         best = self._training.checkpoint_selection == "best"
         kept = max(epochs, key=lambda entry: (entry[_MEAN], -entry["epoch"])) if best else epochs[-1]
-        return TrainingResult(epochs, kept, state.global_step, self._stopwatch.step_seconds)
+        return TrainingResult(epochs, kept, self._stopwatch.cost(state.global_step))
 
     def evaluate(self, split: TextSplit, task: WrittenTask | OtherTask) -> dict[str, float | None]:
         """Scores on a split of a task, or of another set as it is read out of domain; and the cross entropy among the answers, where these are its classes."""

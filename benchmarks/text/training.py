@@ -45,22 +45,12 @@ _LOSS = "mean_loss"
 class TrainingResult:
     """What training gives back beside the model's new weights.
 
-    ``epochs`` has the dev scores after every epoch; ``kept`` is the one whose weights the model has; ``step_seconds`` is the mean over its steps.
+    ``epochs`` has the dev scores after every epoch; ``kept`` is the one whose weights the model has; ``cost`` is what it took.
     """
 
     epochs: list[dict[str, Any]]
     kept: dict[str, Any]
-    steps: int
-    step_seconds: float
-
-    @property
-    def cost(self) -> dict[str, float]:
-        """What training took, for ``cost`` of ``metrics.json``."""
-        return {
-            "steps": self.steps,
-            "step_seconds": self.step_seconds,
-            "train_seconds": self.step_seconds * self.steps,
-        }
+    cost: dict[str, float]
 
 
 class EpochSettings(Protocol):
@@ -234,7 +224,7 @@ class TextTrainer:
             if self._training.checkpoint_selection == "best"
             else epochs[-1]
         )
-        return TrainingResult(epochs, kept, state.global_step, self._stopwatch.step_seconds)
+        return TrainingResult(epochs, kept, self._stopwatch.cost(state.global_step))
 
     def evaluate(
         self, split: TextSplit, task: RunTask | None = None, routing: RowRouting | None = None

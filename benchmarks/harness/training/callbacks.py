@@ -24,10 +24,10 @@ class Stopwatch(TrainerCallback):
     def __init__(self) -> None:
         self.seconds, self.steps, self.evaluation, self._start = 0.0, 0, 0.0, 0.0
 
-    @property
-    def step_seconds(self) -> float:
-        """Mean over the steps."""
-        return self.seconds / max(self.steps, 1)
+    def cost(self, steps: int) -> dict[str, float]:
+        """What so many steps of the optimiser took, for ``cost`` of ``metrics.json``."""
+        each = self.seconds / max(self.steps, 1)
+        return {"steps": steps, "step_seconds": each, "train_seconds": each * steps}
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint's count."""
