@@ -20,7 +20,7 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.information import told
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import Trainable
-from benchmarks.harness.results.information import by_chance
+from benchmarks.harness.results.information import Told, by_chance
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.metrics import score
@@ -200,9 +200,7 @@ class DomainTrainer:
         bits = told(loads, classes, environments, paired=paired, seed=self._seed)
         summary = record.summary()
         for name, found in bits.items():
-            means = found.mean(1)
-            summary[f"{name}_information"] = float(means[0])
-            summary[f"{name}_information_chance"], summary[f"{name}_information_chance_95"] = by_chance(means)
+            summary |= Told.mean(found).numbers(name)
         return Predictions(
             confusion,
             {layer: counts[:, :, i] for i, layer in enumerate(record.layers)},

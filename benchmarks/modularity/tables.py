@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from benchmarks.harness.reporting.rendering import Column, Table
 from benchmarks.harness.results.information import PERMUTATIONS
+from benchmarks.harness.results.records import information_numbers
 from benchmarks.modularity.outcomes import CELL, PLACE, ModularityOutcomes
 
 _KEYS = {"model_title": "Model", "layer": "Layer", "num_experts": "N", "method_title": "Neurons in blocks", "n": "n"}
@@ -56,8 +57,7 @@ def selected(outcomes: ModularityOutcomes) -> Table:
 
 def usage(outcomes: ModularityOutcomes) -> Table:
     """What the choice of an expert tells, beside chance."""
-    metrics = [f"{name}_information{end}" for name in ("task", "class") for end in ("", "_chance", "_chance_95")]
-    metrics += ["specialised_experts", "shared_experts"]
+    metrics = [*information_numbers("task", "class"), "specialised_experts", "shared_experts"]
     frame = outcomes.means().reindex(columns=list(dict.fromkeys([*_KEYS, *CELL, *metrics])))
     return Table(
         "What the choice of an expert tells, nothing trained",

@@ -10,24 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.results.information import LEVEL, PERMUTATIONS, by_chance, shuffled_information
+from benchmarks.harness.results.information import LEVEL, PERMUTATIONS, Told, shuffled_information
 
 Loads = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Told:
-    """What the choice of an expert tells of a label, in bits: as it is, by chance, and what chance stays below in 95 % of the shuffles."""
-
-    bits: float
-    chance: float
-    chance_95: float
-
-    @classmethod
-    def mean(cls, found: NDArray[np.float64]) -> Told:
-        """Of ``[1 + permutations, cases]``, the first as it is, the mean over cases."""
-        means = found.mean(1)
-        return cls(float(means[0]), *by_chance(means))
 
 
 def told_of_tasks(loads: Loads, tasks: Loads, seed: int) -> Told:
@@ -131,16 +116,8 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
         name: {"shares": shares[place].tolist(), "marks": marked[place].tolist(), "classes": _by_class(one)}
         for place, (name, one) in enumerate(sets.items())
     }
-    told = _named("task", of_tasks) | (_named("class", of_classes) if of_classes else {})
+    told = of_tasks.numbers("task") | (of_classes.numbers("class") if of_classes else {})
     return told, {"tasks": by_set, "shared": shared.tolist(), "specialised": specialised.tolist()}
-
-
-def _named(name: str, told: Told) -> dict[str, float]:
-    return {
-        f"{name}_information": told.bits,
-        f"{name}_information_chance": told.chance,
-        f"{name}_information_chance_95": told.chance_95,
-    }
 
 
 def _by_class(found: SetLoads) -> dict[str, list[float]]:

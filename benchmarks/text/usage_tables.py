@@ -6,10 +6,11 @@ import pandas as pd
 
 from benchmarks.harness.reporting.rendering import Column, Table
 from benchmarks.harness.results.information import PERMUTATIONS
+from benchmarks.harness.results.records import information_numbers
 from benchmarks.text.outcomes import TextOutcomes
 
 _CELL = ["model", "task", "method"]
-_NUMBERS = [f"{name}_information{end}" for name in ("task", "class") for end in ("", "_chance", "_chance_95")]
+_NUMBERS = information_numbers("task", "class")
 
 
 def usage_table(outcomes: TextOutcomes) -> Table:

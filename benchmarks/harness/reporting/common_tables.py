@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
+from benchmarks.harness.results.records import information_numbers
 from benchmarks.harness.results.statistics import confidence_interval
 
 _COST = (
@@ -26,12 +27,7 @@ _COST = (
     "load_entropy",
     "load_max_over_mean",
     "drop_rate",
-    "class_information",
-    "class_information_chance",
-    "class_information_chance_95",
-    "environment_information",
-    "environment_information_chance",
-    "environment_information_chance_95",
+    *information_numbers("class", "environment"),
 )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import entr
+
+from benchmarks.harness.results.records import information_numbers
 
 PERMUTATIONS = 500
 LEVEL = 0.95
@@ -57,3 +60,22 @@ def shuffled_information(
 def by_chance(bits: NDArray[np.float64]) -> tuple[float, float]:
     """Mean of the shuffled ones among ``[1 + PERMUTATIONS]``, and what 95 % of them stay below."""
     return float(bits[1:].mean()), float(np.quantile(bits[1:], LEVEL))
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the choice of an expert tells of a label, in bits: as it is, by chance, and what chance stays below in 95 % of the shuffles."""
+
+    bits: float
+    chance: float
+    chance_95: float
+
+    @classmethod
+    def mean(cls, found: NDArray[np.float64]) -> Told:
+        """Of ``[1 + PERMUTATIONS, cases]``, the first as it is, the mean over cases."""
+        means = found.mean(1)
+        return cls(float(means[0]), *by_chance(means))
+
+    def numbers(self, name: str) -> dict[str, float]:
+        """By the names of metrics.yaml; ``name`` is what the label is of."""
+        return dict(zip(information_numbers(name), (self.bits, self.chance, self.chance_95), strict=True))

@@ -38,16 +38,14 @@ _MAY_DIVERGE = ("loss", "nats_per_byte")
 _ROUNDING = 1e-6  # of a share that is computed
 _COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
 _MODEL = ("parameters", "trainable_parameters", "active_parameters", "flops_per_token", "active_neurons")
-ROUTING = (
-    "load_entropy",
-    "load_max_over_mean",
-    "drop_rate",
-    *(
-        f"{name}_information{chance}"
-        for name in ("class", "environment", "task")
-        for chance in ("", "_chance", "_chance_95")
-    ),
-)
+
+
+def information_numbers(*names: str) -> list[str]:
+    """What the choice of an expert tells of each of these, and what it tells by chance, by the names of metrics.yaml."""
+    return [f"{name}_information{chance}" for name in names for chance in ("", "_chance", "_chance_95")]
+
+
+ROUTING = ("load_entropy", "load_max_over_mean", "drop_rate", *information_numbers("class", "environment", "task"))
 
 
 def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
