@@ -9,26 +9,10 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.reporting.rendering import MISSING, Column, Table
-from benchmarks.harness.results.records import information_numbers
+from benchmarks.harness.results.records import COST, LOADS, MODEL, information_numbers
 from benchmarks.harness.results.statistics import confidence_interval
 
-_COST = (
-    "train_seconds",
-    "step_seconds",
-    "evaluation_seconds",
-    "startup_seconds",
-    "job_seconds",
-    "peak_memory_mb",
-    "active_neurons",
-    "parameters",
-    "trainable_parameters",
-    "active_parameters",
-    "flops_per_token",
-    "load_entropy",
-    "load_max_over_mean",
-    "drop_rate",
-    *information_numbers("class", "environment"),
-)
+_COST = (*COST, *MODEL, *LOADS, *information_numbers("class", "environment"))
 
 
 def with_numbers(frame: pd.DataFrame, on: Sequence[str], numbers: pd.DataFrame, prefix: str = "") -> pd.DataFrame:

@@ -36,8 +36,9 @@ MACHINE = (
 AS = " as "  # in a part, before the method that a run's model was made for it
 _MAY_DIVERGE = ("loss", "nats_per_byte")
 _ROUNDING = 1e-6  # of a share that is computed
-_COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
-_MODEL = ("parameters", "trainable_parameters", "active_parameters", "flops_per_token", "active_neurons")
+COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
+MODEL = ("active_neurons", "parameters", "trainable_parameters", "active_parameters", "flops_per_token")
+LOADS = ("load_entropy", "load_max_over_mean", "drop_rate")
 
 
 def information_numbers(*names: str) -> list[str]:
@@ -45,7 +46,7 @@ def information_numbers(*names: str) -> list[str]:
     return [f"{name}_information{chance}" for name in names for chance in ("", "_chance", "_chance_95")]
 
 
-ROUTING = ("load_entropy", "load_max_over_mean", "drop_rate", *information_numbers("class", "environment", "task"))
+ROUTING = (*LOADS, *information_numbers("class", "environment", "task"))
 
 
 def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
@@ -245,7 +246,7 @@ def _numbers(run: Run, found: Mapping[str, Any]) -> Iterator[tuple[str, str, str
     if "epochs" in found and run.spec["task"]["splits"]["test"] is not None:
         metric = run.spec["task"]["metric"]
         yield "dev_best", task, metric, max(entry[metric] for entry in found["epochs"])
-    for part, names in (("cost", _COST), ("model", _MODEL), ("routing", ROUTING)):
+    for part, names in (("cost", COST), ("model", MODEL), ("routing", ROUTING)):
         for name in names:
             if name in found.get(part, ()):
                 yield part, "", name, found[part][name]
