@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import emoe
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.base.paths import PARTITIONS
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.modeling.image import is_image_model, load_image_network
-from benchmarks.harness.modeling.language import is_language_model, load_language_model
+from benchmarks.harness.modeling.image import load_image_network
+from benchmarks.harness.modeling.language import load_language_model
 from benchmarks.harness.modeling.loading import load_backbone
-from benchmarks.harness.modeling.seq2seq import is_seq2seq, load_seq2seq
+from benchmarks.harness.modeling.seq2seq import load_seq2seq
 from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig
 from emoe.errors import CheckpointError
@@ -27,6 +27,12 @@ from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import Partition, join_partitions, load_partition, partition_key, save_partition
 
 _FIXED = "fixed"  # experts by their use, which is counted when the model routes by avg-k
+# of pre-trained models, by their modality; text classifiers have none
+_LOADERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "image": load_image_network,
+    "language": load_language_model,
+    "seq2seq": load_seq2seq,
+}
 
 
 def apply_method_(
@@ -99,7 +105,8 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
     """
     content = json.loads(spec)
     torch.set_num_threads(threads)
-    model, config = _load_dense(content["model"]), EMoEConfig.from_dict(content["config"])
+    load = _LOADERS.get(content["model"].get("modality"), load_backbone)
+    model, config = load(content["model"]), EMoEConfig.from_dict(content["config"])
     found = cached_partition(model, config)
     receipt = {
         "partitions": {layer: partition_key(model, single) for layer, single in _by_layer(model, config)},
@@ -108,14 +115,6 @@ def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
         **content,
     }
     write_json(output, receipt)
-
-
-def _load_dense(model: Mapping[str, Any]) -> nn.Module:
-    if is_image_model(model):
-        return load_image_network(model)
-    if is_seq2seq(model):
-        return load_seq2seq(model)
-    return load_language_model(model) if is_language_model(model) else load_backbone(model)
 
 
 def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:

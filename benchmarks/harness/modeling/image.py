@@ -53,11 +53,6 @@ class ImageClassifier(nn.Module):
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-def is_image_model(model: Mapping[str, Any]) -> bool:
-    """Whether an entry of ``models.yaml`` reads images."""
-    return model.get("modality") == "image"
-
-
 def load_image_network(model: Mapping[str, Any]) -> nn.Module:
     """The pre-trained network, for clustering its neurons."""
     network, _ = _load(model, _ANY_CLASSES, None, 0.0, 0)

@@ -23,11 +23,6 @@ from emoe.stock import save_weights
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def is_language_model(model: Mapping[str, Any]) -> bool:
-    """Whether an entry of ``models.yaml`` is a language model."""
-    return model.get("modality") == "language"
-
-
 def load_config(model: Mapping[str, Any]) -> PreTrainedConfig:
     """The configuration of a model, read without its weights.
 

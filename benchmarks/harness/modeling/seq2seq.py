@@ -12,11 +12,6 @@ from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.loading import load_tokenizer, load_whole
 
 
-def is_seq2seq(model: Mapping[str, Any]) -> bool:
-    """Whether an entry of ``models.yaml`` is an encoder-decoder model."""
-    return model.get("modality") == "seq2seq"
-
-
 def load_seq2seq(model: Mapping[str, Any]) -> PreTrainedModel:
     """A pre-trained encoder-decoder model with its language-modelling head, in float32.
 
