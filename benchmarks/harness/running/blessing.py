@@ -14,6 +14,7 @@ from benchmarks.harness.results.durations import means
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.reference import write_reference
 from benchmarks.harness.results.regression import judge, present
+from benchmarks.harness.running.environment import git
 from benchmarks.harness.running.repetition import cheapest
 from benchmarks.harness.running.verification import run_again
 
@@ -24,14 +25,9 @@ def clean_commit(root: Path = ROOT) -> str:
     Raises:
         DefinitionError: it is no checkout, or something in it but blessed numbers is not committed.
     """
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
     try:
-        commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", ".", ":(exclude)results/reference")
+        commit = git(root, "rev-parse", "HEAD")
+        changed = git(root, "status", "--porcelain", "--", ".", ":(exclude)results/reference")
     except (OSError, subprocess.CalledProcessError) as error:
         raise DefinitionError(f"{root} is no git checkout: blessed numbers belong to a commit") from error
     if changed:

@@ -129,17 +129,21 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def git(root: Path, *arguments: str) -> str:
+    """What git says of a checkout.
+
+    Raises:
+        OSError: there is no git.
+        CalledProcessError: there is no checkout.
+    """
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def _git() -> tuple[str | None, bool | None]:
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
+        return git(ROOT, "rev-parse", "HEAD"), bool(git(ROOT, "status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):  # not a checkout: an installed package has no commit
         return None, None
-    return commit, bool(status.strip())
 
 
 @functools.cache
