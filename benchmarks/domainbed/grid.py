@@ -16,7 +16,7 @@ from benchmarks.domainbed.protocol import BASELINE, held_out_combinations, hyper
 from benchmarks.domainbed.selection import SELECTIONS
 from benchmarks.domainbed.workload import image_workload
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
-from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.catalogue import load_models, model_names
 from benchmarks.harness.planning.frozen import check_frozen
 from benchmarks.harness.planning.kinds import ALL, COUNTS, Benchmark, Domain, SetPart, Specs, WholeSets, missing_set
 from benchmarks.harness.planning.methods import (
@@ -59,8 +59,7 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
         methods = suite_methods(benchmark, suite)
         for number, block in enumerate(benchmark.definition.suites[suite].grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            images = [name for name, model in load_models().items() if model.modality == "image"]
-            check_names(where, "model", block.model, images)
+            check_names(where, "model", block.model, model_names("image"))
             check_names(where, "set", block.set, benchmark.tasks)
             check_names(where, "method", block.method, methods)
             for model, name, method in itertools.product(block.model, block.set, block.method):

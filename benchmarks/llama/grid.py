@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, RunError, first_line
-from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.catalogue import load_models, model_names
 from benchmarks.harness.planning.frozen import check_frozen
 from benchmarks.harness.planning.kinds import (
     ALL,
@@ -78,8 +78,7 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
         tunings = with_changes(benchmark.definition.finetuning, part.finetuning, "finetuning", where)
         for number, block in enumerate(part.grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            language = [name for name, model in load_models().items() if model.modality == "language"]
-            check_names(where, "model", block.model, language)
+            check_names(where, "model", block.model, model_names("language"))
             check_names(where, "set", block.set, benchmark.tasks)
             check_names(where, "method", block.method, methods)
             check_names(where, "finetuning", block.finetuning, tunings)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.catalogue import load_models, model_names
 from benchmarks.harness.planning.kinds import Benchmark, Domain, Specs
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.methods import VARIANT_KEYS, method_spec, suite_methods
@@ -16,7 +16,7 @@ from benchmarks.harness.planning.schema import check_names, parse, read
 from benchmarks.harness.planning.workload import Workload, model_size
 from benchmarks.modularity.definition import ModularityDefinition
 from benchmarks.text.definition import TaskEntry, TaskFile
-from benchmarks.text.grid import TextSets, text_models
+from benchmarks.text.grid import TextSets
 from benchmarks.text.workload import find_part, read_workload
 
 # what a row may set otherwise: how neurons are grouped, and what groups are scored by
@@ -86,7 +86,7 @@ class ModularityKind(TextSets[ModularityDefinition]):
         reading = definition.reading.changed(part.reading).model_dump()
         for number, block in enumerate(part.grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            check_names(where, "model", block.model, text_models())
+            check_names(where, "model", block.model, model_names(None))
             check_names(where, "method", block.method, methods)
             given = block.model_dump()
             axes = [key for key in ("model", "method", *VARIANT_KEYS, "seed") if key in given]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.planning.catalogue import load_models, model_names
 from benchmarks.harness.planning.kinds import COUNTS, OOD_MEAN, Benchmark, Domain, Specs
 from benchmarks.harness.planning.method_rows import resolve_methods
 from benchmarks.harness.planning.methods import VARIANT_KEYS, method_spec, suite_methods, training_settings
@@ -77,13 +77,12 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
     ) -> Iterator[dict[str, Any]]:
         definition, methods = benchmark.definition, suite_methods(benchmark, suite)
         part, place = definition.suites[suite], f"{benchmark.file}: 'suites.{suite}"
-        models = [name for name, model in load_models().items() if model.modality == "seq2seq"]
         mixtures = definition.mixtures | {
             name: Mixture(title=task.title, tasks=[name]) for name, task in benchmark.tasks.items()
         }
         for number, block in enumerate(part.grid):
             where = f"{place}.grid[{number}]"
-            check_names(where, "model", block.model, models)
+            check_names(where, "model", block.model, model_names("seq2seq"))
             check_names(where, "mixture", block.mixture, mixtures)
             check_names(where, "method", block.method, methods)
             for name in block.mixture:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
-from benchmarks.harness.planning.catalogue import load_metrics, load_models
+from benchmarks.harness.planning.catalogue import load_metrics, load_models, model_names
 from benchmarks.harness.planning.frozen import check_frozen
 from benchmarks.harness.planning.kinds import COUNTS, OOD_MEAN, Benchmark, D, Domain, Kind, Offer, SetPart, Specs
 from benchmarks.harness.planning.method_rows import check_rows, resolve_methods
@@ -159,7 +159,7 @@ class TextKind(TextSets[TextDefinition]):
         trainable = [name for name, task in benchmark.tasks.items() if task.splits.train and task.splits.dev]
         for number, block in enumerate(benchmark.definition.suites[suite].grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            check_names(where, "model", block.model, text_models())
+            check_names(where, "model", block.model, model_names(None))
             check_names(where, "task", block.task, trainable)
             check_names(where, "method", block.method, trained)
             given = block.model_dump()
@@ -199,11 +199,6 @@ class TextKind(TextSets[TextDefinition]):
 
 
 KIND = TextKind()
-
-
-def text_models() -> list[str]:
-    """The models that classify texts."""
-    return [name for name, model in load_models().items() if model.modality is None]
 
 
 def transformed_rows(

@@ -112,6 +112,11 @@ def load_models() -> dict[str, ModelEntry]:
     return read(BENCHMARKS / "models.yaml", ModelFile).models
 
 
+def model_names(modality: str | None) -> list[str]:
+    """The models that are for one thing; None is text classification."""
+    return [name for name, model in load_models().items() if model.modality == modality]
+
+
 @functools.cache
 def load_metrics() -> dict[str, Metric]:
     """Label, unit, direction, decimals and kind of every metric, by name: ``benchmarks/metrics.yaml``.
