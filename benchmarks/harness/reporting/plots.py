@@ -34,8 +34,6 @@ STYLE: Any = {
     "grid.color": "#e3e3e3",
     "axes.axisbelow": True,
     "pdf.fonttype": 42,
-    # the same numbers give the same bytes
-    "svg.hashsalt": "emoe",
 }
 
 
