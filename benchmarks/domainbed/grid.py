@@ -158,9 +158,7 @@ def _spec(
             "could be kept of them; set hparams.data_augmentation: false"
         )
     return {
-        "benchmark": benchmark.name,
-        "version": definition.version,
-        "pipeline": definition.pipeline,
+        **benchmark.of_every_spec,
         "model": load_models()[point["model"]].spec(point["model"]),
         "task": task.spec(point["set"]),
         "ood": [],

@@ -82,9 +82,7 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
                     continue
                 found = True
                 yield {
-                    "benchmark": benchmark.name,
-                    "version": definition.version,
-                    "pipeline": definition.pipeline,
+                    **benchmark.of_every_spec,
                     "protocol": first["protocol"],
                     "model": first["model"],
                     "task": first["task"],

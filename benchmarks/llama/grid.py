@@ -198,9 +198,7 @@ def _spec(
                 f"{place}.frozen_layers' does not go with weights in 4 bits ('quantize'); take one of them"
             )
     return {
-        "benchmark": benchmark.name,
-        "version": definition.version,
-        "pipeline": definition.pipeline,
+        **benchmark.of_every_spec,
         "model": {**load_models()[point["model"]].spec(point["model"]), **_form(tuning)},
         "task": benchmark.tasks[point["set"]].spec(point["set"]),
         "ood": [],

@@ -97,9 +97,7 @@ class ModularityKind(TextSets[ModularityDefinition]):
                 if not isinstance(layers, list) or len(layers) != 1:
                     raise DefinitionError(f"{where}.layers' must be lists of one layer each: [[5]], not {layers}")
                 yield {
-                    "benchmark": benchmark.name,
-                    "version": definition.version,
-                    "pipeline": definition.pipeline,
+                    **benchmark.of_every_spec,
                     "model": load_models()[point["model"]].spec(point["model"]),
                     "task": first,
                     "ood": others,

@@ -94,9 +94,7 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
                 names = mixtures[point["mixture"]].tasks
                 training = training_settings(definition.training, part.training, point["model"], f"{place}.training")
                 yield {
-                    "benchmark": benchmark.name,
-                    "version": definition.version,
-                    "pipeline": definition.pipeline,
+                    **benchmark.of_every_spec,
                     "protocol": CLEAN,
                     "model": load_models()[point["model"]].spec(point["model"]),
                     "task": {"name": point["mixture"], "tasks": [_written(benchmark, name) for name in names]},

@@ -100,9 +100,7 @@ def _spec(
     definition = benchmark.definition
     other = {name: value for name, value in settings.items() if value != usual[name] and name not in _NOT_IN_VARIANT}
     return {
-        "benchmark": benchmark.name,
-        "version": definition.version,
-        "pipeline": definition.pipeline,
+        **benchmark.of_every_spec,
         "model": definition.models[model].spec(model),
         "task": {"name": measure},
         "ood": [],

@@ -328,9 +328,7 @@ def _spec(
     )
     ood = [name for name in task.ood if name not in exclude] if evaluated else []
     return {
-        "benchmark": benchmark.name,
-        "version": benchmark.definition.version,
-        "pipeline": benchmark.definition.pipeline,
+        **benchmark.of_every_spec,
         "protocol": protocol,
         "model": load_models()[point["model"]].spec(point["model"]),
         "task": task.spec(point["task"]),

@@ -50,6 +50,11 @@ class Benchmark(Generic[D_co, E_co]):
     def file(self) -> Path:
         return self.folder / "benchmark.yaml"
 
+    @property
+    def of_every_spec(self) -> dict[str, Any]:
+        """What the specs of all its runs have."""
+        return {"benchmark": self.name, "version": self.definition.version, "pipeline": self.definition.pipeline}
+
 
 @dataclass(frozen=True)
 class SetPart:
