@@ -21,10 +21,9 @@ def check(suite: str, as_json: bool, elsewhere: bool) -> None:
     On the machine that blessed them numbers have to be equal to the last digit, on another one within the spread between machines that was
     measured (`spread`). Times are shown and decide nothing.
     """
-    from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.results.regression import compare
 
-    comparison = compare(suite_of_job(suite).runs, suite, elsewhere=elsewhere)
+    comparison = compare(load_suite(suite).runs, suite, elsewhere=elsewhere)
     click.echo(comparison.to_json() if as_json else str(comparison))
     if not comparison.passed:
         sys.exit(1)
@@ -43,10 +42,9 @@ def verify(suite: str, count: int, seed: int | None, as_json: bool) -> None:
     """
     import random
 
-    from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.running.verification import verify as verify_runs
 
-    loaded = suite_of_job(suite)
+    loaded = load_suite(suite)
     seed = random.SystemRandom().randrange(2**16) if seed is None else seed
     found = verify_runs(
         loaded.runs, suite, count, seed, say=lambda text: click.echo(f"{text} (--seed {seed})", err=True)
@@ -64,10 +62,9 @@ def bless(suite: str) -> None:
     Only in a clean checkout, and only numbers that repeat: the cheapest run of every benchmark is run once more and compared exactly.
     It takes as long as those runs did, half a minute for smoke and some minutes for mini; how long is said at the start.
     """
-    from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.running.blessing import bless as bless_runs
 
-    click.echo(f"wrote {bless_runs(suite_of_job(suite).runs, suite, say=click.echo)}")
+    click.echo(f"wrote {bless_runs(load_suite(suite).runs, suite, say=click.echo)}")
 
 
 @command("Measure how far numbers are apart between machines.")
@@ -105,10 +102,9 @@ def spread(
 @click.option("--jobs", default=1, help="Runs at a time.")
 def again(folder: Path, runs: tuple[str, ...], suite: str, threads: int, jobs: int) -> None:
     """Run RUNS of a suite once more, in FOLDER."""
-    from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.running.spread import run_again
 
-    known = suite_of_job(suite).runs_by_folder
+    known = load_suite(suite).runs_by_folder
     run_again([known[name] for name in runs], folder, threads, jobs)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.commands.shell import AS_JSON, SUITE, command, echo_json
+from benchmarks.commands.shell import AS_JSON, SUITE, command, echo_json, load_suite
 
 
 @command("Fetch the data of a suite, and say what is there.")
@@ -27,10 +27,9 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None, as_j
     import os
 
     from benchmarks.harness.base.paths import DATA_ROOT
-    from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.running import data_check
 
-    loaded = suite_of_job(suite)
+    loaded = load_suite(suite)
     os.environ.update(loaded.environment())
     if data_root:
         os.environ[DATA_ROOT] = data_root

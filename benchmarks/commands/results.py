@@ -27,11 +27,10 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     from benchmarks.harness.planning.artifacts import artifacts_of
     from benchmarks.harness.planning.definition import load_benchmark
     from benchmarks.harness.planning.schema import check_names
-    from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.reporting.paper_items import write_paper_items
     from benchmarks.harness.reporting.presentation import present
 
-    loaded = suite_of_job(suite)
+    loaded = load_suite(suite)
     if part:
         check_names(f"suite {suite}: '", "part", [part], loaded.parts(benchmark))
     _check_finished(loaded, [benchmark], part)
@@ -50,11 +49,10 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
 @click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
 def claims(suite: str, as_json: bool, write: bool) -> None:
     """Say what a suite's finished runs say of the paper's claims."""
-    from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.reporting.claims import as_records, claims_table, judged
     from benchmarks.harness.reporting.claims_figure import write_claims
 
-    loaded = suite_of_job(suite)
+    loaded = load_suite(suite)
     _check_finished(loaded, loaded.claimed, which=" that claims compare")
     if write:
         write_claims(loaded)
@@ -90,10 +88,9 @@ def mirror(suite: str, uri: str | None, output: Path | None) -> None:
     """Mirror a suite's finished runs to MLflow; doing it twice adds nothing."""
     from benchmarks.harness.base.files import write_json
     from benchmarks.harness.base.secrets import without_passwords
-    from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.results.tracking import mirror as mirror_runs
 
-    loaded = suite_of_job(suite)
+    loaded = load_suite(suite)
     _check_finished(loaded, loaded.settings.benchmarks)
     figures = {
         name: [Path(file) for file in loaded.output_files(name) if file.endswith(".png")]
@@ -110,9 +107,8 @@ def mirror(suite: str, uri: str | None, output: Path | None) -> None:
 def ui(suite: str) -> None:
     """Open the MLflow UI on the suite's store."""
     from benchmarks.harness.base.secrets import without_passwords
-    from benchmarks.harness.planning.suite import suite_of_job
 
-    uri = suite_of_job(suite).tracking_uri
+    uri = load_suite(suite).tracking_uri
     if uri.startswith("http"):
         click.echo(f"The runs are on the MLflow server {without_passwords(uri)}")
     else:  # by its environment, which other users do not see
@@ -125,11 +121,10 @@ def ui(suite: str) -> None:
 @AS_JSON
 def paper(suite: str, as_json: bool) -> None:
     """List the paper's tables and figures: the command that makes each, its files, whether they are there."""
-    from benchmarks.harness.planning.suite import suite_of_job
     from benchmarks.harness.reporting.paper_items import paper_index
     from benchmarks.harness.reporting.rendering import MISSING
 
-    index = paper_index(suite_of_job(suite))
+    index = paper_index(load_suite(suite))
     if as_json:
         echo_json(index.to_dict("records"))
     else:
