@@ -30,7 +30,7 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     from benchmarks.harness.reporting.paper_items import write_paper_items
     from benchmarks.harness.reporting.presentation import present
 
-    loaded = load_suite(suite)
+    loaded = load_suite(suite, benchmark)
     if part:
         check_names(f"suite {suite}: '", "part", [part], loaded.parts(benchmark))
     _check_finished(loaded, [benchmark], part)
