@@ -139,7 +139,7 @@ class Kind(ABC, Generic[D, E]):
         paper_columns: of its ``paper.csv``, those before value, status and source; none where it does not say.
         has_models: whether its runs have a model with weights; a measurement has not.
         has_seeds: whether its runs are seeded, so that their names say how.
-        shows_parts: whether each of its sets has tables and figures of its own.
+        shows_parts: whether each of its sets, which the blocks of its grids name under ``set``, has tables and figures of its own.
         counts_labels: whether its report shows the labels of its sets.
         optimizer: what the report says of how it trains; empty where it does not.
         late_imports: modules that its runs import when they need them.

@@ -155,10 +155,13 @@ class Suite:
         return [run for run in self.runs if run.benchmark == benchmark and part in (None, run.spec["task"]["name"])]
 
     def parts(self, benchmark: str) -> list[str]:
-        """The sets of a benchmark that have tables and figures of their own, and runs in this suite."""
-        if not load_benchmark(benchmark).kind.shows_parts:
+        """The sets of a benchmark that have tables and figures of their own, and runs in this suite; by its grid, so that nothing is planned."""
+        loaded = load_benchmark(benchmark)
+        if not loaded.kind.shows_parts:
             return []
-        return list(dict.fromkeys(run.spec["task"]["name"] for run in self.runs_of(benchmark)))
+        blocks = getattr(loaded.definition.suites.get(self.name), "grid", ())
+        named = dict.fromkeys(name for block in blocks for name in block.set)
+        return [name for name in named if name not in self.settings.exclude]
 
     def metric_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
         """``metrics.json`` of every run, or of one benchmark's, or of one of its parts'."""
