@@ -12,11 +12,7 @@ import pandas as pd
 _LINES = 40  # that stand on a page; longer tables come in parts
 _ACROSS = 106  # letters that stand beside each other in its type, 7 points; wider tables come in parts of their columns
 _BETWEEN = 2  # letters between two columns
-_LETTERS, _LEAST, _HEADING = (
-    28,
-    12,
-    14,
-)  # after so many, or less, a column of texts goes on in another line; and a heading
+_LETTERS, _HEADING = 28, 14  # after so many, or less, a column of texts goes on in another line; and a heading
 _NAMES = 0.6  # of a line that the names of rows may take
 _LETTER = 0.115  # centimetres
 _SIGNS = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}
