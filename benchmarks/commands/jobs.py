@@ -45,7 +45,7 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
 
     from benchmarks.harness.running.devices import reserved
     from benchmarks.harness.running.execution import execute, launch_distributed
-    from benchmarks.harness.training.distributed import exit_worker
+    from benchmarks.harness.training.processes import exit_worker
 
     gc.freeze()
     gc.enable()

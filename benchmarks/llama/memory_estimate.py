@@ -14,7 +14,7 @@ from benchmarks.harness.modeling.language import load_config, meta_model
 from benchmarks.harness.modeling.memory import Memory, memory
 from benchmarks.harness.modeling.prefix import frozen_names
 from benchmarks.harness.modeling.tuning import tune_
-from benchmarks.harness.training.distributed import is_sharded, local_rank, local_size, world_size
+from benchmarks.harness.training.processes import is_sharded, local_rank, local_size, world_size
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 
 _BYTES = {"fp32": 4.0, "bf16": 2.0}

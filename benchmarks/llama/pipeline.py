@@ -22,15 +22,9 @@ from benchmarks.harness.planning.definition import load_benchmark
 from benchmarks.harness.planning.kinds import ALL
 from benchmarks.harness.planning.schema import parse
 from benchmarks.harness.training.callbacks import Stopwatch
-from benchmarks.harness.training.distributed import (
-    broadcast,
-    destroy_process_group,
-    gather_trained,
-    is_main,
-    is_sharded,
-    shard_,
-)
+from benchmarks.harness.training.distributed import gather_trained, shard_
 from benchmarks.harness.training.probe import Probe
+from benchmarks.harness.training.processes import broadcast, destroy_process_group, is_main, is_sharded
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import precision_here, with_routing
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining

@@ -12,8 +12,8 @@ from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
-from benchmarks.harness.training.distributed import world_size
 from benchmarks.harness.training.probe import Probe
+from benchmarks.harness.training.processes import world_size
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here, quiet_arguments

@@ -31,7 +31,7 @@ from benchmarks.harness.planning.kinds import kind_of
 from benchmarks.harness.planning.runs import Run, read_run
 from benchmarks.harness.results.records import check_content
 from benchmarks.harness.running import environment
-from benchmarks.harness.training import distributed
+from benchmarks.harness.training import processes as group
 from benchmarks.harness.training.progress import Progress
 
 _LAUNCHER = "EMOE_LAUNCHER"  # process id of what has started several processes for a run
@@ -58,14 +58,14 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
     run = read_run(path)
     folder, output = path.parent, path.parent / "metrics.json"
     torch.set_num_threads(threads)
-    distributed.share_by(parallel)
-    _check_processes(run, distributed.world_size(), parallel)
-    if not distributed.is_main():
-        _run_worker(run, folder, log.with_name(f"{log.stem}-{distributed.rank()}{log.suffix}"))
+    group.share_by(parallel)
+    _check_processes(run, group.world_size(), parallel)
+    if not group.is_main():
+        _run_worker(run, folder, log.with_name(f"{log.stem}-{group.rank()}{log.suffix}"))
         return output
     with _exclusive(folder, run.id):
-        distributed.init_process_group()
-        if distributed.broadcast(output.exists()):
+        group.init_process_group()
+        if group.broadcast(output.exists()):
             return output
         with _logged(log) as terminal:
             progress = Progress(run.id, terminal)
@@ -107,7 +107,7 @@ def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, p
     _check_processes(run, processes, parallel)
     each = str(max(threads // processes, 1))
     arguments = ["run", str(path), "--threads", each, "--log", str(log), "--parallel", parallel]
-    command = distributed.torchrun_command(processes, ["benchmarks", *arguments])
+    command = group.torchrun_command(processes, ["benchmarks", *arguments])
     result = subprocess.run(command, env={**os.environ, _LAUNCHER: str(os.getpid())}, check=False)
     if result.returncode:
         raise RunError(
@@ -138,8 +138,8 @@ def _check_processes(run: Run, processes: int, parallel: str) -> None:
 
 def _run_worker(run: Run, folder: Path, log: Path) -> None:
     """Be one of the processes that work on a run with the one that writes."""
-    distributed.init_process_group()
-    if distributed.broadcast(None):  # it was finished before
+    group.init_process_group()
+    if group.broadcast(None):  # it was finished before
         return
     with _logged(log):
         _pipeline(run).run(run.spec, folder, Progress(run.id, sys.stderr))

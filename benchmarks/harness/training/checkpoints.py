@@ -11,12 +11,8 @@ from typing import cast
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from benchmarks.harness.training.distributed import (
-    SHARDS,
-    broadcast,
-    is_complete,
-    is_main,
-)
+from benchmarks.harness.training.distributed import SHARDS, is_complete
+from benchmarks.harness.training.processes import broadcast, is_main
 
 WEIGHTS, OPTIMIZER, SCHEDULER = "trained.safetensors", "optimizer.pt", "scheduler.pt"
 

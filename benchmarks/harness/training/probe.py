@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 import emoe
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.training.distributed import is_sharded, world_size
+from benchmarks.harness.training.processes import is_sharded, world_size
 from benchmarks.harness.training.undisturbed import undisturbed
 from emoe.layer import routed_layers
 

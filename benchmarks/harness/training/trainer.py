@@ -18,14 +18,9 @@ from benchmarks.harness.modeling.build import Trainable, load_trained_, trained_
 from benchmarks.harness.modeling.prefix import STATES
 from benchmarks.harness.training.callbacks import FollowEpochs
 from benchmarks.harness.training.checkpoints import SCHEDULER, WEIGHTS
-from benchmarks.harness.training.distributed import (
-    SHARDS,
-    is_sharded,
-    load_shards_,
-    save_shards,
-    world_size,
-)
+from benchmarks.harness.training.distributed import SHARDS, load_shards_, save_shards
 from benchmarks.harness.training.probe import Probe
+from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.errors import EMoEError
 from emoe.layer import routed_layers
 from emoe.records import RoutingRecord
