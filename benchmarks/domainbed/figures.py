@@ -24,6 +24,7 @@ from benchmarks.harness.reporting.plots import (
     Panel,
     hide_empty,
     over_mean,
+    panel_grid,
     placeholder_figure,
     save,
     score_panels,
@@ -101,14 +102,8 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     beside = classes if len(classes) <= _FEW else []
     models = [outcomes.title("model", model) for model in dict.fromkeys(model for model, _ in counts)]
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = plt.subplots(
-            lines,
-            columns,
-            figsize=(min(1.5 * columns + 0.9, WIDTH), 1.75 * lines + 0.5),
-            squeeze=False,
-            sharex=True,
-            sharey=True,
-            layout="constrained",
+        figure, axes = panel_grid(
+            lines, columns, (min(1.5 * columns + 0.9, WIDTH), 1.75 * lines + 0.5), sharex=True, sharey=True
         )
         for axis, ((model, method), by_env) in zip(axes.flat, counts.items(), strict=False):
             total = sum(by_env.values(), np.zeros((len(classes), len(classes)), dtype=np.int64))
@@ -151,13 +146,11 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     columns = min(_COLUMNS, len(shown))
     lines = -(-len(shown) // columns)
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = plt.subplots(
+        figure, axes = panel_grid(
             2 * lines,
             columns,
-            figsize=(min(1.6 * columns + 1.3, WIDTH), (0.14 * sum(heights) + 1.7) * lines + 0.5),
-            squeeze=False,
+            (min(1.6 * columns + 1.3, WIDTH), (0.14 * sum(heights) + 1.7) * lines + 0.5),
             height_ratios=heights * lines,
-            layout="constrained",
         )
         for place, (method, layer, loads, chance) in enumerate(shown):
             above, below = (axes[2 * (place // columns) + half, place % columns] for half in (0, 1))

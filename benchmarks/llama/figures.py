@@ -9,7 +9,6 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import pyplot as plt
 from scipy import stats
 
 from benchmarks.harness.planning.runs import Run
@@ -22,6 +21,7 @@ from benchmarks.harness.reporting.plots import (
     count_text,
     hide_empty,
     legend_below,
+    panel_grid,
     placeholder_figure,
     save,
     wrapped,
@@ -55,9 +55,7 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     )
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
         size = (min(3.0 * len(groups) + 0.6, WIDTH), 2.3 * len(panels) + 0.3)
-        figure, axes = plt.subplots(
-            len(panels), len(groups), figsize=size, squeeze=False, sharex="col", sharey="row", layout="constrained"
-        )
+        figure, axes = panel_grid(len(panels), len(groups), size, sharex="col", sharey="row")
         for column, ((model, name, tuning), lines) in enumerate(groups.items()):
             for axis, (label, points) in zip(axes[:, column], panels.items(), strict=True):
                 for title, runs in lines.items():
@@ -120,14 +118,12 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
     columns = max(map(len, panels.values()))
     inches = (min(1.5 * columns + _NAMES, WIDTH) - _NAMES) / columns
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(
+        figure, axes = panel_grid(
             len(panels),
             columns,
-            figsize=(min(1.5 * columns + _NAMES, WIDTH), (0.17 * len(names) + 0.95) * len(panels) + 0.4),
-            squeeze=False,
+            (min(1.5 * columns + _NAMES, WIDTH), (0.17 * len(names) + 0.95) * len(panels) + 0.4),
             sharex=True,
             sharey=True,
-            layout="constrained",
         )
         for axis_row, (task, categories) in zip(axes, panels.items(), strict=True):
             for axis, (name, rows) in zip(axis_row, categories.items(), strict=False):
@@ -166,13 +162,8 @@ def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:
         return
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
         heights = [len(outcomes.metrics[run.id]["routing"]["shares"]) + 1.5 for run in shown.values()]
-        figure, axes = plt.subplots(
-            len(shown),
-            1,
-            figsize=(6.4, 0.105 * sum(heights) + 0.3 * len(shown) + 0.5),
-            squeeze=False,
-            height_ratios=heights,
-            layout="constrained",
+        figure, axes = panel_grid(
+            len(shown), 1, (6.4, 0.105 * sum(heights) + 0.3 * len(shown) + 0.5), height_ratios=heights
         )
         for axis, run in zip(axes[:, 0], shown.values(), strict=True):
             routing, cell = outcomes.metrics[run.id]["routing"], cell_of(run)

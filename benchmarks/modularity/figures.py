@@ -12,14 +12,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 from benchmarks.harness.reporting.looks import EMOE
-from benchmarks.harness.reporting.plots import (
-    REFERENCE,
-    STYLE,
-    WIDTH,
-    hide_empty,
-    placeholder_figure,
-    save,
-)
+from benchmarks.harness.reporting.plots import REFERENCE, STYLE, WIDTH, hide_empty, panel_grid, placeholder_figure, save
 from benchmarks.modularity.definition import EXPERTS
 from benchmarks.modularity.outcomes import ModularityOutcomes
 from benchmarks.text.usage_figures import UsagePanel, draw_usage
@@ -33,15 +26,7 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
     places = list(outcomes.first_places())
     names = [name for name in outcomes.methods if name in set(outcomes.rows["method"])]
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = plt.subplots(
-            len(places),
-            len(names),
-            figsize=(WIDTH, 2.3 * len(places) + 0.4),
-            squeeze=False,
-            sharex="row",
-            sharey="row",
-            layout="constrained",
-        )
+        figure, axes = panel_grid(len(places), len(names), (WIDTH, 2.3 * len(places) + 0.4), sharex="row", sharey="row")
         for axis_row, (title, rows) in zip(axes, places, strict=True):
             for axis, (name, row) in zip(axis_row, _shown(rows, names), strict=True):
                 if row is None:
@@ -110,14 +95,7 @@ def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
     columns = min(len(places), 2)
     lines = -(-len(places) // columns)
     with mpl.rc_context({**STYLE, "axes.grid.axis": "y"}):
-        figure, axes = plt.subplots(
-            lines,
-            columns,
-            figsize=(2.6 * columns + 1.4, 2.4 * lines + 0.3),
-            squeeze=False,
-            sharey=True,
-            layout="constrained",
-        )
+        figure, axes = panel_grid(lines, columns, (2.6 * columns + 1.4, 2.4 * lines + 0.3), sharey=True)
         for axis, (_, title, rows) in zip(axes.flat, places, strict=False):
             sizes = sorted(rows["num_experts"].unique())
             axis.axhline(25, color="#bbbbbb", lw=0.8, ls=":", zorder=0)

@@ -7,7 +7,6 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
-from matplotlib import pyplot as plt
 
 from benchmarks.harness.planning.kinds import OOD_MEAN
 from benchmarks.harness.reporting.plots import (
@@ -16,6 +15,7 @@ from benchmarks.harness.reporting.plots import (
     WIDTH,
     difference_label,
     draw_difference,
+    panel_grid,
     placeholder_figure,
     save,
     wrapped,
@@ -43,14 +43,8 @@ def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
     lines = [_lines(outcomes, found) for _, _, found in panels]
     heights = [len(found) + 0.6 for found in lines]
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            len(panels),
-            1,
-            figsize=(WIDTH, _LINE * sum(heights) + 0.3 * len(panels) + 0.6),
-            height_ratios=heights,
-            squeeze=False,
-            sharex=True,
-            layout="constrained",
+        figure, axes = panel_grid(
+            len(panels), 1, (WIDTH, _LINE * sum(heights) + 0.3 * len(panels) + 0.6), height_ratios=heights, sharex=True
         )
         for axis, (model, task, found), names in zip(axes[:, 0], panels, lines, strict=True):
             for line, (_, own) in enumerate(names):

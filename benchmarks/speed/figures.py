@@ -10,7 +10,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from benchmarks.harness.reporting.looks import Look
-from benchmarks.harness.reporting.plots import STYLE, WIDTH, legend_below, save
+from benchmarks.harness.reporting.plots import STYLE, WIDTH, legend_below, panel_grid, save
 from benchmarks.speed.measurements import Measurements
 from benchmarks.speed.tables import threads_text
 from emoe.sparse.cost_model import predicted_time_ratio
@@ -34,13 +34,8 @@ def draw_layer(measured: Measurements, path: Path) -> None:
     names = [name for name in _LOOKS if name in set(rows["eval_task"])]
     cells = list(dict.fromkeys(zip(rows["model_title"], rows["top_k_fraction"], strict=True)))
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1,
-            len(panels),
-            figsize=(min(3.4 * len(panels) + 1.2, WIDTH), 0.42 * len(cells) + 1.3),
-            sharey=True,
-            squeeze=False,
-            layout="constrained",
+        figure, axes = panel_grid(
+            1, len(panels), (min(3.4 * len(panels) + 1.2, WIDTH), 0.42 * len(cells) + 1.3), sharey=True
         )
         for axis, threads in zip(axes[0], panels, strict=True):
             for place, (title, share) in enumerate(cells):

@@ -11,7 +11,6 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
-from matplotlib import pyplot as plt
 
 from benchmarks.harness.reporting.looks import curves
 from benchmarks.harness.reporting.plots import (
@@ -23,6 +22,7 @@ from benchmarks.harness.reporting.plots import (
     draw_difference,
     hide_empty,
     legend_below,
+    panel_grid,
     placeholder_figure,
     save,
     wrapped,
@@ -132,16 +132,9 @@ def _axes(panels: int, height: float, *, shared: bool) -> tuple[Any, Any]:
     """A figure with so many panels, at most four beside each other, all of one width, perhaps with the same axes."""
     columns = min(panels, _COLUMNS)
     lines = math.ceil(panels / columns)
-    figure, axes = plt.subplots(
-        lines,
-        columns,
-        figsize=(min(2.1 * columns + _NAMES, WIDTH), height * lines + 0.5),
-        squeeze=False,
-        sharex=shared,
-        sharey=shared,
-        layout="constrained",
+    return panel_grid(
+        lines, columns, (min(2.1 * columns + _NAMES, WIDTH), height * lines + 0.5), sharex=shared, sharey=shared
     )
-    return figure, axes
 
 
 def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

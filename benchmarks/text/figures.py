@@ -8,9 +8,18 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.plots import REFERENCE, STYLE, WIDTH, Panel, hide_empty, save, score_panels, wrapped
+from benchmarks.harness.reporting.plots import (
+    REFERENCE,
+    STYLE,
+    WIDTH,
+    Panel,
+    hide_empty,
+    panel_grid,
+    save,
+    score_panels,
+    wrapped,
+)
 from benchmarks.harness.results.statistics import SIGNIFICANCE, critical_difference, nemenyi
 from benchmarks.text.grid import ID, OOD
 from benchmarks.text.outcomes import Ranked, TextOutcomes
@@ -83,14 +92,8 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
     norm = mpl.colors.Normalize(-most, most)
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
         lines = -(-len(shown) // columns)
-        figure, axes = plt.subplots(
-            lines,
-            columns,
-            figsize=(WIDTH, (0.16 * len(methods) + 0.5) * lines + 1.3),
-            squeeze=False,
-            sharex=True,
-            sharey=True,
-            layout="constrained",
+        figure, axes = panel_grid(
+            lines, columns, (WIDTH, (0.16 * len(methods) + 0.5) * lines + 1.3), sharex=True, sharey=True
         )
         for axis, (protocol, model, found) in zip(axes.flat, shown, strict=False):
             by = found.set_index(["method", "task", "eval_task"])[["delta", "low", "high"]]
@@ -155,9 +158,7 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
 
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         rows = max(len(one.scores) for one in rankings)
-        figure, axes = plt.subplots(
-            len(rankings), 1, figsize=(WIDTH, (1.1 + 0.2 * rows) * len(rankings)), squeeze=False, layout="constrained"
-        )
+        figure, axes = panel_grid(len(rankings), 1, (WIDTH, (1.1 + 0.2 * rows) * len(rankings)))
         for axis, one in zip(axes[:, 0], rankings, strict=True):
             names = {method: outcomes.title("method", method) for method in one.scores.index}
             ranks, p = one.ranking.ranks.rename(names), nemenyi(one.scores).rename(index=names, columns=names)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.plots import STYLE, USE, WIDTH, placeholder_figure, save, wrapped
+from benchmarks.harness.reporting.plots import STYLE, USE, WIDTH, panel_grid, placeholder_figure, save, wrapped
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.traces import Trace, published_traces, shown_traces
 
@@ -30,9 +29,7 @@ def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
         return
     names = [name for name in outcomes.methods if any(name in found for _, found in rows)]
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = plt.subplots(
-            len(rows), len(names), figsize=(WIDTH, 1.75 * len(rows) + 0.3), squeeze=False, layout="constrained"
-        )
+        figure, axes = panel_grid(len(rows), len(names), (WIDTH, 1.75 * len(rows) + 0.3))
         for axis_row, (title, found) in zip(axes, rows, strict=True):
             for axis, name in zip(axis_row, names, strict=True):
                 if name not in found:

@@ -9,11 +9,10 @@ from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import pyplot as plt
 
 from benchmarks.harness.planning.shared import CONTROL
 from benchmarks.harness.reporting.outcomes import Outcomes
-from benchmarks.harness.reporting.plots import STYLE, USE, WIDTH, over_mean, placeholder_figure, save
+from benchmarks.harness.reporting.plots import STYLE, USE, WIDTH, over_mean, panel_grid, placeholder_figure, save
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.outcomes import TextOutcomes
 
@@ -65,13 +64,8 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
     if not classes:
         heights = [len(panel.usage["tasks"]) for panel in panels]
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = plt.subplots(
-            len(panels),
-            1,
-            figsize=(WIDTH, 0.19 * sum(heights) + 0.8 * len(panels) + 0.2),
-            squeeze=False,
-            height_ratios=heights,
-            layout="constrained",
+        figure, axes = panel_grid(
+            len(panels), 1, (WIDTH, 0.19 * sum(heights) + 0.8 * len(panels) + 0.2), height_ratios=heights
         )
         for axis, panel in zip(axes[:, 0], panels, strict=True):
             _draw(axis, outcomes, panel.usage, classes=classes)

@@ -145,15 +145,13 @@ def score_panels(
     width = min(2.1 * columns + _NAMES, WIDTH)
     inches = (width - _NAMES) / columns
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(
+        figure, axes = panel_grid(
             len(lines),
             columns,
-            figsize=(width, 0.27 * sum(heights) + 0.6 * len(lines) + 0.3),
+            (width, 0.27 * sum(heights) + 0.6 * len(lines) + 0.3),
             height_ratios=heights,
-            squeeze=False,
             sharex=True,
             sharey="row",
-            layout="constrained",
         )
         for axis_row, row, names in zip(axes, lines, present, strict=True):
             for axis, panel in zip(axis_row, row, strict=False):
@@ -178,6 +176,18 @@ def _draw_method(axis: Any, place: int, scores: Any, look: Look, limits: tuple[f
         draw_interval(axis, confidence_interval(scores), place, limits, look.colour, lw=1.2, alpha=0.6)
     axis.plot(scores.mean(), place, ls="", ms=4.2, **{"mec": "white", "mew": 0.6, **look.mark})
     axis.plot(scores, [place + _BELOW] * len(scores), "o", ms=2.6, color=look.colour, alpha=0.55, mew=0)
+
+
+def panel_grid(lines: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A figure with that many panels, and its axes ``[lines, columns]``.
+
+    Args:
+        lines: of panels, below each other.
+        columns: of panels.
+        size: in inches.
+        **options: of ``plt.subplots``.
+    """
+    return plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 
 def hide_empty(axes: NDArray[np.object_]) -> None:
