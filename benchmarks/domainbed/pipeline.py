@@ -120,12 +120,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         else {},
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
-        "cost": {
-            **trainer.cost,
-            "evaluation_seconds": trainer.evaluation_seconds,
-            "precision": trainer.precision,
-            **classifier.prefix_cost(),
-        },
+        "cost": {**trainer.cost, **classifier.prefix_cost()},
         "data": {
             f"{environment.name} {name}": {"source": found.source, **environment.summary(chosen, found.classes)}
             for environment, split in zip(envs, splits, strict=True)

@@ -110,7 +110,7 @@ class DomainTrainer:
         self._batch_size = training.eval_batch_size
         self._seed = derive_seed("chance", spec.seed)
         self._stopwatch, self.probe = Stopwatch(), Probe()
-        self.precision = precision_here(training.precision)
+        self._precision = precision_here(training.precision)
         arguments = quiet_arguments(
             self._checkpoints,
             max_steps=training.steps,
@@ -120,7 +120,7 @@ class DomainTrainer:
             lr_scheduler_type="constant",
             weight_decay=hparams.weight_decay,
             max_grad_norm=0.0,
-            precision=self.precision,
+            precision=self._precision,
             seed=derive_seed("dropout", spec.seed),
             save_strategy="no",
             save_total_limit=1,
@@ -146,14 +146,10 @@ class DomainTrainer:
         )
 
     @property
-    def evaluation_seconds(self) -> float:
-        """Time spent in evaluations during training."""
-        return self._stopwatch.evaluation
-
-    @property
-    def cost(self) -> dict[str, float]:
-        """What training took."""
-        return self._stopwatch.cost(self._trainer.args.max_steps)
+    def cost(self) -> dict[str, Any]:
+        """What training and the evaluations during it took, for ``cost`` of ``metrics.json``."""
+        took = self._stopwatch.cost(self._trainer.args.max_steps)
+        return {**took, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
     def train(self) -> list[dict[str, Any]]:
         """Train, from the last complete checkpoint where there is one.

@@ -82,12 +82,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "updates": {"change": change, "gradients": agreement},
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
-        "cost": {
-            **result.cost,
-            "evaluation_seconds": trainer.evaluation_seconds,
-            "precision": trainer.precision,
-            **classifier.prefix_cost(),
-        },
+        "cost": {**trainer.cost, **classifier.prefix_cost()},
         "data": {part: split.summary() for part, split in splits.items()}
         | {f"ood:{name}": split.summary() for name, split in ood.items()},
     }

@@ -56,11 +56,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "updates": {"change": trainer.weight_change.summary()},
         "probe": trainer.probe.summary(),
         "model": trainable.summary,
-        "cost": {
-            **result.cost,
-            "evaluation_seconds": trainer.evaluation_seconds,
-            "precision": trainer.precision,
-        },
+        "cost": trainer.cost,
         "data": {f"{part}:{name}": split.summary() for name, parts in splits.items() for part, split in parts.items()}
         | {f"ood:{name}": split.summary() for name, split in ood.items()},
     }

@@ -78,7 +78,7 @@ class MultitaskTrainer:
         self._checkpoints = folder / "checkpoints"
         self.weight_change, self._stopwatch, self.probe = WeightChange(self._model), Stopwatch(), Probe()
         self._evaluation = 0.0
-        self.precision = precision_here(self._training.precision)
+        self._precision = precision_here(self._training.precision)
         learned = [
             LearnedRows(self._rows(train[name], task), self._answers[name]) for name, task in self._tasks.items()
         ]
@@ -90,7 +90,7 @@ class MultitaskTrainer:
             self._mean_and_tasks,
             args=epoch_arguments(
                 self._checkpoints,
-                self.precision,
+                self._precision,
                 self._training,
                 spec,
                 _MEAN if best else None,
@@ -112,9 +112,10 @@ class MultitaskTrainer:
         )
 
     @property
-    def evaluation_seconds(self) -> float:
-        """Time spent in evaluations so far, those during training included."""
-        return self._stopwatch.evaluation + self._evaluation
+    def cost(self) -> dict[str, Any]:
+        """What training and all evaluations so far took, for ``cost`` of ``metrics.json``."""
+        took, evaluation = self._stopwatch.cost(self._trainer.state.global_step), self._stopwatch.evaluation
+        return {**took, "evaluation_seconds": evaluation + self._evaluation, "precision": self._precision}
 
     def train(self) -> TrainingResult:
         """Train, from the last complete checkpoint where there is one."""
@@ -132,7 +133,7 @@ class MultitaskTrainer:
         ]
         best = self._training.checkpoint_selection == "best"
         kept = max(epochs, key=lambda entry: (entry[_MEAN], -entry["epoch"])) if best else epochs[-1]
-        return TrainingResult(epochs, kept, self._stopwatch.cost(state.global_step))
+        return TrainingResult(epochs, kept)
 
     def evaluate(self, split: TextSplit, task: WrittenTask | OtherTask) -> dict[str, float | None]:
         """Scores on a split of a task, or of another set as it is read out of domain; and the cross entropy among the answers, where these are its classes."""
@@ -160,7 +161,7 @@ class MultitaskTrainer:
             self._tokenizer,
             self._answers[learned.name],
             self._training.eval_batch_size,
-            self.precision,
+            self._precision,
         )
         read = label_mapping(learned, task, task.name)
         metrics = task.ood_metrics if isinstance(task, OtherTask) else [task.metric]

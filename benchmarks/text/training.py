@@ -45,12 +45,11 @@ _LOSS = "mean_loss"
 class TrainingResult:
     """What training gives back beside the model's new weights.
 
-    ``epochs`` has the dev scores after every epoch; ``kept`` is the one whose weights the model has; ``cost`` is what it took.
+    ``epochs`` has the dev scores after every epoch; ``kept`` is the one whose weights the model has.
     """
 
     epochs: list[dict[str, Any]]
     kept: dict[str, Any]
-    cost: dict[str, float]
 
 
 class EpochSettings(Protocol):
@@ -147,10 +146,10 @@ class TextTrainer:
         self._model, self.weight_change = classifier.model, WeightChange(classifier.model)
         self._stopwatch, self.probe, self.routing_trace = Stopwatch(), Probe(), RoutingTrace()
         best = self._training.checkpoint_selection == "best"
-        self.precision = precision_here(self._training.precision)
+        self._precision = precision_here(self._training.precision)
         arguments = epoch_arguments(
             self._checkpoints,
-            self.precision,
+            self._precision,
             self._training,
             spec,
             self._metric if best else None,
@@ -160,7 +159,7 @@ class TextTrainer:
         self._patience = None if patience is None else Patience(self._metric, patience)
         rows, self._dev = self._rows(train, by_length=False), self._rows(dev, by_length=True)
         by_length = self._training.sampling == "group_by_length"
-        self._collate = padding_collator(tokenizer, self.precision)
+        self._collate = padding_collator(tokenizer, self._precision)
         self.probe.look(classifier.model, self._collate(fixed_rows(rows)))
         self._trainer = RoutedTrainer(
             args=arguments,
@@ -182,9 +181,10 @@ class TextTrainer:
         )
 
     @property
-    def evaluation_seconds(self) -> float:
-        """Time spent in evaluations so far, those during training included."""
-        return self._stopwatch.evaluation
+    def cost(self) -> dict[str, Any]:
+        """What training and all evaluations so far took, for ``cost`` of ``metrics.json``."""
+        took = self._stopwatch.cost(self._trainer.state.global_step)
+        return {**took, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
     def _rows(self, split: TextSplit, *, by_length: bool) -> TokenisedRows:
         return TokenisedRows(
@@ -224,7 +224,7 @@ class TextTrainer:
             if self._training.checkpoint_selection == "best"
             else epochs[-1]
         )
-        return TrainingResult(epochs, kept, self._stopwatch.cost(state.global_step))
+        return TrainingResult(epochs, kept)
 
     def evaluate(
         self, split: TextSplit, task: RunTask | None = None, routing: RowRouting | None = None
