@@ -22,7 +22,7 @@ from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import Trainable
 from benchmarks.harness.results.information import Told, by_chance
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
-from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
 from benchmarks.harness.training.probe import Probe, fixed_rows
 from benchmarks.harness.training.progress import Progress
@@ -157,11 +157,7 @@ class DomainTrainer:
         Returns:
             DomainBed's records: ``step``, ``loss`` (the mean since the record before) and ``<split>_acc`` of every split.
         """
-        checkpoint = last_complete_checkpoint(self._checkpoints, (Stopwatch.FILE, Probe.FILE))
-        if checkpoint:
-            self._stopwatch.resume(checkpoint)
-            self.probe.resume(checkpoint)
-        self._trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self._trainer.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
         found: dict[int, dict[str, Any]] = {}
         for entry in self._trainer.state.log_history:
             record = found.setdefault(int(entry["step"]), {"step": int(entry["step"]) - 1})

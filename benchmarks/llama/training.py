@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
-from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.processes import world_size
 from benchmarks.harness.training.progress import Progress
@@ -111,10 +111,6 @@ def train(
         at_once, precision = spec.evaluation.batch_size, precision_here(training.precision)
         # after the stopwatch, which shall not count it
         trainer.add_callback(HeldOutCurve(held_out, tokenizer, every, at_once, precision))
-    checkpoint = last_complete_checkpoint(checkpoints, (Stopwatch.FILE, Probe.FILE))
-    if checkpoint:
-        stopwatch.resume(checkpoint)
-        probe.resume(checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=resume(checkpoints, stopwatch, probe))
     curve = [finite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return Trained(curve, stopwatch.cost(trainer.state.global_step), HeldOutCurve.points(trainer.state))

@@ -12,7 +12,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 
 from benchmarks.harness.modeling.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
-from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.probe import Probe, fixed_rows
@@ -119,11 +119,7 @@ class MultitaskTrainer:
 
     def train(self) -> TrainingResult:
         """Train, from the last complete checkpoint where there is one."""
-        checkpoint = last_complete_checkpoint(self._checkpoints, (Stopwatch.FILE, Probe.FILE))
-        if checkpoint:
-            self._stopwatch.resume(checkpoint)
-            self.probe.resume(checkpoint)
-        self._trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self._trainer.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
         state = self._trainer.state
         names = (_MEAN, *self._tasks)
         epochs: list[dict[str, Any]] = [

@@ -21,7 +21,7 @@ from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.build import Trainable
 from benchmarks.harness.planning.specs import RunSpec
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
-from benchmarks.harness.training.checkpoints import last_complete_checkpoint
+from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.probe import Probe, fixed_rows
@@ -198,17 +198,13 @@ class TextTrainer:
 
     def train(self) -> TrainingResult:
         """Train, from the last complete checkpoint where there is one."""
-        checkpoint = last_complete_checkpoint(self._checkpoints, (Stopwatch.FILE, Probe.FILE, RoutingTrace.FILE))
-        if checkpoint:
-            self._stopwatch.resume(checkpoint)
-            self.probe.resume(checkpoint)
-            self.routing_trace.resume(checkpoint)
-        saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
+        checkpoint = resume(self._checkpoints, self._stopwatch, self.probe, self.routing_trace)
+        saved = TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}") if checkpoint else None
         if saved and self._patience and self._patience.is_over(saved.log_history):
             self._trainer.state = saved  # it had stopped already: only the best weights are missing
             self._trainer._load_best_model()
         else:
-            self._trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            self._trainer.train(resume_from_checkpoint=checkpoint)
         state = self._trainer.state
         epochs: list[dict[str, Any]] = [
             {

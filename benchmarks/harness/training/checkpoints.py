@@ -11,10 +11,21 @@ from typing import cast
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from benchmarks.harness.training.callbacks import Stopwatch
 from benchmarks.harness.training.distributed import SHARDS, is_complete
+from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.processes import broadcast, is_main
+from benchmarks.harness.training.routing_trace import RoutingTrace
 
 WEIGHTS, OPTIMIZER, SCHEDULER = "trained.safetensors", "optimizer.pt", "scheduler.pt"
+
+
+def resume(folder: Path, *kept: Stopwatch | Probe | RoutingTrace) -> str | None:
+    """The last complete checkpoint, as Trainer takes it, from which those callbacks go on too; None where a run begins."""
+    checkpoint = last_complete_checkpoint(folder, [callback.FILE for callback in kept])
+    for callback in kept if checkpoint else ():
+        callback.resume(cast(Path, checkpoint))
+    return str(checkpoint) if checkpoint else None
 
 
 def last_complete_checkpoint(folder: Path, beside: Sequence[str] = ()) -> Path | None:
