@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,27 +16,11 @@ from sklearn import metrics
 
 from benchmarks.harness.training.label_mapping import LabelMapping
 
-Score = Callable[[NDArray[Any], NDArray[Any]], float]
-
-
-def _mcc(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
-    return float(metrics.matthews_corrcoef(labels, predictions))
-
-
-def _accuracy(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
-    return float(metrics.accuracy_score(labels, predictions))
-
-
-def _balanced_accuracy(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
-    return float(metrics.balanced_accuracy_score(labels, predictions))
-
-
-def _f1(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
-    return float(metrics.f1_score(labels, predictions, zero_division=0.0))
+_f1 = partial(metrics.f1_score, zero_division=0.0)
 
 
 def _accuracy_f1(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
-    return (_accuracy(labels, predictions) + _f1(labels, predictions)) / 2
+    return (float(metrics.accuracy_score(labels, predictions)) + float(_f1(labels, predictions))) / 2
 
 
 def _pearson_spearman(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
@@ -47,12 +32,12 @@ def _pearson_spearman(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
         return float((stats.pearsonr(labels, predictions)[0] + stats.spearmanr(labels, predictions)[0]) / 2)
 
 
-SCORES: dict[str, Score] = {
-    "accuracy": _accuracy,
+SCORES: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
+    "accuracy": metrics.accuracy_score,
     "accuracy_f1": _accuracy_f1,
-    "balanced_accuracy": _balanced_accuracy,
+    "balanced_accuracy": metrics.balanced_accuracy_score,
     "f1": _f1,
-    "mcc": _mcc,
+    "mcc": metrics.matthews_corrcoef,
     "pearson_spearman": _pearson_spearman,
 }
 
@@ -69,7 +54,7 @@ def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], read: LabelMa
     predictions = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
     if read is not None:
         predictions, labels = read.read(predictions, labels)
-    return SCORES[metric](labels, predictions)
+    return float(SCORES[metric](labels, predictions))
 
 
 def mean_loss(logits: NDArray[Any], labels: NDArray[Any]) -> float:
