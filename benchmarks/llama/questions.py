@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +28,8 @@ _SPLIT = "questions"
 _SHA256 = "5a94b761c7aa948a3d5117848440662f6cd9a2a44821344f95f550d02f4bf8bf"  # of all subjects and questions
 
 
-@dataclass(frozen=True)
-class _Form:
-    """One way of asking the questions.
-
-    Attributes:
-        folder: of lm-eval's files, inside those of MMLU.
-        template: what its subjects share.
-        ending: of the tasks' names.
-    """
-
-    folder: str
-    template: str
-    ending: str
-
-
-_FORMS = (
-    _Form("default", "_default_template_yaml", ""),
-    _Form("continuation", "_continuation_template_yaml", f"_{CONTINUATION}"),
-)
+# ways of asking: the folder of lm-eval's files, inside those of MMLU, and how the tasks' names end
+_FORMS = {"default": "", "continuation": f"_{CONTINUATION}"}
 
 
 def write_mmlu_dev(folder: Path) -> int:
@@ -77,18 +59,17 @@ def write_mmlu_dev(folder: Path) -> int:
         everything.update(json.dumps([subject, questions]).encode())
         lines = (json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
         write_text(folder / f"{subject}.jsonl", "".join(lines))
-        for form in _FORMS:
-            own = _read(mmlu / form.folder / file.name)
-            task = _subject(_read(mmlu / form.folder / form.template), own, subject, folder)
-            _write_task(folder / f"{MMLU_DEV}_{subject}{form.ending}.yaml", task)
+        for form, ending in _FORMS.items():
+            shared, own = (_read(mmlu / form / name) for name in (f"_{form}_template_yaml", file.name))
+            _write_task(folder / f"{MMLU_DEV}_{subject}{ending}.yaml", _subject(shared, own, subject, folder))
     if everything.hexdigest() != _SHA256:
         raise DataError(
             f"the questions inside lm-eval {lm_eval.__version__} are not those of lm-eval 0.4.13, from which MMLU-dev is made"
         )
-    for form in _FORMS:
-        groups = [_renamed(_read(file)) for file in sorted((mmlu / form.folder).glob("_mmlu*.yaml"))]
+    for form, ending in _FORMS.items():
+        groups = [_renamed(_read(file)) for file in sorted((mmlu / form).glob("_mmlu*.yaml"))]
         # that of all subjects last: who finds it finds the others
-        for group in sorted(groups, key=lambda one: one["group"] == f"{MMLU_DEV}{form.ending}"):
+        for group in sorted(groups, key=lambda one: one["group"] == f"{MMLU_DEV}{ending}"):
             _write_task(folder / f"{group['group']}.yaml", group)
     return count
 
