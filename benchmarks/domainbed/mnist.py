@@ -47,13 +47,8 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
     raw = root / "MNIST" / "raw"
     try:
         parts = [MNIST(root, train=train, download=False) for train in (True, False)]
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AssertionError,
-        OSError,
-    ) as error:  # what torchvision's reader happens to raise
+    # what torchvision's reader happens to raise
+    except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
         raise DataError(
             f"{raw} lacks MNIST's files (train-images-idx3-ubyte, …, as torchvision keeps them), or one is damaged"
         ) from error

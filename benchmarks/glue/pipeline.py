@@ -64,9 +64,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     transformed = {}
     if read.used_as:
         made = {part: scores[part] for part in ("test", "ood")}
-        if (
-            result.kept["loss"] is not None
-        ):  # else it diverged, and has no weights of which experts could be made: its answers stay what they are
+        # a model that diverged has no weights of which experts could be made: its answers stay what they are
+        if result.kept["loss"] is not None:
             progress.say(f"evaluating as {read.used_as.name}")
             use_as_(classifier.model, read.used_as.config, read.seed)
             with below.replaying():

@@ -75,11 +75,8 @@ def read_yaml(path: Path) -> Any:
         raise DefinitionError(f"{path} does not exist{did_you_mean(path.name, near)}") from error
     except OSError as error:
         raise DefinitionError(f"{path} cannot be read: {error.strerror}") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # a number or date beyond what Python reads is a ValueError
+    # a number or date beyond what Python reads is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DefinitionError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
