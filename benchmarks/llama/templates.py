@@ -61,9 +61,8 @@ class Template:
             return str(self._chat(self._asked(row), add_generation_prompt=True))
         form = _templates()[self.name]["with_input" if row.input else "without_input"]
         # not str.format, which would read braces in the texts
-        filled = {"{instruction}": row.instruction, "{input}": row.input}
         before, _, rest = form.partition("{instruction}")
-        return before + filled["{instruction}"] + rest.replace("{input}", filled["{input}"])
+        return before + row.instruction + rest.replace("{input}", row.input)
 
     def response(self, row: Instruction) -> str:
         """What it shall answer, with the token that ends it.

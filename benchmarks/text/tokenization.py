@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -113,15 +114,11 @@ def _cached(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: in
     """Every column of tokens end to end, and the rows' lengths."""
     key = hashlib.sha256(f"{_VERSION}\n{_tokenizer_digest(tokenizer)}\n{max_length}\n{split.texts_digest}".encode())
     file = TOKENS / f"{key.hexdigest()[:24]}.safetensors"
-    try:
+    with suppress(FileNotFoundError, SafetensorError):  # the latter where a machine went down while it was written
         columns = load_file(file)
         with safe_open(file, framework="np") as opened:
             if (opened.metadata() or {}).get("sha256") == columns_digest(columns):
                 return columns
-    except FileNotFoundError:
-        pass
-    except SafetensorError:  # a machine that went down while it was written
-        pass
     # also in the place of one that holds other tokens than were written
     columns = _tokenise(split, tokenizer, max_length)
     with atomic_write(file) as temporary:

@@ -59,16 +59,18 @@ def apply_method_(
     if method["config"] is None:
         return None
     config = emoe.config_from_dict(method["config"])
-    if isinstance(config, EMoEConfig) and config.router == _FIXED:
+    if not isinstance(config, EMoEConfig):
+        return emoe.convert_(model, config)
+    if config.router == _FIXED:
         by_token = {**method, "noise": 0.0, "config": dataclasses.replace(config, router="avg_k").to_dict()}
         report = apply_method_(model, by_token, seed, calibration, partition)
         emoe.fix_experts_(model, _unknown_usage(model) if partition is not None else _usage(model, calibration))
         return report
-    if isinstance(config, EMoEConfig) and partition is not None:
+    if partition is None and config.partition == "kmeans":
+        partition = cached_partition(model, config)
+    if partition is not None:
         return emoe.convert_(model, config, partition=partition)
-    if isinstance(config, EMoEConfig) and config.partition == "kmeans":
-        return emoe.convert_(model, config, partition=cached_partition(model, config))
-    if isinstance(config, EMoEConfig) and config.partition == "coactivation":
+    if config.partition == "coactivation":
         return emoe.convert_(model, config, calibration=calibration)
     return emoe.convert_(model, config)
 

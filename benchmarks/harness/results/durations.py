@@ -30,7 +30,7 @@ def estimate(folders: Iterable[str], done: Collection[str], blessed: Mapping[str
     Raises:
         DefinitionError: a finished run does not say what it took.
     """
-    took = {but_the_seed(folder): job_seconds(folder) for folder in done}
+    took = {but_the_seed(folder): float(read_cost(folder)[0]["job_seconds"]) for folder in done}
     here = means((benchmark_of(like), seconds) for like, seconds in took.items())
     both = set(here) & set(blessed)
     pace = sum(here[name] for name in both) / sum(blessed[name] for name in both) if both else 1.0
@@ -44,15 +44,6 @@ def estimate(folders: Iterable[str], done: Collection[str], blessed: Mapping[str
         elif benchmark in blessed:
             found[folder] = pace * blessed[benchmark]
     return found
-
-
-def job_seconds(folder: str, root: Path = RUNS) -> float:
-    """What a finished run took, from start to end.
-
-    Raises:
-        DefinitionError: its ``metrics.json`` is damaged, or does not say.
-    """
-    return float(read_cost(folder, root)[0]["job_seconds"])
 
 
 def read_cost(folder: str, root: Path = RUNS) -> tuple[dict[str, Any], dict[str, Any]]:
