@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.harness.planning.workload import (
@@ -25,21 +24,9 @@ from benchmarks.llama.templates import template_bytes
 _QUESTION_BYTES = 417  # of an MMLU question with its choices, on average of the 281 development ones
 
 
-@dataclass(frozen=True)
-class Questions:
-    """What is known of a task of lm-eval.
-
-    Attributes:
-        count: of its questions.
-        tasks: it is made of, where it is a group.
-    """
-
-    count: int
-    tasks: int
-
-
-# lm-eval asks a question once where its choices are letters; those of several words are read together with it
-_KNOWN = {"mmlu": Questions(14042, 57), MMLU_DEV: Questions(281, 57), f"{MMLU_DEV}_continuation": Questions(281, 57)}
+# Questions of a group of lm-eval, and the tasks that it is made of. A question is asked once where its choices are letters; those of several words
+# are read together with it.
+_KNOWN = {"mmlu": (14042, 57), MMLU_DEV: (281, 57), f"{MMLU_DEV}_continuation": (281, 57)}
 
 
 def instruction_workload(given: Mapping[str, Any], tasks: Mapping[str, InstructionSet]) -> Workload | None:
@@ -67,11 +54,11 @@ def instruction_workload(given: Mapping[str, Any], tasks: Mapping[str, Instructi
     evaluations = (1 + looks) * held_out
     reading = [read_passes(size, math.ceil(evaluations / evaluation.batch_size), evaluations * tokens)]
     for entry in evaluation.tasks:
-        questions = _KNOWN.get(entry.task)
-        if questions is None:
+        if entry.task not in _KNOWN:
             assumed.append(f"lm-eval's {entry.task} not counted")
             continue
-        count = min(questions.count, questions.tasks * entry.limit) if entry.limit else questions.count
+        count, subjects = _KNOWN[entry.task]
+        count = min(count, subjects * entry.limit) if entry.limit else count
         asked = count * (entry.num_fewshot + 1) * _QUESTION_BYTES / BYTES_PER_TOKEN
         at_once = 1 if is_mmlu_dev(entry.task) else evaluation.batch_size
         reading.append(read_passes(size, math.ceil(count / at_once), asked, whole=True))
