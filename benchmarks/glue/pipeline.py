@@ -49,9 +49,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         groups = classifier.summary["trained"].items()
         progress.say("trained parameters: " + ", ".join(f"{name} {found['parameters']:,}" for name, found in groups))
     trainer = TextTrainer(classifier, tokenizer, read, splits["train"], splits["dev"], folder, progress)
-    result = trainer.train()
+    epochs, kept = trainer.train()
     progress.say("evaluating")
-    scores = {"dev": {task.name: {name: value for name, value in result.kept.items() if name != "epoch"}}}
+    scores = {"dev": {task.name: {name: value for name, value in kept.items() if name != "epoch"}}}
     routing = RowRouting(classifier.model)
     below = StatesBelow(classifier.model, _first_changed(classifier.model, read))
     with below.recording():
@@ -65,7 +65,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     if read.used_as:
         made = {part: scores[part] for part in ("test", "ood")}
         # a model that diverged has no weights of which experts could be made: its answers stay what they are
-        if result.kept["loss"] is not None:
+        if kept["loss"] is not None:
             progress.say(f"evaluating as {read.used_as.name}")
             use_as_(classifier.model, read.used_as.config, read.seed)
             with below.replaying():
@@ -74,8 +74,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     return {
         "scores": scores,
         "transformed": transformed,
-        "epochs": result.epochs,
-        "kept_epoch": result.kept["epoch"],
+        "epochs": epochs,
+        "kept_epoch": kept["epoch"],
         "routing": routed | trainer.routing_trace.summary(),
         "usage": usage,
         "updates": {"change": change, "gradients": agreement},

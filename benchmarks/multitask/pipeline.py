@@ -39,7 +39,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     tokenizer = load_seq2seq_tokenizer(spec["model"])
     trainable = build_seq2seq(spec)
     trainer = MultitaskTrainer(trainable, tokenizer, read, train, dev, folder, progress)
-    result = trainer.train()
+    epochs, kept = trainer.train()
     progress.say("evaluating")
     tested, routing = with_routing(
         trainable.model, lambda: {task.name: trainer.evaluate(test[task.name], task) for task in tasks}
@@ -50,8 +50,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             "test": tested,
             "ood": {other.name: trainer.evaluate(ood[other.name], other) for other in read.ood},
         },
-        "dev_curve": result.epochs,
-        "kept_epoch": result.kept["epoch"],
+        "dev_curve": epochs,
+        "kept_epoch": kept["epoch"],
         "routing": routing,
         "updates": {"change": trainer.weight_change.summary()},
         "probe": trainer.probe.summary(),

@@ -25,7 +25,7 @@ from benchmarks.multitask.ranking import rank
 from benchmarks.multitask.rows import LearnedRows, answers, as_text
 from benchmarks.text.datasets import TextSplit
 from benchmarks.text.tokenization import TokenisedRows
-from benchmarks.text.training import TrainingResult, epoch_arguments
+from benchmarks.text.training import Epoch, epoch_arguments
 
 _MEAN = "mean_score"  # over the tasks, on the rows that choose
 
@@ -117,19 +117,19 @@ class MultitaskTrainer:
         took, evaluation = self._stopwatch.cost(self._trainer.state.global_step), self._stopwatch.evaluation
         return {**took, "evaluation_seconds": evaluation + self._evaluation, "precision": self._precision}
 
-    def train(self) -> TrainingResult:
-        """Train, from the last complete checkpoint where there is one."""
+    def train(self) -> tuple[list[Epoch], Epoch]:
+        """Train, from the last complete checkpoint where there is one; returns all epochs, and the one whose weights the model has."""
         self._trainer.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
         state = self._trainer.state
         names = (_MEAN, *self._tasks)
-        epochs: list[dict[str, Any]] = [
+        epochs: list[Epoch] = [
             {"epoch": entry["epoch"], **{name: entry[f"eval_{name}"] for name in names}}
             for entry in state.log_history
             if f"eval_{_MEAN}" in entry
         ]
         best = self._training.checkpoint_selection == "best"
         kept = max(epochs, key=lambda entry: (entry[_MEAN], -entry["epoch"])) if best else epochs[-1]
-        return TrainingResult(epochs, kept)
+        return epochs, kept
 
     def evaluate(self, split: TextSplit, task: WrittenTask | OtherTask) -> dict[str, float | None]:
         """Scores on a split of a task, or of another set as it is read out of domain; and the cross entropy among the answers, where these are its classes."""

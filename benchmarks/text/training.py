@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,16 +39,7 @@ from benchmarks.text.workload import GRADIENT_ROWS
 
 _LOSS = "mean_loss"
 
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What training gives back beside the model's new weights.
-
-    ``epochs`` has the dev scores after every epoch; ``kept`` is the one whose weights the model has.
-    """
-
-    epochs: list[dict[str, Any]]
-    kept: dict[str, Any]
+Epoch = dict[str, Any]  # its number, and the dev scores after it
 
 
 class EpochSettings(Protocol):
@@ -196,8 +186,8 @@ class TextTrainer:
         logits, labels = plain_logits(prediction.predictions), self._dev.labels
         return {self._metric: score(self._metric, logits, labels), _LOSS: mean_loss(logits, labels)}
 
-    def train(self) -> TrainingResult:
-        """Train, from the last complete checkpoint where there is one."""
+    def train(self) -> tuple[list[Epoch], Epoch]:
+        """Train, from the last complete checkpoint where there is one; returns all epochs, and the one whose weights the model has."""
         checkpoint = resume(self._checkpoints, self._stopwatch, self.probe, self.routing_trace)
         saved = TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}") if checkpoint else None
         if saved and self._patience and self._patience.is_over(saved.log_history):
@@ -206,7 +196,7 @@ class TextTrainer:
         else:
             self._trainer.train(resume_from_checkpoint=checkpoint)
         state = self._trainer.state
-        epochs: list[dict[str, Any]] = [
+        epochs: list[Epoch] = [
             {
                 "epoch": entry["epoch"],
                 self._metric: entry[f"eval_{self._metric}"],
@@ -220,7 +210,7 @@ class TextTrainer:
             if self._training.checkpoint_selection == "best"
             else epochs[-1]
         )
-        return TrainingResult(epochs, kept)
+        return epochs, kept
 
     def evaluate(
         self, split: TextSplit, task: RunTask | None = None, routing: RowRouting | None = None
