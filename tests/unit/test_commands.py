@@ -191,6 +191,13 @@ def test_status_tells_running_from_failed_and_shows_the_last_line(runs: list[Run
     assert state_of()["total"]["failed"] == 2  # whoever ran it is gone
 
 
+def test_a_benchmark_that_the_suite_does_not_run_is_one_line_with_those_that_it_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(["tables", "--suite", "mini", "--benchmark", "speed"], monkeypatch, capsys)
+    assert said.startswith("error: suite mini: 'benchmark' is 'speed', which does not exist; choose from glue,")
+
+
 @pytest.mark.parametrize("command", [["claims"], ["report", "--output", "r.html"], ["mirror"]])
 def test_runs_that_are_missing_are_counted(
     runs: list[Run], command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
