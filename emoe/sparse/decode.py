@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class DecodeWeights(NamedTuple):
         values: ``[N, s * h]`` by neuron, a copy; or ``[h, N, s]`` as they lie in the out-projection.
         gate: mean keys ``[N, h]``, for a router that scores by them.
         kernels: the compiled ones, where they can read the weights, or None.
+        chosen_by_gate: experts are those with the largest products with the gate, and the kernels can find them.
     """
 
     inputs: list[Tensor]
@@ -41,6 +42,7 @@ class DecodeWeights(NamedTuple):
     values: Tensor
     gate: Tensor | None
     kernels: ModuleType | None
+    chosen_by_gate: bool
 
 
 class _Copied:
@@ -105,7 +107,9 @@ class DecodeCache:
 
 
 @torch.no_grad()
-def decode_weights(ffn: FFN, num_experts: int, gate: Tensor | None, *, by_neuron: bool) -> DecodeWeights:
+def decode_weights(
+    ffn: FFN, num_experts: int, gate: Tensor | None, *, by_neuron: bool, chosen_by_gate: bool
+) -> DecodeWeights:
     """Lay out an FFN's weights for :func:`decode_ffn`.
 
     Args:
@@ -113,6 +117,7 @@ def decode_weights(ffn: FFN, num_experts: int, gate: Tensor | None, *, by_neuron
         num_experts: N.
         gate: mean keys, where the router scores by them.
         by_neuron: copy the values, so that those of an expert lie together.
+        chosen_by_gate: the router takes the largest products with the gate, and nothing else.
     """
     blocks, values = ffn.blocks(num_experts)
     inputs = [weight.detach().flatten(1) for weight, _ in blocks]
@@ -121,16 +126,47 @@ def decode_weights(ffn: FFN, num_experts: int, gate: Tensor | None, *, by_neuron
     read = (*inputs, laid_out, *(bias for bias in biases if bias is not None))
     readable = all(t.is_contiguous() and t.device.type == "cpu" and t.dtype in _COMPILED for t in read)
     kernels = compiled_kernels() if readable and by_neuron else None
-    return DecodeWeights(inputs, biases, laid_out.detach(), gate, kernels)
+    chosen_by_gate = chosen_by_gate and gate is not None and kernels is not None
+    return DecodeWeights(inputs, biases, laid_out.detach(), gate, kernels, chosen_by_gate)
+
+
+def chosen_rows(x: Tensor, weights: DecodeWeights, top_k: int) -> tuple[Tensor, list[Tensor]]:
+    """The experts ``[T, k]`` of weights that are chosen by their gate, and :func:`rows` of these."""
+    found: tuple[Tensor, list[Tensor]] = cast(ModuleType, weights.kernels).chosen_rows_mm(
+        x, weights.gate, top_k, weights.inputs, weights.biases
+    )
+    return found
+
+
+def rows(x: Tensor, weights: DecodeWeights, experts: Tensor) -> list[Tensor]:
+    """Pre-activations of the chosen experts' neurons, ``[T, k * s]``, and the up-projection's part of a gated FFN.
+
+    Args:
+        x: ``[T, h]``.
+        weights: of the FFN.
+        experts: ``[T, k]``, the chosen ones.
+    """
+    if weights.kernels is not None:
+        found: list[Tensor] = weights.kernels.rows_mm(x, weights.inputs, weights.biases, experts)
+        return found
+    flat = experts.flatten()
+    return [
+        _rows_times(x, weight.index_select(0, flat).view(len(x), -1, x.shape[1]), bias, flat)
+        for weight, bias in zip(weights.inputs, weights.biases, strict=True)
+    ]
 
 
 def decode_ffn(
-    x: Tensor, weights: DecodeWeights, activation: Callable[[Tensor], Tensor], experts: Tensor, scales: Tensor | None
+    pre: Sequence[Tensor],
+    weights: DecodeWeights,
+    activation: Callable[[Tensor], Tensor],
+    experts: Tensor,
+    scales: Tensor | None,
 ) -> Tensor:
     """Sum of the chosen experts' outputs, without the output bias; no gradient.
 
     Args:
-        x: ``[T, h]``.
+        pre: :func:`rows` of the FFN's input.
         weights: of the FFN.
         activation: elementwise.
         experts: ``[T, k]``, the chosen ones.
@@ -139,27 +175,19 @@ def decode_ffn(
     Returns:
         ``[T, h]``.
     """
-    kernels = weights.kernels
-    if kernels is not None:
-        pre = kernels.rows_mm(x, weights.inputs, weights.biases, experts)
-    else:
-        (tokens, h), flat = x.shape, experts.flatten()
-        pre = [
-            _rows_times(x, weight.index_select(0, flat).view(tokens, -1, h), bias, flat)
-            for weight, bias in zip(weights.inputs, weights.biases, strict=True)
-        ]
     hidden = activation(pre[0])
     if len(pre) > 1:
         hidden = hidden * pre[1]
     if scales is not None:
         hidden = (hidden.view(*experts.shape, -1) * scales.unsqueeze(-1).to(hidden.dtype)).flatten(1)
-    if kernels is not None:
-        y: Tensor = kernels.values_mm(hidden, weights.values, experts)
+    if weights.kernels is not None:
+        y: Tensor = weights.kernels.values_mm(hidden, weights.values, experts)
         return y
+    tokens, flat = len(hidden), experts.flatten()
     if weights.values.ndim == 2:
-        chosen = weights.values.index_select(0, flat).view(tokens, -1, h)
+        chosen = weights.values.index_select(0, flat).view(tokens, hidden.shape[1], -1)
         return hidden @ chosen[0] if tokens == 1 else torch.bmm(hidden.unsqueeze(1), chosen).squeeze(1)
-    chosen = weights.values.index_select(1, flat).view(h, tokens, -1)
+    chosen = weights.values.index_select(1, flat).view(weights.values.shape[0], tokens, -1)
     return F.linear(hidden, chosen[:, 0]) if tokens == 1 else torch.einsum("tn,htn->th", hidden, chosen)
 
 

@@ -220,6 +220,14 @@ FOR_EACH_PROCESSOR void add_rows_of(float* sum, const float* a, const at::BFloat
   add_times_rows(sum, a, w, rows, width, begin, end);
 }
 
+// Has the addresses of what is read next looked up meanwhile, a page at a time: chosen experts lie far apart, and their pages are not in the
+// processor's table of addresses.
+template <typename scalar_t>
+INLINE void ask_for(const scalar_t* w, int64_t count) {
+  const char* begin = reinterpret_cast<const char*>(w);
+  for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(scalar_t)); byte += 4096) __builtin_prefetch(begin + byte, 0, 2);
+}
+
 // Items for each thread.
 int64_t share(int64_t items) { return at::divup(items, at::get_num_threads()); }
 
@@ -233,6 +241,7 @@ void rows_mm_as(const Tensor& x, const std::vector<Tensor>& weights, const std::
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t first = chosen[pair] * size;
       for (size_t i = 0; i < weights.size(); ++i) {
+        if (pair + 1 < end) ask_for(weights[i].const_data_ptr<scalar_t>() + chosen[pair + 1] * size * width, size * width);
         const scalar_t* b = biases[i] ? biases[i]->const_data_ptr<scalar_t>() + first : nullptr;
         rows_of(found[i].mutable_data_ptr<scalar_t>() + pair * size, inputs + pair / count * width,
                 weights[i].const_data_ptr<scalar_t>() + first * width, b, size, width);
@@ -256,32 +265,6 @@ std::vector<Tensor> rows_mm(const Tensor& x, const std::vector<Tensor>& weights,
   return found;
 }
 
-template <typename scalar_t>
-void values_mm_as(const Tensor& a, const Tensor& v, const Tensor& experts, Tensor& sums) {
-  const int64_t tokens = a.size(0), count = experts.size(1), size = a.size(1) / count, width = sums.size(1);
-  const float* hidden = a.const_data_ptr<float>();
-  const int64_t* chosen = experts.const_data_ptr<int64_t>();
-  at::parallel_for(0, width, share(width), [&](int64_t begin, int64_t end) {
-    for (int64_t pair = 0; pair < tokens * count; ++pair) {
-      add_rows_of(sums.mutable_data_ptr<float>() + pair / count * width, hidden + pair * size,
-                  v.const_data_ptr<scalar_t>() + chosen[pair] * size * width, size, width, begin, end);
-    }
-  });
-}
-
-// a [T, k * s] times the values v [N, s * h] of the chosen experts [T, k]: [T, h]
-Tensor values_mm(const Tensor& a, const Tensor& v, const Tensor& experts) {
-  const Tensor hidden = a.to(at::kFloat).contiguous(), chosen = experts.contiguous();
-  const int64_t size = a.size(1) / experts.size(1);
-  Tensor sums = at::zeros({a.size(0), v.size(1) / size}, hidden.options());
-  if (v.scalar_type() == at::kBFloat16) {
-    values_mm_as<at::BFloat16>(hidden, v, chosen, sums);
-  } else {
-    values_mm_as<float>(hidden, v, chosen, sums);
-  }
-  return sums.to(a.scalar_type());
-}
-
 // [T, k]: the places of the k largest scores [T, N] in float32, the largest first; of equal ones the lower place, and NaN before all, as a stable sort has them
 Tensor largest(const Tensor& scores, int64_t count) {
   const Tensor values = scores.contiguous();
@@ -301,6 +284,40 @@ Tensor largest(const Tensor& scores, int64_t count) {
   return found;
 }
 
+// [T, k] experts whose mean keys, of all in gate [N, h], have the largest products with x [T, h]; and rows_mm of these
+std::pair<Tensor, std::vector<Tensor>> chosen_rows_mm(const Tensor& x, const Tensor& gate, int64_t count, const std::vector<Tensor>& weights,
+                                                      const std::vector<std::optional<Tensor>>& biases) {
+  const Tensor experts = largest(at::linear(x.to(at::kFloat), gate), count);
+  return {experts, rows_mm(x, weights, biases, experts)};
+}
+
+template <typename scalar_t>
+void values_mm_as(const Tensor& a, const Tensor& v, const Tensor& experts, Tensor& sums) {
+  const int64_t tokens = a.size(0), count = experts.size(1), size = a.size(1) / count, width = sums.size(1);
+  const float* hidden = a.const_data_ptr<float>();
+  const int64_t* chosen = experts.const_data_ptr<int64_t>();
+  at::parallel_for(0, width, share(width), [&](int64_t begin, int64_t end) {
+    for (int64_t pair = 0; pair < tokens * count; ++pair) {
+      if (pair + 1 < tokens * count) ask_for(v.const_data_ptr<scalar_t>() + chosen[pair + 1] * size * width, size * width);
+      add_rows_of(sums.mutable_data_ptr<float>() + pair / count * width, hidden + pair * size,
+                  v.const_data_ptr<scalar_t>() + chosen[pair] * size * width, size, width, begin, end);
+    }
+  });
+}
+
+// a [T, k * s] times the values v [N, s * h] of the chosen experts [T, k]: [T, h]
+Tensor values_mm(const Tensor& a, const Tensor& v, const Tensor& experts) {
+  const Tensor hidden = a.to(at::kFloat).contiguous(), chosen = experts.contiguous();
+  const int64_t size = a.size(1) / experts.size(1);
+  Tensor sums = at::zeros({a.size(0), v.size(1) / size}, hidden.options());
+  if (v.scalar_type() == at::kBFloat16) {
+    values_mm_as<at::BFloat16>(hidden, v, chosen, sums);
+  } else {
+    values_mm_as<float>(hidden, v, chosen, sums);
+  }
+  return sums.to(a.scalar_type());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -308,6 +325,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("scatter_mm", &scatter_mm, py::call_guard<py::gil_scoped_release>());
   m.def("outer_mm", &outer_mm, py::call_guard<py::gil_scoped_release>());
   m.def("rows_mm", &rows_mm, py::call_guard<py::gil_scoped_release>());
+  m.def("chosen_rows_mm", &chosen_rows_mm, py::call_guard<py::gil_scoped_release>());
   m.def("largest", &largest);
   m.def("values_mm", &values_mm, py::call_guard<py::gil_scoped_release>());
 }

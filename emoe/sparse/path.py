@@ -35,7 +35,7 @@ from emoe.config import LINEAR_SCORES, EMoEConfig, GMoEConfig
 from emoe.projections import RoutedFFN, is_routed_by, leave_, stand_around_
 from emoe.sparse.build import compiled_kernels, prepare_kernels
 from emoe.sparse.cost_model import predicted_decode_ratio, predicted_time_ratio
-from emoe.sparse.decode import DecodeCache, DecodeWeights, decode_ffn, decode_weights
+from emoe.sparse.decode import DecodeCache, DecodeWeights, chosen_rows, decode_ffn, decode_weights, rows
 from emoe.sparse.ffn import sparse_ffn
 from emoe.sparse.whole import whole_ffn
 from emoe.tensors import Deferred, DeferredTensor, autocast_dtype
@@ -70,6 +70,8 @@ class Layer(Protocol):
     output_bias: nn.Parameter | None
     training: bool
 
+    @property
+    def record(self) -> object: ...
     @property
     def config(self) -> EMoEConfig | GMoEConfig: ...
     @property
@@ -149,8 +151,8 @@ class SparsePath:
             way: what was chosen for it.
             pre_activations: computes them, should anybody look at them, given the experts' weights ``[T, N]``.
         """
-        rows = x.reshape(-1, x.shape[-1])
-        y, weights = self._sum_experts(rows) if way == "sparse" else self._decode(rows, way)
+        flat = x.reshape(-1, x.shape[-1])
+        y, weights = self._sum_experts(flat) if way == "sparse" else self._decode(flat, way)
         shape = (*x.shape[:-1], self._width * (2 if self._ffn.spec.fused else 1))
         output = y.view(*x.shape[:-1], -1)
         # no view, which whoever changes it in place could not have under FSDP2, or later with gradients
@@ -194,17 +196,22 @@ class SparsePath:
 
     def _decode(self, x: Tensor, kept: DecodeWeights) -> tuple[Tensor, Callable[[], Tensor]]:
         layer = self._layer
-        scores = layer.linear_scores(x, kept.gate)
-        if scores.size(-1) != layer.config.num_experts or scores.size(0) != x.size(0):
-            raise RuntimeError(
-                f"the router of {self._ffn.name} gave scores {list(scores.shape)}, not {[len(x), layer.config.num_experts]}"
-            )
-        experts, scales = layer.route_few(scores, kept.kernels)
-        y = decode_ffn(x, kept, layer.activation, experts, scales)
+        n, scales = layer.config.num_experts, None
+        if kept.chosen_by_gate and layer.record is None:
+            experts, pre = chosen_rows(x, kept, layer.config.top_k)
+        else:
+            scores = layer.linear_scores(x, kept.gate)
+            if scores.shape != (len(x), n):
+                raise RuntimeError(
+                    f"the router of {self._ffn.name} gave scores {list(scores.shape)}, not {[len(x), n]}"
+                )
+            experts, scales = layer.route_few(scores, kept.kernels)
+            pre = rows(x, kept, experts)
+        y = decode_ffn(pre, kept, layer.activation, experts, scales)
 
         def weights() -> Tensor:
-            ones = torch.ones_like(scores[:, : experts.shape[1]]) if scales is None else scales
-            return torch.zeros_like(scores).scatter(1, experts, ones)
+            ones = torch.ones(experts.shape, device=x.device) if scales is None else scales
+            return ones.new_zeros(len(x), n).scatter(1, experts, ones)
 
         if (biases := layer.output_bias) is not None:
             chosen = biases[experts]
@@ -228,7 +235,8 @@ class SparsePath:
 
         def make() -> DecodeWeights:
             gate = layer.current_gate() if by_keys else None
-            return decode_weights(self._ffn, n, gate, by_neuron=by_neuron)
+            plain = by_keys and _chooses_by_gate(cast(EMoEConfig, config))
+            return decode_weights(self._ffn, n, gate, by_neuron=by_neuron, chosen_by_gate=plain)
 
         # the weights between are read where they lie, if that is by neuron
         first, *between, last = self._projections
@@ -317,6 +325,15 @@ class SparsePath:
         if any(map(_is_looked_at, self._watched)) or _has_global_hook():
             return "a hook or a replaced forward looks at the FFN"
         return None
+
+
+def _chooses_by_gate(config: EMoEConfig) -> bool:
+    """Whether avg-k by keys takes the largest products of input and present mean keys, and does nothing else with them."""
+    return (
+        (config.selection, config.weighting) == ("top", "binary")
+        and not (config.score_bias or config.normalize_gate or config.gate_momentum)
+        and not config.aux_loss_coefficient
+    )
 
 
 def _is_plain(x: Tensor) -> bool:
