@@ -5,7 +5,9 @@ One token at a time that code, and what has to pass through it from part to part
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -19,7 +21,11 @@ def _gated(self: Any, x: Any) -> Any:
     return y  # as language models write it, instruction for instruction
 
 
-_CODE = _gated.__code__
+def _instructions(code: CodeType) -> tuple[bytes, int, int]:
+    return code.co_code, code.co_argcount, code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+
+
+_CODE = _instructions(_gated.__code__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class WholeFFN:
         """
         code = getattr((plain_class(self.module) or type(self.module)).forward, "__code__", None)
         # names stand in the order in which the instructions ask for them
-        return code is not None and code.co_code == _CODE.co_code and code.co_names == self.names
+        return code is not None and _instructions(code) == _CODE and code.co_names == self.names
 
     @property
     def activation(self) -> object:

@@ -66,6 +66,28 @@ def test_a_token_does_not_go_through_its_code(name: str) -> None:
     assert own_code_runs(sparse)
 
 
+class _OfSeveral(nn.Module):
+    """As Llama's, but for one star."""
+
+    def __init__(self, plain: Any) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            getattr(plain, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")
+        )
+
+    def forward(self, *x: Any) -> Any:
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return down_proj
+
+
+def test_code_that_takes_other_arguments_is_not_known() -> None:
+    model = tiny_models.build("llama")
+    layer = model.layers[0]
+    layer.mlp = _OfSeveral(layer.mlp)
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0], backend="sparse"))
+    assert type(layer.mlp) is _OfSeveral
+
+
 def test_hooks_of_its_module_are_called() -> None:
     module, seen = ffn(converted()), []
     module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
