@@ -300,6 +300,11 @@ class RoutedActivation(nn.Module):
         """How the chosen experts' outputs are weighted."""
         return self.config.weighting if isinstance(self.config, EMoEConfig) else "softmax"
 
+    @property
+    def only_chooses(self) -> bool:
+        """Whether scores choose experts and serve nothing else: no weights, no balance loss, no record."""
+        return self.weighting == "binary" and self.record is None and not self.config.aux_loss_coefficient
+
     def _scores_need_gradient(self) -> bool:
         """A binary mask passes no gradient to the scores, so none is recorded for them unless the balance loss needs it."""
         return self.weighting != "binary" or self.config.aux_loss_coefficient > 0
@@ -354,24 +359,21 @@ class RoutedActivation(nn.Module):
         return kept, weights
 
     def route_few(self, scores: Tensor, kernels: ModuleType | None = None) -> tuple[Tensor, Tensor | None]:
-        """Experts ``[T, k]`` of a few tokens at rest from their scores, and their weights where not all are 1.
-
-        Only for a configuration whose every token uses the same number of experts.
+        """Experts ``[T, k]`` of a few tokens at rest, which all use as many, from their scores; and their weights where not all are 1.
 
         Args:
             scores: ``[T, N]`` float32.
             kernels: the compiled ones, where they can be used: PyTorch's sort takes longer than the choice.
         """
         config = self.config
-        binary = self.weighting == "binary"
-        if binary and self.record is None and not config.aux_loss_coefficient:
+        if self.only_chooses:
             selection = cast(EMoEConfig, config).selection
             if selection == "top" and kernels is not None and scores.dtype == torch.float32:
                 return kernels.largest(scores, config.top_k), None
             return select_experts(scores, config.top_k, selection), None
         mask, weights = self.route(scores)
         chosen = mask.nonzero()[:, 1].view(len(scores), -1)
-        return chosen, None if binary else weights.gather(1, chosen)
+        return chosen, None if self.weighting == "binary" else weights.gather(1, chosen)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, and drop what decoding keeps of the weights when training begins."""

@@ -126,8 +126,7 @@ def decode_weights(
     read = (*inputs, laid_out, *(bias for bias in biases if bias is not None))
     readable = all(t.is_contiguous() and t.device.type == "cpu" and t.dtype in _COMPILED for t in read)
     kernels = compiled_kernels() if readable and by_neuron else None
-    chosen_by_gate = chosen_by_gate and gate is not None and kernels is not None
-    return DecodeWeights(inputs, biases, laid_out.detach(), gate, kernels, chosen_by_gate)
+    return DecodeWeights(inputs, biases, laid_out.detach(), gate, kernels, chosen_by_gate and kernels is not None)
 
 
 def chosen_rows(x: Tensor, weights: DecodeWeights, top_k: int) -> tuple[Tensor, list[Tensor]]:

@@ -71,7 +71,7 @@ class Layer(Protocol):
     training: bool
 
     @property
-    def record(self) -> object: ...
+    def only_chooses(self) -> bool: ...
     @property
     def config(self) -> EMoEConfig | GMoEConfig: ...
     @property
@@ -197,7 +197,7 @@ class SparsePath:
     def _decode(self, x: Tensor, kept: DecodeWeights) -> tuple[Tensor, Callable[[], Tensor]]:
         layer = self._layer
         n, scales = layer.config.num_experts, None
-        if kept.chosen_by_gate and layer.record is None:
+        if kept.chosen_by_gate and layer.only_chooses:
             experts, pre = chosen_rows(x, kept, layer.config.top_k)
         else:
             scores = layer.linear_scores(x, kept.gate)
@@ -328,12 +328,8 @@ class SparsePath:
 
 
 def _chooses_by_gate(config: EMoEConfig) -> bool:
-    """Whether avg-k by keys takes the largest products of input and present mean keys, and does nothing else with them."""
-    return (
-        (config.selection, config.weighting) == ("top", "binary")
-        and not (config.score_bias or config.normalize_gate or config.gate_momentum)
-        and not config.aux_loss_coefficient
-    )
+    """Whether avg-k by keys takes the largest products of input and present mean keys."""
+    return config.selection == "top" and not (config.score_bias or config.normalize_gate or config.gate_momentum)
 
 
 def _is_plain(x: Tensor) -> bool:
