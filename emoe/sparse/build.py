@@ -17,6 +17,8 @@ from types import ModuleType
 
 import torch
 
+from emoe.permissions import sync
+
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _NAME = "emoe_kernels"
 # run in a process of its own, whose path has the package ninja's program on it
@@ -70,7 +72,9 @@ def build_kernels() -> Path:
         )
         if done.returncode:
             raise RuntimeError((done.stderr.strip().splitlines() or ["the compiler failed"])[-1])
-        (Path(folder) / library.name).replace(library)
+        built = Path(folder) / library.name
+        sync(built)
+        built.replace(library)
     compiled_kernels.cache_clear()
     return library
 
