@@ -100,7 +100,6 @@ class DatabaseStore(Store):
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
-        self.client.search_experiments(max_results=1)  # makes the tables of a new one
         self._engine = sqlalchemy.create_engine(uri)
 
     def known(self, experiment: str) -> Iterator[tuple[str, str, str | None]]:
@@ -114,7 +113,8 @@ class DatabaseStore(Store):
             .order_by(SqlRun.start_time.desc(), SqlRun.run_uuid)
         )
         with self._engine.connect() as connection:
-            yield from (tuple(row) for row in connection.execute(query).all())
+            rows = connection.execute(query).all()
+        yield from map(tuple, rows)
 
     def add(self, experiment: Experiment, runs: Iterable[FinishedRun]) -> Iterator[tuple[str, FinishedRun]]:
         """See :meth:`Store.add`; a run is there as a whole or not at all."""
