@@ -12,6 +12,7 @@ import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.planning.catalogue import Judged, load_metrics
+from benchmarks.harness.planning.kinds import OOD_MEAN
 from benchmarks.harness.planning.runs import Run
 from benchmarks.harness.results.records import AS, GROUP_KEYS, ROUTING, collect_from
 
@@ -21,7 +22,7 @@ _ID = "id"
 PROBE, LOADS, LOSS = "probe", "loads", "loss_"
 # of a model before it is trained, and of one that another run has trained, which carries the rounding of its training
 LOGITS, TRAINED_LOGITS = "logits", "trained_logits"
-UPDATES, OOD = "updates", "ood"
+UPDATES = "updates"
 # counts, names and digests of what was read, converted and trained
 CONTENT, CONVERSION, TRAINED = "content", "conversion", "trained"
 _EXACT = {CONTENT, CONVERSION, TRAINED}
@@ -91,7 +92,7 @@ def _of_itself(run: Run, found: Mapping[str, Any]) -> Iterator[tuple[str, str, s
         yield PROBE, "", f"{LOSS}{number}", loss
     if probe.get(LOGITS):
         name = TRAINED_LOGITS if "candidates" in run.spec else LOGITS
-        yield PROBE, "", name, " ".join(repr(value) for value in probe["logits"].values())
+        yield PROBE, "", name, " ".join(repr(value) for value in probe[LOGITS].values())
     for layer, loads in probe.get(LOADS, {}).items():
         yield PROBE, f"layer {layer}", LOADS, " ".join(map(str, loads))
     updates = found.get(UPDATES, {})
@@ -130,7 +131,7 @@ def quantity_of(part: str, metric: str) -> str:
         return "first losses"
     if metric in ROUTING:
         return "routing"
-    return f"{OOD} {metric}" if metric == "loss" and part.partition(AS)[0] == OOD else metric
+    return "ood loss" if metric == "loss" and part.partition(AS)[0] == "ood" else metric
 
 
 def one_counts(rows: pd.DataFrame) -> dict[tuple[str, int, str, str, str], float]:
@@ -155,7 +156,7 @@ def one_counts(rows: pd.DataFrame) -> dict[tuple[str, int, str, str, str], float
         elif (base := part.partition(AS)[0]) in ("dev", "test", "ood") and metric != "loss":
             places = (f"{base}:{name}", *(() if base == "ood" else (base, f"{name} in")))
             found[key] = max(sets.get((run, seed, place), 0.0) for place in places)
-        elif base == "ood_mean" and (run, seed) in others:
+        elif base == OOD_MEAN and (run, seed) in others:
             found[key] = statistics.mean(others[run, seed])
     return found
 
