@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,14 +15,10 @@ from torch import Tensor, nn
 
 import emoe
 from tests import tiny_models
+from tests.converted import BACKENDS
+from tests.converted import model as converted
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-
-
-def converted(name: str = "llama", backend: str = "sparse") -> nn.Module:
-    model = tiny_models.build(name).eval()
-    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", backend=backend))
-    return model
 
 
 def ffn(model: nn.Module) -> Any:
@@ -50,7 +46,7 @@ def own_code_runs(module: Any, call: Callable[[Tensor], Tensor] | None = None, t
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_token_does_not_go_through_its_code(name: str) -> None:
-    masked, sparse = (ffn(converted(name, backend)) for backend in ("masked", "sparse"))
+    masked, sparse = (ffn(converted(name, backend)) for backend in BACKENDS)
     assert [own_code_runs(masked), own_code_runs(sparse)] == [True, False]
     with torch.no_grad():
         torch.testing.assert_close(sparse(token(sparse)), masked(token(sparse)))
@@ -89,10 +85,10 @@ def test_code_that_takes_other_arguments_is_not_known() -> None:
 
 
 def test_hooks_of_its_module_are_called() -> None:
-    module, seen = ffn(converted()), []
+    module, seen = ffn(converted("llama", "sparse")), []
     module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     module.register_forward_hook(lambda _, args, output: output * 2)
-    reference = ffn(converted(backend="masked"))
+    reference = ffn(converted("llama", "masked"))
     with torch.no_grad():
         torch.testing.assert_close(module(token(module)), 2 * reference(token(module)))
     assert len(seen) == 1
@@ -100,7 +96,7 @@ def test_hooks_of_its_module_are_called() -> None:
 
 @pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj", "act_fn"])
 def test_hooks_of_its_parts_are_called(part: str) -> None:
-    module, seen = ffn(converted()), []
+    module, seen = ffn(converted("llama", "sparse")), []
     getattr(module, part).register_forward_hook(lambda *_: seen.append(part))
     assert own_code_runs(module)
     assert seen == [part]
@@ -128,7 +124,7 @@ class _Zero(nn.Module):
 
 @pytest.mark.parametrize("replace", [_other_class, _other_forward, _other_activation])
 def test_what_is_put_in_its_place_runs(replace: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ffn(converted())
+    module = ffn(converted("llama", "sparse"))
     assert not own_code_runs(module)
     replace(module, monkeypatch)
     with torch.no_grad():
@@ -136,7 +132,7 @@ def test_what_is_put_in_its_place_runs(replace: Callable[..., None], monkeypatch
 
 
 def test_copies_decode_by_their_own_weights() -> None:
-    model = converted()
+    model = converted("llama", "sparse")
     before = ffn(model)(token(ffn(model)))
     for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other = ffn(made)
@@ -150,7 +146,7 @@ def test_copies_decode_by_their_own_weights() -> None:
 
 def test_a_dense_model_is_as_it_was() -> None:
     plain = type(ffn(tiny_models.build("llama")))
-    model = converted()
+    model = converted("llama", "sparse")
     module = ffn(model)
     kept = module.forward  # as libraries do that put something around it
     assert type(module) is not plain
@@ -167,7 +163,7 @@ def test_a_dense_model_is_as_it_was() -> None:
 
 
 def test_keywords_and_other_inputs_are_its_own_codes() -> None:
-    module, reference = ffn(converted()), ffn(converted(backend="masked"))
+    module, reference = ffn(converted("llama", "sparse")), ffn(converted("llama", "masked"))
     assert own_code_runs(module, lambda x: module(x=x))
     assert not own_code_runs(module, lambda x: module(x[0]))
     with torch.no_grad():
@@ -182,28 +178,23 @@ def test_keywords_and_other_inputs_are_its_own_codes() -> None:
 
 
 def test_threads_decode_together() -> None:
-    module = ffn(converted())
+    module = ffn(converted("llama", "sparse"))
     xs = [torch.randn(1, 1, module.gate_proj.in_features) for _ in range(2)]
     with torch.no_grad():
         expected = [module(x) for x in xs]
-    wrong: list[int] = []
 
-    def work(place: int) -> None:
+    def serve(place: int) -> bool:
         with torch.no_grad():
-            wrong.extend(place for _ in range(200) if not torch.equal(module(xs[place]), expected[place]))
+            return all(torch.equal(module(xs[place]), expected[place]) for _ in range(200))
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(serve, (0, 1)))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_answers_are_the_masked_paths(compiled: bool) -> None:
     answers = []
-    for backend in ("masked", "sparse"):
+    for backend in BACKENDS:
         model = tiny_models.build_generator("llama").eval()
         emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", backend=backend))
         step = torch.compile(model, backend="eager") if compiled else model
