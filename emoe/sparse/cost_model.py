@@ -5,10 +5,10 @@ used, width h::
 
     k/N  +  (per_expert + per_share * k/N) / s  +  threads * (per_call + per_product / (h * s)) / T
 
-The second term is what small experts lose in efficiency, the third what costs the same however many tokens there are. The constants are a fit to 116
-(float32) and 112 (bfloat16) measured points on two cores of an AMD EPYC (Zen 4): one and two threads, T 16 to 2048, s 12 to 384, h 384 to 2048, k/N 1/4 and
-1/2, with the compiled kernels. Without them PyTorch takes one expert after the other, whose small products share badly over threads: the first two terms then
-cost ``1 + (threads - 1) * (per_thread + per_thread_expert / s)`` times as much. ``snakemake speed`` shows how well it holds where it runs.
+The second term is what small experts lose in efficiency, the third what costs the same however many tokens there are. The constants are fits to measured
+points of one and two threads, T 16 to 2048, s 12 to 384, h 384 to 2048, k/N 1/4 and 1/2: 280 in float32 with the compiled kernels, on two cores of an AMD EPYC (Zen 3); 116 in
+float32 and 112 in bfloat16 by PyTorch's small products, on two cores of one of Zen 4. Without compiled kernels PyTorch takes one expert after the other, whose products share badly
+over threads: the first two terms then cost ``1 + (threads - 1) * (per_thread + per_thread_expert / s)`` times as much. ``snakemake speed`` shows how well it holds where it runs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class _Costs(NamedTuple):
     per_product: float
 
 
+_COMPILED_FLOAT32 = _Costs(3.3, 5.0, 10.0, 4e4)
 _FLOAT32 = _Costs(3.7, 10.0, 7.2, 1.26e5)
 _COSTS = {torch.float32: _FLOAT32, torch.float64: _FLOAT32, torch.bfloat16: _Costs(11.0, 36.0, 48.0, 1.7e6)}
 _PER_THREAD, _PER_THREAD_EXPERT = 0.25, 8.0
@@ -56,7 +57,7 @@ def predicted_time_ratio(
     >>> predicted_time_ratio(2048, 768, 48, 0.25, torch.float32, threads=1) < 0.5
     True
     """
-    costs = _COSTS.get(dtype)
+    costs = _COMPILED_FLOAT32 if compiled and dtype == torch.float32 else _COSTS.get(dtype)
     if costs is None:
         return None
     small_experts = (costs.per_expert + costs.per_share * active) / expert_size
