@@ -20,7 +20,6 @@ import torch
 from emoe.permissions import sync
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_HEADERS = tuple(_SOURCE.with_name(name) for name in ("few_tokens.h", "product.h"))
 _NAME = "emoe_kernels"
 # run in a process of its own, whose path has the package ninja's program on it
 _COMPILE = """
@@ -36,7 +35,7 @@ def library_file() -> Path:
     """Where the compiled kernels of this Python, this torch and this source are kept."""
     parts = (torch.__version__, str(torch.version.git_version), str(sysconfig.get_config_var("SOABI")))
     digest = hashlib.sha256(" ".join(parts).encode())
-    for source in (_SOURCE, *_HEADERS):
+    for source in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))):
         digest.update(source.read_bytes())
     named = os.environ.get("XDG_CACHE_HOME")
     cache = Path(named) if named else Path.home() / ".cache"

@@ -5,10 +5,11 @@ used, width h::
 
     k/N  +  (per_expert + per_share * k/N) / s  +  threads * (per_call + per_product / (h * s)) / T
 
-The second term is what small experts lose in efficiency, the third what costs the same however many tokens there are. The constants are fits to measured
-points (``benchmarks.speed.layer.measure``) of one and two threads, T 16 to 2048, s 12 to 384, h 384 to 2048, k/N 1/4 and 1/2: 280 in float32 with the compiled kernels, on two cores of an AMD EPYC (Zen 3); 116 in
-float32 and 112 in bfloat16 by PyTorch's small products, on two cores of one of Zen 4. Without compiled kernels PyTorch takes one expert after the other, whose products share badly
-over threads: the first two terms then cost ``1 + (threads - 1) * (per_thread + per_thread_expert / s)`` times as much. ``snakemake speed`` shows how well it holds where it runs.
+The second term is what small experts lose in efficiency, the third what costs the same however many tokens there are. The constants are fits to points
+that ``benchmarks.speed.layer.measure`` measured with one and two threads, T 16 to 2048, s 12 to 384, h 384 to 2048, k/N 1/4 and 1/2: 280 in float32 with the
+compiled kernels, on two cores of an AMD EPYC (Zen 3); 116 in float32 and 112 in bfloat16 by PyTorch's small products, on two cores of one of Zen 4. Without
+compiled kernels PyTorch takes one expert after the other, whose products share badly over threads: the first two terms then cost
+``1 + (threads - 1) * (per_thread + per_thread_expert / s)`` times as much. ``snakemake speed`` shows how well it holds where it runs.
 """
 
 from __future__ import annotations

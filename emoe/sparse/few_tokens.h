@@ -9,13 +9,13 @@
 #include <cstring>
 #include <numeric>
 
-// Compiled for several processors; the one at hand is asked for when the library is loaded, which may be kept where others read it.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+#include "processors.h"
+
+#ifdef FOR_SEVERAL_PROCESSORS
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EACH_PROCESSOR
 #endif
-#define INLINE inline __attribute__((always_inline))
 
 namespace {
 

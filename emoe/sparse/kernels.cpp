@@ -36,13 +36,15 @@ struct Pairs {
     return at::empty({longest, width}, like.options());
   }
 
-  // Calls f(chunk, expert, pairs) for each block that is not empty, chunks in parallel.
+  // Calls f(chunk, expert, pairs, memory) for each block that is not empty, chunks in parallel; what a thread keeps in its memory is there in the next call.
   template <typename F>
   void each_block(const F& f) const {
     at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      Tensor memory;
       for (int64_t c = begin; c < end; ++c) {
         for (int64_t n = 0; n < experts; ++n) {
-          if (size(c, n)) f(c, n, size(c, n));
+          if (size(c, n)) f(c, n, size(c, n), memory);
         }
       }
     });
@@ -68,7 +70,7 @@ Tensor gather_mm(const Tensor& x, const Tensor& w, const std::optional<Tensor>& 
   Tensor out = at::empty({rows.size(0), size}, x.options());
   if (reads(x, w)) {
     const Tensor biases = b ? b->contiguous() : Tensor();
-    pairs.each_block([&](int64_t c, int64_t n, int64_t count) {
+    pairs.each_block([&](int64_t c, int64_t n, int64_t count, Tensor&) {
       float* part = out.data_ptr<float>() + pairs.start(c, n) * size;
       if (b) {
         for (int64_t i = 0; i < count; ++i) std::copy_n(biases.const_data_ptr<float>() + n * size, size, part + i * size);
@@ -80,20 +82,14 @@ Tensor gather_mm(const Tensor& x, const Tensor& w, const std::optional<Tensor>& 
     });
     return out;
   }
-  at::parallel_for(0, pairs.chunks, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor buffer = pairs.buffer(x, x.size(1));
-    for (int64_t c = begin; c < end; ++c) {
-      for (int64_t n = 0; n < pairs.experts; ++n) {
-        if (pairs.size(c, n) == 0) continue;
-        Tensor part = out.narrow(0, pairs.start(c, n), pairs.size(c, n));
-        Tensor picked = gathered(buffer, x, pairs.of(c, n));
-        if (b.has_value()) {
-          at::addmm_out(part, b->select(0, n), picked, w.select(0, n).t());
-        } else {
-          at::mm_out(part, picked, w.select(0, n).t());
-        }
-      }
+  pairs.each_block([&](int64_t c, int64_t n, int64_t count, Tensor& memory) {
+    if (!memory.defined()) memory = pairs.buffer(x, width);
+    Tensor part = out.narrow(0, pairs.start(c, n), count);
+    Tensor picked = gathered(memory, x, pairs.of(c, n));
+    if (b) {
+      at::addmm_out(part, b->select(0, n), picked, w.select(0, n).t());
+    } else {
+      at::mm_out(part, picked, w.select(0, n).t());
     }
   });
   return out;
@@ -118,7 +114,7 @@ Tensor scatter_mm(const Tensor& a, const Tensor& w, const Tensor& rows, const Te
   const int64_t size = w.size(1), width = w.size(2);
   Tensor out = at::zeros({tokens, width}, a.options().dtype(sum_type(a)));
   if (reads(a, w)) {
-    pairs.each_block([&](int64_t c, int64_t n, int64_t count) {
+    pairs.each_block([&](int64_t c, int64_t n, int64_t count, Tensor&) {
       product::multiply({{out.data_ptr<float>(), pairs.tokens(c, n), width, 1},
                          {a.const_data_ptr<float>() + pairs.start(c, n) * size, nullptr, size, 1},
                          {w.const_data_ptr<float>() + n * w.stride(0), nullptr, w.stride(1), w.stride(2)},
@@ -126,29 +122,22 @@ Tensor scatter_mm(const Tensor& a, const Tensor& w, const Tensor& rows, const Te
     });
     return out;
   }
-  at::parallel_for(0, pairs.chunks, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor buffer = pairs.buffer(a, width);
-    for (int64_t c = begin; c < end; ++c) {
-      for (int64_t n = 0; n < pairs.experts; ++n) {
-        const int64_t count = pairs.size(c, n);
-        if (count == 0) continue;
-        Tensor product = buffer.narrow(0, 0, count);
-        at::mm_out(product, a.narrow(0, pairs.start(c, n), count), w.select(0, n));
-        const int64_t* tokens_of = rows.data_ptr<int64_t>() + pairs.start(c, n);
-        if (a.scalar_type() == at::kDouble) {
-          add_rows<double, double>(out, product, tokens_of);
-        } else if (a.scalar_type() == at::kBFloat16) {
-          add_rows<float, at::BFloat16>(out, product, tokens_of);
-        } else {
-          add_rows<float, float>(out, product, tokens_of);
-        }
-      }
+  pairs.each_block([&](int64_t c, int64_t n, int64_t count, Tensor& memory) {
+    if (!memory.defined()) memory = pairs.buffer(a, width);
+    Tensor product = memory.narrow(0, 0, count);
+    at::mm_out(product, a.narrow(0, pairs.start(c, n), count), w.select(0, n));
+    if (a.scalar_type() == at::kDouble) {
+      add_rows<double, double>(out, product, pairs.tokens(c, n));
+    } else if (a.scalar_type() == at::kBFloat16) {
+      add_rows<float, at::BFloat16>(out, product, pairs.tokens(c, n));
+    } else {
+      add_rows<float, float>(out, product, pairs.tokens(c, n));
     }
   });
   return out.to(a.scalar_type());
 }
 
+// outer_mm by product.h
 void outer_mm_directly(const Tensor& a, const Tensor& x, const Pairs& pairs, Tensor& out) {
   const int64_t size = out.size(1), width = out.size(2);
   const bool by_neuron = out.stride(2) == 1;

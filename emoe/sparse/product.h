@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "processors.h"
+
 namespace product {
 
 // Element (i, j) is data[row * row_stride + j * column_stride], where row is rows[i], or i where no rows are named.
@@ -17,7 +19,7 @@ struct Matrix {
   const int64_t* rows;
   int64_t row_stride, column_stride;
 
-  inline __attribute__((always_inline)) scalar_t* row(int64_t i) const { return data + (rows ? rows[i] : i) * row_stride; }
+  INLINE scalar_t* row(int64_t i) const { return data + (rows ? rows[i] : i) * row_stride; }
 };
 
 // c = a b, or c += a b; the columns of c lie side by side, and either stride of b is 1
@@ -30,9 +32,7 @@ struct Product {
 
 constexpr int64_t kLine = 16;  // numbers that memory gives at once
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
-#define TILE_INLINE inline __attribute__((always_inline))
-
+#ifdef FOR_SEVERAL_PROCESSORS
 constexpr int64_t kDepth = 256;    // rows of b in a block
 constexpr int64_t kBlock = 24576;  // its numbers: 96 KiB
 constexpr int64_t kAhead = 8;      // rows that are asked for before they are read
@@ -44,7 +44,7 @@ struct Vector {
 };
 
 template <int W>
-TILE_INLINE typename Vector<W>::type loaded(const float* from) {
+INLINE typename Vector<W>::type loaded(const float* from) {
   typename Vector<W>::type found;
   std::memcpy(&found, from, sizeof(found));
   return found;
@@ -52,7 +52,7 @@ TILE_INLINE typename Vector<W>::type loaded(const float* from) {
 
 // ROWS rows of VECTORS * W columns: c = a b, or c += a b; only so many columns are written
 template <int W, int ROWS, int VECTORS>
-TILE_INLINE void tile(float* const* c, const float* const* a, int64_t a_stride, const float* b, int64_t depth, int64_t columns, bool add) {
+INLINE void tile(float* const* c, const float* const* a, int64_t a_stride, const float* b, int64_t depth, int64_t columns, bool add) {
   typename Vector<W>::type sums[ROWS][VECTORS];
   for (auto& row : sums) {  // one by one, which stay in registers: an initialiser fills memory
     for (auto& sum : row) sum = typename Vector<W>::type{};
@@ -80,7 +80,7 @@ TILE_INLINE void tile(float* const* c, const float* const* a, int64_t a_stride, 
 }
 
 // to[j][i] = from[i][j], of 8 by 8
-TILE_INLINE void transpose_8(float* to, int64_t to_stride, const float* from, int64_t from_stride) {
+INLINE void transpose_8(float* to, int64_t to_stride, const float* from, int64_t from_stride) {
   Vector<8>::type x[8], y[8];
   for (int i = 0; i < 8; ++i) x[i] = loaded<8>(from + i * from_stride);
   for (int i = 0; i < 8; i += 2) {
@@ -99,7 +99,7 @@ TILE_INLINE void transpose_8(float* to, int64_t to_stride, const float* from, in
 }
 
 // to[j][i] = from[i][j]
-TILE_INLINE void transpose_by_8(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows, int64_t columns) {
+INLINE void transpose_by_8(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows, int64_t columns) {
   int64_t i = 0;
   for (; i + 8 <= rows; i += 8) {
     for (int64_t r = i + 8; r < std::min(i + 16, rows); ++r) {
@@ -118,14 +118,14 @@ TILE_INLINE void transpose_by_8(float* to, int64_t to_stride, const float* from,
 
 // Panels have three vectors or two: as many as leave the fewest columns empty.
 template <int W>
-TILE_INLINE int vectors(const Product& p, int64_t j) {
+INLINE int vectors(const Product& p, int64_t j) {
   const int64_t left = (p.columns - j + W - 1) / W;
   return left == 1 || left == 2 || left == 4 ? 2 : 3;
 }
 
 // The panels [depth, width] of b from row k0 on and for columns begin to end, zeros behind the last column; all of a row at once, which may lie far from others
 template <int W>
-TILE_INLINE void pack(float* packed, const Product& p, int64_t k0, int64_t depth, int64_t begin, int64_t end) {
+INLINE void pack(float* packed, const Product& p, int64_t k0, int64_t depth, int64_t begin, int64_t end) {
   const Matrix<const float>& b = p.b;
   const int64_t last = std::min(end, p.columns);
   if (b.column_stride != 1) {
@@ -159,7 +159,7 @@ TILE_INLINE void pack(float* packed, const Product& p, int64_t k0, int64_t depth
 
 // The tiles of one panel at column j, for rows begin to end of c
 template <int W, int ROWS, int VECTORS>
-TILE_INLINE void tiles(const Product& p, const float* panel, int64_t k0, int64_t depth, int64_t j, int64_t begin, int64_t end,
+INLINE void tiles(const Product& p, const float* panel, int64_t k0, int64_t depth, int64_t j, int64_t begin, int64_t end,
                        float* spare) {
   const int64_t columns = std::min<int64_t>(VECTORS * W, p.columns - j);
   for (int64_t i = begin; i < end; i += ROWS) {
@@ -177,7 +177,7 @@ TILE_INLINE void tiles(const Product& p, const float* panel, int64_t k0, int64_t
 
 // SHORT rows of three vectors fill the registers, as do LONG ones of two.
 template <int W, int SHORT, int LONG>
-TILE_INLINE void multiply_by(const Product& p) {
+INLINE void multiply_by(const Product& p) {
   static_assert(2 * LONG == 3 * SHORT);
   alignas(64) float packed[kBlock];
   float spare[3 * W] = {};
@@ -188,14 +188,13 @@ TILE_INLINE void multiply_by(const Product& p) {
       pack<W>(packed, p, k0, depth, begin, end);
       for (int64_t i = 0; i < p.rows; i += 2 * LONG) {
         const int64_t last = std::min<int64_t>(i + 2 * LONG, p.rows);
-        const float* panel = packed;
         for (int64_t j = begin; j < end; j += vectors<W>(p, j) * W) {
+          const float* panel = packed + (j - begin) * depth;
           if (vectors<W>(p, j) == 3) {
             tiles<W, SHORT, 3>(p, panel, k0, depth, j, i, last, spare);
           } else {
             tiles<W, LONG, 2>(p, panel, k0, depth, j, i, last, spare);
           }
-          panel += depth * vectors<W>(p, j) * W;
         }
       }
     }

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -56,6 +58,16 @@ def use(implementation: str, patch: pytest.MonkeyPatch) -> None:
         if not hasattr(nn.functional, "grouped_mm"):
             pytest.skip("this torch has no grouped_mm")
         patch.setattr(grouped, "is_usable", lambda x: x.dtype != torch.float64 and not x.shape[-1] % 8)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of torch; the tests have one."""
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -233,12 +245,9 @@ def test_auto_takes_the_path_that_is_expected_to_be_faster(monkeypatch: pytest.M
     # without a compiler experts run one after the other, which a second thread does not help
     monkeypatch.setattr(path, "compiled_kernels", lambda: None)
     assert takes_sparse(2000, num_experts=64, top_k=32)
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         assert not takes_sparse(2000, num_experts=64, top_k=32)
         assert takes_sparse(2000, num_experts=16, top_k=4)
-    finally:
-        torch.set_num_threads(1)
 
 
 def test_the_expected_time_grows_with_what_costs_time() -> None:
@@ -311,12 +320,9 @@ def test_products_of_random_pairs(implementation: str, shape) -> None:
 )
 def test_products_of_many_pairs(implementation: str, shape: tuple[int, int, int, int]) -> None:
     """More than fit into one block, panel or tile of the compiled ones, and less."""
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        try:
-            check_products(*shape, seed=0)
-        finally:
-            torch.set_num_threads(1)
+    check_products(*shape, seed=0)
+    with threads(2):
+        check_products(*shape, seed=0)
 
 
 def test_gradients_are_right_in_double_precision(implementation: str) -> None:
