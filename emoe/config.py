@@ -64,7 +64,7 @@ class RoutingConfig:
             (every second one of the last half), ``"last-quarter:2"`` or a slice such as ``"8:12:2"``.
         backend: ``masked`` is the reference: all neurons are computed and those of other experts set to zero.
             ``sparse`` computes the chosen experts only, with the same results to rounding, and goes back to
-            ``masked`` in forward passes where it cannot (see :mod:`emoe.sparse.path`). ``auto`` takes, in each forward
+            ``masked`` in forward passes where it cannot (see :mod:`emoe.sparse.conditions`). ``auto`` takes, in each forward
             pass, the one that is expected to be faster (see :mod:`emoe.sparse.cost_model`).
         decode_cache: while decoding, keep the values by neuron too, as much memory again as the out-projections of the converted
             layers. Without, all FFNs of a token take about twice as long (see :mod:`emoe.sparse.decode`).

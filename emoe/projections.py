@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emoe.guard import Guard
+
 Handler = Callable[..., Any]
 _HANDLER = "_emoe_handler"
 # as they are when this is imported, to see that nobody has put something in their place
@@ -105,23 +107,26 @@ def plain_class(module: nn.Module) -> type[nn.Module] | None:
     return own.__mro__[2] if own.__bases__[0] in (RoutedProjection, RoutedFFN) else None
 
 
-def is_linear(projection: nn.Module) -> bool:
-    """Whether a projection does what its weight and bias say and nothing else: PyTorch's linear layer or GPT-2's, as they are."""
-    plain = plain_class(projection)
-    if plain is None or F.linear is not _LINEAR or plain.__call__ is not nn.Module.__call__:
+def is_linear_routed_by(projection: nn.Module, handler: Handler, guard: Guard) -> bool:
+    """Whether the calls of this module go through this handler, and it does what its weight and bias say and nothing else: PyTorch's linear layer or GPT-2's, as they are."""
+    if guard.item(projection.__dict__, _HANDLER) != handler:
         return False
-    forward = plain.forward
+    guard.attribute(projection, "__class__")
+    plain = plain_class(projection)
+    if plain is None or guard.item(vars(F), "linear") is not _LINEAR:
+        return False
+    if guard.attribute(plain, "__call__") is not nn.Module.__call__:
+        return False
+    forward = guard.attribute(plain, "forward")
     return forward is _LINEAR_FORWARD or (plain.__name__, forward.__module__) == (
         "Conv1D",
         "transformers.pytorch_utils",
     )
 
 
-def is_routed_by(projection: nn.Module, handler: Handler, *, alone: bool = False) -> bool:
-    """Whether the calls of this module go through this handler; with ``alone``, and is a plain linear layer otherwise."""
-    if projection.__dict__.get(_HANDLER) != handler:
-        return False
-    return is_linear(projection) if alone else isinstance(projection, RoutedProjection)
+def is_routed_by(projection: nn.Module, handler: Handler) -> bool:
+    """Whether the calls of this module go through this handler."""
+    return projection.__dict__.get(_HANDLER) == handler and isinstance(projection, RoutedProjection)
 
 
 def with_values(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""Time of decoding: one token after the other through a language model at rest."""
+"""Time of decoding: a prompt, and one token after the other, through a language model at rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import emoe
-from benchmarks.speed.definition import DecodeSettings, GenerateSettings, RunModel
+from benchmarks.speed.definition import DecodeSettings, GenerateSettings, PromptSettings, RunModel
 from benchmarks.speed.timing import ratios, side_by_side
 
 # candidates by what they change in the configuration
@@ -30,10 +30,17 @@ def measure_ffns(model: RunModel, settings: DecodeSettings) -> dict[str, dict[st
         model: ``config`` of a transformers language model with ``mlp`` in its layers, whose weights are random.
         settings: of the measure.
     """
-    nets = _models(model, settings)
-    x = torch.randn(1, 1, nets["dense"].config.hidden_size).to(getattr(torch, settings.dtype))
-    calls = {name: functools.partial(_through_ffns, net, x) for name, net in nets.items()}
-    return ratios(side_by_side(calls, settings.rounds), "dense")
+    return _through_all(model, settings, 1)
+
+
+def measure_prompt(model: RunModel, settings: PromptSettings) -> dict[str, dict[str, float]]:
+    """Ratios of the time that ``tokens`` tokens, all in one pass, take in all converted FFNs.
+
+    Args:
+        model: as above.
+        settings: of the measure.
+    """
+    return _through_all(model, settings, settings.tokens)
 
 
 def measure_generate(model: RunModel, settings: GenerateSettings) -> dict[str, dict[str, float]]:
@@ -46,6 +53,13 @@ def measure_generate(model: RunModel, settings: GenerateSettings) -> dict[str, d
     nets = _models(model, settings)
     prompt = torch.randint(3, nets["dense"].config.vocab_size, (1, _PROMPT))
     calls = {name: functools.partial(_answer, net, prompt, settings.tokens) for name, net in nets.items()}
+    return ratios(side_by_side(calls, settings.rounds), "dense")
+
+
+def _through_all(model: RunModel, settings: DecodeSettings, tokens: int) -> dict[str, dict[str, float]]:
+    nets = _models(model, settings)
+    x = torch.randn(1, tokens, nets["dense"].config.hidden_size).to(getattr(torch, settings.dtype))
+    calls = {name: functools.partial(_through_ffns, net, x) for name, net in nets.items()}
     return ratios(side_by_side(calls, settings.rounds), "dense")
 
 

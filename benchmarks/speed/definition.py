@@ -84,6 +84,13 @@ class LayerSettings(DecodeSettings):
     """Of a pass."""
 
 
+class PromptSettings(DecodeSettings):
+    """A prompt through all FFNs."""
+
+    tokens: Count
+    """Of the prompt."""
+
+
 class GenerateSettings(DecodeSettings):
     """A greedy answer."""
 
@@ -113,6 +120,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "layer": LayerSettings,
     "step": StepSettings,
     "decode": DecodeSettings,
+    "prompt": PromptSettings,
     "generate": GenerateSettings,
     "partition": PartitionSettings,
 }

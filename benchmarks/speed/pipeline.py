@@ -17,6 +17,7 @@ _MEASURES: dict[str, Callable[[RunModel, Any], dict[str, dict[str, float]]]] = {
     "layer": layer.measure,
     "step": step.measure,
     "decode": decode.measure_ffns,
+    "prompt": decode.measure_prompt,
     "generate": decode.measure_generate,
     "partition": partition.measure,
 }

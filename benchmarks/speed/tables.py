@@ -61,13 +61,19 @@ def step(measured: Measurements) -> Table:
 
 
 def decode(measured: Measurements) -> Table:
-    """One token at a time: the FFNs alone, and an answer."""
-    measures = measured.benchmark.definition.measures
-    frames = [measured.wide(measure).assign(what=measures[measure].title) for measure in ("decode", "generate")]
+    """One token at a time, or the few of a prompt: the FFNs alone, and an answer."""
+    frames = [
+        measured.wide(measure).assign(what=entry.title)
+        for measure, entry in measured.benchmark.definition.measures.items()
+        if measure in ("decode", "prompt", "generate")
+    ]
+    for frame in frames:
+        if (frame["task"] == "prompt").any():
+            frame["what"] += ", " + frame["tokens"] + " tokens"
     frame = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
     return Table(
         "Decoding beside the dense model",
-        "A language model with random weights and all FFNs converted, at rest, one token at a time: all its FFNs one after the other, and a greedy answer of 24 tokens to a prompt of 16 with "
+        "A language model with random weights and all FFNs converted, at rest: one token, or the tokens of a prompt at once, through all its FFNs one after the other, and a greedy answer of 24 tokens to a prompt of 16 with "
         "a key-value cache. Ratios as above. EMoE keeps a copy of the values by neuron, as large as the out-projections; without it they are gathered from where they lie.",
         {
             "model_title": "Model",

@@ -10,10 +10,14 @@ that ``benchmarks.speed.layer.measure`` measured with one and two threads, T 16 
 compiled kernels, on two cores of an AMD EPYC (Zen 3); 116 in float32 and 112 in bfloat16 by PyTorch's small products, on two cores of one of Zen 4. Without
 compiled kernels PyTorch takes one expert after the other, whose products share badly over threads: the first two terms then cost
 ``1 + (threads - 1) * (per_thread + per_thread_expert / s)`` times as much. ``snakemake speed`` shows how well it holds where it runs.
+
+Few tokens without gradients are decoded (:mod:`emoe.sparse.decode`), in ``k/N * (first + (doubled + per_expert / s) * log2(T)) + calls / (h * s * N)`` of the
+dense time: a fit to 106 points in float32 with the compiled kernels on Zen 3, T 1 to 64, s 8 to 96, h 256 to 2048, one and two threads.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,8 +34,10 @@ _COMPILED_FLOAT32 = _Costs(3.3, 5.0, 10.0, 4e4)
 _FLOAT32 = _Costs(3.7, 10.0, 7.2, 1.26e5)
 _COSTS = {torch.float32: _FLOAT32, torch.float64: _FLOAT32, torch.bfloat16: _Costs(11.0, 36.0, 48.0, 1.7e6)}
 _PER_THREAD, _PER_THREAD_EXPERT = 0.25, 8.0
-# decoding copies the chosen experts' weights in front of the products, which are bound by memory, and has its own routing to pay for
+# decoding without kernels, where each token's experts are copied, and in bfloat16 on most processors
 _DECODE_READS, _DECODE_CALLS = 1.15, 4e4
+# with them, experts are read once, and what grows with the tokens is that their products do less at a time than dense ones
+_DECODE_FIRST, _DECODE_DOUBLED, _DECODE_PER_EXPERT, _DECODE_COMPILED_CALLS = 0.87, 0.13, 2.0, 6.3e4
 
 
 def predicted_time_ratio(
@@ -67,14 +73,38 @@ def predicted_time_ratio(
     return (active + small_experts) * sharing + few_tokens
 
 
-def predicted_decode_ratio(tokens: int, hidden: int, expert_size: int, active: float, num_experts: int) -> float:
+def decodes_many(dtype: torch.dtype, *, in_place: bool) -> bool:
+    """Whether decoding pays for more than a very few tokens: where the compiled kernels read weights in place, and dense products are no faster.
+
+    They are for bfloat16, unless the processor is one without AVX-512, where PyTorch multiplies bfloat16 slower than float32.
+    """
+    slow_bfloat16 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return in_place and (dtype == torch.float32 or (dtype == torch.bfloat16 and slow_bfloat16))
+
+
+def predicted_decode_ratio(
+    tokens: int,
+    hidden: int,
+    expert_size: int,
+    active: float,
+    num_experts: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    in_place: bool = True,
+) -> float:
     """Predict the time of decoding so few tokens by :mod:`emoe.sparse.decode` as a share of the dense FFN's.
 
     Args:
-        tokens: of the forward pass.
+        tokens: of the forward pass, T.
         hidden: the FFN's width h.
         expert_size: neurons of an expert, s.
         active: share of the experts that a token uses.
         num_experts: N.
+        dtype: of the products.
+        in_place: the compiled kernels read weights where they lie.
     """
-    return _DECODE_READS * tokens * active + _DECODE_CALLS / (hidden * expert_size * num_experts)
+    weights = hidden * expert_size * num_experts
+    if not decodes_many(dtype, in_place=in_place):
+        return _DECODE_READS * tokens * active + _DECODE_CALLS / weights
+    growth = (_DECODE_DOUBLED + _DECODE_PER_EXPERT / expert_size) * math.log2(tokens)
+    return active * (_DECODE_FIRST + growth) + _DECODE_COMPILED_CALLS / weights

@@ -5,20 +5,25 @@ neuron (``[d, h]``, as large as the out-projection's weight), without which an e
 the model trains or a gradient is recorded, and made again when the weights have changed: when PyTorch counts a change, when they are other tensors, or when one of 16 places of
 each is not what it was. A few numbers changed behind PyTorch's back, between two passes of a model at rest, are not seen.
 
+One token at a time, to decide how a pass is computed takes as long as to compute it. So what was decided is kept too, as long as a guard (:mod:`emoe.guard`) sees
+that all it was decided by is as it was.
+
 The compiled kernels read the weights once, where they lie; PyTorch copies the chosen ones first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from types import ModuleType
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from emoe.architectures import FFN
+from emoe.guard import Guard, look
 from emoe.sparse.build import compiled_kernels
 
 _SAMPLED = 16
@@ -33,7 +38,7 @@ class DecodeWeights(NamedTuple):
         biases: theirs, ``[N, s]`` or None.
         values: ``[N, s * h]`` by neuron, a copy; or ``[h, N, s]`` as they lie in the out-projection.
         gate: mean keys ``[N, h]``, for a router that scores by them.
-        kernels: the compiled ones, where they can read the weights, or None.
+        kernels: the compiled ones, where they can read the inputs' weights, or None; values they read by neuron only.
         chosen_by_gate: experts are those with the largest products with the gate, and the kernels can find them.
     """
 
@@ -43,6 +48,22 @@ class DecodeWeights(NamedTuple):
     gate: Tensor | None
     kernels: ModuleType | None
     chosen_by_gate: bool
+
+
+class Decoding(NamedTuple):
+    """How a forward pass is decoded.
+
+    Attributes:
+        weights: the FFN's.
+        activation: elementwise.
+        bias: of the out-projection.
+        output_biases: ``[N, h]``, those of the experts instead.
+    """
+
+    weights: DecodeWeights
+    activation: Callable[[Tensor], Tensor]
+    bias: Tensor | None
+    output_biases: Tensor | None
 
 
 class _Copied:
@@ -60,50 +81,65 @@ class _Copied:
         self._values = self._sample.clone()
 
     def is_still(self, weight: Tensor) -> bool:
-        """Whether a weight is this one, unchanged as far as can be seen."""
-        kept = self._weight
-        return (
-            weight.data_ptr() == kept.data_ptr()
-            and weight._version == self._version
-            and weight.dtype == kept.dtype
-            and weight.shape == kept.shape
-            and weight.stride() == kept.stride()
-            and torch.equal(self._sample, self._values)
-        )
+        """Whether a weight that lies where this one did is unchanged as far as can be seen."""
+        return weight._version == self._version and torch.equal(self._sample, self._values)
+
+    def is_here(self, weight: Tensor) -> bool:
+        """Whether a weight lies where this one did, and is unchanged."""
+        return look(weight) == look(self._weight) and self.is_still(weight)
 
 
 class DecodeCache:
-    """What is kept of one FFN's weights between the forward passes of decoding.
+    """What is kept of one FFN's weights between the forward passes of decoding, and how the last of them was decoded.
 
     Threads may share it: what is kept is replaced as a whole. Copies start empty.
     """
 
     def __init__(self) -> None:
         self._kept: tuple[Hashable, list[_Copied], DecodeWeights] | None = None
+        self._last: tuple[tuple[Any, ...], Guard, Decoding] | None = None
 
-    def get(self, weights: Sequence[Tensor], settings: Hashable, make: Callable[[], DecodeWeights]) -> DecodeWeights:
+    def last(self, x: Tensor) -> Decoding | None:
+        """How the last forward pass was decoded, where its input was like this one and all that was read for it is as it was."""
+        last = self._last
+        return last[2] if last is not None and last[0] == _like(x) and last[1].holds() else None
+
+    def remember(self, x: Tensor, guard: Guard, decoding: Decoding) -> None:
+        """Remember how a forward pass with this input is decoded, as long as the guard holds."""
+        self._last = (_like(x), guard, decoding)
+
+    def get(
+        self, weights: Sequence[Tensor], settings: Hashable, guard: Guard, make: Callable[[], DecodeWeights]
+    ) -> DecodeWeights:
         """What ``make`` gave for these weights as they are, made now where they have changed.
 
         Args:
             weights: whose changes count.
             settings: what else it is made from.
+            guard: is told to see whether they change.
             make: makes it.
         """
         kept = self._kept
         if (
             kept is None
             or kept[0] != settings
-            or not all(copied.is_still(weight) for copied, weight in zip(kept[1], weights, strict=True))
+            or not all(copied.is_here(weight) for copied, weight in zip(kept[1], weights, strict=True))
         ):
             kept = self._kept = (settings, [_Copied(weight) for weight in weights], make())
+        for copied, weight in zip(kept[1], weights, strict=True):
+            guard.check(partial(copied.is_still, weight))
         return kept[2]
 
     def clear(self) -> None:
         """Forget it, and give the memory back."""
-        self._kept = None
+        self._kept = self._last = None
 
     def __reduce__(self) -> tuple[type[DecodeCache], tuple[()]]:
         return DecodeCache, ()
+
+
+def _like(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device
 
 
 @torch.no_grad()
@@ -123,9 +159,9 @@ def decode_weights(
     inputs = [weight.detach().flatten(1) for weight, _ in blocks]
     biases = [None if bias is None else bias.detach() for _, bias in blocks]
     laid_out = values.contiguous().flatten(1) if by_neuron else values.permute(2, 0, 1)
-    read = (*inputs, laid_out, *(bias for bias in biases if bias is not None))
+    read = (*inputs, *(bias for bias in biases if bias is not None))
     readable = all(t.is_contiguous() and t.device.type == "cpu" and t.dtype in _COMPILED for t in read)
-    kernels = compiled_kernels() if readable and by_neuron else None
+    kernels = compiled_kernels() if readable else None
     return DecodeWeights(inputs, biases, laid_out.detach(), gate, kernels, chosen_by_gate and kernels is not None)
 
 
@@ -179,11 +215,12 @@ def decode_ffn(
         hidden = hidden * pre[1]
     if scales is not None:
         hidden = (hidden.view(*experts.shape, -1) * scales.unsqueeze(-1).to(hidden.dtype)).flatten(1)
-    if weights.kernels is not None:
+    by_neuron = weights.values.ndim == 2
+    if weights.kernels is not None and by_neuron:
         y: Tensor = weights.kernels.values_mm(hidden, weights.values, experts)
         return y
     tokens, flat = len(hidden), experts.flatten()
-    if weights.values.ndim == 2:
+    if by_neuron:
         chosen = weights.values.index_select(0, flat).view(tokens, hidden.shape[1], -1)
         return hidden @ chosen[0] if tokens == 1 else torch.bmm(hidden.unsqueeze(1), chosen).squeeze(1)
     chosen = weights.values.index_select(1, flat).view(weights.values.shape[0], tokens, -1)

@@ -1,17 +1,8 @@
 """The sparse path through an FFN whose projections and activation are called one by one by somebody else's code.
 
 The in-projection computes the whole FFN, and hands out a tensor without content that the activation, the up-projection's product and the
-out-projection recognise (:class:`emoe.tensors.DeferredTensor`). The masked path is taken instead, for this forward pass, where
-
-- a projection carries an adapter, whose effect on a neuron is not known before all are computed;
-- a weight is sharded, quantised, offloaded or of another dtype at that moment (FSDP must shard the layer, not its projections);
-- dropout acts on the hidden neurons;
-- experts are scored by their neurons (``gate``, ``up``) in half precision, to which the masked path rounds these; or autocast meets float64;
-- the activation is none of the known ones that take each neuron for itself, or writes over its input;
-- a projection is no plain linear layer;
-- somebody else looks at a projection, the activation, or a module that holds a part of the FFN: a hook of any kind, also a global one, or a replaced ``forward``;
-- the FFN's own code was seen to look at hidden neurons;
-- the model is compiled, traced or transformed (``torch.func``), or forward-mode derivatives are taken.
+out-projection recognise (:class:`emoe.tensors.DeferredTensor`). The masked path is taken instead, for this forward
+pass, where the results would not be the same (:mod:`emoe.sparse.conditions`).
 
 With ``backend="auto"`` it is also taken where the sparse path is not expected to be faster (:mod:`emoe.sparse.cost_model`): on few tokens, for small
 experts, on accelerators. A few tokens at a time, without gradients, are decoded (:mod:`emoe.sparse.decode`).
@@ -23,57 +14,36 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
 
 from emoe.architectures import FFN, bias_of
 from emoe.config import LINEAR_SCORES, EMoEConfig, GMoEConfig
-from emoe.projections import RoutedFFN, is_routed_by, leave_, stand_around_
+from emoe.guard import Guard, look
+from emoe.projections import RoutedFFN, leave_, stand_around_
 from emoe.sparse.build import compiled_kernels, prepare_kernels
-from emoe.sparse.cost_model import predicted_decode_ratio, predicted_time_ratio
-from emoe.sparse.decode import DecodeCache, DecodeWeights, chosen_rows, decode_ffn, decode_weights, rows
+from emoe.sparse.conditions import Conditions, Layer, Projections, is_plain, is_transformed
+from emoe.sparse.cost_model import decodes_many, predicted_decode_ratio, predicted_time_ratio
+from emoe.sparse.decode import DecodeCache, DecodeWeights, Decoding, chosen_rows, decode_ffn, decode_weights, rows
 from emoe.sparse.ffn import sparse_ffn
 from emoe.sparse.whole import whole_ffn
-from emoe.tensors import Deferred, DeferredTensor, autocast_dtype
-from emoe.tokens import is_own_hook
+from emoe.tensors import Deferred, DeferredTensor
 
 _logger = logging.getLogger(__name__)
 _told: set[str] = set()  # reasons that were said in this process
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-_PLAIN = (Tensor, nn.Parameter)
-Way = Literal["sparse"] | DecodeWeights
+Way = Literal["sparse"] | Decoding
 _MANY_TOKENS = 4096
-_ELEMENTWISE = {
-    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid),
-    *(nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Tanh, nn.Tanhshrink),
-}
-_ELEMENTWISE_MODULES = {"transformers.activations", "timm.layers.activations"}
-_OF_NEURONS = ("gate", "up")
-_HALF = (torch.bfloat16, torch.float16)
-_FEW_TOKENS = 8  # beyond, decoding reads each weight more than once for nothing
+# that are decoded at once; beyond, larger products gain more
+_FEW_TOKENS, _VERY_FEW_TOKENS = 64, 8
 
 
-class Layer(Protocol):
+class RoutedLayer(Layer, Protocol):
     """What the path needs of a routed FFN's activation."""
-
-    activation: nn.Module
-    output_bias: nn.Parameter | None
-    training: bool
 
     @property
     def only_chooses(self) -> bool: ...
-    @property
-    def config(self) -> EMoEConfig | GMoEConfig: ...
     @property
     def weighting(self) -> str: ...
     def current_gate(self) -> Tensor: ...
@@ -97,20 +67,11 @@ class SparsePath:
         projections: path, module and the handler that its calls go through, of each of the FFN's projections, the out-projection last.
     """
 
-    def __init__(
-        self, ffn: FFN, layer: Layer, projections: Sequence[tuple[str, nn.Module, Callable[..., Any]]]
-    ) -> None:
+    def __init__(self, ffn: FFN, layer: RoutedLayer, projections: Projections) -> None:
         self._ffn, self._layer = ffn, layer
         self._cache = DecodeCache()
         self._projections = tuple(module for _, module, _ in projections)
-        self._handlers = tuple((module, handler) for _, module, handler in projections)
-        # where each projection stands, to see that it still does
-        self._places = tuple(_place(ffn.layer, path) for path, _, _ in projections)
-        between = [ffn.layer.get_submodule(path) for path in ffn.spec.between]
-        self._dropouts = tuple(module for module in between if isinstance(module, nn.Dropout))
-        self._others = (cast(nn.Module, layer), *self._projections, *between, *_holders(ffn))
-        self._watch_activation()
-        self._is_looked_at_inside = False
+        self._conditions = Conditions(ffn, layer, projections)
         self._whole = whole_ffn(ffn)
         if self._whole is not None:
             stand_around_(self._whole.module, self.decode, RoutedFFN)
@@ -120,28 +81,32 @@ class SparsePath:
         if on_cpu and (layer.config.backend == "sparse" or self._predict(_MANY_TOKENS) < 1):
             prepare_kernels()
 
-    def _watch_activation(self) -> None:
-        self._activation = self._layer.activation
-        self._watched = (*self._others, *self._activation.modules())
-
     def choose(self, x: Tensor) -> Way | None:
         """How a forward pass with this input is computed: decoded with these weights, by the sparse path, or None for the masked one."""
         if torch.is_grad_enabled():
             self._cache.clear()
         if not self._takes(x):
             return None
-        decodes = self._may_decode(x)
-        if not self._is_profitable(x, decodes=decodes):
+        as_usual = not (is_transformed() or torch.is_autocast_enabled(x.device.type))
+        if as_usual and (last := self._cache.last(x)) is not None:
+            return last
+        wanted = self._wanted(x)
+        if wanted is None:
             return None
-        tensors = [tensor for module in self._projections for tensor in _tensors(module)]
-        reason = self._fallback_reason(x, tensors)
+        guard = Guard()
+        tensors = self._conditions.tensors(guard)
+        reason = self._conditions.fallback_reason(x, tensors, guard)
         if reason is not None:
             if reason not in _told:
                 _told.add(reason)
                 _logger.warning("emoe: %s takes the masked path: %s", self._ffn.name, reason)
             return None
         # changes of weights that were made under inference_mode cannot be seen
-        return "sparse" if not decodes or any(map(Tensor.is_inference, tensors)) else self._decode_weights(tensors)
+        if wanted == "sparse" or any(map(Tensor.is_inference, tensors)):
+            return "sparse"
+        decoding = self._decoding(tensors, guard)
+        self._cache.remember(x, guard, decoding)
+        return decoding
 
     def compute(self, x: Tensor, way: Way, pre_activations: Callable[[Tensor], Tensor]) -> Tensor:
         """The FFN's output for ``x [..., h]``, in the place of its pre-activations.
@@ -175,7 +140,7 @@ class SparsePath:
         return self._decode(x.reshape(-1, self._hidden), way)[0].view(x.shape).data  # no view, as above
 
     def _tell_of_a_look(self) -> None:
-        self._is_looked_at_inside = True
+        self._conditions.is_looked_at_inside = True
 
     def leave_(self) -> None:
         """Let the FFN's module run its own code again."""
@@ -194,8 +159,8 @@ class SparsePath:
         bias = bias_of(self._projections[-1])
         return layer.add_output_bias(y if bias is None else y + bias.to(y.dtype), weights), lambda: weights
 
-    def _decode(self, x: Tensor, kept: DecodeWeights) -> tuple[Tensor, Callable[[], Tensor]]:
-        layer = self._layer
+    def _decode(self, x: Tensor, decoding: Decoding) -> tuple[Tensor, Callable[[], Tensor]]:
+        layer, kept = self._layer, decoding.weights
         n, scales = layer.config.num_experts, None
         if kept.chosen_by_gate and layer.only_chooses:
             experts, pre = chosen_rows(x, kept, layer.config.top_k)
@@ -207,28 +172,27 @@ class SparsePath:
                 )
             experts, scales = layer.route_few(scores, kept.kernels)
             pre = rows(x, kept, experts)
-        y = decode_ffn(pre, kept, layer.activation, experts, scales)
+        y = decode_ffn(pre, kept, decoding.activation, experts, scales)
 
         def weights() -> Tensor:
             ones = torch.ones(experts.shape, device=x.device) if scales is None else scales
             return ones.new_zeros(len(x), n).scatter(1, experts, ones)
 
-        if (biases := layer.output_bias) is not None:
+        if (biases := decoding.output_biases) is not None:
             chosen = biases[experts]
             return y + (chosen if scales is None else chosen * scales.unsqueeze(-1)).sum(1).to(y.dtype), weights
-        bias = bias_of(self._projections[-1])
-        return y if bias is None else y + bias, weights
+        return y if decoding.bias is None else y + decoding.bias, weights
 
     def may_defer(self, x: Tensor) -> bool:
         """Whether the up-projection's part can wait until somebody looks at it: nobody does, where the in-projection has the output already."""
-        return self._takes(x) and not _is_transformed() and self._is_profitable(x, decodes=self._may_decode(x))
+        return self._takes(x) and not is_transformed() and self._wanted(x) is not None
 
     def defer_up(self, x: Tensor, up: Callable[[], Tensor]) -> Tensor:
         """The up-projection's part, which nobody needs once the output is known."""
         return DeferredTensor.of((*x.shape[:-1], self._width), x, up, Deferred(self._layer, x, x))
 
-    def _decode_weights(self, tensors: Sequence[Tensor]) -> DecodeWeights:
-        """What decoding keeps of the projections' weights and biases, which are these."""
+    def _decoding(self, tensors: Sequence[Tensor], guard: Guard) -> Decoding:
+        """How a forward pass is decoded with the projections' weights and biases, which are these."""
         layer, config = self._layer, self._layer.config
         n, by_neuron = config.num_experts, config.decode_cache
         by_keys = isinstance(config, EMoEConfig) and config.router == "avg_k" and config.score == "keys"
@@ -244,36 +208,42 @@ class SparsePath:
             module for module in between if not (isinstance(module, nn.Linear) and module.weight.is_contiguous())
         ]
         copied = [cast(Tensor, module.weight) for module in (first, *scattered, last)]
-        return self._cache.get(copied, (config, len(copied), tuple(map(Tensor.data_ptr, tensors))), make)
+        settings = (config, len(copied), tuple(look(guard.tensor(tensor)) for tensor in tensors))
+        weights = self._cache.get(copied, settings, guard, make)
+        output_biases = guard.item(cast(nn.Module, layer)._parameters, "output_bias")
+        return Decoding(weights, layer.activation, bias_of(last), output_biases)
 
     def _takes(self, x: Tensor) -> bool:
         """Whether it is an input that this path can read; of another the projection says what is wrong with it."""
-        return _is_plain(x) and x.ndim > 0 and x.size(-1) == self._hidden
+        return is_plain(x) and x.ndim > 0 and x.size(-1) == self._hidden
 
-    def _may_decode(self, x: Tensor) -> bool:
+    def _wanted(self, x: Tensor) -> Literal["decode", "sparse"] | None:
+        """What was asked for, or is expected to be faster than the dense FFN: the mask never is."""
+        config, compiled = self._layer.config, compiled_kernels() is not None
+        tokens, n = x.numel() // self._hidden, config.num_experts
+        in_place = compiled and config.decode_cache and x.device.type == "cpu"
+        decodes = self._may_decode(x, tokens, in_place=in_place)
+        if config.backend == "sparse":
+            return "decode" if decodes else "sparse"
+        if x.device.type != "cpu":
+            return None
+        if decodes and x.dtype != torch.float16:
+            active, size = config.num_active_experts / n, self._width // n
+            if predicted_decode_ratio(tokens, self._hidden, size, active, n, x.dtype, in_place=in_place) < 1:
+                return "decode"
+        return "sparse" if self._predict(tokens, x.dtype, compiled=compiled) < 1 else None
+
+    def _may_decode(self, x: Tensor, tokens: int, *, in_place: bool) -> bool:
         """Whether these are few tokens of a model at rest, each with as many experts as the others."""
-        layer = self._layer
+        layer, config = self._layer, self._layer.config
         return (
-            x.numel() <= _FEW_TOKENS * self._hidden
+            tokens <= (_FEW_TOKENS if decodes_many(x.dtype, in_place=in_place) else _VERY_FEW_TOKENS)
             and not layer.training
             and not torch.is_grad_enabled()
-            and layer.config.score_threshold is None
-            and layer.config.capacity_factor is None
+            and config.score_threshold is None
+            and config.capacity_factor is None
             and not torch.is_autocast_enabled(x.device.type)
         )
-
-    def _is_profitable(self, x: Tensor, *, decodes: bool) -> bool:
-        """Whether it was asked for, or is expected to be faster."""
-        config = self._layer.config
-        if config.backend == "sparse":
-            return True
-        if x.device.type != "cpu":
-            return False
-        tokens, n = x.numel() // x.shape[-1], config.num_experts
-        if decodes:
-            active, size = config.num_active_experts / n, self._width // n
-            return x.dtype != torch.float16 and predicted_decode_ratio(tokens, self._hidden, size, active, n) < 1
-        return self._predict(tokens, x.dtype, compiled=compiled_kernels() is not None) < 1
 
     def _predict(self, tokens: int, dtype: torch.dtype = torch.float32, *, compiled: bool = True) -> float:
         """Expected time as a share of the dense FFN's; infinite for a dtype that it does not take."""
@@ -284,107 +254,7 @@ class SparsePath:
         ratio = predicted_time_ratio(tokens, self._hidden, size, active, dtype, threads, compiled=compiled)
         return math.inf if ratio is None else ratio
 
-    def _fallback_reason(self, x: Tensor, tensors: Sequence[Tensor]) -> str | None:
-        """Why this forward pass cannot take the sparse path with these weights, or None."""
-        layer = self._layer
-        if _is_transformed():
-            return "torch.func or forward-mode derivatives transform it"
-        for (modules, name), own in zip(self._places, self._projections, strict=True):
-            if modules.get(name) is not own:
-                return "a projection carries an adapter or was replaced"
-        for module, handler in self._handlers:
-            if _own(module, "weight") is None or not is_routed_by(module, handler, alone=True):
-                return "a projection's class was replaced, or its weight is computed"
-        device, dtype = x.device, x.dtype
-        autocast = autocast_dtype(device.type)
-        if autocast is not None and torch.float64 in (dtype, tensors[0].dtype):
-            return "autocast leaves float64 as it is"
-        config = layer.config
-        if isinstance(config, EMoEConfig) and config.score in _OF_NEURONS and (autocast or dtype) in _HALF:
-            return "scores of neurons are rounded like them in half precision"
-        for tensor in tensors:
-            if type(tensor) not in _PLAIN:
-                return f"a weight is a {type(tensor).__name__}"
-            if not tensor.is_contiguous() and 0 in tensor.stride():
-                return "numbers of a weight lie in one place"
-            if tensor.device != device:
-                return f"a weight is on {tensor.device}, the input on {device}"
-            if tensor.dtype != dtype and (tensor.dtype != tensors[0].dtype or autocast is None):
-                return "weights and input are of several dtypes"
-        if layer.training:
-            if layer.config.expert_dropout:
-                return "expert_dropout acts on hidden neurons"
-            if any(module.training and module.p for module in self._dropouts):
-                return "dropout acts on hidden neurons"
-        if not _is_elementwise(layer.activation):
-            return "the activation is not known to take each neuron for itself, is random, or writes over its input"
-        if layer.activation is not self._activation:
-            self._watch_activation()
-        if self._is_looked_at_inside:
-            return "the FFN's own code looks at hidden neurons"
-        if any(map(_is_looked_at, self._watched)) or _has_global_hook():
-            return "a hook or a replaced forward looks at the FFN"
-        return None
-
 
 def _chooses_by_gate(config: EMoEConfig) -> bool:
     """Whether avg-k by keys takes the largest products of input and present mean keys."""
     return config.selection == "top" and not (config.score_bias or config.normalize_gate or config.gate_momentum)
-
-
-def _is_plain(x: Tensor) -> bool:
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return type(x) in _PLAIN and not (x.is_nested or x.is_meta or tracing) and x.numel() > 0
-
-
-def _is_transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def _is_elementwise(activation: nn.Module) -> bool:
-    """Whether an activation is one of those that take each neuron for itself, always give the same and leave their input as it is."""
-    kind = type(activation)
-    known = kind in _ELEMENTWISE or kind.__module__ in _ELEMENTWISE_MODULES
-    return known and not activation.__dict__.get("inplace", False)
-
-
-def _holders(ffn: FFN) -> list[nn.Module]:
-    """Modules of the layer that hold a part of the FFN: hidden neurons go in or out of them."""
-    spec = ffn.spec
-    paths = [path for path in (spec.proj_in, spec.proj_up, spec.proj_out, spec.activation, *spec.between) if path]
-    holders = {path[:end] for path in paths for end, sign in enumerate(path) if sign == "."}
-    return [
-        ffn.layer.get_submodule(holder)
-        for holder in sorted(holders)
-        if not all(path.startswith(f"{holder}.") for path in paths)
-    ]
-
-
-def _place(layer: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], str]:
-    prefix, _, name = path.rpartition(".")
-    return layer.get_submodule(prefix)._modules, name
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    """Weight and bias of a projection, where they are its own and not computed."""
-    return [found for name in ("weight", "bias") if (found := _own(module, name)) is not None]
-
-
-def _own(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer that a module holds itself."""
-    found = module._parameters.get(name)
-    return module._buffers.get(name) if found is None else found
-
-
-def _is_looked_at(module: nn.Module) -> bool:
-    """Whether a hook that is not ours, or a replaced ``forward``, sees what a module computes."""
-    state = module.__dict__
-    for name in _HOOKS:
-        if (hooks := state[name]) and not all(map(is_own_hook, hooks.values())):
-            return True
-    return "forward" in state
-
-
-def _has_global_hook() -> bool:
-    state = vars(nn_module)
-    return any(state[name] for name in _GLOBAL_HOOKS)

@@ -117,7 +117,7 @@ def test_it_is_for_models_at_rest_only() -> None:
     x = torch.randn(1, 16)
     sparse = net("sparse")
     assert decodes(sparse, x)
-    assert not decodes(sparse, torch.randn(20, 16))
+    assert not decodes(sparse, torch.randn(65, 16))
     assert not decodes(copy.deepcopy(sparse).train(), x)
     with mock.patch.object(path, "decode_ffn", side_effect=decode_ffn) as spy:
         sparse(x.requires_grad_()).sum().backward()
@@ -176,11 +176,32 @@ def test_answers_are_the_masked_paths(name: str) -> None:
 def test_auto_decodes_where_fewer_weights_are_read() -> None:
     found = plain_net(256, 1024)
     emoe.convert_(found, emoe.EMoEConfig(num_experts=32, top_k=8, layers=[0], partition="random"))
-    assert decodes(found, torch.randn(1, 256))
-    assert not decodes(found, torch.randn(4, 256))
+    read_once = compiled_kernels() is not None
+    assert [decodes(found, torch.randn(tokens, 256)) for tokens in (1, 64, 65)] == [True, read_once, False]
     emoe.set_top_k_(found, 31)
     assert not decodes(found, torch.randn(1, 256))
-    assert predicted_decode_ratio(1, 576, 24, 0.25, 64) < predicted_decode_ratio(2, 576, 24, 0.25, 64)
+
+
+@pytest.mark.parametrize(("dtype", "compiled"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])
+def test_expected_time_of_decoding_grows_with_tokens_and_experts(dtype: torch.dtype, compiled: bool) -> None:
+    def expected(tokens: int, active: float) -> float:
+        return predicted_decode_ratio(tokens, 576, 24, active, 64, dtype, in_place=compiled)
+
+    assert expected(1, 0.25) < expected(2, 0.25) < expected(2, 0.5) < expected(8, 0.5)
+    many = compiled and (dtype == torch.float32 or torch.backends.cpu.get_cpu_capability() == "AVX2")
+    assert (expected(32, 0.25) < 1) == many
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+@pytest.mark.parametrize("tokens", [9, 64])
+def test_more_tokens_are_decoded_as_the_mask_computes_them(tokens: int, settings: str) -> None:
+    if compiled_kernels() is None:
+        pytest.skip("no compiler on this machine")
+    x = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(2))
+    masked, sparse = (net(backend, **VARIANTS[settings]) for backend in ("masked", "sparse"))
+    assert decodes(sparse, x) == (settings != "scattered values")
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(x), masked(x), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -194,7 +215,7 @@ def test_compiled_products_of_random_shapes(seed: int) -> None:
         return values[int(torch.randint(len(values), (), generator=random))]
 
     for _ in range(25):
-        n, size, h, tokens = one_of(1, 3, 8), one_of(1, 7, 8, 24, 33), one_of(1, 5, 16, 67), one_of(1, 2, 8)
+        n, size, h, tokens = one_of(1, 3, 8), one_of(1, 7, 8, 24, 33), one_of(1, 5, 16, 67), one_of(1, 2, 8, 40)
         dtype = (torch.float32, torch.bfloat16)[one_of(0, 1)]
         k = one_of(*range(1, n + 1))
         experts = torch.stack([torch.randperm(n, generator=random)[:k] for _ in range(tokens)])

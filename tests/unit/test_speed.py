@@ -93,7 +93,7 @@ class Silent:
     def say(self, text: str) -> None: ...
 
 
-@pytest.mark.parametrize("measure", ["layer", "step", "decode", "generate", "partition"])
+@pytest.mark.parametrize("measure", ["layer", "step", "decode", "prompt", "generate", "partition"])
 def test_each_measure_gives_a_row_a_candidate(measure: str, tmp_path: Path) -> None:
     models = {
         "layer": {"hidden": 16, "neurons": 64, "gated": True},
@@ -108,6 +108,7 @@ def test_each_measure_gives_a_row_a_candidate(measure: str, tmp_path: Path) -> N
             }
         },
         "decode": {"config": SMALL_LLAMA},
+        "prompt": {"config": SMALL_LLAMA},
         "generate": {"config": SMALL_LLAMA},
         "partition": {"hidden": 16, "neurons": 64},
     }
@@ -214,7 +215,7 @@ def test_tables_figures_and_report_show_what_was_measured(here: Path, monkeypatc
     suite = load_suite({"suite": "speed"})
     shown = present(load_benchmark("speed"), made)
     counts = Counter(run.spec["task"]["name"] for run in made)
-    counts["decode"] += counts.pop("generate")
+    counts["decode"] += counts.pop("generate") + counts.pop("prompt")
     assert {table.name: len(table.frame) for table in shown.tables} == {
         f"speed_{name}": n for name, n in counts.items()
     }

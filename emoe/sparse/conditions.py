@@ -1,0 +1,191 @@
+"""Where the sparse path gives the masked path's results. It does not, so the mask is taken for this forward pass, where
+
+- a projection carries an adapter, whose effect on a neuron is not known before all are computed;
+- a weight is sharded, quantised, offloaded or of another dtype at that moment (FSDP must shard the layer, not its projections);
+- dropout acts on the hidden neurons;
+- experts are scored by their neurons (``gate``, ``up``) in half precision, to which the masked path rounds these; or autocast meets float64;
+- the activation is none of the known ones that take each neuron for itself, or writes over its input;
+- a projection is no plain linear layer;
+- somebody else looks at a projection, the activation, or a module that holds a part of the FFN: a hook of any kind, also a global one, or a replaced ``forward``;
+- the FFN's own code was seen to look at hidden neurons;
+- the model is compiled, traced or transformed (``torch.func``), or forward-mode derivatives are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+from emoe.architectures import FFN
+from emoe.config import EMoEConfig, GMoEConfig
+from emoe.guard import Guard
+from emoe.projections import is_linear_routed_by
+from emoe.tensors import autocast_dtype
+from emoe.tokens import is_own_hook
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_PLAIN = (Tensor, nn.Parameter)
+_ELEMENTWISE = {
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid),
+    *(nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Tanh, nn.Tanhshrink),
+}
+_ELEMENTWISE_MODULES = {"transformers.activations", "timm.layers.activations"}
+_OF_NEURONS = ("gate", "up")
+_HALF = (torch.bfloat16, torch.float16)
+
+Projections = Sequence[tuple[str, nn.Module, Callable[..., Any]]]
+
+
+class Layer(Protocol):
+    """What the conditions need of a routed FFN's activation."""
+
+    activation: nn.Module
+    training: bool
+
+    @property
+    def config(self) -> EMoEConfig | GMoEConfig: ...
+
+
+class Conditions:
+    """What has to be so for one FFN's sparse path to give the masked path's results.
+
+    Args:
+        ffn: the FFN.
+        layer: its routed activation, a module.
+        projections: path, module and the handler that its calls go through, of each of the FFN's projections, the out-projection last.
+    """
+
+    def __init__(self, ffn: FFN, layer: Layer, projections: Projections) -> None:
+        self._layer = layer
+        self._projections = tuple((module, handler) for _, module, handler in projections)
+        # where each projection stands, to see that it still does
+        self._places = tuple((*_place(ffn.layer, path), module) for path, module, _ in projections)
+        between = [ffn.layer.get_submodule(path) for path in ffn.spec.between]
+        self._dropouts = tuple(module for module in between if isinstance(module, nn.Dropout))
+        projected = (module for module, _ in self._projections)
+        self._others = (cast(nn.Module, layer), *projected, *between, *_holders(ffn))
+        self._watch_activation()
+        self.is_looked_at_inside = False
+
+    def _watch_activation(self) -> None:
+        self._activation = self._layer.activation
+        self._watched: tuple[nn.Module, ...] = (*self._others, *self._activation.modules())
+
+    def tensors(self, guard: Guard) -> list[Tensor]:
+        """Weights and biases of the projections, where they are their own and not computed."""
+        found = (_own(module, name, guard) for module, _ in self._projections for name in ("weight", "bias"))
+        return [tensor for tensor in found if tensor is not None]
+
+    def fallback_reason(self, x: Tensor, tensors: Sequence[Tensor], guard: Guard) -> str | None:
+        """Why a forward pass with this input cannot take the sparse path, or None.
+
+        Args:
+            x: the FFN's input.
+            tensors: the projections'.
+            guard: through which all is read that may be another in the next pass, but ``x`` and PyTorch's modes.
+        """
+        layer = self._layer
+        if is_transformed():
+            return "torch.func or forward-mode derivatives transform it"
+        for modules, name, own in self._places:
+            if guard.item(modules, name) is not own:
+                return "a projection carries an adapter or was replaced"
+        for module, handler in self._projections:
+            if _own(module, "weight", guard) is None or not is_linear_routed_by(module, handler, guard):
+                return "a projection's class was replaced, or its weight is computed"
+        device, dtype = x.device, x.dtype
+        autocast = autocast_dtype(device.type)
+        if autocast is not None and torch.float64 in (dtype, tensors[0].dtype):
+            return "autocast leaves float64 as it is"
+        config = guard.item(vars(layer), "config")
+        if isinstance(config, EMoEConfig) and config.score in _OF_NEURONS and (autocast or dtype) in _HALF:
+            return "scores of neurons are rounded like them in half precision"
+        for tensor in tensors:
+            if type(tensor) not in _PLAIN:
+                return f"a weight is a {type(tensor).__name__}"
+            if not tensor.is_contiguous() and 0 in tensor.stride():
+                return "numbers of a weight lie in one place"
+            if tensor.device != device:
+                return f"a weight is on {tensor.device}, the input on {device}"
+            if tensor.dtype != dtype and (tensor.dtype != tensors[0].dtype or autocast is None):
+                return "weights and input are of several dtypes"
+        if guard.item(vars(layer), "training"):
+            if config.expert_dropout:
+                return "expert_dropout acts on hidden neurons"
+            if any(module.training and module.p for module in self._dropouts):
+                return "dropout acts on hidden neurons"
+        activation = guard.item(cast(nn.Module, layer)._modules, "activation")
+        if not _is_elementwise(activation, guard):
+            return "the activation is not known to take each neuron for itself, is random, or writes over its input"
+        if activation is not self._activation:
+            self._watch_activation()
+        if guard.item(vars(self), "is_looked_at_inside"):
+            return "the FFN's own code looks at hidden neurons"
+        states = map(vars, self._watched)
+        if any(_is_looked_at(state, guard) for state in states) or _has_global_hook(guard):
+            return "a hook or a replaced forward looks at the FFN"
+        return None
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether an input is a tensor of numbers and nothing else."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return type(x) in _PLAIN and not (x.is_nested or x.is_meta or tracing) and x.numel() > 0
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode derivatives act on what is computed now."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _is_elementwise(activation: nn.Module, guard: Guard) -> bool:
+    """Whether an activation is one of those that take each neuron for itself, always give the same and leave their input as it is."""
+    guard.attribute(activation, "__class__")
+    kind = type(activation)
+    known = kind in _ELEMENTWISE or kind.__module__ in _ELEMENTWISE_MODULES
+    return known and not guard.item(vars(activation), "inplace")
+
+
+def _holders(ffn: FFN) -> list[nn.Module]:
+    """Modules of the layer that hold a part of the FFN: hidden neurons go in or out of them."""
+    spec = ffn.spec
+    paths = [path for path in (spec.proj_in, spec.proj_up, spec.proj_out, spec.activation, *spec.between) if path]
+    holders = {path[:end] for path in paths for end, sign in enumerate(path) if sign == "."}
+    return [
+        ffn.layer.get_submodule(holder)
+        for holder in sorted(holders)
+        if not all(path.startswith(f"{holder}.") for path in paths)
+    ]
+
+
+def _place(layer: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], str]:
+    prefix, _, name = path.rpartition(".")
+    return layer.get_submodule(prefix)._modules, name
+
+
+def _own(module: nn.Module, name: str, guard: Guard) -> Tensor | None:
+    """A parameter or buffer that a module holds itself."""
+    found: Tensor | None = guard.item(module._parameters, name)
+    return guard.item(module._buffers, name) if found is None else found
+
+
+def _is_looked_at(state: dict[str, Any], guard: Guard) -> bool:
+    """Whether a hook that is not ours, or a replaced ``forward``, sees what the module of this state computes."""
+    hooks = (hook for name in _HOOKS for hook in guard.items(guard.item(state, name)))
+    return not all(map(is_own_hook, hooks)) or guard.item(state, "forward") is not None
+
+
+def _has_global_hook(guard: Guard) -> bool:
+    state = vars(nn_module)
+    return any(guard.items(guard.item(state, name)) for name in _GLOBAL_HOOKS)

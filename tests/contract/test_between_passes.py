@@ -1,0 +1,243 @@
+"""A model at rest decodes, something changes, and the next pass is the masked path's: what was seen in one pass is not taken for granted in the next."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import emoe
+from emoe.guard import Guard
+from emoe.sparse import path
+from emoe.sparse.decode import decode_ffn
+from tests.plain_net import plain_net
+
+Patch = pytest.MonkeyPatch
+PARTS = ("inner", "up", "outer", "act")
+
+
+def twice(_: nn.Module, args: Any, output: Any = None) -> Any:
+    """A hook after or before a forward pass."""
+    return (args[0] * 2,) if output is None else output * 2
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def hook_after(part: str) -> Callable[[Any, Patch], None]:
+    return lambda ffn, _: getattr(ffn, part).register_forward_hook(twice)
+
+
+def hook_before(part: str) -> Callable[[Any, Patch], None]:
+    return lambda ffn, _: getattr(ffn, part).register_forward_pre_hook(twice)
+
+
+def other_hooks(ffn: Any, _: Patch) -> None:
+    ffn.up._forward_hooks = OrderedDict({0: twice})
+
+
+def hook_in_the_place_of_ours(ffn: Any, _: Patch) -> None:
+    hooks = ffn.act._forward_pre_hooks
+    (key,) = hooks
+    hooks[key] = twice
+
+
+def hook_of_the_activation_itself(ffn: Any, _: Patch) -> None:
+    ffn.act.activation.register_forward_hook(twice)
+
+
+def hook_of_all(ffn: Any, patch: Patch) -> None:
+    hooks = nn.modules.module._global_forward_hooks
+    patch.setitem(hooks, id(ffn), lambda module, args, output: output * 2 if module is ffn.up else None)  # type: ignore[attr-defined]
+
+
+def forward_of_one(ffn: Any, _: Patch) -> None:
+    ffn.up.forward = lambda x: F.linear(x, ffn.up.weight) * 2
+
+
+def class_of_one(ffn: Any, _: Patch) -> None:
+    ffn.up.__class__ = Twice
+
+
+def forward_of_all(_: Any, patch: Patch) -> None:
+    patch.setattr(nn.Linear, "forward", lambda self, x: 2 * F.linear(x, self.weight, self.bias))
+
+
+def product_of_all(_: Any, patch: Patch) -> None:
+    linear = F.linear
+    patch.setattr(F, "linear", lambda *args: 2 * linear(*args))
+
+
+def another_projection(ffn: Any, _: Patch) -> None:
+    ffn.up = copy.deepcopy(ffn.up)
+    ffn.up.weight.data.neg_()
+
+
+def projection_around_it(ffn: Any, _: Patch) -> None:
+    ffn.up = nn.Sequential(ffn.up, nn.Tanh())
+
+
+def another_weight(part: str) -> Callable[[Any, Patch], None]:
+    def change(ffn: Any, _: Patch) -> None:
+        getattr(ffn, part).weight = nn.Parameter(-getattr(ffn, part).weight.detach())
+
+    return change
+
+
+def other_numbers(part: str) -> Callable[[Any, Patch], None]:
+    def change(ffn: Any, _: Patch) -> None:
+        getattr(ffn, part).weight.data = -getattr(ffn, part).weight.data
+
+    return change
+
+
+def transposed(part: str) -> Callable[[Any, Patch], None]:
+    def change(ffn: Any, _: Patch) -> None:
+        getattr(ffn, part).weight.data = getattr(ffn, part).weight.data.t()  # the same place, the same shape
+
+    return change
+
+
+def exchanged(ffn: Any, _: Patch) -> None:
+    torch.utils.swap_tensors(ffn.up.weight, nn.Parameter(-ffn.up.weight.detach()))
+
+
+def with_a_bias(ffn: Any, _: Patch) -> None:
+    ffn.up.bias = nn.Parameter(torch.ones(16))
+
+
+def another_activation(ffn: Any, _: Patch) -> None:
+    ffn.act.activation = nn.ReLU()
+
+
+def random_activation(ffn: Any, _: Patch) -> None:
+    ffn.act.activation = nn.RReLU(0.1, 0.1)
+
+
+def class_of_the_activation(ffn: Any, _: Patch) -> None:
+    ffn.act.activation.__class__ = nn.Softmax
+    ffn.act.activation.dim = -1
+
+
+def fewer_experts(ffn: Any, _: Patch) -> None:
+    emoe.set_top_k_(ffn, 1)
+
+
+CHANGES: dict[str, Callable[[Any, Patch], None]] = {
+    **{f"hook after {part}": hook_after(part) for part in PARTS},
+    **{f"hook before {part}": hook_before(part) for part in PARTS},
+    **{f"another weight of {part}": another_weight(part) for part in PARTS[:3]},
+    **{f"other numbers of {part}": other_numbers(part) for part in PARTS[:3]},
+    **{f"{part} transposed": transposed(part) for part in PARTS[:3]},
+    **{
+        change.__name__.replace("_", " "): change
+        for change in (
+            *(other_hooks, hook_in_the_place_of_ours, hook_of_the_activation_itself, hook_of_all, forward_of_one),
+            *(class_of_one, forward_of_all, product_of_all, another_projection, projection_around_it, exchanged),
+            *(with_a_bias, another_activation, random_activation, class_of_the_activation, fewer_experts),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_between_two_passes_is_seen(name: str, monkeypatch: Patch) -> None:
+    x, models = torch.randn(1, 16, generator=torch.Generator().manual_seed(1)), []
+    for backend in ("masked", "sparse"):
+        net = plain_net(16, 16, gated=True)
+        emoe.convert_(net, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0], backend=backend, partition="contiguous"))
+        models.append(net.requires_grad_(False))
+    masked, sparse = models
+    with torch.no_grad(), mock.patch.object(path, "decode_ffn", side_effect=decode_ffn) as spy:
+        before = [sparse(x) for _ in range(3)][-1]
+        assert spy.call_count == 3
+    with monkeypatch.context() as patch, torch.no_grad():
+        for model in models:
+            CHANGES[name](model.layers[0], patch)
+        expected, found = masked(x), sparse(x)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(expected, before, atol=1e-3)
+        torch.testing.assert_close(sparse(x), expected, atol=1e-5, rtol=1e-4)
+    if "of_all" in CHANGES[name].__name__:  # and that it is gone again
+        with torch.no_grad():
+            torch.testing.assert_close(sparse(x), before, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["autocast", "func", "gradients", "training"])
+def test_another_mode_of_pytorch_is_seen(mode: str) -> None:
+    sparse = plain_net(16, 64, gated=True)
+    emoe.convert_(sparse, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0], backend="sparse"))
+    masked = copy.deepcopy(sparse)
+    emoe.set_backend_(masked, "masked")
+    x = torch.randn(1, 16)
+    for model in (sparse, masked):
+        with torch.no_grad():
+            model(x)
+    if mode == "autocast":
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert sparse(x).dtype == masked(x).dtype == torch.bfloat16
+    elif mode == "func":
+        ours, theirs = (torch.func.jacrev(lambda x, model=model: model(x).sum())(x) for model in (sparse, masked))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    elif mode == "gradients":
+        ours, theirs = (torch.autograd.grad(model(x).sum(), model.layers[0].up.weight)[0] for model in (sparse, masked))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    else:
+        with torch.no_grad(), mock.patch.object(path, "decode_ffn", side_effect=decode_ffn) as spy:
+            sparse.train()(x)
+        assert not spy.called
+
+
+def test_inputs_of_other_shapes_and_types_between() -> None:
+    sparse = plain_net(16, 64, gated=True)
+    emoe.convert_(sparse, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0], backend="sparse"))
+    masked = copy.deepcopy(sparse)
+    emoe.set_backend_(masked, "masked")
+    with torch.no_grad():
+        for shape in ((1, 16), (1, 1, 16), (16,), (3, 16), (1, 16), (40, 16), (1, 16)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(sparse(x), masked(x), atol=1e-5, rtol=1e-4)
+        with pytest.raises(RuntimeError, match="dtype"):
+            sparse(torch.randn(1, 16).double())
+        x = torch.randn(1, 16).double()
+        torch.testing.assert_close(sparse.double()(x), masked.double()(x))
+
+
+def test_the_guard_sees_each_thing_it_read_become_another() -> None:
+    class Owner:
+        size = 1
+
+    owner, hooks, weight = Owner(), {"a": 1}, torch.ones(2, 2)
+    settings: dict[str, Any] = {"mode": "eval", "hooks": hooks}
+    guard = Guard()
+    assert guard.item(settings, "mode") == "eval"
+    assert guard.item(settings, "none") is None
+    assert guard.attribute(Owner, "size") == 1
+    assert guard.attribute(owner, "__class__") is Owner
+    assert guard.items(guard.item(settings, "hooks")) == [1]
+    assert guard.tensor(weight) is weight
+    assert guard.holds()
+    changes: list[tuple[Callable[[], Any], Callable[[], Any]]] = [
+        (lambda: settings.update(mode="train"), lambda: settings.update(mode="eval")),
+        (lambda: settings.update(none=0), lambda: settings.pop("none")),
+        (lambda: settings.update(hooks={"a": 1}), lambda: settings.update(hooks=hooks)),
+        (lambda: hooks.update(b=2), lambda: hooks.pop("b")),
+        (lambda: hooks.update(a=2), lambda: hooks.update(a=1)),
+        (lambda: setattr(Owner, "size", 2), lambda: setattr(Owner, "size", 1)),
+        (lambda: weight.t_(), lambda: weight.t_()),
+        (lambda: weight.resize_(1, 4), lambda: weight.resize_(2, 2)),
+    ]
+    for change, back in changes:
+        change()
+        assert not guard.holds()
+        back()
+        assert guard.holds()
