@@ -15,7 +15,7 @@ from emoe.architectures import FFN, has_plain_weight
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import ConversionError
 from emoe.registry import ROUTERS, RegisteredRouter
-from emoe.routing import block_means, expert_means, key_scores
+from emoe.routing import block_means, expert_means, key_scores, neuron_means
 
 _COSINE_DIM = 256
 _MAX_LOG_SCALE = math.log(100.0)
@@ -153,7 +153,7 @@ class AvgKRouter(Router):
             return key_scores(x, self.current_gate() if gate is None else gate, bias, unit_length=config.normalize_gate)
         # means of what an in-projection gives, from the means of its weights: the same, because it is linear
         weight, bias = self.ffn.blocks(config.num_experts)[0][config.score == "up"]
-        return key_scores(x, weight.float().mean(1), None if bias is None else bias.float().mean(1))
+        return key_scores(x, neuron_means(weight), None if bias is None else bias.float().mean(1))
 
     def scores(self, x: Tensor | None, z: Tensor) -> Tensor:
         """Scores ``[T, N]`` from the FFN's input ``[T, h]`` (None where it is not known) and pre-activations ``[T, d]``."""

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from emoe.config import BalanceLoss, Selection, Weighting
 
+_COPIED_AT_ONCE = 1 << 19  # numbers
+
 
 def expert_means(rows: Tensor, num_experts: int, value_norms: Tensor | None = None) -> Tensor:
     """Mean over each expert's neurons in float32, ``[d, ...]`` to ``[N, ...]``.
@@ -23,11 +25,20 @@ def expert_means(rows: Tensor, num_experts: int, value_norms: Tensor | None = No
         num_experts: N.
         value_norms: ``[d]``; weight each neuron in proportion to it instead of equally.
     """
-    blocks = rows.float().unflatten(0, (num_experts, -1))
+    blocks = rows.unflatten(0, (num_experts, -1))
     if value_norms is None:
-        return blocks.mean(1)
+        return neuron_means(blocks)
     norms = value_norms.float().unflatten(0, (num_experts, -1))
-    return torch.einsum("ns,ns...->n...", norms / norms.sum(1, keepdim=True).clamp_min(1e-12), blocks)
+    return torch.einsum("ns,ns...->n...", norms / norms.sum(1, keepdim=True).clamp_min(1e-12), blocks.float())
+
+
+def neuron_means(blocks: Tensor) -> Tensor:
+    """Mean over the neurons of blocks in float32, ``[N, s, ...]`` to ``[N, ...]``."""
+    if blocks.dtype == torch.float32 or blocks.device.type != "cpu" or torch.compiler.is_compiling():
+        return blocks.float().mean(1)
+    # a few experts at a time: a copy of a large layer in float32 is new memory in each pass, which takes longer to get than the means to compute
+    at_once = max(_COPIED_AT_ONCE // max(blocks[:1].numel(), 1), 1)
+    return torch.cat([part.float().mean(1) for part in blocks.split(at_once)])
 
 
 def key_scores(x: Tensor, gate: Tensor, bias: Tensor | None = None, *, unit_length: bool = False) -> Tensor:

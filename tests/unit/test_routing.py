@@ -16,6 +16,7 @@ from emoe.routing import (
     expert_weights,
     key_scores,
     mask_above,
+    neuron_means,
     select_experts,
 )
 from tests.plain_net import plain_net
@@ -52,6 +53,15 @@ def test_value_norms_weight_the_mean_within_each_expert(size) -> None:
     )
     torch.testing.assert_close(expert_means(keys, experts, norms), by_hand)
     torch.testing.assert_close(expert_means(keys, experts, torch.ones_like(norms)), expert_means(keys, experts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(64, 24, 576), (3, 700, 1024), (64, 88), (5, 1, 1), (0, 4, 4)])
+def test_means_of_any_type_are_those_of_the_weights_in_float32(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    blocks = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = neuron_means(blocks)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, blocks.float().mean(1))
 
 
 def test_scores_stay_in_float32_under_autocast() -> None:
