@@ -83,9 +83,14 @@ class Conditions:
         self._watched: tuple[nn.Module, ...] = (*self._others, *self._activation.modules())
 
     def tensors(self, guard: Guard) -> list[Tensor]:
-        """Weights and biases of the projections, where they are their own and not computed."""
-        found = (_own(module, name, guard) for module, _ in self._projections for name in ("weight", "bias"))
-        return [tensor for tensor in found if tensor is not None]
+        """Weights and biases of the projections; none where a weight is computed, and not the projection's own."""
+        found = []
+        for module, _ in self._projections:
+            if (weight := _own(module, "weight", guard)) is None:
+                return []
+            bias = _own(module, "bias", guard)
+            found += [weight] if bias is None else [weight, bias]
+        return found
 
     def fallback_reason(self, x: Tensor, tensors: Sequence[Tensor], guard: Guard) -> str | None:
         """Why a forward pass with this input cannot take the sparse path, or None.
@@ -98,12 +103,11 @@ class Conditions:
         layer = self._layer
         if is_transformed():
             return "torch.func or forward-mode derivatives transform it"
-        for modules, name, own in self._places:
-            if guard.item(modules, name) is not own:
+        for parent, name, own in self._places:
+            if guard.item(_children(parent, guard), name) is not own:
                 return "a projection carries an adapter or was replaced"
-        for module, handler in self._projections:
-            if _own(module, "weight", guard) is None or not is_linear_routed_by(module, handler, guard):
-                return "a projection's class was replaced, or its weight is computed"
+        if not tensors or not all(is_linear_routed_by(*projection, guard) for projection in self._projections):
+            return "a projection's class was replaced, or its weight is computed"
         device, dtype = x.device, x.dtype
         autocast = autocast_dtype(device.type)
         if autocast is not None and torch.float64 in (dtype, tensors[0].dtype):
@@ -125,14 +129,14 @@ class Conditions:
                 return "expert_dropout acts on hidden neurons"
             if any(module.training and module.p for module in self._dropouts):
                 return "dropout acts on hidden neurons"
-        activation = guard.item(cast(nn.Module, layer)._modules, "activation")
+        activation = guard.item(_children(cast(nn.Module, layer), guard), "activation")
         if not _is_elementwise(activation, guard):
             return "the activation is not known to take each neuron for itself, is random, or writes over its input"
         if activation is not self._activation:
             self._watch_activation()
         if guard.item(vars(self), "is_looked_at_inside"):
             return "the FFN's own code looks at hidden neurons"
-        states = map(vars, self._watched)
+        states = (guard.attribute(module, "__dict__") for module in self._watched)
         if any(_is_looked_at(state, guard) for state in states) or _has_global_hook(guard):
             return "a hook or a replaced forward looks at the FFN"
         return None
@@ -169,15 +173,20 @@ def _holders(ffn: FFN) -> list[nn.Module]:
     ]
 
 
-def _place(layer: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], str]:
+def _place(layer: nn.Module, path: str) -> tuple[nn.Module, str]:
     prefix, _, name = path.rpartition(".")
-    return layer.get_submodule(prefix)._modules, name
+    return layer.get_submodule(prefix), name
+
+
+def _children(module: nn.Module, guard: Guard) -> dict[str, nn.Module | None]:
+    found: dict[str, nn.Module | None] = guard.item(guard.attribute(module, "__dict__"), "_modules")
+    return found
 
 
 def _own(module: nn.Module, name: str, guard: Guard) -> Tensor | None:
     """A parameter or buffer that a module holds itself."""
-    found: Tensor | None = guard.item(module._parameters, name)
-    return guard.item(module._buffers, name) if found is None else found
+    found: Tensor | None = guard.item(guard.item(vars(module), "_parameters"), name)
+    return guard.item(guard.item(vars(module), "_buffers"), name) if found is None else found
 
 
 def _is_looked_at(state: dict[str, Any], guard: Guard) -> bool:

@@ -210,7 +210,7 @@ class SparsePath:
         copied = [cast(Tensor, module.weight) for module in (first, *scattered, last)]
         settings = (config, len(copied), tuple(look(guard.tensor(tensor)) for tensor in tensors))
         weights = self._cache.get(copied, settings, guard, make)
-        output_biases = guard.item(cast(nn.Module, layer)._parameters, "output_bias")
+        output_biases = guard.item(guard.item(vars(layer), "_parameters"), "output_bias")
         return Decoding(weights, layer.activation, bias_of(last), output_biases)
 
     def _takes(self, x: Tensor) -> bool:

@@ -107,6 +107,20 @@ def transposed(part: str) -> Callable[[Any, Patch], None]:
     return change
 
 
+def other_parameters(ffn: Any, _: Patch) -> None:
+    ffn.up._parameters = {**ffn.up._parameters, "weight": nn.Parameter(-ffn.up.weight.detach())}
+
+
+def other_children(ffn: Any, _: Patch) -> None:
+    other = nn.Linear(16, 16, bias=False)
+    other.weight.data = -ffn.up.weight.data
+    ffn._modules = {**ffn._modules, "up": other}
+
+
+def other_attributes(ffn: Any, _: Patch) -> None:
+    ffn.up.__dict__ = {**ffn.up.__dict__, "_forward_hooks": OrderedDict({0: twice})}
+
+
 def exchanged(ffn: Any, _: Patch) -> None:
     torch.utils.swap_tensors(ffn.up.weight, nn.Parameter(-ffn.up.weight.detach()))
 
@@ -142,7 +156,17 @@ CHANGES: dict[str, Callable[[Any, Patch], None]] = {
         change.__name__.replace("_", " "): change
         for change in (
             *(other_hooks, hook_in_the_place_of_ours, hook_of_the_activation_itself, hook_of_all, forward_of_one),
-            *(class_of_one, forward_of_all, product_of_all, another_projection, projection_around_it, exchanged),
+            *(
+                class_of_one,
+                other_parameters,
+                other_children,
+                other_attributes,
+                forward_of_all,
+                product_of_all,
+                another_projection,
+                projection_around_it,
+                exchanged,
+            ),
             *(with_a_bias, another_activation, random_activation, class_of_the_activation, fewer_experts),
         )
     },
