@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emoe.guard import Guard
+from emoe.decision_guard import Guard
 
 Handler = Callable[..., Any]
 _HANDLER = "_emoe_handler"

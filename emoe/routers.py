@@ -153,7 +153,7 @@ class AvgKRouter(Router):
             return key_scores(x, self.current_gate() if gate is None else gate, bias, unit_length=config.normalize_gate)
         # means of what an in-projection gives, from the means of its weights: the same, because it is linear
         weight, bias = self.ffn.blocks(config.num_experts)[0][config.score == "up"]
-        return key_scores(x, neuron_means(weight), None if bias is None else bias.float().mean(1))
+        return key_scores(x, neuron_means(weight), None if bias is None else neuron_means(bias))
 
     def scores(self, x: Tensor | None, z: Tensor) -> Tensor:
         """Scores ``[T, N]`` from the FFN's input ``[T, h]`` (None where it is not known) and pre-activations ``[T, d]``."""

@@ -23,7 +23,7 @@ from torch.nn.modules import module as nn_module
 
 from emoe.architectures import FFN
 from emoe.config import EMoEConfig, GMoEConfig
-from emoe.guard import Guard
+from emoe.decision_guard import Guard
 from emoe.projections import is_linear_routed_by
 from emoe.tensors import autocast_dtype
 from emoe.tokens import is_own_hook

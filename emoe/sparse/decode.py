@@ -5,7 +5,7 @@ neuron (``[d, h]``, as large as the out-projection's weight), without which an e
 the model trains or a gradient is recorded, and made again when the weights have changed: when PyTorch counts a change, when they are other tensors, or when one of 16 places of
 each is not what it was. A few numbers changed behind PyTorch's back, between two passes of a model at rest, are not seen.
 
-One token at a time, to decide how a pass is computed takes as long as to compute it. So what was decided is kept too, as long as a guard (:mod:`emoe.guard`) sees
+One token at a time, to decide how a pass is computed takes as long as to compute it. So what was decided is kept too, as long as a guard (:mod:`emoe.decision_guard`) sees
 that all it was decided by is as it was.
 
 The compiled kernels read the weights once, where they lie; PyTorch copies the chosen ones first.
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emoe.architectures import FFN
-from emoe.guard import Guard, look
+from emoe.decision_guard import Guard
 from emoe.sparse.build import compiled_kernels
 
 _SAMPLED = 16
@@ -70,23 +70,18 @@ class _Copied:
     """A weight as it was when something was made of it."""
 
     def __init__(self, weight: Tensor) -> None:
-        # the alias keeps the memory, so that no other weight gets its address
-        self._weight = weight.detach()
         self._version = weight._version
-        # some who write do not count it (fused optimisers, ``weight.data``), but hardly one leaves all of these places as they were
-        flat = self._weight.as_strided((weight.numel(),), (1,))
+        flat = weight.detach().as_strided((weight.numel(),), (1,))
         # along the diagonal: every sixteenth of the rows and of the columns has one
         step = (weight.numel() + max(weight.stride())) // _SAMPLED
+        # some who write do not count it (fused optimisers, ``weight.data``), but hardly one leaves all of these places as they were;
+        # a view, which keeps the memory, so that no other weight gets its address
         self._sample = flat[:: max(min(step, (weight.numel() - 1) // (_SAMPLED - 1)), 1)][:_SAMPLED]
         self._values = self._sample.clone()
 
     def is_still(self, weight: Tensor) -> bool:
         """Whether a weight that lies where this one did is unchanged as far as can be seen."""
         return weight._version == self._version and torch.equal(self._sample, self._values)
-
-    def is_here(self, weight: Tensor) -> bool:
-        """Whether a weight lies where this one did, and is unchanged."""
-        return look(weight) == look(self._weight) and self.is_still(weight)
 
 
 class DecodeCache:
@@ -115,7 +110,7 @@ class DecodeCache:
 
         Args:
             weights: whose changes count.
-            settings: what else it is made from.
+            settings: what else it is made from, and where the weights lie.
             guard: is told to see whether they change.
             make: makes it.
         """
@@ -123,7 +118,7 @@ class DecodeCache:
         if (
             kept is None
             or kept[0] != settings
-            or not all(copied.is_here(weight) for copied, weight in zip(kept[1], weights, strict=True))
+            or not all(copied.is_still(weight) for copied, weight in zip(kept[1], weights, strict=True))
         ):
             kept = self._kept = (settings, [_Copied(weight) for weight in weights], make())
         for copied, weight in zip(kept[1], weights, strict=True):

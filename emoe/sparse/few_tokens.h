@@ -214,8 +214,8 @@ std::vector<Tensor> rows_mm(const Tensor& x, const std::vector<Tensor>& weights,
   const Tensor inputs = x.to(at::kFloat).contiguous();
   const PairsByExpert pairs(experts);
   std::vector<Tensor> found;
-  for (size_t i = 0; i < weights.size(); ++i) found.push_back(at::empty({x.size(0), experts.size(1) * size}, x.options()));
-  if (x.scalar_type() == at::kBFloat16) {
+  for (size_t i = 0; i < weights.size(); ++i) found.push_back(at::empty({x.size(0), experts.size(1) * size}, weights[0].options()));
+  if (weights[0].scalar_type() == at::kBFloat16) {
     rows_mm_as<at::BFloat16>(inputs, weights, biases, pairs, found, size);
   } else {
     rows_mm_as<float>(inputs, weights, biases, pairs, found, size);
@@ -255,7 +255,7 @@ std::pair<Tensor, std::vector<Tensor>> chosen_rows_mm(const Tensor& x, const Ten
     }
   });
   const Tensor chosen = largest(scores, count);
-  return {chosen, rows_mm(x, weights, biases, chosen)};
+  return {chosen, rows_mm(inputs, weights, biases, chosen)};
 }
 
 template <typename scalar_t>

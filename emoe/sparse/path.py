@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from emoe.architectures import FFN, bias_of
 from emoe.config import LINEAR_SCORES, EMoEConfig, GMoEConfig
-from emoe.guard import Guard, look
+from emoe.decision_guard import Guard, look
 from emoe.projections import RoutedFFN, leave_, stand_around_
 from emoe.sparse.build import compiled_kernels, prepare_kernels
 from emoe.sparse.conditions import Conditions, Layer, Projections, is_plain, is_transformed

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import emoe
-from emoe.guard import Guard
+from emoe.decision_guard import Guard
 from emoe.sparse import path
 from emoe.sparse.decode import decode_ffn
+from tests.converted import BACKENDS, net
 from tests.plain_net import plain_net
 
 Patch = pytest.MonkeyPatch
@@ -198,10 +199,7 @@ def test_a_change_between_two_passes_is_seen(name: str, monkeypatch: Patch) -> N
 
 @pytest.mark.parametrize("mode", ["autocast", "func", "gradients", "training"])
 def test_another_mode_of_pytorch_is_seen(mode: str) -> None:
-    sparse = plain_net(16, 64, gated=True)
-    emoe.convert_(sparse, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0], backend="sparse"))
-    masked = copy.deepcopy(sparse)
-    emoe.set_backend_(masked, "masked")
+    masked, sparse = (net(backend) for backend in BACKENDS)
     x = torch.randn(1, 16)
     for model in (sparse, masked):
         with torch.no_grad():
@@ -222,10 +220,7 @@ def test_another_mode_of_pytorch_is_seen(mode: str) -> None:
 
 
 def test_inputs_of_other_shapes_and_types_between() -> None:
-    sparse = plain_net(16, 64, gated=True)
-    emoe.convert_(sparse, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0], backend="sparse"))
-    masked = copy.deepcopy(sparse)
-    emoe.set_backend_(masked, "masked")
+    masked, sparse = (net(backend) for backend in BACKENDS)
     with torch.no_grad():
         for shape in ((1, 16), (1, 1, 16), (16,), (3, 16), (1, 16), (40, 16), (1, 16)):
             x = torch.randn(shape)
