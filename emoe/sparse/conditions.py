@@ -25,22 +25,13 @@ from emoe.architectures import FFN
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.decision_guard import Guard
 from emoe.projections import is_linear_routed_by
+from emoe.sparse.activations import is_elementwise
 from emoe.tensors import autocast_dtype
 from emoe.tokens import is_own_hook
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (Tensor, nn.Parameter)
-_ELEMENTWISE = {
-    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid),
-    *(nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Tanh, nn.Tanhshrink),
-}
-_ELEMENTWISE_MODULES = {"transformers.activations", "timm.layers.activations"}
 _OF_NEURONS = ("gate", "up")
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -130,7 +121,7 @@ class Conditions:
             if any(module.training and module.p for module in self._dropouts):
                 return "dropout acts on hidden neurons"
         activation = guard.item(_children(cast(nn.Module, layer), guard), "activation")
-        if not _is_elementwise(activation, guard):
+        if not is_elementwise(activation, guard):
             return "the activation is not known to take each neuron for itself, is random, or writes over its input"
         if activation is not self._activation:
             self._watch_activation()
@@ -151,14 +142,6 @@ def is_plain(x: Tensor) -> bool:
 def is_transformed() -> bool:
     """Whether ``torch.func`` or forward-mode derivatives act on what is computed now."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def _is_elementwise(activation: nn.Module, guard: Guard) -> bool:
-    """Whether an activation is one of those that take each neuron for itself, always give the same and leave their input as it is."""
-    guard.attribute(activation, "__class__")
-    kind = type(activation)
-    known = kind in _ELEMENTWISE or kind.__module__ in _ELEMENTWISE_MODULES
-    return known and not guard.item(vars(activation), "inplace")
 
 
 def _holders(ffn: FFN) -> list[nn.Module]:
@@ -185,16 +168,25 @@ def _children(module: nn.Module, guard: Guard) -> dict[str, nn.Module | None]:
 
 def _own(module: nn.Module, name: str, guard: Guard) -> Tensor | None:
     """A parameter or buffer that a module holds itself."""
-    found: Tensor | None = guard.item(guard.item(vars(module), "_parameters"), name)
-    return guard.item(guard.item(vars(module), "_buffers"), name) if found is None else found
+    parameters = guard.item(vars(module), "_parameters")
+    found: Tensor | None = guard.item(parameters, name)
+    if name in parameters:
+        return found
+    guard.items(parameters)  # to see it become one
+    return cast(Tensor | None, guard.item(guard.item(vars(module), "_buffers"), name))
+
+
+def _hooks() -> tuple[str, ...]:
+    """Where those stand that are called in this forward pass, or in its backward pass if it has one."""
+    return (*_FORWARD_HOOKS, *_BACKWARD_HOOKS) if torch.is_grad_enabled() else _FORWARD_HOOKS
 
 
 def _is_looked_at(state: dict[str, Any], guard: Guard) -> bool:
     """Whether a hook that is not ours, or a replaced ``forward``, sees what the module of this state computes."""
-    hooks = (hook for name in _HOOKS for hook in guard.items(guard.item(state, name)))
+    hooks = (hook for name in _hooks() for hook in guard.items(guard.item(state, name)))
     return not all(map(is_own_hook, hooks)) or guard.item(state, "forward") is not None
 
 
 def _has_global_hook(guard: Guard) -> bool:
     state = vars(nn_module)
-    return any(guard.items(guard.item(state, name)) for name in _GLOBAL_HOOKS)
+    return any(guard.items(guard.item(state, f"_global{name}")) for name in _hooks())

@@ -56,12 +56,14 @@ class Decoding(NamedTuple):
     Attributes:
         weights: the FFN's.
         activation: elementwise.
+        activation_name: by which the kernels know it, or None.
         bias: of the out-projection.
         output_biases: ``[N, h]``, those of the experts instead.
     """
 
     weights: DecodeWeights
     activation: Callable[[Tensor], Tensor]
+    activation_name: str | None
     bias: Tensor | None
     output_biases: Tensor | None
 
@@ -160,22 +162,39 @@ def decode_weights(
     return DecodeWeights(inputs, biases, laid_out.detach(), gate, kernels, chosen_by_gate and kernels is not None)
 
 
-def chosen_rows(x: Tensor, weights: DecodeWeights, top_k: int) -> tuple[Tensor, list[Tensor]]:
-    """The experts ``[T, k]`` of weights that are chosen by their gate, and :func:`rows` of these."""
-    found: tuple[Tensor, list[Tensor]] = cast(ModuleType, weights.kernels).chosen_rows_mm(
-        x, weights.gate, top_k, weights.inputs, weights.biases
-    )
-    return found
+def chosen_by_gate(x: Tensor, weights: DecodeWeights, top_k: int) -> Tensor:
+    """The experts ``[T, k]`` of weights that are chosen by their gate."""
+    experts: Tensor = cast(ModuleType, weights.kernels).chosen_by(weights.gate, x, top_k)
+    return experts
 
 
-def rows(x: Tensor, weights: DecodeWeights, experts: Tensor) -> list[Tensor]:
-    """Pre-activations of the chosen experts' neurons, ``[T, k * s]``, and the up-projection's part of a gated FFN.
+def decode_ffn(x: Tensor, decoding: Decoding, experts: Tensor, scales: Tensor | None) -> Tensor:
+    """Sum of the chosen experts' outputs, without the output bias; no gradient.
 
     Args:
-        x: ``[T, h]``.
-        weights: of the FFN.
+        x: ``[..., h]``, the FFN's input of T tokens.
+        decoding: how it is decoded.
         experts: ``[T, k]``, the chosen ones.
+        scales: their weights ``[T, k]``, or None where all are 1.
+
+    Returns:
+        ``[..., h]``, a view of nothing: whoever changes one in place could not under FSDP2, or later with gradients.
     """
+    weights, name = decoding.weights, decoding.activation_name
+    if weights.kernels is not None and weights.values.ndim == 2 and name is not None:
+        y: Tensor = weights.kernels.ffn_mm(x, weights.inputs, weights.biases, weights.values, name, experts, scales)
+        return y
+    pre = _rows(x.reshape(len(experts), -1), weights, experts)
+    hidden = decoding.activation(pre[0])
+    if len(pre) > 1:
+        hidden = hidden * pre[1]
+    if scales is not None:
+        hidden = (hidden.view(*experts.shape, -1) * scales.unsqueeze(-1).to(hidden.dtype)).flatten(1)
+    return _values_times(hidden, weights, experts).view(x.shape).data
+
+
+def _rows(x: Tensor, weights: DecodeWeights, experts: Tensor) -> list[Tensor]:
+    """Pre-activations of the chosen experts' neurons, ``[T, k * s]``, and the up-projection's part of a gated FFN."""
     if weights.kernels is not None:
         found: list[Tensor] = weights.kernels.rows_mm(x, weights.inputs, weights.biases, experts)
         return found
@@ -186,30 +205,14 @@ def rows(x: Tensor, weights: DecodeWeights, experts: Tensor) -> list[Tensor]:
     ]
 
 
-def decode_ffn(
-    pre: Sequence[Tensor],
-    weights: DecodeWeights,
-    activation: Callable[[Tensor], Tensor],
-    experts: Tensor,
-    scales: Tensor | None,
-) -> Tensor:
-    """Sum of the chosen experts' outputs, without the output bias; no gradient.
+def _rows_times(x: Tensor, weights: Tensor, bias: Tensor | None, experts: Tensor) -> Tensor:
+    """``x [T, h]`` times each row's own ``weights [T, n, h]``, plus those of ``bias [N, s]``: ``[T, n]``."""
+    z = F.linear(x, weights[0]) if len(x) == 1 else torch.bmm(weights, x.unsqueeze(2)).squeeze(2)
+    return z if bias is None else z + bias.index_select(0, experts).view(len(x), -1)
 
-    Args:
-        pre: :func:`rows` of the FFN's input.
-        weights: of the FFN.
-        activation: elementwise.
-        experts: ``[T, k]``, the chosen ones.
-        scales: their weights ``[T, k]``, or None where all are 1.
 
-    Returns:
-        ``[T, h]``.
-    """
-    hidden = activation(pre[0])
-    if len(pre) > 1:
-        hidden = hidden * pre[1]
-    if scales is not None:
-        hidden = (hidden.view(*experts.shape, -1) * scales.unsqueeze(-1).to(hidden.dtype)).flatten(1)
+def _values_times(hidden: Tensor, weights: DecodeWeights, experts: Tensor) -> Tensor:
+    """``hidden [T, k * s]`` times the values of each row's own experts ``[T, k]``: ``[T, h]``."""
     by_neuron = weights.values.ndim == 2
     if weights.kernels is not None and by_neuron:
         y: Tensor = weights.kernels.values_mm(hidden, weights.values, experts)
@@ -220,9 +223,3 @@ def decode_ffn(
         return hidden @ chosen[0] if tokens == 1 else torch.bmm(hidden.unsqueeze(1), chosen).squeeze(1)
     chosen = weights.values.index_select(1, flat).view(weights.values.shape[0], tokens, -1)
     return F.linear(hidden, chosen[:, 0]) if tokens == 1 else torch.einsum("tn,htn->th", hidden, chosen)
-
-
-def _rows_times(x: Tensor, weights: Tensor, bias: Tensor | None, experts: Tensor) -> Tensor:
-    """``x [T, h]`` times each row's own ``weights [T, n, h]``, plus those of ``bias [N, s]``: ``[T, n]``."""
-    z = F.linear(x, weights[0]) if len(x) == 1 else torch.bmm(weights, x.unsqueeze(2)).squeeze(2)
-    return z if bias is None else z + bias.index_select(0, experts).view(len(x), -1)

@@ -6,167 +6,21 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <numeric>
+#include <string>
+#include <vector>
 
-#include "processors.h"
-
-#ifdef FOR_SEVERAL_PROCESSORS
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_PROCESSOR
-#endif
+#include "few_rows.h"
+#include "neurons.h"
 
 namespace {
 
 using at::Tensor;
-
-INLINE float as_float(uint32_t bits) {
-  float found;
-  std::memcpy(&found, &bits, sizeof(found));
-  return found;
-}
-
-INLINE float wide(float value) { return value; }
-INLINE float wide(at::BFloat16 value) { return as_float(static_cast<uint32_t>(value.x) << 16); }
-
-// Numbers of a row that are read as one: two of bfloat16, each of which then costs one instruction.
-template <typename scalar_t>
-constexpr int64_t kAtOnce = sizeof(float) / sizeof(scalar_t);
-
-// The first or second (float32: only) of those that are read in step j.
-template <int part>
-INLINE float number(const float* row, int64_t j) {
-  return row[j];
-}
-
-template <int part>
-INLINE float number(const at::BFloat16* row, int64_t j) {
-  uint32_t two;
-  std::memcpy(&two, row + 2 * j, sizeof(two));
-  return as_float(part == 0 ? two << 16 : two & 0xffff0000u);
-}
-
-// What they are multiplied with, or added to, lies apart: the first of all steps, then the second of all steps, then what is left of an odd width.
-template <typename scalar_t, bool back = false>
-Tensor apart(const Tensor& rows) {
-  if (kAtOnce<scalar_t> == 1) return rows;
-  const int64_t width = rows.size(1), steps = width / 2;
-  Tensor found = at::empty_like(rows);
-  for (int64_t t = 0; t < rows.size(0); ++t) {
-    const float* from = rows.const_data_ptr<float>() + t * width;
-    float* to = found.mutable_data_ptr<float>() + t * width;
-    if (width % 2) to[width - 1] = from[width - 1];
-    for (int64_t j = 0; j < steps; ++j) {
-      for (int64_t part = 0; part < 2; ++part) {
-        const int64_t together = 2 * j + part, apart = part * steps + j;
-        to[back ? together : apart] = from[back ? apart : together];
-      }
-    }
-  }
-  return found;
-}
-
-// x . row, in step j
-template <typename scalar_t>
-INLINE float times(const float* x, const scalar_t* row, int64_t j, int64_t steps) {
-  float found = x[j] * number<0>(row, j);
-  if (kAtOnce<scalar_t> == 2) found += x[steps + j] * number<1>(row, j);
-  return found;
-}
-
-// Asks for numbers begin to end of the next four rows. Rows of bfloat16 are too short for the processor to see in time where they lead, so all of their
-// lines are asked for; of float32 one in each of their pages, whose addresses have to be looked up where chosen experts lie far apart.
-template <typename scalar_t>
-INLINE void ask_for_four(const scalar_t* rows, int64_t width, int64_t begin, int64_t end) {
-  constexpr int64_t kStep = kAtOnce<scalar_t> == 1 ? 4096 / sizeof(scalar_t) : 64 / sizeof(scalar_t);
-  for (int64_t i = 0; i < 4; ++i) {
-    for (int64_t j = begin; j < end; j += kStep) __builtin_prefetch(rows + i * width + j, 0, 2);
-  }
-}
-
-// out[i] = b[i] + x . w[i], for rows i of w, after which those at next are read
-template <typename scalar_t>
-INLINE void rows_times(scalar_t* out, const float* x, const scalar_t* w, const scalar_t* b, int64_t rows, int64_t width, const scalar_t* next) {
-  const int64_t steps = width / kAtOnce<scalar_t>;
-  const auto put = [&](int64_t i, float sum) {
-    for (int64_t j = steps * kAtOnce<scalar_t>; j < width; ++j) sum += x[j] * wide(w[i * width + j]);
-    out[i] = static_cast<scalar_t>(b ? sum + wide(b[i]) : sum);
-  };
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {  // four sums at a time, none of which waits for another
-    const scalar_t *first = w + i * width, *second = first + width, *third = second + width, *fourth = third + width;
-    ask_for_four(i + 8 <= rows ? fourth + width : next, width, 0, width);
-    float a = 0, c = 0, d = 0, e = 0;
-#pragma omp simd reduction(+ : a, c, d, e)
-    for (int64_t j = 0; j < steps; ++j) {
-      a += times(x, first, j, steps);
-      c += times(x, second, j, steps);
-      d += times(x, third, j, steps);
-      e += times(x, fourth, j, steps);
-    }
-    put(i, a), put(i + 1, c), put(i + 2, d), put(i + 3, e);
-  }
-  for (; i < rows; ++i) {
-    const scalar_t* row = w + i * width;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < steps; ++j) sum += times(x, row, j, steps);
-    put(i, sum);
-  }
-}
-
-// sum += a . w, in steps begin to end of the rows of w, after which those at next are read
-template <typename scalar_t>
-INLINE void add_times_rows(float* sum, const float* a, const scalar_t* w, int64_t rows, int64_t width, int64_t begin, int64_t end,
-                           const scalar_t* next) {
-  const int64_t steps = width / kAtOnce<scalar_t>;
-  // whoever takes the last step takes a column that is left of an odd width
-  const int64_t left = end < steps ? width : steps * kAtOnce<scalar_t>;
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {  // sums are read and written once for four rows
-    const scalar_t *first = w + i * width, *second = first + width, *third = second + width, *fourth = third + width;
-    ask_for_four(i + 8 <= rows ? fourth + width : next, width, begin * kAtOnce<scalar_t>, end * kAtOnce<scalar_t>);
-#pragma omp simd
-    for (int64_t j = begin; j < end; ++j) {
-      sum[j] += (a[i] * number<0>(first, j) + a[i + 1] * number<0>(second, j)) + (a[i + 2] * number<0>(third, j) + a[i + 3] * number<0>(fourth, j));
-      if (kAtOnce<scalar_t> == 2) {
-        sum[steps + j] +=
-            (a[i] * number<1>(first, j) + a[i + 1] * number<1>(second, j)) + (a[i + 2] * number<1>(third, j) + a[i + 3] * number<1>(fourth, j));
-      }
-    }
-  }
-  for (int64_t r = i; r < rows; ++r) {
-    const scalar_t* row = w + r * width;
-#pragma omp simd
-    for (int64_t j = begin; j < end; ++j) {
-      sum[j] += a[r] * number<0>(row, j);
-      if (kAtOnce<scalar_t> == 2) sum[steps + j] += a[r] * number<1>(row, j);
-    }
-  }
-  for (int64_t j = left; j < width; ++j) {
-    for (int64_t r = 0; r < rows; ++r) sum[j] += a[r] * wide(w[r * width + j]);
-  }
-}
-
-FOR_EACH_PROCESSOR void rows_of(float* out, const float* x, const float* w, const float* b, int64_t rows, int64_t width, const float* next) {
-  rows_times(out, x, w, b, rows, width, next);
-}
-
-FOR_EACH_PROCESSOR void rows_of(at::BFloat16* out, const float* x, const at::BFloat16* w, const at::BFloat16* b, int64_t rows, int64_t width,
-                                const at::BFloat16* next) {
-  rows_times(out, x, w, b, rows, width, next);
-}
-
-FOR_EACH_PROCESSOR void add_rows_of(float* sum, const float* a, const float* w, int64_t rows, int64_t width, int64_t begin, int64_t end,
-                                    const float* next) {
-  add_times_rows(sum, a, w, rows, width, begin, end, next);
-}
-
-FOR_EACH_PROCESSOR void add_rows_of(float* sum, const float* a, const at::BFloat16* w, int64_t rows, int64_t width, int64_t begin, int64_t end,
-                                    const at::BFloat16* next) {
-  add_times_rows(sum, a, w, rows, width, begin, end, next);
-}
+using few_rows::kTokens;
+using few_rows::PerToken;
+using few_rows::wide;
+using Tensors = std::vector<Tensor>;
+using Biases = std::vector<std::optional<Tensor>>;
 
 constexpr int64_t kFewest = 1 << 16;  // numbers that are worth a thread
 
@@ -188,37 +42,98 @@ struct PairsByExpert {
   int64_t token(int64_t pair) const { return pair / experts.size(1); }
   // The expert of the pair in this place; past the last, of the last.
   int64_t expert(int64_t place) const { return chosen[order[std::min(place, count() - 1)]]; }
+
+  // Calls f(place, tokens) for the pairs in places begin to end, for as many at once as read the same rows.
+  template <typename F>
+  void each(int64_t begin, int64_t end, const F& f) const {
+    for (int64_t place = begin, tokens; place < end; place += tokens) {
+      tokens = 1;
+      while (tokens < kTokens && place + tokens < end && expert(place + tokens) == expert(place)) ++tokens;
+      f(place, tokens);
+    }
+  }
+
+  // For each of some pairs in a row its token's row, of rows that are width apart.
+  template <typename number_t>
+  PerToken<number_t> of_tokens(number_t* rows, int64_t width, int64_t place, int64_t tokens) const {
+    PerToken<number_t> found{};
+    for (int64_t i = 0; i < tokens; ++i) found[i] = rows + token(order[place + i]) * width;
+    return found;
+  }
 };
 
 template <typename scalar_t>
-void rows_mm_as(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-                const PairsByExpert& pairs, std::vector<Tensor>& found, int64_t size) {
-  const int64_t width = x.size(1);
-  const Tensor inputs = apart<scalar_t>(x);
+INLINE const scalar_t* pointer_to(const Tensor& of, int64_t place = 0) {
+  return of.const_data_ptr<scalar_t>() + place;
+}
+
+// To the type of the weights and back, as numbers are that PyTorch hands from one operation to the next.
+template <typename scalar_t>
+INLINE float rounded(float value) {
+  return wide(static_cast<scalar_t>(value));
+}
+
+// Rows [..., h] of float32 as the rows of weights are read.
+template <typename scalar_t>
+std::vector<float> apart(const Tensor& rows) {
+  const int64_t width = rows.size(-1);
+  std::vector<float> found(rows.numel());
+  for (int64_t i = 0; i < rows.numel(); i += width) few_rows::copy_apart<scalar_t>(found.data() + i, pointer_to<float>(rows, i), width);
+  return found;
+}
+
+// The weights of the in-projections, [N, s * h] each, and the biases [N, s] of those that have any.
+template <typename scalar_t>
+struct Inputs {
+  const Tensors& weights;
+  const Biases& biases;
+  const int64_t width, size;
+
+  Inputs(const Tensors& weights, const Biases& biases, int64_t width)
+      : weights(weights), biases(biases), width(width), size(weights[0].size(1) / width) {}
+
+  size_t count() const { return weights.size(); }
+  const scalar_t* of(size_t i, int64_t expert) const { return pointer_to<scalar_t>(weights[i], expert * size * width); }
+
+  // Pre-activations of some pairs in a row by the i-th of them, for tokens [T, h] as apart() lays them out; what lies at next is read then.
+  void pre_activations(const PerToken<float>& found, size_t i, const PairsByExpert& pairs, int64_t place, int64_t count, const std::vector<float>& tokens,
+                       const scalar_t* next) const {
+    const int64_t expert = pairs.expert(place);
+    few_rows::times(found, pairs.of_tokens(tokens.data(), width, place, count), count, {of(i, expert), size, width, next});
+    const scalar_t* bias = biases[i] ? pointer_to<scalar_t>(*biases[i], expert * size) : nullptr;
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t j = 0; j < size; ++j) found[t][j] = rounded<scalar_t>(bias ? found[t][j] + wide(bias[j]) : found[t][j]);
+    }
+  }
+};
+
+template <typename scalar_t>
+void rows_mm_as(const Tensor& x, const Inputs<scalar_t>& inputs, const PairsByExpert& pairs, Tensors& found) {
+  const std::vector<float> tokens = apart<scalar_t>(x);
+  const int64_t size = inputs.size;
   at::parallel_for(0, pairs.count(), share(pairs.count()), [&](int64_t begin, int64_t end) {
-    for (size_t i = 0; i < weights.size(); ++i) {
-      const scalar_t* w = weights[i].const_data_ptr<scalar_t>();
-      for (int64_t place = begin; place < end; ++place) {
-        const int64_t pair = pairs.order[place], first = pairs.expert(place) * size, next = pairs.expert(place + 1) * size;
-        rows_of(found[i].mutable_data_ptr<scalar_t>() + pair * size, inputs.const_data_ptr<float>() + pairs.token(pair) * width, w + first * width,
-                biases[i] ? biases[i]->const_data_ptr<scalar_t>() + first : nullptr, size, width, w + next * width);
-      }
+    std::vector<float> pre(kTokens * size);
+    for (size_t i = 0; i < inputs.count(); ++i) {
+      scalar_t* to = found[i].mutable_data_ptr<scalar_t>();
+      pairs.each(begin, end, [&](int64_t place, int64_t count) {
+        inputs.pre_activations({pre.data(), pre.data() + size}, i, pairs, place, count, tokens, inputs.of(i, pairs.expert(place + count)));
+        for (int64_t t = 0; t < count; ++t) std::copy_n(pre.data() + t * size, size, to + pairs.order[place + t] * size);
+      });
     }
   });
 }
 
 // For each w [N, s * h] with its b [N, s]: x [T, h] times the rows of the chosen experts [T, k], plus theirs of b: [T, k * s]
-std::vector<Tensor> rows_mm(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-                            const Tensor& experts) {
-  const int64_t size = weights[0].size(1) / x.size(1);
-  const Tensor inputs = x.to(at::kFloat).contiguous();
+Tensors rows_mm(const Tensor& x, const Tensors& weights, const Biases& biases, const Tensor& experts) {
+  const Tensor tokens = x.to(at::kFloat).contiguous();
+  const int64_t width = x.size(1), neurons = experts.size(1) * weights[0].size(1) / width;
   const PairsByExpert pairs(experts);
-  std::vector<Tensor> found;
-  for (size_t i = 0; i < weights.size(); ++i) found.push_back(at::empty({x.size(0), experts.size(1) * size}, weights[0].options()));
+  Tensors found;
+  for (size_t i = 0; i < weights.size(); ++i) found.push_back(at::empty({x.size(0), neurons}, weights[0].options()));
   if (weights[0].scalar_type() == at::kBFloat16) {
-    rows_mm_as<at::BFloat16>(inputs, weights, biases, pairs, found, size);
+    rows_mm_as<at::BFloat16>(tokens, {weights, biases, width}, pairs, found);
   } else {
-    rows_mm_as<float>(inputs, weights, biases, pairs, found, size);
+    rows_mm_as<float>(tokens, {weights, biases, width}, pairs, found);
   }
   return found;
 }
@@ -242,46 +157,101 @@ Tensor largest(const Tensor& scores, int64_t count) {
   return found;
 }
 
-// [T, k] experts whose mean keys, of all in gate [N, h], have the largest products with x [T, h]; and rows_mm of these
-std::pair<Tensor, std::vector<Tensor>> chosen_rows_mm(const Tensor& x, const Tensor& gate, int64_t count, const std::vector<Tensor>& weights,
-                                                      const std::vector<std::optional<Tensor>>& biases) {
-  const int64_t tokens = x.size(0), experts = gate.size(0), width = x.size(1);
+// [T, k]: the experts whose mean keys, of all in gate [N, h], have the largest products with x [..., h]
+Tensor chosen_by(const Tensor& gate, const Tensor& x, int64_t count) {
+  const int64_t experts = gate.size(0), width = gate.size(1), tokens = x.numel() / width;
   const Tensor inputs = x.to(at::kFloat).contiguous(), keys = gate.contiguous();
   Tensor scores = at::empty({tokens, experts}, inputs.options());
   at::parallel_for(0, experts, std::max(share(experts), kFewest / width), [&](int64_t begin, int64_t end) {
-    const float* first = keys.const_data_ptr<float>() + begin * width;
-    for (int64_t t = 0; t < tokens; ++t) {
-      rows_of(scores.mutable_data_ptr<float>() + t * experts + begin, inputs.const_data_ptr<float>() + t * width, first, nullptr, end - begin, width, first);
+    const float* first = pointer_to<float>(keys, begin * width);
+    for (int64_t t = 0; t < tokens; t += kTokens) {
+      float* to = scores.mutable_data_ptr<float>() + t * experts + begin;
+      const float* x = pointer_to<float>(inputs, t * width);
+      few_rows::times({to, to + experts}, {x, x + width}, std::min(kTokens, tokens - t), {first, end - begin, width, first});
     }
   });
-  const Tensor chosen = largest(scores, count);
-  return {chosen, rows_mm(inputs, weights, biases, chosen)};
+  return largest(scores, count);
+}
+
+// Sums of this shape [..., width]: add(sums, place, count) adds what some pairs in a row have to add to those of their tokens, which are laid out as apart()
+// does it; in the same order for as many threads.
+template <typename scalar_t, typename F>
+Tensor sum_pairs(const PairsByExpert& pairs, at::IntArrayRef shape, const at::TensorOptions& options, const F& add) {
+  const int64_t width = shape.back(), tokens = pairs.experts.size(0), each = share(pairs.count()), threads = at::divup(pairs.count(), each);
+  std::vector<float> sums(threads * tokens * width);
+  at::parallel_for(0, pairs.count(), each, [&](int64_t begin, int64_t end) {
+    float* own = sums.data() + begin / each * tokens * width;
+    pairs.each(begin, end, [&](int64_t place, int64_t count) { add(pairs.of_tokens(own, width, place, count), place, count); });
+  });
+  for (int64_t thread = 1; thread < threads; ++thread) {
+    for (int64_t i = 0; i < tokens * width; ++i) sums[i] += sums[thread * tokens * width + i];
+  }
+  Tensor found = at::empty(shape, options);
+  std::vector<float> row(width);
+  for (int64_t t = 0; t < tokens; ++t) {
+    few_rows::copy_apart<scalar_t, true>(row.data(), sums.data() + t * width, width);
+    std::copy(row.begin(), row.end(), found.mutable_data_ptr<scalar_t>() + t * width);
+  }
+  return found;
 }
 
 template <typename scalar_t>
-Tensor values_mm_as(const Tensor& a, const Tensor& v, const PairsByExpert& pairs) {
-  const int64_t tokens = a.size(0), size = a.size(1) / pairs.experts.size(1), width = v.size(1) / size, steps = width / kAtOnce<scalar_t>;
-  Tensor sums = at::zeros({tokens, width}, a.options());
-  const scalar_t* values = v.const_data_ptr<scalar_t>();
-  // of a single column no step is made, and it is left
-  const int64_t shared = std::max<int64_t>(steps, 1);
-  at::parallel_for(0, shared, share(shared), [&](int64_t begin, int64_t end) {
-    for (int64_t place = 0; place < pairs.count(); ++place) {
-      const int64_t pair = pairs.order[place];
-      add_rows_of(sums.mutable_data_ptr<float>() + pairs.token(pair) * width, a.const_data_ptr<float>() + pair * size,
-                  values + pairs.expert(place) * size * width, size, width, begin, std::min(end, steps),
-                  values + pairs.expert(place + 1) * size * width);
-    }
+Tensor values_mm_as(const Tensor& a, const Tensor& values, const PairsByExpert& pairs) {
+  const int64_t size = a.size(1) / pairs.experts.size(1), width = values.size(1) / size;
+  const auto of = [&](int64_t expert) { return pointer_to<scalar_t>(values, expert * size * width); };
+  return sum_pairs<scalar_t>(pairs, {a.size(0), width}, values.options(), [&](const PerToken<float>& sums, int64_t place, int64_t count) {
+    PerToken<const float> own{};
+    for (int64_t t = 0; t < count; ++t) own[t] = pointer_to<float>(a, pairs.order[place + t] * size);
+    few_rows::add(sums, own, count, {of(pairs.expert(place)), size, width, of(pairs.expert(place + count))});
   });
-  return apart<scalar_t, true>(sums);
 }
 
-// a [T, k * s] times the values v [N, s * h] of the chosen experts [T, k]: [T, h]
-Tensor values_mm(const Tensor& a, const Tensor& v, const Tensor& experts) {
+// a [T, k * s] times the values [N, s * h] of the chosen experts [T, k]: [T, h]
+Tensor values_mm(const Tensor& a, const Tensor& values, const Tensor& experts) {
   const Tensor hidden = a.to(at::kFloat).contiguous();
   const PairsByExpert pairs(experts);
-  if (v.scalar_type() == at::kBFloat16) return values_mm_as<at::BFloat16>(hidden, v, pairs).to(a.scalar_type());
-  return values_mm_as<float>(hidden, v, pairs);
+  return values.scalar_type() == at::kBFloat16 ? values_mm_as<at::BFloat16>(hidden, values, pairs) : values_mm_as<float>(hidden, values, pairs);
+}
+
+template <typename scalar_t>
+Tensor ffn_mm_as(const Tensor& x, const Inputs<scalar_t>& inputs, const Tensor& values, neurons::Activation activation, const PairsByExpert& pairs,
+                 const std::optional<Tensor>& scales) {
+  const std::vector<float> tokens = apart<scalar_t>(x);
+  const int64_t size = inputs.size, width = inputs.width, padded = at::divup(size, few_rows::kLanes) * few_rows::kLanes;
+  const bool gated = inputs.count() > 1;
+  return sum_pairs<scalar_t>(pairs, x.sizes(), values.options(), [&](const PerToken<float>& sums, int64_t place, int64_t count) {
+    std::vector<float> memory(2 * kTokens * padded);
+    const PerToken<float> hidden{memory.data(), memory.data() + padded}, factors{hidden[1] + padded, hidden[1] + 2 * padded};
+    const int64_t expert = pairs.expert(place);
+    const scalar_t* value = pointer_to<scalar_t>(values, expert * size * width);
+    inputs.pre_activations(hidden, 0, pairs, place, count, tokens, gated ? inputs.of(1, expert) : value);
+    if (gated) inputs.pre_activations(factors, 1, pairs, place, count, tokens, value);
+    neurons::activate(activation, memory.data(), count * padded);
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t j = 0; j < size; ++j) {
+        float& neuron = hidden[t][j];
+        neuron = rounded<scalar_t>(neuron);
+        if (gated) neuron = rounded<scalar_t>(neuron * factors[t][j]);
+        if (scales) neuron = rounded<scalar_t>(neuron * wide(pointer_to<scalar_t>(*scales)[pairs.order[place + t]]));
+      }
+    }
+    few_rows::add(sums, {hidden[0], hidden[1]}, count, {value, size, width, inputs.of(0, pairs.expert(place + count))});
+  });
+}
+
+// [..., h], as x: the whole FFN of the chosen experts [T, k], whose outputs are weighted by scales [T, k] where they are given: rows_mm of one in-projection
+// or two, the activation of that name, times what the second gave, and values_mm.
+Tensor ffn_mm(const Tensor& x, const Tensors& weights, const Biases& biases, const Tensor& values, const std::string& activation, const Tensor& experts,
+              const std::optional<Tensor>& scales) {
+  const auto kind = neurons::activation_called(activation);
+  TORCH_CHECK(kind != neurons::Activation::kNone, "no activation called ", activation);
+  const Tensor tokens = x.to(at::kFloat).contiguous();
+  const PairsByExpert pairs(experts);
+  const int64_t width = x.size(-1);
+  std::optional<Tensor> own;
+  if (scales) own = scales->to(values.scalar_type()).contiguous();
+  if (values.scalar_type() == at::kBFloat16) return ffn_mm_as<at::BFloat16>(tokens, {weights, biases, width}, values, kind, pairs, own);
+  return ffn_mm_as<float>(tokens, {weights, biases, width}, values, kind, pairs, own);
 }
 
 }  // namespace

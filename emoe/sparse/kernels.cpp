@@ -202,7 +202,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("scatter_mm", &scatter_mm, py::call_guard<py::gil_scoped_release>());
   m.def("outer_mm", &outer_mm, py::call_guard<py::gil_scoped_release>());
   m.def("rows_mm", &rows_mm, py::call_guard<py::gil_scoped_release>());
-  m.def("chosen_rows_mm", &chosen_rows_mm, py::call_guard<py::gil_scoped_release>());
+  m.def("chosen_by", &chosen_by, py::call_guard<py::gil_scoped_release>());
+  m.def("ffn_mm", &ffn_mm, py::call_guard<py::gil_scoped_release>());
   m.def("largest", &largest);
   m.def("values_mm", &values_mm, py::call_guard<py::gil_scoped_release>());
 }

@@ -23,10 +23,11 @@ from emoe.architectures import FFN, bias_of
 from emoe.config import LINEAR_SCORES, EMoEConfig, GMoEConfig
 from emoe.decision_guard import Guard, look
 from emoe.projections import RoutedFFN, leave_, stand_around_
+from emoe.sparse.activations import activation_name
 from emoe.sparse.build import compiled_kernels, prepare_kernels
 from emoe.sparse.conditions import Conditions, Layer, Projections, is_plain, is_transformed
 from emoe.sparse.cost_model import decodes_many, predicted_decode_ratio, predicted_time_ratio
-from emoe.sparse.decode import DecodeCache, DecodeWeights, Decoding, chosen_rows, decode_ffn, decode_weights, rows
+from emoe.sparse.decode import DecodeCache, DecodeWeights, Decoding, chosen_by_gate, decode_ffn, decode_weights
 from emoe.sparse.ffn import sparse_ffn
 from emoe.sparse.whole import whole_ffn
 from emoe.tensors import Deferred, DeferredTensor
@@ -85,8 +86,9 @@ class SparsePath:
         """How a forward pass with this input is computed: decoded with these weights, by the sparse path, or None for the masked one."""
         if torch.is_grad_enabled():
             self._cache.clear()
-        if not self._takes(x):
-            return None
+        return self._choose(x) if self._takes(x) else None
+
+    def _choose(self, x: Tensor) -> Way | None:
         as_usual = not (is_transformed() or torch.is_autocast_enabled(x.device.type))
         if as_usual and (last := self._cache.last(x)) is not None:
             return last
@@ -134,10 +136,8 @@ class SparsePath:
             return None
         if not whole.is_as_known() or whole.activation is not self._layer:
             return None
-        way = self.choose(x)
-        if way is None or way == "sparse":
-            return None
-        return self._decode(x.reshape(-1, self._hidden), way)[0].view(x.shape).data  # no view, as above
+        way = self._choose(x)
+        return None if way is None or way == "sparse" else self._decode(x, way)[0]
 
     def _tell_of_a_look(self) -> None:
         self._conditions.is_looked_at_inside = True
@@ -163,24 +163,25 @@ class SparsePath:
         layer, kept = self._layer, decoding.weights
         n, scales = layer.config.num_experts, None
         if kept.chosen_by_gate and layer.only_chooses:
-            experts, pre = chosen_rows(x, kept, layer.config.top_k)
+            experts = chosen_by_gate(x, kept, layer.config.top_k)
         else:
-            scores = layer.linear_scores(x, kept.gate)
-            if scores.shape != (len(x), n):
+            scores = layer.linear_scores(x.reshape(-1, self._hidden), kept.gate)
+            expected = (x.numel() // self._hidden, n)
+            if scores.shape != expected:
                 raise RuntimeError(
-                    f"the router of {self._ffn.name} gave scores {list(scores.shape)}, not {[len(x), n]}"
+                    f"the router of {self._ffn.name} gave scores {list(scores.shape)}, not {list(expected)}"
                 )
             experts, scales = layer.route_few(scores, kept.kernels)
-            pre = rows(x, kept, experts)
-        y = decode_ffn(pre, kept, decoding.activation, experts, scales)
+        y = decode_ffn(x, decoding, experts, scales)
 
         def weights() -> Tensor:
             ones = torch.ones(experts.shape, device=x.device) if scales is None else scales
-            return ones.new_zeros(len(x), n).scatter(1, experts, ones)
+            return ones.new_zeros(len(ones), n).scatter(1, experts, ones)
 
         if (biases := decoding.output_biases) is not None:
             chosen = biases[experts]
-            return y + (chosen if scales is None else chosen * scales.unsqueeze(-1)).sum(1).to(y.dtype), weights
+            own = (chosen if scales is None else chosen * scales.unsqueeze(-1)).sum(1).to(y.dtype)
+            return y + own.view(y.shape), weights
         return y if decoding.bias is None else y + decoding.bias, weights
 
     def may_defer(self, x: Tensor) -> bool:
@@ -211,7 +212,8 @@ class SparsePath:
         settings = (config, len(copied), tuple(look(guard.tensor(tensor)) for tensor in tensors))
         weights = self._cache.get(copied, settings, guard, make)
         output_biases = guard.item(guard.item(vars(layer), "_parameters"), "output_bias")
-        return Decoding(weights, layer.activation, bias_of(last), output_biases)
+        name = activation_name(layer.activation, guard)
+        return Decoding(weights, layer.activation, name, bias_of(last), output_biases)
 
     def _takes(self, x: Tensor) -> bool:
         """Whether it is an input that this path can read; of another the projection says what is wrong with it."""

@@ -78,6 +78,15 @@ def product_of_all(_: Any, patch: Patch) -> None:
     patch.setattr(F, "linear", lambda *args: 2 * linear(*args))
 
 
+def activation_of_all(_: Any, patch: Patch) -> None:
+    patch.setattr(nn.GELU, "forward", lambda self, z: 2 * F.gelu(z))
+
+
+def gelu_of_all(_: Any, patch: Patch) -> None:
+    gelu = F.gelu
+    patch.setattr(F, "gelu", lambda *args, **kwargs: 2 * gelu(*args, **kwargs))
+
+
 def another_projection(ffn: Any, _: Patch) -> None:
     ffn.up = copy.deepcopy(ffn.up)
     ffn.up.weight.data.neg_()
@@ -164,6 +173,8 @@ CHANGES: dict[str, Callable[[Any, Patch], None]] = {
                 other_attributes,
                 forward_of_all,
                 product_of_all,
+                activation_of_all,
+                gelu_of_all,
                 another_projection,
                 projection_around_it,
                 exchanged,

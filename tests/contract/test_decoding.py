@@ -204,39 +204,6 @@ def test_more_tokens_are_decoded_as_the_mask_computes_them(tokens: int, settings
         torch.testing.assert_close(sparse(x), masked(x), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_compiled_products_of_random_shapes(seed: int) -> None:
-    compiled = compiled_kernels()
-    if compiled is None:
-        pytest.skip("no compiler on this machine")
-    random = torch.Generator().manual_seed(seed)
-
-    def one_of(*values: int) -> int:
-        return values[int(torch.randint(len(values), (), generator=random))]
-
-    for _ in range(25):
-        n, size, h, tokens = one_of(1, 3, 8), one_of(1, 7, 8, 24, 33), one_of(1, 5, 16, 67), one_of(1, 2, 8, 40)
-        dtype = (torch.float32, torch.bfloat16)[one_of(0, 1)]
-        k = one_of(*range(1, n + 1))
-        experts = torch.stack([torch.randperm(n, generator=random)[:k] for _ in range(tokens)])
-        x, keys, ups, bias, values = (
-            torch.randn(*shape, generator=random).to(dtype)
-            for shape in ((tokens, h), (n, size * h), (n, size * h), (n, size), (n, size * h))
-        )
-        found = compiled.rows_mm(x, [keys, ups], [bias, None], experts)
-        picked = [weight.float().view(n, size, h)[experts] for weight in (keys, ups)]
-        wanted = [torch.einsum("th,tksh->tks", x.float(), rows) for rows in picked]
-        wanted[0] += bias.float()[experts]
-        tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
-        for ours, theirs in zip(found, wanted, strict=True):
-            assert ours.dtype == dtype
-            torch.testing.assert_close(ours.float(), theirs.flatten(1), **tolerance)
-        y = torch.einsum(
-            "tks,tksh->th", found[0].float().view(tokens, k, size), values.float().view(n, size, h)[experts]
-        )
-        torch.testing.assert_close(compiled.values_mm(found[0], values, experts).float(), y, **tolerance)
-
-
 def test_a_bias_that_does_not_lie_in_one_piece_is_read_as_it_is(kernels: str) -> None:
     models = [net(backend) for backend in ("masked", "sparse")]
     strided = torch.randn(128, generator=torch.Generator().manual_seed(3))[::2]

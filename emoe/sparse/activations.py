@@ -1,0 +1,62 @@
+"""Which activations take each neuron for itself, and which of them the compiled kernels have."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.nn import functional as F
+
+from emoe.decision_guard import Guard
+
+_ELEMENTWISE = {
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid),
+    *(nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Tanh, nn.Tanhshrink),
+}
+_TRANSFORMERS = "transformers.activations"
+_ELEMENTWISE_MODULES = {_TRANSFORMERS, "timm.layers.activations"}
+# as they are when this is imported, to see that nobody has put something in their place
+_FUNCTIONS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+_FORWARDS = {nn.ReLU.forward: "relu", nn.SiLU.forward: "silu", nn.GELU.forward: "gelu"}
+_GELU_OF = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def is_elementwise(activation: nn.Module, guard: Guard) -> bool:
+    """Whether an activation is one of those that take each neuron for itself, always give the same and leave their input as it is."""
+    guard.attribute(activation, "__class__")
+    kind = type(activation)
+    known = kind in _ELEMENTWISE or kind.__module__ in _ELEMENTWISE_MODULES
+    return known and not guard.item(vars(activation), "inplace")
+
+
+def activation_name(activation: nn.Module, guard: Guard) -> str | None:
+    """The name by which the compiled kernels know an elementwise activation, or None.
+
+    They have ReLU, SiLU, GELU and its tanh form, as PyTorch's functions compute them: in float32, rounded once. An activation that puts one of them together
+    from several operations, as ``gelu_new`` does, rounds after each, and is left to PyTorch.
+    """
+    guard.attribute(activation, "__class__")
+    kind = type(activation)
+    forward = guard.attribute(kind, "forward")
+    if guard.attribute(kind, "__call__") is not nn.Module.__call__:
+        return None
+    function, approximate = _FORWARDS.get(forward), guard.item(vars(activation), "approximate")
+    if (kind.__module__, forward.__module__) == (_TRANSFORMERS, _TRANSFORMERS):
+        function, approximate = _of_transformers(kind.__name__, guard.item(vars(activation), "act"), guard)
+    if function is None or guard.item(vars(F), function) is not _FUNCTIONS[function]:
+        return None
+    return _GELU_OF.get(approximate) if function == "gelu" else function
+
+
+def _of_transformers(name: str, act: Any, guard: Guard) -> tuple[str | None, Any]:
+    """The function that an activation of transformers calls, and GELU's ``approximate``."""
+    if name == "SiLUActivation":
+        return "silu", None
+    if name == "GELUActivation" and act is F.gelu:
+        return "gelu", "none"
+    if name == "GELUTanh" and isinstance(act, partial) and act.func is F.gelu and not act.args:
+        guard.items(act.keywords)
+        if list(act.keywords) == ["approximate"]:
+            return "gelu", act.keywords["approximate"]
+    return None, None
