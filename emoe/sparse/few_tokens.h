@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -27,25 +28,38 @@ constexpr int64_t kFewest = 1 << 16;  // numbers that are worth a thread
 // Items for each thread.
 int64_t share(int64_t items) { return at::divup(items, at::get_num_threads()); }
 
-// The (token, expert) pairs of experts [T, k], by expert: what one token has read of an expert is at hand for the next.
-struct PairsByExpert {
-  const Tensor experts;
-  const int64_t* chosen;
-  std::vector<int64_t> order;
+// Parts of equal size into which each of some experts is split, so that threads have a few shares each where there are few experts.
+int64_t parts_of(int64_t experts, int64_t size) {
+  const int64_t threads = at::get_num_threads();
+  int64_t found = 1;
+  for (int64_t parts = 1; threads > 1 && experts * found < 4 * threads && parts * few_rows::kRows <= size; ++parts) {
+    if (size % parts == 0) found = parts;
+  }
+  return found;
+}
 
-  explicit PairsByExpert(const Tensor& of) : experts(of.contiguous()), chosen(experts.const_data_ptr<int64_t>()), order(experts.numel()) {
+// The (token, expert) pairs of experts [T, k], by expert: what one token has read of an expert is at hand for the next. Experts that are split are as many
+// smaller ones: [T, k * parts].
+struct PairsByExpert {
+  const int64_t tokens, parts, each;  // pairs of each token
+  std::vector<int64_t> chosen, order;
+
+  PairsByExpert(const Tensor& of, int64_t size)
+      : tokens(of.size(0)), parts(parts_of(of.numel(), size)), each(of.size(1) * parts), chosen(tokens * each), order(tokens * each) {
+    const Tensor experts = of.contiguous();
+    for (int64_t pair = 0; pair < count(); ++pair) chosen[pair] = experts.const_data_ptr<int64_t>()[pair / parts] * parts + pair % parts;
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [this](int64_t a, int64_t b) { return chosen[a] < chosen[b]; });
   }
 
   int64_t count() const { return static_cast<int64_t>(order.size()); }
-  int64_t token(int64_t pair) const { return pair / experts.size(1); }
+  int64_t token(int64_t pair) const { return pair / each; }
   // The expert of the pair in this place; past the last, of the last.
   int64_t expert(int64_t place) const { return chosen[order[std::min(place, count() - 1)]]; }
 
   // Calls f(place, tokens) for the pairs in places begin to end, for as many at once as read the same rows.
   template <typename F>
-  void each(int64_t begin, int64_t end, const F& f) const {
+  void for_each(int64_t begin, int64_t end, const F& f) const {
     for (int64_t place = begin, tokens; place < end; place += tokens) {
       tokens = 1;
       while (tokens < kTokens && place + tokens < end && expert(place + tokens) == expert(place)) ++tokens;
@@ -82,15 +96,15 @@ std::vector<float> apart(const Tensor& rows) {
   return found;
 }
 
-// The weights of the in-projections, [N, s * h] each, and the biases [N, s] of those that have any.
+// The weights of the in-projections, [N, s * h] each, and the biases [N, s] of those that have any; of experts that are split into parts.
 template <typename scalar_t>
 struct Inputs {
   const Tensors& weights;
   const Biases& biases;
   const int64_t width, size;
 
-  Inputs(const Tensors& weights, const Biases& biases, int64_t width)
-      : weights(weights), biases(biases), width(width), size(weights[0].size(1) / width) {}
+  Inputs(const Tensors& weights, const Biases& biases, int64_t width, int64_t parts)
+      : weights(weights), biases(biases), width(width), size(weights[0].size(1) / width / parts) {}
 
   size_t count() const { return weights.size(); }
   const scalar_t* of(size_t i, int64_t expert) const { return pointer_to<scalar_t>(weights[i], expert * size * width); }
@@ -115,7 +129,7 @@ void rows_mm_as(const Tensor& x, const Inputs<scalar_t>& inputs, const PairsByEx
     std::vector<float> pre(kTokens * size);
     for (size_t i = 0; i < inputs.count(); ++i) {
       scalar_t* to = found[i].mutable_data_ptr<scalar_t>();
-      pairs.each(begin, end, [&](int64_t place, int64_t count) {
+      pairs.for_each(begin, end, [&](int64_t place, int64_t count) {
         inputs.pre_activations({pre.data(), pre.data() + size}, i, pairs, place, count, tokens, inputs.of(i, pairs.expert(place + count)));
         for (int64_t t = 0; t < count; ++t) std::copy_n(pre.data() + t * size, size, to + pairs.order[place + t] * size);
       });
@@ -126,14 +140,14 @@ void rows_mm_as(const Tensor& x, const Inputs<scalar_t>& inputs, const PairsByEx
 // For each w [N, s * h] with its b [N, s]: x [T, h] times the rows of the chosen experts [T, k], plus theirs of b: [T, k * s]
 Tensors rows_mm(const Tensor& x, const Tensors& weights, const Biases& biases, const Tensor& experts) {
   const Tensor tokens = x.to(at::kFloat).contiguous();
-  const int64_t width = x.size(1), neurons = experts.size(1) * weights[0].size(1) / width;
-  const PairsByExpert pairs(experts);
+  const int64_t width = x.size(1), size = weights[0].size(1) / width;
+  const PairsByExpert pairs(experts, size);
   Tensors found;
-  for (size_t i = 0; i < weights.size(); ++i) found.push_back(at::empty({x.size(0), neurons}, weights[0].options()));
+  for (size_t i = 0; i < weights.size(); ++i) found.push_back(at::empty({x.size(0), experts.size(1) * size}, weights[0].options()));
   if (weights[0].scalar_type() == at::kBFloat16) {
-    rows_mm_as<at::BFloat16>(tokens, {weights, biases, width}, pairs, found);
+    rows_mm_as<at::BFloat16>(tokens, {weights, biases, width, pairs.parts}, pairs, found);
   } else {
-    rows_mm_as<float>(tokens, {weights, biases, width}, pairs, found);
+    rows_mm_as<float>(tokens, {weights, biases, width, pairs.parts}, pairs, found);
   }
   return found;
 }
@@ -177,19 +191,25 @@ Tensor chosen_by(const Tensor& gate, const Tensor& x, int64_t count) {
 // does it; in the same order for as many threads.
 template <typename scalar_t, typename F>
 Tensor sum_pairs(const PairsByExpert& pairs, at::IntArrayRef shape, const at::TensorOptions& options, const F& add) {
-  const int64_t width = shape.back(), tokens = pairs.experts.size(0), each = share(pairs.count()), threads = at::divup(pairs.count(), each);
-  std::vector<float> sums(threads * tokens * width);
-  at::parallel_for(0, pairs.count(), each, [&](int64_t begin, int64_t end) {
-    float* own = sums.data() + begin / each * tokens * width;
-    pairs.each(begin, end, [&](int64_t place, int64_t count) { add(pairs.of_tokens(own, width, place, count), place, count); });
+  const int64_t width = shape.back(), numbers = pairs.tokens * width, each = share(pairs.count()), threads = at::divup(pairs.count(), each);
+  const std::unique_ptr<float[]> sums(new float[threads * numbers]);  // cleared by the threads, each its own
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; ++thread) {
+      float* own = sums.get() + thread * numbers;
+      std::fill_n(own, numbers, 0.f);
+      pairs.for_each(thread * each, std::min((thread + 1) * each, pairs.count()),
+                     [&](int64_t place, int64_t count) { add(pairs.of_tokens(own, width, place, count), place, count); });
+    }
   });
-  for (int64_t thread = 1; thread < threads; ++thread) {
-    for (int64_t i = 0; i < tokens * width; ++i) sums[i] += sums[thread * tokens * width + i];
-  }
+  at::parallel_for(0, numbers, kFewest / threads, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = 1; thread < threads; ++thread) {
+      for (int64_t i = begin; i < end; ++i) sums[i] += sums[thread * numbers + i];
+    }
+  });
   Tensor found = at::empty(shape, options);
   std::vector<float> row(width);
-  for (int64_t t = 0; t < tokens; ++t) {
-    few_rows::copy_apart<scalar_t, true>(row.data(), sums.data() + t * width, width);
+  for (int64_t t = 0; t < pairs.tokens; ++t) {
+    few_rows::copy_apart<scalar_t, true>(row.data(), sums.get() + t * width, width);
     std::copy(row.begin(), row.end(), found.mutable_data_ptr<scalar_t>() + t * width);
   }
   return found;
@@ -197,7 +217,7 @@ Tensor sum_pairs(const PairsByExpert& pairs, at::IntArrayRef shape, const at::Te
 
 template <typename scalar_t>
 Tensor values_mm_as(const Tensor& a, const Tensor& values, const PairsByExpert& pairs) {
-  const int64_t size = a.size(1) / pairs.experts.size(1), width = values.size(1) / size;
+  const int64_t size = a.size(1) / pairs.each, width = values.size(1) / (size * pairs.parts);
   const auto of = [&](int64_t expert) { return pointer_to<scalar_t>(values, expert * size * width); };
   return sum_pairs<scalar_t>(pairs, {a.size(0), width}, values.options(), [&](const PerToken<float>& sums, int64_t place, int64_t count) {
     PerToken<const float> own{};
@@ -209,7 +229,7 @@ Tensor values_mm_as(const Tensor& a, const Tensor& values, const PairsByExpert& 
 // a [T, k * s] times the values [N, s * h] of the chosen experts [T, k]: [T, h]
 Tensor values_mm(const Tensor& a, const Tensor& values, const Tensor& experts) {
   const Tensor hidden = a.to(at::kFloat).contiguous();
-  const PairsByExpert pairs(experts);
+  const PairsByExpert pairs(experts, a.size(1) / experts.size(1));
   return values.scalar_type() == at::kBFloat16 ? values_mm_as<at::BFloat16>(hidden, values, pairs) : values_mm_as<float>(hidden, values, pairs);
 }
 
@@ -232,7 +252,7 @@ Tensor ffn_mm_as(const Tensor& x, const Inputs<scalar_t>& inputs, const Tensor& 
         float& neuron = hidden[t][j];
         neuron = rounded<scalar_t>(neuron);
         if (gated) neuron = rounded<scalar_t>(neuron * factors[t][j]);
-        if (scales) neuron = rounded<scalar_t>(neuron * wide(pointer_to<scalar_t>(*scales)[pairs.order[place + t]]));
+        if (scales) neuron = rounded<scalar_t>(neuron * wide(pointer_to<scalar_t>(*scales)[pairs.order[place + t] / pairs.parts]));
       }
     }
     few_rows::add(sums, {hidden[0], hidden[1]}, count, {value, size, width, inputs.of(0, pairs.expert(place + count))});
@@ -246,12 +266,12 @@ Tensor ffn_mm(const Tensor& x, const Tensors& weights, const Biases& biases, con
   const auto kind = neurons::activation_called(activation);
   TORCH_CHECK(kind != neurons::Activation::kNone, "no activation called ", activation);
   const Tensor tokens = x.to(at::kFloat).contiguous();
-  const PairsByExpert pairs(experts);
   const int64_t width = x.size(-1);
+  const PairsByExpert pairs(experts, values.size(1) / width);
   std::optional<Tensor> own;
   if (scales) own = scales->to(values.scalar_type()).contiguous();
-  if (values.scalar_type() == at::kBFloat16) return ffn_mm_as<at::BFloat16>(tokens, {weights, biases, width}, values, kind, pairs, own);
-  return ffn_mm_as<float>(tokens, {weights, biases, width}, values, kind, pairs, own);
+  if (values.scalar_type() == at::kBFloat16) return ffn_mm_as<at::BFloat16>(tokens, {weights, biases, width, pairs.parts}, values, kind, pairs, own);
+  return ffn_mm_as<float>(tokens, {weights, biases, width, pairs.parts}, values, kind, pairs, own);
 }
 
 }  // namespace
