@@ -43,7 +43,7 @@ def library_file() -> Path:
 
 
 def build_kernels() -> Path:
-    """Compile the kernels where that has not been done, which takes about half a minute.
+    """Compile the kernels where that has not been done, which takes less than a minute.
 
     Returns:
         The file.
