@@ -6,7 +6,8 @@
 - experts are scored by their neurons (``gate``, ``up``) in half precision, to which the masked path rounds these; or autocast meets float64;
 - the activation is none of the known ones that take each neuron for itself, or writes over its input;
 - a projection is no plain linear layer;
-- somebody else looks at a projection, the activation, or a module that holds a part of the FFN: a hook of any kind, also a global one, or a replaced ``forward``;
+- somebody else looks at a projection, the activation, or a module that holds a part of the FFN: a hook of any kind, also a global one
+  (a backward hook: where gradients are recorded), or a replaced ``forward``;
 - the FFN's own code was seen to look at hidden neurons;
 - the model is compiled, traced or transformed (``torch.func``), or forward-mode derivatives are taken.
 """

@@ -12,7 +12,7 @@ compiled kernels PyTorch takes one expert after the other, whose products share 
 ``1 + (threads - 1) * (per_thread + per_thread_expert / s)`` times as much. ``snakemake speed`` shows how well it holds where it runs.
 
 Few tokens without gradients are decoded (:mod:`emoe.sparse.decode`), in ``k/N * (first + (doubled + per_expert / s) * log2(T)) + calls / (h * s * N)`` of the
-dense time: a fit to 106 points of the kind that ``benchmarks.speed.decode.measure_prompt`` measures, in float32 with the compiled kernels on Zen 3, T 1 to 64, s 8 to 96, h 256 to 2048, one and two threads.
+dense time: a fit to 106 points of the kind that ``benchmarks.speed.decode.measure_prompt`` measures, in float32 with slower compiled kernels than there are now, on Zen 3, T 1 to 64, s 8 to 96, h 256 to 2048, one and two threads.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def decode_weights(
     return DecodeWeights(inputs, biases, laid_out.detach(), gate, kernels, chosen_by_gate and kernels is not None)
 
 
-def chosen_by_gate(x: Tensor, weights: DecodeWeights, top_k: int) -> Tensor:
+def choose_by_gate(x: Tensor, weights: DecodeWeights, top_k: int) -> Tensor:
     """The experts ``[T, k]`` of weights that are chosen by their gate."""
     experts: Tensor = cast(ModuleType, weights.kernels).chosen_by(weights.gate, x, top_k)
     return experts

@@ -187,20 +187,20 @@ INLINE void add_all(const PerToken<float>& sum, const PerToken<const float>& a, 
 
 // sums[t][i] = x[t] . row i, for one token or two
 FOR_EACH_PROCESSOR void times(const PerToken<float>& sums, const PerToken<const float>& x, int64_t tokens, const Block<float>& w) {
-  tokens == 1 ? times_all<1>(sums, x, w) : times_all<2>(sums, x, w);
+  tokens == 1 ? times_all<1>(sums, x, w) : times_all<kTokens>(sums, x, w);
 }
 
 FOR_EACH_PROCESSOR void times(const PerToken<float>& sums, const PerToken<const float>& x, int64_t tokens, const Block<BFloat16>& w) {
-  tokens == 1 ? times_all<1>(sums, x, w) : times_all<2>(sums, x, w);
+  tokens == 1 ? times_all<1>(sums, x, w) : times_all<kTokens>(sums, x, w);
 }
 
 // sum[t] += a[t] . all rows, for one token or two
 FOR_EACH_PROCESSOR void add(const PerToken<float>& sum, const PerToken<const float>& a, int64_t tokens, const Block<float>& w) {
-  tokens == 1 ? add_all<1>(sum, a, w) : add_all<2>(sum, a, w);
+  tokens == 1 ? add_all<1>(sum, a, w) : add_all<kTokens>(sum, a, w);
 }
 
 FOR_EACH_PROCESSOR void add(const PerToken<float>& sum, const PerToken<const float>& a, int64_t tokens, const Block<BFloat16>& w) {
-  tokens == 1 ? add_all<1>(sum, a, w) : add_all<2>(sum, a, w);
+  tokens == 1 ? add_all<1>(sum, a, w) : add_all<kTokens>(sum, a, w);
 }
 
 }  // namespace few_rows

@@ -1,6 +1,8 @@
 // What neurons make of their pre-activations: PyTorch's activations, computed in float32 as PyTorch does.
 #pragma once
 
+#include <c10/util/Exception.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,14 +17,14 @@ using few_rows::Floats;
 using few_rows::kLanes;
 using few_rows::loaded;
 
-enum class Activation { kNone, kReLU, kSiLU, kGELU, kGELUTanh };
+enum class Activation { kReLU, kSiLU, kGELU, kGELUTanh };
 
 INLINE Activation activation_called(const std::string& name) {
   if (name == "relu") return Activation::kReLU;
   if (name == "silu") return Activation::kSiLU;
   if (name == "gelu") return Activation::kGELU;
   if (name == "gelu_tanh") return Activation::kGELUTanh;
-  return Activation::kNone;
+  TORCH_CHECK(false, "no activation called ", name);
 }
 
 // e^x to the last bit or two: 2^n for the nearest whole n, times a polynomial of what is left, which is at most ln(2) / 2
@@ -46,10 +48,11 @@ INLINE Floats activated(Activation kind, Floats z) {
       return z / (1 + exp(-z));
     case Activation::kGELUTanh:  // as (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 u))
       return z / (1 + exp(static_cast<float>(-M_SQRT2 * M_2_SQRTPI) * (z + 0.044715f * z * z * z)));
-    default:
-      for (int lane = 0; lane < kLanes; ++lane) z[lane] *= 0.5f * (1 + std::erf(z[lane] * static_cast<float>(M_SQRT1_2)));
-      return z;
+    case Activation::kGELU:
+      break;
   }
+  for (int lane = 0; lane < kLanes; ++lane) z[lane] *= 0.5f * (1 + std::erf(z[lane] * static_cast<float>(M_SQRT1_2)));
+  return z;
 }
 
 // In place, of a whole number of vectors.

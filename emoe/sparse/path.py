@@ -27,7 +27,7 @@ from emoe.sparse.activations import activation_name
 from emoe.sparse.build import compiled_kernels, prepare_kernels
 from emoe.sparse.conditions import Conditions, Layer, Projections, is_plain, is_transformed
 from emoe.sparse.cost_model import decodes_many, predicted_decode_ratio, predicted_time_ratio
-from emoe.sparse.decode import DecodeCache, DecodeWeights, Decoding, chosen_by_gate, decode_ffn, decode_weights
+from emoe.sparse.decode import DecodeCache, DecodeWeights, Decoding, choose_by_gate, decode_ffn, decode_weights
 from emoe.sparse.ffn import sparse_ffn
 from emoe.sparse.whole import whole_ffn
 from emoe.tensors import Deferred, DeferredTensor
@@ -163,7 +163,7 @@ class SparsePath:
         layer, kept = self._layer, decoding.weights
         n, scales = layer.config.num_experts, None
         if kept.chosen_by_gate and layer.only_chooses:
-            experts = chosen_by_gate(x, kept, layer.config.top_k)
+            experts = choose_by_gate(x, kept, layer.config.top_k)
         else:
             scores = layer.linear_scores(x.reshape(-1, self._hidden), kept.gate)
             expected = (x.numel() // self._hidden, n)

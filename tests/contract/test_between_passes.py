@@ -230,6 +230,26 @@ def test_another_mode_of_pytorch_is_seen(mode: str) -> None:
         assert not spy.called
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_backward_hook_counts_where_there_are_gradients(part: str) -> None:
+    x, seen = torch.randn(1, 16), {}
+    for backend in BACKENDS:
+        model = net(backend)
+        with torch.no_grad():
+            before = model(x)
+        calls: list[Tensor] = []
+        getattr(model.layers[0], part).register_full_backward_hook(
+            lambda _module, _inputs, outputs, calls=calls: calls.append(outputs[0])
+        )
+        with torch.no_grad(), mock.patch.object(path, "decode_ffn", side_effect=decode_ffn) as spy:
+            assert torch.equal(model(x), before)
+        assert spy.called == (backend == "sparse")
+        assert not calls
+        model(x.clone().requires_grad_()).sum().backward()
+        (seen[backend],) = calls
+    torch.testing.assert_close(seen["sparse"], seen["masked"], atol=1e-5, rtol=1e-4)
+
+
 def test_inputs_of_other_shapes_and_types_between() -> None:
     masked, sparse = (net(backend) for backend in BACKENDS)
     with torch.no_grad():
