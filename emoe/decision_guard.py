@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import repeat
 from operator import is_
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-Look = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+Look = tuple[type[Tensor], int, torch.dtype, torch.Size, tuple[int, ...]]
+_SAMPLED = 16
+
+
+class Sampled:
+    """A weight's numbers as they were when something was made of them: a few of them, and how often PyTorch saw them change."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.version = weight._version
+        flat = weight.detach().as_strided((weight.numel(),), (1,))
+        # along the diagonal: every sixteenth of the rows and of the columns has one
+        step = (weight.numel() + max(weight.stride())) // _SAMPLED
+        # some who write do not count it (fused optimisers, ``weight.data``), but hardly one leaves all of these places as they were;
+        # a view, which keeps the memory, so that no other weight gets its address
+        self.numbers = flat[:: max(min(step, (weight.numel() - 1) // (_SAMPLED - 1)), 1)][:_SAMPLED]
+        self.values = self.numbers.clone()
+
+    def is_still(self, weight: Tensor) -> bool:
+        """Whether a weight that lies where this one did is unchanged as far as can be seen."""
+        return weight._version == self.version and torch.equal(self.numbers, self.values)
 
 
 class Guard:
@@ -40,7 +59,8 @@ class Guard:
         self._sizes: list[int] = []
         self._tensors: list[Tensor] = []
         self._looks: list[Look] = []
-        self._checks: list[Callable[[], bool]] = []
+        self._sampled: list[tuple[Tensor, Sampled]] = []
+        self._facts: Any = None
 
     def item(self, owner: dict[Any, Any], key: Any) -> Any:
         """Read an item of a dictionary, None where there is none."""
@@ -70,21 +90,35 @@ class Guard:
         self._looks.append(look(tensor))
         return tensor
 
-    def check(self, check: Callable[[], bool]) -> None:
-        """Have something else looked at, once all that was read is the same."""
-        self._checks.append(check)
+    def numbers(self, weight: Tensor, sampled: Sampled) -> None:
+        """Read a weight's numbers, where :meth:`tensor` has read where they lie; as they were when they were sampled."""
+        self._sampled.append((weight, sampled))
+
+    def compare_by(self, kernels: ModuleType) -> None:
+        """Have the compiled kernels compare what was read until now."""
+        facts = kernels.Facts(
+            list(zip(self._owners, self._keys, self._values, strict=True)),
+            list(zip(self._dicts, self._sizes, strict=True)),
+            list(zip(self._objects, self._names, self._attributes, strict=True)),
+            self._tensors,
+            [(weight, kept.version, kept.numbers, kept.values) for weight, kept in self._sampled],
+        )
+        if self.holds():  # which another thread may have changed before these were made
+            self._facts = facts
 
     def holds(self) -> bool:
         """Whether everything that was read still is the same object."""
+        if self._facts is not None:
+            return cast(bool, self._facts.hold())
         return (
             list(map(len, self._dicts)) == self._sizes
             and all(map(is_, map(dict.get, self._owners, self._keys), self._values))
             and all(map(is_, map(getattr, self._objects, self._names, repeat(None)), self._attributes))
             and list(map(look, self._tensors)) == self._looks
-            and all(check() for check in self._checks)
+            and all(sampled.is_still(weight) for weight, sampled in self._sampled)
         )
 
 
 def look(tensor: Tensor) -> Look:
     """Where a tensor's numbers lie, and how."""
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    return type(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -19,6 +19,7 @@ Handler = Callable[..., Any]
 _HANDLER = "_emoe_handler"
 # as they are when this is imported, to see that nobody has put something in their place
 _LINEAR, _LINEAR_FORWARD = F.linear, nn.Linear.forward
+_CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_wrapped_call_impl", "_call_impl")}
 
 
 class RoutedProjection(nn.Module):
@@ -115,13 +116,18 @@ def is_linear_routed_by(projection: nn.Module, handler: Handler, guard: Guard) -
     plain = plain_class(projection)
     if plain is None or guard.item(vars(F), "linear") is not _LINEAR:
         return False
-    if guard.attribute(plain, "__call__") is not nn.Module.__call__:
+    if not has_plain_call(plain, guard):
         return False
     forward = guard.attribute(plain, "forward")
     return forward is _LINEAR_FORWARD or (plain.__name__, forward.__module__) == (
         "Conv1D",
         "transformers.pytorch_utils",
     )
+
+
+def has_plain_call(kind: type[nn.Module], guard: Guard) -> bool:
+    """Whether modules of a class are called as PyTorch calls them: hooks and ``forward``, and nothing around that."""
+    return all(guard.attribute(kind, name) is call for name, call in _CALLS.items())
 
 
 def is_routed_by(projection: nn.Module, handler: Handler) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from emoe.decision_guard import Guard
+from emoe.projections import has_plain_call
 
 _ELEMENTWISE = {
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid),
@@ -39,7 +40,7 @@ def activation_name(activation: nn.Module, guard: Guard) -> str | None:
     guard.attribute(activation, "__class__")
     kind = type(activation)
     forward = guard.attribute(kind, "forward")
-    if guard.attribute(kind, "__call__") is not nn.Module.__call__:
+    if not has_plain_call(kind, guard):
         return None
     function, approximate = _FORWARDS.get(forward), guard.item(vars(activation), "approximate")
     if (kind.__module__, forward.__module__) == (_TRANSFORMERS, _TRANSFORMERS):

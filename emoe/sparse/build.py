@@ -8,6 +8,7 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -49,7 +50,7 @@ def build_kernels() -> Path:
         The file.
 
     Raises:
-        RuntimeError: there is no compiler, or it fails; the message is the compiler's last line. Or there is no home to keep them in.
+        RuntimeError: there is no compiler, or it fails; the message is the compiler's first error, or its last line. Or there is no home to keep them in.
         OSError: the cache cannot be written.
     """
     library = library_file()
@@ -73,7 +74,8 @@ def build_kernels() -> Path:
             check=False,
         )
         if done.returncode:
-            raise RuntimeError((done.stderr.strip().splitlines() or ["the compiler failed"])[-1])
+            said = done.stderr.strip().splitlines() or ["the compiler failed"]
+            raise RuntimeError(next((line for line in said if re.search(r"\berror: ", line)), said[-1]))
         built = Path(folder) / library.name
         sync(built)
         built.replace(library)

@@ -5,11 +5,12 @@
 - dropout acts on the hidden neurons;
 - experts are scored by their neurons (``gate``, ``up``) in half precision, to which the masked path rounds these; or autocast meets float64;
 - the activation is none of the known ones that take each neuron for itself, or writes over its input;
-- a projection is no plain linear layer;
+- a projection is no plain linear layer, or is called by another's code than PyTorch's;
 - somebody else looks at a projection, the activation, or a module that holds a part of the FFN: a hook of any kind, also a global one
   (a backward hook: where gradients are recorded), or a replaced ``forward``;
 - the FFN's own code was seen to look at hidden neurons;
-- the model is compiled, traced or transformed (``torch.func``), or forward-mode derivatives are taken.
+- the model is compiled, traced or transformed (``torch.func``), forward-mode derivatives are taken, or a mode of PyTorch's (``TorchFunctionMode``,
+  ``TorchDispatchMode``) sees each operation.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from emoe.architectures import FFN
 from emoe.config import EMoEConfig, GMoEConfig
@@ -94,7 +97,7 @@ class Conditions:
         """
         layer = self._layer
         if is_transformed():
-            return "torch.func or forward-mode derivatives transform it"
+            return "torch.func, forward-mode derivatives or a mode of PyTorch's act on it"
         for parent, name, own in self._places:
             if guard.item(_children(parent, guard), name) is not own:
                 return "a projection carries an adapter or was replaced"
@@ -141,8 +144,18 @@ def is_plain(x: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode derivatives act on what is computed now."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    """Whether ``torch.func``, forward-mode derivatives or a mode of PyTorch's act on what is computed now."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and not all(map(_only_places, _get_current_function_mode_stack())))
+    )
+
+
+def _only_places(mode: object) -> bool:
+    """Whether a mode does nothing but say where new tensors lie, as ``torch.set_default_device`` has one do."""
+    return type(mode) is DeviceContext
 
 
 def _holders(ffn: FFN) -> list[nn.Module]:

@@ -14,7 +14,6 @@ The compiled kernels read the weights once, where they lie; PyTorch copies the c
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
@@ -23,10 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emoe.architectures import FFN
-from emoe.decision_guard import Guard
+from emoe.decision_guard import Guard, Sampled
 from emoe.sparse.build import compiled_kernels
 
-_SAMPLED = 16
 _COMPILED = (torch.float32, torch.bfloat16)
 
 
@@ -39,7 +37,6 @@ class DecodeWeights(NamedTuple):
         values: ``[N, s * h]`` by neuron, a copy; or ``[h, N, s]`` as they lie in the out-projection.
         gate: mean keys ``[N, h]``, for a router that scores by them.
         kernels: the compiled ones, where they can read the inputs' weights, or None; values they read by neuron only.
-        chosen_by_gate: experts are those with the largest products with the gate, and the kernels can find them.
     """
 
     inputs: list[Tensor]
@@ -47,7 +44,6 @@ class DecodeWeights(NamedTuple):
     values: Tensor
     gate: Tensor | None
     kernels: ModuleType | None
-    chosen_by_gate: bool
 
 
 class Decoding(NamedTuple):
@@ -59,6 +55,8 @@ class Decoding(NamedTuple):
         activation_name: by which the kernels know it, or None.
         bias: of the out-projection.
         output_biases: ``[N, h]``, those of the experts instead.
+        top_k: how many experts are chosen, those with the largest products with the gate; None where the router chooses.
+        whole: the FFN's module does nothing but call the FFN's parts.
     """
 
     weights: DecodeWeights
@@ -66,24 +64,8 @@ class Decoding(NamedTuple):
     activation_name: str | None
     bias: Tensor | None
     output_biases: Tensor | None
-
-
-class _Copied:
-    """A weight as it was when something was made of it."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self._version = weight._version
-        flat = weight.detach().as_strided((weight.numel(),), (1,))
-        # along the diagonal: every sixteenth of the rows and of the columns has one
-        step = (weight.numel() + max(weight.stride())) // _SAMPLED
-        # some who write do not count it (fused optimisers, ``weight.data``), but hardly one leaves all of these places as they were;
-        # a view, which keeps the memory, so that no other weight gets its address
-        self._sample = flat[:: max(min(step, (weight.numel() - 1) // (_SAMPLED - 1)), 1)][:_SAMPLED]
-        self._values = self._sample.clone()
-
-    def is_still(self, weight: Tensor) -> bool:
-        """Whether a weight that lies where this one did is unchanged as far as can be seen."""
-        return weight._version == self._version and torch.equal(self._sample, self._values)
+    top_k: int | None
+    whole: bool
 
 
 class DecodeCache:
@@ -93,7 +75,7 @@ class DecodeCache:
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[Hashable, list[_Copied], DecodeWeights] | None = None
+        self._kept: tuple[Hashable, list[Sampled], DecodeWeights] | None = None
         self._last: tuple[tuple[Any, ...], Guard, Decoding] | None = None
 
     def last(self, x: Tensor) -> Decoding | None:
@@ -103,6 +85,8 @@ class DecodeCache:
 
     def remember(self, x: Tensor, guard: Guard, decoding: Decoding) -> None:
         """Remember how a forward pass with this input is decoded, as long as the guard holds."""
+        if (kernels := compiled_kernels()) is not None:
+            guard.compare_by(kernels)
         self._last = (_like(x), guard, decoding)
 
     def get(
@@ -117,14 +101,10 @@ class DecodeCache:
             make: makes it.
         """
         kept = self._kept
-        if (
-            kept is None
-            or kept[0] != settings
-            or not all(copied.is_still(weight) for copied, weight in zip(kept[1], weights, strict=True))
-        ):
-            kept = self._kept = (settings, [_Copied(weight) for weight in weights], make())
-        for copied, weight in zip(kept[1], weights, strict=True):
-            guard.check(partial(copied.is_still, weight))
+        if kept is None or kept[0] != settings or not all(map(Sampled.is_still, kept[1], weights)):
+            kept = self._kept = (settings, [Sampled(weight) for weight in weights], make())
+        for sampled, weight in zip(kept[1], weights, strict=True):
+            guard.numbers(weight, sampled)
         return kept[2]
 
     def clear(self) -> None:
@@ -140,9 +120,7 @@ def _like(x: Tensor) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def decode_weights(
-    ffn: FFN, num_experts: int, gate: Tensor | None, *, by_neuron: bool, chosen_by_gate: bool
-) -> DecodeWeights:
+def decode_weights(ffn: FFN, num_experts: int, gate: Tensor | None, *, by_neuron: bool) -> DecodeWeights:
     """Lay out an FFN's weights for :func:`decode_ffn`.
 
     Args:
@@ -150,7 +128,6 @@ def decode_weights(
         num_experts: N.
         gate: mean keys, where the router scores by them.
         by_neuron: copy the values, so that those of an expert lie together.
-        chosen_by_gate: the router takes the largest products with the gate, and nothing else.
     """
     blocks, values = ffn.blocks(num_experts)
     inputs = [weight.detach().flatten(1) for weight, _ in blocks]
@@ -159,7 +136,7 @@ def decode_weights(
     read = (*inputs, *(bias for bias in biases if bias is not None))
     readable = all(t.is_contiguous() and t.device.type == "cpu" and t.dtype in _COMPILED for t in read)
     kernels = compiled_kernels() if readable else None
-    return DecodeWeights(inputs, biases, laid_out.detach(), gate, kernels, chosen_by_gate and kernels is not None)
+    return DecodeWeights(inputs, biases, laid_out.detach(), gate, kernels)
 
 
 def choose_by_gate(x: Tensor, weights: DecodeWeights, top_k: int) -> Tensor:

@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
+#include "facts.h"
 #include "few_tokens.h"
 #include "product.h"
 
@@ -198,6 +199,10 @@ void outer_mm(const Tensor& a, const Tensor& x, const Tensor& rows, const Tensor
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using facts::Facts;
+  py::class_<Facts>(m, "Facts")
+      .def(py::init<Facts::Items, Facts::Sizes, Facts::Items, Facts::Tensors, Facts::Numbers>())
+      .def("hold", &Facts::hold);
   m.def("gather_mm", &gather_mm, py::call_guard<py::gil_scoped_release>());
   m.def("scatter_mm", &scatter_mm, py::call_guard<py::gil_scoped_release>());
   m.def("outer_mm", &outer_mm, py::call_guard<py::gil_scoped_release>());

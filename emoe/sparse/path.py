@@ -131,13 +131,15 @@ class SparsePath:
 
     def decode(self, x: Tensor) -> Tensor | None:
         """The FFN's output for a few tokens of a model at rest, for its module to give without running its own code; None where it has to."""
-        whole = self._whole
-        if torch.is_grad_enabled() or whole is None or not self._takes(x) or x.numel() > _FEW_TOKENS * self._hidden:
-            return None
-        if not whole.is_as_known() or whole.activation is not self._layer:
+        if (
+            self._whole is None
+            or torch.is_grad_enabled()
+            or not self._takes(x)
+            or x.numel() > _FEW_TOKENS * self._hidden
+        ):
             return None
         way = self._choose(x)
-        return None if way is None or way == "sparse" else self._decode(x, way)[0]
+        return self._decode(x, way)[0] if isinstance(way, Decoding) and way.whole else None
 
     def _tell_of_a_look(self) -> None:
         self._conditions.is_looked_at_inside = True
@@ -162,8 +164,8 @@ class SparsePath:
     def _decode(self, x: Tensor, decoding: Decoding) -> tuple[Tensor, Callable[[], Tensor]]:
         layer, kept = self._layer, decoding.weights
         n, scales = layer.config.num_experts, None
-        if kept.chosen_by_gate and layer.only_chooses:
-            experts = choose_by_gate(x, kept, layer.config.top_k)
+        if decoding.top_k is not None:
+            experts = choose_by_gate(x, kept, decoding.top_k)
         else:
             scores = layer.linear_scores(x.reshape(-1, self._hidden), kept.gate)
             expected = (x.numel() // self._hidden, n)
@@ -200,8 +202,7 @@ class SparsePath:
 
         def make() -> DecodeWeights:
             gate = layer.current_gate() if by_keys else None
-            plain = by_keys and _chooses_by_gate(cast(EMoEConfig, config))
-            return decode_weights(self._ffn, n, gate, by_neuron=by_neuron, chosen_by_gate=plain)
+            return decode_weights(self._ffn, n, gate, by_neuron=by_neuron)
 
         # the weights between are read where they lie, if that is by neuron
         first, *between, last = self._projections
@@ -213,7 +214,12 @@ class SparsePath:
         weights = self._cache.get(copied, settings, guard, make)
         output_biases = guard.item(guard.item(vars(layer), "_parameters"), "output_bias")
         name = activation_name(layer.activation, guard)
-        return Decoding(weights, layer.activation, name, bias_of(last), output_biases)
+        guard.item(vars(layer), "record")
+        by_gate = by_keys and _chooses_by_gate(cast(EMoEConfig, config)) and layer.only_chooses and weights.kernels
+        whole = self._whole
+        known = whole is not None and whole.is_as_known(guard) and whole.activation(guard) is layer
+        top_k = config.top_k if by_gate else None
+        return Decoding(weights, layer.activation, name, bias_of(last), output_biases, top_k, known)
 
     def _takes(self, x: Tensor) -> bool:
         """Whether it is an input that this path can read; of another the projection says what is wrong with it."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from emoe.architectures import FFN
+from emoe.decision_guard import Guard
 from emoe.projections import plain_class
 
 
@@ -40,19 +41,20 @@ class WholeFFN:
     module: nn.Module
     names: tuple[str, ...]
 
-    def is_as_known(self) -> bool:
+    def is_as_known(self, guard: Guard) -> bool:
         """Whether its class computes ``proj_out(activation(proj_in(x)) * proj_up(x))`` of these children, and nothing else.
 
         Told by the instructions, so that every model whose library writes it so is known, and one whose ``forward`` is replaced no longer is.
         """
-        code = getattr((plain_class(self.module) or type(self.module)).forward, "__code__", None)
+        guard.attribute(self.module, "__class__")
+        forward = guard.attribute(plain_class(self.module) or type(self.module), "forward")
+        code = guard.attribute(forward, "__code__")
         # names stand in the order in which the instructions ask for them
         return code is not None and _instructions(code) == _CODE and code.co_names == self.names
 
-    @property
-    def activation(self) -> object:
+    def activation(self, guard: Guard) -> object:
         """What stands in the activation's place."""
-        return self.module._modules.get(self.names[1])
+        return guard.item(guard.item(vars(self.module), "_modules"), self.names[1])
 
 
 def whole_ffn(ffn: FFN) -> WholeFFN | None:
@@ -63,4 +65,4 @@ def whole_ffn(ffn: FFN) -> WholeFFN | None:
     if len(set(places)) > 1 or not all(names):
         return None
     found = WholeFFN(ffn.layer.get_submodule(places[0]), names)
-    return found if found.is_as_known() else None
+    return found if found.is_as_known(Guard()) else None

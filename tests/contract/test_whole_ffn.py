@@ -107,6 +107,13 @@ def _other_class(module: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(plain, "forward", lambda self, x: self.down_proj(self.up_proj(x)) * 0 + 7)
 
 
+def _other_code(module: Any, patch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(x)) * 0 + 7
+
+    patch.setattr(type(module).__mro__[2].forward, "__code__", forward.__code__)
+
+
 def _other_forward(module: Any, patch: pytest.MonkeyPatch) -> None:
     module.forward = lambda x: torch.full_like(x, 7)
 
@@ -122,7 +129,7 @@ class _Zero(nn.Module):
         return torch.zeros_like(x)
 
 
-@pytest.mark.parametrize("replace", [_other_class, _other_forward, _other_activation])
+@pytest.mark.parametrize("replace", [_other_class, _other_code, _other_forward, _other_activation])
 def test_what_is_put_in_its_place_runs(replace: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     module = ffn(converted("llama", "sparse"))
     assert not own_code_runs(module)
