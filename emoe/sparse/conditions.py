@@ -9,6 +9,7 @@
 - somebody else looks at a projection, the activation, or a module that holds a part of the FFN: a hook of any kind, also a global one
   (a backward hook: where gradients are recorded), or a replaced ``forward``;
 - the FFN's own code was seen to look at hidden neurons;
+- the router is an avg-k of somebody's own making, which may score by all neurons;
 - the model is compiled, traced or transformed (``torch.func``), forward-mode derivatives are taken, or a mode of PyTorch's (``TorchFunctionMode``,
   ``TorchDispatchMode``) sees each operation.
 """
@@ -29,6 +30,7 @@ from emoe.architectures import FFN
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.decision_guard import Guard
 from emoe.projections import is_linear_routed_by
+from emoe.routers import AvgKRouter
 from emoe.sparse.activations import is_elementwise
 from emoe.tensors import autocast_dtype
 from emoe.tokens import is_own_hook
@@ -38,6 +40,8 @@ _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (Tensor, nn.Parameter)
 _OF_NEURONS = ("gate", "up")
 _HALF = (torch.bfloat16, torch.float16)
+# as they are when this is imported, to see that nobody has put something in their place
+_AVG_K = {name: getattr(AvgKRouter, name) for name in ("scores", "linear_scores", "current_gate")}
 
 Projections = Sequence[tuple[str, nn.Module, Callable[..., Any]]]
 
@@ -124,7 +128,11 @@ class Conditions:
                 return "expert_dropout acts on hidden neurons"
             if any(module.training and module.p for module in self._dropouts):
                 return "dropout acts on hidden neurons"
-        activation = guard.item(_children(cast(nn.Module, layer), guard), "activation")
+        children = _children(cast(nn.Module, layer), guard)
+        router = guard.item(children, "router")
+        if isinstance(router, AvgKRouter) and not is_avg_k(router, guard):
+            return "the router is no plain avg-k"
+        activation = guard.item(children, "activation")
         if not is_elementwise(activation, guard):
             return "the activation is not known to take each neuron for itself, is random, or writes over its input"
         if activation is not self._activation:
@@ -135,6 +143,15 @@ class Conditions:
         if any(_is_looked_at(state, guard) for state in states) or _has_global_hook(guard):
             return "a hook or a replaced forward looks at the FFN"
         return None
+
+
+def is_avg_k(router: nn.Module, guard: Guard) -> bool:
+    """Whether a router is the paper's avg-k, and nobody has changed it."""
+    guard.attribute(router, "__class__")
+    return type(router) is AvgKRouter and all(
+        guard.attribute(AvgKRouter, name) is own and guard.item(vars(router), name) is None
+        for name, own in _AVG_K.items()
+    )
 
 
 def is_plain(x: Tensor) -> bool:

@@ -41,12 +41,12 @@ def sparse_ffn(
     Returns:
         ``[T, h]`` in the dtype of ``x`` (under autocast in autocast's).
     """
-    pairs = pairs_of(mask)
-    per_pair = None if weights is None else weights[pairs.rows, pairs.experts]
     tensors = [x, values, *(tensor for pair in inputs for tensor in pair)]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    pairs = pairs_of(mask, tensors[0])  # type: ignore[arg-type]
+    per_pair = None if weights is None else weights[pairs.rows, pairs.experts]
     with torch.autocast(x.device.type, enabled=False):
         return _SparseFFN.apply(activation, pairs, per_pair, *tensors)
 

@@ -5,7 +5,7 @@ Shapes: T tokens, N experts of s neurons, h width, P pairs (:mod:`emoe.sparse.pa
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -16,9 +16,9 @@ from emoe.sparse.build import compiled_kernels
 from emoe.sparse.pairs import Pairs, chunks_for_threads
 
 
-def pairs_of(mask: Tensor) -> Pairs:
-    """The pairs of a mask ``[T, N]``, in as many chunks as the implementation takes."""
-    return Pairs.of(mask, chunks_for_threads(len(mask)) if mask.device.type == "cpu" and compiled_kernels() else 1)
+def pairs_of(mask: Tensor, x: Tensor) -> Pairs:
+    """The pairs of a mask ``[T, N]``, in as many chunks as the implementation takes for rows like those of ``x``."""
+    return Pairs.of(mask, chunks_for_threads(len(mask)) if _usable(x) else 1)
 
 
 def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> Tensor:
@@ -28,9 +28,12 @@ def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> T
     if grouped.is_usable(x):
         return grouped.gather_mm(x, weight, bias, pairs)
     out = x.new_empty(len(pairs.rows), weight.shape[1])
-    for expert, low, high in _blocks(pairs, weight.shape[0]):
-        picked = x.index_select(0, pairs.rows[low:high])
-        out[low:high] = torch.nn.functional.linear(picked, weight[expert], None if bias is None else bias[expert])
+    for expert, rows, block in _blocks(pairs, out):
+        picked = x.index_select(0, rows)
+        if bias is None:
+            torch.mm(picked, weight[expert].t(), out=block)
+        else:
+            torch.addmm(bias[expert], picked, weight[expert].t(), out=block)
     return out
 
 
@@ -41,8 +44,8 @@ def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
     if grouped.is_usable(weight):
         return grouped.scatter_mm(a, weight, pairs)
     out = torch.zeros(pairs.tokens, weight.shape[2], dtype=_sum_type(a), device=a.device)
-    for expert, low, high in _blocks(pairs, weight.shape[0]):
-        out.index_add_(0, pairs.rows[low:high], (a[low:high] @ weight[expert]).to(out.dtype))
+    for expert, rows, block in _blocks(pairs, a):
+        out.index_add_(0, rows, (block @ weight[expert]).to(out.dtype))
     return out.to(a.dtype)
 
 
@@ -54,10 +57,10 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, like: Tensor) -> Tensor:
         return out
     if grouped.is_usable(x):
         return out.copy_(grouped.outer_mm(a, x, pairs))
-    sums = torch.zeros(like.shape, dtype=_sum_type(a), device=a.device)
-    for expert, low, high in _blocks(pairs, like.shape[0]):
-        sums[expert] += a[low:high].t() @ x.index_select(0, pairs.rows[low:high])
-    return out.copy_(sums)
+    out[pairs.starts.diff() == 0] = 0
+    for expert, rows, block in _blocks(pairs, a):
+        torch.mm(block.t(), x.index_select(0, rows), out=out[expert])
+    return out
 
 
 def expert_sums(a: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
@@ -71,12 +74,11 @@ def _sum_type(a: Tensor) -> torch.dtype:
     return torch.float64 if a.dtype == torch.float64 else torch.float32
 
 
-def _blocks(pairs: Pairs, num_experts: int) -> list[tuple[int, int, int]]:
-    """``(expert, first pair, end)`` of all blocks that are not empty."""
-    starts = pairs.starts.tolist()
-    return [
-        (block % num_experts, low, high) for block, (low, high) in enumerate(itertools.pairwise(starts)) if high > low
-    ]
+def _blocks(pairs: Pairs, per_pair: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each expert that has pairs in the only chunk, with their tokens and their rows of ``per_pair [P, ...]``."""
+    counts = pairs.starts.diff().tolist()
+    blocks = zip(pairs.rows.split(counts), per_pair.split(counts), strict=True)
+    return ((expert, *block) for expert, block in enumerate(blocks) if counts[expert])
 
 
 def _usable(x: Tensor) -> ModuleType | None:

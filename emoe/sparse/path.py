@@ -23,9 +23,10 @@ from emoe.architectures import FFN, bias_of
 from emoe.config import LINEAR_SCORES, EMoEConfig, GMoEConfig
 from emoe.decision_guard import Guard, look
 from emoe.projections import RoutedFFN, leave_, stand_around_
+from emoe.routers import Router
 from emoe.sparse.activations import activation_name
 from emoe.sparse.build import compiled_kernels, prepare_kernels
-from emoe.sparse.conditions import Conditions, Layer, Projections, is_plain, is_transformed
+from emoe.sparse.conditions import Conditions, Layer, Projections, is_avg_k, is_plain, is_transformed
 from emoe.sparse.cost_model import decodes_many, predicted_decode_ratio, predicted_time_ratio
 from emoe.sparse.decode import DecodeCache, DecodeWeights, Decoding, choose_by_gate, decode_ffn, decode_weights
 from emoe.sparse.ffn import sparse_ffn
@@ -42,6 +43,8 @@ _FEW_TOKENS, _VERY_FEW_TOKENS = 64, 8
 
 class RoutedLayer(Layer, Protocol):
     """What the path needs of a routed FFN's activation."""
+
+    router: Router
 
     @property
     def only_chooses(self) -> bool: ...
@@ -198,7 +201,7 @@ class SparsePath:
         """How a forward pass is decoded with the projections' weights and biases, which are these."""
         layer, config = self._layer, self._layer.config
         n, by_neuron = config.num_experts, config.decode_cache
-        by_keys = isinstance(config, EMoEConfig) and config.router == "avg_k" and config.score == "keys"
+        by_keys = isinstance(config, EMoEConfig) and is_avg_k(layer.router, guard) and config.score == "keys"
 
         def make() -> DecodeWeights:
             gate = layer.current_gate() if by_keys else None

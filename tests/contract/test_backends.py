@@ -284,7 +284,7 @@ def check_products(tokens: int, n: int, s: int, h: int, seed: int) -> None:
     mask = torch.rand(tokens, n, generator=generator) < 0.4
     x, w = (torch.randn(size, generator=generator) for size in ((tokens, h), (n, s, h)))
     b = torch.randn(n, s, generator=generator)
-    pairs = pairs_of(mask)
+    pairs = pairs_of(mask, x)
     a = torch.randn(len(pairs.rows), s, generator=generator)
     dense = torch.zeros(tokens, n, s)
     dense[pairs.rows, pairs.experts] = a

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import emoe
 from emoe.decision_guard import Guard, Sampled
+from emoe.routers import AvgKRouter
 from emoe.sparse import decode, path
 from emoe.sparse.build import compiled_kernels
 from emoe.sparse.decode import decode_ffn
@@ -175,6 +176,24 @@ def fewer_experts(ffn: Any, _: Patch) -> None:
     emoe.set_top_k_(ffn, 1)
 
 
+class Opposite(AvgKRouter):
+    def linear_scores(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return -super().linear_scores(x, gate)
+
+
+def class_of_the_router(ffn: Any, _: Patch) -> None:
+    ffn.act.router.__class__ = Opposite
+
+
+def scores_of_one(ffn: Any, patch: Patch) -> None:
+    scores = ffn.act.router.linear_scores
+    ffn.act.router.linear_scores = lambda *args: -scores(*args)
+
+
+def scores_of_all(ffn: Any, patch: Patch) -> None:
+    patch.setattr(AvgKRouter, "scores", lambda self, x, z: -self.linear_scores(x))
+
+
 CHANGES: dict[str, Callable[[Any, Patch], None]] = {
     **{f"hook after {part}": hook_after(part) for part in PARTS},
     **{f"hook before {part}": hook_before(part) for part in PARTS},
@@ -201,6 +220,7 @@ CHANGES: dict[str, Callable[[Any, Patch], None]] = {
                 exchanged,
             ),
             *(with_a_bias, another_activation, random_activation, class_of_the_activation, fewer_experts),
+            *(class_of_the_router, scores_of_one, scores_of_all),
         )
     },
 }

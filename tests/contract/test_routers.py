@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import emoe
 from emoe.layer import routed_layers
 from emoe.registry import ROUTERS
+from emoe.routers import AvgKRouter
 from emoe.schema import config_schema
 from emoe.sparse import path
 from emoe.sparse.decode import decode_ffn
@@ -154,3 +155,30 @@ def test_what_is_no_router_is_refused() -> None:
     for name, cls in (("linear", nn.Linear), ("linear", None), ("my router", emoe.Router), (3, emoe.Router)):
         with pytest.raises(emoe.ConversionError, match="register_router"):
             emoe.register_router(name, cls)  # type: ignore[arg-type]
+
+
+class _Opposite(AvgKRouter):
+    def linear_scores(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return -super().linear_scores(x, gate)
+
+
+class _FirstNumbers(emoe.Router):
+    learned = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :8].float()
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+@pytest.mark.parametrize("router", [_Opposite, _FirstNumbers])
+def test_another_router_may_have_the_name_of_avg_k(
+    router: type[emoe.Router], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        usual = net("masked")(x)
+        monkeypatch.setitem(ROUTERS, "avg_k", ROUTERS["avg_k"])  # to have it back
+        emoe.register_router("avg_k", router)
+        masked, sparse = (net(backend)(x) for backend in BACKENDS)
+    torch.testing.assert_close(sparse, masked, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(masked, usual, atol=1e-3)
