@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-Look = tuple[type[Tensor], int, torch.dtype, torch.Size, tuple[int, ...]]
+Look = tuple[type[Tensor], int, bool, torch.dtype, torch.Size, tuple[int, ...]]
 _SAMPLED = 16
 
 
@@ -121,4 +121,4 @@ class Guard:
 
 def look(tensor: Tensor) -> Look:
     """Where a tensor's numbers lie, and how."""
-    return type(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    return type(tensor), tensor.data_ptr(), tensor.is_neg(), tensor.dtype, tensor.shape, tensor.stride()

@@ -237,7 +237,7 @@ class RoutedActivation(nn.Module):
         if torch.compiler.is_compiling():
             return super().__call__(z)
         if isinstance(z, DeferredTensor):
-            if z.call.layer is self and not z.is_routed:
+            if z.call.layer is self and z.part == "in" and not z.is_routed:
                 return z.then(self, z.sizes, is_routed=True, is_whole=not self._gated)
             z = z.value()
         plain, call = carried(z)

@@ -6,6 +6,7 @@ Hooks, wrappers, copies and replaced ``forward`` methods go on working, and othe
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,8 +19,9 @@ from emoe.decision_guard import Guard
 Handler = Callable[..., Any]
 _HANDLER = "_emoe_handler"
 # as they are when this is imported, to see that nobody has put something in their place
-_LINEAR, _LINEAR_FORWARD = F.linear, nn.Linear.forward
-_CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_wrapped_call_impl", "_call_impl")}
+_FUNCTIONS = ((F, dict(vars(F))), (torch, dict(vars(torch))))
+_LINEAR_FORWARD = nn.Linear.forward
+CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_wrapped_call_impl", "_call_impl")}
 
 
 class RoutedProjection(nn.Module):
@@ -114,20 +116,32 @@ def is_linear_routed_by(projection: nn.Module, handler: Handler, guard: Guard) -
         return False
     guard.attribute(projection, "__class__")
     plain = plain_class(projection)
-    if plain is None or guard.item(vars(F), "linear") is not _LINEAR:
+    if plain is None or not has_plain_call(plain, guard):
         return False
-    if not has_plain_call(plain, guard):
+    calls = {**CALLS, **{name: vars(RoutedProjection)[name] for name in ("__call__", "forward")}}
+    if any(guard.attribute(type(projection), name) is not call for name, call in calls.items()):
         return False
     forward = guard.attribute(plain, "forward")
-    return forward is _LINEAR_FORWARD or (plain.__name__, forward.__module__) == (
+    is_known = forward is _LINEAR_FORWARD or (plain.__name__, plain.__module__) == (
         "Conv1D",
         "transformers.pytorch_utils",
+    )
+    return is_known and is_as_written(forward, guard)
+
+
+def is_as_written(function: Any, guard: Guard) -> bool:
+    """Whether a function is the one in its module's file, and those of PyTorch's that it calls are PyTorch's own."""
+    code, module = guard.attribute(function, "__code__"), sys.modules.get(function.__module__)
+    if code is None or code.co_filename != getattr(module, "__file__", None):
+        return False
+    return all(
+        guard.item(vars(place), name) is own[name] for place, own in _FUNCTIONS for name in code.co_names if name in own
     )
 
 
 def has_plain_call(kind: type[nn.Module], guard: Guard) -> bool:
     """Whether modules of a class are called as PyTorch calls them: hooks and ``forward``, and nothing around that."""
-    return all(guard.attribute(kind, name) is call for name, call in _CALLS.items())
+    return all(guard.attribute(kind, name) is call for name, call in CALLS.items())
 
 
 def is_routed_by(projection: nn.Module, handler: Handler) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,6 +71,9 @@ class Deferred:
         output: the output; None once somebody has looked at neurons, which then count.
         tell: called when that happens, or None.
         read: what neurons that are looked at are computed from; changed since, they cannot be.
+        read_by_up: what the up-projection's part is to be computed from, as it was when the output was, or None.
+        is_still: whether what is done with the neurons is what was done for the output.
+        activated: which half of a fused in-projection's is activated, 0 or 1.
         requires_grad: whether the neurons have a gradient.
         grad: whether gradients were enabled at the call.
         autocast: the type that autocast was on with, or None.
@@ -81,6 +84,9 @@ class Deferred:
     output: Tensor | None
     tell: Callable[[], None] | None = None
     read: Sequence[Tensor] = ()
+    read_by_up: Sequence[int | None] | None = None
+    is_still: Callable[[], bool] | None = None
+    activated: int = 0
     requires_grad: bool = field(default_factory=torch.is_grad_enabled)
     grad: bool = field(default_factory=torch.is_grad_enabled)
     autocast: torch.dtype | None = None
@@ -88,11 +94,17 @@ class Deferred:
     def __post_init__(self) -> None:
         self.autocast = autocast_dtype(self.x.device.type)
         self.is_taken = False
-        self._versions = [tensor._version for tensor in self.read]
+        self.versions = versions(self.read)
+
+    def is_like(self, other: Deferred) -> bool:
+        """Whether it was called in the same modes of PyTorch's."""
+        return (self.grad, self.autocast) == (other.grad, other.autocast)
 
     def take(self) -> Tensor | None:
         """The output, for the first who takes it as it was computed: another would get the same tensor, changed perhaps."""
         if self.is_taken or self.grad != torch.is_grad_enabled() or self.autocast != autocast_dtype(self.x.device.type):
+            return None
+        if self.is_still is not None and not self.is_still():
             return None
         self.is_taken = self.output is not None
         return self.output
@@ -103,12 +115,20 @@ class Deferred:
         Raises:
             RuntimeError: what they are computed from was changed meanwhile.
         """
-        if [tensor._version for tensor in self.read] != self._versions:
-            raise RuntimeError(_BEHIND.format("code that changed the FFN's input or weights before"))
         if self.output is not None:
             self.output = None
             if self.tell is not None:
                 self.tell()
+        if versions(self.read) != self.versions:
+            raise RuntimeError(_BEHIND.format("code that changed the FFN's input or weights before"))
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int | None]:
+    """How often PyTorch saw each of some tensors change; None for those made under ``inference_mode``, whose changes it does not count."""
+    return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+Part = Literal["in", "up", "both"]
 
 
 class DeferredTensor(Tensor):
@@ -119,12 +139,14 @@ class DeferredTensor(Tensor):
 
     Attributes:
         call: the FFN's call.
+        part: whose they are: the in-projection's, the up-projection's, or of both side by side.
         is_routed: the activation has been called.
         is_whole: it is what the out-projection takes: with a gated FFN, multiplied by the up-projection's part.
         sizes: the shape, at hand without a call.
     """
 
     call: Deferred
+    part: Part
     is_routed: bool
     is_whole: bool
     sizes: tuple[int, ...]
@@ -138,6 +160,7 @@ class DeferredTensor(Tensor):
         like: Tensor,
         compute: Callable[[], Tensor],
         call: Deferred,
+        part: Part,
         *,
         is_routed: bool = False,
         is_whole: bool = False,
@@ -149,13 +172,14 @@ class DeferredTensor(Tensor):
             like: a tensor of the same dtype and device.
             compute: gives the values, if they are asked for.
             call: see the class.
+            part: see the class.
             is_routed: see the class.
             is_whole: see the class.
         """
         found = Tensor._make_wrapper_subclass(
             DeferredTensor, shape, dtype=like.dtype, device=like.device, requires_grad=call.requires_grad
         )
-        found.call, found.is_routed, found.is_whole, found.sizes = call, is_routed, is_whole, shape
+        found.call, found.part, found.is_routed, found.is_whole, found.sizes = call, part, is_routed, is_whole, shape
         found._compute, found._value, found._made_of_it = compute, None, []
         if call.requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
@@ -164,6 +188,7 @@ class DeferredTensor(Tensor):
 
     def value(self) -> Tensor:
         """The values, computed at the first look as they would have been in the call; with what was made of them, before they change."""
+        self._refuse_autograd_functions()
         if self._value is None:
             call, kind = self.call, self.call.x.device.type
             call.look()
@@ -178,16 +203,34 @@ class DeferredTensor(Tensor):
         return self._value
 
     def then(
-        self, step: Callable[[Tensor], Tensor], shape: tuple[int, ...], *, is_routed: bool, is_whole: bool = False
+        self,
+        step: Callable[[Tensor], Tensor],
+        shape: tuple[int, ...],
+        *,
+        is_routed: bool,
+        is_whole: bool = False,
+        part: Part | None = None,
     ) -> Tensor:
         """What a step makes of it: deferred too, unless somebody has looked."""
+        self._refuse_autograd_functions()
         if self.call.output is None:
             return step(self.value())
         made = DeferredTensor.of(
-            shape, self, lambda: step(self.value()), self.call, is_routed=is_routed, is_whole=is_whole
+            shape,
+            self,
+            lambda: step(self.value()),
+            self.call,
+            self.part if part is None else part,
+            is_routed=is_routed,
+            is_whole=is_whole,
         )
         self._made_of_it.append(weakref.ref(made))
         return made
+
+    def _refuse_autograd_functions(self) -> None:
+        """See that it is what it was made as: the output of an ``autograd.Function`` would need a gradient that its values know nothing of."""
+        if self.requires_grad != self.call.requires_grad:
+            _refuse_gradient()
 
     @classmethod
     def __torch_function__(
@@ -212,7 +255,7 @@ class DeferredTensor(Tensor):
 _BEHIND = "{} reads an FFN's hidden neurons behind PyTorch's back: call emoe.set_backend_(model, 'masked') first"
 
 
-def _refuse_gradient(_grad: Tensor) -> None:
+def _refuse_gradient(_grad: Tensor | None = None) -> None:
     raise RuntimeError(_BEHIND.format("an autograd.Function"))
 
 
@@ -241,9 +284,13 @@ def _product(first: Any = None, second: Any = None, **_named: Any) -> Tensor | N
     if not (isinstance(first, DeferredTensor) and isinstance(second, DeferredTensor)) or _named:
         return None
     routed, other = (first, second) if first.is_routed else (second, first)
-    same = routed.call.layer is other.call.layer and routed.call.x is other.call.x and routed.sizes == other.sizes
-    seen = routed.call.output is None or other.call.output is None
-    if seen or not same or not routed.is_routed or routed.is_whole or other.is_routed:
+    ours, theirs = routed.call, other.call
+    same = ours.layer is theirs.layer and ours.x is theirs.x and routed.sizes == other.sizes and ours.is_like(theirs)
+    unchanged = ours is theirs or ours.read_by_up == theirs.versions
+    seen = ours.output is None or theirs.output is None
+    if seen or not same or not unchanged or (routed.part, other.part) != ("in", "up"):
+        return None
+    if not routed.is_routed or routed.is_whole or other.is_routed:
         return None
     made = routed.then(lambda value: value * other.value(), routed.sizes, is_routed=True, is_whole=True)
     if isinstance(made, DeferredTensor):
@@ -253,12 +300,18 @@ def _product(first: Any = None, second: Any = None, **_named: Any) -> Tensor | N
 
 def _halves(tensor: Any = None, chunks: Any = None, dim: int = 0, **_named: Any) -> tuple[Tensor, ...] | None:
     """A fused in-projection's two halves."""
-    if not isinstance(tensor, DeferredTensor) or chunks != 2 or dim not in (-1, len(tensor.sizes) - 1):
+    if (
+        not isinstance(tensor, DeferredTensor)
+        or tensor.part != "both"
+        or chunks != 2
+        or dim not in (-1, len(tensor.sizes) - 1)
+    ):
         return None
     shape = (*tensor.sizes[:-1], tensor.sizes[-1] // 2)
 
     def half(place: int) -> Tensor:
-        return tensor.then(lambda value: value.chunk(2, -1)[place], shape, is_routed=tensor.is_routed)
+        part: Part = "in" if place == tensor.call.activated else "up"
+        return tensor.then(lambda value: value.chunk(2, -1)[place], shape, is_routed=tensor.is_routed, part=part)
 
     return half(0), half(1)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from emoe.decision_guard import Guard
-from emoe.projections import has_plain_call
+from emoe.projections import has_plain_call, is_as_written
 
 _ELEMENTWISE = {
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid),
@@ -19,6 +19,7 @@ _TRANSFORMERS = "transformers.activations"
 _ELEMENTWISE_MODULES = {_TRANSFORMERS, "timm.layers.activations"}
 # as they are when this is imported, to see that nobody has put something in their place
 _FUNCTIONS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+_PYTORCHS = set(filter(callable, vars(F).values()))
 _FORWARDS = {nn.ReLU.forward: "relu", nn.SiLU.forward: "silu", nn.GELU.forward: "gelu"}
 _GELU_OF = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -27,8 +28,23 @@ def is_elementwise(activation: nn.Module, guard: Guard) -> bool:
     """Whether an activation is one of those that take each neuron for itself, always give the same and leave their input as it is."""
     guard.attribute(activation, "__class__")
     kind = type(activation)
-    known = kind in _ELEMENTWISE or kind.__module__ in _ELEMENTWISE_MODULES
-    return known and not guard.item(vars(activation), "inplace")
+    if kind not in _ELEMENTWISE and kind.__module__ not in _ELEMENTWISE_MODULES:
+        return False
+    state = vars(activation)
+    if guard.items(guard.item(state, "_parameters")) or guard.item(state, "inplace"):
+        return False
+    forward = guard.attribute(kind, "forward")
+    if not has_plain_call(kind, guard) or not is_as_written(forward, guard) or not _is_of(forward, kind):
+        return False
+    act = guard.item(state, "act")  # what an activation of transformers calls
+    function = act.func if isinstance(act, partial) else act
+    return function is None or function in _PYTORCHS or getattr(function, "__self__", None) is activation
+
+
+def _is_of(forward: Any, kind: type) -> bool:
+    """Whether a ``forward`` was written for a class, or one that it is made of."""
+    written = (forward.__module__, forward.__qualname__)
+    return any(written == (base.__module__, f"{base.__qualname__}.forward") for base in kind.__mro__)
 
 
 def activation_name(activation: nn.Module, guard: Guard) -> str | None:

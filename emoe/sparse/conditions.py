@@ -8,7 +8,7 @@
 - a projection is no plain linear layer, or is called by another's code than PyTorch's;
 - somebody else looks at a projection, the activation, or a module that holds a part of the FFN: a hook of any kind, also a global one
   (a backward hook: where gradients are recorded), or a replaced ``forward``;
-- the FFN's own code was seen to look at hidden neurons;
+- the FFN's own code was seen to look at hidden neurons, or an ``autograd.Function`` to call a part of it;
 - the router is an avg-k of somebody's own making, which may score by all neurons;
 - the model is compiled, traced or transformed (``torch.func``), forward-mode derivatives are taken, or a mode of PyTorch's (``TorchFunctionMode``,
   ``TorchDispatchMode``) sees each operation.
@@ -29,7 +29,8 @@ from torch.utils._device import DeviceContext
 from emoe.architectures import FFN
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.decision_guard import Guard
-from emoe.projections import is_linear_routed_by
+from emoe.optimizer_steps import COUNT
+from emoe.projections import CALLS, is_linear_routed_by
 from emoe.routers import AvgKRouter
 from emoe.sparse.activations import is_elementwise
 from emoe.tensors import autocast_dtype
@@ -68,14 +69,29 @@ class Conditions:
     def __init__(self, ffn: FFN, layer: Layer, projections: Projections) -> None:
         self._layer = layer
         self._projections = tuple((module, handler) for _, module, handler in projections)
-        # where each projection stands, to see that it still does
-        self._places = tuple((*_place(ffn.layer, path), module) for path, module, _ in projections)
+        # where each part stands, to see that it still does
+        parts = [*((path, module) for path, module, _ in projections), (ffn.spec.activation, cast(nn.Module, layer))]
+        self._places = tuple((*_place(ffn.layer, path), module) for path, module in parts)
         between = [ffn.layer.get_submodule(path) for path in ffn.spec.between]
         self._dropouts = tuple(module for module in between if isinstance(module, nn.Dropout))
         projected = (module for module, _ in self._projections)
         self._others = (cast(nn.Module, layer), *projected, *between, *_holders(ffn))
+        kind = cast(type[nn.Module], type(layer))
+        self._calls = {**CALLS, "__call__": kind.__call__, "forward": kind.forward}
         self._watch_activation()
-        self.is_looked_at_inside = False
+        self._looked_at: int | None = None
+        self._is_called_inside = False
+
+    def tell_of_a_look(self) -> None:
+        """Have the mask taken from now on, because the FFN's own code looks at hidden neurons; with gradients from the next optimiser's step on.
+
+        What is computed again for a gradient, as checkpointing does it, has to be computed as it was.
+        """
+        self._looked_at = COUNT["steps"]
+
+    def tell_of_a_function(self) -> None:
+        """Have the mask taken from now on, because an ``autograd.Function`` calls a part of the FFN: its output needs a gradient of its own."""
+        self._is_called_inside = True
 
     def _watch_activation(self) -> None:
         self._activation = self._layer.activation
@@ -85,9 +101,11 @@ class Conditions:
         """Weights and biases of the projections; none where a weight is computed, and not the projection's own."""
         found = []
         for module, _ in self._projections:
-            if (weight := _own(module, "weight", guard)) is None:
+            if (weight := own_tensor(module, "weight", guard)) is None:
                 return []
-            bias = _own(module, "bias", guard)
+            bias = own_tensor(module, "bias", guard)
+            if bias is None and not any("bias" in vars(module)[kind] for kind in ("_parameters", "_buffers")):
+                return []
             found += [weight] if bias is None else [weight, bias]
         return found
 
@@ -103,7 +121,7 @@ class Conditions:
         if is_transformed():
             return "torch.func, forward-mode derivatives or a mode of PyTorch's act on it"
         for parent, name, own in self._places:
-            if guard.item(_children(parent, guard), name) is not own:
+            if guard.item(_children(parent, guard), name) is not own or guard.item(vars(parent), name) is not None:
                 return "a projection carries an adapter or was replaced"
         if not tensors or not all(is_linear_routed_by(*projection, guard) for projection in self._projections):
             return "a projection's class was replaced, or its weight is computed"
@@ -111,12 +129,15 @@ class Conditions:
         autocast = autocast_dtype(device.type)
         if autocast is not None and torch.float64 in (dtype, tensors[0].dtype):
             return "autocast leaves float64 as it is"
+        guard.attribute(layer, "__class__")
         config = guard.item(vars(layer), "config")
         if isinstance(config, EMoEConfig) and config.score in _OF_NEURONS and (autocast or dtype) in _HALF:
             return "scores of neurons are rounded like them in half precision"
         for tensor in tensors:
             if type(tensor) not in _PLAIN:
                 return f"a weight is a {type(tensor).__name__}"
+            if tensor.layout is not torch.strided or tensor.is_neg():
+                return "a weight is sparse, or a view of others' negatives"
             if not tensor.is_contiguous() and 0 in tensor.stride():
                 return "numbers of a weight lie in one place"
             if tensor.device != device:
@@ -137,8 +158,13 @@ class Conditions:
             return "the activation is not known to take each neuron for itself, is random, or writes over its input"
         if activation is not self._activation:
             self._watch_activation()
-        if guard.item(vars(self), "is_looked_at_inside"):
+        looked_at = guard.item(vars(self), "_looked_at")
+        if looked_at is not None and (looked_at != COUNT["steps"] or not torch.is_grad_enabled()):
             return "the FFN's own code looks at hidden neurons"
+        if guard.item(vars(self), "_is_called_inside"):
+            return "an autograd.Function calls a part of the FFN"
+        if any(guard.attribute(type(layer), name) is not own for name, own in self._calls.items()):
+            return "how the routed activation is called was replaced"
         states = (guard.attribute(module, "__dict__") for module in self._watched)
         if any(_is_looked_at(state, guard) for state in states) or _has_global_hook(guard):
             return "a hook or a replaced forward looks at the FFN"
@@ -157,7 +183,7 @@ def is_avg_k(router: nn.Module, guard: Guard) -> bool:
 def is_plain(x: Tensor) -> bool:
     """Whether an input is a tensor of numbers and nothing else."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return type(x) in _PLAIN and not (x.is_nested or x.is_meta or tracing) and x.numel() > 0
+    return type(x) in _PLAIN and not (x.is_nested or x.is_meta or x.is_neg() or tracing) and x.numel() > 0
 
 
 def is_transformed() -> bool:
@@ -166,6 +192,7 @@ def is_transformed() -> bool:
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
+        or not torch._C._is_torch_function_enabled()
         or (torch._C._len_torch_function_stack() > 0 and not all(map(_only_places, _get_current_function_mode_stack())))
     )
 
@@ -197,8 +224,10 @@ def _children(module: nn.Module, guard: Guard) -> dict[str, nn.Module | None]:
     return found
 
 
-def _own(module: nn.Module, name: str, guard: Guard) -> Tensor | None:
-    """A parameter or buffer that a module holds itself."""
+def own_tensor(module: nn.Module, name: str, guard: Guard) -> Tensor | None:
+    """A parameter or buffer that a module holds itself, and nothing in front of it."""
+    if guard.item(vars(module), name) is not None or guard.attribute(type(module), name) is not None:
+        return None
     parameters = guard.item(vars(module), "_parameters")
     found: Tensor | None = guard.item(parameters, name)
     if name in parameters:
@@ -215,7 +244,8 @@ def _hooks() -> tuple[str, ...]:
 def _is_looked_at(state: dict[str, Any], guard: Guard) -> bool:
     """Whether a hook that is not ours, or a replaced ``forward``, sees what the module of this state computes."""
     hooks = (hook for name in _hooks() for hook in guard.items(guard.item(state, name)))
-    return not all(map(is_own_hook, hooks)) or guard.item(state, "forward") is not None
+    others = ("forward", "_compiled_call_impl")
+    return not all(map(is_own_hook, hooks)) or any(guard.item(state, name) is not None for name in others)
 
 
 def _has_global_hook(guard: Guard) -> bool:

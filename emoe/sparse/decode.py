@@ -2,8 +2,9 @@
 
 Such a forward pass is bound by memory, so two things are kept between passes while nothing is trained: the mean keys, and the values laid out by
 neuron (``[d, h]``, as large as the out-projection's weight), without which an expert's values lie scattered over memory. Both are forgotten when
-the model trains or a gradient is recorded, and made again when the weights have changed: when PyTorch counts a change, when they are other tensors, or when one of 16 places of
-each is not what it was. A few numbers changed behind PyTorch's back, between two passes of a model at rest, are not seen.
+the model trains or a gradient is recorded, and made again when the weights have changed: when PyTorch counts a change, when they are other tensors, when any
+optimiser has taken a step, or when one of 16 places of each is not what it was. A few numbers that something else changed behind PyTorch's back, between two passes of a
+model at rest, are not seen.
 
 One token at a time, to decide how a pass is computed takes as long as to compute it. So what was decided is kept too, as long as a guard (:mod:`emoe.decision_guard`) sees
 that all it was decided by is as it was.
@@ -68,6 +69,18 @@ class Decoding(NamedTuple):
     whole: bool
 
 
+class Way(NamedTuple):
+    """How the sparse path computes a forward pass.
+
+    Attributes:
+        guard: read all that this was chosen by.
+        decoding: how it is decoded; None where it is no few tokens of a model at rest.
+    """
+
+    guard: Guard
+    decoding: Decoding | None
+
+
 class DecodeCache:
     """What is kept of one FFN's weights between the forward passes of decoding, and how the last of them was decoded.
 
@@ -76,18 +89,18 @@ class DecodeCache:
 
     def __init__(self) -> None:
         self._kept: tuple[Hashable, list[Sampled], DecodeWeights] | None = None
-        self._last: tuple[tuple[Any, ...], Guard, Decoding] | None = None
+        self._last: tuple[tuple[Any, ...], Way] | None = None
 
-    def last(self, x: Tensor) -> Decoding | None:
+    def last(self, x: Tensor) -> Way | None:
         """How the last forward pass was decoded, where its input was like this one and all that was read for it is as it was."""
         last = self._last
-        return last[2] if last is not None and last[0] == _like(x) and last[1].holds() else None
+        return last[1] if last is not None and last[0] == _like(x) and last[1].guard.holds() else None
 
-    def remember(self, x: Tensor, guard: Guard, decoding: Decoding) -> None:
+    def remember(self, x: Tensor, way: Way) -> None:
         """Remember how a forward pass with this input is decoded, as long as the guard holds."""
         if (kernels := compiled_kernels()) is not None:
-            guard.compare_by(kernels)
-        self._last = (_like(x), guard, decoding)
+            way.guard.compare_by(kernels)
+        self._last = (_like(x), way)
 
     def get(
         self, weights: Sequence[Tensor], settings: Hashable, guard: Guard, make: Callable[[], DecodeWeights]

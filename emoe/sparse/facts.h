@@ -13,8 +13,9 @@ namespace facts {
 
 using at::Tensor;
 
-// Another after each change of a dictionary, where Python counts them in a way that can be relied upon: 3.11 does.
+// Another after each change of a dictionary, or of a class or one that it is made of, where Python counts them in a way that can be relied upon: 3.11 does.
 constexpr bool kHasVersions = PY_VERSION_HEX < 0x030C0000;
+inline uint64_t version(PyTypeObject* type) { return type->tp_flags & Py_TPFLAGS_VALID_VERSION_TAG ? type->tp_version_tag : 0; }
 inline uint64_t version(PyObject* dict) {
 #if PY_VERSION_HEX < 0x030C0000
   return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
@@ -39,8 +40,8 @@ class Facts {
     for (const auto& [owner, name, value] : attributes) add_attribute({owner.ptr(), name.ptr(), value.ptr()});
     for (const auto& tensor : tensors) places_.emplace_back(tensor.ptr());
     for (const auto& [weight, version, sample, values] : numbers) samples_.emplace_back(weight.ptr(), version, sample, values);
-    for (const Item& item : items_) add_dict(item.owner);
-    for (const Size& size : sizes_) add_dict(size.dict);
+    for (const Item& item : items_) add(dicts_, item.owner);
+    for (const Size& size : sizes_) add(dicts_, size.dict);
   }
 
   bool hold() {
@@ -53,7 +54,7 @@ class Facts {
     for (const Attribute& attribute : attributes_) {
       if (!attribute.holds()) return false;
     }
-    return dicts_hold();
+    return types_hold() && dicts_hold();
   }
 
  private:
@@ -64,8 +65,9 @@ class Facts {
     PyObject* dict;
     Py_ssize_t size;
   };
-  struct Dict {
-    PyObject* dict;
+  template <typename object_t>
+  struct Counted {
+    object_t* object;
     uint64_t version;
   };
 
@@ -89,19 +91,20 @@ class Facts {
     PyObject* tensor;
     PyTypeObject* type;
     const void* data;
+    bool is_negated;
     at::ScalarType dtype;
     at::DimVector sizes, strides;
 
     explicit Place(PyObject* of) : tensor(of), type(Py_TYPE(of)) {
       const Tensor& found = THPVariable_Unpack(of);
-      data = found.const_data_ptr(), dtype = found.scalar_type(), sizes = at::DimVector(found.sizes()), strides = at::DimVector(found.strides());
+      data = found.const_data_ptr(), is_negated = found.is_neg(), dtype = found.scalar_type(), sizes = at::DimVector(found.sizes()), strides = at::DimVector(found.strides());
     }
 
     bool holds() const {
       if (Py_TYPE(tensor) != type) return false;
       const Tensor& found = THPVariable_Unpack(tensor);
       return found.has_storage() && !found.is_inference() && found.scalar_type() == dtype && found.sizes() == sizes && found.strides() == strides &&
-             found.const_data_ptr() == data;
+             found.const_data_ptr() == data && found.is_neg() == is_negated;
     }
   };
 
@@ -128,23 +131,40 @@ class Facts {
 
   // What was read several times, and gave the same, is looked at once.
   void add_attribute(const Attribute& read) {
-    for (const Attribute& known : attributes_) {
-      if (known.owner == read.owner && known.value == read.value && PyObject_RichCompareBool(known.name, read.name, Py_EQ) == 1) return;
+    std::vector<Attribute>& known = PyType_Check(read.owner) ? of_types_ : attributes_;
+    for (const Attribute& other : known) {
+      if (other.owner == read.owner && other.value == read.value && PyObject_RichCompareBool(other.name, read.name, Py_EQ) == 1) return;
     }
-    attributes_.push_back(read);
+    known.push_back(read);
+    if (PyType_Check(read.owner)) add(types_, reinterpret_cast<PyTypeObject*>(read.owner));
   }
 
-  void add_dict(PyObject* dict) {
-    for (const Dict& known : dicts_) {
-      if (known.dict == dict) return;
+  template <typename object_t>
+  static void add(std::vector<Counted<object_t>>& to, object_t* object) {
+    for (const auto& known : to) {
+      if (known.object == object) return;
     }
-    dicts_.push_back({dict, version(dict)});
+    to.push_back({object, version(object)});
+  }
+
+  template <typename object_t>
+  static bool are_unchanged(const std::vector<Counted<object_t>>& objects) {
+    bool same = kHasVersions;
+    for (const auto& known : objects) same = same & (known.version != 0 && version(known.object) == known.version);
+    return same;
+  }
+
+  bool types_hold() {
+    if (are_unchanged(types_)) return true;
+    for (const Attribute& attribute : of_types_) {
+      if (!attribute.holds()) return false;
+    }
+    for (auto& known : types_) known.version = version(known.object);
+    return true;
   }
 
   bool dicts_hold() {
-    bool same = kHasVersions;
-    for (const Dict& known : dicts_) same = same & (version(known.dict) == known.version);
-    if (same) return true;
+    if (are_unchanged(dicts_)) return true;
     for (const Item& item : items_) {
       PyObject* found = PyDict_GetItemWithError(item.owner, item.key);
       if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
@@ -153,14 +173,15 @@ class Facts {
     for (const Size& known : sizes_) {
       if (PyDict_Size(known.dict) != known.size) return false;
     }
-    for (Dict& known : dicts_) known.version = version(known.dict);
+    for (auto& known : dicts_) known.version = version(known.object);
     return true;
   }
 
-  std::vector<Dict> dicts_;
+  std::vector<Counted<PyObject>> dicts_;
+  std::vector<Counted<PyTypeObject>> types_;
   std::vector<Item> items_;
   std::vector<Size> sizes_;
-  std::vector<Attribute> attributes_;
+  std::vector<Attribute> attributes_, of_types_;
   std::vector<Place> places_;
   std::vector<Sample> samples_;
 };

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from emoe.sparse.kernels import expert_sums, gather_mm, outer_mm, pairs_of, scatter_mm
 from emoe.sparse.pairs import Pairs
+from emoe.tensors import versions
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -62,30 +63,46 @@ class _SparseFFN(torch.autograd.Function):
         values: Tensor,
         *inputs: Tensor | None,
     ) -> Tensor:
-        weights, biases = inputs[::2], inputs[1::2]
-        pre = [gather_mm(x, w, b, pairs) for w, b in zip(weights, biases, strict=True)]  # type: ignore[arg-type]
+        pre = [gather_mm(x, w, b, pairs) for w, b in zip(inputs[::2], inputs[1::2], strict=True)]  # type: ignore[arg-type]
         ctx.activation, ctx.pairs = activation, pairs
-        ctx.save_for_backward(per_pair, x, values, *weights, *biases, *pre)
+        needed = ctx.needs_input_grad
+        hidden_needed, hooked = any((*needed[2:4], *needed[5:])), _saved_tensors_have_hooks()
+        # what a gradient is computed from must not change before; all else is there for the gradient's own, and may
+        wanted = [any(needed[5::2]) or hooked, hidden_needed, *[needed[3], False] * len(pre)]
+        tensors = [x, values, *inputs]
+        ctx.save_for_backward(per_pair, *(t if want else None for t, want in zip(tensors, wanted, strict=True)), *pre)
+        ctx.others = [None if want else t for t, want in zip(tensors, wanted, strict=True)]
+        ctx.versions = [None if t is None else versions([t]) for t in ctx.others]
         return scatter_mm(_hidden(activation, pre, per_pair), values, pairs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        per_pair, x, values, *rest = ctx.saved_tensors
-        count = len(rest) // 3
+        per_pair, *saved = ctx.saved_tensors
+        count = (len(saved) - 2) // 3
+        tensors, pre = saved[: 2 + 2 * count], saved[2 + 2 * count :]
         functorch = torch._C._functorch
         batched = functorch.is_batchedtensor(dy) or functorch.is_legacy_batchedtensor(dy)
         if torch.is_grad_enabled() or batched:
-            return _differentiable_backward(ctx, dy, per_pair, x, values, rest[: 2 * count])
-        weights, biases, pre = rest[:count], rest[count : 2 * count], rest[2 * count :]
+            return _differentiable_backward(ctx, dy, per_pair, *map(_either, tensors, ctx.others, ctx.versions))
+        dy = dy.resolve_neg()
+        x, values, *inputs = tensors
+        weights = [
+            saved if other is None else other for saved, other in zip(inputs[::2], ctx.others[2::2], strict=True)
+        ]
+        biases = ctx.others[3::2]
         pairs, needed = ctx.pairs, ctx.needs_input_grad
         with torch.enable_grad():
             leaves = [z.detach().requires_grad_() for z in pre]
             scale = None if per_pair is None else per_pair.detach().requires_grad_()
             hidden = _hidden(ctx.activation, leaves, scale)
-        d_values = outer_mm(hidden.detach(), dy, pairs, values) if needed[4] else None
-        d_hidden = gather_mm(dy, values, None, pairs)
-        wanted = leaves if scale is None else [*leaves, scale]
-        grads = torch.autograd.grad(hidden, wanted, d_hidden)
+        d_values = (
+            outer_mm(hidden.detach(), dy, pairs, ctx.others[1] if values is None else values) if needed[4] else None
+        )
+        if values is None:  # nothing in front of the hidden neurons has a gradient
+            return None, None, None, None, d_values, *(None for _ in inputs)
+        grads = torch.autograd.grad(
+            hidden, leaves if scale is None else [*leaves, scale], gather_mm(dy, values, None, pairs)
+        )
         d_scale = None if scale is None else grads[-1]
         d_x: Tensor | None = None
         d_inputs: list[Tensor | None] = []
@@ -100,11 +117,25 @@ class _SparseFFN(torch.autograd.Function):
         return None, None, d_scale, d_x, d_values, *d_inputs
 
 
+def _saved_tensors_have_hooks() -> bool:
+    """Whether somebody keeps saved tensors elsewhere, or drops them until they are computed again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _either(saved: Tensor | None, other: Tensor | None, then: list[int | None] | None) -> Tensor:
+    """What was saved, or what was only kept, if it has not changed."""
+    if other is not None and versions([other]) != then:
+        raise RuntimeError(
+            f"a tensor of shape {list(other.shape)} that the gradient of an FFN's gradient needs was changed by an inplace operation"
+        )
+    return cast(Tensor, saved if other is None else other)
+
+
 def _differentiable_backward(
-    ctx: Any, dy: Tensor, per_pair: Tensor | None, x: Tensor, values: Tensor, inputs: Sequence[Tensor | None]
+    ctx: Any, dy: Tensor, per_pair: Tensor | None, x: Tensor, values: Tensor, *inputs: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The same gradients with a graph of their own, from all neurons and a mask on them."""
-    count, (num_experts, size, _) = len(inputs) // 2, values.shape
+    num_experts, size, _ = values.shape
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         # aliases, because the gradient is by each of them alone, also where one was computed from another
@@ -114,16 +145,14 @@ def _differentiable_backward(
         weights = x.new_zeros(ctx.pairs.tokens, num_experts).index_put((ctx.pairs.rows, ctx.pairs.experts), ones)
         pre = [
             F.linear(x, cast(Tensor, weight).flatten(0, 1), None if bias is None else bias.flatten())
-            for weight, bias in zip(inputs[:count], inputs[count:], strict=True)
+            for weight, bias in zip(inputs[::2], inputs[1::2], strict=True)
         ]
         blocks = _hidden(ctx.activation, pre, None).unflatten(-1, (num_experts, size))
         y = (blocks * weights.unsqueeze(-1)).flatten(1) @ values.flatten(0, 1)
-    # in the order of the function's arguments: weight and bias of each in-projection beside each other
-    order = [0, 1, 2, *(3 + place + part * count for place in range(count) for part in range(2))]
-    wanted = [place for place in order if ctx.needs_input_grad[2 + order.index(place)]]
+    wanted = [place for place in range(len(tensors)) if ctx.needs_input_grad[2 + place]]
     found = torch.autograd.grad(y, [cast(Tensor, tensors[place]) for place in wanted], dy, create_graph=create_graph)
     grads = dict(zip(wanted, found, strict=True))
-    return (None, None, *(grads.get(place) for place in order))
+    return (None, None, *(grads.get(place) for place in range(len(tensors))))
 
 
 def _hidden(activation: Activation, pre: Sequence[Tensor], per_pair: Tensor | None) -> Tensor:

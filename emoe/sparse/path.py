@@ -22,20 +22,21 @@ from torch import Tensor, nn
 from emoe.architectures import FFN, bias_of
 from emoe.config import LINEAR_SCORES, EMoEConfig, GMoEConfig
 from emoe.decision_guard import Guard, look
+from emoe.optimizer_steps import COUNT
 from emoe.projections import RoutedFFN, leave_, stand_around_
 from emoe.routers import Router
+from emoe.rows import HALVES
 from emoe.sparse.activations import activation_name
 from emoe.sparse.build import compiled_kernels, prepare_kernels
-from emoe.sparse.conditions import Conditions, Layer, Projections, is_avg_k, is_plain, is_transformed
+from emoe.sparse.conditions import Conditions, Layer, Projections, is_avg_k, is_plain, is_transformed, own_tensor
 from emoe.sparse.cost_model import decodes_many, predicted_decode_ratio, predicted_time_ratio
-from emoe.sparse.decode import DecodeCache, DecodeWeights, Decoding, choose_by_gate, decode_ffn, decode_weights
+from emoe.sparse.decode import DecodeCache, DecodeWeights, Decoding, Way, choose_by_gate, decode_ffn, decode_weights
 from emoe.sparse.ffn import sparse_ffn
 from emoe.sparse.whole import whole_ffn
-from emoe.tensors import Deferred, DeferredTensor
+from emoe.tensors import Deferred, DeferredTensor, Part, versions
 
 _logger = logging.getLogger(__name__)
 _told: set[str] = set()  # reasons that were said in this process
-Way = Literal["sparse"] | Decoding
 _MANY_TOKENS = 4096
 # that are decoded at once; beyond, larger products gain more
 _FEW_TOKENS, _VERY_FEW_TOKENS = 64, 8
@@ -45,6 +46,7 @@ class RoutedLayer(Layer, Protocol):
     """What the path needs of a routed FFN's activation."""
 
     router: Router
+    output_bias: nn.Parameter | None
 
     @property
     def only_chooses(self) -> bool: ...
@@ -77,19 +79,23 @@ class SparsePath:
         self._projections = tuple(module for _, module, _ in projections)
         self._conditions = Conditions(ffn, layer, projections)
         self._whole = whole_ffn(ffn)
-        if self._whole is not None:
-            stand_around_(self._whole.module, self.decode, RoutedFFN)
         self._width, self._hidden = ffn.d, ffn.h
         first = getattr(self._projections[0], "weight", None)  # one that was replaced may have none
         on_cpu = isinstance(first, Tensor) and first.device.type == "cpu"
         if on_cpu and (layer.config.backend == "sparse" or self._predict(_MANY_TOKENS) < 1):
             prepare_kernels()
+        if self._whole is not None:  # at last, for another thread may come by it at once
+            stand_around_(self._whole.module, self.decode, RoutedFFN)
 
     def choose(self, x: Tensor) -> Way | None:
-        """How a forward pass with this input is computed: decoded with these weights, by the sparse path, or None for the masked one."""
+        """How the sparse path computes a forward pass with this input; None for the masked one."""
         if torch.is_grad_enabled():
             self._cache.clear()
-        return self._choose(x) if self._takes(x) else None
+        if not self._takes(x):
+            return None
+        if x.requires_grad and not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+            self._conditions.tell_of_a_function()
+        return self._choose(x)
 
     def _choose(self, x: Tensor) -> Way | None:
         as_usual = not (is_transformed() or torch.is_autocast_enabled(x.device.type))
@@ -106,12 +112,14 @@ class SparsePath:
                 _told.add(reason)
                 _logger.warning("emoe: %s takes the masked path: %s", self._ffn.name, reason)
             return None
+        biases = own_tensor(cast(nn.Module, self._layer), "output_bias", guard)
         # changes of weights that were made under inference_mode cannot be seen
-        if wanted == "sparse" or any(map(Tensor.is_inference, tensors)):
-            return "sparse"
-        decoding = self._decoding(tensors, guard)
-        self._cache.remember(x, guard, decoding)
-        return decoding
+        seen = biases is self._layer.output_bias and not any(map(Tensor.is_inference, tensors))
+        if wanted == "sparse" or not seen:
+            return Way(guard, None)
+        way = Way(guard, self._decoding(tensors, biases, guard))
+        self._cache.remember(x, way)
+        return way
 
     def compute(self, x: Tensor, way: Way, pre_activations: Callable[[Tensor], Tensor]) -> Tensor:
         """The FFN's output for ``x [..., h]``, in the place of its pre-activations.
@@ -121,16 +129,33 @@ class SparsePath:
             way: what was chosen for it.
             pre_activations: computes them, should anybody look at them, given the experts' weights ``[T, N]``.
         """
+        first, *between, last = self._projections
+        weight, later = cast(Tensor, first.weight), _tensors(last, cast(nn.Module, self._layer))
+        then = versions(later)
+
+        def is_still() -> bool:
+            return versions(later) == then and way.guard.holds()
+
         flat = x.reshape(-1, x.shape[-1])
-        y, weights = self._sum_experts(flat) if way == "sparse" else self._decode(flat, way)
-        shape = (*x.shape[:-1], self._width * (2 if self._ffn.spec.fused else 1))
+        y, weights = self._sum_experts(flat) if way.decoding is None else self._decode(flat, way.decoding)
+        spec = self._ffn.spec
+        shape = (*x.shape[:-1], self._width * (2 if spec.fused else 1))
         output = y.view(*x.shape[:-1], -1)
         # no view, which whoever changes it in place could not have under FSDP2, or later with gradients
         output = output.clone() if y.requires_grad else output.data
-        weight = cast(Tensor, self._projections[0].weight)
-        read = () if x.is_inference() or weight.is_inference() else (x, weight)  # which count no changes
-        call = Deferred(self._layer, x, output, self._tell_of_a_look, read, y.requires_grad)
-        return DeferredTensor.of(shape, y, lambda: pre_activations(weights()), call)
+        call = Deferred(
+            self._layer,
+            x,
+            output,
+            self._conditions.tell_of_a_look,
+            read=() if x.is_inference() or weight.is_inference() else (x, weight),  # which count no changes
+            read_by_up=versions((x, *_tensors(*between))),
+            is_still=is_still,
+            activated=HALVES.index(spec.fused) if spec.fused else 0,
+            requires_grad=y.requires_grad,
+        )
+        part: Part = "both" if spec.fused else "in"
+        return DeferredTensor.of(shape, y, lambda: pre_activations(weights()), call, part)
 
     def decode(self, x: Tensor) -> Tensor | None:
         """The FFN's output for a few tokens of a model at rest, for its module to give without running its own code; None where it has to."""
@@ -142,10 +167,9 @@ class SparsePath:
         ):
             return None
         way = self._choose(x)
-        return self._decode(x, way)[0] if isinstance(way, Decoding) and way.whole else None
-
-    def _tell_of_a_look(self) -> None:
-        self._conditions.is_looked_at_inside = True
+        if way is None or way.decoding is None or not way.decoding.whole:
+            return None
+        return self._decode(x, way.decoding)[0]
 
     def leave_(self) -> None:
         """Let the FFN's module run its own code again."""
@@ -195,10 +219,11 @@ class SparsePath:
 
     def defer_up(self, x: Tensor, up: Callable[[], Tensor]) -> Tensor:
         """The up-projection's part, which nobody needs once the output is known."""
-        return DeferredTensor.of((*x.shape[:-1], self._width), x, up, Deferred(self._layer, x, x))
+        call = Deferred(self._layer, x, x, read=(x, *_tensors(*self._projections[1:-1])))
+        return DeferredTensor.of((*x.shape[:-1], self._width), x, up, call, "up")
 
-    def _decoding(self, tensors: Sequence[Tensor], guard: Guard) -> Decoding:
-        """How a forward pass is decoded with the projections' weights and biases, which are these."""
+    def _decoding(self, tensors: Sequence[Tensor], output_biases: Tensor | None, guard: Guard) -> Decoding:
+        """How a forward pass is decoded with the projections' weights and biases, and the experts' own, which are these."""
         layer, config = self._layer, self._layer.config
         n, by_neuron = config.num_experts, config.decode_cache
         by_keys = isinstance(config, EMoEConfig) and is_avg_k(layer.router, guard) and config.score == "keys"
@@ -213,15 +238,16 @@ class SparsePath:
             module for module in between if not (isinstance(module, nn.Linear) and module.weight.is_contiguous())
         ]
         copied = [cast(Tensor, module.weight) for module in (first, *scattered, last)]
-        settings = (config, len(copied), tuple(look(guard.tensor(tensor)) for tensor in tensors))
+        steps = guard.item(COUNT, "steps")
+        settings = (config, steps, len(copied), tuple(look(guard.tensor(tensor)) for tensor in tensors))
         weights = self._cache.get(copied, settings, guard, make)
-        output_biases = guard.item(guard.item(vars(layer), "_parameters"), "output_bias")
         name = activation_name(layer.activation, guard)
         guard.item(vars(layer), "record")
-        by_gate = by_keys and _chooses_by_gate(cast(EMoEConfig, config)) and layer.only_chooses and weights.kernels
+        running_gate = own_tensor(layer.router, "gate", guard)
+        by_gate = by_keys and running_gate is None and _chooses_by_gate(cast(EMoEConfig, config)) and layer.only_chooses
         whole = self._whole
         known = whole is not None and whole.is_as_known(guard) and whole.activation(guard) is layer
-        top_k = config.top_k if by_gate else None
+        top_k = config.top_k if by_gate and weights.kernels is not None else None
         return Decoding(weights, layer.activation, name, bias_of(last), output_biases, top_k, known)
 
     def _takes(self, x: Tensor) -> bool:
@@ -264,6 +290,13 @@ class SparsePath:
         size, active = self._width // n, config.num_active_experts / n
         ratio = predicted_time_ratio(tokens, self._hidden, size, active, dtype, threads, compiled=compiled)
         return math.inf if ratio is None else ratio
+
+
+def _tensors(*modules: nn.Module) -> list[Tensor]:
+    """Weights and biases of projections, and of experts."""
+    names = ("weight", "bias", "output_bias")
+    found = (getattr(module, name, None) for module in modules for name in names)
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 
 def _chooses_by_gate(config: EMoEConfig) -> bool:

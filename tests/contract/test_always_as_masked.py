@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import emoe
 from emoe.sparse import build
@@ -319,3 +320,182 @@ def test_in_half_precision_scores_of_neurons_choose_the_same_experts(score: str)
             net(torch.randn(2048, 16, generator=torch.Generator().manual_seed(0)).bfloat16())
         used.append(record.layers[0].loads)
     assert torch.equal(*(torch.as_tensor(loads) for loads in used))
+
+
+def other_values(ffn: FFN, x: Tensor) -> Tensor:
+    h = ffn.act(ffn.inner(x)) * ffn.up(x)
+    with torch.no_grad():
+        ffn.outer.weight.mul_(2)
+    y = ffn.outer(h.clone() if ffn.outer.weight.requires_grad else h)
+    with torch.no_grad():
+        ffn.outer.weight.div_(2)
+    return y
+
+
+def other_ups(ffn: FFN, x: Tensor) -> Tensor:
+    h = ffn.act(ffn.inner(x))
+    with torch.no_grad():
+        ffn.up.weight.mul_(2)
+    y = ffn.outer(h * ffn.up(x))
+    with torch.no_grad():
+        ffn.up.weight.div_(2)
+    return y
+
+
+def hooked(ffn: FFN, x: Tensor) -> Tensor:
+    h = ffn.act(ffn.inner(x)) * ffn.up(x)
+    hook = ffn.outer.register_forward_hook(lambda _module, _args, y: y * 2)
+    y = ffn.outer(h)
+    hook.remove()
+    return y
+
+
+def crosswise(ffn: FFN, x: Tensor) -> Tensor:
+    return ffn.outer(ffn.act(ffn.up(x)) * ffn.inner(x))
+
+
+def by_itself(ffn: FFN, x: Tensor) -> Tensor:
+    z = ffn.inner(x)
+    return ffn.outer(ffn.act(z) * z)
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+@pytest.mark.parametrize("body", [other_values, other_ups, hooked, crosswise, by_itself])
+def test_what_changes_between_two_parts_counts(body: Body, tokens: int) -> None:
+    with torch.no_grad():
+        agree(both(body, gated=True), rows(tokens))
+
+
+def up_without_gradient(ffn: FFN, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        up = ffn.up(x)
+    return ffn.outer(ffn.act(ffn.inner(x)) * up)
+
+
+def in_again(ffn: FFN, x: Tensor) -> Tensor:
+    """As reentrant checkpointing calls a part: without gradients, and once more for them."""
+    return ffn.outer(ffn.act(checkpoint(ffn.inner, x, use_reentrant=True)) * ffn.up(x))
+
+
+def clamped_again(ffn: FFN, x: Tensor) -> Tensor:
+    def whole(x: Tensor) -> Tensor:
+        return ffn.outer((ffn.act(ffn.inner(x)) * ffn.up(x)).clamp(max=0.5))
+
+    return checkpoint(whole, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("body", [up_without_gradient, in_again, clamped_again])
+def test_gradients_are_the_masked_ones_whatever_is_around_a_part(body: Body) -> None:
+    nets, x = both(body, gated=True), rows(100)
+    for _ in range(2):
+        found = []
+        for net in nets:
+            net.train().zero_grad()
+            leaf = x.clone().requires_grad_()
+            net(leaf).square().sum().backward()
+            found.append([leaf.grad, *(parameter.grad for parameter in net.parameters())])
+            torch.optim.SGD(net.parameters(), 0.0).step()
+        for masked, sparse in zip(*found, strict=True):
+            assert (masked is None) == (sparse is None)
+            if masked is not None:
+                torch.testing.assert_close(sparse, masked, atol=1e-3, rtol=1e-3)
+
+
+def input_changed(ffn: FFN, x: Tensor) -> Tensor:
+    h = ffn.act(ffn.inner(x))
+    x.mul_(2)
+    return ffn.outer(h * ffn.up(x))
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_an_input_that_changes_between_two_parts_is_an_error_once(tokens: int) -> None:
+    masked, sparse = both(input_changed, gated=True)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="changed the FFN's input"):
+            sparse(rows(tokens))
+        torch.testing.assert_close(sparse(rows(tokens)), masked(rows(tokens)), atol=1e-5, rtol=1e-4)
+
+
+def frozen(net: PlainNet) -> Tensor:
+    net.requires_grad_(False)
+    x = rows(100).requires_grad_()
+    h = x * 1.0
+    h += net(h)
+    h.square().sum().backward()
+    return x.grad
+
+
+def other_bias(net: PlainNet) -> Tensor:
+    y = net(rows(100))
+    with torch.no_grad():
+        net.layers[0].inner.bias.add_(1)
+    y.square().sum().backward()
+    return net.layers[0].inner.weight.grad
+
+
+def other_weight_in_front(net: PlainNet) -> Tensor:
+    y = net(rows(100))
+    with torch.no_grad():
+        net.layers[0].inner.weight.add_(1)
+    y.square().sum().backward()
+    return net.layers[0].inner.weight.grad
+
+
+def values_alone(net: PlainNet) -> Tensor:
+    net.layers[0].inner.requires_grad_(False)
+    y = net(rows(100))
+    with torch.no_grad():
+        net.layers[0].outer.weight.add_(1)
+    y.square().sum().backward()
+    return net.layers[0].outer.weight.grad
+
+
+@pytest.mark.parametrize("change", [frozen, other_bias, other_weight_in_front, values_alone])
+def test_what_no_gradient_needs_may_change_before_it(change: Callable[[PlainNet], Tensor]) -> None:
+    masked, sparse = (change(net) for net in both())
+    torch.testing.assert_close(sparse, masked, atol=1e-3, rtol=1e-3)
+
+
+def test_a_gradients_gradient_says_so_where_what_it_needs_has_changed() -> None:
+    _, sparse = both()
+    sparse.requires_grad_(False)
+    x = rows(100).requires_grad_()
+    h = x * 1.0
+    y = sparse(h)
+    h += 1
+    with pytest.raises(RuntimeError, match=r"shape \[100, 16\].*inplace"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_numbers_that_are_others_negatives(tokens: int) -> None:
+    nets, x = both(gated=True), rows(tokens)
+    with torch.no_grad():
+        agree(nets, x)
+        agree(nets, torch._neg_view(-x))
+        for net in nets:
+            net.layers[0].up.weight.data = torch._neg_view(net.layers[0].up.weight.data)
+        agree(nets, x)
+    found = []
+    for net in both(gated=True):
+        y = net(x)
+        found.append(torch.autograd.grad(y, [*net.parameters()], torch._neg_view(torch.ones_like(y))))
+    for masked, sparse in zip(*found, strict=True):
+        torch.testing.assert_close(sparse, masked, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_a_weight_that_became_sparse(tokens: int) -> None:
+    nets = both(gated=True)
+    with torch.no_grad():
+        agree(nets, rows(tokens))
+        for net in nets:
+            weight = net.layers[0].outer.weight.detach().to_sparse_csr()
+            net.layers[0].outer.weight = nn.Parameter(weight, requires_grad=False)
+        agree(nets, rows(tokens))
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_torch_functions_may_be_switched_off(tokens: int) -> None:
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        agree(both(gated=True), rows(tokens))

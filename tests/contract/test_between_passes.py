@@ -176,6 +176,62 @@ def fewer_experts(ffn: Any, _: Patch) -> None:
     emoe.set_top_k_(ffn, 1)
 
 
+def compiled(part: str) -> Callable[[Any, Patch], None]:
+    """As ``module.compile()`` does it."""
+
+    def change(ffn: Any, _: Patch) -> None:
+        module = getattr(ffn, part)
+        module._compiled_call_impl = lambda *args, **kwargs: 2 * module._call_impl(*args, **kwargs)
+
+    return change
+
+
+def of_our_own_class(name: str) -> Callable[[Any, Patch], None]:
+    """A method of the class that our own projections have."""
+
+    def change(ffn: Any, patch: Patch) -> None:
+        method = getattr(type(ffn.up), name)
+        if method.__name__ != "<lambda>":  # of the other model
+            twice = lambda self, *args, **kwargs: 2 * method(self, *args, **kwargs)  # noqa: E731
+            patch.setattr(type(ffn.up), name, twice, raising=False)
+
+    change.__name__ = "of_all"
+    return change
+
+
+def code_of_all(_: Any, patch: Patch) -> None:
+    def forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002  as PyTorch calls it
+        return 2 * F.linear(input, self.weight, self.bias)
+
+    patch.setattr(nn.Linear.forward, "__code__", forward.__code__)
+
+
+def softmax_of_all(_: Any, patch: Patch) -> None:
+    patch.setattr(nn.GELU, "forward", lambda self, z: z.softmax(-1))
+
+
+def function_of_all(_: Any, patch: Patch) -> None:
+    patch.setattr(F, "gelu", lambda z, **_: z.softmax(-1))
+
+
+def slopes(ffn: Any, _: Patch) -> None:
+    ffn.act.activation = nn.PReLU(16)
+
+
+def in_front_of_a_part(ffn: Any, _: Patch) -> None:
+    other = copy.deepcopy(ffn.up)
+    other.weight.data.neg_()
+    ffn.__dict__["up"] = other
+
+
+def in_front_of_a_weight(ffn: Any, _: Patch) -> None:
+    ffn.up.__dict__["weight"] = -ffn.up.weight.detach()
+
+
+def running_gate(ffn: Any, _: Patch) -> None:
+    ffn.act.router.gate = -ffn.act.current_gate()
+
+
 class Opposite(AvgKRouter):
     def linear_scores(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         return -super().linear_scores(x, gate)
@@ -200,6 +256,8 @@ CHANGES: dict[str, Callable[[Any, Patch], None]] = {
     **{f"another weight of {part}": another_weight(part) for part in PARTS[:3]},
     **{f"other numbers of {part}": other_numbers(part) for part in PARTS[:3]},
     **{f"{part} transposed": transposed(part) for part in PARTS[:3]},
+    **{f"{part} compiled": compiled(part) for part in PARTS[:3]},
+    **{f"{name} of our own class": of_our_own_class(name) for name in ("forward", "_call_impl")},
     **{
         change.__name__.replace("_", " "): change
         for change in (
@@ -220,7 +278,8 @@ CHANGES: dict[str, Callable[[Any, Patch], None]] = {
                 exchanged,
             ),
             *(with_a_bias, another_activation, random_activation, class_of_the_activation, fewer_experts),
-            *(class_of_the_router, scores_of_one, scores_of_all),
+            *(class_of_the_router, scores_of_one, scores_of_all, running_gate),
+            *(code_of_all, softmax_of_all, function_of_all, slopes, in_front_of_a_part, in_front_of_a_weight),
         )
     },
 }

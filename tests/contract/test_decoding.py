@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
@@ -10,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import emoe
 from emoe.layer import routed_layers
@@ -228,3 +230,47 @@ def test_scores_of_another_type_than_float32_choose_as_they_do_elsewhere(kernels
     assert decodes(sparse, x)
     with torch.no_grad():
         torch.testing.assert_close(sparse(x), masked(x), atol=1e-5, rtol=1e-5)
+
+
+class _Twice(nn.Module):
+    def forward(self, bias: Tensor) -> Tensor:
+        return 2 * bias
+
+
+def parametrized(layer: Any) -> None:
+    parametrize.register_parametrization(layer, "output_bias", _Twice())
+
+
+def a_buffer(layer: Any) -> None:
+    bias = layer.output_bias.detach() * 2
+    del layer.output_bias
+    layer.register_buffer("output_bias", bias)
+
+
+@pytest.mark.parametrize("change", [parametrized, a_buffer])
+def test_experts_own_biases_that_became_something_else(change: Callable[[Any], None]) -> None:
+    masked, sparse = (net(backend, gated=False, output_bias="per_expert") for backend in ("masked", "sparse"))
+    x = torch.randn(1, 16)
+    with torch.no_grad():
+        before = sparse(x)
+        for model in (masked, sparse):
+            change(model.layers[0].act)
+        torch.testing.assert_close(sparse(x), masked(x), atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(sparse(x), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_step_of_any_optimiser_is_seen(seed: int) -> None:
+    x, found = torch.randn(1, 16, generator=torch.Generator().manual_seed(seed)), []
+    for backend in ("masked", "sparse"):
+        model = plain_net(16, 512, gated=True)
+        config = emoe.EMoEConfig(num_experts=64, top_k=1, layers=[0], partition="contiguous", backend=backend)
+        emoe.convert_(model, config)
+        with torch.no_grad():
+            model(x)
+        # a step that changes one expert, by a compiled pass, and of an optimiser whose changes PyTorch does not count
+        torch.compile(model, backend="eager")(x).square().sum().backward()
+        torch.optim.SGD(model.parameters(), 0.1, fused=True).step()
+        with torch.no_grad():
+            found.append(model(x))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
