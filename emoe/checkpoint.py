@@ -40,7 +40,7 @@ from emoe.routers import in_place, is_offloaded, whole
 from emoe.stock import load_around, load_stock, refuse_adapters, save_weights
 from emoe.tensors import carried
 from emoe.unfinished import refuse_unfinished
-from emoe.weights import WEIGHT_FILES, Weights, one_line, read_object, read_tensors, write_tensors
+from emoe.weights import STOCK_CONFIG_FILE, WEIGHT_FILES, Weights, one_line, read_object, read_tensors, write_tensors
 
 __all__ = [
     "WEIGHT_FILES",
@@ -78,6 +78,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         ConversionError: the model is not converted, or still carries adapters.
     """
+    while (wrapped := _inside(model)) is not None:
+        model = wrapped
     if not routed_layers(model):
         raise no_experts(model, "save_pretrained", "save it with its own library")
     # PEFT may leave its configuration on a model that it has merged
@@ -85,10 +87,18 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise ConversionError("save_pretrained: merge the adapters first (model = model.merge_and_unload())")
     folder = Path(folder)
     check_one_conversion(routed_layers(model), "save_pretrained")
+    state = _stock_state(model)
     mark_(model)  # of a model that was converted in part, too
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model, folder, _stock_state(model))
+    save_weights(model, folder, state)
     save_sidecars(model, folder)
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """The model that PyTorch has put a wrapper around, by whose names no library knows it."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        return model._orig_mod
+    return model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else None
 
 
 def save_sidecars(model: nn.Module, folder: Path, *, write: bool = True) -> None:
@@ -122,10 +132,18 @@ def describe_layer(index: int, layer: RoutedActivation) -> tuple[dict[str, Tenso
         index: its number.
         layer: whose weights are in place.
     """
-    tensors = {f"key_norms.{index}": _key_norms(layer.ffn)}
-    if layer.permutation is not None:
-        tensors[f"permutation.{index}"] = layer.permutation.contiguous()
-    return tensors, {f"{index}.{name}": _whole(tensor) for name, tensor in _extra(layer).items()}
+    ffn = layer.ffn
+    held = {
+        id(module): module
+        for part in (layer, ffn.proj_in, ffn.proj_out, ffn.proj_up)
+        if part
+        for module in part.modules()
+    }
+    with in_place(*held.values()):
+        tensors = {f"key_norms.{index}": _key_norms(ffn)}
+        if layer.permutation is not None:
+            tensors[f"permutation.{index}"] = layer.permutation.contiguous()
+        return tensors, {f"{index}.{name}": _whole(tensor) for name, tensor in _extra(layer).items()}
 
 
 def config_text(config: EMoEConfig | GMoEConfig, layers: Iterable[int]) -> str:
@@ -142,8 +160,13 @@ def _stock_state(model: nn.Module) -> dict[str, Tensor]:
         for name in layer.state_dict():
             del state[f"{path}.{name}"]
         if layer.output_bias is not None:
-            proj_out = next(name for name, module in model.named_modules() if module is layer.ffn.proj_out)
-            state[f"{proj_out}.bias"] = layer.mean_output_bias()
+            names = {module: name for name, module in model.named_modules()}
+            if (proj_out := names.get(layer.ffn.proj_out)) is None:
+                raise ConversionError(
+                    f"{path}: a copy of a half of its FFN was trained, whose out-projection the model does not hold"
+                )
+            with in_place(layer):
+                state[f"{proj_out}.bias"] = layer.mean_output_bias()
     return state
 
 
@@ -207,8 +230,13 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     Raises:
         CheckpointError: a missing or damaged file, or a sidecar of other weights.
     """
+    if not callable(loader) and not hasattr(loader, "from_pretrained"):
+        raise CheckpointError(
+            f"from_pretrained: the loader is {loader!r:.80}; give a transformers class, timm.create_model, or what builds the model"
+        )
     folder = Path(folder)
     config, indices, tensors, extra = read_sidecars(folder)
+    _check_quantised(config, folder, options)
     weights = Weights(folder)
     resized = isinstance(config, GMoEConfig)
     if resized or _holds_routing(weights, config):
@@ -376,6 +404,23 @@ def _described(tensors: dict[str, Tensor], path: Path) -> tuple[int, list[int]]:
         ):
             raise CheckpointError(f"{path} is damaged: '{name}' is no list of one number a neuron")
     return int(experts), sorted(layers)
+
+
+def _check_quantised(config: EMoEConfig | GMoEConfig, folder: Path, options: dict[str, Any]) -> None:
+    """Refuse experts that need weights themselves, where these are to be quantised or are."""
+    path = folder / STOCK_CONFIG_FILE
+    stored = path.exists() and "quantization_config" in read_object(path)
+    if options.get("quantization_config") is None and not stored:
+        return
+    if isinstance(config, GMoEConfig):
+        raise CheckpointError(
+            f"{folder} holds a GMoE, whose copies lie beside the stock weights: it is not loaded quantised"
+        )
+    needing = [name for name in ("normalize_gate", "value_norm_weighted", "gate_momentum") if getattr(config, name)]
+    if needing:
+        raise CheckpointError(
+            f"{folder} holds experts with {needing[0]}, which needs the keys themselves: it is not loaded quantised"
+        )
 
 
 def _check_in_place(ffns: list[FFN], config: EMoEConfig | GMoEConfig, folder: Path) -> None:

@@ -30,6 +30,7 @@ OutputBias = Literal["shared", "per_expert", "per_expert_whole"]
 _BOUNDS: dict[str, tuple[Callable[[Any, float], bool], str]] = {
     "minimum": (operator.ge, "of at least {}"),
     "exclusiveMinimum": (operator.gt, "above {}"),
+    "maximum": (operator.le, "of at most {}"),
     "exclusiveMaximum": (operator.lt, "below {}"),
 }
 
@@ -279,7 +280,7 @@ class EMoEConfig(RoutingConfig):
     _published: ClassVar[dict[str, dict[str, Any]]] = {"tutel": _TUTEL, "llama": {"score": "gate"}}
 
     partition: Partition = "kmeans"
-    partition_seed: int = 0
+    partition_seed: int = _number(0, minimum=0, maximum=2**63 - 1)
     router: str = "avg_k"
     selection: Selection = "top"
     score: Score = "keys"

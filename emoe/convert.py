@@ -119,6 +119,8 @@ def convert_(
         ConfigError: ``layers`` matches nothing, or the configuration is none.
     """
     check_config(config, "convert_")
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"convert_: the model is {model!r:.80}; load it first, by its own library")
     if routed_layers(model):
         raise ConversionError(f"{type(model).__name__} is converted already; call emoe.to_dense_ first")
     ffns = find_ffns(model)

@@ -22,7 +22,7 @@ from emoe.config import EMoEConfig, GMoEConfig, Weighting
 from emoe.losses import PassLoss
 from emoe.projections import is_routed_by, leave_, stand_around_, with_values, without_adapter
 from emoe.registry import ROUTERS
-from emoe.routers import AvgKRouter, Router, lost_input
+from emoe.routers import AvgKRouter, Router, in_place, is_offloaded, lost_input
 from emoe.routing import (
     balance_loss,
     capacity_mask,
@@ -45,9 +45,10 @@ class Recorder(Protocol):
 
 @dataclass
 class _Call:
-    """One call of the FFN: its input, and, once that is known, the experts' weights ``[T, N]``."""
+    """One call of the FFN: its input, who was called, and, once that is known, the experts' weights ``[T, N]``."""
 
     x: Tensor | None
+    layer: RoutedActivation | None = None
     weights: Tensor | None = None
     is_routed: bool = False
 
@@ -198,9 +199,9 @@ class RoutedActivation(nn.Module):
             return call(*args, **kwargs)
         sparse = self.sparse  # another thread may change the backend
         if sparse is None or (way := sparse.choose(x)) is None:
-            return carry(call(*args, **kwargs), _Call(x))
+            return carry(call(*args, **kwargs), _Call(x, self))
         return sparse.compute(
-            x, way, lambda weights: carry(call(*args, **kwargs), _Call(x, weights=weights, is_routed=True))
+            x, way, lambda weights: carry(call(*args, **kwargs), _Call(x, self, weights, is_routed=True))
         )
 
     def _call_proj_up(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -223,12 +224,18 @@ class RoutedActivation(nn.Module):
         if self.output_bias is None:
             return y
         weights = weights if this is None else this.weights
-        if weights is None:
+        if weights is None or (this is not None and this.layer not in (self, None)):  # a copy of a half of the FFN
             raise lost_input(self.ffn)
         return self.add_output_bias(y, weights)
 
     def add_output_bias(self, y: Tensor, weights: Tensor) -> Tensor:
         """Add the biases of the chosen experts, with their weights ``[T, N]``, to an output ``[..., h]``; y as it is where they share one."""
+        if is_offloaded(self):  # by now accelerate has taken them away again
+            with in_place(self):
+                return self._with_output_bias(y, weights)
+        return self._with_output_bias(y, weights)
+
+    def _with_output_bias(self, y: Tensor, weights: Tensor) -> Tensor:
         biases = self.output_bias
         return y if biases is None else y + (weights.to(biases.dtype) @ biases).view_as(y).to(y.dtype)
 

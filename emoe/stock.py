@@ -39,7 +39,9 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
         try:
             cast(Any, model).save_pretrained(folder, state_dict=state)
         except NotImplementedError as error:
-            raise ConversionError(f"{type(model).__name__} is not saved by its library as it is: quantised?") from error
+            away = any(parameter.is_meta for parameter in model.parameters())
+            why = "accelerate holds its weights elsewhere, take its hooks away first" if away else "quantised?"
+            raise ConversionError(f"{type(model).__name__} is not saved by its library as it is: {why}") from error
         for file in folder.glob("*.safetensors"):
             share(file)
         return

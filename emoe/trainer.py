@@ -129,6 +129,11 @@ class _BalanceLoss:
         balance = aux_loss(model)
         if isinstance(balance, float):  # no routed layer took part
             return output
+        if torch.is_grad_enabled() and not balance.requires_grad and _computes_again_without_a_graph(model):
+            raise ConfigError(
+                "TrainerCallback: under reentrant checkpointing the balance loss has no gradient; set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
         if isinstance(output, dict) and output.get("loss") is not None:
             output["loss"] = output["loss"] + balance * self._share(kwargs)
             return output
@@ -154,6 +159,12 @@ class _BalanceLoss:
         if "shift_labels" not in kwargs and self._shifts:
             labels = labels[..., 1:]
         return cast(Tensor, labels).ne(_IGNORED).sum() / torch.as_tensor(total, device=labels.device).flatten()[0]
+
+
+def _computes_again_without_a_graph(model: nn.Module) -> bool:
+    """Whether layers are checkpointed by a function that calls them without gradients first."""
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
+    return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 
 def _divides_by_count(forward: Callable[..., Any]) -> bool:

@@ -115,6 +115,7 @@ class SparsePath:
         biases = own_tensor(cast(nn.Module, self._layer), "output_bias", guard)
         # changes of weights that were made under inference_mode cannot be seen
         seen = biases is self._layer.output_bias and not any(map(Tensor.is_inference, tensors))
+        seen = seen and (biases is None or biases.device == x.device)
         if wanted == "sparse" or not seen:
             return Way(guard, None)
         way = Way(guard, self._decoding(tensors, biases, guard))

@@ -12,17 +12,22 @@ from tests import tiny_models
 from tests.converted import SETTINGS, Settings, inputs, model, net
 
 SERVED: dict[str, Settings] = {**SETTINGS, "capacity": {"capacity_factor": 1.5}, "not top": {"selection": "not_top"}}
+OF_KEYS: dict[str, Settings] = {
+    name: {name: value}
+    for name, value in (("normalize_gate", True), ("value_norm_weighted", True), ("gate_momentum", 0.5))
+}
 
 
-@pytest.mark.parametrize("settings", SERVED)
+@pytest.mark.parametrize("settings", [*SERVED, *OF_KEYS])
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_programs(settings: str, strict: bool) -> None:
     if strict and torch.__version__ < "2.9":
         pytest.skip("strict export of this torch refuses any change of a module's attributes while it traces")
-    found, x = net(**SERVED[settings]), inputs()
+    given = (SERVED | OF_KEYS)[settings]
+    found, x = net(**given), inputs()
     program = torch.export.export(found, (x,), strict=strict)
     torch.testing.assert_close(program.module()(x), found(x))
-    torch.testing.assert_close(found(x), net("masked", **SERVED[settings])(x))
+    torch.testing.assert_close(found(x), net("masked", **given)(x))
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "llama", "phi3", "t5"])

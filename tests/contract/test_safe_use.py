@@ -208,14 +208,26 @@ def test_replaced_forwards_are_called_and_outlive_the_experts(when: str, place: 
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "phi3"])
-@pytest.mark.parametrize("settings", [{}, {"score_bias": True}, {"value_norm_weighted": True}, SETTINGS["learned"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"score_bias": True},
+        {"value_norm_weighted": True},
+        SETTINGS["learned"],
+        SETTINGS["own biases"],
+        {**SETTINGS["own biases"], "backend": "sparse"},
+    ],
+)
 def test_offloaded_weights_route_as_those_in_place(name: str, settings: Settings) -> None:
     found, values = model(name, **settings), tiny_models.inputs(name)
     with torch.no_grad():
         expected = tiny_models.output(found, values)
         accelerate.cpu_offload(found, execution_device=torch.device("cpu"))
-        assert torch.equal(tiny_models.output(found, values), expected)
-        assert torch.equal(tiny_models.output(found, values), expected)
+        for _ in range(2):  # by the mask, which is the sparse path's result but for rounding
+            torch.testing.assert_close(tiny_models.output(found, values), expected)
+        if settings.get("backend") != "sparse":
+            assert torch.equal(tiny_models.output(found, values), expected)
 
 
 def test_weights_on_disk_route_as_those_in_place(tmp_path) -> None:

@@ -37,7 +37,7 @@ Role = Literal["baseline", "method", "control", "ablation"]
 CONTROL, ABLATION = "control", "ablation"
 
 # bounds of numbers: their names in a configuration, and pydantic's
-_BOUNDS = {"minimum": "ge", "exclusiveMinimum": "gt", "exclusiveMaximum": "lt"}
+_BOUNDS = {"minimum": "ge", "maximum": "le", "exclusiveMinimum": "gt", "exclusiveMaximum": "lt"}
 
 
 def _config_fields() -> dict[str, Any]:
