@@ -17,10 +17,11 @@ from click.shell_completion import CompletionItem
 from tabulate import tabulate
 
 import emoe
-from emoe.checkpoint import EXTRA_FILE, read_sidecars, save_weights
 from emoe.errors import ConfigError, EMoEError
 from emoe.folders import copy_companions, load_dense, loader_for, model_folder
+from emoe.sidecars import EXTRA_FILE, read_sidecars
 from emoe.sparse.build import build_kernels
+from emoe.stock import save_weights
 from emoe.streaming import NotStreamedError, convert_folder, fold_folder
 from emoe.unfinished import check_free
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from emoe.checkpoint import CONFIG_FILE
 from emoe.errors import CheckpointError
 from emoe.marks import read_mark
+from emoe.sidecars import CONFIG_FILE
 from emoe.stock import load_stock, refuse_adapters
 from emoe.weights import STOCK_CONFIG_FILE, one_line, read_object, shorten, weight_files
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol, Self, cast
 
@@ -32,7 +31,7 @@ from emoe.routing import (
     select_experts,
 )
 from emoe.sparse.path import SparsePath, may_take_sparse_path
-from emoe.tensors import DeferredTensor, carried, carry
+from emoe.tensors import DeferredTensor, RoutedCall, carried, carry
 from emoe.tokens import PaddingMaskHook, do_nothing, is_recomputed
 
 
@@ -41,16 +40,6 @@ class Recorder(Protocol):
 
     def update(self, chosen: Tensor, kept: Tensor) -> None:
         """Take the experts ``[T, N]`` that were chosen in a forward pass, and those of them that found a place."""
-
-
-@dataclass
-class _Call:
-    """One call of the FFN: its input, who was called, and, once that is known, the experts' weights ``[T, N]``."""
-
-    x: Tensor | None
-    layer: RoutedActivation | None = None
-    weights: Tensor | None = None
-    is_routed: bool = False
 
 
 class RoutedActivation(nn.Module):
@@ -199,9 +188,9 @@ class RoutedActivation(nn.Module):
             return call(*args, **kwargs)
         sparse = self.sparse  # another thread may change the backend
         if sparse is None or (way := sparse.choose(x)) is None:
-            return carry(call(*args, **kwargs), _Call(x, self))
+            return carry(call(*args, **kwargs), RoutedCall(x, self))
         return sparse.compute(
-            x, way, lambda weights: carry(call(*args, **kwargs), _Call(x, self, weights, is_routed=True))
+            x, way, lambda weights: carry(call(*args, **kwargs), RoutedCall(x, self, weights, is_routed=True))
         )
 
     def _call_proj_up(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -230,14 +219,9 @@ class RoutedActivation(nn.Module):
 
     def add_output_bias(self, y: Tensor, weights: Tensor) -> Tensor:
         """Add the biases of the chosen experts, with their weights ``[T, N]``, to an output ``[..., h]``; y as it is where they share one."""
-        if is_offloaded(self):  # by now accelerate has taken them away again
-            with in_place(self):
-                return self._with_output_bias(y, weights)
-        return self._with_output_bias(y, weights)
-
-    def _with_output_bias(self, y: Tensor, weights: Tensor) -> Tensor:
-        biases = self.output_bias
-        return y if biases is None else y + (weights.to(biases.dtype) @ biases).view_as(y).to(y.dtype)
+        with in_place(self) if is_offloaded(self) else nullcontext():  # accelerate has taken them away again by now
+            biases = self.output_bias
+            return y if biases is None else y + (weights.to(biases.dtype) @ biases).view_as(y).to(y.dtype)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Activate and route: pre-activations ``[..., d]`` to hidden neurons ``[..., d]``."""
@@ -248,20 +232,20 @@ class RoutedActivation(nn.Module):
                 return z.then(self, z.sizes, is_routed=True, is_whole=not self._gated)
             z = z.value()
         plain, call = carried(z)
-        call = _Call(None) if call is None else call
+        call = RoutedCall(None) if call is None else call
         hidden = super().__call__(plain, call=call)
         return hidden if self.output_bias is None else carry(hidden, call)
 
-    def forward(self, z: Tensor, call: _Call | None = None) -> Tensor:
+    def forward(self, z: Tensor, call: RoutedCall | None = None) -> Tensor:
         """Activate and route pre-activations ``[..., d]`` of one call of the FFN, or of the one that is being compiled."""
         if call is None:
-            call, self._traced_input = _Call(self._traced_input), None
+            call, self._traced_input = RoutedCall(self._traced_input), None
         hidden = self._forward(z, call)
         if self.output_bias is not None and torch.compiler.is_compiling():
             self._traced_weights = call.weights
         return hidden
 
-    def _forward(self, z: Tensor, call: _Call) -> Tensor:
+    def _forward(self, z: Tensor, call: RoutedCall) -> Tensor:
         self._check_call(z)
         config = self.config
         rows = z.reshape(-1, z.shape[-1])

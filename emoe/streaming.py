@@ -22,16 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from emoe.architectures import FFN, find_ffns
-from emoe.checkpoint import (
-    CONFIG_FILE,
-    EXTRA_FILE,
-    PARTITION_FILE,
-    config_text,
-    describe_layer,
-    marked_ffns,
-    read_sidecars,
-    restore_layer,
-)
+from emoe.checkpoint import marked_ffns, restore_layer
 from emoe.checks import check_distinct_keys, check_unshared, check_weights
 from emoe.config import EMoEConfig, GMoEConfig
 from emoe.convert import (
@@ -60,6 +51,14 @@ from emoe.partitioning import (
     save_partition,
 )
 from emoe.shards import Piece, changed_piece, held_pieces, stored_pieces, whole_file, write_pieces
+from emoe.sidecars import (
+    CONFIG_FILE,
+    EXTRA_FILE,
+    PARTITION_FILE,
+    config_text,
+    describe_layer,
+    read_sidecars,
+)
 from emoe.skeleton import load_skeleton, settings_files, stored_names, tensor_paths, weights_in_place
 from emoe.unfinished import check_begun, unfinished
 from emoe.weights import STOCK_CONFIG_FILE, WEIGHT_FILES, Weights, read_object, weight_files

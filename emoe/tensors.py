@@ -56,6 +56,23 @@ def carried(tensor: Tensor) -> tuple[Tensor, Any]:
     return tensor, None if type(tensor) is Tensor else getattr(tensor, "extra", None)
 
 
+@dataclass
+class RoutedCall:
+    """One call of an FFN that is computed as a whole: what travels along with its neurons.
+
+    Attributes:
+        x: the FFN's input, None where it is not known.
+        layer: who was called.
+        weights: the experts' ``[T, N]``, once they are known.
+        is_routed: they are, before the activation.
+    """
+
+    x: Tensor | None
+    layer: object = None
+    weights: Tensor | None = None
+    is_routed: bool = False
+
+
 def autocast_dtype(device: str) -> torch.dtype | None:
     """What autocast computes in on a type of device, or None where it is off."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

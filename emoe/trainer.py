@@ -16,10 +16,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from emoe.checkpoint import save_sidecars
 from emoe.errors import ConfigError
 from emoe.layer import routed_layers
 from emoe.marks import mark_, no_experts
+from emoe.sidecars import save_sidecars
 from emoe.training import aux_loss, update_gates_
 
 _IGNORED = -100  # label of a token without one

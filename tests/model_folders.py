@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import emoe
-from emoe.checkpoint import save_weights
 from emoe.folders import loader_for
+from emoe.stock import save_weights
 from tests.tiny_models import build
 
 

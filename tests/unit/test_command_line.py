@@ -39,7 +39,7 @@ def bert(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def vit(tmp_path: Path) -> Path:
-    from emoe.checkpoint import save_weights
+    from emoe.stock import save_weights
 
     torch.manual_seed(0)
     folder = tmp_path / "vit"
