@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +80,9 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def _inside(model: nn.Module) -> nn.Module | None:
     """The model that PyTorch has put a wrapper around, by whose names no library knows it."""
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        return model._orig_mod
-    return model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else None
+    wrapped = vars(model)["_modules"].get("_orig_mod")  # by torch.compile
+    parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    return cast(nn.Module, model.module) if parallel else wrapped
 
 
 def _stock_state(model: nn.Module) -> dict[str, Tensor]:
