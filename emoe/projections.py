@@ -6,8 +6,8 @@ Hooks, wrappers, copies and replaced ``forward`` methods go on working, and othe
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any, cast
 
 import torch
@@ -130,13 +130,19 @@ def is_linear_routed_by(projection: nn.Module, handler: Handler, guard: Guard) -
 
 
 def is_as_written(function: Any, guard: Guard) -> bool:
-    """Whether a function is the one in its module's file, and those of PyTorch's that it calls are PyTorch's own."""
-    code, module = guard.attribute(function, "__code__"), sys.modules.get(function.__module__)
-    if code is None or code.co_filename != getattr(module, "__file__", None):
+    """Whether a function was written in the file of its module, and those of PyTorch's that it calls are PyTorch's own."""
+    code = guard.attribute(function, "__code__")
+    if code is None or not _is_in_file_of(code.co_filename, function.__module__):
         return False
     return all(
         guard.item(vars(place), name) is own[name] for place, own in _FUNCTIONS for name in code.co_names if name in own
     )
+
+
+@functools.cache
+def _is_in_file_of(file: str, module: str) -> bool:
+    names = tuple(module.split("."))  # the end of the file's path, for it may have been compiled elsewhere
+    return PurePath(file).with_suffix("").parts[-len(names) :] == names
 
 
 def has_plain_call(kind: type[nn.Module], guard: Guard) -> bool:
