@@ -35,13 +35,15 @@ _ADAPTER_FILE = "adapter_config.json"
 def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:
     """Write a model as its own library does, with another state where one is given; a plain module as its tensors."""
     state = model.state_dict() if state is None else state
+    if any(tensor.is_meta for tensor in state.values()) and not hasattr(model, "hf_device_map"):
+        raise ConversionError(
+            f"{type(model).__name__}: accelerate holds its weights elsewhere; take its hooks away first (accelerate.hooks.remove_hook_from_submodules)"
+        )
     if hasattr(model, "save_pretrained"):
         try:
             cast(Any, model).save_pretrained(folder, state_dict=state)
         except NotImplementedError as error:
-            away = any(parameter.is_meta for parameter in model.parameters())
-            why = "accelerate holds its weights elsewhere, take its hooks away first" if away else "quantised?"
-            raise ConversionError(f"{type(model).__name__} is not saved by its library as it is: {why}") from error
+            raise ConversionError(f"{type(model).__name__} is not saved by its library as it is: quantised?") from error
         for file in folder.glob("*.safetensors"):
             share(file)
         return

@@ -90,6 +90,7 @@ class Deferred:
         read: what neurons that are looked at are computed from; changed since, they cannot be.
         read_by_up: what the up-projection's part is to be computed from, as it was when the output was, or None.
         is_still: whether what is done with the neurons is what was done for the output.
+        tell_of_a_function: called where an ``autograd.Function`` turns out to have made or taken the neurons, or None.
         activated: which half of a fused in-projection's is activated, 0 or 1.
         requires_grad: whether the neurons have a gradient.
         grad: whether gradients were enabled at the call.
@@ -103,6 +104,7 @@ class Deferred:
     read: Sequence[Tensor] = ()
     read_by_up: Sequence[int | None] | None = None
     is_still: Callable[[], bool] | None = None
+    tell_of_a_function: Callable[[], None] | None = None
     activated: int = 0
     requires_grad: bool = field(default_factory=torch.is_grad_enabled)
     grad: bool = field(default_factory=torch.is_grad_enabled)
@@ -125,6 +127,12 @@ class Deferred:
             return None
         self.is_taken = self.output is not None
         return self.output
+
+    def refuse_gradient(self) -> None:
+        """Say that neurons have no gradient of their own, which an ``autograd.Function`` would need; the next pass takes the mask (:class:`RuntimeError`)."""
+        if self.tell_of_a_function is not None:
+            self.tell_of_a_function()
+        raise RuntimeError(_BEHIND.format("an autograd.Function"))
 
     def look(self) -> None:
         """Have neurons count from now on.
@@ -200,7 +208,7 @@ class DeferredTensor(Tensor):
         found._compute, found._value, found._made_of_it = compute, None, []
         if call.requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
-                found.register_hook(_refuse_gradient)
+                found.register_hook(lambda _grad: call.refuse_gradient())
         return found
 
     def value(self) -> Tensor:
@@ -247,7 +255,7 @@ class DeferredTensor(Tensor):
     def _refuse_autograd_functions(self) -> None:
         """See that it is what it was made as: the output of an ``autograd.Function`` would need a gradient that its values know nothing of."""
         if self.requires_grad != self.call.requires_grad:
-            _refuse_gradient()
+            self.call.refuse_gradient()
 
     @classmethod
     def __torch_function__(
@@ -270,10 +278,6 @@ class DeferredTensor(Tensor):
 
 
 _BEHIND = "{} reads an FFN's hidden neurons behind PyTorch's back: call emoe.set_backend_(model, 'masked') first"
-
-
-def _refuse_gradient(_grad: Tensor | None = None) -> None:
-    raise RuntimeError(_BEHIND.format("an autograd.Function"))
 
 
 _METADATA = {

@@ -31,7 +31,8 @@ def is_elementwise(activation: nn.Module, guard: Guard) -> bool:
     if kind not in _ELEMENTWISE and kind.__module__ not in _ELEMENTWISE_MODULES:
         return False
     state = vars(activation)
-    if guard.items(guard.item(state, "_parameters")) or guard.item(state, "inplace"):
+    parts = ("_parameters", "_modules")
+    if any(guard.items(guard.item(state, name)) for name in parts) or guard.item(state, "inplace"):
         return False
     forward = guard.attribute(kind, "forward")
     if not has_plain_call(kind, guard) or not is_as_written(forward, guard) or not _is_of(forward, kind):

@@ -90,7 +90,7 @@ class Conditions:
         self._looked_at = COUNT["steps"]
 
     def tell_of_a_function(self) -> None:
-        """Have the mask taken from now on, because an ``autograd.Function`` calls a part of the FFN: its output needs a gradient of its own."""
+        """Have the mask taken from now on, because an ``autograd.Function`` calls parts of the FFN, and neurons need a gradient of their own."""
         self._is_called_inside = True
 
     def _watch_activation(self) -> None:

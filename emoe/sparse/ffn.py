@@ -66,7 +66,7 @@ class _SparseFFN(torch.autograd.Function):
         pre = [gather_mm(x, w, b, pairs) for w, b in zip(inputs[::2], inputs[1::2], strict=True)]  # type: ignore[arg-type]
         ctx.activation, ctx.pairs = activation, pairs
         needed = ctx.needs_input_grad
-        hidden_needed, hooked = any((*needed[2:4], *needed[5:])), _saved_tensors_have_hooks()
+        hidden_needed, hooked = any((*needed[2:4], *needed[5:])), saved_tensors_have_hooks()
         # what a gradient is computed from must not change before; all else is there for the gradient's own, and may
         wanted = [any(needed[5::2]) or hooked, hidden_needed, *[needed[3], False] * len(pre)]
         tensors = [x, values, *inputs]
@@ -114,16 +114,19 @@ class _SparseFFN(torch.autograd.Function):
             if needed[3]:
                 part = scatter_mm(dz, weight, pairs)
                 d_x = part if d_x is None else d_x + part
+        ctx.others[0] = None  # an input lives no longer than what was saved; the weights do anyway
         return None, None, d_scale, d_x, d_values, *d_inputs
 
 
-def _saved_tensors_have_hooks() -> bool:
+def saved_tensors_have_hooks() -> bool:
     """Whether somebody keeps saved tensors elsewhere, or drops them until they are computed again."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _either(saved: Tensor | None, other: Tensor | None, then: list[int | None] | None) -> Tensor:
     """What was saved, or what was only kept, if it has not changed."""
+    if saved is None and other is None and then is not None:
+        raise RuntimeError("an FFN's input was kept for one backward pass: give create_graph=True to the first")
     if other is not None and versions([other]) != then:
         raise RuntimeError(
             f"a tensor of shape {list(other.shape)} that the gradient of an FFN's gradient needs was changed by an inplace operation"

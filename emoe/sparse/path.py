@@ -31,7 +31,7 @@ from emoe.sparse.build import compiled_kernels, prepare_kernels
 from emoe.sparse.conditions import Conditions, Layer, Projections, is_avg_k, is_plain, is_transformed, own_tensor
 from emoe.sparse.cost_model import decodes_many, predicted_decode_ratio, predicted_time_ratio
 from emoe.sparse.decode import DecodeCache, DecodeWeights, Decoding, Way, choose_by_gate, decode_ffn, decode_weights
-from emoe.sparse.ffn import sparse_ffn
+from emoe.sparse.ffn import saved_tensors_have_hooks, sparse_ffn
 from emoe.sparse.whole import whole_ffn
 from emoe.tensors import Deferred, DeferredTensor, Part, versions
 
@@ -91,11 +91,7 @@ class SparsePath:
         """How the sparse path computes a forward pass with this input; None for the masked one."""
         if torch.is_grad_enabled():
             self._cache.clear()
-        if not self._takes(x):
-            return None
-        if x.requires_grad and not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
-            self._conditions.tell_of_a_function()
-        return self._choose(x)
+        return self._choose(x) if self._takes(x) and not _is_inside_a_function(x) else None
 
     def _choose(self, x: Tensor) -> Way | None:
         as_usual = not (is_transformed() or torch.is_autocast_enabled(x.device.type))
@@ -131,7 +127,7 @@ class SparsePath:
             pre_activations: computes them, should anybody look at them, given the experts' weights ``[T, N]``.
         """
         first, *between, last = self._projections
-        weight, later = cast(Tensor, first.weight), _tensors(last, cast(nn.Module, self._layer))
+        later = _tensors(last, cast(nn.Module, self._layer))
         then = versions(later)
 
         def is_still() -> bool:
@@ -149,7 +145,8 @@ class SparsePath:
             x,
             output,
             self._conditions.tell_of_a_look,
-            read=() if x.is_inference() or weight.is_inference() else (x, weight),  # which count no changes
+            read=(x, *_tensors(first)),
+            tell_of_a_function=self._conditions.tell_of_a_function,
             read_by_up=versions((x, *_tensors(*between))),
             is_still=is_still,
             activated=HALVES.index(spec.fused) if spec.fused else 0,
@@ -216,11 +213,12 @@ class SparsePath:
 
     def may_defer(self, x: Tensor) -> bool:
         """Whether the up-projection's part can wait until somebody looks at it: nobody does, where the in-projection has the output already."""
-        return self._takes(x) and not is_transformed() and self._wanted(x) is not None
+        return self.choose(x) is not None
 
     def defer_up(self, x: Tensor, up: Callable[[], Tensor]) -> Tensor:
         """The up-projection's part, which nobody needs once the output is known."""
-        call = Deferred(self._layer, x, x, read=(x, *_tensors(*self._projections[1:-1])))
+        read, tell = (x, *_tensors(*self._projections[1:-1])), self._conditions.tell_of_a_function
+        call = Deferred(self._layer, x, x, read=read, tell_of_a_function=tell)
         return DeferredTensor.of((*x.shape[:-1], self._width), x, up, call, "up")
 
     def _decoding(self, tensors: Sequence[Tensor], output_biases: Tensor | None, guard: Guard) -> Decoding:
@@ -291,6 +289,16 @@ class SparsePath:
         size, active = self._width // n, config.num_active_experts / n
         ratio = predicted_time_ratio(tokens, self._hidden, size, active, dtype, threads, compiled=compiled)
         return math.inf if ratio is None else ratio
+
+
+def _is_inside_a_function(x: Tensor) -> bool:
+    """Whether an ``autograd.Function`` seems to call a part of the FFN, as reentrant checkpointing does: without gradients, and once more in a backward pass."""
+    if not x.requires_grad or torch.is_inference_mode_enabled():
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    # other checkpointing computes again under hooks, and as it was computed
+    return x.is_leaf and torch._C._current_graph_task_id() != -1 and not saved_tensors_have_hooks()
 
 
 def _tensors(*modules: nn.Module) -> list[Tensor]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import emoe
-from emoe.sparse import build
+from emoe.sparse import build, path
 from tests.plain_net import FFN, PlainNet, plain_net
 
 Body = Callable[[FFN, Tensor], Tensor]
@@ -377,6 +380,10 @@ def in_again(ffn: FFN, x: Tensor) -> Tensor:
     return ffn.outer(ffn.act(checkpoint(ffn.inner, x, use_reentrant=True)) * ffn.up(x))
 
 
+def up_again(ffn: FFN, x: Tensor) -> Tensor:
+    return ffn.outer(ffn.act(ffn.inner(x)) * checkpoint(ffn.up, x, use_reentrant=True))
+
+
 def clamped_again(ffn: FFN, x: Tensor) -> Tensor:
     def whole(x: Tensor) -> Tensor:
         return ffn.outer((ffn.act(ffn.inner(x)) * ffn.up(x)).clamp(max=0.5))
@@ -384,7 +391,7 @@ def clamped_again(ffn: FFN, x: Tensor) -> Tensor:
     return checkpoint(whole, x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("body", [up_without_gradient, in_again, clamped_again])
+@pytest.mark.parametrize("body", [up_without_gradient, in_again, up_again, clamped_again])
 def test_gradients_are_the_masked_ones_whatever_is_around_a_part(body: Body) -> None:
     nets, x = both(body, gated=True), rows(100)
     for _ in range(2):
@@ -399,6 +406,49 @@ def test_gradients_are_the_masked_ones_whatever_is_around_a_part(body: Body) -> 
             assert (masked is None) == (sparse is None)
             if masked is not None:
                 torch.testing.assert_close(sparse, masked, atol=1e-3, rtol=1e-3)
+
+
+def out_again(ffn: FFN, x: Tensor) -> Tensor:
+    return checkpoint(ffn.outer, ffn.act(ffn.inner(x)) * ffn.up(x), use_reentrant=True)
+
+
+def test_a_gradient_of_neurons_that_were_not_computed_is_an_error_once() -> None:
+    masked, sparse = both(out_again, gated=True)
+    x = rows(100).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"an autograd\.Function"):
+        torch.autograd.backward(sparse(x).square().sum())
+    found = []
+    for net in (masked, sparse):
+        net.zero_grad()
+        net(x).square().sum().backward()
+        found.append(net.layers[0].inner.weight.grad)
+    torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-3)
+
+
+def test_an_input_with_a_gradient_that_nobody_wants_is_no_reason_for_the_mask_later() -> None:
+    _, sparse = both(gated=True)
+    x = rows(100).requires_grad_()
+    with torch.no_grad():
+        sparse(x)
+    with mock.patch.object(path, "sparse_ffn", side_effect=path.sparse_ffn) as spy:
+        sparse(x).sum().backward()
+    assert spy.called
+
+
+def hook_in_front(net: PlainNet) -> list[str]:
+    calls: list[str] = []
+    for name in ("up", "inner", "act", "outer"):
+        getattr(net.layers[0], name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    net(rows(100))
+    return calls
+
+
+def test_hooks_are_called_in_the_order_of_the_code() -> None:
+    def up_first(ffn: FFN, x: Tensor) -> Tensor:
+        up = ffn.up(x)
+        return ffn.outer(ffn.act(ffn.inner(x)) * up)
+
+    assert [hook_in_front(net) for net in both(up_first, gated=True)] == [["up", "inner", "act", "outer"]] * 2
 
 
 def input_changed(ffn: FFN, x: Tensor) -> Tensor:
@@ -454,6 +504,17 @@ def values_alone(net: PlainNet) -> Tensor:
 def test_what_no_gradient_needs_may_change_before_it(change: Callable[[PlainNet], Tensor]) -> None:
     masked, sparse = (change(net) for net in both())
     torch.testing.assert_close(sparse, masked, atol=1e-3, rtol=1e-3)
+
+
+def test_an_input_of_a_frozen_ffn_lives_no_longer_than_its_graph_needs() -> None:
+    _, sparse = both()
+    sparse.requires_grad_(False)
+    h = rows(100).requires_grad_() * 1.0
+    alive, y = weakref.ref(h), sparse(h)
+    del h
+    y.square().sum().backward()
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_gradients_gradient_says_so_where_what_it_needs_has_changed() -> None:

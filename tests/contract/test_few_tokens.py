@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.decision_guard import Guard
-from emoe.sparse.activations import activation_name
+from emoe.sparse.activations import activation_name, is_elementwise
 from emoe.sparse.build import compiled_kernels
 
 NAMED: dict[str, list[nn.Module]] = {
@@ -178,6 +178,25 @@ class OwnSiLU(nn.SiLU):
 class CalledTwice(nn.SiLU):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(super().__call__(*args, **kwargs))
+
+
+def test_an_activation_that_calls_somebody_elses_module_is_not_known() -> None:
+    for name in (
+        "gelu",
+        "gelu_new",
+        "gelu_pytorch_tanh",
+        "quick_gelu",
+        "relu",
+        "relu2",
+        "silu",
+        "mish",
+        "tanh",
+        "leaky_relu",
+    ):
+        assert is_elementwise(theirs.ACT2FN[name], Guard()), name
+    changed = theirs.ACT2FN["gelu"]
+    changed.act = nn.Softmax(-1)
+    assert not is_elementwise(changed, Guard())
 
 
 def test_what_computes_something_else_has_none() -> None:
