@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from emoe.errors import ConversionError, did_you_mean
 from emoe.rows import HALVES, FFNSpec, attribute_of, check_row
@@ -333,8 +332,9 @@ def bias_of(module: nn.Module) -> Tensor | None:
 def has_plain_weight(module: nn.Module) -> bool:
     """Whether a projection's weight is a matrix of numbers: not quantised or packed; sharded ones count, which can be put together."""
     weight = getattr(module, "weight", None)
-    # when it is exported, a weight has no numbers but is as plain
-    plain = type(weight) in (Tensor, nn.Parameter, FakeTensor) or hasattr(weight, "full_tensor")
+    plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")
+    # when it is exported, a weight has no numbers but is as plain; told by its name, for its module is large
+    plain = plain or type(weight).__module__ == "torch._subclasses.fake_tensor"
     return plain and weight.is_floating_point() and weight.ndim == 2  # type: ignore[union-attr]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 Look = tuple[type[Tensor], int, bool, torch.dtype, torch.Size, tuple[int, ...]]
 _SAMPLED = 16
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Sampled:
@@ -29,7 +30,12 @@ class Sampled:
 
     def is_still(self, weight: Tensor) -> bool:
         """Whether a weight that lies where this one did is unchanged as far as can be seen."""
-        return weight._version == self.version and torch.equal(self.numbers, self.values)
+        return weight._version == self.version and torch.equal(_bits(self.numbers), _bits(self.values))
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    """Numbers as whole ones, of which each equals itself."""
+    return numbers.view(_WHOLE[numbers.element_size()])
 
 
 class Guard:

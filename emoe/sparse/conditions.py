@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from emoe.architectures import FFN
 from emoe.config import EMoEConfig, GMoEConfig
@@ -199,7 +198,7 @@ def is_transformed() -> bool:
 
 def _only_places(mode: object) -> bool:
     """Whether a mode does nothing but say where new tensors lie, as ``torch.set_default_device`` has one do."""
-    return type(mode) is DeviceContext
+    return (type(mode).__module__, type(mode).__name__) == ("torch.utils._device", "DeviceContext")
 
 
 def _holders(ffn: FFN) -> list[nn.Module]:
