@@ -36,8 +36,8 @@ from emoe.marks import mark_, no_experts, read_mark
 from emoe.partitioning import is_permutation
 from emoe.routers import in_place, is_offloaded
 from emoe.sidecars import CONFIG_FILE, EXTRA_FILE, PARTITION_FILE, key_norms, projections, read_sidecars, save_sidecars
-from emoe.stock import load_around, load_stock, save_weights
-from emoe.weights import STOCK_CONFIG_FILE, Weights, one_line, read_object
+from emoe.stock import is_quantised, load_around, load_stock, save_weights
+from emoe.weights import Weights, one_line
 
 _NORM_TOLERANCE = 0.02  # key norms survive a cast to bf16 within this
 _QUANTISED_NORM_TOLERANCE = 0.15  # and four bits within this
@@ -88,13 +88,13 @@ def _inside(model: nn.Module) -> nn.Module | None:
 def _stock_state(model: nn.Module) -> dict[str, Tensor]:
     """The state that the stock class has a place for, with one output bias a layer."""
     state = dict(model.state_dict())
+    names = {module: name for name, module in model.named_modules()}
     for path, layer in model.named_modules():
         if not isinstance(layer, RoutedActivation):
             continue
         for name in layer.state_dict():
             del state[f"{path}.{name}"]
         if layer.output_bias is not None:
-            names = {module: name for name, module in model.named_modules()}
             if (proj_out := names.get(layer.ffn.proj_out)) is None:
                 raise ConversionError(
                     f"{path}: a copy of a half of its FFN was trained, whose out-projection the model does not hold"
@@ -254,9 +254,7 @@ def _equal(tensor: Tensor, other: Tensor | None) -> bool:
 
 def _check_quantised(config: EMoEConfig | GMoEConfig, folder: Path, options: dict[str, Any]) -> None:
     """Refuse experts that need weights themselves, where these are to be quantised or are."""
-    path = folder / STOCK_CONFIG_FILE
-    stored = path.exists() and "quantization_config" in read_object(path)
-    if options.get("quantization_config") is None and not stored:
+    if options.get("quantization_config") is None and not is_quantised(folder):
         return
     if isinstance(config, GMoEConfig):
         raise CheckpointError(

@@ -19,7 +19,8 @@ from emoe.decision_guard import Guard
 Handler = Callable[..., Any]
 _HANDLER = "_emoe_handler"
 # as they are when this is imported, to see that nobody has put something in their place
-_FUNCTIONS = ((F, dict(vars(F))), (torch, dict(vars(torch))))
+FUNCTIONS = dict(vars(F))
+_PLACES = ((F, FUNCTIONS), (torch, dict(vars(torch))))
 _LINEAR_FORWARD = nn.Linear.forward
 CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_wrapped_call_impl", "_call_impl")}
 
@@ -42,6 +43,9 @@ class RoutedProjection(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _reduced(self, RoutedProjection, super().__reduce_ex__(protocol))
+
+
+_ROUTED_CALLS = {**CALLS, **{name: vars(RoutedProjection)[name] for name in ("__call__", "forward")}}
 
 
 class RoutedFFN(nn.Module):
@@ -118,8 +122,7 @@ def is_linear_routed_by(projection: nn.Module, handler: Handler, guard: Guard) -
     plain = plain_class(projection)
     if plain is None or not has_plain_call(plain, guard):
         return False
-    calls = {**CALLS, **{name: vars(RoutedProjection)[name] for name in ("__call__", "forward")}}
-    if any(guard.attribute(type(projection), name) is not call for name, call in calls.items()):
+    if any(guard.attribute(type(projection), name) is not call for name, call in _ROUTED_CALLS.items()):
         return False
     forward = guard.attribute(plain, "forward")
     is_known = forward is _LINEAR_FORWARD or (plain.__name__, plain.__module__) == (
@@ -135,7 +138,7 @@ def is_as_written(function: Any, guard: Guard) -> bool:
     if code is None or not _is_in_file_of(code.co_filename, function.__module__):
         return False
     return all(
-        guard.item(vars(place), name) is own[name] for place, own in _FUNCTIONS for name in code.co_names if name in own
+        guard.item(vars(place), name) is own[name] for place, own in _PLACES for name in code.co_names if name in own
     )
 
 

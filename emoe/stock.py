@@ -58,6 +58,12 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
     )
 
 
+def is_quantised(folder: Path) -> bool:
+    """Whether a folder holds quantised weights, as its ``config.json`` says."""
+    path = folder / STOCK_CONFIG_FILE
+    return path.exists() and "quantization_config" in read_object(path)
+
+
 def load_stock(loader: Any, folder: Path, **options: Any) -> nn.Module:
     """Load an ordinary checkpoint: safetensors only, and no code that comes with it.
 

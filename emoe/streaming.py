@@ -60,6 +60,7 @@ from emoe.sidecars import (
     read_sidecars,
 )
 from emoe.skeleton import load_skeleton, settings_files, stored_names, tensor_paths, weights_in_place
+from emoe.stock import is_quantised
 from emoe.unfinished import check_begun, unfinished
 from emoe.weights import STOCK_CONFIG_FILE, WEIGHT_FILES, Weights, read_object, weight_files
 
@@ -159,7 +160,7 @@ def convert_folder(
     """
     if holds_experts(source):
         raise CheckpointError(f"{source} holds experts already; fold them back first (python -m emoe to-dense)")
-    if _is_quantised(source):
+    if is_quantised(source):
         raise ConversionError(f"{source} is quantised, says its {STOCK_CONFIG_FILE}: convert before quantising")
     plan = _plan("convert", source, {"config": config.to_dict(), "partition version": ALGORITHM_VERSION})
     begun = check_begun(out, plan)
@@ -241,7 +242,7 @@ def _plan(command: str, source: Path, settings: Mapping[str, Any]) -> dict[str, 
 
 def _open(source: Path) -> _Folder:
     loader = loader_for(source)
-    if _is_quantised(source):
+    if is_quantised(source):
         raise NotStreamedError(f"the weights in {source} are quantised")
     if hasattr(loader, "from_pretrained") and importlib.util.find_spec("accelerate") is None:
         raise NotStreamedError("the package 'accelerate' is not installed")
@@ -251,10 +252,6 @@ def _open(source: Path) -> _Folder:
     if not hasattr(loader, "from_pretrained"):  # timm, which has not looked at the files
         folder.check_stored(folder.model.state_dict())
     return folder
-
-
-def _is_quantised(source: Path) -> bool:
-    return "quantization_config" in read_object(source / STOCK_CONFIG_FILE)
 
 
 def _check(folder: _Folder, chosen: list[FFN], config: EMoEConfig | GMoEConfig) -> None:

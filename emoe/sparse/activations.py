@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from emoe.decision_guard import Guard
-from emoe.projections import has_plain_call, is_as_written
+from emoe.projections import FUNCTIONS, has_plain_call, is_as_written
 
 _ELEMENTWISE = {
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid),
@@ -17,9 +17,6 @@ _ELEMENTWISE = {
 }
 _TRANSFORMERS = "transformers.activations"
 _ELEMENTWISE_MODULES = {_TRANSFORMERS, "timm.layers.activations"}
-# as they are when this is imported, to see that nobody has put something in their place
-_FUNCTIONS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
-_PYTORCHS = set(filter(callable, vars(F).values()))
 _FORWARDS = {nn.ReLU.forward: "relu", nn.SiLU.forward: "silu", nn.GELU.forward: "gelu"}
 _GELU_OF = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -39,7 +36,8 @@ def is_elementwise(activation: nn.Module, guard: Guard) -> bool:
         return False
     act = guard.item(state, "act")  # what an activation of transformers calls
     function = act.func if isinstance(act, partial) else act
-    return function is None or function in _PYTORCHS or getattr(function, "__self__", None) is activation
+    known = function is None or any(function is own for own in FUNCTIONS.values())
+    return known or getattr(function, "__self__", None) is activation
 
 
 def _is_of(forward: Any, kind: type) -> bool:
@@ -62,7 +60,7 @@ def activation_name(activation: nn.Module, guard: Guard) -> str | None:
     function, approximate = _FORWARDS.get(forward), guard.item(vars(activation), "approximate")
     if (kind.__module__, forward.__module__) == (_TRANSFORMERS, _TRANSFORMERS):
         function, approximate = _of_transformers(kind.__name__, guard.item(vars(activation), "act"), guard)
-    if function is None or guard.item(vars(F), function) is not _FUNCTIONS[function]:
+    if function is None or guard.item(vars(F), function) is not FUNCTIONS[function]:
         return None
     return _GELU_OF.get(approximate) if function == "gelu" else function
 

@@ -150,7 +150,8 @@ class Conditions:
                 return "dropout acts on hidden neurons"
         children = _children(cast(nn.Module, layer), guard)
         router = guard.item(children, "router")
-        if isinstance(router, AvgKRouter) and not is_avg_k(router, guard):
+        guard.attribute(router, "__class__")
+        if isinstance(router, AvgKRouter) and not _is_plain_avg_k(router, guard):
             return "the router is no plain avg-k"
         activation = guard.item(children, "activation")
         if not is_elementwise(activation, guard):
@@ -170,9 +171,8 @@ class Conditions:
         return None
 
 
-def is_avg_k(router: nn.Module, guard: Guard) -> bool:
-    """Whether a router is the paper's avg-k, and nobody has changed it."""
-    guard.attribute(router, "__class__")
+def _is_plain_avg_k(router: AvgKRouter, guard: Guard) -> bool:
+    """Whether an avg-k is the paper's, and nobody has changed it."""
     return type(router) is AvgKRouter and all(
         guard.attribute(AvgKRouter, name) is own and guard.item(vars(router), name) is None
         for name, own in _AVG_K.items()

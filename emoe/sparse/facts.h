@@ -102,7 +102,8 @@ class Facts {
 
     explicit Place(PyObject* of) : tensor(of), type(Py_TYPE(of)) {
       const Tensor& found = THPVariable_Unpack(of);
-      data = found.const_data_ptr(), is_negated = found.is_neg(), dtype = found.scalar_type(), sizes = at::DimVector(found.sizes()), strides = at::DimVector(found.strides());
+      data = found.const_data_ptr(), is_negated = found.is_neg(), dtype = found.scalar_type();
+      sizes = at::DimVector(found.sizes()), strides = at::DimVector(found.strides());
     }
 
     bool holds() const {

@@ -24,16 +24,17 @@ from emoe.config import LINEAR_SCORES, EMoEConfig, GMoEConfig
 from emoe.decision_guard import Guard, look
 from emoe.optimizer_steps import COUNT
 from emoe.projections import RoutedFFN, leave_, stand_around_
-from emoe.routers import Router
+from emoe.routers import AvgKRouter, Router
 from emoe.rows import HALVES
 from emoe.sparse.activations import activation_name
 from emoe.sparse.build import compiled_kernels, prepare_kernels
-from emoe.sparse.conditions import Conditions, Layer, Projections, is_avg_k, is_plain, is_transformed, own_tensor
+from emoe.sparse.conditions import Conditions, Layer, Projections, is_plain, is_transformed, own_tensor
 from emoe.sparse.cost_model import decodes_many, predicted_decode_ratio, predicted_time_ratio
 from emoe.sparse.decode import DecodeCache, DecodeWeights, Decoding, Way, choose_by_gate, decode_ffn, decode_weights
 from emoe.sparse.ffn import saved_tensors_have_hooks, sparse_ffn
 from emoe.sparse.whole import whole_ffn
 from emoe.tensors import Deferred, DeferredTensor, Part, versions
+from emoe.tokens import is_recomputed
 
 _logger = logging.getLogger(__name__)
 _told: set[str] = set()  # reasons that were said in this process
@@ -225,7 +226,7 @@ class SparsePath:
         """How a forward pass is decoded with the projections' weights and biases, and the experts' own, which are these."""
         layer, config = self._layer, self._layer.config
         n, by_neuron = config.num_experts, config.decode_cache
-        by_keys = isinstance(config, EMoEConfig) and is_avg_k(layer.router, guard) and config.score == "keys"
+        by_keys = isinstance(config, EMoEConfig) and isinstance(layer.router, AvgKRouter) and config.score == "keys"
 
         def make() -> DecodeWeights:
             gate = layer.current_gate() if by_keys else None
@@ -298,7 +299,7 @@ def _is_inside_a_function(x: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return True
     # other checkpointing computes again under hooks, and as it was computed
-    return x.is_leaf and torch._C._current_graph_task_id() != -1 and not saved_tensors_have_hooks()
+    return x.is_leaf and is_recomputed() and not saved_tensors_have_hooks()
 
 
 def _tensors(*modules: nn.Module) -> list[Tensor]:
