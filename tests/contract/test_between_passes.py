@@ -12,11 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import emoe
-from emoe.decision_guard import Guard, Sampled
 from emoe.routers import AvgKRouter
 from emoe.sparse import decode, path
 from emoe.sparse.build import compiled_kernels
@@ -313,70 +310,6 @@ def test_a_change_between_two_passes_is_seen(name: str, compared_by: str, monkey
             torch.testing.assert_close(sparse(x), before, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["autocast", "func", "gradients", "training"])
-def test_another_mode_of_pytorch_is_seen(mode: str) -> None:
-    masked, sparse = (net(backend) for backend in BACKENDS)
-    x = torch.randn(1, 16)
-    for model in (sparse, masked):
-        with torch.no_grad():
-            model(x)
-    if mode == "autocast":
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            assert sparse(x).dtype == masked(x).dtype == torch.bfloat16
-    elif mode == "func":
-        ours, theirs = (torch.func.jacrev(lambda x, model=model: model(x).sum())(x) for model in (sparse, masked))
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    elif mode == "gradients":
-        ours, theirs = (torch.autograd.grad(model(x).sum(), model.layers[0].up.weight)[0] for model in (sparse, masked))
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    else:
-        with torch.no_grad(), mock.patch.object(path, "decode_ffn", side_effect=decode_ffn) as spy:
-            sparse.train()(x)
-        assert not spy.called
-
-
-class _Doubles(TorchFunctionMode):
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
-        return 2 * found if function is F.linear else found
-
-
-class _Counts(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.products = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.products += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("tokens", [1, 100])
-@pytest.mark.parametrize("gradients", [False, True])
-def test_a_mode_that_sees_each_operation_sees_those_of_the_mask(tokens: int, gradients: bool) -> None:
-    x, found = torch.randn(tokens, 16), {}
-    for backend in BACKENDS:
-        model = net(backend)
-        with torch.set_grad_enabled(gradients):
-            before = model(x)
-            with _Doubles():
-                changed = model(x)
-            with _Counts() as counts:
-                model(x)
-            torch.testing.assert_close(model(x), before)
-        assert not torch.allclose(changed, before)
-        found[backend] = (changed.detach(), counts.products)
-    assert found["sparse"][1] == found["masked"][1] > 0
-    torch.testing.assert_close(found["sparse"][0], found["masked"][0], atol=1e-4, rtol=1e-4)
-
-
-def test_a_default_device_is_no_reason_for_the_mask() -> None:
-    model, x = net("sparse"), torch.randn(1, 16)
-    with torch.no_grad(), torch.device("cpu"), mock.patch.object(path, "decode_ffn", side_effect=decode_ffn) as spy:
-        model(x)
-    assert spy.called
-
-
 @pytest.mark.parametrize("part", PARTS)
 def test_a_backward_hook_counts_where_there_are_gradients(part: str) -> None:
     x, seen = torch.randn(1, 16), {}
@@ -407,49 +340,3 @@ def test_inputs_of_other_shapes_and_types_between() -> None:
             sparse(torch.randn(1, 16).double())
         x = torch.randn(1, 16).double()
         torch.testing.assert_close(sparse.double()(x), masked.double()(x))
-
-
-@pytest.mark.parametrize("compared_by", ["kernels", "Python"])
-def test_the_guard_sees_each_thing_it_read_become_another(compared_by: str) -> None:
-    class Owner:
-        size = 1
-
-    class Other(Owner):
-        pass
-
-    owner, hooks, weight = Owner(), {"a": 1}, torch.ones(2, 2)
-    settings: dict[str, Any] = {"mode": "eval", "hooks": hooks}
-    guard = Guard()
-    assert guard.item(settings, "mode") == "eval"
-    assert guard.item(settings, "none") is None
-    assert guard.attribute(Owner, "size") == 1
-    assert guard.attribute(owner, "__class__") is Owner
-    assert guard.items(guard.item(settings, "hooks")) == [1]
-    assert guard.tensor(weight) is weight
-    copied = torch.ones(5, 40)
-    guard.numbers(guard.tensor(copied), Sampled(copied))
-    if compared_by == "kernels":
-        if (kernels := compiled_kernels()) is None:
-            pytest.skip("no compiler on this machine")
-        guard.compare_by(kernels)
-    assert guard.holds()
-    changes: list[tuple[Callable[[], Any], Callable[[], Any]]] = [
-        (lambda: settings.update(mode="train"), lambda: settings.update(mode="eval")),
-        (lambda: settings.update(none=0), lambda: settings.pop("none")),
-        (lambda: settings.update(hooks={"a": 1}), lambda: settings.update(hooks=hooks)),
-        (lambda: hooks.update(b=2), lambda: hooks.pop("b")),
-        (lambda: hooks.update(a=2), lambda: hooks.update(a=1)),
-        (lambda: setattr(Owner, "size", 2), lambda: setattr(Owner, "size", 1)),
-        (lambda: setattr(owner, "__class__", Other), lambda: setattr(owner, "__class__", Owner)),
-        (lambda: weight.t_(), lambda: weight.t_()),
-        (lambda: weight.resize_(1, 4), lambda: weight.resize_(2, 2)),
-        (lambda: copied.data.fill_(2), lambda: copied.data.fill_(1)),
-        (lambda: setattr(weight, "__class__", nn.Parameter), lambda: setattr(weight, "__class__", Tensor)),
-    ]
-    for change, back in changes:
-        change()
-        assert not guard.holds()
-        back()
-        assert guard.holds()
-    copied.add_(0)  # which PyTorch counts as a change
-    assert not guard.holds()

@@ -16,17 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 import emoe
 from emoe.layer import routed_layers
 from tests import tiny_models
-
-SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
-SOME = {"num_experts": 8, "top_k": 2, "layers": "last:2"}
-METHODS = {
-    "emoe": emoe.EMoEConfig(**SOME),
-    "emoe, momentum": emoe.EMoEConfig(**SOME, gate_momentum=0.9),
-    "emoe, published": emoe.EMoEConfig.as_published("tutel", **SOME),
-    "emoe-learn": emoe.EMoEConfig(**SOME, router="cosine", weighting="softmax_times_k", aux_loss_coefficient=0.1),
-    "gmoe": emoe.GMoEConfig(num_experts=3, layers="last:2"),
-}
-
+from tests.classifiers import METHODS, SIZES, SOME, bert, logits, rows
 
 # plain gradient descent over the rows as they stand
 BY_HAND = {
@@ -36,22 +26,6 @@ BY_HAND = {
     "max_grad_norm": 0,
     "train_sampling_strategy": "sequential",
 }
-
-
-def bert(config: emoe.EMoEConfig | emoe.GMoEConfig | None) -> Any:
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(vocab_size=60, **SIZES))
-    if config is not None:
-        emoe.convert_(model, config)
-    return model
-
-
-def rows(count: int = 16) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        {"input_ids": torch.randint(3, 60, (8,), generator=generator), "labels": torch.tensor(place % 2)}
-        for place in range(count)
-    ]
 
 
 def trainer(model: Any, folder: Path, *, callback: Any = None, data: Any = None, **settings: Any) -> Trainer:
@@ -68,11 +42,6 @@ def trainer(model: Any, folder: Path, *, callback: Any = None, data: Any = None,
     data = rows() if data is None else data
     callbacks = [callback or emoe.TrainerCallback()]
     return Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks, **functions)
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(torch.stack([row["input_ids"] for row in rows()])).logits
 
 
 def assert_same_experts(again: Any, model: Any) -> None:
@@ -356,63 +325,3 @@ def test_checkpointing_that_loses_the_balance_loss_is_refused(reentrant: bool, t
         return
     with pytest.raises(emoe.ConfigError, match="use_reentrant"):
         run.train()
-
-
-@pytest.mark.parametrize("wrap", ["compiled", "parallel"])
-def test_a_wrapper_of_pytorchs_is_not_saved_along(wrap: str, tmp_path: Path) -> None:
-    model = bert(METHODS["emoe"])
-    expected = logits(model)
-    wrapped = torch.compile(model, backend="eager") if wrap == "compiled" else torch.nn.DataParallel(model)
-    emoe.save_pretrained(wrapped, tmp_path)
-    assert torch.equal(logits(emoe.from_pretrained(BertForSequenceClassification, tmp_path)), expected)
-
-
-def test_a_model_that_is_on_disk_in_part_is_saved_again(tmp_path: Path) -> None:
-    emoe.save_pretrained(bert(METHODS["emoe"]), tmp_path / "first")
-    model = emoe.from_pretrained(
-        BertForSequenceClassification,
-        tmp_path / "first",
-        device_map="auto",
-        max_memory={"cpu": "60KB"},
-        offload_folder=tmp_path / "disk",
-    )
-    assert any(parameter.is_meta for parameter in model.parameters())
-    emoe.save_pretrained(model, tmp_path / "again")
-    again = emoe.from_pretrained(BertForSequenceClassification, tmp_path / "again")
-    torch.testing.assert_close(logits(again), logits(model))
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (METHODS["gmoe"], "GMoE.*not loaded quantised"),
-        (METHODS["emoe, momentum"], "gate_momentum.*not loaded quantised"),
-    ],
-)
-def test_what_needs_its_weights_is_not_loaded_quantised(
-    config: emoe.EMoEConfig | emoe.GMoEConfig, message: str, tmp_path: Path
-) -> None:
-    emoe.save_pretrained(bert(config), tmp_path)
-    eight_bits = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    with pytest.raises(emoe.CheckpointError, match=message):
-        emoe.from_pretrained(BertForSequenceClassification, tmp_path, quantization_config=eight_bits)
-
-
-def test_a_copy_of_a_half_of_the_ffn_is_refused(tmp_path: Path) -> None:
-    model = bert(emoe.EMoEConfig(**SOME, output_bias="per_expert"))
-    adapted = get_peft_model(model, LoraConfig(target_modules=["query"], modules_to_save=["intermediate"]))
-    with pytest.raises(RuntimeError, match="modules_to_save name the whole FFN"):
-        logits(adapted)
-    with pytest.raises(emoe.ConversionError, match="half of its FFN"):
-        emoe.save_pretrained(adapted.merge_and_unload(), tmp_path / "never")
-    assert not (tmp_path / "never").exists()
-
-
-def test_what_is_no_model_or_loader_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(emoe.ConversionError, match="the model is 'bert'"):
-        emoe.convert_("bert", METHODS["emoe"])  # type: ignore[arg-type]
-    emoe.save_pretrained(bert(METHODS["emoe"]), tmp_path)
-    with pytest.raises(emoe.CheckpointError, match="the loader is 'bert'"):
-        emoe.from_pretrained("bert", tmp_path)
-    with pytest.raises(emoe.ConfigError, match="partition_seed"):
-        emoe.EMoEConfig(**SOME, partition_seed=2**70)
