@@ -179,7 +179,9 @@ class AvgKRouter(Router):
 
     def _has_plain_keys(self) -> bool:
         proj_in = self.ffn.proj_in
-        return proj_in is self._proj_in[0] and has_plain_weight(proj_in) and not cast(Tensor, proj_in.weight).is_meta
+        projection = getattr(proj_in, "projection", proj_in)  # the sparse backend keeps the replaced projection
+        is_original = projection is self._proj_in[0]  # not wrapped by an adapter
+        return is_original and has_plain_weight(proj_in) and not cast(Tensor, proj_in.weight).is_meta
 
     def _scores_from_neurons(self, z: Tensor) -> Tensor:
         """Compute ``keys`` scores from pre-activations."""
