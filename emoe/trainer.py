@@ -139,7 +139,7 @@ class _BalanceLossAdder:
             return (output[0] + balance * self._share(kwargs), *output[1:])
         raise ConfigError(
             "TrainerCallback: the model returned no loss to add the balance loss to, as with compute_loss_func or "
-            "label smoothing; add emoe.aux_loss(model) in compute_loss_func and pass TrainerCallback(add_aux_loss=False)"
+            "label smoothing; add emoe.aux_loss(model) in compute_loss_func and use TrainerCallback(add_aux_loss=False)"
         )
 
     def _share(self, kwargs: dict[str, Any]) -> Tensor | float:

@@ -30,7 +30,7 @@ def test_loads_count_every_token_and_leave_padding_out() -> None:
     assert found.experts_per_token == 2
     assert float(found.shares.sum()) == pytest.approx(1)
     assert 0 < found.entropy <= 1 <= found.max_over_mean
-    with pytest.raises(KeyError, match="layer 0 has no experts; those that have are 1"):
+    with pytest.raises(KeyError, match="layer 0 has no experts; the layers with experts are 1"):
         record.layers[0]
 
     mask = torch.ones(3, 11, dtype=torch.long)
