@@ -50,7 +50,9 @@ def record_activations(
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for hook in (*padding.values(), *hooks):
+        for watch in padding.values():
+            watch.remove()
+        for hook in hooks:
             hook.remove()
     activations = {index: sample.rows.t().contiguous() for index, sample in samples.items()}
     for ffn in ffns:

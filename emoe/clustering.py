@@ -217,7 +217,8 @@ def _best_exchanges(
     order = torch.sort(best, descending=True, stable=True).indices
     order = order[best[order] > 1e-5]
     i, j = left[order, pair[order] // candidates], right[order, pair[order] % candidates]
-    used_clusters, used_rows, moves = [0] * clusters, set(), []
+    used_clusters, used_rows = [0] * clusters, set[int]()
+    moves = []
     for a, b, row, other in torch.stack([first[order], second[order], i, j]).t().tolist():
         if used_clusters[a] < depth and used_clusters[b] < depth and used_rows.isdisjoint((row, other)):
             used_clusters[a] += 1

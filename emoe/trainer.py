@@ -48,7 +48,8 @@ class TrainerCallback(transformers.TrainerCallback):
         self._is_training = True
         _stop_adding(model)  # an interrupted training did not
         if self.add_aux_loss and layers[0].config.aux_loss_coefficient > 0:
-            if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            checkpointing: Any = args.activation_checkpointing_kwargs or {}
+            if args.activation_checkpointing and checkpointing.get("use_reentrant"):
                 raise ConfigError(
                     "TrainerCallback: with reentrant checkpointing the balance loss has no gradient; set "
                     "activation_checkpointing_kwargs={'use_reentrant': False}"

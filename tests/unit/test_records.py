@@ -240,9 +240,9 @@ def test_parts_that_were_converted_apart_are_not_mixed_up(tmp_path) -> None:
     model = torch.nn.ModuleDict({"a": plain_net(4, 8), "b": plain_net(4, 8)})
     for name, top_k in (("a", 1), ("b", 3)):
         emoe.convert_(model[name], emoe.EMoEConfig(num_experts=4, top_k=top_k, layers=[0]))
-    with pytest.raises(emoe.ConversionError, match="converted apart"), emoe.record_routing(model):
+    with pytest.raises(emoe.ConversionError, match="converted separately"), emoe.record_routing(model):
         pass
-    with pytest.raises(emoe.ConversionError, match="converted apart"):
+    with pytest.raises(emoe.ConversionError, match="converted separately"):
         emoe.save_pretrained(model, tmp_path)
 
 

@@ -275,7 +275,7 @@ def test_what_cannot_be_trained_or_loaded_says_what_to_do(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "saved")
     stock = BertForSequenceClassification.from_pretrained(tmp_path / "saved")
     for call in (lambda: trainer(stock, tmp_path).train(), lambda: emoe.to_dense_(stock)):
-        with pytest.raises(emoe.ConversionError, match=r"reads it as dense: load it by emoe\.from_pretrained"):
+        with pytest.raises(emoe.ConversionError, match=r"loaded it as dense: load it with emoe\.from_pretrained"):
             call()
 
     def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
