@@ -23,7 +23,7 @@ _TEXT_HEIGHT = 0.14  # inches of a row's number
 
 
 def plot_routing(record: RoutingRecord, *, layer: int | None = None, width: float = 6.9) -> Figure:
-    """Plot the load of each expert by layer, the busiest expert of each layer and, if labels were known, loads by label.
+    """Plot the load of each expert by layer, the busiest expert of each layer and the loads by label.
 
     Colours show an expert's load divided by the mean load of its layer or label: 1 (white) is an even load. A layer
     without tokens is empty.
