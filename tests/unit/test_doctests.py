@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import emoe
-from emoe.schema import config_schema
 from emoe.sparse.cost_model import predicted_time_ratio
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -31,7 +30,6 @@ MAIN = [
     emoe.register_ffn,
     emoe.register_router,
     predicted_time_ratio,
-    config_schema,
 ]
 PUBLIC = [getattr(emoe, name) for name in emoe.__all__]
 METHODS = [

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from emoe.files import write_tensors
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -24,7 +25,6 @@ from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.errors import EMoEError
 from emoe.layer import routed_layers
 from emoe.records import RoutingRecord
-from emoe.weights import write_tensors
 
 Result = TypeVar("Result")
 
