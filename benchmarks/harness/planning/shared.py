@@ -27,8 +27,7 @@ from benchmarks.harness.planning.schema import (
     left_out,
 )
 from benchmarks.harness.planning.tunings import TUNINGS
-from emoe.config import EMoEConfig, GMoEConfig
-from emoe.registry import ROUTERS
+from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
 from emoe.schema import config_schema
 
 Layers = str | Annotated[list[int], Field(min_length=1)]
