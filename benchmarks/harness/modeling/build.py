@@ -24,6 +24,7 @@ from benchmarks.harness.modeling.prefix import Prefix
 from benchmarks.harness.modeling.seq2seq import load_seq2seq
 from benchmarks.harness.modeling.tuning import FAST, tune_
 from emoe.architectures import find_ffns
+from emoe.files import write_tensors
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition, load_partition, save_partition
 

@@ -23,6 +23,7 @@ from benchmarks.harness.training.distributed import SHARDS, load_shards_, save_s
 from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.errors import EMoEError
+from emoe.files import write_tensors
 from emoe.layer import routed_layers
 from emoe.records import RoutingRecord
 
