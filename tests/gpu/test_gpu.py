@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from emoe.sparse.decode import decode_ffn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import emoe
 from emoe.sparse import grouped, kernels, path
-from emoe.sparse.decode import decode_ffn
 from emoe.sparse.ffn import sparse_ffn
 from tests.plain_net import plain_net
 
