@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -81,24 +80,22 @@ def test_the_others_get_no_gradient() -> None:
         assert set(by_expert.nonzero().flatten().tolist()) == set(most_used(counts[ffn.index]).tolist())
 
 
-@pytest.mark.parametrize(
-    ("settings", "change", "message"),
-    [
-        ({}, lambda counts: {}, "no layer 0"),
-        ({}, lambda counts: {n: c[:4] for n, c in counts.items()}, "8 experts"),
-        ({}, lambda counts: {n: c.double() / c.sum() for n, c in counts.items()}, "whole numbers"),
-        ({}, lambda counts: {n: c - 10**6 for n, c in counts.items()}, "whole numbers"),
-        ({}, lambda counts: {n: c * 0 for n, c in counts.items()}, "loads"),
-        (converted.SETTINGS["learned"], lambda counts: counts, "'cosine'"),
-    ],
-)
-def test_unsuitable_counts_are_rejected(
-    settings: dict[str, Any], change: Callable[[Usage], Usage], message: str
-) -> None:
-    values, model = tiny_models.inputs("bert"), converted.model("bert", **settings)
+UNSUITABLE: dict[str, Callable[[Usage], Usage]] = {
+    "missing layer": lambda counts: {},
+    "other number of experts": lambda counts: {n: c[:4] for n, c in counts.items()},
+    "shares": lambda counts: {n: c.double() / c.sum() for n, c in counts.items()},
+    "negative": lambda counts: {n: c - 10**6 for n, c in counts.items()},
+    "all zero": lambda counts: {n: c * 0 for n, c in counts.items()},
+}
+
+
+@pytest.mark.parametrize("case", [*UNSUITABLE, "learned router"])
+def test_unsuitable_counts_are_rejected(case: str) -> None:
+    values, settings = tiny_models.inputs("bert"), converted.SETTINGS["learned"] if case == "learned router" else {}
+    model = converted.model("bert", **settings)
     expected, counts = tiny_models.output(model, values), usage(model, values)
-    with pytest.raises(emoe.ConversionError, match=message):
-        emoe.fix_experts_(model, change(counts))
+    with pytest.raises(emoe.ConversionError, match=r"layer.0"):
+        emoe.fix_experts_(model, UNSUITABLE.get(case, dict)(counts))
     assert torch.equal(tiny_models.output(model, values), expected)
 
 
