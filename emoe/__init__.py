@@ -8,36 +8,33 @@ print(emoe.convert_(model, config))
 
 import importlib
 import importlib.metadata
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
 from emoe.errors import CheckpointError, ConfigError, ConversionError, EMoEError
 
 if TYPE_CHECKING:
-    from emoe.architectures import register_ffn
+    from emoe.architectures import FFNSpec, register_ffn
     from emoe.checkpoint import from_pretrained, save_pretrained
     from emoe.convert import ConversionReport, convert_, to_dense_
-    from emoe.noise import noisy_tuning_
+    from emoe.layer import aux_loss, update_gates_
     from emoe.partitioning import partition
     from emoe.records import record_routing
     from emoe.routers import Router, register_router
-    from emoe.rows import FFNSpec
-    from emoe.settings import fix_experts_, set_backend_, set_top_k_
+    from emoe.settings import fix_experts_, for_inference_, set_backend_, set_top_k_
     from emoe.trainer import TrainerCallback as TrainerCallback
-    from emoe.training import aux_loss, update_gates_
 
-# what needs PyTorch, or transformers, is imported when it is first asked for: planning a benchmark needs neither
-_WHERE = {
+# imported on first use, because planning a benchmark needs neither PyTorch nor transformers
+_MODULES = {
     "ConversionReport": "convert",
-    "FFNSpec": "rows",
+    "FFNSpec": "architectures",
     "Router": "routers",
     "TrainerCallback": "trainer",
-    "aux_loss": "training",
+    "aux_loss": "layer",
     "convert_": "convert",
     "fix_experts_": "settings",
+    "for_inference_": "settings",
     "from_pretrained": "checkpoint",
-    "noisy_tuning_": "noise",
     "partition": "partitioning",
     "record_routing": "records",
     "register_ffn": "architectures",
@@ -46,13 +43,13 @@ _WHERE = {
     "set_backend_": "settings",
     "set_top_k_": "settings",
     "to_dense_": "convert",
-    "update_gates_": "training",
+    "update_gates_": "layer",
 }
 
 try:
-    # a checkout's is that of its last installation: the commit says more, and is what runs record
+    # a checkout has the version of its last installation; runs record the commit too
     __version__ = importlib.metadata.version("emoe")
-except importlib.metadata.PackageNotFoundError:  # on the path, but not installed
+except importlib.metadata.PackageNotFoundError:  # not installed
     __version__ = "0.0.0"
 
 __all__ = [
@@ -69,8 +66,8 @@ __all__ = [
     "config_from_dict",
     "convert_",
     "fix_experts_",
+    "for_inference_",
     "from_pretrained",
-    "noisy_tuning_",
     "partition",
     "record_routing",
     "register_ffn",
@@ -84,13 +81,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "retie_gates_":
-        warnings.warn("emoe.retie_gates_ is now emoe.update_gates_", DeprecationWarning, stacklevel=2)
-        name = "update_gates_"
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'emoe' has no attribute '{name}'")
-    return globals().setdefault(name, getattr(importlib.import_module(f"emoe.{_WHERE[name]}"), name))
+    return globals().setdefault(name, getattr(importlib.import_module(f"emoe.{_MODULES[name]}"), name))
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return sorted({*globals(), *_MODULES})

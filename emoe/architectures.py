@@ -1,18 +1,65 @@
-"""Where the FFNs of each architecture are: one row of data per architecture."""
+"""The location of the FFNs in each architecture: one row of data per architecture."""
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from emoe.errors import ConversionError, did_you_mean
-from emoe.rows import HALVES, FFNSpec, attribute_of, check_row
-from emoe.tensors import carried
+
+HALVES = ("first", "last")
+
+
+@dataclass(frozen=True)
+class FFNSpec:
+    """Locate the FFNs of one architecture. All paths except ``layers`` are relative to a layer.
+
+    Attributes:
+        layers: dotted path of the list of layers, matched as a suffix: one row serves the bare model, the model with
+            a head, and a wrapped model. ``*`` stands for any one name (``stages.*.blocks``); then all lists that
+            match are used, in the model's order.
+        proj_in: path of the in-projection, whose rows are the keys. ``gate_proj`` for a gated FFN.
+        activation: path of the activation between the projections: a module, or an attribute of the instance that
+            holds a function (a method cannot be replaced).
+        proj_out: path of the out-projection, whose columns are the values.
+        proj_up: path of the second in-projection of a gated FFN. Its output multiplies the activation's.
+        fused: position of the activated half, whose rows are the keys, if one in-projection holds both halves of a
+            gated FFN: ``"first"`` or ``"last"``.
+        transposed: weights are stored ``[in, out]`` (GPT-2's Conv1D) instead of ``[out, in]``.
+        between: paths of the modules between activation and out-projection. Each must be a dropout or an
+            ``nn.Identity``.
+        rows_first: a layer takes ``[rows, tokens, h]``. False for ``[tokens, rows, h]`` (XLNet), so that padding and
+            labels are assigned correctly. PyTorch's own ``batch_first`` is read from the layer.
+    """
+
+    layers: str
+    proj_in: str
+    activation: str
+    proj_out: str
+    proj_up: str | None = None
+    fused: Literal["first", "last"] | None = None
+    transposed: bool = False
+    between: tuple[str, ...] = ()
+    rows_first: bool = True
+
+    def paths(self) -> list[str]:
+        """Return the paths of the in-projections, the out-projection and the activation."""
+        return [path for path in (self.proj_in, self.proj_up, self.proj_out, self.activation) if path]
+
+    def missing(self, layer: nn.Module) -> str | None:
+        """Return the first path that a layer does not have, or None."""
+        for path in self.paths():
+            is_function = path == self.activation and _holds_function(layer, path)
+            if not isinstance(_attribute(layer, path), nn.Module) and not is_function:
+                return path
+        return None
+
 
 _BERT = FFNSpec("encoder.layer", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
 _GATED = FFNSpec("layers", "mlp.gate_proj", "mlp.act_fn", "mlp.down_proj", proj_up="mlp.up_proj")
@@ -22,7 +69,7 @@ _TIMM_VIT = FFNSpec("blocks", "mlp.fc1", "mlp.act", "mlp.fc2", between=("mlp.dro
 
 
 def _t5(stack: str, position: int) -> list[FFNSpec]:
-    """The FFN of one of T5's two stacks in its two kinds: T5 1.0's, and the gated one of T5 1.1."""
+    """Return the two kinds of FFN in one of T5's stacks: T5 1.0's, and the gated FFN of T5 1.1."""
     ffn = f"layer.{position}.DenseReluDense"
     between = (f"{ffn}.dropout",)
     return [
@@ -81,24 +128,44 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
     8
 
     Args:
-        key: ``model.config.model_type`` or, for models without one, the name of the model's class.
-        *specs: where its FFNs are. Several for a model with several stacks of layers, or with FFNs of
-            several kinds; those that the model has are taken, in this order.
+        key: ``model.config.model_type`` or, for models without a ``model_type``, the name of the model's class.
+        *specs: locations of its FFNs. Give several for a model with several stacks of layers, or with several kinds
+            of FFN; those that the model has are used, in this order.
 
     Raises:
-        ConversionError: no spec, or one that no model can fit: paths that are none or the same, ``proj_up`` beside ``fused``.
+        ConversionError: there is no spec, or a spec that no model can fit.
     """
-    check_row(key, specs)
+    name = f"register_ffn({key!r})"
+    if not isinstance(key, str) or not key:
+        raise ConversionError(f"{name}: the key must be model.config.model_type or the name of the model's class")
+    if not specs or not all(isinstance(spec, FFNSpec) for spec in specs):
+        raise ConversionError(f"{name} takes emoe.FFNSpec(layers=…, proj_in=…, activation=…, proj_out=…)")
+    for spec in specs:
+        _check_spec(spec, name)
     _REGISTRY[key] = specs
 
 
+def _check_spec(spec: FFNSpec, name: str) -> None:
+    if not isinstance(spec.between, tuple):
+        raise ConversionError(f"{name}: between is {spec.between!r}; write a tuple of paths, as ('dropout',)")
+    paths = [*spec.paths(), *spec.between]
+    if not all(isinstance(path, str) and path for path in (spec.layers, *paths)):
+        raise ConversionError(f"{name}: every path must be a non-empty string, as 'mlp.fc1'")
+    if len(set(paths)) < len(paths):
+        raise ConversionError(f"{name}: the path '{max(paths, key=paths.count)}' occurs twice")
+    if spec.fused not in (None, *HALVES):
+        raise ConversionError(f"{name}: fused is {spec.fused!r}{did_you_mean(spec.fused, HALVES)}")
+    if spec.fused and spec.proj_up:
+        raise ConversionError(f"{name}: a fused proj_in holds both halves, so leave out proj_up")
+
+
 def registered_ffns() -> dict[str, tuple[FFNSpec, ...]]:
-    """A copy of the registry."""
+    """Return a copy of the registry."""
     return dict(_REGISTRY)
 
 
 class FunctionActivation(nn.Module):
-    """A plain function in the place of an activation module."""
+    """Wrap an activation function as a module."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -108,36 +175,53 @@ class FunctionActivation(nn.Module):
         return self.function(z)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FFN:
-    """One located FFN. ``h`` is the model's width, ``d`` the FFN's number of neurons."""
+    """Locate one FFN of a model. ``h`` is the model's width, ``d`` the number of neurons.
+
+    Attributes:
+        index: number of the FFN in the model.
+        name: qualified name of the FFN's layer.
+        spec: row of the architecture.
+        parents: module that holds each path's last attribute, by path. The layer itself is not kept: a copy of an
+            FFN does not copy the attention beside it.
+        rows_first: the layer takes ``[rows, tokens, h]``.
+    """
 
     index: int
     name: str
-    layer: nn.Module
     spec: FFNSpec
+    parents: dict[str, nn.Module]
+    rows_first: bool
+
+    def module(self, path: str) -> nn.Module:
+        """Return the module at a path of the spec."""
+        return cast(nn.Module, getattr(self.parents[path], _last(path)))
 
     @property
     def proj_in(self) -> nn.Module:
-        return _submodule(self.layer, self.spec.proj_in)
+        """The in-projection."""
+        return self.module(self.spec.proj_in)
 
     @property
     def proj_up(self) -> nn.Module | None:
-        return _submodule(self.layer, self.spec.proj_up) if self.spec.proj_up else None
+        """The up-projection, None if there is no separate one."""
+        return self.module(self.spec.proj_up) if self.spec.proj_up else None
 
     @property
     def proj_out(self) -> nn.Module:
-        return _submodule(self.layer, self.spec.proj_out)
+        """The out-projection."""
+        return self.module(self.spec.proj_out)
 
     @property
     def activation(self) -> nn.Module:
-        found = attribute_of(self.layer, self.spec.activation)
-        return found if isinstance(found, nn.Module) else FunctionActivation(found)
+        """The activation; a function is wrapped."""
+        activation = self.module(self.spec.activation)
+        return activation if isinstance(activation, nn.Module) else FunctionActivation(activation)
 
     def replace(self, path: str, module: nn.Module) -> None:
-        """Put ``module`` at ``path`` below this layer; a :class:`FunctionActivation` as the function that it holds."""
-        prefix, _, name = path.rpartition(".")
-        parent = self.layer.get_submodule(prefix)
+        """Put a module at a path; a :class:`FunctionActivation` is replaced by its function."""
+        parent, name = self.parents[path], _last(path)
         if isinstance(module, FunctionActivation):
             delattr(parent, name)
             setattr(parent, name, module.function)
@@ -145,16 +229,17 @@ class FFN:
             setattr(parent, name, module)
 
     def inputs(self) -> list[tuple[str, nn.Module]]:
-        """The in-projections with their paths: one, or two for a gated FFN."""
-        pairs = [(self.spec.proj_in, self.proj_in)]
-        if self.spec.proj_up and self.proj_up is not None:
-            pairs.append((self.spec.proj_up, self.proj_up))
-        return pairs
+        """Return the in-projections with their paths: one, or two for a gated FFN."""
+        paths = [self.spec.proj_in, *([self.spec.proj_up] if self.spec.proj_up else [])]
+        return [(path, self.module(path)) for path in paths]
 
-    @property
-    def neuron_dim_in(self) -> int:
-        """Dimension of an in-projection's weight that counts neurons."""
-        return 1 if self.spec.transposed else 0
+    def projections(self) -> list[tuple[str, nn.Module]]:
+        """Return the in-projections and the out-projection with their paths."""
+        return [*self.inputs(), (self.spec.proj_out, self.proj_out)]
+
+    def between(self) -> list[tuple[str, nn.Module]]:
+        """Return the modules between activation and out-projection with their paths."""
+        return [(path, self.module(path)) for path in self.spec.between]
 
     @property
     def d(self) -> int:
@@ -166,104 +251,108 @@ class FFN:
         """Width of the FFN's input."""
         return self.keys().shape[1] if has_plain_weight(self.proj_in) else int(cast(Any, self.proj_in).in_features)
 
+    @property
+    def gated(self) -> bool:
+        """Whether an up-projection multiplies the activation."""
+        return self.spec.fused is not None or self.spec.proj_up is not None
+
     def keys(self) -> Tensor:
-        """Key vectors, one row a neuron: ``[d, h]``, a view of the weight."""
+        """Return the key vectors ``[d, h]``, one row per neuron: a view of the weight."""
         return self.keys_of(cast(Tensor, self.proj_in.weight))
 
     def keys_of(self, weight: Tensor) -> Tensor:
-        """Key vectors ``[d, h]`` of an in-projection's weight that is stored as this one's: a view."""
+        """Return the key vectors ``[d, h]`` of an in-projection weight: a view."""
         return self.activated_rows(weight.t() if self.spec.transposed else weight)
 
     def key_bias(self) -> Tensor | None:
-        """Bias of the pre-activations ``[d]``, a view, or None."""
+        """Return the bias of the pre-activations ``[d]`` as a view, or None."""
         bias = bias_of(self.proj_in)
         return None if bias is None else self.activated_rows(bias)
 
     def activated_rows(self, tensor: Tensor) -> Tensor:
-        """The activated half of a fused in-projection's tensor, neurons first; another one as it is."""
-        return tensor.chunk(2)[HALVES.index(self.spec.fused)] if self.spec.fused else tensor
+        """Return the activated half of a fused in-projection's tensor (neurons first), or the tensor itself."""
+        return tensor.chunk(2)[self._activated_half] if self.spec.fused else tensor
+
+    @property
+    def _activated_half(self) -> int:
+        return HALVES.index(cast(str, self.spec.fused))
 
     def values(self) -> Tensor:
-        """Value vectors, one column a neuron: ``[h, d]``, a view of the weight."""
+        """Return the value vectors ``[h, d]``, one column per neuron: a view of the weight."""
         weight = cast(Tensor, self.proj_out.weight)
         return weight.t() if self.spec.transposed else weight
 
     def blocks(self, num_experts: int) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
-        """Views by expert: ``[N, s, h]`` weight and ``[N, s]`` bias of each in-projection (the activated one first), ``[N, s, h]`` values."""
+        """Return views of the weights by expert.
+
+        Args:
+            num_experts: number of experts N.
+
+        Returns:
+            Weight ``[N, s, h]`` and bias ``[N, s]`` (or None) of the activated in-projection and, if the FFN is gated, of the
+            up-projection; and the values ``[N, s, h]``.
+        """
 
         def split(rows: Tensor) -> Tensor:
             return rows.unflatten(0, (num_experts, -1))
 
         inputs = [(self.keys(), self.key_bias())]
-        if self.spec.proj_up or self.spec.fused:
+        if self.gated:
             inputs.append(self._up_rows())
         split_inputs = [(split(rows), None if bias is None else split(bias)) for rows, bias in inputs]
         return split_inputs, split(self.values().t())
 
     def _up_rows(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight rows ``[d, h]`` and bias ``[d]`` of the up-projection."""
         module = self.proj_up or self.proj_in
         weight, bias = cast(Tensor, module.weight), bias_of(module)
         rows = weight.t() if self.spec.transposed else weight
         if not self.spec.fused:
             return rows, bias
-        half = 1 - HALVES.index(self.spec.fused)
+        half = 1 - self._activated_half
         return rows.chunk(2)[half], None if bias is None else bias.chunk(2)[half]
 
     def up(self, x: Tensor) -> Tensor:
-        """Up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
+        """Compute the up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
         if self.spec.fused:
-            both = carried(self.proj_in(x))[0]
-            return both.chunk(2, dim=-1)[1 - HALVES.index(self.spec.fused)]
-        return carried(cast(nn.Module, self.proj_up)(x))[0]
-
-    @property
-    def rows_first(self) -> bool:
-        """Whether a row's tokens follow each other."""
-        return self.spec.rows_first and bool(getattr(getattr(self.layer, "self_attn", None), "batch_first", True))
-
-    @property
-    def gated(self) -> bool:
-        return self.spec.fused is not None or self.spec.proj_up is not None
+            return cast(Tensor, self.proj_in(x)).chunk(2, dim=-1)[1 - self._activated_half]
+        return cast(Tensor, cast(nn.Module, self.proj_up)(x))
 
     def neuron_dims(self) -> dict[str, int]:
-        """The dimension that counts neurons, of each tensor of the projections that has one, by its path below the layer."""
-        dim = self.neuron_dim_in
-        found = {f"{path}.{name}": at for path, _ in self.inputs() for name, at in (("weight", dim), ("bias", 0))}
-        return {**found, f"{self.spec.proj_out}.weight": 1 - dim}
+        """Return the dimension that counts neurons for each projection tensor that has one, by path."""
+        dim = 1 if self.spec.transposed else 0
+        dims = {f"{path}.{name}": d for path, _ in self.inputs() for name, d in (("weight", dim), ("bias", 0))}
+        return {**dims, f"{self.spec.proj_out}.weight": 1 - dim}
 
     def take(self, path: str, tensor: Tensor, neurons: Tensor) -> Tensor:
-        """A projection's tensor with these neurons only, in this order.
+        """Select neurons of a projection tensor.
 
         Args:
-            path: of the tensor below the layer; one of :meth:`neuron_dims`.
-            tensor: stored as this FFN's.
-            neurons: ``[n]``; the neuron that goes to place i is ``neurons[i]``.
+            path: path of the tensor, a key of :meth:`neuron_dims`.
+            tensor: tensor in this FFN's layout.
+            neurons: ``[n]`` int64; neuron ``neurons[i]`` becomes neuron i.
         """
         dim, neurons = self.neuron_dims()[path], neurons.to(tensor.device)
         if not self.spec.fused or path == f"{self.spec.proj_out}.weight":
             return tensor.index_select(dim, neurons)
-        return torch.cat([half.index_select(dim, neurons) for half in self.parts(tensor, dim)], dim)
+        return torch.cat([half.index_select(dim, neurons) for half in tensor.chunk(2, dim)], dim)
 
     @torch.no_grad()
     def permute_(self, permutation: Tensor) -> None:
         """Reorder the neurons in place; the dense function does not change.
 
         Args:
-            permutation: ``[d]``; the neuron that goes to place i is ``permutation[i]``.
+            permutation: ``[d]`` int64; neuron ``permutation[i]`` becomes neuron i.
         """
         for path in self.neuron_dims():
             module, _, name = path.rpartition(".")
-            tensor = cast("Tensor | None", getattr(_submodule(self.layer, module), name, None))
+            tensor = cast("Tensor | None", getattr(self.module(module), name, None))
             if tensor is not None:
                 tensor.copy_(self.take(path, tensor, permutation))
 
-    def parts(self, tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
-        """Views of an in-projection's tensor, each with one entry a neuron along ``dim``: two where it is fused."""
-        return tensor.chunk(2, dim) if self.spec.fused else (tensor,)
-
 
 def find_specs(model: nn.Module) -> tuple[FFNSpec, ...]:
-    """The registry row of a model.
+    """Return the registry row of a model.
 
     Raises:
         ConversionError: the architecture has no row.
@@ -277,39 +366,44 @@ def find_specs(model: nn.Module) -> tuple[FFNSpec, ...]:
             return _REGISTRY[name]
     raise ConversionError(
         f"no FFN row for architecture '{names[0]}'{did_you_mean(names[0], _REGISTRY)}. "
-        "Add one with emoe.register_ffn(name, emoe.FFNSpec(...)), or convert the part of the model that has one"
+        "Add one with emoe.register_ffn(name, emoe.FFNSpec(...)), or convert the submodule that has one"
     )
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
-    """All FFNs of a model, first layer first, numbered through.
+    """Find all FFNs of a model, numbered from the first layer.
 
     Raises:
-        ConversionError: unknown architecture, no or several lists of layers, or a layer without
-            the modules that the row names.
+        ConversionError: the architecture is unknown, there is no list of layers or more than one, or a layer lacks
+            the modules of the row.
     """
     specs = find_specs(model)
-    found = [(spec, prefix, layer) for spec in specs for prefix, layer in _layers(model, spec)]
-    if not found:
+    layers = [(spec, name, layer) for spec in specs for name, layer in _layers(model, spec)]
+    if not layers:
         wanted = " or ".join(sorted({f"'{spec.layers}'" for spec in specs}))
         raise ConversionError(f"{type(model).__name__} has no list of layers {wanted}")
-    fitting = [(spec, name, layer) for spec, name, layer in found if not spec.missing(layer)]
-    if len(specs) == 1 and len(fitting) < len(found):
-        spec, name, layer = next((spec, name, layer) for spec, name, layer in found if spec.missing(layer))
-        raise ConversionError(f"{name} has no module '{spec.missing(layer)}', which the row of its architecture names")
-    if not fitting:
-        tried = ", ".join(sorted({path for spec, _, layer in found if (path := spec.missing(layer))}))
-        raise ConversionError(
-            f"no layer of {type(model).__name__} has an FFN of a known kind; missing modules: {tried}"
-        )
-    # where several specs of a row fit one FFN, the first counts
-    own = {(id(layer), spec.proj_in): spec for spec, _, layer in reversed(fitting)}
-    fitting = [(spec, name, layer) for spec, name, layer in fitting if own[id(layer), spec.proj_in] is spec]
-    return [FFN(index, name, layer, spec) for index, (spec, name, layer) in enumerate(fitting)]
+    for spec, name, layer in layers if len(specs) == 1 else []:
+        if path := spec.missing(layer):
+            raise ConversionError(f"{name} has no module '{path}', which the row of its architecture names")
+    # if several specs fit the same FFN, the first one counts
+    by_projection: dict[tuple[int, str], tuple[FFNSpec, str, nn.Module]] = {}
+    for spec, name, layer in layers:
+        if not spec.missing(layer):
+            by_projection.setdefault((id(layer), spec.proj_in), (spec, name, layer))
+    if not by_projection:
+        tried = ", ".join(sorted({path for spec, _, layer in layers if (path := spec.missing(layer))}))
+        raise ConversionError(f"no layer of {type(model).__name__} has a registered FFN; missing modules: {tried}")
+    return [_located(index, *match) for index, match in enumerate(by_projection.values())]
+
+
+def _located(index: int, spec: FFNSpec, name: str, layer: nn.Module) -> FFN:
+    parents = {path: layer.get_submodule(path.rpartition(".")[0]) for path in (*spec.paths(), *spec.between)}
+    batch_first = bool(getattr(getattr(layer, "self_attn", None), "batch_first", True))
+    return FFN(index, name, spec, parents, spec.rows_first and batch_first)
 
 
 def _layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]:
-    """The layers of the lists that a row names, with their qualified names."""
+    """Return the layers in the lists that a row names, with their qualified names."""
     pattern = re.compile(r"(.*\.)?" + re.escape(spec.layers).replace(r"\*", r"[^.]+"))
     lists = [
         (name, module)
@@ -319,28 +413,39 @@ def _layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]:
     if len(lists) > 1 and "*" not in spec.layers:
         raise ConversionError(
             f"{type(model).__name__} has several lists of layers '{spec.layers}': {', '.join(name for name, _ in lists)}. "
-            "Convert the part of the model that holds the one you mean"
+            "Convert the submodule that holds the intended list"
         )
-    return [(f"{name}.{place}", layer) for name, module in lists for place, layer in enumerate(module)]
+    return [(f"{name}.{number}", layer) for name, module in lists for number, layer in enumerate(module)]
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
-    """A projection's bias, where it has one."""
+    """Return a projection's bias, None if it has none."""
     return cast("Tensor | None", getattr(module, "bias", None))
 
 
 def has_plain_weight(module: nn.Module) -> bool:
-    """Whether a projection's weight is a matrix of numbers: not quantised or packed; sharded ones count, which can be put together."""
+    """Check if a weight is a floating-point matrix: not quantised or packed. Sharded weights count as plain."""
     weight = getattr(module, "weight", None)
     plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")
-    # when it is exported, a weight has no numbers but is as plain; told by its name, for its module is large
+    # torch.export traces with fake tensors; compared by name because their module is slow to import
     plain = plain or type(weight).__module__ == "torch._subclasses.fake_tensor"
     return plain and weight.is_floating_point() and weight.ndim == 2  # type: ignore[union-attr]
 
 
-def _submodule(layer: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted path below a layer, by steps that compilers can follow."""
-    found = layer
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _attribute(layer: nn.Module, path: str) -> Any:
+    """Return the attribute at a dotted path, None if it does not exist."""
+    try:
+        return operator.attrgetter(path)(layer)
+    except AttributeError:
+        return None
+
+
+def _holds_function(layer: nn.Module, path: str) -> bool:
+    """Check if a path is a callable attribute of the instance, which can be replaced, and not a method."""
+    prefix, _, name = path.rpartition(".")
+    parent = _attribute(layer, prefix) if prefix else layer
+    return callable(getattr(parent, "__dict__", {}).get(name))

@@ -1,4 +1,4 @@
-"""What can be wrong with a model, found before anything is changed. Every check raises :class:`ConversionError`."""
+"""Checks of a model before a conversion changes it. Every check raises :class:`ConversionError`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emoe.layer import RoutedActivation
 
 
 def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
-    """Plain, finite, unshared floating-point weights of matching shapes, and nothing between the neurons."""
+    """Check that weights are plain, finite, unshared and of matching shapes, and that nothing mixes the neurons."""
     check_plain(ffns)
     for ffn in ffns:
         _check_shapes(ffn)
@@ -23,63 +23,55 @@ def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
 
 
 def check_plain(ffns: Iterable[FFN]) -> None:
-    """Plain, finite floating-point weights: not quantised, sharded or wrapped by an adapter."""
+    """Check that weights are finite floating-point matrices: not quantised, sharded or wrapped by an adapter."""
     for ffn in ffns:
-        for path, module in projections(ffn):
+        for path, module in ffn.projections():
             _check_weight(f"{ffn.name}.{path}", module)
-
-
-def projections(ffn: FFN) -> list[tuple[str, nn.Module]]:
-    """The in-projections and the out-projection of an FFN with their paths below the layer."""
-    return [*ffn.inputs(), (ffn.spec.proj_out, ffn.proj_out)]
 
 
 def _check_weight(name: str, module: nn.Module) -> None:
     if hasattr(module, "base_layer"):
-        raise ConversionError(f"{name} carries an adapter: convert first, or merge it (model.merge_and_unload())")
-    weight = module._parameters.get("weight")
-    what = f"{name} ({type(module).__name__})"
-    # one that is computed (weight norm, pruning) is no parameter, a sharded or quantised one of another class
+        raise ConversionError(f"{name} has an adapter: convert first, or merge it (model.merge_and_unload())")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    # a computed weight (weight norm, pruning) is not a parameter; a sharded or quantised one has another class
     if weight is None:
-        raise ConversionError(f"{what} has no plain weight: convert before quantising, pruning or parametrising")
+        raise ConversionError(
+            f"{name} ({type(module).__name__}) has no plain weight: convert before quantising, pruning or parametrising"
+        )
     if type(weight.detach()) is not Tensor or not weight.is_floating_point() or weight.itemsize < 2:
         kind = str(weight.dtype) if type(weight.detach()) is Tensor else type(weight).__name__
-        raise ConversionError(f"{what} has a weight of {kind}: convert before quantising, sharding or adding adapters")
+        raise ConversionError(f"{name} has a weight of {kind}: convert before quantising, sharding or adding adapters")
     if weight.ndim != 2:
-        raise ConversionError(f"{what} has a weight of {weight.ndim} dimensions; only linear projections can be split")
+        raise ConversionError(f"{name} has a weight of {weight.ndim} dimensions; only linear projections can be split")
     if weight.is_meta:
         raise ConversionError(f"{name}.weight is on the meta device: load the weights before converting")
     if weight.is_inference():
-        raise ConversionError(
-            f"{name}.weight is frozen: it was made under torch.inference_mode and cannot be changed; load the model outside of it"
-        )
-    for part in ("weight", "bias"):
-        tensor = getattr(module, part, None)
+        raise ConversionError(f"{name}.weight was made under torch.inference_mode: load the model outside of it")
+    for tensor_name in ("weight", "bias"):
+        tensor = getattr(module, tensor_name, None)
         if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
-            raise ConversionError(f"{name}.{part} holds values that are not finite")
+            raise ConversionError(f"{name}.{tensor_name} has values that are not finite")
 
 
 def _check_shapes(ffn: FFN) -> None:
     d, factor = ffn.d, 2 if ffn.spec.fused else 1
-    if d == 0:
-        raise ConversionError(f"{ffn.name}.{ffn.spec.proj_out} has no neurons")
     for path, module in ffn.inputs():
-        rows = module.weight.shape[ffn.neuron_dim_in]  # type: ignore[index]
+        weight = module.weight
+        rows = weight.shape[1 if ffn.spec.transposed else 0]  # type: ignore[index]
         if rows != factor * d:
+            hint = " (a fused gate and up-projection? see fused in emoe.FFNSpec)" if rows == 2 * d else ""
             raise ConversionError(
-                f"{ffn.name}.{path} has {rows} outputs where {ffn.spec.proj_out} has {d} inputs: they are not the two sides "
-                f"of one FFN{' (a fused gate and up-projection? see fused in emoe.FFNSpec)' if rows == 2 * d else ''}"
+                f"{ffn.name}.{path} has {rows} outputs, but {ffn.spec.proj_out} has {d} inputs: they are not the two sides of "
+                f"one FFN{hint}"
             )
 
 
 def _check_between(ffn: FFN) -> None:
     if next(ffn.activation.parameters(), None) is not None:
         raise ConversionError(
-            f"{ffn.name}.{ffn.spec.activation} ({type(ffn.activation).__name__}) has parameters of its own, "
-            "which the routed FFN has no place for"
+            f"{ffn.name}.{ffn.spec.activation} ({type(ffn.activation).__name__}) has parameters, which a routed FFN does not support"
         )
-    for path in ffn.spec.between:
-        module = ffn.layer.get_submodule(path)
+    for path, module in ffn.between():
         if not isinstance(module, nn.Identity | nn.Dropout):
             raise ConversionError(
                 f"{ffn.name}.{path} is {type(module).__name__}: a norm between activation and out-projection mixes the experts"
@@ -87,13 +79,13 @@ def _check_between(ffn: FFN) -> None:
 
 
 def check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
-    """Permuting a weight that another module uses too would change that module."""
+    """Check that no other module uses the weights, which a permutation would change too."""
     users: dict[int, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), set()).add(name)
     for ffn in ffns:
-        for path, module in projections(ffn):
+        for path, module in ffn.projections():
             others = users.get(id(module.weight), set()) - {f"{ffn.name}.{path}"}
             if others:
                 raise ConversionError(
@@ -102,18 +94,19 @@ def check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
 
 
 def check_divisible(ffns: Iterable[FFN], num_experts: int) -> None:
-    """``num_experts`` divides the width of every FFN."""
+    """Check that ``num_experts`` divides the width of every FFN."""
     for ffn in ffns:
         if ffn.d % num_experts:
             raise ConversionError(
-                f"{ffn.name}: {ffn.d} neurons cannot be split into {num_experts} equal experts; the nearest number that can is {nearest_divisor(ffn.d, num_experts)}"
+                f"{ffn.name}: {ffn.d} neurons cannot be split into {num_experts} equal experts; the nearest number that can is "
+                f"{nearest_divisor(ffn.d, num_experts)}"
             )
 
 
 def check_trainable(ffns: Iterable[FFN]) -> None:
-    """The FFNs train; copies of a frozen one would stay equal, and routing between them would mean nothing."""
+    """Check that the FFNs train: copies of a frozen FFN would stay equal."""
     for ffn in ffns:
-        for path, module in projections(ffn):
+        for path, module in ffn.projections():
             if not module.weight.requires_grad:
                 raise ConversionError(
                     f"{ffn.name}.{path} is frozen: GMoE's copies would never differ. Set requires_grad before converting "
@@ -122,25 +115,23 @@ def check_trainable(ffns: Iterable[FFN]) -> None:
 
 
 def check_gated(ffns: Iterable[FFN]) -> None:
-    """The FFNs have an up-projection."""
+    """Check that the FFNs have an up-projection."""
     for ffn in ffns:
         if not ffn.gated:
             raise ConversionError(
-                f"{ffn.name} is no gated FFN and has no up-projection to score by; choose score 'keys', 'gate', 'inter' or 'inter_abs'"
+                f"{ffn.name} is not gated and has no up-projection to score by; choose score 'keys', 'gate', 'inter' or 'inter_abs'"
             )
 
 
 def check_distinct_keys(ffns: Iterable[FFN]) -> None:
-    """Every key has a direction, and no two neurons have the same key; k-means cannot tell such neurons apart."""
-    way_out = "use partition='random', 'contiguous' or 'coactivation', or pass a partition of your own"
+    """Check that every key has a direction and no two keys are equal: k-means cannot separate such neurons."""
+    way_out = "use partition='random', 'contiguous' or 'coactivation', or pass a partition"
     for ffn in ffns:
         keys = ffn.keys().detach()
         name = f"{ffn.name}.{ffn.spec.proj_in}"
         zero = (keys == 0).all(1).nonzero().flatten().tolist()
         if zero:
-            raise ConversionError(
-                f"{name}: the keys of neurons {_some(zero)} are all zero and have no direction; {way_out}"
-            )
+            raise ConversionError(f"{name}: {len(zero)} keys are all zero, the first of neuron {zero[0]}; {way_out}")
         seen: dict[bytes, int] = {}
         for row, key in enumerate(keys.float().cpu().contiguous()):
             first = seen.setdefault(hashlib.sha256(key.numpy().data).digest(), row)
@@ -148,11 +139,7 @@ def check_distinct_keys(ffns: Iterable[FFN]) -> None:
                 raise ConversionError(f"{name}: neurons {first} and {row} have the same key; {way_out}")
 
 
-def check_one_conversion(layers: Sequence[RoutedActivation], what: str) -> None:
-    """Refuse a model whose parts were converted apart (:class:`ConversionError`): their layer numbers collide."""
+def check_one_conversion(layers: Sequence[RoutedActivation], caller: str) -> None:
+    """Check that a model was converted at once: layer numbers of separately converted parts collide."""
     if len({layer.ffn_index for layer in layers}) < len(layers) or len({layer.config for layer in layers}) > 1:
-        raise ConversionError(f"{what}: parts of the model were converted apart; take each part for itself")
-
-
-def _some(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
+        raise ConversionError(f"{caller}: parts of the model were converted separately; handle each part by itself")

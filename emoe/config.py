@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
 import operator
 import typing
@@ -12,21 +13,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, cast
 
 from emoe.errors import ConfigError, did_you_mean
-from emoe.registry import ROUTERS
 
 Layers = str | tuple[int, ...]
 Partition = Literal["kmeans", "random", "contiguous", "coactivation"]
 Selection = Literal["top", "bottom", "not_top", "random"]
 Score = Literal["keys", "gate", "up", "up_abs", "inter", "inter_abs"]
-# linear in the FFN's input, so that mean weights give them before any neuron is computed
+# scores that are linear in the FFN's input: the experts' mean weights give them before any neuron is computed
 LINEAR_SCORES = ("keys", "gate", "up")
 Weighting = Literal["binary", "softmax", "softmax_times_k"]
-Backend = Literal["auto", "masked", "sparse"]
 BalanceLoss = Literal["corrected", "published"]
 DropoutPosition = Literal["before", "after"]
 OutputBias = Literal["shared", "per_expert", "per_expert_whole"]
 
-# of numbers, by their names in a JSON Schema
+# bounds of numbers, under their JSON Schema names
 _BOUNDS: dict[str, tuple[Callable[[Any, float], bool], str]] = {
     "minimum": (operator.ge, "of at least {}"),
     "exclusiveMinimum": (operator.gt, "above {}"),
@@ -35,6 +34,42 @@ _BOUNDS: dict[str, tuple[Callable[[Any, float], bool], str]] = {
 }
 
 CONFIG_VERSION = 1
+
+# fields of older releases; ``from_dict`` ignores them if they changed nothing
+_ANY = object()
+_REMOVED_FIELDS = {
+    "backend": _ANY,
+    "decode_cache": _ANY,
+    "score_threshold": None,
+    "normalize_gate": False,
+    "value_norm_weighted": False,
+}
+
+
+@dataclass(frozen=True)
+class RegisteredRouter:
+    """Describe a router that a configuration can name.
+
+    Attributes:
+        learned: the router has parameters, see :class:`emoe.Router`.
+        load: function that returns the router's class.
+    """
+
+    learned: bool
+    load: Callable[[], type[Any]]
+
+
+def _load_router(name: str) -> Callable[[], type[Any]]:
+    # imported on demand: a configuration does not need PyTorch, which takes a second to import
+    return lambda: getattr(importlib.import_module("emoe.routers"), name)
+
+
+# emoe.register_router adds to this
+ROUTERS: dict[str, RegisteredRouter] = {
+    "avg_k": RegisteredRouter(False, _load_router("AvgKRouter")),
+    "cosine": RegisteredRouter(True, _load_router("CosineRouter")),
+    "fixed": RegisteredRouter(False, _load_router("FixedRouter")),
+}
 
 # The authors' Tutel layer with the settings of their language scripts.
 _TUTEL: dict[str, Any] = {
@@ -50,42 +85,34 @@ _TUTEL: dict[str, Any] = {
 
 
 def _number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
-    """A field with a number in bounds, which are named as in a JSON Schema."""
+    """Return a dataclass field for a number within bounds, which have their JSON Schema names."""
     return dataclasses.field(default=default, metadata=bounds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """Hold what every routed FFN has in common. Use :class:`EMoEConfig` or :class:`GMoEConfig`.
+    """Hold the settings that EMoE and GMoE share. Use :class:`EMoEConfig` or :class:`GMoEConfig`.
 
     Attributes:
-        num_experts: N. EMoE: must divide the FFN's width.
-        top_k: experts that each token uses.
-        layers: which FFNs: ``[8, 10]``, ``"all"``, ``"last:2"`` (the last two), ``"last-half:2"``
+        num_experts: number of experts N. EMoE: N must divide the FFN's width.
+        top_k: number of experts that each token uses.
+        layers: FFNs to convert: ``[8, 10]``, ``"all"``, ``"last:2"`` (the last two), ``"last-half:2"``
             (every second one of the last half), ``"last-quarter:2"`` or a slice such as ``"8:12:2"``.
-        backend: ``masked`` is the reference: all neurons are computed and those of other experts set to zero.
-            ``sparse`` computes the chosen experts only, with the same results to rounding, and goes back to
-            ``masked`` in forward passes where it cannot (see :mod:`emoe.sparse.conditions`). ``auto`` takes, in each forward
-            pass, the one that is expected to be faster (see :mod:`emoe.sparse.cost_model`).
-        decode_cache: while decoding, keep the values by neuron too, as much memory again as the out-projections of the converted
-            layers. Without, all FFNs of a token take about twice as long (see :mod:`emoe.sparse.decode`).
-        score_threshold: in evaluation, use every expert whose score is at least this, and the best one
-            in any case, instead of ``top_k``; None for always ``top_k``. See :func:`emoe.set_top_k_`.
-        capacity_factor: None for no limit. A number c limits each expert to
-            ``top_k * int(c * ceil(T / N))`` of a forward pass's T tokens; assignments beyond that are
-            dropped, those of the most confident tokens last (batch-prioritised routing).
-        count_padding: padding tokens take places under the capacity and count in the balance loss.
-            When false they do neither: the model is then to be called with its ``attention_mask``.
-        router_noise: standard deviation, times num_experts, of the noise on training scores.
-        aux_loss_coefficient: weight that :func:`emoe.aux_loss` gives to the balance loss.
+        capacity_factor: None for no limit. A factor c limits each expert to ``top_k * int(c * ceil(T / N))`` of a
+            forward pass's T tokens. Assignments beyond the limit are dropped, starting with the least confident
+            tokens (batch-prioritised routing).
+        count_padding: count padding tokens towards the capacity and in the balance loss. If false, call the model
+            with its ``attention_mask``.
+        router_noise: standard deviation of the noise on training scores, times num_experts.
+        aux_loss_coefficient: weight of the balance loss in :func:`emoe.aux_loss`.
         balance_loss: ``corrected``, or ``published`` for the authors' formula, which compares
             probabilities with scores (see :func:`emoe.routing.balance_loss`).
-        expert_dropout: dropout on the hidden neurons of the converted FFNs.
+        expert_dropout: dropout probability on the hidden neurons of the converted FFNs.
         dropout_position: ``after`` the activation (the authors' vision code) or ``before`` it (language).
-        output_bias: ``shared`` keeps the FFN's one output bias. ``per_expert`` gives each expert its own,
-            at first the FFN's divided by the number of experts in use, as the authors' language code does and
-            for EMoE their vision code; ``per_expert_whole`` gives each copy of a GMoE the whole, as their vision code does.
-        version: of the configuration's format.
+        output_bias: ``shared`` keeps the FFN's single output bias. ``per_expert`` gives each expert its own bias,
+            which starts as the FFN's bias divided by the number of active experts (the authors' language code, and
+            EMoE in their vision code). ``per_expert_whole`` gives each copy of a GMoE the whole bias (their vision code).
+        version: version of the configuration format.
     """
 
     kind: ClassVar[str]
@@ -94,9 +121,6 @@ class RoutingConfig:
     num_experts: int = _number(minimum=1)
     top_k: int = _number(minimum=1)
     layers: Layers | Sequence[int] = "last-half:2"
-    backend: Backend = "auto"
-    decode_cache: bool = True
-    score_threshold: float | None = None
     capacity_factor: float | None = _number(None, exclusiveMinimum=0)
     count_padding: bool = False
     router_noise: float = _number(0.0, minimum=0.0)
@@ -108,32 +132,31 @@ class RoutingConfig:
     version: int = _number(CONFIG_VERSION, minimum=1)
 
     def __new__(cls, *_args: object, **values: object) -> Self:
-        # Checked here because the generated __init__ would only raise Python's own TypeError.
+        # checked here because the generated __init__ would raise Python's own TypeError
         fields = dataclasses.fields(cls)
         names = [field.name for field in fields]
         for name in values:
             if name not in names:
                 raise ConfigError(f"{cls.__name__} has no field '{name}'{did_you_mean(name, names)}")
-        for field in fields if values else ():  # copy.copy calls without any
+        for field in fields if values else ():  # copy.copy calls this without values
             if field.default is dataclasses.MISSING and field.name not in values:
                 raise ConfigError(f"{cls.__name__} needs the field '{field.name}'")
         return super().__new__(cls)
 
     @classmethod
     def as_published(cls, implementation: str, **values: Any) -> Self:
-        """Take the authors' own settings (Qiu, Huang, Fu 2024, their released code) instead of the clean method's.
+        """Build a configuration with the authors' settings (Qiu, Huang, Fu 2024, released code).
 
         Args:
-            implementation: ``"tutel"``, their language and vision code: capacity 1.5, router noise,
-                balance loss, dropout inside the experts, an output bias per expert. For EMoE also
+            implementation: ``"tutel"`` for their language and vision code: capacity 1.5, router noise,
+                balance loss, dropout inside the experts, one output bias per expert. EMoE also has
                 ``"llama"``, their block mask on gated FFNs.
-            **values: the other fields, and those to set otherwise (their vision code has
-                ``dropout_position="after"`` and for GMoE ``output_bias="per_expert_whole"``). Their
-                ``capacity_factor=0``, no limit, is None here, and a negative one, which only saves memory beside
-                the positive, the positive.
+            **values: other fields, and fields to override. Their vision code has ``dropout_position="after"``, and
+                for GMoE ``output_bias="per_expert_whole"``. Their ``capacity_factor=0`` (no limit) becomes None;
+                a negative factor, which only saves memory there, becomes positive.
 
         Raises:
-            ConfigError: an unknown implementation, field or value.
+            ConfigError: the implementation, a field or a value does not exist.
         """
         if implementation not in cls._published:
             raise ConfigError(
@@ -180,7 +203,7 @@ class RoutingConfig:
                 self._check_number(field.name, kinds, field.metadata)
 
     @classmethod
-    @functools.cache  # reading them takes longer than the checks
+    @functools.cache  # reading the hints takes longer than the checks
     def _type_hints(cls) -> dict[str, Any]:
         return typing.get_type_hints(cls)
 
@@ -200,16 +223,16 @@ class RoutingConfig:
 
     @property
     def num_active_experts(self) -> int:
-        """Count the experts that a token uses: ``top_k``, or the others with ``selection="not_top"``."""
+        """Return the number of experts per token: ``top_k``, or ``N - top_k`` with ``selection="not_top"``."""
         return self.top_k
 
     @property
     def has_routing_state(self) -> bool:
-        """Whether a routed layer has state that the dense model has no place for: a router's, a running gate, copies, biases of experts."""
+        """Check if routed layers have state beyond the dense model's: a router, running gate, copies or expert biases."""
         return self.kind == "gmoe" or self.output_bias != "shared"
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values only, with the ``kind`` that :func:`config_from_dict` reads back."""
+        """Return plain values, including the ``kind`` that :func:`config_from_dict` reads."""
         values = dataclasses.asdict(self)
         if not isinstance(self.layers, str):
             values["layers"] = list(self.layers)
@@ -217,14 +240,15 @@ class RoutingConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a configuration from what :meth:`to_dict` gave.
+        """Build a configuration from the output of :meth:`to_dict`, also of older releases.
 
         Raises:
-            ConfigError: an unknown field, a missing field or a value out of range.
+            ConfigError: a field is unknown or missing, or a value is out of range.
         """
-        given = {name: value for name, value in values.items() if name != "kind"}
+        ignored = {name for name, default in _REMOVED_FIELDS.items() if default is _ANY or values.get(name) == default}
+        given = {name: value for name, value in values.items() if name not in {"kind", *ignored}}
         version = given.get("version")
-        if isinstance(version, int) and version > CONFIG_VERSION:  # before its new fields are called unknown
+        if isinstance(version, int) and version > CONFIG_VERSION:  # checked before the unknown fields of that release
             raise ConfigError(f"{cls.__name__}.version is {version}; a newer release of emoe wrote it")
         if values.get("kind", cls.kind) != cls.kind:
             raise ConfigError(f"{cls.__name__} cannot read a configuration of kind {values['kind']!r}")
@@ -233,11 +257,10 @@ class RoutingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EMoEConfig(RoutingConfig):
-    """Split each chosen FFN into experts by its own keys (the paper's method).
+    """Configure EMoE: split each chosen FFN into experts by clustering its keys (the paper's method).
 
-    The plain constructor is the method without the confounders of the authors' code: no
-    capacity, no router noise, no auxiliary loss, no extra dropout, one shared output bias.
-    :meth:`as_published` gives their settings.
+    The plain constructor gives the method without the confounders of the authors' code: no capacity, router noise,
+    auxiliary loss or extra dropout, and one shared output bias. :meth:`as_published` gives their settings.
 
     >>> emoe.EMoEConfig(num_experts=64, top_k=16, layers="last:2").num_active_experts
     16
@@ -247,33 +270,26 @@ class EMoEConfig(RoutingConfig):
     Traceback (most recent call last):
     emoe.errors.ConfigError: EMoEConfig has no field 'selektion'; did you mean 'selection'?
 
-    Fields beyond those of :class:`RoutingConfig`:
-
     Attributes:
-        partition: how neurons are grouped: ``kmeans`` (balanced, on L2-normalised keys),
-            ``coactivation`` (the same on how strongly each neuron fires for the tokens of a calibration
-            set), ``random`` (seeded), ``contiguous``.
+        partition: grouping of the neurons: ``kmeans`` (balanced, on L2-normalised keys), ``coactivation``
+            (balanced k-means on each neuron's activations for a calibration set), ``random`` (seeded), ``contiguous``.
         partition_seed: seed of the partition.
-        router: ``avg_k`` scores an expert by the mean of its keys and has no parameters;
-            ``cosine`` is the learned router of EMoE-learn; ``fixed`` is what :func:`emoe.fix_experts_` makes of a
-            converted model. Others by :func:`emoe.register_router`.
-        selection: which experts are used: the ``top`` k scores, the ``bottom`` k, all except the
-            top k (``not_top``), or k at ``random``.
-        score: what avg-k scores an expert by: ``keys``, the input's product with the mean key (the
-            paper); or a mean over the expert's neurons of: ``gate``, the pre-activation; ``up`` or
-            ``up_abs``, the up-projection of a gated FFN or its size; ``inter`` or ``inter_abs``, what
-            goes into the out-projection or its size. ``up_abs`` and, on gated FFNs, the two ``inter``
-            compute the up-projection a second time.
-        score_bias: add the mean bias of the expert's neurons to the ``keys`` score (off in the paper).
-        normalize_gate: the ``keys`` score takes input and mean keys at unit length.
-        value_norm_weighted: the ``keys`` score weights each key in the mean by the norm of its neuron's value.
-        gate_momentum: m. The mean keys become a running mean: :func:`emoe.update_gates_`, to be
-            called after each optimiser step, sets them to ``m * before + (1 - m) * mean keys``. With 0
-            they are exactly those of the present weights and there is nothing to call.
-        weighting: ``binary`` gives every chosen expert weight 1. ``softmax`` normalises over the
-            chosen ones (weights sum to 1, the published EMoE-learn, whose output starts at about
-            1/k of the dense scale; with ``top_k=1``, where that would be the constant 1, the weight is the
-            probability among all experts). ``softmax_times_k`` multiplies by k and removes that confounder.
+        router: ``avg_k`` scores an expert by the mean of its keys and has no parameters. ``cosine`` is the learned
+            router of EMoE-learn. ``fixed`` is set by :func:`emoe.fix_experts_`. :func:`emoe.register_router` adds others.
+        selection: experts to use: the ``top`` k scores, the ``bottom`` k, all except the top k (``not_top``), or k
+            at ``random``.
+        score: avg-k's score of an expert. ``keys`` is the product of the input and the mean key (the paper). The others
+            are means over the expert's neurons: ``gate``, the pre-activation; ``up`` and ``up_abs``, the
+            up-projection of a gated FFN and its absolute value; ``inter`` and ``inter_abs``, the input of the
+            out-projection and its absolute value. ``up_abs``, and the two ``inter`` on gated FFNs, compute the
+            up-projection twice.
+        score_bias: add the mean bias of the expert's neurons to the ``keys`` score (not in the paper).
+        gate_momentum: momentum m of running mean keys. :func:`emoe.update_gates_`, called after each optimizer step,
+            sets them to ``m * previous + (1 - m) * mean keys``. With 0 the mean keys always follow the weights.
+        weighting: ``binary`` gives every chosen expert weight 1. ``softmax`` normalises over the chosen experts
+            (published EMoE-learn: the output starts at about 1/k of the dense scale); with ``top_k=1`` it is the
+            probability among all experts, since the normalised weight would be constant. ``softmax_times_k`` multiplies by k,
+            which removes the change of scale.
     """
 
     kind: ClassVar[str] = "emoe"
@@ -285,14 +301,15 @@ class EMoEConfig(RoutingConfig):
     selection: Selection = "top"
     score: Score = "keys"
     score_bias: bool = False
-    normalize_gate: bool = False
-    value_norm_weighted: bool = False
     gate_momentum: float = _number(0.0, minimum=0.0, exclusiveMaximum=1.0)
     weighting: Weighting = "binary"
 
     @classmethod
     def as_published(cls, implementation: str, **values: Any) -> Self:
-        """Take the authors' own settings, see :meth:`RoutingConfig.as_published`; with ``router="cosine"`` weights are normalised as theirs are."""
+        """Build a configuration with the authors' settings, see :meth:`RoutingConfig.as_published`.
+
+        ``router="cosine"`` also sets their ``weighting="softmax"``.
+        """
         if values.get("router") == "cosine":
             values.setdefault("weighting", "softmax")
         return super().as_published(implementation, **values)
@@ -307,14 +324,9 @@ class EMoEConfig(RoutingConfig):
         learned = ROUTERS[self.router].learned
         if self.router != "avg_k" and self.score != "keys":
             raise self._error("score", f"'keys' with router='{self.router}', which has its own scores")
-        for name in ("score_bias", "normalize_gate", "value_norm_weighted", "gate_momentum"):
+        for name in ("score_bias", "gate_momentum"):
             if getattr(self, name) and (self.router != "avg_k" or self.score != "keys"):
                 raise self._error(name, "off unless router is 'avg_k' and score is 'keys', whose mean keys it shapes")
-        if self.backend == "sparse" and self.score not in LINEAR_SCORES:
-            near = " or ".join(map(repr, LINEAR_SCORES))
-            raise self._error("backend", f"'masked' unless score is {near}: the others need every neuron")
-        if self.score_bias and self.normalize_gate:
-            raise self._error("score_bias", "false with normalize_gate=True: a bias has no unit length")
         if learned and self.weighting == "binary":
             raise self._error(
                 "weighting",
@@ -330,8 +342,6 @@ class EMoEConfig(RoutingConfig):
             )
         if self.selection == "not_top" and self.top_k == self.num_experts:
             raise self._error("top_k", "below num_experts with selection='not_top', or no expert is left")
-        if self.score_threshold is not None and self.selection != "top":
-            raise self._error("score_threshold", "null unless selection is 'top'")
 
     @property
     def num_active_experts(self) -> int:
@@ -344,13 +354,11 @@ class EMoEConfig(RoutingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GMoEConfig(RoutingConfig):
-    """Replace each chosen FFN by ``num_experts`` full copies and a learned cosine router (paper's baseline).
+    """Configure GMoE, the paper's baseline: ``num_experts`` full copies of each chosen FFN and a learned cosine router.
 
-    Weights are normalised over the chosen experts and the output bias is shared, so that the
-    converted model equals the dense one until the copies are trained apart. With ``top_k=1`` a
-    normalised weight would be the constant 1 and the router would learn nothing; the weight is then the
-    probability among all experts, at first about 1/N, as in the authors' layer. Fields are those of
-    :class:`RoutingConfig`.
+    Weights are normalised over the chosen experts and the output bias is shared, so the converted model equals the
+    dense model until training. With ``top_k=1`` a normalised weight would be constant and the router would not learn;
+    the weight is then the probability among all experts, about 1/N at first, as in the authors' layer.
     """
 
     kind: ClassVar[str] = "gmoe"
@@ -367,10 +375,10 @@ def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:
     """Build the configuration that ``values["kind"]`` names (``emoe`` or ``gmoe``).
 
     Args:
-        values: what :meth:`EMoEConfig.to_dict` gave, or the ``config`` of an ``emoe_config.json``.
+        values: output of :meth:`EMoEConfig.to_dict`, or the ``config`` of an ``emoe_config.json``.
 
     Raises:
-        ConfigError: no such kind, an unknown or missing field, or a value out of range.
+        ConfigError: the kind or a field does not exist, a field is missing, or a value is out of range.
     """
     kinds: dict[str, type[EMoEConfig] | type[GMoEConfig]] = {"emoe": EMoEConfig, "gmoe": GMoEConfig}
     kind = values.get("kind")
@@ -379,8 +387,8 @@ def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:
     return kinds[kind].from_dict(values)
 
 
-def check_config(config: object, what: str) -> None:
-    """Refuse something else in the place of a configuration (:class:`ConfigError`)."""
+def check_config(config: object, caller: str) -> None:
+    """Raise :class:`ConfigError` if an object is not a configuration."""
     if isinstance(config, EMoEConfig | GMoEConfig):
         return
     hint = "emoe.EMoEConfig(num_experts=64, top_k=16)"
@@ -388,4 +396,4 @@ def check_config(config: object, what: str) -> None:
         hint = "emoe.config_from_dict({'kind': 'emoe', …})" if "kind" in config else "emoe.EMoEConfig(**values)"
     elif isinstance(config, type) and issubclass(config, EMoEConfig | GMoEConfig):
         hint = f"emoe.{config.__name__}(…), an instance"
-    raise ConfigError(f"{what}: the configuration is {config!r:.100}; build it by {hint}")
+    raise ConfigError(f"{caller}: the configuration is {config!r:.100}; build it by {hint}")

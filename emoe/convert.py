@@ -1,39 +1,40 @@
-"""Dense model to experts and back, in place."""
+"""Convert a dense model to experts and back, in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from emoe.architectures import FFN, bias_of, find_ffns
+from emoe.architectures import FFN, find_ffns
 from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_gated, check_plain, check_trainable, check_weights
-from emoe.config import EMoEConfig, GMoEConfig, check_config
-from emoe.errors import ConversionError
-from emoe.guards import guard_, unguard_
+from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, check_config
+from emoe.errors import CheckpointError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
 from emoe.layer_numbers import resolve_layers
-from emoe.marks import mark_, no_experts, renew_mark_
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
-from emoe.projections import with_values
-from emoe.registry import ROUTERS
 from emoe.routers import FixedRouter
-from emoe.tokens import PaddingMaskHook, remove_hooks, watch_padding, watch_passes
+from emoe.sparse.module import uninstall_
+from emoe.tokens import PaddingMaskHook, remove_argument_hooks, watch_padding
 
 _ALIGNMENT = ("right", "left", *["right"] * 6)
+_MARK = "emoe"  # attribute of a transformers configuration, and key in config.json
+_SIMILAR = 0.5  # mean cosine of keys: a model's own keys after training are above, another model's far below
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """Describe one converted FFN: its layer, ``neurons`` in all, ``experts`` of ``expert_size`` neurons each.
 
-    ``explained`` is the share of the variance between keys that the grouping explains (None for
-    GMoE, which groups nothing) and ``seconds`` the time that grouping took.
+    ``explained`` is the share of the variance between keys that the partition explains (None for GMoE), and
+    ``seconds`` the time that the partition took.
     """
 
     index: int
@@ -48,10 +49,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Tell what :func:`convert_` did; ``print`` it for a table.
+    """Describe a conversion by :func:`convert_`; ``print`` it for a table.
 
     ``active_neurons`` is the number of FFN neurons that a token uses, over all layers, as a share of the
-    dense model's: below 1 for EMoE, above 1 for GMoE with more than one copy in use.
+    dense model's: below 1 for EMoE, above 1 for GMoE with more than one active copy.
     """
 
     layers: tuple[LayerReport, ...]
@@ -60,7 +61,7 @@ class ConversionReport:
     added_parameters: int
 
     def __str__(self) -> str:
-        from tabulate import tabulate  # `import emoe` needs torch and safetensors alone
+        from tabulate import tabulate  # `import emoe` needs only torch and safetensors
 
         rows = [
             {
@@ -90,12 +91,12 @@ def convert_(
     calibration: Iterable[Batch] | None = None,
     progress: bool = False,
 ) -> ConversionReport:
-    """Turn the chosen FFNs of ``model`` into experts, in place (the paper's method).
+    """Turn the chosen FFNs of a model into experts, in place (the paper's method).
 
-    EMoE permutes each FFN's neurons and routes between blocks of them; state-dict keys and shapes
-    stay the dense model's (plus, below the activation, ``router.*`` of a learned router, ``router.gate`` with
-    ``gate_momentum`` and ``output_bias`` unless that is ``shared``). GMoE widens each chosen
-    FFN to ``num_experts`` copies. Every check is made before anything is changed.
+    EMoE permutes each FFN's neurons and routes between blocks of them. State-dict keys and shapes stay those of the
+    dense model; below the activation it adds ``router.*`` for a learned router, ``router.gate`` with ``gate_momentum``, and
+    ``output_bias`` unless that is ``shared``. GMoE widens each chosen FFN to ``num_experts`` copies. All checks
+    come before the first change.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -104,23 +105,23 @@ def convert_(
     (0.25, 0)
 
     Args:
-        model: a dense model with a row in the registry (see :func:`emoe.register_ffn`).
-        config: what to build.
-        partition: layer number to permutation ``[d]``, from :func:`emoe.partition` or a cache; built here
-            when not given. EMoE only.
+        model: dense model with a row in the registry (see :func:`emoe.register_ffn`).
+        config: configuration of the experts.
+        partition: permutations ``[d]`` by layer number, from :func:`emoe.partition` or a cache. Computed here if None.
+            EMoE only.
         calibration: batches for a co-activation partition, see :func:`emoe.partition`.
-        progress: show a progress bar while neurons are grouped.
+        progress: show a progress bar during the partition.
 
     Raises:
-        ConversionError: the model was converted before, its architecture is unknown, a width does not
-            divide, a norm stands inside an FFN, weights are quantised, sharded, wrapped, shared or not
-            finite, keys are zero or equal (k-means only), the FFN is frozen (GMoE only), it has no
-            up-projection to score by, the router is ``fixed``, or the partition does not fit. The model is unchanged.
-        ConfigError: ``layers`` matches nothing, or the configuration is none.
+        ConversionError: the model is converted already, its architecture is unknown, a width is not divisible, a norm is inside
+            an FFN, weights are quantised, sharded, wrapped, shared or not finite, keys are zero or equal (k-means
+            only), the FFN is frozen (GMoE only) or has no up-projection to score by, the router is ``fixed``, or the
+            partition does not fit. The model is unchanged.
+        ConfigError: ``layers`` matches nothing, or the object is not a configuration.
     """
     check_config(config, "convert_")
     if not isinstance(model, nn.Module):
-        raise ConversionError(f"convert_: the model is {model!r:.80}; load it first, by its own library")
+        raise ConversionError(f"convert_: the model is {model!r:.80}; load it first with its own library")
     if routed_layers(model):
         raise ConversionError(f"{type(model).__name__} is converted already; call emoe.to_dense_ first")
     ffns = find_ffns(model)
@@ -136,55 +137,48 @@ def convert_(
         _check_partition(chosen, partition)
     padding = padding_watches(model, chosen, config)
     reports = [convert_ffn(ffn, config, partition or {}, padding.get(ffn.index)) for ffn in chosen]
-    watch_losses(model)
     mark_(model)
-    guard_(model)
+    watch_state_(model)
     return conversion_report(reports, config, len(ffns), neurons, count_parameters(model) - before)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count the numbers that a model's parameters hold."""
+    """Count the elements of a model's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
-    """Check that FFNs have what a configuration asks for (:class:`ConversionError`)."""
+    """Raise :class:`ConversionError` if FFNs lack something that a configuration needs."""
     if isinstance(config, GMoEConfig):
         check_trainable(ffns)
         return
     check_divisible(ffns, config.num_experts)
     if ROUTERS[config.router].load() is FixedRouter:
         raise ConversionError(
-            "router='fixed' needs to know which experts are used: convert with router='avg_k', record_routing rows of the task, then emoe.fix_experts_"
+            "router='fixed' needs the experts' usage: convert with router='avg_k', record_routing rows of the task, then "
+            "call emoe.fix_experts_"
         )
     if config.score in ("up", "up_abs"):
         check_gated(ffns)
 
 
 def padding_watches(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> dict[int, PaddingMaskHook]:
-    """What tells the routed layers which tokens are padding, where the configuration makes them care."""
-    cares = not config.count_padding and (config.capacity_factor is not None or config.aux_loss_coefficient > 0)
-    return watch_padding(model, ffns) if cares else {}
-
-
-def watch_losses(model: nn.Module) -> None:
-    """Let the layers of a freshly converted model know where a forward pass begins, if they have a balance loss."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, RoutedActivation)}
-    if layers := {name: layer for name, layer in found.items() if layer.config.aux_loss_coefficient > 0}:
-        watch_passes(model, layers)
+    """Watch the padding masks of FFNs, if the configuration excludes padding from a capacity or a balance loss."""
+    needed = not config.count_padding and (config.capacity_factor is not None or config.aux_loss_coefficient > 0)
+    return watch_padding(model, ffns) if needed else {}
 
 
 def _check_partition(chosen: list[FFN], partition: Mapping[int, Tensor]) -> None:
     if not isinstance(partition, Mapping):
         raise ConversionError(
-            f"the partition is a {type(partition).__name__}; give layer number to permutation, as emoe.partition"
+            f"the partition is a {type(partition).__name__}; pass permutations by layer number, as emoe.partition returns"
         )
     for ffn in chosen:
         if ffn.index not in partition:
             raise ConversionError(f"the partition has no layer {ffn.index}; it has {sorted(partition)}")
         if not is_permutation(partition[ffn.index], ffn.d):
             raise ConversionError(
-                f"the partition's layer {ffn.index} is no permutation of {ffn.name}'s {ffn.d} neurons"
+                f"the partition's layer {ffn.index} is not a permutation of {ffn.name}'s {ffn.d} neurons"
             )
 
 
@@ -194,13 +188,13 @@ def convert_ffn(
     partition: Mapping[int, Tensor],
     padding: PaddingMaskHook | None = None,
 ) -> LayerReport:
-    """Turn one FFN that was checked into experts, in place.
+    """Turn one FFN into experts, in place, without checks.
 
     Args:
-        ffn: to convert.
-        config: what to build.
-        partition: layer number to permutation; empty for GMoE.
-        padding: as in :func:`attach`.
+        ffn: FFN to convert.
+        config: configuration of the experts.
+        partition: permutations by layer number; empty for GMoE.
+        padding: hook of :func:`padding_watches`.
     """
     permutation, size = None, ffn.d
     if isinstance(config, GMoEConfig):
@@ -225,14 +219,14 @@ def convert_ffn(
 def conversion_report(
     reports: list[LayerReport], config: EMoEConfig | GMoEConfig, ffns: int, neurons: int, added: int
 ) -> ConversionReport:
-    """Sum up a conversion.
+    """Summarize a conversion.
 
     Args:
-        reports: of the converted FFNs.
-        config: of their experts.
-        ffns: how many FFNs the model has.
-        neurons: of all its FFNs before.
-        added: parameters.
+        reports: reports of the converted FFNs.
+        config: configuration of the experts.
+        ffns: number of FFNs in the model.
+        neurons: number of neurons in all FFNs before the conversion.
+        added: number of parameters added.
     """
     if isinstance(config, GMoEConfig):
         active = neurons + sum(r.expert_size * (config.top_k - 1) for r in reports)
@@ -244,49 +238,35 @@ def conversion_report(
 def attach(
     ffn: FFN, config: EMoEConfig | GMoEConfig, permutation: Tensor | None, padding: PaddingMaskHook | None
 ) -> RoutedActivation:
-    """Put the router in place on weights that are in expert order already."""
-    layer = RoutedActivation(ffn, config, permutation, padding).train(ffn.layer.training)
+    """Put a routed activation into an FFN whose weights are in expert order."""
+    layer = RoutedActivation(ffn, config, permutation, padding)
+    layer.train(ffn.parents[ffn.spec.activation].training)
     ffn.replace(ffn.spec.activation, layer)
     return layer
 
 
 @torch.no_grad()
 def widen(ffn: FFN, copies: int) -> None:
-    """Replace the projections by ``copies`` copies side by side; the output bias stays single."""
+    """Give the projections ``copies`` copies of the neurons side by side, in place; the output bias stays single."""
     neurons = torch.arange(ffn.d).repeat(copies)
-    for path, module in [*ffn.inputs(), (ffn.spec.proj_out, ffn.proj_out)]:
-        weight, bias = cast(Tensor, module.weight), bias_of(module)
-        if bias is not None:
-            bias = bias.clone() if path == ffn.spec.proj_out else ffn.take(f"{path}.bias", bias, neurons)
-        ffn.replace(path, _like(module, ffn.take(f"{path}.weight", weight, neurons), bias))
-
-
-def _like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A module of the same class and settings with other weights; its sizes follow them."""
-    wide = module.__class__.__new__(module.__class__)
-    nn.Module.__init__(wide)
-    wide.training = module.training
-    for name, value in vars(module).items():
-        if not name.startswith("_") and name != "training":
-            setattr(wide, name, value)
-    # nn.Linear stores [out, in] and GPT-2's Conv1D [in, out]
-    for name, size in zip(("out_features", "in_features", "nx", "nf"), (*weight.shape, *weight.shape), strict=True):
-        if hasattr(wide, name):
-            setattr(wide, name, size)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        parameter = cast("nn.Parameter | None", getattr(module, name, None))
-        known = parameter is not None and tensor is not None
-        wide.register_parameter(name, with_values(parameter, tensor) if known else None)  # type: ignore[arg-type]
-    return wide
+    for path, module in ffn.projections():
+        weight, bias = cast(nn.Parameter, module.weight), cast("nn.Parameter | None", getattr(module, "bias", None))
+        # the same parameters, which an optimizer may already have
+        weight.data = ffn.take(f"{path}.weight", weight, neurons)
+        if bias is not None and path != ffn.spec.proj_out:
+            bias.data = ffn.take(f"{path}.bias", bias, neurons)
+        # nn.Linear stores [out, in] and GPT-2's Conv1D [in, out]
+        for name, size in zip(("out_features", "in_features", "nx", "nf"), (*weight.shape, *weight.shape), strict=True):
+            if hasattr(module, name):
+                setattr(module, name, size)
 
 
 def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
-    """Fold the experts back into the dense FFN, in place: the routing is removed (EMoE2Dense).
+    """Fold the experts back into the dense FFN, in place, by removing the routing (EMoE2Dense).
 
-    The weights stay as they are, bit by bit; the function does not, unless every expert was in use
-    (``top_k == num_experts``): with fewer, a token had its own experts' neurons only and has all of them afterwards, so
-    the outputs differ. Output biases of single experts become one:
-    ``k / N`` times their sum, which is the FFN's own bias until they are trained. Adapters stay where they are.
+    The weights stay as they are, bit by bit. The outputs change unless every expert was in use
+    (``top_k == num_experts``): before, a token used the neurons of its own experts only. Output biases of single experts
+    become one: ``k / N`` times their sum, which is the FFN's own bias until they are trained. Adapters stay in place.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -297,16 +277,16 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     True
 
     Args:
-        model: a model converted with an :class:`EMoEConfig`.
-        restore_order: also undo the permutation, so that neurons stand where they stood at first.
+        model: model converted with an :class:`EMoEConfig`.
+        restore_order: also restore the original order of the neurons.
 
     Returns:
         The same model.
 
     Raises:
-        ConversionError: nothing to fold back, a GMoE (its experts are different full FFNs and have
-            no dense equal), or, with ``restore_order``, adapters on an FFN or an order that is not known (the model
-            was saved by its own library, without sidecars). The model is unchanged.
+        ConversionError: the model is dense or a GMoE (whose experts are different full FFNs), or, with
+            ``restore_order``, an FFN has adapters or its order is unknown (the model was saved without sidecars).
+            The model is unchanged.
     """
     layers = routed_layers(model)
     if not layers:
@@ -315,27 +295,123 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     if restore_order:
         check_plain(layer.ffn for layer in layers)
         check_order_known(layers)
-    remove_hooks(model)
-    unguard_(model)
+    remove_argument_hooks(model)
     for layer in layers:
+        uninstall_(layer)
         layer.remove_()
         if restore_order:
             layer.ffn.permute_(torch.argsort(layer.permutation))  # type: ignore[arg-type]
-    renew_mark_(model)
+    update_mark_(model)
     return model
 
 
 def check_foldable(configs: Iterable[EMoEConfig | GMoEConfig]) -> None:
-    """Check that experts have a dense equal (:class:`ConversionError`)."""
+    """Raise :class:`ConversionError` if experts have no dense equivalent."""
     if any(isinstance(config, GMoEConfig) for config in configs):
-        raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained apart")
+        raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained separately")
 
 
 def check_order_known(layers: Iterable[RoutedActivation]) -> None:
-    """Check that it is known where neurons stood before the conversion (:class:`ConversionError`)."""
+    """Raise :class:`ConversionError` if the original order of the neurons is unknown."""
     unknown = [layer.ffn_name for layer in layers if layer.permutation is None]
     if unknown:
         raise ConversionError(
-            f"to_dense_: where the neurons of {unknown[0]} stood at first is not known, because the model was saved without "
-            "emoe.save_pretrained or emoe.TrainerCallback, or took a state dict of other weights; leave restore_order out"
+            f"to_dense_: the original order of {unknown[0]}'s neurons is unknown, because the model was saved without "
+            "emoe.save_pretrained or emoe.TrainerCallback, or loaded the state dict of another model; leave out restore_order"
         )
+
+
+def watch_state_(model: nn.Module) -> None:
+    """Check the state dicts that a converted model loads: a dense model's neurons are in another order."""
+    model.register_load_state_dict_pre_hook(_check_state)
+
+
+def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Raise :class:`CheckpointError` for a dense model's state, before anything is loaded."""
+    names = {id(module): f"{prefix}{name}" for name, module in model.named_modules()}
+    for layer in routed_layers(model):
+        weight = state.get(f"{names.get(id(layer.ffn.proj_in))}.weight")
+        present = cast(Tensor, layer.ffn.proj_in.weight)
+        is_comparable = isinstance(weight, Tensor) and weight.shape == present.shape and weight.is_floating_point()
+        if layer.permutation is None or not is_comparable or present.is_meta:
+            continue
+        keys, incoming = layer.ffn.keys().detach().float(), layer.ffn.keys_of(cast(Tensor, weight)).to(present.device)
+        dense_order = layer.permutation.to(present.device)
+        stored = float(F.cosine_similarity(keys, incoming.float(), dim=1).mean())
+        dense = float(F.cosine_similarity(keys, incoming.float()[dense_order], dim=1).mean())
+        if dense > max(stored, _SIMILAR):
+            raise CheckpointError(
+                f"the state dict is a dense model's: its neurons of {layer.ffn_name} are not in the order of the experts. "
+                "Load it before emoe.convert_, or fold the experts back first (emoe.to_dense_(model, restore_order=True))"
+            )
+        if stored < _SIMILAR:  # the state of another model, whose original order is unknown
+            layer.permutation = None
+
+
+def mark_(model: nn.Module) -> None:
+    """Write the experts' configuration into a transformers model's configuration, and so into its ``config.json``.
+
+    The model's library saves it with every checkpoint; a stock class ignores it and reads the model as dense. A
+    model without a transformers configuration gets no mark.
+
+    Raises:
+        ConversionError: a routed FFN is not in the registry row of the model.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_diff_dict"):
+        return
+    if not hasattr(config, _MARK):  # marks a copy, because other models may have been built from the same object
+        shared, config = config, copy.copy(config)
+        for module in model.modules():
+            for name in [name for name, value in vars(module).items() if value is shared]:
+                setattr(module, name, config)
+    layers, ffns = numbered_layers(model)
+    mark = {"config": next(iter(layers.values())).config.to_dict(), "layers": sorted(layers), "ffns": ffns}
+    setattr(config, _MARK, mark)
+
+
+def numbered_layers(model: nn.Module) -> tuple[dict[int, RoutedActivation], int]:
+    """Return the routed FFNs by their number in this model, and the model's number of FFNs.
+
+    The numbers count in the model that is passed, even if only a part of it was converted.
+
+    Raises:
+        ConversionError: a routed FFN is not in the registry row of the model.
+    """
+    ffns, layers = find_ffns(model), routed_layers(model)
+    numbers = {id(ffn.activation): ffn.index for ffn in ffns}
+    unknown = [layer.ffn_name for layer in layers if id(layer) not in numbers]
+    if unknown:
+        raise ConversionError(
+            f"{unknown[0]} was converted in a part of the model, and the registry row of {type(model).__name__} does not "
+            "include it: save that part"
+        )
+    return {numbers[id(layer)]: layer for layer in layers}, len(ffns)
+
+
+def update_mark_(model: nn.Module) -> None:
+    """Update the marks in a model after its experts' settings changed; remove them if it has no experts left."""
+    layers = routed_layers(model)
+    for config in _marked_configs(model):
+        if layers:
+            setattr(config, _MARK, {**getattr(config, _MARK), "config": layers[0].config.to_dict()})
+        else:
+            delattr(config, _MARK)
+
+
+def _marked_configs(model: nn.Module) -> Iterator[Any]:
+    configs = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
+    return (config for config in configs.values() if hasattr(config, _MARK))
+
+
+def no_experts(model: nn.Module, caller: str, hint: str) -> ConversionError:
+    """Return the error for a model without a routed FFN.
+
+    Args:
+        model: dense model.
+        caller: function that needs experts.
+        hint: way out. If the model's configuration has a mark, the error names emoe.from_pretrained instead.
+    """
+    if any(True for _ in _marked_configs(model)):
+        hint = "it was saved with experts, but its stock class loaded it as dense: load it with emoe.from_pretrained"
+    return ConversionError(f"{caller}: the model has no routed FFN; {hint}")

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from emoe.config import EMoEConfig
-from emoe.errors import ConversionError
+from emoe.convert import no_experts, update_mark_
+from emoe.errors import ConfigError, ConversionError, did_you_mean
 from emoe.layer import RoutedActivation, routed_layers
-from emoe.marks import no_experts, renew_mark_
 from emoe.routers import FixedRouter
+from emoe.sparse.build import prepare_kernels
+from emoe.sparse.module import SparseFFN, check_supported, install_, probe, uninstall_
 
-# what shapes avg-k's scores, as it is when there are none
-_NO_SCORES: dict[str, Any] = {
-    "router": "fixed",
-    "score": "keys",
-    "score_bias": False,
-    "normalize_gate": False,
-    "value_norm_weighted": False,
-    "gate_momentum": 0.0,
-}
+_BACKENDS = ("masked", "sparse")
 
 
-def set_top_k_(model: nn.Module, top_k: int | None = None, *, score_threshold: float | None = None) -> None:
-    """Change how many experts a converted model uses, in place. Exactly one of the two is given.
+def set_top_k_(model: nn.Module, top_k: int) -> None:
+    """Change the number of experts that each token uses, in place, for training too.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -37,42 +31,92 @@ def set_top_k_(model: nn.Module, top_k: int | None = None, *, score_threshold: f
     2
 
     Args:
-        model: a converted model.
-        top_k: from now on this many for each token, in training too.
-        score_threshold: in evaluation, each expert whose score is at least this, and the best one in any
-            case. Scores are those of ``config.score``; :func:`emoe.record_routing` tells how many are then used.
+        model: converted model.
+        top_k: number of experts.
 
     Raises:
-        ConfigError: a value out of range.
-        ConversionError: the model is not converted, or not exactly one of the two is given.
+        ConfigError: the number is out of range.
+        ConversionError: the model is not converted.
     """
-    layers = _converted_layers(model, "set_top_k_")
-    if (top_k is None) == (score_threshold is None):
-        raise ConversionError("set_top_k_ takes either top_k or score_threshold")
-    if top_k is None:
-        _configure_(model, layers, score_threshold=score_threshold)
-    else:
-        _configure_(model, layers, top_k=top_k, score_threshold=None)
+    _configure_(model, _converted_layers(model, "set_top_k_"), top_k=top_k)
 
 
 def set_backend_(model: nn.Module, backend: str) -> None:
-    """Change which implementation a converted model's layers take, in place; what they compute stays the same.
+    """Choose the implementation of a converted model's FFNs, in place. The results are equal up to rounding.
+
+    ``masked`` (the default after :func:`emoe.convert_`) computes all neurons and sets those of other experts to zero. It
+    works with any code. ``sparse`` computes the chosen experts only, if that is faster (:func:`emoe.sparse.cost_model.pays_off`). It replaces
+    modules (:mod:`emoe.sparse.module`); parameters, their names, and optimizers that have them stay the same.
+
+    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
+    >>> emoe.set_backend_(model, "sparse")
+    >>> type(model.layers[0].linear2).__name__
+    'SparseFFN'
 
     Args:
-        model: a converted model.
-        backend: ``auto``, ``masked`` or ``sparse``, as in the configuration.
+        model: converted model.
+        backend: ``masked`` or ``sparse``.
 
     Raises:
-        ConfigError: no such backend, or one that the configuration does not go with.
-        ConversionError: the model is not converted.
+        ConfigError: there is no such backend.
+        ConversionError: the model is not converted, or cannot use the sparse backend: its FFNs have adapters, hooks, quantised,
+            offloaded or parametrised weights, scores that need every neuron, or code between the projections.
+            The model is unchanged.
     """
-    _configure_(model, _converted_layers(model, "set_backend_"), backend=backend)
+    if backend not in _BACKENDS:
+        raise ConfigError(f"set_backend_: backend is {backend!r}{did_you_mean(backend, _BACKENDS)}")
+    layers = [layer for layer in _converted_layers(model, "set_backend_") if layer.backend != backend]
+    if backend == "masked":
+        for layer in layers:
+            uninstall_(layer)
+        return
+    for layer in layers:
+        check_supported(layer)
+    expected = [probe(layer) for layer in layers]
+    for layer in layers:
+        install_(layer)
+    if any(cast(Tensor, layer.ffn.proj_in.weight).device.type == "cpu" for layer in layers):
+        prepare_kernels()
+    for layer, y in zip(layers, expected, strict=True):
+        if y is not None and not _is_close(cast(Tensor, probe(layer)), y):
+            for other in layers:
+                uninstall_(other)
+            raise ConversionError(
+                f"{layer.ffn_name}: the FFN's own code computes something between its projections, which the sparse backend "
+                "would skip: keep the masked backend"
+            )
+
+
+def _is_close(y: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
+    return bool(((y - expected).abs() <= tolerance * expected.abs().max()).all())
+
+
+def for_inference_(model: nn.Module) -> None:
+    """Freeze a converted model for serving, in place: few tokens read only the weights of their experts.
+
+    Sets the sparse backend and evaluation mode, freezes all parameters, and stores mean keys and values by
+    neuron: as much memory again as the out-projections of the converted layers. The weights must not change
+    afterwards. ``model.train()`` discards the stored copies.
+
+    Args:
+        model: converted model.
+
+    Raises:
+        ConversionError: as :func:`set_backend_`.
+    """
+    set_backend_(model, "sparse")
+    model.requires_grad_(False).eval()
+    for layer in routed_layers(model):
+        cast(SparseFFN, layer.ffn.proj_out).lay_out_()
 
 
 def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
-    """Give every token the experts that were used most, in place: static pruning to the same share of neurons, a control of routing by token.
+    """Give every token the experts that were used most, in place: a static control for routing by token.
 
-    The configuration's ``router`` is ``fixed`` from then on; ``top_k`` and ``selection`` stay. The counts are saved with the model.
+    The configuration's ``router`` becomes ``fixed``; ``top_k`` and ``selection`` stay. The counts are saved with the model.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -86,53 +130,53 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
     10
 
     Args:
-        model: a model converted with an :class:`EMoEConfig` whose router is ``avg_k``.
-        usage: layer number to counts ``[N]``, as :func:`emoe.record_routing` gives them on rows of the task. Equal counts are taken in the order of the experts.
+        model: model converted with an :class:`EMoEConfig` whose router is ``avg_k``.
+        usage: counts ``[N]`` by layer number, as :func:`emoe.record_routing` returns them for rows of the task. Ties go
+            to the lower expert index.
 
     Raises:
-        ConversionError: the model is not converted, or its router is learned; counts of a layer are missing, of another number of experts, negative, not
-            whole, or all zero. The model is unchanged.
+        ConversionError: the model is not converted, its router is learned, or a layer's counts are missing, of the wrong
+            shape or type, negative, or all zero. The model is unchanged.
     """
     layers = _converted_layers(model, "fix_experts_")
-    counts = [_counts(layer, usage) for layer in layers]
+    counts = [_usage_counts(layer, usage) for layer in layers]
     for layer, count in zip(layers, counts, strict=True):
         router = FixedRouter(layer.ffn, layer.config)
         router.usage.copy_(count)
         layer.router = router
-    _configure_(model, layers, **_NO_SCORES)
+    _configure_(model, layers, router="fixed", score="keys", score_bias=False, gate_momentum=0.0)
 
 
-def _counts(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
-    config = layer.config
+def _usage_counts(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
+    """Return a layer's counts ``[N]`` int64."""
+    config, number = layer.config, layer.ffn_index
     if not isinstance(config, EMoEConfig) or config.router not in ("avg_k", "fixed"):
         raise ConversionError(
-            f"fix_experts_: {layer.ffn_name} routes by '{config.router}', whose weights of experts are by its scores; convert with router='avg_k'"
+            f"fix_experts_: {layer.ffn_name} has the router '{config.router}', whose scores weight the experts; convert with "
+            "router='avg_k'"
         )
-    found = usage.get(layer.ffn_index)
-    if found is None:
-        raise ConversionError(f"fix_experts_: usage has no layer {layer.ffn_index}; it has {sorted(usage)}")
-    count = torch.as_tensor(found)
-    if count.shape != (config.num_experts,):
+    if number not in usage:
+        raise ConversionError(f"fix_experts_: usage has no layer {number}; it has {sorted(usage)}")
+    count = torch.as_tensor(usage[number])
+    is_integer = not count.is_floating_point() and count.dtype != torch.bool
+    if count.shape != (config.num_experts,) or not is_integer or (count < 0).any() or not count.any():
         raise ConversionError(
-            f"fix_experts_: usage of layer {layer.ffn_index} has the shape {list(count.shape)}, but there are {config.num_experts} experts"
-        )
-    if count.is_floating_point() or count.dtype == torch.bool or (count < 0).any() or not count.any():
-        raise ConversionError(
-            f"fix_experts_: usage of layer {layer.ffn_index} must be whole numbers from 0, and not 0 alone; record.layers[{layer.ffn_index}].loads has them"
+            f"fix_experts_: usage of layer {number} must be {config.num_experts} integers of at least 0, and not all 0, such as "
+            f"record.layers[{number}].loads"
         )
     return count
 
 
-def _converted_layers(model: nn.Module, what: str) -> list[RoutedActivation]:
+def _converted_layers(model: nn.Module, caller: str) -> list[RoutedActivation]:
     layers = routed_layers(model)
     if not layers:
-        raise no_experts(model, what, "convert it first")
+        raise no_experts(model, caller, "convert it first")
     return layers
 
 
-def _configure_(model: nn.Module, layers: list[RoutedActivation], **change: Any) -> None:
-    # every configuration is checked before the first layer gets its own
-    changed = [dataclasses.replace(layer.config, **change) for layer in layers]
-    for layer, config in zip(layers, changed, strict=True):
+def _configure_(model: nn.Module, layers: list[RoutedActivation], **changes: Any) -> None:
+    # validate all configurations before the first layer changes
+    configs = [dataclasses.replace(layer.config, **changes) for layer in layers]
+    for layer, config in zip(layers, configs, strict=True):
         layer.configure_(config)
-    renew_mark_(model)
+    update_mark_(model)

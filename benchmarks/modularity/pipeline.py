@@ -58,7 +58,6 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         dense = {name: dense_magnitudes(model, layer, part.batches()) for name, part in parts.items()}
     report = apply_method_(model, spec["method"], read.seed)
     converted = [asdict(found) for found in report.layers] if report else []
-    emoe.set_backend_(model, "masked")  # whose activations are those of all neurons, zero where they are not used
     progress.say("reading them again with experts")
     loads, top = {}, []
     with below.replaying():

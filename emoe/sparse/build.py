@@ -1,4 +1,4 @@
-"""Compile the kernels, once a machine; they are kept in the user's cache. ``python -m emoe build`` does it by hand."""
+"""Compile the kernels once per machine, into the user's cache; ``python -m emoe build`` does so explicitly."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ from types import ModuleType
 
 import torch
 
-from emoe.permissions import sync
-
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _NAME = "emoe_kernels"
-# run in a process of its own, whose path has the package ninja's program on it
+# runs in another process, with the ninja package's program on its path
 _COMPILE = """
 import sys
 from torch.utils import cpp_extension
@@ -33,39 +31,38 @@ _logger = logging.getLogger(__name__)
 
 
 def library_file() -> Path:
-    """Where the compiled kernels of this Python, this torch and this source are kept."""
-    parts = (torch.__version__, str(torch.version.git_version), str(sysconfig.get_config_var("SOABI")))
-    digest = hashlib.sha256(" ".join(parts).encode())
+    """Return the path of the compiled kernels for this Python, torch and source."""
+    versions = (torch.__version__, str(torch.version.git_version), str(sysconfig.get_config_var("SOABI")))
+    digest = hashlib.sha256(" ".join(versions).encode())
     for source in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))):
         digest.update(source.read_bytes())
-    named = os.environ.get("XDG_CACHE_HOME")
-    cache = Path(named) if named else Path.home() / ".cache"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "emoe" / digest.hexdigest()[:16] / f"{_NAME}.so"
 
 
 def build_kernels() -> Path:
-    """Compile the kernels where that has not been done, which takes less than a minute.
+    """Compile the kernels if this was not done yet; it takes less than a minute.
 
     Returns:
-        The file.
+        Path of the compiled library.
 
     Raises:
-        RuntimeError: there is no compiler, or it fails; the message is the compiler's first error, or its last line. Or there is no home to keep them in.
+        RuntimeError: there is no compiler or home folder, or the compiler fails; the message is its first error.
         OSError: the cache cannot be written.
     """
     library = library_file()
     if library.exists():
         if compiled_kernels() is None:
-            compiled_kernels.cache_clear()  # another process has built them meanwhile
+            compiled_kernels.cache_clear()  # another process has built them
         return library
     import ninja
 
     _logger.warning("emoe: compiling kernels, once on this machine")
     library.parent.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
-    # in a folder of its own and then moved, so that processes that start together do not meet
+    # built in a temporary folder and moved, because several processes may start together
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", _COMPILE, _NAME, str(_SOURCE), folder],
             env={**os.environ, "PATH": path},
             capture_output=True,
@@ -73,24 +70,22 @@ def build_kernels() -> Path:
             errors="replace",
             check=False,
         )
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or ["the compiler failed"]
-            raise RuntimeError(next((line for line in said if re.search(r"\berror: ", line)), said[-1]))
-        built = Path(folder) / library.name
-        sync(built)
-        built.replace(library)
+        if result.returncode:
+            lines = result.stderr.strip().splitlines() or ["the compiler failed"]
+            raise RuntimeError(next((line for line in lines if re.search(r"\berror: ", line)), lines[-1]))
+        (Path(folder) / library.name).replace(library)
     compiled_kernels.cache_clear()
     return library
 
 
 @functools.cache
 def compiled_kernels() -> ModuleType | None:
-    """The compiled module, or None where it has not been built, cannot be looked for or does not load. It never builds."""
+    """Load the compiled kernels; None if they were not built or do not load."""
     try:
         library = library_file()
         if not library.exists():
             return None
-    except (OSError, RuntimeError):  # a cache of another user, no home, no source beside this file
+    except (OSError, RuntimeError):  # an unreadable cache, or no home folder
         return None
     try:
         loader = importlib.machinery.ExtensionFileLoader(_NAME, str(library))
@@ -107,7 +102,7 @@ def compiled_kernels() -> ModuleType | None:
 
 @functools.cache
 def prepare_kernels() -> None:
-    """Build the kernels if they can be built here, and say so once where they cannot."""
+    """Build the kernels; warn once if this is not possible."""
     try:
         build_kernels()
     except (OSError, RuntimeError, ImportError) as error:

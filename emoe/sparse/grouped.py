@@ -1,7 +1,7 @@
-"""The three products of :mod:`emoe.sparse.kernels` by PyTorch's grouped matrix product: one call for all experts, for accelerators.
+"""The products of :mod:`emoe.sparse.kernels` with PyTorch's grouped matrix product: one call for all experts.
 
-``grouped_mm`` wants rows of a multiple of 16 bytes, so the neurons of an expert are padded where they are not. On a GPU the sum over a token's experts
-is in no fixed order unless ``torch.use_deterministic_algorithms(True)`` is set. Tested against the other paths on a CPU; not timed on a GPU.
+``grouped_mm`` needs rows of a multiple of 16 bytes, so smaller experts are padded. On a GPU the order of a token's sum
+varies unless ``torch.use_deterministic_algorithms(True)`` is set. Tested on a CPU, not timed on a GPU.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _BYTES = 16
 
 
 def is_usable(x: Tensor) -> bool:
-    """Whether ``grouped_mm`` takes rows like those of ``x [..., h]``: it is documented for bfloat16 on compute capability 8 and later."""
+    """Check if ``grouped_mm`` takes ``x [..., h]``: PyTorch documents bfloat16 on compute capability 8 and later."""
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0) and x.shape[-1] % _multiple(x) == 0
+    return torch.cuda.get_device_capability(x.device) >= (8, 0) and x.shape[-1] % _alignment(x) == 0
 
 
 def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> Tensor:
@@ -42,15 +42,15 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs) -> Tensor:
 
 
 def _ends(pairs: Pairs) -> Tensor:
-    """Where the pairs of each expert end; there is one chunk of tokens on an accelerator."""
+    """Return the end of each expert's pairs; an accelerator uses a single chunk of tokens."""
     return pairs.starts[1:].to(torch.int32)
 
 
-def _multiple(x: Tensor) -> int:
+def _alignment(x: Tensor) -> int:
     return _BYTES // x.element_size()
 
 
 def _padded(x: Tensor, dim: int) -> Tensor:
-    """Zeros behind dimension ``dim`` up to a length whose rows are aligned; contiguous."""
-    missing = -x.shape[dim] % _multiple(x)
+    """Pad dimension ``dim`` with zeros to an aligned length; the result is contiguous."""
+    missing = -x.shape[dim] % _alignment(x)
     return F.pad(x, (*[0, 0] * (x.dim() - 1 - dim), 0, missing)).contiguous() if missing else x.contiguous()

@@ -1,4 +1,5 @@
-// The three products of an FFN of experts, restricted to the chosen (token, expert) pairs: in float32 by product.h where the processor allows, else by PyTorch.
+// The three products of an FFN of experts for the chosen (token, expert) pairs: in float32 with product.h if the
+// processor supports it, else with PyTorch.
 //
 // Pairs are sorted by chunk of tokens, then expert, then token: the pairs of chunk c and expert n are
 // rows[starts[c * N + n]] ... rows[starts[c * N + n + 1] - 1]. Chunks of tokens share no output row and experts share no
@@ -6,8 +7,6 @@
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
-#include "facts.h"
-#include "few_tokens.h"
 #include "product.h"
 
 namespace {
@@ -30,14 +29,14 @@ struct Pairs {
   const int64_t* tokens(int64_t chunk, int64_t expert) const { return rows.const_data_ptr<int64_t>() + start(chunk, expert); }
   Tensor of(int64_t chunk, int64_t expert) const { return rows.narrow(0, start(chunk, expert), size(chunk, expert)); }
 
-  // Memory for the rows of any block, asked for once: a request a block would cost page faults.
+  // Allocates memory for the rows of any block once: an allocation per block would cost page faults.
   Tensor buffer(const Tensor& like, int64_t width) const {
     int64_t longest = 0;
     for (size_t i = 1; i < starts.size(); ++i) longest = std::max(longest, starts[i] - starts[i - 1]);
     return at::empty({longest, width}, like.options());
   }
 
-  // Calls f(chunk, expert, pairs, memory) for each block that is not empty, chunks in parallel; what a thread keeps in its memory is there in the next call.
+  // Calls f(chunk, expert, pairs, memory) for each non-empty block, chunks in parallel. A thread reuses its memory.
   template <typename F>
   void each_block(const F& f) const {
     at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
@@ -52,19 +51,19 @@ struct Pairs {
   }
 };
 
-// The rows of x, in the first places of a buffer.
+// Copies rows of x to the start of a buffer.
 Tensor gathered(Tensor& buffer, const Tensor& x, const Tensor& rows) {
-  Tensor place = buffer.narrow(0, 0, rows.size(0));
-  at::index_select_out(place, x, 0, rows);
-  return place;
+  Tensor block = buffer.narrow(0, 0, rows.size(0));
+  at::index_select_out(block, x, 0, rows);
+  return block;
 }
 
-// Whether product.h has a product for matrices of this type that lie like w [N, s, h].
+// Checks if product.h can multiply matrices with the dtype and layout of w [N, s, h].
 bool reads(const Tensor& a, const Tensor& w) {
   return product::multiply && a.scalar_type() == at::kFloat && (w.stride(1) == 1 || w.stride(2) == 1);
 }
 
-// [pairs, s]: x[token] times the expert's rows of w [N, s, h], plus b [N, s]
+// Multiplies x[token] by the expert's rows of w [N, s, h] and adds b [N, s]: [pairs, s].
 Tensor gather_mm(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, const Tensor& rows, const Tensor& starts) {
   const Pairs pairs(rows, starts, w.size(0));
   const int64_t size = w.size(1), width = w.size(2);
@@ -72,11 +71,11 @@ Tensor gather_mm(const Tensor& x, const Tensor& w, const std::optional<Tensor>& 
   if (reads(x, w)) {
     const Tensor biases = b ? b->contiguous() : Tensor();
     pairs.each_block([&](int64_t c, int64_t n, int64_t count, Tensor&) {
-      float* part = out.data_ptr<float>() + pairs.start(c, n) * size;
+      float* block = out.data_ptr<float>() + pairs.start(c, n) * size;
       if (b) {
-        for (int64_t i = 0; i < count; ++i) std::copy_n(biases.const_data_ptr<float>() + n * size, size, part + i * size);
+        for (int64_t i = 0; i < count; ++i) std::copy_n(biases.const_data_ptr<float>() + n * size, size, block + i * size);
       }
-      product::multiply({{part, nullptr, size, 1},
+      product::multiply({{block, nullptr, size, 1},
                          {x.const_data_ptr<float>(), pairs.tokens(c, n), width, 1},
                          {w.const_data_ptr<float>() + n * w.stride(0), nullptr, w.stride(2), w.stride(1)},
                          count, size, width, b.has_value()});
@@ -85,12 +84,12 @@ Tensor gather_mm(const Tensor& x, const Tensor& w, const std::optional<Tensor>& 
   }
   pairs.each_block([&](int64_t c, int64_t n, int64_t count, Tensor& memory) {
     if (!memory.defined()) memory = pairs.buffer(x, width);
-    Tensor part = out.narrow(0, pairs.start(c, n), count);
+    Tensor block = out.narrow(0, pairs.start(c, n), count);
     Tensor picked = gathered(memory, x, pairs.of(c, n));
     if (b) {
-      at::addmm_out(part, b->select(0, n), picked, w.select(0, n).t());
+      at::addmm_out(block, b->select(0, n), picked, w.select(0, n).t());
     } else {
-      at::mm_out(part, picked, w.select(0, n).t());
+      at::mm_out(block, picked, w.select(0, n).t());
     }
   });
   return out;
@@ -106,10 +105,10 @@ void add_rows(Tensor& to, const Tensor& from, const int64_t* rows) {
   }
 }
 
-// Sums over pairs are kept in float32 (float64 for float64) whatever the weights are.
+// Sums over pairs are in float32 (float64 for float64), whatever the dtype of the weights.
 at::ScalarType sum_type(const Tensor& a) { return a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// [T, h]: sum over a token's pairs of a[pair] times the expert's w [N, s, h]
+// Sums a[pair] times the expert's w [N, s, h] over each token's pairs: [T, h].
 Tensor scatter_mm(const Tensor& a, const Tensor& w, const Tensor& rows, const Tensor& starts, int64_t tokens) {
   const Pairs pairs(rows, starts, w.size(0));
   const int64_t size = w.size(1), width = w.size(2);
@@ -138,18 +137,18 @@ Tensor scatter_mm(const Tensor& a, const Tensor& w, const Tensor& rows, const Te
   return out.to(a.scalar_type());
 }
 
-// outer_mm by product.h
+// Computes outer_mm with product.h.
 void outer_mm_directly(const Tensor& a, const Tensor& x, const Pairs& pairs, Tensor& out) {
   const int64_t size = out.size(1), width = out.size(2);
   const bool by_neuron = out.stride(2) == 1;
   at::parallel_for(0, pairs.experts, 1, [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    // one line longer than its rows, which would else share the same few places of a cache
+    // one cache line longer than a row: rows would otherwise map to the same few cache sets
     const int64_t stride = by_neuron ? out.stride(1) : width + product::kLine;
     std::vector<float> sums(by_neuron ? 0 : size * stride);
     for (int64_t n = begin; n < end; ++n) {
-      float* part = out.data_ptr<float>() + n * out.stride(0);
-      float* to = by_neuron ? part : sums.data();
+      float* block = out.data_ptr<float>() + n * out.stride(0);
+      float* to = by_neuron ? block : sums.data();
       bool add = false;
       for (int64_t c = 0; c < pairs.chunks; ++c) {
         if (pairs.size(c, n) == 0) continue;
@@ -160,12 +159,12 @@ void outer_mm_directly(const Tensor& a, const Tensor& x, const Pairs& pairs, Ten
         add = true;
       }
       if (!add) out.select(0, n).zero_();
-      if (add && !by_neuron) product::transpose(part, out.stride(2), to, stride, size, width);
+      if (add && !by_neuron) product::transpose(block, out.stride(2), to, stride, size, width);
     }
   });
 }
 
-// Sum over an expert's pairs of a[pair]^T x[token], written into out [N, s, h]
+// Sums a[pair]^T x[token] over each expert's pairs into out [N, s, h].
 void outer_mm(const Tensor& a, const Tensor& x, const Tensor& rows, const Tensor& starts, Tensor out) {
   const Pairs pairs(rows, starts, out.size(0));
   if (reads(a, out)) return outer_mm_directly(a, x, pairs, out);
@@ -173,7 +172,7 @@ void outer_mm(const Tensor& a, const Tensor& x, const Tensor& rows, const Tensor
     at::AutoDispatchBelowADInplaceOrView guard;
     Tensor buffer = pairs.buffer(x, x.size(1));
     for (int64_t n = begin; n < end; ++n) {
-      Tensor part = out.select(0, n);
+      Tensor block = out.select(0, n);
       Tensor sum;  // of all chunks but the first
       bool first = true;
       for (int64_t c = 0; c < pairs.chunks; ++c) {
@@ -181,17 +180,17 @@ void outer_mm(const Tensor& a, const Tensor& x, const Tensor& rows, const Tensor
         Tensor left = a.narrow(0, pairs.start(c, n), pairs.size(c, n)).t();
         Tensor picked = gathered(buffer, x, pairs.of(c, n));
         if (first) {
-          at::mm_out(part, left, picked);
-        } else if (part.scalar_type() == sum_type(a)) {
-          part.addmm_(left, picked);
+          at::mm_out(block, left, picked);
+        } else if (block.scalar_type() == sum_type(a)) {
+          block.addmm_(left, picked);
         } else {
-          if (!sum.defined()) sum = part.to(sum_type(a));
+          if (!sum.defined()) sum = block.to(sum_type(a));
           sum.add_(at::mm(left, picked));
         }
         first = false;
       }
-      if (first) part.zero_();
-      if (sum.defined()) part.copy_(sum);
+      if (first) block.zero_();
+      if (sum.defined()) block.copy_(sum);
     }
   });
 }
@@ -199,16 +198,7 @@ void outer_mm(const Tensor& a, const Tensor& x, const Tensor& rows, const Tensor
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using facts::Facts;
-  py::class_<Facts>(m, "Facts")
-      .def(py::init<Facts::Items, Facts::Sizes, Facts::Items, Facts::Tensors, Facts::Numbers>())
-      .def("hold", &Facts::hold);
   m.def("gather_mm", &gather_mm, py::call_guard<py::gil_scoped_release>());
   m.def("scatter_mm", &scatter_mm, py::call_guard<py::gil_scoped_release>());
   m.def("outer_mm", &outer_mm, py::call_guard<py::gil_scoped_release>());
-  m.def("rows_mm", &rows_mm, py::call_guard<py::gil_scoped_release>());
-  m.def("chosen_by", &chosen_by, py::call_guard<py::gil_scoped_release>());
-  m.def("ffn_mm", &ffn_mm, py::call_guard<py::gil_scoped_release>());
-  m.def("largest", &largest);
-  m.def("values_mm", &values_mm, py::call_guard<py::gil_scoped_release>());
 }

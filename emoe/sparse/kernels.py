@@ -1,4 +1,4 @@
-"""The three products of an FFN of experts: in C++ on a CPU with a compiler, grouped on an accelerator, else one expert at a time; with the same results.
+"""The three products of an FFN of experts: C++ on a CPU, grouped on an accelerator, else one expert at a time.
 
 Shapes: T tokens, N experts of s neurons, h width, P pairs (:mod:`emoe.sparse.pairs`).
 """
@@ -17,13 +17,13 @@ from emoe.sparse.pairs import Pairs, chunks_for_threads
 
 
 def pairs_of(mask: Tensor, x: Tensor) -> Pairs:
-    """The pairs of a mask ``[T, N]``, in as many chunks as the implementation takes for rows like those of ``x``."""
-    return Pairs.of(mask, chunks_for_threads(len(mask)) if _usable(x) else 1)
+    """List the pairs of a mask ``[T, N]``, in as many chunks as the implementation for inputs like ``x`` uses."""
+    return Pairs.of(mask, chunks_for_threads(len(mask)) if _compiled_for(x) else 1)
 
 
 def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> Tensor:
-    """``x[token]`` times the expert's rows of ``weight [N, s, h]``, plus ``bias [N, s]``: ``[P, s]``."""
-    if compiled := _usable(x):
+    """Multiply ``x[token]`` by the expert's rows of ``weight [N, s, h]`` and add ``bias [N, s]``: ``[P, s]``."""
+    if compiled := _compiled_for(x):
         return compiled.gather_mm(x.contiguous(), weight, bias, pairs.rows, pairs.starts)
     if grouped.is_usable(x):
         return grouped.gather_mm(x, weight, bias, pairs)
@@ -38,8 +38,8 @@ def gather_mm(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> T
 
 
 def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
-    """Sum over each token's pairs of ``a [P, s]`` times the expert's ``weight [N, s, h]``: ``[T, h]``, summed in float32."""
-    if compiled := _usable(a):
+    """Sum ``a[pair]`` times the expert's ``weight [N, s, h]`` over each token's pairs in float32: ``[T, h]``."""
+    if compiled := _compiled_for(a):
         return compiled.scatter_mm(a.contiguous(), weight, pairs.rows, pairs.starts, pairs.tokens)
     if grouped.is_usable(weight):
         return grouped.scatter_mm(a, weight, pairs)
@@ -49,10 +49,10 @@ def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
     return out.to(a.dtype)
 
 
-def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, like: Tensor) -> Tensor:
-    """Sum over each expert's pairs of ``a[pair]^T x[token]``: ``[N, s, h]``, laid out in memory as ``like`` is."""
-    out = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-    if compiled := _usable(a):
+def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
+    """Sum ``a[pair]^T x[token]`` over each expert's pairs: ``[N, s, h]`` with the memory layout of ``weight``."""
+    out = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
+    if compiled := _compiled_for(a):
         compiled.outer_mm(a.contiguous(), x.contiguous(), pairs.rows, pairs.starts, out)
         return out
     if grouped.is_usable(x):
@@ -64,7 +64,7 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, like: Tensor) -> Tensor:
 
 
 def expert_sums(a: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
-    """Sum over each expert's pairs of ``a [P, s]``: ``[N, s]``."""
+    """Sum ``a [P, s]`` over each expert's pairs: ``[N, s]``."""
     dtype = _sum_type(a)
     sums = torch.zeros(num_experts, a.shape[1], dtype=dtype, device=a.device)
     return sums.index_add_(0, pairs.experts, a.to(dtype)).to(a.dtype)
@@ -75,11 +75,12 @@ def _sum_type(a: Tensor) -> torch.dtype:
 
 
 def _blocks(pairs: Pairs, per_pair: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each expert that has pairs in the only chunk, with their tokens and their rows of ``per_pair [P, ...]``."""
+    """Yield each expert that has pairs, with its tokens and its rows of ``per_pair [P, ...]``; needs a single chunk."""
     counts = pairs.starts.diff().tolist()
     blocks = zip(pairs.rows.split(counts), per_pair.split(counts), strict=True)
     return ((expert, *block) for expert, block in enumerate(blocks) if counts[expert])
 
 
-def _usable(x: Tensor) -> ModuleType | None:
+def _compiled_for(x: Tensor) -> ModuleType | None:
+    """Return the compiled kernels if they take inputs like ``x``."""
     return compiled_kernels() if x.device.type == "cpu" and x.dtype != torch.float16 else None

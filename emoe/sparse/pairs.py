@@ -1,4 +1,4 @@
-"""The chosen (token, expert) pairs of a forward pass, in the order in which the products take them."""
+"""The chosen (token, expert) pairs of a forward pass, in the order of the sparse products."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _TOKENS_PER_CHUNK = 2048
 
 @dataclass(frozen=True)
 class Pairs:
-    """The chosen pairs, sorted by chunk of tokens, then expert, then token.
+    """Hold the chosen pairs, sorted by chunk of tokens, then expert, then token.
 
     Attributes:
-        rows: ``[P]`` int64, the tokens.
-        experts: ``[P]`` int64.
-        starts: ``[chunks * N + 1]`` int64; the pairs of chunk c and expert e begin at ``starts[c * N + e]``.
-        tokens: T.
+        rows: tokens ``[P]`` int64.
+        experts: experts ``[P]`` int64.
+        starts: ``[chunks * N + 1]`` int64; the pairs of chunk c and expert e start at ``starts[c * N + e]``.
+        tokens: number of tokens T.
     """
 
     rows: Tensor
@@ -28,7 +28,7 @@ class Pairs:
 
     @staticmethod
     def of(mask: Tensor, chunks: int = 1) -> Pairs:
-        """The pairs of a boolean mask ``[T, N]``, with the tokens in so many chunks."""
+        """List the pairs of a boolean mask ``[T, N]`` by chunk of tokens."""
         tokens, num_experts = mask.shape
         length = -(-tokens // chunks)
         padded = torch.nn.functional.pad(mask, (0, 0, 0, length * chunks - tokens))
@@ -40,6 +40,10 @@ class Pairs:
 
 
 def chunks_for_threads(tokens: int) -> int:
-    """As many for each thread, of about 2048 tokens (fewer, and the calls weigh more than the cache gains); the number shapes the order of sums, so it depends on nothing else."""
+    """Return the number of chunks: the same for each thread, with about 2048 tokens each.
+
+    Smaller chunks cost more calls than the cache saves. The number determines the order of sums, so it depends only on
+    the tokens and threads.
+    """
     threads = torch.get_num_threads()
     return threads * max(1, -(-tokens // (threads * _TOKENS_PER_CHUNK)))

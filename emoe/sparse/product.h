@@ -1,18 +1,24 @@
-// Products of float matrices whose rows lie anywhere, so that tokens need not be collected in front of a product nor its rows added to theirs behind it.
+// Products of float matrices with rows at arbitrary addresses: tokens are neither gathered before a product nor scattered
+// after it.
 //
-// The usual way: blocks of b that fit the nearest caches are packed into panels as wide as a few vectors, and a tile of c stays in registers while it is
-// summed. Written for processors with AVX2 or AVX-512, which take each sum in the same order; others have PyTorch's products.
+// The usual method: blocks of b that fit the nearest caches are packed into panels as wide as a few vectors, and a tile of c
+// stays in registers while it is summed. Written for processors with AVX2 or AVX-512, which sum in the same order; other
+// processors use PyTorch's products.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "processors.h"
+// One library serves several processors; it asks for the one at hand when it is loaded.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
+#define FOR_SEVERAL_PROCESSORS
+#endif
+#define INLINE inline __attribute__((always_inline))
 
 namespace product {
 
-// Element (i, j) is data[row * row_stride + j * column_stride], where row is rows[i], or i where no rows are named.
+// Element (i, j) is data[row * row_stride + j * column_stride] with row = rows ? rows[i] : i.
 template <typename scalar_t>
 struct Matrix {
   scalar_t* data;
@@ -22,7 +28,7 @@ struct Matrix {
   INLINE scalar_t* row(int64_t i) const { return data + (rows ? rows[i] : i) * row_stride; }
 };
 
-// c = a b, or c += a b; the columns of c lie side by side, and either stride of b is 1
+// Computes c = a b, or c += a b. The columns of c are contiguous, and one stride of b is 1.
 struct Product {
   Matrix<float> c;
   Matrix<const float> a, b;
@@ -30,14 +36,14 @@ struct Product {
   bool add;
 };
 
-constexpr int64_t kLine = 16;  // numbers that memory gives at once
+constexpr int64_t kLine = 16;  // floats per cache line
 
 #ifdef FOR_SEVERAL_PROCESSORS
 constexpr int64_t kDepth = 256;    // rows of b in a block
-constexpr int64_t kBlock = 24576;  // its numbers: 96 KiB
-constexpr int64_t kAhead = 8;      // rows that are asked for before they are read
+constexpr int64_t kBlock = 24576;  // floats in a block: 96 KiB
+constexpr int64_t kAhead = 8;      // rows that are prefetched
 
-// W numbers
+// Holds W floats.
 template <int W>
 struct Vector {
   typedef float type __attribute__((vector_size(W * sizeof(float))));
@@ -45,16 +51,16 @@ struct Vector {
 
 template <int W>
 INLINE typename Vector<W>::type loaded(const float* from) {
-  typename Vector<W>::type found;
-  std::memcpy(&found, from, sizeof(found));
-  return found;
+  typename Vector<W>::type vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
 }
 
-// ROWS rows of VECTORS * W columns: c = a b, or c += a b; only so many columns are written
+// Computes ROWS rows of VECTORS * W columns of c = a b, or c += a b, and writes the given number of columns.
 template <int W, int ROWS, int VECTORS>
 INLINE void tile(float* const* c, const float* const* a, int64_t a_stride, const float* b, int64_t depth, int64_t columns, bool add) {
   typename Vector<W>::type sums[ROWS][VECTORS];
-  for (auto& row : sums) {  // one by one, which stay in registers: an initialiser fills memory
+  for (auto& row : sums) {  // one by one, to stay in registers: an initializer would fill memory
     for (auto& sum : row) sum = typename Vector<W>::type{};
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -79,7 +85,7 @@ INLINE void tile(float* const* c, const float* const* a, int64_t a_stride, const
   }
 }
 
-// to[j][i] = from[i][j], of 8 by 8
+// Transposes 8 by 8 floats.
 INLINE void transpose_8(float* to, int64_t to_stride, const float* from, int64_t from_stride) {
   Vector<8>::type x[8], y[8];
   for (int i = 0; i < 8; ++i) x[i] = loaded<8>(from + i * from_stride);
@@ -98,7 +104,7 @@ INLINE void transpose_8(float* to, int64_t to_stride, const float* from, int64_t
   for (int i = 0; i < 8; ++i) std::memcpy(to + i * to_stride, &y[i], sizeof(y[i]));
 }
 
-// to[j][i] = from[i][j]
+// Transposes rows by columns floats.
 INLINE void transpose_by_8(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows, int64_t columns) {
   int64_t i = 0;
   for (; i + 8 <= rows; i += 8) {
@@ -116,14 +122,15 @@ INLINE void transpose_by_8(float* to, int64_t to_stride, const float* from, int6
   }
 }
 
-// Panels have three vectors or two: as many as leave the fewest columns empty.
+// Returns the number of vectors in a panel, three or two, that leaves the fewest columns empty.
 template <int W>
 INLINE int vectors(const Product& p, int64_t j) {
   const int64_t left = (p.columns - j + W - 1) / W;
   return left == 1 || left == 2 || left == 4 ? 2 : 3;
 }
 
-// The panels [depth, width] of b from row k0 on and for columns begin to end, zeros behind the last column; all of a row at once, which may lie far from others
+// Packs rows k0 and following and columns begin to end of b into panels [depth, width], padded with zeros. Copies whole
+// rows, which may be far apart.
 template <int W>
 INLINE void pack(float* packed, const Product& p, int64_t k0, int64_t depth, int64_t begin, int64_t end) {
   const Matrix<const float>& b = p.b;
@@ -137,7 +144,7 @@ INLINE void pack(float* packed, const Product& p, int64_t k0, int64_t depth, int
     }
     return;
   }
-  int64_t threes = begin;  // up to here panels are full and have three vectors
+  int64_t threes = begin;  // end of the full panels of three vectors
   while (threes + 3 * W <= last && vectors<W>(p, threes) == 3) threes += 3 * W;
   for (int64_t k = 0; k < depth; ++k) {
     const float *row = b.row(k0 + k), *next = b.row(k0 + std::min(k + kAhead, depth - 1));
@@ -157,7 +164,7 @@ INLINE void pack(float* packed, const Product& p, int64_t k0, int64_t depth, int
   }
 }
 
-// The tiles of one panel at column j, for rows begin to end of c
+// Computes the tiles of one panel at column j for rows begin to end of c.
 template <int W, int ROWS, int VECTORS>
 INLINE void tiles(const Product& p, const float* panel, int64_t k0, int64_t depth, int64_t j, int64_t begin, int64_t end,
                        float* spare) {
@@ -165,7 +172,7 @@ INLINE void tiles(const Product& p, const float* panel, int64_t k0, int64_t dept
   for (int64_t i = begin; i < end; i += ROWS) {
     float* to[ROWS];
     const float* from[ROWS];
-    for (int r = 0; r < ROWS; ++r) {  // those behind the last row are computed for nothing
+    for (int r = 0; r < ROWS; ++r) {  // rows past the end are computed into spare memory
       to[r] = i + r < end ? p.c.row(i + r) + j : spare;
       from[r] = p.a.row(std::min(i + r, end - 1)) + k0 * p.a.column_stride;
       const float* next = p.c.row(std::min(i + ROWS + r, p.rows - 1)) + j;
@@ -175,7 +182,7 @@ INLINE void tiles(const Product& p, const float* panel, int64_t k0, int64_t dept
   }
 }
 
-// SHORT rows of three vectors fill the registers, as do LONG ones of two.
+// Multiplies with tiles that fill the registers: SHORT rows of three vectors, or LONG rows of two.
 template <int W, int SHORT, int LONG>
 INLINE void multiply_by(const Product& p) {
   static_assert(2 * LONG == 3 * SHORT);
@@ -209,7 +216,7 @@ __attribute__((target("arch=x86-64-v3"))) void transpose_v3(float* to, int64_t t
   transpose_by_8(to, to_stride, from, from_stride, rows, columns);
 }
 
-// What this processor has, or nullptr
+// The product for this processor, or nullptr.
 void (*const multiply)(const Product&) = [] {
   __builtin_cpu_init();
   return __builtin_cpu_supports("x86-64-v4") ? multiply_v4 : __builtin_cpu_supports("x86-64-v3") ? multiply_v3 : nullptr;

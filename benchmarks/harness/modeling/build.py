@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.modeling.conversion import apply_method_
+from benchmarks.harness.modeling.conversion import apply_method_, use_sparse_
 from benchmarks.harness.modeling.image import load_image_classifier
 from benchmarks.harness.modeling.language import load_language_model
 from benchmarks.harness.modeling.loading import describe, load_classifier, read_tensors, weights_digest
@@ -180,6 +180,7 @@ def _converted(
         }
     if prefix:
         prefix.freeze_()
+    use_sparse_(model)
     share = report.active_neurons if report else 1.0
     routers = sum(parameter.numel() for layer in routed_layers(network) for parameter in layer.parameters())
     active = round(dense_parameters + (share - 1) * in_ffns) + routers

@@ -81,14 +81,27 @@ def use_as_(model: nn.Module, config: Mapping[str, Any] | None, seed: int) -> No
         emoe.to_dense_(model)
     else:
         apply_method_(model, {"noise": 0.0, "config": config}, seed)
+        use_sparse_(model)
+
+
+def use_sparse_(model: nn.Module) -> None:
+    """Use the sparse backend on a CPU. FFNs with adapters, or with scores that need every neuron, stay masked."""
+    if torch.cuda.is_available() or not routed_layers(model):
+        return
+    try:
+        emoe.set_backend_(model, "sparse")
+    except emoe.ConversionError:
+        return
 
 
 @torch.no_grad()
 def _usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[int, torch.Tensor]:
-    """How often avg-k uses each expert, by layer."""
-    with emoe.record_routing(model.eval()) as record:
+    """Count how often avg-k uses each expert, by layer."""
+    use_sparse_(model.eval())
+    with emoe.record_routing(model) as record:
         for batch in batches:
             model(**batch)
+    emoe.set_backend_(model, "masked")
     return {number: layer.loads for number, layer in record.layers.items()}
 
 

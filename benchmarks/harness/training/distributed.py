@@ -46,13 +46,13 @@ def shard_(model: PreTrainedModel, precision: str) -> None:
         precision: in which it computes.
     """
     full = model.state_dict() if is_main() else {}
-    blocks = {ffn.layer for ffn in find_ffns(model)}
+    blocks = {ffn.name for ffn in find_ffns(model)}
     # a plan names the layers by stars
     cast(Any, model).fsdp_plan = {
         re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight"
         for name, module in model.named_modules()
         # the rest of a block must be of one type, and trained adapters are float32
-        if module in blocks or any(own.dtype != model.dtype for own in module.parameters(recurse=False))
+        if name in blocks or any(own.dtype != model.dtype for own in module.parameters(recurse=False))
     }
     asked = DistributedConfig(fsdp_size=world_size(), fsdp_mixed_precision=precision == "bf16")
     config, _, mesh = model.prepare_distribute_model(asked)

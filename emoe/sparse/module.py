@@ -1,0 +1,304 @@
+"""The sparse backend: the out-projection computes its whole FFN, for the chosen experts only.
+
+``emoe.set_backend_(model, "sparse")`` replaces the modules of each routed FFN. The in- and up-projection become
+:class:`PassThrough`, dropouts behind the activation become ``nn.Identity``, and the out-projection becomes
+:class:`SparseFFN`. The new modules share the old ones' parameters and buffers, so parameter names, optimizers, saving and
+sharding do not change. ``emoe.set_backend_(model, "masked")`` puts the old modules back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from emoe.architectures import FFN, HALVES, bias_of, has_plain_weight
+from emoe.config import LINEAR_SCORES, EMoEConfig
+from emoe.errors import ConversionError
+from emoe.layer import RoutedActivation
+from emoe.routers import AvgKRouter, is_offloaded
+from emoe.routing import select_experts
+from emoe.sparse.cost_model import pays_off
+from emoe.sparse.ffn import sparse_ffn
+
+_WAY_OUT = "call emoe.set_backend_(model, 'masked')"
+_HALF = (torch.bfloat16, torch.float16)
+# tokens that for_inference_'s layout serves; more tokens share their weights better in one dense or sparse product
+_FEW_TOKENS = 8
+
+
+class _Replacement(nn.Module):
+    """Take a projection's place: hold the same parameters and buffers under the same names."""
+
+    def __init__(self, projection: nn.Module) -> None:
+        super().__init__()
+        # the same dictionaries: a parameter that is replaced in one module is replaced in the other
+        self._parameters, self._buffers = projection._parameters, projection._buffers
+        self._projection = (projection,)  # in a tuple, so that it does not become a child module
+        self.training = projection.training
+
+    @property
+    def projection(self) -> nn.Module:
+        """The replaced projection."""
+        return self._projection[0]
+
+    def extra_repr(self) -> str:
+        return f"replaces {self.projection}"
+
+
+class PassThrough(_Replacement):
+    """Take the place of an in- or up-projection and compute nothing, so that the out-projection gets the FFN's input.
+
+    Args:
+        projection: projection to replace.
+        output: ``input`` to return the input, ``one`` to return 1, or ``first`` or ``last`` for the half of a fused projection
+            that is the input; the other half is then 1.
+    """
+
+    def __init__(self, projection: nn.Module, output: str) -> None:
+        super().__init__(projection)
+        self.output = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pass the input on."""
+        reject_hooks(self)
+        if self.output == "one":
+            return x.new_ones(())
+        if self.output == "input":
+            return x
+        ones = torch.ones_like(x)
+        return torch.cat([x, ones] if self.output == "first" else [ones, x], -1)
+
+
+@dataclass
+class Layout:
+    """Hold the weights of a frozen FFN by expert.
+
+    Attributes:
+        mean_keys: mean keys ``[N, h]``, None if the router is not avg-k.
+        inputs: in-projection weights ``[N, s, h]``.
+        biases: in-projection biases ``[N, s]`` or None.
+        values: values ``[N, s, h]``, contiguous by neuron.
+    """
+
+    mean_keys: Tensor | None
+    inputs: list[Tensor]
+    biases: list[Tensor | None]
+    values: Tensor
+
+
+class SparseFFN(_Replacement):
+    """Take the place of an out-projection and compute the whole FFN from its input.
+
+    Args:
+        layer: routed activation of the FFN.
+        dropouts: dropout modules between activation and out-projection.
+
+    Attributes:
+        layout: weights by expert, from :func:`emoe.for_inference_`; None while the weights may change.
+        always: use the sparse products even if they do not pay off.
+    """
+
+    def __init__(self, layer: RoutedActivation, dropouts: list[nn.Dropout]) -> None:
+        super().__init__(layer.ffn.proj_out)
+        self._layer = (layer,)  # in a tuple, so that it does not become a child module
+        self._dropouts = tuple(dropouts)
+        self.layout: Layout | None = None
+        self.always = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the FFN ``[..., h]`` of inputs ``[..., h]``."""
+        layer = self._layer[0]
+        reject_hooks(self)
+        reject_hooks(layer, 1)
+        rows = x.reshape(-1, x.shape[-1])
+        if self.layout is not None and len(rows) <= _FEW_TOKENS and not torch.compiler.is_compiling():
+            return self._add_bias(*self._compute_few(rows, self.layout)).view(x.shape)
+        if self._needs_mask(rows):
+            return self._compute_masked(x)
+        _check_weights(layer.ffn)
+        mask, weights = layer.route(layer.linear_scores(rows, self.layout.mean_keys if self.layout else None))
+        inputs, values = layer.ffn.blocks(layer.config.num_experts)
+        per_expert = None if layer.weighting == "binary" else weights
+        y = sparse_ffn(rows, inputs, values, layer.activation, mask, per_expert)
+        return self._add_bias(y, weights).view(*x.shape[:-1], -1)
+
+    def _needs_mask(self, rows: Tensor) -> bool:
+        """Check if this forward pass needs the masked products, or is faster with them."""
+        layer, config = self._layer[0], self._layer[0].config
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return True
+        if self.training and (config.expert_dropout or any(dropout.p for dropout in self._dropouts)):
+            return True
+        # the masked products round the neurons that these scores average
+        rounded = isinstance(config, EMoEConfig) and config.score in ("gate", "up") and rows.dtype in _HALF
+        active = config.num_active_experts / config.num_experts
+        return rounded or not (self.always or pays_off(rows, layer.ffn.d // config.num_experts, active))
+
+    def _compute_masked(self, x: Tensor) -> Tensor:
+        """Compute all neurons with the replaced modules, as the masked backend does."""
+        layer, spec = self._layer[0], self._layer[0].ffn.spec
+        z = _projection(layer.ffn.proj_in)(x)
+        if spec.fused:
+            halves = z.chunk(2, -1)
+            first = HALVES.index(spec.fused)
+            hidden = layer.activate(halves[first]) * halves[1 - first]
+        else:
+            hidden = layer.activate(z)
+            if layer.ffn.proj_up is not None:
+                hidden = hidden * _projection(layer.ffn.proj_up)(x)
+        for dropout in self._dropouts:
+            hidden = F.dropout(hidden, dropout.p, self.training)
+        return cast(Tensor, self.projection(hidden))
+
+    def _add_bias(self, y: Tensor, weights: Tensor | None) -> Tensor:
+        layer, bias = self._layer[0], bias_of(self)
+        y = y if bias is None else y + bias.to(y.dtype)
+        return y if layer.output_bias is None else layer.add_output_bias(y, cast(Tensor, weights))
+
+    def _compute_few(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """Compute a few tokens with the weights of their experts only. Return the output ``[T, h]`` and the expert weights."""
+        layer, config = self._layer[0], self._layer[0].config
+        scores = layer.linear_scores(rows, layout.mean_keys)
+        mask = weights = None
+        needs_weights = layer.weighting != "binary" or layer.output_bias is not None or len(rows) > 1
+        if not needs_weights and layer.record is None and not config.aux_loss_coefficient:
+            experts = select_experts(scores, config.top_k, cast(EMoEConfig, config).selection)[0]
+        else:
+            mask, weights = layer.route(scores)
+            experts = mask.any(0).nonzero()[:, 0]
+        pre = [
+            F.linear(
+                rows, weight.index_select(0, experts).flatten(0, 1), None if bias is None else bias[experts].flatten()
+            )
+            for weight, bias in zip(layout.inputs, layout.biases, strict=True)
+        ]
+        hidden = layer.activation(pre[0]) * pre[1] if len(pre) > 1 else layer.activation(pre[0])
+        if weights is not None:
+            scale = weights.index_select(1, experts).unsqueeze(-1).to(hidden.dtype)
+            hidden = (hidden.unflatten(-1, (len(experts), -1)) * scale).flatten(1)
+        return hidden @ layout.values.index_select(0, experts).flatten(0, 1), weights
+
+    def lay_out_(self) -> None:
+        """Store the weights by expert, for frozen weights."""
+        layer = self._layer[0]
+        _check_weights(layer.ffn)
+        inputs, values = layer.ffn.blocks(layer.config.num_experts)
+        mean_keys = layer.router.mean_keys() if isinstance(layer.router, AvgKRouter) else None
+        self.layout = Layout(
+            mean_keys,
+            [weight.detach().contiguous() for weight, _ in inputs],
+            [None if bias is None else bias.detach() for _, bias in inputs],
+            values.detach().contiguous(),
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; training discards the layout of :func:`emoe.for_inference_`."""
+        if mode:
+            self.layout = None
+        return super().train(mode)
+
+
+def install_(layer: RoutedActivation) -> None:
+    """Replace the modules of a routed FFN by sparse ones."""
+    ffn, spec = layer.ffn, layer.ffn.spec
+    layer.between = ffn.between()
+    dropouts = [module for _, module in ffn.between() if isinstance(module, nn.Dropout)]
+    ffn.replace(spec.proj_out, SparseFFN(layer, dropouts))
+    ffn.replace(spec.proj_in, PassThrough(ffn.proj_in, spec.fused or "input"))
+    if spec.proj_up and ffn.proj_up is not None:
+        ffn.replace(spec.proj_up, PassThrough(ffn.proj_up, "one"))
+    for path, _ in ffn.between():
+        ffn.replace(path, nn.Identity())
+    layer.backend = "sparse"
+
+
+def uninstall_(layer: RoutedActivation) -> None:
+    """Put the replaced modules back."""
+    if layer.backend == "masked":
+        return
+    for path, module in layer.ffn.projections():
+        layer.ffn.replace(path, _projection(module).train(module.training))
+    for path, module in layer.between:
+        layer.ffn.replace(path, module.train(layer.training))
+    layer.backend = "masked"
+
+
+def check_supported(layer: RoutedActivation) -> None:
+    """Raise :class:`ConversionError` if a routed FFN cannot use the sparse backend."""
+    ffn, config = layer.ffn, layer.config
+    if isinstance(config, EMoEConfig) and config.score not in LINEAR_SCORES:
+        raise ConversionError(f"{ffn.name}: score='{config.score}' needs every neuron: keep the masked backend")
+    if getattr(layer.activation, "inplace", False):
+        raise ConversionError(f"{ffn.name}.{ffn.spec.activation} writes over its input: build it with inplace=False")
+    for path, module in ffn.projections():
+        if hasattr(module, "base_layer"):
+            raise ConversionError(
+                f"{ffn.name}.{path} has an adapter: merge it (model.merge_and_unload()) or keep the masked backend"
+            )
+        if is_offloaded(module) or not has_plain_weight(module) or "weight" not in dict(module.named_parameters()):
+            raise ConversionError(f"{ffn.name}.{path} is quantised, offloaded or parametrised: keep the masked backend")
+    # the FFN's own hooks: the input, the experts' biases, and one on the activation
+    expected = {ffn.spec.proj_in: 1, ffn.spec.proj_out: int(layer.output_bias is not None)}
+    for path, module in [*ffn.projections(), *ffn.between()]:
+        reject_hooks(module, expected.get(path, 0), ConversionError)
+    reject_hooks(layer, 1, ConversionError)
+
+
+def reject_hooks(module: nn.Module, expected: int = 0, error: type[Exception] = RuntimeError) -> None:
+    """Raise an error if a module of a sparse FFN has more hooks than expected."""
+    if len(module._forward_hooks) + len(module._forward_pre_hooks) > expected:
+        raise error(
+            f"{type(module).__name__}: hooks cannot see hidden neurons, which a sparse FFN does not compute: "
+            f"remove the hook, or {_WAY_OUT}"
+        )
+
+
+def probe(layer: RoutedActivation) -> Tensor | None:
+    """Compute an FFN's output for a few random rows, to compare both backends.
+
+    The code of an FFN, for example of a row that a user registered, may compute something between the projections,
+    which the sparse backend would skip.
+
+    Returns:
+        Output ``[4, h]``; None if the FFN is not a module of its own that takes one input.
+    """
+    ffn = layer.ffn
+    module, weight = ffn.parents[ffn.spec.proj_in], cast(Tensor, ffn.proj_in.weight)
+    parameters = inspect.signature(module.forward).parameters.values()
+    takes_one = [p.default is p.empty for p in parameters].count(True) == 1
+    is_module = "." in ffn.spec.proj_in and all(parent is module for parent in ffn.parents.values())
+    if not (takes_one and is_module) or layer.padding is not None or type(weight) is not nn.Parameter:
+        return None
+    modes, record = {m: m.training for m in module.modules()}, layer.record
+    layer.record = None
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = torch.randn(4, ffn.h).to(weight)
+        if isinstance(ffn.proj_out, SparseFFN):
+            ffn.proj_out.always = True
+        output = module.eval()(x)
+        if isinstance(ffn.proj_out, SparseFFN):
+            ffn.proj_out.always = False
+    for m, mode in modes.items():
+        m.training = mode
+    layer.record = record
+    return cast(Tensor, output)
+
+
+def _check_weights(ffn: FFN) -> None:
+    """Raise :class:`RuntimeError` if a weight is not a plain tensor in this forward pass."""
+    for path, module in ffn.projections():
+        if type(module.weight) not in (Tensor, nn.Parameter) or module.weight.is_meta:
+            raise RuntimeError(
+                f"{ffn.name}.{path}: the weight is sharded by itself, quantised or offloaded, which the sparse backend does not "
+                f"support: {_WAY_OUT}"
+            )
+
+
+def _projection(module: nn.Module) -> nn.Module:
+    return cast(_Replacement, module).projection
