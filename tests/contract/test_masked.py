@@ -93,46 +93,21 @@ def test_derivatives_of_any_kind(derivative: str, settings: str) -> None:
 # ---------------------------------------------------------------- nothing is left of a forward pass
 
 
-def state_of(network: nn.Module) -> dict[str, Any]:
-    """Return every attribute of every module, tensors by identity."""
-    return {
-        f"{name}.{key}": id(value) if isinstance(value, Tensor) else str(value)
-        for name, module in network.named_modules()
-        for key, value in vars(module).items()
-        if not key.startswith("_modules")
-    }
-
-
 @pytest.mark.usefixtures("always_sparse")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_forward_pass_leaves_nothing(backend: str, settings: str) -> None:
-    network, stored = net(backend, **SETTINGS[settings]), []
-    before = state_of(network)
-    network.register_forward_hook(lambda _module, _args, y: stored.append(y.detach()))
+def test_a_forward_pass_leaves_nothing_even_if_hooks_keep_detached_outputs(backend: str, settings: str) -> None:
+    network, outputs = net(backend, **SETTINGS[settings]), []
+    hooked = ("inner", "act", "outer") if backend == "masked" else ("",)
+    for module in map(network.layers[0].get_submodule, hooked):
+        module.register_forward_hook(lambda _module, _args, y: outputs.append(y.detach()))
     h = inputs(40).requires_grad_() * 1.0
     alive = weakref.ref(h)
     network(h)
     del h
     gc.collect()
-    assert alive() is None  # no graph either, though a hook has kept the detached output
-    stored.clear()
-    assert state_of(network).keys() == before.keys()
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_hooks_that_keep_detached_outputs_keep_no_graph(settings: str) -> None:
-    network, stored = net(**SETTINGS[settings]), []
-    for name in ("inner", "act", "outer"):
-        module = network.layers[0].get_submodule(name)
-        module.register_forward_hook(lambda _module, _args, y: stored.append(y.detach()))
-    h = inputs().requires_grad_() * 1.0
-    alive = weakref.ref(h)
-    network(h)
-    del h
-    gc.collect()
-    assert len(stored) == 3
-    assert alive() is None
+    assert len(outputs) == len(hooked)
+    assert alive() is None  # no input, and no graph that holds it
 
 
 def test_nothing_is_left_of_ended_threads() -> None:
@@ -255,17 +230,6 @@ def test_peft_trains_whole_ffns(settings: Settings) -> None:
     torch.testing.assert_close(actual[saved], expected[name], atol=1e-4, rtol=1e-4)
     assert float(emoe.aux_loss(adapted)) == pytest.approx(float(emoe.aux_loss(plain)))
     copy.deepcopy(adapted)
-
-
-def test_copies_and_pickles_are_models_of_their_own() -> None:
-    network, values = model("bert", output_bias="per_expert", aux_loss_coefficient=0.1), tiny_models.inputs("bert")
-    expected = tiny_models.output(network, values)
-    for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
-        assert emoe.aux_loss(twin) == 0.0
-        assert torch.equal(tiny_models.output(twin, values), expected)
-        with torch.no_grad():
-            routed_layers(twin)[0].ffn.proj_in.weight.zero_()
-    assert torch.equal(tiny_models.output(network, values), expected)
 
 
 # ---------------------------------------------------------------- hooks and offloaded weights

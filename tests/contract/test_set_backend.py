@@ -78,12 +78,15 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("way", COPIES)
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
-def test_copies_are_sparse_models_with_their_own_weights(name: str, way: str) -> None:
-    model, values = converted.model(name, "sparse", output_bias="per_expert"), tiny_models.inputs(name)
+@pytest.mark.parametrize("backend", converted.BACKENDS)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_copies_are_models_with_their_own_weights(name: str, backend: str, way: str) -> None:
+    settings = {"output_bias": "per_expert", "aux_loss_coefficient": 0.1}
+    model, values = converted.model(name, backend, **settings), tiny_models.inputs(name)
     expected = step(model, values)
     twin = COPIES[way](model)
     assert types(twin) == types(model)
+    assert emoe.aux_loss(twin) == 0.0
     assert_same(step(twin, values), expected)
     emoe.set_backend_(twin, "masked")
     assert_same(step(twin, values), expected)
