@@ -63,17 +63,9 @@ def test_an_optimizer_made_before_goes_on() -> None:
     assert_same(results[1], results[0])
 
 
-def through_file(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": through_file,
 }
 
 
