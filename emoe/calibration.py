@@ -1,4 +1,4 @@
-"""How strongly each neuron fires on a calibration set: the features of the co-activation partition."""
+"""Activations of every neuron on a calibration set, the features of the co-activation partition."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 def record_activations(
     model: nn.Module, ffns: Sequence[FFN], batches: Iterable[Batch], *, seed: int = 0
 ) -> dict[int, Tensor]:
-    """Run the model and keep ``|activation|`` of every neuron for a random sample of the tokens.
+    """Run the model and record the absolute input of each out-projection for a random sample of tokens.
 
-    What is recorded is the out-projection's input. Padding is left out where a batch has an
-    ``attention_mask``. The model is run in evaluation mode and given back in the modes that its parts had.
+    Padding is skipped if a batch has an ``attention_mask``. The model runs in evaluation mode; its modes are restored.
 
     Args:
-        model: the model to call.
-        ffns: FFNs of it.
-        batches: what the model is called with: dictionaries of arguments, or tensors.
-        seed: of the sample, at most :data:`MAX_TOKENS` tokens.
+        model: the model to run.
+        ffns: the FFNs to record.
+        batches: the model's inputs, as dictionaries of arguments, sequences of arguments, or tensors.
+        seed: seed of the sample, which has at most :data:`MAX_TOKENS` tokens.
 
     Returns:
-        Layer number to ``[d, tokens]`` float32 on the CPU.
+        ``[d, tokens]`` float32 on the CPU, by layer number.
 
     Raises:
-        ConversionError: no batch, or activations that are not finite.
+        ConversionError: the batches have no token, or an activation is not finite.
     """
     samples = {ffn.index: _Sample(seed) for ffn in ffns}
     padding = watch_padding(model, ffns)
@@ -55,19 +54,17 @@ def record_activations(
             watch.remove()
         for hook in hooks:
             hook.remove()
-    found = {index: sample.rows.t().contiguous() for index, sample in samples.items()}
+    activations = {index: sample.rows.t().contiguous() for index, sample in samples.items()}
     for ffn in ffns:
-        if not found[ffn.index].shape[1]:
-            raise ConversionError(
-                "partition='coactivation' needs calibration batches, and there was not one token in them"
-            )
-        if not torch.isfinite(found[ffn.index]).all():
+        if not activations[ffn.index].shape[1]:
+            raise ConversionError("partition='coactivation': the calibration batches have no token")
+        if not torch.isfinite(activations[ffn.index]).all():
             raise ConversionError(f"{ffn.name}: activations on the calibration set are not finite")
-    return found
+    return activations
 
 
 class _Sample:
-    """Uniform sample of a stream of rows: each row draws a number, and the lowest are kept."""
+    """Draw a uniform sample from a stream of rows: each row gets a random number, and the lowest numbers are kept."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -75,6 +72,7 @@ class _Sample:
         self.rows = torch.empty(0, 0)
 
     def add(self, rows: Tensor) -> None:
+        """Add rows ``[n, d]`` to the stream."""
         draws = torch.rand(rows.shape[0], generator=self._generator, dtype=torch.float64)
         if self._draws.numel():
             draws, rows = torch.cat([self._draws, draws]), torch.cat([self.rows, rows])
@@ -85,21 +83,20 @@ class _Sample:
 def _collector(sample: _Sample, padding: PaddingMaskHook | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def collect(_module: nn.Module, args: tuple[Any, ...]) -> None:
         rows = args[0].flatten(0, -2).abs()
-        real = None if padding is None else padding.token_mask(rows.shape[0])
-        sample.add((rows if real is None else rows[real.to(rows.device)]).float().cpu())
+        mask = None if padding is None else padding.token_mask(rows.shape[0])
+        sample.add((rows if mask is None else rows[mask.to(rows.device)]).float().cpu())
 
     return collect
 
 
 def _call(model: nn.Module, batch: Batch) -> None:
     device = next(model.parameters()).device
+    if isinstance(batch, Tensor):
+        batch = [batch]
+    kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+    args = () if isinstance(batch, Mapping) else batch
 
     def move(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
-    if isinstance(batch, Mapping):
-        model(**{name: move(value) for name, value in batch.items()})
-    elif isinstance(batch, Tensor):
-        model(move(batch))
-    else:
-        model(*(move(value) for value in batch))
+    model(*map(move, args), **{name: move(value) for name, value in kwargs.items()})

@@ -1,50 +1,128 @@
-"""Save and load converted models: an ordinary checkpoint with small sidecars.
+"""Save and load converted models: an ordinary checkpoint and small files beside it.
 
-A folder holds what the library of the model writes (``model.safetensors``, ``config.json``, …) and
+A folder holds what the model's library writes (``model.safetensors``, ``config.json``, …) and
 
-- ``emoe_config.json``: the :class:`emoe.EMoEConfig` or :class:`emoe.GMoEConfig`;
-- ``emoe_partition.safetensors``: permutations, and the key norms that tie the sidecar to its weights;
-- ``emoe_extra.safetensors``: what the stock class has no place for, if there is any: learned routers,
-  running gates, output biases of single experts, and GMoE's copied projections.
+- ``emoe_config.json``: the :class:`emoe.EMoEConfig` or :class:`emoe.GMoEConfig`, and the numbers of the converted FFNs;
+- ``emoe_partition.safetensors``: the permutations, and the key norms that tie this file to its weights;
+- ``emoe_extra.safetensors``: state that the stock class lacks, if there is any: learned routers, running gates,
+  output biases of single experts, and GMoE's copied projections.
 
-An EMoE's checkpoint loads into the stock dense class as it is; a GMoE's is refused there, because
-its shapes differ. Nothing is ever unpickled.
+An EMoE's checkpoint loads into the stock dense class. A GMoE's is refused there, because its shapes differ. Nothing is
+unpickled.
 
-A folder that the model's own library wrote (``model.save_pretrained``, ``Trainer``) is read too: ``config.json`` says
-what its experts are (:mod:`emoe.marks`), and routers and the like stand among its weights. It loses the permutations,
-unless :class:`emoe.TrainerCallback` wrote the sidecars beside it.
+A folder that the model's library wrote (``model.save_pretrained``, ``Trainer``) loads too: the mark in ``config.json``
+holds the configuration (:func:`emoe.convert.mark_`), and the weights hold the state of the routers. The permutations
+are unknown then, unless :class:`emoe.TrainerCallback` wrote the small files beside the weights.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from emoe import files
 from emoe.architectures import FFN, find_ffns, has_plain_weight
 from emoe.checks import check_divisible, check_one_conversion
-from emoe.config import EMoEConfig, GMoEConfig
-from emoe.convert import attach, padding_watches, watch_losses, widen
-from emoe.errors import CheckpointError, ConversionError
-from emoe.guards import guard_
+from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
+from emoe.convert import attach, mark_, no_experts, numbered_layers, padding_watches, watch_state_, widen
+from emoe.errors import CheckpointError, ConfigError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
-from emoe.marks import mark_, no_experts, read_mark
 from emoe.partitioning import is_permutation
-from emoe.routers import in_place, is_offloaded
-from emoe.sidecars import CONFIG_FILE, EXTRA_FILE, PARTITION_FILE, key_norms, projections, read_sidecars, save_sidecars
-from emoe.stock import is_quantised, load_around, load_stock, save_weights
-from emoe.weights import Weights, one_line
+from emoe.routers import is_offloaded, unsharded, weights_in_place
 
-_NORM_TOLERANCE = 0.02  # key norms survive a cast to bf16 within this
-_QUANTISED_NORM_TOLERANCE = 0.15  # and four bits within this
+CONFIG_FILE = "emoe_config.json"
+PARTITION_FILE = "emoe_partition.safetensors"
+EXTRA_FILE = "emoe_extra.safetensors"
+_MARK = "emoe"  # key of the mark in config.json
+_NORM_TOLERANCE = 0.02  # for key norms after a cast to bfloat16
+_QUANTIZED_NORM_TOLERANCE = 0.15  # for key norms of four-bit weights
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Describe the experts of a folder.
+
+    Attributes:
+        config: configuration of the experts.
+        layers: numbers of the converted FFNs.
+        ffns: number of FFNs in the model that was converted. None if unknown.
+    """
+
+    config: EMoEConfig | GMoEConfig
+    layers: list[int]
+    ffns: int | None
+
+
+def read_mark(folder: Path) -> Mark | None:
+    """Read the configuration of a folder's experts. None if the folder holds a dense model.
+
+    The mark in ``config.json`` counts, because every library writes it with the weights; without it, the file
+    ``emoe_config.json``.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    for path in (folder / files.STOCK_CONFIG_FILE, folder / CONFIG_FILE):
+        content = files.read_object(path) if path.exists() else {}
+        if path.name == files.STOCK_CONFIG_FILE:
+            content = content.get(_MARK) or {}
+        if content:
+            return _parse_mark(content, path)
+    return None
+
+
+def _parse_mark(content: Any, path: Path) -> Mark:
+    try:
+        config, layers, ffns = content["config"], content["layers"], content.get("ffns")
+        if not layers or layers != sorted({int(index) for index in layers}) or layers[0] < 0:
+            raise ValueError("'layers' is not an ascending list of layer numbers")
+        return Mark(config_from_dict(dict(config)), layers, None if ffns is None else int(ffns))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error!s:.300}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {files.one_line(error)}") from error
+
+
+def read_sidecars(folder: Path) -> tuple[Mark, dict[str, Tensor], dict[str, Tensor]]:
+    """Read the small files of a converted model's folder.
+
+    Returns:
+        The mark; permutations with key norms, and the state that the stock class lacks. The latter two are empty if the
+        model's library wrote the folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the files do not describe the same experts.
+    """
+    files.check_loadable(folder)
+    mark, path = read_mark(folder), folder / PARTITION_FILE
+    if mark is None:
+        raise CheckpointError(
+            f"{folder} holds no experts: there is neither {CONFIG_FILE} nor a mark in {files.STOCK_CONFIG_FILE}; load a dense "
+            "model with its own library, and convert it with emoe.convert_"
+        )
+    if not path.exists() and not (folder / CONFIG_FILE).exists():
+        return mark, {}, {}
+    tensors = files.read_tensors(path)
+    layers = sorted(int(name[1]) for name in map(re.compile(r"key_norms\.(\d+)").fullmatch, tensors) if name)
+    experts = tensors.get("num_experts", torch.zeros(1)).tolist()
+    if (experts, layers) != (mark.config.num_experts, mark.layers):
+        raise CheckpointError(
+            f"{path} describes {experts} experts in the layers {files.some(layers)}, but the configuration "
+            f"{mark.config.num_experts} experts in the layers {files.some(mark.layers)}"
+        )
+    return mark, tensors, files.read_tensors(folder / EXTRA_FILE) if (folder / EXTRA_FILE).exists() else {}
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write a converted model: an ordinary checkpoint and its sidecars.
+    """Write a converted model: an ordinary checkpoint and the small files beside it.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -56,58 +134,116 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     ['emoe_config.json', 'emoe_partition.safetensors', 'model.safetensors']
 
     Args:
-        model: a converted transformers or timm model.
-        folder: made when it does not exist.
+        model: converted model of transformers, timm or another library.
+        folder: folder to write to.
 
     Raises:
         ConversionError: the model is not converted, or still carries adapters.
     """
-    while (wrapped := _inside(model)) is not None:
-        model = wrapped
-    if not routed_layers(model):
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):  # torch.compile wraps a model in _orig_mod
+        model = cast(Any, model).module if isinstance(model, parallel) else model._orig_mod
+    layers = routed_layers(model)
+    if not layers:
         raise no_experts(model, "save_pretrained", "save it with its own library")
     # PEFT may leave its configuration on a model that it has merged
     if hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules()):
         raise ConversionError("save_pretrained: merge the adapters first (model = model.merge_and_unload())")
-    folder = Path(folder)
-    check_one_conversion(routed_layers(model), "save_pretrained")
+    check_one_conversion(layers, "save_pretrained")
     state = _stock_state(model)
-    mark_(model)  # of a model that was converted in part, too
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model, folder, state)
-    save_sidecars(model, folder)
-
-
-def _inside(model: nn.Module) -> nn.Module | None:
-    """The model that PyTorch has put a wrapper around, by whose names no library knows it."""
-    wrapped = vars(model)["_modules"].get("_orig_mod")  # by torch.compile
-    parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-    return cast(nn.Module, model.module) if parallel else wrapped
+    mark_(model)
+    files.save_weights(model, Path(folder), state)
+    save_sidecars(model, Path(folder))
 
 
 def _stock_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state that the stock class has a place for, with one output bias a layer."""
+    """Return the state that the stock class has, with one output bias per FFN."""
     state = dict(model.state_dict())
     names = {module: name for name, module in model.named_modules()}
-    for path, layer in model.named_modules():
-        if not isinstance(layer, RoutedActivation):
-            continue
+    for layer in routed_layers(model):
         for name in layer.state_dict():
-            del state[f"{path}.{name}"]
+            del state[f"{names[layer]}.{name}"]
         if layer.output_bias is not None:
-            if (proj_out := names.get(layer.ffn.proj_out)) is None:
+            if layer.ffn.proj_out not in names:
                 raise ConversionError(
-                    f"{path}: a copy of a half of its FFN was trained, whose out-projection the model does not hold"
+                    f"{layer.ffn_name}: only half of the FFN was copied (PEFT's modules_to_save?); name the whole layer"
                 )
-            with in_place(layer):
-                state[f"{proj_out}.bias"] = layer.mean_output_bias()
+            with weights_in_place(layer):
+                state[f"{names[layer.ffn.proj_out]}.bias"] = layer.mean_output_bias()
     return state
 
 
-def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any) -> nn.Module:
-    """Load what :func:`save_pretrained` wrote, or a converted model's own library (``Trainer``, ``model.save_pretrained``).
+def save_sidecars(model: nn.Module, folder: Path, *, write: bool = True) -> None:
+    """Write the small files of a converted model's folder.
 
-    From the latter the neurons' first order is not known, unless :class:`emoe.TrainerCallback` wrote it beside the weights.
+    Args:
+        model: converted model. Sharded weights are gathered, so every process must call this.
+        folder: folder of the weights.
+        write: False in processes that only take part in gathering.
+    """
+    layers, _ = numbered_layers(model)
+    described = [describe_layer(index, layer) for index, layer in layers.items()]
+    if write:
+        write_sidecars(described, next(iter(layers.values())).config, sorted(layers), folder)
+
+
+def write_sidecars(
+    described: Iterable[tuple[dict[str, Tensor], dict[str, Tensor]]],
+    config: EMoEConfig | GMoEConfig,
+    layers: list[int],
+    folder: Path,
+) -> None:
+    """Write the small files of a folder from the results of :func:`describe_layer`."""
+    tensors, extra = {"num_experts": torch.tensor(config.num_experts)}, {}
+    for layer_tensors, layer_extra in described:
+        tensors |= layer_tensors
+        extra |= layer_extra
+    files.write_tensors(tensors, folder / PARTITION_FILE)
+    (folder / EXTRA_FILE).unlink(missing_ok=True)
+    if extra:
+        files.write_tensors(extra, folder / EXTRA_FILE)
+    text = json.dumps({"config": config.to_dict(), "layers": layers}, indent=2)
+    (folder / CONFIG_FILE).write_text(text + "\n")
+
+
+def describe_layer(index: int, layer: RoutedActivation) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a layer's tensors in the partition file, and those in the extra file."""
+    modules = [module for _, _, part in _parts(layer) for module in part.modules()]
+    with weights_in_place(*{*modules, layer.ffn.proj_in}):
+        tensors = {f"key_norms.{index}": _key_norms(layer.ffn)}
+        if layer.permutation is not None:
+            tensors[f"permutation.{index}"] = layer.permutation.contiguous()
+        extra = {
+            f"{index}.{key}.{name}": unsharded(tensor).cpu().contiguous()
+            for key, _, module in _parts(layer)
+            for name, tensor in module.state_dict().items()
+        }
+        return tensors, extra
+
+
+def _parts(layer: RoutedActivation) -> list[tuple[str, str, nn.Module]]:
+    """Return the modules with state that the stock class lacks: name in the extra file, path in the model, module."""
+    parts: list[tuple[str, str, nn.Module]] = [("routing", layer.ffn.spec.activation, layer)]
+    if isinstance(layer.config, GMoEConfig):
+        parts += [(path, path, module) for path, module in layer.ffn.projections()]
+    return parts
+
+
+def _key_norms(ffn: FFN) -> Tensor:
+    """Return the Euclidean norms of the keys ``[d]``. Keys of quantised weights come from the module's output."""
+    if has_plain_weight(ffn.proj_in):
+        keys = ffn.keys()
+    else:
+        weight, bias = cast(Tensor, ffn.proj_in.weight), ffn.key_bias()
+        dtype = torch.get_default_dtype() if bias is None else bias.dtype
+        z = ffn.proj_in.forward(torch.eye(ffn.h, dtype=dtype, device=weight.device))  # without hooks
+        keys = ffn.activated_rows(z.t())
+        keys = keys if bias is None else keys - bias.unsqueeze(1)
+    return unsharded(keys.detach().float().norm(dim=1)).cpu()
+
+
+def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any) -> nn.Module:
+    """Load a converted model that :func:`save_pretrained` or the model's library (``Trainer``) saved.
 
     >>> def build():
     ...     layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
@@ -123,165 +259,138 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
 
     Args:
         loader: a transformers class (``AutoModelForSequenceClassification``), ``timm.create_model``, or for a
-            plain module whatever builds the dense model.
-        folder: the checkpoint folder.
-        **options: passed to the loader.
+            plain module the function that builds the dense model.
+        folder: folder of the checkpoint.
+        **options: options of the loader, for example ``device_map`` or ``quantization_config``.
 
     Returns:
         The converted model, in evaluation mode.
 
     Raises:
-        CheckpointError: a missing or damaged file, or a sidecar of other weights.
+        CheckpointError: a file is missing or damaged, or the small files belong to other weights.
     """
     if not callable(loader) and not hasattr(loader, "from_pretrained"):
         raise CheckpointError(
-            f"from_pretrained: the loader is {loader!r:.80}; give a transformers class, timm.create_model, or what builds the model"
+            f"from_pretrained: the loader is {loader!r:.80}; give a transformers class, timm.create_model, or a "
+            "function that builds the model"
         )
     folder = Path(folder)
-    config, indices, tensors, extra = read_sidecars(folder)
-    _check_quantised(config, folder, options)
-    weights = Weights(folder)
-    resized = isinstance(config, GMoEConfig)
-    if resized or _holds_routing(weights, config):
-        model = load_around(loader, folder, resized=resized, **options)
-    else:
-        model = load_stock(loader, folder, **options)
-    chosen, order = marked_ffns(model, folder, config, indices, tensors)
-    _check_in_place(chosen, config, folder)
-    padding = padding_watches(model, chosen, config)
-    for ffn in chosen:
-        if resized:
+    mark, tensors, extra = read_sidecars(folder)
+    config = mark.config
+    _check_quantization(config, folder, options)
+    stored = files.Weights(folder)
+    # the model's library saves routers among the weights, which are then newer than the extra file
+    saved_by_library = has_routing_state(mark, stored)
+
+    def restored(model: nn.Module) -> set[str]:
+        ffns = converted_ffns(model, mark, folder) if isinstance(config, GMoEConfig) else []
+        return {f"{ffn.name}.{path}.{name}" for ffn in ffns for path, m in ffn.projections() for name in m.state_dict()}
+
+    reads_extra = saved_by_library or isinstance(config, GMoEConfig)
+    model = files.load_stock(loader, folder, restored=restored if reads_extra else None, **options)
+    ffns = converted_ffns(model, mark, folder)
+    permutations = read_permutations(ffns, tensors, folder)
+    _check_offload(ffns, config, folder)
+    padding = padding_watches(model, ffns, config)
+    layers = []
+    for ffn in ffns:
+        if isinstance(config, GMoEConfig):
             widen(ffn, config.num_experts)
-        layer = attach(ffn, config, order[ffn.index], padding.get(ffn.index))
-        restore_layer(layer, tensors, extra, weights, folder)
-    watch_losses(model)
+        layers.append(attach(ffn, config, permutations[ffn.index], padding.get(ffn.index)))
+    _restore_state(model, layers, stored if saved_by_library else extra, folder)
+    check_key_norms(ffns, tensors, folder)
     mark_(model)
-    guard_(model)
+    watch_state_(model)
     return model.eval()
 
 
-def marked_ffns(
-    model: nn.Module, folder: Path, config: EMoEConfig | GMoEConfig, indices: list[int], tensors: dict[str, Tensor]
-) -> tuple[list[FFN], dict[int, Tensor | None]]:
-    """The FFNs of a folder's model that are experts, and the permutation of each, where that is known.
-
-    Args:
-        model: the dense model.
-        folder: of the checkpoint.
-        config: of the experts.
-        indices: their layers' numbers.
-        tensors: of the partition file.
-
-    Raises:
-        CheckpointError: the sidecars are not of this model.
-    """
-    chosen = _numbered_ffns(find_ffns(model), indices, folder)
-    if isinstance(config, EMoEConfig):
-        check_divisible(chosen, config.num_experts)
-    order = {ffn.index: tensors.get(f"permutation.{ffn.index}") for ffn in chosen}
-    if isinstance(config, EMoEConfig) and any(permutation is not None for permutation in order.values()):
-        for ffn in chosen:
-            if not is_permutation(order[ffn.index], ffn.d):
-                raise CheckpointError(f"{folder / PARTITION_FILE} has no permutation of {ffn.name}'s {ffn.d} neurons")
-    return chosen, order
+def has_routing_state(mark: Mark, stored: files.Weights) -> bool:
+    """Check if a folder's weights include the state of :class:`RoutedActivation`, as the model's library saves it."""
+    names = (name for name in stored.files if ".router." in name or name.endswith(".output_bias"))
+    return mark.config.has_routing_state and any(names)
 
 
-def _numbered_ffns(ffns: list[FFN], indices: list[int], folder: Path) -> list[FFN]:
-    """The FFNs that a folder's layer numbers name, once it is clear that they were counted in this model."""
-    missing = sorted(set(indices) - set(range(len(ffns))))
-    named_by = CONFIG_FILE if (folder / CONFIG_FILE).exists() else "config.json"
-    if missing:
-        raise CheckpointError(f"{folder / named_by} names the layers {missing}, which the model does not have")
-    mark = read_mark(folder)
-    if mark is not None and mark.ffns not in (None, len(ffns)):
+def converted_ffns(model: nn.Module, mark: Mark, folder: Path) -> list[FFN]:
+    """Return the FFNs of a dense model that are experts in its folder (:class:`CheckpointError`)."""
+    ffns = find_ffns(model)
+    if mark.layers[-1] >= len(ffns) or mark.ffns not in (None, len(ffns)):
         raise CheckpointError(
-            f"{folder} holds a model of {len(ffns)} FFNs, but its experts were counted in a part of {mark.ffns}: "
-            "load and convert that part for itself"
+            f"{folder}: the model has {len(ffns)} FFNs, but the experts are numbered among "
+            f"{mark.ffns or mark.layers[-1] + 1}; load the part of the model that was converted"
         )
-    return [ffns[index] for index in indices]
+    chosen = [ffns[index] for index in mark.layers]
+    if isinstance(mark.config, EMoEConfig):
+        check_divisible(chosen, mark.config.num_experts)
+    return chosen
 
 
-def _holds_routing(weights: Weights, config: EMoEConfig | GMoEConfig) -> bool:
-    """Whether the state of routed layers stands among the weights, as it does where the model's own library saved them."""
-    return config.has_routing_state and any(re.search(r"\.(router\..+|output_bias)$", name) for name in weights.names)
+def read_permutations(ffns: list[FFN], tensors: dict[str, Tensor], folder: Path) -> dict[int, Tensor | None]:
+    """Return the permutation of each FFN from the partition file, None if it is unknown (:class:`CheckpointError`)."""
+    permutations = {ffn.index: tensors.get(f"permutation.{ffn.index}") for ffn in ffns}
+    for ffn in ffns if any(tensor is not None for tensor in permutations.values()) else []:
+        if not is_permutation(permutations[ffn.index], ffn.d):
+            raise CheckpointError(f"{folder / PARTITION_FILE} has no permutation of {ffn.name}'s {ffn.d} neurons")
+    return permutations
 
 
-def restore_layer(
-    layer: RoutedActivation, tensors: dict[str, Tensor], extra: dict[str, Tensor], weights: Weights, folder: Path
+def _restore_state(
+    model: nn.Module, layers: list[RoutedActivation], source: files.Weights | dict[str, Tensor], folder: Path
 ) -> None:
-    """Give a routed layer, and a GMoE's projections, the state that the stock class has no place for.
+    """Load the state that the stock class lacks from the weights or from the content of the extra file."""
+    keys = {
+        f"{layer.ffn.name}.{path}.{name}": f"{layer.ffn.index}.{key}.{name}"
+        for layer in layers
+        for key, path, module in _parts(layer)
+        for name in module.state_dict()
+    }
+    if isinstance(source, files.Weights):
+        state = {name: source[stored] for name, stored in source.find(model, keys).items()}
+    else:
+        state = {name: source[key] for name, key in keys.items() if key in source}
+    if missing := sorted(keys.keys() - state.keys()):
+        raise CheckpointError(
+            f"{folder} lacks {files.some(missing)}: save the model with emoe.save_pretrained, or train it with "
+            "emoe.TrainerCallback"
+        )
+    for layer in layers:
+        for _, path, module in _parts(layer):
+            prefix = f"{layer.ffn.name}.{path}."
+            try:
+                module.load_state_dict({name: state[prefix + name] for name in module.state_dict()})
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"{folder}: the state of {prefix[:-1]} does not fit: {files.one_line(error)}"
+                ) from error
 
-    Args:
-        layer: fresh, its FFN's weights in place.
-        tensors: of the partition file; empty where there is none.
-        extra: of the file of such state.
-        weights: of the folder.
-        folder: of the checkpoint.
 
-    Raises:
-        CheckpointError: a part of the state is missing, or the sidecars are of other weights.
-    """
-    ffn = layer.ffn
-    parts: dict[str, tuple[str, nn.Module]] = {"routing": (ffn.spec.activation, layer)}
-    if isinstance(layer.config, GMoEConfig):
-        parts |= {path: (path, ffn.layer.get_submodule(path)) for path in projections(ffn)}
-    apart = {name: tensor for name, tensor in extra.items() if name.startswith(f"{ffn.index}.")}
-    beside = weights.below(ffn.name, ffn.spec.activation, layer.state_dict())
-    if any(not _equal(tensor, apart.get(f"{ffn.index}.routing.{name}")) for name, tensor in beside.items()):
-        apart = {}  # the weights were written again without it
-    for name, (path, module) in parts.items():
-        prefix = f"{ffn.index}.{name}."
-        state = {key.removeprefix(prefix): tensor for key, tensor in apart.items() if key.startswith(prefix)}
-        state = state or weights.below(ffn.name, path, module.state_dict())
-        if module.state_dict() and not state and not extra:
+def check_key_norms(ffns: list[FFN], tensors: dict[str, Tensor], folder: Path) -> None:
+    """Check that a partition file, if there is one, belongs to the weights of FFNs (:class:`CheckpointError`)."""
+    for ffn in ffns if tensors else []:
+        saved = tensors[f"key_norms.{ffn.index}"].float()
+        with torch.no_grad(), weights_in_place(ffn.proj_in):
+            norms = _key_norms(ffn)
+        tolerance = _NORM_TOLERANCE if has_plain_weight(ffn.proj_in) else _QUANTIZED_NORM_TOLERANCE
+        if norms.shape != saved.shape or not torch.allclose(norms, saved, rtol=tolerance, atol=1e-6):
             raise CheckpointError(
-                f"{folder} does not hold the {', '.join(module.state_dict())} of {ffn.name}.{path}: "
-                "save the model by emoe.save_pretrained, or train it with emoe.TrainerCallback"
+                f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}: it belongs to another model, or "
+                "the weights were changed without it"
             )
-        try:
-            module.load_state_dict(state)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{folder / EXTRA_FILE} does not hold '{prefix}*' as the model needs it: {one_line(error)}"
-            ) from error
-    if tensors:
-        _check_norms(ffn, tensors[f"key_norms.{ffn.index}"], folder)
 
 
-def _equal(tensor: Tensor, other: Tensor | None) -> bool:
-    return other is not None and tensor.shape == other.shape and torch.equal(tensor, other.to(tensor.dtype))
-
-
-def _check_quantised(config: EMoEConfig | GMoEConfig, folder: Path, options: dict[str, Any]) -> None:
-    """Refuse experts that need weights themselves, where these are to be quantised or are."""
-    if options.get("quantization_config") is None and not is_quantised(folder):
+def _check_quantization(config: EMoEConfig | GMoEConfig, folder: Path, options: dict[str, Any]) -> None:
+    """Raise if the experts need plain weights and are to be quantised."""
+    if options.get("quantization_config") is None and not files.is_quantized(folder):
         return
-    if isinstance(config, GMoEConfig):
-        raise CheckpointError(
-            f"{folder} holds a GMoE, whose copies lie beside the stock weights: it is not loaded quantised"
-        )
-    needing = [name for name in ("normalize_gate", "value_norm_weighted", "gate_momentum") if getattr(config, name)]
-    if needing:
-        raise CheckpointError(
-            f"{folder} holds experts with {needing[0]}, which needs the keys themselves: it is not loaded quantised"
-        )
+    if isinstance(config, GMoEConfig) or config.gate_momentum:
+        reason = "a GMoE" if isinstance(config, GMoEConfig) else "experts with gate_momentum"
+        raise CheckpointError(f"{folder} holds {reason}, which cannot be loaded quantised: their weights are needed")
 
 
-def _check_in_place(ffns: list[FFN], config: EMoEConfig | GMoEConfig, folder: Path) -> None:
-    """Experts whose routing has state of its own are not split over devices: it would have no place beside weights that are not there."""
+def _check_offload(ffns: list[FFN], config: EMoEConfig | GMoEConfig, folder: Path) -> None:
+    """Raise if a ``device_map`` offloads FFNs whose routing has state, which must lie beside the weights."""
     for ffn in ffns if config.has_routing_state else []:
         if any(is_offloaded(module) for module in (ffn.proj_in, ffn.proj_out)):
             raise CheckpointError(
-                f"{folder}: the device_map offloads {ffn.name}, whose experts have a router, running gate, copies or biases of their own: "
-                "keep that layer on a device, or call accelerate.cpu_offload on the loaded model"
+                f"{folder}: the device_map offloads {ffn.name}, whose experts have state of their own; keep that layer "
+                "on a device, or call accelerate.cpu_offload on the loaded model"
             )
-
-
-def _check_norms(ffn: FFN, norms: Tensor, folder: Path) -> None:
-    with torch.no_grad(), in_place(ffn.proj_in):
-        found = key_norms(ffn)
-    tolerance = _NORM_TOLERANCE if has_plain_weight(ffn.proj_in) else _QUANTISED_NORM_TOLERANCE
-    if found.shape != norms.shape or not torch.allclose(found, norms.float(), rtol=tolerance, atol=1e-6):
-        raise CheckpointError(
-            f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}: it belongs to another model or the weights were changed without it"
-        )

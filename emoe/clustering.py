@@ -1,8 +1,8 @@
 """Balanced k-means: clusters of exactly equal size.
 
-Two phases. Lloyd iterations with a balanced greedy assignment find the basin; pairwise swaps then
-improve the exact objective. Lloyd alone stops early here: with few points a cluster in a space of
-many dimensions a point is a sizeable part of its own centre and holds itself in place.
+Lloyd iterations with a greedy balanced assignment give a first solution. Exchanges of two rows then improve the exact
+objective, because Lloyd iterations stop early here: with few rows per cluster in many dimensions, a row contributes so
+much to its own centre that it stays in its cluster.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _SWAP_CANDIDATES = 2
 _SWAP_ROUNDS = 500
 _SWAPS_PER_CLUSTER = 16
 _PAIRS_PER_CLUSTER = 16
-# of the sum of squares, per round: below the first exchanges are made singly, below the second no more
+# Relative gains per round: below the first, clusters exchange one pair at a time; below the second, the search ends.
 _SMALL_GAIN = 1e-4
 _NEGLIGIBLE_GAIN = 2e-5
 
 
 @dataclass(frozen=True)
 class Clustering:
-    """Result of :func:`balanced_kmeans`.
+    """Hold the result of :func:`balanced_kmeans`.
 
     Attributes:
-        labels: ``[n]`` int64; clusters are numbered by their lowest member.
+        labels: cluster of each row, ``[n]`` int64. Clusters are numbered by their first row.
         inertia: sum of squared distances to the cluster means, on the normalised rows.
-        total: the same with a single cluster, so that ``1 - inertia / total`` is the explained share.
+        total: the inertia of a single cluster.
     """
 
     labels: Tensor
@@ -45,14 +45,14 @@ class Clustering:
 
 @torch.no_grad()
 def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Clustering:
-    """Cluster L2-normalised rows into ``num_clusters`` groups of exactly equal size (the paper's expert construction).
+    """Cluster L2-normalised rows into groups of exactly equal size (the paper's expert construction).
 
-    Deterministic for a seed, a device and a number of threads. Memory is linear in the rows.
+    The result depends only on the seed, the device and the number of threads. Memory is linear in the rows.
 
     Args:
-        points: ``[n, h]``, any floating dtype.
-        num_clusters: must divide n.
-        seed: of the initial centres.
+        points: rows ``[n, h]`` of any floating dtype.
+        num_clusters: number of clusters, a divisor of n.
+        seed: seed of the initial centres.
 
     Raises:
         ValueError: n is not a multiple of ``num_clusters``, or a value is not finite.
@@ -63,26 +63,26 @@ def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Clus
     if not torch.isfinite(points).all():
         raise ValueError("the rows hold values that are not finite")
     rows = F.normalize(points.detach().to(torch.float32), dim=1)
-    size = n // num_clusters
-    if num_clusters == 1 or size == 1:
-        labels = torch.zeros(n, dtype=torch.int64) if num_clusters == 1 else torch.arange(n)
+    if num_clusters == 1:
+        labels = torch.zeros(n, dtype=torch.int64)
+    elif num_clusters == n:
+        labels = torch.arange(n)
     else:
-        labels = _lloyd(rows, num_clusters, seed)
-        labels = _swap(rows, labels, num_clusters)
+        labels = _swap(rows, _lloyd(rows, num_clusters, seed), num_clusters)
     labels = _canonical(labels.cpu())
     return Clustering(labels, inertia(rows, labels, num_clusters), inertia(rows, torch.zeros_like(labels), 1))
 
 
 def inertia(rows: Tensor, labels: Tensor, num_clusters: int) -> float:
-    """Sum of squared distances of rows ``[n, h]`` to the means of their clusters, in float64."""
-    rows = rows.to(torch.float64, copy=True)  # a copy, whose squares then take no memory of their own
+    """Sum the squared distances of rows ``[n, h]`` to their cluster means, in float64."""
+    rows = rows.to(torch.float64, copy=True)  # a copy, so that squaring in place needs no more memory
     sums = _sums(rows, labels.to(rows.device), num_clusters)
     counts = torch.bincount(labels, minlength=num_clusters).clamp(min=1).to(rows)
     return float((rows.square_().sum() - (sums.square().sum(1) / counts).sum()).clamp(min=0))
 
 
 def explained_variance_ratio(points: Tensor, labels: Tensor, num_clusters: int) -> float:
-    """Share of the variance between the L2-normalised ``points`` ``[n, h]`` that a grouping explains, 0 to 1."""
+    """Compute the share of the variance between L2-normalised rows ``[n, h]`` that a grouping explains, 0 to 1."""
     rows = F.normalize(points.detach().float(), dim=1)
     total = inertia(rows, torch.zeros_like(labels), 1)
     return 1.0 - inertia(rows, labels, num_clusters) / total if total > 0 else 0.0
@@ -93,20 +93,19 @@ def _sums(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
 
 
 def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
-    """k-means++ on squared distances, from a seeded generator on the CPU."""
+    """Draw centres as k-means++ does, with a seeded generator on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-    first = int(torch.randint(rows.shape[0], (1,), generator=generator))
-    chosen = [first]
+    chosen = [int(torch.randint(rows.shape[0], (1,), generator=generator))]
     squares = rows.square().sum(1)
 
     def distance_to(row: int) -> Tensor:
         return squares + squares[row] - 2 * (rows @ rows[row])
 
-    distance = distance_to(first)
+    distance = distance_to(chosen[0])
     for _ in range(num_clusters - 1):
         weights = distance.double().cpu().clamp(min=0)
         weights[chosen] = 0
-        if float(weights.sum()) < 1e-3:  # only duplicates are left: the distances are rounding
+        if float(weights.sum()) < 1e-3:  # only duplicates are left, and the distances are rounding errors
             weights = torch.ones(rows.shape[0], dtype=torch.float64)
             weights[chosen] = 0
         chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
@@ -131,42 +130,38 @@ def _lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
 
 
 def _assign(affinity: Tensor, size: int) -> Tensor:
-    """Give rows to clusters in order of how much they would lose by their second choice."""
+    """Assign rows to clusters with free places. Rows that lose most by their second choice are first."""
     top = affinity.topk(2, dim=1).values
     order = torch.sort(top[:, 0] - top[:, 1], descending=True, stable=True).indices.tolist()
     preferences = torch.sort(affinity, dim=1, descending=True, stable=True).indices.tolist()
-    room = [size] * affinity.shape[1]
+    free = [size] * affinity.shape[1]
     labels = [0] * affinity.shape[0]
     for row in order:
-        for cluster in preferences[row]:
-            if room[cluster]:
-                room[cluster] -= 1
-                labels[row] = cluster
-                break
+        labels[row] = next(cluster for cluster in preferences[row] if free[cluster])
+        free[labels[row]] -= 1
     return torch.tensor(labels, dtype=torch.int64)
 
 
 def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
-    """Exchange pairs of rows between clusters while that lowers the inertia.
+    """Exchange pairs of rows between clusters while this lowers the inertia.
 
-    With S_c the sum of cluster c, inertia is a constant minus sum |S_c|^2 / size. Exchanging i in a
-    with j in b raises the sum of squares by 2 (g_i + g_j) + 2 |x_i - x_j|^2, where
-    g_i = (S_b - S_a) x_i and g_j = (S_a - S_b) x_j. Every round makes many exchanges at once. Those of
-    one cluster disturb each other a little, so the sum is checked, and a round that did not raise it is
-    made again with one exchange a cluster, which is exact.
+    With S_c the sum of cluster c, the inertia is a constant minus sum |S_c|^2 / size. An exchange of row i of cluster a
+    with row j of cluster b raises the sum of squares by 2 (g_i + g_j) + 2 |x_i - x_j|^2, with g_i = (S_b - S_a) x_i and
+    g_j = (S_a - S_b) x_j. A round makes many exchanges at once. Exchanges of the same cluster influence each other. If
+    a round did not raise the sum, it is repeated with one exchange per cluster, whose gain is exact.
     """
     labels = labels.clone()
     squares = rows.square().sum(1)
     sums = _sums(rows, labels, num_clusters)
     products = rows @ sums.t()
     score, depth = float(sums.double().square().sum()), _SWAPS_PER_CLUSTER
-    everywhere = False
+    all_pairs = False
     for _ in range(_SWAP_ROUNDS):
-        moves = _best_exchanges(rows, squares, labels, products, depth, everywhere=everywhere)
+        moves = _best_exchanges(rows, squares, labels, products, depth, all_pairs=all_pairs)
         if not moves.numel():
-            if depth == 1 and everywhere:
+            if depth == 1 and all_pairs:
                 break
-            depth, everywhere = 1, True
+            depth, all_pairs = 1, True
             continue
         i, j = moves
         changed = labels.clone()
@@ -175,7 +170,7 @@ def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
         changed_score = float(changed_sums.double().square().sum())
         if changed_score <= score:
             if depth == 1:
-                break  # only rounding is left
+                break  # the predicted gain was a rounding error
             depth = 1
             continue
         gain = (changed_score - score) / score
@@ -190,80 +185,71 @@ def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
 
 
 def _best_exchanges(
-    rows: Tensor, squares: Tensor, labels: Tensor, products: Tensor, depth: int, *, everywhere: bool
+    rows: Tensor, squares: Tensor, labels: Tensor, products: Tensor, depth: int, *, all_pairs: bool
 ) -> Tensor:
-    """Exchanges that pay off, ``[2, count]`` rows: no row twice, no cluster more than ``depth`` times.
+    """Select profitable exchanges ``[2, count]`` of rows, each row at most once.
 
     Args:
-        rows: ``[n, h]``.
-        squares: ``[n]``, their squared lengths.
-        labels: ``[n]``, their clusters.
-        products: ``[n, clusters]``, inner products of rows with the clusters' sums.
-        depth: exchanges of one cluster.
-        everywhere: look at all pairs of clusters, not only at the most promising.
+        rows: rows ``[n, h]``.
+        squares: squared lengths of the rows ``[n]``.
+        labels: clusters of the rows ``[n]``.
+        products: inner products of the rows with the clusters' sums ``[n, clusters]``.
+        depth: maximum number of exchanges per cluster.
+        all_pairs: search all pairs of clusters instead of the most promising ones.
     """
     clusters = products.shape[1]
     size = rows.shape[0] // clusters
     candidates = min(_SWAP_CANDIDATES, size)
     members = torch.sort(labels, stable=True).indices.view(clusters, size)
-    # gain[a, b, i]: what the i-th member of a gains by going to b
+    # gain[a, b, i]: gain of moving the i-th member of a to b
     gain = (products - products.gather(1, labels[:, None]))[members].transpose(1, 2).contiguous()
-    value, place = _largest(gain, candidates)
-    moved = members.gather(1, place.view(clusters, -1)).view_as(place)
+    value, index = _largest_(gain, candidates)
+    moved = members.gather(1, index.view(clusters, -1)).view_as(index)
     first, second = torch.triu_indices(clusters, clusters, 1, device=rows.device)
-    if not everywhere:
-        hope = value[first, second, 0] + value[second, first, 0]
-        chosen = hope.topk(min(_PAIRS_PER_CLUSTER * clusters, hope.numel())).indices
+    if not all_pairs:
+        bound = value[first, second, 0] + value[second, first, 0]
+        chosen = bound.topk(min(_PAIRS_PER_CLUSTER * clusters, bound.numel())).indices
         first, second = first[chosen], second[chosen]
     left, right = moved[first, second], moved[second, first]
-    apart = squares[left][:, :, None] + squares[right][:, None, :] - 2 * _cross(rows, left, right)
-    total = value[first, second][:, :, None] + value[second, first][:, None, :] + apart
-    best, where = total.flatten(1).max(1)
+    distance = squares[left][:, :, None] + squares[right][:, None, :] - 2 * _products_of_pairs(rows, left, right)
+    total = value[first, second][:, :, None] + value[second, first][:, None, :] + distance
+    best, pair = total.flatten(1).max(1)
     order = torch.sort(best, descending=True, stable=True).indices
     order = order[best[order] > 1e-5]
-    where = where[order]
-    table = torch.stack(
-        [
-            first[order],
-            second[order],
-            left[order, where // candidates],
-            right[order, where % candidates],
-        ]
-    )
-    busy, used, moves = [0] * clusters, set(), []
-    for a, b, i, j in table.t().tolist():
-        if busy[a] < depth and busy[b] < depth and i not in used and j not in used:
-            busy[a] += 1
-            busy[b] += 1
-            used |= {i, j}
-            moves.append((i, j))
+    i, j = left[order, pair[order] // candidates], right[order, pair[order] % candidates]
+    used_clusters, used_rows = [0] * clusters, set[int]()
+    moves = []
+    for a, b, row, other in torch.stack([first[order], second[order], i, j]).t().tolist():
+        if used_clusters[a] < depth and used_clusters[b] < depth and used_rows.isdisjoint((row, other)):
+            used_clusters[a] += 1
+            used_clusters[b] += 1
+            used_rows |= {row, other}
+            moves.append((row, other))
     return torch.tensor(moves, dtype=torch.int64, device=rows.device).t()
 
 
-def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``topk`` over the last dimension, which changes ``values``; faster for a few of many short rows."""
-    found = []
+def _largest_(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Compute ``topk`` over the last dimension and overwrite ``values``. Faster than ``topk`` for many short rows."""
+    largest, indices = [], []
     for _ in range(count):
-        largest, place = values.max(-1, keepdim=True)
-        found.append((largest, place))
-        values.scatter_(-1, place, -torch.inf)
-    return torch.cat([largest for largest, _ in found], -1), torch.cat([place for _, place in found], -1)
+        value, index = values.max(-1, keepdim=True)
+        largest.append(value)
+        indices.append(index)
+        values.scatter_(-1, index, -torch.inf)
+    return torch.cat(largest, -1), torch.cat(indices, -1)
 
 
-def _cross(rows: Tensor, left: Tensor, right: Tensor, chunk: int = 128) -> Tensor:
-    """Inner products of the candidates of each pair of clusters, without gathering all at once."""
+def _products_of_pairs(rows: Tensor, left: Tensor, right: Tensor, chunk: int = 128) -> Tensor:
+    """Compute the inner products of the candidates of each pair of clusters, ``chunk`` pairs at a time."""
 
-    def chosen(candidates: Tensor) -> Tensor:  # index_select is several times faster than indexing
+    def take(candidates: Tensor) -> Tensor:  # index_select is several times faster than indexing
         return rows.index_select(0, candidates.flatten()).view(*candidates.shape, -1)
 
     pairs = zip(left.split(chunk), right.split(chunk), strict=True)
-    return torch.cat([chosen(one) @ chosen(other).transpose(1, 2) for one, other in pairs])
+    return torch.cat([take(a) @ take(b).transpose(1, 2) for a, b in pairs])
 
 
 def _canonical(labels: Tensor) -> Tensor:
-    """Renumber clusters by their lowest member, so that equal groupings have equal labels."""
-    order = labels.tolist()
-    names: dict[int, int] = {}
-    for label in order:
-        names.setdefault(label, len(names))
-    return torch.tensor([names[label] for label in order], dtype=torch.int64)
+    """Number clusters by their first row, so that equal groupings have equal labels."""
+    numbers: dict[int, int] = {}
+    return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels.tolist()], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The errors that users meet, and the nearest valid values that go into them."""
+"""Errors for users, and suggestions of valid values."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterable
 
 
 class EMoEError(ValueError):
-    """Tell that something was refused on purpose; the base of the errors below, and a :class:`ValueError`."""
+    """Base class of all errors raised by emoe."""
 
 
 class ConfigError(EMoEError):
-    """Tell of a configuration field or value that does not exist or is out of range."""
+    """Signal an unknown or invalid field or value of a configuration."""
 
 
 class ConversionError(EMoEError):
-    """Tell of a model that cannot be converted as asked; the model is unchanged."""
+    """Signal a model that cannot be converted as requested. The model is unchanged."""
 
 
 class CheckpointError(EMoEError):
-    """Tell of a checkpoint folder that is missing, damaged, or does not match its weights."""
+    """Signal a checkpoint folder that is missing, damaged, or does not match its weights."""
 
 
 def did_you_mean(given: object, options: Iterable[object]) -> str:
-    """Return ``"; did you mean 'x'?"`` or, without a near match, ``"; choose from …"``; nothing where there is nothing to choose."""
+    """Return ``"; did you mean 'x'?"``, or ``"; choose from …"`` without a close match, or nothing without options."""
     names = [str(option) for option in options if str(option).strip()]
     close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
     if close:
@@ -32,7 +32,7 @@ def did_you_mean(given: object, options: Iterable[object]) -> str:
 
 
 def nearest_divisor(width: int, number: int) -> int:
-    """The divisor of ``width`` that is nearest to ``number``, the smaller of two.
+    """Return the divisor of ``width`` nearest to ``number``, the smaller one of two.
 
     >>> nearest_divisor(64, 24)
     16

@@ -232,11 +232,11 @@ class RoutedActivation(nn.Module):
                 raise missing_input_error(self.ffn)
             return cast(Tensor, self.router(x.to(z.device)))
 
-    def linear_scores(self, x: Tensor, mean_keys: Tensor | None = None) -> Tensor:
-        """Score the experts ``[T, N]`` of inputs ``[T, h]`` without computing neurons; ``mean_keys`` as in the router."""
+    def linear_scores(self, x: Tensor) -> Tensor:
+        """Score the experts ``[T, N]`` of inputs ``[T, h]`` without computing neurons."""
         with self._with_gradient():
             if isinstance(self.router, AvgKRouter):
-                return self.router.linear_scores(x, mean_keys)
+                return self.router.linear_scores(x)
             return cast(Tensor, self.router(x))
 
     def route(self, clean: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,7 @@ class AvgKRouter(Router):
     Attributes:
         ffn: FFN whose experts are scored.
         gate: running mean keys ``[N, h]`` in float32 with ``gate_momentum``, else None.
+        frozen_keys: mean keys of frozen weights (:func:`emoe.for_inference_`), else None.
     """
 
     learned: ClassVar[bool] = False
@@ -125,19 +126,15 @@ class AvgKRouter(Router):
         self.ffn = ffn
         self.config = cast(EMoEConfig, config)
         self._proj_in = (ffn.proj_in,)  # in a tuple, so that it does not become a child module
+        self.frozen_keys: Tensor | None = None
         momentum = self.config.gate_momentum > 0
         self.register_buffer("gate", self.mean_keys().clone() if momentum else None)
 
-    def linear_scores(self, x: Tensor, mean_keys: Tensor | None = None) -> Tensor:
-        """Compute scores ``[T, N]`` from mean weights, before any neuron is computed.
-
-        Args:
-            x: FFN inputs ``[T, h]``.
-            mean_keys: precomputed result of :meth:`mean_keys`, if the weights are frozen.
-        """
+    def linear_scores(self, x: Tensor) -> Tensor:
+        """Compute scores ``[T, N]`` of inputs ``[T, h]`` from mean weights, before any neuron is computed."""
         config = self.config
         if config.score == "keys":
-            gate = self.gate if self.gate is not None else mean_keys
+            gate = self.frozen_keys if self.gate is None else self.gate
             bias = self._mean_bias() if config.score_bias else None
             return key_scores(x, self.mean_keys() if gate is None else gate, bias)
         # the mean of an in-projection's outputs is the output of its mean weights
@@ -203,6 +200,12 @@ class AvgKRouter(Router):
     def mean_keys(self) -> Tensor:
         """Compute the mean keys ``[N, h]`` of the present weights, without gradient."""
         return expert_means(unsharded(self.ffn.keys()), self.config.num_experts)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; training discards the frozen mean keys."""
+        if mode:
+            self.frozen_keys = None
+        return super().train(mode)
 
     @torch.no_grad()
     def update_(self) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import emoe
-from emoe.folders import loader_for
-from emoe.stock import save_weights
+from emoe.files import load_stock, loader_for, save_weights
 from tests.tiny_models import build
 
 
@@ -28,6 +29,25 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard_size
 
 def loaded(folder: Path) -> nn.Module:
     return emoe.from_pretrained(loader_for(folder), folder)
+
+
+def dense(folder: Path) -> nn.Module:
+    return load_stock(loader_for(folder), folder).eval()
+
+
+def tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob(pattern)) for name, tensor in load_file(file).items()}
+
+
+def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def digests(folder: Path) -> dict[str, str]:

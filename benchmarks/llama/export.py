@@ -16,9 +16,8 @@ from benchmarks.harness.modeling.loading import load_tokenizer
 from benchmarks.harness.planning.runs import read_run
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.templates import find_template
-from emoe.folders import check_new
+from emoe.files import check_new, save_weights
 from emoe.layer import routed_layers
-from emoe.stock import save_weights
 
 DENSE, EXPERTS = "dense", "emoe"
 

@@ -1,4 +1,4 @@
-"""Time of decoding: a prompt, and one token after the other, through a language model at rest."""
+"""Time of decoding: a prompt, and one token after another, through a language model in evaluation mode."""
 
 from __future__ import annotations
 
@@ -14,12 +14,6 @@ import emoe
 from benchmarks.speed.definition import DecodeSettings, GenerateSettings, PromptSettings, RunModel
 from benchmarks.speed.timing import ratios, side_by_side
 
-# candidates by what they change in the configuration
-_CANDIDATES: dict[str, dict[str, Any]] = {
-    "auto": {},
-    "scattered": {"decode_cache": False},
-    "masked": {"backend": "masked"},
-}
 _PROMPT = 16
 
 
@@ -73,9 +67,12 @@ def _models(model: RunModel, settings: DecodeSettings) -> dict[str, Any]:
             top_k=settings.top_k,
             layers="all",
             partition="contiguous",
-            **_CANDIDATES[name],
         )
         emoe.convert_(nets[name], config)
+        if name == "inference":
+            emoe.for_inference_(nets[name])
+        else:
+            emoe.set_backend_(nets[name], name)
     return nets
 
 

@@ -14,7 +14,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import emoe
-from emoe.config import Backend
 
 
 class FFN(nn.Module):
@@ -50,11 +49,11 @@ emoe.register_ffn(
 )
 
 
-def ours(ffn: FFN, num_experts: int, top_k: int, backend: Backend) -> nn.Module:
-    """The FFN's weights as experts. The partition is random: balanced enough to be typical, and found in no time."""
+def ours(ffn: FFN, num_experts: int, top_k: int, backend: str) -> nn.Module:
+    """Convert a copy of the FFN. The partition is random, which takes no time to compute."""
     net = SpeedNet(copy.deepcopy(ffn))
-    config = emoe.EMoEConfig(num_experts=num_experts, top_k=top_k, layers=[0], partition="random", backend=backend)
-    emoe.convert_(net, config)
+    emoe.convert_(net, emoe.EMoEConfig(num_experts=num_experts, top_k=top_k, layers=[0], partition="random"))
+    emoe.set_backend_(net, backend)
     return net
 
 
@@ -120,7 +119,6 @@ class TransformersExperts(nn.Module):
 
 CANDIDATES: dict[str, Callable[[FFN, int, int], nn.Module]] = {
     "dense": lambda ffn, *_: SpeedNet(ffn),
-    "auto": lambda ffn, n, k: ours(ffn, n, k, "auto"),
     "sparse": lambda ffn, n, k: ours(ffn, n, k, "sparse"),
     "masked": lambda ffn, n, k: ours(ffn, n, k, "masked"),
     "block_mask": BlockMask,

@@ -16,8 +16,7 @@ from benchmarks.speed.tables import threads_text
 from emoe.sparse.cost_model import predicted_time_ratio
 
 _LOOKS = {
-    "auto": Look("#0072b2", "D"),
-    "sparse": Look("#56b4e9", "o"),
+    "sparse": Look("#0072b2", "D"),
     "masked": Look("#999999", "s"),
     "block_mask": Look("#d55e00", "^"),
     "transformers_eager": Look("#009e73", "v"),
@@ -76,7 +75,7 @@ def draw_scaling(measured: Measurements, path: Path) -> None:
         "top_k_fraction": ("Share of experts in use, k/N", rows[base & usual_n & at]),
         "hidden": ("Width", rows[usual_n & usual_k & at]),
     }
-    names = [name for name in ("auto", "masked", "block_mask") if name in set(rows["eval_task"])]
+    names = [name for name in ("sparse", "masked", "block_mask") if name in set(rows["eval_task"])]
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.9), sharey=True, layout="constrained")
         for axis, (column, (label, panel)) in zip(axes.flat, panels.items(), strict=True):
@@ -91,7 +90,7 @@ def draw_scaling(measured: Measurements, path: Path) -> None:
                     label=measured.titles[name],
                     **_LOOKS[name].mark,
                 )
-            own = panel[panel["eval_task"] == "auto"].sort_values(column)
+            own = panel[panel["eval_task"] == "sparse"].sort_values(column)
             expected = [
                 predicted_time_ratio(row.tokens, int(row.hidden), int(row.size), row.top_k_fraction, torch.float32, 1)
                 for row in own.itertuples()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,9 +32,9 @@ def measure(model: RunModel, settings: StepSettings) -> dict[str, dict[str, floa
             top_k=settings.top_k,
             layers=settings.layers,
             partition="random",
-            backend=cast(Any, backend),
         )
         emoe.convert_(nets[backend], config)
+        emoe.set_backend_(nets[backend], backend)
     inputs = _inputs(dense, settings.batch_size, settings.length)
     steps = {
         name: functools.partial(_step, net, torch.optim.AdamW(net.parameters()), inputs) for name, net in nets.items()

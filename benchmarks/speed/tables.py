@@ -18,8 +18,8 @@ def layer(measured: Measurements) -> Table:
     return Table(
         "One FFN of experts beside the dense FFN",
         "Forward and backward, random weights and inputs. Time as a ratio to the dense FFN in the same round: median [lowest, highest]; the lowest possible is k/N. EMoE is "
-        'backend="auto", which chooses between sparse and masked; expected is what emoe.sparse.cost_model, by which it chooses, says of sparse. The authors\' block mask is our writing of what their Llama code '
-        "computes; their Tutel fork was not at hand. transformers' experts get the same weights without biases, the same choice of experts, and no router's cost beyond it. The last column is what the "
+        "emoe.set_backend_(model, 'sparse'); expected is the prediction of emoe.sparse.cost_model, which decides if the sparse products are used. The authors' block mask is our version of their Llama code's "
+        "computation; their Tutel fork was not at hand. transformers' experts get the same weights without biases, the same choice of experts, and no router's cost beyond it. The last column is what the "
         "sparse path keeps for the backward pass.",
         {
             "model_title": "FFN",
@@ -55,7 +55,7 @@ def step(measured: Measurements) -> Table:
             "batch": "Batch",
             "threads": "Threads",
         },
-        [Column("milliseconds", "dense_seconds", "Dense"), *_ratio_columns(measured, frame, ["auto", "masked"])],
+        [Column("milliseconds", "dense_seconds", "Dense"), *_ratio_columns(measured, frame, ["sparse", "masked"])],
         frame,
     )
 
@@ -73,8 +73,8 @@ def decode(measured: Measurements) -> Table:
     frame = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
     return Table(
         "Decoding beside the dense model",
-        "A language model with random weights and all FFNs converted, at rest: one token, or the tokens of a prompt at once, through all its FFNs one after the other, and a greedy answer of 24 tokens to a prompt of 16 with "
-        "a key-value cache. Ratios as above. EMoE keeps a copy of the values by neuron, as large as the out-projections; without it they are gathered from where they lie.",
+        "A language model with random weights and all FFNs converted, in evaluation mode: one token, or the tokens of a prompt at once, through all its FFNs one after another, and a greedy answer of 24 tokens to a prompt of 16 with "
+        "a key-value cache. Ratios as above. EMoE is emoe.for_inference_(model), which stores a copy of the values by neuron, as large as the out-projections.",
         {
             "model_title": "Model",
             "what": "What",
@@ -85,7 +85,7 @@ def decode(measured: Measurements) -> Table:
         },
         [
             Column("milliseconds", "dense_seconds", "Dense"),
-            *_ratio_columns(measured, frame, ["auto", "scattered", "masked"]),
+            *_ratio_columns(measured, frame, ["inference", "masked"]),
         ],
         frame,
     )
@@ -121,7 +121,7 @@ TABLES = {"layer": layer, "step": step, "decode": decode, "partition": partition
 
 def verdicts(measured: Measurements) -> Iterator[str]:
     """A sentence for each measure, type and share of experts: the middle over its settings, and both ends."""
-    rows = measured.records[(measured.records["eval_task"] == "auto") & (measured.records["metric"] == "ratio")]
+    rows = measured.records[(measured.records["eval_task"].isin(["sparse", "inference"])) & (measured.records["metric"] == "ratio")]
     for (measure, dtype, share), found in rows.groupby(["task", "dtype", "top_k_fraction"], dropna=False, sort=False):
         found = found.sort_values("value")
         first, last = found.iloc[0], found.iloc[-1]

@@ -79,13 +79,11 @@ class Layout:
     """Hold the weights of a frozen FFN by expert.
 
     Attributes:
-        mean_keys: mean keys ``[N, h]``, None if the router is not avg-k.
         inputs: in-projection weights ``[N, s, h]``.
         biases: in-projection biases ``[N, s]`` or None.
         values: values ``[N, s, h]``, contiguous by neuron.
     """
 
-    mean_keys: Tensor | None
     inputs: list[Tensor]
     biases: list[Tensor | None]
     values: Tensor
@@ -121,7 +119,7 @@ class SparseFFN(_Replacement):
         if self._needs_mask(rows):
             return self._compute_masked(x)
         _check_weights(layer.ffn)
-        mask, weights = layer.route(layer.linear_scores(rows, self.layout.mean_keys if self.layout else None))
+        mask, weights = layer.route(layer.linear_scores(rows))
         inputs, values = layer.ffn.blocks(layer.config.num_experts)
         per_expert = None if layer.weighting == "binary" else weights
         y = sparse_ffn(rows, inputs, values, layer.activation, mask, per_expert)
@@ -163,7 +161,7 @@ class SparseFFN(_Replacement):
     def _compute_few(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """Compute a few tokens with the weights of their experts only. Return the output ``[T, h]`` and the expert weights."""
         layer, config = self._layer[0], self._layer[0].config
-        scores = layer.linear_scores(rows, layout.mean_keys)
+        scores = layer.linear_scores(rows)
         mask = weights = None
         needs_weights = layer.weighting != "binary" or layer.output_bias is not None or len(rows) > 1
         if not needs_weights and layer.record is None and not config.aux_loss_coefficient:
@@ -188,9 +186,9 @@ class SparseFFN(_Replacement):
         layer = self._layer[0]
         _check_weights(layer.ffn)
         inputs, values = layer.ffn.blocks(layer.config.num_experts)
-        mean_keys = layer.router.mean_keys() if isinstance(layer.router, AvgKRouter) else None
+        if isinstance(layer.router, AvgKRouter):
+            layer.router.frozen_keys = layer.router.mean_keys()
         self.layout = Layout(
-            mean_keys,
             [weight.detach().contiguous() for weight, _ in inputs],
             [None if bias is None else bias.detach() for _, bias in inputs],
             values.detach().contiguous(),

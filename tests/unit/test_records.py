@@ -30,7 +30,7 @@ def test_loads_count_every_token_and_leave_padding_out() -> None:
     assert found.experts_per_token == 2
     assert float(found.shares.sum()) == pytest.approx(1)
     assert 0 < found.entropy <= 1 <= found.max_over_mean
-    with pytest.raises(KeyError, match="layer 0 has no experts; those that have are 1"):
+    with pytest.raises(KeyError, match="layer 0 has no experts; the layers with experts are 1"):
         record.layers[0]
 
     mask = torch.ones(3, 11, dtype=torch.long)
@@ -240,9 +240,9 @@ def test_parts_that_were_converted_apart_are_not_mixed_up(tmp_path) -> None:
     model = torch.nn.ModuleDict({"a": plain_net(4, 8), "b": plain_net(4, 8)})
     for name, top_k in (("a", 1), ("b", 3)):
         emoe.convert_(model[name], emoe.EMoEConfig(num_experts=4, top_k=top_k, layers=[0]))
-    with pytest.raises(emoe.ConversionError, match="converted apart"), emoe.record_routing(model):
+    with pytest.raises(emoe.ConversionError, match="converted separately"), emoe.record_routing(model):
         pass
-    with pytest.raises(emoe.ConversionError, match="converted apart"):
+    with pytest.raises(emoe.ConversionError, match="converted separately"):
         emoe.save_pretrained(model, tmp_path)
 
 

@@ -18,7 +18,7 @@ from emoe.layer import routed_layers
 from tests import tiny_models
 from tests.classifiers import METHODS, SIZES, SOME, bert, logits, rows
 
-# plain gradient descent over the rows as they stand
+# plain gradient descent over the rows in their order
 BY_HAND = {
     "optim": "sgd",
     "learning_rate": 0.1,
@@ -166,11 +166,19 @@ def test_what_is_pushed_has_the_sidecars_beside_the_weights(tmp_path: Path, monk
     assert_same_experts(emoe.from_pretrained(BertForSequenceClassification, tmp_path / "out"), model)
 
 
-def llama() -> Any:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=60, **SIZES))
-    emoe.convert_(model, emoe.EMoEConfig(**SOME, aux_loss_coefficient=5.0))
-    return model
+BALANCED = emoe.EMoEConfig(**SOME, aux_loss_coefficient=5.0)
+WITHOUT_SOURCE = """
+class {name}({base}):
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+"""
+
+
+def without_source(base: type) -> type:
+    """A subclass whose source is not available, and which passes all arguments on."""
+    names: dict[str, Any] = {base.__name__: base}
+    exec(WITHOUT_SOURCE.format(name=f"My{base.__name__}", base=base.__name__), names)  # noqa: S102
+    return names[f"My{base.__name__}"]
 
 
 def without_dropout(model: Any) -> Any:
@@ -180,36 +188,41 @@ def without_dropout(model: Any) -> Any:
     return model
 
 
+def build(cls: type) -> Any:
+    torch.manual_seed(0)
+    config = (LlamaConfig if issubclass(cls, LlamaForCausalLM) else BertConfig)(vocab_size=60, **SIZES)
+    model = without_dropout(cls(config))
+    emoe.convert_(model, BALANCED)
+    return model
+
+
 def texts() -> list[dict[str, torch.Tensor]]:
-    """Rows of as many tokens, but of different numbers of labels."""
-    found = []
-    for place, row in enumerate(rows(4)):
+    """Rows with equal numbers of tokens and different numbers of labels."""
+    data = []
+    for index, row in enumerate(rows(4)):
         labels = row["input_ids"].clone()
-        labels[: 2 * place] = -100
-        found.append({"input_ids": row["input_ids"], "labels": labels})
-    return found
+        labels[: 2 * index] = -100
+        data.append({"input_ids": row["input_ids"], "labels": labels})
+    return data
 
 
 def batch(data: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in data]) for name in data[0]}
 
 
-@pytest.mark.parametrize("kind", ["mean that the Trainer divides", "mean that it does not", "sum of tokens"])
-def test_the_balance_loss_weighs_what_the_tasks_loss_does(kind: str, tmp_path: Path) -> None:
-    """One step of plain gradient descent on two passes of two rows each."""
-    tokens = kind == "sum of tokens"
-    data = texts() if tokens else rows(4)
-
-    def build() -> Any:
-        model = llama() if tokens else bert(emoe.EMoEConfig(**SOME, aux_loss_coefficient=5.0))
-        if kind == "mean that the Trainer divides":
-            model.accepts_loss_kwargs = False
-        return without_dropout(model)
-
-    model, expected = build(), build().train()
+@pytest.mark.parametrize("has_source", [True, False])
+@pytest.mark.parametrize("kind", ["mean that Trainer divides", "mean that it does not divide", "sum over labels"])
+def test_the_balance_loss_is_scaled_like_the_models_loss(kind: str, has_source: bool, tmp_path: Path) -> None:
+    """One step of plain gradient descent on two forward passes of two rows each."""
+    sums = kind == "sum over labels"
+    data, cls = (texts(), LlamaForCausalLM) if sums else (rows(4), BertForSequenceClassification)
+    cls = cls if has_source else without_source(cls)
+    model, expected = build(cls), build(cls).train()
+    if kind == "mean that Trainer divides":
+        model.accepts_loss_kwargs = False
     parts = [batch(data[:2]), batch(data[2:])]
-    counts = [float((part["labels"][..., 1:] != -100).sum()) if tokens else 1.0 for part in parts]
-    whole = 1.0 if kind == "mean that it does not" else sum(counts)
+    counts = [float((part["labels"][..., 1:] != -100).sum()) if sums else 1.0 for part in parts]
+    whole = 1.0 if kind == "mean that it does not divide" else sum(counts)
     for part, count in zip(parts, counts, strict=True):
         ((expected(**part).loss + emoe.aux_loss(expected)) * count / whole).backward()
     torch.optim.SGD(expected.parameters(), lr=0.1).step()
@@ -218,11 +231,28 @@ def test_the_balance_loss_weighs_what_the_tasks_loss_does(kind: str, tmp_path: P
     run.train()
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
-    # the model's own loss is the task's again, and was so in evaluation
-    assert not model._forward_hooks
+    # evaluation, and the model after training, have the task's loss alone
     with torch.no_grad():
         task = model.eval()(**batch(data)).loss
     torch.testing.assert_close(run.evaluate()["eval_loss"], float(task), atol=1e-4, rtol=1e-4)
+    model.train()
+    assert float(model(**batch(data)).loss.detach()) == pytest.approx(float(task), rel=1e-4)
+
+
+def test_an_interrupted_training_leaves_no_second_balance_loss(tmp_path: Path) -> None:
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = build(BertForSequenceClassification)
+    run = trainer(model, tmp_path, max_steps=1, **BY_HAND)
+    run.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    again = build(BertForSequenceClassification)
+    for each in (model, again):
+        trainer(each, tmp_path, max_steps=1, **BY_HAND).train()
+    assert_same_experts(model, again)
 
 
 def test_gates_move_after_each_step_as_they_do_by_hand(tmp_path: Path) -> None:
@@ -245,7 +275,7 @@ def test_what_cannot_be_trained_or_loaded_says_what_to_do(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "saved")
     stock = BertForSequenceClassification.from_pretrained(tmp_path / "saved")
     for call in (lambda: trainer(stock, tmp_path).train(), lambda: emoe.to_dense_(stock)):
-        with pytest.raises(emoe.ConversionError, match=r"reads it as dense: load it by emoe\.from_pretrained"):
+        with pytest.raises(emoe.ConversionError, match=r"loaded it as dense: load it with emoe\.from_pretrained"):
             call()
 
     def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

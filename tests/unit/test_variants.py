@@ -209,7 +209,7 @@ def test_coactivation_groups_neurons_that_fire_together() -> None:
     groups = truth[found[0]].view(N, S)
     assert (groups == groups[:, :1]).all()
     assert torch.equal(found[0], emoe.partition(net, config, calibration=[x[:100], x[100:], x[:3]])[0])
-    for calibration, message in ((None, "needs calibration batches"), ([], "not one token")):
+    for calibration, message in ((None, "needs calibration batches"), ([], "have no token")):
         with pytest.raises(emoe.ConversionError, match=message):
             emoe.convert_(net, config, calibration=calibration)
     net.train()

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from emoe.permissions import share, sync
+
+def share(path: Path) -> None:
+    """Give a file the permissions that the umask allows. SQLite and safetensors let only the owner read."""
+    os.umask(umask := os.umask(0))  # the only way to read it
+    path.chmod(0o666 & ~umask)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file to the disk, so that it is complete after a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -23,7 +37,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         share(temporary)
-        sync(temporary)
+        _sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

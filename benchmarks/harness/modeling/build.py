@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from emoe.files import write_tensors
 from peft import LoraModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,9 +24,9 @@ from benchmarks.harness.modeling.prefix import Prefix
 from benchmarks.harness.modeling.seq2seq import load_seq2seq
 from benchmarks.harness.modeling.tuning import FAST, tune_
 from emoe.architectures import find_ffns
+from emoe.files import write_tensors
 from emoe.layer import routed_layers
 from emoe.partitioning import Partition, load_partition, save_partition
-from emoe.weights import write_tensors
 
 _TRAINED, _PARTITION = "trained.safetensors", "partition.safetensors"
 

@@ -18,6 +18,7 @@ from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.image import load_image_network
 from benchmarks.harness.modeling.language import load_language_model
 from benchmarks.harness.modeling.loading import load_backbone
+from benchmarks.harness.modeling.noise import noisy_tuning_
 from benchmarks.harness.modeling.seq2seq import load_seq2seq
 from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig
@@ -55,7 +56,7 @@ def apply_method_(
         The conversion's report; None for a dense model.
     """
     if method["noise"]:
-        emoe.noisy_tuning_(model, method["noise"], seed=derive_seed("noise", seed))
+        noisy_tuning_(model, method["noise"], seed=derive_seed("noise", seed))
     if method["config"] is None:
         return None
     config = emoe.config_from_dict(method["config"])

@@ -17,8 +17,8 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.modeling.loading import from_pretrained, gguf_option, load_whole, locate
 from emoe.architectures import find_ffns
+from emoe.files import save_weights
 from emoe.layer_numbers import resolve_layers
-from emoe.stock import save_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

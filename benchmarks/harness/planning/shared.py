@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,9 +29,7 @@ from benchmarks.harness.planning.schema import (
     left_out,
 )
 from benchmarks.harness.planning.tunings import TUNINGS
-from emoe.config import EMoEConfig, GMoEConfig
-from emoe.registry import ROUTERS
-from emoe.schema import config_schema
+from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
 
 Layers = str | Annotated[list[int], Field(min_length=1)]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -44,7 +44,7 @@ def _config_fields() -> dict[str, Any]:
     """Every field of the two configurations, each of which a method may leave out."""
     fields: dict[str, Any] = {}
     for config in (GMoEConfig, EMoEConfig):
-        hints, described = typing.get_type_hints(config), config_schema(config)
+        hints, descriptions = typing.get_type_hints(config), _field_descriptions(config)
         for field in dataclasses.fields(config):
             bounds = {_BOUNDS[bound]: value for bound, value in field.metadata.items()}
             hint: Any = hints[field.name]
@@ -53,8 +53,18 @@ def _config_fields() -> dict[str, Any]:
             elif float in (hint, *typing.get_args(hint)):
                 number: Any = Annotated[float, Field(**bounds), AS_GIVEN]
                 hint, bounds = number | None if type(None) in typing.get_args(hint) else number, {}
-            fields[field.name] = (hint, Field(None, description=described[field.name]["description"], **bounds))
+            fields[field.name] = (hint, Field(None, description=descriptions[field.name], **bounds))
     return {name: field for name, field in fields.items() if name not in ("version", "layers", "partition_seed")}
+
+
+def _field_descriptions(config: type) -> dict[str, str]:
+    """Read the descriptions of a dataclass's fields from its docstring and those of its bases."""
+    descriptions = {}
+    for cls in reversed(config.__mro__):
+        _, _, attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n        .*)*)", attributes, re.MULTILINE):
+            descriptions[name] = re.sub(r":\w+:`([^`]*)`", r"\1", " ".join(text.split())).replace("``", "'")
+    return descriptions
 
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.harness.planning.shared import CONTROL, Method
-from emoe.registry import ROUTERS
+from emoe.config import ROUTERS
 
 
 @dataclass(frozen=True)

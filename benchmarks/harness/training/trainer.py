@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from emoe.files import write_tensors
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -22,9 +23,9 @@ from benchmarks.harness.training.distributed import SHARDS, load_shards_, save_s
 from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.errors import EMoEError
+from emoe.files import write_tensors
 from emoe.layer import routed_layers
 from emoe.records import RoutingRecord
-from emoe.weights import write_tensors
 
 Result = TypeVar("Result")
 

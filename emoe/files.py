@@ -1,0 +1,344 @@
+"""Files of model folders: JSON and safetensors, read without executing code, and the model's library to load and save."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from emoe.architectures import find_ffns
+from emoe.errors import CheckpointError, ConversionError
+
+STOCK_CONFIG_FILE = "config.json"
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+# weights, settings, tokenizers and templates: nothing that has to be unpickled
+_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+# return the tensors of a model that the caller restores, and the library need not find
+Restored = Callable[[nn.Module], set[str]]
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's class and message on one line of limited length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def some(names: Collection[object]) -> str:
+    """Return the first three names, and the number of the others."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(str, list(names)[:3])) + more
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Report a file that cannot be read in one line (:class:`CheckpointError`)."""
+    if not path.is_file():  # opening a named pipe would block
+        raise CheckpointError(f"{path} does not exist, or is not a file")
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {one_line(error)}") from error
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Report what safetensors cannot write in one line (:class:`CheckpointError`), and apply the umask to its files."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be written: {one_line(error)}") from error
+    os.umask(umask := os.umask(0))  # the only way to read it
+    for file in path.glob("*.safetensors") if path.is_dir() else [path]:
+        file.chmod(0o666 & ~umask)  # safetensors lets only the owner read
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object (:class:`CheckpointError`)."""
+    with _readable(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it does not hold an object")
+        return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file (:class:`CheckpointError`)."""
+    with _readable(path):
+        return load_file(path)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, notes: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of a new file (:class:`CheckpointError`)."""
+    with _writable(path):
+        save_file(tensors, path, metadata=notes)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder's weights (:class:`CheckpointError`)."""
+    single, index = (folder / name for name in WEIGHT_FILES)
+    if not single.exists() and not index.exists():
+        raise CheckpointError(f"{folder} holds no {' or '.join(WEIGHT_FILES)}; other formats are not read")
+    shards = {"": single.name} if single.exists() else read_object(index).get("weight_map")
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else {"weight_map"}
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: the weights '{name:.80}' must be a .safetensors file of this folder")
+    return [folder / name for name in sorted(names)]
+
+
+class Weights:
+    """Read single tensors of a folder's weights. ``files`` maps their names to the files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, Path] = {}
+        for path in weight_files(folder):
+            with _readable(path), safe_open(path, framework="pt") as file:
+                self.files |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _readable(self.files[name]), safe_open(self.files[name], framework="pt") as file:
+            return cast(Tensor, file.get_tensor(name))
+
+    def find(self, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+        """Return the stored names of a model's tensors, without those that are not stored."""
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."  # a checkpoint may have it or not
+
+        def match(name: str) -> str | None:
+            return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in self.files), None)
+
+        stored = {name: match(name) for name in names}
+        if missing := [name for name, stored_name in stored.items() if stored_name is None]:
+            stored |= {name: match(older) for name, older in _library_names(model, missing).items()}
+        return {name: stored_name for name, stored_name in stored.items() if stored_name}
+
+
+def _library_names(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Return the names that transformers gives tensors in files, which may be names of older releases."""
+    if not hasattr(model, "save_pretrained"):
+        return {}
+    numbers = {name: torch.tensor([number]) for number, name in enumerate(names)}
+    with TemporaryDirectory() as folder, quiet():
+        cast(Any, model).save_pretrained(folder, state_dict=numbers)
+        saved = read_tensors(Path(folder) / WEIGHT_FILES[0])
+    return {names[int(number)]: name for name, number in saved.items() if number.shape == (1,)}
+
+
+def model_folder(model: str) -> Path:
+    """Return the folder of a model, given as a folder or a hub id, which is downloaded (:class:`CheckpointError`)."""
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(model, allow_patterns=_PATTERNS))
+        except (OSError, ValueError) as error:  # the errors of the hub are subclasses
+            raise CheckpointError(f"'{model}' is not a folder, and the hub gave no model: {one_line(error)}") from error
+    if not (folder / STOCK_CONFIG_FILE).exists():
+        raise CheckpointError(f"{folder} holds no {STOCK_CONFIG_FILE}, so it is not a model's folder")
+    check_loadable(folder)
+    return folder
+
+
+def loader_for(folder: Path) -> Any:
+    """Return the transformers class that a folder names, or ``timm.create_model`` (:class:`CheckpointError`)."""
+    path = folder / STOCK_CONFIG_FILE
+    settings = read_object(path)
+    if "architecture" in settings:
+        import timm
+
+        return timm.create_model
+    import transformers
+
+    names = settings.get("architectures") or ["AutoModel"]
+    name = str(names[0]) if isinstance(names, list) else ""
+    loader = getattr(transformers, name, None)
+    is_model = isinstance(loader, type) and issubclass(loader, transformers.PreTrainedModel)
+    if not is_model and loader is not transformers.AutoModel:
+        raise CheckpointError(f"{path}: 'architectures' names '{name:.80}', which is not a model of transformers")
+    return loader
+
+
+def check_loadable(folder: Path) -> None:
+    """Raise :class:`CheckpointError` if a library would load another model, code, or something else than safetensors."""
+    path = folder / STOCK_CONFIG_FILE
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds adapters, not a model: load the model that they were trained on with "
+            "emoe.from_pretrained, then the adapters with peft.PeftModel.from_pretrained(model, folder)"
+        )
+    if path.exists() and (kernel := _hub_kernel(read_object(path))):
+        raise CheckpointError(f"{path}: attn_implementation '{kernel:.80}' is code from a hub; remove the key")
+    Weights(folder)  # names a damaged file, which the libraries do not
+
+
+def _hub_kernel(settings: Mapping[str, Any]) -> str | None:
+    """Return the first attention implementation that is a repository of a hub, None if there is none."""
+    for key, value in settings.items():
+        if "attn_implementation" in key and "/" in str(value):
+            return str(value)
+        if isinstance(value, dict) and (kernel := _hub_kernel(value)):
+            return kernel
+    return None
+
+
+def is_quantized(folder: Path) -> bool:
+    """Check if a folder's ``config.json`` says that its weights are quantised."""
+    path = folder / STOCK_CONFIG_FILE
+    return path.exists() and "quantization_config" in read_object(path)
+
+
+def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, **options: Any) -> nn.Module:
+    """Load a checkpoint with its own library: safetensors only, and no code of the checkpoint.
+
+    Args:
+        loader: transformers class, ``timm.create_model`` or function that builds a plain module.
+        folder: folder of the checkpoint.
+        restored: function that returns the tensors that the caller restores. No other tensor may be missing or have
+            another shape, except those of a new head in transformers.
+        **options: options of the loader.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or the weights are not the model's.
+    """
+    check_loadable(folder)
+    is_timm = str(getattr(loader, "__module__", "")).startswith("timm.")
+    if not is_timm and not hasattr(loader, "from_pretrained"):
+        return _load_state(loader(**options), folder, restored)  # errors in the user's function are not caught
+    try:
+        if not is_timm:
+            return _load_with_transformers(loader, folder, restored, options)
+        if restored is None:
+            return cast(nn.Module, loader(f"local-dir:{folder}", **{"pretrained": True, **options}))
+        return _load_state(loader(f"local-dir:{folder}", pretrained=False, **options), folder, restored)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged configuration raises anything
+        name = getattr(loader, "__name__", type(loader).__name__)
+        raise CheckpointError(f"{folder} cannot be loaded by {name}: {one_line(error)}") from error
+
+
+def _load_with_transformers(loader: Any, folder: Path, restored: Restored | None, options: dict[str, Any]) -> nn.Module:
+    fixed = {"use_safetensors": True, "output_loading_info": True}
+    if restored is not None:
+        fixed["ignore_mismatched_sizes"] = True  # they are checked below
+    with quiet() if restored else nullcontext():  # transformers would report what the caller restores
+        model, info = loader.from_pretrained(str(folder), **{"trust_remote_code": False, **options, **fixed})
+    expected = restored(model) if restored else set()
+    missing = set(info["missing_keys"]) - expected
+    lacking = _saved_by_writer(model, folder, missing) if missing else set()
+    if restored and missing - lacking:
+        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, some(sorted(missing - lacking)))
+    if not options.get("ignore_mismatched_sizes"):
+        lacking |= {name for name, *_ in info["mismatched_keys"]} - expected
+    _check_complete(lacking, folder)
+    return cast(nn.Module, model)
+
+
+def _saved_by_writer(model: nn.Module, folder: Path, missing: set[str]) -> set[str]:
+    """Return the missing tensors that the class that wrote a folder has, too. The others belong to a new head."""
+    import transformers
+
+    name = (read_object(folder / STOCK_CONFIG_FILE).get("architectures") or [""])[0]
+    base: Any = type(cast(Any, model).base_model)
+    writer: Any = type(model) if name == type(model).__name__ else getattr(transformers, name, base)
+    with torch.device("meta"):
+        saved = writer(writer.config_class.from_pretrained(str(folder))).state_dict()
+    prefix = f"{base.base_model_prefix}."
+    bare_names = {name.removeprefix(prefix) for name in saved}
+    ffns = tuple(f"{ffn.name}." for ffn in find_ffns(model))  # a class of another architecture has other names
+    return {name for name in missing if name.removeprefix(prefix) in bare_names or name.startswith(ffns)}
+
+
+def _load_state(model: nn.Module, folder: Path, restored: Restored | None) -> nn.Module:
+    """Load the stored tensors of a plain or timm model that have its shapes."""
+    if not (folder / WEIGHT_FILES[0]).exists():
+        raise CheckpointError(f"{folder} holds no {WEIGHT_FILES[0]}; only transformers reads shards")
+    own = model.state_dict()
+    state = {name: tensor for name, tensor in read_tensors(folder / WEIGHT_FILES[0]).items() if name in own}
+    fitting = {name: tensor for name, tensor in state.items() if tensor.shape == own[name].shape}
+    _check_complete(own.keys() - fitting.keys() - (restored(model) if restored else set()), folder)
+    model.load_state_dict(fitting, strict=False)
+    return model
+
+
+def _check_complete(lacking: Collection[str], folder: Path) -> None:
+    if lacking:
+        raise CheckpointError(
+            f"the weights in {folder} lack {some(sorted(lacking))}, or have other shapes: they are not this model's"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the reports and progress bars of transformers."""
+    from transformers.utils import logging as reports
+
+    level, has_bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        reports.set_verbosity(level)
+        if has_bars:
+            reports.enable_progress_bar()
+
+
+def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Save a model, or another state of it, with its own library; a plain module as its tensors."""
+    state = model.state_dict() if state is None else state
+    if any(tensor.is_meta for tensor in state.values()) and not hasattr(model, "hf_device_map"):
+        raise ConversionError(
+            "accelerate offloads these weights; call accelerate.hooks.remove_hook_from_submodules first"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with _writable(folder):
+        if hasattr(model, "save_pretrained"):
+            cast(Any, model).save_pretrained(folder, state_dict=state)
+            return
+        if hasattr(model, "pretrained_cfg"):
+            from timm.models._hub import save_config_for_hf
+
+            save_config_for_hf(model, str(folder / STOCK_CONFIG_FILE))
+        # clones, so that tied tensors are written under each of their names
+        plain = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+        save_file(plain, folder / WEIGHT_FILES[0])
+
+
+def check_new(folder: Path) -> None:
+    """Refuse to write into a folder that is not empty (:class:`CheckpointError`)."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty; name a new folder")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Write to a temporary folder on the same disk, which becomes the new folder at the end (:class:`CheckpointError`)."""
+    check_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        temporary = Path(scratch) / folder.name
+        temporary.mkdir()
+        yield temporary
+        temporary.replace(folder)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the tokenizer, templates and other settings that the target folder does not have."""
+    for path in source.rglob("*"):
+        copy = target / path.relative_to(source)
+        is_companion = path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.startswith("emoe_")
+        if is_companion and path.is_file() and not path.name.endswith(".index.json") and not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
