@@ -21,7 +21,7 @@ from benchmarks.harness.planning.tunings import TUNINGS
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.sources.vader import ARCHIVE
 from emoe import architectures
-from emoe.registry import ROUTERS
+from emoe.config import ROUTERS
 from tests.plain_net import SPECS
 
 if TYPE_CHECKING:
@@ -55,6 +55,12 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for names, before in saved:
         names.clear()
         names.update(before)
+
+
+@pytest.fixture
+def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the sparse products for tiny shapes too, which they do not make faster."""
+    monkeypatch.setattr("emoe.sparse.module.pays_off", lambda *_args, **_options: True)
 
 
 ROOT = Path(__file__).resolve().parents[1]

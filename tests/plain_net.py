@@ -1,4 +1,4 @@
-"""A net that is nothing but FFNs, plain or gated, for tests that need their own shapes and weights."""
+"""A network of plain or gated FFNs, for tests that need their own shapes and weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FFN(nn.Module):
 
 
 class PlainNet(nn.Module):
-    """One FFN after the other."""
+    """A stack of FFNs."""
 
     def __init__(self, *ffns: FFN) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class PlainNet(nn.Module):
 
 
 def plain_net(hidden: int, width: int, *, gated: bool = False, seed: int = 0, layers: int = 1) -> PlainNet:
-    """Random weights and biases, the same for the same seed; in evaluation mode."""
+    """Build a net with random weights and biases in evaluation mode; equal seeds give equal weights."""
     torch.manual_seed(seed)
     net = PlainNet(*(FFN(hidden, width, gated=gated) for _ in range(layers)))
     with torch.no_grad():

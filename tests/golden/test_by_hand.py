@@ -1,4 +1,4 @@
-"""Against the authors' Tutel layer written out token by token, over random shapes and settings."""
+"""Compare with the authors' Tutel layer, written token by token, for random shapes and settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ settings_of = st.fixed_dictionaries(
 
 
 def by_hand(layer: RoutedActivation, ffn, x: Tensor, draws: Tensor, training: bool) -> tuple[Tensor, Tensor]:
-    """Output and balance loss, from the description of the layer and with nothing of ours but the weights."""
+    """Compute output and balance loss from the layer's description; only the weights come from the library."""
     config = layer.config
     n, k, tokens = config.num_experts, config.top_k, len(x)
     w1, b1 = ffn.inner.weight.unflatten(0, (n, -1)), ffn.inner.bias.unflatten(0, (n, -1))
@@ -48,8 +48,8 @@ def by_hand(layer: RoutedActivation, ffn, x: Tensor, draws: Tensor, training: bo
     slots = probabilities.topk(k, dim=1).indices
     capacity = k * int(config.capacity_factor * math.ceil(tokens / n)) if config.capacity_factor else math.inf
     taken = [0] * n
-    nothing = 0 * (w1.sum() + b1.sum() + w2.sum() + b2.sum())  # a gradient of zero where all is dropped
-    y = [torch.zeros(H) + nothing for _ in range(tokens)]
+    zero = 0 * (w1.sum() + b1.sum() + w2.sum() + b2.sum())  # gives a gradient of zero if all is dropped
+    y = [torch.zeros(H) + zero for _ in range(tokens)]
     order = sorted(range(tokens), key=lambda t: -float(probabilities[t].max()))
     for slot in range(k):
         for t in order:

@@ -1,76 +1,109 @@
-"""When the sparse backend's kernels are compiled: at a conversion or by hand, never in a forward pass."""
+"""The kernels are compiled by ``set_backend_`` or ``python -m emoe build``, never by a conversion or a forward pass."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 import emoe
 from emoe.__main__ import cli
 from emoe.sparse import build
-from tests.plain_net import plain_net
+from tests.converted import assert_same, inputs, net, step
+
+pytestmark = pytest.mark.usefixtures("always_sparse")
 
 
 @pytest.fixture
-def compilations(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """What is asked of the compiler, on a machine where nothing was compiled before and nothing can be."""
-    asked: list[Any] = []
+def nothing_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use an empty cache of compiled kernels."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for cached in (build.prepare_kernels, build.compiled_kernels):
+        cached.cache_clear()
+    yield
+    for cached in (build.prepare_kernels, build.compiled_kernels):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def compilations(nothing_compiled: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collect the calls of the compiler, which fails."""
+    commands: list[Any] = []
 
     def fail(command: list[str], **_options: Any) -> subprocess.CompletedProcess[str]:
-        asked.append(command)
+        commands.append(command)
         return subprocess.CompletedProcess(command, 1, "", "ninja: in a folder\nno compiler\n")
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build.subprocess, "run", fail)
-    for cached in (build.prepare_kernels, build.compiled_kernels):
-        cached.cache_clear()
-    yield asked
-    for cached in (build.prepare_kernels, build.compiled_kernels):
-        cached.cache_clear()
+    return commands
 
 
-def test_a_conversion_compiles_once_and_a_forward_pass_never(compilations, caplog: pytest.LogCaptureFixture) -> None:
-    nets = [plain_net(16, 64) for _ in range(3)]
-    backends = ("masked", "sparse", "sparse")
-    for place, (net, backend) in enumerate(zip(nets, backends, strict=True)):
-        emoe.convert_(net, emoe.EMoEConfig(num_experts=8, top_k=2, layers=[0], backend=backend))
-        assert len(compilations) == min(place, 1)
-    told = [record.message for record in caplog.records]
-    assert told.count("emoe: no compiled kernels, the sparse backend uses PyTorch: no compiler") == 1
-    x = torch.randn(40, 16, requires_grad=True)
-    results = [net(x) for net in nets]
-    results[1].sum().backward()
-    with torch.no_grad():
-        results += [net(x[:1]) for net in nets]
-    for masked, sparse in ((0, 1), (0, 2), (3, 4), (3, 5)):
-        torch.testing.assert_close(results[sparse], results[masked], atol=1e-4, rtol=1e-4)
+def test_only_set_backend_compiles(compilations: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    masked, *sparse = (net() for _ in range(3))
+    expected = step(masked, inputs())
+    assert compilations == []
+    for model in sparse:
+        emoe.set_backend_(model, "sparse")
+        assert len(compilations) == 1
+        assert_same(step(model, inputs()), expected)
+    emoe.for_inference_(sparse[0])
+    sparse[0](inputs(1))
     assert len(compilations) == 1
+    messages = [record.message for record in caplog.records if "no compiler" in record.message]
+    assert len(messages) == 1
 
 
-def test_build_says_why_it_cannot(compilations) -> None:
-    found = CliRunner().invoke(cli, ["build"])
-    assert found.exit_code == 1
-    assert found.output == "Error: the kernels cannot be built: no compiler; the sparse backend uses PyTorch\n"
+def test_build_reports_why_it_fails(compilations: list[Any]) -> None:
+    result = CliRunner().invoke(cli, ["build"])
+    assert result.exit_code == 1
+    assert "no compiler" in result.output
+    assert result.output.count("\n") == 1
 
 
-def test_build_tells_what_it_built() -> None:
+def test_build_prints_the_library() -> None:
     if build.compiled_kernels() is None:
         pytest.skip("no compiler on this machine")
-    found = CliRunner().invoke(cli, ["build"])
-    assert found.output == f"Kernels: {build.library_file()}\n"
+    assert str(build.library_file()) in CliRunner().invoke(cli, ["build"]).output
 
 
-def test_a_damaged_library_is_named_and_not_used(compilations, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_library_is_named_and_not_used(compilations: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     build.library_file().parent.mkdir(parents=True)
-    build.library_file().write_bytes(b"no library")
-    net = plain_net(16, 64)
-    dense = net(torch.ones(1, 16))
-    emoe.convert_(net, emoe.EMoEConfig(num_experts=8, top_k=8, layers=[0], backend="sparse"))
-    torch.testing.assert_close(net(torch.ones(1, 16)), dense)
-    assert [record.message for record in caplog.records if f"{build.library_file()} does not load" in record.message]
+    build.library_file().write_bytes(b"damaged")
+    expected = step(net(), inputs())
+    assert_same(step(net("sparse"), inputs()), expected)
+    assert [record for record in caplog.records if str(build.library_file()) in record.message]
     assert not compilations
+
+
+def raise_error(error: Exception) -> Callable[..., Any]:
+    def function(*_args: object) -> None:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("exists", PermissionError(13, "Permission denied")),
+        ("home", RuntimeError("Could not determine home directory.")),
+    ],
+)
+def test_without_a_readable_cache_pytorch_computes(
+    name: str, error: Exception, nothing_compiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, model = step(net(), inputs()), net()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, name, raise_error(error))
+        emoe.set_backend_(model, "sparse")
+        assert_same(step(model, inputs()), expected)
+
+
+def test_an_empty_name_of_the_cache_means_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert Path.home() / ".cache" in build.library_file().parents

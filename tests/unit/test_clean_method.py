@@ -1,4 +1,4 @@
-"""What the clean method promises, over random shapes."""
+"""The promises of the clean method, for random shapes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ shapes = st.fixed_dictionaries(
 
 def net_of(shape: dict) -> tuple[PlainNet, Tensor]:
     net = plain_net(shape["hidden"], shape["experts"] * shape["size"], gated=shape["gated"], seed=shape["seed"])
-    net.layers[0].act = nn.Sigmoid()  # never zero, so that what is zero was not chosen
+    net.layers[0].act = nn.Sigmoid()  # never zero, so that zeros mark neurons of experts that were not chosen
     return net, torch.randn(shape["tokens"], shape["hidden"])
 
 
@@ -41,7 +41,7 @@ def config_of(shape: dict, top_k: int, **values) -> emoe.EMoEConfig:
 
 
 def chosen_by(net: PlainNet, x: Tensor) -> Tensor:
-    """Which neurons were active: ``[T, N]`` by expert."""
+    """Return the active neurons ``[T, N, s]``."""
     seen = []
     layer = routed_layers(net)[0]
     hook = layer.register_forward_hook(lambda module, args, result: seen.append(result.detach()))
@@ -139,7 +139,7 @@ def test_padding_takes_no_places_unless_it_counts(count_padding: bool) -> None:
     net = mask_net(capacity_factor=1.0, count_padding=count_padding)
     x = torch.randn(4, 8, 6)
     mask = (torch.arange(8) < 5).long().repeat(4, 1)
-    x[:, 5:] = 40 * x[:, 5:]  # sure of their choice, so they would be first
+    x[:, 5:] = 40 * x[:, 5:]  # the most confident tokens, which would come first
     padded = net(x, attention_mask=mask)[:, :5]
     alone = net(x[:, :5], attention_mask=mask[:, :5])
     assert torch.equal(padded, alone) != count_padding
@@ -156,5 +156,5 @@ def test_padding_does_not_count_in_the_balance_loss() -> None:
     with pytest.raises(RuntimeError, match="does not fit"):
         net(x, attention_mask=mask[:, :5])
     net = mask_net(aux_loss_coefficient=1.0)
-    with pytest.raises(RuntimeError, match=r"PlainNet was not called as a module"):
+    with pytest.raises(RuntimeError, match="PlainNet was not called as a module"):
         net.forward(x)

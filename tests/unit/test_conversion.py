@@ -1,10 +1,11 @@
+"""Conversions, partitions and what the checks of both reject."""
+
 from __future__ import annotations
 
 import copy
 
 import pytest
 import torch
-import torch.nn.utils.prune
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,7 +33,7 @@ def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
     [
         (
             emoe.EMoEConfig(num_experts=7, top_k=2, layers=[1]),
-            "64 neurons cannot be split into 7.*nearest number that can is 8",
+            "64 neurons.*7.*8",
         ),
         (
             emoe.EMoEConfig(num_experts=8, top_k=2, layers=[4]),
@@ -41,7 +42,7 @@ def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
         (emoe.EMoEConfig(num_experts=8, top_k=2, layers="9:"), "matches none of the model's layers 0 to 3"),
     ],
 )
-def test_refusals_leave_the_model_unchanged(config, message) -> None:
+def test_rejected_conversions_leave_the_model_unchanged(config, message) -> None:
     model = tiny_models.build("bert")
     before = state(model)
     with pytest.raises(emoe.EMoEError, match=message):
@@ -50,7 +51,7 @@ def test_refusals_leave_the_model_unchanged(config, message) -> None:
     assert not routed_layers(model)
 
 
-def test_converting_twice_is_refused() -> None:
+def test_converting_twice_is_rejected() -> None:
     model = tiny_models.build("bert")
     emoe.convert_(model, CONFIG)
     before = state(model)
@@ -60,7 +61,7 @@ def test_converting_twice_is_refused() -> None:
     assert unchanged(model, before)
 
 
-def test_unknown_architecture_names_the_remedy_and_can_be_registered() -> None:
+def test_an_unknown_architecture_can_be_registered() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -88,6 +89,11 @@ def test_unknown_architecture_names_the_remedy_and_can_be_registered() -> None:
     report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=4, layers="all"))
     torch.testing.assert_close(model(x), dense)
     assert [layer.expert_size for layer in report.layers] == [4, 4]
+
+
+def test_the_first_spec_that_fits_a_layer_counts() -> None:
+    report = emoe.convert_(plain_net(16, 64, gated=True), emoe.EMoEConfig(num_experts=8, top_k=2, layers="all"))
+    assert report.total_layers == 1  # the layer fits both rows of its class
 
 
 def test_report_counts_and_prints() -> None:
@@ -130,10 +136,10 @@ def test_partition_kinds_differ_and_are_reproducible() -> None:
     orders = {}
     for kind in ("kmeans", "random", "contiguous"):
         config = emoe.EMoEConfig(num_experts=8, top_k=2, layers=[1, 3], partition=kind)
-        found = emoe.partition(model, config)
-        assert list(found) == [1, 3]
-        assert all(torch.equal(found[i], emoe.partition(model, config)[i]) for i in found)
-        orders[kind] = found
+        orders[kind] = emoe.partition(model, config)
+        assert list(orders[kind]) == [1, 3]
+        again = emoe.partition(model, config)
+        assert all(torch.equal(order, again[layer]) for layer, order in orders[kind].items())
     assert torch.equal(orders["contiguous"][1], torch.arange(64))
     assert orders["kmeans"].explained[1] > orders["random"].explained[1] + 0.05
     assert not torch.equal(orders["random"][1], orders["random"][3])
@@ -147,36 +153,36 @@ def test_partition_key_is_of_content_and_settings() -> None:
     model, same, other = tiny_models.build("bert"), tiny_models.build("bert"), tiny_models.build("bert", seed=1)
     assert partition_key(model, CONFIG) == partition_key(same, CONFIG) != partition_key(other, CONFIG)
     assert partition_key(model, CONFIG) != partition_key(model, emoe.EMoEConfig(num_experts=4, top_k=2, layers=[1, 3]))
-    # what does not shape the partition does not change the key
+    # other settings do not change the key
     assert partition_key(model, CONFIG) == partition_key(model, emoe.EMoEConfig(num_experts=8, top_k=4, layers=[1, 3]))
 
 
 def test_partition_file_round_trip_and_damage(tmp_path) -> None:
     model = tiny_models.build("bert")
-    found = emoe.partition(model, CONFIG)
+    partition = emoe.partition(model, CONFIG)
     path = tmp_path / "p.safetensors"
-    save_partition(found, path)
+    save_partition(partition, path)
     again = load_partition(path)
     assert list(again) == [1, 3]
-    assert torch.equal(again[3], found[3])
-    assert again.explained == found.explained
+    assert torch.equal(again[3], partition[3])
+    assert again.explained == partition.explained
     emoe.convert_(model, CONFIG, partition=again)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(emoe.CheckpointError, match="damaged"):
         load_partition(path)
     save_file({"layer.1": torch.zeros(64, dtype=torch.int64)}, path)
-    with pytest.raises(emoe.CheckpointError, match=r"layer\.1 is not a permutation"):
+    with pytest.raises(emoe.CheckpointError, match=r"layer\.1"):
         load_partition(path)
     with pytest.raises(emoe.CheckpointError, match="does not exist"):
         load_partition(tmp_path / "none.safetensors")
 
 
-def test_partition_that_does_not_fit_is_refused() -> None:
+def test_a_partition_that_does_not_fit_is_rejected() -> None:
     model = tiny_models.build("bert")
     before = state(model)
-    with pytest.raises(emoe.ConversionError, match="has no layer 3"):
+    with pytest.raises(emoe.ConversionError, match="layer 3"):
         emoe.convert_(model, CONFIG, partition={1: torch.arange(64)})
-    with pytest.raises(emoe.ConversionError, match="no permutation"):
+    with pytest.raises(emoe.ConversionError, match="layer 3"):
         emoe.convert_(model, CONFIG, partition={1: torch.arange(64), 3: torch.arange(32)})
     assert unchanged(model, before)
 
@@ -189,12 +195,10 @@ def saved(tmp_path):
     return tmp_path, type(model)
 
 
-def test_sidecar_of_another_model_is_refused(saved) -> None:
+def test_the_sidecar_of_another_model_is_rejected(saved) -> None:
     folder, cls = saved
     tiny_models.build("bert", seed=1).save_pretrained(folder)
-    with pytest.raises(
-        emoe.CheckpointError, match=r"emoe_partition\.safetensors does not match the weights of encoder\.layer\.1"
-    ):
+    with pytest.raises(emoe.CheckpointError, match=r"emoe_partition\.safetensors.*encoder\.layer\.1"):
         emoe.from_pretrained(cls, folder)
 
 
@@ -205,7 +209,7 @@ def test_checkpoint_loads_in_another_precision(saved) -> None:
     assert len(routed_layers(model)) == 2
 
 
-def test_saving_a_dense_model_is_refused(tmp_path) -> None:
+def test_saving_a_dense_model_is_rejected(tmp_path) -> None:
     with pytest.raises(emoe.ConversionError, match="no routed FFN"):
         emoe.save_pretrained(tiny_models.build("bert"), tmp_path)
 
@@ -216,12 +220,12 @@ def test_checkpoint_holds_only_the_dense_models_tensors(saved) -> None:
     assert not (folder / "emoe_extra.safetensors").exists()
 
 
-def test_to_dense_of_a_dense_model_is_refused() -> None:
+def test_to_dense_of_a_dense_model_is_rejected() -> None:
     with pytest.raises(emoe.ConversionError, match="no routed FFN"):
         emoe.to_dense_(tiny_models.build("bert"))
 
 
-def test_a_partition_that_hangs_on_data_has_no_key() -> None:
+def test_a_partition_that_depends_on_data_has_no_key() -> None:
     config = emoe.EMoEConfig(num_experts=4, top_k=2, layers=[0], partition="coactivation")
-    with pytest.raises(emoe.ConversionError, match="it depends on the calibration set"):
+    with pytest.raises(emoe.ConversionError, match="calibration"):
         partition_key(plain_net(8, 16), config)

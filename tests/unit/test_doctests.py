@@ -1,4 +1,4 @@
-"""The docstrings of what ``emoe`` offers: their examples run, and they say what is given and taken."""
+"""The docstrings of ``emoe``: examples run, the first line starts with a verb, and every argument is described."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import emoe
 from emoe.sparse.cost_model import predicted_time_ratio
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-NAMES = ["emoe", *(found.name for found in pkgutil.walk_packages(emoe.__path__, "emoe."))]
+NAMES = ["emoe", *(module.name for module in pkgutil.walk_packages(emoe.__path__, "emoe."))]
 MAIN = [
     emoe.EMoEConfig,
     emoe.convert_,
@@ -26,6 +26,8 @@ MAIN = [
     emoe.save_pretrained,
     emoe.from_pretrained,
     emoe.fix_experts_,
+    emoe.for_inference_,
+    emoe.set_backend_,
     emoe.set_top_k_,
     emoe.register_ffn,
     emoe.register_router,
@@ -35,35 +37,35 @@ PUBLIC = [getattr(emoe, name) for name in emoe.__all__]
 METHODS = [
     method
     for cls in filter(inspect.isclass, PUBLIC)
-    for name, method in inspect.getmembers(cls, lambda found: inspect.isfunction(found) or inspect.ismethod(found))
+    for name, method in inspect.getmembers(cls, lambda member: inspect.isfunction(member) or inspect.ismethod(member))
     if not name.startswith("_") and method.__module__.startswith("emoe.")
 ]
-# what an opening verb is not
-NOUNS = {"A", "An", "The", "What", "Which", "How", "Whether", "One", "All", "See", "Inverse"}
+# first words that are not verbs
+NOUNS = {"A", "An", "The", "What", "Which", "How", "Whether", "Where", "When", "Who", "Why", "One", "All", "Inverse"}
 
 
 def examples(module: ModuleType) -> list[doctest.DocTest]:
     given = {**vars(module), "emoe": emoe, "torch": torch}
-    return [found for found in doctest.DocTestFinder().find(module, globs=given) if found.examples]
+    return [test for test in doctest.DocTestFinder().find(module, globs=given) if test.examples]
 
 
-EXAMPLES = {found.name: found for name in NAMES for found in examples(importlib.import_module(name))}
+EXAMPLES = {test.name: test for name in NAMES for test in examples(importlib.import_module(name))}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name: str) -> None:
     torch.manual_seed(0)
-    said: list[str] = []
-    failed, _ = doctest.DocTestRunner(optionflags=FLAGS).run(EXAMPLES[name], out=said.append)
-    assert not failed, "".join(said)
+    output: list[str] = []
+    failed, _ = doctest.DocTestRunner(optionflags=FLAGS).run(EXAMPLES[name], out=output.append)
+    assert not failed, "".join(output)
 
 
-def test_the_main_ones_show_an_example() -> None:
+def test_main_functions_have_an_example() -> None:
     assert [main for main in MAIN if f"{main.__module__}.{main.__qualname__}" not in EXAMPLES] == []
 
 
 @pytest.mark.parametrize("thing", [*PUBLIC, *METHODS], ids=lambda thing: thing.__qualname__)
-def test_docstrings_open_with_a_verb_and_name_every_argument(thing: Any) -> None:
+def test_docstrings_start_with_a_verb_and_name_every_argument(thing: Any) -> None:
     text = inspect.getdoc(thing) or ""
     first = text.split("\n")[0]
     assert first[:1].isupper()

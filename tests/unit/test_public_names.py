@@ -1,14 +1,14 @@
-"""What `import emoe` offers: all of it is there, and what needs PyTorch is imported when it is asked for."""
+"""``import emoe`` offers its public names, and imports PyTorch only when one of them needs it."""
 
 from __future__ import annotations
 
 import pytest
 
 import emoe
-from emoe import registry
+from emoe import config
 
 
-def test_every_name_is_there_and_is_listed() -> None:
+def test_every_name_exists_and_is_listed() -> None:
     for name in (*emoe.__all__, "TrainerCallback"):
         assert getattr(emoe, name) is getattr(emoe, name)
         assert name in dir(emoe)
@@ -17,12 +17,10 @@ def test_every_name_is_there_and_is_listed() -> None:
     assert set(emoe.__all__) <= set(names)
     with pytest.raises(AttributeError, match="module 'emoe' has no attribute 'konvert_'"):
         emoe.konvert_  # noqa: B018
-    with pytest.warns(DeprecationWarning, match="is now emoe.update_gates_"):
-        assert emoe.retie_gates_ is emoe.update_gates_
 
 
-@pytest.mark.parametrize("name", registry.ROUTERS)
-def test_a_router_is_known_as_what_it_is(name: str) -> None:
-    entry = registry.ROUTERS[name]
+@pytest.mark.parametrize("name", config.ROUTERS)
+def test_a_registered_router_describes_its_class(name: str) -> None:
+    entry = config.ROUTERS[name]
     assert issubclass(entry.load(), emoe.Router)
     assert entry.learned == entry.load().learned

@@ -15,7 +15,6 @@ from emoe.routing import (
     expert_means,
     expert_weights,
     key_scores,
-    mask_above,
     neuron_means,
     select_experts,
 )
@@ -38,30 +37,13 @@ def test_mean_keys_score_the_mean_pre_activation_without_bias(size) -> None:
     torch.testing.assert_close(with_bias, block_means(x @ keys.t() + bias, experts), atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
-@given(sizes)
-def test_value_norms_weight_the_mean_within_each_expert(size) -> None:
-    experts, neurons, _, hidden, seed = size
-    generator = torch.Generator().manual_seed(seed)
-    keys = torch.randn(experts * neurons, hidden, generator=generator)
-    norms = torch.rand(experts * neurons, generator=generator) + 0.1
-    by_hand = torch.stack(
-        [
-            (keys[block] * norms[block, None]).sum(0) / norms[block].sum()
-            for block in torch.arange(experts * neurons).view(experts, neurons)
-        ]
-    )
-    torch.testing.assert_close(expert_means(keys, experts, norms), by_hand)
-    torch.testing.assert_close(expert_means(keys, experts, torch.ones_like(norms)), expert_means(keys, experts))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", [(64, 24, 576), (3, 700, 1024), (64, 88), (5, 1, 1), (0, 4, 4)])
-def test_means_of_any_type_are_those_of_the_weights_in_float32(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_means_are_computed_in_float32(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     blocks = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = neuron_means(blocks)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, blocks.float().mean(1))
+    means = neuron_means(blocks)
+    assert means.dtype == torch.float32
+    assert torch.equal(means, blocks.float().mean(1))
 
 
 def test_scores_stay_in_float32_under_autocast() -> None:
@@ -70,12 +52,6 @@ def test_scores_stay_in_float32_under_autocast() -> None:
         scores = key_scores(x, gate)
     assert scores.dtype == torch.float32
     assert torch.equal(scores, key_scores(x, gate))
-
-
-def test_unit_length_scores_are_cosines() -> None:
-    x, gate = torch.randn(5, 16), torch.nn.functional.normalize(torch.randn(4, 16), dim=1)
-    torch.testing.assert_close(key_scores(x, gate, unit_length=True), key_scores(x * 7, gate, unit_length=True))
-    assert key_scores(x, gate, unit_length=True).abs().max() <= 1
 
 
 SCORES = torch.tensor([[0.1, 0.4, 0.3, 0.2], [1.0, 1.0, 1.0, 0.0]])
@@ -96,13 +72,6 @@ def test_random_selection_takes_k_and_varies() -> None:
     assert mask.sum(0).gt(20).all()
 
 
-def test_a_threshold_takes_what_is_above_it_and_always_the_best() -> None:
-    slots = select_experts(SCORES, 4, "top")
-    above = mask_above(SCORES, slots, 0.3)
-    assert expert_mask(slots, 4, above).tolist() == [[False, True, True, False], [True, True, True, False]]
-    assert mask_above(SCORES, slots, 9.0).sum(1).tolist() == [1, 1]
-
-
 def test_weights() -> None:
     mask = expert_mask(select_experts(SCORES, 2, "top"), 4)
     assert torch.equal(expert_weights(SCORES, mask, "binary", 2), mask.float())
@@ -114,17 +83,15 @@ def test_weights() -> None:
     torch.testing.assert_close(expert_weights(SCORES, first, "softmax", 1), SCORES.softmax(-1) * first)
 
 
-def places_by_hand(scores, slots, factor: float, top_k: int, counted, used) -> torch.Tensor:
-    """The rule, one assignment at a time."""
+def fits_by_hand(scores, slots, factor: float, top_k: int, counted) -> torch.Tensor:
+    """Apply the rule to one assignment at a time."""
     n = scores.shape[1]
     real = counted.tolist() if counted is not None else [True] * len(slots)
     capacity = top_k * int(factor * -(-sum(real) // n))
     order = sorted(range(len(slots)), key=lambda t: -float(scores[t].softmax(0).max()))
     room, fits = [capacity] * n, torch.ones_like(slots, dtype=torch.bool)
     for slot in range(slots.shape[1]):
-        for token in order:
-            if not real[token] or (used is not None and not used[token, slot]):
-                continue
+        for token in filter(real.__getitem__, order):
             expert = int(slots[token, slot])
             fits[token, slot] = room[expert] > 0
             room[expert] -= 1
@@ -136,22 +103,18 @@ def places_by_hand(scores, slots, factor: float, top_k: int, counted, used) -> t
     tokens=st.integers(1, 40),
     experts=st.integers(2, 8),
     data=st.data(),
-    factor=st.sampled_from([0.3, 0.5, 1.0, 1.5, 4.0]),
+    factor=st.sampled_from([0.3, 0.5, 1.0, 1.1, 1.5, 4.0]),
     padding=st.booleans(),
-    dynamic=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_places_are_given_in_order_of_choice_and_confidence(
-    tokens, experts, data, factor, padding, dynamic, seed
-) -> None:
+def test_capacity_goes_by_order_of_choice_and_confidence(tokens, experts, data, factor, padding, seed) -> None:
     top_k = data.draw(st.integers(1, experts))
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(tokens, experts, generator=generator)
     slots = select_experts(scores, top_k, "top")
     counted = torch.rand(tokens, generator=generator) < 0.6 if padding else None
-    used = mask_above(scores, slots, 0.0) if dynamic else None
-    found = capacity_mask(scores, slots, factor, top_k, counted, used)
-    assert torch.equal(found, places_by_hand(scores, slots, factor, top_k, counted, used))
+    fits = capacity_mask(scores, slots, factor, top_k, counted)
+    assert torch.equal(fits, fits_by_hand(scores, slots, factor, top_k, counted))
 
 
 def test_cosine_router_ignores_the_length_of_its_projection() -> None:
