@@ -16,19 +16,8 @@ import torch
 from tabulate import tabulate
 
 import emoe
-from emoe.checkpoint import EXTRA_FILE, read_mark, read_sidecars
+from emoe import checkpoint, files
 from emoe.errors import CheckpointError, ConfigError, EMoEError
-from emoe.files import (
-    check_new,
-    copy_companions,
-    load_stock,
-    loader_for,
-    model_folder,
-    new_folder,
-    one_line,
-    quiet,
-    save_weights,
-)
 from emoe.layer import routed_layers
 from emoe.sparse.build import build_kernels
 from emoe.streaming import NotStreamedError, convert_folder, fold_folder
@@ -124,18 +113,18 @@ def convert(
     config = cls.as_published(as_published, **values) if as_published else cls(**values)
     if getattr(config, "partition", None) == "coactivation":
         raise ConfigError("a co-activation partition needs calibration data; convert in Python (docs/library.md)")
-    check_new(out)
-    source = model_folder(model)
+    files.check_new(out)
+    source = files.model_folder(model)
     try:
         report = convert_folder(source, out, config, progress=True)
     except NotStreamedError as reason:
         click.echo(f"Loading the model: {reason}", err=True)
-        loaded = load_stock(loader_for(source), source).eval()
+        loaded = files.load_stock(files.loader_for(source), source).eval()
         torch.manual_seed(0)  # for learned routers, as from disk to disk
         report = emoe.convert_(loaded, config, progress=True)
-        with new_folder(out) as new:
+        with files.new_folder(out) as new:
             emoe.save_pretrained(loaded, new)
-            copy_companions(source, new)
+            files.copy_companions(source, new)
     click.echo(report)
     click.echo(f"Written to {out}")
 
@@ -150,25 +139,25 @@ def inspect(folder: Path, as_json: bool) -> None:
     A * marks settings that are not the default. "moved" is the share of neurons in another position than before the
     conversion. The keys are the norms of the neurons' input weights.
     """
-    mark, tensors, extra = read_sidecars(folder)
+    mark, tensors, extra = checkpoint.read_sidecars(folder)
     config = mark.config
     layers = [{"layer": index, "experts": config.num_experts, **_measures(tensors, index)} for index in mark.layers]
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     extra_numbers = sum(tensor.numel() for tensor in extra.values())
     if as_json:
-        content = {"config": config.to_dict(), "layers": layers, "files": files, "extra_numbers": extra_numbers}
+        content = {"config": config.to_dict(), "layers": layers, "files": sizes, "extra_numbers": extra_numbers}
         click.echo(json.dumps(content, indent=1))
         return
     defaults = type(config)(num_experts=config.num_experts, top_k=config.top_k).to_dict()
     fields = [(name, json.dumps(v), "" if v == defaults[name] else "*") for name, v in config.to_dict().items()]
     click.echo(tabulate(fields, headers=["field", "value", "set"], tablefmt="simple") + "\n")
     click.echo(tabulate(layers, headers="keys", tablefmt="simple", floatfmt=".3f") + "\n")
-    sizes = [(name, f"{size / 1e6:.2f} MB") for name, size in files.items()]
-    click.echo(tabulate(sizes, headers=["file", "size"], tablefmt="simple", colalign=("left", "right")))
+    rows = [(name, f"{size / 1e6:.2f} MB") for name, size in sizes.items()]
+    click.echo(tabulate(rows, headers=["file", "size"], tablefmt="simple", colalign=("left", "right")))
     if not tensors:
         click.echo("\nThe model's own library saved this folder: the original order of the neurons is unknown.")
     if extra:
-        click.echo(f"\n{EXTRA_FILE}: {extra_numbers:,} numbers that the stock class has no place for")
+        click.echo(f"\n{checkpoint.EXTRA_FILE}: {extra_numbers:,} numbers that the stock class has no place for")
 
 
 def _measures(tensors: dict[str, Any], index: int) -> dict[str, Any]:
@@ -192,16 +181,16 @@ def _measures(tensors: dict[str, Any], index: int) -> dict[str, Any]:
 @_with_clear_errors
 def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
     """Fold the experts of a converted FOLDER back, and write the dense model to the new folder OUT."""
-    check_new(out)
-    source = model_folder(str(folder))
+    files.check_new(out)
+    source = files.model_folder(str(folder))
     try:
         fold_folder(source, out, restore_order=restore_order, progress=True)
     except NotStreamedError as reason:
         click.echo(f"Loading the model: {reason}", err=True)
-        model = emoe.to_dense_(emoe.from_pretrained(loader_for(source), source), restore_order=restore_order)
-        with new_folder(out) as new:
-            save_weights(model, new)
-            copy_companions(source, new)
+        model = emoe.to_dense_(emoe.from_pretrained(files.loader_for(source), source), restore_order=restore_order)
+        with files.new_folder(out) as new:
+            files.save_weights(model, new)
+            files.copy_companions(source, new)
     click.echo(f"Written to {out}")
 
 
@@ -213,13 +202,13 @@ def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
 @_with_clear_errors
 def generate(folder: str, prompt: str, max_new_tokens: int, raw: bool) -> None:
     """Answer PROMPT greedily with the language model of FOLDER, converted or dense."""
-    source = model_folder(folder)
+    source = files.model_folder(folder)
     from transformers import AutoTokenizer, TextStreamer
 
-    with quiet():
-        is_converted = read_mark(source) is not None
-        load = emoe.from_pretrained if is_converted else load_stock
-        model: Any = load(loader_for(source), source).eval()
+    with files.quiet():
+        is_converted = checkpoint.read_mark(source) is not None
+        load = emoe.from_pretrained if is_converted else files.load_stock
+        model: Any = load(files.loader_for(source), source).eval()
         if not hasattr(model, "generate") or not model.can_generate():
             raise CheckpointError(f"{source} holds a {type(model).__name__}, which does not generate text")
         model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -234,7 +223,7 @@ def generate(folder: str, prompt: str, max_new_tokens: int, raw: bool) -> None:
             options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
             inputs = tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # a damaged tokenizer raises anything
-        raise CheckpointError(f"{source} holds no tokenizer: {one_line(error)}") from error
+        raise CheckpointError(f"{source} holds no tokenizer: {files.one_line(error)}") from error
     inputs.pop("token_type_ids", None)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()

@@ -229,9 +229,8 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
 
 
 def _load_with_transformers(loader: Any, folder: Path, restored: Restored | None, options: dict[str, Any]) -> nn.Module:
-    fixed = {"use_safetensors": True, "output_loading_info": True}
-    if restored is not None:
-        fixed["ignore_mismatched_sizes"] = True  # they are checked below
+    # mismatched sizes are checked below, because the error of transformers does not name them
+    fixed = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with quiet() if restored else nullcontext():  # transformers would report what the caller restores
         model, info = loader.from_pretrained(str(folder), **{"trust_remote_code": False, **options, **fixed})
     expected = restored(model) if restored else set()
