@@ -21,7 +21,7 @@ from benchmarks.harness.planning.tunings import TUNINGS
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.sources.vader import ARCHIVE
 from emoe import architectures
-from emoe.registry import ROUTERS
+from emoe.config import ROUTERS
 from tests.plain_net import SPECS
 
 if TYPE_CHECKING:

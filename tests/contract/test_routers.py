@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import emoe
 from emoe.layer import routed_layers
-from emoe.registry import ROUTERS
+from emoe.config import ROUTERS
 from emoe.routers import AvgKRouter
 from emoe.schema import config_schema
 from emoe.sparse import path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import emoe
-from emoe import registry
+from emoe.config import ROUTERS
 
 
 def test_every_name_is_there_and_is_listed() -> None:
@@ -17,12 +17,10 @@ def test_every_name_is_there_and_is_listed() -> None:
     assert set(emoe.__all__) <= set(names)
     with pytest.raises(AttributeError, match="module 'emoe' has no attribute 'konvert_'"):
         emoe.konvert_  # noqa: B018
-    with pytest.warns(DeprecationWarning, match="is now emoe.update_gates_"):
-        assert emoe.retie_gates_ is emoe.update_gates_
 
 
-@pytest.mark.parametrize("name", registry.ROUTERS)
+@pytest.mark.parametrize("name", ROUTERS)
 def test_a_router_is_known_as_what_it_is(name: str) -> None:
-    entry = registry.ROUTERS[name]
+    entry = ROUTERS[name]
     assert issubclass(entry.load(), emoe.Router)
     assert entry.learned == entry.load().learned
