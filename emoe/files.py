@@ -339,10 +339,10 @@ def copy_companions(source: Path, target: Path) -> None:
     root = (
         root.parents[1] if root.parent.name == "snapshots" else root
     )  # the hub's cache links files beside its folders
-    for path in source.rglob("*"):
+    for path in sorted(source.rglob("*")):
         copy = target / path.relative_to(source)
         is_companion = path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json")
-        is_inside = path.is_file() and path.resolve().is_relative_to(root)
+        is_inside = path.is_file() and path.resolve().is_relative_to(root) and target not in path.parents
         if is_companion and is_inside and not path.name.startswith("emoe_") and not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
