@@ -4,15 +4,14 @@ A folder holds what the model's library writes (``model.safetensors``, ``config.
 
 - ``emoe_config.json``: the :class:`emoe.EMoEConfig` or :class:`emoe.GMoEConfig`, and the numbers of the converted FFNs;
 - ``emoe_partition.safetensors``: the permutations, and the key norms that tie this file to its weights;
-- ``emoe_extra.safetensors``: state that the stock class lacks, if there is any: learned routers, running gates,
-  output biases of single experts, and GMoE's copied projections.
+- ``emoe_extra.safetensors``: state that the stock class lacks: learned routers, running gates, output biases of single
+  experts, and GMoE's copied projections. There is no such file without such state.
 
-An EMoE's checkpoint loads into the stock dense class. A GMoE's is refused there, because its shapes differ. Nothing is
-unpickled.
+An EMoE's checkpoint loads into the stock dense class; a GMoE's is refused there, because its shapes differ.
 
 A folder that the model's library wrote (``model.save_pretrained``, ``Trainer``) loads too: the mark in ``config.json``
-holds the configuration (:func:`emoe.convert.mark_`), and the weights hold the state of the routers. The permutations
-are unknown then, unless :class:`emoe.TrainerCallback` wrote the small files beside the weights.
+holds the configuration (:func:`emoe.convert.mark_`), and the weights include the state of the routers. Permutations are
+unknown then, unless :class:`emoe.TrainerCallback` wrote the small files beside the weights.
 """
 
 from __future__ import annotations
@@ -276,30 +275,34 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         )
     folder = Path(folder)
     mark, tensors, extra = read_sidecars(folder)
-    config = mark.config
-    _check_quantization(config, folder, options)
+    config, is_gmoe = mark.config, isinstance(mark.config, GMoEConfig)
+    is_quantized = options.get("quantization_config") is not None or files.is_quantized(folder)
+    if is_quantized and (isinstance(config, GMoEConfig) or config.gate_momentum):
+        raise CheckpointError(f"{folder}: a GMoE, or experts with gate_momentum, cannot be loaded quantised")
     stored = files.Weights(folder)
-    # the model's library saves routers among the weights, which are then newer than the extra file
-    saved_by_library = has_routing_state(mark, stored)
 
     def restored(model: nn.Module) -> set[str]:
-        pairs = converted_ffns(model, mark, tensors, folder) if isinstance(config, GMoEConfig) else []
-        modules = [(f"{ffn.name}.{path}", module) for ffn, _ in pairs for path, module in ffn.projections()]
-        return {f"{prefix}.{name}" for prefix, module in modules for name in module.state_dict()}
+        ffns = [ffn for ffn, _ in converted_ffns(model, mark, tensors, folder)] if is_gmoe else []
+        modules = {f"{ffn.name}.{path}": module for ffn in ffns for path, module in ffn.projections()}
+        return {f"{prefix}.{name}" for prefix, module in modules.items() for name in module.state_dict()}
 
-    reads_state = saved_by_library or isinstance(config, GMoEConfig)
-    model = files.load_stock(loader, folder, restored=restored if reads_state else None, **options)
+    saved_by_library = has_routing_state(mark, stored)
+    model = files.load_stock(loader, folder, restored=restored if saved_by_library or is_gmoe else None, **options)
     pairs = converted_ffns(model, mark, tensors, folder)
-    ffns = [ffn for ffn, _ in pairs]
-    _check_offload(ffns, config, folder)
-    padding = padding_watches(model, ffns, config)
+    padding = padding_watches(model, [ffn for ffn, _ in pairs], config)
     layers = []
     for ffn, permutation in pairs:
-        if isinstance(config, GMoEConfig):
+        if config.has_routing_state and any(map(is_offloaded, (ffn.proj_in, ffn.proj_out))):
+            raise CheckpointError(
+                f"{folder}: the device_map offloads {ffn.name}, whose experts have state of their own; keep that layer "
+                "on a device, or call accelerate.cpu_offload on the loaded model"
+            )
+        if is_gmoe:
             widen(ffn, config.num_experts)
         layers.append(attach(ffn, config, permutation, padding.get(ffn.index)))
+    # the model's library saves routers among the weights, which are then newer than the extra file
     _restore_state(model, layers, stored if saved_by_library else extra, folder)
-    for ffn in ffns:
+    for ffn, _ in pairs:
         check_key_norms(ffn, tensors, folder)
     mark_(model)
     watch_state_(model)
@@ -348,18 +351,12 @@ def _restore_state(
         state = {name: source[key] for name, key in keys.items() if key in source}
     if missing := sorted(keys.keys() - state.keys()):
         raise CheckpointError(
-            f"{folder} lacks {files.some(missing)}: save the model with emoe.save_pretrained, or train it with "
-            "emoe.TrainerCallback"
+            f"{folder} lacks {files.some(missing)}: save with emoe.save_pretrained, or train with emoe.TrainerCallback"
         )
-    for layer in layers:
-        for _, path, module in _parts(layer):
-            prefix = f"{layer.ffn.name}.{path}."
-            try:
-                module.load_state_dict({name: state[prefix + name] for name in module.state_dict()})
-            except RuntimeError as error:
-                raise CheckpointError(
-                    f"{folder}: the state of {prefix[:-1]} does not fit: {files.one_line(error)}"
-                ) from error
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: the state of the experts does not fit: {files.one_line(error)}") from error
 
 
 def check_key_norms(ffn: FFN, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -375,22 +372,3 @@ def check_key_norms(ffn: FFN, tensors: dict[str, Tensor], folder: Path) -> None:
             f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}: it belongs to another model, or "
             "the weights were changed without it"
         )
-
-
-def _check_quantization(config: EMoEConfig | GMoEConfig, folder: Path, options: dict[str, Any]) -> None:
-    """Raise if the experts need plain weights and are to be quantised."""
-    if options.get("quantization_config") is None and not files.is_quantized(folder):
-        return
-    if isinstance(config, GMoEConfig) or config.gate_momentum:
-        reason = "a GMoE" if isinstance(config, GMoEConfig) else "experts with gate_momentum"
-        raise CheckpointError(f"{folder} holds {reason}, which cannot be loaded quantised: their weights are needed")
-
-
-def _check_offload(ffns: list[FFN], config: EMoEConfig | GMoEConfig, folder: Path) -> None:
-    """Raise if a ``device_map`` offloads FFNs whose routing has state, which must lie beside the weights."""
-    for ffn in ffns if config.has_routing_state else []:
-        if any(is_offloaded(module) for module in (ffn.proj_in, ffn.proj_out)):
-            raise CheckpointError(
-                f"{folder}: the device_map offloads {ffn.name}, whose experts have state of their own; keep that layer "
-                "on a device, or call accelerate.cpu_offload on the loaded model"
-            )
