@@ -104,8 +104,8 @@ def read_sidecars(folder: Path) -> tuple[Mark, dict[str, Tensor], dict[str, Tens
     mark, path = read_mark(folder), folder / PARTITION_FILE
     if mark is None:
         raise CheckpointError(
-            f"{folder} holds no experts: there is neither {CONFIG_FILE} nor a mark in {files.STOCK_CONFIG_FILE}; load a dense "
-            "model with its own library, and convert it with emoe.convert_"
+            f"{folder} holds no experts: there is neither {CONFIG_FILE} nor a mark in {files.STOCK_CONFIG_FILE}; load "
+            "a dense model with its own library, and convert it with emoe.convert_"
         )
     if not path.exists() and not (folder / CONFIG_FILE).exists():
         return mark, {}, {}

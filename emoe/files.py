@@ -1,4 +1,4 @@
-"""Files of model folders: JSON and safetensors, read without executing code, and the model's library to load and save."""
+"""Files of model folders: JSON, safetensors, and the model's library to load and save, without executing code."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def loader_for(folder: Path) -> Any:
 
 
 def check_loadable(folder: Path) -> None:
-    """Raise :class:`CheckpointError` if a library would load another model, code, or something else than safetensors."""
+    """Raise :class:`CheckpointError` if a library would load another model, code, or anything but safetensors."""
     path = folder / STOCK_CONFIG_FILE
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
@@ -323,7 +323,7 @@ def check_new(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Write to a temporary folder on the same disk, which becomes the new folder at the end (:class:`CheckpointError`)."""
+    """Write to a temporary folder beside the new one, and rename it at the end (:class:`CheckpointError`)."""
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:

@@ -1,4 +1,4 @@
-"""Folders converted and folded back from disk to disk: the result equals that of the model in memory, in little memory."""
+"""Folders converted and folded back from disk to disk: the same result as in memory, with little memory."""
 
 from __future__ import annotations
 
