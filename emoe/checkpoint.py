@@ -112,7 +112,7 @@ def read_sidecars(folder: Path) -> tuple[Mark, dict[str, Tensor], dict[str, Tens
         return mark, {}, {}
     tensors = files.read_tensors(path)
     layers = sorted(int(name[1]) for name in map(re.compile(r"key_norms\.(\d+)").fullmatch, tensors) if name)
-    experts = tensors.get("num_experts", torch.zeros(1)).tolist()
+    experts: Any = tensors.get("num_experts", torch.zeros(1)).tolist()
     if (experts, layers) != (mark.config.num_experts, mark.layers):
         raise CheckpointError(
             f"{path} describes {experts} experts in the layers {files.some(layers)}, but the configuration "
@@ -142,7 +142,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while isinstance(model, parallel) or hasattr(model, "_orig_mod"):  # torch.compile wraps a model in _orig_mod
-        model = cast(Any, model).module if isinstance(model, parallel) else model._orig_mod
+        model = cast(nn.Module, model.module if isinstance(model, parallel) else model._orig_mod)
     layers = routed_layers(model)
     if not layers:
         raise no_experts(model, "save_pretrained", "save it with its own library")
@@ -194,7 +194,8 @@ def write_sidecars(
     folder: Path,
 ) -> None:
     """Write the small files of a folder from the results of :func:`describe_layer`."""
-    tensors, extra = {"num_experts": torch.tensor(config.num_experts)}, {}
+    tensors = {"num_experts": torch.tensor(config.num_experts)}
+    extra: dict[str, Tensor] = {}
     for layer_tensors, layer_extra in described:
         tensors |= layer_tensors
         extra |= layer_extra

@@ -252,9 +252,9 @@ def widen(ffn: FFN, copies: int) -> None:
     for path, module in ffn.projections():
         weight, bias = cast(nn.Parameter, module.weight), cast("nn.Parameter | None", getattr(module, "bias", None))
         # the same parameters, which an optimizer may already have
-        weight.data = ffn.take(f"{path}.weight", weight, neurons)
+        weight.data, weight.grad = ffn.take(f"{path}.weight", weight, neurons), None
         if bias is not None and path != ffn.spec.proj_out:
-            bias.data = ffn.take(f"{path}.bias", bias, neurons)
+            bias.data, bias.grad = ffn.take(f"{path}.bias", bias, neurons), None
         # nn.Linear stores [out, in] and GPT-2's Conv1D [in, out]
         for name, size in zip(("out_features", "in_features", "nx", "nf"), (*weight.shape, *weight.shape), strict=True):
             if hasattr(module, name):
@@ -330,7 +330,8 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
     """Raise :class:`CheckpointError` for a dense model's state, before anything is loaded."""
     names = {id(module): f"{prefix}{name}" for name, module in model.named_modules()}
     for layer in routed_layers(model):
-        weight = state.get(f"{names.get(id(layer.ffn.proj_in))}.weight")
+        name = names.get(id(layer.ffn.proj_in))
+        weight = state.get(f"{name}.weight", state.get(f"{name}.base_layer.weight"))
         present = cast(Tensor, layer.ffn.proj_in.weight)
         is_comparable = isinstance(weight, Tensor) and weight.shape == present.shape and weight.is_floating_point()
         if layer.permutation is None or not is_comparable or present.is_meta:

@@ -152,9 +152,10 @@ class RoutedActivation(nn.Module):
         # a buffer of zeros, because not every projection works without a bias (GPT-2's Conv1D)
         proj_out.register_buffer("bias", torch.zeros_like(bias))
         # the same parameter, which an optimizer may already have
-        bias.data = (bias.detach() / parts).repeat(self.config.num_experts, 1)
+        bias.data, bias.grad = (bias.detach() / parts).repeat(self.config.num_experts, 1), None
         self.output_bias = bias
         self._handles.append(proj_out.register_forward_hook(self._add_output_bias))
+        self._hooked = (proj_out,)  # in a tuple, so that it does not become a child module
 
     def mean_output_bias(self) -> Tensor:
         """Return the bias ``[h]`` that replaces the experts' biases in a dense FFN; at conversion it is the FFN's own."""
@@ -201,6 +202,7 @@ class RoutedActivation(nn.Module):
             scores = self._scores(x, rows, hidden.reshape(rows.shape))
         _, weights = self.route(scores)
         if self.output_bias is not None:
+            self._check_hooked()
             call.weights = weights
         if after:
             hidden = F.dropout(hidden, after, self.training)
@@ -216,6 +218,14 @@ class RoutedActivation(nn.Module):
             raise RuntimeError(
                 f"{self.ffn_name}: the activation received {z.shape[-1]} values per token, but the FFN has {self._width} "
                 "neurons; check the paths in its emoe.FFNSpec"
+            )
+
+    def _check_hooked(self) -> None:
+        proj_out = getattr(self.ffn.proj_out, "base_layer", self.ffn.proj_out)  # of an adapter
+        if getattr(proj_out, "projection", proj_out) is not self._hooked[0]:  # of the sparse backend
+            raise RuntimeError(
+                f"{self.ffn_name}.{self.ffn.spec.proj_out} was replaced, and with it the hook that adds the experts' output "
+                "biases: replace it before converting, or set output_bias='shared'"
             )
 
     def _with_gradient(self) -> AbstractContextManager[Any]:

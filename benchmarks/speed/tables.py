@@ -121,7 +121,9 @@ TABLES = {"layer": layer, "step": step, "decode": decode, "partition": partition
 
 def verdicts(measured: Measurements) -> Iterator[str]:
     """A sentence for each measure, type and share of experts: the middle over its settings, and both ends."""
-    rows = measured.records[(measured.records["eval_task"].isin(["sparse", "inference"])) & (measured.records["metric"] == "ratio")]
+    rows = measured.records[
+        (measured.records["eval_task"].isin(["sparse", "inference"])) & (measured.records["metric"] == "ratio")
+    ]
     for (measure, dtype, share), found in rows.groupby(["task", "dtype", "top_k_fraction"], dropna=False, sort=False):
         found = found.sort_values("value")
         first, last = found.iloc[0], found.iloc[-1]

@@ -32,10 +32,16 @@ _FEW_TOKENS = 8
 
 
 class _Replacement(nn.Module):
-    """Take a projection's place: hold the same parameters and buffers under the same names."""
+    """Take a projection's place: hold the same parameters and buffers under the same names.
 
-    def __init__(self, projection: nn.Module) -> None:
+    Args:
+        projection: projection to replace.
+        name: qualified name of the projection.
+    """
+
+    def __init__(self, projection: nn.Module, name: str) -> None:
         super().__init__()
+        self.name = name
         # the same dictionaries: a parameter that is replaced in one module is replaced in the other
         self._parameters, self._buffers = projection._parameters, projection._buffers
         self._projection = (projection,)  # in a tuple, so that it does not become a child module
@@ -55,17 +61,18 @@ class PassThrough(_Replacement):
 
     Args:
         projection: projection to replace.
+        name: qualified name of the projection.
         output: ``input`` to return the input, ``one`` to return 1, or ``first`` or ``last`` for the half of a fused projection
             that is the input; the other half is then 1.
     """
 
-    def __init__(self, projection: nn.Module, output: str) -> None:
-        super().__init__(projection)
+    def __init__(self, projection: nn.Module, name: str, output: str) -> None:
+        super().__init__(projection, name)
         self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
         """Pass the input on."""
-        reject_hooks(self)
+        reject_hooks(self, self.name)
         if self.output == "one":
             return x.new_ones(())
         if self.output == "input":
@@ -102,7 +109,7 @@ class SparseFFN(_Replacement):
     """
 
     def __init__(self, layer: RoutedActivation, dropouts: list[nn.Dropout]) -> None:
-        super().__init__(layer.ffn.proj_out)
+        super().__init__(layer.ffn.proj_out, f"{layer.ffn_name}.{layer.ffn.spec.proj_out}")
         self._layer = (layer,)  # in a tuple, so that it does not become a child module
         self._dropouts = tuple(dropouts)
         self.layout: Layout | None = None
@@ -111,11 +118,11 @@ class SparseFFN(_Replacement):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the FFN ``[..., h]`` of inputs ``[..., h]``."""
         layer = self._layer[0]
-        reject_hooks(self)
-        reject_hooks(layer, 1)
+        reject_hooks(self, self.name)
+        reject_hooks(layer, f"{layer.ffn_name}.{layer.ffn.spec.activation}", 1)
         rows = x.reshape(-1, x.shape[-1])
         if self.layout is not None and len(rows) <= _FEW_TOKENS and not torch.compiler.is_compiling():
-            return self._add_bias(*self._compute_few(rows, self.layout)).view(x.shape)
+            return self._add_bias(*self._compute_few(rows, self.layout), x)
         if self._needs_mask(rows):
             return self._compute_masked(x)
         _check_weights(layer.ffn)
@@ -123,7 +130,7 @@ class SparseFFN(_Replacement):
         inputs, values = layer.ffn.blocks(layer.config.num_experts)
         per_expert = None if layer.weighting == "binary" else weights
         y = sparse_ffn(rows, inputs, values, layer.activation, mask, per_expert)
-        return self._add_bias(y, weights).view(*x.shape[:-1], -1)
+        return self._add_bias(y, weights, x)
 
     def _needs_mask(self, rows: Tensor) -> bool:
         """Check if this forward pass needs the masked products, or is faster with them."""
@@ -153,10 +160,12 @@ class SparseFFN(_Replacement):
             hidden = F.dropout(hidden, dropout.p, self.training)
         return cast(Tensor, self.projection(hidden))
 
-    def _add_bias(self, y: Tensor, weights: Tensor | None) -> Tensor:
+    def _add_bias(self, y: Tensor, weights: Tensor | None, x: Tensor) -> Tensor:
+        """Add the output biases to an output ``[T, h]``, and give it the shape of the input ``[..., h]``."""
         layer, bias = self._layer[0], bias_of(self)
         y = y if bias is None else y + bias.to(y.dtype)
-        return y if layer.output_bias is None else layer.add_output_bias(y, cast(Tensor, weights))
+        y = y if layer.output_bias is None else layer.add_output_bias(y, cast(Tensor, weights))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _compute_few(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """Compute a few tokens with the weights of their experts only. Return the output ``[T, h]`` and the expert weights."""
@@ -207,9 +216,9 @@ def install_(layer: RoutedActivation) -> None:
     layer.between = ffn.between()
     dropouts = [module for _, module in ffn.between() if isinstance(module, nn.Dropout)]
     ffn.replace(spec.proj_out, SparseFFN(layer, dropouts))
-    ffn.replace(spec.proj_in, PassThrough(ffn.proj_in, spec.fused or "input"))
+    ffn.replace(spec.proj_in, PassThrough(ffn.proj_in, f"{ffn.name}.{spec.proj_in}", spec.fused or "input"))
     if spec.proj_up and ffn.proj_up is not None:
-        ffn.replace(spec.proj_up, PassThrough(ffn.proj_up, "one"))
+        ffn.replace(spec.proj_up, PassThrough(ffn.proj_up, f"{ffn.name}.{spec.proj_up}", "one"))
     for path, _ in ffn.between():
         ffn.replace(path, nn.Identity())
     layer.backend = "sparse"
@@ -243,49 +252,52 @@ def check_supported(layer: RoutedActivation) -> None:
     # the FFN's own hooks: the input, the experts' biases, and one on the activation
     expected = {ffn.spec.proj_in: 1, ffn.spec.proj_out: int(layer.output_bias is not None)}
     for path, module in [*ffn.projections(), *ffn.between()]:
-        reject_hooks(module, expected.get(path, 0), ConversionError)
-    reject_hooks(layer, 1, ConversionError)
+        reject_hooks(module, f"{ffn.name}.{path}", expected.get(path, 0), ConversionError)
+    reject_hooks(layer, f"{ffn.name}.{ffn.spec.activation}", 1, ConversionError)
 
 
-def reject_hooks(module: nn.Module, expected: int = 0, error: type[Exception] = RuntimeError) -> None:
+def reject_hooks(module: nn.Module, name: str, expected: int = 0, error: type[Exception] = RuntimeError) -> None:
     """Raise an error if a module of a sparse FFN has more hooks than expected."""
-    if len(module._forward_hooks) + len(module._forward_pre_hooks) > expected:
-        raise error(
-            f"{type(module).__name__}: hooks cannot see hidden neurons, which a sparse FFN does not compute: "
-            f"remove the hook, or {_WAY_OUT}"
-        )
+    forward = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    if forward > expected or module._backward_hooks or module._backward_pre_hooks:
+        raise error(f"{name} has a hook, which cannot see the neurons of a sparse FFN: remove it, or {_WAY_OUT}")
 
 
 def probe(layer: RoutedActivation) -> Tensor | None:
-    """Compute an FFN's output for a few random rows, to compare both backends.
+    """Compute an FFN's module for a few random rows, to compare both backends.
 
-    The code of an FFN, for example of a row that a user registered, may compute something between the projections,
+    The module's code, for example in a row that a user registered, may compute something between the projections,
     which the sparse backend would skip.
 
     Returns:
-        Output ``[4, h]``; None if the FFN is not a module of its own that takes one input.
+        Output ``[1, 4, h]``; None if the module needs other inputs, or holds only a part of the FFN.
     """
     ffn = layer.ffn
     module, weight = ffn.parents[ffn.spec.proj_in], cast(Tensor, ffn.proj_in.weight)
     parameters = inspect.signature(module.forward).parameters.values()
     takes_one = [p.default is p.empty for p in parameters].count(True) == 1
-    is_module = "." in ffn.spec.proj_in and all(parent is module for parent in ffn.parents.values())
-    if not (takes_one and is_module) or layer.padding is not None or type(weight) is not nn.Parameter:
+    is_whole = all(parent is module for parent in ffn.parents.values())
+    if not (takes_one and is_whole) or layer.padding is not None or type(weight) is not nn.Parameter:
         return None
     modes, record = {m: m.training for m in module.modules()}, layer.record
+    sparse = ffn.proj_out if isinstance(ffn.proj_out, SparseFFN) else None
     layer.record = None
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        x = torch.randn(4, ffn.h).to(weight)
-        if isinstance(ffn.proj_out, SparseFFN):
-            ffn.proj_out.always = True
-        output = module.eval()(x)
-        if isinstance(ffn.proj_out, SparseFFN):
-            ffn.proj_out.always = False
-    for m, mode in modes.items():
-        m.training = mode
-    layer.record = record
-    return cast(Tensor, output)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            x = torch.randn(1, 4, ffn.h).to(weight)
+            if sparse is not None:
+                sparse.always = True
+            output = module.eval()(x)
+            return output if isinstance(output, Tensor) else None
+    except (IndexError, RuntimeError, TypeError, ValueError):  # of the module's own code
+        return None
+    finally:
+        if sparse is not None:
+            sparse.always = False
+        for m, mode in modes.items():
+            m.training = mode
+        layer.record = record
 
 
 def _check_weights(ffn: FFN) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from emoe.files import write_tensors
 from peft import LoraModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -60,7 +60,7 @@ def load_language_model(model: Mapping[str, Any], converted: Any = (), *, empty:
         if empty:
             ffns = find_ffns(built)
             for i in _numbers(converted, len(ffns)):  # a conversion looks at them
-                for parameter in ffns[i].layer.parameters():
+                for parameter in built.get_submodule(ffns[i].name).parameters():
                     parameter.data.zero_()
         return built
     place, _ = locate(model)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from emoe.files import write_tensors
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Sampler
