@@ -16,19 +16,8 @@ import torch
 from tabulate import tabulate
 
 import emoe
-from emoe.checkpoint import EXTRA_FILE, read_mark, read_sidecars
-from emoe.errors import CheckpointError, ConfigError, EMoEError
-from emoe.files import (
-    check_new,
-    copy_companions,
-    load_stock,
-    loader_for,
-    model_folder,
-    new_folder,
-    one_line,
-    quiet,
-    save_weights,
-)
+from emoe import checkpoint, files
+from emoe.errors import CheckpointError, ConfigError, ConversionError, EMoEError
 from emoe.layer import routed_layers
 from emoe.sparse.build import build_kernels
 from emoe.streaming import NotStreamedError, convert_folder, fold_folder
@@ -124,18 +113,18 @@ def convert(
     config = cls.as_published(as_published, **values) if as_published else cls(**values)
     if getattr(config, "partition", None) == "coactivation":
         raise ConfigError("a co-activation partition needs calibration data; convert in Python (docs/library.md)")
-    check_new(out)
-    source = model_folder(model)
+    files.check_new(out)
+    source = files.model_folder(model)
     try:
         report = convert_folder(source, out, config, progress=True)
     except NotStreamedError as reason:
         click.echo(f"Loading the model: {reason}", err=True)
-        loaded = load_stock(loader_for(source), source).eval()
+        loaded = files.load_stock(files.loader_for(source), source).eval()
         torch.manual_seed(0)  # for learned routers, as from disk to disk
         report = emoe.convert_(loaded, config, progress=True)
-        with new_folder(out) as new:
+        with files.new_folder(out) as new:
             emoe.save_pretrained(loaded, new)
-            copy_companions(source, new)
+            files.copy_companions(source, new)
     click.echo(report)
     click.echo(f"Written to {out}")
 
@@ -150,39 +139,36 @@ def inspect(folder: Path, as_json: bool) -> None:
     A * marks settings that are not the default. "moved" is the share of neurons in another position than before the
     conversion. The keys are the norms of the neurons' input weights.
     """
-    mark, tensors, extra = read_sidecars(folder)
+    mark, tensors, extra = checkpoint.read_sidecars(folder)
     config = mark.config
-    layers = [{"layer": index, "experts": config.num_experts, **_measures(tensors, index)} for index in mark.layers]
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    experts = config.num_experts
+    layers = [{"layer": index, "experts": experts, **_measures(tensors, index, experts)} for index in mark.layers]
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     extra_numbers = sum(tensor.numel() for tensor in extra.values())
     if as_json:
-        content = {"config": config.to_dict(), "layers": layers, "files": files, "extra_numbers": extra_numbers}
+        content = {"config": config.to_dict(), "layers": layers, "files": sizes, "extra_numbers": extra_numbers}
         click.echo(json.dumps(content, indent=1))
         return
-    defaults = type(config)(num_experts=config.num_experts, top_k=config.top_k).to_dict()
+    defaults = type(config)(num_experts=experts, top_k=config.top_k).to_dict()
     fields = [(name, json.dumps(v), "" if v == defaults[name] else "*") for name, v in config.to_dict().items()]
     click.echo(tabulate(fields, headers=["field", "value", "set"], tablefmt="simple") + "\n")
     click.echo(tabulate(layers, headers="keys", tablefmt="simple", floatfmt=".3f") + "\n")
-    sizes = [(name, f"{size / 1e6:.2f} MB") for name, size in files.items()]
-    click.echo(tabulate(sizes, headers=["file", "size"], tablefmt="simple", colalign=("left", "right")))
+    rows = [(name, f"{size / 1e6:.2f} MB") for name, size in sizes.items()]
+    click.echo(tabulate(rows, headers=["file", "size"], tablefmt="simple", colalign=("left", "right")))
     if not tensors:
         click.echo("\nThe model's own library saved this folder: the original order of the neurons is unknown.")
     if extra:
-        click.echo(f"\n{EXTRA_FILE}: {extra_numbers:,} numbers that the stock class has no place for")
+        click.echo(f"\n{checkpoint.EXTRA_FILE}: {extra_numbers:,} numbers that the stock class has no place for")
 
 
-def _measures(tensors: dict[str, Any], index: int) -> dict[str, Any]:
+def _measures(tensors: dict[str, Any], index: int, experts: int) -> dict[str, Any]:
     """Describe a layer's neurons; empty if there is no partition file."""
     if not tensors:
         return {}
     norms, order = tensors[f"key_norms.{index}"], tensors.get(f"permutation.{index}")
     moved = None if order is None else float((order != order.sort().values).float().mean())
-    return {
-        "neurons": len(norms),
-        "moved": moved,
-        "smallest_key": float(norms.min()),
-        "largest_key": float(norms.max()),
-    }
+    keys = {"smallest_key": float(norms.min()), "largest_key": float(norms.max())}
+    return {"neurons": len(norms), "size": len(norms) // experts, "moved": moved, **keys}
 
 
 @cli.command(short_help="Fold experts back into a dense model.")
@@ -192,16 +178,16 @@ def _measures(tensors: dict[str, Any], index: int) -> dict[str, Any]:
 @_with_clear_errors
 def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
     """Fold the experts of a converted FOLDER back, and write the dense model to the new folder OUT."""
-    check_new(out)
-    source = model_folder(str(folder))
+    files.check_new(out)
+    source = files.model_folder(str(folder))
     try:
         fold_folder(source, out, restore_order=restore_order, progress=True)
     except NotStreamedError as reason:
         click.echo(f"Loading the model: {reason}", err=True)
-        model = emoe.to_dense_(emoe.from_pretrained(loader_for(source), source), restore_order=restore_order)
-        with new_folder(out) as new:
-            save_weights(model, new)
-            copy_companions(source, new)
+        model = emoe.to_dense_(emoe.from_pretrained(files.loader_for(source), source), restore_order=restore_order)
+        with files.new_folder(out) as new:
+            files.save_weights(model, new)
+            files.copy_companions(source, new)
     click.echo(f"Written to {out}")
 
 
@@ -213,29 +199,12 @@ def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
 @_with_clear_errors
 def generate(folder: str, prompt: str, max_new_tokens: int, raw: bool) -> None:
     """Answer PROMPT greedily with the language model of FOLDER, converted or dense."""
-    source = model_folder(folder)
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
-    with quiet():
-        is_converted = read_mark(source) is not None
-        load = emoe.from_pretrained if is_converted else load_stock
-        model: Any = load(loader_for(source), source).eval()
-        if not hasattr(model, "generate") or not model.can_generate():
-            raise CheckpointError(f"{source} holds a {type(model).__name__}, which does not generate text")
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        if is_converted:
-            emoe.for_inference_(model)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-        if raw or not tokenizer.chat_template:
-            inputs = tokenizer(prompt, return_tensors="pt")
-        else:
-            messages = [{"role": "user", "content": prompt}]
-            options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-            inputs = tokenizer.apply_chat_template(messages, **options)
-    except Exception as error:  # a damaged tokenizer raises anything
-        raise CheckpointError(f"{source} holds no tokenizer: {one_line(error)}") from error
-    inputs.pop("token_type_ids", None)
+    source = files.model_folder(folder)
+    with files.quiet():
+        model = _load_generator(source)
+    tokenizer, inputs = _tokenize(source, prompt, raw)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
     with torch.inference_mode():
@@ -244,8 +213,41 @@ def generate(folder: str, prompt: str, max_new_tokens: int, raw: bool) -> None:
         )
     seconds = time.perf_counter() - start
     tokens = output.shape[1] - inputs["input_ids"].shape[1]
-    experts = f"{len(routed_layers(model))} layers with experts" if is_converted else "dense"
-    click.echo(f"[{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} per second; {experts}]", err=True)
+    backends = {f"{layer.backend} experts" for layer in routed_layers(model)} or {"dense"}
+    click.echo(f"[{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} per second; {backends.pop()}]", err=True)
+
+
+def _load_generator(source: Path) -> Any:
+    """Return a language model that is ready for inference, converted or dense."""
+    is_converted = checkpoint.read_mark(source) is not None
+    load = emoe.from_pretrained if is_converted else files.load_stock
+    model: Any = load(files.loader_for(source), source).eval()
+    if not hasattr(model, "generate") or not model.can_generate():
+        raise CheckpointError(f"{source} holds a {type(model).__name__}, which does not generate text")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if is_converted:
+            emoe.for_inference_(model)
+    except ConversionError as error:  # its scores need every neuron
+        click.echo(f"Masked backend: {error}", err=True)
+    return model
+
+
+def _tokenize(source: Path, prompt: str, raw: bool) -> tuple[Any, Any]:
+    """Return a folder's tokenizer, and the tokens of a prompt in its chat template, if it has one."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+        if not raw and tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # a template has the special tokens already
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=raw or not tokenizer.chat_template)
+    except Exception as error:  # a damaged tokenizer raises anything
+        raise CheckpointError(f"{source} holds no tokenizer: {files.one_line(error)}") from error
+    inputs.pop("token_type_ids", None)
+    return tokenizer, inputs
 
 
 @cli.command(short_help="Compile the sparse backend's kernels now.")

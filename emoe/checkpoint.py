@@ -41,7 +41,7 @@ from emoe.routers import is_offloaded, unsharded, weights_in_place
 CONFIG_FILE = "emoe_config.json"
 PARTITION_FILE = "emoe_partition.safetensors"
 EXTRA_FILE = "emoe_extra.safetensors"
-_MARK = "emoe"  # key of the mark in config.json
+MARK = "emoe"  # key of the mark in config.json
 _NORM_TOLERANCE = 0.02  # for key norms after a cast to bfloat16
 _QUANTIZED_NORM_TOLERANCE = 0.15  # for key norms of four-bit weights
 
@@ -73,7 +73,7 @@ def read_mark(folder: Path) -> Mark | None:
     for path in (folder / files.STOCK_CONFIG_FILE, folder / CONFIG_FILE):
         content = files.read_object(path) if path.exists() else {}
         if path.name == files.STOCK_CONFIG_FILE:
-            content = content.get(_MARK) or {}
+            content = content.get(MARK) or {}
         if content:
             return _parse_mark(content, path)
     return None
@@ -111,9 +111,9 @@ def read_sidecars(folder: Path) -> tuple[Mark, dict[str, Tensor], dict[str, Tens
     if not path.exists() and not (folder / CONFIG_FILE).exists():
         return mark, {}, {}
     tensors = files.read_tensors(path)
-    layers = sorted(int(name[1]) for name in map(re.compile(r"key_norms\.(\d+)").fullmatch, tensors) if name)
+    layers = sorted(int(match[1]) for match in map(re.compile(r"key_norms\.(\d+)").fullmatch, tensors) if match)
     experts: Any = tensors.get("num_experts", torch.zeros(1)).tolist()
-    if (experts, layers) != (mark.config.num_experts, mark.layers):
+    if experts != mark.config.num_experts or layers != mark.layers:
         raise CheckpointError(
             f"{path} describes {experts} experts in the layers {files.some(layers)}, but the configuration "
             f"{mark.config.num_experts} experts in the layers {files.some(mark.layers)}"
@@ -140,9 +140,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         ConversionError: the model is not converted, or still carries adapters.
     """
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):  # torch.compile wraps a model in _orig_mod
-        model = cast(nn.Module, model.module if isinstance(model, parallel) else model._orig_mod)
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = cast(nn.Module, getattr(model, "_orig_mod", None) or model.module)  # _orig_mod is of torch.compile
     layers = routed_layers(model)
     if not layers:
         raise no_experts(model, "save_pretrained", "save it with its own library")
@@ -208,7 +207,7 @@ def write_sidecars(
 
 
 def describe_layer(index: int, layer: RoutedActivation) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return a layer's tensors in the partition file, and those in the extra file."""
+    """Return a layer's tensors for the partition file, and those for the extra file."""
     modules = [module for _, _, part in _parts(layer) for module in part.modules()]
     with weights_in_place(*{*modules, layer.ffn.proj_in}):
         tensors = {f"key_norms.{index}": _key_norms(layer.ffn)}
@@ -284,22 +283,24 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     saved_by_library = has_routing_state(mark, stored)
 
     def restored(model: nn.Module) -> set[str]:
-        ffns = converted_ffns(model, mark, folder) if isinstance(config, GMoEConfig) else []
-        return {f"{ffn.name}.{path}.{name}" for ffn in ffns for path, m in ffn.projections() for name in m.state_dict()}
+        pairs = converted_ffns(model, mark, tensors, folder) if isinstance(config, GMoEConfig) else []
+        modules = [(f"{ffn.name}.{path}", module) for ffn, _ in pairs for path, module in ffn.projections()]
+        return {f"{prefix}.{name}" for prefix, module in modules for name in module.state_dict()}
 
-    reads_extra = saved_by_library or isinstance(config, GMoEConfig)
-    model = files.load_stock(loader, folder, restored=restored if reads_extra else None, **options)
-    ffns = converted_ffns(model, mark, folder)
-    permutations = read_permutations(ffns, tensors, folder)
+    reads_state = saved_by_library or isinstance(config, GMoEConfig)
+    model = files.load_stock(loader, folder, restored=restored if reads_state else None, **options)
+    pairs = converted_ffns(model, mark, tensors, folder)
+    ffns = [ffn for ffn, _ in pairs]
     _check_offload(ffns, config, folder)
     padding = padding_watches(model, ffns, config)
     layers = []
-    for ffn in ffns:
+    for ffn, permutation in pairs:
         if isinstance(config, GMoEConfig):
             widen(ffn, config.num_experts)
-        layers.append(attach(ffn, config, permutations[ffn.index], padding.get(ffn.index)))
+        layers.append(attach(ffn, config, permutation, padding.get(ffn.index)))
     _restore_state(model, layers, stored if saved_by_library else extra, folder)
-    check_key_norms(ffns, tensors, folder)
+    for ffn in ffns:
+        check_key_norms(ffn, tensors, folder)
     mark_(model)
     watch_state_(model)
     return model.eval()
@@ -311,27 +312,24 @@ def has_routing_state(mark: Mark, stored: files.Weights) -> bool:
     return mark.config.has_routing_state and any(names)
 
 
-def converted_ffns(model: nn.Module, mark: Mark, folder: Path) -> list[FFN]:
-    """Return the FFNs of a dense model that are experts in its folder (:class:`CheckpointError`)."""
+def converted_ffns(
+    model: nn.Module, mark: Mark, tensors: dict[str, Tensor], folder: Path
+) -> list[tuple[FFN, Tensor | None]]:
+    """Return the FFNs of a dense model that are experts in its folder, and their permutations, None if unknown."""
     ffns = find_ffns(model)
     if mark.layers[-1] >= len(ffns) or mark.ffns not in (None, len(ffns)):
         raise CheckpointError(
             f"{folder}: the model has {len(ffns)} FFNs, but the experts are numbered among "
             f"{mark.ffns or mark.layers[-1] + 1}; load the part of the model that was converted"
         )
-    chosen = [ffns[index] for index in mark.layers]
+    pairs = [(ffns[index], tensors.get(f"permutation.{index}")) for index in mark.layers]
     if isinstance(mark.config, EMoEConfig):
-        check_divisible(chosen, mark.config.num_experts)
-    return chosen
-
-
-def read_permutations(ffns: list[FFN], tensors: dict[str, Tensor], folder: Path) -> dict[int, Tensor | None]:
-    """Return the permutation of each FFN from the partition file, None if it is unknown (:class:`CheckpointError`)."""
-    permutations = {ffn.index: tensors.get(f"permutation.{ffn.index}") for ffn in ffns}
-    for ffn in ffns if any(tensor is not None for tensor in permutations.values()) else []:
-        if not is_permutation(permutations[ffn.index], ffn.d):
+        check_divisible([ffn for ffn, _ in pairs], mark.config.num_experts)
+    is_known = any(permutation is not None for _, permutation in pairs)
+    for ffn, permutation in pairs if is_known else []:
+        if not is_permutation(permutation, ffn.d):
             raise CheckpointError(f"{folder / PARTITION_FILE} has no permutation of {ffn.name}'s {ffn.d} neurons")
-    return permutations
+    return pairs
 
 
 def _restore_state(
@@ -364,18 +362,19 @@ def _restore_state(
                 ) from error
 
 
-def check_key_norms(ffns: list[FFN], tensors: dict[str, Tensor], folder: Path) -> None:
-    """Check that a partition file, if there is one, belongs to the weights of FFNs (:class:`CheckpointError`)."""
-    for ffn in ffns if tensors else []:
-        saved = tensors[f"key_norms.{ffn.index}"].float()
-        with torch.no_grad(), weights_in_place(ffn.proj_in):
-            norms = _key_norms(ffn)
-        tolerance = _NORM_TOLERANCE if has_plain_weight(ffn.proj_in) else _QUANTIZED_NORM_TOLERANCE
-        if norms.shape != saved.shape or not torch.allclose(norms, saved, rtol=tolerance, atol=1e-6):
-            raise CheckpointError(
-                f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}: it belongs to another model, or "
-                "the weights were changed without it"
-            )
+def check_key_norms(ffn: FFN, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Check that the partition file, if there is one, belongs to an FFN's weights (:class:`CheckpointError`)."""
+    if not tensors:
+        return
+    saved = tensors[f"key_norms.{ffn.index}"].float()
+    with torch.no_grad(), weights_in_place(ffn.proj_in):
+        norms = _key_norms(ffn)
+    tolerance = _NORM_TOLERANCE if has_plain_weight(ffn.proj_in) else _QUANTIZED_NORM_TOLERANCE
+    if norms.shape != saved.shape or not torch.allclose(norms, saved, rtol=tolerance, atol=1e-6):
+        raise CheckpointError(
+            f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}: it belongs to another model, or "
+            "the weights were changed without it"
+        )
 
 
 def _check_quantization(config: EMoEConfig | GMoEConfig, folder: Path, options: dict[str, Any]) -> None:

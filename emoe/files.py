@@ -229,9 +229,8 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
 
 
 def _load_with_transformers(loader: Any, folder: Path, restored: Restored | None, options: dict[str, Any]) -> nn.Module:
-    fixed = {"use_safetensors": True, "output_loading_info": True}
-    if restored is not None:
-        fixed["ignore_mismatched_sizes"] = True  # they are checked below
+    # mismatched sizes are checked below, because the error of transformers does not name them
+    fixed = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with quiet() if restored else nullcontext():  # transformers would report what the caller restores
         model, info = loader.from_pretrained(str(folder), **{"trust_remote_code": False, **options, **fixed})
     expected = restored(model) if restored else set()
@@ -336,9 +335,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the tokenizer, templates and other settings that the target folder does not have."""
+    root = source.resolve()
+    root = (
+        root.parents[1] if root.parent.name == "snapshots" else root
+    )  # the hub's cache links files beside its folders
     for path in source.rglob("*"):
         copy = target / path.relative_to(source)
-        is_companion = path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.startswith("emoe_")
-        if is_companion and path.is_file() and not path.name.endswith(".index.json") and not copy.exists():
+        is_companion = path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json")
+        is_inside = path.is_file() and path.resolve().is_relative_to(root)
+        if is_companion and is_inside and not path.name.startswith("emoe_") and not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)

@@ -16,104 +16,25 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from emoe import checkpoint, convert, files
 from emoe.architectures import FFN, find_ffns
-from emoe.checkpoint import (
-    check_key_norms,
-    converted_ffns,
-    describe_layer,
-    has_routing_state,
-    read_mark,
-    read_permutations,
-    read_sidecars,
-    write_sidecars,
-)
 from emoe.checks import check_distinct_keys, check_weights
-from emoe.config import EMoEConfig
-from emoe.convert import (
-    ConversionReport,
-    check_config_fits,
-    check_foldable,
-    conversion_report,
-    convert_ffn,
-    count_parameters,
-    mark_,
-)
+from emoe.config import EMoEConfig, GMoEConfig
 from emoe.errors import CheckpointError, EMoEError
-from emoe.files import (
-    STOCK_CONFIG_FILE,
-    WEIGHT_FILES,
-    Weights,
-    copy_companions,
-    is_quantized,
-    load_stock,
-    loader_for,
-    new_folder,
-    quiet,
-    read_object,
-    read_tensors,
-    some,
-    weight_files,
-    write_tensors,
-)
 from emoe.layer import RoutedActivation
 from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import group_neurons
 
-_Changes = dict[str, Callable[[Tensor], Tensor]]  # functions of stored tensors by name
+_Changes = dict[str, Callable[[Tensor], Tensor]]  # functions of stored tensors, by their names
 
 
 class NotStreamedError(EMoEError):
     """Report that a folder is not converted from disk to disk. The model can be loaded instead."""
 
 
-class _Source:
-    """Hold a model without weights, and its stored weights.
-
-    Attributes:
-        model: model on the meta device.
-        weights: stored weights.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        loader = loader_for(folder)
-        if not hasattr(loader, "from_pretrained") or importlib.util.find_spec("accelerate") is None:
-            raise NotStreamedError("disk to disk needs a transformers model and the package 'accelerate'")
-        if is_quantized(folder):
-            raise NotStreamedError("the weights are quantised")
-        with quiet():
-            self.model = load_stock(loader, folder, device_map="meta")
-        self.weights = Weights(folder)
-
-    def stored_names(self, ffn: FFN) -> dict[str, str]:
-        """Return the stored names of an FFN's tensors, by their paths (:class:`NotStreamedError`)."""
-        paths = [f"{path}.{name}" for path, module in ffn.projections() for name, _ in module.named_parameters()]
-        stored = self.weights.find(self.model, [f"{ffn.name}.{path}" for path in paths])
-        if missing := [path for path in paths if f"{ffn.name}.{path}" not in stored]:
-            raise NotStreamedError(f"the weights do not have {some(missing)} of {ffn.name} under the model's names")
-        return {path: stored[f"{ffn.name}.{path}"] for path in paths}
-
-    @contextmanager
-    def loaded(self, ffn: FFN) -> Iterator[None]:
-        """Load the projections of an FFN for the duration of the block."""
-        stored = self.stored_names(ffn)
-        for path, module in ffn.projections():
-            for name, parameter in list(module.named_parameters()):
-                tensor = self.weights[stored[f"{path}.{name}"]].to(parameter.dtype, copy=True)
-                if tensor.shape != parameter.shape:
-                    raise NotStreamedError(f"{ffn.name}.{path}.{name} is stored with another shape")
-                module.register_parameter(name, nn.Parameter(tensor))
-        yield
-        for _, module in ffn.projections():
-            module.to("meta")
-
-    def reorder(self, ffn: FFN, neurons: Tensor) -> _Changes:
-        """Return the functions that put an FFN's stored tensors in another order of the neurons."""
-        stored = self.stored_names(ffn)
-        paths = [path for path in ffn.neuron_dims() if path in stored]
-        return {stored[path]: partial(ffn.take, path, neurons=neurons) for path in paths}
-
-
-def convert_folder(source: Path, out: Path, config: Any, *, progress: bool = False) -> ConversionReport:
+def convert_folder(
+    source: Path, out: Path, config: EMoEConfig | GMoEConfig, *, progress: bool = False
+) -> convert.ConversionReport:
     """Convert a dense model's folder to a new folder without loading the model.
 
     The new folder loads to the model that :func:`emoe.convert_` and :func:`emoe.save_pretrained` make. Learned routers
@@ -129,38 +50,38 @@ def convert_folder(source: Path, out: Path, config: Any, *, progress: bool = Fal
         NotStreamedError: the model must be loaded instead; nothing was written.
         ConversionError, ConfigError, CheckpointError: as :func:`emoe.convert_`.
     """
-    if read_mark(source) is not None:
+    if checkpoint.read_mark(source) is not None:
         raise CheckpointError(f"{source} holds experts already; fold them back first (python -m emoe to-dense)")
     if not isinstance(config, EMoEConfig):
         raise NotStreamedError("a GMoE's copies are made in memory")
-    folder = _Source(source)
-    ffns = find_ffns(folder.model)
+    model, weights = _open(source)
+    ffns = find_ffns(model)
     chosen = [ffns[index] for index in resolve_layers(config.layers, len(ffns))]  # type: ignore[arg-type]
-    before, neurons = count_parameters(folder.model), sum(ffn.d for ffn in ffns)
+    before, neurons = convert.count_parameters(model), sum(ffn.d for ffn in ffns)
     changes: _Changes = {}
     reports, described = [], []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for ffn in tqdm(chosen, "Grouping neurons", unit="layer", disable=not progress):
-            with folder.loaded(ffn):
-                check_weights(folder.model, [ffn])
-                check_config_fits([ffn], config)
+            with _loaded(ffn, model, weights) as stored:
+                check_weights(model, [ffn])
+                convert.check_config_fits([ffn], config)
                 if config.partition == "kmeans":
                     check_distinct_keys([ffn])
                 partition = group_neurons(ffn.keys(), config, ffn.index)
-                changes |= folder.reorder(ffn, partition[ffn.index])
-                bias = folder.stored_names(ffn).get(f"{ffn.spec.proj_out}.bias")
-                reports.append(convert_ffn(ffn, config, partition))
+                reports.append(convert.convert_ffn(ffn, config, partition))
                 layer = cast(RoutedActivation, ffn.activation)
-                described.append(describe_layer(ffn.index, layer))
-                if bias is not None and layer.output_bias is not None:
+                described.append(checkpoint.describe_layer(ffn.index, layer))
+                changes |= _reorder(ffn, stored, partition[ffn.index])
+                if layer.output_bias is not None:
+                    bias = stored[f"{ffn.spec.proj_out}.bias"]
                     changes[bias] = partial(Tensor.type_as, layer.mean_output_bias())
-    mark_(folder.model)
-    settings = {**read_object(source / STOCK_CONFIG_FILE), "emoe": cast(Any, folder.model).config.emoe}
-    with new_folder(out) as new:
-        _write(source, new, changes, settings, progress)
-        write_sidecars(described, config, [ffn.index for ffn in chosen], new)
-    return conversion_report(reports, config, len(ffns), neurons, count_parameters(folder.model) - before)
+    convert.mark_(model)
+    with files.new_folder(out) as new:
+        _write(source, new, changes, cast(Any, model).config.emoe, progress)
+        checkpoint.write_sidecars(described, config, [ffn.index for ffn in chosen], new)
+    added = convert.count_parameters(model) - before
+    return convert.conversion_report(reports, config, len(ffns), neurons, added)
 
 
 def fold_folder(source: Path, out: Path, *, restore_order: bool = False, progress: bool = False) -> None:
@@ -176,38 +97,74 @@ def fold_folder(source: Path, out: Path, *, restore_order: bool = False, progres
         NotStreamedError: the model must be loaded instead; nothing was written.
         ConversionError, CheckpointError: as :func:`emoe.to_dense_` and :func:`emoe.from_pretrained`.
     """
-    mark, tensors, _ = read_sidecars(source)
-    check_foldable([mark.config])
-    folder = _Source(source)
-    if has_routing_state(mark, folder.weights):
+    mark, tensors, _ = checkpoint.read_sidecars(source)
+    convert.check_foldable([mark.config])
+    model, weights = _open(source)
+    if checkpoint.has_routing_state(mark, weights):
         raise NotStreamedError("routers are stored among the weights")
-    ffns = converted_ffns(folder.model, mark, source)
-    permutations = read_permutations(ffns, tensors, source)
     changes: _Changes = {}
-    for ffn in ffns:
-        with folder.loaded(ffn):
-            check_key_norms([ffn], tensors, source)
-        permutation = permutations[ffn.index]
+    for ffn, permutation in checkpoint.converted_ffns(model, mark, tensors, source):
         if restore_order and permutation is None:
             raise NotStreamedError("the original order of the neurons is unknown")
+        with _loaded(ffn, model, weights) as stored:
+            checkpoint.check_key_norms(ffn, tensors, source)
         if restore_order:
-            changes |= folder.reorder(ffn, torch.argsort(cast(Tensor, permutation)))
-    settings = {key: value for key, value in read_object(source / STOCK_CONFIG_FILE).items() if key != "emoe"}
-    with new_folder(out) as new:
-        _write(source, new, changes, settings, progress)
+            changes |= _reorder(ffn, stored, torch.argsort(cast(Tensor, permutation)))
+    with files.new_folder(out) as new:
+        _write(source, new, changes, None, progress)
 
 
-def _write(source: Path, out: Path, changes: _Changes, settings: dict[str, Any], progress: bool) -> None:
-    """Write a folder with changed tensors and settings, one weight file at a time."""
-    files = weight_files(source)
-    for path in tqdm(files, "Writing", unit="file", disable=not progress):
-        tensors = read_tensors(path)
+def _open(source: Path) -> tuple[nn.Module, files.Weights]:
+    """Return a folder's model on the meta device, and its stored weights."""
+    loader = files.loader_for(source)
+    if not hasattr(loader, "from_pretrained") or importlib.util.find_spec("accelerate") is None:
+        raise NotStreamedError("from disk to disk needs a transformers model and the package 'accelerate'")
+    if files.is_quantized(source):
+        raise NotStreamedError("the weights are quantised")
+    with files.quiet():
+        return files.load_stock(loader, source, device_map="meta"), files.Weights(source)
+
+
+@contextmanager
+def _loaded(ffn: FFN, model: nn.Module, weights: files.Weights) -> Iterator[dict[str, str]]:
+    """Load the projections of an FFN for the duration of the block, which gets the stored names by path."""
+    parameters = {
+        f"{path}.{name}": (module, name, parameter)
+        for path, module in ffn.projections()
+        for name, parameter in module.named_parameters()
+    }
+    stored = weights.find(model, [f"{ffn.name}.{path}" for path in parameters])
+    if len(stored) < len(parameters):
+        raise NotStreamedError(f"the weights of {ffn.name} are stored under other names")
+    names = dict(zip(parameters, stored.values(), strict=True))
+    for path, (module, name, parameter) in parameters.items():
+        tensor = weights[names[path]].to(parameter.dtype, copy=True)
+        module.register_parameter(name, nn.Parameter(tensor))
+    yield names
+    for _, module in ffn.projections():
+        module.to("meta")
+
+
+def _reorder(ffn: FFN, stored: dict[str, str], neurons: Tensor) -> _Changes:
+    """Return the changes that put an FFN's stored tensors in another order of the neurons."""
+    paths = [path for path in ffn.neuron_dims() if path in stored]
+    return {stored[path]: partial(ffn.take, path, neurons=neurons) for path in paths}
+
+
+def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any] | None, progress: bool) -> None:
+    """Write a changed copy of a folder, one weight file at a time, with or without a mark in its configuration."""
+    paths = files.weight_files(source)
+    for path in tqdm(paths, "Writing", unit="file", disable=not progress):
+        tensors = files.read_tensors(path)
         for name in tensors.keys() & changes.keys():
             tensors[name] = changes[name](tensors[name]).contiguous()
         with safe_open(path, framework="pt") as file:
             notes = file.metadata() or {"format": "pt"}  # transformers requires the format
-        write_tensors(tensors, out / path.name, notes)
-    if files[0].name != WEIGHT_FILES[0]:
-        shutil.copyfile(source / WEIGHT_FILES[1], out / WEIGHT_FILES[1])
-    (out / STOCK_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    copy_companions(source, out)
+        files.write_tensors(tensors, out / path.name, notes)
+    if paths[0].name != files.WEIGHT_FILES[0]:
+        shutil.copyfile(source / files.WEIGHT_FILES[1], out / files.WEIGHT_FILES[1])
+    settings = files.read_object(source / files.STOCK_CONFIG_FILE)
+    settings.pop(checkpoint.MARK, None)
+    settings |= {checkpoint.MARK: mark} if mark else {}
+    (out / files.STOCK_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    files.copy_companions(source, out)

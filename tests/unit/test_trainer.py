@@ -82,7 +82,7 @@ def test_what_the_models_own_library_saves_has_the_experts_but_not_the_first_ord
     again = emoe.from_pretrained(BertForSequenceClassification, tmp_path)
     assert_same_experts(again, model)
     if method != "gmoe":
-        with pytest.raises(emoe.ConversionError, match="stood at first is not known"):
+        with pytest.raises(emoe.ConversionError, match="leave out restore_order"):
             emoe.to_dense_(again, restore_order=True)
     # and a folder of ours that is made of it says so too
     emoe.save_pretrained(again, tmp_path / "ours")
@@ -108,8 +108,7 @@ def test_weights_that_were_saved_again_leave_an_older_sidecar_behind(tmp_path: P
     assert_same_experts(emoe.from_pretrained(BertForSequenceClassification, tmp_path), model)
     emoe.set_top_k_(model, 4)
     model.save_pretrained(tmp_path)
-    with pytest.raises(emoe.CheckpointError, match=r"emoe_config\.json and config\.json name other experts"):
-        emoe.from_pretrained(BertForSequenceClassification, tmp_path)
+    assert_same_experts(emoe.from_pretrained(BertForSequenceClassification, tmp_path), model)
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
@@ -288,7 +287,7 @@ def test_what_cannot_be_trained_or_loaded_says_what_to_do(tmp_path: Path) -> Non
     text = json.loads((tmp_path / "saved" / "config.json").read_text())
     text["emoe"]["ffns"] = 2
     (tmp_path / "saved" / "config.json").write_text(json.dumps(text))
-    with pytest.raises(emoe.CheckpointError, match="a model of 4 FFNs, but its experts were counted in a part of 2"):
+    with pytest.raises(emoe.CheckpointError, match="the model has 4 FFNs"):
         emoe.from_pretrained(BertForSequenceClassification, tmp_path / "saved")
 
 
