@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
-    """What is there by now stays: each training collects garbage, and went through all that was ever imported for a tenth of a second."""
+    """Freeze imported objects: each training run collects garbage, which would traverse all of them in a tenth of a second."""
     gc.collect()
     gc.freeze()
 

@@ -74,7 +74,7 @@ def step(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.detach().requires_grad_()
     y = net(x)
     (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum().backward()
-    return {"output": y.detach(), "input": x.grad} | {name: p.grad for name, p in net.named_parameters()}  # type: ignore[dict-item]
+    return {"output": y.detach(), "input": x.grad} | {name: p.grad for name, p in net.named_parameters()}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
