@@ -16,7 +16,7 @@ from emoe.calibration import Batch
 from emoe.checks import check_divisible, check_gated, check_plain, check_trainable, check_weights
 from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, check_config
 from emoe.errors import CheckpointError, ConversionError
-from emoe.layer import RoutedActivation, routed_layers
+from emoe.layer import RoutedActivation, resize_parameter_, routed_layers
 from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import Partition, is_permutation
 from emoe.partitioning import partition as build_partition
@@ -250,13 +250,12 @@ def widen(ffn: FFN, copies: int) -> None:
     """Give the projections ``copies`` copies of the neurons side by side, in place; the output bias stays single."""
     neurons = torch.arange(ffn.d).repeat(copies)
     for path, module in ffn.projections():
-        weight, bias = cast(nn.Parameter, module.weight), cast("nn.Parameter | None", getattr(module, "bias", None))
-        # the same parameters, which an optimizer may already have
-        weight.data, weight.grad = ffn.take(f"{path}.weight", weight, neurons), None
-        if bias is not None and path != ffn.spec.proj_out:
-            bias.data, bias.grad = ffn.take(f"{path}.bias", bias, neurons), None
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if f"{path}.{name}" in ffn.neuron_dims():
+                resize_parameter_(module, name, ffn.take(f"{path}.{name}", parameter, neurons))
         # nn.Linear stores [out, in] and GPT-2's Conv1D [in, out]
-        for name, size in zip(("out_features", "in_features", "nx", "nf"), (*weight.shape, *weight.shape), strict=True):
+        sizes = (*cast(Tensor, module.weight).shape, *cast(Tensor, module.weight).shape)
+        for name, size in zip(("out_features", "in_features", "nx", "nf"), sizes, strict=True):
             if hasattr(module, name):
                 setattr(module, name, size)
 
@@ -333,13 +332,13 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
         name = names.get(id(layer.ffn.proj_in))
         weight = state.get(f"{name}.weight", state.get(f"{name}.base_layer.weight"))
         present = cast(Tensor, layer.ffn.proj_in.weight)
-        is_comparable = isinstance(weight, Tensor) and weight.shape == present.shape and weight.is_floating_point()
-        if layer.permutation is None or not is_comparable or present.is_meta:
+        are_plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in (weight, present))
+        if layer.permutation is None or not are_plain or cast(Tensor, weight).shape != present.shape:
             continue
-        keys, incoming = layer.ffn.keys().detach().float(), layer.ffn.keys_of(cast(Tensor, weight)).to(present.device)
-        dense_order = layer.permutation.to(present.device)
-        stored = float(F.cosine_similarity(keys, incoming.float(), dim=1).mean())
-        dense = float(F.cosine_similarity(keys, incoming.float()[dense_order], dim=1).mean())
+        keys = layer.ffn.keys().detach().float()
+        incoming = layer.ffn.keys_of(cast(Tensor, weight)).to(keys)
+        stored = float(F.cosine_similarity(keys, incoming, dim=1).mean())
+        dense = float(F.cosine_similarity(keys, incoming[layer.permutation.to(keys.device)], dim=1).mean())
         if dense > max(stored, _SIMILAR):
             raise CheckpointError(
                 f"the state dict is a dense model's: its neurons of {layer.ffn_name} are not in the order of the experts. "

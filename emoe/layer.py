@@ -143,17 +143,17 @@ class RoutedActivation(nn.Module):
 
     def _split_output_bias(self) -> None:
         proj_out = self.ffn.proj_out
-        bias = cast("nn.Parameter | None", bias_of(proj_out))
+        bias = bias_of(proj_out)
         if bias is None:
             return
         parts = 1 if self.config.output_bias == "per_expert_whole" else self.config.num_active_experts
         self.output_bias_parts = torch.tensor(parts, device=bias.device)  # an integer, which no cast rounds
+        zeros = torch.zeros_like(bias)
+        resize_parameter_(proj_out, "bias", (bias.detach() / parts).repeat(self.config.num_experts, 1))
+        self.output_bias = cast(nn.Parameter, proj_out.bias)
         del proj_out.bias
         # a buffer of zeros, because not every projection works without a bias (GPT-2's Conv1D)
-        proj_out.register_buffer("bias", torch.zeros_like(bias))
-        # the same parameter, which an optimizer may already have
-        bias.data, bias.grad = (bias.detach() / parts).repeat(self.config.num_experts, 1), None
-        self.output_bias = bias
+        proj_out.register_buffer("bias", zeros)
         self._handles.append(proj_out.register_forward_hook(self._add_output_bias))
         self._hooked = (proj_out,)  # in a tuple, so that it does not become a child module
 
@@ -287,6 +287,20 @@ class RoutedActivation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.config.kind}, experts={self.config.num_experts}, top_k={self.config.top_k}"
+
+
+def resize_parameter_(module: nn.Module, name: str, values: Tensor) -> None:
+    """Give a module's parameter values of another shape.
+
+    The parameter stays the same object, which an optimizer may already have, unless the graph of an earlier forward pass
+    still holds it.
+    """
+    parameter = cast(nn.Parameter, getattr(module, name))
+    resized = nn.Parameter(values.detach(), requires_grad=parameter.requires_grad)
+    try:
+        torch.utils.swap_tensors(parameter, resized)
+    except RuntimeError:
+        setattr(module, name, resized)
 
 
 def routed_layers(model: nn.Module) -> list[RoutedActivation]:
