@@ -57,8 +57,7 @@ $(OLDEST)/.installed: pyproject.toml tests/oldest.txt $(STAMP)
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed ## the library's contract with the oldest versions of torch, transformers, peft, accelerate
-	@$(OLDEST)/bin/python -m pytest -n 2 -q tests/contract/test_safe_use.py tests/contract/test_exporting.py tests/contract/test_foreign_code.py tests/contract/test_always_as_masked.py tests/contract/test_between_parts.py tests/contract/test_decoding.py tests/contract/test_whole_ffn.py \
-		tests/contract/test_backends.py tests/contract/test_training.py tests/contract/test_quantised.py tests/unit/test_docs.py tests/golden
+	@$(OLDEST)/bin/python -m pytest -n 2 -q tests/contract tests/golden tests/unit/test_docs.py --ignore tests/contract/test_several_processes.py
 
 test-paper-size: $(STAMP) ## graph, tables, report and mirror of the paper's suite at its whole size, with made-up results; minutes
 	@$(BIN)/python -m pytest -m paper_size tests/workflow/test_paper_size.py

@@ -74,6 +74,8 @@ def test_only_the_chosen_experts_are_read(gated: bool, tokens: int) -> None:
     ffn.outer.weight[:, unused] = torch.nan
     emoe.for_inference_(model)
     torch.testing.assert_close(model(x), expected)
+    emoe.set_backend_(model, "masked")
+    assert model(x).isnan().all()
 
 
 def test_it_is_frozen_until_it_trains() -> None:

@@ -1,4 +1,4 @@
-"""The masked path, the default of ``convert_``, among other code: hooks, derivatives, threads, copies, offloaded weights."""
+"""The masked path, the default of ``convert_``, with hooks, derivatives, threads, copies and offloaded weights."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import emoe
 from emoe.layer import routed_layers
-from emoe.sparse import grouped, kernels, module
+from emoe.sparse import cost_model, grouped, kernels, module
 from emoe.sparse.build import compiled_kernels
 from emoe.sparse.ffn import sparse_ffn
 from tests import converted, tiny_models
@@ -223,3 +223,25 @@ def test_the_backward_pass_keeps_less_memory_than_the_dense_ffn() -> None:
     emoe.convert_(sparse, emoe.EMoEConfig(num_experts=8, top_k=4, layers=[0]))
     emoe.set_backend_(sparse, "sparse")
     assert kept_bytes(sparse) <= 0.35 * kept_bytes(dense)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "active", "dtype", "expected"),
+    [
+        (2000, 96, 1 / 4, torch.float32, True),
+        (2000, 24, 1 / 2, torch.float32, True),
+        (2, 96, 1 / 4, torch.float32, False),  # few tokens
+        (2000, 96, 1.0, torch.float32, False),  # every expert
+        (2000, 6, 1 / 2, torch.float32, False),  # small experts
+        (2000, 24, 1 / 2, torch.bfloat16, False),  # pays off in float32 only
+        (2000, 96, 1 / 4, torch.float16, False),  # not measured
+    ],
+)
+def test_sparse_products_are_used_if_they_pay_off(
+    tokens: int, size: int, active: float, dtype: torch.dtype, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost_model, "compiled_kernels", object)
+    assert cost_model.pays_off(torch.empty(tokens, 64, dtype=dtype), size, active) == expected
+    if dtype == torch.bfloat16:
+        with torch.autocast("cpu", dtype):
+            assert not cost_model.pays_off(torch.empty(tokens, 64), size, active)

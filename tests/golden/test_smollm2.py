@@ -53,7 +53,7 @@ def model(root: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_unpacked_model_is_that_of_the_file(root: Path, model: Any) -> None:
-    """Compare with the reader of the format's authors; llama.cpp stores the rows of queries and keys in another order."""
+    """Compare with the reader of the format's authors; llama.cpp reorders the rows of queries and keys."""
     (file,) = (root / "gguf").glob("*.gguf")
     stored = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, model.config.num_hidden_layers)

@@ -1,4 +1,4 @@
-"""The variants beside the plain method, one by one."""
+"""The variants of the method."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def best(scores: Tensor, k: int = 2) -> Tensor:
 @pytest.mark.parametrize("score", ["gate", "up", "up_abs", "inter", "inter_abs"])
 def test_what_an_expert_is_scored_by(score: str, gated: bool) -> None:
     if not gated and score.startswith("up"):
-        with pytest.raises(emoe.ConversionError, match="no gated FFN"):
+        with pytest.raises(emoe.ConversionError, match="not gated"):
             converted(score=score)
         return
     net, dense, x = converted(gated=gated, score=score), plain_net(H, N * S, gated=gated).layers[0], inputs()
@@ -64,35 +64,28 @@ def test_selection_rules_partition_the_experts() -> None:
     assert choices(converted(selection="random"), x).sum(-1).eq(2).all()
 
 
-def test_bias_norms_and_unit_length_shape_the_score() -> None:
+def test_the_bias_shapes_the_score_if_asked() -> None:
     x, dense = inputs(), plain_net(H, N * S).layers[0]
-    keys = dense.inner.weight.detach().unflatten(0, (N, S))
-    plain = x @ keys.mean(1).t()
+    plain = x @ dense.inner.weight.detach().unflatten(0, (N, S)).mean(1).t()
     bias = dense.inner.bias.detach().unflatten(0, (N, S)).mean(1)
-    norms = dense.outer.weight.detach().norm(dim=0).unflatten(0, (N, S))
-    weighted = (keys * (norms / norms.sum(1, keepdim=True)).unsqueeze(-1)).sum(1)
     assert torch.equal(choices(converted(), x), best(plain))
     assert torch.equal(choices(converted(score_bias=True), x), best(plain + bias))
-    assert torch.equal(choices(converted(value_norm_weighted=True), x), best(x @ weighted.t()))
-    assert torch.equal(choices(converted(normalize_gate=True), x), best(F.normalize(x) @ F.normalize(keys.mean(1)).t()))
 
 
 def test_a_running_gate_follows_the_keys() -> None:
-    net = converted(gate_momentum=0.9, normalize_gate=True)
+    net = converted(gate_momentum=0.9)
     layer, x = routed_layers(net)[0], inputs()
-    start = layer.gate.clone()
-    torch.testing.assert_close(start.norm(dim=1), torch.ones(N))
-    chosen = choices(net, x)
+    start, chosen = layer.gate.clone(), choices(net, x)
     with torch.no_grad():
         net.layers[0].inner.weight.neg_()
-    assert torch.equal(choices(net, x), chosen)  # not before it is told
+    assert torch.equal(choices(net, x), chosen)  # until it is updated
     emoe.update_gates_(net)
     torch.testing.assert_close(layer.gate, 0.9 * start - 0.1 * start)
     assert "layers.0.act.router.gate" in net.state_dict()
-    assert emoe.update_gates_(converted()) is None
+    emoe.update_gates_(converted())
 
 
-# weights that sum to 1 leave 1/k of a divided bias, as in the authors' language code
+# weights that sum to 1 keep 1/k of a divided bias, as in the authors' language code
 @pytest.mark.parametrize(
     ("kind", "how", "kept"),
     [
@@ -154,11 +147,11 @@ def test_dropout_inside_the_experts(position: str) -> None:
     torch.testing.assert_close(net(x), dense(x))
     ffn = dense.layers[0]
     torch.manual_seed(7)
-    found = net.train()(x)
+    y = net.train()(x)
     torch.manual_seed(7)
     z = ffn.inner(x)
     hidden = ffn.act(F.dropout(z, 0.5)) if position == "before" else F.dropout(ffn.act(z), 0.5)
-    torch.testing.assert_close(found, ffn.outer(hidden))
+    torch.testing.assert_close(y, ffn.outer(hidden))
 
 
 def test_more_and_fewer_experts_at_inference() -> None:
@@ -166,17 +159,8 @@ def test_more_and_fewer_experts_at_inference() -> None:
     emoe.set_top_k_(net, N)
     torch.testing.assert_close(net(x), dense(x))
     assert routed_layers(net)[0].config.top_k == N
-    keys = dense.layers[0].inner.weight.detach().unflatten(0, (N, S)).mean(1)
-    scores = x @ keys.t()
-    emoe.set_top_k_(net, 2)
-    emoe.set_top_k_(net, score_threshold=0.3)
-    assert torch.equal(choices(net, x), (scores >= 0.3) | best(scores, 1))
-    assert choices(net.train(), x).sum(-1).eq(2).all()  # training keeps to top_k
     emoe.set_top_k_(net, 3)
-    assert choices(net.eval(), x).sum(-1).eq(3).all()
-    for call in ({}, {"top_k": 2, "score_threshold": 0.1}):
-        with pytest.raises(emoe.ConversionError, match="either top_k or score_threshold"):
-            emoe.set_top_k_(net, **call)
+    assert choices(net, x).sum(-1).eq(3).all()
     with pytest.raises(emoe.ConfigError, match="at most num_experts"):
         emoe.set_top_k_(net, N + 1)
     with pytest.raises(emoe.ConversionError, match="no routed FFN"):
@@ -199,16 +183,16 @@ def test_drops_lose_the_expert_and_its_bias() -> None:
 def test_coactivation_groups_neurons_that_fire_together() -> None:
     net = plain_net(H, N * S)
     truth = torch.arange(N * S) % N
-    with torch.no_grad():  # neuron j fires where input feature j % N is high
+    with torch.no_grad():  # neuron j fires if input feature j % N is high
         net.layers[0].inner.weight.zero_()
         net.layers[0].inner.weight[torch.arange(N * S), truth] = torch.linspace(1.0, 2.0, N * S)
         net.layers[0].inner.bias.fill_(-3.0)
     x = torch.eye(H)[torch.randint(H, (200,), generator=torch.Generator().manual_seed(0))] * 5
     config = emoe.EMoEConfig(num_experts=N, top_k=2, layers=[0], partition="coactivation")
-    found = emoe.partition(net, config, calibration=[x[:100], {"x": x[100:]}, (x[:3],)])
-    groups = truth[found[0]].view(N, S)
+    partition = emoe.partition(net, config, calibration=[x[:100], {"x": x[100:]}, (x[:3],)])
+    groups = truth[partition[0]].view(N, S)
     assert (groups == groups[:, :1]).all()
-    assert torch.equal(found[0], emoe.partition(net, config, calibration=[x[:100], x[100:], x[:3]])[0])
+    assert torch.equal(partition[0], emoe.partition(net, config, calibration=[x[:100], x[100:], x[:3]])[0])
     for calibration, message in ((None, "needs calibration batches"), ([], "have no token")):
         with pytest.raises(emoe.ConversionError, match=message):
             emoe.convert_(net, config, calibration=calibration)
@@ -265,28 +249,6 @@ def test_other_top_k_leaves_the_folded_bias_alone(tmp_path) -> None:
         torch.testing.assert_close(model.layers[0].outer.bias, dense.layers[0].outer.bias)
 
 
-def test_a_layer_used_twice_or_skipped_counts_as_often_in_the_balance_loss() -> None:
-    class Repeated(PlainNet):
-        repeats = 2
-
-        def forward(self, x: Tensor) -> Tensor:
-            for _ in range(self.repeats):
-                x = self.layers[0](x)
-            return x
-
-    emoe.register_ffn("Repeated", emoe.FFNSpec("layers", "inner", "act", "outer"))
-    net, x = Repeated(*plain_net(H, N * S).layers), inputs()
-    emoe.convert_(net, emoe.EMoEConfig(num_experts=N, top_k=2, layers=[0], aux_loss_coefficient=1.0))
-    twice = (net(x), emoe.aux_loss(net))[1]
-    net.repeats = 1
-    first = (net(x), emoe.aux_loss(net))[1]
-    second = (net(net.layers[0](x)), emoe.aux_loss(net))[1]
-    torch.testing.assert_close(twice, first + second)
-    net.repeats = 0
-    net(x)
-    assert emoe.aux_loss(net) == 0.0
-
-
 def test_fused_projections_name_their_activated_half() -> None:
     class Fused(torch.nn.Module):
         def __init__(self, order: str) -> None:
@@ -316,12 +278,10 @@ def test_fused_projections_name_their_activated_half() -> None:
         torch.testing.assert_close(gmoe(x), dense)
 
 
-def test_empty_batches_keyword_inputs_and_casts() -> None:
+def test_empty_batches_and_casts() -> None:
     net = converted(gate_momentum=0.5)
     assert net(torch.empty(0, 3, H)).shape == (0, 3, H)
     net.bfloat16()
     assert routed_layers(net)[0].gate.dtype == torch.float32
     emoe.update_gates_(net)
     net(inputs().bfloat16())
-    ffn = converted().layers[0]
-    assert torch.equal(ffn.outer(ffn.act(ffn.inner(input=inputs()))), ffn(inputs()))
