@@ -102,6 +102,13 @@ def for_inference_(model: nn.Module) -> None:
     neuron: as much memory again as the out-projections of the converted layers. The weights must not change
     afterwards. ``model.train()`` discards the stored copies.
 
+    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
+    >>> emoe.for_inference_(model)
+    >>> any(parameter.requires_grad for parameter in model.parameters())
+    False
+
     Args:
         model: converted model.
 

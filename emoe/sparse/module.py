@@ -139,8 +139,9 @@ class SparseFFN(_Replacement):
             return True
         if self.training and (config.expert_dropout or any(dropout.p for dropout in self._dropouts)):
             return True
-        # the masked products round the neurons that these scores average
-        rounded = isinstance(config, EMoEConfig) and config.score in ("gate", "up") and rows.dtype in _HALF
+        # in half precision the masked products round the neurons that these scores average
+        half = rows.dtype in _HALF or torch.is_autocast_enabled(rows.device.type)
+        rounded = half and isinstance(config, EMoEConfig) and config.score in ("gate", "up")
         active = config.num_active_experts / config.num_experts
         return rounded or not (self.always or pays_off(rows, layer.ffn.d // config.num_experts, active))
 
