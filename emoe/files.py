@@ -309,7 +309,7 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
         if hasattr(model, "pretrained_cfg"):
             from timm.models._hub import save_config_for_hf
 
-            save_config_for_hf(model, folder / STOCK_CONFIG_FILE)
+            save_config_for_hf(model, cast(Any, folder / STOCK_CONFIG_FILE))  # older releases need a path
         # clones, so that tied tensors are written under each of their names
         plain = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
         save_file(plain, folder / WEIGHT_FILES[0])
