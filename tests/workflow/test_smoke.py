@@ -87,9 +87,9 @@ def test_every_table_is_latex_that_fits_a_page(checkout: Finished) -> None:
     assert re.findall(r"Overfull \\hbox.*|.*too large for page.*|.*multiply defined.*", log) == []
 
 
-def test_the_numbers_are_the_blessed_ones(checkout: Finished) -> None:
-    found = checkout.benchmarks("check", "--suite", "smoke")
-    assert found.exit_code == 0, found.output
+def test_the_numbers_are_the_blessed_ones_within_what_holds_on_any_machine(checkout: Finished) -> None:
+    check = checkout.benchmarks("check", "--suite", "smoke", "--elsewhere")
+    assert check.exit_code == 0, check.output
 
 
 def test_a_number_that_moved_fails_the_check(checkout: Finished) -> None:
