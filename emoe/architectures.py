@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -25,17 +24,14 @@ class FFNSpec:
             a head, and a wrapped model. ``*`` stands for any one name (``stages.*.blocks``); then all lists that
             match are used, in the model's order.
         proj_in: path of the in-projection, whose rows are the keys. ``gate_proj`` for a gated FFN.
-        activation: path of the activation between the projections: a module, or an attribute of the instance that
-            holds a function (a method cannot be replaced).
+        activation: path of the activation: a module, or an attribute of the instance that holds a function.
         proj_out: path of the out-projection, whose columns are the values.
         proj_up: path of the second in-projection of a gated FFN. Its output multiplies the activation's.
-        fused: position of the activated half, whose rows are the keys, if one in-projection holds both halves of a
-            gated FFN: ``"first"`` or ``"last"``.
+        fused: activated half, whose rows are the keys, if ``proj_in`` holds both halves of a gated FFN.
         transposed: weights are stored ``[in, out]`` (GPT-2's Conv1D) instead of ``[out, in]``.
-        between: paths of the modules between activation and out-projection. Each must be a dropout or an
-            ``nn.Identity``.
-        rows_first: a layer takes ``[rows, tokens, h]``. False for ``[tokens, rows, h]`` (XLNet), so that padding and
-            labels are assigned correctly. PyTorch's own ``batch_first`` is read from the layer.
+        between: paths of the modules between activation and out-projection, each a dropout or an ``nn.Identity``.
+        rows_first: a layer takes ``[rows, tokens, h]``. False for ``[tokens, rows, h]`` (XLNet). PyTorch's own
+            ``batch_first`` is read from the layer.
     """
 
     layers: str
@@ -55,63 +51,46 @@ class FFNSpec:
     def missing(self, layer: nn.Module) -> str | None:
         """Return the first path that a layer does not have, or None."""
         for path in self.paths():
-            is_function = path == self.activation and _holds_function(layer, path)
-            if not isinstance(_attribute(layer, path), nn.Module) and not is_function:
+            prefix, _, name = path.rpartition(".")
+            try:
+                parent = layer.get_submodule(prefix)
+            except AttributeError:
+                return path
+            is_function = path == self.activation and callable(vars(parent).get(name))  # a method cannot be replaced
+            if not isinstance(getattr(parent, name, None), nn.Module) and not is_function:
                 return path
         return None
-
-
-_BERT = FFNSpec("encoder.layer", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
-_GATED = FFNSpec("layers", "mlp.gate_proj", "mlp.act_fn", "mlp.down_proj", proj_up="mlp.up_proj")
-_HF_VIT = FFNSpec("layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2")
-_TORCH = FFNSpec("layers", "linear1", "activation", "linear2", between=("dropout",))
-_TIMM_VIT = FFNSpec("blocks", "mlp.fc1", "mlp.act", "mlp.fc2", between=("mlp.drop1", "mlp.norm"))
 
 
 def _t5(stack: str, position: int) -> list[FFNSpec]:
     """Return the two kinds of FFN in one of T5's stacks: T5 1.0's, and the gated FFN of T5 1.1."""
     ffn = f"layer.{position}.DenseReluDense"
-    between = (f"{ffn}.dropout",)
-    return [
-        FFNSpec(f"{stack}.block", f"{ffn}.wi", f"{ffn}.act", f"{ffn}.wo", between=between),
-        FFNSpec(f"{stack}.block", f"{ffn}.wi_0", f"{ffn}.act", f"{ffn}.wo", proj_up=f"{ffn}.wi_1", between=between),
-    ]
+    plain = FFNSpec(f"{stack}.block", f"{ffn}.wi", f"{ffn}.act", f"{ffn}.wo", between=(f"{ffn}.dropout",))
+    return [plain, replace(plain, proj_in=f"{ffn}.wi_0", proj_up=f"{ffn}.wi_1")]
 
+
+_BERT = FFNSpec("encoder.layer", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
+_GATED = FFNSpec("layers", "mlp.gate_proj", "mlp.act_fn", "mlp.down_proj", proj_up="mlp.up_proj")
+_TORCH = FFNSpec("layers", "linear1", "activation", "linear2", between=("dropout",))
+_TIMM = FFNSpec("blocks", "mlp.fc1", "mlp.act", "mlp.fc2", between=("mlp.drop1", "mlp.norm"))
 
 _REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
-    "bert": (_BERT,),
-    "roberta": (_BERT,),
-    "xlm-roberta": (_BERT,),
-    "electra": (_BERT,),
-    "deberta-v2": (_BERT,),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"), (_BERT,)),
     "distilbert": (FFNSpec("transformer.layer", "ffn.lin1", "ffn.activation", "ffn.lin2"),),
     "modernbert": (FFNSpec("layers", "mlp.Wi", "mlp.act", "mlp.Wo", fused="first", between=("mlp.drop",)),),
     "gpt2": (FFNSpec("h", "mlp.c_fc", "mlp.act", "mlp.c_proj", transposed=True),),
     "gpt_neox": (FFNSpec("layers", "mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),),
     "opt": (FFNSpec("decoder.layers", "fc1", "activation_fn", "fc2"),),
     "t5": (*_t5("encoder", 1), *_t5("decoder", 2)),
-    "llama": (_GATED,),
-    "mistral": (_GATED,),
-    "qwen2": (_GATED,),
-    "qwen3": (_GATED,),
-    "gemma": (_GATED,),
-    "gemma2": (_GATED,),
-    "gemma3_text": (_GATED,),
-    "phi": (FFNSpec("layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), (_GATED,)),
     "phi3": (FFNSpec("layers", "mlp.gate_up_proj", "mlp.activation_fn", "mlp.down_proj", fused="first"),),
-    "vit": (_HF_VIT,),
-    "deit": (_HF_VIT,),
+    **dict.fromkeys(("phi", "vit", "deit"), (FFNSpec("layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),)),
     "dinov2": (FFNSpec("encoder.layer", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),),
     "clip_vision_model": (FFNSpec("encoder.layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),),
-    # timm models have no model_type: keyed by class
-    "VisionTransformer": (_TIMM_VIT,),
-    "Beit": (_TIMM_VIT,),
-    "SwinTransformer": (
-        FFNSpec("layers.*.blocks", "mlp.fc1", "mlp.act", "mlp.fc2", between=("mlp.drop1", "mlp.norm")),
-    ),
-    # torch's own
-    "TransformerEncoder": (_TORCH,),
-    "TransformerDecoder": (_TORCH,),
+    # timm's models and torch's own have no model_type: keyed by class
+    **dict.fromkeys(("VisionTransformer", "Beit"), (_TIMM,)),
+    "SwinTransformer": (replace(_TIMM, layers="layers.*.blocks"),),
+    **dict.fromkeys(("TransformerEncoder", "TransformerDecoder"), (_TORCH,)),
 }
 
 
@@ -129,8 +108,8 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
 
     Args:
         key: ``model.config.model_type`` or, for models without a ``model_type``, the name of the model's class.
-        *specs: locations of its FFNs. Give several for a model with several stacks of layers, or with several kinds
-            of FFN; those that the model has are used, in this order.
+        *specs: locations of its FFNs. Give several for several stacks of layers or kinds of FFN; those that the model
+            has are used, in this order.
 
     Raises:
         ConversionError: there is no spec, or a spec that no model can fit.
@@ -149,7 +128,8 @@ def _check_spec(spec: FFNSpec, name: str) -> None:
     if not isinstance(spec.between, tuple):
         raise ConversionError(f"{name}: between is {spec.between!r}; write a tuple of paths, as ('dropout',)")
     paths = [*spec.paths(), *spec.between]
-    if not all(isinstance(path, str) and path for path in (spec.layers, *paths)):
+    needed = (spec.layers, spec.proj_in, spec.activation, spec.proj_out)
+    if not all(isinstance(path, str) and path for path in (*needed, *paths)):
         raise ConversionError(f"{name}: every path must be a non-empty string, as 'mlp.fc1'")
     if len(set(paths)) < len(paths):
         raise ConversionError(f"{name}: the path '{max(paths, key=paths.count)}' occurs twice")
@@ -183,8 +163,8 @@ class FFN:
         index: number of the FFN in the model.
         name: qualified name of the FFN's layer.
         spec: row of the architecture.
-        parents: module that holds each path's last attribute, by path. The layer itself is not kept: a copy of an
-            FFN does not copy the attention beside it.
+        parents: module that holds each path's last attribute, by path. The layer is not kept, so that a copy of an FFN
+            does not copy the attention.
         rows_first: the layer takes ``[rows, tokens, h]``.
     """
 
@@ -196,7 +176,7 @@ class FFN:
 
     def module(self, path: str) -> nn.Module:
         """Return the module at a path of the spec."""
-        return cast(nn.Module, getattr(self.parents[path], _last(path)))
+        return cast(nn.Module, getattr(self.parents[path], path.rpartition(".")[2]))
 
     @property
     def proj_in(self) -> nn.Module:
@@ -221,7 +201,7 @@ class FFN:
 
     def replace(self, path: str, module: nn.Module) -> None:
         """Put a module at a path; a :class:`FunctionActivation` is replaced by its function."""
-        parent, name = self.parents[path], _last(path)
+        parent, name = self.parents[path], path.rpartition(".")[2]
         if isinstance(module, FunctionActivation):
             delattr(parent, name)
             setattr(parent, name, module.function)
@@ -230,8 +210,7 @@ class FFN:
 
     def inputs(self) -> list[tuple[str, nn.Module]]:
         """Return the in-projections with their paths: one, or two for a gated FFN."""
-        paths = [self.spec.proj_in, *([self.spec.proj_up] if self.spec.proj_up else [])]
-        return [(path, self.module(path)) for path in paths]
+        return [(path, self.module(path)) for path in (self.spec.proj_in, self.spec.proj_up) if path]
 
     def projections(self) -> list[tuple[str, nn.Module]]:
         """Return the in-projections and the out-projection with their paths."""
@@ -253,7 +232,7 @@ class FFN:
 
     @property
     def gated(self) -> bool:
-        """Whether an up-projection multiplies the activation."""
+        """True if an up-projection multiplies the activation."""
         return self.spec.fused is not None or self.spec.proj_up is not None
 
     def keys(self) -> Tensor:
@@ -271,11 +250,11 @@ class FFN:
 
     def activated_rows(self, tensor: Tensor) -> Tensor:
         """Return the activated half of a fused in-projection's tensor (neurons first), or the tensor itself."""
-        return tensor.chunk(2)[self._activated_half] if self.spec.fused else tensor
+        return tensor.chunk(2)[HALVES.index(self.spec.fused)] if self.spec.fused else tensor
 
-    @property
-    def _activated_half(self) -> int:
-        return HALVES.index(cast(str, self.spec.fused))
+    def _up_half(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """Return the up-projection's half of a fused in-projection's tensor, or the tensor itself."""
+        return tensor.chunk(2, dim)[1 - HALVES.index(self.spec.fused)] if self.spec.fused else tensor
 
     def values(self) -> Tensor:
         """Return the value vectors ``[h, d]``, one column per neuron: a view of the weight."""
@@ -283,40 +262,26 @@ class FFN:
         return weight.t() if self.spec.transposed else weight
 
     def blocks(self, num_experts: int) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
-        """Return views of the weights by expert.
+        """Return views of the weights by expert: in-projections, and values ``[N, s, h]``.
 
-        Args:
-            num_experts: number of experts N.
-
-        Returns:
-            Weight ``[N, s, h]`` and bias ``[N, s]`` (or None) of the activated in-projection and, if the FFN is gated, of the
-            up-projection; and the values ``[N, s, h]``.
+        Each in-projection (the activated one, then the up-projection of a gated FFN) has a weight ``[N, s, h]`` and a
+        bias ``[N, s]`` or None.
         """
-
-        def split(rows: Tensor) -> Tensor:
-            return rows.unflatten(0, (num_experts, -1))
-
         inputs = [(self.keys(), self.key_bias())]
         if self.gated:
-            inputs.append(self._up_rows())
-        split_inputs = [(split(rows), None if bias is None else split(bias)) for rows, bias in inputs]
-        return split_inputs, split(self.values().t())
-
-    def _up_rows(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight rows ``[d, h]`` and bias ``[d]`` of the up-projection."""
-        module = self.proj_up or self.proj_in
-        weight, bias = cast(Tensor, module.weight), bias_of(module)
-        rows = weight.t() if self.spec.transposed else weight
-        if not self.spec.fused:
-            return rows, bias
-        half = 1 - self._activated_half
-        return rows.chunk(2)[half], None if bias is None else bias.chunk(2)[half]
+            up = self.proj_up or self.proj_in
+            weight, bias = cast(Tensor, up.weight), bias_of(up)
+            rows = self._up_half(weight.t() if self.spec.transposed else weight)
+            inputs.append((rows, None if bias is None else self._up_half(bias)))
+        shape = (num_experts, -1)
+        split = [
+            (rows.unflatten(0, shape), None if bias is None else bias.unflatten(0, shape)) for rows, bias in inputs
+        ]
+        return split, self.values().t().unflatten(0, shape)
 
     def up(self, x: Tensor) -> Tensor:
         """Compute the up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
-        if self.spec.fused:
-            return cast(Tensor, self.proj_in(x)).chunk(2, dim=-1)[1 - self._activated_half]
-        return cast(Tensor, cast(nn.Module, self.proj_up)(x))
+        return self._up_half((self.proj_up or self.proj_in)(x), -1)
 
     def neuron_dims(self) -> dict[str, int]:
         """Return the dimension that counts neurons for each projection tensor that has one, by path."""
@@ -325,13 +290,7 @@ class FFN:
         return {**dims, f"{self.spec.proj_out}.weight": 1 - dim}
 
     def take(self, path: str, tensor: Tensor, neurons: Tensor) -> Tensor:
-        """Select neurons of a projection tensor.
-
-        Args:
-            path: path of the tensor, a key of :meth:`neuron_dims`.
-            tensor: tensor in this FFN's layout.
-            neurons: ``[n]`` int64; neuron ``neurons[i]`` becomes neuron i.
-        """
+        """Select neurons ``[n]`` of the tensor at a path of :meth:`neuron_dims`; ``neurons[i]`` becomes neuron i."""
         dim, neurons = self.neuron_dims()[path], neurons.to(tensor.device)
         if not self.spec.fused or path == f"{self.spec.proj_out}.weight":
             return tensor.index_select(dim, neurons)
@@ -339,11 +298,7 @@ class FFN:
 
     @torch.no_grad()
     def permute_(self, permutation: Tensor) -> None:
-        """Reorder the neurons in place; the dense function does not change.
-
-        Args:
-            permutation: ``[d]`` int64; neuron ``permutation[i]`` becomes neuron i.
-        """
+        """Reorder the neurons in place; ``permutation[i]`` becomes neuron i. The dense function does not change."""
         for path in self.neuron_dims():
             module, _, name = path.rpartition(".")
             tensor = cast("Tensor | None", getattr(self.module(module), name, None))
@@ -352,70 +307,52 @@ class FFN:
 
 
 def find_specs(model: nn.Module) -> tuple[FFNSpec, ...]:
-    """Return the registry row of a model.
-
-    Raises:
-        ConversionError: the architecture has no row.
-    """
+    """Return the registry row of a model; raise :class:`ConversionError` if there is none."""
     if hasattr(model, "get_base_model"):  # a PEFT model
         model = cast(Any, model).get_base_model()
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    names = [*([model_type] if model_type else []), *(cls.__name__ for cls in type(model).__mro__)]
+    names = [name for name in (model_type, *(cls.__name__ for cls in type(model).__mro__)) if name]
     for name in names:
         if name in _REGISTRY:
             return _REGISTRY[name]
-    raise ConversionError(
-        f"no FFN row for architecture '{names[0]}'{did_you_mean(names[0], _REGISTRY)}. "
-        "Add one with emoe.register_ffn(name, emoe.FFNSpec(...)), or convert the submodule that has one"
-    )
+    way_out = "Add one with emoe.register_ffn(name, emoe.FFNSpec(...)), or convert the submodule that has one"
+    raise ConversionError(f"no FFN row for architecture '{names[0]}'{did_you_mean(names[0], _REGISTRY)}. {way_out}")
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
     """Find all FFNs of a model, numbered from the first layer.
 
     Raises:
-        ConversionError: the architecture is unknown, there is no list of layers or more than one, or a layer lacks
-            the modules of the row.
+        ConversionError: the architecture is unknown, or its list of layers or a layer's modules are not as in its row.
     """
     specs = find_specs(model)
     layers = [(spec, name, layer) for spec in specs for name, layer in _layers(model, spec)]
     if not layers:
-        wanted = " or ".join(sorted({f"'{spec.layers}'" for spec in specs}))
-        raise ConversionError(f"{type(model).__name__} has no list of layers {wanted}")
-    for spec, name, layer in layers if len(specs) == 1 else []:
-        if path := spec.missing(layer):
-            raise ConversionError(f"{name} has no module '{path}', which the row of its architecture names")
-    # if several specs fit the same FFN, the first one counts
-    by_projection: dict[tuple[int, str], tuple[FFNSpec, str, nn.Module]] = {}
+        raise ConversionError(f"{type(model).__name__} has no list of layers '{specs[0].layers}'")
+    ffns: dict[tuple[int, str], FFN] = {}
+    missing = []
     for spec, name, layer in layers:
-        if not spec.missing(layer):
-            by_projection.setdefault((id(layer), spec.proj_in), (spec, name, layer))
-    if not by_projection:
-        tried = ", ".join(sorted({path for spec, _, layer in layers if (path := spec.missing(layer))}))
-        raise ConversionError(f"no layer of {type(model).__name__} has a registered FFN; missing modules: {tried}")
-    return [_located(index, *match) for index, match in enumerate(by_projection.values())]
-
-
-def _located(index: int, spec: FFNSpec, name: str, layer: nn.Module) -> FFN:
-    parents = {path: layer.get_submodule(path.rpartition(".")[0]) for path in (*spec.paths(), *spec.between)}
-    batch_first = bool(getattr(getattr(layer, "self_attn", None), "batch_first", True))
-    return FFN(index, name, spec, parents, spec.rows_first and batch_first)
+        if path := spec.missing(layer):
+            missing.append(f"{name} has no module '{path}'")
+            continue
+        parents = {path: layer.get_submodule(path.rpartition(".")[0]) for path in (*spec.paths(), *spec.between)}
+        batch_first = bool(getattr(getattr(layer, "self_attn", None), "batch_first", True))
+        ffn = FFN(len(ffns), name, spec, parents, spec.rows_first and batch_first)
+        ffns.setdefault((id(layer), spec.proj_in), ffn)  # if several specs fit the same FFN, the first one counts
+    if missing and (len(specs) == 1 or not ffns):
+        raise ConversionError(f"{missing[0]}, which the row of its architecture names")
+    return list(ffns.values())
 
 
 def _layers(model: nn.Module, spec: FFNSpec) -> list[tuple[str, nn.Module]]:
     """Return the layers in the lists that a row names, with their qualified names."""
     pattern = re.compile(r"(.*\.)?" + re.escape(spec.layers).replace(r"\*", r"[^.]+"))
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if pattern.fullmatch(name) and isinstance(module, nn.ModuleList | nn.Sequential)
-    ]
+    kinds = nn.ModuleList | nn.Sequential
+    lists = {name: m for name, m in model.named_modules() if pattern.fullmatch(name) and isinstance(m, kinds)}
     if len(lists) > 1 and "*" not in spec.layers:
-        raise ConversionError(
-            f"{type(model).__name__} has several lists of layers '{spec.layers}': {', '.join(name for name, _ in lists)}. "
-            "Convert the submodule that holds the intended list"
-        )
-    return [(f"{name}.{number}", layer) for name, module in lists for number, layer in enumerate(module)]
+        name = f"{type(model).__name__} has several lists of layers '{spec.layers}'"
+        raise ConversionError(f"{name}: {', '.join(lists)}; convert the submodule that holds the intended one")
+    return [(f"{name}.{number}", layer) for name, layers in lists.items() for number, layer in enumerate(layers)]
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
@@ -426,26 +363,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
 def has_plain_weight(module: nn.Module) -> bool:
     """Check if a weight is a floating-point matrix: not quantised or packed. Sharded weights count as plain."""
     weight = getattr(module, "weight", None)
-    plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")
     # torch.export traces with fake tensors; compared by name because their module is slow to import
-    plain = plain or type(weight).__module__ == "torch._subclasses.fake_tensor"
-    return plain and weight.is_floating_point() and weight.ndim == 2  # type: ignore[union-attr]
-
-
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _attribute(layer: nn.Module, path: str) -> Any:
-    """Return the attribute at a dotted path, None if it does not exist."""
-    try:
-        return operator.attrgetter(path)(layer)
-    except AttributeError:
-        return None
-
-
-def _holds_function(layer: nn.Module, path: str) -> bool:
-    """Check if a path is a callable attribute of the instance, which can be replaced, and not a method."""
-    prefix, _, name = path.rpartition(".")
-    parent = _attribute(layer, prefix) if prefix else layer
-    return callable(getattr(parent, "__dict__", {}).get(name))
+    is_fake = type(weight).__module__ == "torch._subclasses.fake_tensor"
+    is_plain = is_fake or type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")
+    return is_plain and weight.is_floating_point() and weight.ndim == 2  # type: ignore[union-attr]

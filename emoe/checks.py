@@ -35,11 +35,9 @@ def _check_weight(name: str, module: nn.Module) -> None:
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     # a computed weight (weight norm, pruning) is not a parameter; a sharded or quantised one has another class
     if weight is None:
-        raise ConversionError(
-            f"{name} ({type(module).__name__}) has no plain weight: convert before quantising, pruning or parametrising"
-        )
+        raise ConversionError(f"{name} has no plain weight: convert before quantising, pruning or parametrising")
     if type(weight.detach()) is not Tensor or not weight.is_floating_point() or weight.itemsize < 2:
-        kind = str(weight.dtype) if type(weight.detach()) is Tensor else type(weight).__name__
+        kind = weight.dtype if type(weight.detach()) is Tensor else type(weight).__name__
         raise ConversionError(f"{name} has a weight of {kind}: convert before quantising, sharding or adding adapters")
     if weight.ndim != 2:
         raise ConversionError(f"{name} has a weight of {weight.ndim} dimensions; only linear projections can be split")
@@ -54,28 +52,23 @@ def _check_weight(name: str, module: nn.Module) -> None:
 
 
 def _check_shapes(ffn: FFN) -> None:
-    d, factor = ffn.d, 2 if ffn.spec.fused else 1
+    d = ffn.d
+    if d == 0:
+        raise ConversionError(f"{ffn.name}.{ffn.spec.proj_out} has no inputs: the FFN has no neurons to split")
     for path, module in ffn.inputs():
-        weight = module.weight
-        rows = weight.shape[1 if ffn.spec.transposed else 0]  # type: ignore[index]
-        if rows != factor * d:
-            hint = " (a fused gate and up-projection? see fused in emoe.FFNSpec)" if rows == 2 * d else ""
-            raise ConversionError(
-                f"{ffn.name}.{path} has {rows} outputs, but {ffn.spec.proj_out} has {d} inputs: they are not the two sides of "
-                f"one FFN{hint}"
-            )
+        rows = module.weight.shape[1 if ffn.spec.transposed else 0]  # type: ignore[index]
+        if rows != (2 * d if ffn.spec.fused else d):
+            hint = "; set fused in emoe.FFNSpec" if rows == 2 * d else ""
+            raise ConversionError(f"{ffn.name}.{path} has {rows} outputs, but {ffn.spec.proj_out} has {d} inputs{hint}")
 
 
 def _check_between(ffn: FFN) -> None:
     if next(ffn.activation.parameters(), None) is not None:
-        raise ConversionError(
-            f"{ffn.name}.{ffn.spec.activation} ({type(ffn.activation).__name__}) has parameters, which a routed FFN does not support"
-        )
+        kind = type(ffn.activation).__name__
+        raise ConversionError(f"{ffn.name}.{ffn.spec.activation} ({kind}) has parameters, which EMoE does not support")
     for path, module in ffn.between():
         if not isinstance(module, nn.Identity | nn.Dropout):
-            raise ConversionError(
-                f"{ffn.name}.{path} is {type(module).__name__}: a norm between activation and out-projection mixes the experts"
-            )
+            raise ConversionError(f"{ffn.name}.{path} is {type(module).__name__}, which mixes the experts' neurons")
 
 
 def check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
@@ -86,21 +79,17 @@ def check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
             users.setdefault(id(parameter), set()).add(name)
     for ffn in ffns:
         for path, module in ffn.projections():
-            others = users.get(id(module.weight), set()) - {f"{ffn.name}.{path}"}
-            if others:
-                raise ConversionError(
-                    f"{ffn.name}.{path}.weight is shared with {', '.join(sorted(others))}: untie them before converting"
-                )
+            name = f"{ffn.name}.{path}"
+            if others := users.get(id(module.weight), set()) - {name}:
+                raise ConversionError(f"{name}.weight is shared with {', '.join(sorted(others))}: untie them first")
 
 
 def check_divisible(ffns: Iterable[FFN], num_experts: int) -> None:
     """Check that ``num_experts`` divides the width of every FFN."""
     for ffn in ffns:
         if ffn.d % num_experts:
-            raise ConversionError(
-                f"{ffn.name}: {ffn.d} neurons cannot be split into {num_experts} equal experts; the nearest number that can is "
-                f"{nearest_divisor(ffn.d, num_experts)}"
-            )
+            nearest = f"the nearest number that can is {nearest_divisor(ffn.d, num_experts)}"
+            raise ConversionError(f"{ffn.name}: {ffn.d} neurons cannot be split into {num_experts} experts; {nearest}")
 
 
 def check_trainable(ffns: Iterable[FFN]) -> None:
@@ -108,27 +97,21 @@ def check_trainable(ffns: Iterable[FFN]) -> None:
     for ffn in ffns:
         for path, module in ffn.projections():
             if not module.weight.requires_grad:
-                raise ConversionError(
-                    f"{ffn.name}.{path} is frozen: GMoE's copies would never differ. Set requires_grad before converting "
-                    "(EMoE takes frozen FFNs)"
-                )
+                raise ConversionError(f"{ffn.name}.{path} is frozen, but GMoE's copies must train: set requires_grad")
 
 
 def check_gated(ffns: Iterable[FFN]) -> None:
     """Check that the FFNs have an up-projection."""
     for ffn in ffns:
         if not ffn.gated:
-            raise ConversionError(
-                f"{ffn.name} is not gated and has no up-projection to score by; choose score 'keys', 'gate', 'inter' or 'inter_abs'"
-            )
+            raise ConversionError(f"{ffn.name} is not gated: choose score 'keys', 'gate', 'inter' or 'inter_abs'")
 
 
 def check_distinct_keys(ffns: Iterable[FFN]) -> None:
     """Check that every key has a direction and no two keys are equal: k-means cannot separate such neurons."""
     way_out = "use partition='random', 'contiguous' or 'coactivation', or pass a partition"
     for ffn in ffns:
-        keys = ffn.keys().detach()
-        name = f"{ffn.name}.{ffn.spec.proj_in}"
+        name, keys = f"{ffn.name}.{ffn.spec.proj_in}", ffn.keys().detach()
         zero = (keys == 0).all(1).nonzero().flatten().tolist()
         if zero:
             raise ConversionError(f"{name}: {len(zero)} keys are all zero, the first of neuron {zero[0]}; {way_out}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,9 @@ from emoe.routers import FixedRouter
 from emoe.sparse.module import uninstall_
 from emoe.tokens import PaddingMaskHook, remove_argument_hooks, watch_padding
 
+# columns of the table, one per field of LayerReport
+_HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", "seconds")
+_FORMATS = ("", "", "", "", "", "", ".3f", ".2f")
 _ALIGNMENT = ("right", "left", *["right"] * 6)
 _MARK = "emoe"  # attribute of a transformers configuration, and key in config.json
 _SIMILAR = 0.5  # mean cosine of keys: a model's own keys after training are above, another model's far below
@@ -63,20 +66,8 @@ class ConversionReport:
     def __str__(self) -> str:
         from tabulate import tabulate  # `import emoe` needs only torch and safetensors
 
-        rows = [
-            {
-                "layer": row.index,
-                "FFN": row.name,
-                "neurons": row.neurons,
-                "experts": row.experts,
-                "size": row.expert_size,
-                "top_k": row.top_k,
-                "explained": "-" if row.explained is None else f"{row.explained:.3f}",
-                "seconds": "-" if row.seconds is None else f"{row.seconds:.2f}",
-            }
-            for row in self.layers
-        ]
-        table = tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=[1, 6, 7], colalign=_ALIGNMENT)
+        rows = [astuple(row) for row in self.layers]
+        table = tabulate(rows, _HEADERS, "simple", _FORMATS, missingval="-", disable_numparse=[1], colalign=_ALIGNMENT)
         return (
             f"{table}\n{len(self.layers)} of {self.total_layers} FFNs converted, "
             f"{self.active_neurons:.1%} of FFN neurons active per token, {self.added_parameters:,} parameters added"
@@ -94,9 +85,9 @@ def convert_(
     """Turn the chosen FFNs of a model into experts, in place (the paper's method).
 
     EMoE permutes each FFN's neurons and routes between blocks of them. State-dict keys and shapes stay those of the
-    dense model; below the activation it adds ``router.*`` for a learned router, ``router.gate`` with ``gate_momentum``, and
-    ``output_bias`` unless that is ``shared``. GMoE widens each chosen FFN to ``num_experts`` copies. All checks
-    come before the first change.
+    dense model; below the activation it adds ``router.*`` for a learned router, ``router.gate`` with
+    ``gate_momentum``, and ``output_bias`` unless that is ``shared``. GMoE widens each chosen FFN to ``num_experts``
+    copies. If a check fails, the model is unchanged.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -107,16 +98,12 @@ def convert_(
     Args:
         model: dense model with a row in the registry (see :func:`emoe.register_ffn`).
         config: configuration of the experts.
-        partition: permutations ``[d]`` by layer number, from :func:`emoe.partition` or a cache. Computed here if None.
-            EMoE only.
+        partition: permutations ``[d]`` by layer number, EMoE only. If None, :func:`emoe.partition` computes them.
         calibration: batches for a co-activation partition, see :func:`emoe.partition`.
         progress: show a progress bar during the partition.
 
     Raises:
-        ConversionError: the model is converted already, its architecture is unknown, a width is not divisible, a norm is inside
-            an FFN, weights are quantised, sharded, wrapped, shared or not finite, keys are zero or equal (k-means
-            only), the FFN is frozen (GMoE only) or has no up-projection to score by, the router is ``fixed``, or the
-            partition does not fit. The model is unchanged.
+        ConversionError: the model, one of its chosen FFNs or the partition does not fit the configuration.
         ConfigError: ``layers`` matches nothing, or the object is not a configuration.
     """
     check_config(config, "convert_")
@@ -128,13 +115,13 @@ def convert_(
     chosen = [ffns[i] for i in resolve_layers(config.layers, len(ffns))]  # type: ignore[arg-type]
     check_weights(model, chosen)
     before, neurons = count_parameters(model), sum(ffn.d for ffn in ffns)
-    if isinstance(config, GMoEConfig) and (partition is not None or calibration is not None):
-        raise ConversionError("GMoE copies whole FFNs; it takes no partition")
     check_config_fits(chosen, config)
     if isinstance(config, EMoEConfig):
         if partition is None:
             partition = build_partition(model, config, calibration=calibration, progress=progress)
         _check_partition(chosen, partition)
+    elif partition is not None or calibration is not None:
+        raise ConversionError("GMoE copies whole FFNs; it takes no partition")
     padding = padding_watches(model, chosen, config)
     reports = [convert_ffn(ffn, config, partition or {}, padding.get(ffn.index)) for ffn in chosen]
     mark_(model)
@@ -154,10 +141,7 @@ def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
         return
     check_divisible(ffns, config.num_experts)
     if ROUTERS[config.router].load() is FixedRouter:
-        raise ConversionError(
-            "router='fixed' needs the experts' usage: convert with router='avg_k', record_routing rows of the task, then "
-            "call emoe.fix_experts_"
-        )
+        raise ConversionError("router='fixed' needs usage: convert with router='avg_k', then call emoe.fix_experts_")
     if config.score in ("up", "up_abs"):
         check_gated(ffns)
 
@@ -169,33 +153,15 @@ def padding_watches(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoE
 
 
 def _check_partition(chosen: list[FFN], partition: Mapping[int, Tensor]) -> None:
-    if not isinstance(partition, Mapping):
-        raise ConversionError(
-            f"the partition is a {type(partition).__name__}; pass permutations by layer number, as emoe.partition returns"
-        )
     for ffn in chosen:
-        if ffn.index not in partition:
-            raise ConversionError(f"the partition has no layer {ffn.index}; it has {sorted(partition)}")
-        if not is_permutation(partition[ffn.index], ffn.d):
-            raise ConversionError(
-                f"the partition's layer {ffn.index} is not a permutation of {ffn.name}'s {ffn.d} neurons"
-            )
+        if not is_permutation(partition.get(ffn.index), ffn.d):
+            raise ConversionError(f"the partition has no permutation of {ffn.d} neurons for layer {ffn.index}")
 
 
 def convert_ffn(
-    ffn: FFN,
-    config: EMoEConfig | GMoEConfig,
-    partition: Mapping[int, Tensor],
-    padding: PaddingMaskHook | None = None,
+    ffn: FFN, config: EMoEConfig | GMoEConfig, partition: Mapping[int, Tensor], padding: PaddingMaskHook | None = None
 ) -> LayerReport:
-    """Turn one FFN into experts, in place, without checks.
-
-    Args:
-        ffn: FFN to convert.
-        config: configuration of the experts.
-        partition: permutations by layer number; empty for GMoE.
-        padding: hook of :func:`padding_watches`.
-    """
+    """Turn one FFN into experts, in place, without checks. The partition is empty for GMoE."""
     permutation, size = None, ffn.d
     if isinstance(config, GMoEConfig):
         widen(ffn, config.num_experts)
@@ -204,30 +170,15 @@ def convert_ffn(
         ffn.permute_(permutation)
     attach(ffn, config, permutation, padding)
     notes = partition if isinstance(partition, Partition) else Partition({})
-    return LayerReport(
-        ffn.index,
-        ffn.name,
-        size * config.num_experts,
-        config.num_experts,
-        size,
-        config.top_k,
-        notes.explained.get(ffn.index),
-        notes.seconds.get(ffn.index),
-    )
+    explained, seconds = notes.explained.get(ffn.index), notes.seconds.get(ffn.index)
+    n = config.num_experts
+    return LayerReport(ffn.index, ffn.name, n * size, n, size, config.top_k, explained, seconds)
 
 
 def conversion_report(
     reports: list[LayerReport], config: EMoEConfig | GMoEConfig, ffns: int, neurons: int, added: int
 ) -> ConversionReport:
-    """Summarize a conversion.
-
-    Args:
-        reports: reports of the converted FFNs.
-        config: configuration of the experts.
-        ffns: number of FFNs in the model.
-        neurons: number of neurons in all FFNs before the conversion.
-        added: number of parameters added.
-    """
+    """Summarize a conversion, given the dense model's number of FFNs and neurons, and the number of new parameters."""
     if isinstance(config, GMoEConfig):
         active = neurons + sum(r.expert_size * (config.top_k - 1) for r in reports)
     else:
@@ -254,8 +205,8 @@ def widen(ffn: FFN, copies: int) -> None:
             if f"{path}.{name}" in ffn.neuron_dims():
                 resize_parameter_(module, name, ffn.take(f"{path}.{name}", parameter, neurons))
         # nn.Linear stores [out, in] and GPT-2's Conv1D [in, out]
-        sizes = (*cast(Tensor, module.weight).shape, *cast(Tensor, module.weight).shape)
-        for name, size in zip(("out_features", "in_features", "nx", "nf"), sizes, strict=True):
+        rows, columns = cast(Tensor, module.weight).shape
+        for name, size in (("out_features", rows), ("in_features", columns), ("nx", rows), ("nf", columns)):
             if hasattr(module, name):
                 setattr(module, name, size)
 
@@ -263,9 +214,9 @@ def widen(ffn: FFN, copies: int) -> None:
 def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     """Fold the experts back into the dense FFN, in place, by removing the routing (EMoE2Dense).
 
-    The weights stay as they are, bit by bit. The outputs change unless every expert was in use
-    (``top_k == num_experts``): before, a token used the neurons of its own experts only. Output biases of single experts
-    become one: ``k / N`` times their sum, which is the FFN's own bias until they are trained. Adapters stay in place.
+    The weights stay as they are, bit by bit, and adapters stay in place. The outputs change unless every expert was in
+    use (``top_k == num_experts``). Output biases of single experts become one: ``k / N`` times their sum, which is the
+    FFN's own bias until they are trained.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -283,9 +234,8 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         The same model.
 
     Raises:
-        ConversionError: the model is dense or a GMoE (whose experts are different full FFNs), or, with
-            ``restore_order``, an FFN has adapters or its order is unknown (the model was saved without sidecars).
-            The model is unchanged.
+        ConversionError: the model is dense or a GMoE, or, with ``restore_order``, an FFN has adapters or its order is
+            unknown (the model was saved without sidecars). The model is unchanged.
     """
     layers = routed_layers(model)
     if not layers:
@@ -293,7 +243,12 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
     check_foldable(layer.config for layer in layers)
     if restore_order:
         check_plain(layer.ffn for layer in layers)
-        check_order_known(layers)
+        for layer in layers:
+            if layer.permutation is None:
+                raise ConversionError(
+                    f"to_dense_: the original order of {layer.ffn_name}'s neurons is unknown; leave out restore_order. "
+                    "Only emoe.save_pretrained and emoe.TrainerCallback save it"
+                )
     remove_argument_hooks(model)
     for layer in layers:
         uninstall_(layer)
@@ -308,16 +263,6 @@ def check_foldable(configs: Iterable[EMoEConfig | GMoEConfig]) -> None:
     """Raise :class:`ConversionError` if experts have no dense equivalent."""
     if any(isinstance(config, GMoEConfig) for config in configs):
         raise ConversionError("a GMoE has no dense equal: its experts are full FFNs that were trained separately")
-
-
-def check_order_known(layers: Iterable[RoutedActivation]) -> None:
-    """Raise :class:`ConversionError` if the original order of the neurons is unknown."""
-    unknown = [layer.ffn_name for layer in layers if layer.permutation is None]
-    if unknown:
-        raise ConversionError(
-            f"to_dense_: the original order of {unknown[0]}'s neurons is unknown, because the model was saved without "
-            "emoe.save_pretrained or emoe.TrainerCallback, or loaded the state dict of another model; leave out restore_order"
-        )
 
 
 def watch_state_(model: nn.Module) -> None:
@@ -341,8 +286,8 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
         dense = float(F.cosine_similarity(keys, incoming[layer.permutation.to(keys.device)], dim=1).mean())
         if dense > max(stored, _SIMILAR):
             raise CheckpointError(
-                f"the state dict is a dense model's: its neurons of {layer.ffn_name} are not in the order of the experts. "
-                "Load it before emoe.convert_, or fold the experts back first (emoe.to_dense_(model, restore_order=True))"
+                f"the state dict is a dense model's, with {layer.ffn_name}'s neurons in another order: "
+                "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"
             )
         if stored < _SIMILAR:  # the state of another model, whose original order is unknown
             layer.permutation = None
@@ -352,10 +297,7 @@ def mark_(model: nn.Module) -> None:
     """Write the experts' configuration into a transformers model's configuration, and so into its ``config.json``.
 
     The model's library saves it with every checkpoint; a stock class ignores it and reads the model as dense. A
-    model without a transformers configuration gets no mark.
-
-    Raises:
-        ConversionError: a routed FFN is not in the registry row of the model.
+    model without a transformers configuration gets no mark. Errors are those of :func:`numbered_layers`.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_diff_dict"):
@@ -366,8 +308,8 @@ def mark_(model: nn.Module) -> None:
             for name in [name for name, value in vars(module).items() if value is shared]:
                 setattr(module, name, config)
     layers, ffns = numbered_layers(model)
-    mark = {"config": next(iter(layers.values())).config.to_dict(), "layers": sorted(layers), "ffns": ffns}
-    setattr(config, _MARK, mark)
+    experts = next(iter(layers.values())).config.to_dict()
+    setattr(config, _MARK, {"config": experts, "layers": sorted(layers), "ffns": ffns})
 
 
 def numbered_layers(model: nn.Module) -> tuple[dict[int, RoutedActivation], int]:
@@ -380,12 +322,10 @@ def numbered_layers(model: nn.Module) -> tuple[dict[int, RoutedActivation], int]
     """
     ffns, layers = find_ffns(model), routed_layers(model)
     numbers = {id(ffn.activation): ffn.index for ffn in ffns}
-    unknown = [layer.ffn_name for layer in layers if id(layer) not in numbers]
-    if unknown:
-        raise ConversionError(
-            f"{unknown[0]} was converted in a part of the model, and the registry row of {type(model).__name__} does not "
-            "include it: save that part"
-        )
+    for layer in layers:
+        if id(layer) not in numbers:
+            row = f"the registry row of {type(model).__name__}"
+            raise ConversionError(f"{row} does not include {layer.ffn_name}: save the part that was converted")
     return {numbers[id(layer)]: layer for layer in layers}, len(ffns)
 
 
@@ -399,19 +339,13 @@ def update_mark_(model: nn.Module) -> None:
             delattr(config, _MARK)
 
 
-def _marked_configs(model: nn.Module) -> Iterator[Any]:
+def _marked_configs(model: nn.Module) -> list[Any]:
     configs = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
-    return (config for config in configs.values() if hasattr(config, _MARK))
+    return [config for config in configs.values() if hasattr(config, _MARK)]
 
 
 def no_experts(model: nn.Module, caller: str, hint: str) -> ConversionError:
-    """Return the error for a model without a routed FFN.
-
-    Args:
-        model: dense model.
-        caller: function that needs experts.
-        hint: way out. If the model's configuration has a mark, the error names emoe.from_pretrained instead.
-    """
-    if any(True for _ in _marked_configs(model)):
+    """Return a caller's error for a dense model; the hint of a marked model is emoe.from_pretrained."""
+    if _marked_configs(model):
         hint = "it was saved with experts, but its stock class loaded it as dense: load it with emoe.from_pretrained"
     return ConversionError(f"{caller}: the model has no routed FFN; {hint}")

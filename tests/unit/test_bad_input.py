@@ -66,6 +66,13 @@ LAYERS: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda layer: setattr(layer.intermediate, "intermediate_act_fn", nn.PReLU()),
         r"intermediate_act_fn \(PReLU\) has parameters",
     ),
+    "no neurons": (
+        lambda layer: (
+            setattr(layer.intermediate, "dense", nn.Linear(32, 0)),
+            setattr(layer.output, "dense", nn.Linear(0, 32)),
+        ),
+        r"output\.dense .*no neurons",
+    ),
     "width": (
         lambda layer: setattr(layer.output, "dense", nn.Linear(32, 32)),
         r"intermediate\.dense has 64 outputs, but output\.dense has 32 inputs",
@@ -148,7 +155,7 @@ def test_layers_without_the_modules_of_their_row_are_named() -> None:
     one_row.layers = None
     with pytest.raises(emoe.ConversionError, match="no list of layers 'layers'"):
         emoe.convert_(one_row, CONFIG)
-    with pytest.raises(emoe.ConversionError, match="missing modules: inner"):
+    with pytest.raises(emoe.ConversionError, match=r"layers\.0 has no module 'inner'"):
         emoe.convert_(PlainNet(*[nn.Identity()]), CONFIG)  # type: ignore[arg-type]
 
 
@@ -159,6 +166,7 @@ SPEC = {"layers": "layers", "proj_in": "inner", "activation": "act", "proj_out":
     ("key", "change", "message"),
     [
         ("Net", {"layers": ""}, "non-empty string"),
+        ("Net", {"activation": None}, "non-empty string"),
         ("Net", {"proj_out": "inner"}, "the path 'inner' occurs twice"),
         ("Net", {"between": "dropout"}, "write a tuple of paths"),
         ("Net", {"fused": "frist"}, "did you mean 'first'"),
