@@ -71,26 +71,41 @@ def _t5(stack: str, position: int) -> list[FFNSpec]:
 
 _BERT = FFNSpec("encoder.layer", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
 _GATED = FFNSpec("layers", "mlp.gate_proj", "mlp.act_fn", "mlp.down_proj", proj_up="mlp.up_proj")
+_MLP = FFNSpec("layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2")
 _TORCH = FFNSpec("layers", "linear1", "activation", "linear2", between=("dropout",))
 _TIMM = FFNSpec("blocks", "mlp.fc1", "mlp.act", "mlp.fc2", between=("mlp.drop1", "mlp.norm"))
 
 _REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"), (_BERT,)),
+    "bert": (_BERT,),
+    "roberta": (_BERT,),
+    "xlm-roberta": (_BERT,),
+    "electra": (_BERT,),
+    "deberta-v2": (_BERT,),
     "distilbert": (FFNSpec("transformer.layer", "ffn.lin1", "ffn.activation", "ffn.lin2"),),
     "modernbert": (FFNSpec("layers", "mlp.Wi", "mlp.act", "mlp.Wo", fused="first", between=("mlp.drop",)),),
     "gpt2": (FFNSpec("h", "mlp.c_fc", "mlp.act", "mlp.c_proj", transposed=True),),
     "gpt_neox": (FFNSpec("layers", "mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),),
     "opt": (FFNSpec("decoder.layers", "fc1", "activation_fn", "fc2"),),
     "t5": (*_t5("encoder", 1), *_t5("decoder", 2)),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), (_GATED,)),
+    "llama": (_GATED,),
+    "mistral": (_GATED,),
+    "qwen2": (_GATED,),
+    "qwen3": (_GATED,),
+    "gemma": (_GATED,),
+    "gemma2": (_GATED,),
+    "gemma3_text": (_GATED,),
     "phi3": (FFNSpec("layers", "mlp.gate_up_proj", "mlp.activation_fn", "mlp.down_proj", fused="first"),),
-    **dict.fromkeys(("phi", "vit", "deit"), (FFNSpec("layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),)),
+    "phi": (_MLP,),
+    "vit": (_MLP,),
+    "deit": (_MLP,),
     "dinov2": (FFNSpec("encoder.layer", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),),
     "clip_vision_model": (FFNSpec("encoder.layers", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),),
     # timm's models and torch's own have no model_type: keyed by class
-    **dict.fromkeys(("VisionTransformer", "Beit"), (_TIMM,)),
+    "VisionTransformer": (_TIMM,),
+    "Beit": (_TIMM,),
     "SwinTransformer": (replace(_TIMM, layers="layers.*.blocks"),),
-    **dict.fromkeys(("TransformerEncoder", "TransformerDecoder"), (_TORCH,)),
+    "TransformerEncoder": (_TORCH,),
+    "TransformerDecoder": (_TORCH,),
 }
 
 
