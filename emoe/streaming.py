@@ -40,12 +40,6 @@ def convert_folder(
     The new folder loads to the model that :func:`emoe.convert_` and :func:`emoe.save_pretrained` make. Learned routers
     are drawn from seed 0.
 
-    Args:
-        source: folder of the dense model.
-        out: new folder.
-        config: configuration of the experts, without a co-activation partition.
-        progress: show progress bars.
-
     Raises:
         NotStreamedError: the model must be loaded instead; nothing was written.
         ConversionError, ConfigError, CheckpointError: as :func:`emoe.convert_`.
@@ -85,13 +79,7 @@ def convert_folder(
 
 
 def fold_folder(source: Path, out: Path, *, restore_order: bool = False, progress: bool = False) -> None:
-    """Fold a converted model's folder back to a dense model's folder without loading the model.
-
-    Args:
-        source: folder of the converted model.
-        out: new folder.
-        restore_order: restore the original order of the neurons.
-        progress: show a progress bar.
+    """Fold a converted model's folder back to a dense model's new folder without loading the model.
 
     Raises:
         NotStreamedError: the model must be loaded instead; nothing was written.
@@ -119,7 +107,7 @@ def _open(source: Path) -> tuple[nn.Module, files.Weights]:
     loader = files.loader_for(source)
     if not hasattr(loader, "from_pretrained") or importlib.util.find_spec("accelerate") is None:
         raise NotStreamedError("from disk to disk needs a transformers model and the package 'accelerate'")
-    if files.is_quantized(source):
+    if "quantization_config" in files.read_settings(source):
         raise NotStreamedError("the weights are quantised")
     with files.quiet():
         return files.load_stock(loader, source, device_map="meta"), files.Weights(source)
@@ -128,19 +116,16 @@ def _open(source: Path) -> tuple[nn.Module, files.Weights]:
 @contextmanager
 def _loaded(ffn: FFN, model: nn.Module, weights: files.Weights) -> Iterator[dict[str, str]]:
     """Load the projections of an FFN for the duration of the block, which gets the stored names by path."""
-    parameters = {
-        f"{path}.{name}": (module, name, parameter)
-        for path, module in ffn.projections()
-        for name, parameter in module.named_parameters()
-    }
-    stored = weights.find(model, [f"{ffn.name}.{path}" for path in parameters])
-    if len(stored) < len(parameters):
+    paths = [f"{path}.{name}" for path, module in ffn.projections() for name in module.state_dict()]
+    names = weights.find(model, [f"{ffn.name}.{path}" for path in paths])
+    if len(names) < len(paths):
         raise NotStreamedError(f"the weights of {ffn.name} are stored under other names")
-    names = dict(zip(parameters, stored.values(), strict=True))
-    for path, (module, name, parameter) in parameters.items():
-        tensor = weights[names[path]].to(parameter.dtype, copy=True)
-        module.register_parameter(name, nn.Parameter(tensor))
-    yield names
+    stored = {path: names[f"{ffn.name}.{path}"] for path in paths}
+    for path, module in ffn.projections():
+        dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+        state = {name: weights[stored[f"{path}.{name}"]].to(dtype, copy=True) for name, dtype in dtypes.items()}
+        module.load_state_dict(state, assign=True)
+    yield stored
     for _, module in ffn.projections():
         module.to("meta")
 
@@ -163,8 +148,8 @@ def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any] | No
         files.write_tensors(tensors, out / path.name, notes)
     if paths[0].name != files.WEIGHT_FILES[0]:
         shutil.copyfile(source / files.WEIGHT_FILES[1], out / files.WEIGHT_FILES[1])
-    settings = files.read_object(source / files.STOCK_CONFIG_FILE)
-    settings.pop(checkpoint.MARK, None)
-    settings |= {checkpoint.MARK: mark} if mark else {}
+    settings = files.read_settings(source) | {checkpoint.MARK: mark}
+    if mark is None:
+        del settings[checkpoint.MARK]
     (out / files.STOCK_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
     files.copy_companions(source, out)
