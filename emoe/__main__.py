@@ -121,8 +121,7 @@ def inspect(folder: Path, as_json: bool) -> None:
     conversion. The keys are the norms of the neurons' input weights.
     """
     mark, tensors, extra = checkpoint.read_sidecars(folder)
-    config = mark.config
-    experts = config.num_experts
+    config, experts = mark.config, mark.config.num_experts
     layers = [{"layer": index, "experts": experts, **_measures(tensors, index, experts)} for index in mark.layers]
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     extra_numbers = sum(tensor.numel() for tensor in extra.values())
@@ -131,7 +130,8 @@ def inspect(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps(content, indent=1))
         return
     defaults = type(config)(num_experts=experts, top_k=config.top_k).to_dict()
-    fields = [(name, json.dumps(v), "" if v == defaults[name] else "*") for name, v in config.to_dict().items()]
+    is_set = {name: "" if value == defaults[name] else "*" for name, value in config.to_dict().items()}
+    fields = [(name, json.dumps(value), is_set[name]) for name, value in config.to_dict().items()]
     click.echo(tabulate(fields, headers=["field", "value", "set"], tablefmt="simple") + "\n")
     click.echo(tabulate(layers, headers="keys", tablefmt="simple", floatfmt=".3f") + "\n")
     rows = [(name, f"{size / 1e6:.2f} MB") for name, size in sizes.items()]
@@ -186,10 +186,8 @@ def generate(folder: str, prompt: str, max_new_tokens: int, raw: bool) -> None:
     tokenizer, inputs = _tokenize(source, prompt, raw)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
-    with torch.inference_mode():
-        output = model.generate(
-            **inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
-        )
+    inputs.to(model.device)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     seconds = time.perf_counter() - start
     tokens = output.shape[1] - inputs["input_ids"].shape[1]
     backends = {f"{layer.backend} experts" for layer in routed_layers(model)} or {"dense"}
@@ -218,11 +216,11 @@ def _tokenize(source: Path, prompt: str, raw: bool) -> tuple[Any, Any]:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-        if not raw and tokenizer.chat_template:
+        is_plain = raw or not tokenizer.chat_template
+        if not is_plain:
             messages = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        # a template has the special tokens already
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=raw or not tokenizer.chat_template)
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=is_plain)  # a template has them already
     except Exception as error:  # a damaged tokenizer raises anything
         raise CheckpointError(f"{source} holds no tokenizer: {files.one_line(error)}") from error
     inputs.pop("token_type_ids", None)

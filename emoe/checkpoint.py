@@ -248,7 +248,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         CheckpointError: a file is missing or damaged, or the small files belong to other weights.
     """
     if not callable(loader) and not hasattr(loader, "from_pretrained"):
-        raise CheckpointError(f"from_pretrained: the loader is {loader!r:.80}; give a class or function of the model")
+        raise CheckpointError(f"from_pretrained: the loader is {loader!r:.80}; give the model's class or builder")
     folder = Path(folder)
     mark, tensors, extra = read_sidecars(folder)
     config, is_gmoe = mark.config, isinstance(mark.config, GMoEConfig)
@@ -269,7 +269,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     layers = []
     for ffn, permutation in pairs:
         if config.has_routing_state and any(map(is_offloaded, (ffn.proj_in, ffn.proj_out))):
-            raise CheckpointError(f"{folder}: the device_map offloads {ffn.name}, whose experts need it on a device")
+            raise CheckpointError(f"{folder}: the device_map offloads {ffn.name}; keep these experts on a device")
         if is_gmoe:
             widen(ffn, config.num_experts)
         layers.append(attach(ffn, config, permutation, padding.get(ffn.index)))
@@ -323,7 +323,7 @@ def _restore_state(
     else:
         state = {name: source[key] for name, key in keys.items() if key in source}
     if missing := sorted(keys.keys() - state.keys()):
-        raise CheckpointError(f"{folder} lacks {files.some(missing)}; save with emoe.save_pretrained")
+        raise CheckpointError(f"{folder} lacks {files.some(missing)}; save with save_pretrained or TrainerCallback")
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -339,4 +339,6 @@ def check_key_norms(ffn: FFN, tensors: dict[str, Tensor], folder: Path) -> None:
         norms = _key_norms(ffn)
     tolerance = _NORM_TOLERANCE if has_plain_weight(ffn.proj_in) else _QUANTIZED_NORM_TOLERANCE
     if norms.shape != saved.shape or not torch.allclose(norms, saved, rtol=tolerance, atol=1e-6):
-        raise CheckpointError(f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}")
+        raise CheckpointError(
+            f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}: these were changed without it"
+        )

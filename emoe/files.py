@@ -173,7 +173,7 @@ def loader_for(folder: Path) -> Any:
 def check_loadable(folder: Path) -> None:
     """Raise :class:`CheckpointError` if a library would load another model, code, or anything but safetensors."""
     if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder} holds adapters: load their model, then the adapters with peft.PeftModel")
+        raise CheckpointError(f"{folder} holds adapters, not a model: load their model with emoe.from_pretrained first")
     for key, value in _settings(read_settings(folder)):
         if "attn_implementation" in key and "/" in str(value):
             raise CheckpointError(f"{folder}: {key} '{value!s:.80}' is code from a hub; remove the key")

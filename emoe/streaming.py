@@ -37,8 +37,8 @@ def convert_folder(
 ) -> convert.ConversionReport:
     """Convert a dense model's folder to a new folder without loading the model.
 
-    The new folder loads to the model that :func:`emoe.convert_` and :func:`emoe.save_pretrained` make. Learned routers
-    are drawn from seed 0.
+    The new folder loads to the model that ``convert_`` and ``save_pretrained`` make. Learned routers are drawn from
+    seed 0. A co-activation partition is not supported.
 
     Raises:
         NotStreamedError: the model must be loaded instead; nothing was written.
@@ -68,14 +68,12 @@ def convert_folder(
                 described.append(checkpoint.describe_layer(ffn.index, layer))
                 changes |= _reorder(ffn, stored, partition[ffn.index])
                 if layer.output_bias is not None:
-                    bias = stored[f"{ffn.spec.proj_out}.bias"]
-                    changes[bias] = partial(Tensor.type_as, layer.mean_output_bias())
+                    changes[stored[f"{ffn.spec.proj_out}.bias"]] = partial(Tensor.type_as, layer.mean_output_bias())
     convert.mark_(model)
     with files.new_folder(out) as new:
-        _write(source, new, changes, cast(Any, model).config.emoe, progress)
+        _write(source, new, changes, {checkpoint.MARK: cast(Any, model).config.emoe}, progress)
         checkpoint.write_sidecars(described, config, [ffn.index for ffn in chosen], new)
-    added = convert.count_parameters(model) - before
-    return convert.conversion_report(reports, config, len(ffns), neurons, added)
+    return convert.conversion_report(reports, config, len(ffns), neurons, convert.count_parameters(model) - before)
 
 
 def fold_folder(source: Path, out: Path, *, restore_order: bool = False, progress: bool = False) -> None:
@@ -99,7 +97,7 @@ def fold_folder(source: Path, out: Path, *, restore_order: bool = False, progres
         if restore_order:
             changes |= _reorder(ffn, stored, torch.argsort(cast(Tensor, permutation)))
     with files.new_folder(out) as new:
-        _write(source, new, changes, None, progress)
+        _write(source, new, changes, {}, progress)
 
 
 def _open(source: Path) -> tuple[nn.Module, files.Weights]:
@@ -132,12 +130,11 @@ def _loaded(ffn: FFN, model: nn.Module, weights: files.Weights) -> Iterator[dict
 
 def _reorder(ffn: FFN, stored: dict[str, str], neurons: Tensor) -> _Changes:
     """Return the changes that put an FFN's stored tensors in another order of the neurons."""
-    paths = [path for path in ffn.neuron_dims() if path in stored]
-    return {stored[path]: partial(ffn.take, path, neurons=neurons) for path in paths}
+    return {stored[path]: partial(ffn.take, path, neurons=neurons) for path in ffn.neuron_dims() if path in stored}
 
 
-def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any] | None, progress: bool) -> None:
-    """Write a changed copy of a folder, one weight file at a time, with or without a mark in its configuration."""
+def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any], progress: bool) -> None:
+    """Write a changed copy of a folder, one weight file at a time, with another mark or none."""
     paths = files.weight_files(source)
     for path in tqdm(paths, "Writing", unit="file", disable=not progress):
         tensors = files.read_tensors(path)
@@ -148,8 +145,6 @@ def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any] | No
         files.write_tensors(tensors, out / path.name, notes)
     if paths[0].name != files.WEIGHT_FILES[0]:
         shutil.copyfile(source / files.WEIGHT_FILES[1], out / files.WEIGHT_FILES[1])
-    settings = files.read_settings(source) | {checkpoint.MARK: mark}
-    if mark is None:
-        del settings[checkpoint.MARK]
-    (out / files.STOCK_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    settings = {key: value for key, value in files.read_settings(source).items() if key != checkpoint.MARK}
+    (out / files.STOCK_CONFIG_FILE).write_text(json.dumps(settings | mark, indent=2) + "\n")
     files.copy_companions(source, out)
