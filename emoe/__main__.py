@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,6 @@ from emoe.sparse.build import build_kernels
 from emoe.streaming import NotStreamedError, convert_folder, fold_folder
 
 _FOLDER = click.Path(path_type=Path)
-_KINDS: dict[str, type[emoe.EMoEConfig] | type[emoe.GMoEConfig]] = {"emoe": emoe.EMoEConfig, "gmoe": emoe.GMoEConfig}
 _EPILOG = """\b
 Exit status: 0 success; 1 an error, reported in one line; 2 wrong usage;
 130 interrupted.
@@ -34,13 +30,13 @@ Shell completion (bash; zsh and fish likewise), in the shell's start-up file:
 """
 
 
-def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Report expected errors in one line."""
+class _Commands(click.Group):
+    """Report expected errors in one line. An interrupt has the exit status that shells expect."""
 
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
         try:
-            command(*args, **kwargs)
+            return super().invoke(ctx)
         except EMoEError as error:
             raise click.ClickException(str(error)) from error
         except ModuleNotFoundError as error:  # the model's library, which is not a dependency
@@ -48,11 +44,11 @@ def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:  # a folder without permission, a full disk; of two files the second is written
             path = error.filename2 or error.filename or "a file"
             raise click.ClickException(f"{path}: {error.strerror or error}") from error
+        except KeyboardInterrupt:
+            ctx.exit(130)
 
-    return wrapped
 
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
 @click.version_option(emoe.__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Turn a pre-trained transformer's FFNs into experts, and back."""
@@ -80,37 +76,23 @@ def _field_value(text: str) -> tuple[str, Any]:
 @click.option("--num-experts", type=int, required=True, help="N, experts of each converted FFN.")
 @click.option("--top-k", type=int, required=True, help="Experts that each token uses.")
 @click.option(
-    "--layers",
-    default="last-half:2",
-    show_default=True,
-    help="8,10: these layers; all; last:2: the last two; last-half:2: every second one of the last half "
-    "(last-quarter:2 of the last quarter); 8:12:2: a slice.",
+    "--layers", default="last-half:2", show_default=True, help="8,10; all; last:2; last-half:2 (every second); 8:12:2."
 )
 @click.option("--partition", help="Partition of the neurons: kmeans (the default), random, contiguous.")
-@click.option("--kind", type=click.Choice(list(_KINDS)), default="emoe", show_default=True, help="Split or copy FFNs.")
+@click.option(
+    "--kind", type=click.Choice(["emoe", "gmoe"]), default="emoe", show_default=True, help="Split or copy FFNs."
+)
 @click.option("--as-published", help="The authors' settings: tutel or llama.")
 @click.option("--set", "others", multiple=True, metavar="NAME=VALUE", help="Any other field of the configuration.")
-@_with_clear_errors
-def convert(
-    model: str,
-    out: Path,
-    num_experts: int,
-    top_k: int,
-    layers: str,
-    partition: str | None,
-    kind: str,
-    as_published: str | None,
-    others: tuple[str, ...],
-) -> None:
+def convert(model: str, out: Path, kind: str, as_published: str | None, others: tuple[str, ...], **fields: Any) -> None:
     """Convert MODEL, a folder or hub id of transformers or timm, and write it to the new folder OUT.
 
     Transformers models are converted from disk to disk, with one layer or weight file in memory at a time.
     """
-    values: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "layers": _plain_layers(layers)}
-    values |= {"partition": partition} if partition else {}
-    values |= dict(_field_value(text) for text in others)
-    cls = _KINDS[kind]
-    config = cls.as_published(as_published, **values) if as_published else cls(**values)
+    given = {name: value for name, value in fields.items() if value is not None}
+    given |= {"layers": _plain_layers(fields["layers"]), **dict(map(_field_value, others))}
+    cls: Any = emoe.EMoEConfig if kind == "emoe" else emoe.GMoEConfig
+    config = cls.as_published(as_published, **given) if as_published else cls(**given)
     if getattr(config, "partition", None) == "coactivation":
         raise ConfigError("a co-activation partition needs calibration data; convert in Python (docs/library.md)")
     files.check_new(out)
@@ -132,7 +114,6 @@ def convert(
 @cli.command(short_help="Show the content of a converted folder.")
 @click.argument("folder", type=_FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-@_with_clear_errors
 def inspect(folder: Path, as_json: bool) -> None:
     """Show the configuration, experts and files of a converted FOLDER without loading its weights.
 
@@ -140,8 +121,7 @@ def inspect(folder: Path, as_json: bool) -> None:
     conversion. The keys are the norms of the neurons' input weights.
     """
     mark, tensors, extra = checkpoint.read_sidecars(folder)
-    config = mark.config
-    experts = config.num_experts
+    config, experts = mark.config, mark.config.num_experts
     layers = [{"layer": index, "experts": experts, **_measures(tensors, index, experts)} for index in mark.layers]
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     extra_numbers = sum(tensor.numel() for tensor in extra.values())
@@ -150,7 +130,8 @@ def inspect(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps(content, indent=1))
         return
     defaults = type(config)(num_experts=experts, top_k=config.top_k).to_dict()
-    fields = [(name, json.dumps(v), "" if v == defaults[name] else "*") for name, v in config.to_dict().items()]
+    is_set = {name: "" if value == defaults[name] else "*" for name, value in config.to_dict().items()}
+    fields = [(name, json.dumps(value), is_set[name]) for name, value in config.to_dict().items()]
     click.echo(tabulate(fields, headers=["field", "value", "set"], tablefmt="simple") + "\n")
     click.echo(tabulate(layers, headers="keys", tablefmt="simple", floatfmt=".3f") + "\n")
     rows = [(name, f"{size / 1e6:.2f} MB") for name, size in sizes.items()]
@@ -175,7 +156,6 @@ def _measures(tensors: dict[str, Any], index: int, experts: int) -> dict[str, An
 @click.argument("folder", type=_FOLDER)
 @click.argument("out", type=_FOLDER)
 @click.option("--restore-order", is_flag=True, help="Restore the order of the neurons from before the conversion.")
-@_with_clear_errors
 def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
     """Fold the experts of a converted FOLDER back, and write the dense model to the new folder OUT."""
     files.check_new(out)
@@ -196,7 +176,6 @@ def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
 @click.argument("prompt")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer.")
 @click.option("--raw", is_flag=True, help="Pass the prompt on without the tokenizer's chat template.")
-@_with_clear_errors
 def generate(folder: str, prompt: str, max_new_tokens: int, raw: bool) -> None:
     """Answer PROMPT greedily with the language model of FOLDER, converted or dense."""
     from transformers import TextStreamer
@@ -207,10 +186,8 @@ def generate(folder: str, prompt: str, max_new_tokens: int, raw: bool) -> None:
     tokenizer, inputs = _tokenize(source, prompt, raw)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
-    with torch.inference_mode():
-        output = model.generate(
-            **inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
-        )
+    inputs.to(model.device)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     seconds = time.perf_counter() - start
     tokens = output.shape[1] - inputs["input_ids"].shape[1]
     backends = {f"{layer.backend} experts" for layer in routed_layers(model)} or {"dense"}
@@ -239,11 +216,11 @@ def _tokenize(source: Path, prompt: str, raw: bool) -> tuple[Any, Any]:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-        if not raw and tokenizer.chat_template:
+        is_plain = raw or not tokenizer.chat_template
+        if not is_plain:
             messages = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        # a template has the special tokens already
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=raw or not tokenizer.chat_template)
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=is_plain)  # a template has them already
     except Exception as error:  # a damaged tokenizer raises anything
         raise CheckpointError(f"{source} holds no tokenizer: {files.one_line(error)}") from error
     inputs.pop("token_type_ids", None)
@@ -251,7 +228,6 @@ def _tokenize(source: Path, prompt: str, raw: bool) -> tuple[Any, Any]:
 
 
 @cli.command(short_help="Compile the sparse backend's kernels now.")
-@_with_clear_errors
 def build() -> None:
     """Compile the sparse backend's kernels for this machine now, instead of at their first use."""
     try:
@@ -261,14 +237,8 @@ def build() -> None:
 
 
 def main() -> None:
-    """Run the command line. Errors are one line, and an interrupt has the exit status that shells expect."""
-    try:
-        cli(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(130)
+    """Run the command line."""
+    cli()
 
 
 if __name__ == "__main__":

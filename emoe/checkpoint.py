@@ -4,14 +4,12 @@ A folder holds what the model's library writes (``model.safetensors``, ``config.
 
 - ``emoe_config.json``: the :class:`emoe.EMoEConfig` or :class:`emoe.GMoEConfig`, and the numbers of the converted FFNs;
 - ``emoe_partition.safetensors``: the permutations, and the key norms that tie this file to its weights;
-- ``emoe_extra.safetensors``: state that the stock class lacks: learned routers, running gates, output biases of single
-  experts, and GMoE's copied projections. There is no such file without such state.
+- ``emoe_extra.safetensors``, if there is state that the stock class lacks: learned routers, running gates, output biases
+  of single experts, and GMoE's copied projections.
 
-An EMoE's checkpoint loads into the stock dense class; a GMoE's is refused there, because its shapes differ.
-
-A folder that the model's library wrote (``model.save_pretrained``, ``Trainer``) loads too: the mark in ``config.json``
-holds the configuration (:func:`emoe.convert.mark_`), and the weights include the state of the routers. Permutations are
-unknown then, unless :class:`emoe.TrainerCallback` wrote the small files beside the weights.
+An EMoE's checkpoint loads into the stock dense class; a GMoE's is refused there, because its shapes differ. Folders that
+the model's library wrote (``Trainer``) load too: ``config.json`` holds the configuration, and the weights include the
+routers. Permutations are unknown then, unless :class:`emoe.TrainerCallback` wrote the small files.
 """
 
 from __future__ import annotations
@@ -47,13 +45,7 @@ _QUANTIZED_NORM_TOLERANCE = 0.15  # for key norms of four-bit weights
 
 @dataclass(frozen=True)
 class Mark:
-    """Describe the experts of a folder.
-
-    Attributes:
-        config: configuration of the experts.
-        layers: numbers of the converted FFNs.
-        ffns: number of FFNs in the model that was converted. None if unknown.
-    """
+    """Describe the experts of a folder: configuration, numbers of the converted FFNs, number of all FFNs if known."""
 
     config: EMoEConfig | GMoEConfig
     layers: list[int]
@@ -64,21 +56,14 @@ def read_mark(folder: Path) -> Mark | None:
     """Read the configuration of a folder's experts. None if the folder holds a dense model.
 
     The mark in ``config.json`` counts, because every library writes it with the weights; without it, the file
-    ``emoe_config.json``.
-
-    Raises:
-        CheckpointError: a file is damaged.
+    ``emoe_config.json``. A damaged file raises :class:`CheckpointError`.
     """
-    for path in (folder / files.STOCK_CONFIG_FILE, folder / CONFIG_FILE):
-        content = files.read_object(path) if path.exists() else {}
-        if path.name == files.STOCK_CONFIG_FILE:
-            content = content.get(MARK) or {}
-        if content:
-            return _parse_mark(content, path)
-    return None
-
-
-def _parse_mark(content: Any, path: Path) -> Mark:
+    path, content = folder / files.STOCK_CONFIG_FILE, files.read_settings(folder).get(MARK)
+    if not content:
+        path = folder / CONFIG_FILE
+        if not path.exists():
+            return None
+        content = files.read_object(path)
     try:
         config, layers, ffns = content["config"], content["layers"], content.get("ffns")
         if not layers or layers != sorted({int(index) for index in layers}) or layers[0] < 0:
@@ -94,8 +79,8 @@ def read_sidecars(folder: Path) -> tuple[Mark, dict[str, Tensor], dict[str, Tens
     """Read the small files of a converted model's folder.
 
     Returns:
-        The mark; permutations with key norms, and the state that the stock class lacks. The latter two are empty if the
-        model's library wrote the folder.
+        Mark; permutations with key norms; state that the stock class lacks. The latter two are empty if the model's
+        library wrote the folder.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the files do not describe the same experts.
@@ -103,14 +88,11 @@ def read_sidecars(folder: Path) -> tuple[Mark, dict[str, Tensor], dict[str, Tens
     files.check_loadable(folder)
     mark, path = read_mark(folder), folder / PARTITION_FILE
     if mark is None:
-        raise CheckpointError(
-            f"{folder} holds no experts: there is neither {CONFIG_FILE} nor a mark in {files.STOCK_CONFIG_FILE}; load "
-            "a dense model with its own library, and convert it with emoe.convert_"
-        )
+        raise CheckpointError(f"{folder} holds no experts; load it with its own library, and call emoe.convert_")
     if not path.exists() and not (folder / CONFIG_FILE).exists():
         return mark, {}, {}
     tensors = files.read_tensors(path)
-    layers = sorted(int(match[1]) for match in map(re.compile(r"key_norms\.(\d+)").fullmatch, tensors) if match)
+    layers = sorted(int(name.split(".")[1]) for name in tensors if re.fullmatch(r"key_norms\.\d+", name))
     experts: Any = tensors.get("num_experts", torch.zeros(1)).tolist()
     if experts != mark.config.num_experts or layers != mark.layers:
         raise CheckpointError(
@@ -164,7 +146,7 @@ def _stock_state(model: nn.Module) -> dict[str, Tensor]:
         if layer.output_bias is not None:
             if layer.ffn.proj_out not in names:
                 raise ConversionError(
-                    f"{layer.ffn_name}: only half of the FFN was copied (PEFT's modules_to_save?); name the whole layer"
+                    f"{layer.ffn_name}: half of the FFN was copied; name all of it in modules_to_save"
                 )
             with weights_in_place(layer):
                 state[f"{names[layer.ffn.proj_out]}.bias"] = layer.mean_output_bias()
@@ -185,11 +167,11 @@ def save_sidecars(model: nn.Module, folder: Path, *, write: bool = True) -> None
         write_sidecars(described, next(iter(layers.values())).config, sorted(layers), folder)
 
 
+Description = tuple[dict[str, Tensor], dict[str, Tensor]]  # a layer's tensors for the partition file and the extra file
+
+
 def write_sidecars(
-    described: Iterable[tuple[dict[str, Tensor], dict[str, Tensor]]],
-    config: EMoEConfig | GMoEConfig,
-    layers: list[int],
-    folder: Path,
+    described: Iterable[Description], config: EMoEConfig | GMoEConfig, layers: list[int], folder: Path
 ) -> None:
     """Write the small files of a folder from the results of :func:`describe_layer`."""
     tensors = {"num_experts": torch.tensor(config.num_experts)}
@@ -205,7 +187,7 @@ def write_sidecars(
     (folder / CONFIG_FILE).write_text(text + "\n")
 
 
-def describe_layer(index: int, layer: RoutedActivation) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def describe_layer(index: int, layer: RoutedActivation) -> Description:
     """Return a layer's tensors for the partition file, and those for the extra file."""
     modules = [module for _, _, part in _parts(layer) for module in part.modules()]
     with weights_in_place(*{*modules, layer.ffn.proj_in}):
@@ -222,10 +204,8 @@ def describe_layer(index: int, layer: RoutedActivation) -> tuple[dict[str, Tenso
 
 def _parts(layer: RoutedActivation) -> list[tuple[str, str, nn.Module]]:
     """Return the modules with state that the stock class lacks: name in the extra file, path in the model, module."""
-    parts: list[tuple[str, str, nn.Module]] = [("routing", layer.ffn.spec.activation, layer)]
-    if isinstance(layer.config, GMoEConfig):
-        parts += [(path, path, module) for path, module in layer.ffn.projections()]
-    return parts
+    copies = layer.ffn.projections() if isinstance(layer.config, GMoEConfig) else []
+    return [("routing", layer.ffn.spec.activation, layer), *((path, path, module) for path, module in copies)]
 
 
 def _key_norms(ffn: FFN) -> Tensor:
@@ -257,8 +237,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     True
 
     Args:
-        loader: a transformers class (``AutoModelForSequenceClassification``), ``timm.create_model``, or for a
-            plain module the function that builds the dense model.
+        loader: transformers class, ``timm.create_model``, or function that builds the dense model (a plain module).
         folder: folder of the checkpoint.
         **options: options of the loader, for example ``device_map`` or ``quantization_config``.
 
@@ -269,22 +248,19 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
         CheckpointError: a file is missing or damaged, or the small files belong to other weights.
     """
     if not callable(loader) and not hasattr(loader, "from_pretrained"):
-        raise CheckpointError(
-            f"from_pretrained: the loader is {loader!r:.80}; give a transformers class, timm.create_model, or a "
-            "function that builds the model"
-        )
+        raise CheckpointError(f"from_pretrained: the loader is {loader!r:.80}; give the model's class or builder")
     folder = Path(folder)
     mark, tensors, extra = read_sidecars(folder)
     config, is_gmoe = mark.config, isinstance(mark.config, GMoEConfig)
-    is_quantized = options.get("quantization_config") is not None or files.is_quantized(folder)
+    is_quantized = options.get("quantization_config") or "quantization_config" in files.read_settings(folder)
     if is_quantized and (isinstance(config, GMoEConfig) or config.gate_momentum):
         raise CheckpointError(f"{folder}: a GMoE, or experts with gate_momentum, cannot be loaded quantised")
     stored = files.Weights(folder)
 
     def restored(model: nn.Module) -> set[str]:
         ffns = [ffn for ffn, _ in converted_ffns(model, mark, tensors, folder)] if is_gmoe else []
-        modules = {f"{ffn.name}.{path}": module for ffn in ffns for path, module in ffn.projections()}
-        return {f"{prefix}.{name}" for prefix, module in modules.items() for name in module.state_dict()}
+        prefixes = tuple(f"{ffn.name}.{path}." for ffn in ffns for path, _ in ffn.projections())
+        return {name for name in model.state_dict() if name.startswith(prefixes)}
 
     saved_by_library = has_routing_state(mark, stored)
     model = files.load_stock(loader, folder, restored=restored if saved_by_library or is_gmoe else None, **options)
@@ -293,10 +269,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     layers = []
     for ffn, permutation in pairs:
         if config.has_routing_state and any(map(is_offloaded, (ffn.proj_in, ffn.proj_out))):
-            raise CheckpointError(
-                f"{folder}: the device_map offloads {ffn.name}, whose experts have state of their own; keep that layer "
-                "on a device, or call accelerate.cpu_offload on the loaded model"
-            )
+            raise CheckpointError(f"{folder}: the device_map offloads {ffn.name}; keep these experts on a device")
         if is_gmoe:
             widen(ffn, config.num_experts)
         layers.append(attach(ffn, config, permutation, padding.get(ffn.index)))
@@ -350,9 +323,7 @@ def _restore_state(
     else:
         state = {name: source[key] for name, key in keys.items() if key in source}
     if missing := sorted(keys.keys() - state.keys()):
-        raise CheckpointError(
-            f"{folder} lacks {files.some(missing)}: save with emoe.save_pretrained, or train with emoe.TrainerCallback"
-        )
+        raise CheckpointError(f"{folder} lacks {files.some(missing)}; save with save_pretrained or TrainerCallback")
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -369,6 +340,5 @@ def check_key_norms(ffn: FFN, tensors: dict[str, Tensor], folder: Path) -> None:
     tolerance = _NORM_TOLERANCE if has_plain_weight(ffn.proj_in) else _QUANTIZED_NORM_TOLERANCE
     if norms.shape != saved.shape or not torch.allclose(norms, saved, rtol=tolerance, atol=1e-6):
         raise CheckpointError(
-            f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}: it belongs to another model, or "
-            "the weights were changed without it"
+            f"{folder / PARTITION_FILE} does not match the weights of {ffn.name}: these were changed without it"
         )

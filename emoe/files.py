@@ -1,4 +1,4 @@
-"""Files of model folders: JSON, safetensors, and the model's library to load and save, without executing code."""
+"""Read and write model folders: JSON, safetensors and the model's own library, without executing code."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from emoe.errors import CheckpointError, ConversionError
 
 STOCK_CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-# weights, settings, tokenizers and templates: nothing that has to be unpickled
-_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_COMPANIONS = (".json", ".txt", ".model", ".jinja")  # settings, tokenizers and templates
+_DOWNLOADED = ["*.safetensors", *(f"*{suffix}" for suffix in _COMPANIONS)]
 
-# return the tensors of a model that the caller restores, and the library need not find
-Restored = Callable[[nn.Module], set[str]]
+Restored = Callable[[nn.Module], set[str]]  # returns the tensors of a model that the caller restores
 
 
 def one_line(error: BaseException) -> str:
@@ -36,13 +35,12 @@ def one_line(error: BaseException) -> str:
 
 def some(names: Collection[object]) -> str:
     """Return the first three names, and the number of the others."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(str, list(names)[:3])) + more
+    return ", ".join(map(str, list(names)[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Report a file that cannot be read in one line (:class:`CheckpointError`)."""
+    """Report in one line that a file cannot be read."""
     if not path.is_file():  # opening a named pipe would block
         raise CheckpointError(f"{path} does not exist, or is not a file")
     try:
@@ -53,7 +51,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _writable(path: Path) -> Iterator[None]:
-    """Report what safetensors cannot write in one line (:class:`CheckpointError`), and apply the umask to its files."""
+    """Report in one line that safetensors cannot write, and apply the umask to its files."""
     try:
         yield
     except SafetensorError as error:
@@ -70,6 +68,12 @@ def read_object(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("it does not hold an object")
         return content
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read a folder's ``config.json``; empty if there is none (:class:`CheckpointError`)."""
+    path = folder / STOCK_CONFIG_FILE
+    return read_object(path) if path.exists() else {}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -115,18 +119,18 @@ class Weights:
         prefix = f"{getattr(model, 'base_model_prefix', '')}."  # a checkpoint may have it or not
 
         def match(name: str) -> str | None:
-            return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in self.files), None)
+            spellings = (name, prefix + name, name.removeprefix(prefix))
+            return next((spelling for spelling in spellings if spelling in self.files), None)
 
         stored = {name: match(name) for name in names}
-        if missing := [name for name, stored_name in stored.items() if stored_name is None]:
+        missing = [name for name, stored_name in stored.items() if stored_name is None]
+        if missing and hasattr(model, "save_pretrained"):
             stored |= {name: match(older) for name, older in _library_names(model, missing).items()}
         return {name: stored_name for name, stored_name in stored.items() if stored_name}
 
 
 def _library_names(model: nn.Module, names: list[str]) -> dict[str, str]:
     """Return the names that transformers gives tensors in files, which may be names of older releases."""
-    if not hasattr(model, "save_pretrained"):
-        return {}
     numbers = {name: torch.tensor([number]) for number, name in enumerate(names)}
     with TemporaryDirectory() as folder, quiet():
         cast(Any, model).save_pretrained(folder, state_dict=numbers)
@@ -141,19 +145,16 @@ def model_folder(model: str) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(model, allow_patterns=_PATTERNS))
+            folder = Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
         except (OSError, ValueError) as error:  # the errors of the hub are subclasses
             raise CheckpointError(f"'{model}' is not a folder, and the hub gave no model: {one_line(error)}") from error
-    if not (folder / STOCK_CONFIG_FILE).exists():
-        raise CheckpointError(f"{folder} holds no {STOCK_CONFIG_FILE}, so it is not a model's folder")
     check_loadable(folder)
     return folder
 
 
 def loader_for(folder: Path) -> Any:
     """Return the transformers class that a folder names, or ``timm.create_model`` (:class:`CheckpointError`)."""
-    path = folder / STOCK_CONFIG_FILE
-    settings = read_object(path)
+    settings = read_settings(folder)
     if "architecture" in settings:
         import timm
 
@@ -165,37 +166,26 @@ def loader_for(folder: Path) -> Any:
     loader = getattr(transformers, name, None)
     is_model = isinstance(loader, type) and issubclass(loader, transformers.PreTrainedModel)
     if not is_model and loader is not transformers.AutoModel:
-        raise CheckpointError(f"{path}: 'architectures' names '{name:.80}', which is not a model of transformers")
+        raise CheckpointError(f"{folder}: 'architectures' names '{name:.80}', which is not a model of transformers")
     return loader
 
 
 def check_loadable(folder: Path) -> None:
     """Raise :class:`CheckpointError` if a library would load another model, code, or anything but safetensors."""
-    path = folder / STOCK_CONFIG_FILE
     if (folder / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{folder} holds adapters, not a model: load the model that they were trained on with "
-            "emoe.from_pretrained, then the adapters with peft.PeftModel.from_pretrained(model, folder)"
-        )
-    if path.exists() and (kernel := _hub_kernel(read_object(path))):
-        raise CheckpointError(f"{path}: attn_implementation '{kernel:.80}' is code from a hub; remove the key")
+        raise CheckpointError(f"{folder} holds adapters, not a model: load their model with emoe.from_pretrained first")
+    for key, value in _settings(read_settings(folder)):
+        if "attn_implementation" in key and "/" in str(value):
+            raise CheckpointError(f"{folder}: {key} '{value!s:.80}' is code from a hub; remove the key")
     Weights(folder)  # names a damaged file, which the libraries do not
 
 
-def _hub_kernel(settings: Mapping[str, Any]) -> str | None:
-    """Return the first attention implementation that is a repository of a hub, None if there is none."""
-    for key, value in settings.items():
-        if "attn_implementation" in key and "/" in str(value):
-            return str(value)
-        if isinstance(value, dict) and (kernel := _hub_kernel(value)):
-            return kernel
-    return None
-
-
-def is_quantized(folder: Path) -> bool:
-    """Check if a folder's ``config.json`` says that its weights are quantised."""
-    path = folder / STOCK_CONFIG_FILE
-    return path.exists() and "quantization_config" in read_object(path)
+def _settings(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys and values of a configuration and of the configurations inside it."""
+    for key, value in content.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _settings(value)
 
 
 def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, **options: Any) -> nn.Module:
@@ -204,8 +194,7 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
     Args:
         loader: transformers class, ``timm.create_model`` or function that builds a plain module.
         folder: folder of the checkpoint.
-        restored: function that returns the tensors that the caller restores. No other tensor may be missing or have
-            another shape, except those of a new head in transformers.
+        restored: tensors that the caller restores. All others must be stored, except a new head in transformers.
         **options: options of the loader.
 
     Raises:
@@ -218,9 +207,8 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
     try:
         if not is_timm:
             return _load_with_transformers(loader, folder, restored, options)
-        if restored is None:
-            return cast(nn.Module, loader(f"local-dir:{folder}", **{"pretrained": True, **options}))
-        return _load_state(loader(f"local-dir:{folder}", pretrained=False, **options), folder, restored)
+        model = loader(f"local-dir:{folder}", pretrained=restored is None, **options)
+        return model if restored is None else _load_state(model, folder, restored)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged configuration raises anything
@@ -248,7 +236,7 @@ def _saved_by_writer(model: nn.Module, folder: Path, missing: set[str]) -> set[s
     """Return the missing tensors that the class that wrote a folder has, too. The others belong to a new head."""
     import transformers
 
-    name = (read_object(folder / STOCK_CONFIG_FILE).get("architectures") or [""])[0]
+    name = (read_settings(folder).get("architectures") or [""])[0]
     base: Any = type(cast(Any, model).base_model)
     writer: Any = type(model) if name == type(model).__name__ else getattr(transformers, name, base)
     with torch.device("meta"):
@@ -261,21 +249,18 @@ def _saved_by_writer(model: nn.Module, folder: Path, missing: set[str]) -> set[s
 
 def _load_state(model: nn.Module, folder: Path, restored: Restored | None) -> nn.Module:
     """Load the stored tensors of a plain or timm model that have its shapes."""
-    if not (folder / WEIGHT_FILES[0]).exists():
-        raise CheckpointError(f"{folder} holds no {WEIGHT_FILES[0]}; only transformers reads shards")
-    own = model.state_dict()
-    state = {name: tensor for name, tensor in read_tensors(folder / WEIGHT_FILES[0]).items() if name in own}
-    fitting = {name: tensor for name, tensor in state.items() if tensor.shape == own[name].shape}
-    _check_complete(own.keys() - fitting.keys() - (restored(model) if restored else set()), folder)
-    model.load_state_dict(fitting, strict=False)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    stored = read_tensors(folder / WEIGHT_FILES[0])
+    state = {name: tensor for name, tensor in stored.items() if tensor.shape == shapes.get(name)}
+    _check_complete(shapes.keys() - state.keys() - (restored(model) if restored else set()), folder)
+    model.load_state_dict(state, strict=False)
     return model
 
 
 def _check_complete(lacking: Collection[str], folder: Path) -> None:
     if lacking:
-        raise CheckpointError(
-            f"the weights in {folder} lack {some(sorted(lacking))}, or have other shapes: they are not this model's"
-        )
+        names = some(sorted(lacking))
+        raise CheckpointError(f"the weights in {folder} lack {names}, or have other shapes: they are not this model's")
 
 
 @contextmanager
@@ -298,21 +283,19 @@ def save_weights(model: nn.Module, folder: Path, state: dict[str, Tensor] | None
     """Save a model, or another state of it, with its own library; a plain module as its tensors."""
     state = model.state_dict() if state is None else state
     if any(tensor.is_meta for tensor in state.values()) and not hasattr(model, "hf_device_map"):
-        raise ConversionError(
-            "accelerate offloads these weights; call accelerate.hooks.remove_hook_from_submodules first"
-        )
+        raise ConversionError("these weights are offloaded; call accelerate.hooks.remove_hook_from_submodules first")
     folder.mkdir(parents=True, exist_ok=True)
-    with _writable(folder):
-        if hasattr(model, "save_pretrained"):
+    if hasattr(model, "save_pretrained"):
+        with _writable(folder):
             cast(Any, model).save_pretrained(folder, state_dict=state)
-            return
-        if hasattr(model, "pretrained_cfg"):
-            from timm.models._hub import save_config_for_hf
+        return
+    if hasattr(model, "pretrained_cfg"):
+        from timm.models._hub import save_config_for_hf
 
-            save_config_for_hf(model, cast(Any, folder / STOCK_CONFIG_FILE))  # older releases need a path
-        # clones, so that tied tensors are written under each of their names
-        plain = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
-        save_file(plain, folder / WEIGHT_FILES[0])
+        save_config_for_hf(model, cast(Any, folder / STOCK_CONFIG_FILE))  # older releases need a path
+    # clones, so that tied tensors are written under each of their names
+    plain = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    write_tensors(plain, folder / WEIGHT_FILES[0])
 
 
 def check_new(folder: Path) -> None:
@@ -336,13 +319,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the tokenizer, templates and other settings that the target folder does not have."""
     root = source.resolve()
-    root = (
-        root.parents[1] if root.parent.name == "snapshots" else root
-    )  # the hub's cache links files beside its folders
+    if root.parent.name == "snapshots":  # the hub's cache links files beside its folders
+        root = root.parents[1]
     for path in sorted(source.rglob("*")):
         copy = target / path.relative_to(source)
-        is_companion = path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json")
+        is_companion = path.suffix in _COMPANIONS and not path.name.startswith("emoe_") and not copy.exists()
         is_inside = path.is_file() and path.resolve().is_relative_to(root) and target not in path.parents
-        if is_companion and is_inside and not path.name.startswith("emoe_") and not copy.exists():
+        if is_companion and is_inside and not path.name.endswith(".index.json"):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)

@@ -37,14 +37,8 @@ def convert_folder(
 ) -> convert.ConversionReport:
     """Convert a dense model's folder to a new folder without loading the model.
 
-    The new folder loads to the model that :func:`emoe.convert_` and :func:`emoe.save_pretrained` make. Learned routers
-    are drawn from seed 0.
-
-    Args:
-        source: folder of the dense model.
-        out: new folder.
-        config: configuration of the experts, without a co-activation partition.
-        progress: show progress bars.
+    The new folder loads to the model that ``convert_`` and ``save_pretrained`` make. Learned routers are drawn from
+    seed 0. A co-activation partition is not supported.
 
     Raises:
         NotStreamedError: the model must be loaded instead; nothing was written.
@@ -74,24 +68,16 @@ def convert_folder(
                 described.append(checkpoint.describe_layer(ffn.index, layer))
                 changes |= _reorder(ffn, stored, partition[ffn.index])
                 if layer.output_bias is not None:
-                    bias = stored[f"{ffn.spec.proj_out}.bias"]
-                    changes[bias] = partial(Tensor.type_as, layer.mean_output_bias())
+                    changes[stored[f"{ffn.spec.proj_out}.bias"]] = partial(Tensor.type_as, layer.mean_output_bias())
     convert.mark_(model)
     with files.new_folder(out) as new:
-        _write(source, new, changes, cast(Any, model).config.emoe, progress)
+        _write(source, new, changes, {checkpoint.MARK: cast(Any, model).config.emoe}, progress)
         checkpoint.write_sidecars(described, config, [ffn.index for ffn in chosen], new)
-    added = convert.count_parameters(model) - before
-    return convert.conversion_report(reports, config, len(ffns), neurons, added)
+    return convert.conversion_report(reports, config, len(ffns), neurons, convert.count_parameters(model) - before)
 
 
 def fold_folder(source: Path, out: Path, *, restore_order: bool = False, progress: bool = False) -> None:
-    """Fold a converted model's folder back to a dense model's folder without loading the model.
-
-    Args:
-        source: folder of the converted model.
-        out: new folder.
-        restore_order: restore the original order of the neurons.
-        progress: show a progress bar.
+    """Fold a converted model's folder back to a dense model's new folder without loading the model.
 
     Raises:
         NotStreamedError: the model must be loaded instead; nothing was written.
@@ -111,7 +97,7 @@ def fold_folder(source: Path, out: Path, *, restore_order: bool = False, progres
         if restore_order:
             changes |= _reorder(ffn, stored, torch.argsort(cast(Tensor, permutation)))
     with files.new_folder(out) as new:
-        _write(source, new, changes, None, progress)
+        _write(source, new, changes, {}, progress)
 
 
 def _open(source: Path) -> tuple[nn.Module, files.Weights]:
@@ -119,7 +105,7 @@ def _open(source: Path) -> tuple[nn.Module, files.Weights]:
     loader = files.loader_for(source)
     if not hasattr(loader, "from_pretrained") or importlib.util.find_spec("accelerate") is None:
         raise NotStreamedError("from disk to disk needs a transformers model and the package 'accelerate'")
-    if files.is_quantized(source):
+    if "quantization_config" in files.read_settings(source):
         raise NotStreamedError("the weights are quantised")
     with files.quiet():
         return files.load_stock(loader, source, device_map="meta"), files.Weights(source)
@@ -128,31 +114,27 @@ def _open(source: Path) -> tuple[nn.Module, files.Weights]:
 @contextmanager
 def _loaded(ffn: FFN, model: nn.Module, weights: files.Weights) -> Iterator[dict[str, str]]:
     """Load the projections of an FFN for the duration of the block, which gets the stored names by path."""
-    parameters = {
-        f"{path}.{name}": (module, name, parameter)
-        for path, module in ffn.projections()
-        for name, parameter in module.named_parameters()
-    }
-    stored = weights.find(model, [f"{ffn.name}.{path}" for path in parameters])
-    if len(stored) < len(parameters):
+    paths = [f"{path}.{name}" for path, module in ffn.projections() for name in module.state_dict()]
+    names = weights.find(model, [f"{ffn.name}.{path}" for path in paths])
+    if len(names) < len(paths):
         raise NotStreamedError(f"the weights of {ffn.name} are stored under other names")
-    names = dict(zip(parameters, stored.values(), strict=True))
-    for path, (module, name, parameter) in parameters.items():
-        tensor = weights[names[path]].to(parameter.dtype, copy=True)
-        module.register_parameter(name, nn.Parameter(tensor))
-    yield names
+    stored = {path: names[f"{ffn.name}.{path}"] for path in paths}
+    for path, module in ffn.projections():
+        dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+        state = {name: weights[stored[f"{path}.{name}"]].to(dtype, copy=True) for name, dtype in dtypes.items()}
+        module.load_state_dict(state, assign=True)
+    yield stored
     for _, module in ffn.projections():
         module.to("meta")
 
 
 def _reorder(ffn: FFN, stored: dict[str, str], neurons: Tensor) -> _Changes:
     """Return the changes that put an FFN's stored tensors in another order of the neurons."""
-    paths = [path for path in ffn.neuron_dims() if path in stored]
-    return {stored[path]: partial(ffn.take, path, neurons=neurons) for path in paths}
+    return {stored[path]: partial(ffn.take, path, neurons=neurons) for path in ffn.neuron_dims() if path in stored}
 
 
-def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any] | None, progress: bool) -> None:
-    """Write a changed copy of a folder, one weight file at a time, with or without a mark in its configuration."""
+def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any], progress: bool) -> None:
+    """Write a changed copy of a folder, one weight file at a time, with another mark or none."""
     paths = files.weight_files(source)
     for path in tqdm(paths, "Writing", unit="file", disable=not progress):
         tensors = files.read_tensors(path)
@@ -163,8 +145,6 @@ def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any] | No
         files.write_tensors(tensors, out / path.name, notes)
     if paths[0].name != files.WEIGHT_FILES[0]:
         shutil.copyfile(source / files.WEIGHT_FILES[1], out / files.WEIGHT_FILES[1])
-    settings = files.read_object(source / files.STOCK_CONFIG_FILE)
-    settings.pop(checkpoint.MARK, None)
-    settings |= {checkpoint.MARK: mark} if mark else {}
-    (out / files.STOCK_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    settings = {key: value for key, value in files.read_settings(source).items() if key != checkpoint.MARK}
+    (out / files.STOCK_CONFIG_FILE).write_text(json.dumps(settings | mark, indent=2) + "\n")
     files.copy_companions(source, out)
