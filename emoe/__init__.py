@@ -25,26 +25,18 @@ if TYPE_CHECKING:
     from emoe.trainer import TrainerCallback as TrainerCallback
 
 # imported on first use, because planning a benchmark needs neither PyTorch nor transformers
-_MODULES = {
-    "ConversionReport": "convert",
-    "FFNSpec": "architectures",
-    "Router": "routers",
-    "TrainerCallback": "trainer",
-    "aux_loss": "layer",
-    "convert_": "convert",
-    "fix_experts_": "settings",
-    "for_inference_": "settings",
-    "from_pretrained": "checkpoint",
-    "partition": "partitioning",
-    "record_routing": "records",
-    "register_ffn": "architectures",
-    "register_router": "routers",
-    "save_pretrained": "checkpoint",
-    "set_backend_": "settings",
-    "set_top_k_": "settings",
-    "to_dense_": "convert",
-    "update_gates_": "layer",
+_NAMES = {
+    "architectures": ("FFNSpec", "register_ffn"),
+    "checkpoint": ("from_pretrained", "save_pretrained"),
+    "convert": ("ConversionReport", "convert_", "to_dense_"),
+    "layer": ("aux_loss", "update_gates_"),
+    "partitioning": ("partition",),
+    "records": ("record_routing",),
+    "routers": ("Router", "register_router"),
+    "settings": ("fix_experts_", "for_inference_", "set_backend_", "set_top_k_"),
+    "trainer": ("TrainerCallback",),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 try:
     # a checkout has the version of its last installation; runs record the commit too

@@ -10,7 +10,7 @@ import operator
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
 from emoe.errors import ConfigError, did_you_mean
 
@@ -22,28 +22,18 @@ Score = Literal["keys", "gate", "up", "up_abs", "inter", "inter_abs"]
 LINEAR_SCORES = ("keys", "gate", "up")
 Weighting = Literal["binary", "softmax", "softmax_times_k"]
 BalanceLoss = Literal["corrected", "published"]
-DropoutPosition = Literal["before", "after"]
-OutputBias = Literal["shared", "per_expert", "per_expert_whole"]
-
-# bounds of numbers, under their JSON Schema names
-_BOUNDS: dict[str, tuple[Callable[[Any, float], bool], str]] = {
-    "minimum": (operator.ge, "of at least {}"),
-    "exclusiveMinimum": (operator.gt, "above {}"),
-    "maximum": (operator.le, "of at most {}"),
-    "exclusiveMaximum": (operator.lt, "below {}"),
-}
 
 CONFIG_VERSION = 1
 
-# fields of older releases; ``from_dict`` ignores them if they changed nothing
-_ANY = object()
-_REMOVED_FIELDS = {
-    "backend": _ANY,
-    "decode_cache": _ANY,
-    "score_threshold": None,
-    "normalize_gate": False,
-    "value_norm_weighted": False,
+# bounds of numbers under their JSON Schema names, with the words for a message
+_BOUNDS = {
+    "minimum": (operator.ge, "of at least"),
+    "exclusiveMinimum": (operator.gt, "above"),
+    "exclusiveMaximum": (operator.lt, "below"),
 }
+
+# fields of older releases with their defaults; ``from_dict`` ignores them if they changed nothing
+_REMOVED_FIELDS = {"score_threshold": None, "normalize_gate": False, "value_norm_weighted": False}
 
 
 @dataclass(frozen=True)
@@ -59,16 +49,16 @@ class RegisteredRouter:
     load: Callable[[], type[Any]]
 
 
-def _load_router(name: str) -> Callable[[], type[Any]]:
+def _load_router(name: str) -> type[Any]:
     # imported on demand: a configuration does not need PyTorch, which takes a second to import
-    return lambda: getattr(importlib.import_module("emoe.routers"), name)
+    return getattr(importlib.import_module("emoe.routers"), name)
 
 
 # emoe.register_router adds to this
 ROUTERS: dict[str, RegisteredRouter] = {
-    "avg_k": RegisteredRouter(False, _load_router("AvgKRouter")),
-    "cosine": RegisteredRouter(True, _load_router("CosineRouter")),
-    "fixed": RegisteredRouter(False, _load_router("FixedRouter")),
+    "avg_k": RegisteredRouter(False, functools.partial(_load_router, "AvgKRouter")),
+    "cosine": RegisteredRouter(True, functools.partial(_load_router, "CosineRouter")),
+    "fixed": RegisteredRouter(False, functools.partial(_load_router, "FixedRouter")),
 }
 
 # The authors' Tutel layer with the settings of their language scripts.
@@ -98,20 +88,17 @@ class RoutingConfig:
         top_k: number of experts that each token uses.
         layers: FFNs to convert: ``[8, 10]``, ``"all"``, ``"last:2"`` (the last two), ``"last-half:2"``
             (every second one of the last half), ``"last-quarter:2"`` or a slice such as ``"8:12:2"``.
-        capacity_factor: None for no limit. A factor c limits each expert to ``top_k * int(c * ceil(T / N))`` of a
-            forward pass's T tokens. Assignments beyond the limit are dropped, starting with the least confident
-            tokens (batch-prioritised routing).
-        count_padding: count padding tokens towards the capacity and in the balance loss. If false, call the model
-            with its ``attention_mask``.
+        capacity_factor: factor c that limits each expert to ``top_k * int(c * ceil(T / N))`` of a forward pass's T
+            tokens, None for no limit. The least confident tokens lose their experts first (batch-prioritised routing).
+        count_padding: count padding in capacity and balance loss; if false, the model needs its ``attention_mask``.
         router_noise: standard deviation of the noise on training scores, times num_experts.
         aux_loss_coefficient: weight of the balance loss in :func:`emoe.aux_loss`.
-        balance_loss: ``corrected``, or ``published`` for the authors' formula, which compares
-            probabilities with scores (see :func:`emoe.routing.balance_loss`).
+        balance_loss: ``corrected``, or ``published`` for the authors' formula (:func:`emoe.routing.balance_loss`).
         expert_dropout: dropout probability on the hidden neurons of the converted FFNs.
         dropout_position: ``after`` the activation (the authors' vision code) or ``before`` it (language).
-        output_bias: ``shared`` keeps the FFN's single output bias. ``per_expert`` gives each expert its own bias,
-            which starts as the FFN's bias divided by the number of active experts (the authors' language code, and
-            EMoE in their vision code). ``per_expert_whole`` gives each copy of a GMoE the whole bias (their vision code).
+        output_bias: ``shared`` keeps the FFN's single output bias. ``per_expert`` gives each expert its own bias, at
+            first the FFN's bias divided by the number of active experts (the authors' language code, and EMoE in their
+            vision code). ``per_expert_whole`` gives each copy of a GMoE the whole bias (their vision code).
         version: version of the configuration format.
     """
 
@@ -127,11 +114,14 @@ class RoutingConfig:
     aux_loss_coefficient: float = _number(0.0, minimum=0.0)
     balance_loss: BalanceLoss = "corrected"
     expert_dropout: float = _number(0.0, minimum=0.0, exclusiveMaximum=1.0)
-    dropout_position: DropoutPosition = "after"
-    output_bias: OutputBias = "shared"
-    version: int = _number(CONFIG_VERSION, minimum=1)
+    dropout_position: Literal["before", "after"] = "after"
+    output_bias: Literal["shared", "per_expert", "per_expert_whole"] = "shared"
+    version: int = CONFIG_VERSION
 
-    def __new__(cls, *_args: object, **values: object) -> Self:
+    def __new__(cls, *_args: object, **values: Any) -> Self:
+        version = values.get("version")
+        if isinstance(version, int) and version > CONFIG_VERSION:  # before the unknown fields of that release
+            raise ConfigError(f"{cls.__name__}.version is {version}; a newer release of emoe wrote it")
         # checked here because the generated __init__ would raise Python's own TypeError
         fields = dataclasses.fields(cls)
         names = [field.name for field in fields]
@@ -148,75 +138,58 @@ class RoutingConfig:
         """Build a configuration with the authors' settings (Qiu, Huang, Fu 2024, released code).
 
         Args:
-            implementation: ``"tutel"`` for their language and vision code: capacity 1.5, router noise,
-                balance loss, dropout inside the experts, one output bias per expert. EMoE also has
-                ``"llama"``, their block mask on gated FFNs.
-            **values: other fields, and fields to override. Their vision code has ``dropout_position="after"``, and
-                for GMoE ``output_bias="per_expert_whole"``. Their ``capacity_factor=0`` (no limit) becomes None;
-                a negative factor, which only saves memory there, becomes positive.
+            implementation: ``"tutel"`` for their language and vision code: capacity 1.5, router noise, balance loss,
+                dropout inside the experts, one output bias per expert. ``"llama"`` for EMoE's mask on gated FFNs.
+            **values: other fields, and fields to override. ``router="cosine"`` implies ``weighting="softmax"``. Their
+                vision code has ``dropout_position="after"``, and for GMoE ``output_bias="per_expert_whole"``. Their
+                ``capacity_factor`` may be 0, which becomes None, or negative (to save memory), which becomes positive.
 
         Raises:
             ConfigError: the implementation, a field or a value does not exist.
         """
         if implementation not in cls._published:
-            raise ConfigError(
-                f"{cls.__name__}.as_published: implementation is {implementation!r}"
-                f"{did_you_mean(implementation, cls._published)}"
-            )
+            near = did_you_mean(implementation, cls._published)
+            raise ConfigError(f"{cls.__name__}.as_published: implementation is {implementation!r}{near}")
         factor = values.get("capacity_factor")
         if isinstance(factor, int | float) and factor <= 0:
             values["capacity_factor"] = -factor or None
+        if values.get("router") == "cosine":
+            values.setdefault("weighting", "softmax")
         return cls(**{**cls._published[implementation], **values})
 
     def __post_init__(self) -> None:
-        self._check_fields()
+        for field in dataclasses.fields(self):
+            self._check_field(field)
         if self.top_k > self.num_experts:
             raise self._error("top_k", f"at most num_experts ({self.num_experts})")
-        if self.version > CONFIG_VERSION:
-            raise self._error("version", f"at most {CONFIG_VERSION}; a newer release of emoe wrote it")
         if self.balance_loss == "published" and self.aux_loss_coefficient and not self.router_noise:
             raise self._error("router_noise", "above 0 with balance_loss='published', which divides by it")
-        object.__setattr__(self, "layers", self._plain_layers())
+        if not isinstance(self.layers, str):
+            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
+            if not layers or not all(type(layer) is int for layer in layers):
+                raise self._error("layers", "a list of layer numbers, 'all', 'last:2', 'last-half:2' or a slice")
+            object.__setattr__(self, "layers", layers)
 
-    def _plain_layers(self) -> Layers:
-        if isinstance(self.layers, str):
-            return self.layers
-        numbers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
-        if numbers and all(isinstance(i, int) and not isinstance(i, bool) for i in numbers):
-            return cast(tuple[int, ...], numbers)
-        raise self._error(
-            "layers", "a non-empty list of layer numbers, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice"
-        )
-
-    def _check_fields(self) -> None:
-        hints = self._type_hints()
-        for field in dataclasses.fields(self):
-            hint, value = hints[field.name], getattr(self, field.name)
-            kinds = set(typing.get_args(hint) or (hint,))
-            if typing.get_origin(hint) is Literal:
-                if value not in typing.get_args(hint):
-                    near = did_you_mean(value, typing.get_args(hint))
-                    raise ConfigError(f"{type(self).__name__}.{field.name} is {value!r}{near}")
-            elif hint is bool and not isinstance(value, bool):
-                raise self._error(field.name, "true or false")
-            elif kinds <= {int, float, type(None)} and not (value is None and type(None) in kinds):
-                self._check_number(field.name, kinds, field.metadata)
+    def _check_field(self, field: dataclasses.Field[Any]) -> None:
+        hint, value = self._type_hints()[field.name], getattr(self, field.name)
+        options = typing.get_args(hint) or (hint,)
+        if typing.get_origin(hint) is Literal and value not in options:
+            raise ConfigError(f"{type(self).__name__}.{field.name} is {value!r}{did_you_mean(value, options)}")
+        if hint is bool and not isinstance(value, bool):
+            raise self._error(field.name, "true or false")
+        if not field.metadata or (value is None and type(None) in options):
+            return
+        kinds = (int, float) if float in options else (int,)
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+        if not (fits and all(_BOUNDS[name][0](value, limit) for name, limit in field.metadata.items())):
+            kind = "a number" if float in options else "a whole number"
+            wanted = " and ".join(f"{_BOUNDS[name][1]} {limit}" for name, limit in field.metadata.items())
+            raise self._error(field.name, f"{kind} {wanted}" + (", or null" if type(None) in options else ""))
 
     @classmethod
     @functools.cache  # reading the hints takes longer than the checks
     def _type_hints(cls) -> dict[str, Any]:
         return typing.get_type_hints(cls)
-
-    def _check_number(self, name: str, kinds: set[type], bounds: Mapping[str, float]) -> None:
-        value = getattr(self, name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        fits = whole or (float in kinds and isinstance(value, float) and math.isfinite(value))
-        for bound, (holds, _) in _BOUNDS.items():
-            fits = fits and (bound not in bounds or holds(value, bounds[bound]))
-        if not fits:
-            wanted = " and ".join(_BOUNDS[bound][1].format(number) for bound, number in bounds.items())
-            kind = "a number" if float in kinds else "a whole number"
-            raise self._error(name, f"{kind} {wanted}".strip() + (", or null" if type(None) in kinds else ""))
 
     def _error(self, name: str, wanted: str) -> ConfigError:
         return ConfigError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}; it must be {wanted}")
@@ -228,7 +201,7 @@ class RoutingConfig:
 
     @property
     def has_routing_state(self) -> bool:
-        """Check if routed layers have state beyond the dense model's: a router, running gate, copies or expert biases."""
+        """Check if routed layers have state of their own: a router, running gate, copies or expert biases."""
         return self.kind == "gmoe" or self.output_bias != "shared"
 
     def to_dict(self) -> dict[str, Any]:
@@ -245,14 +218,11 @@ class RoutingConfig:
         Raises:
             ConfigError: a field is unknown or missing, or a value is out of range.
         """
-        ignored = {name for name, default in _REMOVED_FIELDS.items() if default is _ANY or values.get(name) == default}
-        given = {name: value for name, value in values.items() if name not in {"kind", *ignored}}
-        version = given.get("version")
-        if isinstance(version, int) and version > CONFIG_VERSION:  # checked before the unknown fields of that release
-            raise ConfigError(f"{cls.__name__}.version is {version}; a newer release of emoe wrote it")
         if values.get("kind", cls.kind) != cls.kind:
             raise ConfigError(f"{cls.__name__} cannot read a configuration of kind {values['kind']!r}")
-        return cls(**given)
+        unchanged = {name for name, default in _REMOVED_FIELDS.items() if values.get(name) == default}
+        ignored = {"kind", "backend", "decode_cache", *unchanged}
+        return cls(**{name: value for name, value in values.items() if name not in ignored})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,29 +244,27 @@ class EMoEConfig(RoutingConfig):
         partition: grouping of the neurons: ``kmeans`` (balanced, on L2-normalised keys), ``coactivation``
             (balanced k-means on each neuron's activations for a calibration set), ``random`` (seeded), ``contiguous``.
         partition_seed: seed of the partition.
-        router: ``avg_k`` scores an expert by the mean of its keys and has no parameters. ``cosine`` is the learned
-            router of EMoE-learn. ``fixed`` is set by :func:`emoe.fix_experts_`. :func:`emoe.register_router` adds others.
-        selection: experts to use: the ``top`` k scores, the ``bottom`` k, all except the top k (``not_top``), or k
-            at ``random``.
+        router: ``avg_k`` scores an expert by the mean of its keys and has no parameters. ``cosine`` is EMoE-learn's
+            learned router. :func:`emoe.fix_experts_` sets ``fixed``; :func:`emoe.register_router` adds others.
+        selection: experts: the ``top`` k by score, the ``bottom`` k, ``random`` k, or all but the top k (``not_top``).
         score: avg-k's score of an expert. ``keys`` is the product of the input and the mean key (the paper). The others
-            are means over the expert's neurons: ``gate``, the pre-activation; ``up`` and ``up_abs``, the
-            up-projection of a gated FFN and its absolute value; ``inter`` and ``inter_abs``, the input of the
-            out-projection and its absolute value. ``up_abs``, and the two ``inter`` on gated FFNs, compute the
-            up-projection twice.
+            are means over the expert's neurons: ``gate``, the pre-activation; ``up`` and ``up_abs``, the up-projection
+            of a gated FFN and its absolute value; ``inter`` and ``inter_abs``, the input of the out-projection and its
+            absolute value. On gated FFNs ``up_abs`` and both ``inter`` compute the up-projection twice.
         score_bias: add the mean bias of the expert's neurons to the ``keys`` score (not in the paper).
         gate_momentum: momentum m of running mean keys. :func:`emoe.update_gates_`, called after each optimizer step,
             sets them to ``m * previous + (1 - m) * mean keys``. With 0 the mean keys always follow the weights.
         weighting: ``binary`` gives every chosen expert weight 1. ``softmax`` normalises over the chosen experts
-            (published EMoE-learn: the output starts at about 1/k of the dense scale); with ``top_k=1`` it is the
-            probability among all experts, since the normalised weight would be constant. ``softmax_times_k`` multiplies by k,
-            which removes the change of scale.
+            (published EMoE-learn: the output starts at about 1/k of the dense scale), or over all experts if
+            ``top_k=1``, because the weight would be constant. ``softmax_times_k`` multiplies by k, which removes the
+            change of scale.
     """
 
     kind: ClassVar[str] = "emoe"
     _published: ClassVar[dict[str, dict[str, Any]]] = {"tutel": _TUTEL, "llama": {"score": "gate"}}
 
     partition: Partition = "kmeans"
-    partition_seed: int = _number(0, minimum=0, maximum=2**63 - 1)
+    partition_seed: int = _number(0, minimum=0)
     router: str = "avg_k"
     selection: Selection = "top"
     score: Score = "keys"
@@ -304,42 +272,24 @@ class EMoEConfig(RoutingConfig):
     gate_momentum: float = _number(0.0, minimum=0.0, exclusiveMaximum=1.0)
     weighting: Weighting = "binary"
 
-    @classmethod
-    def as_published(cls, implementation: str, **values: Any) -> Self:
-        """Build a configuration with the authors' settings, see :meth:`RoutingConfig.as_published`.
-
-        ``router="cosine"`` also sets their ``weighting="softmax"``.
-        """
-        if values.get("router") == "cosine":
-            values.setdefault("weighting", "softmax")
-        return super().as_published(implementation, **values)
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.router, str) or self.router not in ROUTERS:
+        if self.router not in ROUTERS:
             near = did_you_mean(self.router, ROUTERS)
-            raise ConfigError(
-                f"{type(self).__name__}.router is {self.router!r}, which is not registered (emoe.register_router){near}"
-            )
-        learned = ROUTERS[self.router].learned
+            raise ConfigError(f"EMoEConfig.router is {self.router!r}, which no emoe.register_router call added{near}")
+        with_router = f"with router='{self.router}'"
         if self.router != "avg_k" and self.score != "keys":
-            raise self._error("score", f"'keys' with router='{self.router}', which has its own scores")
+            raise self._error("score", f"'keys' {with_router}, which has its own scores")
         for name in ("score_bias", "gate_momentum"):
             if getattr(self, name) and (self.router != "avg_k" or self.score != "keys"):
-                raise self._error(name, "off unless router is 'avg_k' and score is 'keys', whose mean keys it shapes")
-        if learned and self.weighting == "binary":
-            raise self._error(
-                "weighting",
-                f"'softmax' or 'softmax_times_k' with router='{self.router}', else the router gets no gradient",
-            )
-        if self.weighting == "softmax_times_k" and self.top_k == 1 < self.num_experts and learned:
-            raise self._error(
-                "top_k", "at least 2 with weighting='softmax_times_k': the weight of a single expert would be 1"
-            )
+                raise self._error(name, "off unless router is 'avg_k' and score is 'keys'")
+        if ROUTERS[self.router].learned:
+            if self.weighting == "binary":
+                raise self._error("weighting", f"'softmax' or 'softmax_times_k' {with_router}, else no gradient")
+            if self.weighting == "softmax_times_k" and self.top_k == 1 < self.num_experts:
+                raise self._error("top_k", "at least 2 with weighting='softmax_times_k', else the weight is always 1")
         if self.output_bias == "per_expert_whole":
-            raise self._error(
-                "output_bias", "'shared' or 'per_expert': an expert of EMoE is a part of the FFN, not a copy"
-            )
+            raise self._error("output_bias", "'shared' or 'per_expert': an expert is a part of the FFN, not a copy")
         if self.selection == "not_top" and self.top_k == self.num_experts:
             raise self._error("top_k", "below num_experts with selection='not_top', or no expert is left")
 
@@ -357,14 +307,15 @@ class GMoEConfig(RoutingConfig):
     """Configure GMoE, the paper's baseline: ``num_experts`` full copies of each chosen FFN and a learned cosine router.
 
     Weights are normalised over the chosen experts and the output bias is shared, so the converted model equals the
-    dense model until training. With ``top_k=1`` a normalised weight would be constant and the router would not learn;
-    the weight is then the probability among all experts, about 1/N at first, as in the authors' layer.
+    dense model until training. With ``top_k=1`` that weight would be constant and the router would not learn, so the
+    weight is the probability among all experts, about 1/N at first, as in the authors' layer.
     """
 
     kind: ClassVar[str] = "gmoe"
     _published: ClassVar[dict[str, dict[str, Any]]] = {"tutel": {**_TUTEL, "num_experts": 6, "top_k": 1}}
-
     router: ClassVar[str] = "cosine"
+    selection: ClassVar[Selection] = "top"
+    weighting: ClassVar[Weighting] = "softmax"
 
     num_experts: int = _number(6, minimum=1)
     top_k: int = _number(2, minimum=1)
@@ -382,18 +333,13 @@ def config_from_dict(values: Mapping[str, Any]) -> EMoEConfig | GMoEConfig:
     """
     kinds: dict[str, type[EMoEConfig] | type[GMoEConfig]] = {"emoe": EMoEConfig, "gmoe": GMoEConfig}
     kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
+    if str(kind) not in kinds:
         raise ConfigError(f"kind is {kind!r}{did_you_mean(kind, kinds)}")
-    return kinds[kind].from_dict(values)
+    return kinds[str(kind)].from_dict(values)
 
 
 def check_config(config: object, caller: str) -> None:
     """Raise :class:`ConfigError` if an object is not a configuration."""
-    if isinstance(config, EMoEConfig | GMoEConfig):
-        return
-    hint = "emoe.EMoEConfig(num_experts=64, top_k=16)"
-    if isinstance(config, Mapping):
-        hint = "emoe.config_from_dict({'kind': 'emoe', …})" if "kind" in config else "emoe.EMoEConfig(**values)"
-    elif isinstance(config, type) and issubclass(config, EMoEConfig | GMoEConfig):
-        hint = f"emoe.{config.__name__}(…), an instance"
-    raise ConfigError(f"{caller}: the configuration is {config!r:.100}; build it by {hint}")
+    if not isinstance(config, EMoEConfig | GMoEConfig):
+        way_out = "write emoe.EMoEConfig(num_experts=64, top_k=16), or emoe.config_from_dict(values) for plain values"
+        raise ConfigError(f"{caller}: the configuration is {config!r:.100}; {way_out}")

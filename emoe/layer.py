@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from emoe.architectures import FFN, bias_of
 from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, Weighting
-from emoe.routers import AvgKRouter, Router, is_offloaded, missing_input_error, weights_in_place
+from emoe.routers import AvgKRouter, Router, require_input, weights_in_place
 from emoe.routing import balance_loss, capacity_mask, expert_mask, expert_weights, select_experts
 from emoe.tokens import PaddingMaskHook, do_nothing
 
@@ -29,16 +29,10 @@ class Recorder(Protocol):
 
 
 class _CallState:
-    """Hold the tensors that an FFN's modules pass on within one call.
+    """Hold the tensors that an FFN's modules pass on within one call, and its balance loss."""
 
-    Attributes:
-        x: FFN input, from the in-projection to the activation.
-        weights: expert weights ``[T, N]``, from the activation to the out-projection.
-        loss: balance loss of the call.
-    """
-
-    x: Tensor | None = None
-    weights: Tensor | None = None
+    x: Tensor | None = None  # FFN input ``[..., h]``, from the in-projection to the activation
+    weights: Tensor | None = None  # expert weights ``[T, N]``, from the activation to the out-projection
     loss: Tensor | None = None
 
 
@@ -54,16 +48,13 @@ class RoutedActivation(nn.Module):
 
     Attributes:
         activation: the FFN's own activation.
-        ffn: FFN that this module belongs to.
-        config: routing configuration.
         permutation: ``[d]`` order of the neurons, on the CPU, to undo the conversion. None if unknown.
-        router: module that scores the experts.
-        output_bias: output biases ``[N, h]`` of the experts, None if they share one. The out-projection's own bias is then zero.
+        output_bias: output biases ``[N, h]`` of the experts, None if they share the out-projection's.
         output_bias_parts: number of expert biases that sum to the FFN's own bias, None if they share one.
         record: collector of :func:`emoe.record_routing`, None outside of it.
         padding: source of the padding mask, None if the configuration does not need it.
         backend: ``masked``, or ``sparse`` if the out-projection computes the whole FFN (:func:`emoe.set_backend_`).
-        between: replaced modules between activation and out-projection with their paths, while the backend is ``sparse``.
+        between: modules between activation and out-projection, by path, that the ``sparse`` backend replaces.
     """
 
     router: Router
@@ -111,14 +102,9 @@ class RoutedActivation(nn.Module):
         return self.ffn.index
 
     @property
-    def gate(self) -> Tensor | None:
-        """Running mean keys ``[N, h]`` with ``gate_momentum``, else None."""
-        return getattr(self.router, "gate", None)
-
-    @property
     def weighting(self) -> Weighting:
         """Weighting of the chosen experts' outputs."""
-        return self.config.weighting if isinstance(self.config, EMoEConfig) else "softmax"
+        return self.config.weighting
 
     @property
     def aux_loss(self) -> Tensor | None:
@@ -158,21 +144,16 @@ class RoutedActivation(nn.Module):
         self._hooked = (proj_out,)  # in a tuple, so that it does not become a child module
 
     def mean_output_bias(self) -> Tensor:
-        """Return the bias ``[h]`` that replaces the experts' biases in a dense FFN; at conversion it is the FFN's own."""
+        """Return the dense FFN's bias ``[h]``: the mean of the experts' biases times ``output_bias_parts``."""
         return cast(Tensor, self.output_bias).detach().mean(0) * cast(Tensor, self.output_bias_parts)
 
     def _keep_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._call.x = args[0]
 
     def _add_output_bias(self, _module: nn.Module, _args: Any, y: Tensor) -> Tensor:
-        call = self._call
-        weights, call.weights = call.weights, None
-        if weights is None:
-            raise missing_input_error(self.ffn)
-        if is_offloaded(self):
-            with weights_in_place(self):
-                return self.add_output_bias(y, weights)
-        return self.add_output_bias(y, weights)
+        weights, self._call.weights = self._call.weights, None
+        with weights_in_place(self):
+            return self.add_output_bias(y, require_input(self.ffn, weights))
 
     def add_output_bias(self, y: Tensor, weights: Tensor) -> Tensor:
         """Add the experts' biases, weighted by ``[T, N]``, to an output ``[..., h]``."""
@@ -187,46 +168,36 @@ class RoutedActivation(nn.Module):
 
     def activate(self, z: Tensor) -> Tensor:
         """Activate and mask pre-activations ``[..., d]`` of the input that the in-projection received."""
-        self._check_shape(z)
+        if z.is_nested:
+            raise RuntimeError(f"{self.ffn_name}: nested tensors cannot be routed; set enable_nested_tensor=False")
+        if z.shape[-1] != self._width:
+            raise RuntimeError(f"{self.ffn_name}: {z.shape[-1]} values, not {self._width} neurons; check its FFNSpec")
         call, config = self._call, self.config
         x, call.x = call.x, None
         x = None if x is None else x.reshape(-1, x.shape[-1])
         rows = z.reshape(-1, z.shape[-1])
-        before = config.expert_dropout if config.dropout_position == "before" else 0.0
-        after = config.expert_dropout if config.dropout_position == "after" else 0.0
+        dropout = config.expert_dropout if self.training else 0.0
+        is_before = config.dropout_position == "before"
         # score before the activation, which may write over its input, unless the score needs its output
         needs_hidden = isinstance(config, EMoEConfig) and config.score.startswith("inter")
         scores = None if needs_hidden else self._scores(x, rows)
-        hidden = self.activation(F.dropout(z, before, self.training) if before else z)
+        hidden = self.activation(F.dropout(z, dropout) if dropout and is_before else z)
         if scores is None:
             scores = self._scores(x, rows, hidden.reshape(rows.shape))
         _, weights = self.route(scores)
         if self.output_bias is not None:
             self._check_hooked()
             call.weights = weights
-        if after:
-            hidden = F.dropout(hidden, after, self.training)
+        if dropout and not is_before:
+            hidden = F.dropout(hidden, dropout)
         blocks = hidden.unflatten(-1, (config.num_experts, -1))
         return (blocks * weights.view(*z.shape[:-1], config.num_experts, 1).to(hidden.dtype)).flatten(-2)
-
-    def _check_shape(self, z: Tensor) -> None:
-        if z.is_nested:
-            raise RuntimeError(
-                f"{self.ffn_name}: nested tensors cannot be routed; build nn.TransformerEncoder with enable_nested_tensor=False"
-            )
-        if z.shape[-1] != self._width:
-            raise RuntimeError(
-                f"{self.ffn_name}: the activation received {z.shape[-1]} values per token, but the FFN has {self._width} "
-                "neurons; check the paths in its emoe.FFNSpec"
-            )
 
     def _check_hooked(self) -> None:
         proj_out = getattr(self.ffn.proj_out, "base_layer", self.ffn.proj_out)  # of an adapter
         if getattr(proj_out, "projection", proj_out) is not self._hooked[0]:  # of the sparse backend
-            raise RuntimeError(
-                f"{self.ffn_name}.{self.ffn.spec.proj_out} was replaced, and with it the hook that adds the experts' output "
-                "biases: replace it before converting, or set output_bias='shared'"
-            )
+            name = f"{self.ffn_name}.{self.ffn.spec.proj_out}"
+            raise RuntimeError(f"{name} was replaced and lost the experts' biases: replace it before converting")
 
     def _with_gradient(self) -> AbstractContextManager[Any]:
         """Return a context that records gradients of the scores only if something uses them; a binary mask does not."""
@@ -234,33 +205,28 @@ class RoutedActivation(nn.Module):
         return nullcontext() if needed or not torch.is_grad_enabled() else torch.no_grad()
 
     def _scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Score the experts ``[T, N]`` from inputs, pre-activations and, for the ``inter`` scores, activated neurons."""
+        """Score the experts ``[T, N]``. Only the ``inter`` scores need the activated neurons ``hidden``."""
+        if not isinstance(self.router, AvgKRouter):
+            return self.linear_scores(require_input(self.ffn, x).to(z.device))
         with self._with_gradient():
-            if isinstance(self.router, AvgKRouter):
-                return self.router.scores(x, z, hidden)
-            if x is None:
-                raise missing_input_error(self.ffn)
-            return cast(Tensor, self.router(x.to(z.device)))
+            return self.router.scores(x, z, hidden)
 
     def linear_scores(self, x: Tensor) -> Tensor:
         """Score the experts ``[T, N]`` of inputs ``[T, h]`` without computing neurons."""
         with self._with_gradient():
-            if isinstance(self.router, AvgKRouter):
-                return self.router.linear_scores(x)
-            return cast(Tensor, self.router(x))
+            return self.router(x)
 
     def route(self, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose experts by their scores ``[T, N]``; keep the balance loss and record the choice.
+        """Choose experts by their scores ``[T, N]``, and keep the balance loss.
 
         Returns:
             Mask of the experts in use and their weights, both ``[T, N]``.
         """
         config = self.config
-        selection = config.selection if isinstance(config, EMoEConfig) else "top"
         noise_std = config.router_noise / config.num_experts
         with self._with_gradient():
             noisy = clean + torch.randn_like(clean) * noise_std if noise_std and self.training else clean
-            chosen = select_experts(noisy, config.top_k, selection)
+            chosen = select_experts(noisy, config.top_k, config.selection)
             mask = kept = expert_mask(chosen, config.num_experts)
             weights = expert_weights(noisy, mask, self.weighting, config.top_k)
             token_mask = self.padding.token_mask(len(clean)) if self.padding is not None else None
@@ -290,11 +256,7 @@ class RoutedActivation(nn.Module):
 
 
 def resize_parameter_(module: nn.Module, name: str, values: Tensor) -> None:
-    """Give a module's parameter values of another shape.
-
-    The parameter stays the same object, which an optimizer may already have, unless the graph of an earlier forward pass
-    still holds it.
-    """
+    """Give a module's parameter values of another shape. It stays the same object unless a graph holds it."""
     parameter = cast(nn.Parameter, getattr(module, name))
     resized = nn.Parameter(values.detach(), requires_grad=parameter.requires_grad)
     try:
@@ -306,18 +268,15 @@ def resize_parameter_(module: nn.Module, name: str, values: Tensor) -> None:
 def routed_layers(model: nn.Module) -> list[RoutedActivation]:
     """Return the routed FFNs of a model in layer order; the list is empty for a dense model."""
     # PEFT keeps an unused original beside a module that it trains as a whole
-    layers = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, RoutedActivation) and "original_module" not in name.split(".")
-    ]
+    modules = [module for name, module in model.named_modules() if "original_module" not in name.split(".")]
+    layers = [module for module in modules if isinstance(module, RoutedActivation)]
     return sorted(layers, key=lambda layer: layer.ffn_index)
 
 
 def aux_loss(model: nn.Module) -> Tensor | float:
-    """Sum the layers' balance losses of the last forward pass, times their coefficient (:func:`emoe.routing.balance_loss`).
+    """Sum the layers' balance losses of the last forward pass, times their coefficient.
 
-    Add it to the task loss of a training step, before the next forward pass.
+    Add it to the task loss of a training step, before the next forward pass. See :func:`emoe.routing.balance_loss`.
 
     Args:
         model: converted model.

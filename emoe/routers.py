@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import ClassVar, Self, cast
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Router(nn.Module):
     Parameters and persistent buffers are saved with the model, beside the dense model's own state.
 
     Attributes:
-        learned: the router has parameters that need the task's gradient, so its scores must weight the experts' outputs.
+        learned: the router has parameters that need a gradient, so its scores must weight the experts' outputs.
     """
 
     learned: ClassVar[bool] = True
@@ -35,14 +35,7 @@ class Router(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Score the experts.
-
-        Args:
-            x: FFN inputs ``[T, h]``.
-
-        Returns:
-            Scores ``[T, N]`` in float32; higher is better.
-        """
+        """Compute scores ``[T, N]`` in float32 from FFN inputs ``[T, h]``; higher is better."""
         raise NotImplementedError
 
     def update_(self) -> None:
@@ -64,16 +57,15 @@ def register_router(name: str, router: type[Router]) -> None:
     'linear'
 
     Args:
-        name: name in configurations and checkpoints. Loading such a checkpoint requires the same registration.
+        name: identifier in configurations and checkpoints. Loading such a checkpoint requires the same registration.
         router: subclass of :class:`Router`.
 
     Raises:
         ConversionError: the name is not an identifier, or the class is not a subclass of :class:`Router`.
     """
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ConversionError(f"register_router: {name!r} is not a name; write one like 'my_router'")
-    if not (isinstance(router, type) and issubclass(router, Router)):
-        raise ConversionError(f"register_router('{name}'): {router!r} is not a subclass of emoe.Router")
+    is_router = isinstance(router, type) and issubclass(router, Router)
+    if not (is_router and isinstance(name, str) and name.isidentifier()):
+        raise ConversionError(f"register_router: pass an identifier and an emoe.Router class, not {name!r}, {router!r}")
     ROUTERS[name] = RegisteredRouter(router.learned, lambda: router)
 
 
@@ -85,9 +77,9 @@ class _Float32Linear(nn.Linear):
 
 
 class CosineRouter(Router):
-    """Score experts by the scaled cosine of a projection and expert embeddings: the learned router of GMoE and EMoE-learn.
+    """Score experts by the cosine of a projection and expert embeddings: the learned router of GMoE and EMoE-learn.
 
-    Logits are ``exp(min(temperature, ln 100)) * cos(W x + b, s_i)``; the scale starts at 2 and the
+    Scores are ``exp(min(temperature, ln 100)) * cos(W x + b, s_i)``; the scale starts at 2 and the
     embeddings at N(0, 0.01²) (the authors' ``gates/cosine_top.py``).
     """
 
@@ -109,8 +101,8 @@ class CosineRouter(Router):
 class AvgKRouter(Router):
     """Score an expert by the mean over its neurons: the paper's avg-k (Eq. 4), without parameters.
 
-    ``keys`` scores come from the FFN's input and the mean keys of the present weights. If the weights are not plain (an
-    adapter, quantised or offloaded weights), they come from the pre-activations, which is equal up to rounding.
+    ``keys`` scores come from the FFN's input and the mean keys, or from the pre-activations (equal up to rounding) if
+    the weights are not plain: adapted or quantised.
 
     Attributes:
         ffn: FFN whose experts are scored.
@@ -127,11 +119,10 @@ class AvgKRouter(Router):
         self.config = cast(EMoEConfig, config)
         self._proj_in = (ffn.proj_in,)  # in a tuple, so that it does not become a child module
         self.frozen_keys: Tensor | None = None
-        momentum = self.config.gate_momentum > 0
-        self.register_buffer("gate", self.mean_keys().clone() if momentum else None)
+        self.register_buffer("gate", self.mean_keys() if self.config.gate_momentum else None)
 
-    def linear_scores(self, x: Tensor) -> Tensor:
-        """Compute scores ``[T, N]`` of inputs ``[T, h]`` from mean weights, before any neuron is computed."""
+    def forward(self, x: Tensor) -> Tensor:
+        """See :meth:`Router.forward`. Use mean weights, for scores that are linear in the input."""
         config = self.config
         if config.score == "keys":
             gate = self.frozen_keys if self.gate is None else self.gate
@@ -149,48 +140,31 @@ class AvgKRouter(Router):
             z: pre-activations ``[T, d]``.
             hidden: activated neurons ``[T, d]``, needed by the ``inter`` scores.
         """
-        n = self.config.num_experts
-        match self.config.score:
-            case "gate":
-                return block_means(z, n)
-            case "up":
-                return block_means(self._up(x), n)
-            case "up_abs":
-                return block_means(self._up(x).abs(), n)
-            case "inter" | "inter_abs":
-                inter = cast(Tensor, hidden)
-                inter = inter * self._up(x) if self.ffn.gated else inter
-                return block_means(inter.abs() if self.config.score == "inter_abs" else inter, n)
-        if is_offloaded(self.ffn.proj_in):
-            with weights_in_place(self.ffn.proj_in):
-                return self._key_scores(x, z)
-        return self._key_scores(x, z)
-
-    def _key_scores(self, x: Tensor | None, z: Tensor) -> Tensor:
-        return self.linear_scores(x) if x is not None and self._has_plain_keys() else self._scores_from_neurons(z)
-
-    def _up(self, x: Tensor | None) -> Tensor:
-        if x is None:
-            raise missing_input_error(self.ffn)
-        return self.ffn.up(x)
+        ffn, score, neurons = self.ffn, self.config.score, z
+        if score == "keys":
+            with weights_in_place(ffn.proj_in):
+                return self(x) if x is not None and self._has_plain_keys() else self._scores_from_neurons(z)
+        if score.startswith("inter"):
+            neurons = cast(Tensor, hidden)
+            neurons = neurons * ffn.up(require_input(ffn, x)) if ffn.gated else neurons
+        elif score.startswith("up"):
+            neurons = ffn.up(require_input(ffn, x))
+        return block_means(neurons.abs() if score.endswith("_abs") else neurons, self.config.num_experts)
 
     def _has_plain_keys(self) -> bool:
         proj_in = self.ffn.proj_in
-        projection = getattr(proj_in, "projection", proj_in)  # the sparse backend keeps the replaced projection
-        is_original = projection is self._proj_in[0]  # not wrapped by an adapter
+        # the sparse backend keeps the replaced projection, an adapter wraps it
+        is_original = getattr(proj_in, "projection", proj_in) is self._proj_in[0]
         return is_original and has_plain_weight(proj_in) and not cast(Tensor, proj_in.weight).is_meta
 
     def _scores_from_neurons(self, z: Tensor) -> Tensor:
         """Compute ``keys`` scores from pre-activations."""
-        config, ffn = self.config, self.ffn
-        if config.gate_momentum:
-            raise ConversionError(
-                f"{ffn.name}.{ffn.spec.proj_in} has an adapter or no plain weight, and gate_momentum needs its keys: "
-                "merge the adapter, or adapt other modules"
-            )
-        scores = block_means(z, config.num_experts)
+        if self.gate is not None:
+            name = f"{self.ffn.name}.{self.ffn.spec.proj_in}"
+            raise ConversionError(f"{name} has no plain weight, which gate_momentum needs: merge or remove its adapter")
+        scores = block_means(z, self.config.num_experts)
         # pre-activations include the bias, the paper's score does not
-        bias = None if config.score_bias else self._mean_bias()
+        bias = None if self.config.score_bias else self._mean_bias()
         return scores if bias is None else scores - bias.to(scores.device)
 
     def _mean_bias(self) -> Tensor | None:
@@ -248,26 +222,26 @@ def is_offloaded(module: nn.Module) -> bool:
     return hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False))
 
 
-@contextmanager
-def weights_in_place(*modules: nn.Module) -> Iterator[None]:
-    """Load the weights of offloaded modules for the duration of the block."""
-    with ExitStack() as stack:
-        for module in filter(is_offloaded, modules):
-            from accelerate.utils import align_module_device
+def weights_in_place(*modules: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context in which the weights of offloaded modules are loaded."""
+    offloaded = [module for module in modules if is_offloaded(module)]
+    if not offloaded:
+        return nullcontext()  # torch.compile cannot trace the others
+    from accelerate.utils import align_module_device
 
-            stack.enter_context(align_module_device(module))
-        yield
+    stack = ExitStack()
+    for module in offloaded:
+        stack.enter_context(align_module_device(module))
+    return stack
 
 
 def unsharded(weight: Tensor) -> Tensor:
     """Detach a weight, and gather it if FSDP has sharded it (between forward passes)."""
-    full = getattr(weight, "full_tensor", None)
-    return (weight if full is None else full()).detach()
+    return (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach()
 
 
-def missing_input_error(ffn: FFN) -> RuntimeError:
-    """Return the error for an activation that ran without its in-projection."""
-    return RuntimeError(
-        f"{ffn.name}: the activation ran without its in-projection, or that was replaced (for PEFT's modules_to_save name the "
-        "whole FFN or layer, not its projections)"
-    )
+def require_input(ffn: FFN, passed: Tensor | None) -> Tensor:
+    """Return the tensor that an FFN's in-projection passed on. Raise :class:`RuntimeError` if there is none."""
+    if passed is None:
+        raise RuntimeError(f"{ffn.name}: its in-projection did not run or was replaced (PEFT must train the whole FFN)")
+    return passed

@@ -32,7 +32,7 @@ def expert_means(rows: Tensor, num_experts: int) -> Tensor:
 
 
 def key_scores(x: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Score each expert by its mean key: the mean pre-activation of its neurons (paper Eq. 4).
+    """Score the experts ``[T, N]`` by their mean keys: the mean pre-activations of their neurons (paper Eq. 4).
 
     The scores are computed in float32 without autocast: bf16 would change the experts of several percent of tokens.
 
@@ -40,9 +40,6 @@ def key_scores(x: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
         x: FFN inputs ``[T, h]``.
         gate: mean keys ``[N, h]`` in float32 (:func:`expert_means`).
         bias: mean biases ``[N]``, None to leave them out (the paper's score).
-
-    Returns:
-        Scores ``[T, N]`` in float32.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
@@ -70,13 +67,9 @@ def _stable_order(values: Tensor, *, descending: bool) -> Tensor:
 
 
 def capacity_mask(
-    scores: Tensor,
-    expert_indices: Tensor,
-    capacity_factor: float,
-    top_k: int,
-    token_mask: Tensor | None = None,
+    scores: Tensor, expert_indices: Tensor, capacity_factor: float, top_k: int, token_mask: Tensor | None = None
 ) -> Tensor:
-    """Select the assignments that fit if every expert takes a limited number of them.
+    """Select the assignments ``[T, k]`` bool that fit if every expert takes a limited number of them.
 
     Routing is batch-prioritised: all first choices come before all second choices, and so on. Within a choice, tokens
     are ordered by their highest softmax probability.
@@ -87,9 +80,6 @@ def capacity_mask(
         capacity_factor: factor c; each expert takes ``top_k * int(c * ceil(T / N))`` assignments.
         top_k: number of experts that a token uses.
         token_mask: real tokens ``[T]`` bool; padding tokens do not count in T and take no capacity.
-
-    Returns:
-        Assignments that fit, ``[T, k]`` bool.
     """
     num_experts = scores.shape[1]
     waiting = torch.ones_like(expert_indices, dtype=torch.bool)
@@ -121,18 +111,15 @@ def expert_mask(expert_indices: Tensor, num_experts: int, kept: Tensor | None = 
 def expert_weights(scores: Tensor, mask: Tensor, weighting: Weighting, top_k: int) -> Tensor:
     """Compute the weights ``[T, N]`` of the chosen experts; the others have weight zero.
 
-    ``softmax`` normalises over the chosen experts. With ``top_k = 1`` that would be the constant 1, so it
-    uses the probability among all experts. ``softmax_times_k`` multiplies by the number of chosen experts: the
-    mean weight is 1, as with ``binary``.
+    ``softmax`` normalises over the chosen experts, or over all experts if ``top_k`` is 1, where the weight would
+    be constant. ``softmax_times_k`` multiplies by the number of chosen experts: the mean is 1, as with ``binary``.
     """
     if weighting == "binary":
         return mask.to(scores.dtype)
     if weighting == "softmax" and top_k == 1:
         return scores.softmax(-1) * mask
     weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    if weighting == "softmax_times_k":
-        weights = weights * mask.sum(-1, keepdim=True)
-    return weights
+    return weights * mask.sum(-1, keepdim=True) if weighting == "softmax_times_k" else weights
 
 
 def balance_loss(
@@ -146,8 +133,7 @@ def balance_loss(
     """Compute the squared coefficient of variation of the experts' importance and, with noise, of their load.
 
     Importance is the sum of softmax probabilities. Load is the expected number of tokens under the router's noise: the
-    probability that a clean score exceeds the lowest chosen noisy score. Without noise the load has no
-    gradient, and the loss is the importance term alone.
+    probability that a clean score exceeds the lowest chosen noisy score. Without noise, the importance is the loss.
 
     Args:
         clean: scores ``[T, N]`` before the noise.

@@ -9,22 +9,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from emoe.config import EMoEConfig
 from emoe.convert import no_experts, update_mark_
-from emoe.errors import ConfigError, ConversionError, did_you_mean
+from emoe.errors import ConfigError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
 from emoe.routers import FixedRouter
 from emoe.sparse.build import prepare_kernels
 from emoe.sparse.module import SparseFFN, check_supported, install_, probe, uninstall_
 
-_BACKENDS = ("masked", "sparse")
-
 
 def set_top_k_(model: nn.Module, top_k: int) -> None:
     """Change the number of experts that each token uses, in place, for training too.
 
-    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
     >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
     >>> emoe.set_top_k_(model, 2)
     >>> model.layers[0].activation.config.top_k
@@ -44,12 +40,11 @@ def set_top_k_(model: nn.Module, top_k: int) -> None:
 def set_backend_(model: nn.Module, backend: str) -> None:
     """Choose the implementation of a converted model's FFNs, in place. The results are equal up to rounding.
 
-    ``masked`` (the default after :func:`emoe.convert_`) computes all neurons and sets those of other experts to zero. It
-    works with any code. ``sparse`` computes the chosen experts only, if that is faster (:func:`emoe.sparse.cost_model.pays_off`). It replaces
-    modules (:mod:`emoe.sparse.module`); parameters, their names, and optimizers that have them stay the same.
+    ``masked`` (the default) computes all neurons and sets those of other experts to zero. It works with any code.
+    ``sparse`` computes the chosen experts only, if that is faster (:func:`emoe.sparse.cost_model.pays_off`). It
+    replaces modules (:mod:`emoe.sparse.module`); parameters, their names, and optimizers stay the same.
 
-    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
     >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
     >>> emoe.set_backend_(model, "sparse")
     >>> type(model.layers[0].linear2).__name__
@@ -61,12 +56,11 @@ def set_backend_(model: nn.Module, backend: str) -> None:
 
     Raises:
         ConfigError: there is no such backend.
-        ConversionError: the model is not converted, or cannot use the sparse backend: its FFNs have adapters, hooks, quantised,
-            offloaded or parametrised weights, scores that need every neuron, or code between the projections.
-            The model is unchanged.
+        ConversionError: the model, which is unchanged, is not converted or cannot use the sparse backend (adapters,
+            hooks, weights that are not plain, scores that need every neuron, code between the projections).
     """
-    if backend not in _BACKENDS:
-        raise ConfigError(f"set_backend_: backend is {backend!r}{did_you_mean(backend, _BACKENDS)}")
+    if backend not in ("masked", "sparse"):
+        raise ConfigError(f"set_backend_: backend is {backend!r}; choose 'masked' or 'sparse'")
     layers = [layer for layer in _converted_layers(model, "set_backend_") if layer.backend != backend]
     if backend == "masked":
         for layer in layers:
@@ -74,19 +68,16 @@ def set_backend_(model: nn.Module, backend: str) -> None:
         return
     for layer in layers:
         check_supported(layer)
-    expected = [probe(layer) for layer in layers]
+    outputs = [probe(layer) for layer in layers]
     for layer in layers:
         install_(layer)
     if any(cast(Tensor, layer.ffn.proj_in.weight).device.type == "cpu" for layer in layers):
         prepare_kernels()
-    for layer, y in zip(layers, expected, strict=True):
-        if y is not None and not _computes(layer, y):
+    for layer, output in zip(layers, outputs, strict=True):
+        if output is not None and not _computes(layer, output):
             for other in layers:
                 uninstall_(other)
-            raise ConversionError(
-                f"{layer.ffn_name}: the FFN's own code computes something between its projections, which the sparse backend "
-                "would skip: keep the masked backend"
-            )
+            raise ConversionError(f"{layer.ffn_name}: its code changes the hidden neurons: keep the masked backend")
 
 
 def _computes(layer: RoutedActivation, expected: Tensor) -> bool:
@@ -98,12 +89,10 @@ def _computes(layer: RoutedActivation, expected: Tensor) -> bool:
 def for_inference_(model: nn.Module) -> None:
     """Freeze a converted model for serving, in place: few tokens read only the weights of their experts.
 
-    Sets the sparse backend and evaluation mode, freezes all parameters, and stores mean keys and values by
-    neuron: as much memory again as the out-projections of the converted layers. The weights must not change
-    afterwards. ``model.train()`` discards the stored copies.
+    Sets the sparse backend and evaluation mode, freezes all parameters, and stores mean keys and values by neuron: as
+    much memory again as the out-projections. The weights must not change afterwards. ``model.train()`` discards this.
 
-    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
     >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
     >>> emoe.for_inference_(model)
     >>> any(parameter.requires_grad for parameter in model.parameters())
@@ -124,27 +113,22 @@ def for_inference_(model: nn.Module) -> None:
 def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
     """Give every token the experts that were used most, in place: a static control for routing by token.
 
-    The configuration's ``router`` becomes ``fixed``; ``top_k`` and ``selection`` stay. The counts are saved with the model.
+    The configuration's ``router`` becomes ``fixed``, ``top_k`` and ``selection`` stay. The model saves the counts.
 
-    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
     >>> report = emoe.convert_(model, emoe.EMoEConfig(num_experts=4, top_k=1, layers="all"))
     >>> with emoe.record_routing(model) as record:
     ...     y = model(torch.randn(2, 5, 16))
     >>> emoe.fix_experts_(model, {number: layer.loads for number, layer in record.layers.items()})
-    >>> with emoe.record_routing(model) as record:
-    ...     y = model(torch.randn(2, 5, 16))
-    >>> int(record.layers[0].loads.max())
-    10
+    >>> model.layers[0].activation.config.router
+    'fixed'
 
     Args:
         model: model converted with an :class:`EMoEConfig` whose router is ``avg_k``.
-        usage: counts ``[N]`` by layer number, as :func:`emoe.record_routing` returns them for rows of the task. Ties go
-            to the lower expert index.
+        usage: counts ``[N]`` by layer number, as from :func:`emoe.record_routing`. Ties go to the lower expert index.
 
     Raises:
-        ConversionError: the model is not converted, its router is learned, or a layer's counts are missing, of the wrong
-            shape or type, negative, or all zero. The model is unchanged.
+        ConversionError: the model is not converted or has a learned router, or counts are not valid. It is unchanged.
     """
     layers = _converted_layers(model, "fix_experts_")
     counts = [_usage_counts(layer, usage) for layer in layers]
@@ -156,22 +140,15 @@ def fix_experts_(model: nn.Module, usage: Mapping[int, Tensor]) -> None:
 
 
 def _usage_counts(layer: RoutedActivation, usage: Mapping[int, Tensor]) -> Tensor:
-    """Return a layer's counts ``[N]`` int64."""
-    config, number = layer.config, layer.ffn_index
-    if not isinstance(config, EMoEConfig) or config.router not in ("avg_k", "fixed"):
-        raise ConversionError(
-            f"fix_experts_: {layer.ffn_name} has the router '{config.router}', whose scores weight the experts; convert with "
-            "router='avg_k'"
-        )
-    if number not in usage:
-        raise ConversionError(f"fix_experts_: usage has no layer {number}; it has {sorted(usage)}")
-    count = torch.as_tensor(usage[number])
-    is_integer = not count.is_floating_point() and count.dtype != torch.bool
-    if count.shape != (config.num_experts,) or not is_integer or (count < 0).any() or not count.any():
-        raise ConversionError(
-            f"fix_experts_: usage of layer {number} must be {config.num_experts} integers of at least 0, and not all 0, such as "
-            f"record.layers[{number}].loads"
-        )
+    """Return a layer's counts ``[N]`` of an integer type."""
+    name, config, number = f"fix_experts_: {layer.ffn_name}", layer.config, layer.ffn_index
+    if config.router not in ("avg_k", "fixed"):
+        raise ConversionError(f"{name} has the router '{config.router}': convert it with router='avg_k'")
+    count = torch.as_tensor(usage.get(number, ()))
+    is_valid = count.shape == (config.num_experts,) and not count.is_floating_point() and count.amin() >= 0
+    if not (is_valid and count.any()):
+        wanted = f"{config.num_experts} counts, not all 0, such as record.layers[{number}].loads"
+        raise ConversionError(f"{name}: usage[{number}] must be {wanted}")
     return count
 
 

@@ -75,12 +75,12 @@ def test_the_bias_shapes_the_score_if_asked() -> None:
 def test_a_running_gate_follows_the_keys() -> None:
     net = converted(gate_momentum=0.9)
     layer, x = routed_layers(net)[0], inputs()
-    start, chosen = layer.gate.clone(), choices(net, x)
+    start, chosen = layer.router.gate.clone(), choices(net, x)
     with torch.no_grad():
         net.layers[0].inner.weight.neg_()
     assert torch.equal(choices(net, x), chosen)  # until it is updated
     emoe.update_gates_(net)
-    torch.testing.assert_close(layer.gate, 0.9 * start - 0.1 * start)
+    torch.testing.assert_close(layer.router.gate, 0.9 * start - 0.1 * start)
     assert "layers.0.act.router.gate" in net.state_dict()
     emoe.update_gates_(converted())
 
@@ -130,7 +130,7 @@ def test_checkpoints_keep_biases_and_gates_and_load_in_the_stock_class(name: str
     with torch.no_grad():
         for layer in routed_layers(model):
             layer.output_bias += torch.randn_like(layer.output_bias) * 0.1
-            layer.gate.add_(torch.randn_like(layer.gate) * 0.1)
+            layer.router.gate.add_(torch.randn_like(layer.router.gate) * 0.1)
     routed = tiny_models.output(model, values)
     emoe.save_pretrained(model, tmp_path)
     again = emoe.from_pretrained(type(model), tmp_path)
@@ -282,6 +282,6 @@ def test_empty_batches_and_casts() -> None:
     net = converted(gate_momentum=0.5)
     assert net(torch.empty(0, 3, H)).shape == (0, 3, H)
     net.bfloat16()
-    assert routed_layers(net)[0].gate.dtype == torch.float32
+    assert routed_layers(net)[0].router.gate.dtype == torch.float32
     emoe.update_gates_(net)
     net(inputs().bfloat16())
