@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.machinery
 import importlib.util
 import logging
 import os
@@ -16,6 +15,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
+import ninja
 import torch
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -32,8 +32,7 @@ _logger = logging.getLogger(__name__)
 
 def library_file() -> Path:
     """Return the path of the compiled kernels for this Python, torch and source."""
-    versions = (torch.__version__, str(torch.version.git_version), str(sysconfig.get_config_var("SOABI")))
-    digest = hashlib.sha256(" ".join(versions).encode())
+    digest = hashlib.sha256(f"{torch.__version__} {sysconfig.get_config_var('SOABI')}".encode())
     for source in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))):
         digest.update(source.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -51,31 +50,25 @@ def build_kernels() -> Path:
         OSError: the cache cannot be written.
     """
     library = library_file()
-    if library.exists():
-        if compiled_kernels() is None:
-            compiled_kernels.cache_clear()  # another process has built them
-        return library
-    import ninja
-
-    _logger.warning("emoe: compiling kernels, once on this machine")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    path = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
-    # built in a temporary folder and moved, because several processes may start together
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        result = subprocess.run(
-            [sys.executable, "-c", _COMPILE, _NAME, str(_SOURCE), folder],
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        if result.returncode:
-            lines = result.stderr.strip().splitlines() or ["the compiler failed"]
-            raise RuntimeError(next((line for line in lines if re.search(r"\berror: ", line)), lines[-1]))
-        (Path(folder) / library.name).replace(library)
+    if not library.exists():
+        _logger.warning("emoe: compiling kernels, once on this machine")
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # built in a temporary folder and moved, because several processes may start together
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            _compile(folder)
+            (Path(folder) / library.name).replace(library)
     compiled_kernels.cache_clear()
     return library
+
+
+def _compile(folder: str) -> None:
+    path = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
+    command = [sys.executable, "-c", _COMPILE, _NAME, str(_SOURCE), folder]
+    environment = {**os.environ, "PATH": path}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["the compiler failed"]
+        raise RuntimeError(next((line for line in lines if re.search(r"\berror: ", line)), lines[-1]))
 
 
 @functools.cache
@@ -85,17 +78,13 @@ def compiled_kernels() -> ModuleType | None:
         library = library_file()
         if not library.exists():
             return None
+        spec = importlib.util.spec_from_file_location(_NAME, library)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
     except (OSError, RuntimeError):  # an unreadable cache, or no home folder
         return None
-    try:
-        loader = importlib.machinery.ExtensionFileLoader(_NAME, str(library))
-        spec = importlib.util.spec_from_loader(_NAME, loader)
-        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        loader.exec_module(module)
-    except (OSError, ImportError) as error:
-        _logger.warning(
-            "emoe: %s does not load, the sparse backend uses PyTorch: %s", library, str(error).splitlines()[0]
-        )
+    except ImportError as error:
+        _logger.warning("emoe: %s does not load, the sparse backend uses PyTorch: %s", library, error)
         return None
     return module
 
@@ -106,5 +95,4 @@ def prepare_kernels() -> None:
     try:
         build_kernels()
     except (OSError, RuntimeError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        _logger.warning("emoe: no compiled kernels, the sparse backend uses PyTorch: %s", reason)
+        _logger.warning("emoe: no compiled kernels, the sparse backend uses PyTorch: %s", error)

@@ -5,11 +5,11 @@ k of N used, width h::
 
     k/N  +  (per_expert + per_share * k/N) / s  +  threads * (per_call + per_product / (h * s)) / T
 
-The second term is the loss of efficiency of small experts, the third a cost that does not depend on the tokens. The constants
-are fits to measurements of ``benchmarks.speed.layer.measure`` with one and two threads, T 16 to 2048, s 12 to 384, h 384 to
-2048, k/N 1/4 and 1/2: 280 in float32 with the compiled kernels on two cores of an AMD EPYC (Zen 3); 116 in float32 and
-112 in bfloat16 with PyTorch's small products on two cores of one of Zen 4. Without compiled kernels, PyTorch computes one
-expert after another, which uses several threads badly: the first two terms then cost
+The second term is the lower efficiency of small experts, the third a cost that does not depend on the tokens. The
+constants are fits to measurements of ``benchmarks.speed.layer.measure`` with one and two threads, T 16 to 2048, s 12
+to 384, h 384 to 2048, k/N 1/4 and 1/2: 280 in float32 with the compiled kernels on two cores of an AMD EPYC (Zen 3);
+116 in float32 and 112 in bfloat16 with PyTorch's small products on two cores of one of Zen 4. Without compiled kernels,
+PyTorch computes one expert after another, which uses several threads badly: the first two terms then cost
 ``1 + (threads - 1) * (per_thread + per_thread_expert / s)`` times as much.
 """
 
@@ -38,9 +38,7 @@ _PER_THREAD, _PER_THREAD_EXPERT = 0.25, 8.0
 
 
 def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
-    """Check if the sparse products are expected to be faster than the dense ones.
-
-    On an accelerator this is not measured: they are used if PyTorch has a grouped product for the dtype.
+    """Check if the sparse products should be faster; on an accelerator, if PyTorch has a grouped product for them.
 
     Args:
         x: FFN inputs ``[T, h]``.
@@ -51,21 +49,14 @@ def pays_off(x: Tensor, expert_size: int, active: float) -> bool:
         return grouped.is_usable(x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     compiled, threads = compiled_kernels() is not None, torch.get_num_threads()
-    ratio = predicted_time_ratio(len(x), x.shape[1], expert_size, active, dtype, threads, compiled=compiled)
+    ratio = predicted_time_ratio(len(x), x.shape[1], expert_size, active, dtype, threads, compiled)
     return ratio is not None and ratio < 1
 
 
 def predicted_time_ratio(
-    tokens: int,
-    hidden: int,
-    expert_size: int,
-    active: float,
-    dtype: torch.dtype,
-    threads: int,
-    *,
-    compiled: bool = True,
+    tokens: int, hidden: int, expert_size: int, active: float, dtype: torch.dtype, threads: int, compiled: bool = True
 ) -> float | None:
-    """Predict the time of the sparse products on a CPU as a share of the dense FFN's; None for a dtype without constants.
+    """Predict the sparse products' time on a CPU as a share of the dense FFN's; None if the dtype has no constants.
 
     Args:
         tokens: number of tokens of the forward pass, T.

@@ -15,22 +15,17 @@ from emoe.sparse.kernels import expert_sums, gather_mm, outer_mm, pairs_of, scat
 from emoe.sparse.pairs import Pairs
 
 Activation = Callable[[Tensor], Tensor]
+Inputs = Sequence[tuple[Tensor, Tensor | None]]  # weight [N, s, h] and bias [N, s] of each in-projection
 
 
 def sparse_ffn(
-    x: Tensor,
-    inputs: Sequence[tuple[Tensor, Tensor | None]],
-    values: Tensor,
-    activation: Activation,
-    mask: Tensor,
-    weights: Tensor | None,
+    x: Tensor, inputs: Inputs, values: Tensor, activation: Activation, mask: Tensor, weights: Tensor | None
 ) -> Tensor:
     """Sum the outputs of the chosen experts, without the output bias.
 
     Args:
         x: FFN inputs ``[T, h]``.
-        inputs: weight ``[N, s, h]`` and bias ``[N, s]`` (or None) of the activated in-projection and, for a gated FFN,
-            of the up-projection.
+        inputs: weight ``[N, s, h]`` and bias ``[N, s]`` of the in-projection and, if gated, the up-projection.
         values: values ``[N, s, h]``.
         activation: elementwise function that does not write over its input.
         mask: chosen experts ``[T, N]`` bool.
@@ -52,15 +47,9 @@ def sparse_ffn(
 class _SparseFFN(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        activation: Activation,
-        pairs: Pairs,
-        per_pair: Tensor | None,
-        x: Tensor,
-        values: Tensor,
-        *inputs: Tensor | None,
+        ctx: Any, activation: Activation, pairs: Pairs, per_pair: Tensor | None, x: Tensor, values: Tensor, *inputs: Any
     ) -> Tensor:
-        pre = [gather_mm(x, w, b, pairs) for w, b in zip(inputs[::2], inputs[1::2], strict=True)]  # type: ignore[arg-type]
+        pre = [gather_mm(x, weight, bias, pairs) for weight, bias in zip(inputs[::2], inputs[1::2], strict=True)]
         ctx.activation, ctx.pairs = activation, pairs
         x_needed = any(ctx.needs_input_grad[5::2])  # by the gradients of the in-projections
         ctx.save_for_backward(per_pair, x if x_needed else None, values, *inputs, *pre)
@@ -69,9 +58,7 @@ class _SparseFFN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the sparse backend has no second derivatives (create_graph=True): call emoe.set_backend_(model, 'masked')"
-            )
+            raise RuntimeError("no second derivatives of sparse FFNs: call emoe.set_backend_(model, 'masked')")
         per_pair, x, values, *saved = ctx.saved_tensors
         count = len(saved) // 3
         inputs, pre = saved[: 2 * count], saved[2 * count :]
@@ -84,9 +71,8 @@ class _SparseFFN(torch.autograd.Function):
         d_values = outer_mm(hidden.detach(), dy, pairs, values) if needed[4] else None
         if not any((*needed[2:4], *needed[5:])):
             return None, None, None, None, d_values, *(None for _ in inputs)
-        grads = torch.autograd.grad(
-            hidden, leaves if scale is None else [*leaves, scale], gather_mm(dy, values, None, pairs)
-        )
+        leaves = leaves if scale is None else [*leaves, scale]
+        grads = torch.autograd.grad(hidden, leaves, gather_mm(dy, values, None, pairs))
         d_x: Tensor | None = None
         d_inputs: list[Tensor | None] = []
         for i, (weight, bias, dz) in enumerate(zip(weights, biases, grads, strict=False)):

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 from emoe.sparse.pairs import Pairs
 
-_BYTES = 16
-
 
 def is_usable(x: Tensor) -> bool:
     """Check if ``grouped_mm`` takes ``x [..., h]``: PyTorch documents bfloat16 on compute capability 8 and later."""
@@ -42,12 +40,11 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs) -> Tensor:
 
 
 def _ends(pairs: Pairs) -> Tensor:
-    """Return the end of each expert's pairs; an accelerator uses a single chunk of tokens."""
-    return pairs.starts[1:].to(torch.int32)
+    return pairs.starts[1:].to(torch.int32)  # of each expert: an accelerator uses a single chunk of tokens
 
 
 def _alignment(x: Tensor) -> int:
-    return _BYTES // x.element_size()
+    return 16 // x.element_size()
 
 
 def _padded(x: Tensor, dim: int) -> Tensor:

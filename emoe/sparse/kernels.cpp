@@ -1,9 +1,9 @@
 // The three products of an FFN of experts for the chosen (token, expert) pairs: in float32 with product.h if the
 // processor supports it, else with PyTorch.
 //
-// Pairs are sorted by chunk of tokens, then expert, then token: the pairs of chunk c and expert n are
-// rows[starts[c * N + n]] ... rows[starts[c * N + n + 1] - 1]. Chunks of tokens share no output row and experts share no
-// weight, so each product runs in parallel without locks, and in the same order for the same number of chunks.
+// Pairs are sorted by chunk of tokens, then expert, then token: those of chunk c and expert n are rows[i] for i from
+// starts[c * N + n] to starts[c * N + n + 1] - 1. Chunks share no output row and experts share no weight, so each
+// product runs in parallel without locks, and in the same order for the same number of chunks.
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
@@ -24,10 +24,10 @@ struct Pairs {
         chunks((starts.numel() - 1) / experts),
         experts(experts) {}
 
-  int64_t start(int64_t chunk, int64_t expert) const { return starts[chunk * experts + expert]; }
-  int64_t size(int64_t chunk, int64_t expert) const { return starts[chunk * experts + expert + 1] - start(chunk, expert); }
-  const int64_t* tokens(int64_t chunk, int64_t expert) const { return rows.const_data_ptr<int64_t>() + start(chunk, expert); }
-  Tensor of(int64_t chunk, int64_t expert) const { return rows.narrow(0, start(chunk, expert), size(chunk, expert)); }
+  int64_t start(int64_t c, int64_t n) const { return starts[c * experts + n]; }
+  int64_t size(int64_t c, int64_t n) const { return starts[c * experts + n + 1] - start(c, n); }
+  const int64_t* tokens(int64_t c, int64_t n) const { return rows.const_data_ptr<int64_t>() + start(c, n); }
+  Tensor of(int64_t c, int64_t n) const { return rows.narrow(0, start(c, n), size(c, n)); }
 
   // Allocates memory for the rows of any block once: an allocation per block would cost page faults.
   Tensor buffer(const Tensor& like, int64_t width) const {
@@ -64,7 +64,8 @@ bool reads(const Tensor& a, const Tensor& w) {
 }
 
 // Multiplies x[token] by the expert's rows of w [N, s, h] and adds b [N, s]: [pairs, s].
-Tensor gather_mm(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, const Tensor& rows, const Tensor& starts) {
+Tensor gather_mm(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, const Tensor& rows,
+                 const Tensor& starts) {
   const Pairs pairs(rows, starts, w.size(0));
   const int64_t size = w.size(1), width = w.size(2);
   Tensor out = at::empty({rows.size(0), size}, x.options());
@@ -72,8 +73,8 @@ Tensor gather_mm(const Tensor& x, const Tensor& w, const std::optional<Tensor>& 
     const Tensor biases = b ? b->contiguous() : Tensor();
     pairs.each_block([&](int64_t c, int64_t n, int64_t count, Tensor&) {
       float* block = out.data_ptr<float>() + pairs.start(c, n) * size;
-      if (b) {
-        for (int64_t i = 0; i < count; ++i) std::copy_n(biases.const_data_ptr<float>() + n * size, size, block + i * size);
+      for (int64_t i = 0; b && i < count; ++i) {
+        std::copy_n(biases.const_data_ptr<float>() + n * size, size, block + i * size);
       }
       product::multiply({{block, nullptr, size, 1},
                          {x.const_data_ptr<float>(), pairs.tokens(c, n), width, 1},

@@ -43,7 +43,7 @@ def scatter_mm(a: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
         return compiled.scatter_mm(a.contiguous(), weight, pairs.rows, pairs.starts, pairs.tokens)
     if grouped.is_usable(weight):
         return grouped.scatter_mm(a, weight, pairs)
-    out = torch.zeros(pairs.tokens, weight.shape[2], dtype=_sum_type(a), device=a.device)
+    out = torch.zeros(pairs.tokens, weight.shape[2], dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
     for expert, rows, block in _blocks(pairs, a):
         out.index_add_(0, rows, (block @ weight[expert]).to(out.dtype))
     return out.to(a.dtype)
@@ -65,13 +65,9 @@ def outer_mm(a: Tensor, x: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
 
 def expert_sums(a: Tensor, pairs: Pairs, num_experts: int) -> Tensor:
     """Sum ``a [P, s]`` over each expert's pairs: ``[N, s]``."""
-    dtype = _sum_type(a)
+    dtype = torch.promote_types(a.dtype, torch.float32)
     sums = torch.zeros(num_experts, a.shape[1], dtype=dtype, device=a.device)
     return sums.index_add_(0, pairs.experts, a.to(dtype)).to(a.dtype)
-
-
-def _sum_type(a: Tensor) -> torch.dtype:
-    return torch.float64 if a.dtype == torch.float64 else torch.float32
 
 
 def _blocks(pairs: Pairs, per_pair: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

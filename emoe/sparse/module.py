@@ -1,43 +1,36 @@
 """The sparse backend: the out-projection computes its whole FFN, for the chosen experts only.
 
-``emoe.set_backend_(model, "sparse")`` replaces the modules of each routed FFN. The in- and up-projection become
-:class:`PassThrough`, dropouts behind the activation become ``nn.Identity``, and the out-projection becomes
-:class:`SparseFFN`. The new modules share the old ones' parameters and buffers, so parameter names, optimizers, saving and
-sharding do not change. ``emoe.set_backend_(model, "masked")`` puts the old modules back.
+``emoe.set_backend_(model, "sparse")`` replaces the modules of each routed FFN: the in- and up-projection by
+:class:`PassThrough`, dropouts behind the activation by ``nn.Identity``, and the out-projection by :class:`SparseFFN`.
+The new modules share the old ones' parameters and buffers, so parameter names, optimizers, saving and sharding do not
+change. ``emoe.set_backend_(model, "masked")`` puts the old modules back.
 """
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emoe.architectures import FFN, HALVES, bias_of, has_plain_weight
+from emoe.architectures import FFN, bias_of, has_plain_weight
 from emoe.config import LINEAR_SCORES, EMoEConfig
 from emoe.errors import ConversionError
 from emoe.layer import RoutedActivation
 from emoe.routers import AvgKRouter, is_offloaded
 from emoe.routing import select_experts
 from emoe.sparse.cost_model import pays_off
-from emoe.sparse.ffn import sparse_ffn
+from emoe.sparse.ffn import Inputs, sparse_ffn
 
 _WAY_OUT = "call emoe.set_backend_(model, 'masked')"
-_HALF = (torch.bfloat16, torch.float16)
 # tokens that for_inference_'s layout serves; more tokens share their weights better in one dense or sparse product
 _FEW_TOKENS = 8
 
 
 class _Replacement(nn.Module):
-    """Take a projection's place: hold the same parameters and buffers under the same names.
-
-    Args:
-        projection: projection to replace.
-        name: qualified name of the projection.
-    """
+    """Take a projection's place: hold the same parameters and buffers under the same names."""
 
     def __init__(self, projection: nn.Module, name: str) -> None:
         super().__init__()
@@ -62,8 +55,7 @@ class PassThrough(_Replacement):
     Args:
         projection: projection to replace.
         name: qualified name of the projection.
-        output: ``input`` to return the input, ``one`` to return 1, or ``first`` or ``last`` for the half of a fused projection
-            that is the input; the other half is then 1.
+        output: ``input``, ``one``, or the half (``first``, ``last``) of a fused projection that is the input beside 1.
     """
 
     def __init__(self, projection: nn.Module, name: str, output: str) -> None:
@@ -81,38 +73,19 @@ class PassThrough(_Replacement):
         return torch.cat([x, ones] if self.output == "first" else [ones, x], -1)
 
 
-@dataclass
-class Layout:
-    """Hold the weights of a frozen FFN by expert.
-
-    Attributes:
-        inputs: in-projection weights ``[N, s, h]``.
-        biases: in-projection biases ``[N, s]`` or None.
-        values: values ``[N, s, h]``, contiguous by neuron.
-    """
-
-    inputs: list[Tensor]
-    biases: list[Tensor | None]
-    values: Tensor
-
-
 class SparseFFN(_Replacement):
     """Take the place of an out-projection and compute the whole FFN from its input.
 
-    Args:
-        layer: routed activation of the FFN.
-        dropouts: dropout modules between activation and out-projection.
-
     Attributes:
-        layout: weights by expert, from :func:`emoe.for_inference_`; None while the weights may change.
+        layout: in-projections and values ``[N, s, h]`` of frozen weights (:func:`emoe.for_inference_`), else None.
         always: use the sparse products even if they do not pay off.
     """
 
-    def __init__(self, layer: RoutedActivation, dropouts: list[nn.Dropout]) -> None:
+    def __init__(self, layer: RoutedActivation) -> None:
         super().__init__(layer.ffn.proj_out, f"{layer.ffn_name}.{layer.ffn.spec.proj_out}")
         self._layer = (layer,)  # in a tuple, so that it does not become a child module
-        self._dropouts = tuple(dropouts)
-        self.layout: Layout | None = None
+        self._dropouts = tuple(module for _, module in layer.between if isinstance(module, nn.Dropout))
+        self.layout: tuple[Inputs, Tensor] | None = None
         self.always = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,15 +95,19 @@ class SparseFFN(_Replacement):
         reject_hooks(layer, f"{layer.ffn_name}.{layer.ffn.spec.activation}", 1)
         rows = x.reshape(-1, x.shape[-1])
         if self.layout is not None and len(rows) <= _FEW_TOKENS and not torch.compiler.is_compiling():
-            return self._add_bias(*self._compute_few(rows, self.layout), x)
-        if self._needs_mask(rows):
+            y, weights = self._compute_few(rows, *self.layout)
+        elif self._needs_mask(rows):
             return self._compute_masked(x)
-        _check_weights(layer.ffn)
-        mask, weights = layer.route(layer.linear_scores(rows))
-        inputs, values = layer.ffn.blocks(layer.config.num_experts)
-        per_expert = None if layer.weighting == "binary" else weights
-        y = sparse_ffn(rows, inputs, values, layer.activation, mask, per_expert)
-        return self._add_bias(y, weights, x)
+        else:
+            _check_weights(layer.ffn)
+            mask, weights = layer.route(layer.linear_scores(rows))
+            inputs, values = layer.ffn.blocks(layer.config.num_experts)
+            per_expert = None if layer.weighting == "binary" else weights
+            y = sparse_ffn(rows, inputs, values, layer.activation, mask, per_expert)
+        bias = bias_of(self)
+        y = y if bias is None else y + bias.to(y.dtype)
+        y = y if layer.output_bias is None else layer.add_output_bias(y, cast(Tensor, weights))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _needs_mask(self, rows: Tensor) -> bool:
         """Check if this forward pass needs the masked products, or is faster with them."""
@@ -140,7 +117,7 @@ class SparseFFN(_Replacement):
         if self.training and (config.expert_dropout or any(dropout.p for dropout in self._dropouts)):
             return True
         # in half precision the masked products round the neurons that these scores average
-        half = rows.dtype in _HALF or torch.is_autocast_enabled(rows.device.type)
+        half = rows.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(rows.device.type)
         rounded = half and isinstance(config, EMoEConfig) and config.score in ("gate", "up")
         active = config.num_active_experts / config.num_experts
         return rounded or not (self.always or pays_off(rows, layer.ffn.d // config.num_experts, active))
@@ -149,47 +126,35 @@ class SparseFFN(_Replacement):
         """Compute all neurons with the replaced modules, as the masked backend does."""
         layer, spec = self._layer[0], self._layer[0].ffn.spec
         z = _projection(layer.ffn.proj_in)(x)
+        up = None if layer.ffn.proj_up is None else _projection(layer.ffn.proj_up)(x)
         if spec.fused:
-            halves = z.chunk(2, -1)
-            first = HALVES.index(spec.fused)
-            hidden = layer.activate(halves[first]) * halves[1 - first]
-        else:
-            hidden = layer.activate(z)
-            if layer.ffn.proj_up is not None:
-                hidden = hidden * _projection(layer.ffn.proj_up)(x)
+            first, last = z.chunk(2, -1)
+            z, up = (first, last) if spec.fused == "first" else (last, first)
+        hidden = layer.activate(z) if up is None else layer.activate(z) * up
         for dropout in self._dropouts:
             hidden = F.dropout(hidden, dropout.p, self.training)
         return cast(Tensor, self.projection(hidden))
 
-    def _add_bias(self, y: Tensor, weights: Tensor | None, x: Tensor) -> Tensor:
-        """Add the output biases to an output ``[T, h]``, and give it the shape of the input ``[..., h]``."""
-        layer, bias = self._layer[0], bias_of(self)
-        y = y if bias is None else y + bias.to(y.dtype)
-        y = y if layer.output_bias is None else layer.add_output_bias(y, cast(Tensor, weights))
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-    def _compute_few(self, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        """Compute a few tokens with the weights of their experts only. Return the output ``[T, h]`` and the expert weights."""
+    def _compute_few(self, rows: Tensor, inputs: Inputs, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the output ``[T, h]``, computed with the chosen experts' weights only, and the expert weights."""
         layer, config = self._layer[0], self._layer[0].config
         scores = layer.linear_scores(rows)
-        mask = weights = None
+        weights = None
         needs_weights = layer.weighting != "binary" or layer.output_bias is not None or len(rows) > 1
         if not needs_weights and layer.record is None and not config.aux_loss_coefficient:
             experts = select_experts(scores, config.top_k, cast(EMoEConfig, config).selection)[0]
         else:
             mask, weights = layer.route(scores)
             experts = mask.any(0).nonzero()[:, 0]
-        pre = [
-            F.linear(
-                rows, weight.index_select(0, experts).flatten(0, 1), None if bias is None else bias[experts].flatten()
-            )
-            for weight, bias in zip(layout.inputs, layout.biases, strict=True)
-        ]
+        pre = []
+        for weight, bias in inputs:
+            chosen_bias = None if bias is None else bias[experts].flatten()
+            pre.append(F.linear(rows, weight.index_select(0, experts).flatten(0, 1), chosen_bias))
         hidden = layer.activation(pre[0]) * pre[1] if len(pre) > 1 else layer.activation(pre[0])
         if weights is not None:
             scale = weights.index_select(1, experts).unsqueeze(-1).to(hidden.dtype)
             hidden = (hidden.unflatten(-1, (len(experts), -1)) * scale).flatten(1)
-        return hidden @ layout.values.index_select(0, experts).flatten(0, 1), weights
+        return hidden @ values.index_select(0, experts).flatten(0, 1), weights
 
     def lay_out_(self) -> None:
         """Store the weights by expert, for frozen weights."""
@@ -198,11 +163,8 @@ class SparseFFN(_Replacement):
         inputs, values = layer.ffn.blocks(layer.config.num_experts)
         if isinstance(layer.router, AvgKRouter):
             layer.router.frozen_keys = layer.router.mean_keys()
-        self.layout = Layout(
-            [weight.detach().contiguous() for weight, _ in inputs],
-            [None if bias is None else bias.detach() for _, bias in inputs],
-            values.detach().contiguous(),
-        )
+        frozen = [(weight.detach().contiguous(), None if bias is None else bias.detach()) for weight, bias in inputs]
+        self.layout = frozen, values.detach().contiguous()
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; training discards the layout of :func:`emoe.for_inference_`."""
@@ -215,12 +177,10 @@ def install_(layer: RoutedActivation) -> None:
     """Replace the modules of a routed FFN by sparse ones."""
     ffn, spec = layer.ffn, layer.ffn.spec
     layer.between = ffn.between()
-    dropouts = [module for _, module in ffn.between() if isinstance(module, nn.Dropout)]
-    ffn.replace(spec.proj_out, SparseFFN(layer, dropouts))
-    ffn.replace(spec.proj_in, PassThrough(ffn.proj_in, f"{ffn.name}.{spec.proj_in}", spec.fused or "input"))
-    if spec.proj_up and ffn.proj_up is not None:
-        ffn.replace(spec.proj_up, PassThrough(ffn.proj_up, f"{ffn.name}.{spec.proj_up}", "one"))
-    for path, _ in ffn.between():
+    ffn.replace(spec.proj_out, SparseFFN(layer))
+    for (path, module), output in zip(ffn.inputs(), (spec.fused or "input", "one"), strict=False):
+        ffn.replace(path, PassThrough(module, f"{ffn.name}.{path}", output))
+    for path, _ in layer.between:
         ffn.replace(path, nn.Identity())
     layer.backend = "sparse"
 
@@ -245,9 +205,7 @@ def check_supported(layer: RoutedActivation) -> None:
         raise ConversionError(f"{ffn.name}.{ffn.spec.activation} writes over its input: build it with inplace=False")
     for path, module in ffn.projections():
         if hasattr(module, "base_layer"):
-            raise ConversionError(
-                f"{ffn.name}.{path} has an adapter: merge it (model.merge_and_unload()) or keep the masked backend"
-            )
+            raise ConversionError(f"{ffn.name}.{path} has an adapter: merge it or keep the masked backend")
         if is_offloaded(module) or not has_plain_weight(module) or "weight" not in dict(module.named_parameters()):
             raise ConversionError(f"{ffn.name}.{path} is quantised, offloaded or parametrised: keep the masked backend")
     # the FFN's own hooks: the input, the experts' biases, and one on the activation
@@ -267,8 +225,7 @@ def reject_hooks(module: nn.Module, name: str, expected: int = 0, error: type[Ex
 def probe(layer: RoutedActivation) -> Tensor | None:
     """Compute an FFN's module for a few random rows, to compare both backends.
 
-    The module's code, for example in a row that a user registered, may compute something between the projections,
-    which the sparse backend would skip.
+    The sparse backend would skip what the module's own code computes between the projections.
 
     Returns:
         Output ``[1, 4, h]``; None if the module needs other inputs, or holds only a part of the FFN.
@@ -276,20 +233,19 @@ def probe(layer: RoutedActivation) -> Tensor | None:
     ffn = layer.ffn
     module, weight = ffn.parents[ffn.spec.proj_in], cast(Tensor, ffn.proj_in.weight)
     parameters = inspect.signature(module.forward).parameters.values()
-    takes_one = [p.default is p.empty for p in parameters].count(True) == 1
+    takes_one = sum(p.default is p.empty for p in parameters) == 1
     is_whole = all(parent is module for parent in ffn.parents.values())
     if not (takes_one and is_whole) or layer.padding is not None or type(weight) is not nn.Parameter:
         return None
     modes, record = {m: m.training for m in module.modules()}, layer.record
     sparse = ffn.proj_out if isinstance(ffn.proj_out, SparseFFN) else None
+    x = torch.randn(1, 4, ffn.h, generator=torch.Generator().manual_seed(0), device="cpu")
     layer.record = None
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            x = torch.randn(1, 4, ffn.h).to(weight)
-            if sparse is not None:
-                sparse.always = True
-            output = module.eval()(x)
+        if sparse is not None:
+            sparse.always = True
+        with torch.no_grad():
+            output = module.eval()(x.to(weight))
             return output if isinstance(output, Tensor) else None
     except (IndexError, RuntimeError, TypeError, ValueError):  # of the module's own code
         return None
@@ -305,10 +261,7 @@ def _check_weights(ffn: FFN) -> None:
     """Raise :class:`RuntimeError` if a weight is not a plain tensor in this forward pass."""
     for path, module in ffn.projections():
         if type(module.weight) not in (Tensor, nn.Parameter) or module.weight.is_meta:
-            raise RuntimeError(
-                f"{ffn.name}.{path}: the weight is sharded by itself, quantised or offloaded, which the sparse backend does not "
-                f"support: {_WAY_OUT}"
-            )
+            raise RuntimeError(f"{ffn.name}.{path}: the weight is sharded, quantised or offloaded: {_WAY_OUT}")
 
 
 def _projection(module: nn.Module) -> nn.Module:

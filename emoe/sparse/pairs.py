@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_TOKENS_PER_CHUNK = 2048
+_TOKENS_PER_CHUNK = 2048  # smaller chunks cost more calls than the cache saves
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,6 @@ class Pairs:
 
 
 def chunks_for_threads(tokens: int) -> int:
-    """Return the number of chunks: the same for each thread, with about 2048 tokens each.
-
-    Smaller chunks cost more calls than the cache saves. The number determines the order of sums, so it depends only on
-    the tokens and threads.
-    """
+    """Return the number of chunks, the same for each thread; it determines the order of sums."""
     threads = torch.get_num_threads()
     return threads * max(1, -(-tokens // (threads * _TOKENS_PER_CHUNK)))

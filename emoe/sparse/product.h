@@ -1,9 +1,7 @@
-// Products of float matrices with rows at arbitrary addresses: tokens are neither gathered before a product nor scattered
-// after it.
+// Products of float matrices with rows at arbitrary addresses: tokens are neither gathered before nor scattered after.
 //
-// The usual method: blocks of b that fit the nearest caches are packed into panels as wide as a few vectors, and a tile of c
-// stays in registers while it is summed. Written for processors with AVX2 or AVX-512, which sum in the same order; other
-// processors use PyTorch's products.
+// The usual method: blocks of b that fit the nearest caches are packed into panels as wide as a few vectors, and a tile
+// of c stays in registers while it is summed. AVX2 and AVX-512 sum in the same order; other processors use PyTorch.
 #pragma once
 
 #include <algorithm>
@@ -58,7 +56,8 @@ INLINE typename Vector<W>::type loaded(const float* from) {
 
 // Computes ROWS rows of VECTORS * W columns of c = a b, or c += a b, and writes the given number of columns.
 template <int W, int ROWS, int VECTORS>
-INLINE void tile(float* const* c, const float* const* a, int64_t a_stride, const float* b, int64_t depth, int64_t columns, bool add) {
+INLINE void tile(float* const* c, const float* const* a, int64_t a_stride, const float* b, int64_t depth,
+                 int64_t columns, bool add) {
   typename Vector<W>::type sums[ROWS][VECTORS];
   for (auto& row : sums) {  // one by one, to stay in registers: an initializer would fill memory
     for (auto& sum : row) sum = typename Vector<W>::type{};
@@ -105,14 +104,17 @@ INLINE void transpose_8(float* to, int64_t to_stride, const float* from, int64_t
 }
 
 // Transposes rows by columns floats.
-INLINE void transpose_by_8(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows, int64_t columns) {
+INLINE void transpose_by_8(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
+                           int64_t columns) {
   int64_t i = 0;
   for (; i + 8 <= rows; i += 8) {
     for (int64_t r = i + 8; r < std::min(i + 16, rows); ++r) {
       for (int64_t j = 0; j < columns; j += kLine) __builtin_prefetch(from + r * from_stride + j);
     }
     int64_t j = 0;
-    for (; j + 8 <= columns; j += 8) transpose_8(to + j * to_stride + i, to_stride, from + i * from_stride + j, from_stride);
+    for (; j + 8 <= columns; j += 8) {
+      transpose_8(to + j * to_stride + i, to_stride, from + i * from_stride + j, from_stride);
+    }
     for (; j < columns; ++j) {
       for (int64_t r = i; r < i + 8; ++r) to[j * to_stride + r] = from[r * from_stride + j];
     }
@@ -129,8 +131,7 @@ INLINE int vectors(const Product& p, int64_t j) {
   return left == 1 || left == 2 || left == 4 ? 2 : 3;
 }
 
-// Packs rows k0 and following and columns begin to end of b into panels [depth, width], padded with zeros. Copies whole
-// rows, which may be far apart.
+// Packs rows from k0 and columns begin to end of b, whose rows may be far apart, into panels [depth, width] with zeros.
 template <int W>
 INLINE void pack(float* packed, const Product& p, int64_t k0, int64_t depth, int64_t begin, int64_t end) {
   const Matrix<const float>& b = p.b;
@@ -166,8 +167,8 @@ INLINE void pack(float* packed, const Product& p, int64_t k0, int64_t depth, int
 
 // Computes the tiles of one panel at column j for rows begin to end of c.
 template <int W, int ROWS, int VECTORS>
-INLINE void tiles(const Product& p, const float* panel, int64_t k0, int64_t depth, int64_t j, int64_t begin, int64_t end,
-                       float* spare) {
+INLINE void tiles(const Product& p, const float* panel, int64_t k0, int64_t depth, int64_t j, int64_t begin,
+                  int64_t end, float* spare) {
   const int64_t columns = std::min<int64_t>(VECTORS * W, p.columns - j);
   for (int64_t i = begin; i < end; i += ROWS) {
     float* to[ROWS];
@@ -211,15 +212,16 @@ INLINE void multiply_by(const Product& p) {
 __attribute__((target("arch=x86-64-v3"))) void multiply_v3(const Product& p) { multiply_by<8, 4, 6>(p); }
 __attribute__((target("arch=x86-64-v4"))) void multiply_v4(const Product& p) { multiply_by<16, 8, 12>(p); }
 
-__attribute__((target("arch=x86-64-v3"))) void transpose_v3(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
-                                                            int64_t columns) {
+__attribute__((target("arch=x86-64-v3"))) void transpose_v3(float* to, int64_t to_stride, const float* from,
+                                                            int64_t from_stride, int64_t rows, int64_t columns) {
   transpose_by_8(to, to_stride, from, from_stride, rows, columns);
 }
 
 // The product for this processor, or nullptr.
 void (*const multiply)(const Product&) = [] {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("x86-64-v4") ? multiply_v4 : __builtin_cpu_supports("x86-64-v3") ? multiply_v3 : nullptr;
+  if (__builtin_cpu_supports("x86-64-v4")) return multiply_v4;
+  return __builtin_cpu_supports("x86-64-v3") ? multiply_v3 : nullptr;
 }();
 void (*const transpose)(float*, int64_t, const float*, int64_t, int64_t, int64_t) = transpose_v3;
 #else

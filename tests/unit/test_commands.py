@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ from benchmarks.harness.planning.runs import Run, plan, run_from_spec
 from benchmarks.harness.running import verification
 from benchmarks.harness.running.repetition import Repetition
 from emoe import __main__ as library
-from emoe import bench
 from tests import fake_runs
 from tests.conftest import ROOT
 from tests.executed import finish, prepare
@@ -96,8 +97,8 @@ def test_snakemake_plans_without_waiting_for_what_trains() -> None:
         ("emoe-bench", ["check", "--suite"], "smo", ["smoke"]),
         ("emoe-bench", ["report", "--benchmark"], "glue_", ["glue_lora", "glue_ood"]),
         ("emoe-bench", ["list"], "m", ["methods", "models", "metrics"]),
-        ("emoe", ["convert", "--partition"], "k", ["kmeans"]),
-        ("emoe", ["convert", "--set"], "selec", ["selection="]),
+        ("emoe", ["convert"], "--part", ["--partition"]),
+        ("emoe", ["convert", "--kind"], "g", ["gmoe"]),
     ],
 )
 def test_a_shell_completes_names(program: str, words: list[str], begun: str, offered: list[str]) -> None:
@@ -111,12 +112,10 @@ def test_a_program_knows_its_version(program: str) -> None:
     assert done.output == f"{program} {library.emoe.__version__}\n"
 
 
-def test_the_suite_is_in_a_checkout_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("benchmarks", "benchmarks.__main__"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(SystemExit, match=r"^error: the benchmarks run in a checkout of the suite.*\[suite\]"):
-        bench.main()
+def test_the_packages_scripts_start_the_programs() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    started = {name: EntryPoint(name, target, "console_scripts").load() for name, target in scripts.items()}
+    assert started == {"emoe": library.main, "emoe-bench": main}
 
 
 def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

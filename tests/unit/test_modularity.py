@@ -129,7 +129,7 @@ def test_what_is_used_fires_or_is_dead() -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_neurons_in_use_are_those_that_the_model_computes_with(name: str) -> None:
     model, batches = tiny_models.build(name), [tiny_models.inputs(name)]
-    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=3, layers=[1], backend="masked"))
+    emoe.convert_(model, emoe.EMoEConfig(num_experts=8, top_k=3, layers=[1]))
     expected = tiny_models.output(model, batches[0])
     used = {selection: neurons_used(model, 1, batches, selection) for selection in ("top", "bottom", "not_top")}
     assert torch.equal(used["top"], dense_magnitudes(model, 1, batches) != 0)
