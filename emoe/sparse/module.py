@@ -193,6 +193,8 @@ def uninstall_(layer: RoutedActivation) -> None:
         layer.ffn.replace(path, _projection(module).train(module.training))
     for path, module in layer.between:
         layer.ffn.replace(path, module.train(layer.training))
+    if isinstance(layer.router, AvgKRouter):
+        layer.router.frozen_keys = None
     layer.backend = "masked"
 
 
@@ -235,7 +237,8 @@ def probe(layer: RoutedActivation) -> Tensor | None:
     parameters = inspect.signature(module.forward).parameters.values()
     takes_one = sum(p.default is p.empty for p in parameters) == 1
     is_whole = all(parent is module for parent in ffn.parents.values())
-    if not (takes_one and is_whole) or layer.padding is not None or type(weight) is not nn.Parameter:
+    draws_experts = layer.config.selection == "random"  # differently in each call
+    if not (takes_one and is_whole) or draws_experts or layer.padding is not None or type(weight) is not nn.Parameter:
         return None
     modes, record = {m: m.training for m in module.modules()}, layer.record
     sparse = ffn.proj_out if isinstance(ffn.proj_out, SparseFFN) else None
