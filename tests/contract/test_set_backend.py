@@ -324,3 +324,11 @@ def test_other_calls_of_set_backend_are_errors() -> None:
         emoe.set_backend_(tiny_models.build("bert"), "sparse")
     with pytest.raises(emoe.EMoEError, match="'sparse'"):
         emoe.set_backend_(converted.model("bert"), "spares")
+
+
+@pytest.mark.parametrize("selection", ["top", "random"])
+def test_it_draws_no_random_numbers(selection: str) -> None:
+    model = converted.model("llama", selection=selection)
+    state = torch.get_rng_state()
+    emoe.set_backend_(model, "sparse")
+    assert torch.equal(torch.get_rng_state(), state)
