@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,10 @@ def record_activations(
     Raises:
         ConversionError: the batches have no token, or an activation is not finite.
     """
-    samples = {ffn.index: _Sample(seed) for ffn in ffns}
     padding = watch_padding(model, ffns)
-    hooks = [
-        ffn.proj_out.register_forward_pre_hook(_collector(samples[ffn.index], padding.get(ffn.index))) for ffn in ffns
-    ]
+    samples = {ffn.index: _Sample(seed, padding.get(ffn.index)) for ffn in ffns}
+    hooks: list[Any] = list(padding.values())
+    hooks += [ffn.proj_out.register_forward_pre_hook(samples[ffn.index].add) for ffn in ffns]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -50,13 +49,11 @@ def record_activations(
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for watch in padding.values():
-            watch.remove()
         for hook in hooks:
             hook.remove()
     activations = {index: sample.rows.t().contiguous() for index, sample in samples.items()}
     for ffn in ffns:
-        if not activations[ffn.index].shape[1]:
+        if not activations[ffn.index].numel():
             raise ConversionError("partition='coactivation': the calibration batches have no token")
         if not torch.isfinite(activations[ffn.index]).all():
             raise ConversionError(f"{ffn.name}: activations on the calibration set are not finite")
@@ -64,39 +61,30 @@ def record_activations(
 
 
 class _Sample:
-    """Draw a uniform sample from a stream of rows: each row gets a random number, and the lowest numbers are kept."""
+    """Draw a uniform sample of a stream: each row gets a random number, and the lowest numbers are kept."""
 
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._draws = torch.empty(0, dtype=torch.float64)
-        self.rows = torch.empty(0, 0)
+    def __init__(self, seed: int, padding: PaddingMaskHook | None) -> None:
+        self._generator, self._padding = torch.Generator().manual_seed(seed), padding
+        self._draws, self.rows = torch.empty(0, dtype=torch.float64), torch.empty(0)
 
-    def add(self, rows: Tensor) -> None:
-        """Add rows ``[n, d]`` to the stream."""
-        draws = torch.rand(rows.shape[0], generator=self._generator, dtype=torch.float64)
-        if self._draws.numel():
-            draws, rows = torch.cat([self._draws, draws]), torch.cat([self.rows, rows])
+    def add(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Add an out-projection's input, as its forward pre-hook."""
+        rows = args[0].flatten(0, -2).abs()
+        mask = None if self._padding is None else self._padding.token_mask(len(rows))
+        rows = (rows if mask is None else rows[mask.to(rows.device)]).float().cpu()
+        draws = torch.rand(len(rows), generator=self._generator, dtype=torch.float64)
+        draws, rows = torch.cat([self._draws, draws]), torch.cat([self.rows, rows])
         order = draws.argsort()[:MAX_TOKENS]
         self._draws, self.rows = draws[order], rows[order]
 
 
-def _collector(sample: _Sample, padding: PaddingMaskHook | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def collect(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0].flatten(0, -2).abs()
-        mask = None if padding is None else padding.token_mask(rows.shape[0])
-        sample.add((rows if mask is None else rows[mask.to(rows.device)]).float().cpu())
-
-    return collect
-
-
 def _call(model: nn.Module, batch: Batch) -> None:
     device = next(model.parameters()).device
-    if isinstance(batch, Tensor):
-        batch = [batch]
-    kwargs = dict(batch) if isinstance(batch, Mapping) else {}
-    args = () if isinstance(batch, Mapping) else batch
 
     def move(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
-    model(*map(move, args), **{name: move(value) for name, value in kwargs.items()})
+    if isinstance(batch, Mapping):
+        model(**{name: move(value) for name, value in batch.items()})
+    else:
+        model(*map(move, [batch] if isinstance(batch, Tensor) else batch))

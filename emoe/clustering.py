@@ -7,8 +7,6 @@ much to its own centre that it stays in its cluster.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,28 +21,8 @@ _SMALL_GAIN = 1e-4
 _NEGLIGIBLE_GAIN = 2e-5
 
 
-@dataclass(frozen=True)
-class Clustering:
-    """Hold the result of :func:`balanced_kmeans`.
-
-    Attributes:
-        labels: cluster of each row, ``[n]`` int64. Clusters are numbered by their first row.
-        inertia: sum of squared distances to the cluster means, on the normalised rows.
-        total: the inertia of a single cluster.
-    """
-
-    labels: Tensor
-    inertia: float
-    total: float
-
-    @property
-    def explained(self) -> float:
-        """Share of the variance between rows that the clusters explain, 0 to 1."""
-        return 1.0 - self.inertia / self.total if self.total > 0 else 0.0
-
-
 @torch.no_grad()
-def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Clustering:
+def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Tensor:
     """Cluster L2-normalised rows into groups of exactly equal size (the paper's expert construction).
 
     The result depends only on the seed, the device and the number of threads. Memory is linear in the rows.
@@ -53,6 +31,9 @@ def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Clus
         points: rows ``[n, h]`` of any floating dtype.
         num_clusters: number of clusters, a divisor of n.
         seed: seed of the initial centres.
+
+    Returns:
+        Cluster of each row, ``[n]`` int64 on the CPU. Clusters are numbered by their first row.
 
     Raises:
         ValueError: n is not a multiple of ``num_clusters``, or a value is not finite.
@@ -69,8 +50,8 @@ def balanced_kmeans(points: Tensor, num_clusters: int, *, seed: int = 0) -> Clus
         labels = torch.arange(n)
     else:
         labels = _swap(rows, _lloyd(rows, num_clusters, seed), num_clusters)
-    labels = _canonical(labels.cpu())
-    return Clustering(labels, inertia(rows, labels, num_clusters), inertia(rows, torch.zeros_like(labels), 1))
+    numbers: dict[int, int] = {}  # by first row, so that equal groupings have equal labels
+    return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels.tolist()])
 
 
 def inertia(rows: Tensor, labels: Tensor, num_clusters: int) -> float:
@@ -106,7 +87,7 @@ def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
         weights = distance.double().cpu().clamp(min=0)
         weights[chosen] = 0
         if float(weights.sum()) < 1e-3:  # only duplicates are left, and the distances are rounding errors
-            weights = torch.ones(rows.shape[0], dtype=torch.float64)
+            weights.fill_(1)
             weights[chosen] = 0
         chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
         distance = torch.minimum(distance, distance_to(chosen[-1]))
@@ -116,7 +97,7 @@ def _initial_centres(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
 def _lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
     size = rows.shape[0] // num_clusters
     centres = _initial_centres(rows, num_clusters, seed)
-    best, best_score, labels = None, -float("inf"), None
+    best_score = -float("inf")
     for _ in range(_LLOYD_ITERATIONS):
         affinity = rows @ centres.t() - centres.square().sum(1) / 2
         labels = _assign(affinity, size).to(rows.device)
@@ -126,7 +107,7 @@ def _lloyd(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
             break
         best, best_score = labels, score
         centres = sums / size
-    return best if best is not None else labels  # type: ignore[return-value]
+    return best
 
 
 def _assign(affinity: Tensor, size: int) -> Tensor:
@@ -150,12 +131,10 @@ def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     g_j = (S_a - S_b) x_j. A round makes many exchanges at once. Exchanges of the same cluster influence each other. If
     a round did not raise the sum, it is repeated with one exchange per cluster, whose gain is exact.
     """
-    labels = labels.clone()
     squares = rows.square().sum(1)
     sums = _sums(rows, labels, num_clusters)
     products = rows @ sums.t()
-    score, depth = float(sums.double().square().sum()), _SWAPS_PER_CLUSTER
-    all_pairs = False
+    score, depth, all_pairs = float(sums.double().square().sum()), _SWAPS_PER_CLUSTER, False
     for _ in range(_SWAP_ROUNDS):
         moves = _best_exchanges(rows, squares, labels, products, depth, all_pairs=all_pairs)
         if not moves.numel():
@@ -163,9 +142,8 @@ def _swap(rows: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
                 break
             depth, all_pairs = 1, True
             continue
-        i, j = moves
         changed = labels.clone()
-        changed[i], changed[j] = labels[j], labels[i]
+        changed[moves] = labels[moves.flip(0)]
         changed_sums = _sums(rows, changed, num_clusters)
         changed_score = float(changed_sums.double().square().sum())
         if changed_score <= score:
@@ -230,13 +208,11 @@ def _best_exchanges(
 
 def _largest_(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Compute ``topk`` over the last dimension and overwrite ``values``. Faster than ``topk`` for many short rows."""
-    largest, indices = [], []
+    largest = []
     for _ in range(count):
-        value, index = values.max(-1, keepdim=True)
-        largest.append(value)
-        indices.append(index)
-        values.scatter_(-1, index, -torch.inf)
-    return torch.cat(largest, -1), torch.cat(indices, -1)
+        largest.append(values.max(-1, keepdim=True))
+        values.scatter_(-1, largest[-1].indices, -torch.inf)
+    return torch.cat([top.values for top in largest], -1), torch.cat([top.indices for top in largest], -1)
 
 
 def _products_of_pairs(rows: Tensor, left: Tensor, right: Tensor, chunk: int = 128) -> Tensor:
@@ -247,9 +223,3 @@ def _products_of_pairs(rows: Tensor, left: Tensor, right: Tensor, chunk: int = 1
 
     pairs = zip(left.split(chunk), right.split(chunk), strict=True)
     return torch.cat([take(a) @ take(b).transpose(1, 2) for a, b in pairs])
-
-
-def _canonical(labels: Tensor) -> Tensor:
-    """Number clusters by their first row, so that equal groupings have equal labels."""
-    numbers: dict[int, int] = {}
-    return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels.tolist()], dtype=torch.int64)

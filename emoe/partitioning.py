@@ -38,8 +38,7 @@ class Partition(Mapping[int, Tensor]):
 
     Attributes:
         permutations: the mapping itself.
-        explained: share of the variance between normalised keys that the experts explain, by layer. It is 0 for one
-            expert and about ``N / d`` for a random partition.
+        explained: share of the variance between normalised keys that the experts explain, by layer; 0 for one expert.
         seconds: build time by layer.
     """
 
@@ -75,16 +74,15 @@ def partition(
     Args:
         model: a dense model of a registered architecture (see :func:`emoe.register_ffn`).
         config: the configuration; ``num_experts``, ``layers``, ``partition`` and ``partition_seed`` are used.
-        calibration: input batches, as dictionaries of arguments or tensors. ``partition="coactivation"`` needs them to
-            group neurons that are active for the same tokens.
+        calibration: input batches (dictionaries of arguments or tensors), only for ``partition="coactivation"``, which
+            groups neurons that are active for the same tokens.
         progress: show a progress bar.
 
     Returns:
         The partition, for :func:`emoe.convert_`.
 
     Raises:
-        ConversionError: unknown architecture, indivisible width, weights that are quantised, shared or not finite, zero
-            or equal keys with ``kmeans``, or missing or superfluous calibration batches.
+        ConversionError: an FFN cannot be split, or ``calibration`` is missing or superfluous.
         ConfigError: the configuration is not an :class:`emoe.EMoEConfig`.
     """
     check_config(config, "partition")
@@ -94,15 +92,14 @@ def partition(
     chosen = [ffns[i] for i in resolve_layers(config.layers, len(ffns))]  # type: ignore[arg-type]
     check_weights(model, chosen)
     check_divisible(chosen, config.num_experts)
-    features: dict[int, Tensor] = {}
     if config.partition == "kmeans":
         check_distinct_keys(chosen)
-    if config.partition == "coactivation":
-        if calibration is None:
-            raise ConversionError("partition='coactivation' needs calibration batches: pass calibration=[...]")
+    if (config.partition == "coactivation") != (calibration is not None):
+        verb = "needs" if calibration is None else "reads no"
+        raise ConversionError(f"partition='{config.partition}' {verb} calibration batches (calibration=[...])")
+    features: dict[int, Tensor] = {}
+    if calibration is not None:
         features = record_activations(model, chosen, calibration, seed=config.partition_seed)
-    elif calibration is not None:
-        raise ConversionError(f"partition='{config.partition}' reads no calibration batches; 'coactivation' does")
     if progress:
         from tqdm.auto import tqdm  # `import emoe` imports only PyTorch and safetensors
 
@@ -127,37 +124,25 @@ def group_neurons(keys: Tensor, config: EMoEConfig, layer: int, activations: Ten
         keys: key vectors ``[d, h]``.
         config: the configuration, as in :func:`partition`.
         layer: number of the layer, which seeds a random partition.
-        activations: activations ``[d, tokens]`` for a co-activation partition.
+        activations: neurons' activations ``[d, tokens]`` for a co-activation partition.
     """
-    start = time.perf_counter()
-    labels, explained = _labels(keys, config, layer, activations)
-    permutation = torch.sort(labels, stable=True).indices
-    return Partition({layer: permutation}, {layer: explained}, {layer: time.perf_counter() - start})
-
-
-def _labels(keys: Tensor, config: EMoEConfig, layer: int, activations: Tensor | None) -> tuple[Tensor, float]:
-    """Return each neuron's expert ``[d]``, and the share of the variance between keys that the experts explain."""
-    n, seed = config.num_experts, config.partition_seed
-    if config.partition == "kmeans":
-        clustering = balanced_kmeans(keys, n, seed=seed)
-        return clustering.labels, clustering.explained
-    if activations is not None:
-        labels = balanced_kmeans(activations, n, seed=seed).labels
+    start, num_experts, seed = time.perf_counter(), config.num_experts, config.partition_seed
+    features = keys if config.partition == "kmeans" else activations
+    if features is not None:
+        labels = balanced_kmeans(features, num_experts, seed=seed)
     else:
-        labels = torch.arange(n).repeat_interleave(len(keys) // n)
+        labels = torch.arange(num_experts).repeat_interleave(len(keys) // num_experts)
         if config.partition == "random":
             digest = hashlib.sha256(f"random partition, seed {seed}, layer {layer}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             labels = labels[torch.randperm(len(keys), generator=generator)]
-    return labels, explained_variance_ratio(keys, labels, n)
+    explained = explained_variance_ratio(keys, labels, num_experts)
+    permutation = torch.sort(labels, stable=True).indices
+    return Partition({layer: permutation}, {layer: explained}, {layer: time.perf_counter() - start})
 
 
 def partition_key(model: nn.Module, config: EMoEConfig) -> str:
-    """Hash the selected FFNs' keys and all settings that determine the partition, to 16 hex digits.
-
-    Raises:
-        ConversionError: a co-activation partition, because it also depends on its calibration set.
-    """
+    """Hash the selected FFNs' keys and all settings that determine the partition, to 16 hex digits."""
     if config.partition == "coactivation":
         raise ConversionError("a co-activation partition has no key: it depends on the calibration set")
     ffns = find_ffns(model)
@@ -198,23 +183,16 @@ def save_partition(partition: Partition, path: str | os.PathLike[str]) -> None:
 
 
 def load_partition(path: str | os.PathLike[str]) -> Partition:
-    """Read a file of :func:`save_partition`.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or its tensors are not permutations.
-    """
+    """Read a file of :func:`save_partition` (:class:`CheckpointError` if it is missing or damaged)."""
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            names = list(file.keys())
-            permutations = {int(name.removeprefix("layer.")): file.get_tensor(name) for name in names}
-        explained, seconds = (
-            {int(layer): float(number) for layer, number in json.loads(metadata.get(name, "{}")).items()}
-            for name in ("explained", "seconds")
-        )
+            permutations = {int(name.removeprefix("layer.")): file.get_tensor(name) for name in list(file.keys())}
+        notes = [json.loads(metadata.get(name, "{}")) for name in ("explained", "seconds")]
+        explained, seconds = ({int(layer): number for layer, number in numbers.items()} for numbers in notes)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {one_line(error)}") from error
     for layer, permutation in permutations.items():

@@ -29,16 +29,15 @@ class LayerRecord:
     def __init__(
         self, layer: RoutedActivation, labels: LabelHook, padding: PaddingMaskHook | None, window: int | None
     ) -> None:
-        self.num_experts = layer.config.num_experts
+        self.num_experts, self._rows_first = layer.config.num_experts, layer.ffn.rows_first
         self.windows: list[Tensor] = []
         self._labels, self._padding, self._window, self._passes = labels, padding, window, 0
-        self._rows_first = layer.ffn.rows_first
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # threads may share the model
         # counted on the layer's device: reading a number from an accelerator in every step would stop it
         self._loads = torch.zeros(self.num_experts, dtype=torch.int64, device=layer.ffn.keys().device)
         self._loads_by_label = self._loads.new_zeros(0, self.num_experts)
-        self._tokens, self._dropped = self._loads.new_zeros(()), self._loads.new_zeros(())
         self._window_start = self._loads.clone()
+        self._tokens, self._dropped = self._loads.new_zeros(()), self._loads.new_zeros(())
 
     @torch.no_grad()
     def update(self, chosen: Tensor, kept: Tensor) -> None:
@@ -50,32 +49,23 @@ class LayerRecord:
         """
         if is_recomputed():
             return
-        with self._lock:  # threads may share the model
-            self._update(chosen, kept)
-
-    def _update(self, chosen: Tensor, kept: Tensor) -> None:
-        tokens = chosen.shape[0]
-        mask = self._token_mask(tokens)
-        dropped = chosen & ~kept if kept is not chosen else None
-        if mask is not None:
-            mask = mask.to(chosen.device).unsqueeze(1)
-            chosen = chosen & mask
-        labels = self._labels.labels
-        if labels is None or tokens % max(labels.numel(), 1):
-            loads = chosen.sum(0)
-        else:
-            rows = labels.numel()
-            by_row = chosen.unflatten(0, (rows, -1) if self._rows_first else (-1, rows)).sum(int(self._rows_first))
-            loads = by_row.sum(0)
-            self._count_labels(labels.to(by_row.device), by_row, self._labels.num_labels(labels))
-        self._loads += loads
-        self._tokens += tokens if mask is None else mask.sum()
-        if dropped is not None:
-            self._dropped += dropped.sum() if mask is None else (dropped & mask).sum()
-        self._passes += 1
-        if self._window and self._passes % self._window == 0:
-            self.windows.append((self._loads - self._window_start).cpu())
-            self._window_start = self._loads.clone()
+        with self._lock:
+            mask = self._token_mask(len(chosen))
+            dropped = None if kept is chosen else chosen & ~kept
+            if mask is None:
+                self._tokens += len(chosen)
+            else:
+                mask = mask.to(chosen.device).unsqueeze(1)
+                self._tokens += mask.sum()
+                chosen = chosen & mask
+                dropped = None if dropped is None else dropped & mask
+            if dropped is not None:
+                self._dropped += dropped.sum()
+            self._loads += self._count_labels(chosen)
+            self._passes += 1
+            if self._window and self._passes % self._window == 0:
+                self.windows.append((self._loads - self._window_start).cpu())
+                self._window_start = self._loads.clone()
 
     def _token_mask(self, tokens: int) -> Tensor | None:
         try:
@@ -84,13 +74,21 @@ class LayerRecord:
             warnings.warn(f"padding is counted: {error}", stacklevel=2)
             return None
 
-    def _count_labels(self, labels: Tensor, by_row: Tensor, num_labels: int) -> None:
-        labelled = labels >= 0
-        missing = num_labels - self._loads_by_label.shape[0]
+    def _count_labels(self, chosen: Tensor) -> Tensor:
+        """Add the loads by label, if each row has one. Return the loads ``[N]`` of all tokens."""
+        labels = self._labels.labels
+        if labels is None or len(chosen) % max(len(labels), 1):
+            return chosen.sum(0)
+        shape = (len(labels), -1) if self._rows_first else (-1, len(labels))
+        by_row = chosen.unflatten(0, shape).sum(int(self._rows_first))
+        missing = self._labels.num_labels(labels) - len(self._loads_by_label)
         if missing > 0:
-            rows = self._loads_by_label.new_zeros(missing, self.num_experts)
-            self._loads_by_label = torch.cat([self._loads_by_label, rows])
+            new_rows = self._loads_by_label.new_zeros(missing, self.num_experts)
+            self._loads_by_label = torch.cat([self._loads_by_label, new_rows])
+        labels = labels.to(by_row.device)
+        labelled = labels >= 0
         self._loads_by_label.index_add_(0, labels[labelled], by_row[labelled])
+        return by_row.sum(0)
 
     @property
     def loads(self) -> Tensor:
@@ -115,7 +113,8 @@ class LayerRecord:
     @property
     def shares(self) -> Tensor:
         """Share of each expert in all choices, ``[N]`` float64. The sum is 1."""
-        return _shares(self.loads)
+        loads = self.loads
+        return loads.double() / max(int(loads.sum()), 1)
 
     @property
     def experts_per_token(self) -> float:
@@ -149,12 +148,9 @@ class LayerRecord:
         """Mean L1 distance (0 to 2) between the shares of consecutive windows. None with fewer than two windows."""
         if len(self.windows) < 2:
             return None
-        shares = torch.stack([_shares(loads) for loads in self.windows])
+        loads = torch.stack(self.windows).double()
+        shares = loads / loads.sum(1, keepdim=True).clamp(min=1)
         return float(shares.diff(dim=0).abs().sum(1).mean())
-
-
-def _shares(loads: Tensor) -> Tensor:
-    return loads.double() / max(int(loads.sum()), 1)
 
 
 class _RecordsByLayer(dict[int, LayerRecord]):
@@ -204,9 +200,9 @@ class RoutingRecord:
 def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[RoutingRecord]:
     """Count the experts' loads during the forward passes inside the ``with`` block.
 
-    Padding is not counted if the model gets a two-dimensional mask. If the mask does not fit the tokens, padding is
-    counted, with a warning. Loads are also counted by label if the model gets one integer label per row, or if labels
-    are set with :meth:`RoutingRecord.set_labels`. Forward passes that activation checkpointing repeats are not counted.
+    Padding is not counted if the model gets a two-dimensional mask; one that does not fit the tokens gives a warning.
+    Loads are also counted by label if the model gets one integer label per row, or if :meth:`RoutingRecord.set_labels`
+    sets them. Forward passes that activation checkpointing repeats are not counted.
 
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -234,8 +230,8 @@ def record_routing(model: nn.Module, *, window: int | None = None) -> Iterator[R
     records = _RecordsByLayer()
     try:
         for layer in layers:
-            record = LayerRecord(layer, labels, padding.get(layer.ffn_index), window)
-            layer.record = records[layer.ffn_index] = record
+            layer.record = LayerRecord(layer, labels, padding.get(layer.ffn_index), window)
+            records[layer.ffn_index] = layer.record
         yield RoutingRecord(records, labels)
     finally:
         for hook in (labels, *padding.values()):

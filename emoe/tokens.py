@@ -40,10 +40,8 @@ class _ArgumentHook:
         # The last call of any thread, for compiled graphs and for layers that checkpointing repeats in another thread.
         self._latest: tuple[Tensor | None, bool] = (None, False)
         self._is_compiled = False
-        self._handles = [
-            module.register_forward_pre_hook(self._begin, with_kwargs=True),
-            module.register_forward_hook(self._end, always_call=True),
-        ]
+        begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._handles = [begin, module.register_forward_hook(self._end, always_call=True)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # a copy of one layer still needs the arguments of the whole model
@@ -55,8 +53,10 @@ class _ArgumentHook:
         self.__dict__.update(state, _thread=threading.local())
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        is_positional = self._position is not None and self._position < len(args)
-        value = args[self._position] if is_positional else kwargs.get(self._argument)  # type: ignore[index]
+        if self._position is not None and self._position < len(args):
+            value = args[self._position]
+        else:
+            value = kwargs.get(self._argument)
         self._keep(value if isinstance(value, Tensor) and value.ndim == self._ndim else None, is_running=True)
 
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
@@ -102,8 +102,8 @@ class PaddingMaskHook(_ArgumentHook):
         value, is_running = self._call()
         if not is_running and not is_recomputed():
             raise RuntimeError(
-                f"the padding is unknown: {self._name} was not called as a module. Call model(...), not "
-                "model.forward(...). If PEFT wraps the model, convert a model with a head, or set count_padding=True"
+                f"padding unknown: {self._name} was not called as a module; call model(...), and if PEFT wraps it, "
+                "convert a model with a head or set count_padding=True"
             )
         if value is None:
             return None
@@ -149,21 +149,20 @@ def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMas
     own. Models of images or sound have none. If no module takes token ids, the mask is an argument of the model.
     """
     modules = dict(model.named_modules())
-    names = {id(module): name for name, module in modules.items()}
+    names = {module: name for name, module in modules.items()}
+    arguments = (_TEXT, *_OTHER_INPUTS, *_KEY_PADDING)
     hooks: dict[str, PaddingMaskHook | None] = {}
     by_layer = {}
     for ffn in ffns:
         path = ffn.spec.activation
-        parents = names[id(ffn.parents[path])].split(".")
-        parents = parents[: -1 - path.count(".")]  # stop above the layer: torch's layers get a mask of their own
+        # stop above the layer: torch's layers get a mask of their own
+        parents = names[ffn.parents[path]].split(".")[: -1 - path.count(".")]
         ancestors = (".".join(parents[:length]) for length in range(len(parents), -1, -1))
-        arguments = (_TEXT, *_OTHER_INPUTS, *_KEY_PADDING)
         name = next((name for name in ancestors if _takes_any(modules[name], *arguments)), "")
         if name not in hooks:
             hooks[name] = _watch(modules[name], rows_first=ffn.rows_first)
-        if (hook := hooks[name]) is not None:
-            by_layer[ffn.index] = hook
-    return by_layer
+        by_layer[ffn.index] = hooks[name]
+    return {index: hook for index, hook in by_layer.items() if hook is not None}
 
 
 def _watch(module: nn.Module, *, rows_first: bool) -> PaddingMaskHook | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,7 +20,7 @@ from emoe.errors import ConfigError
 from emoe.layer import aux_loss, routed_layers, update_gates_
 
 _IGNORED_LABEL = -100
-_adders: WeakKeyDictionary[nn.Module, _BalanceLossAdder] = WeakKeyDictionary()
+_handles: WeakKeyDictionary[nn.Module, tuple[RemovableHandle, ...]] = WeakKeyDictionary()
 
 
 class TrainerCallback(transformers.TrainerCallback):
@@ -34,8 +34,7 @@ class TrainerCallback(transformers.TrainerCallback):
     """
 
     def __init__(self, *, add_aux_loss: bool = True) -> None:
-        self.add_aux_loss = add_aux_loss
-        self._is_training = False
+        self.add_aux_loss, self._is_training = add_aux_loss, False
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Mark the model as converted and start to add the balance loss."""
@@ -48,13 +47,11 @@ class TrainerCallback(transformers.TrainerCallback):
         self._is_training = True
         _stop_adding(model)  # an interrupted training did not
         if self.add_aux_loss and layers[0].config.aux_loss_coefficient > 0:
-            checkpointing: Any = args.activation_checkpointing_kwargs or {}
-            if args.activation_checkpointing and checkpointing.get("use_reentrant"):
-                raise ConfigError(
-                    "TrainerCallback: with reentrant checkpointing the balance loss has no gradient; set "
-                    "activation_checkpointing_kwargs={'use_reentrant': False}"
-                )
-            _adders[model] = _BalanceLossAdder(model)
+            checkpointing: Any = args.activation_checkpointing_kwargs if args.activation_checkpointing else None
+            if checkpointing and checkpointing.get("use_reentrant"):  # the balance loss would have no gradient
+                raise ConfigError("TrainerCallback: set activation_checkpointing_kwargs={'use_reentrant': False}")
+            pre_hook = model.register_forward_pre_hook(_differentiate_count, with_kwargs=True)
+            _handles[model] = pre_hook, model.register_forward_hook(_add_balance_loss, with_kwargs=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop adding the balance loss."""
@@ -83,11 +80,6 @@ class TrainerCallback(transformers.TrainerCallback):
             _save(model, _checkpoint(args, state), write=True)
 
 
-def _stop_adding(model: nn.Module) -> None:
-    if model in _adders:
-        _adders.pop(model).remove(model)
-
-
 def _save(model: nn.Module, folder: Path, *, write: bool) -> None:
     if not hasattr(model, "peft_config"):  # adapters are saved without the model
         save_sidecars(model, folder, write=write and folder.is_dir())
@@ -99,59 +91,49 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return max(folders, key=lambda path: path.stat().st_mtime, default=output / name)
 
 
-class _BalanceLossAdder:
-    """Add the balance loss to the loss that a model returns in training, with the same scale.
+def _stop_adding(model: nn.Module) -> None:
+    for handle in _handles.pop(model, ()):
+        handle.remove()
 
-    The model's loss is a mean over the labels of one forward pass. If the model uses ``num_items_in_batch`` (the number
-    of labels in the optimizer step, passed by ``Trainer``), its loss is a share of the mean over the whole step.
-    """
 
-    def __init__(self, model: nn.Module) -> None:
-        base = _base_model(model)
-        self._config = getattr(base, "config", None)
-        causal = LOSS_MAPPING.get(getattr(base, "loss_type", "")) is ForCausalLMLoss
-        self._shifts_labels = causal and not getattr(self._config, "is_encoder_decoder", False)
-        self._uses_count = "num_items_in_batch" in inspect.signature(base.forward).parameters
-        self._hook = model.register_forward_hook(self._add, with_kwargs=True)
-        self._loss_function = getattr(base, "loss_function", None)
-        if self._loss_function is not None:  # many models take num_items_in_batch, but do not pass it on
-            base.loss_function = self._watch_loss
+def _differentiate_count(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Let ``Trainer``'s number of labels in the optimizer step require a gradient, for :func:`_share`."""
+    if (count := kwargs.get("num_items_in_batch")) is not None:
+        kwargs = {**kwargs, "num_items_in_batch": torch.as_tensor(count).float().detach().requires_grad_()}
+    return args, kwargs
 
-    def remove(self, model: nn.Module) -> None:
-        """Restore the model's own loss."""
-        self._hook.remove()
-        if self._loss_function is not None:
-            _base_model(model).loss_function = self._loss_function
 
-    def _watch_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = self._loss_function(*args, **kwargs)  # type: ignore[misc]
-        ignores_count = getattr(self._config, "problem_type", None) in ("regression", "multi_label_classification")
-        self._uses_count = kwargs.get("num_items_in_batch") is not None and not ignores_count
-        return loss
-
-    def _add(self, model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        balance = aux_loss(model) if model.training else 0.0
-        if not isinstance(balance, Tensor):
-            return output
-        if isinstance(output, dict) and output.get("loss") is not None:
-            output["loss"] = output["loss"] + balance * self._share(kwargs)
-            return output
-        if isinstance(output, tuple) and isinstance(output[0], Tensor) and not output[0].ndim:
-            return (output[0] + balance * self._share(kwargs), *output[1:])
+def _add_balance_loss(model: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Add the balance loss to the loss that a model returns in training, with the same scale."""
+    balance = aux_loss(model) if model.training else 0.0
+    if not isinstance(balance, Tensor):
+        return output
+    loss = output.get("loss") if isinstance(output, dict) else output[0]
+    if loss is None or loss.numel() != 1:
         raise ConfigError(
-            "TrainerCallback: the model returned no loss to add the balance loss to, as with compute_loss_func or "
-            "label smoothing; add emoe.aux_loss(model) in compute_loss_func and use TrainerCallback(add_aux_loss=False)"
+            "TrainerCallback: the model returned no loss to add to, as with compute_loss_func or label smoothing; "
+            "add emoe.aux_loss(model) in compute_loss_func and use TrainerCallback(add_aux_loss=False)"
         )
-
-    def _share(self, kwargs: dict[str, Any]) -> Tensor | float:
-        total = kwargs.get("num_items_in_batch")
-        if total is None or not self._uses_count:
-            return 1.0
-        labels: Tensor = kwargs["shift_labels"] if "shift_labels" in kwargs else kwargs["labels"]
-        if self._shifts_labels and "shift_labels" not in kwargs:
-            labels = labels[..., 1:]
-        return labels.ne(_IGNORED_LABEL).sum() / torch.as_tensor(total, device=labels.device).flatten()[0]
+    loss = loss + balance * _share(model, kwargs, loss)
+    if isinstance(output, tuple):
+        return (loss, *output[1:])
+    output["loss"] = loss
+    return output
 
 
-def _base_model(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _share(model: Any, kwargs: dict[str, Any], loss: Tensor) -> Tensor | float:
+    """Return the weight of one forward pass in the loss of the optimizer step.
+
+    Most models get ``num_items_in_batch``, the number of labels in the step, but only some divide their loss by it. The
+    loss of the others is a mean over the forward pass, and has no gradient with respect to this number.
+    """
+    count = kwargs.get("num_items_in_batch")
+    if count is None or torch.autograd.grad(loss, count, retain_graph=True, allow_unused=True)[0] is None:
+        return 1.0
+    labels: Tensor = kwargs["shift_labels"] if "shift_labels" in kwargs else kwargs["labels"]
+    shifts = (
+        LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss and not model.config.is_encoder_decoder
+    )
+    if shifts and "shift_labels" not in kwargs:
+        labels = labels[..., 1:]
+    return labels.ne(_IGNORED_LABEL).sum() / count.detach().flatten()[0]

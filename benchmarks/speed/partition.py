@@ -57,7 +57,7 @@ def keys_of(model: RunModel) -> Tensor:
 
 
 def _ours(rows: Tensor, num_clusters: int, _starts: int) -> Tensor:
-    return balanced_kmeans(rows, num_clusters).labels
+    return balanced_kmeans(rows, num_clusters)
 
 
 def _library(rows: Tensor, num_clusters: int, starts: int) -> Tensor:

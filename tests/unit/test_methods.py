@@ -9,7 +9,6 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import emoe
 from benchmarks.harness.base.paths import MODEL_ROOT
@@ -50,12 +49,11 @@ def test_damaged_partitions_are_made_again_and_shared_as_the_umask_allows(tmp_pa
     for path in (*tmp_path.glob("*.safetensors"), *(tmp_path / "model").iterdir()):
         assert stat.S_IMODE(path.stat().st_mode) == 0o664, path
     (path,) = tmp_path.glob("*.safetensors")
-    for damage in (b"", path.read_bytes()[:-8]):
+    content = path.read_bytes()
+    for damage in (b"", content[:-8], content[:-8] + content[-16:-8]):  # empty, cut off, one neuron twice
         path.unlink()  # what is open is still read from
         path.write_bytes(damage)
         assert torch.equal(cached_partition(tiny_models.build("bert"), config, tmp_path)[1], found[1])
-    save_file({"layer.1": found[1].flip(0).contiguous()}, path, metadata={"sha256": "of another permutation"})
-    assert torch.equal(cached_partition(tiny_models.build("bert"), config, tmp_path)[1], found[1])
 
 
 @pytest.mark.parametrize("name", ["tiny-bert", "tiny-gpt2"])

@@ -11,7 +11,15 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import emoe
 from emoe.layer import routed_layers
@@ -209,6 +217,9 @@ def batch(data: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in data]) for name in data[0]}
 
 
+TWO_PASSES = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+
 @pytest.mark.parametrize("has_source", [True, False])
 @pytest.mark.parametrize("kind", ["mean that Trainer divides", "mean that it does not divide", "sum over labels"])
 def test_the_balance_loss_is_scaled_like_the_models_loss(kind: str, has_source: bool, tmp_path: Path) -> None:
@@ -225,8 +236,7 @@ def test_the_balance_loss_is_scaled_like_the_models_loss(kind: str, has_source: 
     for part, count in zip(parts, counts, strict=True):
         ((expected(**part).loss + emoe.aux_loss(expected)) * count / whole).backward()
     torch.optim.SGD(expected.parameters(), lr=0.1).step()
-    sizes = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    run = trainer(model, tmp_path, data=data, **sizes, **BY_HAND)
+    run = trainer(model, tmp_path, data=data, **TWO_PASSES, **BY_HAND)
     run.train()
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
@@ -236,6 +246,29 @@ def test_the_balance_loss_is_scaled_like_the_models_loss(kind: str, has_source: 
     torch.testing.assert_close(run.evaluate()["eval_loss"], float(task), atol=1e-4, rtol=1e-4)
     model.train()
     assert float(model(**batch(data)).loss.detach()) == pytest.approx(float(task), rel=1e-4)
+
+
+@pytest.mark.parametrize(("outputs", "weight"), [(1, 1.0), (2, 0.5)])
+def test_a_regression_ignores_the_number_of_labels_but_a_classification_divides_by_it(
+    outputs: int, weight: float, tmp_path: Path
+) -> None:
+    """Both of the same class, which gives the number to its loss function."""
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        config = ViTConfig(num_labels=outputs, image_size=16, patch_size=8, **SIZES)
+        return emoe.convert_(vit := ViTForImageClassification(config), BALANCED) and vit
+
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 0, 1]) if outputs == 2 else torch.tensor([0.0, 1.0, 2.0, 3.0])
+    data = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
+    trained, expected = model(), model().train()
+    for half in (data[:2], data[2:]):
+        ((expected(**batch(half)).loss + emoe.aux_loss(expected)) * weight).backward()
+    torch.optim.SGD(expected.parameters(), lr=0.1).step()
+    trainer(trained, tmp_path, data=data, **TWO_PASSES, **BY_HAND).train()
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_an_interrupted_training_leaves_no_second_balance_loss(tmp_path: Path) -> None:
