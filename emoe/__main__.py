@@ -104,9 +104,8 @@ def convert(model: str, out: Path, kind: str, as_published: str | None, others: 
         loaded = files.load_stock(files.loader_for(source), source).eval()
         torch.manual_seed(0)  # for learned routers, as from disk to disk
         report = emoe.convert_(loaded, config, progress=True)
-        with files.new_folder(out) as new:
+        with files.new_folder(out, source) as new:
             emoe.save_pretrained(loaded, new)
-            files.copy_companions(source, new)
     click.echo(report)
     click.echo(f"Written to {out}")
 
@@ -122,7 +121,7 @@ def inspect(folder: Path, as_json: bool) -> None:
     """
     mark, tensors, extra = checkpoint.read_sidecars(folder)
     config, experts = mark.config, mark.config.num_experts
-    layers = [{"layer": index, "experts": experts, **_measures(tensors, index, experts)} for index in mark.layers]
+    layers = [{"layer": index, "experts": experts, **_neuron_columns(tensors, index, experts)} for index in mark.layers]
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     extra_numbers = sum(tensor.numel() for tensor in extra.values())
     if as_json:
@@ -130,8 +129,8 @@ def inspect(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps(content, indent=1))
         return
     defaults = type(config)(num_experts=experts, top_k=config.top_k).to_dict()
-    is_set = {name: "" if value == defaults[name] else "*" for name, value in config.to_dict().items()}
-    fields = [(name, json.dumps(value), is_set[name]) for name, value in config.to_dict().items()]
+    values = config.to_dict().items()
+    fields = [(name, json.dumps(value), "" if value == defaults[name] else "*") for name, value in values]
     click.echo(tabulate(fields, headers=["field", "value", "set"], tablefmt="simple") + "\n")
     click.echo(tabulate(layers, headers="keys", tablefmt="simple", floatfmt=".3f") + "\n")
     rows = [(name, f"{size / 1e6:.2f} MB") for name, size in sizes.items()]
@@ -142,8 +141,8 @@ def inspect(folder: Path, as_json: bool) -> None:
         click.echo(f"\n{checkpoint.EXTRA_FILE}: {extra_numbers:,} numbers that the stock class has no place for")
 
 
-def _measures(tensors: dict[str, Any], index: int, experts: int) -> dict[str, Any]:
-    """Describe a layer's neurons; empty if there is no partition file."""
+def _neuron_columns(tensors: dict[str, Any], index: int, experts: int) -> dict[str, Any]:
+    """Return the columns that describe a layer's neurons; none without a partition file."""
     if not tensors:
         return {}
     norms, order = tensors[f"key_norms.{index}"], tensors.get(f"permutation.{index}")
@@ -165,9 +164,8 @@ def to_dense(folder: Path, out: Path, restore_order: bool) -> None:
     except NotStreamedError as reason:
         click.echo(f"Loading the model: {reason}", err=True)
         model = emoe.to_dense_(emoe.from_pretrained(files.loader_for(source), source), restore_order=restore_order)
-        with files.new_folder(out) as new:
+        with files.new_folder(out, source) as new:
             files.save_weights(model, new)
-            files.copy_companions(source, new)
     click.echo(f"Written to {out}")
 
 

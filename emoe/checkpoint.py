@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,8 @@ def read_mark(folder: Path) -> Mark | None:
     The mark in ``config.json`` counts, because every library writes it with the weights; without it, the file
     ``emoe_config.json``. A damaged file raises :class:`CheckpointError`.
     """
-    path, content = folder / files.STOCK_CONFIG_FILE, files.read_settings(folder).get(MARK)
+    path = folder / files.STOCK_CONFIG_FILE
+    content = files.read_settings(folder).get(MARK)
     if not content:
         path = folder / CONFIG_FILE
         if not path.exists():
@@ -76,14 +76,10 @@ def read_mark(folder: Path) -> Mark | None:
 
 
 def read_sidecars(folder: Path) -> tuple[Mark, dict[str, Tensor], dict[str, Tensor]]:
-    """Read the small files of a converted model's folder.
+    """Read the small files of a converted model's folder (:class:`CheckpointError`).
 
     Returns:
-        Mark; permutations with key norms; state that the stock class lacks. The latter two are empty if the model's
-        library wrote the folder.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or the files do not describe the same experts.
+        Mark; tensors of the partition file; tensors of the extra file. Both are empty if the library wrote the folder.
     """
     files.check_loadable(folder)
     mark, path = read_mark(folder), folder / PARTITION_FILE
@@ -92,14 +88,15 @@ def read_sidecars(folder: Path) -> tuple[Mark, dict[str, Tensor], dict[str, Tens
     if not path.exists() and not (folder / CONFIG_FILE).exists():
         return mark, {}, {}
     tensors = files.read_tensors(path)
-    layers = sorted(int(name.split(".")[1]) for name in tensors if re.fullmatch(r"key_norms\.\d+", name))
+    layers = sorted(int(name.removeprefix("key_norms.")) for name in tensors if name.startswith("key_norms."))
     experts: Any = tensors.get("num_experts", torch.zeros(1)).tolist()
     if experts != mark.config.num_experts or layers != mark.layers:
         raise CheckpointError(
-            f"{path} describes {experts} experts in the layers {files.some(layers)}, but the configuration "
-            f"{mark.config.num_experts} experts in the layers {files.some(mark.layers)}"
+            f"{path} describes {experts} experts in the layers {files.first_three(layers)}, but the configuration "
+            f"{mark.config.num_experts} experts in the layers {files.first_three(mark.layers)}"
         )
-    return mark, tensors, files.read_tensors(folder / EXTRA_FILE) if (folder / EXTRA_FILE).exists() else {}
+    extra = folder / EXTRA_FILE
+    return mark, tensors, files.read_tensors(extra) if extra.exists() else {}
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -156,10 +153,7 @@ def _stock_state(model: nn.Module) -> dict[str, Tensor]:
 def save_sidecars(model: nn.Module, folder: Path, *, write: bool = True) -> None:
     """Write the small files of a converted model's folder.
 
-    Args:
-        model: converted model. Sharded weights are gathered, so every process must call this.
-        folder: folder of the weights.
-        write: False in processes that only take part in gathering.
+    Sharded weights are gathered, so every process must call this; all but one pass ``write=False``.
     """
     layers, _ = numbered_layers(model)
     described = [describe_layer(index, layer) for index, layer in layers.items()]
@@ -167,13 +161,13 @@ def save_sidecars(model: nn.Module, folder: Path, *, write: bool = True) -> None
         write_sidecars(described, next(iter(layers.values())).config, sorted(layers), folder)
 
 
-Description = tuple[dict[str, Tensor], dict[str, Tensor]]  # a layer's tensors for the partition file and the extra file
+TensorsByFile = tuple[dict[str, Tensor], dict[str, Tensor]]  # a layer's tensors for the partition and the extra file
 
 
 def write_sidecars(
-    described: Iterable[Description], config: EMoEConfig | GMoEConfig, layers: list[int], folder: Path
+    described: Iterable[TensorsByFile], config: EMoEConfig | GMoEConfig, layers: list[int], folder: Path
 ) -> None:
-    """Write the small files of a folder from the results of :func:`describe_layer`."""
+    """Write the small files of a folder, given the results of :func:`describe_layer`."""
     tensors = {"num_experts": torch.tensor(config.num_experts)}
     extra: dict[str, Tensor] = {}
     for layer_tensors, layer_extra in described:
@@ -187,22 +181,22 @@ def write_sidecars(
     (folder / CONFIG_FILE).write_text(text + "\n")
 
 
-def describe_layer(index: int, layer: RoutedActivation) -> Description:
+def describe_layer(index: int, layer: RoutedActivation) -> TensorsByFile:
     """Return a layer's tensors for the partition file, and those for the extra file."""
-    modules = [module for _, _, part in _parts(layer) for module in part.modules()]
-    with weights_in_place(*{*modules, layer.ffn.proj_in}):
+    modules = {module for _, _, root in _modules_with_state(layer) for module in root.modules()}
+    with weights_in_place(*modules | {layer.ffn.proj_in}):
         tensors = {f"key_norms.{index}": _key_norms(layer.ffn)}
         if layer.permutation is not None:
             tensors[f"permutation.{index}"] = layer.permutation.contiguous()
         extra = {
             f"{index}.{key}.{name}": unsharded(tensor).cpu().contiguous()
-            for key, _, module in _parts(layer)
+            for key, _, module in _modules_with_state(layer)
             for name, tensor in module.state_dict().items()
         }
         return tensors, extra
 
 
-def _parts(layer: RoutedActivation) -> list[tuple[str, str, nn.Module]]:
+def _modules_with_state(layer: RoutedActivation) -> list[tuple[str, str, nn.Module]]:
     """Return the modules with state that the stock class lacks: name in the extra file, path in the model, module."""
     copies = layer.ffn.projections() if isinstance(layer.config, GMoEConfig) else []
     return [("routing", layer.ffn.spec.activation, layer), *((path, path, module) for path, module in copies)]
@@ -247,7 +241,7 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     Raises:
         CheckpointError: a file is missing or damaged, or the small files belong to other weights.
     """
-    if not callable(loader) and not hasattr(loader, "from_pretrained"):
+    if not callable(loader):
         raise CheckpointError(f"from_pretrained: the loader is {loader!r:.80}; give the model's class or builder")
     folder = Path(folder)
     mark, tensors, extra = read_sidecars(folder)
@@ -258,7 +252,9 @@ def from_pretrained(loader: Any, folder: str | os.PathLike[str], **options: Any)
     stored = files.Weights(folder)
 
     def restored(model: nn.Module) -> set[str]:
-        ffns = [ffn for ffn, _ in converted_ffns(model, mark, tensors, folder)] if is_gmoe else []
+        if not is_gmoe:
+            return set()
+        ffns = [ffn for ffn, _ in converted_ffns(model, mark, tensors, folder)]
         prefixes = tuple(f"{ffn.name}.{path}." for ffn in ffns for path, _ in ffn.projections())
         return {name for name in model.state_dict() if name.startswith(prefixes)}
 
@@ -291,7 +287,7 @@ def has_routing_state(mark: Mark, stored: files.Weights) -> bool:
 def converted_ffns(
     model: nn.Module, mark: Mark, tensors: dict[str, Tensor], folder: Path
 ) -> list[tuple[FFN, Tensor | None]]:
-    """Return the FFNs of a dense model that are experts in its folder, and their permutations, None if unknown."""
+    """Return the FFNs of a dense model that are experts in its folder, with their permutations (None if unknown)."""
     ffns = find_ffns(model)
     if mark.layers[-1] >= len(ffns) or mark.ffns not in (None, len(ffns)):
         raise CheckpointError(
@@ -301,9 +297,9 @@ def converted_ffns(
     pairs = [(ffns[index], tensors.get(f"permutation.{index}")) for index in mark.layers]
     if isinstance(mark.config, EMoEConfig):
         check_divisible([ffn for ffn, _ in pairs], mark.config.num_experts)
-    is_known = any(permutation is not None for _, permutation in pairs)
-    for ffn, permutation in pairs if is_known else []:
-        if not is_permutation(permutation, ffn.d):
+    has_permutations = any(permutation is not None for _, permutation in pairs)
+    for ffn, permutation in pairs:
+        if has_permutations and not is_permutation(permutation, ffn.d):
             raise CheckpointError(f"{folder / PARTITION_FILE} has no permutation of {ffn.name}'s {ffn.d} neurons")
     return pairs
 
@@ -315,7 +311,7 @@ def _restore_state(
     keys = {
         f"{layer.ffn.name}.{path}.{name}": f"{layer.ffn.index}.{key}.{name}"
         for layer in layers
-        for key, path, module in _parts(layer)
+        for key, path, module in _modules_with_state(layer)
         for name in module.state_dict()
     }
     if isinstance(source, files.Weights):
@@ -323,7 +319,9 @@ def _restore_state(
     else:
         state = {name: source[key] for name, key in keys.items() if key in source}
     if missing := sorted(keys.keys() - state.keys()):
-        raise CheckpointError(f"{folder} lacks {files.some(missing)}; save with save_pretrained or TrainerCallback")
+        raise CheckpointError(
+            f"{folder} lacks {files.first_three(missing)}; save with save_pretrained or TrainerCallback"
+        )
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -33,9 +33,10 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def some(names: Collection[object]) -> str:
+def first_three(names: Collection[object]) -> str:
     """Return the first three names, and the number of the others."""
-    return ", ".join(map(str, list(names)[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(str, list(names)[:3])) + others
 
 
 @contextmanager
@@ -56,7 +57,8 @@ def _writable(path: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be written: {one_line(error)}") from error
-    os.umask(umask := os.umask(0))  # the only way to read it
+    umask = os.umask(0)  # the only way to read it
+    os.umask(umask)
     for file in path.glob("*.safetensors") if path.is_dir() else [path]:
         file.chmod(0o666 & ~umask)  # safetensors lets only the owner read
 
@@ -82,23 +84,33 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, notes: dict[str, str] | None = None) -> None:
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file; empty if there are none (:class:`CheckpointError`)."""
+    with _readable(path), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file with the permissions of a new file (:class:`CheckpointError`)."""
     with _writable(path):
-        save_file(tensors, path, metadata=notes)
+        save_file(tensors, path, metadata=metadata)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder's weights (:class:`CheckpointError`)."""
     single, index = (folder / name for name in WEIGHT_FILES)
-    if not single.exists() and not index.exists():
+    if single.exists():
+        return [single]
+    if not index.exists():
         raise CheckpointError(f"{folder} holds no {' or '.join(WEIGHT_FILES)}; other formats are not read")
-    shards = {"": single.name} if single.exists() else read_object(index).get("weight_map")
-    names = set(map(str, shards.values())) if isinstance(shards, dict) else {"weight_map"}
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise CheckpointError(f"{index} is damaged: its 'weight_map' is not an object")
+    names = sorted({str(name) for name in shards.values()})
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+        if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{folder}: the weights '{name:.80}' must be a .safetensors file of this folder")
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in names]
 
 
 class Weights:
@@ -115,22 +127,25 @@ class Weights:
             return cast(Tensor, file.get_tensor(name))
 
     def find(self, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-        """Return the stored names of a model's tensors, without those that are not stored."""
+        """Return the names that a model's tensors have in the files, without tensors that are not stored."""
         prefix = f"{getattr(model, 'base_model_prefix', '')}."  # a checkpoint may have it or not
 
         def match(name: str) -> str | None:
             spellings = (name, prefix + name, name.removeprefix(prefix))
             return next((spelling for spelling in spellings if spelling in self.files), None)
 
-        stored = {name: match(name) for name in names}
-        missing = [name for name, stored_name in stored.items() if stored_name is None]
+        matches = {name: match(name) for name in names}
+        missing = [name for name, stored in matches.items() if stored is None]
         if missing and hasattr(model, "save_pretrained"):
-            stored |= {name: match(older) for name, older in _library_names(model, missing).items()}
-        return {name: stored_name for name, stored_name in stored.items() if stored_name}
+            matches |= {name: match(older) for name, older in _library_names(model, missing).items()}
+        return {name: stored for name, stored in matches.items() if stored}
 
 
 def _library_names(model: nn.Module, names: list[str]) -> dict[str, str]:
-    """Return the names that transformers gives tensors in files, which may be names of older releases."""
+    """Return the names that transformers gives tensors in files, which may be names of older releases.
+
+    Transformers has no function for this: it saves a number under each name, and the file shows the new names.
+    """
     numbers = {name: torch.tensor([number]) for number, name in enumerate(names)}
     with TemporaryDirectory() as folder, quiet():
         cast(Any, model).save_pretrained(folder, state_dict=numbers)
@@ -193,27 +208,23 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
 
     Args:
         loader: transformers class, ``timm.create_model`` or function that builds a plain module.
-        folder: folder of the checkpoint.
+        folder: folder of the checkpoint (:class:`CheckpointError` if it is damaged, or another model's).
         restored: tensors that the caller restores. All others must be stored, except a new head in transformers.
         **options: options of the loader.
-
-    Raises:
-        CheckpointError: files are missing or damaged, or the weights are not the model's.
     """
     check_loadable(folder)
-    is_timm = str(getattr(loader, "__module__", "")).startswith("timm.")
-    if not is_timm and not hasattr(loader, "from_pretrained"):
+    is_transformers = hasattr(loader, "from_pretrained")
+    if not is_transformers and not loader.__module__.startswith("timm."):
         return _load_state(loader(**options), folder, restored)  # errors in the user's function are not caught
     try:
-        if not is_timm:
+        if is_transformers:
             return _load_with_transformers(loader, folder, restored, options)
         model = loader(f"local-dir:{folder}", pretrained=restored is None, **options)
         return model if restored is None else _load_state(model, folder, restored)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged configuration raises anything
-        name = getattr(loader, "__name__", type(loader).__name__)
-        raise CheckpointError(f"{folder} cannot be loaded by {name}: {one_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded by {loader.__name__}: {one_line(error)}") from error
 
 
 def _load_with_transformers(loader: Any, folder: Path, restored: Restored | None, options: dict[str, Any]) -> nn.Module:
@@ -224,8 +235,9 @@ def _load_with_transformers(loader: Any, folder: Path, restored: Restored | None
     expected = restored(model) if restored else set()
     missing = set(info["missing_keys"]) - expected
     lacking = _saved_by_writer(model, folder, missing) if missing else set()
-    if restored and missing - lacking:
-        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, some(sorted(missing - lacking)))
+    new_head = sorted(missing - lacking)
+    if restored and new_head:
+        logging.getLogger("emoe").warning("%s has no %s: train this new head", folder, first_three(new_head))
     if not options.get("ignore_mismatched_sizes"):
         lacking |= {name for name, *_ in info["mismatched_keys"]} - expected
     _check_complete(lacking, folder)
@@ -248,7 +260,7 @@ def _saved_by_writer(model: nn.Module, folder: Path, missing: set[str]) -> set[s
 
 
 def _load_state(model: nn.Module, folder: Path, restored: Restored | None) -> nn.Module:
-    """Load the stored tensors of a plain or timm model that have its shapes."""
+    """Load the stored tensors of a plain or timm model that have the model's shapes."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     stored = read_tensors(folder / WEIGHT_FILES[0])
     state = {name: tensor for name, tensor in stored.items() if tensor.shape == shapes.get(name)}
@@ -259,7 +271,7 @@ def _load_state(model: nn.Module, folder: Path, restored: Restored | None) -> nn
 
 def _check_complete(lacking: Collection[str], folder: Path) -> None:
     if lacking:
-        names = some(sorted(lacking))
+        names = first_three(sorted(lacking))
         raise CheckpointError(f"the weights in {folder} lack {names}, or have other shapes: they are not this model's")
 
 
@@ -305,18 +317,19 @@ def check_new(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Write to a temporary folder beside the new one, and rename it at the end (:class:`CheckpointError`)."""
+def new_folder(folder: Path, source: Path) -> Iterator[Path]:
+    """Write to a temporary folder beside the new one; at the end, add the source's companions and rename it."""
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         temporary = Path(scratch) / folder.name
         temporary.mkdir()
         yield temporary
+        _copy_companions(source, temporary)
         temporary.replace(folder)
 
 
-def copy_companions(source: Path, target: Path) -> None:
+def _copy_companions(source: Path, target: Path) -> None:
     """Copy the tokenizer, templates and other settings that the target folder does not have."""
     root = source.resolve()
     if root.parent.name == "snapshots":  # the hub's cache links files beside its folders

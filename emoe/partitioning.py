@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from emoe.architectures import find_ffns
@@ -25,7 +24,7 @@ from emoe.checks import check_distinct_keys, check_divisible, check_weights
 from emoe.clustering import balanced_kmeans, explained_variance_ratio
 from emoe.config import EMoEConfig, check_config
 from emoe.errors import CheckpointError, ConfigError, ConversionError
-from emoe.files import one_line, write_tensors
+from emoe.files import read_metadata, read_tensors, write_tensors
 from emoe.layer_numbers import resolve_layers
 
 # Part of every cache key. Increase it if the same settings give another partition.
@@ -122,8 +121,8 @@ def group_neurons(keys: Tensor, config: EMoEConfig, layer: int, activations: Ten
 
     Args:
         keys: key vectors ``[d, h]``.
-        config: the configuration, as in :func:`partition`.
-        layer: number of the layer, which seeds a random partition.
+        config: configuration, as in :func:`partition`.
+        layer: layer number, which seeds a random partition.
         activations: neurons' activations ``[d, tokens]`` for a co-activation partition.
     """
     start, num_experts, seed = time.perf_counter(), config.num_experts, config.partition_seed
@@ -163,12 +162,9 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def is_permutation(tensor: Tensor | None, length: int) -> bool:
     """Check if a tensor is an int64 permutation of ``0 … length - 1``."""
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.dtype == torch.int64
-        and tensor.shape == (length,)
-        and torch.equal(tensor.sort().values.cpu(), torch.arange(length))
-    )
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tensor.shape != (length,):
+        return False
+    return torch.equal(tensor.sort().values.cpu(), torch.arange(length))
 
 
 def save_partition(partition: Partition, path: str | os.PathLike[str]) -> None:
@@ -184,18 +180,15 @@ def save_partition(partition: Partition, path: str | os.PathLike[str]) -> None:
 
 def load_partition(path: str | os.PathLike[str]) -> Partition:
     """Read a file of :func:`save_partition` (:class:`CheckpointError` if it is missing or damaged)."""
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            permutations = {int(name.removeprefix("layer.")): file.get_tensor(name) for name in list(file.keys())}
-        notes = [json.loads(metadata.get(name, "{}")) for name in ("explained", "seconds")]
-        explained, seconds = ({int(layer): number for layer, number in numbers.items()} for numbers in notes)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {one_line(error)}") from error
-    for layer, permutation in permutations.items():
-        if not is_permutation(permutation, permutation.numel()):
-            raise CheckpointError(f"{path}: layer.{layer} is not a permutation")
+    tensors, metadata = read_tensors(Path(path)), read_metadata(Path(path))
+    for name, tensor in tensors.items():
+        if not is_permutation(tensor, tensor.numel()):
+            raise CheckpointError(f"{path}: {name} is not a permutation")
+    permutations = {int(name.removeprefix("layer.")): tensor for name, tensor in tensors.items()}
+    explained, seconds = _by_layer(metadata.get("explained", "{}")), _by_layer(metadata.get("seconds", "{}"))
     return Partition(dict(sorted(permutations.items())), explained, seconds)
+
+
+def _by_layer(text: str) -> dict[int, float]:
+    """Read a JSON object of numbers by layer, whose keys are strings in JSON."""
+    return {int(layer): number for layer, number in json.loads(text).items()}

@@ -41,27 +41,18 @@ class LayerRecord:
 
     @torch.no_grad()
     def update(self, chosen: Tensor, kept: Tensor) -> None:
-        """Add one forward pass.
-
-        Args:
-            chosen: ``[T, N]`` bool, the chosen experts.
-            kept: ``[T, N]`` bool, the choices that are within the capacity.
-        """
+        """Add the choices ``[T, N]`` bool of one forward pass, and those of them that are within the capacity."""
         if is_recomputed():
             return
         with self._lock:
             mask = self._token_mask(len(chosen))
-            dropped = None if kept is chosen else chosen & ~kept
             if mask is None:
                 self._tokens += len(chosen)
             else:
-                mask = mask.to(chosen.device).unsqueeze(1)
                 self._tokens += mask.sum()
-                chosen = chosen & mask
-                dropped = None if dropped is None else dropped & mask
-            if dropped is not None:
-                self._dropped += dropped.sum()
-            self._loads += self._count_labels(chosen)
+                chosen = chosen & mask.to(chosen.device).unsqueeze(1)
+            self._dropped += (chosen & ~kept).sum()
+            self._loads += self._count_by_label(chosen)
             self._passes += 1
             if self._window and self._passes % self._window == 0:
                 self.windows.append((self._loads - self._window_start).cpu())
@@ -74,17 +65,17 @@ class LayerRecord:
             warnings.warn(f"padding is counted: {error}", stacklevel=2)
             return None
 
-    def _count_labels(self, chosen: Tensor) -> Tensor:
+    def _count_by_label(self, chosen: Tensor) -> Tensor:
         """Add the loads by label, if each row has one. Return the loads ``[N]`` of all tokens."""
         labels = self._labels.labels
         if labels is None or len(chosen) % max(len(labels), 1):
             return chosen.sum(0)
-        shape = (len(labels), -1) if self._rows_first else (-1, len(labels))
-        by_row = chosen.unflatten(0, shape).sum(int(self._rows_first))
-        missing = self._labels.num_labels(labels) - len(self._loads_by_label)
-        if missing > 0:
-            new_rows = self._loads_by_label.new_zeros(missing, self.num_experts)
-            self._loads_by_label = torch.cat([self._loads_by_label, new_rows])
+        if self._rows_first:
+            by_row = chosen.unflatten(0, (len(labels), -1)).sum(1)
+        else:
+            by_row = chosen.unflatten(0, (-1, len(labels))).sum(0)
+        new_labels = max(self._labels.num_labels(labels) - len(self._loads_by_label), 0)
+        self._loads_by_label = torch.nn.functional.pad(self._loads_by_label, (0, 0, 0, new_labels))
         labels = labels.to(by_row.device)
         labelled = labels >= 0
         self._loads_by_label.index_add_(0, labels[labelled], by_row[labelled])

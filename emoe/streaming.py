@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -70,7 +69,7 @@ def convert_folder(
                 if layer.output_bias is not None:
                     changes[stored[f"{ffn.spec.proj_out}.bias"]] = partial(Tensor.type_as, layer.mean_output_bias())
     convert.mark_(model)
-    with files.new_folder(out) as new:
+    with files.new_folder(out, source) as new:
         _write(source, new, changes, {checkpoint.MARK: cast(Any, model).config.emoe}, progress)
         checkpoint.write_sidecars(described, config, [ffn.index for ffn in chosen], new)
     return convert.conversion_report(reports, config, len(ffns), neurons, convert.count_parameters(model) - before)
@@ -96,7 +95,7 @@ def fold_folder(source: Path, out: Path, *, restore_order: bool = False, progres
             checkpoint.check_key_norms(ffn, tensors, source)
         if restore_order:
             changes |= _reorder(ffn, stored, torch.argsort(cast(Tensor, permutation)))
-    with files.new_folder(out) as new:
+    with files.new_folder(out, source) as new:
         _write(source, new, changes, {}, progress)
 
 
@@ -140,11 +139,9 @@ def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any], pro
         tensors = files.read_tensors(path)
         for name in tensors.keys() & changes.keys():
             tensors[name] = changes[name](tensors[name]).contiguous()
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata() or {"format": "pt"}  # transformers requires the format
-        files.write_tensors(tensors, out / path.name, notes)
+        metadata = files.read_metadata(path) or {"format": "pt"}  # transformers requires the format
+        files.write_tensors(tensors, out / path.name, metadata)
     if paths[0].name != files.WEIGHT_FILES[0]:
         shutil.copyfile(source / files.WEIGHT_FILES[1], out / files.WEIGHT_FILES[1])
     settings = {key: value for key, value in files.read_settings(source).items() if key != checkpoint.MARK}
     (out / files.STOCK_CONFIG_FILE).write_text(json.dumps(settings | mark, indent=2) + "\n")
-    files.copy_companions(source, out)

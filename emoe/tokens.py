@@ -32,7 +32,7 @@ class _ArgumentHook:
     """Read one argument of a module in each forward pass, if it is a tensor of ``ndim`` dimensions."""
 
     def __init__(self, module: nn.Module, argument: str, ndim: int) -> None:
-        names = list(inspect.signature(module.forward).parameters)
+        names = _arguments(module)
         self._argument, self._ndim = argument, ndim
         self._position = names.index(argument) if argument in names else None
         # Each thread's last call: the argument, and True while the call is in progress.
@@ -150,7 +150,7 @@ def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMas
     """
     modules = dict(model.named_modules())
     names = {module: name for name, module in modules.items()}
-    arguments = (_TEXT, *_OTHER_INPUTS, *_KEY_PADDING)
+    inputs = {_TEXT, *_OTHER_INPUTS, *_KEY_PADDING}
     hooks: dict[str, PaddingMaskHook | None] = {}
     by_layer = {}
     for ffn in ffns:
@@ -158,7 +158,7 @@ def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMas
         # stop above the layer: torch's layers get a mask of their own
         parents = names[ffn.parents[path]].split(".")[: -1 - path.count(".")]
         ancestors = (".".join(parents[:length]) for length in range(len(parents), -1, -1))
-        name = next((name for name in ancestors if _takes_any(modules[name], *arguments)), "")
+        name = next((name for name in ancestors if inputs.intersection(_arguments(modules[name]))), "")
         if name not in hooks:
             hooks[name] = _watch(modules[name], rows_first=ffn.rows_first)
         by_layer[ffn.index] = hooks[name]
@@ -166,17 +166,20 @@ def watch_padding(model: nn.Module, ffns: Sequence[FFN]) -> dict[int, PaddingMas
 
 
 def _watch(module: nn.Module, *, rows_first: bool) -> PaddingMaskHook | None:
-    for argument in _KEY_PADDING:
-        if _takes_any(module, argument):
-            return PaddingMaskHook(module, argument, cached=False, rows_first=rows_first)
-    takes_text = _takes_any(module, _TEXT)
-    if _takes_any(module, _MASK) and (takes_text or not _takes_any(module, *_OTHER_INPUTS)):
+    """Watch the padding mask of a module. Return None if it takes no mask, or the mask of pixels or sound."""
+    arguments = _arguments(module)
+    for name in _KEY_PADDING:
+        if name in arguments:
+            return PaddingMaskHook(module, name, cached=False, rows_first=rows_first)
+    takes_text = _TEXT in arguments
+    if _MASK in arguments and (takes_text or not set(_OTHER_INPUTS).intersection(arguments)):
         return PaddingMaskHook(module, _MASK, cached=takes_text, rows_first=rows_first)
     return None
 
 
-def _takes_any(module: nn.Module, *arguments: str) -> bool:
-    return not set(arguments).isdisjoint(inspect.signature(module.forward).parameters)
+def _arguments(module: nn.Module) -> list[str]:
+    """Return the names of a module's arguments."""
+    return list(inspect.signature(module.forward).parameters)
 
 
 def remove_argument_hooks(model: nn.Module) -> None:

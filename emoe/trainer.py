@@ -130,10 +130,11 @@ def _share(model: Any, kwargs: dict[str, Any], loss: Tensor) -> Tensor | float:
     count = kwargs.get("num_items_in_batch")
     if count is None or torch.autograd.grad(loss, count, retain_graph=True, allow_unused=True)[0] is None:
         return 1.0
-    labels: Tensor = kwargs["shift_labels"] if "shift_labels" in kwargs else kwargs["labels"]
-    shifts = (
-        LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss and not model.config.is_encoder_decoder
-    )
-    if shifts and "shift_labels" not in kwargs:
-        labels = labels[..., 1:]
+    is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
+    if "shift_labels" in kwargs:
+        labels: Tensor = kwargs["shift_labels"]
+    elif is_causal and not model.config.is_encoder_decoder:
+        labels = kwargs["labels"][..., 1:]  # the first token has no prediction
+    else:
+        labels = kwargs["labels"]
     return labels.ne(_IGNORED_LABEL).sum() / count.detach().flatten()[0]
