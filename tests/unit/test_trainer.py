@@ -297,7 +297,7 @@ def test_gates_move_after_each_step_as_they_do_by_hand(tmp_path: Path) -> None:
         emoe.update_gates_(expected)
     trainer(model, tmp_path, max_steps=2, **BY_HAND).train()
     for own, wanted in zip(routed_layers(model), routed_layers(expected), strict=True):
-        torch.testing.assert_close(own.gate, wanted.gate)
+        torch.testing.assert_close(own.router.gate, wanted.router.gate)
 
 
 def test_what_cannot_be_trained_or_loaded_says_what_to_do(tmp_path: Path) -> None:
