@@ -45,10 +45,11 @@ class FFNSpec:
     rows_first: bool = True
 
     def paths(self) -> list[str]:
-        """Return the paths of the in-projections, the out-projection and the activation."""
-        return [path for path in (self.proj_in, self.proj_up, self.proj_out, self.activation) if path]
+        """Return the paths of all modules of the FFN."""
+        inputs = [self.proj_in, self.proj_up] if self.proj_up else [self.proj_in]
+        return [*inputs, self.proj_out, self.activation, *self.between]
 
-    def missing(self, layer: nn.Module) -> str | None:
+    def missing_path(self, layer: nn.Module) -> str | None:
         """Return the first path that a layer does not have, or None."""
         for path in self.paths():
             prefix, _, name = path.rpartition(".")
@@ -62,7 +63,7 @@ class FFNSpec:
         return None
 
 
-def _t5(stack: str, position: int) -> list[FFNSpec]:
+def _t5_specs(stack: str, position: int) -> list[FFNSpec]:
     """Return the two kinds of FFN in one of T5's stacks: T5 1.0's, and the gated FFN of T5 1.1."""
     ffn = f"layer.{position}.DenseReluDense"
     plain = FFNSpec(f"{stack}.block", f"{ffn}.wi", f"{ffn}.act", f"{ffn}.wo", between=(f"{ffn}.dropout",))
@@ -86,7 +87,7 @@ _REGISTRY: dict[str, tuple[FFNSpec, ...]] = {
     "gpt2": (FFNSpec("h", "mlp.c_fc", "mlp.act", "mlp.c_proj", transposed=True),),
     "gpt_neox": (FFNSpec("layers", "mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),),
     "opt": (FFNSpec("decoder.layers", "fc1", "activation_fn", "fc2"),),
-    "t5": (*_t5("encoder", 1), *_t5("decoder", 2)),
+    "t5": (*_t5_specs("encoder", 1), *_t5_specs("decoder", 2)),
     "llama": (_GATED,),
     "mistral": (_GATED,),
     "qwen2": (_GATED,),
@@ -142,9 +143,8 @@ def register_ffn(key: str, *specs: FFNSpec) -> None:
 def _check_spec(spec: FFNSpec, name: str) -> None:
     if not isinstance(spec.between, tuple):
         raise ConversionError(f"{name}: between is {spec.between!r}; write a tuple of paths, as ('dropout',)")
-    paths = [*spec.paths(), *spec.between]
-    needed = (spec.layers, spec.proj_in, spec.activation, spec.proj_out)
-    if not all(isinstance(path, str) and path for path in (*needed, *paths)):
+    paths = spec.paths()
+    if not all(isinstance(path, str) and path for path in (spec.layers, *paths)):
         raise ConversionError(f"{name}: every path must be a non-empty string, as 'mlp.fc1'")
     if len(set(paths)) < len(paths):
         raise ConversionError(f"{name}: the path '{max(paths, key=paths.count)}' occurs twice")
@@ -157,17 +157,6 @@ def _check_spec(spec: FFNSpec, name: str) -> None:
 def registered_ffns() -> dict[str, tuple[FFNSpec, ...]]:
     """Return a copy of the registry."""
     return dict(_REGISTRY)
-
-
-class FunctionActivation(nn.Module):
-    """Wrap an activation function as a module."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.function(z)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,19 +198,16 @@ class FFN:
         return self.module(self.spec.proj_out)
 
     @property
-    def activation(self) -> nn.Module:
-        """The activation; a function is wrapped."""
-        activation = self.module(self.spec.activation)
-        return activation if isinstance(activation, nn.Module) else FunctionActivation(activation)
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """The activation, a module or a function."""
+        return self.module(self.spec.activation)
 
-    def replace(self, path: str, module: nn.Module) -> None:
-        """Put a module at a path; a :class:`FunctionActivation` is replaced by its function."""
+    def replace(self, path: str, module: Callable[[Tensor], Tensor]) -> None:
+        """Put a module, or the activation's function, at a path."""
         parent, name = self.parents[path], path.rpartition(".")[2]
-        if isinstance(module, FunctionActivation):
-            delattr(parent, name)
-            setattr(parent, name, module.function)
-        else:
-            setattr(parent, name, module)
+        if not isinstance(module, nn.Module):
+            delattr(parent, name)  # PyTorch puts no function in a module's place
+        setattr(parent, name, module)
 
     def inputs(self) -> list[tuple[str, nn.Module]]:
         """Return the in-projections with their paths: one, or two for a gated FFN."""
@@ -256,7 +242,7 @@ class FFN:
 
     def keys_of(self, weight: Tensor) -> Tensor:
         """Return the key vectors ``[d, h]`` of an in-projection weight: a view."""
-        return self.activated_rows(weight.t() if self.spec.transposed else weight)
+        return self.activated_rows(self._by_output(weight))
 
     def key_bias(self) -> Tensor | None:
         """Return the bias of the pre-activations ``[d]`` as a view, or None."""
@@ -273,7 +259,10 @@ class FFN:
 
     def values(self) -> Tensor:
         """Return the value vectors ``[h, d]``, one column per neuron: a view of the weight."""
-        weight = cast(Tensor, self.proj_out.weight)
+        return self._by_output(cast(Tensor, self.proj_out.weight))
+
+    def _by_output(self, weight: Tensor) -> Tensor:
+        """Return a weight as ``[out, in]``: a view."""
         return weight.t() if self.spec.transposed else weight
 
     def blocks(self, num_experts: int) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor]:
@@ -282,17 +271,17 @@ class FFN:
         Each in-projection (the activated one, then the up-projection of a gated FFN) has a weight ``[N, s, h]`` and a
         bias ``[N, s]`` or None.
         """
-        inputs = [(self.keys(), self.key_bias())]
+
+        def split(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (num_experts, -1))
+
+        bias = self.key_bias()
+        inputs = [(split(self.keys()), None if bias is None else split(bias))]
         if self.gated:
             up = self.proj_up or self.proj_in
-            weight, bias = cast(Tensor, up.weight), bias_of(up)
-            rows = self._up_half(weight.t() if self.spec.transposed else weight)
-            inputs.append((rows, None if bias is None else self._up_half(bias)))
-        shape = (num_experts, -1)
-        split = [
-            (rows.unflatten(0, shape), None if bias is None else bias.unflatten(0, shape)) for rows, bias in inputs
-        ]
-        return split, self.values().t().unflatten(0, shape)
+            weight, bias = self._by_output(cast(Tensor, up.weight)), bias_of(up)
+            inputs.append((split(self._up_half(weight)), None if bias is None else split(self._up_half(bias))))
+        return inputs, split(self.values().t())
 
     def up(self, x: Tensor) -> Tensor:
         """Compute the up-projection ``[..., d]`` of inputs ``[..., h]`` of a gated FFN."""
@@ -301,8 +290,10 @@ class FFN:
     def neuron_dims(self) -> dict[str, int]:
         """Return the dimension that counts neurons for each projection tensor that has one, by path."""
         dim = 1 if self.spec.transposed else 0
-        dims = {f"{path}.{name}": d for path, _ in self.inputs() for name, d in (("weight", dim), ("bias", 0))}
-        return {**dims, f"{self.spec.proj_out}.weight": 1 - dim}
+        dims = {f"{self.spec.proj_out}.weight": 1 - dim}
+        for path, _ in self.inputs():
+            dims |= {f"{path}.weight": dim, f"{path}.bias": 0}
+        return dims
 
     def take(self, path: str, tensor: Tensor, neurons: Tensor) -> Tensor:
         """Select neurons ``[n]`` of the tensor at a path of :meth:`neuron_dims`; ``neurons[i]`` becomes neuron i."""
@@ -347,10 +338,10 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     ffns: dict[tuple[int, str], FFN] = {}
     missing = []
     for spec, name, layer in layers:
-        if path := spec.missing(layer):
+        if path := spec.missing_path(layer):
             missing.append(f"{name} has no module '{path}'")
             continue
-        parents = {path: layer.get_submodule(path.rpartition(".")[0]) for path in (*spec.paths(), *spec.between)}
+        parents = {path: layer.get_submodule(path.rpartition(".")[0]) for path in spec.paths()}
         batch_first = bool(getattr(getattr(layer, "self_attn", None), "batch_first", True))
         ffn = FFN(len(ffns), name, spec, parents, spec.rows_first and batch_first)
         ffns.setdefault((id(layer), spec.proj_in), ffn)  # if several specs fit the same FFN, the first one counts

@@ -19,7 +19,7 @@ def check_weights(model: nn.Module, ffns: Sequence[FFN]) -> None:
     for ffn in ffns:
         _check_shapes(ffn)
         _check_between(ffn)
-    check_unshared(model, ffns)
+    _check_unshared(model, ffns)
 
 
 def check_plain(ffns: Iterable[FFN]) -> None:
@@ -63,7 +63,7 @@ def _check_shapes(ffn: FFN) -> None:
 
 
 def _check_between(ffn: FFN) -> None:
-    if next(ffn.activation.parameters(), None) is not None:
+    if isinstance(ffn.activation, nn.Module) and next(ffn.activation.parameters(), None) is not None:
         kind = type(ffn.activation).__name__
         raise ConversionError(f"{ffn.name}.{ffn.spec.activation} ({kind}) has parameters, which EMoE does not support")
     for path, module in ffn.between():
@@ -71,7 +71,7 @@ def _check_between(ffn: FFN) -> None:
             raise ConversionError(f"{ffn.name}.{path} is {type(module).__name__}, which mixes the experts' neurons")
 
 
-def check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
+def _check_unshared(model: nn.Module, ffns: Sequence[FFN]) -> None:
     """Check that no other module uses the weights, which a permutation would change too."""
     users: dict[int, set[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -90,21 +90,6 @@ def check_divisible(ffns: Iterable[FFN], num_experts: int) -> None:
         if ffn.d % num_experts:
             nearest = f"the nearest number that can is {nearest_divisor(ffn.d, num_experts)}"
             raise ConversionError(f"{ffn.name}: {ffn.d} neurons cannot be split into {num_experts} experts; {nearest}")
-
-
-def check_trainable(ffns: Iterable[FFN]) -> None:
-    """Check that the FFNs train: copies of a frozen FFN would stay equal."""
-    for ffn in ffns:
-        for path, module in ffn.projections():
-            if not module.weight.requires_grad:
-                raise ConversionError(f"{ffn.name}.{path} is frozen, but GMoE's copies must train: set requires_grad")
-
-
-def check_gated(ffns: Iterable[FFN]) -> None:
-    """Check that the FFNs have an up-projection."""
-    for ffn in ffns:
-        if not ffn.gated:
-            raise ConversionError(f"{ffn.name} is not gated: choose score 'keys', 'gate', 'inter' or 'inter_abs'")
 
 
 def check_distinct_keys(ffns: Iterable[FFN]) -> None:

@@ -55,10 +55,10 @@ def _load_router(name: str) -> type[Any]:
 
 
 # emoe.register_router adds to this
-ROUTERS: dict[str, RegisteredRouter] = {
-    "avg_k": RegisteredRouter(False, functools.partial(_load_router, "AvgKRouter")),
-    "cosine": RegisteredRouter(True, functools.partial(_load_router, "CosineRouter")),
-    "fixed": RegisteredRouter(False, functools.partial(_load_router, "FixedRouter")),
+ROUTERS = {
+    "avg_k": RegisteredRouter(learned=False, load=lambda: _load_router("AvgKRouter")),
+    "cosine": RegisteredRouter(learned=True, load=lambda: _load_router("CosineRouter")),
+    "fixed": RegisteredRouter(learned=False, load=lambda: _load_router("FixedRouter")),
 }
 
 # The authors' Tutel layer with the settings of their language scripts.
@@ -123,14 +123,13 @@ class RoutingConfig:
         if isinstance(version, int) and version > CONFIG_VERSION:  # before the unknown fields of that release
             raise ConfigError(f"{cls.__name__}.version is {version}; a newer release of emoe wrote it")
         # checked here because the generated __init__ would raise Python's own TypeError
-        fields = dataclasses.fields(cls)
-        names = [field.name for field in fields]
+        fields = {field.name: field.default for field in dataclasses.fields(cls)}
         for name in values:
-            if name not in names:
-                raise ConfigError(f"{cls.__name__} has no field '{name}'{did_you_mean(name, names)}")
-        for field in fields if values else ():  # copy.copy calls this without values
-            if field.default is dataclasses.MISSING and field.name not in values:
-                raise ConfigError(f"{cls.__name__} needs the field '{field.name}'")
+            if name not in fields:
+                raise ConfigError(f"{cls.__name__} has no field '{name}'{did_you_mean(name, fields)}")
+        for name, default in fields.items():
+            if values and default is dataclasses.MISSING and name not in values:  # copy.copy gives no values
+                raise ConfigError(f"{cls.__name__} needs the field '{name}'")
         return super().__new__(cls)
 
     @classmethod

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from emoe.architectures import FFN, find_ffns
 from emoe.calibration import Batch
-from emoe.checks import check_divisible, check_gated, check_plain, check_trainable, check_weights
+from emoe.checks import check_divisible, check_plain, check_weights
 from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, check_config
 from emoe.errors import CheckpointError, ConversionError
 from emoe.layer import RoutedActivation, resize_parameter_, routed_layers
@@ -68,10 +68,9 @@ class ConversionReport:
 
         rows = [astuple(row) for row in self.layers]
         table = tabulate(rows, _HEADERS, "simple", _FORMATS, missingval="-", disable_numparse=[1], colalign=_ALIGNMENT)
-        return (
-            f"{table}\n{len(self.layers)} of {self.total_layers} FFNs converted, "
-            f"{self.active_neurons:.1%} of FFN neurons active per token, {self.added_parameters:,} parameters added"
-        )
+        converted = f"{len(self.layers)} of {self.total_layers} FFNs converted"
+        active = f"{self.active_neurons:.1%} of FFN neurons active per token"
+        return f"{table}\n{converted}, {active}, {self.added_parameters:,} parameters added"
 
 
 def convert_(
@@ -119,7 +118,9 @@ def convert_(
     if isinstance(config, EMoEConfig):
         if partition is None:
             partition = build_partition(model, config, calibration=calibration, progress=progress)
-        _check_partition(chosen, partition)
+        for ffn in chosen:
+            if not is_permutation(partition.get(ffn.index), ffn.d):
+                raise ConversionError(f"the partition has no permutation of {ffn.d} neurons for layer {ffn.index}")
     elif partition is not None or calibration is not None:
         raise ConversionError("GMoE copies whole FFNs; it takes no partition")
     padding = padding_watches(model, chosen, config)
@@ -137,13 +138,18 @@ def count_parameters(model: nn.Module) -> int:
 def check_config_fits(ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> None:
     """Raise :class:`ConversionError` if FFNs lack something that a configuration needs."""
     if isinstance(config, GMoEConfig):
-        check_trainable(ffns)
+        for ffn in ffns:
+            for path, module in ffn.projections():
+                if not cast(Tensor, module.weight).requires_grad:  # copies of a frozen FFN would stay equal
+                    name = f"{ffn.name}.{path}"
+                    raise ConversionError(f"{name} is frozen, but GMoE's copies must train: set requires_grad")
         return
     check_divisible(ffns, config.num_experts)
     if ROUTERS[config.router].load() is FixedRouter:
         raise ConversionError("router='fixed' needs usage: convert with router='avg_k', then call emoe.fix_experts_")
-    if config.score in ("up", "up_abs"):
-        check_gated(ffns)
+    for ffn in ffns:
+        if config.score in ("up", "up_abs") and not ffn.gated:
+            raise ConversionError(f"{ffn.name} is not gated: choose score 'keys', 'gate', 'inter' or 'inter_abs'")
 
 
 def padding_watches(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoEConfig) -> dict[int, PaddingMaskHook]:
@@ -152,37 +158,29 @@ def padding_watches(model: nn.Module, ffns: list[FFN], config: EMoEConfig | GMoE
     return watch_padding(model, ffns) if needed else {}
 
 
-def _check_partition(chosen: list[FFN], partition: Mapping[int, Tensor]) -> None:
-    for ffn in chosen:
-        if not is_permutation(partition.get(ffn.index), ffn.d):
-            raise ConversionError(f"the partition has no permutation of {ffn.d} neurons for layer {ffn.index}")
-
-
 def convert_ffn(
     ffn: FFN, config: EMoEConfig | GMoEConfig, partition: Mapping[int, Tensor], padding: PaddingMaskHook | None = None
 ) -> LayerReport:
     """Turn one FFN into experts, in place, without checks. The partition is empty for GMoE."""
-    permutation, size = None, ffn.d
+    permutation = None
     if isinstance(config, GMoEConfig):
         widen(ffn, config.num_experts)
     else:
-        permutation, size = partition[ffn.index].cpu(), ffn.d // config.num_experts
+        permutation = partition[ffn.index].cpu()
         ffn.permute_(permutation)
     attach(ffn, config, permutation, padding)
     notes = partition if isinstance(partition, Partition) else Partition({})
     explained, seconds = notes.explained.get(ffn.index), notes.seconds.get(ffn.index)
-    n = config.num_experts
-    return LayerReport(ffn.index, ffn.name, n * size, n, size, config.top_k, explained, seconds)
+    experts, size = config.num_experts, ffn.d // config.num_experts
+    return LayerReport(ffn.index, ffn.name, ffn.d, experts, size, config.top_k, explained, seconds)
 
 
 def conversion_report(
     reports: list[LayerReport], config: EMoEConfig | GMoEConfig, ffns: int, neurons: int, added: int
 ) -> ConversionReport:
     """Summarize a conversion, given the dense model's number of FFNs and neurons, and the number of new parameters."""
-    if isinstance(config, GMoEConfig):
-        active = neurons + sum(r.expert_size * (config.top_k - 1) for r in reports)
-    else:
-        active = neurons - sum(r.expert_size * (config.num_experts - config.num_active_experts) for r in reports)
+    dense_experts = 1 if isinstance(config, GMoEConfig) else config.num_experts  # as many experts equal the dense FFN
+    active = neurons + sum(report.expert_size * (config.num_active_experts - dense_experts) for report in reports)
     return ConversionReport(tuple(reports), ffns, active / neurons, added)
 
 
@@ -245,10 +243,7 @@ def to_dense_(model: nn.Module, *, restore_order: bool = False) -> nn.Module:
         check_plain(layer.ffn for layer in layers)
         for layer in layers:
             if layer.permutation is None:
-                raise ConversionError(
-                    f"to_dense_: the original order of {layer.ffn_name}'s neurons is unknown; leave out restore_order. "
-                    "Only emoe.save_pretrained and emoe.TrainerCallback save it"
-                )
+                raise ConversionError(f"{layer.ffn_name}: the neurons' order is unknown; leave out restore_order")
     remove_argument_hooks(model)
     for layer in layers:
         uninstall_(layer)
@@ -285,10 +280,8 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: ob
         stored = float(F.cosine_similarity(keys, incoming, dim=1).mean())
         dense = float(F.cosine_similarity(keys, incoming[layer.permutation.to(keys.device)], dim=1).mean())
         if dense > max(stored, _SIMILAR):
-            raise CheckpointError(
-                f"the state dict is a dense model's, with {layer.ffn_name}'s neurons in another order: "
-                "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"
-            )
+            way_out = "load it before emoe.convert_, or after emoe.to_dense_(model, restore_order=True)"
+            raise CheckpointError(f"{layer.ffn_name}: the state dict has a dense model's order of neurons; {way_out}")
         if stored < _SIMILAR:  # the state of another model, whose original order is unknown
             layer.permutation = None
 
@@ -340,8 +333,8 @@ def update_mark_(model: nn.Module) -> None:
 
 
 def _marked_configs(model: nn.Module) -> list[Any]:
-    configs = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
-    return [config for config in configs.values() if hasattr(config, _MARK)]
+    configs = [vars(module).get("config") for module in model.modules()]
+    return list({id(config): config for config in configs if hasattr(config, _MARK)}.values())
 
 
 def no_experts(model: nn.Module, caller: str, hint: str) -> ConversionError:

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import threading
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emoe.architectures import FFN, bias_of
-from emoe.config import ROUTERS, EMoEConfig, GMoEConfig, Weighting
+from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
 from emoe.routers import AvgKRouter, Router, require_input, weights_in_place
 from emoe.routing import balance_loss, capacity_mask, expert_mask, expert_weights, select_experts
 from emoe.tokens import PaddingMaskHook, do_nothing
 
-
-class Recorder(Protocol):
-    """Collect the experts that are used."""
-
-    def update(self, chosen: Tensor, kept: Tensor) -> None:
-        """Add a forward pass: chosen experts ``[T, N]``, and those within the capacity."""
+if TYPE_CHECKING:
+    from emoe.records import LayerRecord
 
 
 class _CallState:
@@ -47,14 +43,13 @@ class RoutedActivation(nn.Module):
     out-projection adds the experts' own output biases, if there are any.
 
     Attributes:
-        activation: the FFN's own activation.
+        activation: the FFN's own activation, a module or a function.
         permutation: ``[d]`` order of the neurons, on the CPU, to undo the conversion. None if unknown.
         output_bias: output biases ``[N, h]`` of the experts, None if they share the out-projection's.
         output_bias_parts: number of expert biases that sum to the FFN's own bias, None if they share one.
         record: collector of :func:`emoe.record_routing`, None outside of it.
         padding: source of the padding mask, None if the configuration does not need it.
         backend: ``masked``, or ``sparse`` if the out-projection computes the whole FFN (:func:`emoe.set_backend_`).
-        between: modules between activation and out-projection, by path, that the ``sparse`` backend replaces.
     """
 
     router: Router
@@ -74,9 +69,8 @@ class RoutedActivation(nn.Module):
         self.router = ROUTERS[config.router].load()(ffn, config)
         self.output_bias = None
         self.register_buffer("output_bias_parts", None)
-        self.record: Recorder | None = None
+        self.record: LayerRecord | None = None
         self.backend = "masked"
-        self.between: list[tuple[str, nn.Module]] = []
         self._width = ffn.d
         self._eager, self._traced = _ThreadState(), _CallState()
         self._handles = [ffn.proj_in.register_forward_pre_hook(self._keep_input)]
@@ -100,11 +94,6 @@ class RoutedActivation(nn.Module):
     def ffn_index(self) -> int:
         """Number of the FFN in the model."""
         return self.ffn.index
-
-    @property
-    def weighting(self) -> Weighting:
-        """Weighting of the chosen experts' outputs."""
-        return self.config.weighting
 
     @property
     def aux_loss(self) -> Tensor | None:
@@ -201,7 +190,7 @@ class RoutedActivation(nn.Module):
 
     def _with_gradient(self) -> AbstractContextManager[Any]:
         """Return a context that records gradients of the scores only if something uses them; a binary mask does not."""
-        needed = self.weighting != "binary" or self.config.aux_loss_coefficient > 0
+        needed = self.config.weighting != "binary" or self.config.aux_loss_coefficient > 0
         return nullcontext() if needed or not torch.is_grad_enabled() else torch.no_grad()
 
     def _scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -228,7 +217,7 @@ class RoutedActivation(nn.Module):
             noisy = clean + torch.randn_like(clean) * noise_std if noise_std and self.training else clean
             chosen = select_experts(noisy, config.top_k, config.selection)
             mask = kept = expert_mask(chosen, config.num_experts)
-            weights = expert_weights(noisy, mask, self.weighting, config.top_k)
+            weights = expert_weights(noisy, mask, config.weighting, config.top_k)
             token_mask = self.padding.token_mask(len(clean)) if self.padding is not None else None
             if config.capacity_factor is not None:
                 active = config.num_active_experts
@@ -276,13 +265,11 @@ def routed_layers(model: nn.Module) -> list[RoutedActivation]:
 def aux_loss(model: nn.Module) -> Tensor | float:
     """Sum the layers' balance losses of the last forward pass, times their coefficient.
 
-    Add it to the task loss of a training step, before the next forward pass. See :func:`emoe.routing.balance_loss`.
+    Add it to the task loss of a training step, before the next forward pass. It is 0.0 if the configuration has no
+    balance loss (:func:`emoe.routing.balance_loss`).
 
     Args:
         model: converted model.
-
-    Returns:
-        Scalar with its graph; 0.0 if the configuration has no balance loss.
     """
     layers = routed_layers(model)
     losses = [layer.aux_loss * layer.config.aux_loss_coefficient for layer in layers if layer.aux_loss is not None]
@@ -290,9 +277,7 @@ def aux_loss(model: nn.Module) -> Tensor | float:
 
 
 def update_gates_(model: nn.Module) -> None:
-    """Update the running gates after an optimizer step.
-
-    Only configurations with ``gate_momentum`` have running gates; other gates follow the weights in every forward pass.
+    """Update the running gates after an optimizer step. Only configurations with ``gate_momentum`` have them.
 
     Args:
         model: converted model.

@@ -133,20 +133,19 @@ class AvgKRouter(Router):
         return key_scores(x, neuron_means(weight), None if bias is None else neuron_means(bias))
 
     def scores(self, x: Tensor | None, z: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Compute scores ``[T, N]`` from an FFN's computed neurons.
+        """Compute scores ``[T, N]`` from inputs ``[T, h]`` (None if unknown) and pre-activations ``[T, d]``.
 
-        Args:
-            x: FFN inputs ``[T, h]``, None if unknown.
-            z: pre-activations ``[T, d]``.
-            hidden: activated neurons ``[T, d]``, needed by the ``inter`` scores.
+        The ``inter`` scores need the activated neurons ``hidden`` ``[T, d]``.
         """
-        ffn, score, neurons = self.ffn, self.config.score, z
+        ffn, score = self.ffn, self.config.score
         if score == "keys":
             with weights_in_place(ffn.proj_in):
                 return self(x) if x is not None and self._has_plain_keys() else self._scores_from_neurons(z)
+        neurons = z
         if score.startswith("inter"):
             neurons = cast(Tensor, hidden)
-            neurons = neurons * ffn.up(require_input(ffn, x)) if ffn.gated else neurons
+            if ffn.gated:
+                neurons = neurons * ffn.up(require_input(ffn, x))
         elif score.startswith("up"):
             neurons = ffn.up(require_input(ffn, x))
         return block_means(neurons.abs() if score.endswith("_abs") else neurons, self.config.num_experts)

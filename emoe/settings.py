@@ -14,7 +14,7 @@ from emoe.errors import ConfigError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
 from emoe.routers import FixedRouter
 from emoe.sparse.build import prepare_kernels
-from emoe.sparse.module import SparseFFN, check_supported, install_, probe, uninstall_
+from emoe.sparse.module import SparseFFN, check_supported, install_, probe_output, uninstall_
 
 
 def set_top_k_(model: nn.Module, top_k: int) -> None:
@@ -68,21 +68,22 @@ def set_backend_(model: nn.Module, backend: str) -> None:
         return
     for layer in layers:
         check_supported(layer)
-    outputs = [probe(layer) for layer in layers]
+    outputs = [probe_output(layer) for layer in layers]
     for layer in layers:
         install_(layer)
     if any(cast(Tensor, layer.ffn.proj_in.weight).device.type == "cpu" for layer in layers):
         prepare_kernels()
     for layer, output in zip(layers, outputs, strict=True):
-        if output is not None and not _computes(layer, output):
+        if output is not None and not _computes_expected(layer, output):
             for other in layers:
                 uninstall_(other)
             raise ConversionError(f"{layer.ffn_name}: its code changes the hidden neurons: keep the masked backend")
 
 
-def _computes(layer: RoutedActivation, expected: Tensor) -> bool:
+def _computes_expected(layer: RoutedActivation, expected: Tensor) -> bool:
     """Check if a sparse FFN computes the output of the masked one."""
-    y, tolerance = probe(layer), 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
+    y = probe_output(layer)
+    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
     return y is not None and bool(((y - expected).abs() <= tolerance * expected.abs().max()).all())
 
 

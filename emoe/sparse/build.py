@@ -40,10 +40,7 @@ def library_file() -> Path:
 
 
 def build_kernels() -> Path:
-    """Compile the kernels if this was not done yet; it takes less than a minute.
-
-    Returns:
-        Path of the compiled library.
+    """Compile the kernels if this was not done yet, and return the library's path.
 
     Raises:
         RuntimeError: there is no compiler or home folder, or the compiler fails; the message is its first error.
@@ -62,9 +59,8 @@ def build_kernels() -> Path:
 
 
 def _compile(folder: str) -> None:
-    path = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
     command = [sys.executable, "-c", _COMPILE, _NAME, str(_SOURCE), folder]
-    environment = {**os.environ, "PATH": path}
+    environment = {**os.environ, "PATH": f"{ninja.BIN_DIR}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["the compiler failed"]

@@ -77,6 +77,7 @@ class SparseFFN(_Replacement):
     """Take the place of an out-projection and compute the whole FFN from its input.
 
     Attributes:
+        between: replaced modules between activation and out-projection, with their paths.
         layout: in-projections and values ``[N, s, h]`` of frozen weights (:func:`emoe.for_inference_`), else None.
         always: use the sparse products even if they do not pay off.
     """
@@ -84,7 +85,8 @@ class SparseFFN(_Replacement):
     def __init__(self, layer: RoutedActivation) -> None:
         super().__init__(layer.ffn.proj_out, f"{layer.ffn_name}.{layer.ffn.spec.proj_out}")
         self._layer = (layer,)  # in a tuple, so that it does not become a child module
-        self._dropouts = tuple(module for _, module in layer.between if isinstance(module, nn.Dropout))
+        self.between = layer.ffn.between()
+        self._dropouts = [module for _, module in self.between if isinstance(module, nn.Dropout)]
         self.layout: tuple[Inputs, Tensor] | None = None
         self.always = False
 
@@ -102,11 +104,13 @@ class SparseFFN(_Replacement):
             _check_weights(layer.ffn)
             mask, weights = layer.route(layer.linear_scores(rows))
             inputs, values = layer.ffn.blocks(layer.config.num_experts)
-            per_expert = None if layer.weighting == "binary" else weights
+            per_expert = None if layer.config.weighting == "binary" else weights
             y = sparse_ffn(rows, inputs, values, layer.activation, mask, per_expert)
         bias = bias_of(self)
-        y = y if bias is None else y + bias.to(y.dtype)
-        y = y if layer.output_bias is None else layer.add_output_bias(y, cast(Tensor, weights))
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+        if layer.output_bias is not None:
+            y = layer.add_output_bias(y, cast(Tensor, weights))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _needs_mask(self, rows: Tensor) -> bool:
@@ -130,7 +134,9 @@ class SparseFFN(_Replacement):
         if spec.fused:
             first, last = z.chunk(2, -1)
             z, up = (first, last) if spec.fused == "first" else (last, first)
-        hidden = layer.activate(z) if up is None else layer.activate(z) * up
+        hidden = layer.activate(z)
+        if up is not None:
+            hidden = hidden * up
         for dropout in self._dropouts:
             hidden = F.dropout(hidden, dropout.p, self.training)
         return cast(Tensor, self.projection(hidden))
@@ -140,7 +146,7 @@ class SparseFFN(_Replacement):
         layer, config = self._layer[0], self._layer[0].config
         scores = layer.linear_scores(rows)
         weights = None
-        needs_weights = layer.weighting != "binary" or layer.output_bias is not None or len(rows) > 1
+        needs_weights = config.weighting != "binary" or layer.output_bias is not None or len(rows) > 1
         if not needs_weights and layer.record is None and not config.aux_loss_coefficient:
             experts = select_experts(scores, config.top_k, cast(EMoEConfig, config).selection)[0]
         else:
@@ -150,7 +156,9 @@ class SparseFFN(_Replacement):
         for weight, bias in inputs:
             chosen_bias = None if bias is None else bias[experts].flatten()
             pre.append(F.linear(rows, weight.index_select(0, experts).flatten(0, 1), chosen_bias))
-        hidden = layer.activation(pre[0]) * pre[1] if len(pre) > 1 else layer.activation(pre[0])
+        hidden = layer.activation(pre[0])
+        if len(pre) > 1:
+            hidden = hidden * pre[1]
         if weights is not None:
             scale = weights.index_select(1, experts).unsqueeze(-1).to(hidden.dtype)
             hidden = (hidden.unflatten(-1, (len(experts), -1)) * scale).flatten(1)
@@ -176,11 +184,11 @@ class SparseFFN(_Replacement):
 def install_(layer: RoutedActivation) -> None:
     """Replace the modules of a routed FFN by sparse ones."""
     ffn, spec = layer.ffn, layer.ffn.spec
-    layer.between = ffn.between()
-    ffn.replace(spec.proj_out, SparseFFN(layer))
+    sparse = SparseFFN(layer)
+    ffn.replace(spec.proj_out, sparse)
     for (path, module), output in zip(ffn.inputs(), (spec.fused or "input", "one"), strict=False):
         ffn.replace(path, PassThrough(module, f"{ffn.name}.{path}", output))
-    for path, _ in layer.between:
+    for path, _ in sparse.between:
         ffn.replace(path, nn.Identity())
     layer.backend = "sparse"
 
@@ -189,9 +197,10 @@ def uninstall_(layer: RoutedActivation) -> None:
     """Put the replaced modules back."""
     if layer.backend == "masked":
         return
+    sparse = cast(SparseFFN, layer.ffn.proj_out)
     for path, module in layer.ffn.projections():
         layer.ffn.replace(path, _projection(module).train(module.training))
-    for path, module in layer.between:
+    for path, module in sparse.between:
         layer.ffn.replace(path, module.train(layer.training))
     if isinstance(layer.router, AvgKRouter):
         layer.router.frozen_keys = None
@@ -224,7 +233,7 @@ def reject_hooks(module: nn.Module, name: str, expected: int = 0, error: type[Ex
         raise error(f"{name} has a hook, which cannot see the neurons of a sparse FFN: remove it, or {_WAY_OUT}")
 
 
-def probe(layer: RoutedActivation) -> Tensor | None:
+def probe_output(layer: RoutedActivation) -> Tensor | None:
     """Compute an FFN's module for a few random rows, to compare both backends.
 
     The sparse backend would skip what the module's own code computes between the projections.
