@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,12 @@ from emoe.routers import AvgKRouter, Router, require_input, weights_in_place
 from emoe.routing import balance_loss, capacity_mask, expert_mask, expert_weights, select_experts
 from emoe.tokens import PaddingMaskHook, do_nothing
 
-if TYPE_CHECKING:
-    from emoe.records import LayerRecord
+
+class Recorder(Protocol):
+    """Collect the experts that are used."""
+
+    def update(self, chosen: Tensor, kept: Tensor) -> None:
+        """Add a forward pass: chosen experts ``[T, N]``, and those within the capacity."""
 
 
 class _CallState:
@@ -69,7 +73,7 @@ class RoutedActivation(nn.Module):
         self.router = ROUTERS[config.router].load()(ffn, config)
         self.output_bias = None
         self.register_buffer("output_bias_parts", None)
-        self.record: LayerRecord | None = None
+        self.record: Recorder | None = None
         self.backend = "masked"
         self._width = ffn.d
         self._eager, self._traced = _ThreadState(), _CallState()
