@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-import ninja
 import torch
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -59,6 +58,8 @@ def build_kernels() -> Path:
 
 
 def _compile(folder: str) -> None:
+    import ninja  # `import emoe` needs only torch and safetensors
+
     command = [sys.executable, "-c", _COMPILE, _NAME, str(_SOURCE), folder]
     environment = {**os.environ, "PATH": f"{ninja.BIN_DIR}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)

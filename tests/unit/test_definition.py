@@ -154,7 +154,7 @@ def changed(monkeypatch):
         ("suites.mini.methods.vanilla", {"tune": "blocks"}, "sets 'tune: blocks' but no 'layers'"),
         ("methods.random_partition.also_train", ["pooler"], "sets 'also_train', which needs training.lora or 'tune'"),
         ("suites.mini.methods.vanilla", {"num_experts": 4}, "is dense and takes no 'num_experts'"),
-        ("suites.mini.methods.emoe_learn.weighting", "binary", "router gets no gradient"),
+        ("suites.mini.methods.emoe_learn.weighting", "binary", "no gradient"),
         ("training.epochs_by_task", {"mlni": 3}, "did you mean 'mnli'"),
     ],
 )
