@@ -214,7 +214,8 @@ def load_stock(loader: Any, folder: Path, *, restored: Restored | None = None, *
     """
     check_loadable(folder)
     is_transformers = hasattr(loader, "from_pretrained")
-    if not is_transformers and not loader.__module__.startswith("timm."):
+    is_timm = str(getattr(loader, "__module__", None)).startswith("timm.")
+    if not is_transformers and not is_timm:
         return _load_state(loader(**options), folder, restored)  # errors in the user's function are not caught
     try:
         if is_transformers:
