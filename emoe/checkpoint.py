@@ -28,7 +28,7 @@ from emoe import files
 from emoe.architectures import FFN, find_ffns, has_plain_weight
 from emoe.checks import check_divisible, check_one_conversion
 from emoe.config import EMoEConfig, GMoEConfig, config_from_dict
-from emoe.convert import attach, mark_, no_experts, numbered_layers, padding_watches, watch_state_, widen
+from emoe.convert import MARK, attach, mark_, no_experts, numbered_layers, padding_watches, watch_state_, widen
 from emoe.errors import CheckpointError, ConfigError, ConversionError
 from emoe.layer import RoutedActivation, routed_layers
 from emoe.partitioning import is_permutation
@@ -37,7 +37,6 @@ from emoe.routers import is_offloaded, unsharded, weights_in_place
 CONFIG_FILE = "emoe_config.json"
 PARTITION_FILE = "emoe_partition.safetensors"
 EXTRA_FILE = "emoe_extra.safetensors"
-MARK = "emoe"  # key of the mark in config.json
 _NORM_TOLERANCE = 0.02  # for key norms after a cast to bfloat16
 _QUANTIZED_NORM_TOLERANCE = 0.15  # for key norms of four-bit weights
 

@@ -28,7 +28,7 @@ from emoe.tokens import PaddingMaskHook, remove_argument_hooks, watch_padding
 _HEADERS = ("layer", "FFN", "neurons", "experts", "size", "top_k", "explained", "seconds")
 _FORMATS = ("", "", "", "", "", "", ".3f", ".2f")
 _ALIGNMENT = ("right", "left", *["right"] * 6)
-_MARK = "emoe"  # attribute of a transformers configuration, and key in config.json
+MARK = "emoe"  # attribute of a transformers configuration, and key in config.json
 _SIMILAR = 0.5  # mean cosine of keys: a model's own keys after training are above, another model's far below
 
 
@@ -295,14 +295,14 @@ def mark_(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_diff_dict"):
         return
-    if not hasattr(config, _MARK):  # marks a copy, because other models may have been built from the same object
+    if not hasattr(config, MARK):  # marks a copy, because other models may have been built from the same object
         shared, config = config, copy.copy(config)
         for module in model.modules():
             for name in [name for name, value in vars(module).items() if value is shared]:
                 setattr(module, name, config)
     layers, ffns = numbered_layers(model)
     experts = next(iter(layers.values())).config.to_dict()
-    setattr(config, _MARK, {"config": experts, "layers": sorted(layers), "ffns": ffns})
+    setattr(config, MARK, {"config": experts, "layers": sorted(layers), "ffns": ffns})
 
 
 def numbered_layers(model: nn.Module) -> tuple[dict[int, RoutedActivation], int]:
@@ -327,14 +327,14 @@ def update_mark_(model: nn.Module) -> None:
     layers = routed_layers(model)
     for config in _marked_configs(model):
         if layers:
-            setattr(config, _MARK, {**getattr(config, _MARK), "config": layers[0].config.to_dict()})
+            setattr(config, MARK, {**getattr(config, MARK), "config": layers[0].config.to_dict()})
         else:
-            delattr(config, _MARK)
+            delattr(config, MARK)
 
 
 def _marked_configs(model: nn.Module) -> list[Any]:
     configs = [vars(module).get("config") for module in model.modules()]
-    return list({id(config): config for config in configs if hasattr(config, _MARK)}.values())
+    return list({id(config): config for config in configs if hasattr(config, MARK)}.values())
 
 
 def no_experts(model: nn.Module, caller: str, hint: str) -> ConversionError:

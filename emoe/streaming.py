@@ -70,7 +70,7 @@ def convert_folder(
                     changes[stored[f"{ffn.spec.proj_out}.bias"]] = partial(Tensor.type_as, layer.mean_output_bias())
     convert.mark_(model)
     with files.new_folder(out, source) as new:
-        _write(source, new, changes, {checkpoint.MARK: cast(Any, model).config.emoe}, progress)
+        _write(source, new, changes, {convert.MARK: cast(Any, model).config.emoe}, progress)
         checkpoint.write_sidecars(described, config, [ffn.index for ffn in chosen], new)
     return convert.conversion_report(reports, config, len(ffns), neurons, convert.count_parameters(model) - before)
 
@@ -143,5 +143,5 @@ def _write(source: Path, out: Path, changes: _Changes, mark: dict[str, Any], pro
         files.write_tensors(tensors, out / path.name, metadata)
     if paths[0].name != files.WEIGHT_FILES[0]:
         shutil.copyfile(source / files.WEIGHT_FILES[1], out / files.WEIGHT_FILES[1])
-    settings = {key: value for key, value in files.read_settings(source).items() if key != checkpoint.MARK}
+    settings = {key: value for key, value in files.read_settings(source).items() if key != convert.MARK}
     (out / files.STOCK_CONFIG_FILE).write_text(json.dumps(settings | mark, indent=2) + "\n")
