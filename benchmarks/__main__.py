@@ -12,7 +12,7 @@ import click
 
 from benchmarks.commands import jobs, look, numbers, preparing, results
 from benchmarks.commands.shell import EXIT_CODES, Command, Sections
-from benchmarks.harness.running.forkserver import ask, serve
+from benchmarks.harness.run.forkserver import ask, serve
 
 # a folder that cannot be written to, a full disk, too many open files: no mistake of ours
 _OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)

@@ -12,11 +12,11 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.modeling.build import Trainable, reopen_classifier
-from benchmarks.harness.modeling.loading import load_tokenizer
-from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.models.build import Trainable, reopen_classifier
+from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.results.records import repeatable
-from benchmarks.harness.running.execution import execute
+from benchmarks.harness.run.execution import execute
 from benchmarks.harness.training.progress import Progress
 
 

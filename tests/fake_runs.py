@@ -13,8 +13,8 @@ from PIL import Image
 
 from benchmarks.domainbed.jobs import validation_job
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning.runs import Run, plan
-from benchmarks.harness.planning.suite import Suite, load_suite
+from benchmarks.harness.config.runs import Run, plan
+from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.llama.definition import InstructionSpec
 from benchmarks.llama.evaluation import task_title
 

@@ -15,8 +15,8 @@ from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.environments import ImageSet
 from benchmarks.domainbed.loading import load_set
 from benchmarks.domainbed.validation import validate_to_file
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from tests.planned import paper_runs
 
 FOLDERS = ("art_painting", "cartoon", "photo", "sketch")

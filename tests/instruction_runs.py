@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.llama import evaluation
 
 ROWS = [

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from benchmarks.glue_ood.grid import KIND as EVALUATION
-from benchmarks.harness.planning import suite as suites
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.config import suite as suites
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.runs import Run, plan, run_from_spec
 
 
 @functools.cache

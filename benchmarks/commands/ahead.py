@@ -14,9 +14,9 @@ import click
 from benchmarks.commands.shell import AS_JSON, SUITE, benchmark_option, command, echo_json, echo_table, load_suite
 
 if TYPE_CHECKING:
-    from benchmarks.harness.planning.suite import Suite
-    from benchmarks.harness.running.downloads import Need
-    from benchmarks.harness.running.outlook import Outlook, Work
+    from benchmarks.harness.config.suite import Suite
+    from benchmarks.harness.run.downloads import Need
+    from benchmarks.harness.run.outlook import Outlook, Work
 
 _WIDTH = 100
 _DAY, _HOUR = 86400.0, 3600.0
@@ -31,13 +31,13 @@ _BASES = {
 
 
 def _tables(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
-    from benchmarks.harness.planning.paper_items import load_paper_items
+    from benchmarks.harness.config.paper_items import load_paper_items
 
     return [name for name in load_paper_items() if name.startswith(begun)]
 
 
 def _devices(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
-    from benchmarks.harness.planning.devices import load_devices
+    from benchmarks.harness.config.devices import load_devices
 
     return [name for name in load_devices() if name.startswith(begun)]
 
@@ -84,7 +84,7 @@ def plan(
     Nothing runs and nothing is downloaded. Times are estimates: a cost model of parameters, tokens and steps, corrected by finished runs; it says how far it is
     off on these, and on what each time rests.
     """
-    from benchmarks.harness.running.outlook import look_ahead
+    from benchmarks.harness.run.outlook import look_ahead
 
     loaded = load_suite(suite, benchmark)
     os.environ.update(loaded.environment())

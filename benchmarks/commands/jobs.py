@@ -43,8 +43,8 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
     """
     gc.disable()  # of what is imported nothing is garbage, neither now nor in training nor at the end of the process
 
-    from benchmarks.harness.running.devices import reserved
-    from benchmarks.harness.running.execution import execute, launch_distributed
+    from benchmarks.harness.run.devices import reserved
+    from benchmarks.harness.run.execution import execute, launch_distributed
     from benchmarks.harness.training.processes import exit_worker
 
     gc.freeze()
@@ -101,7 +101,7 @@ def fetch(name: str, output: Path | None) -> None:
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The model's folder.")
 def rebuild(name: str, output: Path) -> None:
     """Write a model that ships inside a package in another form (dinov2-s, smollm2-135m) as a folder of transformers."""
-    from benchmarks.harness.modeling.repackaged import rebuild as rebuild_model
+    from benchmarks.harness.models.repackaged import rebuild as rebuild_model
 
     rebuild_model(name, output)
 
@@ -114,7 +114,7 @@ def rebuild(name: str, output: Path) -> None:
 @THREADS
 def partition(spec: str, output: Path, threads: int) -> None:
     """Cluster a model's neurons into the cache; SPEC is JSON with the model and the EMoE settings."""
-    from benchmarks.harness.modeling.conversion import partition_to_cache
+    from benchmarks.harness.models.conversion import partition_to_cache
 
     partition_to_cache(spec, output, threads=threads)
 

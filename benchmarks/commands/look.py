@@ -19,7 +19,7 @@ _LONGEST = 60  # of what is printed of one value
 @AS_JSON
 def list_command(kind: str | None, as_json: bool) -> None:
     """List what there is of a KIND, with titles and numbers; without one, how much there is of each."""
-    from benchmarks.harness.planning import listing
+    from benchmarks.harness.config import listing
 
     rows = listing.LISTS[kind]() if kind else listing.overview()
     if as_json:
@@ -41,7 +41,7 @@ def status(suite: str, as_json: bool) -> None:
     A run that failed was begun, is not being run, and has no numbers. Started again, it goes on from its last checkpoint.
     """
     from benchmarks.harness.results.durations import clock
-    from benchmarks.harness.running.standing import count, standing_of
+    from benchmarks.harness.run.standing import count, standing_of
 
     runs = load_suite(suite).runs
     found = [standing_of(run) for run in runs]

@@ -42,7 +42,7 @@ def verify(suite: str, count: int, seed: int | None, as_json: bool) -> None:
     """
     import random
 
-    from benchmarks.harness.running.verification import verify as verify_runs
+    from benchmarks.harness.run.verification import verify as verify_runs
 
     loaded = load_suite(suite)
     seed = random.SystemRandom().randrange(2**16) if seed is None else seed
@@ -62,7 +62,7 @@ def bless(suite: str) -> None:
     Only in a clean checkout, and only numbers that repeat: the cheapest run of every benchmark is run once more and compared exactly.
     It takes as long as those runs did, half a minute for smoke and some minutes for mini; how long is said at the start.
     """
-    from benchmarks.harness.running.blessing import bless as bless_runs
+    from benchmarks.harness.run.blessing import bless as bless_runs
 
     click.echo(f"wrote {bless_runs(load_suite(suite).runs, suite, say=click.echo)}")
 
@@ -88,7 +88,7 @@ def spread(
 
     Runs finished runs again under other threads and kernels of this processor; four times as long as they took. Needs a clean checkout.
     """
-    from benchmarks.harness.running.spread import measure
+    from benchmarks.harness.run.spread import measure
 
     runs = [run for run in load_suite(suite, *benchmark).runs if not benchmark or run.benchmark in benchmark]
     click.echo(f"wrote {measure(runs, suite, sample, jobs, say=click.echo, add=add)}")
@@ -102,7 +102,7 @@ def spread(
 @click.option("--jobs", default=1, help="Runs at a time.")
 def again(folder: Path, runs: tuple[str, ...], suite: str, threads: int, jobs: int) -> None:
     """Run RUNS of a suite once more, in FOLDER."""
-    from benchmarks.harness.running.spread import run_again
+    from benchmarks.harness.run.spread import run_again
 
     known = load_suite(suite).runs_by_folder
     run_again([known[name] for name in runs], folder, threads, jobs)

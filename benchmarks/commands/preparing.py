@@ -27,7 +27,7 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None, as_j
     import os
 
     from benchmarks.harness.base.paths import DATA_ROOT
-    from benchmarks.harness.running import data_check
+    from benchmarks.harness.run import data_check
 
     loaded = load_suite(suite)
     os.environ.update(loaded.environment())
@@ -68,7 +68,7 @@ def new(name: str, file: Path, text: str | None, label: str | None, dev: Path | 
 @command("Write what editors know of the YAML files.")
 def schemas() -> None:
     """Write what editors know of the YAML files: benchmarks/schemas/*.schema.json."""
-    from benchmarks.harness.planning.editor import write_schemas
+    from benchmarks.harness.config.editor import write_schemas
 
     click.echo("\n".join(f"wrote {file}" for file in write_schemas()))
 

@@ -14,7 +14,7 @@ import click
 from benchmarks.commands.shell import AS_JSON, SUITE, benchmark_option, command, echo_json, load_suite
 
 if TYPE_CHECKING:
-    from benchmarks.harness.planning.suite import Suite
+    from benchmarks.harness.config.suite import Suite
 
 
 @command("Write the tables and figures of a benchmark.")
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark whose runs are finished."""
     from benchmarks.harness.base import paths
-    from benchmarks.harness.planning.artifacts import artifacts_of
-    from benchmarks.harness.planning.definition import load_benchmark
-    from benchmarks.harness.planning.schema import check_names
-    from benchmarks.harness.reporting.paper_items import write_paper_items
-    from benchmarks.harness.reporting.presentation import present
+    from benchmarks.harness.config.artifacts import artifacts_of
+    from benchmarks.harness.config.definition import load_benchmark
+    from benchmarks.harness.config.schema import check_names
+    from benchmarks.harness.report.paper_items import write_paper_items
+    from benchmarks.harness.report.presentation import present
 
     loaded = load_suite(suite, benchmark)
     if part:
@@ -49,8 +49,8 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
 @click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
 def claims(suite: str, as_json: bool, write: bool) -> None:
     """Say what a suite's finished runs say of the paper's claims."""
-    from benchmarks.harness.reporting.claims import as_records, claims_table, judged
-    from benchmarks.harness.reporting.claims_figure import write_claims
+    from benchmarks.harness.report.claims import as_records, claims_table, judged
+    from benchmarks.harness.report.claims_figure import write_claims
 
     loaded = load_suite(suite)
     _check_finished(loaded, loaded.claimed, which=" that claims compare")
@@ -69,7 +69,7 @@ def claims(suite: str, as_json: bool, write: bool) -> None:
 @click.option("--copy", type=click.Path(path_type=Path), default=None, help="Copy this page, with links that hold.")
 def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -> None:
     """Write the one-page report of a suite whose tables exist."""
-    from benchmarks.harness.reporting.report import copy_report, write_report
+    from benchmarks.harness.report.report import copy_report, write_report
 
     if copy:
         copy_report(copy, output)
@@ -121,8 +121,8 @@ def ui(suite: str) -> None:
 @AS_JSON
 def paper(suite: str, as_json: bool) -> None:
     """List the paper's tables and figures: the command that makes each, its files, whether they are there."""
-    from benchmarks.harness.reporting.paper_items import paper_index
-    from benchmarks.harness.reporting.rendering import MISSING
+    from benchmarks.harness.report.paper_items import paper_index
+    from benchmarks.harness.report.rendering import MISSING
 
     index = paper_index(load_suite(suite))
     if as_json:

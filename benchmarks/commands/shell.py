@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from benchmarks.harness.planning.suite import Suite
+    from benchmarks.harness.config.suite import Suite
 
 EXIT_CODES = """\b
 Exit status: 0 fine; 1 an error, said in one line, or a check that failed;
@@ -26,7 +26,7 @@ class Command(click.Command):
     """A command of the suite: what ``methods.yaml`` names as plugins is imported before it works, not before it helps."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from benchmarks.harness.planning.plugins import import_plugins
+        from benchmarks.harness.config.plugins import import_plugins
 
         import_plugins()
         return super().invoke(ctx)
@@ -69,13 +69,13 @@ def command(short: str, **attributes: Any) -> Callable[[Callable[..., Any]], cli
 
 
 def _suites(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
-    from benchmarks.harness.planning.suite import suite_names
+    from benchmarks.harness.config.suite import suite_names
 
     return [name for name in suite_names() if name.startswith(begun)]
 
 
 def _benchmarks(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
-    from benchmarks.harness.planning.definition import benchmark_names
+    from benchmarks.harness.config.definition import benchmark_names
 
     return [name for name in benchmark_names() if name.startswith(begun)]
 
@@ -91,8 +91,8 @@ def load_suite(suite: str, *benchmarks: str | None) -> Suite:
     Raises:
         DefinitionError: there is no such suite, or it has no such benchmark.
     """
-    from benchmarks.harness.planning.schema import check_names
-    from benchmarks.harness.planning.suite import suite_of_job
+    from benchmarks.harness.config.schema import check_names
+    from benchmarks.harness.config.suite import suite_of_job
 
     loaded = suite_of_job(suite)
     check_names(f"suite {suite}: '", "benchmark", [name for name in benchmarks if name], loaded.settings.benchmarks)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.planning.schema import (
+from benchmarks.harness.config.schema import (
     UNIQUE,
     AsGiven,
     Count,
@@ -22,7 +22,7 @@ from benchmarks.harness.planning.schema import (
     left_out,
     zero_left_out,
 )
-from benchmarks.harness.planning.shared import (
+from benchmarks.harness.config.shared import (
     Entry,
     LoRA,
     Precision,
@@ -31,7 +31,7 @@ from benchmarks.harness.planning.shared import (
     TrainingSuite,
     VariantAxes,
 )
-from benchmarks.harness.planning.specs import RunSpec
+from benchmarks.harness.config.specs import RunSpec
 
 
 class HParams(Strict):

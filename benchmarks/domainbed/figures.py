@@ -16,8 +16,8 @@ from benchmarks.domainbed.grid import held_out_names
 from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.plots import (
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.plots import (
     STYLE,
     USE,
     WIDTH,

@@ -16,18 +16,18 @@ from benchmarks.domainbed.protocol import BASELINE, held_out_combinations, hyper
 from benchmarks.domainbed.selection import SELECTIONS
 from benchmarks.domainbed.workload import image_workload
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
-from benchmarks.harness.planning.catalogue import load_models, model_names
-from benchmarks.harness.planning.frozen import check_frozen
-from benchmarks.harness.planning.kinds import ALL, COUNTS, Benchmark, Domain, SetPart, Specs, WholeSets, missing_set
-from benchmarks.harness.planning.methods import (
+from benchmarks.harness.config.catalogue import load_models, model_names
+from benchmarks.harness.config.frozen import check_frozen
+from benchmarks.harness.config.kinds import ALL, COUNTS, Benchmark, Domain, SetPart, Specs, WholeSets, missing_set
+from benchmarks.harness.config.methods import (
     VARIANT_KEYS,
     method_spec,
     suite_methods,
     training_settings,
 )
-from benchmarks.harness.planning.schema import check_file, check_names, parse, read
-from benchmarks.harness.planning.shared import Method
-from benchmarks.harness.planning.workload import Workload
+from benchmarks.harness.config.schema import check_file, check_names, parse, read
+from benchmarks.harness.config.shared import Method
+from benchmarks.harness.config.workload import Workload
 from benchmarks.harness.sources.packages import PackageFile, packaged
 
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")

@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.domainbed.protocol import BASELINE, sweep_seed
 from benchmarks.harness.base.paths import IMAGES
-from benchmarks.harness.planning.jobs import Job
-from benchmarks.harness.planning.suite import Suite, find_job
+from benchmarks.harness.config.jobs import Job
+from benchmarks.harness.config.suite import Suite, find_job
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import write_text
 from benchmarks.harness.base.paths import IMAGES
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.modeling.build import build_image_classifier
-from benchmarks.harness.modeling.prefix import Prefix
-from benchmarks.harness.planning.counts import count_note
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.kinds import ALL
-from benchmarks.harness.planning.schema import parse
+from benchmarks.harness.config.counts import count_note
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.kinds import ALL
+from benchmarks.harness.config.schema import parse
+from benchmarks.harness.models.build import build_image_classifier
+from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.training.progress import Progress
 
 _RESULTS = "results.jsonl"

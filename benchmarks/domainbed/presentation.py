@@ -6,9 +6,9 @@ from benchmarks.domainbed.definition import ImageDefinition, SetEntry
 from benchmarks.domainbed.figures import draw_accuracy, draw_confusion, draw_routing, draw_samples
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.domainbed.tables import SET_TABLES, TABLES, verdicts
-from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.presentation import Presentation, make
+from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.presentation import Presentation, make
 
 _NOTE = (
     "In points, mean over paired trials of the mean over held-out environments, with its 95 % confidence interval; verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's "

@@ -10,7 +10,7 @@ import pandas as pd
 from benchmarks.domainbed.grid import COST_COLUMNS
 from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.domainbed.selection import standard_error
-from benchmarks.harness.reporting.common_tables import (
+from benchmarks.harness.report.common_tables import (
     cost_table,
     difference_text,
     our_means,
@@ -20,8 +20,8 @@ from benchmarks.harness.reporting.common_tables import (
     with_columns,
     with_numbers,
 )
-from benchmarks.harness.reporting.published import read_published
-from benchmarks.harness.reporting.rendering import Column, Table
+from benchmarks.harness.report.published import read_published
+from benchmarks.harness.report.rendering import Column, Table
 from benchmarks.harness.results.information import PERMUTATIONS
 
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")

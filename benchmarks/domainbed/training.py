@@ -19,7 +19,7 @@ from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, Tra
 from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.information import told
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.modeling.build import Trainable
+from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.results.information import Told, by_chance
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import resume

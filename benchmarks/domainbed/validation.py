@@ -23,7 +23,7 @@ from benchmarks.domainbed.transforms import augmented, load_pixels, plain, visib
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import atomic_write, write_json
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.planning.schema import parse
+from benchmarks.harness.config.schema import parse
 
 SAMPLES = 8
 _SHOWN = 10

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.domainbed.definition import SetEntry
 from benchmarks.domainbed.protocol import HOLDOUT_FRACTION
-from benchmarks.harness.planning.workload import Workload, model_size, read_passes, trained_passes
+from benchmarks.harness.config.workload import Workload, model_size, read_passes, trained_passes
 
 _STATE = 4
 

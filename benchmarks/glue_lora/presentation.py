@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.presentation import Presentation
+from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.definition import TaskEntry, TextDefinition

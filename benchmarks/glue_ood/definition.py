@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.planning.schema import UNIQUE, Count, Key, PartOf, Strict, left_out
-from benchmarks.harness.planning.shared import Definition, MethodsDefinition, SuitePart
-from benchmarks.harness.planning.specs import RunSpec
+from benchmarks.harness.config.schema import UNIQUE, Count, Key, PartOf, Strict, left_out
+from benchmarks.harness.config.shared import Definition, MethodsDefinition, SuitePart
+from benchmarks.harness.config.specs import RunSpec
 from benchmarks.text.definition import Ablated, Protocol, RunTask
 
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
-from benchmarks.harness.planning.kinds import Benchmark, Offer, Specs, kind_of
-from benchmarks.harness.planning.method_rows import resolve_methods
-from benchmarks.harness.planning.schema import check_names, parse
-from benchmarks.harness.planning.shared import ABLATION, Definition, MethodsDefinition
-from benchmarks.harness.planning.workload import Workload, model_size
+from benchmarks.harness.config.definition import benchmark_names, load_benchmark
+from benchmarks.harness.config.kinds import Benchmark, Offer, Specs, kind_of
+from benchmarks.harness.config.method_rows import resolve_methods
+from benchmarks.harness.config.schema import check_names, parse
+from benchmarks.harness.config.shared import ABLATION, Definition, MethodsDefinition
+from benchmarks.harness.config.workload import Workload, model_size
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import TextKind, TextSets, check_ablations, transformed_rows
 from benchmarks.text.workload import find_part, read_workload

@@ -10,12 +10,12 @@ from typing import Any
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.modeling.build import reopen_classifier
-from benchmarks.harness.modeling.conversion import use_as_
-from benchmarks.harness.modeling.loading import load_tokenizer
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run, read_run
-from benchmarks.harness.planning.schema import parse
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import Run, read_run
+from benchmarks.harness.config.schema import parse
+from benchmarks.harness.models.build import reopen_classifier
+from benchmarks.harness.models.conversion import use_as_
+from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.results.records import collect, read_metrics
 from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.progress import Progress

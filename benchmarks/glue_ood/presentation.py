@@ -7,10 +7,10 @@ from functools import partial
 
 from benchmarks.glue_ood.definition import EvaluationDefinition
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.presentation import Presentation
-from benchmarks.harness.reporting.rendering import Table
+from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.presentation import Presentation
+from benchmarks.harness.report.rendering import Table
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.figures import ood_scores, rank_diagram

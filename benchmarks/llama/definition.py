@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.planning.counts import SetSize
-from benchmarks.harness.planning.schema import (
+from benchmarks.harness.config.counts import SetSize
+from benchmarks.harness.config.schema import (
     AsGiven,
     Count,
     Key,
@@ -24,7 +24,7 @@ from benchmarks.harness.planning.schema import (
     left_out,
     zero_left_out,
 )
-from benchmarks.harness.planning.shared import (
+from benchmarks.harness.config.shared import (
     Entry,
     Layers,
     LoRA,
@@ -34,8 +34,8 @@ from benchmarks.harness.planning.shared import (
     TrainingSuite,
     VariantAxes,
 )
-from benchmarks.harness.planning.specs import RunSpec
-from benchmarks.harness.planning.tunings import TUNINGS
+from benchmarks.harness.config.specs import RunSpec
+from benchmarks.harness.config.tunings import TUNINGS
 
 
 class Finetuning(Entry):

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.base.paths import QUESTIONS
-from benchmarks.harness.modeling.language import DTYPES
-from benchmarks.harness.modeling.prefix import Prefix
+from benchmarks.harness.models.language import DTYPES
+from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.llama.definition import AskedTask
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator, without_prompt_logits

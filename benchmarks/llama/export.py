@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 import emoe
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.modeling.build import reopen_language_model
-from benchmarks.harness.modeling.loading import load_tokenizer
-from benchmarks.harness.planning.runs import read_run
+from benchmarks.harness.config.runs import read_run
+from benchmarks.harness.models.build import reopen_language_model
+from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.templates import find_template
 from emoe.files import check_new, save_weights

@@ -11,9 +11,9 @@ import matplotlib as mpl
 import numpy as np
 from scipy import stats
 
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.looks import DENSE, Look, curves
-from benchmarks.harness.reporting.plots import (
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.looks import DENSE, Look, curves
+from benchmarks.harness.report.plots import (
     REFERENCE,
     STYLE,
     USE,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, RunError, first_line
-from benchmarks.harness.planning.catalogue import load_models, model_names
-from benchmarks.harness.planning.frozen import check_frozen
-from benchmarks.harness.planning.kinds import (
+from benchmarks.harness.config.catalogue import load_models, model_names
+from benchmarks.harness.config.frozen import check_frozen
+from benchmarks.harness.config.kinds import (
     ALL,
     COUNTS,
     Benchmark,
@@ -22,17 +22,17 @@ from benchmarks.harness.planning.kinds import (
     WholeSets,
     missing_set,
 )
-from benchmarks.harness.planning.methods import (
+from benchmarks.harness.config.methods import (
     VARIANT_KEYS,
     method_spec,
     suite_methods,
     training_settings,
     with_changes,
 )
-from benchmarks.harness.planning.schema import check_names, parse, read
-from benchmarks.harness.planning.shared import Method, Resources
-from benchmarks.harness.planning.tunings import TUNINGS, needs_layers, tuning_spec
-from benchmarks.harness.planning.workload import Workload
+from benchmarks.harness.config.schema import check_names, parse, read
+from benchmarks.harness.config.shared import Method, Resources
+from benchmarks.harness.config.tunings import TUNINGS, needs_layers, tuning_spec
+from benchmarks.harness.config.workload import Workload
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.llama.definition import (
     Finetuning,

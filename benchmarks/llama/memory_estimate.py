@@ -10,10 +10,10 @@ import psutil
 import torch
 
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.modeling.language import load_config, meta_model
-from benchmarks.harness.modeling.memory import Memory, memory
-from benchmarks.harness.modeling.prefix import frozen_names
-from benchmarks.harness.modeling.tuning import tune_
+from benchmarks.harness.models.language import load_config, meta_model
+from benchmarks.harness.models.memory import Memory, memory
+from benchmarks.harness.models.prefix import frozen_names
+from benchmarks.harness.models.tuning import tune_
 from benchmarks.harness.training.processes import is_sharded, local_rank, local_size, world_size
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.modeling.build import Trainable, build_language_model, permutations, save_trained, set_trained_
-from benchmarks.harness.modeling.loading import load_tokenizer
-from benchmarks.harness.modeling.prefix import Prefix
-from benchmarks.harness.planning.counts import count_note
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.kinds import ALL
-from benchmarks.harness.planning.schema import parse
+from benchmarks.harness.config.counts import count_note
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.kinds import ALL
+from benchmarks.harness.config.schema import parse
+from benchmarks.harness.models.build import Trainable, build_language_model, permutations, save_trained, set_trained_
+from benchmarks.harness.models.loading import load_tokenizer
+from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.training.callbacks import Stopwatch
 from benchmarks.harness.training.distributed import gather_trained, shard_
 from benchmarks.harness.training.probe import Probe

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.presentation import Presentation, make
+from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.presentation import Presentation, make
 from benchmarks.llama.definition import InstructionDefinition, InstructionSet
 from benchmarks.llama.figures import draw_categories, draw_curves, draw_routing
 from benchmarks.llama.outcomes import InstructionOutcomes

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.modeling.build import Trainable
+from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.probe import Probe

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.harness.planning.workload import (
+from benchmarks.harness.config.workload import (
     BYTES_PER_TOKEN,
     NO_PASSES,
     Passes,

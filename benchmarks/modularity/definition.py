@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from benchmarks.harness.planning.schema import UNIQUE, Count, Key, Names, PartOf, Share, Strict, Wholes
-from benchmarks.harness.planning.shared import TrainingDefinition, TrainingSuite, VariantAxes
-from benchmarks.harness.planning.specs import RunSpec
+from benchmarks.harness.config.schema import UNIQUE, Count, Key, Names, PartOf, Share, Strict, Wholes
+from benchmarks.harness.config.shared import TrainingDefinition, TrainingSuite, VariantAxes
+from benchmarks.harness.config.specs import RunSpec
 from benchmarks.text.definition import RunTask
 
 EXPERTS = "experts"  # what is measured

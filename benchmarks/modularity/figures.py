@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.looks import EMOE
-from benchmarks.harness.reporting.plots import REFERENCE, STYLE, WIDTH, hide_empty, panel_grid, placeholder_figure, save
+from benchmarks.harness.report.looks import EMOE
+from benchmarks.harness.report.plots import REFERENCE, STYLE, WIDTH, hide_empty, panel_grid, placeholder_figure, save
 from benchmarks.modularity.definition import EXPERTS
 from benchmarks.modularity.outcomes import ModularityOutcomes
 from benchmarks.text.usage_figures import UsagePanel, draw_usage

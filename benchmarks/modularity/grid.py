@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.catalogue import load_models, model_names
-from benchmarks.harness.planning.kinds import Benchmark, Domain, Specs
-from benchmarks.harness.planning.method_rows import resolve_methods
-from benchmarks.harness.planning.methods import VARIANT_KEYS, method_spec, suite_methods
-from benchmarks.harness.planning.schema import check_names, parse, read
-from benchmarks.harness.planning.workload import Workload, model_size
+from benchmarks.harness.config.catalogue import load_models, model_names
+from benchmarks.harness.config.kinds import Benchmark, Domain, Specs
+from benchmarks.harness.config.method_rows import resolve_methods
+from benchmarks.harness.config.methods import VARIANT_KEYS, method_spec, suite_methods
+from benchmarks.harness.config.schema import check_names, parse, read
+from benchmarks.harness.config.workload import Workload, model_size
 from benchmarks.modularity.definition import ModularityDefinition
 from benchmarks.text.definition import TaskEntry, TaskFile
 from benchmarks.text.grid import TextSets

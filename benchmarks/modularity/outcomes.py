@@ -7,11 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.planning.catalogue import load_metrics
-from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.outcomes import Outcomes
-from benchmarks.harness.reporting.published import read_published
+from benchmarks.harness.config.catalogue import load_metrics
+from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.outcomes import Outcomes
+from benchmarks.harness.report.published import read_published
 from benchmarks.harness.results.records import collect, read_metrics
 from benchmarks.modularity.definition import ModularityDefinition
 from benchmarks.text.definition import TaskEntry

@@ -15,12 +15,12 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 import emoe
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.modeling.build import permutations
-from benchmarks.harness.modeling.conversion import apply_method_
-from benchmarks.harness.modeling.loading import describe, load_backbone, load_tokenizer, weights_digest
-from benchmarks.harness.modeling.states_below import StatesBelow
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.schema import parse
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.schema import parse
+from benchmarks.harness.models.build import permutations
+from benchmarks.harness.models.conversion import apply_method_
+from benchmarks.harness.models.loading import describe, load_backbone, load_tokenizer, weights_digest
+from benchmarks.harness.models.states_below import StatesBelow
 from benchmarks.harness.training.progress import Progress
 from benchmarks.modularity.concentration import Concentration, is_active
 from benchmarks.modularity.definition import EXPERTS, ModularitySpec, Reading

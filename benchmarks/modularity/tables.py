@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.harness.reporting.rendering import Column, Table
+from benchmarks.harness.report.rendering import Column, Table
 from benchmarks.harness.results.information import PERMUTATIONS
 from benchmarks.harness.results.records import information_numbers
 from benchmarks.modularity.outcomes import CELL, PLACE, ModularityOutcomes

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.planning.schema import (
+from benchmarks.harness.config.schema import (
     AS_GIVEN,
     UNIQUE,
     Count,
@@ -20,8 +20,8 @@ from benchmarks.harness.planning.schema import (
     Strict,
     Wholes,
 )
-from benchmarks.harness.planning.shared import TrainingDefinition, TrainingSettings, TrainingSuite, VariantAxes
-from benchmarks.harness.planning.specs import RunSpec
+from benchmarks.harness.config.shared import TrainingDefinition, TrainingSettings, TrainingSuite, VariantAxes
+from benchmarks.harness.config.specs import RunSpec
 from benchmarks.text.definition import RunTask
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 
-from benchmarks.harness.planning.kinds import OOD_MEAN
-from benchmarks.harness.reporting.plots import (
+from benchmarks.harness.config.kinds import OOD_MEAN
+from benchmarks.harness.report.plots import (
     REFERENCE,
     STYLE,
     WIDTH,

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.catalogue import load_models, model_names
-from benchmarks.harness.planning.kinds import COUNTS, OOD_MEAN, Benchmark, Domain, Specs
-from benchmarks.harness.planning.method_rows import resolve_methods
-from benchmarks.harness.planning.methods import VARIANT_KEYS, method_spec, suite_methods, training_settings
-from benchmarks.harness.planning.schema import check_names, parse, read
-from benchmarks.harness.planning.workload import Workload
+from benchmarks.harness.config.catalogue import load_models, model_names
+from benchmarks.harness.config.kinds import COUNTS, OOD_MEAN, Benchmark, Domain, Specs
+from benchmarks.harness.config.method_rows import resolve_methods
+from benchmarks.harness.config.methods import VARIANT_KEYS, method_spec, suite_methods, training_settings
+from benchmarks.harness.config.schema import check_names, parse, read
+from benchmarks.harness.config.workload import Workload
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.multitask.definition import Mixture, MultitaskDefinition, MultitaskTraining
 from benchmarks.multitask.workload import mixed_workload

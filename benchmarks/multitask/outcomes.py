@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.outcomes import compared, counts
+from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.outcomes import compared, counts
 from benchmarks.harness.results.statistics import paired_differences, with_verdicts
 from benchmarks.multitask.definition import MultitaskDefinition
 from benchmarks.multitask.grid import ID_MEAN

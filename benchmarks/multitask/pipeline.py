@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.modeling.build import build_seq2seq
-from benchmarks.harness.modeling.seq2seq import load_seq2seq_tokenizer
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.schema import parse
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.schema import parse
+from benchmarks.harness.models.build import build_seq2seq
+from benchmarks.harness.models.seq2seq import load_seq2seq_tokenizer
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import with_routing
 from benchmarks.multitask.definition import MultitaskSpec, MultitaskTraining, WrittenTask

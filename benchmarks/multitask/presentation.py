@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.presentation import NOTE, Presentation, make
+from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.presentation import NOTE, Presentation, make
 from benchmarks.multitask.definition import MultitaskDefinition
 from benchmarks.multitask.figures import draw_differences
 from benchmarks.multitask.outcomes import MultitaskOutcomes

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pandas as pd
 
-from benchmarks.harness.planning.kinds import OOD_MEAN
-from benchmarks.harness.reporting.common_tables import difference_text, means_by, tests_table, with_numbers
-from benchmarks.harness.reporting.outcomes import with_runs
-from benchmarks.harness.reporting.published import read_published
-from benchmarks.harness.reporting.rendering import MISSING, RUNS, Column, Table
+from benchmarks.harness.config.kinds import OOD_MEAN
+from benchmarks.harness.report.common_tables import difference_text, means_by, tests_table, with_numbers
+from benchmarks.harness.report.outcomes import with_runs
+from benchmarks.harness.report.published import read_published
+from benchmarks.harness.report.rendering import MISSING, RUNS, Column, Table
 from benchmarks.multitask.grid import ID_MEAN
 from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.text.grid import CLEAN, ID, OOD

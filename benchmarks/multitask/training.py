@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.modeling.build import Trainable
+from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.label_mapping import label_mapping

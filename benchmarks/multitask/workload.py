@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.harness.planning.workload import Workload, model_size, padded, read_passes, trained_passes
+from benchmarks.harness.config.workload import Workload, model_size, padded, read_passes, trained_passes
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.workload import BY_LENGTH, find_part, unknowns
 

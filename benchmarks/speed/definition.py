@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.planning.schema import Count, Key, Names, Share, Strict, Whole, left_out, parse
-from benchmarks.harness.planning.shared import Definition, Entry, Layers, Resources, SuitePart
+from benchmarks.harness.config.schema import Count, Key, Names, Share, Strict, Whole, left_out, parse
+from benchmarks.harness.config.shared import Definition, Entry, Layers, Resources, SuitePart
 
 
 class Candidate(Entry):

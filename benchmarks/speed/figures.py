@@ -9,8 +9,8 @@ import matplotlib as mpl
 import torch
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.reporting.looks import Look
-from benchmarks.harness.reporting.plots import STYLE, WIDTH, legend_below, panel_grid, save
+from benchmarks.harness.report.looks import Look
+from benchmarks.harness.report.plots import STYLE, WIDTH, legend_below, panel_grid, save
 from benchmarks.speed.measurements import Measurements
 from benchmarks.speed.tables import threads_text
 from emoe.sparse.cost_model import predicted_time_ratio

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.kinds import Benchmark, Domain, Kind, Offer, Specs
-from benchmarks.harness.planning.schema import check_names, parse
-from benchmarks.harness.planning.workload import Workload
+from benchmarks.harness.config.kinds import Benchmark, Domain, Kind, Offer, Specs
+from benchmarks.harness.config.schema import check_names, parse
+from benchmarks.harness.config.workload import Workload
 from benchmarks.speed.definition import SETTINGS, Measure, MeasurementDefinition
 from benchmarks.speed.workload import measured_workload
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.outcomes import compared
+from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.outcomes import compared
 from benchmarks.harness.results.records import collect
 from benchmarks.speed.definition import Measure, MeasurementDefinition
 

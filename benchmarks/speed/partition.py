@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.modeling.loading import load_backbone
-from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.models.loading import load_backbone
 from benchmarks.speed.definition import PartitionSettings, RunModel
 from emoe.architectures import find_ffns
 from emoe.clustering import balanced_kmeans, explained_variance_ratio

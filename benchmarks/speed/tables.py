@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.reporting.rendering import Column, Table
+from benchmarks.harness.report.rendering import Column, Table
 from benchmarks.speed.measurements import Measurements
 
 

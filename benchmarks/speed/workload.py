@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from benchmarks.harness.planning.shapes import Shape, shape_of_config
-from benchmarks.harness.planning.workload import ModelSize, Passes, Workload
+from benchmarks.harness.config.shapes import Shape, shape_of_config
+from benchmarks.harness.config.workload import ModelSize, Passes, Workload
 from benchmarks.speed.definition import LayerSettings, StepSettings, read_spec
 
 

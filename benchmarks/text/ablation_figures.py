@@ -12,8 +12,8 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 
-from benchmarks.harness.reporting.looks import curves
-from benchmarks.harness.reporting.plots import (
+from benchmarks.harness.report.looks import curves
+from benchmarks.harness.report.plots import (
     FEW,
     REFERENCE,
     STYLE,

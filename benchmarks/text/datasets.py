@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.planning.counts import PublishedRows, count_note
+from benchmarks.harness.config.counts import PublishedRows, count_note
 from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_vader
 from benchmarks.text.definition import RunTask, Splits, TaskEntry
 from benchmarks.text.readers import FileRows, Rows, has_numbers, label_text, read_rows

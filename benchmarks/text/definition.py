@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.planning.counts import PublishedRows, SetSize
-from benchmarks.harness.planning.schema import (
+from benchmarks.harness.config.counts import PublishedRows, SetSize
+from benchmarks.harness.config.schema import (
     AS_GIVEN,
     UNIQUE,
     Count,
@@ -25,7 +25,7 @@ from benchmarks.harness.planning.schema import (
     left_out,
     zero_left_out,
 )
-from benchmarks.harness.planning.shared import (
+from benchmarks.harness.config.shared import (
     Entry,
     LoRA,
     Precision,
@@ -34,7 +34,7 @@ from benchmarks.harness.planning.shared import (
     TrainingSuite,
     VariantAxes,
 )
-from benchmarks.harness.planning.specs import RunSpec
+from benchmarks.harness.config.specs import RunSpec
 
 Protocol = Literal["published", "clean"]
 

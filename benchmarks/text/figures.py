@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.reporting.plots import (
+from benchmarks.harness.report.plots import (
     REFERENCE,
     STYLE,
     WIDTH,

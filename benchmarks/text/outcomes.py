@@ -10,12 +10,12 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.kinds import OOD_MEAN, Benchmark
-from benchmarks.harness.planning.method_rows import resolve_methods
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.shared import ABLATION, MethodsDefinition
-from benchmarks.harness.planning.variants import setting_text, setting_values, without
-from benchmarks.harness.reporting.outcomes import SETTING, Outcomes, compared, counts
+from benchmarks.harness.config.kinds import OOD_MEAN, Benchmark
+from benchmarks.harness.config.method_rows import resolve_methods
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.shared import ABLATION, MethodsDefinition
+from benchmarks.harness.config.variants import setting_text, setting_values, without
+from benchmarks.harness.report.outcomes import SETTING, Outcomes, compared, counts
 from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
 from benchmarks.harness.results.statistics import Ranking, friedman_ranks, paired_differences, with_verdicts
 from benchmarks.text.definition import TaskEntry

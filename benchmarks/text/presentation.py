@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.harness.planning.definition import AnyBenchmark
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.reporting.presentation import NOTE, Presentation, make
-from benchmarks.harness.reporting.rendering import Table
+from benchmarks.harness.config.definition import AnyBenchmark
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.presentation import NOTE, Presentation, make
+from benchmarks.harness.report.rendering import Table
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.figures import scores_by_training_task
 from benchmarks.text.tables import TABLES, verdicts

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from benchmarks.harness.planning.catalogue import load_metrics
-from benchmarks.harness.planning.kinds import OOD_MEAN
-from benchmarks.harness.reporting.common_tables import (
+from benchmarks.harness.config.catalogue import load_metrics
+from benchmarks.harness.config.kinds import OOD_MEAN
+from benchmarks.harness.report.common_tables import (
     cost_table,
     difference_text,
     means_by,
@@ -18,8 +18,8 @@ from benchmarks.harness.reporting.common_tables import (
     with_columns,
     with_numbers,
 )
-from benchmarks.harness.reporting.outcomes import ALL, with_runs
-from benchmarks.harness.reporting.rendering import MISSING, Column, Table
+from benchmarks.harness.report.outcomes import ALL, with_runs
+from benchmarks.harness.report.rendering import MISSING, Column, Table
 from benchmarks.harness.results.records import scores_of
 from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
 from benchmarks.text.outcomes import Ranked, TextOutcomes, ranked

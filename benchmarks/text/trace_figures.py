@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks.harness.reporting.plots import STYLE, USE, WIDTH, panel_grid, placeholder_figure, save, wrapped
+from benchmarks.harness.report.plots import STYLE, USE, WIDTH, panel_grid, placeholder_figure, save, wrapped
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.traces import Trace, published_traces, shown_traces
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.reporting.rendering import Column, Table
+from benchmarks.harness.report.rendering import Column, Table
 from benchmarks.harness.results.statistics import paired_differences, with_verdicts
 from benchmarks.text.grid import OWN
 from benchmarks.text.outcomes import TextOutcomes

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.harness.planning.workload import (
+from benchmarks.harness.config.workload import (
     NO_PASSES,
     ModelSize,
     Workload,

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.running.execution import RunError, launch_distributed
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.run.execution import RunError, launch_distributed
 from benchmarks.llama.export import export
 from tests.checkout import wait_for
 from tests.conftest import ROOT

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.suite import find_run, load_suite, suite_names
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.suite import find_run, load_suite, suite_names
 
 FILE = Path(__file__).with_name("run_ids.csv")
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.config.suite import load_suite
 from tests.checkout import SNAKEMAKE, Checkout, wait_for
 from tests.conftest import ROOT
 from tests.kubernetes.api import Cluster
@@ -67,7 +67,7 @@ def started(checkout: Checkout, epochs: int) -> Iterator[tuple[subprocess.Popen[
 
 # the edited suite's own, whose ids have changed
 _FOLDER = """
-from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.config.suite import load_suite
 runs = load_suite({"suite": "smoke"}).runs
 print("results/runs", next(r.folder for r in runs if r.benchmark == "glue" and r.spec["method"]["name"] == "vanilla"), sep="/")
 """

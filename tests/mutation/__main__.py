@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.harness.planning.suite import suite_of_job
+from benchmarks.harness.config.suite import suite_of_job
 from benchmarks.harness.results.reference import read_tolerances
 from benchmarks.harness.results.regression import present
 from tests.mutation.methods import MUTATIONS, method_mutants

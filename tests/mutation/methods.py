@@ -15,13 +15,13 @@ from transformers import TrainingArguments
 
 from benchmarks.domainbed.batches import TrainingRows
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.modeling import build
-from benchmarks.harness.modeling.conversion import apply_method_
-from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.models import build
+from benchmarks.harness.models.conversion import apply_method_
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.reference import Tolerances
 from benchmarks.harness.results.regression import as_reference
-from benchmarks.harness.running.repetition import Repetition, prepare_folder, repeat
+from benchmarks.harness.run.repetition import Repetition, prepare_folder, repeat
 from benchmarks.harness.training.trainer import RoutedTrainer
 from benchmarks.text.training import TextTrainer
 from tests.mutation.mutants import Verdict, judged

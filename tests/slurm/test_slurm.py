@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.suite import load_suite
 from tests.checkout import SNAKEMAKE, Checkout, wait_for
 from tests.conftest import ROOT
 
@@ -116,7 +116,7 @@ def test_jobs_that_the_cluster_ends_are_tried_again_with_more_and_go_on(checkout
 
 # the edited suite's own: one run of each, whose ids have changed
 _LISTED = """
-from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.config.suite import load_suite
 wanted = {"glue": "vanilla", "glue_lora": "lora", "modularity": "contiguous"}
 for run in load_suite({"suite": "smoke"}).runs:
     if wanted.get(run.benchmark) == run.spec["method"]["name"]:
@@ -139,7 +139,7 @@ def test_what_is_cancelled_leaves_no_job_behind(checkout: Checkout) -> None:
 
 def test_a_job_gets_the_gpu_that_its_run_asks_for(checkout: Checkout) -> None:
     checkout.edit("benchmarks/modularity/benchmark.yaml", "  smoke:\n", "  smoke:\n    resources: {gpu: 1}\n")
-    ask = "import os; from benchmarks.harness.running.devices import visible; print(visible())"
+    ask = "import os; from benchmarks.harness.run.devices import visible; print(visible())"
     assert checkout.run("srun", "--gpus", 1, sys.executable, "-c", ask).stdout.strip() in ("['0']", "['1']")
     target = metrics(RUNS["modularity", "contiguous"])
     said = submit(checkout, "--config", "suite=smoke", "--", target)

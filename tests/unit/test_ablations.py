@@ -11,12 +11,12 @@ import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning import definition
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run, plan
-from benchmarks.harness.planning.shared import ABLATION
-from benchmarks.harness.planning.variants import without
-from benchmarks.harness.reporting.presentation import Presentation, present
+from benchmarks.harness.config import definition
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import Run, plan
+from benchmarks.harness.config.shared import ABLATION
+from benchmarks.harness.config.variants import without
+from benchmarks.harness.report.presentation import Presentation, present
 from benchmarks.text.ablation_figures import panels_of
 from benchmarks.text.ablations import Ablations, ablation_rows
 from benchmarks.text.outcomes import TextOutcomes

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness.modeling.build import Trainable, build_classifier
-from benchmarks.harness.modeling.loading import load_tokenizer
-from benchmarks.harness.modeling.tuning import trained_groups
-from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.method_rows import resolve_methods
-from benchmarks.harness.planning.runs import plan
-from benchmarks.harness.planning.shared import ABLATION
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.method_rows import resolve_methods
+from benchmarks.harness.config.runs import plan
+from benchmarks.harness.config.shared import ABLATION
+from benchmarks.harness.models.build import Trainable, build_classifier
+from benchmarks.harness.models.loading import load_tokenizer
+from benchmarks.harness.models.tuning import trained_groups
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import TrainedSetError
 from benchmarks.text.datasets import TextSplit

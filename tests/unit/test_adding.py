@@ -24,10 +24,10 @@ pytestmark = pytest.mark.slow
 # trains planned runs for a few steps, on a tiny model with random weights
 RUN = """
 from pathlib import Path
-from benchmarks.harness.planning.runs import run_from_spec
-from benchmarks.harness.planning.suite import load_suite
-from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.running.execution import execute
+from benchmarks.harness.config.runs import run_from_spec
+from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.run.execution import execute
 
 runs = {run.spec["method"]["name"]: run for run in load_suite({"suite": "reviews"}).runs}
 for name in ("emoe_linear", "bitfit"):
@@ -161,7 +161,7 @@ def test_a_block_for_another_benchmark_grows_its_suite_alone(project: Path) -> N
 
 def test_its_router_its_tuning_its_metric_and_its_architecture_run(project: Path) -> None:
     look, printed, _, check = PAGE["An architecture"]
-    imports = "import torch, emoe\nfrom benchmarks.harness.planning.plugins import import_plugins\nimport_plugins()\n"
+    imports = "import torch, emoe\nfrom benchmarks.harness.config.plugins import import_plugins\nimport_plugins()\n"
     said = run(project, [sys.executable, "-c", imports + look + check + RUN])
     assert printed in said
     paths = [project / line for line in said.splitlines() if line.endswith("metrics.json")]

@@ -16,11 +16,11 @@ from scipy import stats
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.suite import Suite
-from benchmarks.harness.reporting.presentation import present
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.records import collect, read_metrics, scores_of
 from benchmarks.harness.training.metrics import SCORES, score
 from benchmarks.text.figures import rank_diagram

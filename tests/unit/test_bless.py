@@ -12,12 +12,12 @@ import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results.regression import compare
-from benchmarks.harness.running import blessing, environment, verification
-from benchmarks.harness.running.blessing import bless, clean_commit, refuse_what_does_not_repeat
-from benchmarks.harness.running.repetition import Repetition, repeat
-from benchmarks.harness.running.spread import sample
+from benchmarks.harness.run import blessing, environment, verification
+from benchmarks.harness.run.blessing import bless, clean_commit, refuse_what_does_not_repeat
+from benchmarks.harness.run.repetition import Repetition, repeat
+from benchmarks.harness.run.spread import sample
 from tests import fake_runs
 from tests.fake_runs import edit
 

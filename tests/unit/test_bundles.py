@@ -19,8 +19,8 @@ from filelock import FileLock
 from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import LOCK, ORIGIN
-from benchmarks.harness.planning.jobs import run_inputs
-from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.config.jobs import run_inputs
+from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.results import bundles
 from benchmarks.harness.results.bundles import Merged, merge_bundle, origin_of, write_bundle
 from emoe.errors import EMoEError

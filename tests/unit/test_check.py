@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results.quantities import COLUMNS, KEYS, deviation, one_counts
 from benchmarks.harness.results.reference import (
     FACTOR,
@@ -25,7 +25,7 @@ from benchmarks.harness.results.reference import (
     write_reference,
 )
 from benchmarks.harness.results.regression import Comparison, compare, present
-from benchmarks.harness.running import spread
+from benchmarks.harness.run import spread
 from tests import fake_runs
 from tests.fake_runs import edit
 from tests.programs import call

@@ -15,8 +15,8 @@ from scipy import stats
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.planning.catalogue import load_metrics
-from benchmarks.harness.planning.claims import Claim, Comparison, load_claims, suites_with
+from benchmarks.harness.config.catalogue import load_metrics
+from benchmarks.harness.config.claims import Claim, Comparison, load_claims, suites_with
 from benchmarks.harness.results.evidence import (
     Evidence,
     Verdict,
@@ -315,7 +315,7 @@ def test_a_wrong_name_ends_with_file_key_and_the_nearest(
     for key in [key for key, value in change.items() if value is None]:
         del compare[key]
     (tmp_path / "claims.yaml").write_text(yaml.safe_dump(content))
-    monkeypatch.setattr("benchmarks.harness.planning.claims.BENCHMARKS", tmp_path)
+    monkeypatch.setattr("benchmarks.harness.config.claims.BENCHMARKS", tmp_path)
     with pytest.raises(DefinitionError) as caught:
         load_claims.__wrapped__()
     assert message in str(caught.value)

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 
 from benchmarks.harness.base.paths import OVERRIDES, RUNS
-from benchmarks.harness.planning.claims import load_claims
-from benchmarks.harness.planning.suite import Suite, load_suite
-from benchmarks.harness.reporting.claims import claims_table, judged
-from benchmarks.harness.reporting.claims_figure import draw_claims, write_claims
+from benchmarks.harness.config.claims import load_claims
+from benchmarks.harness.config.suite import Suite, load_suite
+from benchmarks.harness.report.claims import claims_table, judged
+from benchmarks.harness.report.claims_figure import draw_claims, write_claims
 from benchmarks.harness.results.evidence import (
     Verdict,
     pairs_needed,
@@ -119,7 +119,7 @@ def test_a_suite_without_claimed_benchmarks_shows_no_claims(monkeypatch: pytest.
     suite = load_suite({"suite": "mini", "benchmarks": ["glue"]})
     assert [file for file in suite.output_files() if "claims" in file] == suite.claim_files() != []
     assert not [file for file in suite.output_files("glue") if "claims" in file]
-    monkeypatch.setattr("benchmarks.harness.planning.suite.compared_benchmarks", lambda names: [])
+    monkeypatch.setattr("benchmarks.harness.config.suite.compared_benchmarks", lambda names: [])
     assert not [file for file in suite.output_files() if "claims" in file]
 
 

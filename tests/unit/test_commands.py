@@ -20,10 +20,10 @@ from filelock import FileLock
 from benchmarks.__main__ import cli as suite_cli
 from benchmarks.__main__ import main
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning import listing
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
-from benchmarks.harness.running import verification
-from benchmarks.harness.running.repetition import Repetition
+from benchmarks.harness.config import listing
+from benchmarks.harness.config.runs import Run, plan, run_from_spec
+from benchmarks.harness.run import verification
+from benchmarks.harness.run.repetition import Repetition
 from emoe import __main__ as library
 from tests import fake_runs
 from tests.conftest import ROOT

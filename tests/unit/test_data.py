@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.sources.packages import PackageFile, check_file, sha256
 from benchmarks.harness.sources.vader import ARCHIVE
 from tests.image_sets import write_images

@@ -12,12 +12,12 @@ import yaml
 from benchmarks.glue_ood.grid import KIND as EVALUATION
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning import definition, runs, suite
-from benchmarks.harness.planning.catalogue import load_metrics, load_models
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.schema import parse, read, read_yaml
-from benchmarks.harness.planning.settings import SuiteSettings
+from benchmarks.harness.config import definition, runs, suite
+from benchmarks.harness.config.catalogue import load_metrics, load_models
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.schema import parse, read, read_yaml
+from benchmarks.harness.config.settings import SuiteSettings
 from benchmarks.text.definition import TaskEntry, TextDefinition
 
 SAFE = set(string.ascii_letters + string.digits + "._+-")

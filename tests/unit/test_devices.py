@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from benchmarks.harness.base.errors import RunError
-from benchmarks.harness.running import devices
-from benchmarks.harness.running.devices import VISIBLE, reserved, visible
+from benchmarks.harness.run import devices
+from benchmarks.harness.run.devices import VISIBLE, reserved, visible
 from tests.conftest import ROOT
 
 # says what it sees, and keeps it until its input ends
 HOLD = """
 import os, sys
-from benchmarks.harness.running.devices import reserved
+from benchmarks.harness.run.devices import reserved
 with reserved(int(sys.argv[1]), "a run"):
     print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
     sys.stdin.read()

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from benchmarks.harness.planning.paper_items import load_paper_items, shown_benchmarks
+from benchmarks.harness.config.paper_items import load_paper_items, shown_benchmarks
 from benchmarks.text import new
 from tests.conftest import ROOT, SHIPPED
 from tests.pages import python_blocks

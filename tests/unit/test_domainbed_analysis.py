@@ -24,13 +24,13 @@ from benchmarks.domainbed.selection import (
 from benchmarks.domainbed.tables import choices, cost, paper, results, summary
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning import suite as planning
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
-from benchmarks.harness.planning.suite import Suite, find_part, load_suite
-from benchmarks.harness.reporting.claims_figure import write_claims
-from benchmarks.harness.reporting.presentation import present
-from benchmarks.harness.reporting.report import write_report
+from benchmarks.harness.config import suite as planning
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import Run, plan, run_from_spec
+from benchmarks.harness.config.suite import Suite, find_part, load_suite
+from benchmarks.harness.report.claims_figure import write_claims
+from benchmarks.harness.report.presentation import present
+from benchmarks.harness.report.report import write_report
 from benchmarks.harness.results.records import collect
 from tests.fake_runs import write_runs, write_samples
 from tests.image_sets import pacs_run

@@ -16,7 +16,7 @@ from benchmarks.domainbed.validation import (
 )
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.config.definition import load_benchmark
 from tests.image_sets import CLASSES, FOLDERS, PACS, load
 
 

@@ -19,9 +19,9 @@ from transformers import (
 
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT
-from benchmarks.harness.modeling.build import build_image_classifier
-from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.runs import Run, plan, run_from_spec
+from benchmarks.harness.models.build import build_image_classifier
 from tests.executed import finish, prepare
 from tests.image_sets import pacs_run
 

@@ -26,9 +26,9 @@ from benchmarks.domainbed.protocol import (
     sweep_seed,
 )
 from benchmarks.domainbed.training import EvaluationSteps
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.methods import suite_methods, training_settings
-from benchmarks.harness.planning.runs import plan
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.methods import suite_methods, training_settings
+from benchmarks.harness.config.runs import plan
 from benchmarks.harness.results.information import by_chance, mutual_information
 from tests.planned import paper_runs
 

@@ -24,8 +24,8 @@ from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.training import DomainTrainer
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run, run_from_spec
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.results.information import mutual_information
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs

@@ -13,15 +13,15 @@ import yaml
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning import devices
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.devices import USUAL_GPU, device_of, find_device, load_devices
-from benchmarks.harness.planning.kinds import kind_of
-from benchmarks.harness.planning.runs import Run, plan
-from benchmarks.harness.planning.suite import load_suite
-from benchmarks.harness.planning.workload import Passes, Workload
+from benchmarks.harness.config import devices
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.devices import USUAL_GPU, device_of, find_device, load_devices
+from benchmarks.harness.config.kinds import kind_of
+from benchmarks.harness.config.runs import Run, plan
+from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.config.workload import Passes, Workload
 from benchmarks.harness.results.estimates import Estimator, Point, Recorded, errors, factors, recorded
-from benchmarks.harness.running.outlook import look_ahead
+from benchmarks.harness.run.outlook import look_ahead
 from tests.planned import paper_runs, plan_once
 
 CPU = find_device("cpu")

@@ -20,9 +20,9 @@ from benchmarks.__main__ import main
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import ORIGIN
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.planning.runs import Run, plan, read_run, run_from_spec
+from benchmarks.harness.config.runs import Run, plan, read_run, run_from_spec
 from benchmarks.harness.results.durations import clock
-from benchmarks.harness.running import execution
+from benchmarks.harness.run import execution
 from benchmarks.harness.training import progress as progress_module
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.progress import Progress

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.reporting.presentation import present
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.report.presentation import present
 from tests import fake_runs
 from tests.drawn import faults, watched
 

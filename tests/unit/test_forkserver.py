@@ -16,16 +16,16 @@ import psutil
 import pytest
 from transformers.trainer import TRAINER_STATE_NAME
 
-from benchmarks.harness.planning.runs import Run, run_from_spec
-from benchmarks.harness.planning.suite import load_suite
-from benchmarks.harness.running.forkserver import ADDRESS, ONE_THREAD, Server
+from benchmarks.harness.config.runs import Run, run_from_spec
+from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.run.forkserver import ADDRESS, ONE_THREAD, Server
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from tests import executed
 from tests.checkout import wait_for
 from tests.conftest import ROOT
 from tests.executed import numbers, prepare
 
-MODULES = ["benchmarks.glue.pipeline", "benchmarks.harness.running.execution"]
+MODULES = ["benchmarks.glue.pipeline", "benchmarks.harness.run.execution"]
 _OF_PYTEST = "PYTEST_CURRENT_TEST"  # another value in a fixture than in its test
 RUNS = {run.spec["method"]["name"]: run for run in load_suite({"suite": "smoke"}).runs_of("glue")}
 
@@ -121,7 +121,7 @@ def test_a_command_has_its_own_folder_streams_and_exit_status(server: Server, tm
 
 def test_another_environment_or_no_server_is_no_fork(server: Server) -> None:
     """What a shell keeps for itself does not count: the shell of a job drops the prompt of an activated environment."""
-    ask = "from benchmarks.harness.running.forkserver import ask; print(ask(['check', '--sweet']))"
+    ask = "from benchmarks.harness.run.forkserver import ask; print(ask(['check', '--sweet']))"
     for variables, status in (
         ({}, "2"),
         ({"PS1": "(.venv) ", "PS2": "> ", "PS4": "+ ", "IFS": ":", "OPTIND": "2", "SHELLOPTS": "braceexpand"}, "2"),
@@ -158,7 +158,7 @@ def test_a_fork_that_is_killed_is_a_command_that_failed(server: Server) -> None:
 def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     code = (
         "import os, time\n"
-        "from benchmarks.harness.running.forkserver import ADDRESS, Server\n"
+        "from benchmarks.harness.run.forkserver import ADDRESS, Server\n"
         "server = Server(['json'])\n"
         "server.start()\n"
         "print(server._process.pid, os.environ[ADDRESS], flush=True)\n"

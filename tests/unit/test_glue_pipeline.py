@@ -9,7 +9,7 @@ import pytest
 import emoe
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, RUNS
-from benchmarks.harness.planning.runs import run_from_spec
+from benchmarks.harness.config.runs import run_from_spec
 from tests.executed import recorded
 from tests.planned import paper_runs
 from tests.text_sets import GLUE

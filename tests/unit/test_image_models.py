@@ -13,9 +13,9 @@ from transformers import Dinov2Config, Dinov2Model
 
 import emoe
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.modeling.dinov2 import read_backbone, rebuild
-from benchmarks.harness.modeling.image import load_image_classifier, load_image_network
-from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.models.dinov2 import read_backbone, rebuild
+from benchmarks.harness.models.image import load_image_classifier, load_image_network
 from emoe.partitioning import partition_key
 
 TEST_VIT = load_models()["test-vit"].spec("test-vit")

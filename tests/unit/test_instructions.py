@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import emoe
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.sources.packages import packaged
 from benchmarks.llama.definition import InstructionSource
 from benchmarks.llama.encoding import IGNORED, EncodedRow, EncodedRows, _begin, collator, without_prompt_logits

@@ -13,12 +13,12 @@ import yaml
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
-from benchmarks.harness.planning.suite import load_suite
-from benchmarks.harness.reporting.claims_figure import write_claims
-from benchmarks.harness.reporting.presentation import present
-from benchmarks.harness.reporting.report import write_report
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import Run, plan, run_from_spec
+from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.report.claims_figure import write_claims
+from benchmarks.harness.report.presentation import present
+from benchmarks.harness.report.report import write_report
 from benchmarks.harness.results import regression
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.reference import write_reference
@@ -222,8 +222,8 @@ def test_a_suite_without_training_or_accuracy_still_has_its_pictures(runs: list[
 
 
 def test_wrong_settings_are_refused_by_name() -> None:
-    from benchmarks.harness.planning.kinds import Benchmark
-    from benchmarks.harness.planning.schema import parse
+    from benchmarks.harness.config.kinds import Benchmark
+    from benchmarks.harness.config.schema import parse
     from benchmarks.llama.definition import InstructionDefinition
     from benchmarks.llama.grid import KIND
 

@@ -11,10 +11,10 @@ import datasets
 import pytest
 
 from benchmarks.harness.base.paths import PREFIXES, QUESTIONS
-from benchmarks.harness.modeling.build import build_language_model
-from benchmarks.harness.modeling.loading import load_tokenizer
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import plan, run_from_spec
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import plan, run_from_spec
+from benchmarks.harness.models.build import build_language_model
+from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.llama.definition import AskedTask
 from benchmarks.llama.evaluation import load_tasks
 from benchmarks.llama.grid import KIND

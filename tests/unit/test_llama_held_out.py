@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import plan, run_from_spec
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import plan, run_from_spec
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.figures import draw_curves
 from benchmarks.llama.outcomes import InstructionOutcomes

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.modeling.memory import Memory, memory
+from benchmarks.harness.models.memory import Memory, memory
 from benchmarks.llama.definition import InstructionSpec
 from benchmarks.llama.memory_estimate import check_memory, estimate_memory
 from tests.executed import finish, prepare

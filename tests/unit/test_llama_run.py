@@ -19,9 +19,9 @@ import emoe
 from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import MODEL_ROOT, QUESTIONS
-from benchmarks.harness.modeling.build import build_language_model
-from benchmarks.harness.modeling.language import load_language_model
-from benchmarks.harness.modeling.loading import load_tokenizer
+from benchmarks.harness.models.build import build_language_model
+from benchmarks.harness.models.language import load_language_model
+from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.training.distributed import is_complete
 from benchmarks.llama.definition import AskedTask, InstructionSpec
 from benchmarks.llama.encoding import IGNORED

@@ -11,9 +11,9 @@ import yaml
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning import method_rows, plugins
-from benchmarks.harness.planning.method_rows import load_methods, resolve_methods
-from benchmarks.harness.planning.shared import Method, TrainingDefinition, TrainingSuite
+from benchmarks.harness.config import method_rows, plugins
+from benchmarks.harness.config.method_rows import load_methods, resolve_methods
+from benchmarks.harness.config.shared import Method, TrainingDefinition, TrainingSuite
 
 
 class Definition(TrainingDefinition):
@@ -140,7 +140,7 @@ def test_what_depends_on_the_model_may_be_left_open(read, method: dict[str, Any]
 
 def test_a_plugin_makes_its_router_and_its_tuning_known(read, tmp_path: Path) -> None:
     (tmp_path / "my_router.py").write_text(
-        "import emoe\nfrom benchmarks.harness.planning.tunings import register_tuning\n"
+        "import emoe\nfrom benchmarks.harness.config.tunings import register_tuning\n"
         "emoe.register_router('linear', type('Linear', (emoe.Router,), {}))\n"
         "register_tuning('bias', lambda model, layers: [])\n"
     )

@@ -12,9 +12,9 @@ import torch
 
 import emoe
 from benchmarks.harness.base.paths import MODEL_ROOT
-from benchmarks.harness.modeling.conversion import cached_partition
-from benchmarks.harness.modeling.loading import load_backbone, load_classifier, weights_digest
-from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.models.conversion import cached_partition
+from benchmarks.harness.models.loading import load_backbone, load_classifier, weights_digest
 from tests import tiny_models
 
 

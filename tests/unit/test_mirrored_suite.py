@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from benchmarks.harness.planning.runs import run_from_spec
-from benchmarks.harness.planning.suite import Suite
+from benchmarks.harness.config.runs import run_from_spec
+from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.results import tracking
 from tests import fake_runs
 

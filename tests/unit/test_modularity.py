@@ -12,10 +12,10 @@ import torch
 
 import emoe
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import plan
-from benchmarks.harness.planning.schema import parse
-from benchmarks.harness.reporting.presentation import Presentation, present
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import plan
+from benchmarks.harness.config.schema import parse
+from benchmarks.harness.report.presentation import Presentation, present
 from benchmarks.modularity.concentration import Concentration, gini, is_active
 from benchmarks.modularity.definition import ModularityDefinition
 from benchmarks.modularity.grid import KIND

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
+from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.reference import Tolerances
 from benchmarks.harness.results.regression import as_reference, judge
-from benchmarks.harness.running.repetition import Repetition, prepare_folder, repeat
+from benchmarks.harness.run.repetition import Repetition, prepare_folder, repeat
 from tests.mutation.methods import MUTATIONS, affected, method_mutants
 from tests.mutation.mutants import Verdict, table
 from tests.mutation.records import record_mutants

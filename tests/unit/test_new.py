@@ -10,9 +10,9 @@ import yaml
 
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import ROOT
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.kinds import kind_of
-from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.kinds import kind_of
+from benchmarks.harness.config.suite import load_suite
 from benchmarks.text import new
 from benchmarks.text.datasets import load_split
 from benchmarks.text.new import divided, new_benchmark, read_rows
@@ -45,7 +45,7 @@ def listed(root: Path) -> list[str]:
 
 
 def test_a_csv_becomes_a_benchmark_that_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("harness.planning.definition", "harness.planning.kinds"):
+    for module in ("harness.config.definition", "harness.config.kinds"):
         monkeypatch.setattr(f"benchmarks.{module}.BENCHMARKS", tmp_path / "benchmarks")
     (tmp_path / "benchmarks/text").mkdir()
     for file in ("text/grid.py", "glue/pipeline.py"):

@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, ROOT
-from benchmarks.harness.planning.artifacts import FIGURE_FORMATS, all_artifacts, artifacts_of
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.paper_items import (
+from benchmarks.harness.config.artifacts import FIGURE_FORMATS, all_artifacts, artifacts_of
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.paper_items import (
     PaperPart,
     check_part,
     load_paper_items,
@@ -18,12 +18,12 @@ from benchmarks.harness.planning.paper_items import (
     paper_files,
     paper_outputs,
 )
-from benchmarks.harness.planning.suite import load_suite
-from benchmarks.harness.reporting.claims import claimed_numbers
-from benchmarks.harness.reporting.claims_figure import write_claims
-from benchmarks.harness.reporting.main_figure import draw_main, main_rows
-from benchmarks.harness.reporting.paper_items import paper_index, write_paper_items
-from benchmarks.harness.reporting.presentation import present
+from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.report.claims import claimed_numbers
+from benchmarks.harness.report.claims_figure import write_claims
+from benchmarks.harness.report.main_figure import draw_main, main_rows
+from benchmarks.harness.report.paper_items import paper_index, write_paper_items
+from benchmarks.harness.report.presentation import present
 from tests import fake_runs
 from tests.drawn import watched
 from tests.programs import call

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning import workload
-from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.paper_items import runs_shown
-from benchmarks.harness.planning.runs import plan
-from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.config import workload
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.paper_items import runs_shown
+from benchmarks.harness.config.runs import plan
+from benchmarks.harness.config.suite import load_suite
 from tests import fake_runs
 from tests.planned import plan_once
 from tests.programs import call

@@ -10,12 +10,12 @@ import pytest
 from benchmarks.glue_ood.grid import KIND as EVALUATION
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.planning import definition
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import plan
-from benchmarks.harness.planning.schema import read_yaml
-from benchmarks.harness.planning.shared import ABLATION
-from benchmarks.harness.planning.variants import setting_text, setting_values, without
+from benchmarks.harness.config import definition
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import plan
+from benchmarks.harness.config.schema import read_yaml
+from benchmarks.harness.config.shared import ABLATION
+from benchmarks.harness.config.variants import setting_text, setting_values, without
 from benchmarks.text.datasets import TextSplit
 from tests.planned import evaluations
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning import definition
-from benchmarks.harness.planning.definition import AnyBenchmark, load_benchmark
+from benchmarks.harness.config import definition
+from benchmarks.harness.config.definition import AnyBenchmark, load_benchmark
 
 
 def copied(name: str, folder: Path) -> tuple[AnyBenchmark, Path]:
@@ -85,7 +85,7 @@ def test_a_misspelt_table_or_figure_is_refused_before_runs_start(name: str, key:
 def test_a_presentation_may_make_its_tables_in_ways_that_nobody_can_read(tmp_path: Path) -> None:
     real, folder = copied("glue", tmp_path)
     (folder / "presentation.py").write_text(
-        "from benchmarks.harness.reporting.presentation import make\n"
+        "from benchmarks.harness.report.presentation import make\n"
         "def present(benchmark, runs):\n"
         "    tables = {}\n"
         "    tables['own'] = runs\n"

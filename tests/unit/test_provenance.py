@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 
 from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.loading import load_set
-from benchmarks.harness.modeling.image import load_image_classifier
-from benchmarks.harness.modeling.loading import describe
-from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.definition import benchmark_names, load_benchmark
-from benchmarks.harness.running import environment
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.definition import benchmark_names, load_benchmark
+from benchmarks.harness.models.image import load_image_classifier
+from benchmarks.harness.models.loading import describe
+from benchmarks.harness.run import environment
 from benchmarks.harness.sources import hub
 from benchmarks.llama.definition import AskedTask
 from benchmarks.llama.evaluation import load_tasks

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.harness.reporting.rendering import Column, Table
+from benchmarks.harness.report.rendering import Column, Table
 
 TABLE = Table(
     "A & B",

@@ -14,10 +14,10 @@ import pytest
 
 from benchmarks.__main__ import cli
 from benchmarks.harness.base import paths
-from benchmarks.harness.planning.artifacts import all_artifacts
-from benchmarks.harness.planning.suite import load_suite
-from benchmarks.harness.reporting.outcomes import ALL, with_runs
-from benchmarks.harness.reporting.rendering import RUNS, Column, Table, with_code
+from benchmarks.harness.config.artifacts import all_artifacts
+from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.report.outcomes import ALL, with_runs
+from benchmarks.harness.report.rendering import RUNS, Column, Table, with_code
 from tests import fake_runs
 from tests.drawn import undraw
 

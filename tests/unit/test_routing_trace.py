@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.training import routing_trace
 from benchmarks.harness.training.routing_trace import window_steps
 from benchmarks.text.outcomes import TextOutcomes

@@ -12,10 +12,10 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, CONFIG
-from benchmarks.harness.planning.editor import editor_schemas, write_schemas
-from benchmarks.harness.planning.kinds import kind_name
-from benchmarks.harness.planning.runs import canonical_json, plan
-from benchmarks.harness.planning.schema import (
+from benchmarks.harness.config.editor import editor_schemas, write_schemas
+from benchmarks.harness.config.kinds import kind_name
+from benchmarks.harness.config.runs import canonical_json, plan
+from benchmarks.harness.config.schema import (
     UNIQUE,
     AsGiven,
     Count,
@@ -28,7 +28,7 @@ from benchmarks.harness.planning.schema import (
     left_out,
     parse,
 )
-from benchmarks.harness.planning.shared import Method
+from benchmarks.harness.config.shared import Method
 from benchmarks.text.definition import TextSpec
 from emoe.config import EMoEConfig, GMoEConfig
 
@@ -144,7 +144,7 @@ def test_editors_know_the_present_models() -> None:
 
 
 def test_schemas_are_written(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.harness.planning.editor.SCHEMAS", tmp_path)
+    monkeypatch.setattr("benchmarks.harness.config.editor.SCHEMAS", tmp_path)
     written = write_schemas()
     assert sorted(written) == sorted(tmp_path.iterdir())
 

@@ -12,14 +12,14 @@ import torch
 import yaml
 
 from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.planning import definition, runs
-from benchmarks.harness.planning.definition import AnyBenchmark, load_benchmark
-from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.schema import parse
-from benchmarks.harness.planning.suite import load_suite
-from benchmarks.harness.reporting import report
-from benchmarks.harness.reporting.claims_figure import write_claims
-from benchmarks.harness.reporting.presentation import present
+from benchmarks.harness.config import definition, runs
+from benchmarks.harness.config.definition import AnyBenchmark, load_benchmark
+from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.report import report
+from benchmarks.harness.report.claims_figure import write_claims
+from benchmarks.harness.report.presentation import present
 from benchmarks.speed import layer, partition, pipeline, step, timing
 from benchmarks.speed.definition import MeasurementDefinition, RunModel, StepSettings
 from benchmarks.speed.ffn import CANDIDATES, FFN

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import emoe
-from benchmarks.harness.modeling.prefix import has_prefix
-from benchmarks.harness.modeling.states_below import StatesBelow
-from benchmarks.harness.planning.tunings import block_of
+from benchmarks.harness.config.tunings import block_of
+from benchmarks.harness.models.prefix import has_prefix
+from benchmarks.harness.models.states_below import StatesBelow
 from emoe.architectures import find_ffns
 from tests.tiny_models import VOCABULARY, build
 

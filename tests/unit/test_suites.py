@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning import jobs, runs, suite
+from benchmarks.harness.config import jobs, runs, suite
 
 
 def test_suites_share_runs() -> None:

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness.base.paths import TOKENS
-from benchmarks.harness.modeling.loading import load_tokenizer
-from benchmarks.harness.planning.catalogue import load_models
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.text import tokenization as tokenised
 from benchmarks.text.datasets import TextSplit
 from benchmarks.text.tokenization import TokenisedRows, calibration_batches

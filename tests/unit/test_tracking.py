@@ -21,7 +21,7 @@ from mlflow.tracking import MlflowClient
 from benchmarks.harness.base.errors import RunError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.base.secrets import without_passwords
-from benchmarks.harness.planning.runs import Run, plan
+from benchmarks.harness.config.runs import Run, plan
 from benchmarks.harness.results import mlflow_store, tracking
 from benchmarks.harness.results.tracking import mirror
 from tests import fake_runs

@@ -12,13 +12,13 @@ import torch
 import emoe
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, RUNS
-from benchmarks.harness.modeling.conversion import apply_method_, use_as_
-from benchmarks.harness.modeling.loading import load_backbone
-from benchmarks.harness.planning import definition
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import plan, run_from_spec
-from benchmarks.harness.planning.schema import read_yaml
-from benchmarks.harness.reporting.presentation import present
+from benchmarks.harness.config import definition
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import plan, run_from_spec
+from benchmarks.harness.config.schema import read_yaml
+from benchmarks.harness.models.conversion import apply_method_, use_as_
+from benchmarks.harness.models.loading import load_backbone
+from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.records import collect
 from benchmarks.text.datasets import load_part
 from benchmarks.text.definition import RunTask

@@ -11,13 +11,13 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.modeling.tuning import tune_
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.kinds import Benchmark
-from benchmarks.harness.planning.methods import method_spec
-from benchmarks.harness.planning.schema import parse
-from benchmarks.harness.planning.shared import Method
-from benchmarks.harness.planning.tunings import register_tuning
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.methods import method_spec
+from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.shared import Method
+from benchmarks.harness.config.tunings import register_tuning
+from benchmarks.harness.models.tuning import tune_
 from benchmarks.llama.definition import InstructionDefinition
 
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": {"bert": ["query"]}}

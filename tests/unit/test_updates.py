@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import emoe
-from benchmarks.harness.planning.definition import load_benchmark
+from benchmarks.harness.config.definition import load_benchmark
 from benchmarks.harness.training.updates import WeightChange, ffn_weights, gradient_agreement
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.updates import update_table

@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from benchmarks.harness.modeling.loading import load_tokenizer
-from benchmarks.harness.planning.catalogue import load_models
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.devices import find_device
-from benchmarks.harness.planning.kinds import kind_of
-from benchmarks.harness.planning.runs import Run, plan, run_from_spec
-from benchmarks.harness.planning.shapes import shape_of_config
-from benchmarks.harness.planning.workload import Passes, Workload, model_size, padded
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.devices import find_device
+from benchmarks.harness.config.kinds import kind_of
+from benchmarks.harness.config.runs import Run, plan, run_from_spec
+from benchmarks.harness.config.shapes import shape_of_config
+from benchmarks.harness.config.workload import Passes, Workload, model_size, padded
+from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.llama.definition import InstructionSpec
 from benchmarks.llama.memory_estimate import estimate_memory

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.config.suite import load_suite
 from tests.checkout import Checkout
 from tests.conftest import ROOT
 from tests.workflow.test_project import PYPROJECT

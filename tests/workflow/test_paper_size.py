@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.config.suite import load_suite
 from tests import fake_runs
 from tests.checkout import SNAKEMAKE, Checkout
 

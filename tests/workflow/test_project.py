@@ -13,9 +13,9 @@ import yaml
 
 from benchmarks.domainbed.jobs import find_validation
 from benchmarks.harness.base.paths import PACKAGES
-from benchmarks.harness.planning.jobs import run_inputs
-from benchmarks.harness.planning.settings import SuiteSettings
-from benchmarks.harness.planning.suite import load_suite, suite_names
+from benchmarks.harness.config.jobs import run_inputs
+from benchmarks.harness.config.settings import SuiteSettings
+from benchmarks.harness.config.suite import load_suite, suite_names
 from tests.conftest import ROOT
 from tests.imported import imports
 

@@ -18,8 +18,8 @@ from click.testing import CliRunner, Result
 from mlflow.tracking import MlflowClient
 
 from benchmarks.__main__ import cli
-from benchmarks.harness.planning.paper_items import paper_files
-from benchmarks.harness.planning.suite import load_suite
+from benchmarks.harness.config.paper_items import paper_files
+from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.sources import vader
 from tests.checkout import SNAKEMAKE, Checkout, wait_for
 

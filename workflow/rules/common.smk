@@ -10,10 +10,10 @@ sys.path.insert(0, str(workflow.basedir))
 
 from benchmarks.domainbed.jobs import find_validation
 from benchmarks.harness.base.secrets import without_passwords
-from benchmarks.harness.planning import jobs, paper_items
-from benchmarks.harness.planning.artifacts import CLAIMS, all_artifacts
-from benchmarks.harness.planning import suite as suites
-from benchmarks.harness.running.forkserver import Server
+from benchmarks.harness.config import jobs, paper_items
+from benchmarks.harness.config.artifacts import CLAIMS, all_artifacts
+from benchmarks.harness.config import suite as suites
+from benchmarks.harness.run.forkserver import Server
 from emoe.errors import EMoEError
 from snakemake.exceptions import WorkflowError
 

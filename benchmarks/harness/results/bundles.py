@@ -24,9 +24,9 @@ from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.files import atomic_write, write_json
 from benchmarks.harness.base.locks import hold
 from benchmarks.harness.base.paths import LOCK, LOG, ORIGIN, RUNS
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import Run, parse_run
-from benchmarks.harness.planning.schema import Strict, parse
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import Run, parse_run
+from benchmarks.harness.config.schema import Strict, parse
 from benchmarks.harness.results.records import parse_metrics, read_metrics_file, repeatable
 from benchmarks.harness.sources.packages import sha256
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning.runs import Run, read_run
+from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.results.quantities import KEYS, quantities
 from benchmarks.harness.results.records import collect_from, read_metrics_file
 from benchmarks.harness.results.reference import read_reference

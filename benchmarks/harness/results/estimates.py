@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning.devices import Device, device_of
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.workload import Workload
+from benchmarks.harness.config.devices import Device, device_of
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.workload import Workload
 from benchmarks.harness.results.durations import benchmark_of, but_the_seed, means, read_cost
 
 _MOST = 200  # settings of a benchmark that are looked at

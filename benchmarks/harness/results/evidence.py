@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from benchmarks.harness.planning.claims import Comparison
+from benchmarks.harness.config.claims import Comparison
 from benchmarks.harness.results.statistics import SIGNIFICANCE, Difference, mean_difference
 
 POWER = 0.8
@@ -57,7 +57,7 @@ def chosen(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
     """The numbers that a comparison is about, of both methods.
 
     Args:
-        numbers: of all of a benchmark's runs, see :data:`benchmarks.harness.reporting.outcomes.COMPARED`.
+        numbers: of all of a benchmark's runs, see :data:`benchmarks.harness.report.outcomes.COMPARED`.
         compare: the comparison.
     """
     wanted = (

@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.planning.catalogue import Judged, load_metrics
-from benchmarks.harness.planning.kinds import OOD_MEAN
-from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.config.catalogue import Judged, load_metrics
+from benchmarks.harness.config.kinds import OOD_MEAN
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results.records import AS, GROUP_KEYS, ROUTING, collect_from
 
 KEYS = ["run", "seed", "part", "set", "metric"]

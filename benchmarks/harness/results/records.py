@@ -13,10 +13,10 @@ import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning.catalogue import load_metrics
-from benchmarks.harness.planning.kinds import OOD_MEAN, kind_of
-from benchmarks.harness.planning.runs import Run
-from benchmarks.harness.planning.specs import trained_sets
+from benchmarks.harness.config.catalogue import load_metrics
+from benchmarks.harness.config.kinds import OOD_MEAN, kind_of
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.specs import trained_sets
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]

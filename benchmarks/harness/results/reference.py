@@ -16,7 +16,7 @@ from pydantic import Field
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.files import atomic_write, write_json
 from benchmarks.harness.base.paths import REFERENCE
-from benchmarks.harness.planning.schema import Strict, parse
+from benchmarks.harness.config.schema import Strict, parse
 from benchmarks.harness.results.quantities import COLUMNS, KEYS, quantity_of
 
 MACHINE = "machine"

@@ -17,7 +17,7 @@ import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import REFERENCE, RUNS
-from benchmarks.harness.planning.runs import Run
+from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results.quantities import KEYS, deviation, judged_how, one_counts, quantities
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.reference import (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.planning.definition import load_benchmark
-from benchmarks.harness.planning.runs import read_run
+from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.runs import read_run
 
 
 @dataclass(frozen=True)

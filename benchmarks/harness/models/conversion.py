@@ -1,0 +1,156 @@
+"""Apply a method to a freshly loaded model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import emoe
+from benchmarks.harness.base.files import write_json
+from benchmarks.harness.base.paths import PARTITIONS
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.models.image import load_image_network
+from benchmarks.harness.models.language import load_language_model
+from benchmarks.harness.models.loading import load_backbone
+from benchmarks.harness.models.noise import noisy_tuning_
+from benchmarks.harness.models.seq2seq import load_seq2seq
+from emoe.architectures import find_ffns
+from emoe.config import EMoEConfig
+from emoe.errors import CheckpointError
+from emoe.layer import routed_layers
+from emoe.layer_numbers import resolve_layers
+from emoe.partitioning import Partition, join_partitions, load_partition, partition_key, save_partition
+
+_FIXED = "fixed"  # experts by their use, which is counted when the model routes by avg-k
+# of pre-trained models, by their modality; text classifiers have none
+_LOADERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "image": load_image_network,
+    "language": load_language_model,
+    "seq2seq": load_seq2seq,
+}
+
+
+def apply_method_(
+    model: nn.Module,
+    method: Mapping[str, Any],
+    seed: int,
+    calibration: Iterable[Mapping[str, Any]] = (),
+    partition: Mapping[int, torch.Tensor] | None = None,
+) -> emoe.ConversionReport | None:
+    """Turn a dense model into what the method trains, in place.
+
+    Args:
+        model: the pre-trained model.
+        method: the ``method`` part of a run's spec.
+        seed: the run's seed, for noisy tuning.
+        calibration: batches of training rows, read for a co-activation partition and for experts that are fixed by their use.
+        partition: of a model that is built again, whose other state is loaded afterwards; made, or taken from the cache, where None.
+
+    Returns:
+        The conversion's report; None for a dense model.
+    """
+    if method["noise"]:
+        noisy_tuning_(model, method["noise"], seed=derive_seed("noise", seed))
+    if method["config"] is None:
+        return None
+    config = emoe.config_from_dict(method["config"])
+    if not isinstance(config, EMoEConfig):
+        return emoe.convert_(model, config)
+    if config.router == _FIXED:
+        by_token = {**method, "noise": 0.0, "config": dataclasses.replace(config, router="avg_k").to_dict()}
+        report = apply_method_(model, by_token, seed, calibration, partition)
+        emoe.fix_experts_(model, _unknown_usage(model) if partition is not None else _usage(model, calibration))
+        return report
+    if partition is None and config.partition == "kmeans":
+        partition = cached_partition(model, config)
+    if partition is not None:
+        return emoe.convert_(model, config, partition=partition)
+    if config.partition == "coactivation":
+        return emoe.convert_(model, config, calibration=calibration)
+    return emoe.convert_(model, config)
+
+
+def use_as_(model: nn.Module, config: Mapping[str, Any] | None, seed: int) -> None:
+    """Make a trained model dense (``config`` None), or a dense one an EMoE whose experts are made of its present weights, in place."""
+    if config is None:
+        emoe.to_dense_(model)
+    else:
+        apply_method_(model, {"noise": 0.0, "config": config}, seed)
+        use_sparse_(model)
+
+
+def use_sparse_(model: nn.Module) -> None:
+    """Use the sparse backend on a CPU. FFNs with adapters, or with scores that need every neuron, stay masked."""
+    if torch.cuda.is_available() or not routed_layers(model):
+        return
+    try:
+        emoe.set_backend_(model, "sparse")
+    except emoe.ConversionError:
+        return
+
+
+@torch.no_grad()
+def _usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[int, torch.Tensor]:
+    """Count how often avg-k uses each expert, by layer."""
+    use_sparse_(model.eval())
+    with emoe.record_routing(model) as record:
+        for batch in batches:
+            model(**batch)
+    emoe.set_backend_(model, "masked")
+    return {number: layer.loads for number, layer in record.layers.items()}
+
+
+def _unknown_usage(model: nn.Module) -> dict[int, torch.Tensor]:
+    """In the place of counts that are loaded."""
+    return {layer.ffn_index: torch.ones(layer.config.num_experts, dtype=torch.int64) for layer in routed_layers(model)}
+
+
+def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
+    """Cluster ahead of the runs, and write a receipt that says where the partition is.
+
+    Args:
+        spec: JSON with a resolved ``model`` and the ``config`` of the EMoE.
+        output: the receipt.
+        threads: CPU threads.
+    """
+    content = json.loads(spec)
+    torch.set_num_threads(threads)
+    load = _LOADERS.get(content["model"].get("modality"), load_backbone)
+    model, config = load(content["model"]), EMoEConfig.from_dict(content["config"])
+    found = cached_partition(model, config)
+    receipt = {
+        "partitions": {layer: partition_key(model, single) for layer, single in _by_layer(model, config)},
+        "explained": found.explained,
+        "seconds": found.seconds,
+        **content,
+    }
+    write_json(output, receipt)
+
+
+def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:
+    """The model's partition, each layer from the cache where the same keys were clustered before.
+
+    The cache is keyed by content (see :func:`emoe.partitioning.partition_key`), never by name.
+    """
+    parts = []
+    for _, single in _by_layer(model, config):
+        path = folder / f"{partition_key(model, single)}.safetensors"
+        try:
+            part = load_partition(path)
+        except CheckpointError:  # not there, or damaged
+            save_partition(emoe.partition(model, single), path)
+            part = load_partition(path)
+        parts.append(part)
+    return join_partitions(parts)
+
+
+def _by_layer(model: nn.Module, config: EMoEConfig) -> list[tuple[int, EMoEConfig]]:
+    """The chosen layers, each with a configuration of its own."""
+    layers = resolve_layers(config.layers, len(find_ffns(model)))  # type: ignore[arg-type]
+    return [(layer, dataclasses.replace(config, layers=[layer])) for layer in layers]
