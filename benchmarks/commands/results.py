@@ -131,62 +131,6 @@ def paper(suite: str, as_json: bool) -> None:
         click.echo(index.assign(files=index["files"].map(", ".join)).replace("", MISSING).to_markdown(index=False))
 
 
-@command("Pack finished runs into one file.")
-@click.argument("output", type=click.Path(path_type=Path, dir_okay=False))
-@SUITE
-@benchmark_option("Only this one's.")
-@click.option("--name", default=None, help="Who ran them, for readers of the tables; by default this machine's name.")
-@click.option("--logs/--no-logs", default=True, show_default=True, help="With what the runs said.")
-def bundle(output: Path, suite: str, benchmark: str | None, name: str | None, logs: bool) -> None:
-    """Pack a suite's finished runs into the zip OUTPUT, for `merge` on another machine. Weights stay here."""
-    import platform
-
-    from benchmarks.harness.results.bundles import write_bundle
-
-    runs = [run for run in load_suite(suite, benchmark).runs if benchmark in (None, run.benchmark)]
-    packed = write_bundle(output, runs, name or platform.node() or "unknown", logs=logs)
-    click.echo(
-        f"{output}: {packed:,} runs; {len(runs) - packed:,} of the suite's {len(runs):,} are not finished", err=True
-    )
-
-
-@command("Put another machine's runs beside one's own.")
-@click.argument("bundle", type=click.Path(path_type=Path, dir_okay=False))
-@AS_JSON
-def merge(bundle: Path, as_json: bool) -> None:
-    """Put the runs of the zip BUNDLE beside one's own, after every digest and number in it was found right.
-
-    A run that is here keeps its numbers; status 1 where the bundle has others.
-    """
-    import dataclasses
-
-    from benchmarks.harness.results.bundles import merge_bundle
-
-    found = merge_bundle(bundle)
-    _forget([f"results/runs/{folder}/metrics.json" for folder in found.added])
-    if as_json:
-        echo_json(dataclasses.asdict(found))
-    else:
-        counts = {
-            "added": found.added,
-            "here already, with the same numbers": found.there,
-            "begun here, left alone (delete their folders to take these)": found.begun,
-            "here with other numbers, which were kept": found.different,
-        }
-        click.echo("; ".join(f"{len(runs):,} {what}" for what, runs in counts.items() if runs) or "no runs")
-        for folder in found.different:
-            click.echo(f"  results/runs/{folder}")
-    if found.different:
-        sys.exit(1)
-
-
-def _forget(files: list[str]) -> None:
-    """Have Snakemake forget how it made files that are others now; it would make them again."""
-    for start in range(0, len(files), 1000) if Path(".snakemake/metadata").exists() else ():
-        words = ["snakemake", "--quiet", "all", "--cleanup-metadata", *files[start : start + 1000]]
-        subprocess.run([sys.executable, "-m", *words], check=False, capture_output=True)
-
-
 def _check_finished(suite: Suite, benchmarks: Sequence[str], part: str | None = None, which: str = "") -> None:
     """Refuse to show runs of which some are missing: says how many, which the name of the first would not."""
     from benchmarks.harness.results.records import check_finished
@@ -197,4 +141,4 @@ def _check_finished(suite: Suite, benchmarks: Sequence[str], part: str | None = 
     check_finished(runs, f"of {of}the suite {suite.name}{which}", f"make run SUITE={suite.name}")
 
 
-COMMANDS = (tables, claims, paper, report, bundle, merge, mirror, ui)
+COMMANDS = (tables, claims, paper, report, mirror, ui)

@@ -278,14 +278,8 @@ def test_a_failed_run_shows_its_log_and_the_others_go_on(checkout: Finished) -> 
     assert checkout.scores() == before
 
 
-def test_a_merged_run_is_finished_whatever_was_run_here_before(checkout: Finished) -> None:
-    """Last of all: what is merged is newer than the tables."""
-    bundle = str(checkout.folder / "runs.zip")
-    assert checkout.benchmarks("bundle", bundle, "--suite", "smoke", "--benchmark", "modularity").exit_code == 0
-    target = checkout.folder / SUITE.metric_files("modularity")[0]
-    before = target.read_bytes()
-    target.unlink()
-    merged = checkout.benchmarks("merge", bundle)
-    assert "1 added; 2 here already, with the same numbers" in merged.output
-    assert target.read_bytes() == before
-    assert "Nothing to be done" in checkout.snakemake("-n", target.relative_to(checkout.folder))
+def test_runs_that_were_copied_from_another_machine_are_finished(checkout: Finished, tmp_path: Path) -> None:
+    other = Checkout(tmp_path)
+    copied = ("rsync", "-r") if shutil.which("rsync") else ("cp", "-r")
+    other.run(*copied, checkout.folder / "results/runs", other.folder / "results")
+    assert "Nothing to be done" in other.snakemake("-n", *SUITE.metric_files())

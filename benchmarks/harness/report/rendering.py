@@ -16,7 +16,6 @@ from benchmarks.harness.report.latex import latex_table
 
 MISSING = "–"
 RUNS = "runs"  # column of a frame: the folders of the runs that a row is made of, blanks between them
-RUN_BY = "run_by"  # column of a frame some of whose runs came from elsewhere: who ran how many of the row's
 
 
 @dataclass(frozen=True)
@@ -162,10 +161,7 @@ class Table:
             ]
             if traced:
                 folders = str(self.frame[RUNS].iloc[place])
-                by = (
-                    f' data-run-by="{html.escape(str(self.frame[RUN_BY].iloc[place]))}"' if RUN_BY in self.frame else ""
-                )
-                cells.append(f'<td data-runs="{html.escape(folders)}"{by}>{len(folders.split()) or MISSING}</td>')
+                cells.append(f'<td data-runs="{html.escape(folders)}">{len(folders.split()) or MISSING}</td>')
             rows.append(f"<tr>{''.join(cells)}</tr>")
         headings = [*texts.columns[columns], *(["Runs"] if traced else [])]
         head = "".join(f'<th scope="col">{html.escape(heading)}</th>' for heading in headings)

@@ -27,7 +27,6 @@ from benchmarks.harness.report.claims import cards, has_random_weights, sentence
 from benchmarks.harness.report.paper_items import paper_index
 from benchmarks.harness.report.presentation import Presentation, present
 from benchmarks.harness.report.rendering import MISSING, with_code
-from benchmarks.harness.results.bundles import origin_of
 from benchmarks.harness.results.records import read_metrics
 
 _HERE = Path(__file__).parent
@@ -240,16 +239,11 @@ def _made_by(runs: dict[str, list[Run]]) -> tuple[dict[str, dict[str, str]], lis
     costs: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for name, run in ((name, run) for name, members in runs.items() for run in members):
         found = read_metrics(run)
-        machines[tuple({**_environment(found["environment"]), **_origin(run)}.items())] += 1
+        machines[tuple(_environment(found["environment"]).items())] += 1
         costs[name].append(found.get("cost", {}))
     every = [cost for members in costs.values() for cost in members]
     took = {name: _took(members) for name, members in {**costs, "all": every}.items()}
     return took, [{"runs": count, "rows": dict(rows)} for rows, count in machines.most_common()]
-
-
-def _origin(run: Run) -> dict[str, str]:
-    name = origin_of(run.folder)
-    return {"Run by": f"{name}; merged from a bundle"} if name else {}
 
 
 def _took(costs: Sequence[dict[str, float]]) -> dict[str, str]:
