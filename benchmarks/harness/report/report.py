@@ -26,7 +26,7 @@ from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.claims import cards, has_random_weights, sentences
 from benchmarks.harness.report.paper_items import paper_index
 from benchmarks.harness.report.presentation import Presentation, present
-from benchmarks.harness.report.rendering import MISSING, with_code
+from benchmarks.harness.report.rendering import MISSING, code_as_html
 from benchmarks.harness.results.records import read_metrics
 
 _HERE = Path(__file__).parent
@@ -60,7 +60,7 @@ class _Page:
                 "name": shown.stem(name),
                 "image": _image(folder / f"{shown.stem(name)}.png"),
                 "files": self.to(folder / shown.stem(name)),
-                "caption": Markup(with_code(caption)),  # noqa: S704 -- it escapes
+                "caption": Markup(code_as_html(caption)),  # noqa: S704 -- it escapes
                 "alt": shown.short_caption(name),
             }
             for name, caption in shown.figures.items()
