@@ -65,10 +65,10 @@ def new(name: str, file: Path, text: str | None, label: str | None, dev: Path | 
     )
 
 
-@command("Write what editors know of the YAML files.")
+@command("Write JSON Schemas of all YAML files, for editors.")
 def schemas() -> None:
-    """Write what editors know of the YAML files: benchmarks/schemas/*.schema.json."""
-    from benchmarks.harness.config.editor import write_schemas
+    """Write JSON Schemas of all YAML files, for editors: benchmarks/schemas/*.schema.json, which git ignores."""
+    from benchmarks.harness.config.schemas import write_schemas
 
     click.echo("\n".join(f"wrote {file}" for file in write_schemas()))
 
