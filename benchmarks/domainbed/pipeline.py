@@ -12,7 +12,7 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.environments import ImageSet
 from benchmarks.domainbed.folders import plain_name
 from benchmarks.domainbed.loading import load_set
-from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, split_environment, split_paired
+from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, split_environment
 from benchmarks.domainbed.selection import best_record
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
 from benchmarks.domainbed.transforms import augmented, plain
@@ -97,7 +97,6 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             for environment, split in zip(envs, splits, strict=True)
         ],
         len(found.classes),
-        paired=found.paired,
     )
     best = best_record(records, held_out)
     return {
@@ -131,8 +130,6 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
 def _split(found: ImageSet, env: int, trial_seed: int, *, is_test: bool) -> Split:
     rows = len(found.environments[env])
-    if found.paired:
-        return split_paired(rows, trial_seed, is_test=is_test)
     return split_environment(rows, env, trial_seed, is_test=is_test)
 
 

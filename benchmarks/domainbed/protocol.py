@@ -79,23 +79,6 @@ def split_environment(
     return Split(within, out)
 
 
-def split_paired(rows: int, trial_seed: int, *, is_test: bool, holdout_fraction: float = HOLDOUT_FRACTION) -> Split:
-    """Split the things that every environment of a paired set shows, so that none is on two sides; not DomainBed's, which has no such set.
-
-    The *out* rows are the same in all environments. Of the others a part of the same size is kept for held-out environments: what a model is judged by it
-    has not seen in any environment.
-
-    Args:
-        rows: how many things there are.
-        trial_seed: of the trial.
-        is_test: whether the environment is held out.
-        holdout_fraction: share of the *out* split, and of what is kept for held-out environments.
-    """
-    count = int(rows * holdout_fraction)
-    out, others = _shuffled_parts(list(range(rows)), count, seed_hash(trial_seed, "things"))
-    return Split(others[:count] if is_test else others[count:], out)
-
-
 def _shuffled_parts(rows: list[int], count: int, seed: int) -> tuple[list[int], list[int]]:
     keys = list(range(len(rows)))
     np.random.RandomState(seed).shuffle(keys)

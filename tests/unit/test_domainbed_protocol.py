@@ -235,10 +235,10 @@ def test_information_of_a_choice() -> None:
     assert mutual_information(np.eye(4, dtype=int) * 3) == pytest.approx(math.log2(4))
 
 
-def looked_at(experts: np.ndarray, classes: np.ndarray, environments: np.ndarray, paired: bool = False) -> dict:
+def looked_at(experts: np.ndarray, classes: np.ndarray, environments: np.ndarray) -> dict:
     """What one layer tells whose images use one expert each, for all of their 50 tokens; and by chance."""
     loads = 50 * np.eye(4, dtype=np.int64)[experts][:, None]
-    bits = told(loads, classes, environments, paired=paired, seed=0)
+    bits = told(loads, classes, environments, seed=0)
     return {name: (float(found[0, 0]), *by_chance(found[:, 0])) for name, found in bits.items()}
 
 
@@ -270,19 +270,6 @@ def test_what_the_environment_alone_tells_is_no_knowledge_of_the_class() -> None
     bits, mean, high = found["environment"]
     assert bits == pytest.approx(1.0)
     assert mean < high < 0.7  # what the classes alone tell is 0.5
-
-
-def test_things_of_a_paired_set_keep_together() -> None:
-    """The same 30 things in three styles, each thing with an expert of its own choice: no class, no style, and three images are no three draws."""
-    random = np.random.default_rng(2)
-    classes, experts = random.integers(0, 5, 30), random.integers(0, 4, 30)
-    environments = np.repeat([0, 1, 2], 30)
-    found = looked_at(np.tile(experts, 3), np.tile(classes, 3), environments, paired=True)
-    bits, mean, high = found["class"]
-    assert mean == pytest.approx(4 * 3 / (2 * 30 * math.log(2)), rel=0.25)
-    assert bits < high
-    assert found["environment"] == pytest.approx((0, 0, 0), abs=1e-12)
-    assert looked_at(environments, np.tile(classes, 3), environments, paired=True)["environment"][0] > 1.5
 
 
 def test_the_papers_protocol() -> None:
