@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from benchmarks.domainbed.environments import Environment, ImageSet
 from benchmarks.domainbed.images import REFUSE, open_image
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.sources.hub import commit_of, hub_name
-from benchmarks.harness.sources.links import Links, is_broken
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from emoe.errors import did_you_mean
 
@@ -33,7 +30,7 @@ def load_folders(task: RunSet, *, truncated: str = REFUSE) -> ImageSet:
         truncated: see :func:`~benchmarks.domainbed.images.open_image`.
 
     Raises:
-        DataError: a folder is missing, empty or a link, or classes differ between environments.
+        DataError: A folder is missing or empty, or classes differ between environments.
     """
     if folder := local_folder(task.name, task.source.model_dump()):
         return _from_disk(task, folder, truncated)
@@ -45,14 +42,13 @@ def load_folders(task: RunSet, *, truncated: str = REFUSE) -> ImageSet:
 
 
 def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
-    links = Links(root)
-    folders = _environment_order(_folders(root, links), task, str(root))
+    folders = _environment_order(_folders(root), task, str(root))
     environments: list[Environment] = []
     classes: list[str] = []
     first = root / folders[0]
     for (name, _), folder in zip(task.environments, folders, strict=True):
         here = root / folder
-        found = _folders(here, links)
+        found = _folders(here)
         if not found:
             raise DataError(f"{here} has no class folder")
         if classes and found != classes:
@@ -62,14 +58,11 @@ def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
                 f"classes differ between environments: {has} has '{odd}', {lacks} does not{did_you_mean(odd, others)}"
             )
         classes = found
-        ignored = Counter(
-            f"{_ending(name)} in no class"
-            for name in _visible(here, [path.name for path in here.iterdir() if path.is_file()])
-        )
+        ignored = Counter(f"{_ending(path)} in no class" for path in _visible(here) if path.is_file())
         paths: list[str] = []
         labels: list[int] = []
         for label, class_name in enumerate(classes):
-            images = _images(here / class_name, links, ignored)
+            images = _images(here / class_name, ignored)
             paths += images
             labels += [label] * len(images)
         environments.append(
@@ -104,65 +97,46 @@ def plain_name(name: str) -> str:
     return re.sub(r"[\W_]", "", name).casefold()
 
 
-def _folders(here: Path, links: Links) -> list[str]:
-    """Names of the folders in a folder of the set, in order."""
-    return _shown(here, [path.name for path in here.iterdir() if path.is_dir() or is_broken(path)], links)
+def _visible(folder: Path) -> list[Path]:
+    """Return what a folder holds in order, without hidden names such as ``.ipynb_checkpoints`` and macOS's ``._000.jpg``."""
+    try:
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+    for path in paths:
+        if not path.exists():  # a class would be lost without a word
+            raise DataError(f"{path} is a link to nothing")
+    return paths
 
 
-def _shown(here: Path, names: Iterable[str], links: Links) -> list[str]:
-    """Those of its folders that are not hidden, in order; none may be a link."""
-    shown = _visible(here, names)
-    for name in shown:
-        links.check(here / name)
-    return shown
+def _folders(here: Path) -> list[str]:
+    return [path.name for path in _visible(here) if path.is_dir()]
 
 
-def _visible(here: Path, names: Iterable[str]) -> list[str]:
-    """Names that are not hidden, as ``.ipynb_checkpoints`` and macOS's ``._000.jpg`` are, in order.
-
-    Raises:
-        DataError: one of them is no text, so that no file can hold it.
-    """
-    shown = sorted(name for name in names if not name.startswith("."))
-    for name in shown:
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{here} holds {os.fsencode(name)!r}: the name is not UTF-8; give it another") from error
-    return shown
-
-
-def _images(folder: Path, links: Links, ignored: Counter[str]) -> list[str]:
-    """Image files in and below a folder, in torchvision's order; counts the files that are none by their ending.
+def _images(folder: Path, ignored: Counter[str]) -> list[str]:
+    """List the image files in and below a folder in torchvision's order, and count other files by their ending.
 
     Raises:
-        DataError: there is no image, a link that is refused, a name that is no text, or a folder that cannot be read.
+        DataError: No image is there, or a folder in it is a link.
     """
-
-    def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
-
-    walked: list[tuple[str, list[str]]] = []
-    for where, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = _shown(Path(where), folders, links)
-        walked.append((where, _visible(Path(where), names)))
-    found = []
-    for where, names in sorted(walked):
-        for path in (Path(where, name) for name in names):
-            is_image = path.name.lower().endswith(IMG_EXTENSIONS)
-            if is_image or is_broken(path):
-                links.check(path)
-            if is_image:
-                found.append(str(path))
+    images, folders = [], [folder]
+    for current in folders:
+        for path in _visible(current):
+            if path.is_dir():
+                if path.is_symlink():
+                    raise DataError(f"{path} is a link to a folder; put a copy in its place")
+                folders.append(path)
+            elif path.name.lower().endswith(IMG_EXTENSIONS):
+                images.append(path)
             else:
-                ignored[_ending(path.name)] += 1
-    if not found:
+                ignored[_ending(path)] += 1
+    if not images:
         raise DataError(f"{folder} has no image ({', '.join(IMG_EXTENSIONS)})")
-    return found
+    return [str(path) for path in sorted(images, key=lambda path: (str(path.parent), path.name))]
 
 
-def _ending(name: str) -> str:
-    return Path(name).suffix.lower() or name
+def _ending(path: Path) -> str:
+    return path.suffix.lower() or path.name
 
 
 def _open_file(paths: list[str], truncated: str, row: int) -> tuple[Image.Image, str]:

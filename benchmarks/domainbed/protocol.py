@@ -53,15 +53,7 @@ class Split:
     out: list[int]
 
 
-def split_environment(
-    rows: int,
-    env: int,
-    trial_seed: int,
-    *,
-    is_test: bool,
-    holdout_fraction: float = HOLDOUT_FRACTION,
-    uda_fraction: float = 0.0,
-) -> Split:
+def split_environment(rows: int, env: int, trial_seed: int, *, is_test: bool) -> Split:
     """Split an environment's rows.
 
     Args:
@@ -69,13 +61,11 @@ def split_environment(
         env: its number.
         trial_seed: of the trial.
         is_test: whether it is held out; its *in* split is then shuffled once more, by DomainBed's call for unlabelled rows.
-        holdout_fraction: share of the *out* split.
-        uda_fraction: share of a test environment's *in* split that DomainBed sets aside, unlabelled, for adaptation.
     """
     seed = seed_hash(trial_seed, env)
-    out, within = _shuffled_parts(list(range(rows)), int(rows * holdout_fraction), seed)
+    out, within = _shuffled_parts(list(range(rows)), int(rows * HOLDOUT_FRACTION), seed)
     if is_test:
-        _, within = _shuffled_parts(within, int(len(within) * uda_fraction), seed)
+        _, within = _shuffled_parts(within, 0, seed)
     return Split(within, out)
 
 
@@ -99,9 +89,7 @@ def held_out_combinations(count: int) -> Iterator[tuple[int, ...]]:
 
 
 @functools.cache  # a sweep's methods and held-out environments share their draws
-def hyper_parameters(
-    registry: Registry, dataset: str, hparams_seed: int, trial_seed: int, algorithm: str = "ERM"
-) -> Mapping[str, Any]:
+def hyper_parameters(registry: Registry, dataset: str, hparams_seed: int, trial_seed: int) -> Mapping[str, Any]:
     """A run's hyper-parameters.
 
     Args:
@@ -109,14 +97,13 @@ def hyper_parameters(
         dataset: DomainBed's name of the set.
         hparams_seed: 0 for the defaults, others for a random draw.
         trial_seed: random draws differ between trials.
-        algorithm: DomainBed's name; only ARM's batch size hangs on it.
 
     Returns:
         ``data_augmentation, resnet18, resnet_dropout, class_balanced, nonlinear_classifier, lr, weight_decay, batch_size``
         (those of a ResNet shape nothing here; they are kept so that a draw can be compared), and of DomainBed's registry
         ``vit_dropout``, which the older one of the fork has not.
     """
-    definitions = _definitions(registry, dataset, algorithm)
+    definitions = _definitions(registry, dataset)
     if hparams_seed == 0:
         return {name: default for name, (default, _) in definitions.items()}
     seed = seed_hash(hparams_seed, trial_seed)
@@ -126,7 +113,7 @@ def hyper_parameters(
 _Draw = Callable[[np.random.RandomState], Any]
 
 
-def _definitions(registry: Registry, dataset: str, algorithm: str) -> dict[str, tuple[Any, _Draw]]:
+def _definitions(registry: Registry, dataset: str) -> dict[str, tuple[Any, _Draw]]:
     small = dataset in SMALL_IMAGES
     found: dict[str, tuple[Any, _Draw]] = {
         "data_augmentation": (True, lambda _: True),
@@ -145,8 +132,6 @@ def _definitions(registry: Registry, dataset: str, algorithm: str) -> dict[str, 
         found["weight_decay"] = (weight_decay, (lambda _: 0.0) if dataset in _FORK else _power(10, -6, -2))
     if small:
         found["batch_size"] = (64, _whole_power(3, 9))
-    elif algorithm == "ARM":
-        found["batch_size"] = (8, lambda _: 8)
     else:
         found["batch_size"] = (32, _whole_power(3, 5 if dataset == "DomainNet" else 5.5))
     return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,20 +45,6 @@ def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
     write_json(output, {**job, **summary, "samples": names})
 
 
-def ensure_validated(found: ImageSet, receipts: list[Path], truncated: str) -> None:
-    """Open all images, unless one of the receipts is of these files as they are now, read in the same way.
-
-    Raises:
-        DataError: images are damaged.
-    """
-    digest = _listing(found)
-    for path in receipts:
-        receipt = json.loads(path.read_text())
-        if (receipt["listing"], receipt["truncated"]) == (digest, truncated):
-            return
-    validate_dataset(found)
-
-
 def validate_dataset(found: ImageSet) -> dict[str, Any]:
     """Open every image; counts by environment, class and conversion.
 
@@ -92,7 +76,6 @@ def validate_dataset(found: ImageSet) -> dict[str, Any]:
         "source": found.source,
         "classes": found.classes,
         "environments": environments,
-        "listing": _listing(found),
     }
 
 
@@ -148,14 +131,3 @@ def sample_grid(found: ImageSet, size: int, samples: int = SAMPLES) -> tuple[lis
             names.append(f"{environment.name}{kind}")
             pictures += [visible(load_pixels(environment, row, transform, derive_seed(seed, row))) for row in chosen]
     return names, make_grid(torch.stack(pictures), nrow=samples, padding=2, pad_value=255)
-
-
-def _listing(found: ImageSet) -> str:
-    """Digest of which rows there are, and of the files' sizes and times."""
-    digest = hashlib.sha256(found.source.encode())
-    for environment in found.environments:
-        for label, place in zip(environment.labels, environment.places or [""] * len(environment), strict=True):
-            path = Path(place)
-            state = path.stat() if place and path.exists() else None
-            digest.update(f"{place}\t{label}\t{(state.st_size, state.st_mtime_ns) if state else ''}\n".encode())
-    return digest.hexdigest()[:16]
