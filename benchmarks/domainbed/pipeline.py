@@ -7,16 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, PrefixedImages, TrainingRows
+from benchmarks.domainbed.batches import (
+    EnvironmentBatches,
+    EvaluationRows,
+    PrefixedImages,
+    TrainingRows,
+    augmented,
+    plain,
+)
 from benchmarks.domainbed.definition import ImageSpec
-from benchmarks.domainbed.environments import ImageSet
-from benchmarks.domainbed.folders import plain_name
-from benchmarks.domainbed.loading import load_set
-from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, split_environment
-from benchmarks.domainbed.selection import best_record
+from benchmarks.domainbed.images import ImageSet, plain_name
+from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, best_record, split_environment
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
-from benchmarks.domainbed.transforms import augmented, plain
-from benchmarks.domainbed.validation import counts
+from benchmarks.domainbed.validation import counts, load_set
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import write_text
 from benchmarks.harness.base.seeds import derive_seed

@@ -1,4 +1,4 @@
-"""Open every image of a set once, before anything is trained on it."""
+"""Load a set, and open every image of it once, before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,31 @@ from tabulate import tabulate
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from benchmarks.domainbed.batches import augmented, load_pixels, plain, visible
 from benchmarks.domainbed.definition import RunSet
-from benchmarks.domainbed.environments import Environment, ImageSet
-from benchmarks.domainbed.images import REFUSE
-from benchmarks.domainbed.loading import load_set
-from benchmarks.domainbed.transforms import augmented, load_pixels, plain, visible
+from benchmarks.domainbed.images import REFUSE, Environment, ImageSet, load_folders
+from benchmarks.domainbed.mnist import load_mnist
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import atomic_write, write_json
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.config.schema import parse
+
+
+def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
+    """Load a set.
+
+    Args:
+        task: of a spec.
+        seed: DomainBed's seed of the run; only MNIST's variants depend on it.
+        truncated: ``refuse`` image files that end early, or ``load`` what there is of them.
+
+    Raises:
+        DataError: the set is missing, or something is wrong with a folder or file of it.
+    """
+    if task.source.mnist:
+        return load_mnist(task, seed)
+    return load_folders(task, truncated=truncated)
+
 
 SAMPLES = 8
 _SHOWN = 10
@@ -31,7 +47,7 @@ def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
     """Validate a set: write its counts, and a grid of samples beside them (``.png``).
 
     Args:
-        job: a :class:`~benchmarks.domainbed.jobs.ValidationJob` as plain values.
+        job: a :class:`~benchmarks.domainbed.grid.ValidationJob` as plain values.
         output: the JSON file.
 
     Raises:

@@ -186,7 +186,7 @@ def measure_generate(model: Mapping[str, Any], settings: Settings) -> Numbers:
     """Measure a greedy answer of ``tokens`` tokens to a prompt of 16, with a key-value cache."""
     nets = _language_models(model, settings)
     prompt = torch.randint(3, nets["dense"].config.vocab_size, (1, _PROMPT))
-    options = {"max_new_tokens": settings.tokens, "min_new_tokens": settings.tokens, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": settings.tokens, "min_new_tokens": settings.tokens, "do_sample": False}
     options |= {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
     calls = {name: functools.partial(net.generate, prompt, **options) for name, net in nets.items()}
     return time_in_turn(calls, settings.rounds)
