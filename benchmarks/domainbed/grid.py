@@ -14,11 +14,10 @@ from benchmarks.domainbed.emoji import EMOJI_PACKAGES
 from benchmarks.domainbed.jobs import validation_job
 from benchmarks.domainbed.protocol import BASELINE, held_out_combinations, hyper_parameters, sweep_seed
 from benchmarks.domainbed.selection import SELECTIONS
-from benchmarks.domainbed.workload import image_workload
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.frozen import check_frozen
-from benchmarks.harness.config.kinds import ALL, COUNTS, Benchmark, Domain, SetPart, Specs, WholeSets, missing_set
+from benchmarks.harness.config.kinds import ALL, COUNTS, Benchmark, Domain, SetPart, WholeSets, missing_set
 from benchmarks.harness.config.methods import (
     VARIANT_KEYS,
     method_spec,
@@ -27,7 +26,6 @@ from benchmarks.harness.config.methods import (
 )
 from benchmarks.harness.config.schema import check_file, check_names, parse, read
 from benchmarks.harness.config.shared import Method
-from benchmarks.harness.config.workload import Workload
 from benchmarks.harness.sources.packages import PackageFile, packaged
 
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
@@ -99,8 +97,10 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).file]
 
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, SetEntry], specs: Specs) -> Workload | None:
-        return image_workload(spec, tasks)
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, SetEntry]) -> float | None:
+        training, trained = spec["training"], len(spec["task"]["environments"]) - len(spec["test_envs"])
+        patches = (training["image_size"] // 14) ** 2
+        return float(training["steps"] * spec["hparams"]["batch_size"] * trained * patches)
 
     def figure_inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).picture]

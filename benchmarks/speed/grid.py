@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.kinds import Benchmark, Domain, Kind, Offer, Specs
+from benchmarks.harness.config.kinds import Benchmark, Domain, Kind, Offer
 from benchmarks.harness.config.schema import check_names, parse
-from benchmarks.harness.config.workload import Workload
 from benchmarks.speed.definition import SETTINGS, Measure, MeasurementDefinition
-from benchmarks.speed.workload import measured_workload
 
 # shape how much is measured, not what
 _NOT_IN_VARIANT = ("candidates", "rounds")
@@ -68,9 +66,6 @@ class MeasurementKind(Kind[MeasurementDefinition, Measure]):
                     raise DefinitionError(f"{where}' measures {' '.join(filter(None, key))} a second time")
                 seen.add(key)
                 yield spec
-
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, Measure], specs: Specs) -> Workload | None:
-        return measured_workload(spec)
 
     def compared_domains(self, definition: MeasurementDefinition) -> Mapping[str, Domain]:
         return dict.fromkeys(definition.measures, Domain(("ratio", "ratio_low", "ratio_high"), "setting"))

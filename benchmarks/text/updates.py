@@ -9,9 +9,9 @@ import pandas as pd
 
 from benchmarks.harness.report.rendering import Column, Table
 from benchmarks.harness.results.statistics import paired_differences, with_verdicts
+from benchmarks.text.definition import GRADIENT_ROWS
 from benchmarks.text.grid import OWN
 from benchmarks.text.outcomes import TextOutcomes
-from benchmarks.text.workload import GRADIENT_ROWS
 
 _ROW = ["model", "task", "method", "on"]
 _CONVERTED = "converted"  # the layers that the suite's methods convert, of the dense model too

@@ -9,13 +9,9 @@ from pathlib import Path
 from benchmarks.harness.base.files import write_text
 from benchmarks.harness.base.paths import SCHEMAS
 from benchmarks.harness.config.catalogue import MetricFile, ModelFile
-from benchmarks.harness.config.claims import ClaimFile
-from benchmarks.harness.config.devices import DeviceFile
 from benchmarks.harness.config.kinds import find_kind, kind_names
 from benchmarks.harness.config.method_rows import MethodFile
-from benchmarks.harness.config.paper_items import PaperFile
 from benchmarks.harness.config.schema import Strict, json_schema
-from benchmarks.harness.config.settings import SuiteSettings
 
 
 def editor_schemas() -> dict[Path, str]:
@@ -36,6 +32,5 @@ def write_schemas() -> list[Path]:
 
 def _models() -> Iterator[tuple[str, type[Strict]]]:
     yield from (("models", ModelFile), ("metrics", MetricFile), ("methods", MethodFile))
-    yield from (("devices", DeviceFile), ("claims", ClaimFile), ("paper", PaperFile), ("config", SuiteSettings))
     for kind in kind_names():
         yield from find_kind(kind).files

@@ -215,7 +215,7 @@ class Suite:
             # of its suites only what the report says of this one: their grids are in the runs
             definition.model_dump(exclude={"suites"}),
             definition.suites[self.name].note if self.name in definition.suites else None,
-            {name: task.model_dump(exclude={"size"}) for name, task in loaded.tasks.items()},
+            {name: task.model_dump() for name, task in loaded.tasks.items()},
             {name: metric.model_dump() for name, metric in load_metrics().items()},
             {  # of the models that it shows
                 name: model.title
