@@ -45,7 +45,7 @@ from benchmarks.text.workload import trained_workload
 from emoe.errors import EMoEError
 
 PUBLISHED, CLEAN = "published", "clean"
-ID, OOD, OWN = "id", "ood", "own"  # the last: other rows of the task itself, where gradients are compared
+ID, OOD = "id", "ood"
 _SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
 _OTHER_AXES = (*OF_TRAINING, "protocol", "learning_rate", "seed")
 
