@@ -40,7 +40,6 @@ Protocol = Literal["published", "clean"]
 
 PAPER_COLUMNS = ("model", "scope", "method")  # of published numbers, before value, status and source
 ABLATION_COLUMNS = (*PAPER_COLUMNS, "setting")
-GRADIENT_ROWS = 32  # of every set on which gradients are compared
 
 
 class TextTraining(Strict):

@@ -43,7 +43,7 @@ from benchmarks.text.definition import (
 from emoe.errors import EMoEError
 
 PUBLISHED, CLEAN = "published", "clean"
-ID, OOD, OWN = "id", "ood", "own"  # the last: other rows of the task itself, where gradients are compared
+ID, OOD = "id", "ood"
 _SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
 _OTHER_AXES = (*OF_TRAINING, "protocol", "learning_rate", "seed")
 

@@ -196,7 +196,6 @@ def test_a_diverged_run_is_recorded_as_such(workdir: Path, monkeypatch: pytest.M
     run = run_from_spec({**spec, "training": {**spec["training"], "train_rows": 48, "eval_rows": 30}})
     found = finish(write_run(run))
     assert found["scores"]["test"]["tweets"]["loss"] is None
-    assert set(found["updates"]["change"].values()) == {None}
     assert 0 <= found["scores"]["test"]["tweets"]["balanced_accuracy"] <= 1
     # no experts are made of weights that are no numbers
     (made,) = found["transformed"].values()
