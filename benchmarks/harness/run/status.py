@@ -95,7 +95,8 @@ def estimate(runs: Sequence[Run]) -> Mapping[str, float] | None:
     """
     hours = dict.fromkeys(_DEVICES, 0.0)
     for run in runs:
-        benchmark, shape = load_benchmark(run.benchmark), load_models()[run.spec["model"]["name"]].shape
+        benchmark, model = load_benchmark(run.benchmark), load_models().get(run.spec["model"]["name"])
+        shape = model.shape if model else None  # a measurement names models of its own
         tokens = benchmark.kind.training_tokens(run.spec, benchmark.tasks) if shape else None
         if shape is None or tokens is None:
             return None
