@@ -155,6 +155,11 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).file]
 
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, SetEntry]) -> float | None:
+        training, trained = spec["training"], len(spec["task"]["environments"]) - len(spec["test_envs"])
+        patches = (training["image_size"] // 14) ** 2
+        return float(training["steps"] * spec["hparams"]["batch_size"] * trained * patches)
+
     def figure_inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).picture]
 

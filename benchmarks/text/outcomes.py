@@ -129,7 +129,7 @@ class TextOutcomes(Outcomes):
 
     @cached_property
     def training(self) -> list[tuple[Any, dict[str, Any]]]:
-        """The chosen runs of the first selection, by record, with ``model``, ``routing``, ``updates`` and ``usage`` as ``metrics.json`` has them."""
+        """The chosen runs of the first selection, by record, with ``model``, ``routing`` and ``usage`` as ``metrics.json`` has them."""
         if not self.run_protocols:
             return []
         chosen = self.chosen[self.run_protocols[0]].drop_duplicates("run_id")
@@ -137,7 +137,7 @@ class TextOutcomes(Outcomes):
         found = []
         for record in self.order(chosen, ["model", "task", "method", "seed"]).itertuples():
             metrics = read_metrics(by_id[str(record.run_id)])
-            found.append((record, {part: metrics.get(part, {}) for part in ("model", "routing", "updates", "usage")}))
+            found.append((record, {part: metrics.get(part, {}) for part in ("model", "routing", "usage")}))
         return found
 
     def _chosen(self, protocol: str) -> pd.DataFrame:

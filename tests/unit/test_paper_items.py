@@ -96,9 +96,9 @@ def test_paper_tables_have_the_papers_rows_by_one_selection(here: Path) -> None:
 
 
 def test_the_command_lists_every_item() -> None:
-    said = call("paper", "--suite", "mini")
+    said = call("list", "paper", "--suite", "mini")
     for name in load_paper_items():
-        assert f"| {name} " in said
+        assert f"\n{name} " in said
 
 
 def test_the_documents_have_a_row_for_every_item() -> None:

@@ -9,7 +9,6 @@ from benchmarks.harness.base.files import write_text
 from benchmarks.harness.base.paths import SCHEMAS
 from benchmarks.harness.config.catalogue import MetricFile, ModelFile
 from benchmarks.harness.config.claims import ClaimFile
-from benchmarks.harness.config.devices import DeviceFile
 from benchmarks.harness.config.kinds import find_kind, kind_names
 from benchmarks.harness.config.method_rows import MethodFile
 from benchmarks.harness.config.paper_items import PaperFile
@@ -27,7 +26,6 @@ def write_schemas() -> list[Path]:
         "models": ModelFile,
         "metrics": MetricFile,
         "methods": MethodFile,
-        "devices": DeviceFile,
         "claims": ClaimFile,
         "paper": PaperFile,
         "config": SuiteSettings,
