@@ -49,8 +49,7 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
 @click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
 def claims(suite: str, as_json: bool, write: bool) -> None:
     """Say what a suite's finished runs say of the paper's claims."""
-    from benchmarks.harness.report.claims import as_records, claims_table, judged
-    from benchmarks.harness.report.claims_figure import write_claims
+    from benchmarks.harness.report.claims import as_records, claims_table, judged, write_claims
 
     loaded = load_suite(suite)
     _check_finished(loaded, loaded.claimed, which=" that claims compare")

@@ -18,7 +18,7 @@ from benchmarks.harness.config.kinds import Benchmark
 from benchmarks.harness.config.schema import parse
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.report import report
-from benchmarks.harness.report.claims_figure import write_claims
+from benchmarks.harness.report.claims import write_claims
 from benchmarks.harness.report.presentation import present
 from benchmarks.speed import layer, partition, pipeline, step, timing
 from benchmarks.speed.definition import MeasurementDefinition, RunModel, StepSettings
