@@ -200,8 +200,7 @@ def tables(suite: str, benchmark: str | None, part: str | None) -> None:
 @click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
 def claims(suite: str, as_json: bool, write: bool) -> None:
     """Test the paper's claims on finished runs."""
-    from benchmarks.harness.report.claims import as_records, claims_table, judged
-    from benchmarks.harness.report.claims_figure import write_claims
+    from benchmarks.harness.report.claims import as_records, claims_table, judged, write_claims
 
     loaded = _load_suite(suite)
     _check_finished(loaded, loaded.claimed, which=" that claims compare")

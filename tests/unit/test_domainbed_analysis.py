@@ -26,7 +26,7 @@ from benchmarks.harness.config import suite as planning
 from benchmarks.harness.config.definition import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.config.suite import Suite, find_part, load_suite
-from benchmarks.harness.report.claims_figure import write_claims
+from benchmarks.harness.report.claims import write_claims
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.report.report import write_report
 from tests.fake_runs import write_runs, write_samples
