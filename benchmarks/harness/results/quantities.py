@@ -22,7 +22,6 @@ _ID = "id"
 PROBE, LOADS, LOSS = "probe", "loads", "loss_"
 # of a model before it is trained, and of one that another run has trained, which carries the rounding of its training
 LOGITS, TRAINED_LOGITS = "logits", "trained_logits"
-UPDATES = "updates"
 # counts, names and digests of what was read, converted and trained
 CONTENT, CONVERSION, TRAINED = "content", "conversion", "trained"
 _EXACT = {CONTENT, CONVERSION, TRAINED}
@@ -86,7 +85,7 @@ def _text(metric: str, value: float) -> str:
 
 
 def _of_itself(run: Run, found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """What a run says of itself beside scores: its probe, what training did to it, its model and its data."""
+    """What a run says of itself beside scores: its probe, its model and its data."""
     probe = found.get(PROBE, {})
     for number, loss in enumerate(probe.get("losses", ()), 1):
         yield PROBE, "", f"{LOSS}{number}", loss
@@ -95,14 +94,6 @@ def _of_itself(run: Run, found: Mapping[str, Any]) -> Iterator[tuple[str, str, s
         yield PROBE, "", name, " ".join(repr(value) for value in probe[LOGITS].values())
     for layer, loads in probe.get(LOADS, {}).items():
         yield PROBE, f"layer {layer}", LOADS, " ".join(map(str, loads))
-    updates = found.get(UPDATES, {})
-    for layer, change in updates.get("change", {}).items():
-        if change is not None:  # of a model that diverged
-            yield UPDATES, f"layer {layer}", "weight_change", repr(change)
-    for layer, by_set in updates.get("gradients", {}).items():
-        for name, cosine in by_set.items():
-            if cosine is not None:
-                yield UPDATES, f"layer {layer} {name}", "gradient_agreement", repr(cosine)
     model = found.get("model", {})
     for layer in model.get("conversion", ()):
         place = f"layer {layer['index']}"

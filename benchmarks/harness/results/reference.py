@@ -34,8 +34,6 @@ class MachineFile(Strict):
     """Of the code."""
     machines: dict[str, dict[str, str]]
     """Parts of each machine's fingerprint, by the name that the rows have."""
-    seconds: dict[str, float] = Field({})
-    """What a run of each benchmark took there on average; progress lines take the ratios, before a benchmark's first run is done."""
 
 
 class Spread(Strict):
@@ -116,15 +114,13 @@ def write_reference(
     reference: Reference,
     commit: str,
     folder: Path = REFERENCE,
-    seconds: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write blessed numbers, their machines, and what a run of each benchmark took."""
+    """Write blessed numbers and their machines."""
     path = reference_file(suite, folder)
     with atomic_write(path) as temporary:
         reference.rows[_BLESSED].to_csv(temporary, index=False, lineterminator="\n")
     machines = {name: dict(sorted(parts.items())) for name, parts in reference.machines.items()}
-    taken = {name: round(found, 1) for name, found in (seconds or {}).items()}
-    content = MachineFile(commit=commit, machines=machines, seconds=taken)
+    content = MachineFile(commit=commit, machines=machines)
     write_json(path.with_suffix(".json"), content.model_dump())
     return path
 

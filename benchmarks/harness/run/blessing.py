@@ -10,8 +10,6 @@ from typing import NoReturn
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import REFERENCE, ROOT, RUNS
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.results.durations import means
-from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.reference import write_reference
 from benchmarks.harness.results.regression import judge, present
 from benchmarks.harness.run.environment import git
@@ -63,8 +61,7 @@ def bless(
             f"runs below {RUNS} do not say on what they ran: they were made by older code; delete them and run them again"
         )
     refuse_what_does_not_repeat(cheapest(runs), say)
-    seconds = means((run.benchmark, float(read_metrics(run)["cost"]["job_seconds"])) for run in runs)
-    return write_reference(suite, numbers, commit, folder, seconds)
+    return write_reference(suite, numbers, commit, folder)
 
 
 def refuse_what_does_not_repeat(runs: Sequence[Run], say: Callable[[str], None] = print) -> None:

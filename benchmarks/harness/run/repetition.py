@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.harness.base.paths import LOG, RUNS
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results.records import read_metrics
-from benchmarks.harness.run.standing import last_line
+from benchmarks.harness.run.status import last_line
 
 
 @dataclass(frozen=True)

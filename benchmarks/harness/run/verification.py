@@ -12,11 +12,11 @@ from pathlib import Path
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.results.durations import clock
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.harness.results.reference import Reference, read_tolerances
 from benchmarks.harness.results.regression import Comparison, as_reference, judge
 from benchmarks.harness.run.repetition import Repetition, borrow, prepare_folder, repeat
+from benchmarks.harness.training.progress import clock
 
 
 @dataclass(frozen=True)
