@@ -200,8 +200,7 @@ def tables(suite: str, benchmark: str | None, part: str | None) -> None:
 @click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
 def claims(suite: str, as_json: bool, write: bool) -> None:
     """Test the paper's claims on finished runs."""
-    from benchmarks.harness.report.claims import as_records, claims_table, judged
-    from benchmarks.harness.report.claims_figure import write_claims
+    from benchmarks.harness.report.claims import as_records, claims_table, judged, write_claims
 
     loaded = _load_suite(suite)
     _check_finished(loaded, loaded.claimed, which=" that claims compare")
@@ -359,7 +358,7 @@ def new(name: str, file: Path, text: str | None, label: str | None, dev: Path | 
 @cli.command()
 def schemas() -> None:
     """Write JSON Schemas of all YAML files, for editors."""
-    from benchmarks.harness.config.editor import write_schemas
+    from benchmarks.harness.config.schemas import write_schemas
 
     click.echo("\n".join(f"wrote {file}" for file in write_schemas()))
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.domainbed.jobs import validation_job
+from benchmarks.domainbed.grid import validation_job
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.config.runs import Run, plan
 from benchmarks.harness.config.suite import Suite, load_suite

@@ -295,7 +295,8 @@ def _rankings_by_task(outcomes: TextOutcomes) -> list[Ranked]:
 
 def _rank_note(outcomes: TextOutcomes, rankings: list[Ranked]) -> str:
     notes = [
-        f"{outcomes.title('task', one.key['task'])}: {len(one.ranking.ranks)} rows"
+        f"{outcomes.title('task', one.key['task'])}: "
+        + ("no rows with a common seed" if one.scores.empty else f"{len(one.ranking.ranks)} rows")
         + ("" if math.isnan(one.ranking.p) else f", Friedman p = {one.ranking.p:.2f}")
         for one in rankings
     ]

@@ -19,8 +19,7 @@ from benchmarks.harness.config.paper_items import (
     paper_outputs,
 )
 from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.report.claims import claimed_numbers
-from benchmarks.harness.report.claims_figure import write_claims
+from benchmarks.harness.report.claims import claimed_numbers, write_claims
 from benchmarks.harness.report.main_figure import draw_main, main_rows
 from benchmarks.harness.report.paper_items import paper_index, write_paper_items
 from benchmarks.harness.report.presentation import present

@@ -8,7 +8,7 @@ gc.set_threshold(100_000, 20, 20)
 
 sys.path.insert(0, str(workflow.basedir))
 
-from benchmarks.domainbed.jobs import find_validation
+from benchmarks.domainbed.grid import find_validation
 from benchmarks.harness.base.secrets import without_passwords
 from benchmarks.harness.config import jobs, paper_items
 from benchmarks.harness.config.artifacts import CLAIMS, all_artifacts
