@@ -63,13 +63,24 @@ def run_jobs(jobs):
 onstart:
     if workflow.local_exec:  # else a cluster's nodes have the accelerators
         try:
-            devices.check_accelerators(SUITE.name, [run_of(job.wildcards) for job in run_jobs(workflow.dag.needrun_jobs())])
+            devices.check_accelerators(
+                SUITE.name,
+                [
+                    run_of(job.wildcards)
+                    for job in run_jobs(workflow.dag.needrun_jobs())
+                ],
+            )
         except EMoEError as error:
             sys.exit(f"error: {error}")
     if not workflow.deployment_settings.deployment_method:
         FORKSERVER.start()
     # of the targets that were asked for: of one table they are fewer than the suite's
-    SUITE.write_plan({f"{job.wildcards.benchmark}/{job.wildcards.run}" for job in run_jobs(workflow.dag.jobs)})
+    SUITE.write_plan(
+        {
+            f"{job.wildcards.benchmark}/{job.wildcards.run}"
+            for job in run_jobs(workflow.dag.jobs)
+        }
+    )
     if missing := SUITE.missing_sets():
         print(
             f"not there: {', '.join(missing)}. What needs them will fail; `python -m benchmarks data --check "
