@@ -251,7 +251,7 @@ _NOTE = (
     "In points, mean over paired trials of the mean over held-out environments, with its 95 % confidence interval; verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's "
     "sets, not over methods. With two trials a test rests on two differences: read it as a hint."
 )
-_FIGURES = {
+SET_FIGURES = {
     "accuracy": draw_accuracy,
     "samples": draw_samples,
     "confusion": draw_confusion,
@@ -262,7 +262,7 @@ _FIGURES = {
 def present(benchmark: Benchmark[ImageDefinition, SetEntry], runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = DomainOutcomes(benchmark, runs)
-    parts = {name: make(benchmark, SET_TABLES, _FIGURES, outcomes, name, part=name) for name in outcomes.sets}
+    parts = {name: make(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets}
     return make(
         benchmark,
         TABLES,

@@ -299,7 +299,7 @@ def test_a_rank_at_the_edge_of_the_diagram_is_drawn_whole(
     evaluated: TextOutcomes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr("benchmarks.text.figures.save", lambda figure, _: drawn.append(figure))
     rankings = list(ranked(evaluated, evaluated.benchmark.definition.ranked, ["protocol", "model"]))
     rank_diagram(evaluated, tmp_path / "ranks", rankings)
     marks = [(axis, mark) for axis in drawn[0].axes for mark in axis.collections]

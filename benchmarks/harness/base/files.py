@@ -47,6 +47,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         share(temporary)
         _sync(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a full disk names no file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
