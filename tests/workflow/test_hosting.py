@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from benchmarks.harness.results.regression import Comparison, Finding, Tier
 from tests.conftest import ROOT
 from tests.workflow.test_project import PYPROJECT
 
@@ -48,8 +44,6 @@ def test_a_workflow_calls_what_exists(file: Path) -> None:
     said = "\n".join(step.get("run", "") for step in steps(content))
     called = set(re.findall(r"\bmake ([a-z-]+)", said))
     assert called <= targets
-    for script in re.findall(r"\.github/scripts/\S+\.py", said):
-        assert (ROOT / script).exists()
     names = {workflow(other)["name"] for other in FILES}
     assert set(content["on"].get("workflow_run", {}).get("workflows", ())) <= names
     for job in content["jobs"].values():
@@ -138,47 +132,6 @@ def test_a_page_for_contributors_names_what_exists(page: str) -> None:
         assert (ROOT / link).exists(), link
     for path in re.findall(r"`((?:tests|results|docs|emoe|benchmarks|workflow|config)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
-
-
-def differences(comparison: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    (folder / "check.json").write_text(comparison)
-    command = [sys.executable, "-S", GITHUB / "scripts/differences.py", folder / "check.json"]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-
-
-def test_the_differences_of_a_check_become_a_table(tmp_path: Path) -> None:
-    place = {"seed": 0, "part": "test", "set": "tweets", "metric": "accuracy"}
-    findings = [
-        Finding("changed", "minilm emoe", **place, before="90.5", after="91.0", difference=0.5, deviation=0.5),
-        Finding("shown", "speed", **place, before="1.0", after="2.0", difference=1.0, deviation=1.0),
-        *(Finding("new", f"run {number}", **place, after="1") for number in range(60)),
-        Finding("missing", "minilm gmoe", **place, before="1", tolerance=float("inf")),
-    ]
-    tier = Tier("equal", 7, "to the last digit")
-    found = differences(Comparison(tuple(findings), (tier,), 7).to_json(), tmp_path)
-    assert found.returncode == 0, found.stderr
-    lines = found.stdout.splitlines()
-    assert lines[0] == "**Numbers moved**: 7 as blessed, 1 changed, 1 missing, 60 new."
-    assert "| `changed` | `minilm emoe` | `0` | `test tweets accuracy` | `90.5` | `91.0` | `+0.5` | `equal` |" in lines
-    assert "… and 12 more." in lines
-    assert "speed" not in found.stdout
-    same = differences(Comparison((), (tier,), 7).to_json(), tmp_path)
-    assert same.stdout.startswith("**No number moved**: 7 as blessed")
-
-
-def test_a_comparison_of_somebody_elses_making_stays_text(tmp_path: Path) -> None:
-    bad = asdict(Finding("new", "`@everyone` | <b>x</b>\n# title ![](http://x)", 0, "", "", "m", after="x" * 1000))
-    content = {"passed": False, "equal": 0, "findings": [bad], "tiers": []}
-    found = differences(json.dumps(content), tmp_path)
-    (row,) = [line for line in found.stdout.splitlines() if "everyone" in line]
-    assert row.count("|") == 9
-    assert row.count("`") == 2 * sum(bool(cell.strip()) for cell in row.split("|"))
-    assert len(row) < 400
-    for broken in ("", "[]", '{"passed": true}', '{"passed": 1, "equal": "x", "findings": [], "tiers": []}'):
-        found = differences(broken, tmp_path)
-        assert found.returncode == 1
-        assert found.stderr.startswith("error: ")
-        assert len(found.stderr.splitlines()) == 1
 
 
 def test_ci_installs_the_known_versions_which_are_allowed_ones() -> None:

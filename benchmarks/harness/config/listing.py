@@ -99,7 +99,7 @@ def _metrics() -> list[Row]:
             "label": metric.label,
             "unit": metric.unit,
             "better": metric.direction,
-            "judged": metric.judged,
+            "tolerance": metric.tolerance,
         }
         for name, metric in load_metrics().items()
     ]

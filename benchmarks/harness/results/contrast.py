@@ -14,9 +14,8 @@ import pandas as pd
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.config.runs import Run, read_run
-from benchmarks.harness.results.quantities import KEYS, quantities
+from benchmarks.harness.results.check import KEYS, numbers_of, read_reference
 from benchmarks.harness.results.records import collect_from, read_metrics_file
-from benchmarks.harness.results.reference import read_reference
 from emoe.errors import did_you_mean
 
 # of a run, whose name and seed are settings
@@ -129,7 +128,7 @@ def _by_id(given: str) -> Path:
 
 def _numbers(run: Run, found: dict[str, Any]) -> dict[tuple[str, ...], str]:
     """What `check` compares, and what the run took."""
-    rows = quantities([(run, found)])
+    rows = numbers_of([(run, found)]).rows
     costs = collect_from([(run, found)])
     costs = costs[costs["part"] == "cost"]
     took = {("cost", "", str(row.metric)): repr(float(row.value)) for row in costs.itertuples()}
