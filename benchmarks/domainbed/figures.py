@@ -12,8 +12,7 @@ from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.domainbed.grid import held_out_names
-from benchmarks.domainbed.jobs import validation_job
+from benchmarks.domainbed.grid import held_out_names, validation_job
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.config.runs import Run

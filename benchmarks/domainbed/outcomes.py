@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.domainbed.definition import ImageDefinition, SetEntry
-from benchmarks.domainbed.selection import SELECTIONS, Chosen, RunRecords
+from benchmarks.domainbed.protocol import SELECTIONS, Chosen, RunRecords
 from benchmarks.harness.config.kinds import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.outcomes import Outcomes, compared, counts

@@ -7,19 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, PrefixedImages, TrainingRows
+from benchmarks.domainbed.batches import (
+    EnvironmentBatches,
+    EvaluationRows,
+    PrefixedImages,
+    TrainingRows,
+    augmented,
+    plain,
+)
 from benchmarks.domainbed.definition import ImageSpec
-from benchmarks.domainbed.environments import ImageSet
-from benchmarks.domainbed.folders import plain_name
-from benchmarks.domainbed.loading import load_set
-from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, split_environment, split_paired
-from benchmarks.domainbed.selection import best_record
+from benchmarks.domainbed.images import ImageSet, plain_name
+from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, best_record, split_environment
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
-from benchmarks.domainbed.transforms import augmented, plain
-from benchmarks.domainbed.validation import counts, ensure_validated
+from benchmarks.domainbed.validation import counts, load_set
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import write_text
-from benchmarks.harness.base.paths import IMAGES
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.config.counts import count_note
 from benchmarks.harness.config.definition import load_benchmark
@@ -50,7 +52,6 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     known, total = load_benchmark(read.benchmark).tasks.get(read.task.name), sum(map(len, found.environments))
     if known and (note := count_note(read.task.name, ALL, total, 0, known.images)):
         progress.say(f"warning: {note}")
-    ensure_validated(found, sorted(IMAGES.glob(f"{read.task.name}-*.json")), training.truncated)
     envs = found.environments
     splits = [_split(found, env, read.seed, is_test=env in held_out) for env in range(len(envs))]
     for environment, split in zip(envs, splits, strict=True):
@@ -97,7 +98,6 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             for environment, split in zip(envs, splits, strict=True)
         ],
         len(found.classes),
-        paired=found.paired,
     )
     best = best_record(records, held_out)
     return {
@@ -131,8 +131,6 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
 def _split(found: ImageSet, env: int, trial_seed: int, *, is_test: bool) -> Split:
     rows = len(found.environments[env])
-    if found.paired:
-        return split_paired(rows, trial_seed, is_test=is_test)
     return split_environment(rows, env, trial_seed, is_test=is_test)
 
 

@@ -17,10 +17,9 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 import emoe
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
 from benchmarks.domainbed.definition import ImageSpec
-from benchmarks.domainbed.information import told
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.results.information import Told, by_chance
+from benchmarks.harness.results.information import Told, by_chance, shuffled_information
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
@@ -29,6 +28,30 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
 from emoe.layer import routed_layers
 from emoe.records import LayerRecord
+
+
+def told(
+    loads: NDArray[np.int64], classes: NDArray[np.int64], environments: NDArray[np.int64], *, seed: int
+) -> dict[str, NDArray[np.float64]]:
+    """What experts tell of ``class`` and ``environment``: as it is, and shuffled over images that could have changed places.
+
+    These are images, not tokens, which go together in their image. Classes are shuffled among the images of an environment and environments among those of
+    a class, because the one may hold more of the other: what that alone tells is then part of what chance tells.
+
+    Args:
+        loads: ``[images, layers, experts]``, how often each image chose each expert.
+        classes: of the images.
+        environments: of the images, which stand environment by environment.
+        seed: of the shuffling.
+
+    Returns:
+        ``[1 + PERMUTATIONS, layers]`` bits each, the first as it is; see :func:`~benchmarks.harness.results.information.shuffled_information`.
+    """
+    return {
+        "class": shuffled_information(loads, classes, environments, seed),
+        "environment": shuffled_information(loads, environments, classes, seed),
+    }
+
 
 ACCURACY = "accuracy"
 
@@ -169,13 +192,12 @@ class DomainTrainer:
         # Trainer ends its log with an entry of its own, without an evaluation
         return [record for record in found.values() if len(record) > 2]
 
-    def look(self, splits: Sequence[EvaluationRows], num_classes: int, *, paired: bool) -> Predictions:
+    def look(self, splits: Sequence[EvaluationRows], num_classes: int) -> Predictions:
         """Predict the splits once more, one an environment, and record which experts their images use.
 
         Args:
             splits: of every environment.
             num_classes: of the set.
-            paired: of the set.
         """
         model = self._classifier.model
         confusion = np.zeros((len(splits), num_classes, num_classes), dtype=np.int64)
@@ -189,7 +211,7 @@ class DomainTrainer:
         loads = np.stack([_by_image(found, len(classes)) for found in record.layers.values()], axis=1)
         counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
         np.add.at(counts, (environments, classes), loads)
-        bits = told(loads, classes, environments, paired=paired, seed=self._seed)
+        bits = told(loads, classes, environments, seed=self._seed)
         summary = record.summary()
         for name, found in bits.items():
             summary |= Told.mean(found).numbers(name)

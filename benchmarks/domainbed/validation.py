@@ -1,9 +1,7 @@
-"""Open every image of a set once, before anything is trained on it."""
+"""Load a set, and open every image of it once, before anything is trained on it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +13,31 @@ from tabulate import tabulate
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from benchmarks.domainbed.batches import augmented, load_pixels, plain, visible
 from benchmarks.domainbed.definition import RunSet
-from benchmarks.domainbed.environments import Environment, ImageSet
-from benchmarks.domainbed.images import REFUSE
-from benchmarks.domainbed.loading import load_set
-from benchmarks.domainbed.transforms import augmented, load_pixels, plain, visible
+from benchmarks.domainbed.images import REFUSE, Environment, ImageSet, load_folders
+from benchmarks.domainbed.mnist import load_mnist
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import atomic_write, write_json
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.config.schema import parse
+
+
+def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
+    """Load a set.
+
+    Args:
+        task: of a spec.
+        seed: DomainBed's seed of the run; only MNIST's variants depend on it.
+        truncated: ``refuse`` image files that end early, or ``load`` what there is of them.
+
+    Raises:
+        DataError: the set is missing, or something is wrong with a folder or file of it.
+    """
+    if task.source.mnist:
+        return load_mnist(task, seed)
+    return load_folders(task, truncated=truncated)
+
 
 SAMPLES = 8
 _SHOWN = 10
@@ -33,7 +47,7 @@ def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
     """Validate a set: write its counts, and a grid of samples beside them (``.png``).
 
     Args:
-        job: a :class:`~benchmarks.domainbed.jobs.ValidationJob` as plain values.
+        job: a :class:`~benchmarks.domainbed.grid.ValidationJob` as plain values.
         output: the JSON file.
 
     Raises:
@@ -45,20 +59,6 @@ def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
     with atomic_write(output.with_suffix(".png")) as temporary:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "png")
     write_json(output, {**job, **summary, "samples": names})
-
-
-def ensure_validated(found: ImageSet, receipts: list[Path], truncated: str) -> None:
-    """Open all images, unless one of the receipts is of these files as they are now, read in the same way.
-
-    Raises:
-        DataError: images are damaged.
-    """
-    digest = _listing(found)
-    for path in receipts:
-        receipt = json.loads(path.read_text())
-        if (receipt["listing"], receipt["truncated"]) == (digest, truncated):
-            return
-    validate_dataset(found)
 
 
 def validate_dataset(found: ImageSet) -> dict[str, Any]:
@@ -92,7 +92,6 @@ def validate_dataset(found: ImageSet) -> dict[str, Any]:
         "source": found.source,
         "classes": found.classes,
         "environments": environments,
-        "listing": _listing(found),
     }
 
 
@@ -148,14 +147,3 @@ def sample_grid(found: ImageSet, size: int, samples: int = SAMPLES) -> tuple[lis
             names.append(f"{environment.name}{kind}")
             pictures += [visible(load_pixels(environment, row, transform, derive_seed(seed, row))) for row in chosen]
     return names, make_grid(torch.stack(pictures), nrow=samples, padding=2, pad_value=255)
-
-
-def _listing(found: ImageSet) -> str:
-    """Digest of which rows there are, and of the files' sizes and times."""
-    digest = hashlib.sha256(found.source.encode())
-    for environment in found.environments:
-        for label, place in zip(environment.labels, environment.places or [""] * len(environment), strict=True):
-            path = Path(place)
-            state = path.stat() if place and path.exists() else None
-            digest.update(f"{place}\t{label}\t{(state.st_size, state.st_mtime_ns) if state else ''}\n".encode())
-    return digest.hexdigest()[:16]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 from benchmarks.glue_ood.definition import EvaluationDefinition
-from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.config.kinds import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation
@@ -24,15 +23,10 @@ from benchmarks.text.usage_tables import usage_table
 
 
 def present(benchmark: Benchmark[EvaluationDefinition, TaskEntry], runs: list[Run]) -> Presentation:
-    """Present finished runs.
-
-    Raises:
-        DefinitionError: the suite runs no method that is ranked.
-    """
+    """Present finished runs."""
     ablations = Ablations(benchmark, runs)
     rankings = ranked(ablations.usual, benchmark.definition.ranked, ["protocol", "model"])
-    if not rankings:
-        raise DefinitionError(f"{benchmark.file}: 'ranked' names no method that the suite runs")
+    rankings = [ranking for ranking in rankings if not ranking.scores.empty]
     tables: dict[str, Callable[..., Table]] = {
         "ranks": partial(ranks, rankings=rankings),
         "scores": partial(tasks, domain=OOD),

@@ -9,15 +9,13 @@ from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.kinds import Benchmark, Domain, Specs
+from benchmarks.harness.config.kinds import Benchmark, Domain, text_tokens
 from benchmarks.harness.config.method_rows import resolve_methods
 from benchmarks.harness.config.methods import VARIANT_KEYS, method_spec, suite_methods
 from benchmarks.harness.config.schema import check_names, parse, read
-from benchmarks.harness.config.workload import Workload, model_size
 from benchmarks.modularity.definition import ModularityDefinition
 from benchmarks.text.definition import TaskEntry, TaskFile
 from benchmarks.text.grid import TextSets
-from benchmarks.text.workload import find_part, read_workload
 
 # what a row may set otherwise: how neurons are grouped, and what groups are scored by
 _FREE = {"kind", "title", "role", "method", "num_experts", "top_k", "top_k_fraction", "layers", "partition"}
@@ -57,13 +55,9 @@ class ModularityKind(TextSets[ModularityDefinition]):
     def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         return [spec["task"], *spec["ood"]]
 
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Specs) -> Workload | None:
-        """All rows are read with the dense model, with the best experts, and with the worst."""
-        reading = spec["reading"]
-        names = [spec["task"]["name"], *(other["name"] for other in spec["ood"])]
-        parts = {name: find_part(tasks, name, "test", reading["rows"], reading["max_length"]) for name in names}
-        size, (layer,) = model_size(spec), spec["method"]["config"]["layers"]
-        return read_workload(size, parts, reading["batch_size"], reading["max_length"], again=(layer, layer))
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> float | None:
+        reading = spec["reading"]  # three passes over the rows: the dense model, its best experts, its worst
+        return text_tokens(reading["rows"] * (1 + len(spec["ood"])), reading["max_length"], 3 / 3)
 
     def compared_domains(self, definition: ModularityDefinition) -> Mapping[str, Domain]:
         return {}

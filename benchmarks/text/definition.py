@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.counts import PublishedRows, SetSize
+from benchmarks.harness.config.counts import PublishedRows
 from benchmarks.harness.config.schema import (
     AS_GIVEN,
     UNIQUE,
@@ -309,8 +309,6 @@ class RunTask(TextTask):
 class TaskEntry(TextTask, Entry):
     """One task of ``tasks.yaml``."""
 
-    size: SetSize = SetSize()
-    """How large it is, as the hub's cards count it; of sets inside packages as it is read."""
     rows: Rows = Rows()
     """Rows of each part as their makers count them, those without a gold label included; of sets that GLUE-X's authors made, as their result files count them."""
     published_rows: PublishedRows | None = left_out()

@@ -16,7 +16,7 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.config.definition import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.report.claims_figure import write_claims
+from benchmarks.harness.report.claims import write_claims
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.report.report import write_report
 from benchmarks.harness.results.records import read_metrics

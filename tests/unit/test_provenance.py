@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.domainbed.definition import RunSet
-from benchmarks.domainbed.loading import load_set
+from benchmarks.domainbed.validation import load_set
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.definition import benchmark_names, load_benchmark
 from benchmarks.harness.models.image import load_image_classifier

@@ -8,11 +8,12 @@ gc.set_threshold(100_000, 20, 20)
 
 sys.path.insert(0, str(workflow.basedir))
 
-from benchmarks.domainbed.jobs import find_validation
+from benchmarks.domainbed.grid import find_validation
 from benchmarks.harness.base.secrets import without_passwords
 from benchmarks.harness.config import jobs, paper_items
 from benchmarks.harness.config.artifacts import CLAIMS, all_artifacts
 from benchmarks.harness.config import suite as suites
+from benchmarks.harness.run import devices
 from benchmarks.harness.run.forkserver import Server
 from emoe.errors import EMoEError
 from snakemake.exceptions import WorkflowError
@@ -55,16 +56,31 @@ os.environ.update(SUITE.environment())
 FORKSERVER = Server(SUITE.modules)
 
 
-def wanted_runs():
-    # of the targets that were asked for: of one table they are fewer than the suite's
-    jobs = [job for job in workflow.dag.jobs if job.rule.name.startswith("run_")]
-    return {f"{job.wildcards.benchmark}/{job.wildcards.run}" for job in jobs}
+def run_jobs(jobs):
+    return [job for job in jobs if job.rule.name.startswith("run_")]
 
 
 onstart:
+    if workflow.local_exec:  # else a cluster's nodes have the accelerators
+        try:
+            devices.check_accelerators(
+                SUITE.name,
+                [
+                    run_of(job.wildcards)
+                    for job in run_jobs(workflow.dag.needrun_jobs())
+                ],
+            )
+        except EMoEError as error:
+            sys.exit(f"error: {error}")
     if not workflow.deployment_settings.deployment_method:
         FORKSERVER.start()
-    SUITE.write_plan(wanted_runs())
+    # of the targets that were asked for: of one table they are fewer than the suite's
+    SUITE.write_plan(
+        {
+            f"{job.wildcards.benchmark}/{job.wildcards.run}"
+            for job in run_jobs(workflow.dag.jobs)
+        }
+    )
     if missing := SUITE.missing_sets():
         print(
             f"not there: {', '.join(missing)}. What needs them will fail; `python -m benchmarks data --check "

@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
 
 from benchmarks.harness.base.errors import DefinitionError, RunError
-from benchmarks.harness.base.files import atomic_write, write_json, write_text
+from benchmarks.harness.base.files import atomic_write, read_json, write_json, write_text
 from benchmarks.harness.base.paths import REFERENCE, ROOT, RUNS
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.schema import Strict, parse
+from benchmarks.harness.config.schema import Strict
 from benchmarks.harness.results.records import GROUP_KEYS, check_finished, collect_from, read_metrics
 
 KEYS = ["run", "seed", "part", "set", "metric"]
@@ -248,8 +247,6 @@ class ReferenceFile(Strict):
     """Commit of the code."""
     machines: dict[str, dict[str, str]]
     """Fingerprint of each machine, by the name in the rows."""
-    seconds: dict[str, float] = Field({})
-    """Mean seconds of a run of each benchmark; used for progress lines before a benchmark's first run is done."""
 
 
 def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
@@ -259,28 +256,24 @@ def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
         DefinitionError: A file is missing, damaged or of an older form.
     """
     path = folder / f"{suite}.csv"
-    origin = path.with_suffix(".json")
     advice = f"bless a run of the suite (`python -m benchmarks bless --suite {suite}`)"
     try:
         rows = pd.read_csv(path, keep_default_na=False, dtype=str)[_COLUMNS].astype({"seed": int})
-        content = json.loads(origin.read_bytes())
     except FileNotFoundError as error:
-        raise DefinitionError(f"{error.filename} does not exist: {advice}") from error
+        raise DefinitionError(f"{path} does not exist: {advice}") from error
     except (KeyError, ValueError) as error:
-        raise DefinitionError(f"{path} or {origin.name} is damaged, or of an older form: {advice}") from error
+        raise DefinitionError(f"{path} is damaged, or of an older form: {advice}") from error
     _check_unique(rows, f"{path} has twice the")
-    return Numbers(rows, parse(content, ReferenceFile, str(origin)).machines)
+    return Numbers(rows, read_json(path.with_suffix(".json"), ReferenceFile, advice).machines)
 
 
-def write_reference(
-    suite: str, numbers: Numbers, commit: str, seconds: Mapping[str, float], folder: Path = REFERENCE
-) -> Path:
-    """Write blessed numbers, their machines, and the mean seconds of a run of each benchmark."""
+def write_reference(suite: str, numbers: Numbers, commit: str, folder: Path = REFERENCE) -> Path:
+    """Write blessed numbers and their machines."""
     path = folder / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
     machines = {name: dict(parts) for name, parts in numbers.machines.items()}
-    content = ReferenceFile(commit=commit, machines=machines, seconds=dict(seconds))
+    content = ReferenceFile(commit=commit, machines=machines)
     write_json(path.with_suffix(".json"), content.model_dump())
     return path
 
@@ -386,9 +379,9 @@ def bless(
     numbers = numbers_of(results)
     if "" in numbers.machines:
         raise DefinitionError(f"a run below {RUNS} recorded no machine: older code made it; delete it and run it again")
-    times = pd.DataFrame([(run.benchmark, metrics["cost"]["job_seconds"]) for run, metrics in results])
-    seconds = times.groupby(0, sort=False)[1]
-    fastest = [runs[index] for index in seconds.idxmin()]
+    seconds = {run.id: metrics["cost"]["job_seconds"] for run, metrics in results}
+    by_speed = sorted(runs, key=lambda run: seconds[run.id], reverse=True)
+    fastest = list({run.benchmark: run for run in by_speed}.values())
     after, failures = run_again(fastest, say)
     if failures:
         raise RunError(f"a run failed when it was executed again: {failures[0]}")
@@ -397,7 +390,7 @@ def bless(
     comparison = compare(read_numbers(fastest), after, suite)
     if not comparison.passed:
         raise DefinitionError(f"numbers do not repeat, so they cannot be blessed:\n{comparison}")
-    return write_reference(suite, numbers, commit, seconds.mean().round(1).to_dict(), folder)
+    return write_reference(suite, numbers, commit, folder)
 
 
 def clean_commit(root: Path = ROOT) -> str:
