@@ -241,11 +241,11 @@ def check(suite: str, as_json: bool, elsewhere: bool) -> None:
     """Compare a suite's numbers with the blessed ones.
 
     Ends with status 1 if a number changed, is missing or is new. On the machine that blessed them numbers must be equal to
-    the last digit, on another machine within their tolerance. Times are shown and decide nothing.
+    the last digit, on another machine within their tolerance. Times are not compared.
     """
-    from benchmarks.harness.results.regression import compare
+    from benchmarks.harness.results.check import check as check_suite
 
-    comparison = compare(_load_suite(suite).runs, suite, elsewhere=elsewhere)
+    comparison = check_suite(_load_suite(suite).runs, suite, elsewhere=elsewhere)
     click.echo(comparison.to_json() if as_json else str(comparison))
     sys.exit(not comparison.passed)
 
@@ -263,11 +263,11 @@ def verify(suite: str, count: int, seed: int | None, as_json: bool) -> None:
     """
     import random
 
-    from benchmarks.harness.run.verification import verify as verify_runs
+    from benchmarks.harness.results.check import verify as verify_runs
 
     seed = random.SystemRandom().randrange(2**16) if seed is None else seed
     click.echo(f"--seed {seed}", err=True)
-    result = verify_runs(_load_suite(suite).runs, suite, count, seed, say=functools.partial(click.echo, err=True))
+    result = verify_runs(_load_suite(suite).runs, suite, count, seed, functools.partial(click.echo, err=True))
     click.echo(result.to_json() if as_json else str(result))
     sys.exit(not result.passed)
 
@@ -277,12 +277,11 @@ def verify(suite: str, count: int, seed: int | None, as_json: bool) -> None:
 def bless(suite: str) -> None:
     """Make a suite's present numbers the blessed ones.
 
-    Needs a clean checkout and numbers that repeat: the cheapest run of every benchmark is run once more and compared
-    exactly. It takes half a minute for smoke and some minutes for mini; how long is said at the start.
+    Needs a clean checkout and numbers that repeat: the fastest run of every benchmark is run again and compared exactly.
     """
-    from benchmarks.harness.run.blessing import bless as bless_runs
+    from benchmarks.harness.results.check import bless as bless_suite
 
-    click.echo(f"wrote {bless_runs(_load_suite(suite).runs, suite, say=click.echo)}")
+    click.echo(f"wrote {bless_suite(_load_suite(suite).runs, suite, click.echo)}")
 
 
 @cli.command()
