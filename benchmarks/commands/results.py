@@ -88,7 +88,7 @@ def mirror(suite: str, uri: str | None, output: Path | None) -> None:
     """Mirror a suite's finished runs to MLflow; doing it twice adds nothing."""
     from benchmarks.harness.base.files import write_json
     from benchmarks.harness.base.secrets import without_passwords
-    from benchmarks.harness.results.tracking import mirror as mirror_runs
+    from benchmarks.harness.results.mlflow import mirror as mirror_runs
 
     loaded = load_suite(suite)
     _check_finished(loaded, loaded.settings.benchmarks)
