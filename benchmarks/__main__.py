@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import gc
 import json
 import os
@@ -41,14 +42,7 @@ _threads = click.option("--threads", type=click.IntRange(min=1), default=1, show
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="""\b
-    Exit status: 0 fine; 1 an error in one line, or a check that failed;
-    2 wrong usage; 130 interrupted.
-
-    \b
-    Shell completion (bash; zsh and fish likewise), in the shell's start-up file:
-      eval "$(_EMOE_BENCH_COMPLETE=bash_source emoe-bench)"
-    """,
+    epilog="Exit status: 0 fine; 1 an error in one line, or a check that failed; 2 wrong usage; 130 interrupted.",
 )
 @click.version_option(package_name="emoe", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -115,13 +109,7 @@ def status(suite: str, as_json: bool) -> None:
 @_threads
 @click.option("--log", type=_PATH, help="Log file; by default log.txt beside SPEC.")
 @click.option("--processes", type=click.IntRange(min=1), default=1, help="Processes that torchrun starts for the run.")
-@click.option(
-    "--parallel",
-    type=click.Choice(["ddp", "fsdp"]),
-    default="ddp",
-    show_default=True,
-    help="Each process holds the whole model, or a part of it.",
-)
+@click.option("--parallel", type=click.Choice(["ddp", "fsdp"]), default="ddp", help="Whole models, or parts of one.")
 @click.option("--gpus", type=click.IntRange(min=0), default=0, help="GPUs to reserve; waits until they are free.")
 @click.pass_obj
 def run(started: float, spec: Path, threads: int, log: Path | None, processes: int, parallel: str, gpus: int) -> None:
@@ -150,17 +138,11 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
 @cli.command()
 @click.argument("spec", type=_PATH)
 @click.argument("output", type=_PATH)
-@click.option(
-    "--form",
-    type=click.Choice(["dense", "emoe"]),
-    default="dense",
-    show_default=True,
-    help="A folder for stock transformers, or for emoe.from_pretrained.",
-)
+@click.option("--form", type=click.Choice(["dense", "emoe"]), default="dense", help="For stock transformers, or emoe.")
 def export(spec: Path, output: Path, form: str) -> None:
-    """Write a run's tuned language model, adapters merged.
+    """Write the tuned language model of the run.json SPEC.
 
-    SPEC is its run.json, OUTPUT the new folder.
+    OUTPUT is a new folder for stock transformers, or with `--form emoe` for `emoe.from_pretrained`. Adapters are merged.
     """
     from benchmarks.llama.export import export as export_run
 
@@ -169,10 +151,10 @@ def export(spec: Path, output: Path, form: str) -> None:
 
 @cli.command()
 @_suite
-@_benchmark
+@click.option("--benchmark", required=True, help="The benchmark.")
 @click.option("--part", help="Only this set of a benchmark that shows its sets one by one.")
-def tables(suite: str, benchmark: str | None, part: str | None) -> None:
-    """Write tables and figures of finished runs."""
+def tables(suite: str, benchmark: str, part: str | None) -> None:
+    """Write the tables and figures of a benchmark."""
     from benchmarks.harness.base import paths
     from benchmarks.harness.config.artifacts import artifacts_of
     from benchmarks.harness.config.definition import load_benchmark
@@ -181,17 +163,16 @@ def tables(suite: str, benchmark: str | None, part: str | None) -> None:
     from benchmarks.harness.report.presentation import present
 
     loaded = _load_suite(suite, benchmark)
+    if part:
+        check_names(f"suite {suite}: '", "part", [part], loaded.parts(benchmark))
+    _check_finished(loaded, [benchmark], part)
+    presented = present(load_benchmark(benchmark), loaded.runs_of(benchmark, part))
+    shown = presented.parts[part] if part else presented
     folder = paths.RESULTS / suite
-    for name in [benchmark] if benchmark else loaded.settings.benchmarks:
-        if part:
-            check_names(f"suite {suite}: '", "part", [part], loaded.parts(name))
-        _check_finished(loaded, [name], part)
-        presented = present(load_benchmark(name), loaded.runs_of(name, part))
-        shown = presented.parts[part] if part else presented
-        for table in shown.tables:
-            table.write(folder / "tables")
-        shown.draw(folder / "figures")
-        write_paper_items(loaded, artifacts_of(name, part), shown)
+    for table in shown.tables:
+        table.write(folder / "tables")
+    shown.draw(folder / "figures")
+    write_paper_items(loaded, artifacts_of(benchmark, part), shown)
 
 
 @cli.command()
@@ -238,7 +219,7 @@ def mirror(suite: str, output: Path | None) -> None:
     A second time adds nothing."""
     from benchmarks.harness.base.files import write_json
     from benchmarks.harness.base.secrets import without_passwords
-    from benchmarks.harness.results.tracking import mirror as mirror_runs
+    from benchmarks.harness.results.mlflow import mirror as mirror_runs
 
     loaded = _load_suite(suite)
     _check_finished(loaded, loaded.settings.benchmarks)
@@ -260,11 +241,11 @@ def check(suite: str, as_json: bool, elsewhere: bool) -> None:
     """Compare a suite's numbers with the blessed ones.
 
     Ends with status 1 if a number changed, is missing or is new. On the machine that blessed them numbers must be equal to
-    the last digit, on another machine within their tolerance. Times are shown and decide nothing.
+    the last digit, on another machine within their tolerance. Times are not compared.
     """
-    from benchmarks.harness.results.regression import compare
+    from benchmarks.harness.results.check import check as check_suite
 
-    comparison = compare(_load_suite(suite).runs, suite, elsewhere=elsewhere)
+    comparison = check_suite(_load_suite(suite).runs, suite, elsewhere=elsewhere)
     click.echo(comparison.to_json() if as_json else str(comparison))
     sys.exit(not comparison.passed)
 
@@ -282,13 +263,11 @@ def verify(suite: str, count: int, seed: int | None, as_json: bool) -> None:
     """
     import random
 
-    from benchmarks.harness.run.verification import verify as verify_runs
+    from benchmarks.harness.results.check import verify as verify_runs
 
-    loaded = _load_suite(suite)
     seed = random.SystemRandom().randrange(2**16) if seed is None else seed
-    result = verify_runs(
-        loaded.runs, suite, count, seed, say=lambda text: click.echo(f"{text} (--seed {seed})", err=True)
-    )
+    click.echo(f"--seed {seed}", err=True)
+    result = verify_runs(_load_suite(suite).runs, suite, count, seed, functools.partial(click.echo, err=True))
     click.echo(result.to_json() if as_json else str(result))
     sys.exit(not result.passed)
 
@@ -298,12 +277,11 @@ def verify(suite: str, count: int, seed: int | None, as_json: bool) -> None:
 def bless(suite: str) -> None:
     """Make a suite's present numbers the blessed ones.
 
-    Needs a clean checkout and numbers that repeat: the cheapest run of every benchmark is run once more and compared
-    exactly. It takes half a minute for smoke and some minutes for mini; how long is said at the start.
+    Needs a clean checkout and numbers that repeat: the fastest run of every benchmark is run again and compared exactly.
     """
-    from benchmarks.harness.run.blessing import bless as bless_runs
+    from benchmarks.harness.results.check import bless as bless_suite
 
-    click.echo(f"wrote {bless_runs(_load_suite(suite).runs, suite, say=click.echo)}")
+    click.echo(f"wrote {bless_suite(_load_suite(suite).runs, suite, click.echo)}")
 
 
 @cli.command()
@@ -350,9 +328,8 @@ def new(name: str, file: Path, text: str | None, label: str | None, dev: Path | 
     from benchmarks.text.new import new_benchmark
 
     others = {part: path for part, path in (("dev", dev), ("test", test)) if path}
-    click.echo(
-        f"{new_benchmark(name, file, text=text, label=label, others=others)}\nrun it: snakemake --cores 2 {name}"
-    )
+    click.echo(new_benchmark(name, file, text=text, label=label, others=others))
+    click.echo(f"run it: snakemake --cores 2 {name}")
 
 
 @cli.command()
@@ -398,10 +375,7 @@ def questions() -> None:
 @click.option("--output", type=_PATH, required=True, help="Receipt that names the cached partition.")
 @_threads
 def partition(spec: str, output: Path, threads: int) -> None:
-    """Cluster a model's neurons into the cache.
-
-    SPEC is JSON with the model and the EMoE settings.
-    """
+    """Cluster the neurons of a model (JSON) into the cache."""
     from benchmarks.harness.models.conversion import partition_to_cache
 
     partition_to_cache(spec, output, threads=threads)
@@ -412,10 +386,7 @@ def partition(spec: str, output: Path, threads: int) -> None:
 @click.option("--output", type=_PATH, required=True, help="Counts; a grid of samples is put beside them.")
 @_threads
 def validate_images(spec: str, output: Path, threads: int) -> None:
-    """Open every image of a set.
-
-    SPEC is JSON with the set and how it is read.
-    """
+    """Open every image of a set (JSON)."""
     import torch
 
     from benchmarks.domainbed.validation import validate_to_file

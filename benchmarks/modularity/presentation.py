@@ -5,10 +5,9 @@ from __future__ import annotations
 from benchmarks.harness.config.kinds import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation, make
-from benchmarks.modularity.definition import ModularityDefinition
 from benchmarks.modularity.figures import draw_activations, draw_activations_3d, draw_concentration, draw_experts
-from benchmarks.modularity.outcomes import ModularityOutcomes
-from benchmarks.modularity.tables import TABLES, verdicts
+from benchmarks.modularity.grid import ModularityDefinition
+from benchmarks.modularity.tables import TABLES, ModularityOutcomes, verdicts
 from benchmarks.text.definition import TaskEntry
 
 FIGURES = {

@@ -18,17 +18,14 @@ from filelock import FileLock
 
 from benchmarks.__main__ import cli as suite_cli
 from benchmarks.__main__ import main
-from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.config import listing
 from benchmarks.harness.config.runs import Run, plan
 from benchmarks.harness.config.suite import plain_suite
-from benchmarks.harness.run import verification
-from benchmarks.harness.run.repetition import Repetition
 from benchmarks.harness.run.status import estimate
 from emoe import __main__ as library
 from tests import fake_runs
 from tests.conftest import ROOT
-from tests.executed import finish, prepare
+from tests.executed import prepare
 from tests.programs import call
 
 RUNS = Path("results/runs")
@@ -245,42 +242,3 @@ def refusal(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
         main()
     assert end.value.code == 1
     return capsys.readouterr().err
-
-
-def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path) -> None:
-    run = next(run for run in plan(["modularity"], "smoke") if run.spec["method"]["name"] == "random_partition")
-    path = prepare(run, str(RUNS))
-    finish(path)
-    before = {file: file.stat().st_mtime_ns for file in path.parent.iterdir()}
-    found = json.loads(call("verify", "--suite", "smoke", "--runs", "5", "--json"))
-    assert found["runs"] == [run.id]
-    assert found["passed"]
-    assert found["comparison"]["equal"] > 0
-    assert {file: file.stat().st_mtime_ns for file in path.parent.iterdir()} == before
-
-
-def test_verify_fails_where_a_number_is_another_or_a_run_fails(
-    runs: list[Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def again(repetitions: list[Repetition]) -> list[Repetition]:
-        first, *others = repetitions
-        first.log.parent.mkdir(parents=True)
-        first.log.write_text("ValueError: odd\n")
-        for one in others:
-            content = json.loads((RUNS / one.run.folder / "metrics.json").read_text())
-            content["probe"]["losses"][0] = "0.25"
-            one.log.parent.mkdir(parents=True)
-            one.log.with_name("metrics.json").write_text(json.dumps(content))
-        return [first]
-
-    monkeypatch.setattr(verification, "repeat", again)
-    text = call("verify", "--suite", "smoke", "--runs", "2", "--seed", "0", status=1)
-    assert "ValueError: odd" in text
-    assert "1 changed" in text
-    assert text == call("verify", "--suite", "smoke", "--runs", "2", "--seed", "0", status=1)
-    only = json.loads(call("verify", "--suite", "smoke", "--runs", "1", "--json", status=1))
-    assert list(only["failed"].values()) == ["ValueError: odd"]
-    for run in runs:
-        (RUNS / run.folder / "metrics.json").unlink()
-    with pytest.raises(DefinitionError, match="no run of the suite 'smoke' is finished"):
-        call("verify", "--suite", "smoke")

@@ -74,7 +74,12 @@ onstart:
     if not workflow.deployment_settings.deployment_method:
         FORKSERVER.start()
     # of the targets that were asked for: of one table they are fewer than the suite's
-    SUITE.write_plan({f"{job.wildcards.benchmark}/{job.wildcards.run}" for job in run_jobs(workflow.dag.jobs)})
+    SUITE.write_plan(
+        {
+            f"{job.wildcards.benchmark}/{job.wildcards.run}"
+            for job in run_jobs(workflow.dag.jobs)
+        }
+    )
     if missing := SUITE.missing_sets():
         print(
             f"not there: {', '.join(missing)}. What needs them will fail; `python -m benchmarks data --check "

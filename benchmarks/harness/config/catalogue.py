@@ -93,9 +93,6 @@ class ModelFile(Strict):
     models: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9._-]*$")], ModelEntry]
 
 
-Judged = Literal["exact", "measured", "shown"]
-
-
 class Metric(Strict):
     """How a number is named, printed and compared."""
 
@@ -111,8 +108,8 @@ class Metric(Strict):
     """Which is better."""
     decimals: Whole
     """Decimals of the printed number."""
-    judged: Judged = "shown"
-    """How `make check` compares it on another machine: `exact` has to be equal, `measured` may differ by as much as it was seen to; `shown` decides nothing (times, memory)."""
+    tolerance: Annotated[float, Field(ge=0)] | None = None
+    """Largest difference, as stored, that `make check` accepts between two machines; null: not compared (times)."""
     equivalence_margin: Positive | None = None
     """Largest difference between two methods, as stored, at which they are practically equal; claims are tested against it."""
 
