@@ -25,7 +25,7 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.modularity.concentration import Concentration, is_active
 from benchmarks.modularity.definition import EXPERTS, ModularitySpec, Reading
 from benchmarks.modularity.selected import Selected, dense_magnitudes, is_dead, neurons_used
-from benchmarks.text.datasets import TextSplit, load_part
+from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.tokenization import TokenisedRows
 from benchmarks.text.usage import SetLoads, describe_usage
 from emoe.records import RoutingRecord

@@ -29,7 +29,7 @@ from benchmarks.harness.training.routing_trace import RoutingTrace
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
 from benchmarks.harness.training.updates import WeightChange, gradient_agreement
-from benchmarks.text.datasets import TextSplit
+from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import evaluate_split, padding_collator
 from benchmarks.text.grid import OWN

@@ -53,7 +53,7 @@ def find_part(tasks: Mapping[str, TaskEntry], name: str, part: str, limit: int |
         limit: rows that are drawn of it; None for all.
         max_length: tokens that are kept of a row.
     """
-    from benchmarks.text.datasets import known_rows, part_read  # with `datasets`, which takes seconds
+    from benchmarks.text.data import known_rows, part_read  # with `datasets`, which takes seconds
 
     task = tasks[name]
     part = part_read(task.splits, part)

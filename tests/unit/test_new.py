@@ -14,7 +14,7 @@ from benchmarks.harness.config.definition import load_benchmark
 from benchmarks.harness.config.kinds import kind_of
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.text import new
-from benchmarks.text.datasets import load_split
+from benchmarks.text.data import load_split
 from benchmarks.text.new import divided, new_benchmark, read_rows
 
 LINES = [f"sentence number {number},{('bad', 'good')[number % 2]}" for number in range(80)]

@@ -23,7 +23,7 @@ from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.llama.definition import InstructionSpec
 from benchmarks.llama.memory_estimate import estimate_memory
-from benchmarks.text.datasets import load_split
+from benchmarks.text.data import load_split
 from benchmarks.text.tokenization import TokenisedRows
 from benchmarks.text.workload import find_part
 
