@@ -385,31 +385,29 @@ def _with_names_beside(table: Table, column: str, places: Sequence[Path], config
         DataError: Two places disagree, or the names are themselves numbers that the file's numbers may mean.
     """
     stored = table.class_names.get(column)
-    by_place = {table.source: stored} if stored else {}
-    for place in places:
-        by_place |= dict(_names_beside(place, config, column))
-    for place, names in by_place.items():
-        first = next(iter(by_place))
-        if names != by_place[first]:
+    named = [(table.source, stored)] if stored else []
+    named += [pair for place in places for pair in _names_beside(place, config, column)]
+    for source, names in named[1:]:
+        if names != named[0][1]:
             raise DataError(
-                f"{place} calls the classes of '{column}' {', '.join(names)}, and {first} "
-                f"{', '.join(by_place[first])}; correct one of them"
+                f"{source} calls the classes of '{column}' {', '.join(names)}, and {named[0][0]} "
+                f"{', '.join(named[0][1])}; correct one of them"
             )
     values = table.columns[column]
-    if stored or not by_place or not any(_NUMBER.fullmatch(label_text(value)) for value in values):
+    if stored or not named or not any(_NUMBER.fullmatch(label_text(value)) for value in values):
         return table
-    place, names = next(iter(by_place.items()))
+    source, names = named[0]
     misleading = any(name.isdecimal() and int(name) != number for number, name in enumerate(names))
     if misleading and any(isinstance(value, str) for value in values):
         raise DataError(
-            f"{place} calls the classes of '{column}' {', '.join(names)}: a number in {table.source} may be a name "
+            f"{source} calls the classes of '{column}' {', '.join(names)}: a number in {table.source} may be a name "
             "or count from 0; remove the names"
         )
     columns = {**table.columns, column: [_class_name(value, names) for value in values]}
     return replace(table, columns=columns, class_names={**table.class_names, column: names})
 
 
-def _names_beside(place: Path, config: str | None, column: str) -> Iterator[tuple[str, list[str]]]:
+def _names_beside(place: Path, config: str | None, column: str) -> Iterator[tuple[str, Sequence[str]]]:
     """Yield each file in a folder that names the classes of a column, and the names."""
     from datasets import ClassLabel, DatasetInfo
     from datasets.info import DatasetInfosDict
