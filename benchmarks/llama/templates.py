@@ -31,13 +31,6 @@ def template_names() -> list[str]:
     return [*_templates(), CHAT, RANDOM]
 
 
-def template_bytes(name: str) -> float:
-    """Bytes that a template adds to a row, on average over rows with and without an input; 0 of one that the model brings itself."""
-    chosen = _templates().values() if name == RANDOM else [_templates()[name]] if name in _templates() else []
-    sizes = [len(text.encode()) for template in chosen for text in template.values()]
-    return sum(sizes) / len(sizes) if sizes else 0.0
-
-
 @dataclass(frozen=True)
 class Template:
     """How rows become prompt and response.

@@ -9,14 +9,12 @@ from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.kinds import COUNTS, OOD_MEAN, Benchmark, Domain, Specs
+from benchmarks.harness.config.kinds import COUNTS, OOD_MEAN, Benchmark, Domain, text_tokens
 from benchmarks.harness.config.method_rows import resolve_methods
 from benchmarks.harness.config.methods import VARIANT_KEYS, method_spec, suite_methods, training_settings
 from benchmarks.harness.config.schema import check_names, parse, read
-from benchmarks.harness.config.workload import Workload
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.multitask.definition import Mixture, MultitaskDefinition, MultitaskTraining
-from benchmarks.multitask.workload import mixed_workload
 from benchmarks.text.definition import TaskEntry, TaskFile
 from benchmarks.text.grid import CLEAN, ID, OOD, TextSets
 from emoe.errors import EMoEError
@@ -59,8 +57,10 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
         mixtures = {name: mixture.title for name, mixture in definition.mixtures.items()}
         return mixtures | dict(super().task_titles(definition, tasks))
 
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Specs) -> Workload | None:
-        return mixed_workload(spec, tasks)
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> float | None:
+        training = spec["training"]
+        rows = sum(training["rows_per_epoch"] or tasks[task["name"]].rows.train or 0 for task in spec["task"]["tasks"])
+        return text_tokens(rows or None, training["max_length"], training["epochs"])
 
     def marks(self, spec: Mapping[str, Any]) -> list[str]:
         return []

@@ -15,7 +15,7 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import with_routing
 from benchmarks.multitask.definition import MultitaskSpec, MultitaskTraining, WrittenTask
 from benchmarks.multitask.training import MultitaskTrainer
-from benchmarks.text.datasets import TextSplit, load_part
+from benchmarks.text.data import TextSplit, load_part
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -53,7 +53,6 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "dev_curve": epochs,
         "kept_epoch": kept["epoch"],
         "routing": routing,
-        "updates": {"change": trainer.weight_change.summary()},
         "probe": trainer.probe.summary(),
         "model": trainable.summary,
         "cost": trainer.cost,

@@ -18,12 +18,11 @@ from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.probe import Probe, fixed_rows
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here
-from benchmarks.harness.training.updates import WeightChange
 from benchmarks.multitask.definition import MultitaskSpec, OtherTask, WrittenTask
 from benchmarks.multitask.mixing import MixedOrder
 from benchmarks.multitask.ranking import rank
 from benchmarks.multitask.rows import LearnedRows, answers, as_text
-from benchmarks.text.datasets import TextSplit
+from benchmarks.text.data import TextSplit
 from benchmarks.text.tokenization import TokenisedRows
 from benchmarks.text.training import Epoch, epoch_arguments
 
@@ -76,7 +75,7 @@ class MultitaskTrainer:
         self._answers = {name: answers(tokenizer, task) for name, task in self._tasks.items()}
         self._model = cast(PreTrainedModel, trainable.model)
         self._checkpoints = folder / "checkpoints"
-        self.weight_change, self._stopwatch, self.probe = WeightChange(self._model), Stopwatch(), Probe()
+        self._stopwatch, self.probe = Stopwatch(), Probe()
         self._evaluation = 0.0
         self._precision = precision_here(self._training.precision)
         learned = [

@@ -91,6 +91,7 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
         + f", critical difference {critical_difference(*one.scores.shape):.2f}"
         for one in rankings
     ]
+    notes = notes or ["No ranks: the rows have no common set and seed"]
     pairs = list(dict.fromkeys(pair for one in rankings for pair in one.scores.columns))
     methods = list(dict.fromkeys(outcomes.title("method", name) for one in rankings for name in one.scores.index))
     return Table(

@@ -26,7 +26,6 @@ from benchmarks.text.outcomes import Ranked, TextOutcomes, ranked
 from benchmarks.text.paper_tables import paper
 from benchmarks.text.selection import CELL, CHOICE, PROTOCOLS, choices, choosing_scores
 from benchmarks.text.traces import trace_table
-from benchmarks.text.updates import update_table
 from benchmarks.text.usage_tables import usage_table
 
 _KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
@@ -238,7 +237,6 @@ TABLES = {
     "cost": cost,
     "choices": chosen,
     "traces": trace_table,
-    "updates": update_table,
     "usage": usage_table,
     "paper": paper,
 }
@@ -297,7 +295,8 @@ def _rankings_by_task(outcomes: TextOutcomes) -> list[Ranked]:
 
 def _rank_note(outcomes: TextOutcomes, rankings: list[Ranked]) -> str:
     notes = [
-        f"{outcomes.title('task', one.key['task'])}: {len(one.ranking.ranks)} rows"
+        f"{outcomes.title('task', one.key['task'])}: "
+        + ("no rows with a common seed" if one.scores.empty else f"{len(one.ranking.ranks)} rows")
         + ("" if math.isnan(one.ranking.p) else f", Friedman p = {one.ranking.p:.2f}")
         for one in rankings
     ]

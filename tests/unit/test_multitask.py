@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
@@ -22,7 +21,6 @@ from benchmarks.harness.config.runs import canonical_json, plan, run_from_spec
 from benchmarks.harness.config.schema import parse
 from benchmarks.harness.models.seq2seq import load_seq2seq, load_seq2seq_tokenizer
 from benchmarks.harness.report.presentation import present
-from benchmarks.harness.results.quantities import one_counts, quantities
 from benchmarks.harness.sources.vader import load_vader
 from benchmarks.multitask.definition import MultitaskDefinition, MultitaskSpec, WrittenTask
 from benchmarks.multitask.grid import KIND
@@ -30,7 +28,7 @@ from benchmarks.multitask.mixing import MixedOrder
 from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.multitask.ranking import log_likelihoods, rank
 from benchmarks.multitask.rows import answers, as_text, written
-from benchmarks.text.datasets import load_part
+from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows
 from tests import fake_runs
 from tests.executed import finish, killed_at, prepare
@@ -365,10 +363,3 @@ def test_a_suite_without_single_tasks_has_an_empty_table_of_transfer(here: Path)
     table = next(table for table in found.tables if table.name == "multitask_transfer")
     assert table.frame.empty
     assert "Learned together" in table.markdown()
-
-
-def test_one_row_counts_in_its_own_set(tmp_path: Path) -> None:
-    run = smoke_run("multitask", "vanilla")
-    rows = quantities([(run, fake_runs.multitask_metrics(run))])
-    moved = pd.Series(one_counts(rows))
-    assert moved[moved.index.get_level_values(2).isin(["dev", "test", "ood"])].eq(1 / 8).all()  # of 4 and 6 rows

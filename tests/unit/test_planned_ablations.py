@@ -16,7 +16,7 @@ from benchmarks.harness.config.runs import plan
 from benchmarks.harness.config.schema import read_yaml
 from benchmarks.harness.config.shared import ABLATION
 from benchmarks.harness.config.variants import setting_text, setting_values, without
-from benchmarks.text.datasets import TextSplit
+from benchmarks.text.data import TextSplit
 from tests.planned import evaluations
 
 LORA, OOD = load_benchmark("glue_lora"), load_benchmark("glue_ood")

@@ -1,14 +1,21 @@
-"""A table in every format: numbers, the best, and what has to be escaped."""
+"""A table in every format: numbers, the best ones, and characters that have to be escaped."""
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
+import pytest
 
-from benchmarks.harness.report.rendering import Column, Table
+from benchmarks.harness.report.plots import placeholder_figure
+from benchmarks.harness.report.rendering import Column, Table, escape_latex, escape_markdown
 
 TABLE = Table(
     "A & B",
@@ -33,6 +40,7 @@ TABLE = Table(
     ),
     group=("g",),
 )
+ODD = ["a < b > c | d", "α 中 ŧ é ł “x” ✓ ≤", "\\ { } $ # % & _ ^ ~ \" '", "x\n\ny\ttab \x07", "word " * 40]
 
 
 def test_cells_and_the_best_by_number() -> None:
@@ -47,48 +55,35 @@ def test_cells_and_the_best_by_number() -> None:
 def test_every_format_escapes() -> None:
     assert "**100.0 ± 1.0**" in TABLE.markdown()
     latex = TABLE.latex()
-    for text in (
-        r"\toprule",
-        r"\textbf{100.0 $\pm$ 1.0}",
-        r"\caption{A \& B.}",
-        "% How to read it: 50 % of_it",
-        r"two\_",
-    ):
+    for text in (r"\toprule", r"\textbf{100.0 $\pm$ 1.0}", r"\caption{A \& B.}", r"two\_\textless{}b", "% How to read"):
         assert text in latex
     assert "two_&lt;b&gt;" in TABLE.html()
     assert "<strong>100.0 ± 1.0</strong>" in TABLE.html()
 
 
-def test_latex_names_groups_once_breaks_wide_tables_and_sets_long_notes_below() -> None:
-    sources = ["the first of the two places that a number is from", "another place that a number is from, just as long"]
-    rows = [
-        {
-            "model": model,
-            "name": f"row {number}",
-            **{f"c{column}": number + column for column in range(12)},
-            "source": sources[number % 2],
-        }
-        for model in ("one", "two")
-        for number in range(4)
-    ]
-    columns = [Column("loss", f"c{column}", label=f"Number {column}") for column in range(12)]
-    table = Table(
-        "T", "", {"model": "Model", "name": "Name"}, columns, pd.DataFrame(rows), notes={"source": "Source"}, name="t"
-    )
-    parts = table.latex().split(r"\end{table}")[:-1]
-    assert len(parts) > 1
-    for part in parts:
-        assert part.count(r"\textit{one}") == part.count(r"\textit{two}") == 1
-        assert all(f"row {number} &" in part for number in range(4))
-    assert [f"Number {column}" in "".join(parts) for column in range(12)] == [True] * 12
-    assert all("".join(parts).count(source) == 1 for source in sources)
-    assert f"a: {sources[0]}; b: {sources[1]}." in parts[-1]
+def odd_table(rows: int = 60) -> Table:
+    frame = pd.DataFrame({"name": (ODD * rows)[:rows], "a": 0.5, "b": [*range(rows)], "note": "é > | " * 9})
+    columns = [Column("accuracy", "a", label="Ac|<i>"), Column("loss", "b", best="b")]
+    return Table("T < U", "α | β\n\nγ", {"name": "N | M"}, columns, frame, notes={"note": "Note"}, name="odd_table")
+
+
+def test_pdflatex_compiles_any_text_over_several_pages(tmp_path: Path) -> None:
+    if shutil.which("pdflatex") is None:
+        pytest.skip("no LaTeX on this machine (Debian: apt-get install texlive-latex-recommended)")
+    text = odd_table().latex()
+    packages = "".join(re.findall(r"^% (\\usepackage.*)", text, re.MULTILINE))
+    document = rf"\documentclass{{article}}{packages}\begin{{document}}{text}\end{{document}}"
+    (tmp_path / "odd.tex").write_text(document)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "odd.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", check=False)
+    assert done.returncode == 0, done.stdout
+    assert escape_latex("<b> | 中") == r"\textless{}b\textgreater{} \textbar{} \texttt{U+4E2D}"
 
 
 def test_markdown_escapes_what_would_end_a_cell_or_begin_a_tag() -> None:
     frame = pd.DataFrame({"name": ["a | b\n\n# c <script>x</script>"], "a": [0.5]})
-    said = "p < 0.05 | `a|b`<br>"
-    table = Table("T <b>", said, {"name": "N | M"}, [Column("accuracy", "a", label="L|<i>")], frame)
+    caption = "p < 0.05 | `a|b`<br>"
+    table = Table("T <b>", caption, {"name": "N | M"}, [Column("accuracy", "a", label="L|<i>")], frame)
     title, _, heading, _, row, _, caption = table.markdown().splitlines()
     assert title == "### T \\<b>"
     for line in (heading, row):
@@ -98,9 +93,34 @@ def test_markdown_escapes_what_would_end_a_cell_or_begin_a_tag() -> None:
     assert caption == "p < 0.05 \\| `a|b`\\<br>"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"a \| b", r"a \\\| b"),  # an escaped backslash before an escaped bar, so that the cell goes on
+        ("[x](javascript:alert(1))", r"[x\](javascript:alert(1))"),
+        ("[x][y]", r"[x\][y]"),
+        ("[x]: javascript:alert(1)", r"[x\]: javascript:alert(1)"),
+        ("<javascript:alert(1)>", r"\<javascript:alert(1)>"),
+        ("0.5 [-0.1, +0.1]", "0.5 [-0.1, +0.1]"),
+    ],
+)
+def test_markdown_of_a_cell_stays_in_it_and_links_nowhere(text: str, expected: str) -> None:
+    assert escape_markdown(text) == expected
+
+
 def test_an_empty_table_is_still_a_table(tmp_path: Path) -> None:
     empty = Table(
         "E", "", {"name": "Name"}, [Column("accuracy", "a", best="a")], pd.DataFrame({"name": [], "a": []}), name="e"
     )
     empty.write(tmp_path)
     assert "Accuracy" in (tmp_path / "e.md").read_text()
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for write, name in ((TABLE.write, ".csv"), (lambda folder: placeholder_figure(folder / "f", "none"), "f.png")):
+        with mock.patch.object(os, "fsync", side_effect=full), pytest.raises(OSError, match="No space left") as caught:
+            write(tmp_path)
+        assert caught.value.filename == str(tmp_path / name)
+        full.filename = None
+    assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.domainbed.jobs import find_validation
+from benchmarks.domainbed.grid import find_validation
 from benchmarks.harness.base.paths import PACKAGES
 from benchmarks.harness.config.jobs import run_inputs
 from benchmarks.harness.config.settings import SuiteSettings

@@ -82,10 +82,7 @@ def set_files(benchmark: str, task: Mapping[str, Any]) -> list[str]:
 
 
 def run_inputs(run: Run) -> list[str]:
-    """Files beside ``run.json`` that a run needs: data, weights, what its kind asks for, partitions. None for one that was run elsewhere."""
-    folder = paths.RUNS / run.folder
-    if (folder / paths.ORIGIN).exists() and (folder / "metrics.json").exists():
-        return []
+    """List the files beside ``run.json`` that a run needs: data, weights, partitions and those of its kind."""
     return [
         *dict.fromkeys(file for task in all_sets(run.spec) for file in set_files(run.benchmark, task)),
         *model_files(run.spec["model"]),

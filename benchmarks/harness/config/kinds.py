@@ -16,7 +16,6 @@ from benchmarks.harness.config.counts import PublishedRows, count_note
 from benchmarks.harness.config.method_rows import resolve_methods
 from benchmarks.harness.config.schema import Strict, read_yaml
 from benchmarks.harness.config.shared import Definition, Entry, MethodsDefinition, Resources
-from benchmarks.harness.config.workload import Workload
 from benchmarks.harness.sources.packages import PackageFile
 from emoe.errors import did_you_mean
 
@@ -115,7 +114,6 @@ class Domain:
     selections: tuple[str, ...] = ()
 
 
-Specs = Mapping[str, Mapping[str, Any]]  # of a suite's runs, by their folders
 OOD_MEAN = "ood_mean"  # the mean of a run's scores over its other sets
 COUNTS = Domain(("parameters", "trainable_parameters"))  # of every model
 
@@ -246,20 +244,16 @@ class Kind(ABC, Generic[D, E]):
         """Name and part of every set that a run reads."""
         return []
 
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, E], specs: Specs) -> Workload | None:
-        """What a run computes, for ``plan``; None where nobody can say.
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> float | None:
+        """Count the tokens that a run trains on, roughly; None if that is unknown.
+
+        A token that is read and not trained on counts a third: it takes no backward pass.
 
         Args:
-            spec: of the run.
-            tasks: of the benchmark.
-            specs: of all runs of the suite.
+            spec: The spec of the run.
+            tasks: The tasks of the benchmark.
         """
         return None
-
-    def set_megabytes(self, tasks: Mapping[str, E], name: str) -> float | None:
-        """How large a set is, unpacked; None where that is not known."""
-        size = getattr(tasks[name], "size", None)
-        return size.megabytes if size else None
 
     def rows_shown(self, definition: D, shown: str) -> Collection[str] | None:
         """The methods of which a table or figure has rows, such as one of `ablations`; None: all."""
@@ -326,6 +320,17 @@ class WholeSets(Kind[D, E]):
 
     def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> list[tuple[str, str]]:
         return [(spec["task"]["name"], ALL)]
+
+
+def text_tokens(rows: int | None, max_length: int, times: float) -> float | None:
+    """Estimate the tokens of texts: rows fill about half of their longest length, with the padding of their batches.
+
+    Args:
+        rows: The number of rows; None if unknown.
+        max_length: The most tokens of a row.
+        times: The number of passes.
+    """
+    return None if rows is None else rows * max_length / 2 * times
 
 
 def missing_set(name: str, problem: object, instructions: str, expected: int | None) -> SetPart:

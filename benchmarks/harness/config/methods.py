@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -14,7 +13,6 @@ from benchmarks.harness.config.schema import Strict, check_names, parse
 from benchmarks.harness.config.shared import Entry, LoRA, Method, TrainingDefinition, TrainingSettings
 from benchmarks.harness.config.tunings import needs_layers, tuning_spec
 from benchmarks.harness.config.variants import variant_of
-from benchmarks.harness.config.workload import shape_of_model
 from emoe.errors import nearest_divisor
 
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
@@ -110,21 +108,12 @@ def method_spec(
     }
 
 
-@functools.cache
-def _nearest(model: str, num_experts: int) -> tuple[int, int] | None:
-    """The neurons of a model's FFN and the nearest N, where they cannot be split into so many; once a process, not once a run."""
-    shape = shape_of_model(load_models()[model].spec(model))
-    if shape is None or shape.neurons % num_experts == 0:
-        return None
-    return shape.neurons, nearest_divisor(shape.neurons, num_experts)
-
-
 def _check_divisible(model: str, num_experts: int, where: str) -> None:
-    """See that experts are of equal size, as far as ``models.yaml`` knows the model's FFNs."""
-    if found := _nearest(model, num_experts):
-        neurons, best = found
+    """Check that experts are of equal size, if ``models.yaml`` has the shape of the model."""
+    shape = load_models()[model].shape
+    if shape and shape.neurons % num_experts:
         raise DefinitionError(
-            f"{where}: num_experts is {num_experts}, but the {neurons} neurons of an FFN of '{model}' cannot be split into so many equal experts; the nearest number that can is {best}"
+            f"{where}: num_experts is {num_experts}, but the {shape.neurons} neurons of an FFN of '{model}' cannot be split into so many equal experts; the nearest number that can is {nearest_divisor(shape.neurons, num_experts)}"
         )
 
 

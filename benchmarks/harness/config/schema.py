@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import functools
-import inspect
-import itertools
-import sys
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -27,7 +23,7 @@ from pydantic import (
     create_model,
     model_serializer,
 )
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from benchmarks.harness.base.errors import DefinitionError
@@ -47,19 +43,17 @@ class _Loader(SafeLoader):
     """Safe YAML that refuses a key given twice instead of keeping the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
+        given = [key_node for key_node, _ in node.value if key_node.tag != "tag:yaml.org,2002:merge"]
+        mapping = super().construct_mapping(node, deep)
+        seen = set()
+        for key_node in given:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key is no text or number", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key}' is given twice", key_node.start_mark
                 )
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        return mapping
 
 
 def read_yaml(path: Path) -> Any:
@@ -81,18 +75,17 @@ def read_yaml(path: Path) -> Any:
 
 
 class Strict(BaseModel):
-    """Data of a file: no unknown key, no conversion of a value, no change afterwards.
+    """Hold the data of a file: no unknown key, no conversion of a value, no change afterwards.
 
-    A field's docstring is its description in an editor. :class:`_EditorSchema` reads it where that is asked for; pydantic would at every
-    start, which takes Snakemake half a second.
+    A field's docstring is its description in an editor.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-    part_of: ClassVar[type[Strict] | None] = None
-    """Of which model this has some of the keys."""
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     def given(self) -> dict[str, Any]:
-        """What the file says, without defaults; values as they are here."""
+        """Return the values that the file gives, without defaults."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     def need_one_of(self, *keys: str) -> None:
@@ -151,10 +144,9 @@ class PartOf:
 def _part_of(model: type[Strict]) -> type[Strict]:
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():
-        fields[name] = (Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation, None)
-    made = create_model(f"{model.__name__}Changes", __base__=Strict, __doc__=model.__doc__, **fields)
-    made.part_of = model
-    return made
+        annotation = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        fields[name] = (annotation, Field(None, description=field.description))
+    return create_model(f"{model.__name__}Changes", __base__=Strict, __doc__=model.__doc__, **fields)
 
 
 def _as_given(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
@@ -215,56 +207,9 @@ Key = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 
 
 @functools.cache
-def _docstrings(module: str) -> dict[str, dict[str, str]]:
-    """Those of the fields of each class of a module, by class and field; nothing of a module without a file."""
-    try:
-        source = inspect.getsource(sys.modules[module])
-    except (OSError, TypeError):
-        return {}
-    found = {}
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ClassDef):
-            found[node.name] = {
-                field.target.id: inspect.cleandoc(said.value.value)
-                for field, said in itertools.pairwise(node.body)
-                if isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(said, ast.Expr)
-                and isinstance(said.value, ast.Constant)
-                and isinstance(said.value.value, str)
-            }
-    return found
-
-
-def _descriptions(model: type[Strict]) -> dict[str, str]:
-    """The docstrings of a model's fields, its own before those of what it inherits from."""
-    bases = reversed((model.part_of or model).__mro__)
-    known = [base for base in bases if issubclass(base, Strict)]
-    return {name: text for base in known for name, text in _docstrings(base.__module__).get(base.__name__, {}).items()}
-
-
-class _EditorSchema(GenerateJsonSchema):
-    """The JSON Schema of a model, without titles that repeat the names of keys, and without the null of what is left out."""
-
-    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
-        described = super().model_schema(schema)
-        for name, text in _descriptions(schema["cls"]).items():
-            if name in described.get("properties", ()):
-                described["properties"][name].setdefault("description", text)
-        return described
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        described = super().default_schema(schema)
-        return {key: value for key, value in described.items() if (key, value) != ("default", None)}
-
-
-@functools.cache
 def json_schema(model: type[Strict]) -> dict[str, Any]:
-    """The JSON Schema of a file, for editors."""
-    return model.model_json_schema(schema_generator=_EditorSchema)
+    """Describe a model as a JSON Schema, with the docstrings of its fields as descriptions."""
+    return model.model_json_schema()
 
 
 def parse(content: object, model: type[Model], where: str, *at: str | int) -> Model:

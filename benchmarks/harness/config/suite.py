@@ -215,7 +215,7 @@ class Suite:
             # of its suites only what the report says of this one: their grids are in the runs
             definition.model_dump(exclude={"suites"}),
             definition.suites[self.name].note if self.name in definition.suites else None,
-            {name: task.model_dump(exclude={"size"}) for name, task in loaded.tasks.items()},
+            {name: task.model_dump() for name, task in loaded.tasks.items()},
             {name: metric.model_dump() for name, metric in load_metrics().items()},
             {  # of the models that it shows
                 name: model.title
@@ -283,29 +283,14 @@ class Suite:
             and own_file(name) is None
         ]
 
-    @property
-    def blessed_seconds(self) -> dict[str, float]:
-        """What a run of each benchmark took where the suite was blessed; nothing where it was not."""
-        try:  # it only makes times better known: `make check` says what is wrong with the file
-            found: dict[str, float] = json.loads((paths.REFERENCE / f"{self.name}.json").read_text()).get("seconds", {})
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
-        return found
-
     def write_plan(self, folders: Collection[str]) -> None:
-        """Write the list of runs that progress lines count, where the work starts, and which machine does it.
+        """Write the list of runs that progress lines count, the start of the work, and the name of the machine.
 
         Args:
-            folders: of the runs that the targets need, below ``results/runs``, those that are there already included.
+            folders: The folders below ``results/runs`` of all runs that the targets need, finished ones included.
         """
-        before = [folder for folder in folders if (paths.RUNS / folder / "metrics.json").exists()]
-        plan = {
-            "host": platform.node(),
-            "started": time.time(),
-            "before": before,
-            "runs": sorted(folders),
-            "expected": self.blessed_seconds,
-        }
+        before = sum((paths.RUNS / folder / "metrics.json").exists() for folder in folders)
+        plan = {"host": platform.node(), "started": time.time(), "before": before, "runs": sorted(folders)}
         write_json(paths.RESULTS / self.name / "plan.json", plan)
 
 

@@ -27,7 +27,7 @@ from benchmarks.harness.report.plots import (
     placeholder_figure,
     save,
 )
-from benchmarks.harness.results.evidence import paired
+from benchmarks.harness.results.claims import find_evidence
 from benchmarks.harness.results.statistics import mean_difference
 
 from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
@@ -84,7 +84,7 @@ def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
             name = getattr(of, method)
             if name not in wide or means.empty:
                 continue
-            evidence = None if name == of.dense else paired(own, of.comparison(name))
+            evidence = None if name == of.dense else find_evidence(own, of.comparison(name))
             difference = evidence.difference if evidence else mean_difference(np.zeros(len(means)))
             found.append(
                 {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -14,8 +14,7 @@ from benchmarks.harness.config.method_rows import resolve_methods
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.shared import CONTROL, Entry, MethodsDefinition
 from benchmarks.harness.report.looks import Look, look_of
-from benchmarks.harness.report.rendering import RUN_BY, RUNS, Table
-from benchmarks.harness.results.bundles import origin_of
+from benchmarks.harness.report.rendering import RUNS, Table
 
 SETTING = "|"  # between a row and a setting of it that is a row of its own
 ALL = "*"  # in place of a name: a mean over all
@@ -43,8 +42,7 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     """Name the runs that each row of a table is made of, in the column :data:`~benchmarks.harness.report.rendering.RUNS`.
 
     These are the runs with the row's names in every column that both have; an empty name and :data:`ALL` stand for all. Where a benchmark chooses
-    among finished runs (DomainBed's draws), all that it chose among are named. A row of others' numbers has none. Where runs were merged from
-    elsewhere, :data:`~benchmarks.harness.report.rendering.RUN_BY` says who ran how many.
+    among finished runs (DomainBed's draws), all that it chose among are named. A row of others' numbers has none.
 
     Args:
         table: with names in its frame.
@@ -67,16 +65,7 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
             *(places[key, name] for key, name in names.items() if name not in ("", ALL))
         )
         found.append(" ".join(dict.fromkeys(runs[place] for place in sorted(of_row))))
-    frame = frame.assign(**{RUNS: found})
-    elsewhere = {run: name for run in dict.fromkeys(" ".join(found).split()) if (name := origin_of(run))}
-    if elsewhere:
-        frame[RUN_BY] = [_run_by(row.split(), elsewhere) for row in found]
-    return replace(table, frame=frame)
-
-
-def _run_by(runs: Sequence[str], elsewhere: Mapping[str, str]) -> str:
-    counted = Counter(elsewhere.get(run, "here") for run in runs)
-    return ", ".join(f"{name} ({count})" for name, count in counted.items())
+    return replace(table, frame=frame.assign(**{RUNS: found}))
 
 
 def counts(records: pd.DataFrame) -> pd.DataFrame:

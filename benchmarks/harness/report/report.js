@@ -50,7 +50,6 @@ function listRuns(cell, pressed) {
     return;
   }
   const list = document.createElement("ul");
-  if (cell.dataset.runBy) list.insertAdjacentElement("beforeend", document.createElement("li")).textContent = `Run by: ${cell.dataset.runBy}`;
   for (const run of cell.dataset.runs.split(" ")) {
     const item = document.createElement("li");
     const at = `${runsFolder}/${run}`;

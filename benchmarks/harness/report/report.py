@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 import emoe
 from benchmarks.harness.base import paths
+from benchmarks.harness.base.files import write_text
 from benchmarks.harness.config.artifacts import CLAIMS, Artifacts, artifacts_of
 from benchmarks.harness.config.definition import load_benchmark
 from benchmarks.harness.config.paper_items import load_paper_items, main_files
@@ -26,8 +27,7 @@ from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.claims import cards, has_random_weights, sentences
 from benchmarks.harness.report.paper_items import paper_index
 from benchmarks.harness.report.presentation import Presentation, present
-from benchmarks.harness.report.rendering import MISSING, with_code
-from benchmarks.harness.results.bundles import origin_of
+from benchmarks.harness.report.rendering import MISSING, code_as_html
 from benchmarks.harness.results.records import read_metrics
 
 _HERE = Path(__file__).parent
@@ -61,7 +61,7 @@ class _Page:
                 "name": shown.stem(name),
                 "image": _image(folder / f"{shown.stem(name)}.png"),
                 "files": self.to(folder / shown.stem(name)),
-                "caption": Markup(with_code(caption)),  # noqa: S704 -- it escapes
+                "caption": Markup(code_as_html(caption)),  # noqa: S704 -- it escapes
                 "alt": shown.short_caption(name),
             }
             for name, caption in shown.figures.items()
@@ -112,14 +112,13 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         style=_trusted(_HERE / "report.css"),
         script=_trusted(_HERE / "report.js"),
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text)
+    write_text(output, text)
 
 
 def copy_report(page: Path, output: Path) -> None:
     """Copy a report to another folder, with links that hold there."""
     there = Path(os.path.relpath(page.parent, output.parent)).as_posix()
-    output.write_text(re.sub(r'((?:href|data-runs-folder)=")(?!#)', rf"\1{there}/", page.read_text()))
+    write_text(output, re.sub(r'((?:href|data-runs-folder)=")(?!#)', rf"\1{there}/", page.read_text()))
 
 
 def _claims(page: _Page) -> dict[str, Any]:
@@ -240,16 +239,11 @@ def _made_by(runs: dict[str, list[Run]]) -> tuple[dict[str, dict[str, str]], lis
     costs: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for name, run in ((name, run) for name, members in runs.items() for run in members):
         found = read_metrics(run)
-        machines[tuple({**_environment(found["environment"]), **_origin(run)}.items())] += 1
+        machines[tuple(_environment(found["environment"]).items())] += 1
         costs[name].append(found.get("cost", {}))
     every = [cost for members in costs.values() for cost in members]
     took = {name: _took(members) for name, members in {**costs, "all": every}.items()}
     return took, [{"runs": count, "rows": dict(rows)} for rows, count in machines.most_common()]
-
-
-def _origin(run: Run) -> dict[str, str]:
-    name = origin_of(run.folder)
-    return {"Run by": f"{name}; merged from a bundle"} if name else {}
 
 
 def _took(costs: Sequence[dict[str, float]]) -> dict[str, str]:

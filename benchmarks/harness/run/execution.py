@@ -24,7 +24,7 @@ from filelock import AcquireReturnProxy, Timeout
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.base.locks import hold
-from benchmarks.harness.base.paths import LOCK, ORIGIN
+from benchmarks.harness.base.paths import LOCK
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.config.definition import load_benchmark
 from benchmarks.harness.config.kinds import kind_of
@@ -81,8 +81,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
             }
             captured["fingerprint"] = environment.fingerprint(captured["packages"], captured["gpus"])
             content = {"run_id": run.id, **metrics, "environment": captured}
-            check_content(run, content, str(output))
-            (folder / ORIGIN).unlink(missing_ok=True)
+            check_content(run, content, output)
             write_json(output, content)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             progress.finish(seconds)
