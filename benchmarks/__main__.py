@@ -82,8 +82,8 @@ def list_command(kind: str | None, suite: str, as_json: bool) -> None:
 def status(suite: str, as_json: bool) -> None:
     """Show finished, running, failed and missing runs.
 
-    Running and failed runs are shown with the last line of their logs. A failed run was begun, is not running and has no
-    numbers; started again, it goes on from its last checkpoint. A benchmark without a finished run gets an estimate.
+    Running and failed runs are shown with the last line of their logs. A failed run was begun, is not running and has
+    no numbers. A benchmark without a finished run gets an estimate.
     """
     from benchmarks.harness.run.status import count, estimate_text, run_status
 
@@ -116,7 +116,7 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
     """Execute the run of a run.json.
 
     It writes metrics.json beside it.
-    Over several machines, start it by torchrun on each: `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp`.
+    Several machines: start `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp` on each.
     """
     gc.disable()  # nothing that is imported becomes garbage, neither now nor in training nor at the end of the process
 
@@ -142,7 +142,7 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
 def export(spec: Path, output: Path, form: str) -> None:
     """Write the tuned language model of the run.json SPEC.
 
-    OUTPUT is a new folder for stock transformers, or with `--form emoe` for `emoe.from_pretrained`. Adapters are merged.
+    OUTPUT is a new folder for stock transformers, or with `--form emoe` for emoe.from_pretrained. Adapters are merged.
     """
     from benchmarks.llama.export import export as export_run
 
@@ -240,8 +240,8 @@ def mirror(suite: str, output: Path | None) -> None:
 def check(suite: str, as_json: bool, elsewhere: bool) -> None:
     """Compare a suite's numbers with the blessed ones.
 
-    Ends with status 1 if a number changed, is missing or is new. On the machine that blessed them numbers must be equal to
-    the last digit, on another machine within their tolerance. Times are not compared.
+    Ends with status 1 if a number changed, is missing or is new. On the machine that blessed them numbers must be equal
+    to the last digit, on another machine within their tolerance. Times are not compared.
     """
     from benchmarks.harness.results.check import check as check_suite
 
@@ -258,8 +258,8 @@ def check(suite: str, as_json: bool, elsewhere: bool) -> None:
 def verify(suite: str, count: int, seed: int | None, as_json: bool) -> None:
     """Run some finished runs again and compare their numbers.
 
-    Works in a temporary folder and ends with status 1 if a number differs. On the machine that made them numbers must be
-    equal to the last digit, on another machine within their tolerance.
+    Works in a temporary folder and ends with status 1 if a number differs. On the machine that made them numbers must
+    be equal to the last digit, on another machine within their tolerance.
     """
     import random
 
@@ -277,7 +277,7 @@ def verify(suite: str, count: int, seed: int | None, as_json: bool) -> None:
 def bless(suite: str) -> None:
     """Make a suite's present numbers the blessed ones.
 
-    Needs a clean checkout and numbers that repeat: the fastest run of every benchmark is run again and compared exactly.
+    Needs a clean checkout and numbers that repeat: the fastest run of each benchmark is run again and compared exactly.
     """
     from benchmarks.harness.results.check import bless as bless_suite
 

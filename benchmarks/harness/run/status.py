@@ -45,8 +45,8 @@ class RunStatus:
 
     Attributes:
         run: The run.
-        state: ``finished`` if its numbers exist, ``running`` if a process holds its lock, ``failed`` if it was begun and
-            has neither, else ``missing``.
+        state: ``finished`` if its numbers exist, ``running`` if a process holds its lock, ``failed`` if it was begun
+            and has neither, else ``missing``.
         last: The last line of the log of a running or failed run.
         silent: The seconds since that line was written.
     """
