@@ -10,8 +10,7 @@ import yaml
 
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import ROOT
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.kinds import kind_of
+from benchmarks.harness.config.benchmark import kind_of, load_benchmark
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.text import new
 from benchmarks.text.datasets import load_split

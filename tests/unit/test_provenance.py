@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.validation import load_set
+from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.definition import benchmark_names, load_benchmark
 from benchmarks.harness.models.image import load_image_classifier
 from benchmarks.harness.models.loading import describe
 from benchmarks.harness.run import environment

@@ -15,12 +15,11 @@ from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, FORMATS, Artifacts
+from benchmarks.harness.config.benchmark import benchmark_names, kind_of, load_benchmark
 from benchmarks.harness.config.claims import Comparison, check_comparison
-from benchmarks.harness.config.definition import benchmark_names, load_benchmark
-from benchmarks.harness.config.kinds import kind_of
 from benchmarks.harness.config.runs import Run, canonical_json
-from benchmarks.harness.config.schema import Key, Names, Number, Strict, check_names, left_out, read
 from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, left_out, read
 
 _FILE = "paper.yaml"
 
