@@ -318,18 +318,15 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None, as_j
 
 @cli.command()
 @click.argument("name")
-@click.option("--csv", "file", type=_PATH, required=True, help="Rows with a text and a label.")
-@click.option("--text", help="Column of the text; by default the one that is called like that.")
-@click.option("--label", help="Column of the label; by default the one that is called like that.")
-@click.option("--dev", type=_PATH, help="A file of its own for the dev split.")
-@click.option("--test", type=_PATH, help="A file of its own for the test split.")
-def new(name: str, file: Path, text: str | None, label: str | None, dev: Path | None, test: Path | None) -> None:
+@click.option("--csv", type=_PATH, required=True, help="Rows with a text and a label.")
+@click.option("--text", default="text", show_default=True, help="Column of the text.")
+@click.option("--label", default="label", show_default=True, help="Column of the label.")
+def new(name: str, csv: Path, text: str, label: str) -> None:
     """Write a text benchmark and its suite from a csv."""
     from benchmarks.text.new import new_benchmark
 
-    others = {part: path for part, path in (("dev", dev), ("test", test)) if path}
-    click.echo(new_benchmark(name, file, text=text, label=label, others=others))
-    click.echo(f"run it: snakemake --cores 2 {name}")
+    new_benchmark(name, csv, text, label)
+    click.echo(f"wrote benchmarks/{name} and config/{name}.yaml\nrun it: snakemake --cores 2 {name}")
 
 
 @cli.command()

@@ -16,7 +16,7 @@ from benchmarks.harness.models.conversion import use_as_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.states_below import StatesBelow
 from benchmarks.harness.training.progress import Progress
-from benchmarks.text.datasets import TextSplit, load_part
+from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec, TextTraining
 from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import calibration_batches

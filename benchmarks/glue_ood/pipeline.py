@@ -19,7 +19,7 @@ from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.results.records import collect, read_metrics
 from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.progress import Progress
-from benchmarks.text.datasets import TextSplit, load_part
+from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.row_routing import RowRouting

@@ -31,7 +31,7 @@ from benchmarks.modularity.activations import (
     selected,
 )
 from benchmarks.modularity.grid import EXPERTS, ModularitySpec, Reading
-from benchmarks.text.datasets import load_part
+from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows
 from benchmarks.text.usage import SetLoads, describe_usage
 from emoe.records import RoutingRecord

@@ -15,7 +15,7 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import with_routing
 from benchmarks.multitask.definition import MultitaskSpec, MultitaskTraining, WrittenTask
 from benchmarks.multitask.training import MultitaskTrainer
-from benchmarks.text.datasets import TextSplit, load_part
+from benchmarks.text.data import TextSplit, load_part
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class TextSets(Kind[D, TaskEntry]):
         return [packaged("vaderSentiment")] if "vader_sentiment" in task.get("source", {}) else []
 
     def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> list[tuple[str, str]]:
-        from benchmarks.text.datasets import part_read
+        from benchmarks.text.data import part_read
 
         trained = ("train", "dev", "test") if "training" in spec else ("test",)
         named = [(task["name"], part) for task in trained_sets(spec) for part in trained]
@@ -94,7 +94,7 @@ class TextSets(Kind[D, TaskEntry]):
     def describe(
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, TaskEntry], *, open_files: bool
     ) -> Iterator[SetPart]:
-        from benchmarks.text.datasets import counts_unlabelled, known_rows, label_counts, load_split
+        from benchmarks.text.data import counts_unlabelled, known_rows, label_counts, load_split
 
         task = tasks[name]
         expected, published = known_rows(task, part)
@@ -299,7 +299,7 @@ def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> 
         raise DefinitionError(
             f"{where}.range' is [{low}, {high}], but must be lowest and highest score of a regression"
         )
-    if not (task.source.hub or task.source.vader_sentiment or task.download_instructions):
+    if not (task.source.hub or task.source.csv or task.source.vader_sentiment or task.download_instructions):
         raise DefinitionError(
             f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions': from whom, which file"
         )
@@ -396,7 +396,7 @@ def _settings(
 def _advice(name: str, task: TaskEntry, problem: str) -> str:
     """What is wrong with a set and what to do."""
     source = task.source
-    if source.vader_sentiment or local_folder(name, source.model_dump()) is not None:
+    if source.vader_sentiment or source.csv or local_folder(name, source.model_dump()) is not None:
         return f"{name}: {problem}"
     files = dict.fromkeys(file for layout in task.raw_formats or () for file in layout.files.values())
     columns = ", ".join([*task.fields, task.label])

@@ -26,7 +26,7 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing_trace import RoutingTrace
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
-from benchmarks.text.datasets import TextSplit
+from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import evaluate_split, padding_collator
 from benchmarks.text.row_routing import RowRouting

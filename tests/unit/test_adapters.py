@@ -18,7 +18,7 @@ from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.tuning import trained_groups
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import TrainedSetError
-from benchmarks.text.datasets import TextSplit
+from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import TextSpec
 from benchmarks.text.training import TextTrainer
 from emoe.errors import EMoEError

@@ -31,7 +31,7 @@ from benchmarks.harness.models.prefix import STATES, Prefix
 from benchmarks.llama import pipeline as instructions
 from benchmarks.llama.export import export
 from benchmarks.llama.grid import KIND as INSTRUCTIONS
-from benchmarks.text.datasets import load_part
+from benchmarks.text.data import load_part
 from benchmarks.text.definition import TextSpec
 from benchmarks.text.evaluation import TextEvaluator
 from tests.executed import finish, killed_at, prepare

@@ -26,7 +26,7 @@ from benchmarks.multitask.mixing import MixedOrder
 from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.multitask.ranking import log_likelihoods, rank
 from benchmarks.multitask.rows import answers, as_text, written
-from benchmarks.text.datasets import load_part
+from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows
 from tests import fake_runs
 from tests.executed import finish, killed_at, prepare

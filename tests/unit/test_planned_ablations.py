@@ -14,7 +14,7 @@ from benchmarks.harness.config.benchmark import Benchmark, check_references, loa
 from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
 from benchmarks.harness.config.runs import plan
 from benchmarks.harness.config.yaml import read_yaml
-from benchmarks.text.datasets import TextSplit
+from benchmarks.text.data import TextSplit
 from tests.planned import evaluations
 
 LORA, OOD = load_benchmark("glue_lora"), load_benchmark("glue_ood")

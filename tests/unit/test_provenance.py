@@ -27,7 +27,7 @@ from benchmarks.harness.sources import hub
 from benchmarks.llama.definition import AskedTask
 from benchmarks.llama.evaluation import load_tasks
 from benchmarks.llama.instructions import load_instructions
-from benchmarks.text.datasets import load_split
+from benchmarks.text.data import load_split
 from tests.conftest import ROOT
 from tests.imported import imports
 

@@ -19,7 +19,7 @@ from benchmarks.harness.models.conversion import apply_method_, use_as_
 from benchmarks.harness.models.loading import load_backbone
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.records import collect
-from benchmarks.text.datasets import load_part
+from benchmarks.text.data import load_part
 from benchmarks.text.definition import RunTask
 from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.outcomes import TextOutcomes

@@ -10,8 +10,8 @@ sys.path.insert(0, str(workflow.basedir))
 
 from benchmarks.domainbed.grid import find_validation
 from benchmarks.harness.base.secrets import without_passwords
-from benchmarks.harness.config import paper_items, runs
-from benchmarks.harness.config.artifacts import CLAIMS, all_artifacts
+from benchmarks.harness.config import artifacts, paper_items, runs
+from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config import suite as suites
 from benchmarks.harness.run import devices
 from benchmarks.harness.run.forkserver import Server
@@ -21,7 +21,7 @@ from snakemake.exceptions import WorkflowError
 try:
     SUITE = suites.load_suite(config)
     SUITE.runs
-    SHOWN = all_artifacts()
+    SHOWN = artifacts.all_artifacts()
     paper_items.load_paper_items()
     SUITE.claims_digest()
 except EMoEError as error:
@@ -103,6 +103,11 @@ onerror:
 def suite_named(name):
     """The configured suite, or another one by name (`snakemake smoke` under any configuration)."""
     return SUITE if name == SUITE.name else suites.plain_suite(name)
+
+
+def code_of(*benchmarks):
+    # local: it is on this machine although results may be in a storage
+    return local(artifacts.code_files(*benchmarks))
 
 
 def in_report(shown, category):

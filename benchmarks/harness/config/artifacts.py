@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
 from benchmarks.harness.base import paths
+from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 
 FORMATS = ("csv", "md", "tex", "html")
@@ -75,6 +77,20 @@ def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
     if part:
         return Artifacts(benchmark, part, definition.set_tables, definition.set_figures)
     return Artifacts(benchmark, part, definition.tables, definition.figures)
+
+
+def code_files(*benchmarks: str) -> list[str]:
+    """List the code of the benchmarks' tables: their packages, those of their kinds, and the harness's results and report."""
+    kinds = [cls.__module__.split(".") for name in benchmarks for cls in type(load_benchmark(name).kind).__mro__]
+    folders = {"harness/report", "harness/results", *benchmarks}
+    folders |= {module[1] for module in kinds if module[0] == BENCHMARKS.name and module[1] != "harness"}
+    files = [file for folder in sorted(folders) for file in sorted((BENCHMARKS / folder).glob("*.py"))]
+    return [os.path.relpath(file) for file in files]
+
+
+def page_files() -> list[str]:
+    """List the template, style and script of the pages."""
+    return [os.path.relpath(file) for file in sorted((BENCHMARKS / "harness/report").glob("report.*"))]
 
 
 def all_artifacts() -> list[Artifacts]:

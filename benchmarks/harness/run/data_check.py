@@ -58,7 +58,7 @@ def describe(parts: list[SetPart]) -> str:
     notes = [f"warning: {part.note}" for part in parts if part.note]
     there = sum(part.rows is not None for part in parts)
     forms = [
-        "A folder below data_root may hold the files of the set's makers, parquet, JSON lines or CSV under the hub's column names, or what `datasets` saved (config/README.md)"
+        "A folder below data_root may hold Parquet, Arrow, JSON lines or CSV under the hub's column names, or what `datasets` saved; makers' own files are converted (config/README.md)"
     ]
     return "\n\n".join(
         [
