@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.harness.results.information import shuffled_information
+from benchmarks.harness.results.statistics import shuffled_information
 
 
 def told(
@@ -25,7 +25,7 @@ def told(
         seed: of the shuffling.
 
     Returns:
-        ``[1 + PERMUTATIONS, layers]`` bits each, the first as it is; see :func:`~benchmarks.harness.results.information.shuffled_information`.
+        ``[1 + PERMUTATIONS, layers]`` bits each, the first as it is; see :func:`~benchmarks.harness.results.statistics.shuffled_information`.
     """
     if not paired:
         return {

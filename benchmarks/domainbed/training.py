@@ -20,7 +20,7 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.domainbed.information import told
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.results.information import Told, by_chance
+from benchmarks.harness.results.statistics import MutualInformation, by_chance
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
@@ -192,7 +192,7 @@ class DomainTrainer:
         bits = told(loads, classes, environments, paired=paired, seed=self._seed)
         summary = record.summary()
         for name, found in bits.items():
-            summary |= Told.mean(found).numbers(name)
+            summary |= MutualInformation.mean(found).numbers(name)
         return Predictions(
             confusion,
             {layer: counts[:, :, i] for i, layer in enumerate(record.layers)},

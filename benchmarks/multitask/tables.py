@@ -100,7 +100,9 @@ def gains(outcomes: MultitaskOutcomes) -> Table:
         parts.append(part.assign(paper=[known.get((domain, name), math.nan) for name in part["method"]]))
     frame = pd.concat(parts).rename(columns={"pairs": "n", "best_delta": "best"}).fillna({"n": 0, "sets": 0})
     frame = frame.astype({"n": int, "sets": int})
-    frame["best_set"] = [outcomes.title("task", name) if pd.notna(name) else MISSING for name in frame["best_eval_task"]]
+    frame["best_set"] = [
+        outcomes.title("task", name) if pd.notna(name) else MISSING for name in frame["best_eval_task"]
+    ]
     best_columns = ["best", "best_low", "best_high", "best_set"]
     frame = frame[[*CELL, "where", "sets", *_INTERVAL, "n", *best_columns, "paper"]]
     return Table(

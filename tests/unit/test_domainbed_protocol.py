@@ -29,7 +29,7 @@ from benchmarks.domainbed.training import EvaluationSteps
 from benchmarks.harness.config.definition import load_benchmark
 from benchmarks.harness.config.methods import suite_methods, training_settings
 from benchmarks.harness.config.runs import plan
-from benchmarks.harness.results.information import by_chance, mutual_information
+from benchmarks.harness.results.statistics import by_chance, mutual_information
 from tests.planned import paper_runs
 
 

@@ -26,7 +26,7 @@ from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.config.definition import load_benchmark
 from benchmarks.harness.config.runs import Run, run_from_spec
-from benchmarks.harness.results.information import mutual_information
+from benchmarks.harness.results.statistics import mutual_information
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 
