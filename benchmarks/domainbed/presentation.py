@@ -27,7 +27,7 @@ from benchmarks.harness.report.common_tables import (
 from benchmarks.harness.report.presentation import Presentation, make
 from benchmarks.harness.report.published import read_published
 from benchmarks.harness.report.rendering import Column, Table
-from benchmarks.harness.results.information import PERMUTATIONS
+from benchmarks.harness.results.statistics import PERMUTATIONS
 
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _FOUR = "average of four"
