@@ -48,7 +48,7 @@ _threads = click.option("--threads", type=click.IntRange(min=1), default=1, show
 def cli() -> None:
     """Run, collect, compare and publish benchmark runs."""
     if not {"-h", "--help"} & set(sys.argv):  # a plugin may import torch, which takes seconds
-        from benchmarks.harness.config.plugins import import_plugins
+        from benchmarks.harness.config.methods import import_plugins
 
         import_plugins()
 
@@ -157,8 +157,8 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark."""
     from benchmarks.harness.base import paths
     from benchmarks.harness.config.artifacts import artifacts_of
-    from benchmarks.harness.config.definition import load_benchmark
-    from benchmarks.harness.config.schema import check_names
+    from benchmarks.harness.config.benchmark import load_benchmark
+    from benchmarks.harness.config.yaml import check_names
     from benchmarks.harness.report.paper_items import write_paper_items
     from benchmarks.harness.report.presentation import present
 
@@ -318,18 +318,15 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None, as_j
 
 @cli.command()
 @click.argument("name")
-@click.option("--csv", "file", type=_PATH, required=True, help="Rows with a text and a label.")
-@click.option("--text", help="Column of the text; by default the one that is called like that.")
-@click.option("--label", help="Column of the label; by default the one that is called like that.")
-@click.option("--dev", type=_PATH, help="A file of its own for the dev split.")
-@click.option("--test", type=_PATH, help="A file of its own for the test split.")
-def new(name: str, file: Path, text: str | None, label: str | None, dev: Path | None, test: Path | None) -> None:
+@click.option("--csv", type=_PATH, required=True, help="Rows with a text and a label.")
+@click.option("--text", default="text", show_default=True, help="Column of the text.")
+@click.option("--label", default="label", show_default=True, help="Column of the label.")
+def new(name: str, csv: Path, text: str, label: str) -> None:
     """Write a text benchmark and its suite from a csv."""
     from benchmarks.text.new import new_benchmark
 
-    others = {part: path for part, path in (("dev", dev), ("test", test)) if path}
-    click.echo(new_benchmark(name, file, text=text, label=label, others=others))
-    click.echo(f"run it: snakemake --cores 2 {name}")
+    new_benchmark(name, csv, text, label)
+    click.echo(f"wrote benchmarks/{name} and config/{name}.yaml\nrun it: snakemake --cores 2 {name}")
 
 
 @cli.command()
@@ -405,8 +402,8 @@ def serve_command(listener: int, modules: tuple[str, ...]) -> None:
 
 def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
     """Load a suite as a job of the workflow sees it, and check that it runs the benchmark."""
-    from benchmarks.harness.config.schema import check_names
     from benchmarks.harness.config.suite import suite_of_job
+    from benchmarks.harness.config.yaml import check_names
 
     loaded = suite_of_job(suite)
     check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)

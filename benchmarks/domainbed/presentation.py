@@ -12,7 +12,7 @@ from benchmarks.domainbed.figures import draw_accuracy, draw_confusion, draw_rou
 from benchmarks.domainbed.grid import COST_COLUMNS
 from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.domainbed.protocol import standard_error
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common_tables import (
     cost_table,

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_classifier, save_trained
 from benchmarks.harness.models.conversion import use_as_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.states_below import StatesBelow
 from benchmarks.harness.training.progress import Progress
-from benchmarks.text.datasets import TextSplit, load_part
+from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec, TextTraining
 from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import calibration_batches

@@ -15,8 +15,8 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 import emoe
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import permutations
 from benchmarks.harness.models.conversion import apply_method_
 from benchmarks.harness.models.loading import describe, load_backbone, load_tokenizer, weights_digest
@@ -31,7 +31,7 @@ from benchmarks.modularity.activations import (
     selected,
 )
 from benchmarks.modularity.grid import EXPERTS, ModularitySpec, Reading
-from benchmarks.text.datasets import load_part
+from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows
 from benchmarks.text.usage import SetLoads, describe_usage
 from emoe.records import RoutingRecord

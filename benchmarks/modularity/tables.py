@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.catalogue import load_metrics
-from benchmarks.harness.config.kinds import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.outcomes import Outcomes
 from benchmarks.harness.report.published import read_published

@@ -6,7 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.schema import (
+from benchmarks.harness.config.benchmark import TrainingDefinition, TrainingSettings, TrainingSuite
+from benchmarks.harness.config.methods import VariantAxes
+from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.yaml import (
     AS_GIVEN,
     UNIQUE,
     Count,
@@ -20,8 +23,6 @@ from benchmarks.harness.config.schema import (
     Strict,
     Wholes,
 )
-from benchmarks.harness.config.shared import TrainingDefinition, TrainingSettings, TrainingSuite, VariantAxes
-from benchmarks.harness.config.specs import RunSpec
 from benchmarks.text.definition import RunTask
 
 

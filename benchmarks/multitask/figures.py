@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 
-from benchmarks.harness.config.kinds import OOD_MEAN
+from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.report.plots import (
     REFERENCE,
     STYLE,

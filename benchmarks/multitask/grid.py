@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.config.benchmark import (
+    COUNTS,
+    OOD_MEAN,
+    Benchmark,
+    Domain,
+    resolve_methods,
+    suite_methods,
+    text_tokens,
+    training_settings,
+)
 from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.kinds import COUNTS, OOD_MEAN, Benchmark, Domain, text_tokens
-from benchmarks.harness.config.method_rows import resolve_methods
-from benchmarks.harness.config.methods import VARIANT_KEYS, method_spec, suite_methods, training_settings
-from benchmarks.harness.config.schema import check_names, parse, read
+from benchmarks.harness.config.methods import VARIANT_KEYS, method_spec
+from benchmarks.harness.config.yaml import check_names, parse, read
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.multitask.definition import Mixture, MultitaskDefinition, MultitaskTraining
 from benchmarks.text.definition import TaskEntry, TaskFile

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import NOTE, Presentation, make
 from benchmarks.multitask.definition import MultitaskDefinition

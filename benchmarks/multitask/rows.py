@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.multitask.definition import WrittenTask
-from benchmarks.text.datasets import TextSplit
+from benchmarks.text.data import TextSplit
 from benchmarks.text.tokenization import TokenisedRows
 
 

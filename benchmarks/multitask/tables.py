@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from benchmarks.harness.config.kinds import OOD_MEAN
+from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.report.common_tables import difference_text, means_by, tests_table, with_numbers
 from benchmarks.harness.report.outcomes import with_runs
 from benchmarks.harness.report.published import read_published

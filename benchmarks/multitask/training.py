@@ -22,7 +22,7 @@ from benchmarks.multitask.definition import MultitaskSpec, OtherTask, WrittenTas
 from benchmarks.multitask.mixing import MixedOrder
 from benchmarks.multitask.ranking import rank
 from benchmarks.multitask.rows import LearnedRows, answers, as_text
-from benchmarks.text.datasets import TextSplit
+from benchmarks.text.data import TextSplit
 from benchmarks.text.tokenization import TokenisedRows
 from benchmarks.text.training import Epoch, epoch_arguments
 

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.specs import RunSpec
+from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import resume
@@ -26,7 +26,7 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing_trace import RoutingTrace
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
-from benchmarks.text.datasets import TextSplit
+from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import evaluate_split, padding_collator
 from benchmarks.text.row_routing import RowRouting

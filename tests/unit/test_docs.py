@@ -39,7 +39,8 @@ def test_the_start_shows_what_its_blocks_print(
     for folder in ("benchmarks", "config"):
         (here / folder).mkdir()
         monkeypatch.setattr(new, folder.upper(), here / folder)
-    assert new.new_benchmark("reviews", Path("reviews.csv")) in text
+    new.new_benchmark("reviews", Path("reviews.csv"))
+    assert 'labels: ["negative", "positive"]' in (here / "benchmarks/reviews/tasks.yaml").read_text()
 
 
 def test_each_registered_architecture_is_on_the_page() -> None:

@@ -25,7 +25,7 @@ from benchmarks.harness.training import progress as progress_module
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.progress import Progress, clock
 from benchmarks.harness.training.samplers import EpochOrder
-from benchmarks.text.datasets import TextSplit, load_split
+from benchmarks.text.data import TextSplit, load_split
 from benchmarks.text.definition import RunTask
 from benchmarks.text.training import TextTrainer
 from emoe.errors import EMoEError

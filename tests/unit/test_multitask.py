@@ -13,12 +13,10 @@ from sklearn.metrics import balanced_accuracy_score
 
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT
+from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.jobs import partition_jobs, run_inputs
-from benchmarks.harness.config.kinds import Benchmark
-from benchmarks.harness.config.runs import canonical_json, plan, run_from_spec
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.runs import canonical_json, partition_jobs, plan, run_from_spec, run_inputs
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.seq2seq import load_seq2seq, load_seq2seq_tokenizer
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.sources.vader import load_vader
@@ -28,7 +26,7 @@ from benchmarks.multitask.mixing import MixedOrder
 from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.multitask.ranking import log_likelihoods, rank
 from benchmarks.multitask.rows import answers, as_text, written
-from benchmarks.text.datasets import load_part
+from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows
 from tests import fake_runs
 from tests.executed import finish, killed_at, prepare

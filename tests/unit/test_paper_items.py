@@ -11,7 +11,7 @@ import pytest
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import ROOT
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, all_artifacts, artifacts_of
-from benchmarks.harness.config.definition import benchmark_names, check_references, load_benchmark
+from benchmarks.harness.config.benchmark import benchmark_names, check_references, load_benchmark
 from benchmarks.harness.config.paper_items import (
     PaperPart,
     check_part,

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.validation import load_set
+from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.definition import benchmark_names, load_benchmark
 from benchmarks.harness.models.image import load_image_classifier
 from benchmarks.harness.models.loading import describe
 from benchmarks.harness.run import environment
@@ -27,7 +27,7 @@ from benchmarks.harness.sources import hub
 from benchmarks.llama.definition import AskedTask
 from benchmarks.llama.evaluation import load_tasks
 from benchmarks.llama.instructions import load_instructions
-from benchmarks.text.datasets import load_split
+from benchmarks.text.data import load_split
 from tests.conftest import ROOT
 from tests.imported import imports
 

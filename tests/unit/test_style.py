@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.harness.config.definition import benchmark_names, load_benchmark
-from benchmarks.harness.config.method_rows import load_methods, resolve_methods
-from benchmarks.harness.config.shared import MethodsDefinition
+from benchmarks.harness.config.benchmark import MethodsDefinition, benchmark_names, load_benchmark, resolve_methods
+from benchmarks.harness.config.methods import load_methods
 from benchmarks.harness.report.style import DENSE, EMOE, GMOE, curve_styles, style_of
 
 BENCHMARKS = [name for name in benchmark_names() if isinstance(load_benchmark(name).definition, MethodsDefinition)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.config.definition import benchmark_names, load_benchmark
+from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 
 FORMATS = ("csv", "md", "tex", "html")
 FIGURE_FORMATS = ("pdf", "png")

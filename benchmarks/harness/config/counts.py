@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.config.schema import Count, Strict
+from benchmarks.harness.config.yaml import Count, Strict
 
 
 class PublishedRows(Strict):

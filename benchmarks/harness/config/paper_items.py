@@ -14,11 +14,11 @@ from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, FORMATS, Artifacts
+from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.claims import Comparison, check_comparison
-from benchmarks.harness.config.definition import benchmark_names, load_benchmark
 from benchmarks.harness.config.runs import canonical_json
-from benchmarks.harness.config.schema import Key, Names, Number, Strict, check_names, left_out, read
 from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, left_out, read
 
 _FILE = "paper.yaml"
 

@@ -14,8 +14,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.definition import load_benchmark
 from benchmarks.harness.config.paper_items import MainAverage, load_main_averages, main_files
 from benchmarks.harness.report.plots import (
     REFERENCE,

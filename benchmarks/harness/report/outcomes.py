@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import pandas as pd
 
+from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Entry, MethodsDefinition, resolve_methods
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.kinds import COUNTS, Benchmark
-from benchmarks.harness.config.method_rows import resolve_methods
+from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.shared import CONTROL, Entry, MethodsDefinition
 from benchmarks.harness.report.rendering import RUNS, Table
 from benchmarks.harness.report.style import MethodStyle, style_of
 

@@ -20,7 +20,7 @@ import emoe
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.files import write_text
 from benchmarks.harness.config.artifacts import CLAIMS, Artifacts, artifacts_of
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.paper_items import load_paper_items, main_files
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.harness.config.shared import CONTROL, Method
+from benchmarks.harness.config.methods import CONTROL, Method
 from emoe.config import ROUTERS
 
 

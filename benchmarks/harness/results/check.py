@@ -25,7 +25,7 @@ from benchmarks.harness.base.files import atomic_write, read_json, write_json, w
 from benchmarks.harness.base.paths import REFERENCE, ROOT, RUNS
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.schema import Strict
+from benchmarks.harness.config.yaml import Strict
 from benchmarks.harness.results.records import GROUP_KEYS, check_finished, collect_from, read_metrics
 
 KEYS = ["run", "seed", "part", "set", "metric"]
