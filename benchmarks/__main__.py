@@ -67,7 +67,7 @@ def list_command(kind: str | None, suite: str, as_json: bool) -> None:
     if kind == "paper":
         from benchmarks.harness.report.paper_items import paper_index
 
-        rows = paper_index(_load_suite(suite)).to_dict("records")
+        rows = paper_index(_load_suite(suite))
     else:
         rows = LISTS[kind]() if kind else overview()
     if as_json:

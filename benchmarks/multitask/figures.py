@@ -51,13 +51,13 @@ def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
                 for row in found.loc[own].itertuples():
                     number = methods.index(row.method)
                     shift = _APART * ((number + 0.5) / len(methods) - 0.5)
-                    draw_difference(axis, row, line + shift, outcomes.look(row.method), 100)
+                    draw_difference(axis, row, line + shift, outcomes.style(row.method), 100)
             axis.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
             title = f"{outcomes.title('model', model)}, {outcomes.title('task', task)}"
             axis.set_title(wrapped(title, WIDTH), fontsize=8)
             axis.set_yticks(range(len(names)), [name for name, _ in names])
             axis.set_ylim(len(names) - 0.4, -0.6)
-        handles = [mpl.lines.Line2D([], [], ls="", ms=4.5, **outcomes.look(name).mark) for name in methods]
+        handles = [mpl.lines.Line2D([], [], ls="", ms=4.5, **outcomes.style(name).mark) for name in methods]
         figure.legend(
             handles,
             [outcomes.title("method", name) for name in methods],

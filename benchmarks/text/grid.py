@@ -134,10 +134,6 @@ class TextKind(TextSets[TextDefinition]):
         traces = definition.published_traces
         return [*super().published_files(definition), *(traces.rows.values() if traces else ())]
 
-    def rows_shown(self, definition: TextDefinition, shown: str) -> Collection[str] | None:
-        traces = definition.published_traces
-        return traces.rows if shown == "traces" and traces else super().rows_shown(definition, shown)
-
     def check(self, definition: TextDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
         file = folder / "benchmark.yaml"
         check_ablations(definition, definition.ablations, file)

@@ -363,11 +363,6 @@ class Kind(ABC, Generic[D, E]):
         """
         return None
 
-    def rows_shown(self, definition: D, shown: str) -> Collection[str] | None:
-        """The methods of which a table or figure has rows, such as one of `ablations`; None: all."""
-        ablations = getattr(definition, "ablations", {})
-        return ablations[shown].rows if shown in ablations else None
-
     def describe(
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, E], *, open_files: bool
     ) -> Iterator[SetPart]:
