@@ -219,7 +219,7 @@ def mirror(suite: str, output: Path | None) -> None:
     A second time adds nothing."""
     from benchmarks.harness.base.files import write_json
     from benchmarks.harness.base.secrets import without_passwords
-    from benchmarks.harness.results.tracking import mirror as mirror_runs
+    from benchmarks.harness.results.mlflow import mirror as mirror_runs
 
     loaded = _load_suite(suite)
     _check_finished(loaded, loaded.settings.benchmarks)

@@ -53,17 +53,17 @@ class ValidationJob(Job):
 
     @property
     def file(self) -> str:
-        """Its counts."""
+        """Return the path of its counts."""
         return str(IMAGES / f"{self.id}.json")
 
     @property
     def picture(self) -> str:
-        """A grid of samples."""
+        """Return the path of its grid of samples."""
         return str(IMAGES / f"{self.id}.png")
 
 
 def validation_job(spec: Mapping[str, Any]) -> ValidationJob:
-    """The validation that a run waits for."""
+    """Return the validation that a run waits for."""
     task, training = spec["task"], spec["training"]
     # samples of MNIST's variants, which every run shuffles anew, are those of the first trial
     seed = sweep_seed(task["domainbed"], BASELINE, [0], 0, 0)
@@ -71,10 +71,10 @@ def validation_job(spec: Mapping[str, Any]) -> ValidationJob:
 
 
 def find_validation(name: str, first: Suite) -> ValidationJob:
-    """The validation of that id, in the given suite or in any other.
+    """Find the validation of an id, in the given suite or in any other.
 
     Raises:
-        DefinitionError: no suite needs it.
+        DefinitionError: No suite needs it.
     """
 
     def jobs_of(suite: Suite) -> dict[str, ValidationJob]:
@@ -96,7 +96,7 @@ COST_COLUMNS = ("model", "set", "method", "metric")  # of published costs, befor
 
 
 class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
-    """Image classifiers, trained on some environments of a set and judged on those held out."""
+    """Plan image classifiers, trained on some environments of a set and judged on those held out."""
 
     files = (("domainbed", ImageDefinition), ("image_sets", SetFile))
     paper_columns = ("model", "set", "method", "selection")
@@ -170,22 +170,22 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
 
         known = tasks[name]
         try:
-            found = list_environments(known.as_run(name), spec["data_seed"], open_images=open_files)
+            environments = list_environments(known.as_run(name), spec["data_seed"], open_images=open_files)
         except DataError as error:
             problem = error if open_files else first_line(error)
             yield missing_set(name, problem, known.download_instructions, known.images)
             return
-        for environment, rows, labels, source in found:
+        for environment, rows, labels, source in environments:
             yield SetPart(name, environment, rows, labels=labels, source=source)
-        total = sum(rows for _, rows, _, _ in found)
-        yield SetPart(name, ALL, total, expected=known.images, source=found[0][3])
+        total = sum(rows for _, rows, _, _ in environments)
+        yield SetPart(name, ALL, total, expected=known.images, source=environments[0][3])
 
 
 KIND = DomainsKind()
 
 
 def _held_out(asked: str | list[list[str]], environments: list[str], where: str) -> list[tuple[int, ...]]:
-    """Numbers of the environments that are held out together."""
+    """Return the numbers of the environments that are held out together."""
     if isinstance(asked, str):
         return [envs for envs in held_out_combinations(len(environments)) if asked == "all" or len(envs) == 1]
     for names in asked:
@@ -234,13 +234,13 @@ def _spec(
 
 
 def _sweep(version: int, method: Method, training: ImageTrainingSettings) -> str:
-    """Digest of the settings that a method's runs have in common: of all sets, draws, trials and held-out environments."""
+    """Hash the settings that a method's runs share over all sets, draws, trials and held-out environments."""
     settings = [method.model_dump(exclude={"title", "role"}), training.model_dump(exclude={"by_model"})]
     text = json.dumps([version, *settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def held_out_names(spec: Mapping[str, Any]) -> list[str]:
-    """Names of the environments that a run holds out."""
+    """Return the names of the environments that a run holds out."""
     names = [name for name, _ in spec["task"]["environments"]]
     return [names[env] for env in spec["test_envs"]]

@@ -31,14 +31,14 @@ Picture = Union[Image.Image, "Tensor"]
 
 @dataclass(frozen=True)
 class Environment:
-    """One environment.
+    """Describe one environment.
 
     Attributes:
-        name: short, DomainBed's.
-        labels: class number of every row.
-        open: the picture of a row (an RGB image, or of MNIST a tensor ``[channels, 28, 28]`` in [0, 1]), and what it was made RGB from.
-        places: what to call every row in messages; empty for rows that are made, not read.
-        ignored: files that are there and not read, by their ending.
+        name: DomainBed's short name.
+        labels: The class number of every row.
+        open: A function that gives the picture of a row (an RGB image, or of MNIST a tensor ``[channels, 28, 28]`` in [0, 1]) and the mode that it was converted from.
+        places: The names of the rows in messages; empty for rows that are made, not read.
+        ignored: The number of files that are not read, by their ending.
     """
 
     name: str
@@ -51,19 +51,19 @@ class Environment:
         return len(self.labels)
 
     def summary(self, rows: Iterable[int], classes: list[str]) -> dict[str, Any]:
-        """Rows and their classes, as ``metrics.json`` keeps them."""
+        """Count rows and their classes, as ``metrics.json`` keeps them."""
         counts = Counter(self.labels[row] for row in rows)
         return {"rows": counts.total(), "dropped": 0, "labels": {name: counts[i] for i, name in enumerate(classes)}}
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """All environments of a set, in DomainBed's order.
+    """Hold all environments of a set, in DomainBed's order.
 
     Attributes:
-        environments: the environments.
-        classes: names of the classes in the order of their numbers.
-        source: where the images came from.
+        environments: The environments.
+        classes: The names of the classes in the order of their numbers.
+        source: The origin of the images.
     """
 
     environments: list[Environment]
@@ -77,18 +77,18 @@ _THIRTY_TWO_BITS = ("I", "F")
 
 
 def open_image(file: Path | bytes, where: str, *, truncated: str = REFUSE) -> tuple[Image.Image, str]:
-    """An image as RGB, and what it was made RGB from (empty for one that is).
+    """Open an image as RGB, and name the mode that it was converted from (empty for RGB).
 
     Greyscale becomes three equal channels; CMYK, YCbCr and palettes are converted by Pillow; transparency is dropped, as DomainBed
     drops it; 16 bits a channel become 8 by dropping the lower half (DomainBed would cut all above 255 to white).
 
     Args:
-        file: a path, or a file's content.
-        where: what to call it in messages.
-        truncated: ``refuse`` a file that ends early, or ``load`` what there is of it, the rest grey, as DomainBed does.
+        file: The path, or the content of a file.
+        where: The name of the image in messages.
+        truncated: ``refuse`` to reject a file that ends early, ``load`` to fill the rest with grey, as DomainBed does.
 
     Raises:
-        DataError: no image, a damaged one, or one that ends early.
+        DataError: The file is no image, is damaged, or ends early.
     """
     try:
         with _truncation(truncated), Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
@@ -118,7 +118,7 @@ def _is_short(error: Exception) -> bool:
 
 @contextmanager
 def _truncation(asked: str) -> Iterator[None]:
-    """Pillow's setting is one for the whole process."""
+    """Set Pillow's option, which holds for the whole process, and restore it."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = asked == LOAD
     try:
@@ -131,11 +131,11 @@ _COLUMNS = ("image", "domain", "label")
 
 
 def load_folders(task: RunSet, *, truncated: str = REFUSE) -> ImageSet:
-    """The environments of a set: of its folder below the data root (variable ``EMOE_DATA_ROOT``), else of the hub.
+    """Load the environments of a set from its folder below the data root (variable ``EMOE_DATA_ROOT``), else from the hub.
 
     Args:
-        task: of a spec.
-        truncated: see :func:`~benchmarks.domainbed.images.open_image`.
+        task: The set.
+        truncated: See :func:`open_image`.
 
     Raises:
         DataError: A folder is missing or empty, or classes differ between environments.
@@ -156,16 +156,16 @@ def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
     first = root / folders[0]
     for (name, _), folder in zip(task.environments, folders, strict=True):
         here = root / folder
-        found = _folders(here)
-        if not found:
+        names_here = _folders(here)
+        if not names_here:
             raise DataError(f"{here} has no class folder")
-        if classes and found != classes:
-            odd, *others = sorted(set(found) ^ set(classes))
-            has, lacks = (here, first) if odd in found else (first, here)
+        if classes and names_here != classes:
+            odd, *others = sorted(set(names_here) ^ set(classes))
+            has, lacks = (here, first) if odd in names_here else (first, here)
             raise DataError(
                 f"classes differ between environments: {has} has '{odd}', {lacks} does not{did_you_mean(odd, others)}"
             )
-        classes = found
+        classes = names_here
         ignored = Counter(f"{_ending(path)} in no class" for path in _visible(here) if path.is_file())
         paths: list[str] = []
         labels: list[int] = []
@@ -179,16 +179,16 @@ def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
     return ImageSet(environments, classes, str(root))
 
 
-def _environment_order(found: list[str], task: RunSet, where: str) -> list[str]:
-    """The environments as they are called on disk or on the hub, in DomainBed's order.
+def _environment_order(present: list[str], task: RunSet, where: str) -> list[str]:
+    """Return the names of the environments on disk or on the hub, in DomainBed's order.
 
     Quite other names are taken by their order, as DomainBed takes all folders; where some are known, the rest must be too.
     """
     wanted = {name: str(called) for name, called in task.environments}
-    names = {plain_name(name): name for name in found}
+    names = {plain_name(name): name for name in present}
     missing = [called for called in wanted.values() if plain_name(called) not in names]
     extra = [name for plain, name in names.items() if plain not in map(plain_name, wanted.values())]
-    twice = sorted(set(found) - set(names.values()))
+    twice = sorted(set(present) - set(names.values()))
     if not (missing or extra or twice):
         return [names[plain_name(called)] for called in wanted.values()]
     if len(missing) == len(extra) == len(wanted) and not twice:
@@ -201,7 +201,7 @@ def _environment_order(found: list[str], task: RunSet, where: str) -> list[str]:
 
 
 def plain_name(name: str) -> str:
-    """A name without case, spaces and signs."""
+    """Return a name without case, spaces and signs."""
     return re.sub(r"[\W_]", "", name).casefold()
 
 
@@ -252,7 +252,7 @@ def _open_file(paths: list[str], truncated: str, row: int) -> tuple[Image.Image,
 
 
 def _from_hub(task: RunSet, truncated: str) -> ImageSet:
-    """Every row of the hub's set, by environment and class; within a class in the hub's order, which is not that of file names."""
+    """Load every row of the hub's set by environment and class; within a class in the hub's order, which is not that of file names."""
     import datasets
 
     where = str(task.source.hub)
@@ -273,7 +273,9 @@ def _from_hub(task: RunSet, truncated: str) -> ImageSet:
     images = rows.cast_column("image", datasets.Image(decode=False))
     environments = []
     for (name, _), domain in zip(task.environments, present, strict=True):
-        chosen = sorted((i for i, found in enumerate(domains) if found == domain), key=lambda i: (labels[i], i))
+        chosen = sorted(
+            (i for i, name_of_row in enumerate(domains) if name_of_row == domain), key=lambda i: (labels[i], i)
+        )
         absent = sorted(set(classes) - {labels[i] for i in chosen})
         if absent:
             raise DataError(f"{where}: the domain '{domain}' has no image of the class '{absent[0]}'")
@@ -284,18 +286,18 @@ def _from_hub(task: RunSet, truncated: str) -> ImageSet:
 
 
 def _names(rows: Any, column: str, where: str) -> list[str]:
-    """What the rows of the hub's set say in a column: classes by their names.
+    """Return a column of the hub's set, with the names of classes.
 
     Raises:
-        DataError: a row says nothing there.
+        DataError: A row has no value.
     """
     names = getattr(rows.features[column], "names", None)
-    found = []
+    values = []
     for number, value in enumerate(rows[column], start=1):
         if value in (None, "", -1) or value != value or (names and value >= len(names)):
             raise DataError(f"{where}, row {number}: '{column}' is {value!r}, which names none")
-        found.append(str(names[value] if names else value))
-    return found
+        values.append(str(names[value] if names else value))
+    return values
 
 
 def _open_row(rows: Any, chosen: list[int], places: list[str], truncated: str, row: int) -> tuple[Image.Image, str]:

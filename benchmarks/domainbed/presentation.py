@@ -45,7 +45,7 @@ _ERROR = "± is DomainBed's: the population's standard deviation over trials by 
 
 
 def results(outcomes: DomainOutcomes, name: str) -> Table:
-    """One set in DomainBed's layout: a column a held-out environment, and their mean."""
+    """Tabulate one set in DomainBed's layout: a column a held-out environment, and their mean."""
     cells = outcomes.cells[outcomes.cells["set"] == name]
     grouped = cells.groupby([*CELL, "env"], sort=False)["value"]
     spread = grouped.agg(mean="mean", error=_error).reset_index()
@@ -73,7 +73,7 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
 
 
 def choices(outcomes: DomainOutcomes, name: str) -> Table:
-    """What each selection chose on one set: step and draw of hyper-parameters by held-out environment and trial."""
+    """Tabulate the choices of each selection on one set: step and draw of hyper-parameters by held-out environment and trial."""
     frame = outcomes.order(outcomes.cells[outcomes.cells["set"] == name], ["model", "selection", "method"])
     frame["env_title"] = [outcomes.env_title(name, env) for env in frame["env"]]
     frame["draw"] = frame["hparams_seed"].map(lambda seed: str(seed) if seed else "defaults")
@@ -89,7 +89,7 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
 
 
 def summary(outcomes: DomainOutcomes) -> Table:
-    """Averages over the environments of every set, as DomainBed summarises them."""
+    """Average over the environments of every set, as DomainBed summarises them."""
     keys = ["selection", "model", "method"]
     trials = outcomes.trials()
     spread = trials.groupby(CELL, sort=False).agg(mean="mean", error=_error, n="count")
@@ -112,7 +112,7 @@ def summary(outcomes: DomainOutcomes) -> Table:
 
 
 def tests(outcomes: DomainOutcomes) -> Table:
-    """Paired tests over trials against the baseline, corrected over the sets."""
+    """Test against the baseline, paired over trials, corrected over the sets."""
     return tests_table(
         outcomes.baseline_title,
         f"Differences to {outcomes.baseline_title} of the mean over held-out environments, paired by trial, over n trials, with a 95 % confidence interval; p of the paired t-test, and p corrected by Holm's "
@@ -130,7 +130,7 @@ def tests(outcomes: DomainOutcomes) -> Table:
 
 
 def cost(outcomes: DomainOutcomes) -> Table:
-    """Time, memory, parameters, loads, and what experts tell of classes and environments."""
+    """Tabulate time, memory, parameters, loads, and the information of experts on classes and environments."""
     cell = ["model", "set", "method"]
     records = outcomes.records.rename(columns={"task": "set"})
     return cost_table(
@@ -146,21 +146,21 @@ def cost(outcomes: DomainOutcomes) -> Table:
 
 
 def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
-    """What others report: a row a model, set and method with titles, a column a metric, and ``source``, all sources of the row."""
+    """Read costs that others report: a row a model, set and method with titles, a column a metric, and ``source``, all sources of the row."""
     file = outcomes.benchmark.definition.published_costs
     if not file:
         return None
     keys = list(COST_COLUMNS[:-1])
-    found = read_published(outcomes.benchmark, file, COST_COLUMNS)
-    numbers = found.pivot_table(index=keys, columns="metric", values="value", sort=False)
-    sources = found.groupby(keys, sort=False)["source"].agg(lambda named: "; ".join(named.unique()))
+    published = read_published(outcomes.benchmark, file, COST_COLUMNS)
+    numbers = published.pivot_table(index=keys, columns="metric", values="value", sort=False)
+    sources = published.groupby(keys, sort=False)["source"].agg(lambda named: "; ".join(named.unique()))
     rows = numbers.join(sources).reset_index()
     titles = [outcomes.title("method", name) for name in rows["method"]]
     return rows.assign(model_title=rows["model"], set_title=rows["set"], method_title=titles)
 
 
 def paper(outcomes: DomainOutcomes) -> Table:
-    """Published averages beside ours."""
+    """Compare published averages with ours."""
     published = read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
     key = ["model", "set", "method", "selection"]
     trials = outcomes.trials(complete=True)
@@ -185,11 +185,11 @@ def paper(outcomes: DomainOutcomes) -> Table:
 
 
 def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
-    """A sentence a set and selection: what the methods differ by."""
+    """Write a sentence a set and selection: the differences of the methods."""
     rows = outcomes.order(outcomes.tests, _ORDER)
     rows = rows[rows["method"].map(outcomes.role) == "method"]
-    for key, found in rows.groupby(["model_title", "selection_title", "set_title"], sort=False):
-        words = [f"{row.method_title} {difference_text(row)} (n = {row.n})" for row in found.itertuples()]
+    for key, group in rows.groupby(["model_title", "selection_title", "set_title"], sort=False):
+        words = [f"{row.method_title} {difference_text(row)} (n = {row.n})" for row in group.itertuples()]
         yield f"{key[0]}, {key[2]}, {key[1]}: {'; '.join(words)}."
 
 
@@ -198,14 +198,14 @@ SET_TABLES = {"results": results, "choices": choices}
 
 
 def _judged_on(outcomes: DomainOutcomes, name: str) -> str:
-    """Which images accuracies are of."""
+    """Say on which images accuracy is measured."""
     limits = {run.spec["training"]["eval_rows"] for run in outcomes.runs if run.spec["task"]["name"] == name}
     cut = "".join(f", of which {limit} are used" for limit in limits if limit)
     return f"On the in split of the environment that was held out (80 % of its images{cut})."
 
 
 def _selections(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """What the selections go by, and on which images where a set's are augmented (MNIST's are not)."""
+    """Explain the selections, and the validation images of sets that are augmented (MNIST's are not)."""
     asked = {
         run.spec["training"]["val_augment"]
         for run in outcomes.runs
@@ -217,8 +217,8 @@ def _selections(outcomes: DomainOutcomes, names: list[str]) -> str:
 
 
 def _experts(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """A sentence that says how many experts each method's tokens use, of how many, in which blocks."""
-    found: dict[str, dict[str, None]] = {}
+    """Say how many experts each method's tokens use, of how many, in which blocks."""
+    experts: dict[str, dict[str, None]] = {}
     for run in outcomes.runs:
         method = run.spec["method"]
         if run.spec["task"]["name"] not in names or method["config"] is None:
@@ -227,13 +227,13 @@ def _experts(outcomes: DomainOutcomes, names: list[str]) -> str:
         layers = config["layers"]
         blocks = layers if isinstance(layers, str) else ", ".join(map(str, layers))
         text = f"{config['top_k']} of {config['num_experts']} in {blocks}"
-        found.setdefault(outcomes.title("method", method["name"]), {})[text] = None
-    words = "; ".join(f"{title} {' or '.join(texts)}" for title, texts in found.items())
+        experts.setdefault(outcomes.title("method", method["name"]), {})[text] = None
+    words = "; ".join(f"{title} {' or '.join(texts)}" for title, texts in experts.items())
     return f"Experts that a token uses, and the blocks that have them: {words}. " if words else ""
 
 
 def _partly(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """A sentence for every set of which not all environments were held out."""
+    """Name every set with environments that were not held out."""
     sizes = {name: (outcomes.held_out(name), len(outcomes.environments(name))) for name in names}
     return "".join(
         f"Of {outcomes.title('set', name)} {held_out} of {size} environments were held out. "
@@ -243,7 +243,7 @@ def _partly(outcomes: DomainOutcomes, names: list[str]) -> str:
 
 
 def _error(values: pd.Series) -> float:
-    """DomainBed's ±; nothing for one trial, where it would be 0."""
+    """Return DomainBed's ±; nan for one trial."""
     return standard_error(list(values)) if len(values) > 1 else math.nan
 
 
@@ -251,7 +251,7 @@ _NOTE = (
     "In points, mean over paired trials of the mean over held-out environments, with its 95 % confidence interval; verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's "
     "sets, not over methods. With two trials a test rests on two differences: read it as a hint."
 )
-_FIGURES = {
+SET_FIGURES = {
     "accuracy": draw_accuracy,
     "samples": draw_samples,
     "confusion": draw_confusion,
@@ -262,7 +262,7 @@ _FIGURES = {
 def present(benchmark: Benchmark[ImageDefinition, SetEntry], runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = DomainOutcomes(benchmark, runs)
-    parts = {name: make(benchmark, SET_TABLES, _FIGURES, outcomes, name, part=name) for name in outcomes.sets}
+    parts = {name: make(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets}
     return make(
         benchmark,
         TABLES,

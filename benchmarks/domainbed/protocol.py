@@ -31,7 +31,7 @@ _FORK_LR = 3e-5
 
 
 def seed_hash(*parts: object) -> int:
-    """DomainBed's seed of named parts: the md5 of the tuple's text, below 2**31.
+    """Return DomainBed's seed of named parts: the md5 of the tuple's text, below 2**31.
 
     >>> seed_hash(0, 3)
     1796103049
@@ -41,13 +41,13 @@ def seed_hash(*parts: object) -> int:
 
 
 def sweep_seed(dataset: str, algorithm: str, test_envs: Sequence[int], hparams_seed: int, trial_seed: int) -> int:
-    """The seed that a sweep gives a run for all that has no seed of its own."""
+    """Return the seed that a sweep gives a run for everything without a seed of its own."""
     return seed_hash(dataset, algorithm, list(test_envs), hparams_seed, trial_seed)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of one environment: ``within`` (DomainBed's *in*) and ``out``, in DomainBed's order."""
+    """Hold the indices of one environment: ``within`` (DomainBed's *in*) and ``out``, in DomainBed's order."""
 
     within: list[int]
     out: list[int]
@@ -57,10 +57,10 @@ def split_environment(rows: int, env: int, trial_seed: int, *, is_test: bool) ->
     """Split an environment's rows.
 
     Args:
-        rows: how many it has.
-        env: its number.
-        trial_seed: of the trial.
-        is_test: whether it is held out; its *in* split is then shuffled once more, by DomainBed's call for unlabelled rows.
+        rows: The number of its rows.
+        env: The number of the environment.
+        trial_seed: The seed of the trial.
+        is_test: True if it is held out; its *in* split is then shuffled once more, by DomainBed's call for unlabelled rows.
     """
     seed = seed_hash(trial_seed, env)
     out, within = _shuffled_parts(list(range(rows)), int(rows * HOLDOUT_FRACTION), seed)
@@ -76,13 +76,13 @@ def _shuffled_parts(rows: list[int], count: int, seed: int) -> tuple[list[int], 
 
 
 def class_weights(labels: Sequence[int]) -> list[float]:
-    """Sampling weight of every row under the class-balanced option: each class has the same share of the draws."""
+    """Return the sampling weight of every row with which each class has the same share of the draws."""
     counts = Counter(labels)
     return [1 / (counts[label] * len(counts)) for label in labels]
 
 
 def held_out_combinations(count: int) -> Iterator[tuple[int, ...]]:
-    """Every single environment and every pair, in a sweep's order; leave-one-domain-out selection needs the pairs."""
+    """Yield every single environment and every pair, in a sweep's order; leave-one-domain-out selection needs the pairs."""
     for first in range(count):
         yield (first,)
         yield from ((first, second) for second in range(first + 1, count))
@@ -90,13 +90,13 @@ def held_out_combinations(count: int) -> Iterator[tuple[int, ...]]:
 
 @functools.cache  # a sweep's methods and held-out environments share their draws
 def hyper_parameters(registry: Registry, dataset: str, hparams_seed: int, trial_seed: int) -> Mapping[str, Any]:
-    """A run's hyper-parameters.
+    """Return a run's hyper-parameters.
 
     Args:
-        registry: whose defaults and distributions: DomainBed's, or those of the EMoE authors' fork for GMoE and EMoE.
+        registry: The source of defaults and distributions: DomainBed's, or those of the EMoE authors' fork for GMoE and EMoE.
         dataset: DomainBed's name of the set.
-        hparams_seed: 0 for the defaults, others for a random draw.
-        trial_seed: random draws differ between trials.
+        hparams_seed: The seed of the draw: 0 for the defaults, others for a random draw.
+        trial_seed: The seed of the trial; random draws differ between trials.
 
     Returns:
         ``data_augmentation, resnet18, resnet_dropout, class_balanced, nonlinear_classifier, lr, weight_decay, batch_size``
@@ -115,7 +115,7 @@ _Draw = Callable[[np.random.RandomState], Any]
 
 def _definitions(registry: Registry, dataset: str) -> dict[str, tuple[Any, _Draw]]:
     small = dataset in SMALL_IMAGES
-    found: dict[str, tuple[Any, _Draw]] = {
+    definitions: dict[str, tuple[Any, _Draw]] = {
         "data_augmentation": (True, lambda _: True),
         "resnet18": (False, lambda _: False),
         "resnet_dropout": (0.0, _dropout),
@@ -125,16 +125,16 @@ def _definitions(registry: Registry, dataset: str) -> dict[str, tuple[Any, _Draw
         "weight_decay": (0.0, lambda _: 0.0) if small else (0.0, _power(10, -6, -2)),
     }
     if registry == "domainbed":
-        found["vit_dropout"] = (0.0, _dropout)
+        definitions["vit_dropout"] = (0.0, _dropout)
     if registry == "emoe" and not small:
         lr, weight_decay = _FORK.get(dataset, (_FORK_LR, 0.0))
-        found["lr"] = (lr, _power(10, -4.5, -2.5) if dataset in _FORK else _power(10, -5, -3.5))
-        found["weight_decay"] = (weight_decay, (lambda _: 0.0) if dataset in _FORK else _power(10, -6, -2))
+        definitions["lr"] = (lr, _power(10, -4.5, -2.5) if dataset in _FORK else _power(10, -5, -3.5))
+        definitions["weight_decay"] = (weight_decay, (lambda _: 0.0) if dataset in _FORK else _power(10, -6, -2))
     if small:
-        found["batch_size"] = (64, _whole_power(3, 9))
+        definitions["batch_size"] = (64, _whole_power(3, 9))
     else:
-        found["batch_size"] = (32, _whole_power(3, 5 if dataset == "DomainNet" else 5.5))
-    return found
+        definitions["batch_size"] = (32, _whole_power(3, 5 if dataset == "DomainNet" else 5.5))
+    return definitions
 
 
 def _dropout(random: np.random.RandomState) -> float:
@@ -154,12 +154,12 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunRecords:
-    """The records of one run, in the order of its steps.
+    """Hold the records of one run, in the order of its steps.
 
     Attributes:
-        test_envs: numbers of the environments that it held out.
-        choice: what was varied, in the order in which it was tried (DomainBed's ``hparams_seed``).
-        records: with ``step``, ``env<i>_in_acc`` and ``env<i>_out_acc``.
+        test_envs: The numbers of the environments that it held out.
+        choice: The number of the draw, in the order in which it was tried (DomainBed's ``hparams_seed``).
+        records: Dictionaries with ``step``, ``env<i>_in_acc`` and ``env<i>_out_acc``.
     """
 
     test_envs: tuple[int, ...]
@@ -169,12 +169,12 @@ class RunRecords:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a selection chose.
+    """Hold the choice of a selection.
 
     Attributes:
-        value: by which it was chosen.
-        record: the record.
-        choice: of the run that it is from.
+        value: The value by which it was chosen.
+        record: The record.
+        choice: The number of the draw of its run.
     """
 
     value: float
@@ -182,12 +182,12 @@ class Chosen:
     choice: int
 
     def test_accuracy(self, env: int) -> float:
-        """Accuracy on the *in* split of a held-out environment."""
+        """Return the accuracy on the *in* split of a held-out environment."""
         return float(self.record[f"env{env}_in_acc"])
 
 
 def best_record(records: Sequence[Record], test_envs: Sequence[int], choice: int = 0) -> Chosen:
-    """Training-domain validation within one run: the first of the records with the highest mean *out* accuracy of the training environments."""
+    """Choose the first of a run's records with the highest mean *out* accuracy of the training environments."""
     best: Chosen | None = None
     for record in records:
         value = float(np.mean([record[f"env{env}_out_acc"] for env in _environments(record) if env not in test_envs]))
@@ -199,21 +199,21 @@ def best_record(records: Sequence[Record], test_envs: Sequence[int], choice: int
 
 
 def training_domain_validation(runs: Sequence[RunRecords], env: int) -> Chosen | None:
-    """The step and run with the highest mean *out* accuracy of the training environments.
+    """Choose the step and run with the highest mean *out* accuracy of the training environments.
 
     Args:
-        runs: of one set, method and trial, for all held-out environments.
-        env: the held-out environment that is judged.
+        runs: The runs of one set, method and trial, for all held-out environments.
+        env: The held-out environment that is judged.
     """
     return _best([best_record(run.records, run.test_envs, run.choice) for run in _single(runs, env)])
 
 
 def leave_one_domain_out(runs: Sequence[RunRecords], env: int) -> Chosen | None:
-    """The step and run with the highest mean accuracy on each other environment, when that is held out too.
+    """Choose the step and run with the highest mean accuracy on each other environment, when that is held out too.
 
     Needs the runs that hold out ``env`` and one more, for every other environment; None without them.
     """
-    return _best([found for run in _single(runs, env) if (found := _left_out(run, runs, env)) is not None])
+    return _best([chosen for run in _single(runs, env) if (chosen := _left_out(run, runs, env)) is not None])
 
 
 def _left_out(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Chosen | None:
@@ -234,7 +234,7 @@ def _left_out(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Chosen |
 
 
 def oracle_validation(runs: Sequence[RunRecords], env: int) -> Chosen | None:
-    """The run whose *last* record has the highest accuracy on the held-out environment's *out* split (an oracle)."""
+    """Choose the run whose *last* record has the highest accuracy on the held-out environment's *out* split (an oracle)."""
     return _best(
         [
             Chosen(float(record[f"env{env}_out_acc"]), record, run.choice)
@@ -253,7 +253,7 @@ SELECTIONS: dict[str, tuple[str, Selection]] = {
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """DomainBed's ±: the population's standard deviation over the root of the number of trials."""
+    """Return DomainBed's ±: the population's standard deviation over the root of the number of trials."""
     return float(np.std(values) / math.sqrt(len(values)))
 
 
@@ -261,11 +261,11 @@ def _single(runs: Sequence[RunRecords], env: int) -> list[RunRecords]:
     return [run for run in runs if tuple(run.test_envs) == (env,)]
 
 
-def _best(found: Sequence[Chosen]) -> Chosen | None:
-    """The highest value; of equal ones the last choice, as DomainBed's reversed stable sort has it."""
-    return max(found, key=lambda chosen: (chosen.value, chosen.choice)) if found else None
+def _best(candidates: Sequence[Chosen]) -> Chosen | None:
+    """Return the highest value; of equal ones the last choice, as DomainBed's reversed stable sort has it."""
+    return max(candidates, key=lambda chosen: (chosen.value, chosen.choice)) if candidates else None
 
 
 def _environments(record: Record) -> list[int]:
-    """Numbers of the environments of a record."""
+    """Return the numbers of the environments of a record."""
     return sorted(int(name[3:-8]) for name in record if name.startswith("env") and name.endswith("_out_acc"))

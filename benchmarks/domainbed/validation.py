@@ -27,12 +27,12 @@ def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
     """Load a set.
 
     Args:
-        task: of a spec.
+        task: The set.
         seed: DomainBed's seed of the run; only MNIST's variants depend on it.
-        truncated: ``refuse`` image files that end early, or ``load`` what there is of them.
+        truncated: ``refuse`` to reject image files that end early, ``load`` to fill them.
 
     Raises:
-        DataError: the set is missing, or something is wrong with a folder or file of it.
+        DataError: The set is missing, or a folder or file of it is damaged.
     """
     if task.source.mnist:
         return load_mnist(task, seed)
@@ -47,29 +47,29 @@ def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
     """Validate a set: write its counts, and a grid of samples beside them (``.png``).
 
     Args:
-        job: a :class:`~benchmarks.domainbed.grid.ValidationJob` as plain values.
-        output: the JSON file.
+        job: A :class:`~benchmarks.domainbed.grid.ValidationJob` as plain values.
+        output: The path of the JSON file.
 
     Raises:
-        DataError: the set is missing or damaged.
+        DataError: The set is missing or damaged.
     """
-    found = load_set(parse(job["task"], RunSet, "the set"), job["data_seed"], truncated=job["truncated"])
-    summary = validate_dataset(found)
-    names, grid = sample_grid(found, job["image_size"])
+    image_set = load_set(parse(job["task"], RunSet, "the set"), job["data_seed"], truncated=job["truncated"])
+    summary = validate_dataset(image_set)
+    names, grid = sample_grid(image_set, job["image_size"])
     with atomic_write(output.with_suffix(".png")) as temporary:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "png")
     write_json(output, {**job, **summary, "samples": names})
 
 
-def validate_dataset(found: ImageSet) -> dict[str, Any]:
-    """Open every image; counts by environment, class and conversion.
+def validate_dataset(image_set: ImageSet) -> dict[str, Any]:
+    """Open every image, and count them by environment, class and conversion.
 
     Raises:
-        DataError: images are damaged; names the first of them.
+        DataError: Images are damaged; names the first of them.
     """
     damaged: list[str] = []
     environments = {}
-    for environment in found.environments:
+    for environment in image_set.environments:
         converted: Counter[str] = Counter()
         for row in range(len(environment)):
             try:
@@ -80,33 +80,35 @@ def validate_dataset(found: ImageSet) -> dict[str, Any]:
         environments[environment.name] = {
             "converted": dict(sorted(converted.items())),
             "ignored": environment.ignored,
-            **environment.summary(range(len(environment)), found.classes),
+            **environment.summary(range(len(environment)), image_set.classes),
         }
     if damaged:
         more = f"\nand {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
-        total = sum(map(len, found.environments))
+        total = sum(map(len, image_set.environments))
         raise DataError(
-            f"{found.source}: {len(damaged)} of {total:,} images cannot be used:\n" + "\n".join(damaged[:_SHOWN]) + more
+            f"{image_set.source}: {len(damaged)} of {total:,} images cannot be used:\n"
+            + "\n".join(damaged[:_SHOWN])
+            + more
         )
     return {
-        "source": found.source,
-        "classes": found.classes,
+        "source": image_set.source,
+        "classes": image_set.classes,
         "environments": environments,
     }
 
 
 def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tuple[str, int, str, str]]:
-    """Name, images, images by class and source of every environment.
+    """Return name, images, images by class and source of every environment.
 
     Raises:
         DataError: the set is missing, its folders are wrong, or, where all images are opened, one of them is.
     """
-    found = load_set(task, seed, truncated=REFUSE)
+    image_set = load_set(task, seed, truncated=REFUSE)
     if open_images:
-        validate_dataset(found)
+        validate_dataset(image_set)
     return [
-        (environment.name, len(environment), _by_class(environment, found.classes), found.source)
-        for environment in found.environments
+        (environment.name, len(environment), _by_class(environment, image_set.classes), image_set.source)
+        for environment in image_set.environments
     ]
 
 
@@ -116,29 +118,31 @@ def _by_class(environment: Environment, classes: list[str]) -> str:
 
 
 def _ignored(environment: Environment, before: str) -> str:
-    """The files of an environment that are not read; nothing where there are none."""
+    """Name the files of an environment that are not read; empty if there are none."""
     counted = ", ".join(f"{number:,} {ending}" for ending, number in environment.ignored.items())
     return f"{before}not read: {counted}" if counted else ""
 
 
-def counts(found: ImageSet) -> str:
-    """A table of images by class and environment, and what of the environments' files is not read."""
-    summaries = [environment.summary(range(len(environment)), found.classes) for environment in found.environments]
-    rows = [[name, *(summary["labels"][name] for summary in summaries)] for name in found.classes]
+def counts(image_set: ImageSet) -> str:
+    """Tabulate images by class and environment, and the files that are not read."""
+    summaries = [
+        environment.summary(range(len(environment)), image_set.classes) for environment in image_set.environments
+    ]
+    rows = [[name, *(summary["labels"][name] for summary in summaries)] for name in image_set.classes]
     rows.append(["all", *(summary["rows"] for summary in summaries)])
-    table = tabulate(rows, headers=["class", *(environment.name for environment in found.environments)])
-    return table + "".join(_ignored(environment, f"\n{environment.name}: ") for environment in found.environments)
+    table = tabulate(rows, headers=["class", *(environment.name for environment in image_set.environments)])
+    return table + "".join(_ignored(environment, f"\n{environment.name}: ") for environment in image_set.environments)
 
 
-def sample_grid(found: ImageSet, size: int, samples: int = SAMPLES) -> tuple[list[str], Tensor]:
-    """Pictures as a model sees them.
+def sample_grid(image_set: ImageSet, size: int, samples: int = SAMPLES) -> tuple[list[str], Tensor]:
+    """Make a grid of pictures as a model sees them.
 
     Returns:
         The rows' names, and the grid ``[3, height, width]`` of bytes: a row an environment, of images one more, augmented.
     """
     names: list[str] = []
     pictures: list[Tensor] = []
-    for environment in found.environments:
+    for environment in image_set.environments:
         seed = derive_seed("samples", environment.name)
         order = torch.randperm(len(environment), generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = [order[i % len(order)] for i in range(samples)]

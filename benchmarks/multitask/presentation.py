@@ -11,6 +11,8 @@ from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.multitask.tables import TABLES, verdicts
 from benchmarks.text.definition import TaskEntry
 
+FIGURES = {"differences": draw_differences}
+
 
 def present(benchmark: Benchmark[MultitaskDefinition, TaskEntry], runs: list[Run]) -> Presentation:
     """Present finished runs."""
@@ -18,7 +20,7 @@ def present(benchmark: Benchmark[MultitaskDefinition, TaskEntry], runs: list[Run
     return make(
         benchmark,
         TABLES,
-        {"differences": draw_differences},
+        FIGURES,
         outcomes,
         verdicts=list(verdicts(outcomes)),
         note=NOTE,

@@ -14,11 +14,12 @@ from benchmarks.text.tables import TABLES, verdicts
 from benchmarks.text.trace_figures import draw_traces
 from benchmarks.text.usage_figures import draw_usage_by_set
 
+FIGURES = {"ood": scores_by_training_task, "traces": draw_traces, "usage": draw_usage_by_set}
+
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
-    figures = {"ood": scores_by_training_task, "traces": draw_traces, "usage": draw_usage_by_set}
-    return shown(benchmark, Ablations(benchmark, runs), TABLES, figures)
+    return shown(benchmark, Ablations(benchmark, runs), TABLES, FIGURES)
 
 
 def shown(

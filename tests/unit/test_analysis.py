@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.config.definition import load_benchmark
 from benchmarks.harness.config.kinds import Benchmark
@@ -103,10 +103,10 @@ def test_records_name_unfinished_damaged_and_foreign_files(finished: Suite) -> N
     path = RUNS / run.folder / "metrics.json"
     text = path.read_text()
     path.write_text((RUNS / other.folder / "metrics.json").read_text())
-    with pytest.raises(DefinitionError, match=f"belongs to the run '{other.id}'"):
+    with pytest.raises(DataError, match=f"belongs to the run '{other.id}'"):
         read_metrics(run)
     path.write_text(text[:50])
-    with pytest.raises(DefinitionError, match="is damaged"):
+    with pytest.raises(DataError, match="is damaged"):
         read_metrics(run)
     path.unlink()
     with pytest.raises(DefinitionError, match="is not finished"):
@@ -299,7 +299,7 @@ def test_a_rank_at_the_edge_of_the_diagram_is_drawn_whole(
     evaluated: TextOutcomes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr("benchmarks.text.figures.save", lambda figure, _: drawn.append(figure))
     rankings = list(ranked(evaluated, evaluated.benchmark.definition.ranked, ["protocol", "model"]))
     rank_diagram(evaluated, tmp_path / "ranks", rankings)
     marks = [(axis, mark) for axis in drawn[0].axes for mark in axis.collections]

@@ -24,7 +24,7 @@ from benchmarks.domainbed.protocol import (
     split_environment,
     sweep_seed,
 )
-from benchmarks.domainbed.training import EvaluationSteps, told
+from benchmarks.domainbed.training import EvaluationSteps, expert_information
 from benchmarks.harness.config.runs import plan
 from benchmarks.harness.results.information import by_chance, mutual_information
 from tests.planned import paper_runs
@@ -226,7 +226,7 @@ def test_records_stand_where_domainbed_has_them() -> None:
 def looked_at(experts: np.ndarray, classes: np.ndarray, environments: np.ndarray) -> dict:
     """What one layer tells whose images use one expert each, for all of their 50 tokens; and by chance."""
     loads = 50 * np.eye(4, dtype=np.int64)[experts][:, None]
-    bits = told(loads, classes, environments, seed=0)
+    bits = expert_information(loads, classes, environments, seed=0)
     return {name: (float(found[0, 0]), *by_chance(found[:, 0])) for name, found in bits.items()}
 
 

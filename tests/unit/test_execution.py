@@ -17,7 +17,7 @@ from filelock import FileLock
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.__main__ import main
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.config.runs import Run, plan, read_run, run_from_spec
 from benchmarks.harness.run import execution
@@ -28,6 +28,7 @@ from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.text.datasets import TextSplit, load_split
 from benchmarks.text.definition import RunTask
 from benchmarks.text.training import TextTrainer
+from emoe.errors import EMoEError
 from tests.executed import finish, killed_at
 from tests.executed import prepare as write_run
 
@@ -240,7 +241,7 @@ def test_wrong_run_files_are_named(tmp_path: Path) -> None:
         read_run(path)
     path.parent.mkdir()
     path.write_text("{")
-    with pytest.raises(DefinitionError, match="is no run specification"):
+    with pytest.raises(DataError, match="is damaged"):
         read_run(path)
     path.write_text(plan(["glue"], "smoke")[0].to_json())
     with pytest.raises(DefinitionError, match="was changed by hand"):
@@ -267,8 +268,10 @@ def test_odd_run_files_are_refused_in_one_line(tmp_path: Path, old: str, new: st
     assert text.count(old) == 1
     path = tmp_path / "run.json"
     path.write_text(text.replace(old, new))
-    with pytest.raises(DefinitionError, match=r"run\.json (is no run specification|names the benchmark)") as raised:
-        read_run(path, anywhere=True)
+    with pytest.raises(
+        EMoEError, match=r"run\.json (is damaged|is no run specification|names the benchmark)"
+    ) as raised:
+        read_run(path)
     assert "\n" not in str(raised.value)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, ROOT
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, all_artifacts, artifacts_of
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.definition import benchmark_names, check_references, load_benchmark
 from benchmarks.harness.config.paper_items import (
     PaperPart,
     check_part,
@@ -22,7 +24,7 @@ from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.report.claims import claimed_numbers, write_claims
 from benchmarks.harness.report.main_figure import draw_main, main_rows
 from benchmarks.harness.report.paper_items import paper_index, write_paper_items
-from benchmarks.harness.report.presentation import present
+from benchmarks.harness.report.presentation import check_presentations, present
 from tests import fake_runs
 from tests.drawn import watched
 from tests.programs import call
@@ -50,6 +52,37 @@ def test_every_part_is_made_by_one_rule() -> None:
 def test_parts_name_what_exists(part: dict[str, object], message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
         check_part(PaperPart.model_validate(part), FILE, "items.table_9")
+
+
+def test_every_benchmark_names_tables_and_figures_that_exist() -> None:
+    check_presentations(benchmark_names())
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("glue", "tables", ["results", "test"], r"tables' is 'test', .* did you mean 'tests'"),
+        ("glue_ood", "figures", {"rank": "…"}, r"figures' is 'rank', .* did you mean 'ranks'"),
+        ("domainbed", "set_tables", ["choice"], r"set_tables' is 'choice', .* did you mean 'choices'"),
+    ],
+)
+def test_a_misspelt_table_or_figure_names_the_nearest(name: str, key: str, value: object, message: str) -> None:
+    real = load_benchmark(name)
+    wrong = replace(real, definition=real.definition.model_copy(update={key: value}))
+    with pytest.raises(DefinitionError, match=message):
+        present(wrong, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("glue", "paper.csv"), ("glue", "settings.csv"), ("domainbed", "costs.csv")]
+)
+def test_other_columns_of_published_numbers_are_refused_before_runs_start(name: str, file: str, tmp_path: Path) -> None:
+    real = load_benchmark(name)
+    folder = Path(shutil.copytree(real.folder, tmp_path / name))
+    (folder / file).write_text("model,b\n")
+    message = rf"{file}: the columns are \['model', 'b'\], but must be \[.*'value', 'status', 'source'\]$"
+    with pytest.raises(DefinitionError, match=message):
+        check_references(real.definition, real.tasks, folder)
 
 
 def test_a_suite_makes_what_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

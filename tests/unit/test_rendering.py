@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import pytest
 
+from benchmarks.harness.report.plots import placeholder_figure
 from benchmarks.harness.report.rendering import Column, Table, escape_latex, escape_markdown
 
 TABLE = Table(
@@ -110,3 +114,13 @@ def test_an_empty_table_is_still_a_table(tmp_path: Path) -> None:
     )
     empty.write(tmp_path)
     assert "Accuracy" in (tmp_path / "e.md").read_text()
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for write, name in ((TABLE.write, ".csv"), (lambda folder: placeholder_figure(folder / "f", "none"), "f.png")):
+        with mock.patch.object(os, "fsync", side_effect=full), pytest.raises(OSError, match="No space left") as caught:
+            write(tmp_path)
+        assert caught.value.filename == str(tmp_path / name)
+        full.filename = None
+    assert list(tmp_path.iterdir()) == []

@@ -49,13 +49,6 @@ def test_jobs_see_the_command_lines_values(monkeypatch, tmp_path) -> None:
     assert suite.suite_of_job("mini").settings.data_root is None
 
 
-def test_jobs_keep_freed_memory_unless_told_otherwise(monkeypatch) -> None:
-    monkeypatch.delenv("MALLOC_TOP_PAD_", raising=False)
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
-    found = suite.load_suite({"suite": "smoke"}).environment()
-    assert (found["MALLOC_TRIM_THRESHOLD_"], found["MALLOC_TOP_PAD_"]) == ("1", str(64 << 20))
-
-
 def test_runs_are_found_in_any_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "suite_names", lambda: ["mini", "mini_search", "smoke"])
     mini = suite.load_suite({})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import emoe
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, RUNS
 from benchmarks.harness.config import definition
 from benchmarks.harness.config.definition import load_benchmark
@@ -94,7 +94,7 @@ def test_they_are_read_and_checked_with_the_run(workdir: Path) -> None:
     content = json.loads(file.read_text())
     content["transformed"]["vanilla2emoe"]["scores"]["test"]["tweets"]["balanced_accuracy"] = 17.0
     file.write_text(json.dumps(content))
-    with pytest.raises(DefinitionError, match=r"test as vanilla2emoe tweets balanced_accuracy is 17\.0"):
+    with pytest.raises(DataError, match=r"test as vanilla2emoe tweets balanced_accuracy is 17\.0"):
         collect([run])
 
 

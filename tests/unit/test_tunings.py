@@ -49,15 +49,6 @@ def test_it_trains_what_its_function_names_beside_head_and_adapters() -> None:
     assert {name for name, _ in groups["bias"]} == set(biases(model, None)) - {"classifier.bias"}  # of the head
 
 
-def test_without_adapters_it_trains_nothing_else() -> None:
-    register_tuning("bias", biases)
-    model = classifier()
-    adapters, groups = tune_(model, None, spec("bias")["tune"], 0)
-    assert adapters is None
-    assert set(groups) == {"head", "bias"}
-    assert {name for name, _ in groups["head"]} == {"classifier.weight", "classifier.bias"}
-
-
 def test_layers_are_for_those_that_need_them() -> None:
     seen = []
     register_tuning("free", lambda model, layers: seen.append(layers) or [])

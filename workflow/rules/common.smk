@@ -61,17 +61,16 @@ def run_jobs(jobs):
 
 
 onstart:
-    if workflow.local_exec:  # else a cluster's nodes have the accelerators
-        try:
-            devices.check_accelerators(
-                SUITE.name,
-                [
-                    run_of(job.wildcards)
-                    for job in run_jobs(workflow.dag.needrun_jobs())
-                ],
-            )
-        except EMoEError as error:
-            sys.exit(f"error: {error}")
+    needed = [run_of(job.wildcards) for job in run_jobs(workflow.dag.needrun_jobs())]
+    try:
+        if workflow.local_exec:  # else a cluster's nodes have the accelerators
+            devices.check_accelerators(SUITE.name, needed)
+        if needed:
+            from benchmarks.harness.report.presentation import check_presentations  # it takes a second
+
+            check_presentations(SUITE.settings.benchmarks)
+    except EMoEError as error:
+        sys.exit(f"error: {error}")
     if not workflow.deployment_settings.deployment_method:
         FORKSERVER.start()
     # of the targets that were asked for: of one table they are fewer than the suite's

@@ -47,6 +47,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         share(temporary)
         _sync(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a full disk names no file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,9 +85,13 @@ def read_json(path: Path, model: type[Model], advice: str = "") -> Model:
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
-        problem = f"is damaged: '{key}': {first['msg']}"
+        problem = f"is damaged: {first_problem(error)}"
     except ValueError as error:
         problem = f"is damaged: {error}"
     raise DataError(f"{path} {problem}" + (f"; {advice}" if advice else ""))
+
+
+def first_problem(error: ValidationError) -> str:
+    """Describe the first problem that pydantic has with a content."""
+    first = error.errors(include_url=False)[0]
+    return f"'{'.'.join(map(str, first['loc'])) or 'the file'}': {first['msg']}"

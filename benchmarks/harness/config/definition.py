@@ -11,8 +11,7 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.config.kinds import Benchmark, find_kind, kind_name, usual_kind
 from benchmarks.harness.config.method_rows import check_rows, load_methods, resolve_methods
-from benchmarks.harness.config.presented import check_module, file_of, names_shown
-from benchmarks.harness.config.schema import check_file, check_names, read_yaml
+from benchmarks.harness.config.schema import check_file, read_yaml
 from benchmarks.harness.config.shared import ABLATION, Definition, Entry, MethodsDefinition
 from emoe.errors import did_you_mean
 
@@ -59,17 +58,6 @@ def check_references(definition: Definition, tasks: Mapping[str, Entry], folder:
     if definition.pipeline not in modules:
         near = did_you_mean(definition.pipeline, modules)
         raise DefinitionError(f"{file}: 'pipeline' is '{definition.pipeline}', which is no module{near}")
-    there = [path.stem for path in folder.glob("*.py")]
-    # it is imported when all runs are done
-    if "presentation" in there:
-        check_module(presentation := folder / "presentation.py")
-    elif kind.presentation:
-        presentation = file_of(kind.presentation)
-    else:
-        near = did_you_mean("presentation", [module for module in there if module != "__init__"])
-        raise DefinitionError(f"{folder} has no module 'presentation', which kind: {name} needs{near}")
-    for key, known in names_shown(presentation).items():
-        check_names(f"{file}: '", key, getattr(definition, key, ()), [*known, *getattr(definition, "ablations", ())])
     if isinstance(definition, MethodsDefinition):
         check_rows(definition, str(file))
         ablations = [row for row, method in resolve_methods(definition).items() if method.role == ABLATION]

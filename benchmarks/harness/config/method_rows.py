@@ -35,25 +35,10 @@ def load_methods() -> dict[str, Method]:
     """What methods are, by ``benchmarks/methods.yaml``; the modules that it names as plugins are imported.
 
     Raises:
-        DefinitionError: a plugin, key or value that does not exist, or settings that do not go together.
+        DefinitionError: A plugin, key or value does not exist.
     """
     import_plugins()
-    file = BENCHMARKS / "methods.yaml"
-    methods = read(file, MethodFile).methods
-    for name, method in methods.items():
-        method_config(_completed(method), 0, f"{file}: 'methods.{name}'")
-    return methods
-
-
-def _completed(method: Method) -> Method:
-    """A method with some layers, N and k where it leaves them to the benchmark, to see whether the rest goes together."""
-    given = method.given()
-    if method.kind == "dense":
-        return method
-    found = {"num_experts": given.get("top_k", 1), "layers": "all", **given}
-    if "num_experts" not in given and "top_k" not in given:
-        found.pop("top_k_fraction", None)
-    return Method(**(found if "top_k_fraction" in found else {"top_k": 1, **found}))
+    return read(BENCHMARKS / "methods.yaml", MethodFile).methods
 
 
 def check_rows(definition: MethodsDefinition, file: str) -> None:

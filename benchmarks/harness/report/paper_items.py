@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.harness.base import paths
+from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, Artifacts
 from benchmarks.harness.config.paper_items import (
     PaperOutput,
@@ -38,13 +38,13 @@ def write_paper_items(suite: Suite, shown: Artifacts, presented: Presentation) -
         presented: what is shown of it; its figures are drawn already.
     """
     folder = paths.RESULTS / suite.name / "paper"
-    folder.mkdir(parents=True, exist_ok=True)
     tables = {table.name: table for table in presented.tables}
     for output in outputs_of(shown):
         name = shown.stem(output.part.shown)
         if output.part.figure:
             for end in FIGURE_FORMATS:
-                shutil.copyfile(folder.parent / "figures" / f"{name}.{end}", folder / f"{output.name}.{end}")
+                with atomic_write(folder / f"{output.name}.{end}") as temporary:
+                    temporary.write_bytes((folder.parent / "figures" / f"{name}.{end}").read_bytes())
         else:
             _as_in_the_paper(tables[name], output, suite, presented.verdicts).write(folder)
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.report.looks import Look
 from benchmarks.harness.report.outcomes import Outcomes
 from benchmarks.harness.results.statistics import confidence_interval
@@ -201,10 +202,11 @@ def hide_empty(axes: NDArray[np.object_]) -> None:
 
 def save(figure: Any, path: Path) -> None:
     """Write ``<path>.pdf`` and ``.png``, the same bytes for the same numbers, and close the figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
-    figure.set_layout_engine("none")  # it stays as it was laid out, which takes as long as drawing
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    with atomic_write(path.with_suffix(".png")) as temporary:
+        figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
+    figure.set_layout_engine("none")  # a second layout would take as long as drawing
+    with atomic_write(path.with_suffix(".pdf")) as temporary:
+        figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
     plt.close(figure)
 
 

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 import emoe
 from benchmarks.harness.base import paths
+from benchmarks.harness.base.files import write_text
 from benchmarks.harness.config.artifacts import CLAIMS, Artifacts, artifacts_of
 from benchmarks.harness.config.definition import load_benchmark
 from benchmarks.harness.config.paper_items import load_paper_items, main_files
@@ -111,14 +112,13 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         style=_trusted(_HERE / "report.css"),
         script=_trusted(_HERE / "report.js"),
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text)
+    write_text(output, text)
 
 
 def copy_report(page: Path, output: Path) -> None:
     """Copy a report to another folder, with links that hold there."""
     there = Path(os.path.relpath(page.parent, output.parent)).as_posix()
-    output.write_text(re.sub(r'((?:href|data-runs-folder)=")(?!#)', rf"\1{there}/", page.read_text()))
+    write_text(output, re.sub(r'((?:href|data-runs-folder)=")(?!#)', rf"\1{there}/", page.read_text()))
 
 
 def _claims(page: _Page) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
             }
             captured["fingerprint"] = environment.fingerprint(captured["packages"], captured["gpus"])
             content = {"run_id": run.id, **metrics, "environment": captured}
-            check_content(run, content, str(output))
+            check_content(run, content, output)
             write_json(output, content)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             progress.finish(seconds)
