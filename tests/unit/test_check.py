@@ -141,7 +141,9 @@ def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(r
     def change(content: dict[str, Any]) -> None:
         content["probe"].update(losses=["0.75", *content["probe"]["losses"][1:]], loads={"1": [12, 8, 10, 10]})
         content["probe"]["logits"].update(projection=0.51)
-        content["model"].update(conversion=[{"index": 1, "experts": 4, "expert_size": 8, "top_k": 2}])
+        content["model"].update(
+            conversion=[{"index": 1, "experts": 4, "expert_size": 8, "top_k": 2, "explained": None}]
+        )
         content["data"]["train"].update(rows=9)
 
     edit(next(run for run in runs if run.spec["method"].get("name") == "emoe"), change)

@@ -223,7 +223,7 @@ def _other_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, 
     for layer in model.get("conversion", ()):
         name, experts = f"layer {layer['index']}", f"{layer['experts']} experts of {layer['expert_size']}"
         yield "model", name, "conversion", f"{experts}, top {layer['top_k']}"
-        if layer.get("explained") is not None:
+        if layer["explained"] is not None:
             yield "model", name, "inertia", repr(1 - layer["explained"])
     for group, content in model.get("trained", {}).items():
         yield "model", group, "trained", f"{content['parameters']} {content['names']}"
