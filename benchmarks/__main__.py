@@ -48,7 +48,7 @@ _threads = click.option("--threads", type=click.IntRange(min=1), default=1, show
 def cli() -> None:
     """Run, collect, compare and publish benchmark runs."""
     if not {"-h", "--help"} & set(sys.argv):  # a plugin may import torch, which takes seconds
-        from benchmarks.harness.config.plugins import import_plugins
+        from benchmarks.harness.config.methods import import_plugins
 
         import_plugins()
 
@@ -67,7 +67,7 @@ def list_command(kind: str | None, suite: str, as_json: bool) -> None:
     if kind == "paper":
         from benchmarks.harness.report.paper_items import paper_index
 
-        rows = paper_index(_load_suite(suite)).to_dict("records")
+        rows = paper_index(_load_suite(suite))
     else:
         rows = LISTS[kind]() if kind else overview()
     if as_json:
@@ -157,8 +157,8 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark."""
     from benchmarks.harness.base import paths
     from benchmarks.harness.config.artifacts import artifacts_of
-    from benchmarks.harness.config.definition import load_benchmark
-    from benchmarks.harness.config.schema import check_names
+    from benchmarks.harness.config.benchmark import load_benchmark
+    from benchmarks.harness.config.yaml import check_names
     from benchmarks.harness.report.paper_items import write_paper_items
     from benchmarks.harness.report.presentation import present
 
@@ -402,8 +402,8 @@ def serve_command(listener: int, modules: tuple[str, ...]) -> None:
 
 def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
     """Load a suite as a job of the workflow sees it, and check that it runs the benchmark."""
-    from benchmarks.harness.config.schema import check_names
     from benchmarks.harness.config.suite import suite_of_job
+    from benchmarks.harness.config.yaml import check_names
 
     loaded = suite_of_job(suite)
     check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)

@@ -23,9 +23,8 @@ from benchmarks.domainbed.validation import counts, load_set
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import write_text
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.kinds import ALL, SetPart
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.benchmark import ALL, SetPart, load_benchmark
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_image_classifier
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.training.progress import Progress
@@ -113,7 +112,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "routing": {
             **seen.summary,
             "loads": {str(layer): loads.tolist() for layer, loads in seen.loads.items()},
-            "chance": {str(layer): chance for layer, chance in seen.chance.items()},
+            "chance": {
+                str(layer): {name: list(bits) for name, bits in chance.items()} for layer, chance in seen.chance.items()
+            },
         }
         if seen.loads
         else {},

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.kinds import ALL, SetPart
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.benchmark import ALL, SetPart, load_benchmark
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import Trainable, build_language_model, permutations, save_trained, set_trained_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.prefix import Prefix

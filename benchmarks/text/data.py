@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from benchmarks.harness.base.errors import DataError, first_line
 from benchmarks.harness.base.paths import ROOT
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.kinds import PublishedRows, SetPart
+from benchmarks.harness.config.benchmark import PublishedRows, SetPart
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_vader
