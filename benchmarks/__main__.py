@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import click
 
 from benchmarks.harness.run.forkserver import ask, serve
+from emoe.errors import EMoEError
 
 if TYPE_CHECKING:
     from benchmarks.harness.config.suite import Suite
@@ -415,8 +416,7 @@ def _check_finished(suite: Suite, benchmarks: Sequence[str], part: str | None = 
     from benchmarks.harness.results.records import check_finished
 
     runs = [run for name in benchmarks for run in suite.runs_of(name, part)]
-    whole = which or (part is None and len(benchmarks) == len(suite.settings.benchmarks))
-    of = "" if whole else f"{part or benchmarks[0]} in "
+    of = f"{part or benchmarks[0]} in " if len(benchmarks) == 1 else ""
     check_finished(runs, f"of {of}the suite {suite.name}{which}", f"make run SUITE={suite.name}")
 
 
@@ -427,11 +427,8 @@ def _echo_json(content: object) -> None:
 def _echo_table(rows: Sequence[Mapping[str, object]]) -> None:
     from tabulate import tabulate
 
-    cells = [
-        {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()}
-        for row in rows
-    ]
-    click.echo(tabulate(cells, headers="keys", tablefmt="simple"))
+    cells = [[", ".join(value) if isinstance(value, list) else value for value in row.values()] for row in rows]
+    click.echo(tabulate(cells, headers=list(rows[0]), tablefmt="simple"))
 
 
 def _status(arguments: list[str]) -> int:
@@ -464,11 +461,7 @@ def _main() -> None:
         if isinstance(stop.__cause__, EOFError):  # click takes an empty file for an interrupted prompt
             raise stop.__cause__ from None
         sys.exit(130)
-    except ValueError as error:
-        from emoe.errors import EMoEError  # a ValueError; help needs neither it nor torch, which comes with it
-
-        if not isinstance(error, EMoEError):
-            raise
+    except EMoEError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except OSError as error:

@@ -51,8 +51,8 @@ def reserved(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
     if devices and (len(devices) < count or count < processes):
         raise RunError(
             f"{name} asks for {count} accelerators for {processes} process(es), and {len(devices)} are visible; let "
-            "Snakemake give as many (`--resources gpu=N`, which caps what each run gets), show the run more, or have it "
-            "take fewer: 'resources.gpu' and 'resources.processes' in the suite's part of benchmark.yaml"
+            "Snakemake give as many (`--resources gpu=N`, which caps what each run gets), show the run more, or have "
+            "it take fewer: 'resources.gpu' and 'resources.processes' in the suite's part of benchmark.yaml"
         )
     job = next(filter(None, map(os.environ.get, _JOBS)), "")
     if not devices or (job and len(devices) == count):
