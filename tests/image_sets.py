@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.images import ImageSet
 from benchmarks.domainbed.validation import load_set
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from tests.planned import paper_runs
 

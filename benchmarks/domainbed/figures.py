@@ -29,8 +29,8 @@ from benchmarks.harness.report.plots import (
     score_panels,
     wrapped,
 )
-from benchmarks.harness.results.information import mutual_information
 from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.results.statistics import mutual_information
 
 _SELECTION = "training"
 _SHARE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "Blues")

@@ -14,26 +14,22 @@ from benchmarks.domainbed.definition import ImageDefinition, ImageTraining, Imag
 from benchmarks.domainbed.protocol import BASELINE, SELECTIONS, held_out_combinations, hyper_parameters, sweep_seed
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.base.paths import IMAGES
-from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.frozen import check_frozen
-from benchmarks.harness.config.jobs import Job
-from benchmarks.harness.config.kinds import ALL, COUNTS, Benchmark, Domain, SetPart, WholeSets, missing_set
-from benchmarks.harness.config.methods import (
-    VARIANT_KEYS,
-    method_spec,
+from benchmarks.harness.config.benchmark import (
+    ALL,
+    COUNTS,
+    Benchmark,
+    Domain,
+    SetPart,
+    WholeSets,
+    missing_set,
     suite_methods,
     training_settings,
 )
-from benchmarks.harness.config.schema import (
-    check_file,
-    check_names,
-    parse,
-    read,
-)
-from benchmarks.harness.config.shared import (
-    Method,
-)
+from benchmarks.harness.config.catalogue import load_models, model_names
+from benchmarks.harness.config.methods import VARIANT_KEYS, Method, check_frozen, method_spec
+from benchmarks.harness.config.runs import Job
 from benchmarks.harness.config.suite import Suite, find_job
+from benchmarks.harness.config.yaml import check_file, check_names, parse, read
 from benchmarks.harness.sources.packages import PackageFile, packaged
 
 

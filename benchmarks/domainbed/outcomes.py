@@ -9,7 +9,7 @@ import pandas as pd
 
 from benchmarks.domainbed.definition import ImageDefinition, SetEntry
 from benchmarks.domainbed.protocol import SELECTIONS, Chosen, RunRecords
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.outcomes import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect_from, read_metrics

@@ -12,7 +12,7 @@ from benchmarks.domainbed.figures import draw_accuracy, draw_confusion, draw_rou
 from benchmarks.domainbed.grid import COST_COLUMNS
 from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.domainbed.protocol import standard_error
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common_tables import (
     cost_table,
@@ -27,7 +27,7 @@ from benchmarks.harness.report.common_tables import (
 from benchmarks.harness.report.presentation import Presentation, make
 from benchmarks.harness.report.published import read_published
 from benchmarks.harness.report.rendering import Column, Table
-from benchmarks.harness.results.information import PERMUTATIONS
+from benchmarks.harness.results.statistics import PERMUTATIONS
 
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _FOUR = "average of four"

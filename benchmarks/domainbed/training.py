@@ -19,7 +19,7 @@ from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, Tra
 from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.results.information import Told, by_chance, shuffled_information
+from benchmarks.harness.results.statistics import MutualInformation, by_chance, shuffled_information
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
@@ -45,7 +45,7 @@ def expert_information(
         seed: The seed of the shuffling.
 
     Returns:
-        ``[1 + PERMUTATIONS, layers]`` bits each, the first as it is; see :func:`~benchmarks.harness.results.information.shuffled_information`.
+        ``[1 + PERMUTATIONS, layers]`` bits each, the first as it is; see :func:`~benchmarks.harness.results.statistics.shuffled_information`.
     """
     return {
         "class": shuffled_information(loads, classes, environments, seed),
@@ -214,7 +214,7 @@ class DomainTrainer:
         bits = expert_information(loads, classes, environments, seed=self._seed)
         summary = record.summary()
         for name, values in bits.items():
-            summary |= Told.mean(values).numbers(name)
+            summary |= MutualInformation.mean(values).numbers(name)
         return Predictions(
             confusion,
             {layer: counts[:, :, i] for i, layer in enumerate(record.layers)},

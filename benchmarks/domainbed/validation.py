@@ -20,7 +20,7 @@ from benchmarks.domainbed.mnist import load_mnist
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import atomic_write, write_json
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.yaml import parse
 
 
 def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:

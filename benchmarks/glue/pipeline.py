@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_classifier, save_trained
 from benchmarks.harness.models.conversion import use_as_
 from benchmarks.harness.models.loading import load_tokenizer

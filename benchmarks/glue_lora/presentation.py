@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.results.records import read_metrics

@@ -10,11 +10,19 @@ from typing import Any, NamedTuple
 from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.config.definition import benchmark_names, load_benchmark
-from benchmarks.harness.config.kinds import Benchmark, Offer, kind_of, text_tokens
-from benchmarks.harness.config.method_rows import resolve_methods
-from benchmarks.harness.config.schema import check_names, parse
-from benchmarks.harness.config.shared import ABLATION, Definition, MethodsDefinition
+from benchmarks.harness.config.benchmark import (
+    Benchmark,
+    Definition,
+    MethodsDefinition,
+    Offer,
+    benchmark_names,
+    kind_of,
+    load_benchmark,
+    resolve_methods,
+    text_tokens,
+)
+from benchmarks.harness.config.methods import ABLATION
+from benchmarks.harness.config.yaml import check_names, parse
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import TextKind, TextSets, check_ablations, transformed_rows
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from benchmarks.glue_ood.definition import EvaluationDefinition
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.rendering import Table

@@ -9,29 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, RunError, first_line
-from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.frozen import check_frozen
-from benchmarks.harness.config.kinds import (
+from benchmarks.harness.config.benchmark import (
     ALL,
     COUNTS,
     Benchmark,
     Domain,
     Offer,
+    Resources,
     SetPart,
     WholeSets,
     missing_set,
-    text_tokens,
-)
-from benchmarks.harness.config.methods import (
-    VARIANT_KEYS,
-    method_spec,
     suite_methods,
+    text_tokens,
     training_settings,
     with_changes,
 )
-from benchmarks.harness.config.schema import check_names, parse, read
-from benchmarks.harness.config.shared import Method, Resources
-from benchmarks.harness.config.tunings import TUNINGS, needs_layers, tuning_spec
+from benchmarks.harness.config.catalogue import load_models, model_names
+from benchmarks.harness.config.methods import (
+    TUNINGS,
+    VARIANT_KEYS,
+    Method,
+    check_frozen,
+    method_spec,
+    needs_layers,
+    tuning_spec,
+)
+from benchmarks.harness.config.yaml import check_names, parse, read
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.llama.definition import (
     Finetuning,

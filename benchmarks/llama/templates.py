@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.schema import check_names, read_yaml
+from benchmarks.harness.config.yaml import check_names, read_yaml
 from benchmarks.llama.instructions import Instruction
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.report.looks import EMOE
 from benchmarks.harness.report.plots import REFERENCE, STYLE, WIDTH, hide_empty, panel_grid, placeholder_figure, save
+from benchmarks.harness.report.style import EMOE
 from benchmarks.modularity.grid import EXPERTS
 from benchmarks.modularity.tables import ModularityOutcomes
 from benchmarks.text.usage_figures import UsagePanel, draw_usage
@@ -119,7 +119,7 @@ def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
 
 def _draw_series(axis: Any, outcomes: ModularityOutcomes, rows: pd.DataFrame, sizes: list[int], number: int) -> None:
     name = str(rows["method"].iloc[0])
-    look = outcomes.look(name)
+    look = outcomes.style(name)
     by_size = rows.groupby("num_experts")["best_quarter"]
     places = [sizes.index(size) for size in by_size.groups]
     shift = 0.12 * (number - 1)

@@ -10,11 +10,19 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.config.benchmark import (
+    Benchmark,
+    Domain,
+    TrainingDefinition,
+    TrainingSuite,
+    resolve_methods,
+    suite_methods,
+    text_tokens,
+)
 from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.kinds import Benchmark, Domain, text_tokens
-from benchmarks.harness.config.method_rows import resolve_methods
-from benchmarks.harness.config.methods import VARIANT_KEYS, method_spec, suite_methods
-from benchmarks.harness.config.schema import (
+from benchmarks.harness.config.methods import VARIANT_KEYS, VariantAxes, method_spec
+from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.yaml import (
     UNIQUE,
     Count,
     Key,
@@ -27,8 +35,6 @@ from benchmarks.harness.config.schema import (
     parse,
     read,
 )
-from benchmarks.harness.config.shared import TrainingDefinition, TrainingSuite, VariantAxes
-from benchmarks.harness.config.specs import RunSpec
 from benchmarks.text.definition import RunTask, TaskEntry, TaskFile
 from benchmarks.text.grid import TextSets
 

@@ -15,8 +15,8 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 import emoe
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import permutations
 from benchmarks.harness.models.conversion import apply_method_
 from benchmarks.harness.models.loading import describe, load_backbone, load_tokenizer, weights_digest

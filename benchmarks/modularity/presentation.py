@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation, make
 from benchmarks.modularity.figures import draw_activations, draw_activations_3d, draw_concentration, draw_experts

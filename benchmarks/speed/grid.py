@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.kinds import Benchmark, Domain, Kind, Offer
-from benchmarks.harness.config.schema import Count, Key, Names, Share, Strict, Whole, check_names, left_out, parse
-from benchmarks.harness.config.shared import Definition, Entry, Layers, Resources, SuitePart
+from benchmarks.harness.config.benchmark import Benchmark, Definition, Domain, Entry, Kind, Offer, Resources, SuitePart
+from benchmarks.harness.config.methods import Layers
+from benchmarks.harness.config.yaml import Count, Key, Names, Share, Strict, Whole, check_names, left_out, parse
 
 MEASURES = ("layer", "step", "decode", "prompt", "generate", "partition")
 # settings in a run's name, by their letter; candidates and rounds say how much is measured, not what

@@ -20,7 +20,7 @@ import emoe
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.loading import load_backbone
 from benchmarks.harness.training.progress import Progress
 from benchmarks.speed.ffn import CANDIDATES, FFN

@@ -6,8 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.counts import PublishedRows
-from benchmarks.harness.config.schema import (
+from benchmarks.harness.config.benchmark import (
+    Entry,
+    Precision,
+    PublishedRows,
+    TrainingDefinition,
+    TrainingSettings,
+    TrainingSuite,
+)
+from benchmarks.harness.config.methods import LoRA, VariantAxes
+from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.yaml import (
     AS_GIVEN,
     UNIQUE,
     Count,
@@ -25,16 +34,6 @@ from benchmarks.harness.config.schema import (
     left_out,
     zero_left_out,
 )
-from benchmarks.harness.config.shared import (
-    Entry,
-    LoRA,
-    Precision,
-    TrainingDefinition,
-    TrainingSettings,
-    TrainingSuite,
-    VariantAxes,
-)
-from benchmarks.harness.config.specs import RunSpec
 
 Protocol = Literal["published", "clean"]
 

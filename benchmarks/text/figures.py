@@ -173,7 +173,7 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
                 ax=axis,
                 label_fmt_left="{label} ({rank:.2f}) ",
                 label_fmt_right=" ({rank:.2f}) {label}",
-                color_palette={names[method]: outcomes.look(method).colour for method in names},
+                color_palette={names[method]: outcomes.style(method).colour for method in names},
                 crossbar_props={"color": REFERENCE},
             )
             axis.set_xlim(1, len(ranks))  # all ranks that there are

@@ -10,21 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
-from benchmarks.harness.config.catalogue import load_metrics, load_models, model_names
-from benchmarks.harness.config.frozen import check_frozen
-from benchmarks.harness.config.kinds import COUNTS, OOD_MEAN, Benchmark, D, Domain, Kind, Offer, SetPart, text_tokens
-from benchmarks.harness.config.method_rows import check_rows, resolve_methods
-from benchmarks.harness.config.methods import (
-    OF_TRAINING,
-    VARIANT_KEYS,
-    method_spec,
+from benchmarks.harness.config.benchmark import (
+    COUNTS,
+    OOD_MEAN,
+    Benchmark,
+    D,
+    Domain,
+    Kind,
+    MethodsDefinition,
+    Offer,
+    SetPart,
+    check_rows,
+    resolve_methods,
     suite_methods,
+    text_tokens,
     training_settings,
 )
-from benchmarks.harness.config.schema import check_file, check_names, parse, read
-from benchmarks.harness.config.shared import ABLATION, Method, MethodRow, MethodsDefinition
-from benchmarks.harness.config.specs import trained_sets
-from benchmarks.harness.config.variants import variant_of
+from benchmarks.harness.config.catalogue import load_metrics, load_models, model_names
+from benchmarks.harness.config.methods import (
+    ABLATION,
+    OF_TRAINING,
+    VARIANT_KEYS,
+    Method,
+    MethodRow,
+    check_frozen,
+    method_spec,
+    variant_of,
+)
+from benchmarks.harness.config.runs import trained_sets
+from benchmarks.harness.config.yaml import check_file, check_names, parse, read
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.training.label_mapping import label_mapping
@@ -119,10 +133,6 @@ class TextKind(TextSets[TextDefinition]):
     def published_files(self, definition: TextDefinition) -> list[str]:
         traces = definition.published_traces
         return [*super().published_files(definition), *(traces.rows.values() if traces else ())]
-
-    def rows_shown(self, definition: TextDefinition, shown: str) -> Collection[str] | None:
-        traces = definition.published_traces
-        return traces.rows if shown == "traces" and traces else super().rows_shown(definition, shown)
 
     def check(self, definition: TextDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
         file = folder / "benchmark.yaml"

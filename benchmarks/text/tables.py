@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.catalogue import load_metrics
-from benchmarks.harness.config.kinds import OOD_MEAN
 from benchmarks.harness.report.common_tables import (
     cost_table,
     difference_text,

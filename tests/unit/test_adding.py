@@ -163,7 +163,7 @@ def test_a_block_for_another_benchmark_grows_its_suite_alone(project: Path) -> N
 
 def test_its_router_its_tuning_its_metric_and_its_architecture_run(project: Path) -> None:
     look, printed, _, check = PAGE["An architecture"]
-    imports = "import torch, emoe\nfrom benchmarks.harness.config.plugins import import_plugins\nimport_plugins()\n"
+    imports = "import torch, emoe\nfrom benchmarks.harness.config.methods import import_plugins\nimport_plugins()\n"
     said = run(project, [sys.executable, "-c", imports + look + check + RUN])
     assert printed in said
     paths = [project / line for line in said.splitlines() if line.endswith("metrics.json")]

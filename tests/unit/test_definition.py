@@ -12,12 +12,11 @@ import yaml
 from benchmarks.glue_ood.grid import KIND as EVALUATION
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config import definition, runs, suite
+from benchmarks.harness.config import benchmark, runs, suite
+from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.kinds import Benchmark
-from benchmarks.harness.config.schema import parse, read, read_yaml
-from benchmarks.harness.config.settings import SuiteSettings
+from benchmarks.harness.config.suite import SuiteSettings
+from benchmarks.harness.config.yaml import parse, read, read_yaml
 from benchmarks.text.definition import TaskEntry, TextDefinition
 
 SAFE = set(string.ascii_letters + string.digits + "._+-")
@@ -41,7 +40,7 @@ def changed_task(name: str, **changes: object) -> TaskEntry:
 
 
 def test_every_shipped_file_is_valid() -> None:
-    for name in definition.benchmark_names():
+    for name in benchmark.benchmark_names():
         load_benchmark(name)
     load_models()
     load_metrics()
@@ -150,7 +149,7 @@ def test_a_plan_that_cannot_run_is_refused_before_it_starts(changed, path, value
 def test_names_that_lead_nowhere_are_refused(path, value, message) -> None:
     real = load_benchmark("glue")
     with pytest.raises(DefinitionError, match=message):
-        definition.check_references(real.kind.load(edited(path, value), real.file)[0], real.tasks, real.folder)
+        benchmark.check_references(real.kind.load(edited(path, value), real.file)[0], real.tasks, real.folder)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +187,7 @@ def test_tasks_that_lead_nowhere_are_refused(name: str, key: str, value: object,
     real = load_benchmark("glue")
     tasks = {**real.tasks, name: changed_task(name, **{key: value})}
     with pytest.raises(DefinitionError, match=message) as caught:
-        definition.check_references(real.definition, tasks, real.folder)
+        benchmark.check_references(real.definition, tasks, real.folder)
     assert "tasks.yaml: " in str(caught.value)
 
 
@@ -198,7 +197,7 @@ def test_only_trained_benchmarks_can_be_evaluated(other: str, tmp_path: Path, mo
         shutil.copytree(paths.BENCHMARKS / name, tmp_path / name)
     file = tmp_path / "glue_ood" / "benchmark.yaml"
     file.write_text(file.read_text().replace("evaluates: glue_lora", f"evaluates: {other}"))
-    monkeypatch.setattr(definition, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(benchmark, "BENCHMARKS", tmp_path)
     with pytest.raises(
         DefinitionError, match=f"'evaluates' is '{other}', which does not exist; (did you mean|choose from)"
     ):
@@ -209,7 +208,7 @@ def test_classes_without_a_fold_are_refused() -> None:
     real = load_benchmark("glue")
     tasks = {**real.tasks, "mnli": changed_task("mnli", ood=["hans"], label_map={})}
     with pytest.raises(DefinitionError, match=r"'tasks\.mnli\.ood': 'hans' has 2 classes, the model 3"):
-        definition.check_references(real.definition, tasks, real.folder)
+        benchmark.check_references(real.definition, tasks, real.folder)
 
 
 def test_runs_that_keep_no_weights_cannot_be_evaluated() -> None:

@@ -23,7 +23,7 @@ from benchmarks.domainbed.protocol import (
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.config import suite as planning
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.config.suite import Suite, find_part, load_suite
 from benchmarks.harness.report.claims import write_claims

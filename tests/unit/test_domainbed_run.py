@@ -22,9 +22,9 @@ from benchmarks.domainbed.definition import ImageSpec, ImageSuite
 from benchmarks.domainbed.grid import KIND
 from benchmarks.domainbed.protocol import best_record
 from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.results.information import mutual_information
+from benchmarks.harness.results.statistics import mutual_information
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 

@@ -13,7 +13,7 @@ import yaml
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.report.claims import write_claims
@@ -220,8 +220,8 @@ def test_a_suite_without_training_or_accuracy_still_has_its_pictures(runs: list[
 
 
 def test_wrong_settings_are_refused_by_name() -> None:
-    from benchmarks.harness.config.kinds import Benchmark
-    from benchmarks.harness.config.schema import parse
+    from benchmarks.harness.config.benchmark import Benchmark
+    from benchmarks.harness.config.yaml import parse
     from benchmarks.llama.definition import InstructionDefinition
     from benchmarks.llama.grid import KIND
 

@@ -11,9 +11,9 @@ import yaml
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config import method_rows, plugins
-from benchmarks.harness.config.method_rows import load_methods, resolve_methods
-from benchmarks.harness.config.shared import Method, TrainingDefinition, TrainingSuite
+from benchmarks.harness.config import benchmark, methods
+from benchmarks.harness.config.benchmark import TrainingDefinition, TrainingSuite, resolve_methods
+from benchmarks.harness.config.methods import Method, load_methods
 
 
 class Definition(TrainingDefinition):
@@ -32,7 +32,7 @@ METHODS = {
 def rows(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """The rows of a benchmark that compares these methods, or of its suite, with all that is given of each."""
     known = {name: Method.model_validate(method) for name, method in METHODS.items()}
-    monkeypatch.setattr(method_rows, "load_methods", lambda: known)
+    monkeypatch.setattr(benchmark, "load_methods", lambda: known)
 
     def use(methods: dict[str, Any], suite: dict[str, Any] | None = None, **benchmark: Any) -> dict[str, Any]:
         content = {"version": 1, "title": "A", "pipeline": "a", "tables": ["a"], "baseline": "vanilla", **benchmark}
@@ -81,10 +81,9 @@ def test_k_in_one_form_replaces_k_in_the_other(rows) -> None:
 def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Read a methods.yaml like the real one, with a method more and plugins."""
     content = yaml.safe_load((paths.BENCHMARKS / "methods.yaml").read_text())
-    for module in (method_rows, plugins):
-        monkeypatch.setattr(module, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(methods, "BENCHMARKS", tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(plugins, "ROOT", tmp_path)
+    monkeypatch.setattr(methods, "ROOT", tmp_path)
 
     def use(method: object = None, plugins: object = ()) -> dict[str, Any]:
         methods = content["methods"] | ({"mine": method} if method else {})
@@ -111,7 +110,7 @@ def test_what_is_wrong_in_methods_yaml_is_named_there(read, method: dict[str, An
 
 def test_a_plugin_makes_its_router_and_its_tuning_known(read, tmp_path: Path) -> None:
     (tmp_path / "my_router.py").write_text(
-        "import emoe\nfrom benchmarks.harness.config.tunings import register_tuning\n"
+        "import emoe\nfrom benchmarks.harness.config.methods import register_tuning\n"
         "emoe.register_router('linear', type('Linear', (emoe.Router,), {}))\n"
         "register_tuning('bias', lambda model, layers: [])\n"
     )

@@ -11,9 +11,9 @@ import torch
 
 import emoe
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import plan
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.report.presentation import present
 from benchmarks.modularity.activations import (
     concentration,

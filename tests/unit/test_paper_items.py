@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import BENCHMARKS, ROOT
+from benchmarks.harness.base.paths import ROOT
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, all_artifacts, artifacts_of
-from benchmarks.harness.config.definition import benchmark_names, check_references, load_benchmark
+from benchmarks.harness.config.benchmark import benchmark_names, check_references, load_benchmark
 from benchmarks.harness.config.paper_items import (
     PaperPart,
     check_part,
@@ -28,8 +28,6 @@ from benchmarks.harness.report.presentation import check_presentations, present
 from tests import fake_runs
 from tests.drawn import watched
 from tests.programs import call
-
-FILE = BENCHMARKS / "paper.yaml"
 
 
 def test_every_part_is_made_by_one_rule() -> None:
@@ -51,7 +49,7 @@ def test_every_part_is_made_by_one_rule() -> None:
 )
 def test_parts_name_what_exists(part: dict[str, object], message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
-        check_part(PaperPart.model_validate(part), FILE, "items.table_9")
+        check_part(PaperPart.model_validate(part), "paper.yaml: 'items.table_9")
 
 
 def test_every_benchmark_names_tables_and_figures_that_exist() -> None:
@@ -120,11 +118,11 @@ def test_paper_tables_have_the_papers_rows_by_one_selection(here: Path) -> None:
     assert "| authors'" not in (folder / "table_3a.md").read_text()  # mini has clean runs alone
     assert "Vanilla" in (folder / "table_2a.md").read_text()
     assert "random partition" not in (folder / "table_2a.md").read_text()
-    index = paper_index(suite).set_index("item")
-    assert index.loc["table_1", "status"].startswith("not in this suite")
-    assert index.loc["table_mmlu", "status"] == "not in this suite (benchmark llama)"
-    assert index.loc["table_4", "status"] == "made"
-    assert index.loc["table_multitask", "status"] == "not in this suite (benchmark multitask)"
+    status = {row["item"]: row["status"] for row in paper_index(suite)}
+    assert status["table_1"].startswith("not in this suite")
+    assert status["table_mmlu"] == "not in this suite (benchmark llama)"
+    assert status["table_4"] == "made"
+    assert status["table_multitask"] == "not in this suite (benchmark multitask)"
 
 
 def test_the_command_lists_every_item() -> None:

@@ -13,9 +13,11 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, CONFIG
-from benchmarks.harness.config.kinds import kind_name
+from benchmarks.harness.config.benchmark import kind_name
+from benchmarks.harness.config.methods import Method
 from benchmarks.harness.config.runs import canonical_json, plan
-from benchmarks.harness.config.schema import (
+from benchmarks.harness.config.schemas import write_schemas
+from benchmarks.harness.config.yaml import (
     UNIQUE,
     AsGiven,
     Count,
@@ -28,8 +30,6 @@ from benchmarks.harness.config.schema import (
     left_out,
     parse,
 )
-from benchmarks.harness.config.schemas import write_schemas
-from benchmarks.harness.config.shared import Method
 from benchmarks.text.definition import TextSpec
 from emoe.config import EMoEConfig, GMoEConfig
 

@@ -12,9 +12,8 @@ import yaml
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.config import runs
-from benchmarks.harness.config.definition import AnyBenchmark, load_benchmark
-from benchmarks.harness.config.kinds import Benchmark
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.benchmark import AnyBenchmark, Benchmark, load_benchmark
+from benchmarks.harness.config.yaml import parse
 from benchmarks.speed import pipeline
 from benchmarks.speed.ffn import CANDIDATES, FFN
 from benchmarks.speed.grid import MeasurementDefinition

@@ -11,12 +11,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.kinds import Benchmark
-from benchmarks.harness.config.methods import method_spec
-from benchmarks.harness.config.schema import parse
-from benchmarks.harness.config.shared import Method
-from benchmarks.harness.config.tunings import register_tuning
+from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
+from benchmarks.harness.config.methods import Method, method_spec, register_tuning
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.tuning import tune_
 from benchmarks.llama.definition import InstructionDefinition
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(workflow.basedir))
 
 from benchmarks.domainbed.grid import find_validation
 from benchmarks.harness.base.secrets import without_passwords
-from benchmarks.harness.config import artifacts, jobs, paper_items
+from benchmarks.harness.config import artifacts, paper_items, runs
 from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config import suite as suites
 from benchmarks.harness.run import devices
@@ -61,12 +61,16 @@ def run_jobs(jobs):
 
 
 onstart:
-    needed = [run_of(job.wildcards) for job in run_jobs(workflow.dag.needrun_jobs())]
+    needed = [
+        run_of(job.wildcards) for job in run_jobs(workflow.dag.needrun_jobs())
+    ]
     try:
         if workflow.local_exec:  # else a cluster's nodes have the accelerators
             devices.check_accelerators(SUITE.name, needed)
         if needed:
-            from benchmarks.harness.report.presentation import check_presentations  # it takes a second
+            from benchmarks.harness.report.presentation import (
+                check_presentations,
+            )  # it takes a second
 
             check_presentations(SUITE.settings.benchmarks)
     except EMoEError as error:
@@ -160,7 +164,7 @@ def run_json(wildcards):
 
 
 def run_inputs(wildcards):
-    return jobs.run_inputs(run_of(wildcards))
+    return runs.run_inputs(run_of(wildcards))
 
 
 def run_resource(name, usual=None):
@@ -190,11 +194,11 @@ def partition_json(wildcards):
 
 
 def partition_inputs(wildcards):
-    return jobs.model_files(suites.find_partition(wildcards.partition, SUITE).model)
+    return runs.model_files(suites.find_partition(wildcards.partition, SUITE).model)
 
 
 def rebuilt_from(wildcards):
-    return jobs.rebuilt_from(wildcards.model).path
+    return runs.rebuilt_from(wildcards.model).path
 
 
 def validation_json(wildcards):
@@ -203,7 +207,7 @@ def validation_json(wildcards):
 
 def validation_inputs(wildcards):
     job = find_validation(wildcards.validation, SUITE)
-    return jobs.set_files(job.benchmark, job.task)
+    return runs.set_files(job.benchmark, job.task)
 
 
 def suite_metrics(wildcards):

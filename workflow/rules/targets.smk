@@ -77,6 +77,6 @@ for name, item in paper_items.load_paper_items().items():
                 name
             input:
                 paper_items.paper_files(SUITE, name)
-                or not_here(name, paper_items.shown_benchmarks(item)),
+                or not_here(name, paper_items.item_benchmarks(item)),
             message:
                 "The paper's table or figure is up to date: {input}"

@@ -1,4 +1,4 @@
-"""What a benchmark shows: the files of its tables and figures, and those of the claims."""
+"""Name the files of the tables and figures of each benchmark and of the claims, and the code that makes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.config.definition import benchmark_names, load_benchmark
+from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 
 FORMATS = ("csv", "md", "tex", "html")
 FIGURE_FORMATS = ("pdf", "png")
@@ -16,13 +16,13 @@ FIGURE_FORMATS = ("pdf", "png")
 
 @dataclass(frozen=True)
 class Artifacts:
-    """Tables and figures that are made together: a benchmark's own, or those of one of its sets.
+    """The names of tables and figures that are made together: those of a benchmark, or of one of its sets.
 
     Attributes:
-        benchmark: the benchmark.
-        part: the set; None for what is over all of them.
-        tables: names of the tables.
-        figures: names of the figures, with their captions.
+        benchmark: The name of the benchmark.
+        part: The name of the set; None for tables over all sets.
+        tables: The names of the tables.
+        figures: The names of the figures, with their captions.
     """
 
     benchmark: str
@@ -32,11 +32,11 @@ class Artifacts:
 
     @property
     def name(self) -> str:
-        """What files begin with, and the target of the workflow."""
+        """Return the prefix of the files, which is also the target of the workflow."""
         return f"{self.benchmark}_{self.part}" if self.part else self.benchmark
 
     def stem(self, name: str) -> str:
-        """What the file of a table or figure is called, without ending."""
+        """Return the name of a file without ending."""
         return f"{self.name}_{name}" if name else self.name
 
     def table_files(self, suite: str) -> list[str]:
@@ -44,11 +44,11 @@ class Artifacts:
         return [str(folder / f"{self.stem(table)}.{end}") for table in self.tables for end in FORMATS]
 
     def short_caption(self, figure: str) -> str:
-        """What a figure shows: its caption up to the first stop, which is not that of ``Fig. 4``."""
+        """Cut a caption at the first full stop, which is not that of ``Fig. 4``."""
         return re.split(r"\. (?=[A-Z])|: ", self.figures[figure], maxsplit=1)[0].rstrip(".")
 
     def figure_labels(self, suite: str) -> dict[str, dict[str, str]]:
-        """What Snakemake's report says of each file of :meth:`figure_files`."""
+        """Return the labels of :meth:`figure_files` in Snakemake's report."""
         folder = paths.RESULTS / suite / "figures"
         return {
             str(folder / f"{self.stem(figure)}.{end}"): {"figure": self.short_caption(figure), "format": end}
@@ -72,7 +72,7 @@ CLAIMS = Artifacts(
 
 
 def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
-    """What a benchmark shows, or a part of it."""
+    """Name the tables and figures of a benchmark, or of one of its sets."""
     definition = load_benchmark(benchmark).definition
     if part:
         return Artifacts(benchmark, part, definition.set_tables, definition.set_figures)
@@ -94,10 +94,10 @@ def page_files() -> list[str]:
 
 
 def all_artifacts() -> list[Artifacts]:
-    """What all benchmarks and all their parts show, whether a suite runs them or not."""
-    found = []
-    for name in benchmark_names():
-        loaded = load_benchmark(name)
-        parts = list(loaded.tasks) if loaded.kind.shows_parts else []
-        found += [artifacts_of(name, part) for part in (None, *parts)]
-    return found
+    """Name the tables and figures of all benchmarks and all their sets, whether a suite runs them or not."""
+    benchmarks = {name: load_benchmark(name) for name in benchmark_names()}
+    return [
+        artifacts_of(name, part)
+        for name, benchmark in benchmarks.items()
+        for part in (None, *(benchmark.tasks if benchmark.kind.shows_parts else ()))
+    ]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.config.schema import Count, Number, Positive, Strict, Whole, left_out, read
+from benchmarks.harness.config.yaml import Count, Number, Positive, Strict, Whole, left_out, read
 
 _NEEDS = (
     ("package", "path"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import load_claims
-from benchmarks.harness.config.definition import benchmark_names, load_benchmark
-from benchmarks.harness.config.method_rows import load_methods
+from benchmarks.harness.config.methods import load_methods
 from benchmarks.harness.config.suite import plain_suite, suite_names
 
 Row = dict[str, Any]

@@ -1,20 +1,99 @@
-"""From a benchmark's grid to runs: fully resolved, named by what they are."""
+"""Runs: their specs and ids, their plan, and the jobs that have to finish before them."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base import paths
+from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.files import read_json
-from benchmarks.harness.config.definition import AnyBenchmark, benchmark_names, load_benchmark
-from benchmarks.harness.config.kinds import kind_of
+from benchmarks.harness.config.benchmark import AnyBenchmark, benchmark_names, kind_of, load_benchmark
+from benchmarks.harness.config.catalogue import ModelSource, load_models
+from benchmarks.harness.config.methods import Layers
+from benchmarks.harness.config.yaml import AsGiven, Count, Number, Strict, Whole, left_out
+from benchmarks.harness.sources.packages import PackageFile, packaged
 from emoe.errors import did_you_mean
+
+
+class RunModel(ModelSource):
+    """The model of a run, and in which form its weights are loaded."""
+
+    name: str
+    """Name in models.yaml."""
+    weights: Literal["bf16"] | None = left_out()
+    """Type of the weights, where it is not float32."""
+    quantize: Literal["nf4", "fp4"] | None = left_out()
+    """In 4 bits."""
+    whole: Layers | None = left_out()
+    """The FFNs that stay whole in a quantised model."""
+
+
+class RunTune(AsGiven):
+    """What is trained, where that is not everything."""
+
+    blocks: str | list[int]
+    """The blocks that are trained as a whole."""
+    also: list[str]
+    """Further modules, by the last part of their name."""
+    tuning: str | None = None
+    """Another registered way of tuning."""
+    layers: Layers | None = None
+    """What that is told."""
+    head: bool | None = None
+    """False where the head stays as it is."""
+
+
+class RunMethod(AsGiven):
+    """The method of a run."""
+
+    name: str
+    """The row of the comparison."""
+    variant: str
+    """What of it is varied, short."""
+    noise: Number | None = None
+    """Intensity of noisy tuning."""
+    config: dict[str, Any] | None
+    """The configuration of an EMoE or GMoE; null for a dense model."""
+    tune: RunTune | None = None
+    """What is trained; null for everything."""
+
+
+class RunSpec(Strict):
+    """What shapes a run's numbers; its dump is what is hashed."""
+
+    benchmark: str
+    """Whose run it is."""
+    version: Count
+    """Of the benchmark."""
+    pipeline: str
+    """The module that runs it."""
+    model: RunModel
+    """What is trained or evaluated."""
+    method: RunMethod
+    """How."""
+    learning_rate: Number
+    """Peak learning rate; 0 where nothing is trained."""
+    seed: Whole
+    """The run's seed."""
+
+
+def trained_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The sets that a run is trained on: one, or of a mixture several."""
+    found: list[Mapping[str, Any]] = spec["task"].get("tasks", [spec["task"]])
+    return found
+
+
+def all_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The sets that a run is trained or evaluated on."""
+    return [*trained_sets(spec), *spec["ood"]]
+
 
 _SLUG_LENGTH = 80
 
@@ -129,3 +208,76 @@ def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) 
             yield replace(run_from_spec(spec), resources=kind.resources(suites[suite].resources, spec))
 
     return list({run.id: run for name in benchmark_names for run in runs_of(name)}.values())
+
+
+class Job:
+    """A job whose content is its identity; a frozen dataclass of plain values."""
+
+    def to_json(self) -> str:
+        return canonical_json(dataclasses.asdict(cast(Any, self)))
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class PartitionJob(Job):
+    """The clustering of one layer of a model under one setting, shared by all runs that need it."""
+
+    model: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        layers = "+".join(map(str, self.config["layers"])) if isinstance(self.config["layers"], list) else "layers"
+        return f"{self.model['name']}-N{self.config['num_experts']}-L{layers}-{self.digest}"
+
+    @property
+    def file(self) -> str:
+        """The receipt, which names the cached partition by its content."""
+        return str(paths.PARTITIONS / f"{self.id}.json")
+
+
+def partition_jobs(run: Run) -> list[PartitionJob]:
+    """The clusterings that a run needs before it starts, one for each layer that its configuration lists."""
+    config = run.spec["method"]["config"]
+    if config is None or config.get("partition") != "kmeans":
+        return []
+    keys = ("num_experts", "partition", "partition_seed")
+    shared = {"kind": "emoe", "top_k": 1, **{key: config[key] for key in keys}}
+    # how many layers a word such as "all" means is known when the model is loaded
+    layers = [[layer] for layer in config["layers"]] if isinstance(config["layers"], list) else [config["layers"]]
+    return [PartitionJob(run.spec["model"], {**shared, "layers": chosen}) for chosen in layers]
+
+
+def rebuilt_from(name: str) -> PackageFile:
+    """The package file that a rebuilt model is in.
+
+    Raises:
+        DataError: no such model.
+    """
+    rebuilt = {model: found.rebuilt for model, found in load_models().items() if found.rebuilt}
+    if name not in rebuilt:
+        raise DataError(f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}")
+    return packaged(rebuilt[name])
+
+
+def model_files(model: Mapping[str, Any]) -> list[str]:
+    """Files that the workflow makes before it can load a model."""
+    return [str(paths.MODELS / model["name"] / "model.safetensors")] if "rebuilt" in model else []
+
+
+def set_files(benchmark: str, task: Mapping[str, Any]) -> list[str]:
+    """Package files that a set of a benchmark is read from."""
+    return [str(file.path) for file in kind_of(benchmark).package_files(task)]
+
+
+def run_inputs(run: Run) -> list[str]:
+    """List the files beside ``run.json`` that a run needs: data, weights, partitions and those of its kind."""
+    return [
+        *dict.fromkeys(file for task in all_sets(run.spec) for file in set_files(run.benchmark, task)),
+        *model_files(run.spec["model"]),
+        *kind_of(run.benchmark).inputs(run.spec),
+        *(job.file for job in partition_jobs(run)),
+    ]

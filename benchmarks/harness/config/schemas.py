@@ -7,13 +7,13 @@ from pathlib import Path
 
 from benchmarks.harness.base.files import write_text
 from benchmarks.harness.base.paths import SCHEMAS
+from benchmarks.harness.config.benchmark import find_kind, kind_names
 from benchmarks.harness.config.catalogue import MetricFile, ModelFile
 from benchmarks.harness.config.claims import ClaimFile
-from benchmarks.harness.config.kinds import find_kind, kind_names
-from benchmarks.harness.config.method_rows import MethodFile
+from benchmarks.harness.config.methods import MethodFile
 from benchmarks.harness.config.paper_items import PaperFile
-from benchmarks.harness.config.schema import Strict, json_schema
-from benchmarks.harness.config.settings import SuiteSettings
+from benchmarks.harness.config.suite import SuiteSettings
+from benchmarks.harness.config.yaml import Strict, json_schema
 
 
 def write_schemas() -> list[Path]:

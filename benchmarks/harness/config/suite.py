@@ -13,22 +13,39 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
+from benchmarks.harness.config.benchmark import benchmark_names, kind_of, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import compared_benchmarks, load_claims
-from benchmarks.harness.config.definition import benchmark_names, load_benchmark
-from benchmarks.harness.config.jobs import Job, PartitionJob, partition_jobs, set_files
-from benchmarks.harness.config.kinds import kind_of
-from benchmarks.harness.config.runs import Run, canonical_json, plan, slug
-from benchmarks.harness.config.schema import check_names, parse, read_yaml
-from benchmarks.harness.config.settings import SuiteSettings
+from benchmarks.harness.config.runs import Job, PartitionJob, Run, canonical_json, partition_jobs, plan, set_files, slug
+from benchmarks.harness.config.yaml import UNIQUE, Strict, check_names, parse, read_yaml
 from benchmarks.harness.sources.local import local_folder, own_file
 from emoe.errors import did_you_mean
+
+
+class SuiteSettings(Strict):
+    """What to run. Every key can also be given on the command line (`--config key=value`)."""
+
+    suite: str
+    """The suite, like the file's name. Its grids stand in benchmarks/<name>/benchmark.yaml under `suites`."""
+    benchmarks: Annotated[list[str], Field(min_length=1), UNIQUE]
+    """Which benchmarks to run, in the order of the report."""
+    exclude: Annotated[list[str], UNIQUE] = Field([])
+    """OOD sets to leave out, by their name in tasks.yaml, for those that you could not obtain. Tables say which sets they cover."""
+    data_root: str | None = None
+    """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not there comes from the hub."""
+    model_root: str | None = None
+    """Folder with models, one subfolder each (the model's name). A model that is not there comes from the hub or its package."""
+    tracking_uri: str | None = None
+    """MLflow's store. Null: the variable MLFLOW_TRACKING_URI, else sqlite:///results/mlflow.db."""
+
 
 AnyJob = TypeVar("AnyJob", bound=Job)
 # Without them glibc gives memory back to the kernel and asks for it again in every step, which a small model pays for with a tenth of its training time.

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.config.tunings import block_of
+from benchmarks.harness.config.methods import block_of
 from benchmarks.harness.models.prefix import has_prefix
 from emoe.architectures import find_ffns
 

@@ -17,13 +17,12 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.config.artifacts import CLAIMS
+from benchmarks.harness.config.benchmark import AnyBenchmark, kind_of, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, load_models
 from benchmarks.harness.config.claims import ClaimTest, Comparison, PaperEffect, load_claims, suites_with
-from benchmarks.harness.config.definition import AnyBenchmark, load_benchmark
-from benchmarks.harness.config.kinds import kind_of
+from benchmarks.harness.config.methods import setting_text
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.config.variants import setting_text
 from benchmarks.harness.report.main_figure import draw_main, main_rows
 from benchmarks.harness.report.plots import STYLE, WIDTH, draw_interval, placeholder_figure, save
 from benchmarks.harness.report.presentation import present

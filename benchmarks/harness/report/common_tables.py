@@ -1,4 +1,4 @@
-"""Tables of every kind of benchmark that trains: results, tests against the baseline, what it took, what was published."""
+"""Make the tables that several benchmarks share: tests against the baseline, costs, published numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COST = (*COST, *MODEL, *LOADS, *information_numbers("class", "environment"))
 
 
 def with_numbers(frame: pd.DataFrame, on: Sequence[str], numbers: pd.DataFrame, prefix: str = "") -> pd.DataFrame:
-    """Rows with the numbers that have the same values in the columns ``on``, the numbers' columns prefixed."""
+    """Add the numbers with the same values in the columns ``on``; their columns get the prefix."""
     named = numbers.set_index(list(on)).add_prefix(prefix)
     return frame.merge(named, left_on=list(on), right_index=True, how="left")
 
@@ -32,17 +32,17 @@ def with_columns(
     best: str | None = "mean",
     joint: str = " ",
 ) -> tuple[pd.DataFrame, list[Column]]:
-    """Spread numbers over one column a name.
+    """Add one column of numbers per name.
 
     Args:
-        frame: rows, with the columns ``on``.
-        on: columns that numbers and rows share.
-        numbers: those, ``mean``, ``std``, ``best``, and, as the first column, the name of all columns.
-        headings: by name, in the order of columns.
-        metric: that the numbers are of.
-        std: column of the numbers with their spread.
-        best: column of the numbers by which the best row is marked.
-        joint: between a name and a column of the numbers, in columns of the frame.
+        frame: The rows, with the columns ``on``.
+        on: The columns that numbers and rows share.
+        numbers: These columns, ``mean``, ``std``, ``best``, and as the first column the name.
+        headings: The headings by name, in the order of the columns.
+        metric: The metric of the numbers.
+        std: The column of the numbers with their standard deviation.
+        best: The column of the numbers by which the best row is marked.
+        joint: The text between name and column in the columns of the frame.
 
     Returns:
         The rows with the numbers, and the columns of the table.
@@ -56,32 +56,32 @@ def with_columns(
 
 
 def with_average(frame: pd.DataFrame, columns: list[Column], metric: str) -> tuple[pd.DataFrame, list[Column]]:
-    """With the average of columns, where a row has all of them: an average over fewer is another number."""
+    """Add the average of the columns for the rows with all of them; an average over fewer is another number."""
     averages = frame[[column.value for column in columns]].mean(axis=1, skipna=False)
     average = Column(metric, "average", "Average", best="average")
     return frame.assign(average=averages), [*columns, average]
 
 
 def interval_text(low: float, high: float, decimals: int = 1) -> str:
-    """A confidence interval of a difference for a sentence, with a blank before it; nothing where there is none."""
+    """Print the confidence interval of a difference after a blank; empty if there is none."""
     return "" if math.isnan(low) else f" [{low:+z.{decimals}f}, {high:+z.{decimals}f}]"
 
 
 def difference_text(row: Any, unit: str = "") -> str:
-    """A difference of shares for a sentence: in points, with its interval and verdict."""
+    """Print a difference of shares in points, with its interval and verdict."""
     interval = interval_text(row.low * 100, row.high * 100)
     return f"{row.delta * 100:+z.1f}{unit}{interval}, {row.verdict or 'no test'}"
 
 
 def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str, frame: pd.DataFrame) -> Table:
-    """Paired differences to the baseline, with intervals, p and verdicts.
+    """Make a table of paired differences to the baseline, with intervals, p and verdicts.
 
     Args:
-        against: titles of what rows are compared with.
-        caption: what was paired and corrected.
-        keys: columns that name a row, with their headings.
-        metric: that the differences are of.
-        frame: one row a difference, as :func:`~benchmarks.harness.results.statistics.with_verdicts` makes them, with titles.
+        against: The title of the baseline.
+        caption: The explanation of pairs and correction.
+        keys: The columns that name a row, with their headings.
+        metric: The metric of the differences.
+        frame: One row per difference, as :func:`~benchmarks.harness.results.statistics.with_verdicts` makes them, with titles.
     """
     return Table(
         f"Tests against {against}",
@@ -98,23 +98,23 @@ def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str
 
 
 def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
-    """Means by cell as :func:`published_table` reads them: ``ours``, the ends of its 95 % interval from two values on, and their number ``n``."""
+    """Compute the means of cells for :func:`published_table`: ``ours``, its 95 % interval from two values on, and the number ``n``."""
     rows = values.groupby(list(cell), sort=False)
-    found = rows.agg(ours="mean", n="size")
+    means = rows.agg(ours="mean", n="size")
     for number, end in enumerate(("low", "high")):
-        ends = rows.agg(lambda own, number=number: confidence_interval(own.to_numpy())[number])
-        found[end] = ends.where(found["n"] > 1)
-    return found.reset_index()
+        ends = rows.agg(lambda cell_values, number=number: confidence_interval(cell_values.to_numpy())[number])
+        means[end] = ends.where(means["n"] > 1)
+    return means.reset_index()
 
 
 def published_table(title: str, caption: str, keys: Mapping[str, str], frame: pd.DataFrame) -> Table:
-    """Published accuracies beside ours.
+    """Make a table of published accuracies and ours.
 
     Args:
-        title: heading.
-        caption: what the columns and their gaps mean.
-        keys: columns that name a row, with their headings.
-        frame: with ``value``, what :func:`our_means` gives, ``difference``, ``status`` and ``source``.
+        title: The heading.
+        caption: The explanation of columns and gaps.
+        keys: The columns that name a row, with their headings.
+        frame: The rows with ``value``, the columns of :func:`our_means`, ``difference``, ``status`` and ``source``.
     """
     return Table(
         title,
@@ -132,7 +132,7 @@ def published_table(title: str, caption: str, keys: Mapping[str, str], frame: pd
 
 
 def means_by(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
-    """Means of what runs took and of how their experts were used, a row a cell, a column a metric."""
+    """Compute the means of costs and expert loads, one row per cell and one column per metric."""
     records = records[records["part"].isin(("cost", "model", "routing"))]
     by_metric = {metric: records[records["metric"] == metric].groupby(list(cell), sort=False) for metric in metrics}
     return pd.DataFrame({metric: rows["value"].mean() for metric, rows in by_metric.items()}).reset_index()
@@ -148,21 +148,21 @@ def cost_table(
     measured_on: str,
     published: pd.DataFrame | None = None,
 ) -> Table:
-    """Time, memory, parameters and loads.
+    """Make a table of time, memory, parameters and loads.
 
     Args:
-        keys: columns that name a row, with their headings.
-        frame: one row a cell, with titles.
-        cell: columns that identify a row.
-        records: numbers of the runs of each cell.
-        averaged: which runs' means these are.
-        measured_on: where loads were counted.
-        published: rows of what others report, with titles and ``source``, which stand below ours.
+        keys: The columns that name a row, with their headings.
+        frame: One row per cell, with titles.
+        cell: The columns that identify a row.
+        records: The numbers of the runs of each cell.
+        averaged: The runs of the means, as the caption says it.
+        measured_on: The rows on which loads were counted.
+        published: The rows of others' numbers, with titles and ``source``, below ours.
     """
-    frame, elsewhere = with_numbers(frame, cell, means_by(records, cell, _COST)), ""
+    frame, others = with_numbers(frame, cell, means_by(records, cell, _COST)), ""
     if published is not None:
         frame = pd.concat([frame, published], ignore_index=True)
-        elsewhere = (
+        others = (
             f" Below ours: what others report of machines of their own ({'; '.join(published['source'].unique())})."
         )
     return Table(
@@ -171,7 +171,7 @@ def cost_table(
         "they do not compare methods. Start-up is what passes before the run's own work begins, mostly imports. Active neurons are the FFN neurons "
         f"that a token uses, as a share of the dense model's. Load entropy is 1 for a perfectly balanced load; loads and drops are measured on {measured_on}. "
         "Operations are two for every parameter in use that a token is multiplied with, without attention's own products; what a CPU or GPU executes is more where the masked path computes "
-        f"experts that are not used. Only the published settings limit the capacity of experts, so only there are choices dropped.{elsewhere}",
+        f"experts that are not used. Only the published settings limit the capacity of experts, so only there are choices dropped.{others}",
         dict(keys),
         [Column(metric, metric) for metric in _COST],
         frame,

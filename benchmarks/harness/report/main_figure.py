@@ -14,10 +14,9 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.definition import load_benchmark
 from benchmarks.harness.config.paper_items import MainAverage, load_main_averages, main_files
-from benchmarks.harness.report.looks import DENSE, EMOE, GMOE
 from benchmarks.harness.report.plots import (
     REFERENCE,
     STYLE,
@@ -27,6 +26,7 @@ from benchmarks.harness.report.plots import (
     placeholder_figure,
     save,
 )
+from benchmarks.harness.report.style import DENSE, EMOE, GMOE
 from benchmarks.harness.results.claims import find_evidence
 from benchmarks.harness.results.statistics import mean_difference
 

@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import pandas as pd
 
+from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Entry, MethodsDefinition, resolve_methods
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.kinds import COUNTS, Benchmark
-from benchmarks.harness.config.method_rows import resolve_methods
+from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.shared import CONTROL, Entry, MethodsDefinition
-from benchmarks.harness.report.looks import Look, look_of
 from benchmarks.harness.report.rendering import RUNS, Table
+from benchmarks.harness.report.style import MethodStyle, style_of
 
 SETTING = "|"  # between a row and a setting of it that is a row of its own
 ALL = "*"  # in place of a name: a mean over all
@@ -126,9 +125,9 @@ class Outcomes:
         """``baseline``, ``method`` or ``control``; of what a paper alone has, ``method``."""
         return self.methods[method].role if method in self.methods else "method"
 
-    def look(self, method: str) -> Look:
+    def style(self, method: str) -> MethodStyle:
         """How a method looks in figures; a setting of it looks as the method does."""
-        return look_of(self.methods[method.partition(SETTING)[0]])
+        return style_of(self.methods[method.partition(SETTING)[0]])
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Rows with ``<key>_title`` of every key that they have, and ``is_method``: whether they are no control."""

@@ -13,11 +13,9 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.definition import AnyBenchmark, load_benchmark
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import AnyBenchmark, Benchmark, Definition, Entry, load_benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.schema import check_names
-from benchmarks.harness.config.shared import Definition, Entry
+from benchmarks.harness.config.yaml import check_names
 from benchmarks.harness.report.outcomes import compared_nothing, with_runs
 from benchmarks.harness.report.rendering import Table
 

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.kinds import Benchmark
-from benchmarks.harness.config.schema import NUMBER_COLUMNS
-from benchmarks.harness.config.shared import Definition, Entry
+from benchmarks.harness.config.benchmark import Benchmark, Definition, Entry
+from benchmarks.harness.config.yaml import NUMBER_COLUMNS
 from emoe.errors import did_you_mean
 
 _STATUS = ("published", "inferred", "unknown")

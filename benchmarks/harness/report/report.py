@@ -1,4 +1,4 @@
-"""One self-contained HTML page, made for reading: verdicts, a table and a figure of each benchmark, the rest folded, what it took."""
+"""Write the page of a suite, one self-contained HTML file: verdicts first, then tables and figures, then costs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import emoe
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.files import write_text
 from benchmarks.harness.config.artifacts import CLAIMS, Artifacts, artifacts_of
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.paper_items import load_paper_items, main_files
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
@@ -32,222 +32,206 @@ from benchmarks.harness.results.records import read_metrics
 
 _HERE = Path(__file__).parent
 _FEW_LABELS = 10
-_MOST_SENTENCES = 6  # on a benchmark that stand open
-
-
-@dataclass(frozen=True)
-class _Page:
-    """Where a page lies, so that its links hold."""
-
-    suite: Suite
-    folder: Path
-
-    def to(self, path: Path) -> str:
-        return Path(os.path.relpath(path.absolute(), self.folder)).as_posix()
-
-    def table(self, shown: Artifacts, name: str, title: str) -> dict[str, Any]:
-        path = paths.RESULTS / self.suite.name / "tables" / shown.stem(name)
-        return {
-            "title": title,
-            "html": _trusted(path.with_suffix(".html")),
-            "files": self.to(path),
-            "command": f"snakemake --cores 1 {path}.csv --config suite={self.suite.name}",
-        }
-
-    def figures(self, shown: Artifacts, without: Collection[str] = ()) -> list[dict[str, str]]:
-        folder = paths.RESULTS / self.suite.name / "figures"
-        return [
-            {
-                "name": shown.stem(name),
-                "image": _image(folder / f"{shown.stem(name)}.png"),
-                "files": self.to(folder / shown.stem(name)),
-                "caption": Markup(code_as_html(caption)),  # noqa: S704 -- it escapes
-                "alt": shown.short_caption(name),
-            }
-            for name, caption in shown.figures.items()
-            if name not in without
-        ]
-
-    def main_figures(self) -> list[dict[str, str]]:
-        """The main averages, by :func:`~benchmarks.harness.report.main_figure.draw_main`; the caption stands below the last."""
-        item = next(item for item in load_paper_items().values() if item.main)
-        stems = list(dict.fromkeys(Path(file).with_suffix("") for file in main_files(self.suite.name)))
-        return [
-            {
-                "name": stem.name,
-                "image": _image(stem.with_suffix(".png")),
-                "files": self.to(stem),
-                "caption": (item.caption or "") if stem == stems[-1] else "",
-                "alt": f"{item.title}, {how}",
-            }
-            for stem, how in zip(stems, ("radar", "differences to the dense model"), strict=True)
-        ]
+_MOST_SENTENCES = 6  # of a benchmark that are not folded
 
 
 def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> None:
-    """Write the report of a suite whose tables and figures exist.
+    """Write the page of a suite whose tables and figures exist.
 
     Args:
-        suite: the suite; all runs that are shown are finished.
-        output: the page.
-        benchmark: show this one alone, and no claims.
+        suite: The suite, with finished runs.
+        output: The path of the page.
+        benchmark: The name of the only benchmark to show, without the claims.
     """
     page = _Page(suite, output.parent.absolute())
-    shown = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
-    costs, environments = _made_by({name: suite.runs_of(name) for name in shown})
+    names = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
+    costs, environments = _costs_and_environments({name: suite.runs_of(name) for name in names})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     text = environment.get_template("report.html.j2").render(
         suite=suite.name,
         version=emoe.__version__,
-        claims={} if benchmark else _claims(page),
-        shown_names=shown,
-        sections=[{**_section(page, name), "cost": costs[name]} for name in shown],
+        claims={} if benchmark else page.claims(),
+        shown_names=names,
+        sections=[{**_section(page, name), "cost": costs[name]} for name in names],
         most=_MOST_SENTENCES,
-        paper=[] if benchmark else _paper(page),
+        paper=[] if benchmark else page.paper_items(),
         costs=costs,
         environments=environments,
-        runs_folder=page.to(paths.RUNS),
-        style=_trusted(_HERE / "report.css"),
-        script=_trusted(_HERE / "report.js"),
+        runs_folder=page.link(paths.RUNS),
+        style=_read_trusted(_HERE / "report.css"),
+        script=_read_trusted(_HERE / "report.js"),
     )
     write_text(output, text)
 
 
 def copy_report(page: Path, output: Path) -> None:
-    """Copy a report to another folder, with links that hold there."""
-    there = Path(os.path.relpath(page.parent, output.parent)).as_posix()
-    write_text(output, re.sub(r'((?:href|data-runs-folder)=")(?!#)', rf"\1{there}/", page.read_text()))
+    """Copy a page to another folder and adapt its links."""
+    folder = Path(os.path.relpath(page.parent, output.parent)).as_posix()
+    write_text(output, re.sub(r'((?:href|data-runs-folder)=")(?!#)', rf"\1{folder}/", page.read_text()))
 
 
-def _claims(page: _Page) -> dict[str, Any]:
-    """The claims, their table and figure, and what to know before; nothing where no claim is tested on the suite."""
-    suite = page.suite
-    if not suite.claimed:
-        return {}
-    verdicts = pd.read_csv(paths.RESULTS / suite.name / "tables" / f"{CLAIMS.name}.csv")
-    return {
-        "sentences": list(sentences(verdicts)),
-        "random_weights": has_random_weights(suite.runs),
-        "cards": list(cards(verdicts)),
-        "table": page.table(CLAIMS, "", "Every test"),
-        "figures": page.figures(CLAIMS),
-        "main": page.main_figures(),
-    }
+@dataclass(frozen=True)
+class _Page:
+    """The parts of a page with links, which are relative to its folder."""
 
+    suite: Suite
+    folder: Path
 
-def _paper(page: _Page) -> list[dict[str, Any]]:
-    """Where each table and figure of the paper is; nothing where the suite makes none of them."""
-    index = paper_index(page.suite)
-    if not any(index["files"]):
-        return []
-    return [
-        {**row, "files": [(file.name, page.to(file) if file.exists() else "") for file in map(_to_read, row["files"])]}
-        for row in index.to_dict("records")
-    ]
+    @property
+    def results(self) -> Path:
+        return paths.RESULTS / self.suite.name
 
+    def link(self, path: Path) -> str:
+        return Path(os.path.relpath(path.absolute(), self.folder)).as_posix()
 
-def _to_read(file: str) -> Path:
-    """A table for a browser, which shows Markdown as it is written."""
-    path = Path(file)
-    return path.with_suffix(".html") if path.suffix == ".md" else path
+    def table(self, artifacts: Artifacts, name: str, title: str) -> dict[str, Any]:
+        path = self.results / "tables" / artifacts.stem(name)
+        return {
+            "title": title,
+            "html": _read_trusted(path.with_suffix(".html")),
+            "files": self.link(path),
+            "command": f"snakemake --cores 1 {path}.csv --config suite={self.suite.name}",
+        }
+
+    def figure(self, path: Path, caption: str, alt: str) -> dict[str, str]:
+        image = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
+        return {
+            "name": path.name,
+            "image": f"data:image/png;base64,{image}",
+            "files": self.link(path),
+            "caption": Markup(code_as_html(caption)),  # noqa: S704 -- it escapes
+            "alt": alt,
+        }
+
+    def figures(self, artifacts: Artifacts, without: Collection[str] = ()) -> list[dict[str, str]]:
+        return [
+            self.figure(self.results / "figures" / artifacts.stem(name), caption, artifacts.short_caption(name))
+            for name, caption in artifacts.figures.items()
+            if name not in without
+        ]
+
+    def main_figures(self) -> list[dict[str, str]]:
+        """Show the radar and the differences of the main averages; the caption is below the last."""
+        item = next(item for item in load_paper_items().values() if item.main)
+        radar, differences = dict.fromkeys(Path(file).with_suffix("") for file in main_files(self.suite.name))
+        return [
+            self.figure(radar, "", f"{item.title}, radar"),
+            self.figure(differences, item.caption or "", f"{item.title}, differences to the dense model"),
+        ]
+
+    def claims(self) -> dict[str, Any]:
+        """Show the claims, their table and figures; nothing if the suite tests no claim."""
+        if not self.suite.claimed:
+            return {}
+        verdicts = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
+        return {
+            "sentences": list(sentences(verdicts)),
+            "random_weights": has_random_weights(self.suite.runs),
+            "cards": list(cards(verdicts)),
+            "table": self.table(CLAIMS, "", "Every test"),
+            "figures": self.figures(CLAIMS),
+            "main": self.main_figures(),
+        }
+
+    def paper_items(self) -> list[dict[str, Any]]:
+        """List the files of the paper's items; nothing if the suite makes none of them."""
+        rows = paper_index(self.suite)
+        for row in rows:
+            files = [Path(re.sub(r"\.md$", ".html", file)) for file in row["files"]]  # a browser shows no Markdown
+            row["files"] = [(file.name, self.link(file) if file.exists() else "") for file in files]
+        return rows if any(row["files"] for row in rows) else []
 
 
 def _section(page: _Page, name: str) -> dict[str, Any]:
     benchmark = load_benchmark(name)
+    definition, kind = benchmark.definition, benchmark.kind
     runs = page.suite.runs_of(name)
-    definition = benchmark.definition
-    kind = benchmark.kind
-    presented = present(benchmark, runs)
+    presentation = present(benchmark, runs)
     return {
         "name": name,
         "title": definition.title,
         "runs": len(runs),
         "random_weights": has_random_weights(runs),
         "suite_note": definition.suites[page.suite.name].note or "",
-        "verdicts": presented.verdicts,
-        "note": presented.note,
+        "verdicts": presentation.verdicts,
+        "note": presentation.note,
         "data": _data(runs) if kind.counts_labels else [],
         "training": _training(runs) if kind.optimizer else {},
         "optimiser": kind.optimizer,
-        **_shown(page, artifacts_of(name), presented),
+        **_tables_and_figures(page, artifacts_of(name), presentation),
         "parts": [
-            {"title": benchmark.tasks[part].title, **_shown(page, artifacts_of(name, part), presented.parts[part])}
-            for part in presented.parts
+            {"title": benchmark.tasks[part].title, **_tables_and_figures(page, artifacts_of(name, part), presented)}
+            for part, presented in presentation.parts.items()
         ],
     }
 
 
-def _shown(page: _Page, shown: Artifacts, presented: Presentation) -> dict[str, Any]:
-    """Tables and figures of a benchmark or a part of it, and the titles of those that have no row here."""
-    tables = dict(zip(shown.tables, presented.tables, strict=True))
+def _tables_and_figures(page: _Page, artifacts: Artifacts, presentation: Presentation) -> dict[str, Any]:
+    """Show the tables and figures of a benchmark or of one of its sets, and name the tables without a row."""
+    tables = dict(zip(artifacts.tables, presentation.tables, strict=True))
     first = next(iter(tables))
     empty = {name: table.title for name, table in tables.items() if table.frame.empty and name != first}
     return {
-        "tables": [page.table(shown, name, table.title) for name, table in tables.items() if name not in empty],
-        "figures": page.figures(shown, empty),
+        "tables": [page.table(artifacts, name, table.title) for name, table in tables.items() if name not in empty],
+        "figures": page.figures(artifacts, empty),
         "empty": list(empty.values()),
     }
 
 
 def _data(runs: list[Run]) -> list[dict[str, Any]]:
-    """Rows and labels of every split that was used, once a task; of splits that differ between runs the largest."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    """Count rows and labels of every split of a task; of splits that differ between runs the largest counts."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for run in runs:
         for part, summary in read_metrics(run)["data"].items():
-            name, _, task = part.partition(":")  # of a set beside the run's own, or of one of several
-            name, task = "test" if name == "ood" else name, task or run.spec["task"]["name"]
-            if (task, name) in found and found[task, name]["rows"] > summary["rows"]:
+            split, _, task = part.partition(":")  # of another set than the run's own, or of one of several
+            key = (task or run.spec["task"]["name"], "test" if split == "ood" else split)
+            if key in rows and rows[key]["rows"] > summary["rows"]:
                 continue
             labels = summary.get("labels") or {"from": summary["range"][0], "to": summary["range"][1]}
             text = ", ".join(f"{label}: {count}" for label, count in labels.items())
             if len(labels) > _FEW_LABELS:
                 text = f"{len(labels)} classes, {min(labels.values())} to {max(labels.values())} each"
-            found[task, name] = {
-                "task": task,
-                "split": name,
-                "rows": summary["rows"],
-                "labels": text,
-                "dropped": summary["dropped"],
-            }
-    return [found[key] for key in sorted(found)]
+            counts = {"rows": summary["rows"], "labels": text, "dropped": summary["dropped"]}
+            rows[key] = {"task": key[0], "split": key[1], **counts}
+    return [rows[key] for key in sorted(rows)]
 
 
 def _training(runs: list[Run]) -> dict[str, str]:
-    """Training settings; where tasks differ, each value with its tasks."""
-    found: dict[str, dict[str, list[str]]] = {}
+    """Describe the training settings; a setting that differs between tasks has each value with its tasks."""
+    tasks: dict[str, dict[str, dict[str, None]]] = {}  # by setting and value
     settings = [{**run.spec["training"], **run.spec.get("hparams", {})} for run in runs]
-    keys = dict.fromkeys(key for given in settings for key in given)
-    for run, given in zip(runs, settings, strict=True):
+    keys = dict.fromkeys(key for values in settings for key in values)
+    for run, values in zip(runs, settings, strict=True):
         for key in keys:
-            value = given.get(key)
-            tasks = found.setdefault(key, {}).setdefault("–" if value is None else str(value), [])
-            if run.spec["task"]["name"] not in tasks:
-                tasks.append(run.spec["task"]["name"])
+            text = MISSING if values.get(key) is None else str(values[key])
+            tasks.setdefault(key, {}).setdefault(text, {})[run.spec["task"]["name"]] = None
     return {
         key: next(iter(values))
         if len(values) == 1
-        else "; ".join(f"{value} ({', '.join(t)})" for value, t in values.items())
-        for key, values in found.items()
+        else "; ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
+        for key, values in tasks.items()
     }
 
 
-def _made_by(runs: dict[str, list[Run]]) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]]]:
-    """What the runs of each benchmark took, and of ``all`` of them; and the machines and versions they ran on, the commonest first."""
+def _costs_and_environments(
+    runs: dict[str, list[Run]],
+) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]]]:
+    """Sum the costs of each benchmark and of ``all``, and list machines and versions, the commonest first."""
     machines: Counter[tuple[tuple[str, str], ...]] = Counter()
     costs: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for name, run in ((name, run) for name, members in runs.items() for run in members):
-        found = read_metrics(run)
-        machines[tuple(_environment(found["environment"]).items())] += 1
-        costs[name].append(found.get("cost", {}))
-    every = [cost for members in costs.values() for cost in members]
-    took = {name: _took(members) for name, members in {**costs, "all": every}.items()}
-    return took, [{"runs": count, "rows": dict(rows)} for rows, count in machines.most_common()]
+        metrics = read_metrics(run)
+        machines[tuple(_environment(metrics["environment"]).items())] += 1
+        costs[name].append(metrics.get("cost", {}))
+    costs["all"] = [cost for members in costs.values() for cost in members]
+    environments = [{"runs": count, "rows": dict(rows)} for rows, count in machines.most_common()]
+    return {name: _cost_texts(members) for name, members in costs.items()}, environments
 
 
-def _took(costs: Sequence[dict[str, float]]) -> dict[str, str]:
-    """Hours, seconds a run and memory of some runs, as texts; a dash where runs do not say."""
+def _cost_texts(costs: Sequence[dict[str, float]]) -> dict[str, str]:
+    """Print hours, seconds per run and memory; a dash if no run has them."""
     seconds = [cost["job_seconds"] for cost in costs if "job_seconds" in cost]
     memory = [cost["peak_memory_mb"] for cost in costs if "peak_memory_mb" in cost]
     return {
@@ -259,22 +243,19 @@ def _took(costs: Sequence[dict[str, float]]) -> dict[str, str]:
     }
 
 
-def _environment(found: dict[str, Any]) -> dict[str, str]:
-    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+def _environment(environment: dict[str, Any]) -> dict[str, str]:
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    changes = " with uncommitted changes" if environment["git_dirty"] else ""
     return {
-        "Processor": f"{found['processor']}, {found['cores']} cores; {found['threads']} thread(s) a run",
-        "GPUs": ", ".join(found["gpus"]) or "none",
-        "Memory": f"{found['memory_gb']} GB",
-        "System": f"{found['platform']}, Python {found['python']}",
+        "Processor": f"{environment['processor']}, {environment['cores']} cores; {environment['threads']} thread(s) a run",
+        "GPUs": ", ".join(environment["gpus"]) or "none",
+        "Memory": f"{environment['memory_gb']} GB",
+        "System": f"{environment['platform']}, Python {environment['python']}",
         "Packages": packages,
-        "Commit": f"{found['git_commit'] or 'unknown'}{' with uncommitted changes' if found['git_dirty'] else ''}",
+        "Commit": f"{environment['git_commit'] or 'unknown'}{changes}",
     }
 
 
-def _trusted(path: Path) -> Markup:
-    """Text of our own making: a stylesheet, a script, or a table whose renderer escapes every cell."""
+def _read_trusted(path: Path) -> Markup:
+    """Read a stylesheet, a script, or a table whose renderer escapes every cell."""
     return Markup(path.read_text())  # noqa: S704
-
-
-def _image(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

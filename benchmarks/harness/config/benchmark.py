@@ -1,4 +1,4 @@
-"""How a benchmark plugs in: the ``grid`` module of its kind says what its runs are, what they need, and what they read."""
+"""Benchmarks: the models of benchmark.yaml, the kinds that plan runs, and the loader of a benchmark's folder."""
 
 from __future__ import annotations
 
@@ -8,22 +8,129 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import Field
 
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.config.counts import PublishedRows, count_note
-from benchmarks.harness.config.method_rows import resolve_methods
-from benchmarks.harness.config.schema import Strict, read_yaml
-from benchmarks.harness.config.shared import Definition, Entry, MethodsDefinition, Resources
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.methods import (
+    ABLATION,
+    Method,
+    MethodDefaults,
+    MethodRow,
+    MethodSettings,
+    load_methods,
+    stack_settings,
+)
+from benchmarks.harness.config.yaml import (
+    Count,
+    Key,
+    Names,
+    Strict,
+    Whole,
+    check_file,
+    check_names,
+    left_out,
+    parse,
+    read_yaml,
+)
 from benchmarks.harness.sources.packages import PackageFile
 from emoe.errors import did_you_mean
 
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+class Resources(Strict):
+    """What the scheduler reserves for one run."""
+
+    threads: Count = 1
+    """CPU threads of one run."""
+    mem_mb: Count = 3000
+    """Megabytes of memory."""
+    runtime: Count = 60
+    """Minutes."""
+    gpu: Whole = 0
+    """GPUs."""
+
+
+class TrainingSettings(Strict):
+    """How every run of a benchmark is trained."""
+
+    by_model: Mapping[str, Strict] = Field({})
+    """Settings of single models."""
+
+
+class Entry(Strict):
+    """One task, set or measure of a benchmark."""
+
+    title: str
+    """Label in tables."""
+
+
+class SuitePart(Strict):
+    """One suite's part of a benchmark."""
+
+    resources: Resources = Resources()
+    """What the scheduler reserves for one run."""
+    note: str | None = left_out()
+    """A sentence for the report: how far the suite is from the paper's experiment."""
+
+
+class Definition(Strict):
+    """What every benchmark.yaml says."""
+
+    kind: str | None = left_out()
+    """The folder of benchmarks/ whose grid.py says what the runs are; this one's own where it has one, else text."""
+    version: Count
+    """Part of every run's identity. Raise it when the same settings would give other numbers, or more of them."""
+    title: str
+    """Heading of the benchmark's tables and of its section in the report."""
+    pipeline: str
+    """Importable module with `run(spec, folder, progress)`."""
+    tables: Names
+    """The tables that the benchmark's presentation makes, in the order of the report."""
+    figures: dict[str, str] = Field({})
+    """The figures that it draws, each with its caption."""
+    paper: str | None = None
+    """CSV with published numbers, in the benchmark's folder; null where there are none."""
+    suites: Mapping[str, SuitePart]
+    """What to run, by suite."""
+
+
+class TrainingSuite(SuitePart):
+    """What one suite says of a benchmark that trains models by methods."""
+
+    method_defaults: MethodDefaults = MethodDefaults()
+    """What methods take that leave it open, by their kind; before the benchmark's."""
+    methods: dict[str, MethodSettings] = Field({})
+    """Settings of single methods that differ in this suite, by method."""
+
+
+class MethodsDefinition(Definition):
+    """What a benchmark says that compares methods."""
+
+    baseline: str
+    """The method that differences are taken against."""
+    method_defaults: MethodDefaults = MethodDefaults()
+    """What methods take that leave it open, by their kind. A row's own setting goes before it, a suite's default before the benchmark's."""
+    methods: Annotated[dict[Key, MethodRow], Field(min_length=1)]
+    """What is compared: methods of methods.yaml, each with what differs here. The order is the order of the rows."""
+
+
+class TrainingDefinition(MethodsDefinition):
+    """What a benchmark says that trains models by methods."""
+
+    suites: Mapping[str, TrainingSuite]
+    """What to run, by suite."""
+
+
 ALL = "all"  # the one part of a set that is read as a whole
 USUAL = "text"  # the kind of a benchmark that says none and has no grid of its own
-
-
 D = TypeVar("D", bound=Definition)
+Changed = TypeVar("Changed", bound=Strict)
+Settings = TypeVar("Settings", bound=TrainingSettings)
 E = TypeVar("E", bound=Entry)
 D_co = TypeVar("D_co", bound=Definition, covariant=True)
 E_co = TypeVar("E_co", bound=Entry, covariant=True)
@@ -55,21 +162,32 @@ class Benchmark(Generic[D_co, E_co]):
         return {"benchmark": self.name, "version": self.definition.version, "pipeline": self.definition.pipeline}
 
 
+class PublishedRows(Strict):
+    """Another number of rows that the paper's authors score."""
+
+    rows: Count
+    """How many."""
+    of: str
+    """Who says so."""
+    why: str
+    """Why they differ."""
+
+
 @dataclass(frozen=True)
 class SetPart:
-    """What ``python -m benchmarks data`` says of one part of one set.
+    """One part of one set, as it was read.
 
     Attributes:
-        name: the set's.
-        part: ``train``, ``dev`` or ``test``; of an image set the environment; of instructions ``all``.
-        rows: how many are used; None where the part is missing.
-        dropped: rows left out, without a gold label or without text, or broken.
-        expected: rows as the set's makers count them, where that is known.
-        labels: rows by label, as text.
-        source: where they came from.
-        advice: what to do, where the part is missing.
-        published: rows that the paper's authors score, where these are others.
-        counts_dropped: whether the makers count rows that are left out too.
+        name: The name of the set.
+        part: ``train``, ``dev`` or ``test``; the environment of an image set; ``all`` of instructions.
+        rows: The number of rows in use; None if the part is missing.
+        dropped: The number of rows without a gold label or text, or broken, which are left out.
+        expected: The number of rows by the set's makers, if it is known.
+        labels: The number of rows by label, as text.
+        source: The place that the rows came from.
+        advice: The way to get the part if it is missing.
+        published: The number of rows that the paper's authors score, if it differs.
+        counts_dropped: True if the makers count the dropped rows too.
     """
 
     name: str
@@ -84,19 +202,29 @@ class SetPart:
     counts_dropped: bool = True
 
     @property
+    def as_expected(self) -> bool:
+        """Return True if the set's makers count as many rows, or no count of theirs is known."""
+        return self.expected in (None, self.rows, self._counted)
+
+    @property
+    def _counted(self) -> int:
+        return (self.rows or 0) + (self.dropped if self.counts_dropped else 0)
+
+    @property
     def note(self) -> str | None:
-        """How its rows differ from what is known of the set."""
-        if self.rows is None:
+        """Describe the difference to the known number of rows; None if there is none."""
+        if self.rows is None or (self.published and self.published.rows == self.rows):
             return None
-        return count_note(
-            self.name,
-            self.part,
-            self.rows,
-            self.dropped,
-            self.expected,
-            self.published,
-            counts_dropped=self.counts_dropped,
-        )
+        if not self.as_expected:
+            beside = f" beside {self.dropped:,} dropped" if self.dropped and not self.counts_dropped else ""
+            return (
+                f"{self.name} ({self.part}): {self._counted:,} rows{beside}, its makers count {self.expected:,}: "
+                "another version, or not all of it"
+            )
+        if self.published:
+            other = f"not {self.published.rows:,} as by {self.published.of}: {self.published.why}"
+            return f"{self.name} ({self.part}): {self.rows:,} rows are scored, {other}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -255,11 +383,6 @@ class Kind(ABC, Generic[D, E]):
         """
         return None
 
-    def rows_shown(self, definition: D, shown: str) -> Collection[str] | None:
-        """The methods of which a table or figure has rows, such as one of `ablations`; None: all."""
-        ablations = getattr(definition, "ablations", {})
-        return ablations[shown].rows if shown in ablations else None
-
     def describe(
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, E], *, open_files: bool
     ) -> Iterator[SetPart]:
@@ -383,3 +506,147 @@ def kind_of(benchmark: str) -> Kind[Any, Any]:
         DefinitionError: there is no such benchmark.
     """
     return find_kind(kind_name(benchmark, read_yaml(BENCHMARKS / benchmark / "benchmark.yaml")))
+
+
+def check_rows(definition: MethodsDefinition, file: str) -> None:
+    """See that there are the methods that a benchmark compares, and the rows that its suites change.
+
+    Raises:
+        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not have.
+    """
+    for name, row in definition.methods.items():
+        at, known = (f"methods.{name}.method", row.method) if row.method else ("methods", name)
+        check_names(f"{file}: '", at, [known], load_methods())
+    for name, suite in definition.suites.items():
+        if isinstance(suite, TrainingSuite):
+            check_names(f"{file}: 'suites.{name}", "methods", suite.methods, definition.methods)
+
+
+def resolve_methods(definition: MethodsDefinition, suite: str | None = None) -> dict[str, Method]:
+    """A benchmark's methods with all their settings, for itself or for one of its suites.
+
+    A setting is taken from the first of these that gives it: the suite's ``methods``, the benchmark's ``methods``, ``methods.yaml``,
+    the suite's ``method_defaults`` for the method's kind, the benchmark's.
+    """
+    part = definition.suites[suite] if suite else None
+    found = {}
+    for name, row in definition.methods.items():
+        method = load_methods()[row.method or name]
+        layers = [getattr(definition.method_defaults, method.kind)]
+        own = MethodSettings()
+        if isinstance(part, TrainingSuite):
+            layers.append(getattr(part.method_defaults, method.kind))
+            own = part.methods.get(name, own)
+        settings = [layer.given() for layer in (*layers, method, row, own)]
+        found[name] = Method(**{key: value for key, value in stack_settings(*settings).items() if key != "method"})
+    return found
+
+
+def suite_methods(benchmark: Benchmark[TrainingDefinition, Entry], suite: str) -> dict[str, Method]:
+    """The benchmark's methods as the suite compares them, by name.
+
+    Raises:
+        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not have.
+    """
+    check_rows(benchmark.definition, str(benchmark.file))
+    return resolve_methods(benchmark.definition, suite)
+
+
+def with_changes(
+    entries: Mapping[str, Changed], changes: Mapping[str, Mapping[str, Any]], key: str, where: str
+) -> dict[str, Changed]:
+    """Named entries of a benchmark's file, with a suite's own settings on top.
+
+    Args:
+        entries: of the file.
+        changes: what the suite says, by the name of an entry.
+        key: under which both stand.
+        where: the file, and the keys before that of the suite's.
+
+    Raises:
+        DefinitionError: the suite names an entry that does not exist, or a setting that it does not have.
+    """
+    check_names(where, key, list(changes), entries)
+    return {
+        name: parse({**entry.model_dump(), **changes[name]}, type(entry), f"{where}.{key}'", key, name)
+        if name in changes
+        else entry
+        for name, entry in entries.items()
+    }
+
+
+def training_settings(usual: Settings, changes: Strict, model: str, where: str) -> Settings:
+    """The training settings of the runs of a model: the benchmark's, the suite's, the model's own.
+
+    Args:
+        usual: the benchmark's.
+        changes: what the suite says.
+        model: the model's name.
+        where: the file, and the keys that lead to ``by_model``.
+
+    Raises:
+        DefinitionError: settings of a model that does not exist.
+    """
+    found = usual.changed(changes)
+    check_names(where, "by_model", found.by_model, load_models())
+    return found.changed(found.by_model[model]) if model in found.by_model else found
+
+
+# as it is loaded by name, whatever its kind
+AnyBenchmark = Benchmark[Any, Any]
+
+
+def benchmark_names() -> list[str]:
+    """Names of all benchmarks: the folders with a ``benchmark.yaml``."""
+    return sorted(path.parent.name for path in BENCHMARKS.glob("*/benchmark.yaml"))
+
+
+@functools.cache
+def load_benchmark(name: str) -> AnyBenchmark:
+    """Read and check one benchmark.
+
+    Raises:
+        DefinitionError: no such benchmark, or its files are wrong.
+    """
+    if name not in benchmark_names():
+        raise DefinitionError(f"there is no benchmark '{name}'{did_you_mean(name, benchmark_names())}")
+    folder = BENCHMARKS / name
+    file = folder / "benchmark.yaml"
+    content = read_yaml(file)
+    try:
+        kind = find_kind(kind_name(name, content))
+    except DefinitionError as error:
+        raise DefinitionError(f"{file}: {error}") from error
+    load_methods()  # first, because its plugins make names known
+    definition, tasks = kind.load(content, file)
+    check_references(definition, tasks, folder)
+    return Benchmark(name, definition, tasks)
+
+
+def check_references(definition: Definition, tasks: Mapping[str, Entry], folder: Path) -> None:
+    """Check what is not to be seen in one key: that names and files exist, and that settings go together.
+
+    Raises:
+        DefinitionError: names the file, the key and the nearest valid value.
+    """
+    file, name = folder / "benchmark.yaml", definition.kind or usual_kind(folder.name)
+    kind = find_kind(name)
+    modules = [f"benchmarks.{path.parent.name}.pipeline" for path in BENCHMARKS.glob("*/pipeline.py")]
+    if definition.pipeline not in modules:
+        near = did_you_mean(definition.pipeline, modules)
+        raise DefinitionError(f"{file}: 'pipeline' is '{definition.pipeline}', which is no module{near}")
+    if isinstance(definition, MethodsDefinition):
+        check_rows(definition, str(file))
+        ablations = [row for row, method in resolve_methods(definition).items() if method.role == ABLATION]
+        if ablations and not hasattr(definition, "ablations"):
+            raise DefinitionError(
+                f"{file}: 'methods.{ablations[0]}' has role: {ABLATION}, which kind: {name} does not know"
+            )
+        if definition.baseline not in definition.methods:
+            near = did_you_mean(definition.baseline, definition.methods)
+            raise DefinitionError(f"{file}: 'baseline' is '{definition.baseline}', which is no method{near}")
+    if definition.paper:
+        check_file(f"{file}: '", "paper", definition.paper, folder, kind.paper_columns)
+    if "paper" in definition.tables and not definition.paper:
+        raise DefinitionError(f"{file}: 'tables' names 'paper', so it needs 'paper': a CSV with published numbers")
+    kind.check(definition, tasks, folder)

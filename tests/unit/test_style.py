@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.harness.config.definition import benchmark_names, load_benchmark
-from benchmarks.harness.config.method_rows import load_methods, resolve_methods
-from benchmarks.harness.config.shared import MethodsDefinition
-from benchmarks.harness.report.looks import DENSE, EMOE, GMOE, curves, look_of
+from benchmarks.harness.config.benchmark import MethodsDefinition, benchmark_names, load_benchmark, resolve_methods
+from benchmarks.harness.config.methods import load_methods
+from benchmarks.harness.report.style import DENSE, EMOE, GMOE, curve_styles, style_of
 
 BENCHMARKS = [name for name in benchmark_names() if isinstance(load_benchmark(name).definition, MethodsDefinition)]
 
@@ -20,9 +19,9 @@ def test_a_method_looks_the_same_in_every_benchmark(benchmark: str) -> None:
         same = load_methods()[kind]
         own = {"selection", "partition", "router", "num_experts", "also_train"} & set(definition.methods[name].given())
         if not own:
-            assert look_of(method) == look_of(same), name
+            assert style_of(method) == style_of(same), name
     baseline = resolve_methods(definition)[definition.baseline]
-    assert look_of(baseline) == (DENSE if baseline.kind == "dense" else EMOE)  # modularity compares ways to cluster
+    assert style_of(baseline) == (DENSE if baseline.kind == "dense" else EMOE)  # modularity compares ways to cluster
 
 
 def test_methods_that_stand_beside_each_other_are_told_apart() -> None:
@@ -38,18 +37,18 @@ def test_methods_that_stand_beside_each_other_are_told_apart() -> None:
         "gmoe_published",
         "emoe_published",
     )
-    looks = [look_of(methods[name]) for name in names]
+    looks = [style_of(methods[name]) for name in names]
     assert len(set(looks)) == len(looks)
     assert looks[:4:3] == [DENSE, EMOE]
     assert looks[2] == GMOE
     rows = resolve_methods(load_benchmark("glue_lora").definition)
-    selected = [look_of(rows[name]) for name in ("lora", "lora_emoe", "lora_bottom", "lora_random", "lora_contiguous")]
+    selected = [style_of(rows[name]) for name in ("lora", "lora_emoe", "lora_bottom", "lora_random", "lora_contiguous")]
     assert len(set(selected)) == len(selected)
 
 
 def test_curves_of_a_method_have_a_style_each_wherever_they_are_drawn() -> None:
     looks = [("N 64", EMOE), ("N 16", EMOE), ("dense", DENSE), ("N 16", EMOE), ("N 32", EMOE)]
-    found = curves(looks)
+    found = curve_styles(looks)
     assert list(found) == ["N 64", "N 16", "dense", "N 32"]
     styles = [(str(style["ls"]), style.get("mfc"), style["color"]) for style in found.values()]
     assert len(set(styles)) == len(styles)
