@@ -138,7 +138,8 @@ def sample_grid(image_set: ImageSet, size: int, samples: int = SAMPLES) -> tuple
     """Make a grid of pictures as a model sees them.
 
     Returns:
-        The rows' names, and the grid ``[3, height, width]`` of bytes: a row an environment, of images one more, augmented.
+        The rows' names, and the grid ``[3, height, width]`` of bytes: a row an environment, of images one more,
+        augmented.
     """
     names: list[str] = []
     pictures: list[Tensor] = []

@@ -115,7 +115,9 @@ class MethodsDefinition(Definition):
     baseline: str
     """The method that differences are taken against."""
     method_defaults: MethodDefaults = MethodDefaults()
-    """What methods take that leave it open, by their kind. A row's own setting goes before it, a suite's default before the benchmark's."""
+    """What methods take that leave it open, by their kind. A row's own setting goes before it, a suite's default before
+    the benchmark's.
+    """
     methods: Annotated[dict[Key, MethodRow], Field(min_length=1)]
     """What is compared: methods of methods.yaml, each with what differs here. The order is the order of the rows."""
 
@@ -139,7 +141,9 @@ E_co = TypeVar("E_co", bound=Entry, covariant=True)
 
 @dataclass(frozen=True)
 class Benchmark(Generic[D_co, E_co]):
-    """One benchmark folder: its definition, its tasks (measures of measurements, sets of images or instructions), and where it is."""
+    """One benchmark folder: its definition, its tasks (measures of measurements, sets of images or instructions), and
+    where it is.
+    """
 
     name: str
     definition: D_co
@@ -228,7 +232,9 @@ COUNTS = Domain(("parameters", "trainable_parameters"))  # of every model
 
 @dataclass(frozen=True)
 class Offer:
-    """What a suite runs of a benchmark, by the names in its grid: methods, models, the domains that it has numbers of, and ways of tuning."""
+    """What a suite runs of a benchmark, by the names in its grid: methods, models, the domains that it has numbers of,
+    and ways of tuning.
+    """
 
     methods: frozenset[str]
     models: frozenset[str]
@@ -237,15 +243,18 @@ class Offer:
 
 
 class Kind(ABC, Generic[D, E]):
-    """What the benchmarks of one kind have in common. The folder that the kind is named after has one in its ``grid`` module, as ``KIND``.
+    """What the benchmarks of one kind have in common. The folder that the kind is named after has one in its ``grid``
+    module, as ``KIND``.
 
     Attributes:
         files: what its YAML files hold: names of schemas for editors, and the models.
-        presentation: the module that shows its finished runs where a benchmark's folder has none; else every folder needs one.
+        presentation: the module that shows its finished runs where a benchmark's folder has none; else every folder
+            needs one.
         paper_columns: of its ``paper.csv``, those before value, status and source; none where it does not say.
         has_models: whether its runs have a model with weights; a measurement has not.
         has_seeds: whether its runs are seeded, so that their names say how.
-        shows_parts: whether each of its sets, which the blocks of its grids name under ``set``, has tables and figures of its own.
+        shows_parts: whether each of its sets, which the blocks of its grids name under ``set``, has tables and figures
+            of its own.
         counts_labels: whether its report shows the labels of its sets.
         optimizer: what the report says of how it trains; empty where it does not.
         late_imports: modules that its runs import when they need them.
@@ -492,7 +501,8 @@ def check_rows(definition: MethodsDefinition, file: str) -> None:
     """See that there are the methods that a benchmark compares, and the rows that its suites change.
 
     Raises:
-        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not have.
+        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not
+            have.
     """
     for name, row in definition.methods.items():
         at, known = (f"methods.{name}.method", row.method) if row.method else ("methods", name)
@@ -505,7 +515,8 @@ def check_rows(definition: MethodsDefinition, file: str) -> None:
 def resolve_methods(definition: MethodsDefinition, suite: str | None = None) -> dict[str, Method]:
     """A benchmark's methods with all their settings, for itself or for one of its suites.
 
-    A setting is taken from the first of these that gives it: the suite's ``methods``, the benchmark's ``methods``, ``methods.yaml``,
+    A setting is taken from the first of these that gives it: the suite's ``methods``, the benchmark's ``methods``,
+    ``methods.yaml``,
     the suite's ``method_defaults`` for the method's kind, the benchmark's.
     """
     part = definition.suites[suite] if suite else None
@@ -526,7 +537,8 @@ def suite_methods(benchmark: Benchmark[TrainingDefinition, Entry], suite: str) -
     """The benchmark's methods as the suite compares them, by name.
 
     Raises:
-        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not have.
+        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not
+            have.
     """
     check_rows(benchmark.definition, str(benchmark.file))
     return resolve_methods(benchmark.definition, suite)

@@ -53,7 +53,8 @@ class Tuning:
     """One way of tuning.
 
     Attributes:
-        parameters: gives the names of the parameters of a model that are trained; it is called with the model, converted and
+        parameters: gives the names of the parameters of a model that are trained; it is called with the model,
+            converted and
             with its adapters, and the ``layers`` of the method.
         needs_layers: whether a method that is tuned so must give ``layers``; else ``None`` is what the function gets.
     """
@@ -127,7 +128,8 @@ def block_of(ffn: str) -> str:
 
 
 register_tuning("blocks", _block_parameters, needs_layers=True)
-# letter by setting: N experts, k as a share of them, converted layers, share of the training rows (data), times the usual epochs
+# letter by setting: N experts, k as a share of them, converted layers, share of the training rows (data), times the
+# usual epochs
 _LETTERS = {"num_experts": "N", "top_k_fraction": "k", "layers": "L", "train_share": "D", "epochs_factor": "E"}
 _WORDS = {"N": "N {}", "k": "k/N {}", "L": "layers {}", "D": "{:g} % of the rows", "E": "{} times the epochs"}
 
@@ -211,7 +213,8 @@ def refuse_below(frozen: int, lowest: int, what: str) -> None:
     """
     if lowest < frozen:
         raise DefinitionError(
-            f"{what} layer {lowest}, but training.{KEY} is {frozen}: layers 0 to {frozen - 1} stay as they are. Freeze fewer, or take layers from {frozen} on"
+            f"{what} layer {lowest}, but training.{KEY} is {frozen}: layers 0 to {frozen - 1} stay as they are. "
+            f"Freeze fewer, or take layers from {frozen} on"
         )
 
 
@@ -271,16 +274,21 @@ class MethodSettings(_ConfigFields):
     title: str = left_out()
     """Label in tables and figures."""
     role: Role = left_out()
-    """What the row is there for. An ablation stands in no table but those of `ablations`, each of its settings as a row of its own."""
+    """What the row is there for. An ablation stands in no table but those of `ablations`, each of its settings as a row
+    of its own.
+    """
     noise: NotNegative = left_out()
     """Intensity of noisy tuning; 0 for none."""
     tune: Annotated[str, Registered(TUNINGS)] | None = None
-    """A registered way of tuning: what is trained beside adapters (where training.lora has any), head and routers, instead of everything.
+    """A registered way of tuning: what is trained beside adapters (where training.lora has any), head and routers,
+    instead of everything.
     `blocks` are the transformer blocks whose FFNs `layers` names."""
     also_train: Names | None = None
     """With LoRA or `tune`: further modules to train, by the last part of their name (the authors' pooler and ln_f)."""
     as_published: Literal["tutel", "llama"] | None = None
-    """Take the authors' own settings (of their Tutel layer, or of their Llama block mask) for every field that is not given."""
+    """Take the authors' own settings (of their Tutel layer, or of their Llama block mask) for every field that is not
+    given.
+    """
     top_k_fraction: Share | None = None
     """top_k as a share of num_experts."""
     layers: Layers | None = None
@@ -397,7 +405,9 @@ class MethodFile(Strict):
     """What methods are; a method is data, not code."""
 
     plugins: Plugins = Field([])
-    """Python modules that register routers (emoe.register_router) or tunings (register_tuning); every process of the suite imports them."""
+    """Python modules that register routers (emoe.register_router) or tunings (register_tuning); every process of the
+    suite imports them.
+    """
     methods: dict[Key, Method]
     """The methods, by name."""
 
@@ -446,7 +456,8 @@ def method_config(method: Method, seed: int, where: str) -> dict[str, Any] | Non
         share = method.top_k_fraction * values.get("num_experts", 1)
         if share != int(share) or share < 1:
             raise DefinitionError(
-                f"{where}: top_k_fraction {method.top_k_fraction} of {values.get('num_experts')} experts is {share:g}, not a whole number"
+                f"{where}: top_k_fraction {method.top_k_fraction} of {values.get('num_experts')} experts is "
+                f"{share:g}, not a whole number"
             )
         values["top_k"] = int(share)
     if values.get("partition_seed") == "run":
@@ -506,7 +517,9 @@ def _check_divisible(model: str, num_experts: int, where: str) -> None:
     shape = load_models()[model].shape
     if shape and shape.neurons % num_experts:
         raise DefinitionError(
-            f"{where}: num_experts is {num_experts}, but the {shape.neurons} neurons of an FFN of '{model}' cannot be split into so many equal experts; the nearest number that can is {nearest_divisor(shape.neurons, num_experts)}"
+            f"{where}: num_experts is {num_experts}, but the {shape.neurons} neurons of an FFN of '{model}' cannot be "
+            "split into so many equal experts; the nearest number that can is "
+            f"{nearest_divisor(shape.neurons, num_experts)}"
         )
 
 

@@ -38,17 +38,24 @@ class SuiteSettings(Strict):
     benchmarks: Annotated[list[str], Field(min_length=1), UNIQUE]
     """Which benchmarks to run, in the order of the report."""
     exclude: Annotated[list[str], UNIQUE] = Field([])
-    """OOD sets to leave out, by their name in tasks.yaml, for those that you could not obtain. Tables say which sets they cover."""
+    """OOD sets to leave out, by their name in tasks.yaml, for those that you could not obtain. Tables say which sets
+    they cover.
+    """
     data_root: str | None = None
-    """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not there comes from the hub."""
+    """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not there comes from the
+    hub.
+    """
     model_root: str | None = None
-    """Folder with models, one subfolder each (the model's name). A model that is not there comes from the hub or its package."""
+    """Folder with models, one subfolder each (the model's name). A model that is not there comes from the hub or its
+    package.
+    """
     tracking_uri: str | None = None
     """MLflow's store. Null: the variable MLFLOW_TRACKING_URI, else sqlite:///results/mlflow.db."""
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)
-# Without them glibc gives memory back to the kernel and asks for it again in every step, which a small model pays for with a tenth of its training time.
+# Without them glibc gives memory back to the kernel and asks for it again in every step, which a small model pays for
+# with a tenth of its training time.
 # Of no account where they are set already, or where the C library is another.
 _GLIBC = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
@@ -172,7 +179,9 @@ class Suite:
         return [run for run in self.runs if run.benchmark == benchmark and part in (None, run.spec["task"]["name"])]
 
     def parts(self, benchmark: str) -> list[str]:
-        """The sets of a benchmark that have tables and figures of their own, and runs in this suite; by its grid, so that nothing is planned."""
+        """The sets of a benchmark that have tables and figures of their own, and runs in this suite; by its grid, so
+        that nothing is planned.
+        """
         loaded = load_benchmark(benchmark)
         if not loaded.kind.shows_parts:
             return []
@@ -204,7 +213,9 @@ class Suite:
         return [*CLAIMS.table_files(self.name), *CLAIMS.figure_files(self.name)] if self.claimed else []
 
     def output_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
-        """Tables and figures: of every benchmark and of the claims, of one benchmark with its parts, or of one part alone."""
+        """Tables and figures: of every benchmark and of the claims, of one benchmark with its parts, or of one part
+        alone.
+        """
         names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
         shown = [
             artifacts_of(name, found) for name in names for found in (None, *self.parts(name)) if part in (None, found)
@@ -223,7 +234,9 @@ class Suite:
         return self.settings.tracking_uri or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
 
     def digest(self, benchmark: str, part: str | None = None) -> str:
-        """Hash of everything that shapes the tables of a benchmark or of a part beside its runs' numbers; comments do not count."""
+        """Hash of everything that shapes the tables of a benchmark or of a part beside its runs' numbers; comments do
+        not count.
+        """
         loaded = load_benchmark(benchmark)
         definition, runs = loaded.definition, self.runs_of(benchmark, part)
         published = [(loaded.folder / name).read_text() for name in loaded.kind.published_files(definition)]
@@ -324,7 +337,9 @@ def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:
 
 
 def _may_have(suite: Suite, folder: str) -> bool:
-    """Whether a suite runs the model that a run's name begins with: to plan its runs takes seconds where there are ten thousand."""
+    """Whether a suite runs the model that a run's name begins with: to plan its runs takes seconds where there are ten
+    thousand.
+    """
     name, _, run = folder.partition("/")
     if name not in suite.settings.benchmarks:
         return False

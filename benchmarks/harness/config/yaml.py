@@ -124,7 +124,9 @@ class _Mistake:
 
 
 def _read(error: Mapping[str, Any], content: object) -> _Mistake:
-    """Find an error's place in the content; other parts of pydantic's place name branches of unions, or say that a key is meant."""
+    """Find an error's place in the content; other parts of pydantic's place name branches of unions, or say that a key
+    is meant.
+    """
     path: list[str | int] = []
     steps = [step for step in error["loc"] if step != _KEY]
     for step in steps:
@@ -264,7 +266,9 @@ class Strict(BaseModel):
 
 
 class AsGiven(Strict):
-    """Data in which a key with null is not one that is left out: the dump has what is given, and defaults that are not null."""
+    """Data in which a key with null is not one that is left out: the dump has what is given, and defaults that are not
+    null.
+    """
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -321,7 +325,8 @@ def _unique(values: list[Any]) -> list[Any]:
 
 
 class Registered:
-    """Mark a text as one of the names that are registered when it is read; editors propose those of the project and take others.
+    """Mark a text as one of the names that are registered when it is read; editors propose those of the project and
+    take others.
 
     Args:
         names: the registry.
