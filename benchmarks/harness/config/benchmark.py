@@ -141,8 +141,8 @@ E_co = TypeVar("E_co", bound=Entry, covariant=True)
 
 @dataclass(frozen=True)
 class Benchmark(Generic[D_co, E_co]):
-    """One benchmark folder: its definition, its tasks (measures of measurements, sets of images or instructions), and
-    where it is.
+    """Hold one benchmark folder: its definition, and its tasks (measures of measurements, sets of images or
+    instructions).
     """
 
     name: str
@@ -163,13 +163,13 @@ class Benchmark(Generic[D_co, E_co]):
 
     @property
     def of_every_spec(self) -> dict[str, Any]:
-        """What the specs of all its runs have."""
+        """Return the part that the specs of all its runs share."""
         return {"benchmark": self.name, "version": self.definition.version, "pipeline": self.definition.pipeline}
 
 
 @dataclass(frozen=True)
 class SetPart:
-    """What ``python -m benchmarks data`` says of one part of one set.
+    """Describe one part of one set, for ``python -m benchmarks data``.
 
     Attributes:
         name: the set's.
@@ -197,7 +197,7 @@ class SetPart:
 
     @property
     def note(self) -> str | None:
-        """How its rows differ from what is known of the set."""
+        """Say how its rows differ from the known number; None if they do not."""
         if self.rows is None:
             return None
         return count_note(
@@ -213,7 +213,7 @@ class SetPart:
 
 @dataclass(frozen=True)
 class Domain:
-    """Numbers of a kind's runs by which claims compare two methods.
+    """Name the numbers of a kind's runs by which claims compare two methods.
 
     Attributes:
         metrics: their names.
@@ -232,9 +232,7 @@ COUNTS = Domain(("parameters", "trainable_parameters"))  # of every model
 
 @dataclass(frozen=True)
 class Offer:
-    """What a suite runs of a benchmark, by the names in its grid: methods, models, the domains that it has numbers of,
-    and ways of tuning.
-    """
+    """Name the methods, models, domains and ways of tuning in the grid of a suite."""
 
     methods: frozenset[str]
     models: frozenset[str]
@@ -243,7 +241,7 @@ class Offer:
 
 
 class Kind(ABC, Generic[D, E]):
-    """What the benchmarks of one kind have in common. The folder that the kind is named after has one in its ``grid``
+    """Define what the benchmarks of one kind have in common. The folder of the kind has an instance in its ``grid``
     module, as ``KIND``.
 
     Attributes:
@@ -272,7 +270,7 @@ class Kind(ABC, Generic[D, E]):
 
     @abstractmethod
     def load(self, content: object, file: Path) -> tuple[D, Mapping[str, E]]:
-        """The definition, and the tasks.
+        """Read the definition and the tasks.
 
         Args:
             content: of the file.
@@ -290,7 +288,7 @@ class Kind(ABC, Generic[D, E]):
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        """The specs of a suite's grid, in its order.
+        """Yield the specs of a suite's grid, in its order.
 
         Args:
             benchmark: the benchmark.
@@ -303,26 +301,26 @@ class Kind(ABC, Generic[D, E]):
         """
 
     def check(self, definition: D, tasks: Mapping[str, E], folder: Path) -> None:
-        """Check what is not to be seen in one key: that names exist and settings go together.
+        """Check that names exist and settings go together.
 
         Raises:
             DefinitionError: names the file, the key and the nearest valid value.
         """
 
     def excludable(self, tasks: Mapping[str, E]) -> Iterable[str]:
-        """The sets that a suite may leave out."""
+        """Return the sets that a suite may exclude."""
         return ()
 
     def evaluates(self, definition: D) -> str | None:
-        """The benchmark whose runs its runs evaluate."""
+        """Return the benchmark whose runs its runs evaluate."""
         return None
 
     def resources(self, resources: Resources, spec: Mapping[str, Any]) -> dict[str, Any]:
-        """What a run takes of its suite's resources."""
+        """Return the resources of a run."""
         return resources.model_dump()
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
-        """See that a run can be spread over so many processes, before any of them starts to work.
+        """Check that a run can be spread over a number of processes, before any of them starts to work.
 
         Raises:
             RunError: it cannot.
@@ -334,31 +332,31 @@ class Kind(ABC, Generic[D, E]):
             )
 
     def variant(self, spec: Mapping[str, Any]) -> str:
-        """What is varied beside model, task and method, short."""
+        """Name the settings of a run that vary beside model, task and method."""
         return str(spec["method"]["variant"])
 
     def marks(self, spec: Mapping[str, Any]) -> list[str]:
-        """What else a run's name says."""
+        """Return further parts of a run's name."""
         return []
 
     def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The sets of a run that may only exist by hand."""
+        """Return the sets of a run that may only exist by hand."""
         return list(spec["ood"])
 
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
-        """The files inside packages that a set is read from."""
+        """Return the files inside packages that a set is read from."""
         return []
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
-        """Files that a run needs beside data, weights and partitions."""
+        """Return the files that a run needs beside data, weights and partitions."""
         return []
 
     def figure_inputs(self, spec: Mapping[str, Any]) -> list[str]:
-        """Files that the figures of a part need beside the runs' numbers."""
+        """Return the files that the figures of a part need beside the runs' numbers."""
         return []
 
     def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> list[tuple[str, str]]:
-        """Name and part of every set that a run reads."""
+        """Return name and part of every set that a run reads."""
         return []
 
     def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> float | None:
@@ -375,7 +373,7 @@ class Kind(ABC, Generic[D, E]):
     def describe(
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, E], *, open_files: bool
     ) -> Iterator[SetPart]:
-        """Read one of the parts, and say what is there.
+        """Read one part of a set, and describe it.
 
         Args:
             spec: of a run that reads it.
@@ -387,32 +385,32 @@ class Kind(ABC, Generic[D, E]):
         return iter(())
 
     def unpinned(self, spec: Mapping[str, Any]) -> Iterator[str]:
-        """What a run reads from elsewhere as it is that day, beside models and sets of the hub."""
+        """Yield what a run reads from elsewhere at no fixed version, beside models and sets of the hub."""
         return iter(())
 
     def compared_domains(self, definition: D) -> Mapping[str, Domain]:
-        """The numbers by which claims may compare methods, by name; the presentation's ``compared`` has them."""
+        """Return the numbers by which claims may compare methods, by name; the presentation's ``compared`` has them."""
         return {}
 
     def row_titles(self, definition: D) -> Mapping[str, str]:
-        """Titles of what claims may compare, by name."""
+        """Return the titles of the rows that claims may compare, by name."""
         methods = resolve_methods(definition) if isinstance(definition, MethodsDefinition) else {}
         return {name: method.title for name, method in methods.items()}
 
     def task_titles(self, definition: D, tasks: Mapping[str, E]) -> Mapping[str, str]:
-        """Titles of what runs are trained or evaluated on, by the names that tables and claims have for it."""
+        """Return the titles of the sets of runs, by the names that tables and claims use."""
         return {name: task.title for name, task in tasks.items()}
 
     def published_files(self, definition: D) -> list[str]:
-        """The CSV files with published numbers, in the benchmark's folder, that its tables show."""
+        """Return the CSV files with published numbers that its tables show."""
         return [definition.paper] if definition.paper else []
 
     def settings(self, definition: D, method: str) -> list[str]:
-        """The variants with which suites run a method, where claims may be of one of them."""
+        """Return the variants of a method that claims may name."""
         return []
 
     def offer(self, benchmark: Benchmark[D, E], suite: str) -> Offer:
-        """What a suite runs of a benchmark."""
+        """Return the names in the grid of a suite."""
         blocks = getattr(benchmark.definition.suites[suite], "grid", ())
         return Offer(
             frozenset(name for block in blocks for name in block.method),
@@ -422,7 +420,7 @@ class Kind(ABC, Generic[D, E]):
 
 
 class WholeSets(Kind[D, E]):
-    """What kinds share whose runs read one set each, as a whole, which a suite may leave out."""
+    """Share the methods of kinds whose runs read one set each as a whole, which a suite may exclude."""
 
     def excludable(self, tasks: Mapping[str, E]) -> Iterable[str]:
         return tasks
@@ -446,7 +444,7 @@ def text_tokens(rows: int | None, max_length: int, times: float) -> float | None
 
 
 def missing_set(name: str, problem: object, instructions: str, expected: int | None) -> SetPart:
-    """What is said of a set that is read as a whole and cannot be.
+    """Describe a set that is read as a whole and cannot be.
 
     Args:
         name: the set's.
@@ -459,13 +457,13 @@ def missing_set(name: str, problem: object, instructions: str, expected: int | N
 
 
 def kind_names() -> list[str]:
-    """The kinds: the folders that have a ``grid`` module."""
+    """Return the kinds: the folders that have a ``grid`` module."""
     return sorted(path.parent.name for path in BENCHMARKS.glob("*/grid.py"))
 
 
 @functools.cache
 def find_kind(name: str) -> Kind[Any, Any]:
-    """The kind of that name.
+    """Return the kind of a name.
 
     Raises:
         DefinitionError: there is none; names the nearest.
@@ -477,19 +475,19 @@ def find_kind(name: str) -> Kind[Any, Any]:
 
 
 def usual_kind(benchmark: str) -> str:
-    """The kind of a benchmark whose file says none: its own folder's where that has a grid, else the usual one."""
+    """Return the kind of a benchmark whose file names none: its own folder's if that has a grid, else ``text``."""
     return benchmark if benchmark in kind_names() else USUAL
 
 
 def kind_name(benchmark: str, content: object) -> Any:
-    """What a benchmark's file says of its kind, or its usual one."""
+    """Return the kind that a benchmark's file names, or its usual one."""
     said = content.get("kind") if isinstance(content, dict) else None
     return usual_kind(benchmark) if said is None else said
 
 
 @functools.cache
 def kind_of(benchmark: str) -> Kind[Any, Any]:
-    """The kind of a benchmark.
+    """Return the kind of a benchmark.
 
     Raises:
         DefinitionError: there is no such benchmark.
@@ -498,7 +496,7 @@ def kind_of(benchmark: str) -> Kind[Any, Any]:
 
 
 def check_rows(definition: MethodsDefinition, file: str) -> None:
-    """See that there are the methods that a benchmark compares, and the rows that its suites change.
+    """Check that the methods exist that a benchmark compares, and the rows that its suites change.
 
     Raises:
         DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not
@@ -513,7 +511,7 @@ def check_rows(definition: MethodsDefinition, file: str) -> None:
 
 
 def resolve_methods(definition: MethodsDefinition, suite: str | None = None) -> dict[str, Method]:
-    """A benchmark's methods with all their settings, for itself or for one of its suites.
+    """Return a benchmark's methods with all their settings, for itself or for one of its suites.
 
     A setting is taken from the first of these that gives it: the suite's ``methods``, the benchmark's ``methods``,
     ``methods.yaml``,
@@ -534,7 +532,7 @@ def resolve_methods(definition: MethodsDefinition, suite: str | None = None) -> 
 
 
 def suite_methods(benchmark: Benchmark[TrainingDefinition, Entry], suite: str) -> dict[str, Method]:
-    """The benchmark's methods as the suite compares them, by name.
+    """Return the benchmark's methods as the suite compares them, by name.
 
     Raises:
         DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not
@@ -547,7 +545,7 @@ def suite_methods(benchmark: Benchmark[TrainingDefinition, Entry], suite: str) -
 def with_changes(
     entries: Mapping[str, Changed], changes: Mapping[str, Mapping[str, Any]], key: str, where: str
 ) -> dict[str, Changed]:
-    """Named entries of a benchmark's file, with a suite's own settings on top.
+    """Apply a suite's settings to named entries of a benchmark's file.
 
     Args:
         entries: of the file.
@@ -568,7 +566,7 @@ def with_changes(
 
 
 def training_settings(usual: Settings, changes: Strict, model: str, where: str) -> Settings:
-    """The training settings of the runs of a model: the benchmark's, the suite's, the model's own.
+    """Return the training settings of the runs of a model: the benchmark's, the suite's, the model's own.
 
     Args:
         usual: the benchmark's.
@@ -589,7 +587,7 @@ AnyBenchmark = Benchmark[Any, Any]
 
 
 def benchmark_names() -> list[str]:
-    """Names of all benchmarks: the folders with a ``benchmark.yaml``."""
+    """Return the names of all benchmarks: the folders with a ``benchmark.yaml``."""
     return sorted(path.parent.name for path in BENCHMARKS.glob("*/benchmark.yaml"))
 
 
@@ -616,7 +614,7 @@ def load_benchmark(name: str) -> AnyBenchmark:
 
 
 def check_references(definition: Definition, tasks: Mapping[str, Entry], folder: Path) -> None:
-    """Check what is not to be seen in one key: that names and files exist, and that settings go together.
+    """Check that names and files exist, and that settings go together.
 
     Raises:
         DefinitionError: names the file, the key and the nearest valid value.

@@ -50,7 +50,7 @@ Parameters = Callable[["nn.Module", Any], Iterable[str]]
 
 @dataclass(frozen=True)
 class Tuning:
-    """One way of tuning.
+    """Define one way of tuning.
 
     Attributes:
         parameters: gives the names of the parameters of a model that are trained; it is called with the model,
@@ -88,12 +88,12 @@ def register_tuning(name: str, parameters: Parameters, *, needs_layers: bool = F
 
 
 def needs_layers(name: str | None) -> bool:
-    """Whether a way of tuning must be told layers; False for None, which names no way."""
+    """Return True if a way of tuning must be given layers; False for None."""
     return name in TUNINGS and TUNINGS[name].needs_layers
 
 
 def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict[str, Any]:
-    """The ``tune`` part of a run's spec.
+    """Make the ``tune`` part of a run's spec.
 
     Args:
         name: of the way of tuning; None where only adapters, head and routers are trained.
@@ -107,12 +107,12 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
 
 
 def is_below(name: str, modules: Iterable[str]) -> bool:
-    """Whether a parameter is of one of the modules, which are given by their paths."""
+    """Return True if a parameter belongs to one of the modules, which are given by their paths."""
     return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
-    """The transformer blocks whose FFNs are named."""
+    """Return the parameters of the transformer blocks whose FFNs are named."""
     from emoe.architectures import find_ffns  # needs PyTorch, and ways of tuning are named where nothing is trained
 
     ffns = find_ffns(model)
@@ -121,7 +121,7 @@ def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
 
 
 def block_of(ffn: str) -> str:
-    """The path of the block of an FFN: its own up to the last number."""
+    """Return the path of the block of an FFN: its own up to the last number."""
     parts = ffn.split(".")
     last = max(place for place, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: last + 1])
@@ -135,7 +135,7 @@ _WORDS = {"N": "N {}", "k": "k/N {}", "L": "layers {}", "D": "{:g} % of the rows
 
 
 def variant_of(varied: Mapping[str, Any]) -> str:
-    """The variant of some settings.
+    """Name the variant of some settings.
 
     >>> variant_of({"num_experts": 16, "top_k_fraction": 0.25, "layers": [3, 5]})
     'N16-k0.25-L3+5'
@@ -148,7 +148,7 @@ def variant_of(varied: Mapping[str, Any]) -> str:
 
 
 def setting_values(variant: str) -> dict[str, str]:
-    """The values of a variant by letter.
+    """Return the values of a variant by letter.
 
     >>> setting_values("N16-L-1")
     {'N': '16', 'L': '-1'}
@@ -157,7 +157,7 @@ def setting_values(variant: str) -> dict[str, str]:
 
 
 def setting_text(variant: str) -> str:
-    """A variant in words.
+    """Describe a variant in words.
 
     >>> setting_text("N32-k0.5-D0.8")
     'N 32, k/N 0.5, 80 % of the rows'
@@ -167,7 +167,7 @@ def setting_text(variant: str) -> str:
 
 
 def without(variant: str, usual: Collection[str]) -> str:
-    """A variant without the settings that need not be said.
+    """Remove the usual settings from a variant.
 
     >>> without("k0.5-L22", ["L22"])
     'k0.5'
@@ -179,7 +179,7 @@ KEY = "frozen_layers"
 
 
 def check_frozen(training: Mapping[str, Any], method: Mapping[str, Any], where: str) -> None:
-    """See that a method converts and trains nothing below the frozen layers.
+    """Check that a method converts and trains nothing below the frozen layers.
 
     What hangs on the number of the model's layers (``last:2``, ``-1``) is checked when the model is there.
 
@@ -219,7 +219,7 @@ def refuse_below(frozen: int, lowest: int, what: str) -> None:
 
 
 def _lowest(layers: Any) -> int | None:
-    """The first of some layers, where that does not hang on how many there are."""
+    """Return the lowest of some layers; None if it depends on the number of layers."""
     if not isinstance(layers, str):
         return None if min(layers) < 0 else int(min(layers))
     if layers == "all":
@@ -236,7 +236,7 @@ _BOUNDS = {"minimum": "ge", "maximum": "le", "exclusiveMinimum": "gt", "exclusiv
 
 
 def _config_fields() -> dict[str, Any]:
-    """Every field of the two configurations, each of which a method may leave out."""
+    """Return every field of the two configurations; a method may omit each."""
     fields: dict[str, Any] = {}
     for config in (GMoEConfig, EMoEConfig):
         hints, descriptions = typing.get_type_hints(config), _field_descriptions(config)
@@ -310,7 +310,7 @@ class Method(MethodSettings):
     """Intensity of noisy tuning; 0 for none."""
 
     def config_values(self) -> dict[str, Any]:
-        """What it says of the fields of a configuration; ``partition_seed`` may be ``run``."""
+        """Return the given fields of a configuration; ``partition_seed`` may be ``run``."""
         own = {"title", "role", "kind", "noise", "top_k_fraction", "as_published", "tune", "also_train"}
         return {name: value for name, value in self.given().items() if name not in own}
 
@@ -367,7 +367,7 @@ class _PluginsOnly(Strict):
 
 
 def import_plugins() -> None:
-    """Import the plugins, so that this process knows what they register.
+    """Import the plugins, so that this process knows the names that they register.
 
     Raises:
         DefinitionError: one of them cannot be imported; names the nearest module that exists.
@@ -391,7 +391,7 @@ def import_plugins() -> None:
 
 
 def _siblings(name: str) -> Iterator[str]:
-    """The modules that stand where one was looked for, below the project's folder."""
+    """Return the modules beside the one that was looked for, below the project's folder."""
     parent = name.rpartition(".")[0]
     for module in pkgutil.iter_modules([str(ROOT / parent.replace(".", "/"))]):
         yield f"{parent}.{module.name}" if parent else module.name
@@ -414,7 +414,7 @@ class MethodFile(Strict):
 
 @functools.cache
 def load_methods() -> dict[str, Method]:
-    """What methods are, by ``benchmarks/methods.yaml``; the modules that it names as plugins are imported.
+    """Load the methods of ``benchmarks/methods.yaml``, after its plugins are imported.
 
     Raises:
         DefinitionError: A plugin, key or value does not exist.
@@ -424,7 +424,7 @@ def load_methods() -> dict[str, Method]:
 
 
 def stack_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings, of which a later layer's go before an earlier one's."""
+    """Merge settings; a later layer overrides an earlier one."""
     found: dict[str, Any] = {}
     for layer in layers:
         replaced = _CHOSEN if _CHOSEN & set(layer) else set()
@@ -433,7 +433,7 @@ def stack_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def method_config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
-    """The full configuration of an EMoE or GMoE with all its defaults, or None for a dense model.
+    """Make the full configuration of an EMoE or GMoE with all its defaults; None for a dense model.
 
     Args:
         method: its settings.
@@ -482,7 +482,7 @@ def method_spec(
     lora: LoRA | None,
     where: str,
 ) -> dict[str, Any]:
-    """The ``method`` part of a run's spec.
+    """Make the ``method`` part of a run's spec.
 
     Args:
         methods: what :func:`suite_methods` gave.
@@ -524,7 +524,7 @@ def _check_divisible(model: str, num_experts: int, where: str) -> None:
 
 
 def _tuned(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | None:
-    """What is trained beside adapters, head and routers; None where everything is trained."""
+    """Make the ``tune`` part of a run's spec; None if everything is trained."""
     if lora is None and method.tune is None:
         if method.also_train is not None:
             raise DefinitionError(f"{where} sets 'also_train', which needs training.lora or 'tune'")
