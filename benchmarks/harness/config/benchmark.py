@@ -172,16 +172,16 @@ class SetPart:
     """Describe one part of one set, for ``python -m benchmarks data``.
 
     Attributes:
-        name: the set's.
+        name: The name of the set.
         part: ``train``, ``dev`` or ``test``; of an image set the environment; of instructions ``all``.
-        rows: how many are used; None where the part is missing.
-        dropped: rows left out, without a gold label or without text, or broken.
-        expected: rows as the set's makers count them, where that is known.
-        labels: rows by label, as text.
-        source: where they came from.
-        advice: what to do, where the part is missing.
-        published: rows that the paper's authors score, where these are others.
-        counts_dropped: whether the makers count rows that are left out too.
+        rows: The number of rows that are used; None if the part is missing.
+        dropped: The number of rows without a gold label or text, or broken.
+        expected: The number of rows by the set's makers, if known.
+        labels: The rows by label, as text.
+        source: The source of the rows.
+        advice: The way to get a missing part.
+        published: The number of rows that the paper's authors score, if it differs.
+        counts_dropped: True if the makers count dropped rows too.
     """
 
     name: str
@@ -216,9 +216,9 @@ class Domain:
     """Name the numbers of a kind's runs by which claims compare two methods.
 
     Attributes:
-        metrics: their names.
-        pair: what two numbers have in common that are compared: ``seed``, ``trial``, ``question``, ``setting``.
-        selections: names of what chose epoch and hyper-parameters, where several are reported.
+        metrics: The names of the metrics.
+        pair: The unit of pairs that are compared: ``seed``, ``trial``, ``question``, ``setting``.
+        selections: The names of the selections of epoch and hyper-parameters, if several are reported.
     """
 
     metrics: tuple[str, ...]
@@ -245,17 +245,17 @@ class Kind(ABC, Generic[D, E]):
     module, as ``KIND``.
 
     Attributes:
-        files: what its YAML files hold: names of schemas for editors, and the models.
-        presentation: the module that shows its finished runs where a benchmark's folder has none; else every folder
+        files: The names of schemas for editors, and the models of its YAML files.
+        presentation: The module that shows its finished runs if a benchmark's folder has none; else every folder
             needs one.
-        paper_columns: of its ``paper.csv``, those before value, status and source; none where it does not say.
-        has_models: whether its runs have a model with weights; a measurement has not.
-        has_seeds: whether its runs are seeded, so that their names say how.
-        shows_parts: whether each of its sets, which the blocks of its grids name under ``set``, has tables and figures
+        paper_columns: The columns of its ``paper.csv`` before value, status and source.
+        has_models: True if its runs have a model with weights.
+        has_seeds: True if its runs are seeded, so that their names say how.
+        shows_parts: True if each of its sets, which the blocks of its grids name under ``set``, has tables and figures
             of its own.
-        counts_labels: whether its report shows the labels of its sets.
-        optimizer: what the report says of how it trains; empty where it does not.
-        late_imports: modules that its runs import when they need them.
+        counts_labels: True if its report shows the labels of its sets.
+        optimizer: The optimizer, for the report; empty if nothing is trained.
+        late_imports: The modules that its runs import when they need them.
     """
 
     files: tuple[tuple[str, type[Strict]], ...]
@@ -273,11 +273,11 @@ class Kind(ABC, Generic[D, E]):
         """Read the definition and the tasks.
 
         Args:
-            content: of the file.
+            content: The content of the file.
             file: ``benchmark.yaml``, beside which the others are.
 
         Raises:
-            DefinitionError: one of the files is wrong; names the key and the nearest valid value.
+            DefinitionError: A file is wrong; names the key and the nearest valid value.
         """
 
     @abstractmethod
@@ -291,20 +291,20 @@ class Kind(ABC, Generic[D, E]):
         """Yield the specs of a suite's grid, in its order.
 
         Args:
-            benchmark: the benchmark.
-            suite: the suite.
-            exclude: sets to leave out.
-            specs_of: gives the specs of another benchmark's runs in the suite, by their folders.
+            benchmark: The benchmark.
+            suite: The suite.
+            exclude: The sets to exclude.
+            specs_of: A function that gives the specs of another benchmark's runs in the suite, by their folders.
 
         Raises:
-            DefinitionError: a name in the grid that does not exist, or settings that do not go together.
+            DefinitionError: A name in the grid does not exist, or settings do not go together.
         """
 
     def check(self, definition: D, tasks: Mapping[str, E], folder: Path) -> None:
         """Check that names exist and settings go together.
 
         Raises:
-            DefinitionError: names the file, the key and the nearest valid value.
+            DefinitionError: Names the file, the key and the nearest valid value.
         """
 
     def excludable(self, tasks: Mapping[str, E]) -> Iterable[str]:
@@ -323,8 +323,8 @@ class Kind(ABC, Generic[D, E]):
         """Check that a run can be spread over a number of processes, before any of them starts to work.
 
         Raises:
-            RunError: it cannot.
-            DefinitionError: its settings do not fit.
+            RunError: It cannot.
+            DefinitionError: Its settings do not fit.
         """
         if processes > 1:
             raise RunError(
@@ -376,11 +376,11 @@ class Kind(ABC, Generic[D, E]):
         """Read one part of a set, and describe it.
 
         Args:
-            spec: of a run that reads it.
-            name: the set's.
-            part: the part's.
-            tasks: of the benchmark.
-            open_files: open every file of a set of files, which takes minutes.
+            spec: The spec of a run that reads it.
+            name: The name of the set.
+            part: The name of the part.
+            tasks: The tasks of the benchmark.
+            open_files: True to open every file of a set of files, which takes minutes.
         """
         return iter(())
 
@@ -447,10 +447,10 @@ def missing_set(name: str, problem: object, instructions: str, expected: int | N
     """Describe a set that is read as a whole and cannot be.
 
     Args:
-        name: the set's.
-        problem: what is wrong.
-        instructions: where it comes from.
-        expected: rows as its makers count them.
+        name: The name of the set.
+        problem: The error.
+        instructions: The source of the set.
+        expected: The number of rows by its makers.
     """
     advice = f"{name}: {problem}\n    {instructions}. Without it: `exclude: [{name}]`"
     return SetPart(name, ALL, None, expected=expected, advice=advice)
@@ -466,7 +466,7 @@ def find_kind(name: str) -> Kind[Any, Any]:
     """Return the kind of a name.
 
     Raises:
-        DefinitionError: there is none; names the nearest.
+        DefinitionError: There is no such kind; names the nearest.
     """
     if name not in kind_names():
         raise DefinitionError(f"'kind' is {name!r}{did_you_mean(name, kind_names())}")
@@ -490,7 +490,7 @@ def kind_of(benchmark: str) -> Kind[Any, Any]:
     """Return the kind of a benchmark.
 
     Raises:
-        DefinitionError: there is no such benchmark.
+        DefinitionError: There is no such benchmark.
     """
     return find_kind(kind_name(benchmark, read_yaml(BENCHMARKS / benchmark / "benchmark.yaml")))
 
@@ -548,13 +548,13 @@ def with_changes(
     """Apply a suite's settings to named entries of a benchmark's file.
 
     Args:
-        entries: of the file.
-        changes: what the suite says, by the name of an entry.
-        key: under which both stand.
-        where: the file, and the keys before that of the suite's.
+        entries: The entries of the file.
+        changes: The changes of the suite, by the name of an entry.
+        key: The key of the entries.
+        where: The file, and the keys before the suite's entries.
 
     Raises:
-        DefinitionError: the suite names an entry that does not exist, or a setting that it does not have.
+        DefinitionError: The suite names an entry that does not exist, or a setting that it does not have.
     """
     check_names(where, key, list(changes), entries)
     return {
@@ -569,13 +569,13 @@ def training_settings(usual: Settings, changes: Strict, model: str, where: str) 
     """Return the training settings of the runs of a model: the benchmark's, the suite's, the model's own.
 
     Args:
-        usual: the benchmark's.
-        changes: what the suite says.
-        model: the model's name.
-        where: the file, and the keys that lead to ``by_model``.
+        usual: The settings of the benchmark.
+        changes: The changes of the suite.
+        model: The name of the model.
+        where: The file, and the keys that lead to ``by_model``.
 
     Raises:
-        DefinitionError: settings of a model that does not exist.
+        DefinitionError: Settings are of a model that does not exist.
     """
     found = usual.changed(changes)
     check_names(where, "by_model", found.by_model, load_models())
@@ -596,7 +596,7 @@ def load_benchmark(name: str) -> AnyBenchmark:
     """Read and check one benchmark.
 
     Raises:
-        DefinitionError: no such benchmark, or its files are wrong.
+        DefinitionError: There is no such benchmark, or its files are wrong.
     """
     if name not in benchmark_names():
         raise DefinitionError(f"there is no benchmark '{name}'{did_you_mean(name, benchmark_names())}")
@@ -617,7 +617,7 @@ def check_references(definition: Definition, tasks: Mapping[str, Entry], folder:
     """Check that names and files exist, and that settings go together.
 
     Raises:
-        DefinitionError: names the file, the key and the nearest valid value.
+        DefinitionError: Names the file, the key and the nearest valid value.
     """
     file, name = folder / "benchmark.yaml", definition.kind or usual_kind(folder.name)
     kind = find_kind(name)

@@ -127,7 +127,7 @@ def load_models() -> dict[str, ModelEntry]:
     """Load the models that benchmarks may name, by name: ``benchmarks/models.yaml``.
 
     Raises:
-        DefinitionError: the file is wrong; names the key and the nearest valid value.
+        DefinitionError: The file is wrong; names the key and the nearest valid value.
     """
     return read(BENCHMARKS / "models.yaml", ModelFile).models
 
@@ -142,6 +142,6 @@ def load_metrics() -> dict[str, Metric]:
     """Load label, unit, direction, decimals and kind of every metric, by name: ``benchmarks/metrics.yaml``.
 
     Raises:
-        DefinitionError: the file is wrong; names the key and the nearest valid value.
+        DefinitionError: The file is wrong; names the key and the nearest valid value.
     """
     return read(BENCHMARKS / "metrics.yaml", MetricFile).metrics

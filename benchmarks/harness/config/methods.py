@@ -56,7 +56,7 @@ class Tuning:
         parameters: gives the names of the parameters of a model that are trained; it is called with the model,
             converted and
             with its adapters, and the ``layers`` of the method.
-        needs_layers: whether a method that is tuned so must give ``layers``; else ``None`` is what the function gets.
+        needs_layers: True if a method with this tuning must give ``layers``; else the function gets ``None``.
     """
 
     parameters: Parameters
@@ -73,12 +73,12 @@ def register_tuning(name: str, parameters: Parameters, *, needs_layers: bool = F
     >>> del TUNINGS["norms"]
 
     Args:
-        name: in YAML, and of the group of parameters in a run's record.
-        parameters: see :class:`Tuning`.
-        needs_layers: see :class:`Tuning`.
+        name: The name in YAML, and of the group of parameters in a run's record.
+        parameters: See :class:`Tuning`.
+        needs_layers: See :class:`Tuning`.
 
     Raises:
-        DefinitionError: no name, or no function.
+        DefinitionError: The name or the function is none.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise DefinitionError(f"register_tuning: {name!r} is no name; write one like 'my_tuning'")
@@ -96,9 +96,9 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
     """Make the ``tune`` part of a run's spec.
 
     Args:
-        name: of the way of tuning; None where only adapters, head and routers are trained.
-        layers: what it is told, where it needs layers.
-        also: further modules to train, by the last part of their name.
+        name: The way of tuning; None if only adapters, head and routers are trained.
+        layers: The layers of the method.
+        also: Further modules to train, by the last part of their name.
     """
     if name is None or name == "blocks":  # which has a key of its own
         return {"blocks": layers if name else [], "also": list(also)}
@@ -184,12 +184,12 @@ def check_frozen(training: Mapping[str, Any], method: Mapping[str, Any], where: 
     What hangs on the number of the model's layers (``last:2``, ``-1``) is checked when the model is there.
 
     Args:
-        training: of the run's spec.
-        method: of the run's spec.
-        where: file and keys, for messages.
+        training: The training settings of the run's spec.
+        method: The method of the run's spec.
+        where: The file and the keys, for messages.
 
     Raises:
-        DefinitionError: it does.
+        DefinitionError: The method uses a frozen layer.
     """
     frozen = training.get(KEY) or 0
     named = f"{where}': method '{method['name']}'"
@@ -204,12 +204,12 @@ def refuse_below(frozen: int, lowest: int, what: str) -> None:
     """Refuse a layer that is frozen.
 
     Args:
-        frozen: how many are.
-        lowest: the first layer that something is done to.
-        what: who does what, for the message.
+        frozen: The number of frozen layers.
+        lowest: The lowest layer that is used.
+        what: The beginning of the message.
 
     Raises:
-        DefinitionError: it is one of them.
+        DefinitionError: The layer is frozen.
     """
     if lowest < frozen:
         raise DefinitionError(
@@ -370,7 +370,7 @@ def import_plugins() -> None:
     """Import the plugins, so that this process knows the names that they register.
 
     Raises:
-        DefinitionError: one of them cannot be imported; names the nearest module that exists.
+        DefinitionError: A plugin cannot be imported; names the nearest module that exists.
     """
     file = BENCHMARKS / "methods.yaml"
     content = read_yaml(file)
@@ -436,12 +436,12 @@ def method_config(method: Method, seed: int, where: str) -> dict[str, Any] | Non
     """Make the full configuration of an EMoE or GMoE with all its defaults; None for a dense model.
 
     Args:
-        method: its settings.
-        seed: the run's.
-        where: file and key, for messages.
+        method: The settings of the method.
+        seed: The seed of the run.
+        where: The file and the key, for messages.
 
     Raises:
-        DefinitionError: settings that do not go together.
+        DefinitionError: Settings do not go together.
     """
     values = method.config_values()
     if method.top_k_fraction is not None and "top_k" in values:
@@ -485,14 +485,14 @@ def method_spec(
     """Make the ``method`` part of a run's spec.
 
     Args:
-        methods: what :func:`suite_methods` gave.
-        point: of the grid: the method's name, and perhaps its varied settings.
-        seed: the run's.
+        methods: The methods from :func:`suite_methods`.
+        point: The point of the grid: the method's name, and perhaps its varied settings.
+        seed: The seed of the run.
         lora: ``training.lora`` of the run.
-        where: file and key, for messages.
+        where: The file and the key, for messages.
 
     Raises:
-        DefinitionError: settings that do not go together.
+        DefinitionError: Settings do not go together.
     """
     base = methods[point["method"]]
     # a dense model has no experts to vary: it is one run for all variants, but for the blocks that it trains

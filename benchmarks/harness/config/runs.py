@@ -103,10 +103,10 @@ class Run:
     """Hold one fully resolved run.
 
     Attributes:
-        id: readable slug and eight hex digits of the hash of ``spec``.
-        spec: everything that shapes the numbers, plain values only. The suite is not part of it, so
+        id: A readable slug and eight hex digits of the hash of ``spec``.
+        spec: Everything that shapes the numbers, plain values only. The suite is not part of it, so
             that suites share runs.
-        resources: what the scheduler reserves; shapes no number and is not part of the id.
+        resources: The resources that the scheduler reserves; they shape no number and are not part of the id.
     """
 
     id: str
@@ -182,12 +182,12 @@ def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) 
     """Plan every run of a suite, each once, in grid order.
 
     Args:
-        benchmark_names: whose runs.
-        suite: the suite.
+        benchmark_names: The names of the benchmarks.
+        suite: The suite.
         exclude: OOD sets, image sets and sets of instructions to leave out.
 
     Raises:
-        DefinitionError: a name in a grid that does not exist, or a method that cannot be built.
+        DefinitionError: A name in a grid does not exist, or a method cannot be built.
     """
     planned: dict[str, list[Run]] = {}
 
@@ -255,7 +255,7 @@ def rebuilt_from(name: str) -> PackageFile:
     """Return the package file of a rebuilt model.
 
     Raises:
-        DataError: no such model.
+        DataError: There is no such model.
     """
     rebuilt = {model: found.rebuilt for model, found in load_models().items() if found.rebuilt}
     if name not in rebuilt:

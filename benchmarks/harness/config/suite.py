@@ -77,7 +77,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
         overrides: ``--config`` values; ``suite`` names the file (default ``mini``).
 
     Raises:
-        DefinitionError: no such suite, or a wrong key or value; names the file and the nearest valid one.
+        DefinitionError: There is no such suite, or a key or value is wrong; names the file and the nearest valid one.
     """
     name = overrides.get("suite", "mini")
     if name not in suite_names():
@@ -119,9 +119,9 @@ def elsewhere(what: str, wanted: Collection[str], here: Suite) -> str:
     """Name the suites that have a target which the given one lacks.
 
     Args:
-        what: the target.
-        wanted: benchmarks, each of which shows it.
-        here: the suite.
+        what: The target.
+        wanted: The benchmarks, each of which shows it.
+        here: The suite.
     """
     ready = ("mini", "mini_full", "smoke")  # on any machine
     names = sorted(suite_names(), key=lambda name: (ready.index(name) if name in ready else len(ready), name))
@@ -138,7 +138,7 @@ def find_part(benchmark: str, part: str, first: Suite) -> Suite:
     """Return the given suite if it runs the part of the benchmark, else the first other one that does.
 
     Raises:
-        DefinitionError: no suite runs it.
+        DefinitionError: No suite runs it.
     """
     for suite in _suites(first):
         if benchmark in suite.settings.benchmarks and part in suite.parts(benchmark):
@@ -152,8 +152,8 @@ class Suite:
 
     Attributes:
         name: ``smoke``, ``mini``, …
-        settings: the checked configuration.
-        overrides: what of it the command line said.
+        settings: The checked configuration.
+        overrides: The values of the command line.
     """
 
     name: str
@@ -328,7 +328,7 @@ def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:
     """Find the run of a folder below ``results/runs``, in the given suite or in any other.
 
     Raises:
-        DefinitionError: no suite has such a run; names the nearest.
+        DefinitionError: No suite has such a run; names the nearest.
     """
     for suite in _suites(first):
         if _may_have(suite, folder) and folder in suite.runs_by_folder:
@@ -353,7 +353,7 @@ def find_partition(name: str, first: Suite) -> PartitionJob:
     """Find the clustering of an id, in the given suite or in any other.
 
     Raises:
-        DefinitionError: no suite needs such a clustering.
+        DefinitionError: No suite needs such a clustering.
     """
     return find_job(name, first, lambda suite: suite.partitions, "partition")
 
@@ -362,13 +362,13 @@ def find_job(name: str, first: Suite, jobs_of: Callable[[Suite], Mapping[str, An
     """Find the job of an id, in the given suite or in any other.
 
     Args:
-        name: the id.
-        first: the suite to look in first.
-        jobs_of: the jobs that a suite needs, by id.
-        word: what such a job is called.
+        name: The id.
+        first: The suite to search first.
+        jobs_of: A function that gives the jobs of a suite, by id.
+        word: The word for such a job.
 
     Raises:
-        DefinitionError: no suite needs it; names the nearest.
+        DefinitionError: No suite needs it; names the nearest.
     """
     for suite in _suites(first):
         if name in jobs_of(suite):

@@ -49,10 +49,10 @@ def explain(error: ValidationError, content: object, described: Mapping[str, Any
     """Describe the errors that pydantic found in one line.
 
     Args:
-        error: what pydantic found.
-        content: what was checked.
-        described: the JSON Schema of what it should be, which knows the valid keys and values.
-        at: keys that lead to ``content`` in its file.
+        error: The errors that pydantic found.
+        content: The validated content.
+        described: The JSON Schema of the model, which has the valid keys and values.
+        at: The keys that lead to ``content`` in its file.
     """
     found = [_read(one, content) for one in error.errors(include_url=False)]
     # a value that fits no branch of a union is told by the branch that it fits best
@@ -219,7 +219,7 @@ def read_yaml(path: Path) -> Any:
     """Parse one YAML file.
 
     Raises:
-        DefinitionError: the file is missing, cannot be read or is not valid YAML; names the line.
+        DefinitionError: The file is missing, cannot be read or is not valid YAML; names the line.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
@@ -325,8 +325,8 @@ class Registered:
     take others.
 
     Args:
-        names: the registry.
-        beside: names that are none of it.
+        names: The registry.
+        beside: Further names beside the registry.
     """
 
     def __init__(self, names: Collection[str], beside: Collection[str] = ()) -> None:
@@ -376,13 +376,13 @@ def parse(content: object, model: type[Model], where: str, *at: str | int) -> Mo
     """Validate the content of a file.
 
     Args:
-        content: as YAML or JSON gave it.
-        model: what it should be.
-        where: the file, for messages.
-        at: keys that lead to ``content`` in it.
+        content: The content from YAML or JSON.
+        model: The model of the content.
+        where: The file, for messages.
+        at: The keys that lead to ``content`` in it.
 
     Raises:
-        DefinitionError: names the file, the keys and the nearest valid values, up to five at once.
+        DefinitionError: Names the file, the keys and the nearest valid values, up to five at once.
     """
     try:
         return model.model_validate(content)
@@ -399,13 +399,13 @@ def check_names(where: str, key: str, names: Iterable[str], known: Collection[st
     """Check the names that a file gives under a key.
 
     Args:
-        where: the file, a quotation mark, and what stands before the key.
-        key: the key.
-        names: what it names.
-        known: what exists.
+        where: The file, a quotation mark, and the keys before this one.
+        key: The key.
+        names: The names under the key.
+        known: The valid names.
 
     Raises:
-        DefinitionError: names the nearest that exists.
+        DefinitionError: A name is not valid; names the nearest.
     """
     for name in names:
         if name not in known:
@@ -417,14 +417,14 @@ def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[
     """Check that a CSV that a file names exists, and has the columns of published numbers.
 
     Args:
-        where: as :func:`check_names`.
-        key: the key.
-        name: what it names.
-        folder: where it is looked for.
-        columns: what each number is of; its value, status and source are the columns behind these.
+        where: The place, see :func:`check_names`.
+        key: The key.
+        name: The name of the CSV.
+        folder: The folder of the CSV.
+        columns: The columns before value, status and source.
 
     Raises:
-        DefinitionError: names the nearest that is there, or the columns.
+        DefinitionError: The CSV is missing or has other columns; names the nearest CSV.
     """
     known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]
     check_names(where, key, () if (folder / name).is_file() else [name], known)
