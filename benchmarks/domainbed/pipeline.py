@@ -76,13 +76,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         TrainingRows(
             [envs[env] for env in trained], rows, augmented(size) if augments else plain(size), seed, prefixed
         ),
-        EnvironmentBatches(
-            [[envs[env].labels[row] for row in chosen] for env, chosen in zip(trained, rows, strict=True)],
-            hparams.batch_size,
-            training.steps,
-            seed,
-            class_balanced=hparams.class_balanced,
-        ),
+        EnvironmentBatches([len(chosen) for chosen in rows], hparams.batch_size, training.steps, seed),
         _evaluated(read, image_set, splits, prefixed),
         folder,
         progress,
