@@ -8,7 +8,7 @@ import pandas as pd
 
 from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.outcomes import compared, counts
+from benchmarks.harness.report.common import compared, counts
 from benchmarks.harness.results.statistics import paired_differences, with_verdicts
 from benchmarks.multitask.definition import MultitaskDefinition
 from benchmarks.multitask.grid import ID_MEAN

@@ -9,10 +9,15 @@ from dataclasses import replace
 import pandas as pd
 
 from benchmarks.harness.config.benchmark import OOD_MEAN
-from benchmarks.harness.report.common_tables import difference_text, means_by, tests_table, with_numbers
-from benchmarks.harness.report.outcomes import with_runs
-from benchmarks.harness.report.published import read_published
-from benchmarks.harness.report.rendering import MISSING, RUNS, Column, Table
+from benchmarks.harness.report.common import (
+    difference_text,
+    means_by,
+    read_published,
+    tests_table,
+    with_numbers,
+    with_runs,
+)
+from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
 from benchmarks.multitask.grid import ID_MEAN
 from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.text.grid import CLEAN, ID, OOD

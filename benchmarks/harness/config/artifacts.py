@@ -90,7 +90,7 @@ def code_files(*benchmarks: str) -> list[str]:
 
 def page_files() -> list[str]:
     """List the template, style and script of the pages."""
-    return [os.path.relpath(file) for file in sorted((BENCHMARKS / "harness/report").glob("report.*"))]
+    return [os.path.relpath(file) for file in sorted((BENCHMARKS / "harness/report").glob("page.*"))]
 
 
 def all_artifacts() -> list[Artifacts]:

@@ -284,7 +284,7 @@ class Suite:
         """What its jobs import."""
         loaded = [load_benchmark(name) for name in self.settings.benchmarks]
         own = [module for found in loaded for module in (found.definition.pipeline, *found.kind.late_imports)]
-        return [*dict.fromkeys(own), "benchmarks.harness.run.execution", "benchmarks.harness.report.report"]
+        return [*dict.fromkeys(own), "benchmarks.harness.run.execution", "benchmarks.harness.report.page"]
 
     def missing_sets(self) -> list[str]:
         """Sets that only exist by hand and are not there: said before work starts, because what needs them will fail."""
