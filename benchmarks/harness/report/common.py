@@ -28,73 +28,75 @@ _ORIGIN = (
     *("run_id", "protocol", "model", "task", "set", "method", "tuning", "variant", "learning_rate"),
     *("layer", "num_experts", "seed"),
 )
-# what claims are tested on: a row a number, see Presentation.compared
+# the numbers of the claims, one row per number: Presentation.compared
 COMPARED = [
     *("selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "setting", "pair", "value")
 ]
 
 
 def compared(*parts: pd.DataFrame) -> pd.DataFrame:
-    """Numbers in the columns :data:`COMPARED`; empty text in those that a part lacks."""
+    """Join numbers in the columns :data:`COMPARED`; a missing column is empty text."""
     return pd.concat([part.reindex(columns=COMPARED, fill_value="") for part in parts], ignore_index=True)
 
 
 def compared_nothing() -> pd.DataFrame:
-    """No numbers, in the columns :data:`COMPARED`."""
+    """Return no numbers, in the columns :data:`COMPARED`."""
     return pd.DataFrame(columns=COMPARED)
 
 
 def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
-    """Name the runs that each row of a table is made of, in the column :data:`~benchmarks.harness.report.table.RUNS`.
+    """Name the runs of each row of a table in the column :data:`~benchmarks.harness.report.table.RUNS`.
 
-    These are the runs with the row's names in every column that both have; an empty name and :data:`ALL` stand for all. Where a benchmark chooses
-    among finished runs (DomainBed's draws), all that it chose among are named. A row of others' numbers has none.
+    These are the runs with the row's names in every shared column; an empty name and :data:`ALL` stand for all names.
+    If a benchmark chooses among finished runs (DomainBed's draws), all candidates are named. A row of published numbers
+    has none.
 
     Args:
-        table: with names in its frame.
-        origins: ``run_id`` and names, a row or more a run.
-        benchmark: whose runs.
+        table: The table, with names in its frame.
+        origins: The ``run_id`` and the names, one or more rows per run.
+        benchmark: The name of the benchmark.
     """
     frame = table.frame
     keys = [key for key in _ORIGIN if key in frame and key in origins]
-    if not keys or RUNS in frame:  # its maker has named them
+    if not keys or RUNS in frame:  # the table has named them
         return table
     known = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates()
     runs = [f"{benchmark}/{run}" for run in known["run_id"]]
-    places: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for place, names in enumerate(known[keys].to_dict("records")):
-        for named in names.items():
-            places[named].add(place)
-    found = []
+    numbers: dict[tuple[str, str], set[int]] = defaultdict(set)  # of the runs with a name
+    for number, names in enumerate(known[keys].to_dict("records")):
+        for item in names.items():
+            numbers[item].add(number)
+    folders = []
     for names in frame[keys].fillna("").astype(str).to_dict("records"):
-        of_row = set(range(len(runs))).intersection(
-            *(places[key, name] for key, name in names.items() if name not in ("", ALL))
-        )
-        found.append(" ".join(dict.fromkeys(runs[place] for place in sorted(of_row))))
-    return replace(table, frame=frame.assign(**{RUNS: found}))
+        matching = (numbers[key, name] for key, name in names.items() if name not in ("", ALL))
+        of_row = set(range(len(runs))).intersection(*matching)
+        folders.append(" ".join(dict.fromkeys(runs[number] for number in sorted(of_row))))
+    return replace(table, frame=frame.assign(**{RUNS: folders}))
 
 
 def counts(records: pd.DataFrame) -> pd.DataFrame:
-    """Numbers of parameters of all runs, as part of :func:`compared`."""
-    found = records[(records["part"] == "model") & records["metric"].isin(COUNTS.metrics)]
-    return found.rename(columns={"seed": "pair"}).assign(domain="model")
+    """Return the numbers of parameters of all runs, for :func:`compared`."""
+    rows = records[(records["part"] == "model") & records["metric"].isin(COUNTS.metrics)]
+    return rows.rename(columns={"seed": "pair"}).assign(domain="model")
 
 
 class Outcomes:
-    """The finished runs of a benchmark that trains; a benchmark adds what it makes of them.
+    """The finished runs of a benchmark that trains; a subclass adds its results.
 
     Args:
-        benchmark: its definition.
-        runs: the finished runs, in the order of the grid.
-        keys: columns of names that readers see as titles: ``model``, ``method``, ``task``, ``eval_task``, ``set``, or one of ``titles``.
-        titles: of other columns: title by name, in the order in which rows stand.
+        benchmark: The benchmark.
+        runs: The finished runs, in the order of the grid.
+        keys: The columns whose names have titles: ``model``, ``method``, ``task``, ``eval_task``, ``set``, or one of
+            ``titles``.
+        titles: The titles of other columns by name, in the order of rows.
 
     Attributes:
-        name: of the benchmark.
-        methods: their definitions.
-        baseline: the method that others are compared with.
-        titles: by column, title by name in the order of rows: models and tasks as they ran, then as they are defined.
-        records: every number of every run; a benchmark gives it.
+        name: The name of the benchmark.
+        methods: The methods by name.
+        baseline: The name of the baseline.
+        titles: The titles by column and name, in the order of rows: models and tasks as they ran, then as they are
+            defined.
+        records: Every number of every run; a subclass sets it.
     """
 
     records: pd.DataFrame
@@ -109,19 +111,19 @@ class Outcomes:
         self.benchmark, self.runs, self.name = benchmark, list(runs), benchmark.name
         self.methods = resolve_methods(benchmark.definition)
         self.baseline = benchmark.definition.baseline
-        models = _that_ran_first({name: model.title for name, model in load_models().items()}, runs, "model")
-        tasks = _that_ran_first(benchmark.kind.task_titles(benchmark.definition, benchmark.tasks), runs, "task")
+        models = _titles_in_order({name: model.title for name, model in load_models().items()}, runs, "model")
+        tasks = _titles_in_order(benchmark.kind.task_titles(benchmark.definition, benchmark.tasks), runs, "task")
         methods = {name: method.title for name, method in self.methods.items()}
         known = {"model": models, "method": methods, **dict.fromkeys(("task", "eval_task", "set"), tasks), **titles}
         self.titles: dict[str, Mapping[str, str]] = {key: known[key] for key in keys}
 
     def title(self, key: str, name: str) -> str:
-        """What readers see of a name: its title, or itself where it has none."""
+        """Return the title of a name, or the name if it has none."""
         return self.titles[key].get(name, name)
 
     @property
     def origins(self) -> pd.DataFrame:
-        """Which runs there are, by the names that rows of tables have: :func:`with_runs` reads it."""
+        """Return the runs and their names for :func:`with_runs`."""
         return self.records
 
     @property
@@ -129,30 +131,30 @@ class Outcomes:
         return self.title("method", self.baseline)
 
     def role(self, method: str) -> str:
-        """``baseline``, ``method`` or ``control``; of what a paper alone has, ``method``."""
+        """Return ``baseline``, ``method`` or ``control``; ``method`` for a row that only the paper has."""
         return self.methods[method].role if method in self.methods else "method"
 
     def style(self, method: str) -> MethodStyle:
-        """How a method looks in figures; a setting of it looks as the method does."""
+        """Return the style of a method or of one of its settings."""
         return style_of(self.methods[method.partition(SETTING)[0]])
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Rows with ``<key>_title`` of every key that they have, and ``is_method``: whether they are no control."""
+        """Add ``<key>_title`` for every key of the rows, and ``is_method``: True if the row is no control."""
         titles = {f"{key}_title": [self.title(key, name) for name in frame[key]] for key in self.titles if key in frame}
         return frame.assign(**titles, is_method=[self.role(name) != CONTROL for name in frame["method"]])
 
     def order(self, frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-        """Titled rows, sorted by columns: names in the order of their titles, unknown ones last; other columns by value."""
+        """Add titles and sort by columns: names as their titles, unknown ones last; other columns by value."""
 
-        def place(column: pd.Series) -> pd.Series:
-            places = {name: number for number, name in enumerate(self.titles.get(str(column.name), ()))}
-            return column.map(lambda name: places.get(name, len(places))) if places else column
+        def rank(column: pd.Series) -> pd.Series:
+            ranks = {name: number for number, name in enumerate(self.titles.get(str(column.name), ()))}
+            return column.map(lambda name: ranks.get(name, len(ranks))) if ranks else column
 
-        return self.titled(frame.sort_values(list(keys), key=place, kind="stable").reset_index(drop=True))
+        return self.titled(frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True))
 
 
-def _that_ran_first(titles: Mapping[str, str], runs: Sequence[Run], part: str) -> dict[str, str]:
-    """Titles by name: of the models or tasks of the runs, then of the others."""
+def _titles_in_order(titles: Mapping[str, str], runs: Sequence[Run], part: str) -> dict[str, str]:
+    """Sort titles by name: the models or tasks of the runs first."""
     ran = [run.spec[part]["name"] for run in runs]
     return {name: titles[name] for name in dict.fromkeys([*ran, *titles]) if name in titles}
 
@@ -163,34 +165,34 @@ _STATUS = ("published", "inferred", "unknown")
 def read_published(
     benchmark: Benchmark[Definition, Entry], file: str | None = None, of: Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """A benchmark's ``paper.csv``: published numbers, values in points (of a rank, as it is), each with status and source.
+    """Read published numbers in points (ranks unchanged), each with status and source, by default from ``paper.csv``.
 
     Args:
-        benchmark: whose numbers.
-        file: another file in its folder.
-        of: columns that say what a number is of, where they are not the kind's own.
+        benchmark: The benchmark.
+        file: The name of another file in its folder.
+        of: The columns that identify a number, by default those of the benchmark's kind.
 
     Raises:
-        DefinitionError: a wrong column, status, or a value that does not go with its status.
+        DefinitionError: A column or status is wrong, or a value does not fit its status.
     """
     file = file or benchmark.definition.paper
     columns = [*(of or benchmark.kind.paper_columns), *NUMBER_COLUMNS]
     if not file:
         return pd.DataFrame(columns=columns)
     path = benchmark.folder / file
-    found = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
-    if list(found.columns) != columns:
-        raise DefinitionError(f"{path}: the columns are {list(found.columns)}, but must be {columns}")
-    for number, row in enumerate(found.itertuples(), 2):
+    published = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
+    if list(published.columns) != columns:
+        raise DefinitionError(f"{path}: the columns are {list(published.columns)}, but must be {columns}")
+    for number, row in enumerate(published.itertuples(), 2):
         if row.status not in _STATUS:
             raise DefinitionError(f"{path}, line {number}: status is '{row.status}'{did_you_mean(row.status, _STATUS)}")
         if math.isnan(row.value) != (row.status == "unknown"):
             raise DefinitionError(f"{path}, line {number}: a value is given where it is known, and only there")
-    return found
+    return published
 
 
 def published_delta(published: pd.DataFrame, baseline: str) -> list[float]:
-    """The difference of every published ``value`` to the baseline's of the same ``model`` and ``scope``; nan for the baseline itself, and where that is not known."""
+    """Subtract the baseline of the same ``model`` and ``scope`` from each published ``value``; nan for the baseline."""
     base = published[published["method"] == baseline].set_index(["model", "scope"])["value"]
     return [
         math.nan if row.method == baseline else row.value - base.get((row.model, row.scope), math.nan)
@@ -267,7 +269,7 @@ def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str
         caption: The explanation of pairs and correction.
         keys: The columns that name a row, with their headings.
         metric: The metric of the differences.
-        frame: One row per difference, as :func:`~benchmarks.harness.results.statistics.with_verdicts` makes them, with titles.
+        frame: The rows of :func:`~benchmarks.harness.results.statistics.with_verdicts`, with titles.
     """
     return Table(
         f"Tests against {against}",
@@ -284,7 +286,7 @@ def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str
 
 
 def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
-    """Compute the means of cells for :func:`published_table`: ``ours``, its 95 % interval from two values on, and the number ``n``."""
+    """Compute ``ours`` for :func:`published_table`: means, their 95 % interval and the count ``n``."""
     rows = values.groupby(list(cell), sort=False)
     means = rows.agg(ours="mean", n="size")
     for number, end in enumerate(("low", "high")):
@@ -353,11 +355,13 @@ def cost_table(
         )
     return Table(
         "What it took, and how the experts were used",
-        f"{averaged}, on the machine of the runs (see the environment below). Runs share the machine, so times are rough: "
-        "they do not compare methods. Start-up is what passes before the run's own work begins, mostly imports. Active neurons are the FFN neurons "
-        f"that a token uses, as a share of the dense model's. Load entropy is 1 for a perfectly balanced load; loads and drops are measured on {measured_on}. "
-        "Operations are two for every parameter in use that a token is multiplied with, without attention's own products; what a CPU or GPU executes is more where the masked path computes "
-        f"experts that are not used. Only the published settings limit the capacity of experts, so only there are choices dropped.{others}",
+        f"{averaged}, on the machine of the runs (see the environment below). Runs share the machine, so times are "
+        "rough: they do not compare methods. Start-up is what passes before the run's own work begins, mostly imports. "
+        "Active neurons are the FFN neurons that a token uses, as a share of the dense model's. Load entropy is 1 for "
+        f"a perfectly balanced load; loads and drops are measured on {measured_on}. Operations are two for every "
+        "parameter in use that a token is multiplied with, without attention's own products; what a CPU or GPU "
+        "executes is more where the masked path computes experts that are not used. Only the published settings limit "
+        f"the capacity of experts, so only there are choices dropped.{others}",
         dict(keys),
         [Column(metric, metric) for metric in _COST],
         frame,

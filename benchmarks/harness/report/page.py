@@ -245,9 +245,10 @@ def _cost_texts(costs: Sequence[dict[str, float]]) -> dict[str, str]:
 
 def _environment(environment: dict[str, Any]) -> dict[str, str]:
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    processor = f"{environment['processor']}, {environment['cores']} cores"
     changes = " with uncommitted changes" if environment["git_dirty"] else ""
     return {
-        "Processor": f"{environment['processor']}, {environment['cores']} cores; {environment['threads']} thread(s) a run",
+        "Processor": f"{processor}; {environment['threads']} thread(s) a run",
         "GPUs": ", ".join(environment["gpus"]) or "none",
         "Memory": f"{environment['memory_gb']} GB",
         "System": f"{environment['platform']}, Python {environment['python']}",

@@ -20,7 +20,8 @@ from benchmarks.harness.report.common import compared_nothing, with_runs
 from benchmarks.harness.report.table import Table
 
 NOTE = (
-    "In points, mean over paired seeds with its 95 % confidence interval; verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's tasks, not over "
+    "In points, mean over paired seeds with its 95 % confidence interval; verdicts by paired t-tests at 5 %, "
+    "corrected by Holm's procedure over a method's tasks, not over "
     "methods. With two seeds a test rests on two differences: read it as a hint."
 )
 
