@@ -36,7 +36,8 @@ def plain(size: int) -> Transform:
 
 
 def augmented(size: int) -> Transform:
-    """Make the transform of training environments: a random crop, mirror, colour jitter; MNIST's digits stay as they are, as in DomainBed.
+    """Make the transform of training environments: a random crop, mirror, colour jitter; MNIST's digits stay as they
+    are, as in DomainBed.
 
     Draws from torch's global generator.
     """
@@ -58,7 +59,8 @@ def _see(image: Callable[[Image.Image], Tensor], size: int, picture: Picture) ->
 
 
 def _digit(pixels: Tensor, size: int) -> Tensor:
-    """Prepare a digit for a model of colour images: one channel three times, or two as red and green; resized, normalised.
+    """Prepare a digit for a model of colour images: one channel three times, or two as red and green; resized,
+    normalised.
 
     DomainBed gives its digits to a small network of their own size and channels, so this step is ours.
     """

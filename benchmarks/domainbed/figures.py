@@ -29,8 +29,8 @@ from benchmarks.harness.report.plots import (
     score_panels,
     wrapped,
 )
-from benchmarks.harness.results.information import mutual_information
 from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.results.statistics import mutual_information
 
 _SELECTION = "training"
 _SHARE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "Blues")
@@ -48,7 +48,8 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     panels = [
         [
             Panel(
-                f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}, {outcomes.env_title(name, str(env))} held out",
+                f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}, "
+                f"{outcomes.env_title(name, str(env))} held out",
                 rows,
             )
             for env, rows in of_model.groupby("env", sort=False)

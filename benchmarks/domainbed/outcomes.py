@@ -24,9 +24,11 @@ class DomainOutcomes(Outcomes):
 
     Attributes:
         cells: A row a selection, model, set, held-out environment, method and trial: ``value`` (the accuracy that is
-            reported), ``chosen_by`` (the value by which it was chosen), ``step``, ``hparams_seed`` and ``variant`` of what was chosen.
+            reported), ``chosen_by`` (the value by which it was chosen), ``step``, ``hparams_seed`` and ``variant`` of
+            what was chosen.
         records: Every number of every run.
-        tests: By cell, the paired difference to the baseline: over trials, of the mean over the environments that both have.
+        tests: By cell, the paired difference to the baseline: over trials, of the mean over the environments that both
+            have.
     """
 
     benchmark: Benchmark[ImageDefinition, SetEntry]
@@ -95,7 +97,9 @@ class DomainOutcomes(Outcomes):
         return rows
 
     def trials(self, *, complete: bool = False) -> pd.Series[float]:
-        """Average over the held-out environments of a set, by cell and trial; ``complete``: only if all of the set's were held out."""
+        """Average over the held-out environments of a set, by cell and trial; ``complete``: only if all of the set's
+        were held out.
+        """
         grouped = self.cells.groupby([*CELL, "trial"], sort=False)["value"]
         means, counts = grouped.mean(), grouped.count()
         if not complete:

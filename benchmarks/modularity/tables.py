@@ -12,8 +12,8 @@ from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import Outcomes, read_published
 from benchmarks.harness.report.table import Column, Table
-from benchmarks.harness.results.information import PERMUTATIONS
 from benchmarks.harness.results.records import collect, information_numbers, read_metrics
+from benchmarks.harness.results.statistics import PERMUTATIONS
 from benchmarks.modularity.grid import ModularityDefinition
 from benchmarks.text.definition import TaskEntry
 

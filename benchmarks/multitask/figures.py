@@ -21,7 +21,7 @@ from benchmarks.harness.report.plots import (
     wrapped,
 )
 from benchmarks.multitask.grid import ID_MEAN
-from benchmarks.multitask.outcomes import MultitaskOutcomes
+from benchmarks.multitask.tables import MultitaskOutcomes
 from benchmarks.text.grid import ID, OOD
 
 _DOMAINS = {ID: "", ID_MEAN: "mean of the tasks", OOD: " (OOD)", OOD_MEAN: "mean out of domain"}

@@ -26,7 +26,7 @@ from benchmarks.domainbed.protocol import (
 )
 from benchmarks.domainbed.training import EvaluationSteps, expert_information
 from benchmarks.harness.config.runs import plan
-from benchmarks.harness.results.information import by_chance, mutual_information
+from benchmarks.harness.results.statistics import by_chance, mutual_information
 from tests.planned import paper_runs
 
 

@@ -24,7 +24,7 @@ from benchmarks.domainbed.protocol import best_record
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.results.information import mutual_information
+from benchmarks.harness.results.statistics import mutual_information
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 
@@ -128,7 +128,9 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_domainbeds_scripts_merge_the_runs_of_a_sweep_and_no_others() -> None:
-    """They group by dataset, algorithm, test_envs, trial_seed and hparams_seed, and average an algorithm over all of them."""
+    """They group by dataset, algorithm, test_envs, trial_seed and hparams_seed, and average an algorithm over all of
+    them.
+    """
     benchmark = load_benchmark("domainbed")
 
     def algorithms(**settings: Any) -> set[str]:

@@ -120,21 +120,15 @@ def agree(before: str, after: str, tolerance: float) -> bool:
     if before == after or not tolerance:
         return before == after
     old, new = (np.array(value.split(), dtype=float) for value in (before, after))
-    return old.shape == new.shape and bool((np.abs(old - new) <= tolerance * max(1, np.abs(old).max())).all())
+    if old.shape != new.shape or not np.isfinite([old, new]).all():
+        return False
+    return bool(np.abs(old - new).max() <= tolerance * max(1, np.abs(old).max()))
 
 
 def compare(
     before: Numbers, after: Numbers, suite: str, *, elsewhere: bool = False, unfinished: Sequence[str] = ()
 ) -> Comparison:
-    """Compare two sets of numbers.
-
-    Args:
-        before: The blessed numbers, or those of the first run.
-        after: The present numbers.
-        suite: The name of the suite.
-        elsewhere: If True, compare as if all machines were different.
-        unfinished: The runs without present numbers.
-    """
+    """Compare present numbers with those before; with ``elsewhere``, as if all machines were different."""
     rows = before.rows.merge(after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator=True)
     rows["tolerance"] = pd.to_numeric(rows["metric"].map(tolerance_of)) * _SUITE_SCALES.get(suite, 1)
     rows = rows.dropna(subset="tolerance").fillna("")
@@ -229,7 +223,7 @@ def _other_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, 
     for layer in model.get("conversion", ()):
         name, experts = f"layer {layer['index']}", f"{layer['experts']} experts of {layer['expert_size']}"
         yield "model", name, "conversion", f"{experts}, top {layer['top_k']}"
-        if layer.get("explained") is not None:
+        if layer["explained"] is not None:
             yield "model", name, "inertia", repr(1 - layer["explained"])
     for group, content in model.get("trained", {}).items():
         yield "model", group, "trained", f"{content['parameters']} {content['names']}"
@@ -278,12 +272,8 @@ def write_reference(suite: str, numbers: Numbers, commit: str, folder: Path = RE
     return path
 
 
-def _is_finished(run: Run) -> bool:
-    return (RUNS / run.folder / "metrics.json").exists()
-
-
 def _finished(runs: Sequence[Run], suite: str) -> list[Run]:
-    finished = [run for run in runs if _is_finished(run)]
+    finished = [run for run in runs if (RUNS / run.folder / "metrics.json").exists()]
     if not finished:
         raise DefinitionError(f"no run of the suite '{suite}' is finished below {RUNS}: `make run SUITE={suite}`")
     return finished
@@ -297,26 +287,17 @@ def read_numbers(runs: Sequence[Run], root: Path = RUNS) -> Numbers:
 def check(runs: Sequence[Run], suite: str, folder: Path = REFERENCE, *, elsewhere: bool = False) -> Comparison:
     """Compare the finished runs of a suite with its blessed numbers.
 
-    Args:
-        runs: All runs of the suite.
-        suite: The name of the suite.
-        folder: The folder of the blessed numbers.
-        elsewhere: If True, compare as if the runs were made on another machine.
-
     Raises:
         DefinitionError: No run is finished, or a file is missing or damaged.
     """
-    numbers = read_numbers(_finished(runs, suite))
-    unfinished = [run.id for run in runs if not _is_finished(run)]
-    return compare(read_reference(suite, folder), numbers, suite, elsewhere=elsewhere, unfinished=unfinished)
+    finished = _finished(runs, suite)
+    unfinished = sorted({run.id for run in runs} - {run.id for run in finished})
+    before, after = read_reference(suite, folder), read_numbers(finished)
+    return compare(before, after, suite, elsewhere=elsewhere, unfinished=unfinished)
 
 
 def run_again(runs: Sequence[Run], say: Callable[[str], None]) -> tuple[Numbers, list[str]]:
     """Execute finished runs again, each in a new process that writes to a temporary folder.
-
-    Args:
-        runs: The finished runs.
-        say: Called with one line before each run starts.
 
     Returns:
         The new numbers, and the id and last line of output of each run that failed.
@@ -339,14 +320,7 @@ def run_again(runs: Sequence[Run], say: Callable[[str], None]) -> tuple[Numbers,
 
 
 def verify(runs: Sequence[Run], suite: str, count: int, seed: int, say: Callable[[str], None]) -> Comparison:
-    """Execute some finished runs again and compare their numbers.
-
-    Args:
-        runs: All runs of the suite.
-        suite: The name of the suite.
-        count: The number of runs to draw.
-        seed: The seed of the draw.
-        say: Called with one line before each run starts.
+    """Draw some finished runs, execute them again, and compare their numbers.
 
     Raises:
         DefinitionError: No run is finished, or a file is damaged.
@@ -361,13 +335,6 @@ def bless(
     runs: Sequence[Run], suite: str, say: Callable[[str], None], folder: Path = REFERENCE, root: Path = ROOT
 ) -> Path:
     """Make the present numbers the blessed ones, after the fastest run of every benchmark gave the same numbers again.
-
-    Args:
-        runs: All runs of the suite.
-        suite: The name of the suite.
-        say: Called with one line before each run starts.
-        folder: The folder of the blessed numbers.
-        root: The folder of the checkout.
 
     Raises:
         DefinitionError: The checkout is not clean, a run is not finished or recorded no machine, or a number differs.
