@@ -11,7 +11,7 @@ from benchmarks.domainbed.definition import ImageDefinition, SetEntry
 from benchmarks.domainbed.protocol import SELECTIONS, Chosen, RunRecords
 from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.outcomes import Outcomes, compared, counts
+from benchmarks.harness.report.common import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import paired_differences, with_verdicts
 

@@ -14,19 +14,19 @@ from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.domainbed.protocol import standard_error
 from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common_tables import (
+from benchmarks.harness.report.common import (
     cost_table,
     difference_text,
     our_means,
     published_table,
+    read_published,
     tests_table,
     with_average,
     with_columns,
     with_numbers,
 )
 from benchmarks.harness.report.presentation import Presentation, make
-from benchmarks.harness.report.published import read_published
-from benchmarks.harness.report.rendering import Column, Table
+from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.statistics import PERMUTATIONS
 
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")

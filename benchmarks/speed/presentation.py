@@ -9,9 +9,9 @@ import pandas as pd
 
 from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.outcomes import compared
+from benchmarks.harness.report.common import compared
 from benchmarks.harness.report.presentation import Presentation, make
-from benchmarks.harness.report.rendering import Column, Table
+from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import collect
 from benchmarks.speed.grid import Measure, MeasurementDefinition
 

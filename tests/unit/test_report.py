@@ -16,8 +16,8 @@ from benchmarks.__main__ import cli
 from benchmarks.harness.base import paths
 from benchmarks.harness.config.artifacts import all_artifacts
 from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.report.outcomes import ALL, with_runs
-from benchmarks.harness.report.rendering import RUNS, Column, Table, code_as_html
+from benchmarks.harness.report.common import ALL, with_runs
+from benchmarks.harness.report.table import RUNS, Column, Table, code_as_html
 from tests import fake_runs
 from tests.drawn import undraw
 

@@ -297,7 +297,7 @@ class Suite:
         """Return the modules that its jobs import."""
         loaded = [load_benchmark(name) for name in self.settings.benchmarks]
         own = [module for found in loaded for module in (found.definition.pipeline, *found.kind.late_imports)]
-        return [*dict.fromkeys(own), "benchmarks.harness.run.execution", "benchmarks.harness.report.report"]
+        return [*dict.fromkeys(own), "benchmarks.harness.run.execution", "benchmarks.harness.report.page"]
 
     def missing_sets(self) -> list[str]:
         """Return sets that only exist by hand and are missing; runs that need them will fail."""

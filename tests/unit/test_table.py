@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.harness.report.plots import placeholder_figure
-from benchmarks.harness.report.rendering import Column, Table, escape_latex, escape_markdown
+from benchmarks.harness.report.table import Column, Table, escape_latex, escape_markdown
 
 TABLE = Table(
     "A & B",

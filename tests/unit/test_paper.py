@@ -22,8 +22,7 @@ from benchmarks.harness.config.paper_items import (
 )
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.report.claims import claimed_numbers, write_claims
-from benchmarks.harness.report.main_figure import draw_main, main_rows
-from benchmarks.harness.report.paper_items import paper_index, write_paper_items
+from benchmarks.harness.report.paper import draw_main, main_rows, paper_index, write_paper_items
 from benchmarks.harness.report.presentation import check_presentations, present
 from tests import fake_runs
 from tests.drawn import watched
