@@ -10,14 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.__main__ import main
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.errors import DataError, DefinitionError, RunError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.config.runs import Run, plan, read_run, run_from_spec
 from benchmarks.harness.results.durations import clock
@@ -29,6 +31,7 @@ from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.text.datasets import TextSplit, load_split
 from benchmarks.text.definition import RunTask
 from benchmarks.text.training import TextTrainer
+from emoe.errors import EMoEError
 from tests.executed import finish, killed_at
 from tests.executed import prepare as write_run
 
@@ -242,7 +245,7 @@ def test_wrong_run_files_are_named(tmp_path: Path) -> None:
         read_run(path)
     path.parent.mkdir()
     path.write_text("{")
-    with pytest.raises(DefinitionError, match="is no run specification"):
+    with pytest.raises(DataError, match="is damaged"):
         read_run(path)
     path.write_text(plan(["glue"], "smoke")[0].to_json())
     with pytest.raises(DefinitionError, match="was changed by hand"):
@@ -269,7 +272,9 @@ def test_odd_run_files_are_refused_in_one_line(tmp_path: Path, old: str, new: st
     assert text.count(old) == 1
     path = tmp_path / "run.json"
     path.write_text(text.replace(old, new))
-    with pytest.raises(DefinitionError, match=r"run\.json (is no run specification|names the benchmark)") as raised:
+    with pytest.raises(
+        EMoEError, match=r"run\.json (is damaged|is no run specification|names the benchmark)"
+    ) as raised:
         read_run(path, anywhere=True)
     assert "\n" not in str(raised.value)
 
@@ -287,6 +292,20 @@ def test_a_run_file_does_not_choose_what_is_executed(
     assert "'pipeline' is 'evilmod', but runs of glue are executed by 'benchmarks.glue.pipeline'" in said
     assert "\n" not in said
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries report a full disk in their own ways."""
+    path = prepare("vanilla")
+    full = SimpleNamespace(free=0)
+    for error in (OSError(28, "No space left on device"), RuntimeError("file write failed"), SafetensorError("I/O")):
+        pipeline = SimpleNamespace(run=mock.Mock(side_effect=error))
+        monkeypatch.setattr(execution, "_pipeline", lambda _run, pipeline=pipeline: pipeline)
+        with pytest.raises(type(error)):
+            finish(path)
+        with mock.patch.object(shutil, "disk_usage", return_value=full), pytest.raises(RunError) as named:
+            finish(path)
+        assert str(named.value).startswith(f"{path.parent}: the disk is full")
 
 
 def test_command_line_errors_are_one_line(

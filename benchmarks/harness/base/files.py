@@ -47,6 +47,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         share(temporary)
         _sync(temporary)
         temporary.replace(path)
+    except OSError as error:  # a write to a full disk has no name
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

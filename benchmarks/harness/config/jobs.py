@@ -17,6 +17,8 @@ from benchmarks.harness.config.specs import all_sets
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from emoe.errors import did_you_mean
 
+WEIGHTS = "model/trained.safetensors"  # in the folder of a run that keeps them
+
 
 class Job:
     """A job whose content is its identity; a frozen dataclass of plain values."""

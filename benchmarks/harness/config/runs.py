@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.files import read_json
 from benchmarks.harness.config.definition import AnyBenchmark, benchmark_names, load_benchmark
 from benchmarks.harness.config.kinds import kind_of
 from emoe.errors import EMoEError, did_you_mean
@@ -73,42 +74,30 @@ def read_run(path: Path, *, anywhere: bool = False) -> Run:
     """Read a ``run.json``.
 
     Args:
-        path: of the file.
-        anywhere: also in a folder that is not named after its content, such as a copy.
+        path: The path of the file.
+        anywhere: True to accept a folder that is not named after the content, such as a copy.
 
     Raises:
-        DefinitionError: missing, not JSON, or not the spec that its folder is named after.
+        DefinitionError: The file is missing, or its content is not the spec that its folder is named after.
+        DataError: The file is not JSON.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
+    if not path.exists():
         raise DefinitionError(
             f"{path} does not exist; the workflow writes it when it runs `{path.parent}/metrics.json`"
-        ) from error
-    run = parse_run(content, str(path))
+        )
+    spec = read_json(path, dict[str, Any])
+    name = spec.get("benchmark")
+    if name not in benchmark_names():
+        raise DefinitionError(f"{path} names the benchmark {name!r}{did_you_mean(name, benchmark_names())}")
+    try:
+        run = run_from_spec(spec)
+    except EMoEError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DefinitionError(f"{path} is no run specification: {error!r}") from error
     if path.parent.name != run.id and not anywhere:
         raise DefinitionError(f"{path} was changed by hand: its content belongs into a folder named {run.id}")
     return run
-
-
-def parse_run(content: bytes, where: str) -> Run:
-    """Read the content of a ``run.json``, wherever it stands.
-
-    Raises:
-        DefinitionError: not JSON, or no spec of a run; names ``where``.
-    """
-    try:
-        spec = json.loads(content.decode())
-        name = spec["benchmark"]
-        if name not in benchmark_names():
-            raise DefinitionError(
-                f"{where} names the benchmark {name!r}, which is not here{did_you_mean(name, benchmark_names())}"
-            )
-        return run_from_spec(spec)
-    except EMoEError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # what odd content leads to
-        raise DefinitionError(f"{where} is no run specification: {error!r}") from error
 
 
 def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) -> list[Run]:

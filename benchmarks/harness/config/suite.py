@@ -22,7 +22,7 @@ from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import compared_benchmarks, load_claims
 from benchmarks.harness.config.definition import benchmark_names, load_benchmark
-from benchmarks.harness.config.jobs import Job, PartitionJob, partition_jobs, set_files
+from benchmarks.harness.config.jobs import WEIGHTS, Job, PartitionJob, partition_jobs, set_files
 from benchmarks.harness.config.kinds import kind_of
 from benchmarks.harness.config.runs import Run, canonical_json, plan, slug
 from benchmarks.harness.config.schema import check_names, parse, read_yaml
@@ -167,6 +167,19 @@ class Suite:
         """``metrics.json`` of every run, or of one benchmark's, or of one of its parts'."""
         runs = self.runs if benchmark is None else self.runs_of(benchmark, part)
         return [str(paths.RUNS / run.folder / "metrics.json") for run in runs]
+
+    def keeps_weights(self, benchmark: str) -> bool:
+        """Return True if all runs of a benchmark that train keep their weights."""
+        trained = [run.spec["training"] for run in self.runs_of(benchmark) if run.spec["learning_rate"]]
+        # another suite's runs are as the benchmark says
+        trained = trained or [load_benchmark(benchmark).definition.model_dump().get("training", {})]
+        return all(training.get("keep_weights") for training in trained)
+
+    def weight_files(self) -> list[str]:
+        """Return the files of weights that runs keep."""
+        names = [name for name in self.settings.benchmarks if self.keeps_weights(name)]
+        runs = [run for name in names for run in self.runs_of(name) if run.spec["learning_rate"]]
+        return [str(paths.RUNS / run.folder / WEIGHTS) for run in runs]
 
     def figure_inputs(self, benchmark: str, part: str | None) -> list[str]:
         """Files that the figures of a part need beside the runs' numbers."""
