@@ -47,8 +47,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         share(temporary)
         _sync(temporary)
         temporary.replace(path)
-    except OSError as error:  # a write to a full disk has no name
-        error.filename = error.filename or str(path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a full disk names no file
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
