@@ -168,7 +168,7 @@ def test_main_averages_are_those_of_the_runs_and_of_the_paper(here: Path) -> Non
 
     both = ("tweets", "amazon")
     full = ours[ours["axis"].str.startswith("Text in full")].set_index("method")
-    # GMoE ran on tweets with five seeds alone: means are over these, differences over all that a method shares with the dense model
+    # GMoE ran on tweets with five seeds alone: means are over these, differences over all pairs with the dense model
     rows_of = (("dense", "vanilla"), ("gmoe", "gmoe"), ("emoe", "emoe"))
     assert full["mean"].to_dict() == pytest.approx({name: mean(method, ("tweets",), 5) for name, method in rows_of})
     difference = mean("emoe", both, 8) - mean("vanilla", both, 8)

@@ -1,4 +1,4 @@
-"""The report as its readers meet it: in a browser, on a phone, by keyboard, on paper; and where its numbers come from."""
+"""The page in a browser, on a phone, by keyboard and on paper; and the runs of its numbers."""
 
 from __future__ import annotations
 
