@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import click
 
 from benchmarks.harness.run.forkserver import ask, serve
+from emoe.errors import EMoEError
 
 if TYPE_CHECKING:
     from benchmarks.harness.config.suite import Suite
@@ -82,8 +83,8 @@ def list_command(kind: str | None, suite: str, as_json: bool) -> None:
 def status(suite: str, as_json: bool) -> None:
     """Show finished, running, failed and missing runs.
 
-    Running and failed runs are shown with the last line of their logs. A failed run was begun, is not running and has no
-    numbers; started again, it goes on from its last checkpoint. A benchmark without a finished run gets an estimate.
+    Running and failed runs are shown with the last line of their logs. A failed run was begun, is not running and has
+    no numbers. A benchmark without a finished run gets an estimate.
     """
     from benchmarks.harness.run.status import count, estimate_text, run_status
 
@@ -116,7 +117,7 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
     """Execute the run of a run.json.
 
     It writes metrics.json beside it.
-    Over several machines, start it by torchrun on each: `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp`.
+    Several machines: start `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp` on each.
     """
     gc.disable()  # nothing that is imported becomes garbage, neither now nor in training nor at the end of the process
 
@@ -142,7 +143,7 @@ def run(started: float, spec: Path, threads: int, log: Path | None, processes: i
 def export(spec: Path, output: Path, form: str) -> None:
     """Write the tuned language model of the run.json SPEC.
 
-    OUTPUT is a new folder for stock transformers, or with `--form emoe` for `emoe.from_pretrained`. Adapters are merged.
+    OUTPUT is a new folder for stock transformers, or with `--form emoe` for emoe.from_pretrained. Adapters are merged.
     """
     from benchmarks.llama.export import export as export_run
 
@@ -240,8 +241,8 @@ def mirror(suite: str, output: Path | None) -> None:
 def check(suite: str, as_json: bool, elsewhere: bool) -> None:
     """Compare a suite's numbers with the blessed ones.
 
-    Ends with status 1 if a number changed, is missing or is new. On the machine that blessed them numbers must be equal to
-    the last digit, on another machine within their tolerance. Times are not compared.
+    Ends with status 1 if a number changed, is missing or is new. On the machine that blessed them numbers must be equal
+    to the last digit, on another machine within their tolerance. Times are not compared.
     """
     from benchmarks.harness.results.check import check as check_suite
 
@@ -258,8 +259,8 @@ def check(suite: str, as_json: bool, elsewhere: bool) -> None:
 def verify(suite: str, count: int, seed: int | None, as_json: bool) -> None:
     """Run some finished runs again and compare their numbers.
 
-    Works in a temporary folder and ends with status 1 if a number differs. On the machine that made them numbers must be
-    equal to the last digit, on another machine within their tolerance.
+    Works in a temporary folder and ends with status 1 if a number differs. On the machine that made them numbers must
+    be equal to the last digit, on another machine within their tolerance.
     """
     import random
 
@@ -277,7 +278,7 @@ def verify(suite: str, count: int, seed: int | None, as_json: bool) -> None:
 def bless(suite: str) -> None:
     """Make a suite's present numbers the blessed ones.
 
-    Needs a clean checkout and numbers that repeat: the fastest run of every benchmark is run again and compared exactly.
+    Needs a clean checkout and numbers that repeat: the fastest run of each benchmark is run again and compared exactly.
     """
     from benchmarks.harness.results.check import bless as bless_suite
 
@@ -296,21 +297,21 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None, as_j
     Ends with status 1 if something is missing.
     """
     from benchmarks.harness.base.paths import DATA_ROOT
-    from benchmarks.harness.run import data_check
+    from benchmarks.harness.run import data as sets
 
     loaded = _load_suite(suite)
     os.environ.update(loaded.environment())
     if data_root:
         os.environ[DATA_ROOT] = data_root
     if check:
-        data_check.stay_offline()
+        sets.stay_offline()
     else:
-        data_check.fetch_packaged(loaded)
-    parts, loose = list(data_check.check_data(loaded.runs, open_images=open_images)), data_check.unpinned(loaded)
+        sets.fetch_packaged(loaded)
+    parts, loose = list(sets.check_data(loaded.runs, open_images=open_images)), sets.unpinned(loaded)
     if as_json:
         _echo_json({"parts": [dataclasses.asdict(part) for part in parts], "unpinned": loose})
     else:
-        click.echo(data_check.describe(parts))
+        click.echo(sets.describe(parts))
         if loose:
             click.echo(f"\nNot pinned to a commit: {'; '.join(loose)}. metrics.json records which was read")
     sys.exit(any(part.rows is None for part in parts))
@@ -415,8 +416,7 @@ def _check_finished(suite: Suite, benchmarks: Sequence[str], part: str | None = 
     from benchmarks.harness.results.records import check_finished
 
     runs = [run for name in benchmarks for run in suite.runs_of(name, part)]
-    whole = which or (part is None and len(benchmarks) == len(suite.settings.benchmarks))
-    of = "" if whole else f"{part or benchmarks[0]} in "
+    of = f"{part or benchmarks[0]} in " if len(benchmarks) == 1 else ""
     check_finished(runs, f"of {of}the suite {suite.name}{which}", f"make run SUITE={suite.name}")
 
 
@@ -427,11 +427,8 @@ def _echo_json(content: object) -> None:
 def _echo_table(rows: Sequence[Mapping[str, object]]) -> None:
     from tabulate import tabulate
 
-    cells = [
-        {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()}
-        for row in rows
-    ]
-    click.echo(tabulate(cells, headers="keys", tablefmt="simple"))
+    cells = [[", ".join(value) if isinstance(value, list) else value for value in row.values()] for row in rows]
+    click.echo(tabulate(cells, headers=list(rows[0]), tablefmt="simple"))
 
 
 def _status(arguments: list[str]) -> int:
@@ -464,11 +461,7 @@ def _main() -> None:
         if isinstance(stop.__cause__, EOFError):  # click takes an empty file for an interrupted prompt
             raise stop.__cause__ from None
         sys.exit(130)
-    except ValueError as error:
-        from emoe.errors import EMoEError  # a ValueError; help needs neither it nor torch, which comes with it
-
-        if not isinstance(error, EMoEError):
-            raise
+    except EMoEError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except OSError as error:

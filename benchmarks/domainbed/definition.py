@@ -36,12 +36,8 @@ class HParams(Strict):
     """Adam's L2 penalty."""
     batch_size: Count | None = left_out()
     """Images of each training environment per step."""
-    vit_dropout: Rate | None = left_out()
-    """Dropout in front of the head, as DomainBed has it for a ViT."""
     data_augmentation: bool | None = left_out()
     """Augment the training environments."""
-    class_balanced: bool | None = left_out()
-    """Draw every class equally often."""
 
 
 class ImageTraining(Strict):
@@ -224,8 +220,8 @@ class RunHParams(AsGiven):
     """Images of each training environment per step."""
     data_augmentation: bool
     """Augment the training environments."""
-    class_balanced: bool
-    """Draw every class equally often."""
+    class_balanced: Literal[False]
+    """DomainBed's option to draw every class equally often, which no sweep takes."""
     vit_dropout: Rate | None = None
     """Dropout in front of the head; not every registry has it."""
     resnet18: bool

@@ -23,8 +23,7 @@ from benchmarks.domainbed.validation import counts, load_set
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import write_text
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.benchmark import ALL, load_benchmark
-from benchmarks.harness.config.counts import count_note
+from benchmarks.harness.config.benchmark import ALL, SetPart, load_benchmark
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_image_classifier
 from benchmarks.harness.models.prefix import Prefix
@@ -49,7 +48,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     image_set = load_set(read.task, read.data_seed, truncated=training.truncated)
     progress.say(f"{image_set.source}\n{counts(image_set)}")
     known, total = load_benchmark(read.benchmark).tasks.get(read.task.name), sum(map(len, image_set.environments))
-    if known and (note := count_note(read.task.name, ALL, total, 0, known.images)):
+    if known and (note := SetPart(read.task.name, ALL, total, expected=known.images).note):
         progress.say(f"warning: {note}")
     envs = image_set.environments
     splits = [_split(image_set, env, read.seed, is_test=env in held_out) for env in range(len(envs))]
@@ -76,13 +75,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         TrainingRows(
             [envs[env] for env in trained], rows, augmented(size) if augments else plain(size), seed, prefixed
         ),
-        EnvironmentBatches(
-            [[envs[env].labels[row] for row in chosen] for env, chosen in zip(trained, rows, strict=True)],
-            hparams.batch_size,
-            training.steps,
-            seed,
-            class_balanced=hparams.class_balanced,
-        ),
+        EnvironmentBatches([len(chosen) for chosen in rows], hparams.batch_size, training.steps, seed),
         _evaluated(read, image_set, splits, prefixed),
         folder,
         progress,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,12 +75,6 @@ def _shuffled_parts(rows: list[int], count: int, seed: int) -> tuple[list[int], 
     keys = list(range(len(rows)))
     np.random.RandomState(seed).shuffle(keys)
     return [rows[key] for key in keys[:count]], [rows[key] for key in keys[count:]]
-
-
-def class_weights(labels: Sequence[int]) -> list[float]:
-    """Return the sampling weight of every row with which each class has the same share of the draws."""
-    counts = Counter(labels)
-    return [1 / (counts[label] * len(counts)) for label in labels]
 
 
 def held_out_combinations(count: int) -> Iterator[tuple[int, ...]]:

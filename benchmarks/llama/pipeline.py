@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.benchmark import ALL, load_benchmark
-from benchmarks.harness.config.counts import count_note
+from benchmarks.harness.config.benchmark import ALL, SetPart, load_benchmark
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import Trainable, build_language_model, permutations, save_trained, set_trained_
 from benchmarks.harness.models.loading import load_tokenizer
@@ -152,7 +151,7 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
             f"{found.source} has {len(whole)} usable rows: {len(held_out)} are held out, and what is left fills no step of {batch}"
         )
     known = load_benchmark(spec.benchmark).tasks.get(name)
-    note = count_note(name, ALL, len(found.rows), len(found.broken), known.rows) if known else None
+    note = SetPart(name, ALL, len(found.rows), len(found.broken), known.rows).note if known else None
     notes = [note] if note else []
     return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), found.source, notes)
 

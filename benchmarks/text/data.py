@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from benchmarks.harness.base.errors import DataError, first_line
 from benchmarks.harness.base.paths import ROOT
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.counts import PublishedRows, count_note
+from benchmarks.harness.config.benchmark import PublishedRows, SetPart
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from benchmarks.harness.sources.vader import PACKAGE, VERSION, load_vader
@@ -169,9 +169,11 @@ def load_part(
     if say and known and task.name in known:
         expected, published = known_rows(known[task.name], part)
         counted = counts_unlabelled(known[task.name])
-        note = count_note(task.name, part, len(split), split.dropped, expected, published, counts_dropped=counted)
-        if note:
-            say(f"warning: {note}")
+        read = SetPart(
+            task.name, part, len(split), split.dropped, expected, published=published, counts_dropped=counted
+        )
+        if read.note:
+            say(f"warning: {read.note}")
     return split.head(rows, f"{task.name}/{part}")
 
 

@@ -6,8 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.benchmark import Entry, Precision, TrainingDefinition, TrainingSettings, TrainingSuite
-from benchmarks.harness.config.counts import PublishedRows
+from benchmarks.harness.config.benchmark import (
+    Entry,
+    Precision,
+    PublishedRows,
+    TrainingDefinition,
+    TrainingSettings,
+    TrainingSuite,
+)
 from benchmarks.harness.config.methods import LoRA, VariantAxes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (

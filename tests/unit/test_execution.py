@@ -10,14 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.__main__ import main
-from benchmarks.harness.base.errors import DataError, DefinitionError
+from benchmarks.harness.base.errors import DataError, DefinitionError, RunError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.config.runs import Run, plan, read_run, run_from_spec
 from benchmarks.harness.run import execution
@@ -288,6 +290,20 @@ def test_a_run_file_does_not_choose_what_is_executed(
     assert "'pipeline' is 'evilmod', but runs of glue are executed by 'benchmarks.glue.pipeline'" in said
     assert "\n" not in said
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries report a full disk in their own ways."""
+    path = prepare("vanilla")
+    full = SimpleNamespace(free=0)
+    for error in (OSError(28, "No space left on device"), RuntimeError("file write failed"), SafetensorError("I/O")):
+        pipeline = SimpleNamespace(run=mock.Mock(side_effect=error))
+        monkeypatch.setattr(execution, "_pipeline", lambda _run, pipeline=pipeline: pipeline)
+        with pytest.raises(type(error)):
+            finish(path)
+        with mock.patch.object(shutil, "disk_usage", return_value=full), pytest.raises(RunError) as named:
+            finish(path)
+        assert str(named.value).startswith(f"{path.parent}: the disk is full")
 
 
 def test_command_line_errors_are_one_line(

@@ -15,7 +15,6 @@ from pydantic import Field
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.counts import PublishedRows, count_note
 from benchmarks.harness.config.methods import (
     ABLATION,
     Method,
@@ -167,21 +166,32 @@ class Benchmark(Generic[D_co, E_co]):
         return {"benchmark": self.name, "version": self.definition.version, "pipeline": self.definition.pipeline}
 
 
+class PublishedRows(Strict):
+    """Another number of rows that the paper's authors score."""
+
+    rows: Count
+    """How many."""
+    of: str
+    """Who says so."""
+    why: str
+    """Why they differ."""
+
+
 @dataclass(frozen=True)
 class SetPart:
-    """Describe one part of one set, for ``python -m benchmarks data``.
+    """One part of one set, as it was read.
 
     Attributes:
         name: The name of the set.
-        part: ``train``, ``dev`` or ``test``; of an image set the environment; of instructions ``all``.
-        rows: The number of rows that are used; None if the part is missing.
-        dropped: The number of rows without a gold label or text, or broken.
-        expected: The number of rows by the set's makers, if known.
-        labels: The rows by label, as text.
-        source: The source of the rows.
-        advice: The way to get a missing part.
+        part: ``train``, ``dev`` or ``test``; the environment of an image set; ``all`` of instructions.
+        rows: The number of rows in use; None if the part is missing.
+        dropped: The number of rows without a gold label or text, or broken, which are left out.
+        expected: The number of rows by the set's makers, if it is known.
+        labels: The number of rows by label, as text.
+        source: The place that the rows came from.
+        advice: The way to get the part if it is missing.
         published: The number of rows that the paper's authors score, if it differs.
-        counts_dropped: True if the makers count dropped rows too.
+        counts_dropped: True if the makers count the dropped rows too.
     """
 
     name: str
@@ -196,19 +206,29 @@ class SetPart:
     counts_dropped: bool = True
 
     @property
+    def as_expected(self) -> bool:
+        """Return True if the set's makers count as many rows, or no count of theirs is known."""
+        return self.expected in (None, self.rows, self._counted)
+
+    @property
+    def _counted(self) -> int:
+        return (self.rows or 0) + (self.dropped if self.counts_dropped else 0)
+
+    @property
     def note(self) -> str | None:
-        """Say how its rows differ from the known number; None if they do not."""
-        if self.rows is None:
+        """Describe the difference to the known number of rows; None if there is none."""
+        if self.rows is None or (self.published and self.published.rows == self.rows):
             return None
-        return count_note(
-            self.name,
-            self.part,
-            self.rows,
-            self.dropped,
-            self.expected,
-            self.published,
-            counts_dropped=self.counts_dropped,
-        )
+        if not self.as_expected:
+            beside = f" beside {self.dropped:,} dropped" if self.dropped and not self.counts_dropped else ""
+            return (
+                f"{self.name} ({self.part}): {self._counted:,} rows{beside}, its makers count {self.expected:,}: "
+                "another version, or not all of it"
+            )
+        if self.published:
+            other = f"not {self.published.rows:,} as by {self.published.of}: {self.published.why}"
+            return f"{self.name} ({self.part}): {self.rows:,} rows are scored, {other}"
+        return None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,17 @@ from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
 from benchmarks.harness.config.benchmark import benchmark_names, kind_of, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import compared_benchmarks, load_claims
-from benchmarks.harness.config.runs import Job, PartitionJob, Run, canonical_json, partition_jobs, plan, set_files, slug
+from benchmarks.harness.config.runs import (
+    WEIGHTS,
+    Job,
+    PartitionJob,
+    Run,
+    canonical_json,
+    partition_jobs,
+    plan,
+    set_files,
+    slug,
+)
 from benchmarks.harness.config.yaml import UNIQUE, Strict, check_names, parse, read_yaml
 from benchmarks.harness.sources.local import local_folder, own_file
 from emoe.errors import did_you_mean
@@ -193,6 +203,19 @@ class Suite:
         """Return ``metrics.json`` of every run, of one benchmark's, or of one of its parts'."""
         runs = self.runs if benchmark is None else self.runs_of(benchmark, part)
         return [str(paths.RUNS / run.folder / "metrics.json") for run in runs]
+
+    def keeps_weights(self, benchmark: str) -> bool:
+        """Return True if all runs of a benchmark that train keep their weights."""
+        trained = [run.spec["training"] for run in self.runs_of(benchmark) if run.spec["learning_rate"]]
+        # another suite's runs are as the benchmark says
+        trained = trained or [load_benchmark(benchmark).definition.model_dump().get("training", {})]
+        return all(training.get("keep_weights") for training in trained)
+
+    def weight_files(self) -> list[str]:
+        """Return the files of weights that runs keep."""
+        names = [name for name in self.settings.benchmarks if self.keeps_weights(name)]
+        runs = [run for name in names for run in self.runs_of(name) if run.spec["learning_rate"]]
+        return [str(paths.RUNS / run.folder / WEIGHTS) for run in runs]
 
     def figure_inputs(self, benchmark: str, part: str | None) -> list[str]:
         """Return the files that the figures of a part need beside the runs' numbers."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -11,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.harness.base.errors import DefinitionError
+from pydantic import BaseModel
+
+from benchmarks.harness.base.files import read_json
 from benchmarks.harness.base.locks import is_held
 from benchmarks.harness.base.paths import LOCK, LOG, RUNS
 from benchmarks.harness.config.benchmark import load_benchmark
@@ -30,14 +31,22 @@ _DEVICES = {
 _UTILIZATION = 0.15
 
 
+class _Cost(BaseModel):
+    job_seconds: float
+
+
+class _Metrics(BaseModel):
+    cost: _Cost
+
+
 @dataclass(frozen=True)
 class RunStatus:
     """The status of one run.
 
     Attributes:
         run: The run.
-        state: ``finished`` if its numbers exist, ``running`` if a process holds its lock, ``failed`` if it was begun and
-            has neither, else ``missing``.
+        state: ``finished`` if its numbers exist, ``running`` if a process holds its lock, ``failed`` if it was begun
+            and has neither, else ``missing``.
         last: The last line of the log of a running or failed run.
         silent: The seconds since that line was written.
     """
@@ -77,14 +86,8 @@ def last_line(log: Path) -> str:
 def median_seconds(runs: Sequence[Run]) -> float | None:
     """Return the median duration of finished runs; None if none is finished."""
     files = [RUNS / run.folder / "metrics.json" for run in runs]
-    return round(statistics.median(map(_seconds, files)), 1) if files else None
-
-
-def _seconds(file: Path) -> float:
-    try:
-        return float(json.loads(file.read_text())["cost"]["job_seconds"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DefinitionError(f"{file} is damaged: delete it and run `snakemake --cores all {file}`") from error
+    costs = [read_json(file, _Metrics, f"delete it and run `snakemake --cores all {file}`").cost for file in files]
+    return round(statistics.median(cost.job_seconds for cost in costs), 1) if costs else None
 
 
 def estimate(runs: Sequence[Run]) -> Mapping[str, float] | None:

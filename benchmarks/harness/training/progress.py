@@ -20,7 +20,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 class Progress(TrainerCallback):
     """Print which run of how many is at which step, and the time left.
 
-    A terminal shows every line. Elsewhere a finished run and each warning take one line, and the rest goes into the log.
+    A terminal shows every line. Elsewhere a finished run and each warning take one line, the rest goes into the log.
 
     Args:
         run_id: The id of the run.
@@ -73,8 +73,8 @@ def clock(seconds: float) -> str:
 def _position(run_id: str) -> str:
     """Return ``7 of 24 runs done, 9:10 left; ``, counted by files, or nothing outside a workflow.
 
-    The time left assumes the pace since the workflow started. A damaged plan gives nothing, because a progress line must
-    never fail a run.
+    The time left assumes the pace since the workflow started. A damaged plan gives nothing, because a progress line
+    must never fail a run.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         plan = json.loads(Path(os.environ[PLAN]).read_text())

