@@ -1,4 +1,4 @@
-"""Small made-up rows in the real on-disk formats of GLUE and GLUE-X, and what their labels mean."""
+"""Write small made-up rows in the layouts of GLUE and GLUE-X, and in every format that is read; know their labels."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.text.definition import RunTask
+from tools.convert_glue_x import main as convert
 
 TASKS = {name: task.model_dump() for name, task in load_benchmark("glue").tasks.items()}
 
@@ -168,31 +169,38 @@ MEANING: dict[str, tuple[list[float], int]] = {
 }
 
 
-def write_glue(root: Path, name: str, *, train: bool = False, copies: int = 1) -> Path:
-    """A GLUE task's own files below a data root: the dev file, and the training file where asked for; gives back the first."""
+def write_glue(root: Path, name: str, *, train: bool = False, copies: int = 1, raw: bool = False) -> Path:
+    """Write a GLUE task below a data root: the dev split, and the training split if asked for; return its raw dev file.
+
+    The rows are converted from the makers' layout unless only the ``raw`` file is asked for.
+    """
     file, lines = TSV[name]
     folder = root / TASKS[name]["source"]["folder"]
     folder.mkdir()
     header = lines[:1] if TASKS[name]["raw_formats"][0]["header"] else []
     rows = lines[len(header) :] * copies
-    for part in (file, "train.tsv") if train else (file,):
-        (folder / part).write_text("\n".join([*header, *rows]) + "\n", encoding="utf-8")
+    for path in (file, "train.tsv") if train else (file,):
+        (folder / path).write_text("\n".join([*header, *rows]) + "\n", encoding="utf-8")
+    if not raw:
+        convert(root, [name])
     return folder / file
 
 
-def write_own(root: Path, name: str) -> Path:
-    """A GLUE-X set as its makers hand it out, below a data root; gives back its folder."""
+def write_own(root: Path, name: str, *, raw: bool = False) -> Path:
+    """Write a GLUE-X set below a data root, converted from its makers' layout unless ``raw``; return its folder."""
     folder: Path = root / TASKS[name]["source"]["folder"]
     for path, text in OWN_FILES[name].items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")
+    if not raw:
+        convert(root, ["sick_entailment", "sick_relatedness"] if folder.name == "SICK" else [name])
     return folder
 
 
 def write_saved(
     root: Path, name: str, labels: list[object], *, split: str | None = None, names: list[str] | None = None
 ) -> Path:
-    """A set as `datasets` saves it, under the hub's names: flat, as GLUE-X hands them out, or with a split; perhaps with names of classes."""
+    """Write a set as `datasets` saves it: flat, as GLUE-X hands them out, or with a split; perhaps with class names."""
     folder: Path = root / TASKS[name]["source"]["folder"]
     fields = {field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]}
     saved = datasets.Dataset.from_pandas(pd.DataFrame({**fields, TASKS[name]["label"]: labels}))
@@ -203,7 +211,7 @@ def write_saved(
 
 
 def task(name: str) -> RunTask:
-    """A task of glue as a run has it."""
+    """Return a task of glue as a run has it."""
     return load_benchmark("glue").tasks[name].as_run(name)
 
 
@@ -215,7 +223,7 @@ def write_rows(
     monkeypatch: pytest.MonkeyPatch,
     names: list[str] | None = None,
 ) -> None:
-    """The dev split of a task in a form that the hub's column names have, names of classes stored beside numbers where given."""
+    """Write the dev split of a task in a format under the hub's column names, class names stored beside numbers."""
     folder, split = root / TASKS[name]["source"]["folder"], TASKS[name]["splits"]["dev"]
     columns = {field: [f"{field} {i}" for i in range(len(labels))] for field in TASKS[name]["fields"]}
     columns |= {TASKS[name]["label"]: labels}

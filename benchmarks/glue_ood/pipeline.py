@@ -10,16 +10,16 @@ from typing import Any
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, read_run
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import reopen_classifier
 from benchmarks.harness.models.conversion import use_as_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.results.records import collect, read_metrics
 from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.progress import Progress
-from benchmarks.text.datasets import TextSplit, load_part
+from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.row_routing import RowRouting

@@ -12,7 +12,6 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 
-from benchmarks.harness.report.looks import curves
 from benchmarks.harness.report.plots import (
     FEW,
     REFERENCE,
@@ -27,6 +26,7 @@ from benchmarks.harness.report.plots import (
     save,
     wrapped,
 )
+from benchmarks.harness.report.style import curve_styles
 from benchmarks.text.grid import ID
 from benchmarks.text.outcomes import TextOutcomes
 from benchmarks.text.selection import PROTOCOLS
@@ -61,7 +61,7 @@ def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, ref
         for axis, (title, found) in zip(axes.flat, panels, strict=False):
             for row in found.itertuples():
                 place = names.index(row.method_title)
-                look = outcomes.look(row.method)
+                look = outcomes.style(row.method)
                 draw_difference(axis, row, place, look if row.is_ours else replace(look, marker="x", hollow=False), 100)
             axis.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
             axis.set_title(title, fontsize=8)
@@ -90,7 +90,7 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
         )
         return
     series = [(label, part) for _, found in panels for label, part in _series(found, axis)]
-    styles = curves((label, outcomes.look(part["method"].iloc[0])) for label, part in series)
+    styles = curve_styles((label, outcomes.style(part["method"].iloc[0])) for label, part in series)
     labels = list(styles)
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
         figure, axes = _axes(len(panels), 2.2, shared=False)

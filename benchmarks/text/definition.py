@@ -6,8 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.counts import PublishedRows, SetSize
-from benchmarks.harness.config.schema import (
+from benchmarks.harness.config.benchmark import (
+    Entry,
+    Precision,
+    PublishedRows,
+    TrainingDefinition,
+    TrainingSettings,
+    TrainingSuite,
+)
+from benchmarks.harness.config.methods import LoRA, VariantAxes
+from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.yaml import (
     AS_GIVEN,
     UNIQUE,
     Count,
@@ -25,16 +34,6 @@ from benchmarks.harness.config.schema import (
     left_out,
     zero_left_out,
 )
-from benchmarks.harness.config.shared import (
-    Entry,
-    LoRA,
-    Precision,
-    TrainingDefinition,
-    TrainingSettings,
-    TrainingSuite,
-    VariantAxes,
-)
-from benchmarks.harness.config.specs import RunSpec
 
 Protocol = Literal["published", "clean"]
 
@@ -194,7 +193,7 @@ class TextDefinition(TrainingDefinition, Ablated):
 
 
 class TextSource(Strict):
-    """Where rows come from: a set on the hub, a folder that the user has, or one that ships inside a package."""
+    """Where rows come from: a set on the hub, a folder that the user has, a csv, or one that ships inside a package."""
 
     hub: str | None = left_out()
     """Repository on the hub."""
@@ -204,15 +203,15 @@ class TextSource(Strict):
     """Commit (or branch) of the hub's set; null is its newest."""
     folder: str | None = left_out()
     """Name of the set's folder below data_root."""
-    path: str | None = left_out()
-    """The set's folder in this project, from its top."""
+    csv: str | None = left_out()
+    """One csv in this project. Its column `split` names the split of each row; without it the hash of the text draws it."""
     vader_sentiment: str | None = left_out()
     """A domain of the human-rated sentiment set."""
     vader_label: Literal["strength"] | None = left_out()
     """Its label is how strong the rating is (weak, strong) and not its sign, which it is where left out."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        self.need_one_of("folder", "path", "vader_sentiment")
+        self.need_one_of("folder", "csv", "vader_sentiment")
         self.need_together("vader_label", "vader_sentiment")
 
 
@@ -294,7 +293,7 @@ class TextTask(Strict):
     splits: Splits
     """Split names by part. The dev part selects; the test part is reported (dev where there is none). Sets without train and dev are for evaluation only."""
     raw_formats: Annotated[list[FileLayout], Field(min_length=1)] | None = left_out()
-    """How the set's own files look, as its makers hand them out; the first form that is there is read."""
+    """Layouts of the makers' own files, for `tools/convert_glue_x.py`; it takes the first whose file is there."""
 
 
 class RunTask(TextTask):
@@ -309,8 +308,6 @@ class RunTask(TextTask):
 class TaskEntry(TextTask, Entry):
     """One task of ``tasks.yaml``."""
 
-    size: SetSize = SetSize()
-    """How large it is, as the hub's cards count it; of sets inside packages as it is read."""
     rows: Rows = Rows()
     """Rows of each part as their makers count them, those without a gold label included; of sets that GLUE-X's authors made, as their result files count them."""
     published_rows: PublishedRows | None = left_out()

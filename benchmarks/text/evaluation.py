@@ -23,7 +23,7 @@ from benchmarks.harness.training.trainer import (
     precision_here,
     quiet_arguments,
 )
-from benchmarks.text.datasets import TextSplit
+from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import RunTask
 from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import TokenisedRows

@@ -16,6 +16,7 @@ from benchmarks.harness.report.plots import (
     Panel,
     hide_empty,
     panel_grid,
+    placeholder_figure,
     save,
     score_panels,
     wrapped,
@@ -156,6 +157,9 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
     """
     import scikit_posthocs  # it takes a plotting library of its own along
 
+    if not rankings:
+        placeholder_figure(path, "the ranked rows have no common set and seed")
+        return
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         rows = max(len(one.scores) for one in rankings)
         figure, axes = panel_grid(len(rankings), 1, (WIDTH, (1.1 + 0.2 * rows) * len(rankings)))
@@ -169,7 +173,7 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
                 ax=axis,
                 label_fmt_left="{label} ({rank:.2f}) ",
                 label_fmt_right=" ({rank:.2f}) {label}",
-                color_palette={names[method]: outcomes.look(method).colour for method in names},
+                color_palette={names[method]: outcomes.style(method).colour for method in names},
                 crossbar_props={"color": REFERENCE},
             )
             axis.set_xlim(1, len(ranks))  # all ranks that there are

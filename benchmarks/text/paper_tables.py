@@ -6,8 +6,8 @@ import math
 
 import pandas as pd
 
-from benchmarks.harness.report.published import published_delta, read_published
-from benchmarks.harness.report.rendering import MISSING, Column, Table
+from benchmarks.harness.report.common import published_delta, read_published
+from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import critical_difference
 from benchmarks.text.grid import CLEAN, ID, PUBLISHED
 from benchmarks.text.outcomes import Ranked, TextOutcomes
@@ -91,6 +91,7 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
         + f", critical difference {critical_difference(*one.scores.shape):.2f}"
         for one in rankings
     ]
+    notes = notes or ["No ranks: the rows have no common set and seed"]
     pairs = list(dict.fromkeys(pair for one in rankings for pair in one.scores.columns))
     methods = list(dict.fromkeys(outcomes.title("method", name) for one in rankings for name in one.scores.index))
     return Table(

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.catalogue import load_metrics
-from benchmarks.harness.config.kinds import OOD_MEAN
-from benchmarks.harness.report.common_tables import (
+from benchmarks.harness.report.common import (
+    ALL,
     cost_table,
     difference_text,
     means_by,
@@ -17,16 +18,15 @@ from benchmarks.harness.report.common_tables import (
     with_average,
     with_columns,
     with_numbers,
+    with_runs,
 )
-from benchmarks.harness.report.outcomes import ALL, with_runs
-from benchmarks.harness.report.rendering import MISSING, Column, Table
+from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import scores_of
 from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
 from benchmarks.text.outcomes import Ranked, TextOutcomes, ranked
 from benchmarks.text.paper_tables import paper
 from benchmarks.text.selection import CELL, CHOICE, PROTOCOLS, choices, choosing_scores
 from benchmarks.text.traces import trace_table
-from benchmarks.text.updates import update_table
 from benchmarks.text.usage_tables import usage_table
 
 _KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
@@ -238,7 +238,6 @@ TABLES = {
     "cost": cost,
     "choices": chosen,
     "traces": trace_table,
-    "updates": update_table,
     "usage": usage_table,
     "paper": paper,
 }
@@ -297,7 +296,8 @@ def _rankings_by_task(outcomes: TextOutcomes) -> list[Ranked]:
 
 def _rank_note(outcomes: TextOutcomes, rankings: list[Ranked]) -> str:
     notes = [
-        f"{outcomes.title('task', one.key['task'])}: {len(one.ranking.ranks)} rows"
+        f"{outcomes.title('task', one.key['task'])}: "
+        + ("no rows with a common seed" if one.scores.empty else f"{len(one.ranking.ranks)} rows")
         + ("" if math.isnan(one.ranking.p) else f", Friedman p = {one.ranking.p:.2f}")
         for one in rankings
     ]

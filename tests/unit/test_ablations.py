@@ -11,11 +11,9 @@ import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.config import definition
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark, resolve_methods
+from benchmarks.harness.config.methods import ABLATION, without
 from benchmarks.harness.config.runs import Run, plan
-from benchmarks.harness.config.shared import ABLATION
-from benchmarks.harness.config.variants import without
 from benchmarks.harness.report.presentation import Presentation, present
 from benchmarks.text.ablation_figures import panels_of
 from benchmarks.text.ablations import Ablations, ablation_rows
@@ -94,7 +92,7 @@ def test_main_tables_have_no_row_of_an_ablation(presented) -> None:
         rows = {name for table in usual if "method" in table.frame for name in table.frame["method"]}
         assert rows
         assert not {name for name in rows if benchmark.kind.row_titles(benchmark.definition).get(name) is None}
-        methods = definition.resolve_methods(benchmark.definition)
+        methods = resolve_methods(benchmark.definition)
         assert ABLATION not in {methods[name].role for name in rows}
 
 

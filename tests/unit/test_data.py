@@ -98,11 +98,11 @@ def test_what_is_there_is_counted_by_label(root: Path) -> None:
 
 def test_a_wrong_label_is_reported_and_the_others_are_counted(root: Path) -> None:
     write_data(root)
-    path = write_own(root, "hans") / "heuristics_evaluation_set.txt"
+    path = write_own(root, "hans") / "validation.jsonl"
     path.write_text(path.read_text().replace("non-entailment", "contradiction"))
     code, text = check("--suite", "paper", "--data-root", str(root))
     assert code == 1
-    assert f"hans: {path}, line 2, row 1: 'contradiction' is no label of task 'hans'" in text
+    assert f"hans: {path}, row 1: 'contradiction' is no label of task 'hans'" in text
     assert row(text, "rte", "dev").split()[2] == "16"
 
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from benchmarks.harness.base.errors import RunError
+from benchmarks.harness.config.suite import plain_suite
 from benchmarks.harness.run import devices
-from benchmarks.harness.run.devices import VISIBLE, reserved, visible
+from benchmarks.harness.run.devices import VISIBLE, check_accelerators, reserved, visible
 from tests.conftest import ROOT
 
 # says what it sees, and keeps it until its input ends
@@ -86,14 +87,6 @@ def test_a_job_waits_until_there_are_as_many_as_it_wants() -> None:
             assert len(seen(large)) == 2
 
 
-def test_all_that_there_are_are_locked_too() -> None:
-    with held(4) as other:
-        assert len(seen(other)) == 4
-        with held(4) as second:
-            assert second.stderr is not None
-            assert "waiting for 4 of 4" in second.stderr.readline()
-
-
 def test_what_a_scheduler_gave_a_job_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may number those of every job from 0, so that a lock would part what has nothing to do with each other."""
     monkeypatch.setenv(VISIBLE, "0,1")
@@ -115,7 +108,7 @@ def test_it_is_refused_what_is_not_there_and_to_share_one_among_processes() -> N
         with (
             pytest.raises(
                 RunError,
-                match=rf"^llama asks for {count} accelerators for {processes} process\(es\), and 4 are visible; .*`--resources gpu=N`",
+                match=rf"^llama asks for {count} accelerators for {processes} process\(es\), and 4 are visible;",
             ),
             reserved(count, "llama", processes),
         ):
@@ -126,6 +119,17 @@ def test_on_a_machine_without_any_nothing_is_asked_for(monkeypatch: pytest.Monke
     monkeypatch.setenv(VISIBLE, "")
     with reserved(1, "llama", 8) as found:
         assert found == []
+
+
+def test_a_suite_of_gpus_does_not_start_on_a_machine_without_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    paper, smoke = plain_suite("paper").runs_of("modularity"), plain_suite("smoke").runs_of("modularity")
+    check_accelerators("paper", paper)
+    monkeypatch.setenv(VISIBLE, "")
+    check_accelerators("smoke", smoke)
+    with pytest.raises(
+        RunError, match=r"^the suite 'paper' asks .*'suites\.paper\.resources\.gpu: 0' in benchmarks/modularity/"
+    ):
+        check_accelerators("paper", paper)
 
 
 @pytest.mark.parametrize(
@@ -151,16 +155,11 @@ def test_what_is_visible_is_what_cuda_reads(given: str, found: list[str], monkey
             assert one == found[:1]
 
 
-def test_without_a_variable_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_variable_torch_counts_and_an_error_gives_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VISIBLE)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with reserved(1, "a run") as found:
-        assert os.environ[VISIBLE] == found[0]
+    with pytest.raises(ZeroDivisionError), reserved(2, "a run"):
+        1 / (os.environ[VISIBLE] != "0,1")
     assert VISIBLE not in os.environ
-
-
-def test_an_error_gives_them_back() -> None:
-    with pytest.raises(KeyError), reserved(3, "a run"):
-        raise KeyError
-    with reserved(3, "another"):
+    with reserved(2, "another"):
         pass

@@ -10,13 +10,11 @@ import pytest
 from benchmarks.glue_ood.grid import KIND as EVALUATION
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.config import definition
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import Benchmark, check_references, load_benchmark
+from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
 from benchmarks.harness.config.runs import plan
-from benchmarks.harness.config.schema import read_yaml
-from benchmarks.harness.config.shared import ABLATION
-from benchmarks.harness.config.variants import setting_text, setting_values, without
-from benchmarks.text.datasets import TextSplit
+from benchmarks.harness.config.yaml import read_yaml
+from benchmarks.text.data import TextSplit
 from tests.planned import evaluations
 
 LORA, OOD = load_benchmark("glue_lora"), load_benchmark("glue_ood")
@@ -79,7 +77,7 @@ def test_only_rows_of_ablations_are_trained_otherwise(key: str) -> None:
     with pytest.raises(
         DefinitionError, match=rf"suites\.mini\.grid\[0\]\.{key}' varies 'lora', whose runs would compete"
     ):
-        list(LORA.kind.specs(definition.Benchmark("glue_lora", changed, LORA.tasks), "mini", (), dict))
+        list(LORA.kind.specs(Benchmark("glue_lora", changed, LORA.tasks), "mini", (), dict))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +97,7 @@ def test_ablations_compare_what_exists(changes: dict[str, Any], message: str) ->
     found = LORA.definition.ablations["selection"].model_copy(update=changes)
     changed = LORA.definition.model_copy(update={"ablations": {**LORA.definition.ablations, "selection": found}})
     with pytest.raises(DefinitionError, match=message):
-        definition.check_references(changed, LORA.tasks, BENCHMARKS / "glue_lora")
+        check_references(changed, LORA.tasks, BENCHMARKS / "glue_lora")
 
 
 def test_a_kind_without_ablations_refuses_their_rows() -> None:
@@ -109,7 +107,7 @@ def test_a_kind_without_ablations_refuses_their_rows() -> None:
     with pytest.raises(
         DefinitionError, match=r"'methods\.emoe' has role: ablation, which kind: domainbed does not know"
     ):
-        definition.check_references(changed, real.tasks, real.folder)
+        check_references(changed, real.tasks, real.folder)
 
 
 def test_a_model_is_used_as_one_row_and_not_as_several() -> None:
@@ -144,7 +142,7 @@ def test_weights_of_one_row_must_mean_the_same_in_the_other(row: dict[str, str],
 def test_rows_that_are_ranked_are_main_rows() -> None:
     changed = OOD.definition.model_copy(update={"ranked": ["lora", "emoe2lora"]})
     with pytest.raises(DefinitionError, match=r"'ranked' is 'emoe2lora', which does not exist"):
-        definition.check_references(changed, OOD.tasks, OOD.folder)
+        check_references(changed, OOD.tasks, OOD.folder)
 
 
 # settings in words

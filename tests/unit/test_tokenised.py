@@ -16,7 +16,7 @@ from benchmarks.harness.base.paths import TOKENS
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.text import tokenization as tokenised
-from benchmarks.text.datasets import TextSplit
+from benchmarks.text.data import TextSplit
 from benchmarks.text.tokenization import TokenisedRows, calibration_batches
 
 pytestmark = pytest.mark.usefixtures("here")

@@ -12,15 +12,14 @@ import torch
 import emoe
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, RUNS
-from benchmarks.harness.config import definition
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
 from benchmarks.harness.config.runs import plan, run_from_spec
-from benchmarks.harness.config.schema import read_yaml
+from benchmarks.harness.config.yaml import read_yaml
 from benchmarks.harness.models.conversion import apply_method_, use_as_
 from benchmarks.harness.models.loading import load_backbone
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.records import collect
-from benchmarks.text.datasets import load_part
+from benchmarks.text.data import load_part
 from benchmarks.text.definition import RunTask
 from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.outcomes import TextOutcomes
@@ -126,7 +125,7 @@ def test_nothing_trains_a_row_that_is_made() -> None:
     suite = GLUE.definition.suites["smoke"]
     block = suite.grid[0].model_copy(update={"method": ["vanilla2emoe"]})
     suites = {**GLUE.definition.suites, "smoke": suite.model_copy(update={"grid": [block]})}
-    benchmark = definition.Benchmark("glue", GLUE.definition.model_copy(update={"suites": suites}), GLUE.tasks)
+    benchmark = Benchmark("glue", GLUE.definition.model_copy(update={"suites": suites}), GLUE.tasks)
     with pytest.raises(DefinitionError, match=r"grid\[0\]\.method' is 'vanilla2emoe', which does not exist"):
         list(GLUE.kind.specs(benchmark, "smoke", (), dict))
 

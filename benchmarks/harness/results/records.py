@@ -14,10 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.files import first_problem, read_json
 from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.config.benchmark import OOD_MEAN, kind_of
 from benchmarks.harness.config.catalogue import load_metrics
-from benchmarks.harness.config.kinds import OOD_MEAN, kind_of
-from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.specs import trained_sets
+from benchmarks.harness.config.runs import Run, trained_sets
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]

@@ -1,4 +1,4 @@
-"""Accelerators of a machine, shared by its jobs: each sees those that it asked for, and no other job sees the same."""
+"""Share the accelerators of a machine among its jobs: no two jobs see the same one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,31 +15,32 @@ from filelock import BaseFileLock, Timeout
 
 from benchmarks.harness.base.errors import RunError
 from benchmarks.harness.base.locks import hold
+from benchmarks.harness.config.runs import Run
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # ROCm's torch reads it too
-_ENDS = ("-1", "NoDevFiles")  # CUDA reads the list up to the first; the second is how Slurm says none
+_ENDS = ("-1", "NoDevFiles")  # CUDA ignores what follows -1; Slurm writes NoDevFiles for no device
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
-_PAUSE = 1.0  # seconds between two looks for free ones
+_PAUSE = 1.0  # seconds between two attempts
 
 
 @contextmanager
 def reserved(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
-    """Keep accelerators for this process and those that it starts, which see no others.
+    """Reserve accelerators for this process and those that it starts, which see no others.
 
-    Waits until so many are free. A device is free when no process of this user on this machine holds its lock, whichever checkout it works
-    in; a lock ends with the process that took it. Where a scheduler's job sees no more devices than are asked for, they are its own
-    already, and nothing is locked: schedulers may number those of each job from 0. Must be called before anything uses an accelerator.
+    Waits until enough are free. A device is free if no process of this user on this machine holds its lock, in any
+    checkout; a lock ends with its process. A scheduler's job that sees exactly as many devices as it asks for needs no
+    locks: schedulers may number the devices of each job from 0. Call this before anything uses an accelerator.
 
     Args:
-        count: how many; of 0, or on a machine without accelerators, nothing is reserved and nothing changes.
-        name: of the run, for messages.
-        processes: that will work on the run, one on each accelerator.
+        count: The number of accelerators. With 0, or on a machine without any, nothing is reserved and nothing changes.
+        name: The name of the run, for messages.
+        processes: The number of processes of the run, one on each accelerator.
 
     Yields:
-        What the process sees, as ``CUDA_VISIBLE_DEVICES`` names them.
+        The devices that the process sees, as ``CUDA_VISIBLE_DEVICES`` names them.
 
     Raises:
-        RunError: fewer are visible than are asked for, or than there are processes.
+        RunError: Fewer are visible than are asked for, or than there are processes.
 
     Example:
         >>> with reserved(0, "a run on the CPU") as devices:
@@ -49,8 +50,9 @@ def reserved(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
     devices = visible() if count else []
     if devices and (len(devices) < count or count < processes):
         raise RunError(
-            f"{name} asks for {count} accelerators for {processes} process(es), and {len(devices)} are visible; let Snakemake give as many (`--resources gpu=N`, "
-            "which caps what each run gets), show the run more, or have it take fewer: 'resources.gpu' and 'resources.processes' in the suite's part of benchmark.yaml"
+            f"{name} asks for {count} accelerators for {processes} process(es), and {len(devices)} are visible; let "
+            "Snakemake give as many (`--resources gpu=N`, which caps what each run gets), show the run more, or have "
+            "it take fewer: 'resources.gpu' and 'resources.processes' in the suite's part of benchmark.yaml"
         )
     job = next(filter(None, map(os.environ.get, _JOBS)), "")
     if not devices or (job and len(devices) == count):
@@ -70,8 +72,27 @@ def reserved(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
             lock.release()
 
 
+def check_accelerators(suite: str, runs: Iterable[Run]) -> None:
+    """Check, before any run starts, that this machine has an accelerator if a run asks for one.
+
+    Args:
+        suite: The name of the suite.
+        runs: The runs that are about to start on this machine.
+
+    Raises:
+        RunError: A run asks for an accelerator, and none is visible.
+    """
+    asking = next((run for run in runs if run.resources["gpu"]), None)
+    if asking and not visible():
+        raise RunError(
+            f"the suite '{suite}' asks for accelerators, and none is visible here: start it on a machine that has "
+            f"one, or on a cluster (docs/cluster.md), or set 'suites.{suite}.resources.gpu: 0' in "
+            f"benchmarks/{asking.benchmark}/benchmark.yaml to run it on the CPU"
+        )
+
+
 def visible() -> list[str]:
-    """The accelerators that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; where it does not, torch counts them, by NVML where that works."""
+    """Return the accelerators that this process may use: ``CUDA_VISIBLE_DEVICES``, else all of torch's."""
     given = os.environ.get(VISIBLE)
     if given is None:
         import torch
@@ -82,9 +103,9 @@ def visible() -> list[str]:
 
 
 def _take(folder: Path, devices: list[str], count: int, name: str) -> dict[str, BaseFileLock]:
-    """Lock so many, all at once or none, so that two jobs never wait for each other's."""
+    """Lock so many devices, all at once or none, so that two jobs never wait for each other's."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    said = False
+    waiting = False
     while True:
         with hold(folder / "choice.lock"):
             free = _locked(folder, devices, count)
@@ -92,25 +113,26 @@ def _take(folder: Path, devices: list[str], count: int, name: str) -> dict[str, 
             return free
         for lock in free.values():
             lock.release()
-        if not said:
-            print(f"[{name}] waiting for {count} of {len(devices)} accelerators", file=sys.stderr, flush=True)  # noqa: T201
-            said = True
+        if not waiting:
+            sys.stderr.write(f"[{name}] waiting for {count} of {len(devices)} accelerators\n")
+            sys.stderr.flush()
+            waiting = True
         time.sleep(_PAUSE)
 
 
 def _locked(folder: Path, devices: list[str], count: int) -> dict[str, BaseFileLock]:
-    found: dict[str, BaseFileLock] = {}
+    locks: dict[str, BaseFileLock] = {}
     for device in devices:
-        if len(found) == count:
+        if len(locks) == count:
             break
         try:
-            found[device] = hold(folder / f"{device.replace('/', '_')}.lock", blocking=False).lock
+            locks[device] = hold(folder / f"{device.replace('/', '_')}.lock", blocking=False).lock
         except Timeout:
             continue
-    return found
+    return locks
 
 
 def _folder(job: str) -> Path:
-    """Of this user's locks on this machine. A scheduler's job has its own, as it has its own numbers of devices."""
+    """Return the folder of this user's locks on this machine; each scheduler's job has its own."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "emoe" / "accelerators" / "-".join(filter(None, (platform.node(), job)))

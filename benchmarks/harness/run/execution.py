@@ -27,8 +27,7 @@ from benchmarks.harness.base.files import write_json
 from benchmarks.harness.base.locks import hold
 from benchmarks.harness.base.paths import LOCK
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.kinds import kind_of
+from benchmarks.harness.config.benchmark import kind_of, load_benchmark
 from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.results.records import check_content
 from benchmarks.harness.run import environment

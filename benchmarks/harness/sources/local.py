@@ -1,4 +1,4 @@
-"""The user's own folders: of a set below the data root, of a model below the model root."""
+"""Find the user's own folders: of a set below the data root, of a model below the model root."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ OWN_SUFFIXES = (".json", ".jsonl")  # of a set of instructions below the data ro
 
 
 def local_folder(name: str, source: Mapping[str, Any]) -> Path | None:
-    """The set's folder, if the user has one: in the project, or below the data root under its makers' name or its own."""
+    """Return the set's folder below the data root, by its makers' name or its own, or its csv; None if it has none."""
     root = os.environ.get(DATA_ROOT)
-    if "path" in source:
-        return ROOT / source["path"] if (ROOT / source["path"]).is_dir() else None
+    if "csv" in source:
+        return ROOT / source["csv"] if (ROOT / source["csv"]).is_file() else None
     if not root or not {"folder", "mnist"} & set(source):
         return None
     folders = [Path(root) / called for called in (source.get("folder", "MNIST/raw"), name)]
@@ -24,22 +24,22 @@ def local_folder(name: str, source: Mapping[str, Any]) -> Path | None:
 
 
 def own_file(name: str) -> Path | None:
-    """The user's one file of a set of instructions, if there is one."""
+    """Return the user's file of a set of instructions; None if there is none."""
     root = os.environ.get(DATA_ROOT)
     files = [Path(root) / f"{name}{suffix}" for suffix in OWN_SUFFIXES] if root else []
     return next((file for file in files if file.is_file()), None)
 
 
 def wanted_place(source: Mapping[str, Any]) -> str:
-    """Where a set's own files belong."""
-    if "path" in source:
-        return str(ROOT / source["path"])
+    """Return the place that a set's files belong to."""
+    if "csv" in source:
+        return str(ROOT / source["csv"])
     root = os.environ.get(DATA_ROOT)
     return str(Path(root) / source["folder"]) if root else f"<data_root>/{source['folder']}"
 
 
 def own_folder(model: Mapping[str, Any]) -> Path | None:
-    """The folder of the model's name below the model root, if the user has one."""
+    """Return the folder of the model's name below the model root; None if there is none."""
     root = os.environ.get(MODEL_ROOT)
     folder = Path(root) / model["name"] if root else None
     return folder if folder and folder.is_dir() else None

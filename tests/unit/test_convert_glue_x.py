@@ -1,0 +1,120 @@
+"""The makers' files of GLUE and GLUE-X, converted and read: their labels, texts and pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.text.data import load_split
+from tests.text_sets import GLUE, LABELS, MEANING, OWN_FILES, TASKS, task, write_glue, write_own
+from tools.convert_glue_x import main as convert
+
+
+def test_fifteen_pairs_over_thirteen_sets() -> None:
+    pairs = [(name, other) for name in GLUE for other in TASKS[name]["ood"]]
+    assert len(pairs) == 15
+    assert len({TASKS[other]["source"]["folder"] for _, other in pairs}) == 13
+
+
+@pytest.mark.parametrize("name", [*GLUE, *sorted(OWN_FILES)])
+def test_makers_files_keep_their_labels(root: Path, name: str) -> None:
+    if name in GLUE:
+        write_glue(root, name)
+        split, expected = load_split(task(name), "dev"), (LABELS[name], int(name in ("mnli", "qqp")))
+    else:
+        write_own(root, name)
+        split, expected = load_split(task(name), "test"), MEANING[name]
+    assert (split.labels, split.dropped) == expected
+    assert {len(texts) for texts in split.texts} == {len(TASKS[name]["fields"])}
+    assert all(any(texts) for texts in split.texts)
+
+
+def test_texts_are_read_as_they_stand(root: Path) -> None:
+    expected = {
+        "imdb": ("Dull\n film.",),
+        "yelp_polarity": ('Dull food, "cold".\\nNever again.',),
+        "amazon_polarity": ("Fine, really.",),  # without the title
+        "flipkart": ("great cooler",),
+        "snli": ('He "ran".', "He won."),
+        "scitail": ('Rain "fell.', "It rained."),
+        "hans": ("The man saw the dog .", "The dog saw the man ."),
+        "sick_entailment": ("A dog ran.", "A dog moved."),
+        "twitter_pit": ("It rains", "Rain"),
+    }
+    for name in expected:
+        write_own(root, name)
+    assert {name: load_split(task(name), "test").texts[0] for name in expected} == expected
+    file = write_glue(root, "cola", raw=True)
+    file.write_bytes(b'\xef\xbb\xbfgj04\t1\t\ta "b\rc\r\n\ngj04\t0\t*\td\n')  # quotation marks, a carriage return
+    convert(root, ["cola"])
+    assert load_split(task("cola"), "dev").texts == [('a "b\rc',), ("d",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "labels"),
+    [
+        (
+            "sick_entailment",
+            {
+                "SICK_test_annotated.txt": "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
+                "6\tA dog.\tA cat.\t3.3\tNEUTRAL\n"
+            },
+            [1],
+        ),
+        (
+            "snli",
+            {"snli_1.0_test.txt": "gold_label\tsentence1\tsentence2\nneutral\tHe ran.\tHe won.\n-\ta\tb\n"},
+            [1],
+        ),
+        (
+            "scitail",
+            {
+                f"snli_format/scitail_1.0_{split}.txt": json.dumps(
+                    {"gold_label": label, "sentence1": "a", "sentence2": "b"}
+                )
+                for split, label in (("train", "entailment"), ("dev", "neutral"), ("test", "entailment"))
+            },
+            [0, 1, 0],
+        ),
+        (
+            "hans",
+            {"heuristics_evaluation_set.jsonl": '{"gold_label": "non-entailment", "sentence1": "a", "sentence2": "b"}'},
+            [1],
+        ),
+        (
+            "twitter_pit",
+            {f"{split}.tsv": "Sent_1\tSent_2\tLabel\na\tb\t1\nc\td\t0\n" for split in ("train", "dev", "test")},
+            [1, 0] * 3,
+        ),
+    ],
+)
+def test_other_layouts_of_the_makers(root: Path, name: str, files: dict[str, str], labels: list[int]) -> None:
+    for path, text in files.items():
+        file = root / TASKS[name]["source"]["folder"] / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    convert(root, ["sick_entailment", "sick_relatedness"] if name == "sick_entailment" else [name])
+    assert load_split(task(name), "test").labels == labels
+    if name == "sick_entailment":
+        assert load_split(task("sick_relatedness"), "test").labels == [3.3]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "old", "new", "message"),
+    [
+        ("yelp_polarity", "test.csv", '"2"', '"0"', r"row 2: '0' is no label"),  # 0 is the hub's negative
+        ("twitter_pit", "dev.data", "(1, 4)", "(1, 5)", r"dev\.data, row 2: '\(1, 5\)' is no label"),
+        ("sick_entailment", "SICK.txt", "entailment_label", "entailment_labl", "no column 'entailment_label'; it has"),
+        ("imdb", "test/neg/0_2.txt", None, None, r"test/neg holds no \.txt file"),
+    ],
+)
+def test_files_that_are_not_as_described_are_named(root: Path, name: str, file: str, old, new, message: str) -> None:
+    path = write_own(root, name, raw=True) / file
+    if old is None:
+        path.unlink()
+    else:
+        path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(SystemExit, match=message):
+        convert(root, [name])

@@ -1,0 +1,449 @@
+"""Rows of text sets in every format: which are kept, dropped and refused, and which labels they have."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.sources.vader import load_vader
+from benchmarks.text import data
+from benchmarks.text.data import TextSplit, load_part, load_split
+from benchmarks.text.definition import RunTask, TaskEntry, TextSource
+from tests.text_sets import TASKS, task, write_glue, write_own, write_rows, write_saved
+
+FILES = ["parquet", "arrow", "jsonl", "csv"]
+NAMED = ["parquet", "arrow", "saved", "hub"]  # formats that store class names
+
+
+def write_file(root: Path, name: str, file: str, content: str | bytes) -> Path:
+    path: Path = root / TASKS[name]["source"]["folder"] / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# labels
+
+
+@pytest.mark.parametrize("form", [*FILES, "saved", "hub"])
+@pytest.mark.parametrize(
+    ("name", "written", "labels"),
+    [
+        ("mnli", [2, -1, 0, None, 1], [2, 0, 1]),
+        ("mnli", ["neutral", None, "-", "entailment", "-1", ""], [1, 0]),
+        ("rte", [1.0, None, math.nan, 0.0, -1.0], [1, 0]),
+        ("rte", ["1.0", "nan", "null", "0", " "], [1, 0]),
+        ("stsb", [4.8, -1.0, math.nan, None, 0.0, 5.0], [4.8, 0.0, 5.0]),
+        ("stsb", ["3", "-1", "", "NaN"], [3.0]),
+    ],
+)
+def test_missing_labels_are_dropped_and_counted_and_whole_floats_are_labels(
+    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str, written: list[object], labels: list[object]
+) -> None:
+    write_rows(root, name, written, form, monkeypatch)
+    split = load_split(task(name), "dev")
+    assert (split.labels, split.dropped) == (labels, len(written) - len(labels))
+    missing = ("None", "nan", "NaN", "null", "", "-", "-1", "-1.0")
+    kept = [i for i, value in enumerate(written) if str(value).strip() not in missing]
+    assert [texts[0] for texts in split.texts] == [f"{TASKS[name]['fields'][0]} {i}" for i in kept]
+
+
+@pytest.mark.parametrize("form", [*FILES, "saved", "hub"])
+@pytest.mark.parametrize(("name", "wrong"), [("stsb", 7.3), ("stsb", -0.5), ("rte", 2), ("rte", 0.5)])
+def test_labels_out_of_range_are_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str, wrong: float
+) -> None:
+    write_rows(root, name, [1, 0, wrong], form, monkeypatch)
+    with pytest.raises(DataError, match=rf"row 3: '{wrong}(\.0)?' is no label of task '{name}'"):
+        load_split(task(name), "dev")
+
+
+@pytest.mark.parametrize("form", NAMED)
+@pytest.mark.parametrize(
+    ("name", "names", "written", "labels"),
+    [
+        ("mnli", ["contradiction", "entailment", "neutral"], [0, 1, 2, -1], [2, 0, 1]),
+        ("sst2", ["positive", "negative"], [0, 1], [1, 0]),
+        ("rte", ["0", "1"], [0, 1], [0, 1]),  # such names say no more than the numbers
+        ("rte", ["1", "0"], [0, 1], [1, 0]),
+        ("rte", ["yes", "no"], [0], r"row 1: 'yes' is no label of task 'rte'; choose from entailment, not_entailment"),
+        ("rte", ["entailment", "neutral"], [0, 1], "row 2: 'neutral' is no label of task 'rte'"),
+        ("rte", ["1", "2"], [0, 1], "row 1: '1' is no label of task 'rte'"),  # not the number 1
+        ("rte", ["0", "1", "2"], [0, 1, 2], "row 3: '2' is no label of task 'rte'"),
+    ],
+)
+def test_numbers_are_read_by_the_stored_class_names(
+    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str, names: list[str], written: list[int], labels
+) -> None:
+    write_rows(root, name, list(written), form, monkeypatch, names)
+    if isinstance(labels, str):
+        with pytest.raises(DataError, match=labels):
+            load_split(task(name), "dev")
+    else:
+        split = load_split(task(name), "dev")
+        assert (split.labels, split.dropped) == (labels, written.count(-1))
+
+
+@pytest.mark.parametrize(
+    ("form", "written", "names", "labels"),
+    [
+        ("csv", [3, 1.0, 2, -1], None, [2, 0, 1]),
+        ("csv", [0, 1, 2], None, "row 1: '0' is no label of task 'sst2'; choose from 1, 2, 3$"),
+        ("parquet", [0, 1, 2], ["3", "1", "2"], [2, 0, 1]),
+        ("parquet", [0, 1, 2], ["0", "1", "2"], "row 1: '0' is no label of task 'sst2'"),
+    ],
+)
+def test_numbers_that_are_class_names_do_not_count_from_0(
+    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, written: list[object], names: list[str] | None, labels
+) -> None:
+    stars = task("sst2").model_copy(update={"labels": ["1.0", "2", "3"]})
+    write_rows(root, "sst2", written, form, monkeypatch, names)
+    if isinstance(labels, str):
+        with pytest.raises(DataError, match=labels):
+            load_split(stars, "dev")
+    else:
+        assert load_split(stars, "dev").labels == labels
+
+
+NAMES = ("contradiction", "entailment", "neutral")  # not in the task's order
+FEATURES = {"label": {"names": list(NAMES), "_type": "ClassLabel"}}
+README = "---\ndataset_info:\n  features:\n  - name: label\n    dtype:\n      class_label:\n        names:\n" + "".join(
+    f"          '{number}': {name}\n" for number, name in enumerate(NAMES)
+)
+BESIDE = {
+    "README.md": f"{README}---\n# SNLI\n",
+    "dataset_info.json": json.dumps({"features": FEATURES}),
+    "dataset_infos.json": json.dumps({"other": {"features": {}}, "plain_text": {"features": FEATURES}}),
+}
+
+
+@pytest.mark.parametrize("form", FILES)
+@pytest.mark.parametrize("beside", BESIDE)
+def test_numbers_are_read_by_the_class_names_beside_a_file(
+    root: Path, monkeypatch: pytest.MonkeyPatch, form: str, beside: str
+) -> None:
+    write_rows(root, "mnli", [0, 1, 2, -1], form, monkeypatch)
+    (root / "MNLI" / beside).write_text(BESIDE[beside])
+    split = load_split(task("mnli"), "dev")
+    assert (split.labels, split.dropped) == ([2, 0, 1], 1)
+
+
+@pytest.mark.parametrize("front", ["# A set\n---\nand a line.\n", "---\n# nothing\n---\n# A set\n"])
+def test_a_readme_need_not_name_classes(root: Path, monkeypatch: pytest.MonkeyPatch, front: str) -> None:
+    write_rows(root, "sst2", [1, 0], "parquet", monkeypatch)
+    (root / "SST-2/README.md").write_text(front)
+    assert load_split(task("sst2"), "dev").labels == [1, 0]
+
+
+def test_class_names_beside_a_file_are_those_of_the_configuration(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(root, "rte", [0, 1], "parquet", monkeypatch)
+    names = {"rte": ["not_entailment", "entailment"], "qnli": ["entailment", "not_entailment"]}
+    infos = {
+        config: {"features": {"label": {"names": values, "_type": "ClassLabel"}}} for config, values in names.items()
+    }
+    (root / "RTE/dataset_infos.json").write_text(json.dumps(infos))
+    assert load_split(task("rte"), "dev").labels == [1, 0]
+    (root / "RTE/dataset_infos.json").write_text(json.dumps({"wnli": infos["rte"], "qnli": infos["qnli"]}))
+    with pytest.raises(DataError, match=r"dataset_infos.json \(qnli\) calls .* entailment, not_entailment, and .*wnli"):
+        load_split(task("rte"), "dev")
+
+
+def test_class_names_that_contradict_each_other_or_the_numbers_are_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(root, "mnli", [0, 1, 2], "parquet", monkeypatch, list(NAMES[::-1]))
+    (root / "MNLI/README.md").write_text(BESIDE["README.md"])
+    with pytest.raises(
+        DataError, match=r"calls the classes of 'label' contradiction, .*parquet neutral, .*correct one"
+    ):
+        load_split(task("mnli"), "dev")
+    stars = task("sst2").model_copy(update={"labels": ["1", "2", "3"]})
+    write_rows(root, "sst2", [1, 2], "csv", monkeypatch)  # is 1 the first class, or the second?
+    info = {"features": {"label": {"names": ["1", "2", "3"], "_type": "ClassLabel"}}}
+    (root / "SST-2/dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(
+        DataError, match=r"dataset_info\.json .*calls the classes of 'label' 1, 2, 3: a number in .*csv"
+    ):
+        load_split(stars, "dev")
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "names", "labels"),
+    [
+        ("yelp_polarity", [0, 1], None, [0, 1]),
+        ("yelp_polarity", [0, 1], ["1", "2"], [0, 1]),  # so named on the hub
+        ("sick_relatedness", [1.5, 5.0], None, [1.5, 5.0]),
+        ("scitail", ["entailment", "neutral"], None, [0, 1]),
+        ("scitail", [0, 1], ["neutral", "entailment"], [1, 0]),
+        ("hans", [0, 1], ["not_entailment", "entailment"], [1, 0]),
+        ("flipkart", [0, 1, 2], ["positive", "neutral", "negative"], [1, 0, 0]),
+        ("sick_entailment", [0, 1, 2], ["NEUTRAL", "CONTRADICTION", "ENTAILMENT"], [1, 2, 0]),
+        ("newsqa_qnli", ["not_entailment", "entailment"], None, [1, 0]),
+    ],
+)
+def test_saved_sets_of_glue_x_are_read_whole(root: Path, name: str, written, names, labels: list[float]) -> None:
+    write_saved(root, name, list(written), names=names)
+    assert load_split(task(name), "test").labels == labels
+
+
+# texts
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_text_that_looks_like_something_else_stays_text(root: Path, form: str) -> None:
+    rows = [("007", 1), ("1e5", 0), ("True", 1), ("2020-01-01", 1), ("NA", 0), ("a\u2028b", 1), ('q"u,o\n', 0)]
+    content = {
+        "csv": "\ufeffid,sentence,label\n"
+        + "".join('1,"' + text.replace('"', '""') + f'",{label}\n' for text, label in rows),
+        "jsonl": "".join(json.dumps({"sentence": text, "label": label}) + "\n" for text, label in rows),
+    }[form]
+    write_file(root, "cola", f"validation.{form}", content)
+    split = load_split(task("cola"), "dev")
+    assert split.texts == [(text,) for text, _ in rows]
+    assert split.labels == [label for _, label in rows]
+
+
+def test_rows_without_a_text_or_half_of_a_pair_are_dropped_and_counted(root: Path) -> None:
+    """A cell that is there and empty beside another text is a text, as in the hub's copy of GLUE."""
+    rows = [("a", "b", 1), ("c", "d", 0), ("e", None, 1), ("f", "", 1), (" ", "", 1)]
+    lines = (json.dumps({"sentence1": one, "sentence2": other, "label": label}) for one, other, label in rows)
+    write_file(root, "mrpc", "validation.jsonl", "\n".join(lines))
+    split = load_split(task("mrpc"), "dev")
+    assert (split.labels, split.dropped, split.texts[-1][1]) == ([1, 0, 1], 2, "")
+    write_file(root, "sst2", "validation.csv", 'sentence,label\n"  ",1\n,0\n"\n",1\nfine,1\n')
+    split = load_split(task("sst2"), "dev")
+    assert (split.texts, split.dropped) == ([("fine",)], 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        (
+            "sst2",
+            "validation.csv",
+            "sentence;label\nfine;1\n",
+            "has no column 'sentence'; did you mean 'sentence;label'",
+        ),
+        ("sst2", "validation.csv", "Sentence,Label\nfine,1\n", "has no column 'sentence'; did you mean 'Sentence'"),
+        ("sst2", "validation.csv", "sentence,label\nfine,1\n".encode("utf-16"), "cannot be read: .*utf-8"),
+        ("sst2", "validation.csv", b"sentence,label\ncaf\xe9,0\n", "cannot be read: .*utf-8"),
+        ("sst2", "validation.csv", "", "cannot be read: No columns"),
+        ("sst2", "validation.csv", "sentence,label\nfine,1\nfine, really,1\n", "cannot be read: .*line 3, saw 3"),
+        ("sst2", "validation.csv", "sentence,label\nfine, really,1\nfine,1\n", "cannot be read: Length of header"),
+        ("sst2", "validation.csv", 'sentence,label\n"fine" film,1\n', "cannot be read: ',' expected after"),
+        ("sst2", "validation.csv", 'sentence,label\nfine,1\n"dull,0\n', "cannot be read: unexpected end of data"),
+        ("sst2", "validation.csv", "sentence,label,label\nfine,1,0\n", "cannot be read: Duplicate names"),
+        ("sst2", "validation.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": \n', "cannot be read: JSON parse"),
+        ("sst2", "validation.jsonl", '{"sentence": ["a"], "label": 1}\n', "row 1: a cell is list, not text$"),
+        ("sst2", "validation.jsonl", '{"sentence": "a", "label": [1]}\n', r"row 1: '\[1\]' is no label"),
+        ("sst2", "validation.jsonl", '{"sentence": "a"}\n', "has no column 'label'; choose from sentence$"),
+        ("sst2", "validation.parquet", b"PAR1 nothing", "cannot be read: "),
+        ("sst2", "dataset_info.json", "[" * 100_000, "cannot be read: it is nested too deeply"),
+        ("sst2", "README.md", f"{README} : [\n---\n", "cannot be read: "),
+        ("flipkart", "test.csv", "Summary,sentence,label\na,b,positive\n", "two columns for 'sentence': 'Summary'"),
+        ("rte", "validation.csv", "sentence1,sentence2,label\na,b,not_entailmnt\n", "row 1: .*mean 'not_entailment'"),
+        ("stsb", "validation.csv", "sentence1,sentence2,label\na,b,0_5\n", "row 1: '0_5' .* a number from 0 to 5$"),
+        ("stsb", "validation.csv", "sentence1,sentence2,label\na,b,inf\n", "row 1: 'inf' is no label"),
+    ],
+)
+def test_a_file_that_cannot_be_read_as_it_is_meant_is_refused_in_one_line(
+    root: Path, name: str, file: str, content: str | bytes, message: str
+) -> None:
+    path = write_file(root, name, file, content)
+    if not file.startswith(("validation", "test")):
+        path = write_file(root, name, "validation.csv", "sentence,label\nfine,1\n")
+    with pytest.raises(DataError, match=message) as caught:
+        load_split(task(name), "dev" if TASKS[name]["splits"].get("dev") else "test")
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("notes", ["{", "null", '{"info": 1}', "[" * 100_000])
+def test_damaged_notes_of_a_file_are_named(root: Path, notes: str) -> None:
+    table = pa.table({"sentence": ["a"], "label": [1]}).replace_schema_metadata({"huggingface": notes})
+    (root / "SST-2").mkdir()
+    pq.write_table(table, root / "SST-2/validation.parquet")
+    with pytest.raises(DataError, match=r"validation\.parquet cannot be read: "):
+        load_split(task("sst2"), "dev")
+
+
+# files
+
+
+def frame(text: str, label: int = 0) -> pd.DataFrame:
+    return pd.DataFrame({"sentence1": [text], "sentence2": ["b"], "label": [label]})
+
+
+def test_a_split_is_read_once_and_as_a_whole(root: Path) -> None:
+    (root / "RTE").mkdir()
+    piece = "validation-0000{}-of-00003.parquet"
+    for number in (2, 0, 1):
+        frame(str(number)).to_parquet(root / "RTE" / piece.format(number))
+    assert [texts[0] for texts in load_split(task("rte"), "dev").texts] == ["0", "1", "2"]
+    (root / "RTE" / piece.format(1)).unlink()
+    with pytest.raises(DataError, match=rf"RTE lacks a piece of the split 'validation': {piece.format(0)}, .*00002-of"):
+        load_split(task("rte"), "dev")
+    frame("a").to_parquet(root / "RTE/validation.parquet")
+    with pytest.raises(DataError, match=f"the split 'validation' twice: validation.parquet and {piece.format(0)}; lea"):
+        load_split(task("rte"), "dev")
+
+
+def test_files_of_other_names_are_not_the_split(root: Path) -> None:
+    (root / "RTE/rte").mkdir(parents=True)
+    for name in ("validation-hard", "validation_2", "._validation", "old-validation"):
+        frame("no").to_csv(root / f"RTE/{name}.csv", index=False)
+    with pytest.raises(DataError, match=r"RTE has no file for the split 'validation'.*; it holds \._validation\.csv"):
+        load_split(task("rte"), "dev")
+    (root / "RTE/rte/validation").mkdir()
+    frame("yes").to_csv(root / "RTE/rte/validation/0.csv")
+    (root / "RTE/rte/validation/._0.csv").write_text("Mac OS X")
+    assert load_split(task("rte"), "dev").texts == [("yes", "b")]
+    frame("first").to_parquet(root / "RTE/validation.parquet")  # Parquet comes before csv
+    assert load_split(task("rte"), "dev").texts == [("first", "b")]
+
+
+def test_local_files_need_no_network_and_copy_no_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    cache = root / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for number, form in enumerate([*FILES, "saved"]):
+        folder = root / str(number)
+        folder.mkdir()
+        monkeypatch.setenv("EMOE_DATA_ROOT", str(folder))
+        write_rows(folder, "rte", [1, 0], form, monkeypatch)
+        assert load_split(task("rte"), "dev").labels == [1, 0]
+    assert {path.suffix for path in cache.rglob("*")} == {".lock"}
+
+
+def test_a_set_that_is_missing_says_where_it_belongs(root: Path) -> None:
+    with pytest.raises(DataError, match="could not load 'nyu-mll/glue'") as caught:
+        load_split(task("cola"), "dev")
+    assert str(root / "CoLA") in str(caught.value)
+    with pytest.raises(
+        DataError, match=r"'flipkart' is not on the hub and not in .*; `python -m benchmarks data --che"
+    ):
+        load_split(task("flipkart"), "test")
+    write_glue(root, "rte", raw=True)
+    with pytest.raises(
+        DataError, match=r"holds dev\.tsv; `python tools/convert_glue_x\.py` converts its makers' files"
+    ):
+        load_split(task("rte"), "dev")
+    write_saved(root, "sst2", [0, 1])
+    with pytest.raises(DataError, match="is one saved set without splits, but 'sst2' is trained on one split"):
+        load_split(task("sst2"), "train")
+    write_saved(root, "hans", [0, 1], split="validation")
+    assert load_split(task("hans"), "test").labels == [0, 1]
+
+
+# one csv
+
+
+def csv_task(file: str, **changes: object) -> RunTask:
+    splits = {"train": "train", "dev": "dev", "test": "test"}
+    return RunTask.model_validate(
+        {**task("sst2").model_dump(), "source": TextSource(csv=file).model_dump(), "splits": splits, **changes}
+    )
+
+
+def test_one_csv_holds_all_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "ROOT", tmp_path)
+    rows = [f"text {number},{number % 2}" for number in range(2000)]
+
+    def texts(*lines: str) -> dict[str, set[tuple[str, ...]]]:
+        (tmp_path / "rows.csv").write_text("\n".join(lines))
+        return {part: set(load_split(csv_task("rows.csv"), part).texts) for part in ("train", "dev", "test")}
+
+    drawn = texts("sentence,label", *rows)
+    shares = [len(drawn[part]) / 2000 for part in ("train", "dev", "test")]
+    assert shares == pytest.approx([0.7, 0.15, 0.15], abs=0.02)
+    other = texts("label,sentence", *(",".join(row.split(",")[::-1]) for row in [*rows[1000:], "new,1"]))
+    assert all(found - {("new",)} <= drawn[part] for part, found in other.items())  # the text alone decides
+    named = texts("sentence,label,split", *(f"{row},{('train', 'dev', 'test')[i % 3]}" for i, row in enumerate(rows)))
+    assert {len(found) for found in named.values()} == {666, 667}
+    with pytest.raises(DataError, match=r"rows\.csv has no row of the split 'dev'; choose from train"):
+        texts("sentence,label,split", "a,1,train")
+
+
+# splits
+
+
+def test_rows_are_drawn_once_and_for_all() -> None:
+    split = TextSplit([(str(i),) for i in range(100)], list(range(100)))
+    assert split.head(10, "a") == split.head(10, "a") != split.head(10, "b")
+    assert split.head(None, "a") is split
+    assert len(split.head(500, "a")) == 100
+    train, held = split.divided(0.1, "cola/held out")
+    assert (len(train), len(held)) == (90, 10)
+    assert sorted(train.labels + held.labels) == list(range(100))
+    assert split.divided(0.1, "cola/held out") == (train, held) != split.divided(0.1, "rte/held out")
+    with pytest.raises(DataError, match="cannot be held out"):
+        TextSplit([("a",)], [0], source="x").divided(0.1, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "rows", "published", "note"),
+    [
+        ("imdb", [0, 1], 2, None, None),
+        ("imdb", [0, 1], 3, None, "imdb (test): 2 rows, its makers count 3: another version, or not all of it"),
+        ("snli", [0, 1, -1], 3, 3, "snli (test): 2 rows are scored, not 3 as by the authors' script"),
+        ("snli", [0, 1, -1], 4, 3, "snli (test): 3 rows, its makers count 4"),
+        ("scitail", ["entails"] * 2, 3, 2, None),  # GLUE-X's own copy
+        ("flipkart", ["positive", "", "negative"], 3, None, "flipkart (test): 2 rows beside 1 dropped, its makers"),
+    ],
+)
+def test_other_numbers_of_rows_than_known_are_told(
+    root: Path, name: str, written: list[object], rows: int, published: int | None, note: str | None
+) -> None:
+    write_saved(root, name, written)
+    known = {**TASKS[name], "rows": {"test": rows}}
+    if published:
+        known["published_rows"] = {**TASKS[name]["published_rows"], "rows": published}
+    said: list[str] = []
+    load_part(task(name), "test", 1, {name: TaskEntry.model_validate(known)}, said.append)
+    assert [line[: len(f"warning: {note}")] for line in said] == ([f"warning: {note}"] if note else [])
+
+
+def test_without_a_test_split_the_dev_split_is_reported(root: Path) -> None:
+    write_glue(root, "rte")
+    assert load_part(task("rte"), "test", None) == load_part(task("rte"), "dev", None)
+
+
+def test_a_folder_of_the_tasks_name_will_do(root: Path) -> None:
+    write_own(root, "snli").rename(root / "snli")
+    assert load_split(task("snli"), "test").labels == [1, 0, 2]
+
+
+# human ratings
+
+
+@pytest.mark.parametrize("domain", ["amazon", "movie", "nyt", "tweets"])
+def test_the_real_sentiment_set(archive: Path, domain: str) -> None:
+    parts = {split: load_vader(domain, split, archive) for split in ("train", "dev", "test")}
+    sizes = {split: len(texts) for split, (texts, _, _) in parts.items()}
+    assert sizes["train"] > sizes["test"] > sizes["dev"] > 400
+    for texts, labels, _ in parts.values():
+        assert set(labels) == {0, 1}
+        assert all(texts)
+    total = {"amazon": 3708, "movie": 10605, "nyt": 5190, "tweets": 4200}[domain]
+    assert sum(len(texts) + dropped for texts, _, dropped in parts.values()) == total
+
+
+def test_sentiment_errors(archive: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="did you mean 'tweets'"):
+        load_vader("tweet", "train", archive)
+    damaged = tmp_path / "damaged.tar.gz"
+    damaged.write_bytes(archive.read_bytes()[:-1])
+    with pytest.raises(DataError, match="damaged or another version: sha256"):
+        load_vader("tweets", "train", damaged)
