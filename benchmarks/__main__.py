@@ -66,7 +66,7 @@ def list_command(kind: str | None, suite: str, as_json: bool) -> None:
     from benchmarks.harness.config.listing import LISTS, overview
 
     if kind == "paper":
-        from benchmarks.harness.report.paper_items import paper_index
+        from benchmarks.harness.report.paper import paper_index
 
         rows = paper_index(_load_suite(suite))
     else:
@@ -160,7 +160,7 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     from benchmarks.harness.config.artifacts import artifacts_of
     from benchmarks.harness.config.benchmark import load_benchmark
     from benchmarks.harness.config.yaml import check_names
-    from benchmarks.harness.report.paper_items import write_paper_items
+    from benchmarks.harness.report.paper import write_paper_items
     from benchmarks.harness.report.presentation import present
 
     loaded = _load_suite(suite, benchmark)
@@ -201,7 +201,7 @@ def claims(suite: str, as_json: bool, write: bool) -> None:
 @click.option("--copy", type=_PATH, help="Copy this page, and adapt its links.")
 def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -> None:
     """Write the one-page report of a suite with its tables."""
-    from benchmarks.harness.report.report import copy_report, write_report
+    from benchmarks.harness.report.page import copy_report, write_report
 
     if copy:
         copy_report(copy, output)

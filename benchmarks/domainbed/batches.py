@@ -17,7 +17,6 @@ from torchvision import transforms
 from torchvision.transforms.functional import normalize, resize
 
 from benchmarks.domainbed.images import Environment, Picture
-from benchmarks.domainbed.protocol import class_weights
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.prefix import STATES, Prefix
 from benchmarks.harness.models.prefix_cache import PrefixStates
@@ -36,7 +35,8 @@ def plain(size: int) -> Transform:
 
 
 def augmented(size: int) -> Transform:
-    """Make the transform of training environments: a random crop, mirror, colour jitter; MNIST's digits stay as they are, as in DomainBed.
+    """Make the transform of training environments: a random crop, mirror, colour jitter; MNIST's digits stay as they
+    are, as in DomainBed.
 
     Draws from torch's global generator.
     """
@@ -58,7 +58,8 @@ def _see(image: Callable[[Image.Image], Tensor], size: int, picture: Picture) ->
 
 
 def _digit(pixels: Tensor, size: int) -> Tensor:
-    """Prepare a digit for a model of colour images: one channel three times, or two as red and green; resized, normalised.
+    """Prepare a digit for a model of colour images: one channel three times, or two as red and green; resized,
+    normalised.
 
     DomainBed gives its digits to a small network of their own size and channels, so this step is ours.
     """
@@ -90,38 +91,28 @@ class EnvironmentBatches(Sampler[Draw]):
     same rows, and a resumed run sees the rows of an uninterrupted one.
 
     Args:
-        labels: The class numbers of the rows of each environment.
+        rows: The number of rows of each environment.
         batch_size: The rows of each environment per step.
         steps: The number of steps.
         seed: The seed of the draws.
-        class_balanced: True to draw every class of an environment equally often.
     """
 
-    def __init__(
-        self, labels: Sequence[Sequence[int]], batch_size: int, steps: int, seed: int, *, class_balanced: bool
-    ) -> None:
-        self._labels, self._batch_size, self._steps = labels, batch_size, steps
-        self._seed, self._class_balanced = seed, class_balanced
+    def __init__(self, rows: Sequence[int], batch_size: int, steps: int, seed: int) -> None:
+        self._rows, self._batch_size, self._steps, self._seed = rows, batch_size, steps, seed
 
     def __len__(self) -> int:
-        return self._steps * self._batch_size * len(self._labels)
+        return self._steps * self._batch_size * len(self._rows)
 
     def __iter__(self) -> Iterator[Draw]:
         """Yield the number of the draw, of the environment, and of the row in it."""
-        rows = torch.stack([self._drawn(env) for env in range(len(self._labels))], dim=1).flatten().tolist()
+        rows = torch.stack([self._drawn(env) for env in range(len(self._rows))], dim=1).flatten().tolist()
         for number, row in enumerate(rows):
-            yield number, number // self._batch_size % len(self._labels), row
+            yield number, number // self._batch_size % len(self._rows), row
 
     def _drawn(self, env: int) -> torch.Tensor:
         """Draw ``[steps, batch_size]`` rows of an environment."""
         random = torch.Generator().manual_seed(derive_seed("order", self._seed, env))
-        labels, shape = self._labels[env], (self._steps, self._batch_size)
-        if not self._class_balanced:
-            return torch.randint(len(labels), shape, generator=random)
-        weights = torch.tensor(class_weights(labels), dtype=torch.float64)
-        return torch.multinomial(weights, self._steps * self._batch_size, replacement=True, generator=random).view(
-            shape
-        )
+        return torch.randint(self._rows[env], (self._steps, self._batch_size), generator=random)
 
 
 class PrefixedImages:

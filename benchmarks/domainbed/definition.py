@@ -36,12 +36,8 @@ class HParams(Strict):
     """Adam's L2 penalty."""
     batch_size: Count | None = left_out()
     """Images of each training environment per step."""
-    vit_dropout: Rate | None = left_out()
-    """Dropout in front of the head, as DomainBed has it for a ViT."""
     data_augmentation: bool | None = left_out()
     """Augment the training environments."""
-    class_balanced: bool | None = left_out()
-    """Draw every class equally often."""
 
 
 class ImageTraining(Strict):
@@ -56,11 +52,15 @@ class ImageTraining(Strict):
     eval_rows: Count | None
     """Images of every split that are evaluated: its first ones, the split being shuffled. null for all."""
     evaluate: Literal["all", "needed"]
-    """Which splits are evaluated: all, as DomainBed does, or only those that a selection or a table reads (not the *in* splits of training environments)."""
+    """Which splits are evaluated: all, as DomainBed does, or only those that a selection or a table reads (not the *in*
+    splits of training environments).
+    """
     image_size: Annotated[int, Field(ge=14)]
     """Pixels along each side."""
     val_augment: bool
-    """Evaluate training environments on augmented images, drawn anew every time, as DomainBed and the EMoE authors do; false, on the images as they are, is this suite's own option."""
+    """Evaluate training environments on augmented images, drawn anew every time, as DomainBed and the EMoE authors do;
+    false, on the images as they are, is this suite's own option.
+    """
     drop_path: Rate
     """Rate of stochastic depth."""
     truncated: Literal["refuse", "load"]
@@ -70,8 +70,10 @@ class ImageTraining(Strict):
     lora: LoRA | None
     """Train adapters and the head only; null trains everything."""
     frozen_layers: Whole | None = zero_left_out()
-    """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a row is computed once and kept
-    (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below. 0, or left out: none. Only for images that are not augmented."""
+    """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a
+    row is computed once and kept
+    (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below.
+    0, or left out: none. Only for images that are not augmented."""
 
 
 class ImageTrainingSettings(ImageTraining, TrainingSettings):
@@ -98,7 +100,9 @@ class ImageBlock(VariantAxes):
         Literal["single", "all"]
         | Annotated[list[Annotated[list[str], Field(min_length=1, max_length=2), UNIQUE]], Field(min_length=1)]
     )
-    """Which environments are held out: lists of names; `single` is each by itself, `all` is also every pair, which leave-one-domain-out selection needs."""
+    """Which environments are held out: lists of names; `single` is each by itself, `all` is also every pair, which
+    leave-one-domain-out selection needs.
+    """
     hparams_seed: Wholes
     """DomainBed's hparams_seed: 0 for the defaults, each other for a random draw."""
     trial: Wholes
@@ -115,12 +119,15 @@ class ImageSuite(TrainingSuite):
 
 
 class ImageDefinition(TrainingDefinition):
-    """A benchmark that trains on some environments of an image set and is judged on those held out, by DomainBed's protocol."""
+    """A benchmark that trains on some environments of an image set and is judged on those held out, by DomainBed's
+    protocol.
+    """
 
     sets: str
     """File with the definitions of the image sets, in the benchmark's folder."""
     published_costs: str | None = left_out()
-    """CSV with published parameters, operations, times and memory, in the benchmark's folder, which stand below ours."""
+    """CSV with published parameters, operations, times and memory, in the benchmark's folder, which stand below ours.
+    """
     set_tables: list[str]
     """The tables of each set."""
     set_figures: dict[str, str]
@@ -166,7 +173,9 @@ class RunSet(ImageTask):
     name: str
     """Name in sets.yaml."""
     environments: list[Annotated[tuple[str, str | int | float], Field(strict=False)]]
-    """Short names in DomainBed's order, each with what it is called on disk; pairs, because JSON's mappings have no order."""
+    """Short names in DomainBed's order, each with what it is called on disk; pairs, because JSON's mappings have no
+    order.
+    """
 
 
 class SetEntry(ImageTask, Entry):
@@ -211,8 +220,8 @@ class RunHParams(AsGiven):
     """Images of each training environment per step."""
     data_augmentation: bool
     """Augment the training environments."""
-    class_balanced: bool
-    """Draw every class equally often."""
+    class_balanced: Literal[False]
+    """DomainBed's option to draw every class equally often, which no sweep takes."""
     vit_dropout: Rate | None = None
     """Dropout in front of the head; not every registry has it."""
     resnet18: bool

@@ -48,7 +48,8 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     panels = [
         [
             Panel(
-                f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}, {outcomes.env_title(name, str(env))} held out",
+                f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}, "
+                f"{outcomes.env_title(name, str(env))} held out",
                 rows,
             )
             for env, rows in of_model.groupby("env", sort=False)

@@ -36,7 +36,8 @@ class Environment:
     Attributes:
         name: DomainBed's short name.
         labels: The class number of every row.
-        open: A function that gives the picture of a row (an RGB image, or of MNIST a tensor ``[channels, 28, 28]`` in [0, 1]) and the mode that it was converted from.
+        open: A function that gives the picture of a row (an RGB image, or of MNIST a tensor ``[channels, 28, 28]`` in
+            [0, 1]) and the mode that it was converted from.
         places: The names of the rows in messages; empty for rows that are made, not read.
         ignored: The number of files that are not read, by their ending.
     """
@@ -79,7 +80,8 @@ _THIRTY_TWO_BITS = ("I", "F")
 def open_image(file: Path | bytes, where: str, *, truncated: str = REFUSE) -> tuple[Image.Image, str]:
     """Open an image as RGB, and name the mode that it was converted from (empty for RGB).
 
-    Greyscale becomes three equal channels; CMYK, YCbCr and palettes are converted by Pillow; transparency is dropped, as DomainBed
+    Greyscale becomes three equal channels; CMYK, YCbCr and palettes are converted by Pillow; transparency is dropped,
+    as DomainBed
     drops it; 16 bits a channel become 8 by dropping the lower half (DomainBed would cut all above 255 to white).
 
     Args:
@@ -131,7 +133,8 @@ _COLUMNS = ("image", "domain", "label")
 
 
 def load_folders(task: RunSet, *, truncated: str = REFUSE) -> ImageSet:
-    """Load the environments of a set from its folder below the data root (variable ``EMOE_DATA_ROOT``), else from the hub.
+    """Load the environments of a set from its folder below the data root (variable ``EMOE_DATA_ROOT``), else from the
+    hub.
 
     Args:
         task: The set.
@@ -145,7 +148,8 @@ def load_folders(task: RunSet, *, truncated: str = REFUSE) -> ImageSet:
     if task.source.hub:
         return _from_hub(task, truncated)
     raise DataError(
-        f"{wanted_place(task.source.model_dump())} does not exist; it must hold <environment>/<class>/<image>, as DomainBed's download makes it"
+        f"{wanted_place(task.source.model_dump())} does not exist; it must hold <environment>/<class>/<image>, as "
+        "DomainBed's download makes it"
     )
 
 
@@ -182,7 +186,8 @@ def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
 def _environment_order(present: list[str], task: RunSet, where: str) -> list[str]:
     """Return the names of the environments on disk or on the hub, in DomainBed's order.
 
-    Quite other names are taken by their order, as DomainBed takes all folders; where some are known, the rest must be too.
+    Quite other names are taken by their order, as DomainBed takes all folders; where some are known, the rest must be
+    too.
     """
     wanted = {name: str(called) for name, called in task.environments}
     names = {plain_name(name): name for name in present}
@@ -206,7 +211,9 @@ def plain_name(name: str) -> str:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """Return what a folder holds in order, without hidden names such as ``.ipynb_checkpoints`` and macOS's ``._000.jpg``."""
+    """Return what a folder holds in order, without hidden names such as ``.ipynb_checkpoints`` and macOS's
+    ``._000.jpg``.
+    """
     try:
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
@@ -252,7 +259,9 @@ def _open_file(paths: list[str], truncated: str, row: int) -> tuple[Image.Image,
 
 
 def _from_hub(task: RunSet, truncated: str) -> ImageSet:
-    """Load every row of the hub's set by environment and class; within a class in the hub's order, which is not that of file names."""
+    """Load every row of the hub's set by environment and class; within a class in the hub's order, which is not that of
+    file names.
+    """
     import datasets
 
     where = str(task.source.hub)

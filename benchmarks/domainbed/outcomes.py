@@ -11,7 +11,7 @@ from benchmarks.domainbed.definition import ImageDefinition, SetEntry
 from benchmarks.domainbed.protocol import SELECTIONS, Chosen, RunRecords
 from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.outcomes import Outcomes, compared, counts
+from benchmarks.harness.report.common import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import paired_differences, with_verdicts
 
@@ -24,9 +24,11 @@ class DomainOutcomes(Outcomes):
 
     Attributes:
         cells: A row a selection, model, set, held-out environment, method and trial: ``value`` (the accuracy that is
-            reported), ``chosen_by`` (the value by which it was chosen), ``step``, ``hparams_seed`` and ``variant`` of what was chosen.
+            reported), ``chosen_by`` (the value by which it was chosen), ``step``, ``hparams_seed`` and ``variant`` of
+            what was chosen.
         records: Every number of every run.
-        tests: By cell, the paired difference to the baseline: over trials, of the mean over the environments that both have.
+        tests: By cell, the paired difference to the baseline: over trials, of the mean over the environments that both
+            have.
     """
 
     benchmark: Benchmark[ImageDefinition, SetEntry]
@@ -95,7 +97,9 @@ class DomainOutcomes(Outcomes):
         return rows
 
     def trials(self, *, complete: bool = False) -> pd.Series[float]:
-        """Average over the held-out environments of a set, by cell and trial; ``complete``: only if all of the set's were held out."""
+        """Average over the held-out environments of a set, by cell and trial; ``complete``: only if all of the set's
+        were held out.
+        """
         grouped = self.cells.groupby([*CELL, "trial"], sort=False)["value"]
         means, counts = grouped.mean(), grouped.count()
         if not complete:

@@ -55,11 +55,13 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     for environment, split in zip(envs, splits, strict=True):
         if not split.within or not split.out:
             raise DataError(
-                f"{image_set.source}: the environment '{environment.name}' has {len(environment)} images, too few to split"
+                f"{image_set.source}: the environment '{environment.name}' has {len(environment)} images, too few to "
+                "split"
             )
     trained = [env for env in range(len(envs)) if env not in held_out]
     progress.say(
-        f"held out: {', '.join(envs[env].name for env in held_out)}; trained on: {', '.join(envs[env].name for env in trained)}"
+        f"held out: {', '.join(envs[env].name for env in held_out)}; trained on: "
+        f"{', '.join(envs[env].name for env in trained)}"
     )
     classifier = build_image_classifier(spec, len(image_set.classes))
     # one seed for the draws of all methods
@@ -73,13 +75,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         TrainingRows(
             [envs[env] for env in trained], rows, augmented(size) if augments else plain(size), seed, prefixed
         ),
-        EnvironmentBatches(
-            [[envs[env].labels[row] for row in chosen] for env, chosen in zip(trained, rows, strict=True)],
-            hparams.batch_size,
-            training.steps,
-            seed,
-            class_balanced=hparams.class_balanced,
-        ),
+        EnvironmentBatches([len(chosen) for chosen in rows], hparams.batch_size, training.steps, seed),
         _evaluated(read, image_set, splits, prefixed),
         folder,
         progress,
@@ -174,7 +170,8 @@ def _evaluated(
 def sweep_arguments(spec: ImageSpec) -> dict[str, Any]:
     """Describe a run for DomainBed's own scripts.
 
-    They group by data set, algorithm, held-out environments, draw and trial. All else is part of the algorithm's name: a digest of the settings, the variant,
+    They group by data set, algorithm, held-out environments, draw and trial. All else is part of the algorithm's name:
+    a digest of the settings, the variant,
     the model, and the set where it is a variant of DomainBed's.
     """
     method, task = spec.method, spec.task

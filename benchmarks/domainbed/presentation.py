@@ -14,19 +14,19 @@ from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
 from benchmarks.domainbed.protocol import standard_error
 from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common_tables import (
+from benchmarks.harness.report.common import (
     cost_table,
     difference_text,
     our_means,
     published_table,
+    read_published,
     tests_table,
     with_average,
     with_columns,
     with_numbers,
 )
 from benchmarks.harness.report.presentation import Presentation, make
-from benchmarks.harness.report.published import read_published
-from benchmarks.harness.report.rendering import Column, Table
+from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.statistics import PERMUTATIONS
 
 FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
@@ -34,8 +34,10 @@ _FOUR = "average of four"
 _ORDER = ["model", "selection", "set", "method"]
 _KEYS = {"model_title": "Model", "selection_title": "Selection", "method_title": "Method"}
 _SELECTIONS = (
-    "Selections are DomainBed's. Training-domain validation: the step with the highest mean accuracy on held-out images of the training environments. Leave-one-domain-out: on each "
-    "other environment, by runs that hold that out too; only where such runs exist. Test-domain validation: the run whose last step does best on images of the test environment itself, an oracle."
+    "Selections are DomainBed's. Training-domain validation: the step with the highest mean accuracy on held-out "
+    "images of the training environments. Leave-one-domain-out: on each "
+    "other environment, by runs that hold that out too; only where such runs exist. Test-domain validation: the run "
+    "whose last step does best on images of the test environment itself, an oracle."
 )
 _VALIDATION = {
     True: "Validation sees the images of training environments augmented, as in DomainBed's code and the paper's authors'.",
@@ -62,7 +64,9 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
     )
     return Table(
         f"{outcomes.title('set', name)}: accuracy by held-out environment",
-        f"{_judged_on(outcomes, name)} Mean over n trials. {_ERROR}. {_partly(outcomes, [name])}{_selections(outcomes, [name])} {_experts(outcomes, [name])}Δ is paired by trial, with a 95 % confidence interval (Student's t), not "
+        f"{_judged_on(outcomes, name)} Mean over n trials. {_ERROR}. "
+        f"{_partly(outcomes, [name])}{_selections(outcomes, [name])} {_experts(outcomes, [name])}Δ is paired by "
+        "trial, with a 95 % confidence interval (Student's t), not "
         "corrected for the number of methods. Bold marks the best method, controls apart.",
         {**_KEYS, "n": "n"},
         columns,
@@ -73,14 +77,17 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
 
 
 def choices(outcomes: DomainOutcomes, name: str) -> Table:
-    """Tabulate the choices of each selection on one set: step and draw of hyper-parameters by held-out environment and trial."""
+    """Tabulate the choices of each selection on one set: step and draw of hyper-parameters by held-out environment and
+    trial.
+    """
     frame = outcomes.order(outcomes.cells[outcomes.cells["set"] == name], ["model", "selection", "method"])
     frame["env_title"] = [outcomes.env_title(name, env) for env in frame["env"]]
     frame["draw"] = frame["hparams_seed"].map(lambda seed: str(seed) if seed else "defaults")
     varied = {"variant": "Variant"} if frame["variant"].any() else {}
     return Table(
         f"{outcomes.title('set', name)}: what was chosen",
-        "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection chose, by held-out environment and trial; the value by which it chose, and the accuracy on the held-out environment "
+        "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection chose, by held-out "
+        "environment and trial; the value by which it chose, and the accuracy on the held-out environment "
         f"that is then reported. {_selections(outcomes, [name])}",
         {**_KEYS, "env_title": "Held out", "trial": "Trial", "step": "Step", "draw": "Draw", **varied},
         [Column("accuracy", "chosen_by", "Chosen by"), Column("accuracy", "value", "Accuracy")],
@@ -115,8 +122,11 @@ def tests(outcomes: DomainOutcomes) -> Table:
     """Test against the baseline, paired over trials, corrected over the sets."""
     return tests_table(
         outcomes.baseline_title,
-        f"Differences to {outcomes.baseline_title} of the mean over held-out environments, paired by trial, over n trials, with a 95 % confidence interval; p of the paired t-test, and p corrected by Holm's "
-        "procedure over the sets of a model, method and selection. The verdict takes the corrected p at 5 %; “equal”: every difference is zero; a dash means that there is no test: one trial, or differences that are all the same and not zero.",
+        f"Differences to {outcomes.baseline_title} of the mean over held-out environments, paired by trial, over n "
+        "trials, with a 95 % confidence interval; p of the paired t-test, and p corrected by Holm's "
+        "procedure over the sets of a model, method and selection. The verdict takes the corrected p at 5 %; “equal”: "
+        "every difference is zero; a dash means that there is no test: one trial, or differences that are all the "
+        "same and not zero.",
         {
             "model_title": "Model",
             "selection_title": "Selection",
@@ -140,13 +150,17 @@ def cost(outcomes: DomainOutcomes) -> Table:
         records,
         averaged="Means over all runs; times of steps are without reading and augmenting images",
         measured_on="the out splits of all environments at the last step. Expert tells class (environment) is the mutual information of a token's expert and its image's class (environment), "
-        f"and by chance the same after {PERMUTATIONS} shuffles of classes over the images of an environment (environments over those of a class): their mean, and what 95 % stay below. Only what is above that means anything",
+        f"and by chance the same after {PERMUTATIONS} shuffles of classes over the images of an environment "
+        "(environments over those of a class): their mean, and what 95 % stay below. Only what is above that means "
+        "anything",
         published=_published_costs(outcomes),
     )
 
 
 def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
-    """Read costs that others report: a row a model, set and method with titles, a column a metric, and ``source``, all sources of the row."""
+    """Read costs that others report: a row a model, set and method with titles, a column a metric, and ``source``, all
+    sources of the row.
+    """
     file = outcomes.benchmark.definition.published_costs
     if not file:
         return None
@@ -175,8 +189,11 @@ def paper(outcomes: DomainOutcomes) -> Table:
     frame = outcomes.order(frame, ["selection", "set", "model", "method"])
     return published_table(
         "Published averages beside ours",
-        "Accuracy, mean over the environments of a set, each held out in turn; the average of four is over PACS, VLCS, OfficeHome and TerraIncognita. Status: published (typed in the authors' notebooks, or "
-        "quoted), inferred (published, but the selection or the row is our reading). A dash is a number that this suite did not run, or that was not found. Sets of which nothing is published are left out. Rows by other authors stand "
+        "Accuracy, mean over the environments of a set, each held out in turn; the average of four is over PACS, "
+        "VLCS, OfficeHome and TerraIncognita. Status: published (typed in the authors' notebooks, or "
+        "quoted), inferred (published, but the selection or the row is our reading). A dash is a number that this "
+        "suite did not run, or that was not found. Sets of which nothing is published are left out. Rows by other "
+        "authors stand "
         "there for the reader. Another model and other data can neither confirm nor refute a published value. "
         f"{_experts(outcomes, outcomes.sets)}".strip(),
         {"selection_title": "Selection", "set_title": "Set", "model_title": "Model", "method_title": "Method"},
@@ -248,7 +265,8 @@ def _error(values: pd.Series) -> float:
 
 
 _NOTE = (
-    "In points, mean over paired trials of the mean over held-out environments, with its 95 % confidence interval; verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's "
+    "In points, mean over paired trials of the mean over held-out environments, with its 95 % confidence interval; "
+    "verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's "
     "sets, not over methods. With two trials a test rests on two differences: read it as a hint."
 )
 SET_FIGURES = {

@@ -1,13 +1,14 @@
-"""DomainBed's protocol (Gulrajani and Lopez-Paz, ICLR 2021), number for number: seeds, splits, hyper-parameters, selections.
+"""DomainBed's protocol (Gulrajani and Lopez-Paz, ICLR 2021), number for number: seeds, splits, hyper-parameters,
+selections.
 
-Facts from github.com/facebookresearch/DomainBed at b93c22a, and for the registry ``emoe`` from the fork of the paper's authors."""
+Facts from github.com/facebookresearch/DomainBed at b93c22a, and for the registry ``emoe`` from the fork of the paper's
+authors."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -60,7 +61,8 @@ def split_environment(rows: int, env: int, trial_seed: int, *, is_test: bool) ->
         rows: The number of its rows.
         env: The number of the environment.
         trial_seed: The seed of the trial.
-        is_test: True if it is held out; its *in* split is then shuffled once more, by DomainBed's call for unlabelled rows.
+        is_test: True if it is held out; its *in* split is then shuffled once more, by DomainBed's call for unlabelled
+            rows.
     """
     seed = seed_hash(trial_seed, env)
     out, within = _shuffled_parts(list(range(rows)), int(rows * HOLDOUT_FRACTION), seed)
@@ -75,14 +77,10 @@ def _shuffled_parts(rows: list[int], count: int, seed: int) -> tuple[list[int], 
     return [rows[key] for key in keys[:count]], [rows[key] for key in keys[count:]]
 
 
-def class_weights(labels: Sequence[int]) -> list[float]:
-    """Return the sampling weight of every row with which each class has the same share of the draws."""
-    counts = Counter(labels)
-    return [1 / (counts[label] * len(counts)) for label in labels]
-
-
 def held_out_combinations(count: int) -> Iterator[tuple[int, ...]]:
-    """Yield every single environment and every pair, in a sweep's order; leave-one-domain-out selection needs the pairs."""
+    """Yield every single environment and every pair, in a sweep's order; leave-one-domain-out selection needs the
+    pairs.
+    """
     for first in range(count):
         yield (first,)
         yield from ((first, second) for second in range(first + 1, count))
@@ -93,14 +91,17 @@ def hyper_parameters(registry: Registry, dataset: str, hparams_seed: int, trial_
     """Return a run's hyper-parameters.
 
     Args:
-        registry: The source of defaults and distributions: DomainBed's, or those of the EMoE authors' fork for GMoE and EMoE.
+        registry: The source of defaults and distributions: DomainBed's, or those of the EMoE authors' fork for GMoE and
+            EMoE.
         dataset: DomainBed's name of the set.
         hparams_seed: The seed of the draw: 0 for the defaults, others for a random draw.
         trial_seed: The seed of the trial; random draws differ between trials.
 
     Returns:
-        ``data_augmentation, resnet18, resnet_dropout, class_balanced, nonlinear_classifier, lr, weight_decay, batch_size``
-        (those of a ResNet shape nothing here; they are kept so that a draw can be compared), and of DomainBed's registry
+        ``data_augmentation, resnet18, resnet_dropout, class_balanced, nonlinear_classifier, lr, weight_decay,
+        batch_size``
+        (those of a ResNet shape nothing here; they are kept so that a draw can be compared), and of DomainBed's
+        registry
         ``vit_dropout``, which the older one of the fork has not.
     """
     definitions = _definitions(registry, dataset)
@@ -234,7 +235,9 @@ def _left_out(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Chosen |
 
 
 def oracle_validation(runs: Sequence[RunRecords], env: int) -> Chosen | None:
-    """Choose the run whose *last* record has the highest accuracy on the held-out environment's *out* split (an oracle)."""
+    """Choose the run whose *last* record has the highest accuracy on the held-out environment's *out* split (an
+    oracle).
+    """
     return _best(
         [
             Chosen(float(record[f"env{env}_out_acc"]), record, run.choice)

@@ -35,17 +35,19 @@ def expert_information(
 ) -> dict[str, NDArray[np.float64]]:
     """Measure what experts tell of ``class`` and ``environment``: as it is, and after shuffles over images.
 
-    Images are shuffled, not tokens, which belong together. Classes are shuffled among the images of an environment and environments among those of
+    Images are shuffled, not tokens, which belong together. Classes are shuffled among the images of an environment and
+    environments among those of
     a class, because the one may hold more of the other: what that alone tells is then part of what chance tells.
 
     Args:
         loads: The number of choices ``[images, layers, experts]``.
         classes: The classes of the images.
-        environments: of the images, which stand environment by environment.
+        environments: The environments of the images, one after the other.
         seed: The seed of the shuffling.
 
     Returns:
-        ``[1 + PERMUTATIONS, layers]`` bits each, the first as it is; see :func:`~benchmarks.harness.results.statistics.shuffled_information`.
+        ``[1 + PERMUTATIONS, layers]`` bits each, the first as it is; see
+        :func:`~benchmarks.harness.results.statistics.shuffled_information`.
     """
     return {
         "class": shuffled_information(loads, classes, environments, seed),
@@ -92,7 +94,8 @@ class Predictions:
     Attributes:
         confusion: The number of images ``[environments, classes, classes]`` by true and predicted class.
         loads: The number of choices ``[environments, classes, experts]`` by layer; empty for a dense model.
-        chance: The information on ``class`` and ``environment`` by chance, by layer: mean and 95 % of shuffled labels, in bits.
+        chance: The information on ``class`` and ``environment`` by chance, by layer: mean and 95 % of shuffled labels,
+            in bits.
         summary: A summary of the routing.
     """
 
@@ -178,7 +181,8 @@ class DomainTrainer:
         """Train, from the last complete checkpoint if there is one.
 
         Returns:
-            DomainBed's records: ``step``, ``loss`` (the mean since the record before) and ``<split>_acc`` of every split.
+            DomainBed's records: ``step``, ``loss`` (the mean since the record before) and ``<split>_acc`` of every
+            split.
         """
         self._trainer.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
         records: dict[int, dict[str, Any]] = {}

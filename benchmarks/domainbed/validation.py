@@ -101,7 +101,7 @@ def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tup
     """Return name, images, images by class and source of every environment.
 
     Raises:
-        DataError: the set is missing, its folders are wrong, or, where all images are opened, one of them is.
+        DataError: The set is missing, or a folder or an opened image of it is damaged.
     """
     image_set = load_set(task, seed, truncated=REFUSE)
     if open_images:
@@ -138,7 +138,8 @@ def sample_grid(image_set: ImageSet, size: int, samples: int = SAMPLES) -> tuple
     """Make a grid of pictures as a model sees them.
 
     Returns:
-        The rows' names, and the grid ``[3, height, width]`` of bytes: a row an environment, of images one more, augmented.
+        The rows' names, and the grid ``[3, height, width]`` of bytes: a row an environment, of images one more,
+        augmented.
     """
     names: list[str] = []
     pictures: list[Tensor] = []

@@ -10,7 +10,7 @@ from benchmarks.glue_ood.definition import EvaluationDefinition
 from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation
-from benchmarks.harness.report.rendering import Table
+from benchmarks.harness.report.table import Table
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.figures import ood_scores, rank_diagram

@@ -62,7 +62,8 @@ def time_in_turn(calls: Calls, rounds: int) -> Numbers:
         rounds: The number of rounds.
 
     Returns:
-        By name: the ``ratio`` to the dense time in the same round (median, lowest, highest), and the median ``seconds``.
+        By name: the ``ratio`` to the dense time in the same round (median, lowest, highest), and the median
+        ``seconds``.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
@@ -208,7 +209,9 @@ def measure_partition(model: Mapping[str, Any], settings: Settings) -> Numbers:
 
 
 def layer_keys(model: Mapping[str, Any]) -> Tensor:
-    """Return key vectors ``[d, h]``: real ones, or Gaussian rows around 128 centres whose spread is a quarter of theirs."""
+    """Return key vectors ``[d, h]``: real ones, or Gaussian rows around 128 centres whose spread is a quarter of
+    theirs.
+    """
     if "model" in model:
         loaded = load_backbone(load_models()[model["model"]].spec(model["model"]))
         return find_ffns(loaded)[model["layer"]].keys().detach().float()

@@ -9,9 +9,9 @@ import pandas as pd
 
 from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.outcomes import compared
+from benchmarks.harness.report.common import compared
 from benchmarks.harness.report.presentation import Presentation, make
-from benchmarks.harness.report.rendering import Column, Table
+from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import collect
 from benchmarks.speed.grid import Measure, MeasurementDefinition
 
@@ -67,9 +67,12 @@ def layer(measured: Measurements) -> Table:
     frame["size"] = [f"{row.neurons / float(row.num_experts):g}" for row in frame.itertuples()]
     return Table(
         "One FFN of experts beside the dense FFN",
-        "Forward and backward, random weights and inputs. Time as a ratio to the dense FFN in the same round: median [lowest, highest]; the lowest possible is k/N. EMoE is "
-        "emoe.set_backend_(model, 'sparse'); expected is the prediction of emoe.sparse.cost_model, which decides if the sparse products are used. The authors' block mask is our version of their Llama code's "
-        "computation; their Tutel fork was not at hand. transformers' experts get the same weights without biases, the same choice of experts, and no router's cost beyond it. The last column is what the "
+        "Forward and backward, random weights and inputs. Time as a ratio to the dense FFN in the same round: median "
+        "[lowest, highest]; the lowest possible is k/N. EMoE is "
+        "emoe.set_backend_(model, 'sparse'); expected is the prediction of emoe.sparse.cost_model, which decides if "
+        "the sparse products are used. The authors' block mask is our version of their Llama code's "
+        "computation; their Tutel fork was not at hand. transformers' experts get the same weights without biases, "
+        "the same choice of experts, and no router's cost beyond it. The last column is what the "
         "sparse path keeps for the backward pass.",
         {
             "model_title": "FFN",
@@ -96,7 +99,8 @@ def step(measured: Measurements) -> Table:
     keys = {"model_title": "Model", "layers": "Layers", **_SETTING_KEYS, "batch": "Batch", "threads": "Threads"}
     return Table(
         "A training step beside the dense model's",
-        "Forward, backward and AdamW of a model with random weights, without a head. Ratios as above. A ViT reads images of its own number of patches.",
+        "Forward, backward and AdamW of a model with random weights, without a head. Ratios as above. A ViT reads "
+        "images of its own number of patches.",
         keys,
         _ratio_columns(measured, frame),
         frame,
@@ -113,8 +117,11 @@ def decode(measured: Measurements) -> Table:
     keys = {"model_title": "Model", "what": "What", **_SETTING_KEYS, "threads": "Threads", "dtype": "Type"}
     return Table(
         "Decoding beside the dense model",
-        "A language model with random weights and all FFNs converted, in evaluation mode: one token, or the tokens of a prompt at once, through all its FFNs one after another, and a greedy answer of 24 tokens to a prompt of 16 with "
-        "a key-value cache. Ratios as above. EMoE is emoe.for_inference_(model), which stores a copy of the values by neuron, as large as the out-projections.",
+        "A language model with random weights and all FFNs converted, in evaluation mode: one token, or the tokens of "
+        "a prompt at once, through all its FFNs one after another, and a greedy answer of 24 tokens to a prompt of 16 "
+        "with "
+        "a key-value cache. Ratios as above. EMoE is emoe.for_inference_(model), which stores a copy of the values by "
+        "neuron, as large as the out-projections.",
         keys,
         _ratio_columns(measured, frame),
         frame.reset_index(drop=True),
@@ -134,8 +141,10 @@ def partition(measured: Measurements) -> Table:
         columns.append(Column("inertia", "kmeans_constrained_inertia", "Unexplained, library"))
     return Table(
         "Balanced clustering of one layer's keys",
-        "Wall time, and the variance between normalised keys that the clusters leave unexplained (lower is better). k-means-constrained is called as the authors call it. "
-        "MiniLM's keys are real; the others are Gaussian rows around 128 weak centres, of the sizes of the models named.",
+        "Wall time, and the variance between normalised keys that the clusters leave unexplained (lower is better). "
+        "k-means-constrained is called as the authors call it. "
+        "MiniLM's keys are real; the others are Gaussian rows around 128 weak centres, of the sizes of the models "
+        "named.",
         {"model_title": "Keys", "num_experts": "N", "starts": "Starts of the library", "threads": "Threads"},
         columns,
         frame,

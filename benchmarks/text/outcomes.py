@@ -12,7 +12,7 @@ import pandas as pd
 from benchmarks.harness.config.benchmark import OOD_MEAN, Benchmark, MethodsDefinition, resolve_methods
 from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.outcomes import SETTING, Outcomes, compared, counts
+from benchmarks.harness.report.common import SETTING, Outcomes, compared, counts
 from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
 from benchmarks.harness.results.statistics import Ranking, friedman_ranks, paired_differences, with_verdicts
 from benchmarks.text.definition import TaskEntry

@@ -6,8 +6,8 @@ import math
 
 import pandas as pd
 
-from benchmarks.harness.report.published import published_delta, read_published
-from benchmarks.harness.report.rendering import MISSING, Column, Table
+from benchmarks.harness.report.common import published_delta, read_published
+from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.statistics import critical_difference
 from benchmarks.text.grid import CLEAN, ID, PUBLISHED
 from benchmarks.text.outcomes import Ranked, TextOutcomes

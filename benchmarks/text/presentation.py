@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import NOTE, Presentation, make
-from benchmarks.harness.report.rendering import Table
+from benchmarks.harness.report.table import Table
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.figures import scores_by_training_task
 from benchmarks.text.tables import TABLES, verdicts

@@ -9,7 +9,8 @@ import pandas as pd
 
 from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.catalogue import load_metrics
-from benchmarks.harness.report.common_tables import (
+from benchmarks.harness.report.common import (
+    ALL,
     cost_table,
     difference_text,
     means_by,
@@ -17,9 +18,9 @@ from benchmarks.harness.report.common_tables import (
     with_average,
     with_columns,
     with_numbers,
+    with_runs,
 )
-from benchmarks.harness.report.outcomes import ALL, with_runs
-from benchmarks.harness.report.rendering import MISSING, Column, Table
+from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import scores_of
 from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
 from benchmarks.text.outcomes import Ranked, TextOutcomes, ranked

@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 
 from benchmarks.harness.config.methods import CONTROL
-from benchmarks.harness.report.outcomes import Outcomes
+from benchmarks.harness.report.common import Outcomes
 from benchmarks.harness.report.plots import STYLE, USE, WIDTH, over_mean, panel_grid, placeholder_figure, save
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.outcomes import TextOutcomes

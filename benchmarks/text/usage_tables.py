@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from benchmarks.harness.report.rendering import Column, Table
+from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import information_numbers
 from benchmarks.harness.results.statistics import PERMUTATIONS
 from benchmarks.text.outcomes import TextOutcomes

@@ -1,4 +1,6 @@
-"""Whoever follows docs/adding.md word by word has a benchmark, a method, a task, a router, a way of tuning, a metric and an architecture of their own."""
+"""Whoever follows docs/adding.md word by word has a benchmark, a method, a task, a router, a way of tuning, a metric
+and an architecture of their own.
+"""
 
 from __future__ import annotations
 

@@ -123,7 +123,8 @@ def changed(monkeypatch):
         (
             "suites.mini.methods.emoe.num_experts",
             40,
-            "num_experts is 40, but the 1536 neurons of an FFN of 'minilm' cannot be split into so many equal experts; the nearest number that can is 32",
+            "num_experts is 40, but the 1536 neurons of an FFN of 'minilm' cannot be split into so many equal "
+            "experts; the nearest number that can is 32",
         ),
         ("suites.mini.grid.0.task", ["imdb"], "task' is 'imdb', which does not exist"),  # it has no training split
         ("suites.mini.grid.0.protocol", ["published"], "'published' is for tasks without a test split"),

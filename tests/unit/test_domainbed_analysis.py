@@ -27,8 +27,8 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.config.suite import Suite, find_part, load_suite
 from benchmarks.harness.report.claims import write_claims
+from benchmarks.harness.report.page import write_report
 from benchmarks.harness.report.presentation import present
-from benchmarks.harness.report.report import write_report
 from tests.fake_runs import write_runs, write_samples
 from tests.image_sets import pacs_run
 

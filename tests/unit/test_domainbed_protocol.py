@@ -17,7 +17,6 @@ from transformers import TrainerControl, TrainerState
 from benchmarks.domainbed.batches import EnvironmentBatches
 from benchmarks.domainbed.mnist import colored_mnist, rotated_mnist
 from benchmarks.domainbed.protocol import (
-    class_weights,
     held_out_combinations,
     hyper_parameters,
     seed_hash,
@@ -126,13 +125,6 @@ def test_a_sweep_holds_out_every_environment_and_every_pair() -> None:
     assert list(held_out_combinations(3)) == [(0,), (0, 1), (0, 2), (1,), (1, 2), (2,)]
 
 
-def test_class_weights_give_every_class_the_same_share() -> None:
-    labels = [0, 0, 0, 1]
-    weights = class_weights(labels)
-    assert weights == [1 / 6, 1 / 6, 1 / 6, 1 / 2]
-    assert sum(weights) == pytest.approx(1)
-
-
 @pytest.fixture(scope="module")
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(1)
@@ -177,11 +169,8 @@ def test_colored_mnist_is_domainbeds(digits: tuple[torch.Tensor, torch.Tensor]) 
         assert torch.equal(x, expected)
 
 
-def draws(**settings: object) -> list[tuple[int, int, int]]:
-    labels = [[0] * 9 + [1], [0, 1] * 20]
-    return list(
-        EnvironmentBatches(labels, **{"batch_size": 3, "steps": 200, "seed": 4, "class_balanced": False} | settings)
-    )
+def draws(seed: int = 4) -> list[tuple[int, int, int]]:
+    return list(EnvironmentBatches([10, 40], batch_size=3, steps=200, seed=seed))
 
 
 def test_a_step_has_the_same_number_of_rows_of_every_environment() -> None:
@@ -197,12 +186,6 @@ def test_a_step_has_the_same_number_of_rows_of_every_environment() -> None:
 def test_draws_hang_on_the_seed_alone() -> None:
     assert draws() == draws()
     assert draws() != draws(seed=5)
-    assert {row for _, env, row in draws(class_balanced=True) if env == 0} == set(range(10))
-
-
-def test_class_balanced_draws_show_every_class_equally_often() -> None:
-    rare = sum(row == 9 for _, env, row in draws(class_balanced=True) if env == 0)
-    assert 0.4 < rare / 600 < 0.6
 
 
 def evaluated(steps: int, every: int) -> list[int]:

@@ -128,7 +128,9 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_domainbeds_scripts_merge_the_runs_of_a_sweep_and_no_others() -> None:
-    """They group by dataset, algorithm, test_envs, trial_seed and hparams_seed, and average an algorithm over all of them."""
+    """They group by dataset, algorithm, test_envs, trial_seed and hparams_seed, and average an algorithm over all of
+    them.
+    """
     benchmark = load_benchmark("domainbed")
 
     def algorithms(**settings: Any) -> set[str]:

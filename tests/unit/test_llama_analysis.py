@@ -17,8 +17,8 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.report.claims import write_claims
+from benchmarks.harness.report.page import write_report
 from benchmarks.harness.report.presentation import present
-from benchmarks.harness.report.report import write_report
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of
 from benchmarks.llama.tables import answers, categories, data, paper, results, subjects, verdicts

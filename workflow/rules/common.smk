@@ -9,6 +9,7 @@ gc.set_threshold(100_000, 20, 20)
 sys.path.insert(0, str(workflow.basedir))
 
 from benchmarks.domainbed.grid import find_validation
+from benchmarks.harness.base import paths
 from benchmarks.harness.base.secrets import without_passwords
 from benchmarks.harness.config import artifacts, paper_items, runs
 from benchmarks.harness.config.artifacts import CLAIMS
@@ -37,10 +38,18 @@ ENVIRONMENT = "../envs/emoe.yaml"
 container: "emoe.sif"
 
 
+# by whether they train; None for both
+RUN_NAMES = {
+    None: r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
+    True: r"[A-Za-z0-9._+-]+-lr[0-9][A-Za-z0-9._+-]*-[0-9a-f]{8}",
+    False: r"(?:(?!-lr[0-9])[A-Za-z0-9._+-])+-[0-9a-f]{8}",
+}
+
+
 wildcard_constraints:
     suite="[a-z][a-z0-9_]*",
     benchmark="[a-z][a-z0-9_]*",
-    run=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
+    run=RUN_NAMES[None],
     partition=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
     validation=r"[A-Za-z0-9._+-]+-[0-9a-f]{8}",
     model=r"[a-z0-9][a-z0-9._-]*",
@@ -118,9 +127,10 @@ def in_report(shown, category):
 
 
 def suite_outputs(suite):
-    # the runs are named too: a deleted one is made again although its tables are still there
+    # runs and weights are named too: a deleted one is made again although its tables are still there
     files = [
         *suite.metric_files(),
+        *suite.weight_files(),
         *suite.output_files(),
         *suite.pages(),
         *paper_items.paper_files(suite),

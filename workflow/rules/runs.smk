@@ -95,38 +95,43 @@ rule partition_neurons:
         "python -m benchmarks partition {params.spec:q} --output {output:q} --threads {threads} 2> {log:q}"
 
 
-# One rule a benchmark, so that small benchmarks come first: readers see their tables early.
+# One rule a benchmark, so that small benchmarks come first: readers see their tables early. If its runs keep their
+# weights, one more for those that train nothing, whose names have no learning rate.
 for place, name in enumerate(SUITE.by_size):
+    for trains in (True, False) if SUITE.keeps_weights(name) else (None,):
 
-    rule:
-        name:
-            f"run_{name}"
-        input:
-            run_inputs,
-        output:
-            "results/runs/{benchmark}/{run}/metrics.json",
-        log:
-            "results/runs/{benchmark}/{run}/log.txt",
-        wildcard_constraints:
-            benchmark=name,
-        priority: -place
-        conda:
-            ENVIRONMENT
-        threads: run_threads
-        resources:
-            mem_mb=grown("mem_mb"),
-            runtime=grown("runtime"),
-            gpu=run_resource("gpu"),
-            # of instruction tuning: how torchrun spreads a run
-            processes=run_resource("processes", 1),
-            parallel=run_resource("parallel", "ddp"),
-        params:
-            # written here: a job of its own for each would keep Snakemake busier than the runs
-            spec=run_json,
-            file="results/runs/{benchmark}/{run}/run.json",
-        message:
-            "Run {wildcards.run}"
-        shell:
-            "printf '%s\\n' {params.spec:q} > {params.file:q} && "
-            "python -m benchmarks run {params.file:q} --threads {threads} --log {log:q}"
-            " --processes {resources.processes} --parallel {resources.parallel} --gpus {resources.gpu}"
+        rule:
+            name:
+                f"run_{name}_untrained" if trains is False else f"run_{name}"
+            input:
+                run_inputs,
+            output:
+                "results/runs/{benchmark}/{run}/metrics.json",
+                *(["results/runs/{benchmark}/{run}/" + paths.WEIGHTS] if trains else []),
+                spec="results/runs/{benchmark}/{run}/run.json",
+            log:
+                "results/runs/{benchmark}/{run}/log.txt",
+            wildcard_constraints:
+                benchmark=name,
+                run=RUN_NAMES[trains],
+            priority: -place
+            conda:
+                ENVIRONMENT
+            threads: run_threads
+            resources:
+                mem_mb=grown("mem_mb"),
+                runtime=grown("runtime"),
+                gpu=run_resource("gpu"),
+                # of instruction tuning: how torchrun spreads a run
+                processes=run_resource("processes", 1),
+                parallel=run_resource("parallel", "ddp"),
+            params:
+                # written here: a job of its own for each would keep Snakemake busier than the runs
+                spec=run_json,
+                file="results/runs/{benchmark}/{run}/run.json",
+            message:
+                "Run {wildcards.run}"
+            shell:
+                "printf '%s\\n' {params.spec:q} > {params.file:q}.part && mv {params.file:q}.part {params.file:q} && "
+                "python -m benchmarks run {params.file:q} --threads {threads} --log {log:q}"
+                " --processes {resources.processes} --parallel {resources.parallel} --gpus {resources.gpu}"

@@ -1,53 +1,56 @@
-"""Remove the lock of a Snakemake that was killed; refuse where one is still at work in this folder."""
+"""Remove the lock of a Snakemake that was killed; refuse if a run is active in this folder."""
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.files import read_json
 
-def working_here(folder: Path) -> list[int]:
-    """Process ids of Snakemake main processes whose working directory is ``folder``."""
-    found = []
+
+def active_process(folder: Path) -> int | None:
+    """Return the process id of a Snakemake whose working directory is ``folder``."""
     for process in psutil.process_iter():
         try:
             if any(Path(word).name == "snakemake" for word in process.cmdline()[:3]) and Path(process.cwd()) == folder:
-                found.append(process.pid)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                return process.pid
+        except psutil.Error:  # it has ended, or is another user's
             continue
-    return found
+    return None
 
 
-def last_host(folder: Path) -> str | None:
-    """The machine that began the newest work in ``folder``; None where nobody says."""
+def last_host(folder: Path) -> object:
+    """Return the machine that began the newest run in ``folder``, or None if its plan is missing or damaged."""
     plans = sorted(folder.glob("results/*/plan.json"), key=lambda path: path.stat().st_mtime)
     try:
-        return str(json.loads(plans[-1].read_text())["host"]) if plans else None
-    except (ValueError, LookupError, TypeError):  # damaged, or of an older version
+        return read_json(plans[-1], dict[str, Any]).get("host") if plans else None
+    except DataError:
         return None
 
 
 def main() -> None:
     """Unlock the current folder if nobody works in it."""
     folder = Path.cwd()
+    # before Snakemake has planned its jobs it holds no lock
+    if process := active_process(folder):
+        sys.exit(f"error: another run is active in this folder (process {process}); wait for it, or stop it")
     if not any((folder / ".snakemake" / "locks").glob("*")):
         return
-    if alive := working_here(folder):
-        sys.exit(f"error: another snakemake (process {alive[0]}) works in this folder; wait for it or stop it first")
     host = last_host(folder)
     if host not in (None, platform.node()):
         sys.exit(
-            f"error: {host} worked in this folder last, and its processes are not seen from here. Where snakemake has ended there: snakemake --unlock"
+            f"error: {host} worked in this folder last, and its processes are not visible from here. "
+            "If its Snakemake has ended: snakemake --unlock"
         )
-    sys.stderr.write(
-        "The last run was killed and left its lock; removing it. Finished runs are kept, the others go on.\n"
-    )
-    subprocess.run([Path(sys.executable).with_name("snakemake"), "--unlock", "--quiet", "all"], check=True)
+    sys.stderr.write("The last run was killed and left its lock; removing it. Finished runs are kept.\n")
+    command = [Path(sys.executable).with_name("snakemake"), "--unlock", "--quiet", "all"]
+    sys.exit(subprocess.run(command, check=False).returncode)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,10 @@ CLAIMS = Artifacts(
     None,
     [""],
     {
-        "": "The claims of the paper, as these runs see them: differences with their 95 % intervals (of a ratio its range), those that a test was made of. Blue circles are supported, orange crosses contradicted, "
-        "grey diamonds undecided; open diamonds have no test. The band is the margin below which a difference makes no odds; a thin line marks what the paper says."
+        "": "The claims of the paper, as these runs see them: differences with their 95 % intervals (of a ratio its "
+        "range), those that a test was made of. Blue circles are supported, orange crosses contradicted, grey "
+        "diamonds undecided; open diamonds have no test. The band is the margin below which a difference makes "
+        "no odds; a thin line marks what the paper says."
     },
 )
 
@@ -80,7 +82,10 @@ def artifacts_of(benchmark: str, part: str | None = None) -> Artifacts:
 
 
 def code_files(*benchmarks: str) -> list[str]:
-    """List the code of the benchmarks' tables: their packages, those of their kinds, and the harness's results and report."""
+    """List the code of the benchmarks' tables.
+
+    Their packages, those of their kinds, and the harness's results and report.
+    """
     kinds = [cls.__module__.split(".") for name in benchmarks for cls in type(load_benchmark(name).kind).__mro__]
     folders = {"harness/report", "harness/results", *benchmarks}
     folders |= {module[1] for module in kinds if module[0] == BENCHMARKS.name and module[1] != "harness"}
@@ -90,7 +95,7 @@ def code_files(*benchmarks: str) -> list[str]:
 
 def page_files() -> list[str]:
     """List the template, style and script of the pages."""
-    return [os.path.relpath(file) for file in sorted((BENCHMARKS / "harness/report").glob("report.*"))]
+    return [os.path.relpath(file) for file in sorted((BENCHMARKS / "harness/report").glob("page.*"))]
 
 
 def all_artifacts() -> list[Artifacts]:

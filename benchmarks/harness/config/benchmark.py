@@ -114,7 +114,9 @@ class MethodsDefinition(Definition):
     baseline: str
     """The method that differences are taken against."""
     method_defaults: MethodDefaults = MethodDefaults()
-    """What methods take that leave it open, by their kind. A row's own setting goes before it, a suite's default before the benchmark's."""
+    """What methods take that leave it open, by their kind. A row's own setting goes before it, a suite's default before
+    the benchmark's.
+    """
     methods: Annotated[dict[Key, MethodRow], Field(min_length=1)]
     """What is compared: methods of methods.yaml, each with what differs here. The order is the order of the rows."""
 
@@ -138,7 +140,9 @@ E_co = TypeVar("E_co", bound=Entry, covariant=True)
 
 @dataclass(frozen=True)
 class Benchmark(Generic[D_co, E_co]):
-    """One benchmark folder: its definition, its tasks (measures of measurements, sets of images or instructions), and where it is."""
+    """Hold one benchmark folder: its definition, and its tasks (measures of measurements, sets of images or
+    instructions).
+    """
 
     name: str
     definition: D_co
@@ -158,7 +162,7 @@ class Benchmark(Generic[D_co, E_co]):
 
     @property
     def of_every_spec(self) -> dict[str, Any]:
-        """What the specs of all its runs have."""
+        """Return the part that the specs of all its runs share."""
         return {"benchmark": self.name, "version": self.definition.version, "pipeline": self.definition.pipeline}
 
 
@@ -229,12 +233,12 @@ class SetPart:
 
 @dataclass(frozen=True)
 class Domain:
-    """Numbers of a kind's runs by which claims compare two methods.
+    """Name the numbers of a kind's runs by which claims compare two methods.
 
     Attributes:
-        metrics: their names.
-        pair: what two numbers have in common that are compared: ``seed``, ``trial``, ``question``, ``setting``.
-        selections: names of what chose epoch and hyper-parameters, where several are reported.
+        metrics: The names of the metrics.
+        pair: The unit of pairs that are compared: ``seed``, ``trial``, ``question``, ``setting``.
+        selections: The names of the selections of epoch and hyper-parameters, if several are reported.
     """
 
     metrics: tuple[str, ...]
@@ -248,7 +252,7 @@ COUNTS = Domain(("parameters", "trainable_parameters"))  # of every model
 
 @dataclass(frozen=True)
 class Offer:
-    """What a suite runs of a benchmark, by the names in its grid: methods, models, the domains that it has numbers of, and ways of tuning."""
+    """Name the methods, models, domains and ways of tuning in the grid of a suite."""
 
     methods: frozenset[str]
     models: frozenset[str]
@@ -257,18 +261,21 @@ class Offer:
 
 
 class Kind(ABC, Generic[D, E]):
-    """What the benchmarks of one kind have in common. The folder that the kind is named after has one in its ``grid`` module, as ``KIND``.
+    """Define what the benchmarks of one kind have in common. The folder of the kind has an instance in its ``grid``
+    module, as ``KIND``.
 
     Attributes:
-        files: what its YAML files hold: names of schemas for editors, and the models.
-        presentation: the module that shows its finished runs where a benchmark's folder has none; else every folder needs one.
-        paper_columns: of its ``paper.csv``, those before value, status and source; none where it does not say.
-        has_models: whether its runs have a model with weights; a measurement has not.
-        has_seeds: whether its runs are seeded, so that their names say how.
-        shows_parts: whether each of its sets, which the blocks of its grids name under ``set``, has tables and figures of its own.
-        counts_labels: whether its report shows the labels of its sets.
-        optimizer: what the report says of how it trains; empty where it does not.
-        late_imports: modules that its runs import when they need them.
+        files: The names of schemas for editors, and the models of its YAML files.
+        presentation: The module that shows its finished runs if a benchmark's folder has none; else every folder
+            needs one.
+        paper_columns: The columns of its ``paper.csv`` before value, status and source.
+        has_models: True if its runs have a model with weights.
+        has_seeds: True if its runs are seeded, so that their names say how.
+        shows_parts: True if each of its sets, which the blocks of its grids name under ``set``, has tables and figures
+            of its own.
+        counts_labels: True if its report shows the labels of its sets.
+        optimizer: The optimizer, for the report; empty if nothing is trained.
+        late_imports: The modules that its runs import when they need them.
     """
 
     files: tuple[tuple[str, type[Strict]], ...]
@@ -283,14 +290,14 @@ class Kind(ABC, Generic[D, E]):
 
     @abstractmethod
     def load(self, content: object, file: Path) -> tuple[D, Mapping[str, E]]:
-        """The definition, and the tasks.
+        """Read the definition and the tasks.
 
         Args:
-            content: of the file.
+            content: The content of the file.
             file: ``benchmark.yaml``, beside which the others are.
 
         Raises:
-            DefinitionError: one of the files is wrong; names the key and the nearest valid value.
+            DefinitionError: A file is wrong; names the key and the nearest valid value.
         """
 
     @abstractmethod
@@ -301,43 +308,43 @@ class Kind(ABC, Generic[D, E]):
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        """The specs of a suite's grid, in its order.
+        """Yield the specs of a suite's grid, in its order.
 
         Args:
-            benchmark: the benchmark.
-            suite: the suite.
-            exclude: sets to leave out.
-            specs_of: gives the specs of another benchmark's runs in the suite, by their folders.
+            benchmark: The benchmark.
+            suite: The suite.
+            exclude: The sets to exclude.
+            specs_of: A function that gives the specs of another benchmark's runs in the suite, by their folders.
 
         Raises:
-            DefinitionError: a name in the grid that does not exist, or settings that do not go together.
+            DefinitionError: A name in the grid does not exist, or settings do not go together.
         """
 
     def check(self, definition: D, tasks: Mapping[str, E], folder: Path) -> None:
-        """Check what is not to be seen in one key: that names exist and settings go together.
+        """Check that names exist and settings go together.
 
         Raises:
-            DefinitionError: names the file, the key and the nearest valid value.
+            DefinitionError: Names the file, the key and the nearest valid value.
         """
 
     def excludable(self, tasks: Mapping[str, E]) -> Iterable[str]:
-        """The sets that a suite may leave out."""
+        """Return the sets that a suite may exclude."""
         return ()
 
     def evaluates(self, definition: D) -> str | None:
-        """The benchmark whose runs its runs evaluate."""
+        """Return the benchmark whose runs its runs evaluate."""
         return None
 
     def resources(self, resources: Resources, spec: Mapping[str, Any]) -> dict[str, Any]:
-        """What a run takes of its suite's resources."""
+        """Return the resources of a run."""
         return resources.model_dump()
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
-        """See that a run can be spread over so many processes, before any of them starts to work.
+        """Check that a run can be spread over a number of processes, before any of them starts to work.
 
         Raises:
-            RunError: it cannot.
-            DefinitionError: its settings do not fit.
+            RunError: It cannot.
+            DefinitionError: Its settings do not fit.
         """
         if processes > 1:
             raise RunError(
@@ -345,31 +352,31 @@ class Kind(ABC, Generic[D, E]):
             )
 
     def variant(self, spec: Mapping[str, Any]) -> str:
-        """What is varied beside model, task and method, short."""
+        """Name the settings of a run that vary beside model, task and method."""
         return str(spec["method"]["variant"])
 
     def marks(self, spec: Mapping[str, Any]) -> list[str]:
-        """What else a run's name says."""
+        """Return further parts of a run's name."""
         return []
 
     def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The sets of a run that may only exist by hand."""
+        """Return the sets of a run that may only exist by hand."""
         return list(spec["ood"])
 
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
-        """The files inside packages that a set is read from."""
+        """Return the files inside packages that a set is read from."""
         return []
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
-        """Files that a run needs beside data, weights and partitions."""
+        """Return the files that a run needs beside data, weights and partitions."""
         return []
 
     def figure_inputs(self, spec: Mapping[str, Any]) -> list[str]:
-        """Files that the figures of a part need beside the runs' numbers."""
+        """Return the files that the figures of a part need beside the runs' numbers."""
         return []
 
     def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> list[tuple[str, str]]:
-        """Name and part of every set that a run reads."""
+        """Return name and part of every set that a run reads."""
         return []
 
     def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> float | None:
@@ -386,44 +393,44 @@ class Kind(ABC, Generic[D, E]):
     def describe(
         self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, E], *, open_files: bool
     ) -> Iterator[SetPart]:
-        """Read one of the parts, and say what is there.
+        """Read one part of a set, and describe it.
 
         Args:
-            spec: of a run that reads it.
-            name: the set's.
-            part: the part's.
-            tasks: of the benchmark.
-            open_files: open every file of a set of files, which takes minutes.
+            spec: The spec of a run that reads it.
+            name: The name of the set.
+            part: The name of the part.
+            tasks: The tasks of the benchmark.
+            open_files: True to open every file of a set of files, which takes minutes.
         """
         return iter(())
 
     def unpinned(self, spec: Mapping[str, Any]) -> Iterator[str]:
-        """What a run reads from elsewhere as it is that day, beside models and sets of the hub."""
+        """Yield what a run reads from elsewhere at no fixed version, beside models and sets of the hub."""
         return iter(())
 
     def compared_domains(self, definition: D) -> Mapping[str, Domain]:
-        """The numbers by which claims may compare methods, by name; the presentation's ``compared`` has them."""
+        """Return the numbers by which claims may compare methods, by name; the presentation's ``compared`` has them."""
         return {}
 
     def row_titles(self, definition: D) -> Mapping[str, str]:
-        """Titles of what claims may compare, by name."""
+        """Return the titles of the rows that claims may compare, by name."""
         methods = resolve_methods(definition) if isinstance(definition, MethodsDefinition) else {}
         return {name: method.title for name, method in methods.items()}
 
     def task_titles(self, definition: D, tasks: Mapping[str, E]) -> Mapping[str, str]:
-        """Titles of what runs are trained or evaluated on, by the names that tables and claims have for it."""
+        """Return the titles of the sets of runs, by the names that tables and claims use."""
         return {name: task.title for name, task in tasks.items()}
 
     def published_files(self, definition: D) -> list[str]:
-        """The CSV files with published numbers, in the benchmark's folder, that its tables show."""
+        """Return the CSV files with published numbers that its tables show."""
         return [definition.paper] if definition.paper else []
 
     def settings(self, definition: D, method: str) -> list[str]:
-        """The variants with which suites run a method, where claims may be of one of them."""
+        """Return the variants of a method that claims may name."""
         return []
 
     def offer(self, benchmark: Benchmark[D, E], suite: str) -> Offer:
-        """What a suite runs of a benchmark."""
+        """Return the names in the grid of a suite."""
         blocks = getattr(benchmark.definition.suites[suite], "grid", ())
         return Offer(
             frozenset(name for block in blocks for name in block.method),
@@ -433,7 +440,7 @@ class Kind(ABC, Generic[D, E]):
 
 
 class WholeSets(Kind[D, E]):
-    """What kinds share whose runs read one set each, as a whole, which a suite may leave out."""
+    """Share the methods of kinds whose runs read one set each as a whole, which a suite may exclude."""
 
     def excludable(self, tasks: Mapping[str, E]) -> Iterable[str]:
         return tasks
@@ -457,29 +464,29 @@ def text_tokens(rows: int | None, max_length: int, times: float) -> float | None
 
 
 def missing_set(name: str, problem: object, instructions: str, expected: int | None) -> SetPart:
-    """What is said of a set that is read as a whole and cannot be.
+    """Describe a set that is read as a whole and cannot be.
 
     Args:
-        name: the set's.
-        problem: what is wrong.
-        instructions: where it comes from.
-        expected: rows as its makers count them.
+        name: The name of the set.
+        problem: The error.
+        instructions: The source of the set.
+        expected: The number of rows by its makers.
     """
     advice = f"{name}: {problem}\n    {instructions}. Without it: `exclude: [{name}]`"
     return SetPart(name, ALL, None, expected=expected, advice=advice)
 
 
 def kind_names() -> list[str]:
-    """The kinds: the folders that have a ``grid`` module."""
+    """Return the kinds: the folders that have a ``grid`` module."""
     return sorted(path.parent.name for path in BENCHMARKS.glob("*/grid.py"))
 
 
 @functools.cache
 def find_kind(name: str) -> Kind[Any, Any]:
-    """The kind of that name.
+    """Return the kind of a name.
 
     Raises:
-        DefinitionError: there is none; names the nearest.
+        DefinitionError: There is no such kind; names the nearest.
     """
     if name not in kind_names():
         raise DefinitionError(f"'kind' is {name!r}{did_you_mean(name, kind_names())}")
@@ -488,31 +495,32 @@ def find_kind(name: str) -> Kind[Any, Any]:
 
 
 def usual_kind(benchmark: str) -> str:
-    """The kind of a benchmark whose file says none: its own folder's where that has a grid, else the usual one."""
+    """Return the kind of a benchmark whose file names none: its own folder's if that has a grid, else ``text``."""
     return benchmark if benchmark in kind_names() else USUAL
 
 
 def kind_name(benchmark: str, content: object) -> Any:
-    """What a benchmark's file says of its kind, or its usual one."""
+    """Return the kind that a benchmark's file names, or its usual one."""
     said = content.get("kind") if isinstance(content, dict) else None
     return usual_kind(benchmark) if said is None else said
 
 
 @functools.cache
 def kind_of(benchmark: str) -> Kind[Any, Any]:
-    """The kind of a benchmark.
+    """Return the kind of a benchmark.
 
     Raises:
-        DefinitionError: there is no such benchmark.
+        DefinitionError: There is no such benchmark.
     """
     return find_kind(kind_name(benchmark, read_yaml(BENCHMARKS / benchmark / "benchmark.yaml")))
 
 
 def check_rows(definition: MethodsDefinition, file: str) -> None:
-    """See that there are the methods that a benchmark compares, and the rows that its suites change.
+    """Check that the methods exist that a benchmark compares, and the rows that its suites change.
 
     Raises:
-        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not have.
+        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not
+            have.
     """
     for name, row in definition.methods.items():
         at, known = (f"methods.{name}.method", row.method) if row.method else ("methods", name)
@@ -523,9 +531,10 @@ def check_rows(definition: MethodsDefinition, file: str) -> None:
 
 
 def resolve_methods(definition: MethodsDefinition, suite: str | None = None) -> dict[str, Method]:
-    """A benchmark's methods with all their settings, for itself or for one of its suites.
+    """Return a benchmark's methods with all their settings, for itself or for one of its suites.
 
-    A setting is taken from the first of these that gives it: the suite's ``methods``, the benchmark's ``methods``, ``methods.yaml``,
+    A setting is taken from the first of these that gives it: the suite's ``methods``, the benchmark's ``methods``,
+    ``methods.yaml``,
     the suite's ``method_defaults`` for the method's kind, the benchmark's.
     """
     part = definition.suites[suite] if suite else None
@@ -543,10 +552,11 @@ def resolve_methods(definition: MethodsDefinition, suite: str | None = None) -> 
 
 
 def suite_methods(benchmark: Benchmark[TrainingDefinition, Entry], suite: str) -> dict[str, Method]:
-    """The benchmark's methods as the suite compares them, by name.
+    """Return the benchmark's methods as the suite compares them, by name.
 
     Raises:
-        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not have.
+        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not
+            have.
     """
     check_rows(benchmark.definition, str(benchmark.file))
     return resolve_methods(benchmark.definition, suite)
@@ -555,16 +565,16 @@ def suite_methods(benchmark: Benchmark[TrainingDefinition, Entry], suite: str) -
 def with_changes(
     entries: Mapping[str, Changed], changes: Mapping[str, Mapping[str, Any]], key: str, where: str
 ) -> dict[str, Changed]:
-    """Named entries of a benchmark's file, with a suite's own settings on top.
+    """Apply a suite's settings to named entries of a benchmark's file.
 
     Args:
-        entries: of the file.
-        changes: what the suite says, by the name of an entry.
-        key: under which both stand.
-        where: the file, and the keys before that of the suite's.
+        entries: The entries of the file.
+        changes: The changes of the suite, by the name of an entry.
+        key: The key of the entries.
+        where: The file, and the keys before the suite's entries.
 
     Raises:
-        DefinitionError: the suite names an entry that does not exist, or a setting that it does not have.
+        DefinitionError: The suite names an entry that does not exist, or a setting that it does not have.
     """
     check_names(where, key, list(changes), entries)
     return {
@@ -576,16 +586,16 @@ def with_changes(
 
 
 def training_settings(usual: Settings, changes: Strict, model: str, where: str) -> Settings:
-    """The training settings of the runs of a model: the benchmark's, the suite's, the model's own.
+    """Return the training settings of the runs of a model: the benchmark's, the suite's, the model's own.
 
     Args:
-        usual: the benchmark's.
-        changes: what the suite says.
-        model: the model's name.
-        where: the file, and the keys that lead to ``by_model``.
+        usual: The settings of the benchmark.
+        changes: The changes of the suite.
+        model: The name of the model.
+        where: The file, and the keys that lead to ``by_model``.
 
     Raises:
-        DefinitionError: settings of a model that does not exist.
+        DefinitionError: Settings are of a model that does not exist.
     """
     found = usual.changed(changes)
     check_names(where, "by_model", found.by_model, load_models())
@@ -597,7 +607,7 @@ AnyBenchmark = Benchmark[Any, Any]
 
 
 def benchmark_names() -> list[str]:
-    """Names of all benchmarks: the folders with a ``benchmark.yaml``."""
+    """Return the names of all benchmarks: the folders with a ``benchmark.yaml``."""
     return sorted(path.parent.name for path in BENCHMARKS.glob("*/benchmark.yaml"))
 
 
@@ -606,7 +616,7 @@ def load_benchmark(name: str) -> AnyBenchmark:
     """Read and check one benchmark.
 
     Raises:
-        DefinitionError: no such benchmark, or its files are wrong.
+        DefinitionError: There is no such benchmark, or its files are wrong.
     """
     if name not in benchmark_names():
         raise DefinitionError(f"there is no benchmark '{name}'{did_you_mean(name, benchmark_names())}")
@@ -624,10 +634,10 @@ def load_benchmark(name: str) -> AnyBenchmark:
 
 
 def check_references(definition: Definition, tasks: Mapping[str, Entry], folder: Path) -> None:
-    """Check what is not to be seen in one key: that names and files exist, and that settings go together.
+    """Check that names and files exist, and that settings go together.
 
     Raises:
-        DefinitionError: names the file, the key and the nearest valid value.
+        DefinitionError: Names the file, the key and the nearest valid value.
     """
     file, name = folder / "benchmark.yaml", definition.kind or usual_kind(folder.name)
     kind = find_kind(name)

@@ -66,7 +66,7 @@ class Shape(Strict):
 
     @property
     def parameters(self) -> int:
-        """The number of parameters in the blocks: about those that a token is multiplied with.
+        """Return the number of parameters in the blocks, about the number by which a token is multiplied.
 
         >>> round(Shape(width=4096, layers=32, neurons=11008, gated=True).parameters / 1e9, 2)
         6.48
@@ -83,7 +83,7 @@ class ModelEntry(ModelSource):
     """Its size, which N is checked against and `status` estimates by; it shapes no run."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """The ``model`` part of a run's spec; title and shape shape no number."""
+        """Make the ``model`` part of a run's spec, without title and shape, which change no number."""
         return {"name": name, **self.model_dump(exclude={"title", "shape"})}
 
 
@@ -111,7 +111,9 @@ class Metric(Strict):
     tolerance: Annotated[float, Field(ge=0)] | None = None
     """Largest difference, as stored, that `make check` accepts between two machines; null: not compared (times)."""
     equivalence_margin: Positive | None = None
-    """Largest difference between two methods, as stored, at which they are practically equal; claims are tested against it."""
+    """Largest difference between two methods, as stored, at which they are practically equal; claims are tested against
+    it.
+    """
 
 
 class MetricFile(Strict):
@@ -122,24 +124,24 @@ class MetricFile(Strict):
 
 @functools.cache
 def load_models() -> dict[str, ModelEntry]:
-    """The models that benchmarks may name, by name: ``benchmarks/models.yaml``.
+    """Load the models that benchmarks may name, by name: ``benchmarks/models.yaml``.
 
     Raises:
-        DefinitionError: the file is wrong; names the key and the nearest valid value.
+        DefinitionError: The file is wrong; names the key and the nearest valid value.
     """
     return read(BENCHMARKS / "models.yaml", ModelFile).models
 
 
 def model_names(modality: str | None) -> list[str]:
-    """The models that are for one thing; None is text classification."""
+    """Return the models for one modality; None is text classification."""
     return [name for name, model in load_models().items() if model.modality == modality]
 
 
 @functools.cache
 def load_metrics() -> dict[str, Metric]:
-    """Label, unit, direction, decimals and kind of every metric, by name: ``benchmarks/metrics.yaml``.
+    """Load label, unit, direction, decimals and kind of every metric, by name: ``benchmarks/metrics.yaml``.
 
     Raises:
-        DefinitionError: the file is wrong; names the key and the nearest valid value.
+        DefinitionError: The file is wrong; names the key and the nearest valid value.
     """
     return read(BENCHMARKS / "metrics.yaml", MetricFile).metrics

@@ -50,12 +50,13 @@ Parameters = Callable[["nn.Module", Any], Iterable[str]]
 
 @dataclass(frozen=True)
 class Tuning:
-    """One way of tuning.
+    """Define one way of tuning.
 
     Attributes:
-        parameters: gives the names of the parameters of a model that are trained; it is called with the model, converted and
+        parameters: gives the names of the parameters of a model that are trained; it is called with the model,
+            converted and
             with its adapters, and the ``layers`` of the method.
-        needs_layers: whether a method that is tuned so must give ``layers``; else ``None`` is what the function gets.
+        needs_layers: True if a method with this tuning must give ``layers``; else the function gets ``None``.
     """
 
     parameters: Parameters
@@ -72,12 +73,12 @@ def register_tuning(name: str, parameters: Parameters, *, needs_layers: bool = F
     >>> del TUNINGS["norms"]
 
     Args:
-        name: in YAML, and of the group of parameters in a run's record.
-        parameters: see :class:`Tuning`.
-        needs_layers: see :class:`Tuning`.
+        name: The name in YAML, and of the group of parameters in a run's record.
+        parameters: See :class:`Tuning`.
+        needs_layers: See :class:`Tuning`.
 
     Raises:
-        DefinitionError: no name, or no function.
+        DefinitionError: The name or the function is none.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise DefinitionError(f"register_tuning: {name!r} is no name; write one like 'my_tuning'")
@@ -87,17 +88,17 @@ def register_tuning(name: str, parameters: Parameters, *, needs_layers: bool = F
 
 
 def needs_layers(name: str | None) -> bool:
-    """Whether a way of tuning must be told layers; False for None, which names no way."""
+    """Return True if a way of tuning must be given layers; False for None."""
     return name in TUNINGS and TUNINGS[name].needs_layers
 
 
 def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict[str, Any]:
-    """The ``tune`` part of a run's spec.
+    """Make the ``tune`` part of a run's spec.
 
     Args:
-        name: of the way of tuning; None where only adapters, head and routers are trained.
-        layers: what it is told, where it needs layers.
-        also: further modules to train, by the last part of their name.
+        name: The way of tuning; None if only adapters, head and routers are trained.
+        layers: The layers of the method.
+        also: Further modules to train, by the last part of their name.
     """
     if name is None or name == "blocks":  # which has a key of its own
         return {"blocks": layers if name else [], "also": list(also)}
@@ -106,12 +107,12 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
 
 
 def is_below(name: str, modules: Iterable[str]) -> bool:
-    """Whether a parameter is of one of the modules, which are given by their paths."""
+    """Return True if a parameter belongs to one of the modules, which are given by their paths."""
     return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
-    """The transformer blocks whose FFNs are named."""
+    """Return the parameters of the transformer blocks whose FFNs are named."""
     from emoe.architectures import find_ffns  # needs PyTorch, and ways of tuning are named where nothing is trained
 
     ffns = find_ffns(model)
@@ -120,20 +121,21 @@ def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
 
 
 def block_of(ffn: str) -> str:
-    """The path of the block of an FFN: its own up to the last number."""
+    """Return the path of the block of an FFN: its own up to the last number."""
     parts = ffn.split(".")
     last = max(place for place, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: last + 1])
 
 
 register_tuning("blocks", _block_parameters, needs_layers=True)
-# letter by setting: N experts, k as a share of them, converted layers, share of the training rows (data), times the usual epochs
+# letter by setting: N experts, k as a share of them, converted layers, share of the training rows (data), times the
+# usual epochs
 _LETTERS = {"num_experts": "N", "top_k_fraction": "k", "layers": "L", "train_share": "D", "epochs_factor": "E"}
 _WORDS = {"N": "N {}", "k": "k/N {}", "L": "layers {}", "D": "{:g} % of the rows", "E": "{} times the epochs"}
 
 
 def variant_of(varied: Mapping[str, Any]) -> str:
-    """The variant of some settings.
+    """Name the variant of some settings.
 
     >>> variant_of({"num_experts": 16, "top_k_fraction": 0.25, "layers": [3, 5]})
     'N16-k0.25-L3+5'
@@ -146,7 +148,7 @@ def variant_of(varied: Mapping[str, Any]) -> str:
 
 
 def setting_values(variant: str) -> dict[str, str]:
-    """The values of a variant by letter.
+    """Return the values of a variant by letter.
 
     >>> setting_values("N16-L-1")
     {'N': '16', 'L': '-1'}
@@ -155,7 +157,7 @@ def setting_values(variant: str) -> dict[str, str]:
 
 
 def setting_text(variant: str) -> str:
-    """A variant in words.
+    """Describe a variant in words.
 
     >>> setting_text("N32-k0.5-D0.8")
     'N 32, k/N 0.5, 80 % of the rows'
@@ -165,7 +167,7 @@ def setting_text(variant: str) -> str:
 
 
 def without(variant: str, usual: Collection[str]) -> str:
-    """A variant without the settings that need not be said.
+    """Remove the usual settings from a variant.
 
     >>> without("k0.5-L22", ["L22"])
     'k0.5'
@@ -177,17 +179,17 @@ KEY = "frozen_layers"
 
 
 def check_frozen(training: Mapping[str, Any], method: Mapping[str, Any], where: str) -> None:
-    """See that a method converts and trains nothing below the frozen layers.
+    """Check that a method converts and trains nothing below the frozen layers.
 
     What hangs on the number of the model's layers (``last:2``, ``-1``) is checked when the model is there.
 
     Args:
-        training: of the run's spec.
-        method: of the run's spec.
-        where: file and keys, for messages.
+        training: The training settings of the run's spec.
+        method: The method of the run's spec.
+        where: The file and the keys, for messages.
 
     Raises:
-        DefinitionError: it does.
+        DefinitionError: The method uses a frozen layer.
     """
     frozen = training.get(KEY) or 0
     named = f"{where}': method '{method['name']}'"
@@ -202,21 +204,22 @@ def refuse_below(frozen: int, lowest: int, what: str) -> None:
     """Refuse a layer that is frozen.
 
     Args:
-        frozen: how many are.
-        lowest: the first layer that something is done to.
-        what: who does what, for the message.
+        frozen: The number of frozen layers.
+        lowest: The lowest layer that is used.
+        what: The beginning of the message.
 
     Raises:
-        DefinitionError: it is one of them.
+        DefinitionError: The layer is frozen.
     """
     if lowest < frozen:
         raise DefinitionError(
-            f"{what} layer {lowest}, but training.{KEY} is {frozen}: layers 0 to {frozen - 1} stay as they are. Freeze fewer, or take layers from {frozen} on"
+            f"{what} layer {lowest}, but training.{KEY} is {frozen}: layers 0 to {frozen - 1} stay as they are. "
+            f"Freeze fewer, or take layers from {frozen} on"
         )
 
 
 def _lowest(layers: Any) -> int | None:
-    """The first of some layers, where that does not hang on how many there are."""
+    """Return the lowest of some layers; None if it depends on the number of layers."""
     if not isinstance(layers, str):
         return None if min(layers) < 0 else int(min(layers))
     if layers == "all":
@@ -233,7 +236,7 @@ _BOUNDS = {"minimum": "ge", "maximum": "le", "exclusiveMinimum": "gt", "exclusiv
 
 
 def _config_fields() -> dict[str, Any]:
-    """Every field of the two configurations, each of which a method may leave out."""
+    """Return every field of the two configurations; a method may omit each."""
     fields: dict[str, Any] = {}
     for config in (GMoEConfig, EMoEConfig):
         hints, descriptions = typing.get_type_hints(config), _field_descriptions(config)
@@ -271,16 +274,21 @@ class MethodSettings(_ConfigFields):
     title: str = left_out()
     """Label in tables and figures."""
     role: Role = left_out()
-    """What the row is there for. An ablation stands in no table but those of `ablations`, each of its settings as a row of its own."""
+    """What the row is there for. An ablation stands in no table but those of `ablations`, each of its settings as a row
+    of its own.
+    """
     noise: NotNegative = left_out()
     """Intensity of noisy tuning; 0 for none."""
     tune: Annotated[str, Registered(TUNINGS)] | None = None
-    """A registered way of tuning: what is trained beside adapters (where training.lora has any), head and routers, instead of everything.
+    """A registered way of tuning: what is trained beside adapters (where training.lora has any), head and routers,
+    instead of everything.
     `blocks` are the transformer blocks whose FFNs `layers` names."""
     also_train: Names | None = None
     """With LoRA or `tune`: further modules to train, by the last part of their name (the authors' pooler and ln_f)."""
     as_published: Literal["tutel", "llama"] | None = None
-    """Take the authors' own settings (of their Tutel layer, or of their Llama block mask) for every field that is not given."""
+    """Take the authors' own settings (of their Tutel layer, or of their Llama block mask) for every field that is not
+    given.
+    """
     top_k_fraction: Share | None = None
     """top_k as a share of num_experts."""
     layers: Layers | None = None
@@ -302,7 +310,7 @@ class Method(MethodSettings):
     """Intensity of noisy tuning; 0 for none."""
 
     def config_values(self) -> dict[str, Any]:
-        """What it says of the fields of a configuration; ``partition_seed`` may be ``run``."""
+        """Return the given fields of a configuration; ``partition_seed`` may be ``run``."""
         own = {"title", "role", "kind", "noise", "top_k_fraction", "as_published", "tune", "also_train"}
         return {name: value for name, value in self.given().items() if name not in own}
 
@@ -359,10 +367,10 @@ class _PluginsOnly(Strict):
 
 
 def import_plugins() -> None:
-    """Import the plugins, so that this process knows what they register.
+    """Import the plugins, so that this process knows the names that they register.
 
     Raises:
-        DefinitionError: one of them cannot be imported; names the nearest module that exists.
+        DefinitionError: A plugin cannot be imported; names the nearest module that exists.
     """
     file = BENCHMARKS / "methods.yaml"
     content = read_yaml(file)
@@ -383,7 +391,7 @@ def import_plugins() -> None:
 
 
 def _siblings(name: str) -> Iterator[str]:
-    """The modules that stand where one was looked for, below the project's folder."""
+    """Return the modules beside the one that was looked for, below the project's folder."""
     parent = name.rpartition(".")[0]
     for module in pkgutil.iter_modules([str(ROOT / parent.replace(".", "/"))]):
         yield f"{parent}.{module.name}" if parent else module.name
@@ -397,14 +405,16 @@ class MethodFile(Strict):
     """What methods are; a method is data, not code."""
 
     plugins: Plugins = Field([])
-    """Python modules that register routers (emoe.register_router) or tunings (register_tuning); every process of the suite imports them."""
+    """Python modules that register routers (emoe.register_router) or tunings (register_tuning); every process of the
+    suite imports them.
+    """
     methods: dict[Key, Method]
     """The methods, by name."""
 
 
 @functools.cache
 def load_methods() -> dict[str, Method]:
-    """What methods are, by ``benchmarks/methods.yaml``; the modules that it names as plugins are imported.
+    """Load the methods of ``benchmarks/methods.yaml``, after its plugins are imported.
 
     Raises:
         DefinitionError: A plugin, key or value does not exist.
@@ -414,7 +424,7 @@ def load_methods() -> dict[str, Method]:
 
 
 def stack_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings, of which a later layer's go before an earlier one's."""
+    """Merge settings; a later layer overrides an earlier one."""
     found: dict[str, Any] = {}
     for layer in layers:
         replaced = _CHOSEN if _CHOSEN & set(layer) else set()
@@ -423,15 +433,15 @@ def stack_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def method_config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
-    """The full configuration of an EMoE or GMoE with all its defaults, or None for a dense model.
+    """Make the full configuration of an EMoE or GMoE with all its defaults; None for a dense model.
 
     Args:
-        method: its settings.
-        seed: the run's.
-        where: file and key, for messages.
+        method: The settings of the method.
+        seed: The seed of the run.
+        where: The file and the key, for messages.
 
     Raises:
-        DefinitionError: settings that do not go together.
+        DefinitionError: Settings do not go together.
     """
     values = method.config_values()
     if method.top_k_fraction is not None and "top_k" in values:
@@ -446,7 +456,8 @@ def method_config(method: Method, seed: int, where: str) -> dict[str, Any] | Non
         share = method.top_k_fraction * values.get("num_experts", 1)
         if share != int(share) or share < 1:
             raise DefinitionError(
-                f"{where}: top_k_fraction {method.top_k_fraction} of {values.get('num_experts')} experts is {share:g}, not a whole number"
+                f"{where}: top_k_fraction {method.top_k_fraction} of {values.get('num_experts')} experts is "
+                f"{share:g}, not a whole number"
             )
         values["top_k"] = int(share)
     if values.get("partition_seed") == "run":
@@ -471,17 +482,17 @@ def method_spec(
     lora: LoRA | None,
     where: str,
 ) -> dict[str, Any]:
-    """The ``method`` part of a run's spec.
+    """Make the ``method`` part of a run's spec.
 
     Args:
-        methods: what :func:`suite_methods` gave.
-        point: of the grid: the method's name, and perhaps its varied settings.
-        seed: the run's.
+        methods: The methods from :func:`suite_methods`.
+        point: The point of the grid: the method's name, and perhaps its varied settings.
+        seed: The seed of the run.
         lora: ``training.lora`` of the run.
-        where: file and key, for messages.
+        where: The file and the key, for messages.
 
     Raises:
-        DefinitionError: settings that do not go together.
+        DefinitionError: Settings do not go together.
     """
     base = methods[point["method"]]
     # a dense model has no experts to vary: it is one run for all variants, but for the blocks that it trains
@@ -506,13 +517,14 @@ def _check_divisible(model: str, num_experts: int, where: str) -> None:
     shape = load_models()[model].shape
     if shape and shape.neurons % num_experts:
         raise DefinitionError(
-            f"{where}: num_experts is {num_experts}, but the {shape.neurons} neurons of an FFN of '{model}' cannot be split "
+            f"{where}: num_experts is {num_experts}, but the {shape.neurons} neurons of an FFN of '{model}' cannot be "
+            "split "
             f"into so many equal experts; the nearest number that can is {nearest_divisor(shape.neurons, num_experts)}"
         )
 
 
 def _tuned(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | None:
-    """What is trained beside adapters, head and routers; None where everything is trained."""
+    """Make the ``tune`` part of a run's spec; None if everything is trained."""
     if lora is None and method.tune is None:
         if method.also_train is not None:
             raise DefinitionError(f"{where} sets 'also_train', which needs training.lora or 'tune'")

@@ -161,7 +161,8 @@ def load_paper_items() -> Mapping[str, PaperItem]:
     """Load the paper's tables and figures, by name.
 
     Raises:
-        DefinitionError: The file is wrong, or names a benchmark, table, figure or method that does not exist; names the nearest.
+        DefinitionError: The file is wrong, or names a benchmark, table, figure or method that does not exist; names
+            the nearest.
     """
     return _load().items
 

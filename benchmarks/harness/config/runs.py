@@ -85,13 +85,13 @@ class RunSpec(Strict):
 
 
 def trained_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The sets that a run is trained on: one, or of a mixture several."""
+    """Return the sets that a run is trained on: one, or several of a mixture."""
     found: list[Mapping[str, Any]] = spec["task"].get("tasks", [spec["task"]])
     return found
 
 
 def all_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The sets that a run is trained or evaluated on."""
+    """Return the sets that a run is trained or evaluated on."""
     return [*trained_sets(spec), *spec["ood"]]
 
 
@@ -100,13 +100,13 @@ _SLUG_LENGTH = 80
 
 @dataclass(frozen=True)
 class Run:
-    """One fully resolved run.
+    """Hold one fully resolved run.
 
     Attributes:
-        id: readable slug and eight hex digits of the hash of ``spec``.
-        spec: everything that shapes the numbers, plain values only. The suite is not part of it, so
+        id: A readable slug and eight hex digits of the hash of ``spec``.
+        spec: Everything that shapes the numbers, plain values only. The suite is not part of it, so
             that suites share runs.
-        resources: what the scheduler reserves; shapes no number and is not part of the id.
+        resources: The resources that the scheduler reserves; they shape no number and are not part of the id.
     """
 
     id: str
@@ -119,21 +119,21 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """Folder below ``results/runs``."""
+        """Return the folder below ``results/runs``."""
         return f"{self.benchmark}/{self.id}"
 
     def to_json(self) -> str:
-        """Canonical JSON: what is hashed, written and compared."""
+        """Return canonical JSON: it is hashed, written and compared."""
         return canonical_json(self.spec)
 
 
 def canonical_json(value: object) -> str:
-    """JSON with sorted keys and no spaces."""
+    """Write JSON with sorted keys and no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def run_from_spec(spec: Mapping[str, Any]) -> Run:
-    """Name a spec."""
+    """Make a run of a spec, named by its content."""
     kind = kind_of(spec["benchmark"])
     digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:8]
     parts = [spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], kind.variant(spec), *kind.marks(spec)]
@@ -145,7 +145,7 @@ def run_from_spec(spec: Mapping[str, Any]) -> Run:
 
 
 def slug(text: str) -> str:
-    """The readable part of an id, of all of its parts or of the first."""
+    """Return the readable part of an id."""
     return re.sub(r"[^A-Za-z0-9._+-]", "_", text)[: _SLUG_LENGTH - 9]
 
 
@@ -179,15 +179,15 @@ def read_run(path: Path) -> Run:
 
 
 def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) -> list[Run]:
-    """Every run of a suite, each once, in grid order.
+    """Plan every run of a suite, each once, in grid order.
 
     Args:
-        benchmark_names: whose runs.
-        suite: the suite.
+        benchmark_names: The names of the benchmarks.
+        suite: The suite.
         exclude: OOD sets, image sets and sets of instructions to leave out.
 
     Raises:
-        DefinitionError: a name in a grid that does not exist, or a method that cannot be built.
+        DefinitionError: A name in a grid does not exist, or a method cannot be built.
     """
     planned: dict[str, list[Run]] = {}
 
@@ -211,7 +211,7 @@ def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) 
 
 
 class Job:
-    """A job whose content is its identity; a frozen dataclass of plain values."""
+    """Hold a job whose content is its identity; a frozen dataclass of plain values."""
 
     def to_json(self) -> str:
         return canonical_json(dataclasses.asdict(cast(Any, self)))
@@ -223,7 +223,7 @@ class Job:
 
 @dataclass(frozen=True)
 class PartitionJob(Job):
-    """The clustering of one layer of a model under one setting, shared by all runs that need it."""
+    """Describe the clustering of one layer of a model under one setting, shared by all runs that need it."""
 
     model: dict[str, Any]
     config: dict[str, Any]
@@ -235,12 +235,12 @@ class PartitionJob(Job):
 
     @property
     def file(self) -> str:
-        """The receipt, which names the cached partition by its content."""
+        """Return the path of the receipt, which names the cached partition by its content."""
         return str(paths.PARTITIONS / f"{self.id}.json")
 
 
 def partition_jobs(run: Run) -> list[PartitionJob]:
-    """The clusterings that a run needs before it starts, one for each layer that its configuration lists."""
+    """Return the clusterings that a run needs before it starts, one for each layer of its configuration."""
     config = run.spec["method"]["config"]
     if config is None or config.get("partition") != "kmeans":
         return []
@@ -252,10 +252,10 @@ def partition_jobs(run: Run) -> list[PartitionJob]:
 
 
 def rebuilt_from(name: str) -> PackageFile:
-    """The package file that a rebuilt model is in.
+    """Return the package file of a rebuilt model.
 
     Raises:
-        DataError: no such model.
+        DataError: There is no such model.
     """
     rebuilt = {model: found.rebuilt for model, found in load_models().items() if found.rebuilt}
     if name not in rebuilt:
@@ -264,12 +264,12 @@ def rebuilt_from(name: str) -> PackageFile:
 
 
 def model_files(model: Mapping[str, Any]) -> list[str]:
-    """Files that the workflow makes before it can load a model."""
+    """Return the files that the workflow makes before it can load a model."""
     return [str(paths.MODELS / model["name"] / "model.safetensors")] if "rebuilt" in model else []
 
 
 def set_files(benchmark: str, task: Mapping[str, Any]) -> list[str]:
-    """Package files that a set of a benchmark is read from."""
+    """Return the package files that a set of a benchmark is read from."""
     return [str(file.path) for file in kind_of(benchmark).package_files(task)]
 
 

@@ -46,13 +46,13 @@ KeyPath = tuple[str | int, ...]
 
 
 def explain(error: ValidationError, content: object, described: Mapping[str, Any], at: KeyPath = ()) -> str:
-    """Put what pydantic found into one line.
+    """Describe the errors that pydantic found in one line.
 
     Args:
-        error: what pydantic found.
-        content: what was checked.
-        described: the JSON Schema of what it should be, which knows the valid keys and values.
-        at: keys that lead to ``content`` in its file.
+        error: The errors that pydantic found.
+        content: The validated content.
+        described: The JSON Schema of the model, which has the valid keys and values.
+        at: The keys that lead to ``content`` in its file.
     """
     found = [_read(one, content) for one in error.errors(include_url=False)]
     # a value that fits no branch of a union is told by the branch that it fits best
@@ -65,7 +65,7 @@ def explain(error: ValidationError, content: object, described: Mapping[str, Any
 
 @dataclass(frozen=True)
 class _Mistake:
-    """One error: where it is in the content, and what pydantic says of it."""
+    """Hold one error: its place in the content, and pydantic's words."""
 
     kind: str
     path: KeyPath
@@ -76,7 +76,7 @@ class _Mistake:
 
     @property
     def shown(self) -> str:
-        """The value, of which a long one's beginning is enough."""
+        """Return the value as text, shortened if it is long."""
         text = repr(self.value)
         return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
@@ -85,7 +85,7 @@ class _Mistake:
         return self.kind.removesuffix("_type") in _TYPES
 
     def is_nearer(self, other: _Mistake) -> bool:
-        """Whether this tells of a deeper place than the other, or more of the same one."""
+        """Return True if this error is at a deeper place than the other, or says more of the same place."""
         if len(self.path) == len(other.path):
             return self.path == other.path and other.is_type and not self.is_type
         return self.path[: len(other.path)] == other.path
@@ -124,7 +124,7 @@ class _Mistake:
 
 
 def _read(error: Mapping[str, Any], content: object) -> _Mistake:
-    """Find an error's place in the content; other parts of pydantic's place name branches of unions, or say that a key is meant."""
+    """Locate an error in the content. Other steps of pydantic's location name branches of unions, or mark a key."""
     path: list[str | int] = []
     steps = [step for step in error["loc"] if step != _KEY]
     for step in steps:
@@ -147,7 +147,7 @@ def _holds(content: object, step: str | int) -> bool:
 
 
 def _allowed(described: Mapping[str, Any], path: KeyPath) -> list[Mapping[str, Any]]:
-    """The parts of a JSON Schema that describe a place: one for each branch."""
+    """Return the JSON Schemas that describe a place: one for each branch."""
     parts = [*_branches(described, described)]
     for step in path:
         below = [found for part in parts for found in _below(part, step)]
@@ -182,7 +182,7 @@ def _dotted(path: KeyPath) -> str:
 
 
 def _float_hint(value: object) -> str:
-    """YAML 1.1 reads ``2e-5`` as text: say how to write it."""
+    """Say how to write ``2e-5``, which YAML 1.1 reads as text."""
     try:
         return f" (YAML reads {value} as text; write {float(value):.1e})" if isinstance(value, str) else ""
     except ValueError:
@@ -199,7 +199,7 @@ else:  # libyaml, which PyYAML's wheels have, takes a tenth of the time, of whic
 
 
 class _Loader(SafeLoader):
-    """Safe YAML that refuses a key given twice instead of keeping the last."""
+    """Load safe YAML, and refuse a key that is given twice instead of keeping the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         given = [key_node for key_node, _ in node.value if key_node.tag != "tag:yaml.org,2002:merge"]
@@ -219,7 +219,7 @@ def read_yaml(path: Path) -> Any:
     """Parse one YAML file.
 
     Raises:
-        DefinitionError: the file is missing, cannot be read or is not valid YAML; names the line.
+        DefinitionError: The file is missing, cannot be read or is not valid YAML; names the line.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
@@ -259,12 +259,12 @@ class Strict(BaseModel):
             raise refusal(f"'{key}' needs the key '{other}'")
 
     def changed(self, changes: Strict) -> Self:
-        """This with what a :class:`PartOf` gives on top."""
+        """Return this model with the values of a :class:`PartOf` on top."""
         return self.model_copy(update=changes.given())
 
 
 class AsGiven(Strict):
-    """Data in which a key with null is not one that is left out: the dump has what is given, and defaults that are not null."""
+    """Hold data in which null differs from a missing key: the dump has the given keys, and defaults that are not null."""
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -272,7 +272,7 @@ class AsGiven(Strict):
 
 
 def refusal(message: str) -> PydanticCustomError:
-    """What a model's own validator raises; pydantic adds the place."""
+    """Make the error of a model's own validator; pydantic adds the place."""
     return PydanticCustomError("refusal", "{message}", {"message": message})
 
 
@@ -280,12 +280,12 @@ NUMBER_COLUMNS = ("value", "status", "source")  # columns of every published num
 
 
 def left_out() -> Any:
-    """The default of a key that may be left out, and then stands in no run's spec."""
+    """Return the default of an optional key, which is then in no run's spec."""
     return Field(default=None, exclude_if=lambda value: value is None)
 
 
 def zero_left_out() -> Any:
-    """The default of a number that may be left out; 0 says the same, and neither stands in a run's spec."""
+    """Return the default of an optional number; 0 means the same, and neither is in a run's spec."""
     return Field(default=None, exclude_if=lambda value: not value)
 
 
@@ -321,11 +321,12 @@ def _unique(values: list[Any]) -> list[Any]:
 
 
 class Registered:
-    """Mark a text as one of the names that are registered when it is read; editors propose those of the project and take others.
+    """Mark a text as one of the names that are registered when it is read. Editors propose those of the project and
+    take others.
 
     Args:
-        names: the registry.
-        beside: names that are none of it.
+        names: The registry.
+        beside: Further names beside the registry.
     """
 
     def __init__(self, names: Collection[str], beside: Collection[str] = ()) -> None:
@@ -372,16 +373,16 @@ def json_schema(model: type[Strict]) -> dict[str, Any]:
 
 
 def parse(content: object, model: type[Model], where: str, *at: str | int) -> Model:
-    """Check what a file holds.
+    """Validate the content of a file.
 
     Args:
-        content: as YAML or JSON gave it.
-        model: what it should be.
-        where: the file, for messages.
-        at: keys that lead to ``content`` in it.
+        content: The content from YAML or JSON.
+        model: The model of the content.
+        where: The file, for messages.
+        at: The keys that lead to ``content`` in it.
 
     Raises:
-        DefinitionError: names the file, the keys and the nearest valid values, up to five at once.
+        DefinitionError: Names the file, the keys and the nearest valid values, up to five at once.
     """
     try:
         return model.model_validate(content)
@@ -390,7 +391,7 @@ def parse(content: object, model: type[Model], where: str, *at: str | int) -> Mo
 
 
 def read(path: Path, model: type[Model]) -> Model:
-    """Read a YAML file and check it, see :func:`parse`."""
+    """Read a YAML file and validate it, see :func:`parse`."""
     return parse(read_yaml(path), model, str(path))
 
 
@@ -398,13 +399,13 @@ def check_names(where: str, key: str, names: Iterable[str], known: Collection[st
     """Check the names that a file gives under a key.
 
     Args:
-        where: the file, a quotation mark, and what stands before the key.
-        key: the key.
-        names: what it names.
-        known: what exists.
+        where: The file, a quotation mark, and the keys before this one.
+        key: The key.
+        names: The names under the key.
+        known: The valid names.
 
     Raises:
-        DefinitionError: names the nearest that exists.
+        DefinitionError: A name is not valid; names the nearest.
     """
     for name in names:
         if name not in known:
@@ -413,17 +414,17 @@ def check_names(where: str, key: str, names: Iterable[str], known: Collection[st
 
 
 def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
-    """Check that a CSV that a file names is there, and has published numbers where it should.
+    """Check that a CSV that a file names exists, and has the columns of published numbers.
 
     Args:
-        where: as :func:`check_names`.
-        key: the key.
-        name: what it names.
-        folder: where it is looked for.
-        columns: what each number is of; its value, status and source are the columns behind these.
+        where: The place, see :func:`check_names`.
+        key: The key.
+        name: The name of the CSV.
+        folder: The folder of the CSV.
+        columns: The columns before value, status and source.
 
     Raises:
-        DefinitionError: names the nearest that is there, or the columns.
+        DefinitionError: The CSV is missing or has other columns; names the nearest CSV.
     """
     known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]
     check_names(where, key, () if (folder / name).is_file() else [name], known)

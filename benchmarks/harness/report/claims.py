@@ -23,10 +23,10 @@ from benchmarks.harness.config.claims import ClaimTest, Comparison, PaperEffect,
 from benchmarks.harness.config.methods import setting_text
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.report.main_figure import draw_main, main_rows
+from benchmarks.harness.report.paper import draw_main, main_rows
 from benchmarks.harness.report.plots import STYLE, WIDTH, draw_interval, placeholder_figure, save
 from benchmarks.harness.report.presentation import present
-from benchmarks.harness.report.rendering import MISSING, Column, Table
+from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.claims import Evidence, Verdict, find_evidence, is_within, judge
 from benchmarks.harness.results.statistics import holm
 
@@ -70,7 +70,7 @@ def claimed_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
     """Collect the numbers of every benchmark that a claim is tested on.
 
     Returns:
-        By benchmark, a frame with the columns :data:`~benchmarks.harness.report.outcomes.COMPARED`.
+        By benchmark, a frame with the columns :data:`~benchmarks.harness.report.common.COMPARED`.
 
     Raises:
         DefinitionError: a run is not finished, or a benchmark has no numbers to compare.

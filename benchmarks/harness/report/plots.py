@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from benchmarks.harness.base.files import atomic_write
-from benchmarks.harness.report.outcomes import Outcomes
+from benchmarks.harness.report.common import Outcomes
 from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.results.statistics import confidence_interval
 from emoe.errors import EMoEError
@@ -175,12 +175,12 @@ def _draw_scores(axis: Any, height: int, scores: Any, style: MethodStyle, limits
 
 
 def panel_grid(lines: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """Make a figure of that size in inches, and its axes ``[lines, columns]``; ``options`` are those of ``plt.subplots``."""
+    """Make a figure of a size in inches and its axes ``[lines, columns]``, with options of ``plt.subplots``."""
     return plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 
 def hide_empty(axes: NDArray[np.object_]) -> None:
-    """Hide the axes ``[lines, columns]`` without a drawing; the last visible ones of each column get the ticks' labels."""
+    """Hide the empty axes ``[lines, columns]``; the last visible ones of each column label their ticks."""
     for column in axes.T:
         for axis in column:
             axis.set_visible(axis.has_data())

@@ -16,11 +16,12 @@ from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.config.benchmark import AnyBenchmark, Benchmark, Definition, Entry, load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names
-from benchmarks.harness.report.outcomes import compared_nothing, with_runs
-from benchmarks.harness.report.rendering import Table
+from benchmarks.harness.report.common import compared_nothing, with_runs
+from benchmarks.harness.report.table import Table
 
 NOTE = (
-    "In points, mean over paired seeds with its 95 % confidence interval; verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's tasks, not over "
+    "In points, mean over paired seeds with its 95 % confidence interval; verdicts by paired t-tests at 5 %, "
+    "corrected by Holm's procedure over a method's tasks, not over "
     "methods. With two seeds a test rests on two differences: read it as a hint."
 )
 
@@ -35,7 +36,7 @@ class Presentation:
         verdicts: Sentences that say how the methods differ from the dense model.
         note: A sentence that says how to read the verdicts.
         compared: The function that gives the numbers of the claims: one row per number, with the columns
-            :data:`~benchmarks.harness.report.outcomes.COMPARED`.
+            :data:`~benchmarks.harness.report.common.COMPARED`.
         parts: The presentation of each set alone, by its name; empty if the sets are shown together.
     """
 

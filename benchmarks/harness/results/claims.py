@@ -46,7 +46,7 @@ def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None
     """Compare two methods as the direction of a claim asks for.
 
     Args:
-        numbers: The numbers of all runs of a benchmark, see :data:`benchmarks.harness.report.outcomes.COMPARED`.
+        numbers: The numbers of all runs of a benchmark, see :data:`benchmarks.harness.report.common.COMPARED`.
         compare: The comparison.
 
     Returns:

@@ -76,8 +76,8 @@ def mirror(runs: list[Run], uri: str, figures: Mapping[str, Sequence[Path]] | No
     Raises:
         RunError: The store refuses; names it without its password.
     """
-    for name in ("alembic", "mlflow"):  # silent about creating the tables
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("alembic", "mlflow"):  # they report the creation of tables, and errors with tracebacks
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     file = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else paths.RESULTS / "mlflow"
     file.parent.mkdir(parents=True, exist_ok=True)
     counts = Counter(added=0, replaced=0, unchanged=0)
@@ -89,22 +89,25 @@ def mirror(runs: list[Run], uri: str, figures: Mapping[str, Sequence[Path]] | No
     return {word: counts[word] for word in ("added", "replaced", "unchanged")}
 
 
-def _write(uri: str, benchmark: str, settings: Sequence[_Setting]) -> Counter[str]:
-    """Write settings, in a second attempt too: two mirrors may create the tables of a new database at once."""
-    for is_last in (False, True):
-        try:
-            if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).exists():
-                with atomic_write(Path(uri.removeprefix(_SQLITE))) as temporary:  # half a file breaks later mirrors
-                    MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
-            return _Experiment(MlflowClient(uri), benchmark, keeps_files=uri.startswith("http")).write(settings)
-        except Exception as error:  # of a database, its driver or a server: MLflow passes them on
-            is_missing = isinstance(error, ModuleNotFoundError)
-            if is_last or is_missing:
-                driver = "; for PostgreSQL: pip install 'emoe[postgres]'" if is_missing else ""
-                message = f"MLflow at {uri}: {first_line(error)}{driver}"
-                raise RunError(without_passwords(message)) from None
-        time.sleep(_WAIT_SECONDS)
-    raise AssertionError
+def _write(uri: str, benchmark: str, settings: Sequence[_Setting], attempts: int = 2) -> Counter[str]:
+    """Write settings; a second attempt helps two mirrors that create the tables of a new database at once."""
+    try:
+        if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).exists():
+            with atomic_write(Path(uri.removeprefix(_SQLITE))) as temporary:  # half a file breaks later mirrors
+                MlflowClient(f"{_SQLITE}{temporary}").search_experiments(max_results=1)
+        return _Experiment(MlflowClient(uri), benchmark, keeps_files=uri.startswith("http")).write(settings)
+    except Exception as error:  # of a database, its driver or a server: MLflow passes them on
+        is_missing = isinstance(error, ModuleNotFoundError)
+        if attempts == 1 or is_missing:
+            driver = "; for PostgreSQL: pip install 'emoe[postgres]'" if is_missing else ""
+            raise RunError(without_passwords(f"MLflow at {uri}: {first_line(_cause(error))}{driver}")) from None
+    time.sleep(_WAIT_SECONDS)
+    return _write(uri, benchmark, settings, attempts - 1)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the error of the database or the server below those of MLflow and SQLAlchemy."""
+    return _cause(error.__cause__) if error.__cause__ else error
 
 
 class _Experiment:

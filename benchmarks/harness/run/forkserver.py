@@ -1,12 +1,10 @@
 """Commands that share their imports: one process imports everything once and forks for each of them.
 
-Importing torch, transformers and what else a run needs takes longer than many a run. The workflow starts a :class:`Server`; each
-``python -m benchmarks …`` below it then has a fork of it do its work (:func:`ask`), with its own arguments, folder and streams. A fork
-starts as a process that has imported and done nothing else, so that a run's numbers are those that it has alone. It ends when its
-caller does, and the server ends with the workflow, however that ends.
+Importing torch and transformers takes longer than many runs. A fork has only imported, so the numbers of a run are the
+same as alone. It ends with its caller, and the server with the workflow. A caller with another environment (threads,
+devices, settings) works by itself, and so does a caller without a server.
 
-A caller whose environment is another (threads, devices, settings) works by itself, as does one that finds no server.
-This module imports the standard library alone: a caller shall not import what was imported for it.
+This module imports the standard library alone, because a caller must not import what the server has imported.
 """
 
 from __future__ import annotations
@@ -28,55 +26,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ADDRESS = "EMOE_FORKSERVER"
-# what Snakemake tells the libraries of a job of one thread; forks are for such jobs
-ONE_THREAD = dict.fromkeys(
-    (
-        "OMP_NUM_THREADS",
-        "GOTO_NUM_THREADS",
-        "OPENBLAS_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "VECLIB_MAXIMUM_THREADS",
-        "NUMEXPR_NUM_THREADS",
-    ),
-    "1",
-)
-# a fork takes these over: what says where it stands, and what a shell keeps for itself, which bash sets, resets or drops (its
-# prompts, which an activated environment exports) before it starts a job
-_PLACES = {ADDRESS, "PWD", "OLDPWD", "TMPDIR", "TMP", "TEMP", "TEMPDIR"}
-_SHELL = {"_", "SHLVL", "SHELLOPTS", "IFS", "OPTIND", "PS1", "PS2", "PS4"}
-_FREE = _PLACES | _SHELL
-# has torch count accelerators without starting their driver, which a fork could not use any more
-_COUNT_ONLY = "PYTORCH_NVML_BASED_CUDA_CHECK"
-_ENVIRONMENT = dict(os.environ)  # read before anything else is imported, because some libraries set variables
-_TAKEN, _REFUSED = b"+", b"-"
+# the settings of Snakemake for the libraries of a job of one thread; forks are for such jobs
+_THREADS = ("OMP", "GOTO", "OPENBLAS", "MKL", "NUMEXPR")
+ONE_THREAD = {**{f"{library}_NUM_THREADS": "1" for library in _THREADS}, "VECLIB_MAXIMUM_THREADS": "1"}
+# a fork takes these from its caller: folders, and the variables that bash sets, resets or drops before it starts a job
+_TAKEN_OVER = {ADDRESS, "PWD", "OLDPWD", "TMPDIR", "TMP", "TEMP", "TEMPDIR"} | {
+    *("_", "SHLVL", "SHELLOPTS", "IFS", "OPTIND", "PS1", "PS2", "PS4")
+}
+_ENVIRONMENT = dict(os.environ)  # read before other imports, because some libraries set variables
+_ACCEPTED, _REFUSED = b"+", b"-"
 
 
 def ask(arguments: Sequence[str]) -> int | None:
-    """Have a command done by a fork of the server that the environment names.
+    """Let a fork of the server in the environment do a command.
 
     Args:
-        arguments: of ``python -m benchmarks``.
+        arguments: The arguments of ``python -m benchmarks``.
 
     Returns:
-        Its exit status; None where there is no server, or one with another environment, and nothing was done.
+        The exit status; None if nothing was done, because there is no server or it has another environment.
     """
     address = os.environ.get(ADDRESS)
     if not address:
         return None
-    request = {
-        "arguments": list(arguments),
-        "folder": str(Path.cwd()),
-        "environment": _ENVIRONMENT,
-        "python": sys.executable,
-    }
+    caller = {"folder": str(Path.cwd()), "environment": _ENVIRONMENT, "python": sys.executable}
+    request = json.dumps({"arguments": list(arguments), **caller})
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server, server.makefile("rb") as answer:
         try:
             server.connect(address)
-            socket.send_fds(server, [json.dumps(request).encode() + b"\n"], [0, 1, 2])
-            taken = answer.read(1) == _TAKEN
+            socket.send_fds(server, [f"{request}\n".encode()], [0, 1, 2])
+            if answer.read(1) != _ACCEPTED:
+                return None
         except OSError:  # it has ended, or is on another machine
-            return None
-        if not taken:
             return None
         status = answer.read()
     if not status:
@@ -85,15 +66,11 @@ def ask(arguments: Sequence[str]) -> int | None:
     return int(status)
 
 
-def _fixed(environment: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name not in _FREE}
-
-
 class Server:
     """The process that imports and forks.
 
     Args:
-        modules: what it imports; a command may need others.
+        modules: The modules to import; a command may need others.
     """
 
     def __init__(self, modules: Sequence[str]) -> None:
@@ -101,8 +78,9 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and name it to all commands that this process starts from now on. They wait until it has imported."""
-        os.environ.setdefault(_COUNT_ONLY, "1")
+        """Start the server, and name it to all commands that this process starts later. They wait for its imports."""
+        # torch counts accelerators without starting their driver, which a fork could not use any more
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         address = str(Path(tempfile.mkdtemp(prefix="emoe-")) / "socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(address)
@@ -116,7 +94,7 @@ class Server:
         os.environ[ADDRESS] = address
 
     def stop(self) -> None:
-        """End it; nothing where it was not started."""
+        """End the server if it was started."""
         if self._process is not None:
             self._process.terminate()  # it may still import
             self._process.communicate()
@@ -125,20 +103,20 @@ class Server:
 
 
 def serve(listener: socket.socket, modules: Sequence[str], work: Callable[[list[str]], int]) -> None:
-    """Be the server, until the standard input ends.
+    """Import modules and fork for each caller, until the standard input ends.
 
     Args:
-        listener: where commands ask.
-        modules: to import first.
-        work: does a command in a fork; gives its exit status.
+        listener: The socket for callers.
+        modules: The modules to import first.
+        work: Does a command in a fork, and returns its exit status.
     """
     folder = Path(listener.getsockname()).parent
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the workflow knows what to do
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the workflow handles it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks tell their callers themselves
     for name in modules:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # forks share these pages as long as nobody writes on them
+    gc.freeze()  # forks share these pages until somebody writes on them
     with listener, selectors.DefaultSelector() as waiting:
         for source in (listener, sys.stdin):
             waiting.register(source, selectors.EVENT_READ)
@@ -147,33 +125,32 @@ def serve(listener: socket.socket, modules: Sequence[str], work: Callable[[list[
             with caller:
                 if os.fork() == 0:
                     listener.close()
-                    _be_fork(caller, work)
+                    _work_for(caller, work)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _be_fork(caller: socket.socket, work: Callable[[list[str]], int]) -> None:
-    """Do what a caller asks for, tell it the exit status, and end."""
+def _work_for(caller: socket.socket, work: Callable[[list[str]], int]) -> None:
+    """Do a caller's command in this fork, send the exit status, and end."""
     content, streams = b"", list[int]()
     while not content.endswith(b"\n"):
-        part, given, _, _ = socket.recv_fds(caller, 2**16, 3)
-        if not part:
+        chunk, descriptors, _, _ = socket.recv_fds(caller, 2**16, 3)
+        if not chunk:
             os._exit(1)
-        content, streams = content + part, streams + given
-    request = json.loads(content)
-    status = 1
+        content, streams = content + chunk, streams + descriptors
+    request, status = json.loads(content), 1
     try:
-        theirs = request["environment"]
-        if request["python"] != sys.executable or _fixed(theirs) != _fixed(_ENVIRONMENT):
+        changes = dict(request["environment"].items() ^ _ENVIRONMENT.items())
+        if request["python"] != sys.executable or not changes.keys() <= _TAKEN_OVER:
             caller.sendall(_REFUSED)
             os._exit(0)
-        caller.sendall(_TAKEN)
+        caller.sendall(_ACCEPTED)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for place, stream in enumerate(streams):
-            os.dup2(stream, place)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
             os.close(stream)
         os.chdir(request["folder"])
-        os.environ.update({name: value for name, value in theirs.items() if name in _FREE})
+        os.environ.update({name: value for name, value in request["environment"].items() if name in _TAKEN_OVER})
         threading.Thread(target=_end_with, args=(caller,), daemon=True).start()
         status = work(request["arguments"])
     except BaseException:
@@ -182,10 +159,10 @@ def _be_fork(caller: socket.socket, work: Callable[[list[str]], int]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         caller.sendall(str(status).encode())
-        os._exit(status)  # not through the server's own end
+        os._exit(status)  # skips the exit handlers of the server
 
 
 def _end_with(caller: socket.socket) -> None:
-    """End this process when the caller does, as if it were the caller."""
+    """End this process when the caller ends."""
     caller.recv(1)
     os.kill(os.getpid(), signal.SIGTERM)

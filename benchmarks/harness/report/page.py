@@ -25,9 +25,9 @@ from benchmarks.harness.config.paper_items import load_paper_items, main_files
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.claims import cards, has_random_weights, sentences
-from benchmarks.harness.report.paper_items import paper_index
+from benchmarks.harness.report.paper import paper_index
 from benchmarks.harness.report.presentation import Presentation, present
-from benchmarks.harness.report.rendering import MISSING, code_as_html
+from benchmarks.harness.report.table import MISSING, code_as_html
 from benchmarks.harness.results.records import read_metrics
 
 _HERE = Path(__file__).parent
@@ -49,7 +49,7 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    text = environment.get_template("report.html.j2").render(
+    text = environment.get_template("page.html.j2").render(
         suite=suite.name,
         version=emoe.__version__,
         claims={} if benchmark else page.claims(),
@@ -60,8 +60,8 @@ def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> No
         costs=costs,
         environments=environments,
         runs_folder=page.link(paths.RUNS),
-        style=_read_trusted(_HERE / "report.css"),
-        script=_read_trusted(_HERE / "report.js"),
+        style=_read_trusted(_HERE / "page.css"),
+        script=_read_trusted(_HERE / "page.js"),
     )
     write_text(output, text)
 
@@ -245,9 +245,10 @@ def _cost_texts(costs: Sequence[dict[str, float]]) -> dict[str, str]:
 
 def _environment(environment: dict[str, Any]) -> dict[str, str]:
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    processor = f"{environment['processor']}, {environment['cores']} cores"
     changes = " with uncommitted changes" if environment["git_dirty"] else ""
     return {
-        "Processor": f"{environment['processor']}, {environment['cores']} cores; {environment['threads']} thread(s) a run",
+        "Processor": f"{processor}; {environment['threads']} thread(s) a run",
         "GPUs": ", ".join(environment["gpus"]) or "none",
         "Memory": f"{environment['memory_gb']} GB",
         "System": f"{environment['platform']}, Python {environment['python']}",

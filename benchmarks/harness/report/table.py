@@ -169,7 +169,7 @@ class Table:
         return _LATEX.format(comment=comment, table=table)
 
     def html(self) -> str:
-        """Render an unstyled ``<figure>``: each number's cell has its value to sort by, each row the names of its runs."""
+        """Render an unstyled ``<figure>``; numbers have their value to sort by, rows the names of their runs."""
         texts, best, sorts = self.texts(), self.best(), self._sort_values()
         shared = self._shared_texts(texts)
         columns = [number for number, heading in enumerate(texts.columns) if heading not in shared]

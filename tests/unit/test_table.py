@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.harness.report.plots import placeholder_figure
-from benchmarks.harness.report.rendering import Column, Table, escape_latex, escape_markdown
+from benchmarks.harness.report.table import Column, Table, escape_latex, escape_markdown
 
 TABLE = Table(
     "A & B",
@@ -40,7 +40,7 @@ TABLE = Table(
     ),
     group=("g",),
 )
-ODD = ["a < b > c | d", "α 中 ŧ é ł “x” ✓ ≤", "\\ { } $ # % & _ ^ ~ \" '", "x\n\ny\ttab \x07", "word " * 40]
+ODD = ["a < b > c | d", "α 中 ŧ é ł “x” ✓ ≤", "\\ { } $ # % & _ ^ ~ \" '", "x\n\ny\t \x07", "word " * 40]
 
 
 def test_cells_and_the_best_by_number() -> None:

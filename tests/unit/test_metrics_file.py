@@ -1,0 +1,81 @@
+"""A ``metrics.json`` is checked as a whole: what is damaged is one line that names the file and the key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.config.suite import load_suite
+from benchmarks.harness.results.records import read_metrics
+from tests import fake_runs
+
+BENCHMARKS = ("glue", "glue_ood", "domainbed", "llama", "modularity", "speed")
+GONE = object()
+RUN = {
+    benchmark: next(run for run in load_suite({"suite": "smoke"}).runs_of(benchmark) if run.spec["method"]["config"])
+    for benchmark in BENCHMARKS[:-1]
+} | {"speed": load_suite({"suite": "smoke"}).runs_of("speed")[0]}
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
+    run = RUN[benchmark]
+    fake_runs.write_runs([run])
+    assert read_metrics(run) == json.loads((RUNS / run.folder / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "keys", "value", "message"),
+    [
+        ("glue", [], [], "should be a valid dictionary"),
+        ("glue", ["run_id"], "other", "belongs to the run 'other'"),
+        ("glue", ["scores"], GONE, "'scores' is missing"),
+        ("glue", ["scores", "test"], {}, "'scores.test' is missing"),
+        ("glue", ["scores", "ood"], {}, "lacks something"),
+        (
+            "glue",
+            ["scores", "test", "tweets", "balanced_accuracy"],
+            None,
+            "'scores.test.tweets.balanced_accuracy' is null",
+        ),
+        ("glue", ["scores", "test", "tweets", "balanced_accuracy"], 17.0, "not a number from 0 to 1"),
+        ("glue", ["scores", "test", "tweets", "balanced_accuracy"], True, "should be a valid number"),
+        ("glue", ["scores", "test", "tweets", "loss"], float("nan"), "is damaged"),
+        ("glue", ["cost"], [], "'cost'"),
+        ("glue", ["cost", "job_seconds"], GONE, "'cost.job_seconds': Field required"),
+        ("glue", ["environment", "processor"], GONE, "'environment.processor': Field required"),
+        ("glue", ["model"], [], "'model'"),
+        ("glue", ["data", "test"], {"rows": 3}, "it needs 'labels', 'range' or 'tokens'"),
+        ("glue", ["usage"], GONE, "'usage' is missing"),
+        ("glue_ood", ["chosen"], GONE, "'chosen' is missing"),
+        ("domainbed", ["records"], GONE, "'records' is missing"),
+        ("domainbed", ["confusion"], [], "'confusion'"),
+        ("llama", ["tasks"], GONE, "'tasks' is missing"),
+        ("llama", ["curve"], ["x"], "'curve.0'"),
+        ("modularity", ["matrix", "places"], GONE, "'matrix.places': Field required"),
+        ("speed", ["measured"], GONE, "lacks something"),
+    ],
+)
+def test_a_damaged_file_is_named(benchmark: str, keys: Sequence[str], value: Any, message: str, here: Path) -> None:
+    run = RUN[benchmark]
+    fake_runs.write_runs([run])
+    path = RUNS / run.folder / "metrics.json"
+    content = {"": json.loads(path.read_text())}
+    inner: Any = content
+    *above, last = ["", *keys]
+    for key in above:
+        inner = inner[key]
+    inner.pop(last) if value is GONE else inner.update({last: value})
+    path.write_text(json.dumps(content[""]))
+    with pytest.raises(DataError) as damaged:
+        read_metrics(run)
+    assert message in str(damaged.value)
+    assert str(damaged.value).startswith(str(path))
+    assert str(damaged.value).endswith(f"delete it and run `snakemake --cores all {path}`")
+    assert "\n" not in str(damaged.value)
