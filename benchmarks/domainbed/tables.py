@@ -20,7 +20,7 @@ from benchmarks.harness.report.common_tables import (
     with_columns,
     with_numbers,
 )
-from benchmarks.harness.report.published import read_published
+from benchmarks.harness.report.outcomes import read_published
 from benchmarks.harness.report.rendering import Column, Table
 from benchmarks.harness.results.statistics import PERMUTATIONS
 

@@ -17,7 +17,7 @@ from benchmarks.harness.report.common_tables import (
     tests_table,
     with_numbers,
 )
-from benchmarks.harness.report.published import read_published
+from benchmarks.harness.report.outcomes import read_published
 from benchmarks.harness.report.rendering import Column, Table
 from benchmarks.llama.grid import is_trained
 from benchmarks.llama.likelihood import NATS

@@ -10,8 +10,7 @@ import pandas as pd
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.kinds import Benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.outcomes import Outcomes
-from benchmarks.harness.report.published import read_published
+from benchmarks.harness.report.outcomes import Outcomes, read_published
 from benchmarks.harness.report.rendering import Column, Table
 from benchmarks.harness.results.records import collect, information_numbers, read_metrics
 from benchmarks.harness.results.statistics import PERMUTATIONS

@@ -11,8 +11,7 @@ import pandas as pd
 from benchmarks.harness.config.kinds import OOD_MEAN, Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common_tables import difference_text, means_by, tests_table, with_numbers
-from benchmarks.harness.report.outcomes import compared, counts, with_runs
-from benchmarks.harness.report.published import read_published
+from benchmarks.harness.report.outcomes import compared, counts, read_published, with_runs
 from benchmarks.harness.report.rendering import MISSING, RUNS, Column, Table
 from benchmarks.harness.results.statistics import paired_differences, with_verdicts
 from benchmarks.multitask.grid import ID_MEAN, MultitaskDefinition

@@ -19,8 +19,7 @@ from benchmarks.harness.config.schema import NUMBER_COLUMNS, check_names
 from benchmarks.harness.config.shared import ABLATION, CONTROL
 from benchmarks.harness.config.variants import setting_text, setting_values
 from benchmarks.harness.report.common_tables import means_by, with_numbers
-from benchmarks.harness.report.outcomes import SETTING, with_runs
-from benchmarks.harness.report.published import published_delta, read_published
+from benchmarks.harness.report.outcomes import SETTING, published_delta, read_published, with_runs
 from benchmarks.harness.report.rendering import MISSING, Column, Table
 from benchmarks.harness.results.records import collect
 from benchmarks.harness.results.statistics import confidence_interval, paired_differences, with_verdicts

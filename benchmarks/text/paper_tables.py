@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from benchmarks.harness.report.published import published_delta, read_published
+from benchmarks.harness.report.outcomes import published_delta, read_published
 from benchmarks.harness.report.rendering import MISSING, Column, Table
 from benchmarks.harness.results.statistics import critical_difference
 from benchmarks.text.grid import CLEAN, ID, PUBLISHED

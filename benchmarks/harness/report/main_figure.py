@@ -1,4 +1,4 @@
-"""The main averages (Fig. 2 of the paper): a radar, and, because radars mislead, differences with their intervals; the paper's beside ours."""
+"""The main averages (Fig. 2 of the paper), ours and the paper's: a radar, and differences with their intervals."""
 
 from __future__ import annotations
 
@@ -37,44 +37,44 @@ _LOOKS = {"dense": DENSE, "gmoe": GMOE, "emoe": EMOE}
 _NOTHING = "this suite runs none of the main averages"
 _FEW_TASKS = 3  # whose names are listed
 _LETTERS = string.ascii_uppercase  # of the axes of a radar
-_TOLD, _LABEL = 58, 52  # letters of a line below a radar, and beside a difference
+_WORDS, _LABEL = 58, 52  # letters of a line below a radar, and beside a difference
 _RADAR, _LINE = 2.9, 0.135  # inches of a radar with its title, and of a line below it
 _PADDING = 0.25  # of the range of an axis of the radar, inside its least and outside its greatest value
 
 
 def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The main averages of a suite, and the paper's.
+    """Compute the main averages of a suite, beside the paper's.
 
     Args:
-        numbers: what :func:`~benchmarks.harness.report.claims.claimed_numbers` gave.
+        numbers: The numbers by benchmark, see :func:`~benchmarks.harness.report.claims.claimed_numbers`.
 
     Returns:
-        A row an average, model and method (``dense``, ``gmoe``, ``emoe``): ``axis`` (title and model), ``whose`` (``ours``, ``paper``), ``is_rank``, ``mean`` (points;
-        of a rank as it is), the paired difference to the dense row: ``delta``, ``low``, ``high`` (points) and ``n``, and what ours are of: ``of`` the mean, ``compared`` the difference.
+        A row an average, model and method (``dense``, ``gmoe``, ``emoe``): ``axis`` (title and model), ``whose``
+        (``ours``, ``paper``), ``is_rank``, ``mean`` (points, or the rank), the paired difference to the dense row
+        (``delta``, ``low``, ``high``, in points) and its ``n``; ``of`` and ``compared`` name the data of our mean and
+        of our difference.
     """
-    found = []
+    rows: list[dict[str, Any]] = []
     for average in load_main_averages().values():
         if average.of.benchmark in numbers:
-            found += _ours(average, numbers[average.of.benchmark])
+            rows += _ours(average, numbers[average.of.benchmark])
         for models, is_rank in ((average.paper, False), (average.paper_ranks, True)):
             for model, values in models.items():
                 for method in _METHODS:
                     value, dense = getattr(values, method), values.dense
                     row = {"axis": f"{average.title}, {model}", "whose": "paper", "is_rank": is_rank, "method": method}
-                    found.append({**row, "mean": value, "delta": value - dense, "n": 0, "of": "", "compared": ""})
+                    rows.append({**row, "mean": value, "delta": value - dense, "n": 0, "of": "", "compared": ""})
     columns = ["axis", "whose", "is_rank", "method", "mean", "delta", "low", "high", "n", "of", "compared"]
-    return pd.DataFrame(found, columns=columns)
+    return pd.DataFrame(rows, columns=columns)
 
 
-def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
-    """Means over the tasks and sets, and the pairs (seeds, trials), that all methods have; differences over those that a method shares with the dense one."""
+def _ours(average: MainAverage, numbers: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield means over the tasks, sets and pairs that all methods have, and differences over those that two share."""
     of = average.of
     kept = numbers["selection"].eq(of.selection) & numbers["domain"].eq(of.domain) & numbers["metric"].eq(of.metric)
-    rows = numbers[kept & numbers["setting"].eq("")]
-    found = []
-    for model, own in rows.groupby("model", sort=False):
+    for model, rows in numbers[kept & numbers["setting"].eq("")].groupby("model", sort=False):
         title = load_models()[model].title if model in load_models() else str(model)
-        wide = own.pivot_table(index=["task", "eval_task", "pair"], columns="method", values="value", aggfunc="mean")
+        wide = rows.pivot_table(index=["task", "eval_task", "pair"], columns="method", values="value", aggfunc="mean")
         if of.dense not in wide or not {of.gmoe, of.emoe} & set(wide):
             continue
         shared = wide[[name for name in (of.dense, of.gmoe, of.emoe) if name in wide]].dropna()
@@ -84,28 +84,25 @@ def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
             name = getattr(of, method)
             if name not in wide or means.empty:
                 continue
-            evidence = None if name == of.dense else find_evidence(own, of.comparison(name))
+            evidence = None if name == of.dense else find_evidence(rows, of.comparison(name))
             difference = evidence.difference if evidence else mean_difference(np.zeros(len(means)))
-            found.append(
-                {
-                    "axis": f"{average.title}, {title}",
-                    "whose": "ours",
-                    "is_rank": False,
-                    "method": method,
-                    "mean": float(means[name].mean()) * 100,
-                    "delta": difference.mean * 100,
-                    "low": difference.low * 100,
-                    "high": difference.high * 100,
-                    "n": difference.n,
-                    "of": _said(of.benchmark, shared, len(means)),
-                    "compared": _said(of.benchmark, wide[[of.dense, name]].dropna(), difference.n),
-                }
-            )
-    return found
+            yield {
+                "axis": f"{average.title}, {title}",
+                "whose": "ours",
+                "is_rank": False,
+                "method": method,
+                "mean": float(means[name].mean()) * 100,
+                "delta": difference.mean * 100,
+                "low": difference.low * 100,
+                "high": difference.high * 100,
+                "n": difference.n,
+                "of": _data_text(of.benchmark, shared, len(means)),
+                "compared": _data_text(of.benchmark, wide[[of.dense, name]].dropna(), difference.n),
+            }
 
 
-def _said(benchmark: str, numbers: pd.DataFrame, pairs: int) -> str:
-    """The tasks that numbers are of, of many only how many, and their pairs."""
+def _data_text(benchmark: str, numbers: pd.DataFrame, pairs: int) -> str:
+    """Name the tasks of numbers, or their count, and the number of pairs."""
     known = load_benchmark(benchmark)
     titles = known.kind.task_titles(known.definition, known.tasks)
     names = [titles.get(name, name) for name in numbers.index.get_level_values("task").unique()]
@@ -113,7 +110,7 @@ def _said(benchmark: str, numbers: pd.DataFrame, pairs: int) -> str:
 
 
 def draw_main(rows: pd.DataFrame, folder: Path) -> None:
-    """Draw the radar and the differences into a folder, under the names of :func:`~benchmarks.harness.config.paper_items.main_files`."""
+    """Draw the radar and the differences into a folder."""
     radar, differences = dict.fromkeys(folder / Path(file).stem for file in main_files(""))
     if not (rows["whose"] == "ours").any():
         placeholder_figure(radar, _NOTHING)
@@ -124,21 +121,21 @@ def draw_main(rows: pd.DataFrame, folder: Path) -> None:
 
 
 def draw_radar(rows: pd.DataFrame, path: Path) -> None:
-    """Two radars, ours and the paper's: every axis has its own range, and the best is outside. Axes have letters, and what they are stands below with its numbers."""
+    """Draw two radars, ours and the paper's, with a range an axis and the best outside; a list below explains the axes."""
     with mpl.rc_context({**STYLE, "axes.grid": True, "axes.grid.axis": "both"}):
         letters, sides = map("".join, itertools.product(("", *_LETTERS), _LETTERS)), {}
         for whose in ("ours", "paper"):
-            found = rows[rows["whose"] == whose]
-            wide = found.pivot_table(index="axis", columns="method", values="mean", sort=False)
+            side = rows[rows["whose"] == whose]
+            wide = side.pivot_table(index="axis", columns="method", values="mean", sort=False)
             named = dict(zip(itertools.islice(letters, len(wide)), wide.index, strict=True))
-            sides[whose] = (found, wide, named, "\n".join(_explained(found, wide, named)))
+            sides[whose] = (side, wide, named, "\n".join(_explained(side, wide, named)))
         words = _LINE * max(text.count("\n") + 1 for *_, text in sides.values())
         figure = plt.figure(figsize=(WIDTH, _RADAR + words + 0.3), layout="constrained")
         grid = figure.add_gridspec(2, 2, height_ratios=[_RADAR, words])
         handles: dict[str, Any] = {}
-        for column, (whose, (found, wide, named, text)) in enumerate(sides.items()):
+        for column, (whose, (side, wide, named, text)) in enumerate(sides.items()):
             panel: Any = figure.add_subplot(grid[0, column], projection="polar")
-            handles |= _draw_polygons(panel, wide, found.drop_duplicates("axis").set_index("axis")["is_rank"], named)
+            handles |= _draw_polygons(panel, wide, side.drop_duplicates("axis").set_index("axis")["is_rank"], named)
             panel.set_title("these runs" if whose == "ours" else "the paper (OOD: ranks, lower is better)", fontsize=8)
             below = figure.add_subplot(grid[1, column])
             below.axis("off")
@@ -148,16 +145,16 @@ def draw_radar(rows: pd.DataFrame, path: Path) -> None:
 
 
 def _draw_polygons(panel: Any, wide: pd.DataFrame, ranks: pd.Series, named: Mapping[str, str]) -> dict[str, Any]:
-    """A line a method over the axes, each from the least to the greatest of its numbers; the lines by what they are called."""
+    """Draw a line a method over the axes, each from the least to the greatest number; return the lines by label."""
     angles = np.linspace(0, 2 * np.pi, len(wide), endpoint=False)
     better = wide.mul(np.where(ranks.loc[wide.index], -1.0, 1.0), axis=0)
     low, high = better.min(axis=1), better.max(axis=1)
     span = (high - low).where(high > low, 1.0)
-    places = better.sub(low, axis=0).div(span, axis=0) * (1 - 2 * _PADDING) + _PADDING
+    radii = better.sub(low, axis=0).div(span, axis=0) * (1 - 2 * _PADDING) + _PADDING
     drawn = {}
     for method, label in _METHODS.items():
-        if method in places:
-            values = places[method].to_numpy(dtype=float)
+        if method in radii:
+            values = radii[method].to_numpy(dtype=float)
             (drawn[label],) = panel.plot(
                 [*angles, angles[0]], [*values, values[0]], ms=3.5, lw=1.2, **_LOOKS[method].mark
             )
@@ -169,25 +166,25 @@ def _draw_polygons(panel: Any, wide: pd.DataFrame, ranks: pd.Series, named: Mapp
 
 
 def _explained(rows: pd.DataFrame, wide: pd.DataFrame, named: Mapping[str, str]) -> Iterator[str]:
-    """Of every axis its letter, what it is, and its numbers."""
+    """Yield a line an axis: its letter, title and numbers."""
     first = rows.drop_duplicates("axis").set_index("axis")
     yield f"   {' / '.join(label for method, label in _METHODS.items() if method in wide)}"
     for letter, axis in named.items():
         numbers = " / ".join(f"{wide.loc[axis, method]:.1f}" for method in _METHODS if method in wide)
         of = first.loc[axis, "of"]
-        yield textwrap.fill(f"{letter}  {axis}{f' ({of})' if of else ''}: {numbers}", _TOLD, subsequent_indent="     ")
+        yield textwrap.fill(f"{letter}  {axis}{f' ({of})' if of else ''}: {numbers}", _WORDS, subsequent_indent="     ")
 
 
 def draw_differences(rows: pd.DataFrame, path: Path) -> None:
-    """Differences to the dense model in points: ours with their 95 % intervals, the paper's as crosses; ranks are left out."""
+    """Draw differences to the dense model in points: ours with 95 % intervals, the paper's as crosses; no ranks."""
     drawn = rows[(rows["method"] != "dense") & ~rows["is_rank"]]
     axes = list(drawn["axis"].drop_duplicates())
     with mpl.rc_context(STYLE):
         figure, panel = plt.subplots(figsize=(WIDTH, 0.36 * len(axes) + 1.0), layout="constrained")
         for row in drawn.itertuples():
             look = _LOOKS[row.method]
-            place = axes.index(row.axis) + (0.14 if row.method == "gmoe" else -0.14)
-            draw_difference(panel, row, place, look if row.whose == "ours" else replace(look, marker="x"))
+            y = axes.index(row.axis) + (0.14 if row.method == "gmoe" else -0.14)
+            draw_difference(panel, row, y, look if row.whose == "ours" else replace(look, marker="x"))
         panel.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
         labels = [_labelled(axis, drawn[drawn["axis"] == axis]) for axis in axes]
         panel.set_yticks(range(len(axes)), labels, fontsize=7)
@@ -205,11 +202,11 @@ def draw_differences(rows: pd.DataFrame, path: Path) -> None:
 
 
 def _labelled(axis: str, rows: pd.DataFrame) -> str:
-    """What a row of differences is, and over what: once where all methods have the same."""
+    """Label a row of differences with its axis and data; the data stand once if all methods have the same."""
     ours = rows[rows["whose"] == "ours"]  # the paper may have a row of the same model
     compared = dict(zip(ours["method"].map(_METHODS), ours["compared"], strict=True))
-    said = set(compared.values())
-    if not said:
+    texts = set(compared.values())
+    if not texts:
         return textwrap.fill(axis, _LABEL)
-    of = said.pop() if len(said) == 1 else ". ".join(f"{name}: {text}" for name, text in compared.items())
+    of = texts.pop() if len(texts) == 1 else ". ".join(f"{name}: {text}" for name, text in compared.items())
     return "\n".join((textwrap.fill(axis, _LABEL), textwrap.fill(of, _LABEL)))

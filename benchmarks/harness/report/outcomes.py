@@ -1,22 +1,27 @@
-"""The finished runs of a benchmark, with what readers see in place of its names and in which order."""
+"""The finished runs of a benchmark, with titles and their order; the paper's numbers."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pandas as pd
 
+from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.kinds import COUNTS, Benchmark
 from benchmarks.harness.config.method_rows import resolve_methods
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.shared import CONTROL, Entry, MethodsDefinition
+from benchmarks.harness.config.schema import NUMBER_COLUMNS
+from benchmarks.harness.config.shared import CONTROL, Definition, Entry, MethodsDefinition
 from benchmarks.harness.report.looks import Look, look_of
 from benchmarks.harness.report.rendering import RUN_BY, RUNS, Table
 from benchmarks.harness.results.bundles import origin_of
+from emoe.errors import did_you_mean
 
+_STATUS = ("published", "inferred", "unknown")  # of a published number
 SETTING = "|"  # between a row and a setting of it that is a row of its own
 ALL = "*"  # in place of a name: a mean over all
 _ORIGIN = (
@@ -30,12 +35,12 @@ COMPARED = [
 
 
 def compared(*parts: pd.DataFrame) -> pd.DataFrame:
-    """Numbers in the columns :data:`COMPARED`; empty text in those that a part lacks."""
+    """Join numbers in the columns :data:`COMPARED`; a missing column is empty text."""
     return pd.concat([part.reindex(columns=COMPARED, fill_value="") for part in parts], ignore_index=True)
 
 
 def compared_nothing() -> pd.DataFrame:
-    """No numbers, in the columns :data:`COMPARED`."""
+    """Return an empty frame with the columns :data:`COMPARED`."""
     return pd.DataFrame(columns=COMPARED)
 
 
@@ -80,26 +85,27 @@ def _run_by(runs: Sequence[str], elsewhere: Mapping[str, str]) -> str:
 
 
 def counts(records: pd.DataFrame) -> pd.DataFrame:
-    """Numbers of parameters of all runs, as part of :func:`compared`."""
-    found = records[(records["part"] == "model") & records["metric"].isin(COUNTS.metrics)]
-    return found.rename(columns={"seed": "pair"}).assign(domain="model")
+    """Select the numbers of parameters of all runs, for :func:`compared`."""
+    rows = records[(records["part"] == "model") & records["metric"].isin(COUNTS.metrics)]
+    return rows.rename(columns={"seed": "pair"}).assign(domain="model")
 
 
 class Outcomes:
-    """The finished runs of a benchmark that trains; a benchmark adds what it makes of them.
+    """The finished runs of a benchmark that trains; a benchmark adds its numbers.
 
     Args:
-        benchmark: its definition.
-        runs: the finished runs, in the order of the grid.
-        keys: columns of names that readers see as titles: ``model``, ``method``, ``task``, ``eval_task``, ``set``, or one of ``titles``.
-        titles: of other columns: title by name, in the order in which rows stand.
+        benchmark: The benchmark.
+        runs: The finished runs, in the order of the grid.
+        keys: The columns of names that have titles: ``model``, ``method``, ``task``, ``eval_task``, ``set``, or one of
+            ``titles``.
+        titles: The titles of other columns, by name, in the order of rows.
 
     Attributes:
-        name: of the benchmark.
-        methods: their definitions.
-        baseline: the method that others are compared with.
-        titles: by column, title by name in the order of rows: models and tasks as they ran, then as they are defined.
-        records: every number of every run; a benchmark gives it.
+        name: The name of the benchmark.
+        methods: The definitions of its methods.
+        baseline: The method that others are compared with.
+        titles: The titles by column and name in the order of rows: models and tasks as they ran, then as defined.
+        records: The numbers of all runs; a benchmark sets them.
     """
 
     records: pd.DataFrame
@@ -121,12 +127,12 @@ class Outcomes:
         self.titles: dict[str, Mapping[str, str]] = {key: known[key] for key in keys}
 
     def title(self, key: str, name: str) -> str:
-        """What readers see of a name: its title, or itself where it has none."""
+        """Return the title of a name, or the name if it has none."""
         return self.titles[key].get(name, name)
 
     @property
     def origins(self) -> pd.DataFrame:
-        """Which runs there are, by the names that rows of tables have: :func:`with_runs` reads it."""
+        """Return the runs with the names that rows of tables have, for :func:`with_runs`."""
         return self.records
 
     @property
@@ -134,7 +140,7 @@ class Outcomes:
         return self.title("method", self.baseline)
 
     def role(self, method: str) -> str:
-        """``baseline``, ``method`` or ``control``; of what a paper alone has, ``method``."""
+        """Return ``baseline``, ``method`` or ``control``; ``method`` of a row that only a paper has."""
         return self.methods[method].role if method in self.methods else "method"
 
     def look(self, method: str) -> Look:
@@ -142,21 +148,61 @@ class Outcomes:
         return look_of(self.methods[method.partition(SETTING)[0]])
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Rows with ``<key>_title`` of every key that they have, and ``is_method``: whether they are no control."""
+        """Add ``<key>_title`` of every key in a frame, and ``is_method``, False of controls."""
         titles = {f"{key}_title": [self.title(key, name) for name in frame[key]] for key in self.titles if key in frame}
         return frame.assign(**titles, is_method=[self.role(name) != CONTROL for name in frame["method"]])
 
     def order(self, frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-        """Titled rows, sorted by columns: names in the order of their titles, unknown ones last; other columns by value."""
+        """Sort and title rows: names in the order of their titles, unknown ones last; other columns by value."""
 
-        def place(column: pd.Series) -> pd.Series:
-            places = {name: number for number, name in enumerate(self.titles.get(str(column.name), ()))}
-            return column.map(lambda name: places.get(name, len(places))) if places else column
+        def sort_key(column: pd.Series) -> pd.Series:
+            positions = {name: number for number, name in enumerate(self.titles.get(str(column.name), ()))}
+            return column.map(lambda name: positions.get(name, len(positions))) if positions else column
 
-        return self.titled(frame.sort_values(list(keys), key=place, kind="stable").reset_index(drop=True))
+        return self.titled(frame.sort_values(list(keys), key=sort_key, kind="stable").reset_index(drop=True))
 
 
 def _that_ran_first(titles: Mapping[str, str], runs: Sequence[Run], part: str) -> dict[str, str]:
-    """Titles by name: of the models or tasks of the runs, then of the others."""
+    """Order titles by name: models or tasks of the runs first, then the others."""
     ran = [run.spec[part]["name"] for run in runs]
     return {name: titles[name] for name in dict.fromkeys([*ran, *titles]) if name in titles}
+
+
+def read_published(
+    benchmark: Benchmark[Definition, Entry], file: str | None = None, of: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Read a benchmark's ``paper.csv``: values in points (ranks as they are), each with status and source.
+
+    Args:
+        benchmark: The benchmark.
+        file: The name of another file in its folder.
+        of: The columns before the value, if they are not those of the kind.
+
+    Raises:
+        DefinitionError: a wrong column, status, or a value that does not go with its status.
+    """
+    file = file or benchmark.definition.paper
+    columns = [*(of or benchmark.kind.paper_columns), *NUMBER_COLUMNS]
+    if not file:
+        return pd.DataFrame(columns=columns)
+    path = benchmark.folder / file
+    numbers = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
+    if list(numbers.columns) != columns:
+        raise DefinitionError(f"{path}: the columns are {list(numbers.columns)}, but must be {columns}")
+    for number, row in enumerate(numbers.itertuples(), 2):
+        if row.status not in _STATUS:
+            raise DefinitionError(f"{path}, line {number}: status is '{row.status}'{did_you_mean(row.status, _STATUS)}")
+        if math.isnan(row.value) != (row.status == "unknown"):
+            raise DefinitionError(
+                f"{path}, line {number}: a value is given if the status is not 'unknown', and only then"
+            )
+    return numbers
+
+
+def published_delta(published: pd.DataFrame, baseline: str) -> list[float]:
+    """Subtract the baseline's ``value`` of the same ``model`` and ``scope``; nan for the baseline or without one."""
+    base = published[published["method"] == baseline].set_index(["model", "scope"])["value"]
+    return [
+        math.nan if row.method == baseline else row.value - base.get((row.model, row.scope), math.nan)
+        for row in published.itertuples()
+    ]
