@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import textwrap
 from collections.abc import Iterable
@@ -19,7 +20,8 @@ from benchmarks.harness.report.looks import Look
 from benchmarks.harness.report.outcomes import Outcomes
 from benchmarks.harness.results.statistics import confidence_interval
 
-mpl.use("Agg")
+if "MPLBACKEND" not in os.environ:  # a notebook sets it
+    mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 REFERENCE = "#444444"  # lines that others are compared with
