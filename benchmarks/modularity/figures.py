@@ -1,4 +1,4 @@
-"""Active neurons before and after clustering, how concentrated they are, and which experts each task uses."""
+"""Figures of pre-trained models as they are: active neurons, their concentration, and the experts of each task."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from benchmarks.modularity.grid import EXPERTS
 from benchmarks.modularity.tables import ModularityOutcomes
 from benchmarks.text.usage_figures import UsagePanel, draw_usage
 
-_PAPERS_N = 64  # of its Fig. 4
-_BESIDE = 0.14  # of a place: where the paper's cross stands beside our mark
+_PAPERS_N = 64  # of Fig. 4
+_BESIDE = 0.14  # the distance of the paper's cross from our mark
 
 
 def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
-    """A row of panels a model (its first layer), a panel a construction: tokens down, neurons across, a dot where a neuron is active."""
-    places = outcomes.first_panels()
+    """Draw a dot for every active neuron: a row a model (its first layer), a column a construction."""
+    panels = outcomes.first_panels()
     names = [name for name in outcomes.methods if name in set(outcomes.rows["method"])]
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
-        figure, axes = panel_grid(len(places), len(names), (WIDTH, 2.3 * len(places) + 0.4), sharex="row", sharey="row")
-        for axis_row, (title, rows) in zip(axes, places, strict=True):
+        figure, axes = panel_grid(len(panels), len(names), (WIDTH, 2.3 * len(panels) + 0.4), sharex="row", sharey="row")
+        for axis_row, (title, rows) in zip(axes, panels, strict=True):
             for axis, (name, row) in zip(axis_row, _shown(rows, names), strict=True):
                 if row is None:
                     continue
@@ -45,8 +45,8 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
 
 def _draw_matrix(axis: Any, matrix: dict[str, Any], experts: int) -> None:
     size = matrix["neurons"] // experts
-    for place in range(size, matrix["neurons"], size):
-        axis.axvline(place - 0.5, color="#e3e3e3", lw=0.3, zorder=0)
+    for edge in range(size, matrix["neurons"], size):
+        axis.axvline(edge - 0.5, color="#e3e3e3", lw=0.3, zorder=0)
     axis.plot(matrix["places"], matrix["tokens"], "s", ms=0.9, mew=0, color=EMOE.colour, alpha=0.8, rasterized=True)
     axis.set_xlim(-0.5, matrix["neurons"] - 0.5)
     axis.set_ylim(len(matrix["tasks"]) - 0.5, -0.5)
@@ -55,23 +55,23 @@ def _draw_matrix(axis: Any, matrix: dict[str, Any], experts: int) -> None:
 
 def _name_tasks(axis: Any, tasks: list[str], outcomes: ModularityOutcomes) -> None:
     names = list(dict.fromkeys(tasks))
-    middles = [np.mean([place for place, task in enumerate(tasks) if task == name]) for name in names]
+    middles = [np.mean([line for line, task in enumerate(tasks) if task == name]) for name in names]
     axis.set_yticks(middles, [outcomes.title("task", name) for name in names])
     axis.tick_params(axis="y", length=0)
 
 
 def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
-    """The first model and layer as the paper draws it: before clustering and after, the height is the magnitude."""
+    """Draw the first model and layer as the paper does: before clustering and after, the height is the magnitude."""
     title, rows = outcomes.first_panels()[0]
-    pairs = [(name, row) for name, row in _shown(rows, ["contiguous", outcomes.baseline]) if row is not None]
-    if not pairs:
+    shown = [(name, row) for name, row in _shown(rows, ["contiguous", outcomes.baseline]) if row is not None]
+    if not shown:
         placeholder_figure(path, "this suite runs neither clusters nor neurons as they stand")
         return
     with mpl.rc_context({**STYLE, "font.size": 7}):
         figure = plt.figure(figsize=(WIDTH, 3.0), layout="constrained")
-        for number, (name, row) in enumerate(pairs, 1):
+        for number, (name, row) in enumerate(shown, 1):
             matrix = outcomes.metrics_of(row)["matrix"]
-            axis: Any = figure.add_subplot(1, len(pairs), number, projection="3d")
+            axis: Any = figure.add_subplot(1, len(shown), number, projection="3d")
             axis.scatter(
                 matrix["places"], matrix["tokens"], matrix["values"],
                 c=matrix["values"], cmap="viridis", s=1.2, linewidths=0, rasterized=True,
@@ -90,13 +90,13 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
 
 
 def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
-    """A panel a model and layer: share of active neurons in the best quarter of blocks over N, by construction."""
-    places = list(outcomes.panels())
-    columns = min(len(places), 2)
-    lines = -(-len(places) // columns)
+    """Draw the share of active neurons in the best quarter of blocks over N, a panel a model and layer."""
+    panels = list(outcomes.panels())
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
     with mpl.rc_context({**STYLE, "axes.grid.axis": "y"}):
         figure, axes = panel_grid(lines, columns, (2.6 * columns + 1.4, 2.4 * lines + 0.3), sharey=True)
-        for axis, (title, rows) in zip(axes.flat, places, strict=False):
+        for axis, (title, rows) in zip(axes.flat, panels, strict=False):
             sizes = sorted(rows["num_experts"].unique())
             axis.axhline(25, color="#bbbbbb", lw=0.8, ls=":", zorder=0)
             for number, name in enumerate(outcomes.methods):
@@ -121,12 +121,11 @@ def _draw_series(axis: Any, outcomes: ModularityOutcomes, rows: pd.DataFrame, si
     name = str(rows["method"].iloc[0])
     look = outcomes.style(name)
     by_size = rows.groupby("num_experts")["best_quarter"]
-    places = [sizes.index(size) for size in by_size.groups]
     shift = 0.12 * (number - 1)
     means, low, high = by_size.mean() * 100, by_size.min() * 100, by_size.max() * 100
-    at = np.array(places) + shift
-    axis.vlines(at, low, high, color=look.colour, lw=1.4)
-    axis.plot(at, means, ls="", ms=4.5, **look.mark, label=outcomes.title("method", name))
+    x = np.array([sizes.index(size) for size in by_size.groups]) + shift
+    axis.vlines(x, low, high, color=look.colour, lw=1.4)
+    axis.plot(x, means, ls="", ms=4.5, **look.mark, label=outcomes.title("method", name))
     known = outcomes.paper[(outcomes.paper["method"] == name) & (outcomes.paper["metric"] == "best_quarter")]
     known = known[known["num_experts"].isin(sizes)]
     axis.plot(
@@ -139,22 +138,22 @@ def _draw_series(axis: Any, outcomes: ModularityOutcomes, rows: pd.DataFrame, si
 
 
 def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
-    """A panel a model (its first layer): tasks, and where there is room their classes, down, the experts of its smallest N across."""
+    """Draw the use of experts by task and class, a panel a model (its first layer), with its smallest N."""
     panels = []
     for title, rows in outcomes.first_panels():
         own = rows[rows["method"] == outcomes.baseline]
         if len(own):
             row = next(own.sort_values("num_experts", kind="stable").itertuples())
-            found = outcomes.metrics_of(row)
-            told = found["measured"][EXPERTS]
-            panels.append(UsagePanel(f"{title}, N = {row.num_experts}", told, found["usage"]))
+            metrics = outcomes.metrics_of(row)
+            numbers = metrics["measured"][EXPERTS]
+            panels.append(UsagePanel(f"{title}, N = {row.num_experts}", numbers, metrics["usage"]))
     draw_usage(panels, outcomes, path)
 
 
 def _shown(rows: pd.DataFrame, names: list[str]) -> Iterator[tuple[str, Any]]:
-    """Of every construction the first run at the paper's N, or at the largest."""
+    """Yield the first run of every construction at the paper's N, or at the largest."""
     sizes = set(rows["num_experts"])
     size = _PAPERS_N if _PAPERS_N in sizes else max(sizes)
     for name in names:
-        found = rows[(rows["method"] == name) & (rows["num_experts"] == size)]
-        yield name, next(found.itertuples(), None)
+        runs = rows[(rows["method"] == name) & (rows["num_experts"] == size)]
+        yield name, next(runs.itertuples(), None)

@@ -1,4 +1,4 @@
-"""The picture of models that learn several tasks at once: what each method changes, set by set."""
+"""Figure of models that learn several tasks at once: the difference of each method, set by set."""
 
 from __future__ import annotations
 
@@ -25,30 +25,27 @@ from benchmarks.multitask.tables import MultitaskOutcomes
 from benchmarks.text.grid import ID, OOD
 
 _DOMAINS = {ID: "", ID_MEAN: "mean of the tasks", OOD: " (OOD)", OOD_MEAN: "mean out of domain"}
-_LINE, _APART = 0.27, 0.8  # inches of a set, and the part of it that its methods are spread over
+_LINE, _APART = 0.27, 0.8  # inches of a set, and the share of it that its methods take
 
 
 def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
-    """A panel a model and mixture, a line a set and the means: the difference of every method to the baseline with its 95 % interval from three seeds on.
-
-    All panels share one axis.
-    """
+    """Draw the differences to the baseline: a panel a model and mixture, a line a set; 95 % intervals from three seeds."""
     rows = outcomes.of_mixtures(outcomes.rows)
     rows = rows[rows["delta"].notna()].assign(n=rows["pairs"])
     methods = [name for name in outcomes.methods if name in set(rows["method"])]
-    panels = [(str(model), str(task), found) for (model, task), found in rows.groupby(["model", "task"], sort=False)]
+    panels = [(str(model), str(task), group) for (model, task), group in rows.groupby(["model", "task"], sort=False)]
     if not panels:
         placeholder_figure(path, "this suite compares nothing on several tasks")
         return
-    lines = [_lines(outcomes, found) for _, _, found in panels]
-    heights = [len(found) + 0.6 for found in lines]
+    lines = [_lines(outcomes, group) for _, _, group in panels]
+    heights = [len(names) + 0.6 for names in lines]
     with mpl.rc_context(STYLE):
         figure, axes = panel_grid(
             len(panels), 1, (WIDTH, _LINE * sum(heights) + 0.3 * len(panels) + 0.6), height_ratios=heights, sharex=True
         )
-        for axis, (model, task, found), names in zip(axes[:, 0], panels, lines, strict=True):
-            for line, (_, own) in enumerate(names):
-                for row in found.loc[own].itertuples():
+        for axis, (model, task, group), names in zip(axes[:, 0], panels, lines, strict=True):
+            for line, (_, index) in enumerate(names):
+                for row in group.loc[index].itertuples():
                     number = methods.index(row.method)
                     shift = _APART * ((number + 0.5) / len(methods) - 0.5)
                     draw_difference(axis, row, line + shift, outcomes.style(row.method), 100)
@@ -71,13 +68,16 @@ def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
 
 
 def _lines(outcomes: MultitaskOutcomes, rows: pd.DataFrame) -> list[tuple[str, Any]]:
-    """The lines of a panel: tasks, their mean, other sets, their mean; a label, and which rows stand in it. A mean over one set is left out."""
-    found = []
+    """List the lines of a panel, a label and the index of its rows: tasks, their mean, other sets, their mean.
+
+    A mean over one set is left out.
+    """
+    lines = []
     for domain, words in _DOMAINS.items():
         own = rows[rows["domain"] == domain]
         if domain == OOD_MEAN and rows.loc[rows["domain"] == OOD, "eval_task"].nunique() < 2:
             continue
-        for name, part in own.groupby("eval_task", sort=False):
+        for name, group in own.groupby("eval_task", sort=False):
             label = f"{outcomes.title('task', str(name))}{words}" if name else words
-            found.append((label, part.index))
-    return found
+            lines.append((label, group.index))
+    return lines

@@ -187,7 +187,7 @@ def test_paper_table_puts_published_numbers_beside_ours(glue: TextOutcomes) -> N
     ("line", "message"),
     [
         ("gpt2,CoLA,emoe,1.0,publshed,Fig. 9", "line 2: status is 'publshed'; did you mean 'published'"),
-        ("gpt2,CoLA,emoe,,published,Fig. 9", "line 2: a value is given where it is known, and only there"),
+        ("gpt2,CoLA,emoe,,published,Fig. 9", "line 2: a value is given if the status is not 'unknown'"),
     ],
 )
 def test_wrong_cells_of_the_paper_are_named(finished: Suite, tmp_path: Path, line: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The paper's claims, and which comparison of runs tests each: ``benchmarks/claims.yaml``."""
+"""The paper's claims, and the comparison that tests each: ``benchmarks/claims.yaml``."""
 
 from __future__ import annotations
 
@@ -19,55 +19,55 @@ _FILE = "claims.yaml"
 
 
 class PaperEffect(Strict):
-    """What the paper says."""
+    """The number of the paper."""
 
     effect: Number | None = None
-    """The difference, as the method's number less the other's; null where the paper gives none."""
+    """The difference, the method's number less the other's; null if the paper gives none."""
     unit: str = "points"
-    """Its unit: points of a score in percent, or whatever it is in."""
+    """Its unit: points of a score in percent, or another one."""
     where: str
-    """Table, figure or section, and what the number is a mean of."""
+    """Table, figure or section, and the numbers that it is a mean of."""
 
 
 class Comparison(Strict):
-    """Two methods of a benchmark, and the number by which they are compared."""
+    """Two methods of a benchmark, and the number that compares them."""
 
     benchmark: str
     """A folder of benchmarks/."""
     method: str
-    """The method that the claim is about."""
+    """The method of the claim."""
     against: str
     """The method that it is compared with."""
     domain: str
-    """Where: `id`, `ood`, `ood_mean` of text; `held_out` of images; `held_out`, `questions` of instructions; `model` of counts; a measure of measurements."""
+    """`id`, `ood`, `ood_mean` of text; `held_out` of images; `held_out`, `questions` of instructions; `model` of counts; a measure of measurements."""
     metric: str
     """Name in metrics.yaml."""
     direction: Literal["higher", "lower", "same", "not_lower", "equal", "near"]
     """The claim on the method's number: `higher` or `lower` (paired t-test), the `same` or `not_lower` (interval within the metric's margin, or above its lower end), `equal` (counts), a ratio
     `near` 1 or below (range within the margin)."""
     selection: str | None = left_out()
-    """What chose epoch and hyper-parameters, where a benchmark reports several selections."""
+    """The selection of epoch and hyper-parameters, if a benchmark reports several."""
     models: Names | None = left_out()
-    """Only these; all that both methods have where left out."""
+    """Only these models; left out: all that both methods have."""
     tasks: Names | None = left_out()
-    """Only these tasks (sets of images or instructions); all that both methods have where left out."""
+    """Only these tasks (sets of images or instructions); left out: all that both methods have."""
     tunings: Names | None = left_out()
-    """Only these ways of tuning, of instruction tuning."""
+    """Only these ways of instruction tuning."""
     settings: Names | Literal["all"] | None = left_out()
     """Settings of a method that runs with several (`[D0.8]`), or `all` of them: a pair's numbers are averaged over them. Left out: the method as in main tables."""
 
 
 class ClaimTest(Strict):
-    """One way in which a claim is tested: a comparison of runs, or what a suite would need for one."""
+    """A test of a claim: a comparison of runs, or the reason that there is none."""
 
     title: str
-    """What it is tested on, in a few words."""
+    """Models and data of the test, in a few words."""
     paper: PaperEffect
-    """What the paper says of it."""
+    """The number of the paper."""
     compare: Comparison | None = left_out()
-    """What tests it."""
+    """The comparison."""
     needs: str | None = left_out()
-    """What no suite has yet."""
+    """What every suite lacks."""
 
     def model_post_init(self, _context: Any, /) -> None:
         self.need_one_of("compare", "needs")
@@ -79,7 +79,7 @@ class Claim(Strict):
     title: str
     """The claim in plain words."""
     tests: Annotated[list[ClaimTest], Field(min_length=1)]
-    """How it is tested; each has a verdict of its own."""
+    """Its tests, each with a verdict."""
 
 
 class ClaimFile(Strict):
@@ -91,10 +91,10 @@ class ClaimFile(Strict):
 
 @functools.cache
 def load_claims() -> dict[str, Claim]:
-    """The paper's claims, by name: ``benchmarks/claims.yaml``.
+    """Read the paper's claims, by name.
 
     Raises:
-        DefinitionError: the file is wrong, or names a benchmark, method, metric … that does not exist; names the nearest.
+        DefinitionError: the file is wrong, or names a benchmark, method or metric that does not exist.
     """
     file = BENCHMARKS / _FILE
     claims = read(file, ClaimFile).claims
@@ -106,40 +106,40 @@ def load_claims() -> dict[str, Claim]:
 
 
 def check_comparison(compare: Comparison, file: Path, at: str) -> None:
-    """Check that what a comparison names exists, and goes together.
+    """Check that the names in a comparison exist and go together.
 
     Args:
-        compare: the comparison.
-        file: where it stands.
-        at: the keys that lead to it.
+        compare: The comparison.
+        file: The file that it stands in.
+        at: The keys that lead to it.
 
     Raises:
-        DefinitionError: names the file, the key and the nearest valid value.
+        DefinitionError: it names the file, the key and the nearest valid value.
     """
 
-    def known(key: str, names: Collection[str | None] | None, options: Collection[str]) -> None:
+    def check(key: str, names: Collection[str | None] | None, options: Collection[str]) -> None:
         check_names(f"{file}: '{at}", key, [name for name in names or () if name is not None], options)
 
-    known("benchmark", [compare.benchmark], benchmark_names())
+    check("benchmark", [compare.benchmark], benchmark_names())
     benchmark = load_benchmark(compare.benchmark)
     kind, methods = benchmark.kind, benchmark.kind.row_titles(benchmark.definition)
-    known("method", [compare.method], methods)
-    known("against", [compare.against], methods)
+    check("method", [compare.method], methods)
+    check("against", [compare.against], methods)
     domains = kind.compared_domains(benchmark.definition)
-    known("domain", [compare.domain], domains)
+    check("domain", [compare.domain], domains)
     domain = domains[compare.domain]
-    known("metric", [compare.metric], [name for name in domain.metrics if name in load_metrics()])
-    known("models", compare.models, load_models())
-    known("tasks", compare.tasks, kind.task_titles(benchmark.definition, benchmark.tasks))
-    known("tunings", compare.tunings, getattr(benchmark.definition, "finetuning", ()))
-    known("selection", [compare.selection], domain.selections)
+    check("metric", [compare.metric], [name for name in domain.metrics if name in load_metrics()])
+    check("models", compare.models, load_models())
+    check("tasks", compare.tasks, kind.task_titles(benchmark.definition, benchmark.tasks))
+    check("tunings", compare.tunings, getattr(benchmark.definition, "finetuning", ()))
+    check("selection", [compare.selection], domain.selections)
     if compare.settings:
         settings = kind.settings(benchmark.definition, compare.method)
         if not settings:
             raise DefinitionError(
                 f"{file}: '{at}.settings' is for rows with several settings; '{compare.method}' has one"
             )
-        known("settings", compare.settings if isinstance(compare.settings, list) else (), settings)
+        check("settings", compare.settings if isinstance(compare.settings, list) else (), settings)
     if domain.selections and compare.selection is None:
         options = ", ".join(domain.selections)
         raise DefinitionError(f"{file}: '{at}' needs the key 'selection'; choose from {options}")
@@ -154,13 +154,13 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
 
 
 def compared_benchmarks(names: Collection[str]) -> list[str]:
-    """Those of the benchmarks that a claim is tested on, in the order of the claims."""
-    named = [test.compare.benchmark for claim in load_claims().values() for test in claim.tests if test.compare]
-    return [name for name in dict.fromkeys(named) if name in names]
+    """Select the benchmarks that a claim is tested on, in the order of the claims."""
+    claimed = [test.compare.benchmark for claim in load_claims().values() for test in claim.tests if test.compare]
+    return [name for name in dict.fromkeys(claimed) if name in names]
 
 
 def suites_with(compare: Comparison) -> list[str]:
-    """The suites that run both methods, on models with real weights."""
+    """List the suites that run both methods, on models with real weights."""
     benchmark = load_benchmark(compare.benchmark)
     return [suite for suite in benchmark.definition.suites if _offers(benchmark, suite, compare)]
 

@@ -42,9 +42,9 @@ _RANDOM_WEIGHTS = (
     "verdicts mean anything. "
 )
 
-# inches: the width of a column of text, a claim's title, a test, and the space below a panel
-_TITLE, _TEST, _BELOW = 0.22, 0.18, 0.47
+_LINE, _BELOW = 0.19, 0.5  # inches of a line of the figure, and of the space below a panel
 _LEFT, _RIGHT = 0.36, 0.715  # of the width: the edges of the axes
+_TEXT = 0.01 - _LEFT / (_RIGHT - _LEFT)  # of the axes' width: the left edge of texts
 _REACH = 6.0  # intervals are cut at so many margins, or beyond the means
 _MARKS: dict[Verdict, dict[str, Any]] = {
     Verdict.SUPPORTED: {"marker": "o", "color": "#0072b2"},
@@ -300,22 +300,22 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
 
     Tests of different units have panels of their own. Counts and claims without a test are in the table alone.
     """
-    drawn = rows[[row.evidence is not None and row.compare.direction != "equal" for row in rows.itertuples()]]
-    drawn = drawn[drawn["delta"].notna()]
+    drawn = rows[rows["delta"].notna() & rows["metric"].ne("") & rows["unit"].ne("parameters")]
     if drawn.empty:
         placeholder_figure(path, "no claim was tested")
         return
     panels = [panel for _, panel in drawn.groupby("unit", sort=False)]
-    heights = [_TITLE * panel["claim"].nunique() + _TEST * len(panel) for panel in panels]
-    total = sum(heights) + _BELOW * len(panels) + 0.3
-    with mpl.rc_context({**STYLE, "font.size": 7.5, "axes.spines.left": False}):
-        figure = plt.figure(figsize=(WIDTH, total))
-        top = total
-        for panel, height in zip(panels, heights, strict=True):
-            top -= height
-            axis = figure.add_axes((_LEFT, top / total, _RIGHT - _LEFT, height / total))
+    heights = [len(panel) + panel["claim"].nunique() for panel in panels]
+    drawn_inches = _LINE * sum(heights)
+    inches = drawn_inches + _BELOW * len(panels) + 0.3
+    with mpl.rc_context({**STYLE, "font.size": 7, "axes.spines.left": False}):
+        figure, axes = plt.subplots(
+            len(panels), 1, figsize=(WIDTH, inches), squeeze=False, gridspec_kw={"height_ratios": heights}
+        )
+        space = _BELOW * len(panels) / drawn_inches
+        figure.subplots_adjust(_LEFT, (_BELOW + 0.3) / inches, _RIGHT, 1, hspace=space)
+        for axis, panel, height in zip(axes[:, 0], panels, heights, strict=True):
             _draw_panel(axis, panel, height)
-            top -= _BELOW
         handles: list[Artist] = [
             Line2D([], [], ls="", ms=5, label=str(word), **mark)
             for word, mark in _MARKS.items()
@@ -323,60 +323,43 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
         ]
         handles.append(Line2D([], [], ls="", marker="|", ms=9, mew=1.6, color=_PAPER, label="the paper"))
         handles.append(Rectangle((0, 0), 1, 1, color=_BAND, label="practically equal"))
-        figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=7.5)
+        figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False)
         save(figure, path)
 
 
-def _draw_panel(axis: Any, panel: pd.DataFrame, height: float) -> None:
-    """Draw rows from top to bottom, in inches."""
-    low, high = _limits(panel)
-    axis.set_xlim(low, high)
-    axis.set_ylim(height, 0)
-    axis.set_yticks([])
-    top = 0.0
-    for _, claim in panel.groupby("claim", sort=False):
-        title = claim["claim_title"].iloc[0]
-        _write(axis, 0, -_LEFT * WIDTH * 72 + 6, top + 0.62 * _TITLE, title, fontweight="bold", bbox=_PATCH)
-        top += _TITLE
-        for row in claim.itertuples():
-            _draw_row(axis, row, top, low, high)
-            top += _TEST
+def _draw_panel(axis: Any, panel: pd.DataFrame, height: int) -> None:
+    """Draw claims from top to bottom: a line for the title, and one for each test."""
+    limits, y = _limits(panel), 0  # of the next line
+    for title, claim in panel.groupby("claim_title", sort=False):
+        _write(axis, _TEXT, y, str(title), fontweight="bold", bbox=_PATCH)
+        for number, row in enumerate(claim.itertuples(), 1):
+            _draw_row(axis, row, y + number, limits)
+        y += 1 + len(claim)
     axis.axvline(0, color="#555555", lw=0.8, zorder=1)
+    axis.set_xlim(*limits)
+    axis.set_ylim(height - 0.5, -0.5)
+    axis.set_yticks([])
     axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    unit = panel["unit"].iloc[0]
-    near = panel["compare"].iloc[0].direction == "near"
-    axis.set_xlabel("Time ÷ dense − 1" if near else f"Difference in {unit}", fontsize=7.5)
+    is_ratio = panel["compare"].iloc[0].direction == "near"
+    axis.set_xlabel("Time ÷ dense − 1" if is_ratio else f"Difference in {panel['unit'].iloc[0]}")
 
 
-def _write(axis: Any, side: int, shift: float, y: float, text: str, **style: Any) -> None:
-    """Write beside the axes: at the left (0) or right (1) edge, moved by points."""
-    axis.annotate(
-        text,
-        (side, y),
-        xytext=(shift, 0),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        va="center",
-        annotation_clip=False,
-        zorder=5,
-        **style,
-    )
-
-
-def _draw_row(axis: Any, row: Any, top: float, low: float, high: float) -> None:
-    mark, y = _MARKS[Verdict(row.verdict)], top + _TEST / 2
-    if not math.isnan(row.margin):
-        start = low if row.compare.direction == "near" else -row.margin
-        axis.fill_betweenx([top, top + _TEST], start, row.margin, color=_BAND, lw=0, zorder=0)
+def _draw_row(axis: Any, row: Any, y: int, limits: tuple[float, float]) -> None:
+    mark = _MARKS[Verdict(row.verdict)]
+    start = limits[0] if row.compare.direction == "near" else -row.margin
+    axis.fill_betweenx([y - 0.5, y + 0.5], start, row.margin, color=_BAND, lw=0, zorder=0)
     if not math.isnan(row.low):
         line = {"lw": 1.4, "zorder": 2, "solid_capstyle": "butt"}
-        draw_interval(axis, (row.low, row.high), y, (low, high), mark["color"], **line)
-    if not math.isnan(row.effect):
-        axis.plot(row.effect, y, "|", ms=11, mew=1.6, color=_PAPER, zorder=3)
+        draw_interval(axis, (row.low, row.high), y, limits, mark["color"], **line)
+    axis.plot(row.effect, y, "|", ms=11, mew=1.6, color=_PAPER, zorder=3)
     axis.plot(row.delta, y, ms=5, zorder=4, **{"mec": mark["color"], **mark})
-    left = -_LEFT * WIDTH * 72 + 6
-    _write(axis, 0, left, y, row.test, fontsize=7)
-    _write(axis, 1, 8, y, f"{_runs_text(row).replace(' points', '')}, n {int(row.n)}", fontsize=7)
+    _write(axis, _TEXT, y, row.test)
+    _write(axis, 1.04, y, f"{_runs_text(row).replace(' points', '')}, n {int(row.n)}")
+
+
+def _write(axis: Any, x: float, y: int, text: str, **style: Any) -> None:
+    """Write beside the axes; x is a share of their width."""
+    axis.text(x, y, text, va="center", transform=axis.get_yaxis_transform(), zorder=5, **style)
 
 
 def _limits(panel: pd.DataFrame) -> tuple[float, float]:
@@ -384,5 +367,5 @@ def _limits(panel: pd.DataFrame) -> tuple[float, float]:
     inner = pd.concat([panel["delta"], panel["effect"], panel["margin"], -panel["margin"]]).dropna()
     reach = max(_REACH * panel["margin"].max(), 1.2 * inner.abs().max())
     ends = pd.concat([panel["low"].clip(lower=-reach), panel["high"].clip(upper=reach), inner])
-    margin = 0.06 * (ends.max() - ends.min())
-    return ends.min() - margin, ends.max() + margin
+    padding = 0.06 * (ends.max() - ends.min())
+    return ends.min() - padding, ends.max() + padding

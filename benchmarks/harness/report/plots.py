@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import textwrap
 from collections.abc import Iterable
@@ -24,7 +25,8 @@ from emoe.errors import EMoEError
 if TYPE_CHECKING:
     from emoe.records import RoutingRecord  # it takes PyTorch
 
-mpl.use("Agg")
+if "MPLBACKEND" not in os.environ:  # a notebook sets it
+    mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 REFERENCE = "#444444"  # the colour of lines that others are compared with
