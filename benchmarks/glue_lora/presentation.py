@@ -9,10 +9,9 @@ from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.definition import TaskEntry, TextDefinition
-from benchmarks.text.figures import id_scores
+from benchmarks.text.figures import draw_traces, id_scores
 from benchmarks.text.presentation import shown
 from benchmarks.text.tables import TABLES
-from benchmarks.text.trace_figures import draw_traces
 
 # what every row trains; the rest is what the row is about
 _SHARED = ("adapters", "head")

@@ -15,7 +15,7 @@ from benchmarks.harness.report.looks import EMOE
 from benchmarks.harness.report.plots import REFERENCE, STYLE, WIDTH, hide_empty, panel_grid, placeholder_figure, save
 from benchmarks.modularity.definition import EXPERTS
 from benchmarks.modularity.outcomes import ModularityOutcomes
-from benchmarks.text.usage_figures import UsagePanel, draw_usage
+from benchmarks.text.figures import UsagePanel, draw_usage
 
 _PAPERS_N = 64  # of its Fig. 4
 _BESIDE = 0.14  # of a place: where the paper's cross stands beside our mark

@@ -16,7 +16,7 @@ from benchmarks.harness.report.rendering import MISSING, RUNS, Column, Table
 from benchmarks.multitask.grid import ID_MEAN
 from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.text.grid import CLEAN, ID, OOD
-from benchmarks.text.selection import CELL
+from benchmarks.text.outcomes import CELL
 from benchmarks.text.tables import cost, ood, tests
 
 _KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}

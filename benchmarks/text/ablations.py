@@ -24,8 +24,8 @@ from benchmarks.harness.report.published import published_delta, read_published
 from benchmarks.harness.report.rendering import MISSING, Column, Table
 from benchmarks.harness.results.records import collect
 from benchmarks.harness.results.statistics import confidence_interval, paired_differences, with_verdicts
-from benchmarks.text.ablation_figures import draw_curves, draw_differences
 from benchmarks.text.definition import ABLATION_COLUMNS, Ablation
+from benchmarks.text.figures import draw_curves, draw_differences
 from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
 from benchmarks.text.outcomes import ARROW, TextOutcomes
 

@@ -9,10 +9,8 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import NOTE, Presentation, make
 from benchmarks.harness.report.rendering import Table
 from benchmarks.text.ablations import Ablations
-from benchmarks.text.figures import scores_by_training_task
+from benchmarks.text.figures import draw_traces, draw_usage_by_set, scores_by_training_task
 from benchmarks.text.tables import TABLES, verdicts
-from benchmarks.text.trace_figures import draw_traces
-from benchmarks.text.usage_figures import draw_usage_by_set
 
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:

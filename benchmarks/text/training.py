@@ -33,8 +33,8 @@ from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import evaluate_split, padding_collator
 from benchmarks.text.grid import OWN
-from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import TokenisedRows
+from benchmarks.text.usage import RowRouting
 from benchmarks.text.workload import GRADIENT_ROWS
 
 _LOSS = "mean_loss"

@@ -17,8 +17,8 @@ from benchmarks.harness.config.runs import Run, plan
 from benchmarks.harness.config.shared import ABLATION
 from benchmarks.harness.config.variants import without
 from benchmarks.harness.report.presentation import Presentation, present
-from benchmarks.text.ablation_figures import panels_of
 from benchmarks.text.ablations import Ablations, ablation_rows
+from benchmarks.text.figures import panels_of
 from benchmarks.text.outcomes import TextOutcomes
 from tests import fake_runs
 from tests.executed import recorded

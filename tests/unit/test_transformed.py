@@ -24,8 +24,8 @@ from benchmarks.text.data import load_part
 from benchmarks.text.definition import RunTask
 from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.outcomes import TextOutcomes
-from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import calibration_batches
+from benchmarks.text.usage import RowRouting
 from emoe.layer import routed_layers
 from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare, recorded, reopened
