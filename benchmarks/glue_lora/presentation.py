@@ -1,4 +1,4 @@
-"""Tables, figure and verdicts of tuning by adapters."""
+"""Present tuning by adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def present(benchmark: Benchmark[TextDefinition, TaskEntry], runs: list[Run]) ->
     """Present finished runs.
 
     Raises:
-        DefinitionError: two rows of a model do not train the same adapters and head.
+        DefinitionError: Two rows of a model do not train the same adapters and head.
     """
     check_same_trained(runs)
     return shown(benchmark, Ablations(benchmark, runs), TABLES, {"scores": id_scores, "traces": draw_traces})
@@ -31,7 +31,7 @@ def check_same_trained(runs: list[Run]) -> None:
     """Check that all rows of a model train the same adapters and the same head.
 
     Raises:
-        DefinitionError: names two runs that do not.
+        DefinitionError: Two runs do not.
     """
     first: dict[tuple[str, str], tuple[Run, object]] = {}
     for run in runs:

@@ -1,4 +1,4 @@
-"""Tables, figures and verdicts out of distribution."""
+"""Present evaluations out of distribution."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def present(benchmark: Benchmark[EvaluationDefinition, TaskEntry], runs: list[Ru
     """Present finished runs.
 
     Raises:
-        DefinitionError: the suite runs no method that is ranked.
+        DefinitionError: The suite runs no method that is ranked.
     """
     ablations = Ablations(benchmark, runs)
     rankings = ranked(ablations.usual, benchmark.definition.ranked, ["protocol", "model"])

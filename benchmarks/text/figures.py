@@ -46,7 +46,7 @@ _CELL, _READABLE = 4.6, 0.27  # inches of all cells beside each other, and of on
 
 
 def scores_by_training_task(outcomes: TextOutcomes, path: Path) -> None:
-    """A row of panels a selection, model and training task, a panel an evaluation set, the training task's own first."""
+    """Draw a row of panels for each selection, model and training task, and a panel for each evaluation set."""
     if _many(outcomes, [ID, OOD]):
         difference_map(outcomes, path, [ID, OOD])
         return
@@ -66,12 +66,12 @@ def scores_by_training_task(outcomes: TextOutcomes, path: Path) -> None:
 
 
 def id_scores(outcomes: TextOutcomes, path: Path) -> None:
-    """A panel a training task, or of many a map."""
+    """Draw a panel for each training task, or a map of many."""
     _scores(outcomes, path, ID)
 
 
 def ood_scores(outcomes: TextOutcomes, path: Path) -> None:
-    """A panel a pair of training task and OOD set, or of many a map."""
+    """Draw a panel for each pair of training task and OOD set, or a map of many."""
     _scores(outcomes, path, OOD)
 
 
@@ -88,9 +88,9 @@ def _many(outcomes: TextOutcomes, domains: list[str]) -> bool:
 
 
 def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> None:
-    """Differences to the baseline, paired by seed: a panel a model and selection, a row a method, a column a set. Bold where the interval leaves out 0.
+    """Map paired differences to the baseline: a panel for each model and selection, methods down, sets across.
 
-    Numbers stand in the cells where there is room; they are in the table of scores.
+    Cells have numbers if there is room, in bold if the interval excludes 0.
     """
     rows = outcomes.rows[outcomes.rows["domain"].isin(domains) & outcomes.rows["protocol"].isin(outcomes.run_protocols)]
     rows = rows[rows["method"] != outcomes.baseline]
@@ -138,7 +138,7 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
 
 
 def _by_model(outcomes: TextOutcomes, domain: str) -> list[list[Panel]]:
-    """A row of panels a selection and model."""
+    """List the panels of each selection and model."""
     found: list[list[Panel]] = []
     for (protocol, model), rows in _shown(outcomes, [domain]).groupby(["protocol", "model"], sort=False):
         above = _selected(outcomes, protocol, outcomes.title("model", model))
@@ -151,22 +151,22 @@ def _by_model(outcomes: TextOutcomes, domain: str) -> list[list[Panel]]:
 
 
 def _shown(outcomes: TextOutcomes, domains: list[str]) -> pd.DataFrame:
-    """The scores of the protocols that have runs of their own."""
+    """Select the scores of the protocols that have runs of their own."""
     seeds = outcomes.seeds
     return seeds[seeds["domain"].isin(domains) & seeds["protocol"].isin(outcomes.run_protocols)]
 
 
 def _selected(outcomes: TextOutcomes, protocol: str, title: str) -> str:
-    """A title that says which selection, where there are two."""
+    """Add the selection to a title if there are two."""
     return title if len(outcomes.run_protocols) == 1 else f"{title}, {PROTOCOLS[protocol]} selection"
 
 
 def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> None:
-    """Critical difference diagrams (Demšar 2006), one a model and selection.
+    """Draw a critical difference diagram (Demšar 2006) for each model and selection.
 
     Args:
         outcomes: for titles.
-        path: of the files, without ending.
+        path: The files' path, without suffix.
         rankings: what was ranked.
     """
     import scikit_posthocs  # it takes a plotting library of its own along
@@ -193,7 +193,8 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
             axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
             axis.spines["top"].set(visible=True, color="black")  # the diagram hides its own axis
             title = (
-                f"{outcomes.title('model', one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: mean rank over {one.scores.shape[1]} sets, "
+                f"{outcomes.title('model', one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: mean rank "
+                f"over {one.scores.shape[1]} sets, "
                 f"critical difference {critical_difference(*one.scores.shape):.2f}"
             )
             axis.set_title(wrapped(title, WIDTH), fontsize=8)
@@ -207,15 +208,16 @@ _AXIS_LABELS = {"D": "Share of the training rows", "k": "Experts in use, k/N"}
 
 
 def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, reference: str = "the baseline") -> None:
-    """A panel a model, selection and scope (of many the averages alone): the difference of every row to its reference, with its 95 % interval from three seeds on; crosses are the paper's.
+    """Draw the difference of each row to its reference: a panel for each model, selection and scope (of many,
+    averages).
 
-    All panels share one axis.
+    All panels share one axis. Intervals are 95 %, from three seeds on; crosses are the paper's.
 
     Args:
-        outcomes: for looks.
-        rows: what :func:`~benchmarks.text.ablations.ablation_rows` gave.
-        path: of the files, without ending.
-        reference: what the differences are to.
+        outcomes: The outcomes, for the methods' styles.
+        rows: The rows of :func:`~benchmarks.text.ablations.ablation_rows`.
+        path: The files' path, without suffix.
+        reference: The name of the reference.
     """
     panels = [(title, found[found["delta"].notna()]) for title, found in panels_of(rows)]
     panels = [(title, found) for title, found in panels if len(found)]
@@ -243,13 +245,15 @@ def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, ref
 
 
 def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: str) -> None:
-    """A panel a model, selection and scope: the score of every method over a setting, with its 95 % interval from three seeds on. The dashed line is the baseline.
+    """Draw the score of each method over a setting: a panel for each model, selection and scope.
+
+    Intervals are 95 %, from three seeds on. The dashed line is the baseline.
 
     Args:
-        outcomes: for looks.
-        rows: what :func:`~benchmarks.text.ablations.ablation_rows` gave.
-        path: of the files, without ending.
-        axis: the letter of the setting.
+        outcomes: The outcomes, for the methods' styles.
+        rows: The rows of :func:`~benchmarks.text.ablations.ablation_rows`.
+        path: The files' path, without suffix.
+        axis: The letter of the setting.
     """
     panels = [(title, found) for title, found in panels_of(rows) if found.loc[found[axis].ne(""), axis].nunique() > 1]
     if not panels:
@@ -298,7 +302,7 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
 
 
 def _axes(panels: int, height: float, *, shared: bool) -> tuple[Any, Any]:
-    """A figure with so many panels, at most four beside each other, all of one width, perhaps with the same axes."""
+    """Make a figure of panels, at most three beside each other, all of one width."""
     columns = min(panels, _COLUMNS)
     lines = math.ceil(panels / columns)
     return panel_grid(
@@ -307,7 +311,7 @@ def _axes(panels: int, height: float, *, shared: bool) -> tuple[Any, Any]:
 
 
 def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The rows of each model, selection and scope with a title: ours, and then the paper's in panels of their own; ``score`` and ``delta`` are of whose they are."""
+    """Yield title and rows of each model, selection and scope: ours first, then the paper's in panels of their own."""
     several = rows.loc[rows["is_ours"], "protocol"].nunique() > 1
     ours = rows[rows["is_ours"]]
     half = ((ours["high_mean"] - ours["low_mean"]) / 2).where(ours["n"] >= FEW)
@@ -323,7 +327,7 @@ def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def _series(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The rows that differ in one setting alone, of methods that have it, with the label of their curve."""
+    """Yield label and points of each curve: rows that differ in one setting alone."""
     rows = rows[rows[axis].ne("")]
     others = [key for key in ("N", "L", "k", "D") if key != axis and rows.groupby("kind")[key].nunique().max() > 1]
     for key, found in rows.groupby(["kind", *others], sort=False):
@@ -339,7 +343,8 @@ _MOST_TASKS = 4  # rows of panels
 
 
 def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
-    """A row of panels a model and task (four at most, the paper's task first), a panel a method; the paper's own below."""
+    """Draw experts over training: a row for each model and task (four at most), a panel for each method; the paper
+    below."""
     rows = [
         (f"{outcomes.title('model', model)}\n{outcomes.title('task', task)}", found)
         for (model, task), found in list(shown_traces(outcomes).items())[:_MOST_TASKS]
@@ -391,21 +396,21 @@ _MOST_PANELS = 3
 
 @dataclass(frozen=True)
 class UsagePanel:
-    """What one panel shows.
+    """Hold the content of one panel.
 
     Attributes:
-        title: of the panel.
-        told: numbers by the names of metrics.yaml, as :func:`~benchmarks.text.usage.describe_usage` gives them.
-        usage: shares and marks, likewise.
+        title: The panel's title.
+        information: The numbers of :func:`~benchmarks.text.usage.describe_usage`, by their names in metrics.yaml.
+        usage: Its shares and marks.
     """
 
     title: str
-    told: Mapping[str, float]
+    information: Mapping[str, float]
     usage: Mapping[str, Any]
 
 
 def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
-    """A panel a routed method (no controls, three at most) of the first model and training task, of its first seed."""
+    """Draw a panel for each routed method (no controls, three at most) of the first model, training task and seed."""
     found: dict[tuple[str, str], dict[str, UsagePanel]] = {}
     for record, content in outcomes.training:
         if content["usage"] and outcomes.role(record.method) != CONTROL:
@@ -423,7 +428,7 @@ def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
 
 
 def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
-    """Draw panels below each other: sets, and where there is room their classes, down, experts across."""
+    """Draw panels below each other: sets (and, if there is room, their classes) down, experts across."""
     if not panels:
         placeholder_figure(path, "this suite has no experts to show")
         return
@@ -437,18 +442,19 @@ def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> 
         )
         for axis, panel in zip(axes[:, 0], panels, strict=True):
             _draw_use(axis, outcomes, panel.usage, classes=classes)
-            axis.set_title("\n".join([panel.title, *_told(panel.told)]), fontsize=7.5)
+            axis.set_title("\n".join([panel.title, *_information_line(panel.information)]), fontsize=7.5)
         axes[-1, 0].set_xlabel("experts")
         figure.colorbar(USE, ax=axes, shrink=0.6, label="use ÷ mean use over sets", extend="max")
         save(figure, path)
 
 
-def _told(found: Mapping[str, float]) -> list[str]:
-    """What an expert tells, in a line; nothing where there is no set or class to tell."""
+def _information_line(numbers: Mapping[str, float]) -> list[str]:
+    """Write the mutual information of experts with set and class in a line."""
     parts = [
-        f"{label} {found[name]:.3f} bit (chance {found[f'{name}_chance']:.3f}, 95 % {found[f'{name}_chance_95']:.3f})"
+        f"{label} {numbers[name]:.3f} bit (chance {numbers[f'{name}_chance']:.3f}, 95 % "
+        f"{numbers[f'{name}_chance_95']:.3f})"
         for name, label in (("task_information", "set"), ("class_information", "class"))
-        if name in found
+        if name in numbers
     ]
     return ["; ".join(parts)] if parts else []
 

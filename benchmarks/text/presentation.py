@@ -1,4 +1,4 @@
-"""Tables, figure and verdicts of full fine-tuning, and of text benchmarks without a presentation of their own."""
+"""Present full fine-tuning, and text benchmarks without a presentation of their own."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def shown(
     tables: Mapping[str, Callable[..., Table]],
     figures: Mapping[str, Callable[..., None]],
 ) -> Presentation:
-    """What a text benchmark shows of its runs: tables and figures of its own, those of its ablations, and a verdict on every method.
+    """Present a text benchmark: its tables and figures, those of its ablations, and a verdict on every method.
 
     Args:
-        benchmark: its definition.
-        ablations: of its runs.
-        tables: by name, what makes it of the usual outcomes.
-        figures: by name, what draws it of the usual outcomes.
+        benchmark: The benchmark.
+        ablations: The ablations of its runs.
+        tables: The function that makes each table of the usual outcomes, by name.
+        figures: The function that draws each figure of the usual outcomes, by name.
     """
     return make(
         benchmark,
