@@ -10,14 +10,14 @@ import csv
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 TASKS = Path(__file__).resolve().parents[1] / "benchmarks/glue/tasks.yaml"
-Row = dict[str, Any]
+Row = dict[Any, Any]  # by the names of columns, or their places in a file without a header
 
 csv.field_size_limit(sys.maxsize)  # a review may be long
 
@@ -88,7 +88,7 @@ def _separated(file: Path, layout: Row, _label: str) -> Iterator[tuple[int, Row]
             rows = (text.split("\t") for line in lines if (text := line.rstrip("\n").removesuffix("\r")))
         header = next(rows, []) if layout.get("header", True) else None
         for place, cells in enumerate(rows, start=1):
-            names = header or range(len(cells))
+            names: Sequence[Any] = header or range(len(cells))
             if header and any(cells[len(header) :]):
                 raise SystemExit(f"{file}, row {place} has {len(cells)} cells, and the first line {len(header)}")
             # a row that ends early lacks its last cells

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import glob
 import hashlib
 import math
 import random
@@ -38,7 +39,7 @@ DEV_SHARE, TEST_SHARE = 0.15, 0.15  # of a csv without a column `split`
 _NO_LABEL = {"", "-1", "nan", "none", "null"}  # unless the task has a class of this name
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)  # Python also reads 1_0
 _WHOLE = re.compile(r"(-?\d+)\.0*")
-_LIBRARY_ERRORS = (pa.ArrowException, yaml.YAMLError, pd.errors.ParserWarning)
+_LIBRARY_ERRORS = (pa.ArrowException, yaml.YAMLError, pd.errors.ParserWarning, StopIteration)
 _ROWS_AT_ONCE = 10_000
 
 
@@ -321,7 +322,9 @@ def _read_file(file: Path, places: Sequence[Path], task: RunTask) -> Table:
             options = {"names": names, "header": 0, "index_col": False, "features": features}
             options |= {"na_filter": False, "engine": "python"}
         builder = BUILDERS[file.suffix.removeprefix(".")]
-        dataset = datasets.load_dataset(builder, data_files=str(file), split="train", streaming=True, **options)
+        dataset = datasets.load_dataset(
+            builder, data_files=glob.escape(str(file)), split="train", streaming=True, **options
+        )
         table = _to_table(dataset, str(file))
         label_columns = [name for name in table.columns if task.column_aliases.get(name, name) == task.label]
         for name in label_columns:
