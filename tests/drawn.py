@@ -15,26 +15,27 @@ from PIL import Image
 NARROWEST, WIDEST, HIGHEST, SMALLEST = 1.6, 6.95, 9.6, 6.9  # inches, the last in points
 
 
+def _write_dot(_: Figure, path: Any, **options: Any) -> None:
+    Image.new("RGB", (1, 1)).save(path, options["format"])
+
+
 @contextmanager
 def watched() -> Iterator[list[str]]:
-    """While it lasts no figure is written, and what is wrong with those that would be is listed."""
-    found: list[str] = []
+    """List the faults of all figures that are drawn meanwhile; each is written as a dot."""
+    problems: list[str] = []
 
-    def look(figure: Figure, path: Any, **_: Any) -> None:
-        if str(path).endswith(".png"):
-            found.extend(faults(figure))
+    def check(figure: Figure, path: Any, **options: Any) -> None:
+        if options["format"] == "png":
+            problems.extend(faults(figure))
+        _write_dot(figure, path, **options)
 
-    with mock.patch.object(Figure, "savefig", look):
-        yield found
+    with mock.patch.object(Figure, "savefig", check):
+        yield problems
 
 
 def undraw(patch: pytest.MonkeyPatch) -> None:
-    """Have figures written as a dot each."""
-
-    def dot(_: Figure, path: Any, **__: Any) -> None:
-        Image.new("RGB", (1, 1)).save(path)
-
-    patch.setattr(Figure, "savefig", dot)
+    """Write every figure as a dot."""
+    patch.setattr(Figure, "savefig", _write_dot)
 
 
 def faults(figure: Figure) -> list[str]:

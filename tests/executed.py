@@ -15,7 +15,6 @@ from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.models.build import Trainable, reopen_classifier
 from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.harness.results.records import repeatable
 from benchmarks.harness.run.execution import execute
 from benchmarks.harness.training.progress import Progress
 
@@ -49,8 +48,12 @@ def reopened(run: Run, found: dict[str, Any]) -> tuple[Trainable, Any]:
 
 
 def numbers(path: Path) -> dict[str, Any]:
-    """What of a finished run must be the same every time."""
-    return repeatable(json.loads((path.parent / "metrics.json").read_text()))
+    """Return the part of a finished run that must be the same every time: no costs, no machine."""
+    metrics: dict[str, Any] = json.loads((path.parent / "metrics.json").read_text())
+    del metrics["cost"], metrics["environment"]
+    for layer in metrics.get("model", {}).get("conversion", ()):
+        del layer["seconds"]
+    return metrics
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.domainbed.jobs import validation_job
+from benchmarks.domainbed.grid import validation_job
 from benchmarks.harness.base.paths import RUNS
 from benchmarks.harness.config.runs import Run, plan
 from benchmarks.harness.config.suite import Suite, load_suite
@@ -75,10 +75,6 @@ def metrics(run: Run, gain: float = 0.0) -> dict[str, Any]:
         **used,
         "routing": used["routing"] | ({"windows": windows(config, draw)} if config else {}),
         **made_another(run, task, one),
-        "updates": {
-            "change": {} if run.spec["training"]["lora"] else {"0": draw.uniform(0.01, 0.02), "1": 0.01},
-            "gradients": {"1": {name: draw.uniform(-0.5, 0.5) for name in ("own", *ood)}} if ood else {},
-        },
         **trained_model({"adapters": same, "head": same} if run.spec["training"]["lora"] else {}),
         "data": {
             "train": summary,

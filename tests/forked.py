@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 def start(work: Callable[..., object], *arguments: object) -> BaseProcess:
     """A process that does this."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.unit.test_streaming_interrupted", "tests.unit.test_tracking"])
+    context.set_forkserver_preload(["tests.unit.test_streaming_interrupted", "tests.unit.test_mlflow"])
     process = context.Process(target=work, args=arguments)
     process.start()
     return process

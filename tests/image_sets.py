@@ -12,10 +12,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.domainbed.definition import RunSet
-from benchmarks.domainbed.environments import ImageSet
-from benchmarks.domainbed.loading import load_set
-from benchmarks.domainbed.validation import validate_to_file
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.domainbed.images import ImageSet
+from benchmarks.domainbed.validation import load_set
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from tests.planned import paper_runs
 
@@ -68,14 +67,6 @@ def pacs_run(method: str = "erm", held_out: int = 0, trial: int = 0, **training:
     hparams = {**spec["hparams"], "lr": 1e-3, "batch_size": 4}
     found = {**spec, "model": smoke["model"], "training": {**spec["training"], **short}, "hparams": hparams}
     return run_from_spec({**found, "learning_rate": 1e-3})
-
-
-def validated(folder: Path, truncated: str = "refuse") -> Path:
-    """The file of a validation of PACS."""
-    output = folder / "images" / "pacs-32px.json"
-    spec = {"benchmark": "domainbed", "task": PACS, "data_seed": 0, "image_size": 32, "truncated": truncated}
-    validate_to_file(spec, output)
-    return output
 
 
 def load(truncated: str = "refuse", task: dict[str, Any] = PACS) -> ImageSet:

@@ -9,8 +9,7 @@ import pytest
 
 from benchmarks.glue_ood.grid import KIND as EVALUATION
 from benchmarks.harness.config import suite as suites
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.text.definition import RunTask
 from tools.convert_glue_x import main as convert
 

@@ -1,39 +1,102 @@
-"""Which rows a step trains on, and what becomes of them."""
+"""Transforms of pictures, which rows a step trains on, and which are evaluated."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from torchvision import transforms
+from torchvision.transforms.functional import normalize, resize
 
-from benchmarks.domainbed.environments import Environment
+from benchmarks.domainbed.images import Environment, Picture
 from benchmarks.domainbed.protocol import class_weights
-from benchmarks.domainbed.transforms import Transform, load_pixels, plain
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.prefix import STATES, Prefix
 from benchmarks.harness.models.prefix_cache import PrefixStates
+
+Transform = Callable[[Picture], Tensor]
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+def plain(size: int) -> Transform:
+    """Make the transform of test environments: both sides resized to ``size``, normalised."""
+    image = transforms.Compose(
+        [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION)]
+    )
+    return partial(_see, image, size)
+
+
+def augmented(size: int) -> Transform:
+    """Make the transform of training environments: a random crop, mirror, colour jitter; MNIST's digits stay as they
+    are, as in DomainBed.
+
+    Draws from torch's global generator.
+    """
+    image = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.7, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
+            transforms.RandomGrayscale(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, DEVIATION),
+        ]
+    )
+    return partial(_see, image, size)
+
+
+def _see(image: Callable[[Image.Image], Tensor], size: int, picture: Picture) -> Tensor:
+    return _digit(picture, size) if isinstance(picture, Tensor) else image(picture)
+
+
+def _digit(pixels: Tensor, size: int) -> Tensor:
+    """Prepare a digit for a model of colour images: one channel three times, or two as red and green; resized,
+    normalised.
+
+    DomainBed gives its digits to a small network of their own size and channels, so this step is ours.
+    """
+    channels = pixels.repeat(3, 1, 1) if len(pixels) == 1 else torch.cat([pixels, torch.zeros_like(pixels[:1])])
+    return normalize(resize(channels, [size, size], antialias=True), list(MEAN), list(DEVIATION))
+
+
+def load_pixels(environment: Environment, row: int, transform: Transform, seed: int) -> Tensor:
+    """Read a row of an environment as a model sees it; a random transform depends on the seed alone."""
+    picture, _ = environment.open(row)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return transform(picture)
+
+
+def visible(pixels: Tensor) -> Tensor:
+    """Turn the output of a transform into an image ``[3, height, width]`` of bytes."""
+    mean, deviation = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(DEVIATION).view(3, 1, 1)
+    return ((pixels * deviation + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+
 
 Draw = tuple[int, int, int]
 
 
 class EnvironmentBatches(Sampler[Draw]):
-    """Batches of every training environment, one after the other, ``batch_size`` rows of each in every step.
+    """Draw batches of every training environment, one after the other, ``batch_size`` rows of each in every step.
 
-    Rows are drawn with replacement, as in DomainBed. The draws hang on the seed and nothing else, so that all methods see the
-    same rows and a run that goes on sees those that it would have seen.
+    Rows are drawn with replacement, as in DomainBed. The draws depend on the seed alone, so all methods see the
+    same rows, and a resumed run sees the rows of an uninterrupted one.
 
     Args:
-        labels: class numbers of the rows of each environment.
-        batch_size: rows of each environment per step.
-        steps: how many steps.
-        seed: of the draws.
-        class_balanced: draw every class of an environment equally often.
+        labels: The class numbers of the rows of each environment.
+        batch_size: The rows of each environment per step.
+        steps: The number of steps.
+        seed: The seed of the draws.
+        class_balanced: True to draw every class of an environment equally often.
     """
 
     def __init__(
@@ -46,13 +109,13 @@ class EnvironmentBatches(Sampler[Draw]):
         return self._steps * self._batch_size * len(self._labels)
 
     def __iter__(self) -> Iterator[Draw]:
-        """Number of the draw, of the environment, and of the row in it."""
+        """Yield the number of the draw, of the environment, and of the row in it."""
         rows = torch.stack([self._drawn(env) for env in range(len(self._labels))], dim=1).flatten().tolist()
         for number, row in enumerate(rows):
             yield number, number // self._batch_size % len(self._labels), row
 
     def _drawn(self, env: int) -> torch.Tensor:
-        """``[steps, batch_size]`` rows."""
+        """Draw ``[steps, batch_size]`` rows of an environment."""
         random = torch.Generator().manual_seed(derive_seed("order", self._seed, env))
         labels, shape = self._labels[env], (self._steps, self._batch_size)
         if not self._class_balanced:
@@ -64,13 +127,13 @@ class EnvironmentBatches(Sampler[Draw]):
 
 
 class PrefixedImages:
-    """What a frozen prefix makes of some rows of an environment, which are then no longer opened.
+    """Hold the outputs of a frozen prefix for some rows of an environment, whose images are then no longer opened.
 
     Args:
-        prefix: of the model.
-        environment: the environment.
-        rows: of it, each once.
-        size: pixels along each side.
+        prefix: The frozen prefix of the model.
+        environment: The environment.
+        rows: The rows, each once.
+        size: The pixels along each side.
     """
 
     def __init__(self, prefix: Prefix, environment: Environment, rows: Sequence[int], size: int) -> None:
@@ -89,7 +152,7 @@ class PrefixedImages:
 
 
 def _pictures_digest(environment: Environment, rows: Sequence[int], size: int) -> str:
-    """Digest of pictures: of files by name, size and time, of others by their content."""
+    """Hash pictures: files by name, size and time, others by their content."""
     digest = hashlib.sha256(f"{size}\n".encode())
     for row in rows:
         file = Path(environment.places[row]) if environment.places else None
@@ -102,16 +165,16 @@ def _pictures_digest(environment: Environment, rows: Sequence[int], size: int) -
 
 
 class TrainingRows(Dataset[dict[str, Any]]):
-    """Rows of the training environments' *in* splits, by draw.
+    """Hold the rows of the training environments' *in* splits, by draw.
 
-    What augmentation does to a picture hangs on the seed and the draw, not on what was drawn before or by which worker.
+    Augmentation depends on the seed and the draw, not on earlier draws or on the worker.
 
     Args:
-        environments: those that are trained on.
-        rows: of each.
-        transform: what becomes of a picture.
-        seed: of the transform.
-        prefixed: what a frozen prefix makes of them, by the name of the environment; empty where none is frozen.
+        environments: The training environments.
+        rows: The rows of each.
+        transform: The transform of pictures.
+        seed: The seed of the transform.
+        prefixed: The outputs of a frozen prefix by the name of the environment; empty if no layer is frozen.
     """
 
     def __init__(
@@ -138,16 +201,16 @@ class TrainingRows(Dataset[dict[str, Any]]):
 
 
 class EvaluationRows(Dataset[dict[str, Any]]):
-    """Rows of one split in its order.
+    """Hold the rows of one split in its order.
 
     Args:
-        environment: whose they are.
-        rows: of it.
-        transform: what becomes of a picture.
-        prefixed: what a frozen prefix makes of them, by the name of the environment; empty where none is frozen.
+        environment: The environment.
+        rows: The rows of the split.
+        transform: The transform of pictures.
+        prefixed: The outputs of a frozen prefix by the name of the environment; empty if no layer is frozen.
 
     Attributes:
-        step: after which they are looked at; a random transform draws anew for a row at every step, as in DomainBed.
+        step: The step after which they are evaluated; a random transform draws anew at every step, as in DomainBed.
     """
 
     def __init__(
@@ -163,7 +226,7 @@ class EvaluationRows(Dataset[dict[str, Any]]):
 
     @property
     def labels(self) -> list[int]:
-        """Class numbers of the rows."""
+        """Return the class numbers of the rows."""
         return [self._environment.labels[row] for row in self._rows]
 
     def __len__(self) -> int:

@@ -6,7 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.schema import (
+from benchmarks.harness.config.benchmark import Entry, Precision, TrainingDefinition, TrainingSettings, TrainingSuite
+from benchmarks.harness.config.methods import LoRA, VariantAxes
+from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.yaml import (
     UNIQUE,
     AsGiven,
     Count,
@@ -22,16 +25,6 @@ from benchmarks.harness.config.schema import (
     left_out,
     zero_left_out,
 )
-from benchmarks.harness.config.shared import (
-    Entry,
-    LoRA,
-    Precision,
-    TrainingDefinition,
-    TrainingSettings,
-    TrainingSuite,
-    VariantAxes,
-)
-from benchmarks.harness.config.specs import RunSpec
 
 
 class HParams(Strict):
@@ -63,11 +56,15 @@ class ImageTraining(Strict):
     eval_rows: Count | None
     """Images of every split that are evaluated: its first ones, the split being shuffled. null for all."""
     evaluate: Literal["all", "needed"]
-    """Which splits are evaluated: all, as DomainBed does, or only those that a selection or a table reads (not the *in* splits of training environments)."""
+    """Which splits are evaluated: all, as DomainBed does, or only those that a selection or a table reads (not the *in*
+    splits of training environments).
+    """
     image_size: Annotated[int, Field(ge=14)]
     """Pixels along each side."""
     val_augment: bool
-    """Evaluate training environments on augmented images, drawn anew every time, as DomainBed and the EMoE authors do; false, on the images as they are, is this suite's own option."""
+    """Evaluate training environments on augmented images, drawn anew every time, as DomainBed and the EMoE authors do;
+    false, on the images as they are, is this suite's own option.
+    """
     drop_path: Rate
     """Rate of stochastic depth."""
     truncated: Literal["refuse", "load"]
@@ -77,8 +74,10 @@ class ImageTraining(Strict):
     lora: LoRA | None
     """Train adapters and the head only; null trains everything."""
     frozen_layers: Whole | None = zero_left_out()
-    """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a row is computed once and kept
-    (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below. 0, or left out: none. Only for images that are not augmented."""
+    """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a
+    row is computed once and kept
+    (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below.
+    0, or left out: none. Only for images that are not augmented."""
 
 
 class ImageTrainingSettings(ImageTraining, TrainingSettings):
@@ -105,7 +104,9 @@ class ImageBlock(VariantAxes):
         Literal["single", "all"]
         | Annotated[list[Annotated[list[str], Field(min_length=1, max_length=2), UNIQUE]], Field(min_length=1)]
     )
-    """Which environments are held out: lists of names; `single` is each by itself, `all` is also every pair, which leave-one-domain-out selection needs."""
+    """Which environments are held out: lists of names; `single` is each by itself, `all` is also every pair, which
+    leave-one-domain-out selection needs.
+    """
     hparams_seed: Wholes
     """DomainBed's hparams_seed: 0 for the defaults, each other for a random draw."""
     trial: Wholes
@@ -122,12 +123,15 @@ class ImageSuite(TrainingSuite):
 
 
 class ImageDefinition(TrainingDefinition):
-    """A benchmark that trains on some environments of an image set and is judged on those held out, by DomainBed's protocol."""
+    """A benchmark that trains on some environments of an image set and is judged on those held out, by DomainBed's
+    protocol.
+    """
 
     sets: str
     """File with the definitions of the image sets, in the benchmark's folder."""
     published_costs: str | None = left_out()
-    """CSV with published parameters, operations, times and memory, in the benchmark's folder, which stand below ours."""
+    """CSV with published parameters, operations, times and memory, in the benchmark's folder, which stand below ours.
+    """
     set_tables: list[str]
     """The tables of each set."""
     set_figures: dict[str, str]
@@ -151,11 +155,9 @@ class ImageSource(AsGiven):
     """MNIST digits, turned or coloured by DomainBed's definitions."""
     digits: Literal["all", "package"] | None = None
     """Which digits: all 70,000 (`MNIST/raw` below data_root), or the 5,000 that ship inside a package."""
-    emoji: Literal["category"] | None = None
-    """Emoji of several drawing styles, from npm packages; the value names the classes' grouping."""
 
     def model_post_init(self, _context: Any, /) -> None:
-        self.need_one_of("folder", "mnist", "emoji")
+        self.need_one_of("folder", "mnist")
         self.need_together("mnist", "digits")
         self.need_together("hub", "folder")
 
@@ -175,14 +177,16 @@ class RunSet(ImageTask):
     name: str
     """Name in sets.yaml."""
     environments: list[Annotated[tuple[str, str | int | float], Field(strict=False)]]
-    """Short names in DomainBed's order, each with what it is called on disk; pairs, because JSON's mappings have no order."""
+    """Short names in DomainBed's order, each with what it is called on disk; pairs, because JSON's mappings have no
+    order.
+    """
 
 
 class SetEntry(ImageTask, Entry):
     """One image set of ``sets.yaml``."""
 
     environments: Annotated[dict[str, str | int | float], Field(min_length=3)]
-    """Short names in DomainBed's order, each with what it is called on disk: a folder, an angle, a probability, a package."""
+    """Short names in DomainBed's order, each with what it is called on disk: a folder, an angle, a probability."""
     unit: str = ""
     """Of the environments' names, where they are numbers: readers see it behind them."""
     eval_every: Count

@@ -1,4 +1,4 @@
-"""The pictures of one set: samples, accuracy, confusion, routing."""
+"""Figures of one set: samples, accuracy, confusion, routing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.domainbed.grid import held_out_names
-from benchmarks.domainbed.jobs import validation_job
+from benchmarks.domainbed.grid import held_out_names, validation_job
 from benchmarks.domainbed.outcomes import DomainOutcomes
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.config.runs import Run
@@ -30,8 +29,8 @@ from benchmarks.harness.report.plots import (
     score_panels,
     wrapped,
 )
-from benchmarks.harness.results.information import mutual_information
 from benchmarks.harness.results.records import read_metrics
+from benchmarks.harness.results.statistics import mutual_information
 
 _SELECTION = "training"
 _SHARE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "Blues")
@@ -41,7 +40,7 @@ _COLUMNS = 4
 
 
 def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Accuracy by method, a panel a held-out environment, under training-domain validation."""
+    """Draw accuracy by method, a panel a held-out environment, under training-domain validation."""
     cells = outcomes.cells[(outcomes.cells["set"] == name) & (outcomes.cells["selection"] == _SELECTION)]
     if cells.empty:
         placeholder_figure(path, _NO_SINGLE)
@@ -49,7 +48,8 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     panels = [
         [
             Panel(
-                f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}, {outcomes.env_title(name, str(env))} held out",
+                f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}, "
+                f"{outcomes.env_title(name, str(env))} held out",
                 rows,
             )
             for env, rows in of_model.groupby("env", sort=False)
@@ -60,10 +60,10 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 
 def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """The grid that the validation of the set made, with the environments' names beside it.
+    """Draw the grid that the validation of the set made, with the environments' names beside it.
 
     Raises:
-        DataError: that picture is not there.
+        DataError: The grid is missing.
     """
     job = next(validation_job(run.spec) for run in outcomes.runs if run.spec["task"]["name"] == name)
     picture = Path(job.picture)
@@ -86,16 +86,16 @@ def draw_samples(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 
 def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Confusion on the held-out environments, each by the model that did not see it, added up: a panel a model and method, the first trial of each."""
+    """Draw the summed confusion on the held-out environments: a panel a model and method, the first trial of each."""
     rows = _first_runs(outcomes, name)
     if not rows:
         placeholder_figure(path, _NO_SINGLE)
         return
     classes: list[str] = read_metrics(next(iter(rows[0][2].values())))["classes"]
     counts: dict[tuple[str, str], dict[str, NDArray[np.int64]]] = {}
-    for model, env, found in rows:
-        for method in (method for method in outcomes.methods if method in found):
-            read = np.array(read_metrics(found[method])["confusion"][env])
+    for model, env, by_method in rows:
+        for method in (method for method in outcomes.methods if method in by_method):
+            read = np.array(read_metrics(by_method[method])["confusion"][env])
             counts.setdefault((model, method), {})[outcomes.env_title(name, env)] = read
     columns = min(_COLUMNS, len(counts))
     lines = -(-len(counts) // columns)
@@ -115,7 +115,7 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
             axis.set_xticks(range(len(beside)), beside, rotation=90)
             axis.set_yticks(range(len(beside)), beside)
         hide_empty(axes)
-        envs = ", ".join(dict.fromkeys(env for found in counts.values() for env in found))
+        envs = ", ".join(dict.fromkeys(env for by_env in counts.values() for env in by_env))
         only = f", {models[0]}" if len(models) == 1 else ""
         figure.suptitle(f"{outcomes.title('set', name)}{only}, held out: {envs}", fontsize=8)
         figure.supxlabel("predicted class", fontsize=7)
@@ -125,23 +125,23 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 
 def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Which experts the images of each class and of each environment use, by method and layer; first environment, first trial."""
+    """Draw the use of experts by class and by environment, for each method and layer; first environment, first trial."""
     rows = _first_runs(outcomes, name)
     if not rows:
         placeholder_figure(path, _NO_SINGLE)
         return
     model, env, runs = rows[0]
-    found = {method: read_metrics(run) for method, run in runs.items()}
+    metrics_by_method = {method: read_metrics(run) for method, run in runs.items()}
     shown = [
         (method, layer, np.array(loads), metrics["routing"]["chance"][layer])
-        for method, metrics in found.items()
+        for method, metrics in metrics_by_method.items()
         for layer, loads in sorted(metrics["routing"].get("loads", {}).items(), key=lambda one: int(one[0]))
     ]
     if not shown:
         placeholder_figure(path, "no method of these runs routes")
         return
     env_names = [outcomes.env_title(name, one) for one in outcomes.environments(name)]
-    classes: list[str] = next(iter(found.values()))["classes"]
+    classes: list[str] = next(iter(metrics_by_method.values()))["classes"]
     heights = [min(len(classes), 20), len(env_names)]
     columns = min(_COLUMNS, len(shown))
     lines = -(-len(shown) // columns)
@@ -177,19 +177,19 @@ def _told(name: str, counts: NDArray[np.int64], chance: Mapping[str, tuple[float
 
 
 def _relative(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Each row's share of every expert, over the expert's share in all rows together; 1 where a row is like the others."""
+    """Divide each row's share of every expert by the expert's share in all rows together."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     return over_mean(shares, shares.mean(0, keepdims=True))
 
 
 def _first_runs(outcomes: DomainOutcomes, name: str) -> list[tuple[str, str, dict[str, Run]]]:
-    """By model and single held-out environment: the first run of every method."""
-    found: dict[tuple[str, str], dict[str, Run]] = {}
+    """Return the first run of every method, by model and single held-out environment."""
+    first: dict[tuple[str, str], dict[str, Run]] = {}
     for run in outcomes.runs:
         held_out = held_out_names(run.spec)
         if run.spec["task"]["name"] == name and len(held_out) == 1:
-            found.setdefault((run.spec["model"]["name"], held_out[0]), {}).setdefault(run.spec["method"]["name"], run)
+            first.setdefault((run.spec["model"]["name"], held_out[0]), {}).setdefault(run.spec["method"]["name"], run)
     order = outcomes.environments(name)
-    models = list(dict.fromkeys(model for model, _ in found))
-    keys = sorted(found, key=lambda key: (models.index(key[0]), order.index(key[1])))
-    return [(model, env, found[model, env]) for model, env in keys]
+    models = list(dict.fromkeys(model for model, _ in first))
+    keys = sorted(first, key=lambda key: (models.index(key[0]), order.index(key[1])))
+    return [(model, env, first[model, env]) for model, env in keys]

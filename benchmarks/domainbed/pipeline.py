@@ -7,24 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, PrefixedImages, TrainingRows
+from benchmarks.domainbed.batches import (
+    EnvironmentBatches,
+    EvaluationRows,
+    PrefixedImages,
+    TrainingRows,
+    augmented,
+    plain,
+)
 from benchmarks.domainbed.definition import ImageSpec
-from benchmarks.domainbed.environments import ImageSet
-from benchmarks.domainbed.folders import plain_name
-from benchmarks.domainbed.loading import load_set
-from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, split_environment, split_paired
-from benchmarks.domainbed.selection import best_record
+from benchmarks.domainbed.images import ImageSet, plain_name
+from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, best_record, split_environment
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
-from benchmarks.domainbed.transforms import augmented, plain
-from benchmarks.domainbed.validation import counts, ensure_validated
+from benchmarks.domainbed.validation import counts, load_set
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import write_text
-from benchmarks.harness.base.paths import IMAGES
 from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.config.benchmark import ALL, load_benchmark
 from benchmarks.harness.config.counts import count_note
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.kinds import ALL
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_image_classifier
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.training.progress import Progress
@@ -36,38 +37,39 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     """Run one spec.
 
     Args:
-        spec: the content of ``run.json``.
-        folder: the run's folder, for checkpoints and for the records in DomainBed's form (``results.jsonl``).
-        progress: where to say what is going on.
+        spec: The content of ``run.json``.
+        folder: The run's folder, for checkpoints and for the records in DomainBed's form (``results.jsonl``).
+        progress: The reporter of progress.
 
     Returns:
         The content of ``metrics.json``, less what the harness adds.
     """
     read = parse(spec, ImageSpec, str(folder / "run.json"))
     training, hparams, held_out = read.training, read.hparams, read.test_envs
-    found = load_set(read.task, read.data_seed, truncated=training.truncated)
-    progress.say(f"{found.source}\n{counts(found)}")
-    known, total = load_benchmark(read.benchmark).tasks.get(read.task.name), sum(map(len, found.environments))
+    image_set = load_set(read.task, read.data_seed, truncated=training.truncated)
+    progress.say(f"{image_set.source}\n{counts(image_set)}")
+    known, total = load_benchmark(read.benchmark).tasks.get(read.task.name), sum(map(len, image_set.environments))
     if known and (note := count_note(read.task.name, ALL, total, 0, known.images)):
         progress.say(f"warning: {note}")
-    ensure_validated(found, sorted(IMAGES.glob(f"{read.task.name}-*.json")), training.truncated)
-    envs = found.environments
-    splits = [_split(found, env, read.seed, is_test=env in held_out) for env in range(len(envs))]
+    envs = image_set.environments
+    splits = [_split(image_set, env, read.seed, is_test=env in held_out) for env in range(len(envs))]
     for environment, split in zip(envs, splits, strict=True):
         if not split.within or not split.out:
             raise DataError(
-                f"{found.source}: the environment '{environment.name}' has {len(environment)} images, too few to split"
+                f"{image_set.source}: the environment '{environment.name}' has {len(environment)} images, too few to "
+                "split"
             )
     trained = [env for env in range(len(envs)) if env not in held_out]
     progress.say(
-        f"held out: {', '.join(envs[env].name for env in held_out)}; trained on: {', '.join(envs[env].name for env in trained)}"
+        f"held out: {', '.join(envs[env].name for env in held_out)}; trained on: "
+        f"{', '.join(envs[env].name for env in trained)}"
     )
-    classifier = build_image_classifier(spec, len(found.classes))
+    classifier = build_image_classifier(spec, len(image_set.classes))
     # one seed for the draws of all methods
     seed = derive_seed("environments", read.seed, *held_out)
     augments, size = hparams.data_augmentation, training.image_size
     rows = [splits[env].within for env in trained]
-    prefixed = _prefixed(classifier.prefix, read, found, splits)
+    prefixed = _prefixed(classifier.prefix, read, image_set, splits)
     trainer = DomainTrainer(
         classifier,
         read,
@@ -81,7 +83,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             seed,
             class_balanced=hparams.class_balanced,
         ),
-        _evaluated(read, found, splits, prefixed),
+        _evaluated(read, image_set, splits, prefixed),
         folder,
         progress,
     )
@@ -91,13 +93,12 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     records = [record | {"epoch": record["step"] / epoch} for record in records]
     _write_results(folder / _RESULTS, read, records)
     progress.say("looking at the predictions")
-    seen = trainer.look(
+    seen = trainer.predict(
         [
             EvaluationRows(environment, split.out[: training.eval_rows], plain(size), prefixed)
             for environment, split in zip(envs, splits, strict=True)
         ],
-        len(found.classes),
-        paired=found.paired,
+        len(image_set.classes),
     )
     best = best_record(records, held_out)
     return {
@@ -110,11 +111,13 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "confusion": {
             environment.name: matrix.tolist() for environment, matrix in zip(envs, seen.confusion, strict=True)
         },
-        "classes": found.classes,
+        "classes": image_set.classes,
         "routing": {
             **seen.summary,
             "loads": {str(layer): loads.tolist() for layer, loads in seen.loads.items()},
-            "chance": {str(layer): found for layer, found in seen.chance.items()},
+            "chance": {
+                str(layer): {name: list(bits) for name, bits in chance.items()} for layer, chance in seen.chance.items()
+            },
         }
         if seen.loads
         else {},
@@ -122,28 +125,26 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "model": classifier.summary,
         "cost": {**trainer.cost, **classifier.prefix_cost()},
         "data": {
-            f"{environment.name} {name}": {"source": found.source, **environment.summary(chosen, found.classes)}
+            f"{environment.name} {name}": {"source": image_set.source, **environment.summary(chosen, image_set.classes)}
             for environment, split in zip(envs, splits, strict=True)
             for name, chosen in (("in", split.within), ("out", split.out))
         },
     }
 
 
-def _split(found: ImageSet, env: int, trial_seed: int, *, is_test: bool) -> Split:
-    rows = len(found.environments[env])
-    if found.paired:
-        return split_paired(rows, trial_seed, is_test=is_test)
+def _split(image_set: ImageSet, env: int, trial_seed: int, *, is_test: bool) -> Split:
+    rows = len(image_set.environments[env])
     return split_environment(rows, env, trial_seed, is_test=is_test)
 
 
 def _prefixed(
-    prefix: Prefix | None, spec: ImageSpec, found: ImageSet, splits: list[Split]
+    prefix: Prefix | None, spec: ImageSpec, image_set: ImageSet, splits: list[Split]
 ) -> dict[str, PrefixedImages]:
-    """What the model's frozen layers make of the rows that are trained on or evaluated, by environment."""
+    """Return the outputs of the model's frozen layers for the rows that are trained on or evaluated, by environment."""
     if prefix is None:
         return {}
     training, prefixed = spec.training, {}
-    environments = list(enumerate(zip(found.environments, splits, strict=True)))
+    environments = list(enumerate(zip(image_set.environments, splits, strict=True)))
     # methods begin with different ones, so that runs side by side share the work instead of waiting for each other
     begin = derive_seed("first", spec.method.name) % len(environments)
     for env, (environment, split) in [*environments[begin:], *environments[:begin]]:
@@ -155,14 +156,14 @@ def _prefixed(
 
 
 def _evaluated(
-    spec: ImageSpec, found: ImageSet, splits: list[Split], prefixed: Mapping[str, PrefixedImages]
+    spec: ImageSpec, image_set: ImageSet, splits: list[Split], prefixed: Mapping[str, PrefixedImages]
 ) -> dict[str, EvaluationRows]:
-    """The splits that every record has, by DomainBed's names."""
+    """Return the splits that every record has, by DomainBed's names."""
     training = spec.training
     size, limit = training.image_size, training.eval_rows
     chosen = {}
     for name in ("in", "out"):
-        for env, (environment, split) in enumerate(zip(found.environments, splits, strict=True)):
+        for env, (environment, split) in enumerate(zip(image_set.environments, splits, strict=True)):
             is_test = env in spec.test_envs
             if name == "in" and not is_test and training.evaluate == "needed":
                 continue
@@ -174,9 +175,10 @@ def _evaluated(
 
 
 def sweep_arguments(spec: ImageSpec) -> dict[str, Any]:
-    """What DomainBed's own scripts are told of a run.
+    """Describe a run for DomainBed's own scripts.
 
-    They group by data set, algorithm, held-out environments, draw and trial. All else is part of the algorithm's name: a digest of the settings, the variant,
+    They group by data set, algorithm, held-out environments, draw and trial. All else is part of the algorithm's name:
+    a digest of the settings, the variant,
     the model, and the set where it is a variant of DomainBed's.
     """
     method, task = spec.method, spec.task
@@ -196,6 +198,6 @@ def sweep_arguments(spec: ImageSpec) -> dict[str, Any]:
 
 
 def _write_results(path: Path, spec: ImageSpec, records: list[dict[str, Any]]) -> None:
-    """The records as DomainBed's own scripts read them."""
+    """Write the records in the form that DomainBed's own scripts read."""
     more = {"args": sweep_arguments(spec), "hparams": spec.hparams.model_dump()}
     write_text(path, "".join(json.dumps({**record, **more}, sort_keys=True) + "\n" for record in records))

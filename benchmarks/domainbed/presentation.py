@@ -2,19 +2,274 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
+import pandas as pd
+
 from benchmarks.domainbed.definition import ImageDefinition, SetEntry
 from benchmarks.domainbed.figures import draw_accuracy, draw_confusion, draw_routing, draw_samples
-from benchmarks.domainbed.outcomes import DomainOutcomes
-from benchmarks.domainbed.tables import SET_TABLES, TABLES, verdicts
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.domainbed.grid import COST_COLUMNS
+from benchmarks.domainbed.outcomes import CELL, DomainOutcomes
+from benchmarks.domainbed.protocol import standard_error
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.common import (
+    cost_table,
+    difference_text,
+    our_means,
+    published_table,
+    read_published,
+    tests_table,
+    with_average,
+    with_columns,
+    with_numbers,
+)
 from benchmarks.harness.report.presentation import Presentation, make
+from benchmarks.harness.report.table import Column, Table
+from benchmarks.harness.results.statistics import PERMUTATIONS
+
+FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
+_FOUR = "average of four"
+_ORDER = ["model", "selection", "set", "method"]
+_KEYS = {"model_title": "Model", "selection_title": "Selection", "method_title": "Method"}
+_SELECTIONS = (
+    "Selections are DomainBed's. Training-domain validation: the step with the highest mean accuracy on held-out "
+    "images of the training environments. Leave-one-domain-out: on each "
+    "other environment, by runs that hold that out too; only where such runs exist. Test-domain validation: the run "
+    "whose last step does best on images of the test environment itself, an oracle."
+)
+_VALIDATION = {
+    True: "Validation sees the images of training environments augmented, as in DomainBed's code and the paper's authors'.",
+    False: "Validation sees the images of training environments as they are: this suite's own choice; DomainBed and the paper's authors augment them.",
+}
+_ERROR = "± is DomainBed's: the population's standard deviation over trials by the root of their number"
+
+
+def results(outcomes: DomainOutcomes, name: str) -> Table:
+    """Tabulate one set in DomainBed's layout: a column a held-out environment, and their mean."""
+    cells = outcomes.cells[outcomes.cells["set"] == name]
+    grouped = cells.groupby([*CELL, "env"], sort=False)["value"]
+    spread = grouped.agg(mean="mean", error=_error).reset_index()
+    frame = cells.groupby(CELL, sort=False).agg(n=("trial", "nunique")).reset_index()
+    numbers = spread[["env", *CELL, "mean", "error"]]
+    envs = [env for env in outcomes.environments(name) if env in set(cells["env"])]
+    headings = {env: outcomes.env_title(name, env) for env in envs}
+    frame, columns = with_columns(frame, CELL, numbers, headings, "accuracy", std="error")
+    # as DomainBed averages: the mean of the cells, where a row has all of them
+    frame, columns = with_average(frame, columns, "accuracy")
+    frame = with_numbers(frame, CELL, outcomes.tests[[*CELL, "delta", "low", "high"]])
+    columns.append(
+        Column("accuracy", "delta", f"Δ to {outcomes.baseline_title}", interval=("low", "high"), signed=True)
+    )
+    return Table(
+        f"{outcomes.title('set', name)}: accuracy by held-out environment",
+        f"{_judged_on(outcomes, name)} Mean over n trials. {_ERROR}. "
+        f"{_partly(outcomes, [name])}{_selections(outcomes, [name])} {_experts(outcomes, [name])}Δ is paired by "
+        "trial, with a 95 % confidence interval (Student's t), not "
+        "corrected for the number of methods. Bold marks the best method, controls apart.",
+        {**_KEYS, "n": "n"},
+        columns,
+        outcomes.order(frame, ["model", "selection", "method"]),
+        group=("model", "selection"),
+        compare="is_method",
+    )
+
+
+def choices(outcomes: DomainOutcomes, name: str) -> Table:
+    """Tabulate the choices of each selection on one set: step and draw of hyper-parameters by held-out environment and
+    trial.
+    """
+    frame = outcomes.order(outcomes.cells[outcomes.cells["set"] == name], ["model", "selection", "method"])
+    frame["env_title"] = [outcomes.env_title(name, env) for env in frame["env"]]
+    frame["draw"] = frame["hparams_seed"].map(lambda seed: str(seed) if seed else "defaults")
+    varied = {"variant": "Variant"} if frame["variant"].any() else {}
+    return Table(
+        f"{outcomes.title('set', name)}: what was chosen",
+        "Step and draw of hyper-parameters (DomainBed's hparams_seed) that each selection chose, by held-out "
+        "environment and trial; the value by which it chose, and the accuracy on the held-out environment "
+        f"that is then reported. {_selections(outcomes, [name])}",
+        {**_KEYS, "env_title": "Held out", "trial": "Trial", "step": "Step", "draw": "Draw", **varied},
+        [Column("accuracy", "chosen_by", "Chosen by"), Column("accuracy", "value", "Accuracy")],
+        frame,
+    )
+
+
+def summary(outcomes: DomainOutcomes) -> Table:
+    """Average over the environments of every set, as DomainBed summarises them."""
+    keys = ["selection", "model", "method"]
+    trials = outcomes.trials()
+    spread = trials.groupby(CELL, sort=False).agg(mean="mean", error=_error, n="count")
+    spread = spread.reset_index()
+    frame = spread.groupby(keys, sort=False).agg(n=("n", "max")).reset_index()
+    headings = {name: outcomes.title("set", name) for name in outcomes.sets if outcomes.held_out(name)}
+    numbers = spread[["set", *keys, "mean", "error"]]
+    frame, columns = with_columns(frame, keys, numbers, headings, "accuracy", std="error")
+    if len(columns) > 1:
+        frame, columns = with_average(frame, columns, "accuracy")
+    return Table(
+        "Accuracy on held-out environments, by set",
+        f"Mean over the held-out environments of a trial, then over n trials. {_ERROR}. {_partly(outcomes, outcomes.sets)}The average is over all sets, where a row has all. {_selections(outcomes, outcomes.sets)} {_experts(outcomes, outcomes.sets)}".strip(),
+        {**_KEYS, "n": "n"},
+        columns,
+        outcomes.order(frame, ["model", "selection", "method"]),
+        group=("model", "selection"),
+        compare="is_method",
+    )
+
+
+def tests(outcomes: DomainOutcomes) -> Table:
+    """Test against the baseline, paired over trials, corrected over the sets."""
+    return tests_table(
+        outcomes.baseline_title,
+        f"Differences to {outcomes.baseline_title} of the mean over held-out environments, paired by trial, over n "
+        "trials, with a 95 % confidence interval; p of the paired t-test, and p corrected by Holm's "
+        "procedure over the sets of a model, method and selection. The verdict takes the corrected p at 5 %; “equal”: "
+        "every difference is zero; a dash means that there is no test: one trial, or differences that are all the "
+        "same and not zero.",
+        {
+            "model_title": "Model",
+            "selection_title": "Selection",
+            "set_title": "Set",
+            "method_title": "Method",
+            "n": "n",
+        },
+        "accuracy",
+        outcomes.order(outcomes.tests.drop(columns="values"), _ORDER),
+    )
+
+
+def cost(outcomes: DomainOutcomes) -> Table:
+    """Tabulate time, memory, parameters, loads, and the information of experts on classes and environments."""
+    cell = ["model", "set", "method"]
+    records = outcomes.records.rename(columns={"task": "set"})
+    return cost_table(
+        {"model_title": "Model", "set_title": "Set", "method_title": "Method"},
+        outcomes.order(records[cell].drop_duplicates(), cell),
+        cell,
+        records,
+        averaged="Means over all runs; times of steps are without reading and augmenting images",
+        measured_on="the out splits of all environments at the last step. Expert tells class (environment) is the mutual information of a token's expert and its image's class (environment), "
+        f"and by chance the same after {PERMUTATIONS} shuffles of classes over the images of an environment "
+        "(environments over those of a class): their mean, and what 95 % stay below. Only what is above that means "
+        "anything",
+        published=_published_costs(outcomes),
+    )
+
+
+def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
+    """Read costs that others report: a row a model, set and method with titles, a column a metric, and ``source``, all
+    sources of the row.
+    """
+    file = outcomes.benchmark.definition.published_costs
+    if not file:
+        return None
+    keys = list(COST_COLUMNS[:-1])
+    published = read_published(outcomes.benchmark, file, COST_COLUMNS)
+    numbers = published.pivot_table(index=keys, columns="metric", values="value", sort=False)
+    sources = published.groupby(keys, sort=False)["source"].agg(lambda named: "; ".join(named.unique()))
+    rows = numbers.join(sources).reset_index()
+    titles = [outcomes.title("method", name) for name in rows["method"]]
+    return rows.assign(model_title=rows["model"], set_title=rows["set"], method_title=titles)
+
+
+def paper(outcomes: DomainOutcomes) -> Table:
+    """Compare published averages with ours."""
+    published = read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
+    key = ["model", "set", "method", "selection"]
+    trials = outcomes.trials(complete=True)
+    ours = our_means(trials, CELL)
+    by_trial = trials.reset_index()
+    four = by_trial[by_trial["set"].isin(FOUR)].groupby(["selection", "model", "method", "trial"], sort=False)["value"]
+    whole = four.mean()[four.count() == len(FOUR)]
+    averages = our_means(whole, ["selection", "model", "method"]).assign(set=_FOUR)
+    ours = pd.concat([ours[ours["set"].isin(published["set"])], averages])
+    frame = published.merge(ours, on=key, how="outer", sort=False)
+    frame["difference"] = frame["ours"] - frame["value"]
+    frame = outcomes.order(frame, ["selection", "set", "model", "method"])
+    return published_table(
+        "Published averages beside ours",
+        "Accuracy, mean over the environments of a set, each held out in turn; the average of four is over PACS, "
+        "VLCS, OfficeHome and TerraIncognita. Status: published (typed in the authors' notebooks, or "
+        "quoted), inferred (published, but the selection or the row is our reading). A dash is a number that this "
+        "suite did not run, or that was not found. Sets of which nothing is published are left out. Rows by other "
+        "authors stand "
+        "there for the reader. Another model and other data can neither confirm nor refute a published value. "
+        f"{_experts(outcomes, outcomes.sets)}".strip(),
+        {"selection_title": "Selection", "set_title": "Set", "model_title": "Model", "method_title": "Method"},
+        frame,
+    )
+
+
+def verdicts(outcomes: DomainOutcomes) -> Iterator[str]:
+    """Write a sentence a set and selection: the differences of the methods."""
+    rows = outcomes.order(outcomes.tests, _ORDER)
+    rows = rows[rows["method"].map(outcomes.role) == "method"]
+    for key, group in rows.groupby(["model_title", "selection_title", "set_title"], sort=False):
+        words = [f"{row.method_title} {difference_text(row)} (n = {row.n})" for row in group.itertuples()]
+        yield f"{key[0]}, {key[2]}, {key[1]}: {'; '.join(words)}."
+
+
+TABLES = {"summary": summary, "tests": tests, "cost": cost, "paper": paper}
+SET_TABLES = {"results": results, "choices": choices}
+
+
+def _judged_on(outcomes: DomainOutcomes, name: str) -> str:
+    """Say on which images accuracy is measured."""
+    limits = {run.spec["training"]["eval_rows"] for run in outcomes.runs if run.spec["task"]["name"] == name}
+    cut = "".join(f", of which {limit} are used" for limit in limits if limit)
+    return f"On the in split of the environment that was held out (80 % of its images{cut})."
+
+
+def _selections(outcomes: DomainOutcomes, names: list[str]) -> str:
+    """Explain the selections, and the validation images of sets that are augmented (MNIST's are not)."""
+    asked = {
+        run.spec["training"]["val_augment"]
+        for run in outcomes.runs
+        if run.spec["task"]["name"] in names
+        and run.spec["hparams"]["data_augmentation"]
+        and "mnist" not in run.spec["task"]["source"]
+    }
+    return " ".join([_SELECTIONS, *(_VALIDATION[augmented] for augmented in sorted(asked, reverse=True))])
+
+
+def _experts(outcomes: DomainOutcomes, names: list[str]) -> str:
+    """Say how many experts each method's tokens use, of how many, in which blocks."""
+    experts: dict[str, dict[str, None]] = {}
+    for run in outcomes.runs:
+        method = run.spec["method"]
+        if run.spec["task"]["name"] not in names or method["config"] is None:
+            continue
+        config = method["config"]
+        layers = config["layers"]
+        blocks = layers if isinstance(layers, str) else ", ".join(map(str, layers))
+        text = f"{config['top_k']} of {config['num_experts']} in {blocks}"
+        experts.setdefault(outcomes.title("method", method["name"]), {})[text] = None
+    words = "; ".join(f"{title} {' or '.join(texts)}" for title, texts in experts.items())
+    return f"Experts that a token uses, and the blocks that have them: {words}. " if words else ""
+
+
+def _partly(outcomes: DomainOutcomes, names: list[str]) -> str:
+    """Name every set with environments that were not held out."""
+    sizes = {name: (outcomes.held_out(name), len(outcomes.environments(name))) for name in names}
+    return "".join(
+        f"Of {outcomes.title('set', name)} {held_out} of {size} environments were held out. "
+        for name, (held_out, size) in sizes.items()
+        if held_out < size
+    )
+
+
+def _error(values: pd.Series) -> float:
+    """Return DomainBed's ±; nan for one trial."""
+    return standard_error(list(values)) if len(values) > 1 else math.nan
+
 
 _NOTE = (
-    "In points, mean over paired trials of the mean over held-out environments, with its 95 % confidence interval; verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's "
+    "In points, mean over paired trials of the mean over held-out environments, with its 95 % confidence interval; "
+    "verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's "
     "sets, not over methods. With two trials a test rests on two differences: read it as a hint."
 )
-_FIGURES = {
+SET_FIGURES = {
     "accuracy": draw_accuracy,
     "samples": draw_samples,
     "confusion": draw_confusion,
@@ -25,7 +280,7 @@ _FIGURES = {
 def present(benchmark: Benchmark[ImageDefinition, SetEntry], runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = DomainOutcomes(benchmark, runs)
-    parts = {name: make(benchmark, SET_TABLES, _FIGURES, outcomes, name, part=name) for name in outcomes.sets}
+    parts = {name: make(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets}
     return make(
         benchmark,
         TABLES,

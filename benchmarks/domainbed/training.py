@@ -17,10 +17,9 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 import emoe
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
 from benchmarks.domainbed.definition import ImageSpec
-from benchmarks.domainbed.information import told
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.results.information import Told, by_chance
+from benchmarks.harness.results.statistics import MutualInformation, by_chance, shuffled_information
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
@@ -30,11 +29,37 @@ from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_log
 from emoe.layer import routed_layers
 from emoe.records import LayerRecord
 
+
+def expert_information(
+    loads: NDArray[np.int64], classes: NDArray[np.int64], environments: NDArray[np.int64], *, seed: int
+) -> dict[str, NDArray[np.float64]]:
+    """Measure what experts tell of ``class`` and ``environment``: as it is, and after shuffles over images.
+
+    Images are shuffled, not tokens, which belong together. Classes are shuffled among the images of an environment and
+    environments among those of
+    a class, because the one may hold more of the other: what that alone tells is then part of what chance tells.
+
+    Args:
+        loads: The number of choices ``[images, layers, experts]``.
+        classes: The classes of the images.
+        environments: The environments of the images, one after the other.
+        seed: The seed of the shuffling.
+
+    Returns:
+        ``[1 + PERMUTATIONS, layers]`` bits each, the first as it is; see
+        :func:`~benchmarks.harness.results.statistics.shuffled_information`.
+    """
+    return {
+        "class": shuffled_information(loads, classes, environments, seed),
+        "environment": shuffled_information(loads, environments, classes, seed),
+    }
+
+
 ACCURACY = "accuracy"
 
 
 class _DomainLoop(RoutedTrainer):
-    """With Adam's L2 penalty on every parameter, as in DomainBed; and evaluations, however many, leave training's randomness alone."""
+    """Train with Adam's L2 penalty on every parameter, as in DomainBed, and restore the RNG state after evaluations."""
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]
@@ -47,7 +72,7 @@ class _DomainLoop(RoutedTrainer):
 
 
 class EvaluationSteps(TrainerCallback):
-    """Evaluates, logs and saves where DomainBed does: at steps 0, ``every``, 2 · ``every``, … and at the last one.
+    """Evaluate, log and save when DomainBed does: at steps 0, ``every``, 2 · ``every``, … and at the last one.
 
     DomainBed numbers a step before its update is counted: its step 0 is the state after one update.
     """
@@ -64,13 +89,14 @@ class EvaluationSteps(TrainerCallback):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a trained model says, and how it routes.
+    """Hold the predictions of a trained model, and its routing.
 
     Attributes:
-        confusion: ``[environments, classes, classes]`` images by true and predicted class.
-        loads: layer to ``[environments, classes, experts]``, how often each expert was chosen; empty for a dense model.
-        chance: layer to what its experts tell by chance of ``class`` and ``environment``: mean and 95 % of shuffled labels, in bits.
-        summary: of the routing, over all.
+        confusion: The number of images ``[environments, classes, classes]`` by true and predicted class.
+        loads: The number of choices ``[environments, classes, experts]`` by layer; empty for a dense model.
+        chance: The information on ``class`` and ``environment`` by chance, by layer: mean and 95 % of shuffled labels,
+            in bits.
+        summary: A summary of the routing.
     """
 
     confusion: NDArray[np.int64]
@@ -80,19 +106,19 @@ class Predictions:
 
 
 class DomainTrainer:
-    """Trains one image classifier as a run's spec says.
+    """Train one image classifier as a run's spec says.
 
     A checkpoint is written at every evaluation below ``folder``; a run that was killed goes on from the last complete
     one and ends with the same numbers.
 
     Args:
-        classifier: the classifier.
-        spec: of the run.
-        train: rows of the training environments.
-        draws: which of them make a step.
-        splits: what is evaluated, by name (``env0_in``, ``env0_out``, …).
-        folder: the run's.
-        progress: where to say what is going on.
+        classifier: The classifier.
+        spec: The spec of the run.
+        train: The rows of the training environments.
+        draws: The rows of each step.
+        splits: The rows that are evaluated, by name (``env0_in``, ``env0_out``, …).
+        folder: The run's folder.
+        progress: The reporter of progress.
     """
 
     def __init__(
@@ -147,35 +173,35 @@ class DomainTrainer:
 
     @property
     def cost(self) -> dict[str, Any]:
-        """What training and the evaluations during it took, for ``cost`` of ``metrics.json``."""
+        """Return the cost of training and of the evaluations during it, for ``metrics.json``."""
         took = self._stopwatch.cost(self._trainer.args.max_steps)
         return {**took, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
     def train(self) -> list[dict[str, Any]]:
-        """Train, from the last complete checkpoint where there is one.
+        """Train, from the last complete checkpoint if there is one.
 
         Returns:
-            DomainBed's records: ``step``, ``loss`` (the mean since the record before) and ``<split>_acc`` of every split.
+            DomainBed's records: ``step``, ``loss`` (the mean since the record before) and ``<split>_acc`` of every
+            split.
         """
         self._trainer.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
-        found: dict[int, dict[str, Any]] = {}
+        records: dict[int, dict[str, Any]] = {}
         for entry in self._trainer.state.log_history:
-            record = found.setdefault(int(entry["step"]), {"step": int(entry["step"]) - 1})
+            record = records.setdefault(int(entry["step"]), {"step": int(entry["step"]) - 1})
             if "loss" in entry:
                 record["loss"] = finite(entry["loss"])
             for name in self._splits:
                 if f"eval_{name}_{ACCURACY}" in entry:
                     record[f"{name}_acc"] = entry[f"eval_{name}_{ACCURACY}"]
         # Trainer ends its log with an entry of its own, without an evaluation
-        return [record for record in found.values() if len(record) > 2]
+        return [record for record in records.values() if len(record) > 2]
 
-    def look(self, splits: Sequence[EvaluationRows], num_classes: int, *, paired: bool) -> Predictions:
+    def predict(self, splits: Sequence[EvaluationRows], num_classes: int) -> Predictions:
         """Predict the splits once more, one an environment, and record which experts their images use.
 
         Args:
-            splits: of every environment.
-            num_classes: of the set.
-            paired: of the set.
+            splits: The split of every environment.
+            num_classes: The number of classes.
         """
         model = self._classifier.model
         confusion = np.zeros((len(splits), num_classes, num_classes), dtype=np.int64)
@@ -186,18 +212,18 @@ class DomainTrainer:
             self._predict(splits, confusion, record)
         environments = np.repeat(np.arange(len(splits)), [len(rows) for rows in splits])
         classes = np.concatenate([rows.labels for rows in splits])
-        loads = np.stack([_by_image(found, len(classes)) for found in record.layers.values()], axis=1)
+        loads = np.stack([_by_image(layer, len(classes)) for layer in record.layers.values()], axis=1)
         counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
         np.add.at(counts, (environments, classes), loads)
-        bits = told(loads, classes, environments, paired=paired, seed=self._seed)
+        bits = expert_information(loads, classes, environments, seed=self._seed)
         summary = record.summary()
-        for name, found in bits.items():
-            summary |= Told.mean(found).numbers(name)
+        for name, values in bits.items():
+            summary |= MutualInformation.mean(values).numbers(name)
         return Predictions(
             confusion,
             {layer: counts[:, :, i] for i, layer in enumerate(record.layers)},
             {
-                layer: {name: by_chance(found[:, i]) for name, found in bits.items()}
+                layer: {name: by_chance(values[:, i]) for name, values in bits.items()}
                 for i, layer in enumerate(record.layers)
             },
             summary,
@@ -220,15 +246,15 @@ class DomainTrainer:
 
 
 def reading_workers() -> int:
-    """Processes that read images: the cores, where a GPU computes; none on a CPU, whose cores have enough to do. No number hangs on it."""
+    """Return the number of processes that read images: the cores if a GPU computes, else none. No result depends on it."""
     return torch.get_num_threads() if torch.cuda.is_available() else 0
 
 
 def _by_image(record: LayerRecord, images: int) -> NDArray[np.int64]:
-    """``[images, experts]`` of a layer whose labels were the images' numbers."""
+    """Return ``[images, experts]`` of a layer whose labels were the images' numbers."""
     loads = np.zeros((images, record.num_experts), dtype=np.int64)
-    for image, found in record.by_label.items():
-        loads[image] = found.numpy()
+    for image, counts in record.by_label.items():
+        loads[image] = counts.numpy()
     return loads
 
 

@@ -1,9 +1,7 @@
-"""Open every image of a set once, before anything is trained on it."""
+"""Load a set, and open every image of it once, before anything is trained on it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +13,31 @@ from tabulate import tabulate
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from benchmarks.domainbed.batches import augmented, load_pixels, plain, visible
 from benchmarks.domainbed.definition import RunSet
-from benchmarks.domainbed.environments import Environment, ImageSet
-from benchmarks.domainbed.images import REFUSE
-from benchmarks.domainbed.loading import load_set
-from benchmarks.domainbed.transforms import augmented, load_pixels, plain, visible
+from benchmarks.domainbed.images import REFUSE, Environment, ImageSet, load_folders
+from benchmarks.domainbed.mnist import load_mnist
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import atomic_write, write_json
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.yaml import parse
+
+
+def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
+    """Load a set.
+
+    Args:
+        task: The set.
+        seed: DomainBed's seed of the run; only MNIST's variants depend on it.
+        truncated: ``refuse`` to reject image files that end early, ``load`` to fill them.
+
+    Raises:
+        DataError: The set is missing, or a folder or file of it is damaged.
+    """
+    if task.source.mnist:
+        return load_mnist(task, seed)
+    return load_folders(task, truncated=truncated)
+
 
 SAMPLES = 8
 _SHOWN = 10
@@ -33,43 +47,29 @@ def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
     """Validate a set: write its counts, and a grid of samples beside them (``.png``).
 
     Args:
-        job: a :class:`~benchmarks.domainbed.jobs.ValidationJob` as plain values.
-        output: the JSON file.
+        job: A :class:`~benchmarks.domainbed.grid.ValidationJob` as plain values.
+        output: The path of the JSON file.
 
     Raises:
-        DataError: the set is missing or damaged.
+        DataError: The set is missing or damaged.
     """
-    found = load_set(parse(job["task"], RunSet, "the set"), job["data_seed"], truncated=job["truncated"])
-    summary = validate_dataset(found)
-    names, grid = sample_grid(found, job["image_size"])
+    image_set = load_set(parse(job["task"], RunSet, "the set"), job["data_seed"], truncated=job["truncated"])
+    summary = validate_dataset(image_set)
+    names, grid = sample_grid(image_set, job["image_size"])
     with atomic_write(output.with_suffix(".png")) as temporary:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "png")
     write_json(output, {**job, **summary, "samples": names})
 
 
-def ensure_validated(found: ImageSet, receipts: list[Path], truncated: str) -> None:
-    """Open all images, unless one of the receipts is of these files as they are now, read in the same way.
+def validate_dataset(image_set: ImageSet) -> dict[str, Any]:
+    """Open every image, and count them by environment, class and conversion.
 
     Raises:
-        DataError: images are damaged.
-    """
-    digest = _listing(found)
-    for path in receipts:
-        receipt = json.loads(path.read_text())
-        if (receipt["listing"], receipt["truncated"]) == (digest, truncated):
-            return
-    validate_dataset(found)
-
-
-def validate_dataset(found: ImageSet) -> dict[str, Any]:
-    """Open every image; counts by environment, class and conversion.
-
-    Raises:
-        DataError: images are damaged; names the first of them.
+        DataError: Images are damaged; names the first of them.
     """
     damaged: list[str] = []
     environments = {}
-    for environment in found.environments:
+    for environment in image_set.environments:
         converted: Counter[str] = Counter()
         for row in range(len(environment)):
             try:
@@ -80,34 +80,35 @@ def validate_dataset(found: ImageSet) -> dict[str, Any]:
         environments[environment.name] = {
             "converted": dict(sorted(converted.items())),
             "ignored": environment.ignored,
-            **environment.summary(range(len(environment)), found.classes),
+            **environment.summary(range(len(environment)), image_set.classes),
         }
     if damaged:
         more = f"\nand {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
-        total = sum(map(len, found.environments))
+        total = sum(map(len, image_set.environments))
         raise DataError(
-            f"{found.source}: {len(damaged)} of {total:,} images cannot be used:\n" + "\n".join(damaged[:_SHOWN]) + more
+            f"{image_set.source}: {len(damaged)} of {total:,} images cannot be used:\n"
+            + "\n".join(damaged[:_SHOWN])
+            + more
         )
     return {
-        "source": found.source,
-        "classes": found.classes,
+        "source": image_set.source,
+        "classes": image_set.classes,
         "environments": environments,
-        "listing": _listing(found),
     }
 
 
 def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tuple[str, int, str, str]]:
-    """Name, images, images by class and source of every environment.
+    """Return name, images, images by class and source of every environment.
 
     Raises:
-        DataError: the set is missing, its folders are wrong, or, where all images are opened, one of them is.
+        DataError: The set is missing, or a folder or an opened image of it is damaged.
     """
-    found = load_set(task, seed, truncated=REFUSE)
+    image_set = load_set(task, seed, truncated=REFUSE)
     if open_images:
-        validate_dataset(found)
+        validate_dataset(image_set)
     return [
-        (environment.name, len(environment), _by_class(environment, found.classes), found.source)
-        for environment in found.environments
+        (environment.name, len(environment), _by_class(environment, image_set.classes), image_set.source)
+        for environment in image_set.environments
     ]
 
 
@@ -117,29 +118,32 @@ def _by_class(environment: Environment, classes: list[str]) -> str:
 
 
 def _ignored(environment: Environment, before: str) -> str:
-    """The files of an environment that are not read; nothing where there are none."""
+    """Name the files of an environment that are not read; empty if there are none."""
     counted = ", ".join(f"{number:,} {ending}" for ending, number in environment.ignored.items())
     return f"{before}not read: {counted}" if counted else ""
 
 
-def counts(found: ImageSet) -> str:
-    """A table of images by class and environment, and what of the environments' files is not read."""
-    summaries = [environment.summary(range(len(environment)), found.classes) for environment in found.environments]
-    rows = [[name, *(summary["labels"][name] for summary in summaries)] for name in found.classes]
+def counts(image_set: ImageSet) -> str:
+    """Tabulate images by class and environment, and the files that are not read."""
+    summaries = [
+        environment.summary(range(len(environment)), image_set.classes) for environment in image_set.environments
+    ]
+    rows = [[name, *(summary["labels"][name] for summary in summaries)] for name in image_set.classes]
     rows.append(["all", *(summary["rows"] for summary in summaries)])
-    table = tabulate(rows, headers=["class", *(environment.name for environment in found.environments)])
-    return table + "".join(_ignored(environment, f"\n{environment.name}: ") for environment in found.environments)
+    table = tabulate(rows, headers=["class", *(environment.name for environment in image_set.environments)])
+    return table + "".join(_ignored(environment, f"\n{environment.name}: ") for environment in image_set.environments)
 
 
-def sample_grid(found: ImageSet, size: int, samples: int = SAMPLES) -> tuple[list[str], Tensor]:
-    """Pictures as a model sees them.
+def sample_grid(image_set: ImageSet, size: int, samples: int = SAMPLES) -> tuple[list[str], Tensor]:
+    """Make a grid of pictures as a model sees them.
 
     Returns:
-        The rows' names, and the grid ``[3, height, width]`` of bytes: a row an environment, of images one more, augmented.
+        The rows' names, and the grid ``[3, height, width]`` of bytes: a row an environment, of images one more,
+        augmented.
     """
     names: list[str] = []
     pictures: list[Tensor] = []
-    for environment in found.environments:
+    for environment in image_set.environments:
         seed = derive_seed("samples", environment.name)
         order = torch.randperm(len(environment), generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = [order[i % len(order)] for i in range(samples)]
@@ -148,14 +152,3 @@ def sample_grid(found: ImageSet, size: int, samples: int = SAMPLES) -> tuple[lis
             names.append(f"{environment.name}{kind}")
             pictures += [visible(load_pixels(environment, row, transform, derive_seed(seed, row))) for row in chosen]
     return names, make_grid(torch.stack(pictures), nrow=samples, padding=2, pad_value=255)
-
-
-def _listing(found: ImageSet) -> str:
-    """Digest of which rows there are, and of the files' sizes and times."""
-    digest = hashlib.sha256(found.source.encode())
-    for environment in found.environments:
-        for label, place in zip(environment.labels, environment.places or [""] * len(environment), strict=True):
-            path = Path(place)
-            state = path.stat() if place and path.exists() else None
-            digest.update(f"{place}\t{label}\t{(state.st_size, state.st_mtime_ns) if state else ''}\n".encode())
-    return digest.hexdigest()[:16]

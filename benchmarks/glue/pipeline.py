@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_classifier, save_trained
 from benchmarks.harness.models.conversion import use_as_
 from benchmarks.harness.models.loading import load_tokenizer
@@ -57,8 +57,6 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     with below.recording():
         scores |= _evaluated(trainer, read, splits["test"], ood, routing)
     routed, usage = routing.described(task.name)
-    change = trainer.weight_change.summary()  # before the model is used as another, whose neurons stand elsewhere
-    agreement = trainer.gradient_agreement(splits["test"], {other.name: (ood[other.name], other) for other in read.ood})
     if training.keep_weights:
         save_trained(classifier.model, folder / "model")
     transformed = {}
@@ -78,7 +76,6 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "kept_epoch": kept["epoch"],
         "routing": routed | trainer.routing_trace.summary(),
         "usage": usage,
-        "updates": {"change": change, "gradients": agreement},
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {**trainer.cost, **classifier.prefix_cost()},

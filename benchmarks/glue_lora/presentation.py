@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.results.records import read_metrics
@@ -13,6 +13,7 @@ from benchmarks.text.figures import draw_traces, id_scores
 from benchmarks.text.presentation import shown
 from benchmarks.text.tables import TABLES
 
+FIGURES = {"scores": id_scores, "traces": draw_traces}
 # what every row trains; the rest is what the row is about
 _SHARED = ("adapters", "head")
 
@@ -24,7 +25,7 @@ def present(benchmark: Benchmark[TextDefinition, TaskEntry], runs: list[Run]) ->
         DefinitionError: Two rows of a model do not train the same adapters and head.
     """
     check_same_trained(runs)
-    return shown(benchmark, Ablations(benchmark, runs), TABLES, {"scores": id_scores, "traces": draw_traces})
+    return shown(benchmark, Ablations(benchmark, runs), TABLES, FIGURES)
 
 
 def check_same_trained(runs: list[Run]) -> None:

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.schema import UNIQUE, Count, Key, PartOf, Strict, left_out
-from benchmarks.harness.config.shared import Definition, MethodsDefinition, SuitePart
-from benchmarks.harness.config.specs import RunSpec
+from benchmarks.harness.config.benchmark import Definition, MethodsDefinition, SuitePart
+from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.yaml import UNIQUE, Count, Key, PartOf, Strict, left_out
 from benchmarks.text.definition import Ablated, Protocol, RunTask
 
 

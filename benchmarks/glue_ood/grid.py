@@ -10,15 +10,21 @@ from typing import Any, NamedTuple
 from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.config.definition import benchmark_names, load_benchmark
-from benchmarks.harness.config.kinds import Benchmark, Offer, Specs, kind_of
-from benchmarks.harness.config.method_rows import resolve_methods
-from benchmarks.harness.config.schema import check_names, parse
-from benchmarks.harness.config.shared import ABLATION, Definition, MethodsDefinition
-from benchmarks.harness.config.workload import Workload, model_size
+from benchmarks.harness.config.benchmark import (
+    Benchmark,
+    Definition,
+    MethodsDefinition,
+    Offer,
+    benchmark_names,
+    kind_of,
+    load_benchmark,
+    resolve_methods,
+    text_tokens,
+)
+from benchmarks.harness.config.methods import ABLATION
+from benchmarks.harness.config.yaml import check_names, parse
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import TextKind, TextSets, check_ablations, transformed_rows
-from benchmarks.text.workload import find_part, read_workload
 
 
 class EvaluationKind(TextSets[EvaluationDefinition]):
@@ -114,21 +120,10 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
         domains = frozenset(self.compared_domains(benchmark.definition))
         return replace(trained, methods=methods | transformed, domains=domains)
 
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Specs) -> Workload | None:
-        """As of the first candidate's model: all of them have the same shape. The task itself is read where what was
-        recorded of it does not tell enough."""
-        trained, settings = specs[spec["candidates"][0]], spec["evaluation"]
-        training = trained["training"]
-        same = (training["eval_rows"], training["max_length"]) == (settings["rows"], settings["max_length"])
-        names = [other["name"] for other in spec["ood"]]
-        if "transform" in spec or trained["method"]["config"] or not same:
-            names.append(spec["task"]["name"])
-        parts = {name: find_part(tasks, name, "test", settings["rows"], settings["max_length"]) for name in names}
-        size = model_size(trained)
-        still = size and replace(size, trained=0, learned=0)
-        return read_workload(
-            still, parts, settings["batch_size"], settings["max_length"], precision=training["precision"]
-        )
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> float | None:
+        settings = spec["evaluation"]
+        rows = sum(settings["rows"] or tasks[other["name"]].rows.test or 0 for other in spec["ood"])
+        return text_tokens(rows, settings["max_length"], 1 / 3)
 
     def inputs(self, spec: Mapping[str, Any]) -> list[str]:
         return [str(RUNS / folder / "metrics.json") for folder in spec["candidates"]]

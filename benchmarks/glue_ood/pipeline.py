@@ -10,9 +10,9 @@ from typing import Any
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, read_run
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import reopen_classifier
 from benchmarks.harness.models.conversion import use_as_
 from benchmarks.harness.models.loading import load_tokenizer

@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.counts import SetSize
-from benchmarks.harness.config.schema import (
+from benchmarks.harness.config.benchmark import Entry, Resources, TrainingDefinition, TrainingSettings, TrainingSuite
+from benchmarks.harness.config.methods import TUNINGS, Layers, LoRA, VariantAxes
+from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.yaml import (
     AsGiven,
     Count,
     Key,
@@ -24,18 +26,6 @@ from benchmarks.harness.config.schema import (
     left_out,
     zero_left_out,
 )
-from benchmarks.harness.config.shared import (
-    Entry,
-    Layers,
-    LoRA,
-    Resources,
-    TrainingDefinition,
-    TrainingSettings,
-    TrainingSuite,
-    VariantAxes,
-)
-from benchmarks.harness.config.specs import RunSpec
-from benchmarks.harness.config.tunings import TUNINGS
 
 
 class Finetuning(Entry):
@@ -218,8 +208,6 @@ class InstructionSet(Entry):
     """Where rows come from, where there is no file `<name>.json` or `<name>.jsonl` below data_root."""
     rows: Count | None = left_out()
     """Rows as its makers count them."""
-    size: SetSize = SetSize()
-    """How large it is; a row's text are instruction, input and output."""
     download_instructions: str
     """Where the set comes from."""
 

@@ -12,7 +12,6 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.looks import DENSE, Look, curves
 from benchmarks.harness.report.plots import (
     REFERENCE,
     STYLE,
@@ -26,6 +25,7 @@ from benchmarks.harness.report.plots import (
     save,
     wrapped,
 )
+from benchmarks.harness.report.style import DENSE, MethodStyle, curve_styles
 from benchmarks.harness.results.statistics import CONFIDENCE
 from benchmarks.llama.grid import is_trained
 from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of, part_words, task_words
@@ -48,8 +48,8 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     panels: dict[str, Callable[[Run], list[_Point]]] = {"training loss": lambda run: _trained(outcomes, run)}
     if any(_held_out(outcomes, run) for lines in groups.values() for runs in lines.values() for run in runs):
         panels["held-out loss"] = lambda run: _held_out(outcomes, run)
-    styles = curves(
-        (title, outcomes.look(runs[0].spec["method"]["name"]))
+    styles = curve_styles(
+        (title, outcomes.style(runs[0].spec["method"]["name"]))
         for lines in groups.values()
         for title, runs in lines.items()
     )
@@ -129,7 +129,7 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
             for axis, (name, rows) in zip(axis_row, categories.items(), strict=False):
                 for place, key in enumerate(cells[CELL].itertuples(index=False, name=None)):
                     if key in rows:
-                        _draw_shares(axis, place, rows[key], outcomes.look(key[CELL.index("method")]))
+                        _draw_shares(axis, place, rows[key], outcomes.style(key[CELL.index("method")]))
                 if task.startswith(_FOUR_CHOICES):
                     axis.axvline(_CHANCE * 100, color=REFERENCE, lw=0.8, ls="--", zorder=0)
                 title = f"{task_words(task)}\n{part_words(name)} ({next(iter(rows.values()))[0][1]:,})"
@@ -141,7 +141,7 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
         save(figure, path)
 
 
-def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]], look: Look) -> None:
+def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]], look: MethodStyle) -> None:
     """Seeds, their mean, and how sure the first one is of its questions."""
     share, count = shares[0]
     interval = stats.binomtest(round(share * count), count).proportion_ci(CONFIDENCE, "wilson")

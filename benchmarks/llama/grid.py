@@ -9,30 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, RunError, first_line
-from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.frozen import check_frozen
-from benchmarks.harness.config.kinds import (
+from benchmarks.harness.config.benchmark import (
     ALL,
     COUNTS,
     Benchmark,
     Domain,
     Offer,
+    Resources,
     SetPart,
-    Specs,
     WholeSets,
     missing_set,
-)
-from benchmarks.harness.config.methods import (
-    VARIANT_KEYS,
-    method_spec,
     suite_methods,
+    text_tokens,
     training_settings,
     with_changes,
 )
-from benchmarks.harness.config.schema import check_names, parse, read
-from benchmarks.harness.config.shared import Method, Resources
-from benchmarks.harness.config.tunings import TUNINGS, needs_layers, tuning_spec
-from benchmarks.harness.config.workload import Workload
+from benchmarks.harness.config.catalogue import load_models, model_names
+from benchmarks.harness.config.methods import (
+    TUNINGS,
+    VARIANT_KEYS,
+    Method,
+    check_frozen,
+    method_spec,
+    needs_layers,
+    tuning_spec,
+)
+from benchmarks.harness.config.yaml import check_names, parse, read
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.llama.definition import (
     Finetuning,
@@ -46,7 +48,6 @@ from benchmarks.llama.definition import (
 )
 from benchmarks.llama.instructions import ALPACA_DEMO, load_instructions
 from benchmarks.llama.mmlu_dev import is_mmlu_dev, mmlu_dev_file
-from benchmarks.llama.workload import instruction_workload
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
 _UNTRAINED = "nothing"
@@ -142,8 +143,16 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
         inputs = f"{sum(bool(row.input) for row in found.rows):,} with an input"
         yield SetPart(name, ALL, len(found.rows), len(found.broken), known.rows, inputs, found.source)
 
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, InstructionSet], specs: Specs) -> Workload | None:
-        return instruction_workload(spec, tasks)
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, InstructionSet]) -> float | None:
+        data, training = spec["data"], spec["training"]
+        # MMLU's 57 subjects have about 250 questions each, of about 100 tokens
+        asked = [(task["limit"] or 250) * (1 + task["num_fewshot"]) for task in spec["evaluation"]["tasks"]]
+        read = 57 * 100 * sum(asked) / 3
+        rows, epochs = data["train_rows"] or tasks[spec["task"]["name"]].rows, training.get("epochs", 0)
+        if training.get("steps"):
+            rows, epochs = training["steps"] * training["batch_size"], 1
+        trained = text_tokens(rows, data["max_length"], epochs)
+        return None if trained is None else trained + read
 
     def unpinned(self, spec: Mapping[str, Any]) -> Iterator[str]:
         for entry in spec["evaluation"]["tasks"]:

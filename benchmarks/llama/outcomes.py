@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.outcomes import Outcomes, compared, counts
+from benchmarks.harness.report.common import Outcomes, compared, counts
 from benchmarks.harness.results.records import collect_from, read_metrics
 from benchmarks.harness.results.statistics import Difference, paired_differences, with_verdicts
 from benchmarks.llama.definition import InstructionDefinition, InstructionSet

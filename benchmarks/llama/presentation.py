@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation, make
 from benchmarks.llama.definition import InstructionDefinition, InstructionSet
@@ -14,7 +14,7 @@ _NOTE = (
     "Losses are paired by seed, with a 95 % confidence interval over seeds where there are several; accuracies are paired by question, with an interval over questions, corrected by Holm's procedure over the tasks "
     "of a row, not over rows."
 )
-_FIGURES = {"curves": draw_curves, "categories": draw_categories, "routing": draw_routing}
+FIGURES = {"curves": draw_curves, "categories": draw_categories, "routing": draw_routing}
 
 
 def present(benchmark: Benchmark[InstructionDefinition, InstructionSet], runs: list[Run]) -> Presentation:
@@ -23,7 +23,7 @@ def present(benchmark: Benchmark[InstructionDefinition, InstructionSet], runs: l
     return make(
         benchmark,
         TABLES,
-        _FIGURES,
+        FIGURES,
         outcomes,
         verdicts=list(verdicts(outcomes)),
         note=_NOTE,

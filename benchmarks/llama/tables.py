@@ -8,17 +8,17 @@ from collections.abc import Iterator
 import pandas as pd
 
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.report.common_tables import (
+from benchmarks.harness.report.common import (
     cost_table,
     difference_text,
     interval_text,
     our_means,
     published_table,
+    read_published,
     tests_table,
     with_numbers,
 )
-from benchmarks.harness.report.published import read_published
-from benchmarks.harness.report.rendering import Column, Table
+from benchmarks.harness.report.table import Column, Table
 from benchmarks.llama.grid import is_trained
 from benchmarks.llama.likelihood import NATS
 from benchmarks.llama.outcomes import (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.schema import check_names, read_yaml
+from benchmarks.harness.config.yaml import check_names, read_yaml
 from benchmarks.llama.instructions import Instruction
 
 if TYPE_CHECKING:
@@ -29,13 +29,6 @@ def _templates() -> dict[str, dict[str, str]]:
 def template_names() -> list[str]:
     """What ``data.template`` may be."""
     return [*_templates(), CHAT, RANDOM]
-
-
-def template_bytes(name: str) -> float:
-    """Bytes that a template adds to a row, on average over rows with and without an input; 0 of one that the model brings itself."""
-    chosen = _templates().values() if name == RANDOM else [_templates()[name]] if name in _templates() else []
-    sizes = [len(text.encode()) for template in chosen for text in template.values()]
-    return sum(sizes) / len(sizes) if sizes else 0.0
 
 
 @dataclass(frozen=True)

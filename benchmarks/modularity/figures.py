@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.report.looks import EMOE
 from benchmarks.harness.report.plots import REFERENCE, STYLE, WIDTH, hide_empty, panel_grid, placeholder_figure, save
-from benchmarks.modularity.definition import EXPERTS
-from benchmarks.modularity.outcomes import ModularityOutcomes
+from benchmarks.harness.report.style import EMOE
+from benchmarks.modularity.grid import EXPERTS
+from benchmarks.modularity.tables import ModularityOutcomes
 from benchmarks.text.figures import UsagePanel, draw_usage
 
 _PAPERS_N = 64  # of its Fig. 4
@@ -23,7 +23,7 @@ _BESIDE = 0.14  # of a place: where the paper's cross stands beside our mark
 
 def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
     """A row of panels a model (its first layer), a panel a construction: tokens down, neurons across, a dot where a neuron is active."""
-    places = list(outcomes.first_places())
+    places = outcomes.first_panels()
     names = [name for name in outcomes.methods if name in set(outcomes.rows["method"])]
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
         figure, axes = panel_grid(len(places), len(names), (WIDTH, 2.3 * len(places) + 0.4), sharex="row", sharey="row")
@@ -31,7 +31,7 @@ def draw_activations(outcomes: ModularityOutcomes, path: Path) -> None:
             for axis, (name, row) in zip(axis_row, _shown(rows, names), strict=True):
                 if row is None:
                     continue
-                matrix = outcomes.found(row)["matrix"]
+                matrix = outcomes.metrics_of(row)["matrix"]
                 _draw_matrix(axis, matrix, int(row.num_experts))
                 axis.set_title(f"{outcomes.title('method', name)}, N = {row.num_experts}", fontsize=7.5)
                 if axis is axis_row[0]:
@@ -62,7 +62,7 @@ def _name_tasks(axis: Any, tasks: list[str], outcomes: ModularityOutcomes) -> No
 
 def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
     """The first model and layer as the paper draws it: before clustering and after, the height is the magnitude."""
-    title, rows = next(outcomes.first_places())
+    title, rows = outcomes.first_panels()[0]
     pairs = [(name, row) for name, row in _shown(rows, ["contiguous", outcomes.baseline]) if row is not None]
     if not pairs:
         placeholder_figure(path, "this suite runs neither clusters nor neurons as they stand")
@@ -70,7 +70,7 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
     with mpl.rc_context({**STYLE, "font.size": 7}):
         figure = plt.figure(figsize=(WIDTH, 3.0), layout="constrained")
         for number, (name, row) in enumerate(pairs, 1):
-            matrix = outcomes.found(row)["matrix"]
+            matrix = outcomes.metrics_of(row)["matrix"]
             axis: Any = figure.add_subplot(1, len(pairs), number, projection="3d")
             axis.scatter(
                 matrix["places"], matrix["tokens"], matrix["values"],
@@ -91,12 +91,12 @@ def draw_activations_3d(outcomes: ModularityOutcomes, path: Path) -> None:
 
 def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
     """A panel a model and layer: share of active neurons in the best quarter of blocks over N, by construction."""
-    places = list(outcomes.places())
+    places = list(outcomes.panels())
     columns = min(len(places), 2)
     lines = -(-len(places) // columns)
     with mpl.rc_context({**STYLE, "axes.grid.axis": "y"}):
         figure, axes = panel_grid(lines, columns, (2.6 * columns + 1.4, 2.4 * lines + 0.3), sharey=True)
-        for axis, (_, title, rows) in zip(axes.flat, places, strict=False):
+        for axis, (title, rows) in zip(axes.flat, places, strict=False):
             sizes = sorted(rows["num_experts"].unique())
             axis.axhline(25, color="#bbbbbb", lw=0.8, ls=":", zorder=0)
             for number, name in enumerate(outcomes.methods):
@@ -119,7 +119,7 @@ def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
 
 def _draw_series(axis: Any, outcomes: ModularityOutcomes, rows: pd.DataFrame, sizes: list[int], number: int) -> None:
     name = str(rows["method"].iloc[0])
-    look = outcomes.look(name)
+    look = outcomes.style(name)
     by_size = rows.groupby("num_experts")["best_quarter"]
     places = [sizes.index(size) for size in by_size.groups]
     shift = 0.12 * (number - 1)
@@ -141,11 +141,11 @@ def _draw_series(axis: Any, outcomes: ModularityOutcomes, rows: pd.DataFrame, si
 def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
     """A panel a model (its first layer): tasks, and where there is room their classes, down, the experts of its smallest N across."""
     panels = []
-    for title, rows in outcomes.first_places():
+    for title, rows in outcomes.first_panels():
         own = rows[rows["method"] == outcomes.baseline]
         if len(own):
             row = next(own.sort_values("num_experts", kind="stable").itertuples())
-            found = outcomes.found(row)
+            found = outcomes.metrics_of(row)
             told = found["measured"][EXPERTS]
             panels.append(UsagePanel(f"{title}, N = {row.num_experts}", told, found["usage"]))
     draw_usage(panels, outcomes, path)

@@ -5,23 +5,104 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.config.benchmark import (
+    Benchmark,
+    Domain,
+    TrainingDefinition,
+    TrainingSuite,
+    resolve_methods,
+    suite_methods,
+    text_tokens,
+)
 from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.kinds import Benchmark, Domain, Specs
-from benchmarks.harness.config.method_rows import resolve_methods
-from benchmarks.harness.config.methods import VARIANT_KEYS, method_spec, suite_methods
-from benchmarks.harness.config.schema import check_names, parse, read
-from benchmarks.harness.config.workload import Workload, model_size
-from benchmarks.modularity.definition import ModularityDefinition
-from benchmarks.text.definition import TaskEntry, TaskFile
+from benchmarks.harness.config.methods import VARIANT_KEYS, VariantAxes, method_spec
+from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.yaml import (
+    UNIQUE,
+    Count,
+    Key,
+    Names,
+    PartOf,
+    Share,
+    Strict,
+    Wholes,
+    check_names,
+    parse,
+    read,
+)
+from benchmarks.text.definition import RunTask, TaskEntry, TaskFile
 from benchmarks.text.grid import TextSets
-from benchmarks.text.workload import find_part, read_workload
 
-# what a row may set otherwise: how neurons are grouped, and what groups are scored by
+EXPERTS = "experts"  # the name of the measurement
+# the keys that a row may set: how neurons are grouped, and the scores of groups
 _FREE = {"kind", "title", "role", "method", "num_experts", "top_k", "top_k_fraction", "layers", "partition"}
 _FREE |= {"partition_seed", "score", "score_bias"}
+
+
+class Reading(Strict):
+    """The rows that a model reads, and the activations that are kept."""
+
+    rows: Count
+    """Rows of every task's reported split, drawn once and for all."""
+    batch_size: Count
+    """Rows of a batch."""
+    max_length: Annotated[int, Field(ge=4)]
+    """Tokens kept of a sentence or pair."""
+    active_share: Share
+    """The share of the largest activations, whose neurons are active; of the paper's matrix 1.14 % is not zero."""
+    shown_tokens: Count
+    """Tokens of the matrix that is drawn, as many of every task."""
+
+
+class ModularityBlock(VariantAxes):
+    """A product of lists. Lists of method settings become part of the method's variant."""
+
+    model: Names
+    """Names in models.yaml."""
+    method: Names
+    """Names of methods."""
+    seed: Wholes
+    """Seeds, which shape random partitions alone."""
+
+
+class ModularitySuite(TrainingSuite):
+    """One suite's part of the benchmark."""
+
+    tasks: Annotated[Names, UNIQUE]
+    """Tasks whose rows are read, two at least."""
+    reading: Annotated[Strict, PartOf(Reading)] = Strict()
+    """Settings that differ in this suite."""
+    grid: Annotated[list[ModularityBlock], Field(min_length=1)]
+    """Blocks of runs; each is the product of its lists."""
+
+
+class ModularityDefinition(TrainingDefinition):
+    """A benchmark that trains nothing: the neurons of pre-trained FFNs that fire, and the experts that tokens choose."""
+
+    figures: dict[str, str]
+    """The figures that it draws, each with its caption."""
+    tasks: str
+    """File with the task definitions, in the benchmark's folder."""
+    reading: Reading
+    """Settings of reading; a suite may set its own."""
+    suites: dict[Key, ModularitySuite]
+    """The runs of each suite."""
+
+
+class ModularitySpec(RunSpec):
+    """The settings that shape the numbers of a run."""
+
+    task: RunTask
+    """The first task."""
+    ood: list[RunTask]
+    """The others."""
+    reading: Reading
+    """Settings of reading."""
 
 
 class ModularityKind(TextSets[ModularityDefinition]):
@@ -40,16 +121,12 @@ class ModularityKind(TextSets[ModularityDefinition]):
         for name, method in resolve_methods(definition).items():
             if method.kind != "emoe" or method.given().get("partition") == "coactivation":
                 raise DefinitionError(
-                    f"{where}methods.{name}' must be an EMoE whose experts are made of its weights (or at random): what it is shown is what is read here"
+                    f"{where}methods.{name}' must be an EMoE with experts of its weights, or random ones"
                 )
             if other := sorted(set(method.given()) - _FREE):
-                raise DefinitionError(
-                    f"{where}methods.{name}' sets '{other[0]}', which changes nothing before training"
-                )
+                raise DefinitionError(f"{where}methods.{name}' sets '{other[0]}', which needs training")
         for name, suite in definition.suites.items():
             check_names(where, f"suites.{name}.tasks", suite.tasks, tasks)
-            if len(suite.tasks) < 2:
-                raise DefinitionError(f"{where}suites.{name}.tasks' must be two at least: they are compared")
 
     def marks(self, spec: Mapping[str, Any]) -> list[str]:
         return []
@@ -57,13 +134,9 @@ class ModularityKind(TextSets[ModularityDefinition]):
     def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         return [spec["task"], *spec["ood"]]
 
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Specs) -> Workload | None:
-        """All rows are read with the dense model, with the best experts, and with the worst."""
-        reading = spec["reading"]
-        names = [spec["task"]["name"], *(other["name"] for other in spec["ood"])]
-        parts = {name: find_part(tasks, name, "test", reading["rows"], reading["max_length"]) for name in names}
-        size, (layer,) = model_size(spec), spec["method"]["config"]["layers"]
-        return read_workload(size, parts, reading["batch_size"], reading["max_length"], again=(layer, layer))
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> float | None:
+        reading = spec["reading"]  # three passes over the rows: the dense model, its best experts, its worst
+        return text_tokens(reading["rows"] * (1 + len(spec["ood"])), reading["max_length"], 3 / 3)
 
     def compared_domains(self, definition: ModularityDefinition) -> Mapping[str, Domain]:
         return {}
@@ -79,9 +152,7 @@ class ModularityKind(TextSets[ModularityDefinition]):
         part = definition.suites[suite]
         tasks = [name for name in part.tasks if name not in exclude]
         if len(tasks) < 2:
-            raise DefinitionError(
-                f"{benchmark.file}: 'suites.{suite}.tasks' has {len(tasks)} left without those that are excluded; two at least are compared"
-            )
+            raise DefinitionError(f"{benchmark.file}: 'suites.{suite}.tasks' needs two tasks that are not excluded")
         first, *others = (benchmark.tasks[name].spec(name) for name in tasks)
         reading = definition.reading.changed(part.reading).model_dump()
         for number, block in enumerate(part.grid):

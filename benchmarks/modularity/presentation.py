@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation, make
-from benchmarks.modularity.definition import ModularityDefinition
 from benchmarks.modularity.figures import draw_activations, draw_activations_3d, draw_concentration, draw_experts
-from benchmarks.modularity.outcomes import ModularityOutcomes
-from benchmarks.modularity.tables import TABLES, verdicts
+from benchmarks.modularity.grid import ModularityDefinition
+from benchmarks.modularity.tables import TABLES, ModularityOutcomes, verdicts
 from benchmarks.text.definition import TaskEntry
 
-_FIGURES = {
+FIGURES = {
     "activations": draw_activations,
     "activations_3d": draw_activations_3d,
     "concentration": draw_concentration,
@@ -23,4 +22,4 @@ _NOTE = "Nothing is trained, so that nothing varies but random partitions. A mar
 def present(benchmark: Benchmark[ModularityDefinition, TaskEntry], runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = ModularityOutcomes(benchmark, runs)
-    return make(benchmark, TABLES, _FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE)
+    return make(benchmark, TABLES, FIGURES, outcomes, verdicts=list(verdicts(outcomes)), note=_NOTE)

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 
-from benchmarks.harness.config.kinds import OOD_MEAN
+from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.report.plots import (
     REFERENCE,
     STYLE,
@@ -21,7 +21,7 @@ from benchmarks.harness.report.plots import (
     wrapped,
 )
 from benchmarks.multitask.grid import ID_MEAN
-from benchmarks.multitask.outcomes import MultitaskOutcomes
+from benchmarks.multitask.tables import MultitaskOutcomes
 from benchmarks.text.grid import ID, OOD
 
 _DOMAINS = {ID: "", ID_MEAN: "mean of the tasks", OOD: " (OOD)", OOD_MEAN: "mean out of domain"}
@@ -51,13 +51,13 @@ def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
                 for row in found.loc[own].itertuples():
                     number = methods.index(row.method)
                     shift = _APART * ((number + 0.5) / len(methods) - 0.5)
-                    draw_difference(axis, row, line + shift, outcomes.look(row.method), 100)
+                    draw_difference(axis, row, line + shift, outcomes.style(row.method), 100)
             axis.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
             title = f"{outcomes.title('model', model)}, {outcomes.title('task', task)}"
             axis.set_title(wrapped(title, WIDTH), fontsize=8)
             axis.set_yticks(range(len(names)), [name for name, _ in names])
             axis.set_ylim(len(names) - 0.4, -0.6)
-        handles = [mpl.lines.Line2D([], [], ls="", ms=4.5, **outcomes.look(name).mark) for name in methods]
+        handles = [mpl.lines.Line2D([], [], ls="", ms=4.5, **outcomes.style(name).mark) for name in methods]
         figure.legend(
             handles,
             [outcomes.title("method", name) for name in methods],

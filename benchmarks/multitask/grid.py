@@ -5,25 +5,178 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.config.benchmark import (
+    COUNTS,
+    OOD_MEAN,
+    Benchmark,
+    Domain,
+    TrainingDefinition,
+    TrainingSettings,
+    TrainingSuite,
+    resolve_methods,
+    suite_methods,
+    text_tokens,
+    training_settings,
+)
 from benchmarks.harness.config.catalogue import load_models, model_names
-from benchmarks.harness.config.kinds import COUNTS, OOD_MEAN, Benchmark, Domain, Specs
-from benchmarks.harness.config.method_rows import resolve_methods
-from benchmarks.harness.config.methods import VARIANT_KEYS, method_spec, suite_methods, training_settings
-from benchmarks.harness.config.schema import check_names, parse, read
-from benchmarks.harness.config.workload import Workload
+from benchmarks.harness.config.methods import VARIANT_KEYS, VariantAxes, method_spec
+from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.yaml import (
+    AS_GIVEN,
+    UNIQUE,
+    Count,
+    Key,
+    Names,
+    NotNegative,
+    PartOf,
+    Positive,
+    Positives,
+    Rate,
+    Strict,
+    Wholes,
+    check_names,
+    parse,
+    read,
+)
 from benchmarks.harness.training.label_mapping import label_mapping
-from benchmarks.multitask.definition import Mixture, MultitaskDefinition, MultitaskTraining
-from benchmarks.multitask.workload import mixed_workload
-from benchmarks.text.definition import TaskEntry, TaskFile
+from benchmarks.text.definition import RunTask, TaskEntry, TaskFile
 from benchmarks.text.grid import CLEAN, ID, OOD, TextSets
 from emoe.errors import EMoEError
 
 ID_MEAN = "id_mean"  # the mean of a run's scores over its tasks
 _SCORES = Domain(("score",), selections=(CLEAN,))
 _AXES = ("model", "mixture", "method", *VARIANT_KEYS, "learning_rate", "seed")
+
+
+class Mixture(Strict):
+    """Tasks that one model learns at once."""
+
+    title: str
+    """Label in tables."""
+    tasks: Annotated[Names, UNIQUE]
+    """Names in the task file."""
+
+
+class MultitaskTraining(Strict):
+    """How a run is trained."""
+
+    epochs: Positive
+    """Passes over the rows that `rows_per_epoch` leaves."""
+    rows_per_epoch: Count | None
+    """Rows of a task in an epoch, at most: a larger task takes its next ones in each epoch. Null: all rows."""
+    batch_size: Count
+    """Rows per step, of all tasks."""
+    eval_batch_size: Count
+    """Rows per evaluation batch."""
+    max_length: Annotated[int, Field(ge=4)]
+    """Tokens kept of a row, its task's name included."""
+    sampling: Literal["random", "group_by_length"]
+    """Order of an epoch's rows: shuffled, or shuffled in groups of like length (less padding)."""
+    eval_rows: Count | None
+    """Rows of every split that is reported; null for all."""
+    dev_rows: Count | None
+    """Rows of every split that chooses; null for all."""
+    weight_decay: NotNegative
+    """AdamW's weight decay."""
+    warmup: Rate
+    """Share of the steps with a rising rate."""
+    checkpoint_selection: Literal["last", "best"]
+    """The epoch whose weights are evaluated: the last, or the one with the best mean dev score over the tasks."""
+    gradient_accumulation_steps: Count
+    """Batches whose gradients one step adds up."""
+    precision: Literal["fp32", "bf16"]
+    """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1), AS_GIVEN]
+    """Share of the training rows that is held out to choose by, of tasks without a split for that."""
+
+
+class MultitaskTrainingSettings(MultitaskTraining, TrainingSettings):
+    """Settings of every run; a suite may set its own."""
+
+    by_model: dict[str, Annotated[Strict, PartOf(MultitaskTraining)]] = Field({})
+    """Settings of single models."""
+
+
+class MultitaskBlock(VariantAxes):
+    """A product of lists. Lists of method settings become part of the method's variant."""
+
+    model: Names
+    """Names in models.yaml."""
+    mixture: Names
+    """Names of mixtures, or of tasks: each of these is learned alone."""
+    method: Names
+    """Names of methods."""
+    learning_rate: Positives
+    """Peak learning rates."""
+    seed: Wholes
+    """Seeds."""
+
+
+class MultitaskSuite(TrainingSuite):
+    """One suite's part of the benchmark."""
+
+    training: Annotated[Strict, PartOf(MultitaskTrainingSettings)] = Strict()
+    """Settings that differ in this suite."""
+    grid: Annotated[list[MultitaskBlock], Field(min_length=1)]
+    """Blocks of runs; each is the product of its lists."""
+
+
+class MultitaskDefinition(TrainingDefinition):
+    """A benchmark whose encoder-decoder models learn several tasks at once, as text from text."""
+
+    figures: dict[str, str]
+    """The figures that it draws, each with its caption."""
+    tasks: str
+    """File with the task definitions, in the benchmark's folder."""
+    mixtures: Annotated[dict[Key, Mixture], Field(min_length=1)]
+    """Tasks that are learned at once, by name."""
+    prefixes: dict[str, str] = Field({})
+    """Prefixes of tasks whose rows do not begin with their name; only the rows tell tasks with one prefix apart."""
+    training: MultitaskTrainingSettings
+    """Settings of every run; a suite may set its own."""
+    suites: dict[Key, MultitaskSuite]
+    """The runs of each suite."""
+
+
+class WrittenTask(RunTask):
+    """A task that is learned."""
+
+    prefix: str
+    """The prefix of its rows."""
+
+
+class OtherTask(RunTask):
+    """A set that is only evaluated on."""
+
+    read_as: str
+    """The learned task that gives it prefix, field names and answers."""
+
+
+class RunMixture(Strict):
+    """The tasks of a run."""
+
+    name: str
+    """Name of the mixture, or of the single task."""
+    tasks: list[WrittenTask]
+    """Tasks that it learns at once."""
+
+
+class MultitaskSpec(RunSpec):
+    """The settings that shape the numbers of a run."""
+
+    protocol: Literal["clean"]
+    """The selection of epoch and hyper-parameters: by rows that are not reported."""
+    task: RunMixture
+    """What it is trained on."""
+    ood: list[OtherTask]
+    """What it is evaluated on beside."""
+    training: MultitaskTraining
+    """How it is trained."""
 
 
 class MultitaskKind(TextSets[MultitaskDefinition]):
@@ -44,8 +197,6 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
             at = f"{where}mixtures.{name}"
             if name in tasks:
                 raise DefinitionError(f"{at}' has the name of a task, by which it is learned alone")
-            if len(mixture.tasks) < 2:
-                raise DefinitionError(f"{at}.tasks' must be two at least; a task alone needs no mixture")
             _check_tasks(at, "tasks", mixture.tasks, tasks)
         for name, method in resolve_methods(definition).items():
             if method.tune is not None or method.also_train is not None:
@@ -59,8 +210,10 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
         mixtures = {name: mixture.title for name, mixture in definition.mixtures.items()}
         return mixtures | dict(super().task_titles(definition, tasks))
 
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Specs) -> Workload | None:
-        return mixed_workload(spec, tasks)
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> float | None:
+        training = spec["training"]
+        rows = sum(training["rows_per_epoch"] or tasks[task["name"]].rows.train or 0 for task in spec["task"]["tasks"])
+        return text_tokens(rows or None, training["max_length"], training["epochs"])
 
     def marks(self, spec: Mapping[str, Any]) -> list[str]:
         return []
@@ -114,25 +267,25 @@ KIND = MultitaskKind()
 
 
 def _written(benchmark: Benchmark[MultitaskDefinition, TaskEntry], name: str) -> dict[str, Any]:
-    """A task that is learned, as a run's spec has it."""
+    """Resolve a task that is learned, for a spec."""
     return benchmark.tasks[name].spec(name) | {"prefix": benchmark.definition.prefixes.get(name, name)}
 
 
 def _others(tasks: Mapping[str, TaskEntry], names: Collection[str]) -> dict[str, str]:
-    """The other sets of some tasks, each with the first task that names it; those that are learned are no others."""
-    found: dict[str, str] = {}
+    """Find the other sets of some tasks, each with the first task that names it."""
+    others: dict[str, str] = {}
     for name in names:
         for other in tasks[name].ood:
             if other not in names:
-                found.setdefault(other, name)
-    return found
+                others.setdefault(other, name)
+    return others
 
 
 def _check_tasks(where: str, key: str, names: Collection[str], tasks: Mapping[str, TaskEntry]) -> None:
-    """Check that tasks can be learned as text from text, and their other sets be read as they are.
+    """Check that tasks can be learned as text from text, and that their other sets can be read as they are.
 
     Raises:
-        DefinitionError: names the task and what it lacks.
+        DefinitionError: it names the task and the problem.
     """
     check_names(where, key, names, tasks)
     where = f"{where}.{key}'"
@@ -142,8 +295,6 @@ def _check_tasks(where: str, key: str, names: Collection[str], tasks: Mapping[st
             raise DefinitionError(f"{where} has '{name}', a regression: an answer is the name of a class")
         if not (task.splits.train and task.splits.dev):
             raise DefinitionError(f"{where} has '{name}', which has no split to train on, or none to choose by")
-        if len(set(task.labels)) < len(task.labels):
-            raise DefinitionError(f"{where} has '{name}', two of whose classes have one name")
     for other, name in _others(tasks, names).items():
         if len(tasks[other].fields) != len(tasks[name].fields):
             counts = f"{len(tasks[other].fields)} texts a row and {len(tasks[name].fields)}"

@@ -1,4 +1,4 @@
-"""Train an encoder-decoder on several tasks at once; evaluate it on each of them and, untouched, on others."""
+"""Train an encoder-decoder on several tasks at once; evaluate it on each of them and, without training, on others."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_seq2seq
 from benchmarks.harness.models.seq2seq import load_seq2seq_tokenizer
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import with_routing
-from benchmarks.multitask.definition import MultitaskSpec, MultitaskTraining, WrittenTask
+from benchmarks.multitask.grid import MultitaskSpec, MultitaskTraining, WrittenTask
 from benchmarks.multitask.training import MultitaskTrainer
 from benchmarks.text.data import TextSplit, load_part
 
@@ -22,12 +22,12 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     """Run one spec.
 
     Args:
-        spec: the content of ``run.json``.
-        folder: the run's folder, for checkpoints.
-        progress: where to say what is going on.
+        spec: The content of ``run.json``.
+        folder: The folder of the run, for checkpoints.
+        progress: The log.
 
     Returns:
-        The content of ``metrics.json``, less what the harness adds.
+        The content of ``metrics.json``, less the harness's part.
     """
     read = parse(spec, MultitaskSpec, str(folder / "run.json"))
     tasks, training = read.task.tasks, read.training
@@ -53,7 +53,6 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "dev_curve": epochs,
         "kept_epoch": kept["epoch"],
         "routing": routing,
-        "updates": {"change": trainer.weight_change.summary()},
         "probe": trainer.probe.summary(),
         "model": trainable.summary,
         "cost": trainer.cost,
@@ -63,7 +62,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
 
 def _splits(task: WrittenTask, training: MultitaskTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:
-    """Train, dev (which chooses) and test (which is reported) of a task.
+    """Load train, dev (which chooses) and test (which is reported) of a task.
 
     Without a test split the dev split is reported, and a share of the training rows is held out to choose by.
     """

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import NOTE, Presentation, make
-from benchmarks.multitask.definition import MultitaskDefinition
 from benchmarks.multitask.figures import draw_differences
-from benchmarks.multitask.outcomes import MultitaskOutcomes
-from benchmarks.multitask.tables import TABLES, verdicts
+from benchmarks.multitask.grid import MultitaskDefinition
+from benchmarks.multitask.tables import TABLES, MultitaskOutcomes, verdicts
 from benchmarks.text.definition import TaskEntry
+
+FIGURES = {"differences": draw_differences}
 
 
 def present(benchmark: Benchmark[MultitaskDefinition, TaskEntry], runs: list[Run]) -> Presentation:
@@ -18,7 +19,7 @@ def present(benchmark: Benchmark[MultitaskDefinition, TaskEntry], runs: list[Run
     return make(
         benchmark,
         TABLES,
-        {"differences": draw_differences},
+        FIGURES,
         outcomes,
         verdicts=list(verdicts(outcomes)),
         note=NOTE,

@@ -1,22 +1,25 @@
-"""Rows as text from text: what an encoder-decoder reads of a row, and the answers that it may give."""
+"""The rows that an encoder-decoder learns: their text, their answers, and the order in which tasks are mixed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch.utils.data import Dataset
+import torch
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError
-from benchmarks.multitask.definition import WrittenTask
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.training.samplers import EpochOrder
+from benchmarks.multitask.grid import WrittenTask
 from benchmarks.text.data import TextSplit
 from benchmarks.text.tokenization import TokenisedRows
 
 
 def written(texts: Sequence[str], task: WrittenTask) -> str:
-    """A row as the model reads it, in T5's own form: the task's prefix, then each text behind the name of its field.
+    """Write a row in T5's own form: the task's prefix, then each text behind the name of its field.
 
     ``mnli premise: He ran. hypothesis: He moved.``
     """
@@ -25,31 +28,31 @@ def written(texts: Sequence[str], task: WrittenTask) -> str:
 
 
 def as_text(split: TextSplit, task: WrittenTask) -> TextSplit:
-    """A split with its rows as the model reads them; a set that is only evaluated on is read as a task that is learned."""
+    """Write all rows of a split; a set that is only evaluated on is written as a task that is learned."""
     return replace(split, texts=[(written(texts, task),) for texts in split.texts])
 
 
 def answers(tokenizer: PreTrainedTokenizerBase, task: WrittenTask) -> list[list[int]]:
-    """The tokens of a task's answers, which are the names of its classes, each with the token that ends it.
+    """Tokenise the answers of a task, the names of its classes, each with the token that ends it.
 
     Raises:
-        DataError: two classes are the same to the tokenizer, as where it knows none of their letters.
+        DataError: two classes are the same to the tokenizer, for example if it knows none of their letters.
     """
     assert isinstance(tokenizer.eos_token_id, int)  # noqa: S101  every encoder-decoder's tokenizer has one
-    found = [[*tokenizer(name, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for name in task.labels]
-    for number, answer in enumerate(found):
-        if answer in found[:number]:
-            first = task.labels[found.index(answer)]
+    tokens = [[*tokenizer(name, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for name in task.labels]
+    for number, answer in enumerate(tokens):
+        if answer in tokens[:number]:
+            first = task.labels[tokens.index(answer)]
             raise DataError(f"task '{task.name}': the tokenizer writes '{first}' and '{task.labels[number]}' alike")
-    return found
+    return tokens
 
 
 class LearnedRows(Dataset[dict[str, Any]]):
     """Rows of a task with the tokens of their answers as labels.
 
     Args:
-        rows: tokenised, with class numbers.
-        answers: by class.
+        rows: The tokenised rows, with class numbers.
+        answers: The tokens of each class.
     """
 
     def __init__(self, rows: TokenisedRows, answers: Sequence[Sequence[int]]) -> None:
@@ -62,3 +65,63 @@ class LearnedRows(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
         return {**row, "labels": list(self._answers[row["labels"]])}
+
+
+class MixedOrder(Sampler[int]):
+    """Order the rows of several tasks that stand end to end: a function of seed and epoch alone.
+
+    An epoch has ``most`` rows of a task, or all if it has fewer, so tasks are mixed in proportion to their size up to
+    a limit. A larger task goes through all of its rows, shuffled, before any comes again. The rows of an epoch are
+    shuffled together.
+
+    Args:
+        tasks: The name of each task, and the number of tokens of each of its rows.
+        most: The limit of rows of a task in an epoch; None for all.
+        batch_size: The rows of a step.
+        seed: The seed of the run.
+        by_length: True to put rows of similar length into one batch.
+    """
+
+    def __init__(
+        self, tasks: Sequence[tuple[str, list[int]]], most: int | None, batch_size: int, seed: int, *, by_length: bool
+    ) -> None:
+        self._tasks, self._most, self._seed = tasks, most, seed
+        self._batch_size, self._by_length = batch_size, by_length
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, before it begins."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(self._share(len(lengths)) for _, lengths in self._tasks)
+
+    def __iter__(self) -> Iterator[int]:
+        rows: list[int] = []
+        tokens: list[int] = []
+        start = 0
+        for name, lengths in self._tasks:
+            chosen = self._chosen(name, len(lengths))
+            rows += [start + row for row in chosen]
+            tokens += [lengths[row] for row in chosen]
+            start += len(lengths)
+        order = EpochOrder(tokens, self._batch_size, self._seed, by_length=self._by_length)
+        order.set_epoch(self._epoch)
+        return (rows[index] for index in order)
+
+    def _share(self, rows: int) -> int:
+        return rows if self._most is None else min(rows, self._most)
+
+    def _chosen(self, name: str, rows: int) -> list[int]:
+        """Choose a task's rows of this epoch: the next ones in passes over all of them, each pass in a new order."""
+        share = self._share(rows)
+        first = self._epoch * share
+        passes = range(first // rows, (first + share - 1) // rows + 1)
+        shuffled = [row for number in passes for row in self._pass(name, number, rows)]
+        begin = first - passes[0] * rows
+        return shuffled[begin : begin + share]
+
+    def _pass(self, name: str, number: int, rows: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed("rows of", name, self._seed, number))
+        order: list[int] = torch.randperm(rows, generator=generator).tolist()
+        return order

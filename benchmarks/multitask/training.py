@@ -1,14 +1,20 @@
-"""Train an encoder-decoder on several tasks at once, epoch by epoch, and score it by what it finds most likely."""
+"""Train an encoder-decoder on several tasks at once, and score it by the answers that it finds most likely."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import ConcatDataset
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
@@ -18,20 +24,74 @@ from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.probe import Probe, fixed_rows
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here
-from benchmarks.harness.training.updates import WeightChange
-from benchmarks.multitask.definition import MultitaskSpec, OtherTask, WrittenTask
-from benchmarks.multitask.mixing import MixedOrder
-from benchmarks.multitask.ranking import rank
-from benchmarks.multitask.rows import LearnedRows, answers, as_text
+from benchmarks.harness.training.undisturbed import undisturbed
+from benchmarks.multitask.grid import MultitaskSpec, OtherTask, WrittenTask
+from benchmarks.multitask.rows import LearnedRows, MixedOrder, answers, as_text
 from benchmarks.text.data import TextSplit
 from benchmarks.text.tokenization import TokenisedRows
 from benchmarks.text.training import Epoch, epoch_arguments
 
 _MEAN = "mean_score"  # over the tasks, on the rows that choose
+_IGNORED = -100
+
+
+@torch.no_grad()
+def log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor], answers: Sequence[Sequence[int]]) -> Tensor:
+    """Compute the log-likelihood of each answer, its end included, given the row; rows are encoded once.
+
+    Args:
+        model: The encoder-decoder.
+        batch: The ``input_ids`` and ``attention_mask``, on the model's device.
+        answers: The token ids of each answer, with the token that ends it.
+
+    Returns:
+        ``[rows, answers]``, float32.
+    """
+    count, longest = len(answers), max(map(len, answers))
+    padded = [[*answer, *[_IGNORED] * (longest - len(answer))] for answer in answers]
+    rows = len(batch["input_ids"])
+    labels = torch.tensor(padded, device=batch["input_ids"].device).repeat(rows, 1)
+    states = cast(Any, model).get_encoder()(**batch).last_hidden_state.repeat_interleave(count, 0)
+    logits = model(
+        encoder_outputs=(states,),
+        attention_mask=batch["attention_mask"].repeat_interleave(count, 0),
+        decoder_input_ids=cast(Any, model).prepare_decoder_input_ids_from_labels(labels),
+    ).logits
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="none")
+    return -losses.view(rows, count, longest).sum(-1)
+
+
+def rank(
+    model: PreTrainedModel,
+    rows: TokenisedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Sequence[Sequence[int]],
+    batch_size: int,
+    precision: str,
+) -> NDArray[np.float32]:
+    """Compute :func:`log_likelihoods` of all rows, in their order; restores RNG state and train/eval mode.
+
+    Args:
+        model: The encoder-decoder, in training.
+        rows: The rows, without labels.
+        tokenizer: The tokenizer of the model.
+        answers: The answers of the task that the rows are read as.
+        batch_size: The rows of a batch.
+        precision: The arithmetic; ``bf16`` is mixed precision.
+    """
+    collate, batches = DataCollatorWithPadding(tokenizer), []
+    mixed = torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    with undisturbed(model), mixed:
+        model.eval()
+        for start in range(0, len(rows), batch_size):
+            batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            batches.append(log_likelihoods(model, inputs, answers).cpu().numpy())
+    return np.concatenate(batches)
 
 
 class _ScoringTrainer(RoutedTrainer):
-    """Evaluates by the scores of all tasks, and not by the loss of one set."""
+    """A trainer that evaluates by the scores of all tasks instead of the loss of one set."""
 
     def __init__(self, scores: Callable[[], dict[str, float]], **kwargs: Any) -> None:
         self._scores = scores
@@ -39,26 +99,27 @@ class _ScoringTrainer(RoutedTrainer):
 
     def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
         start = time.perf_counter()
-        found = {f"{metric_key_prefix}_{name}": value for name, value in self._scores().items()}
-        self.log(found)
-        found[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
+        scores = {f"{metric_key_prefix}_{name}": value for name, value in self._scores().items()}
+        self.log(scores)
+        scores[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
+        return scores
 
 
 class MultitaskTrainer:
-    """Trains and evaluates one model as a run's spec says.
+    """Train and evaluate one model as a run's spec says.
 
-    Checkpoints are written every epoch below ``folder``; a run that was killed goes on from the last complete one and ends with the same numbers.
+    It writes a checkpoint every epoch below ``folder``. A run that was killed resumes from the last complete one, and
+    ends with the same numbers.
 
     Args:
-        trainable: the model.
-        tokenizer: its tokenizer.
-        spec: the run's.
-        train: rows to learn, by task.
-        dev: rows to choose by, by task.
-        folder: the run's.
-        progress: where to say what is going on.
+        trainable: The model.
+        tokenizer: The tokenizer of the model.
+        spec: The spec of the run.
+        train: The rows to learn, by task.
+        dev: The rows that choose, by task.
+        folder: The folder of the run.
+        progress: The log.
     """
 
     def __init__(
@@ -76,28 +137,28 @@ class MultitaskTrainer:
         self._answers = {name: answers(tokenizer, task) for name, task in self._tasks.items()}
         self._model = cast(PreTrainedModel, trainable.model)
         self._checkpoints = folder / "checkpoints"
-        self.weight_change, self._stopwatch, self.probe = WeightChange(self._model), Stopwatch(), Probe()
+        self._stopwatch, self.probe = Stopwatch(), Probe()
         self._evaluation = 0.0
         self._precision = precision_here(self._training.precision)
         learned = [
             LearnedRows(self._rows(train[name], task), self._answers[name]) for name, task in self._tasks.items()
         ]
-        rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned)
+        all_rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned)
         self._collate = DataCollatorForSeq2Seq(tokenizer, model=self._model)
-        self.probe.look(self._model, self._plain_batch(fixed_rows(rows)))
-        best = self._training.checkpoint_selection == "best"
+        self.probe.look(self._model, self._unlabelled(fixed_rows(all_rows)))
+        arguments = epoch_arguments(
+            self._checkpoints,
+            self._precision,
+            self._training,
+            spec,
+            _MEAN if self._training.checkpoint_selection == "best" else None,
+            remove_unused_columns=False,
+        )
         self._trainer = _ScoringTrainer(
             self._mean_and_tasks,
-            args=epoch_arguments(
-                self._checkpoints,
-                self._precision,
-                self._training,
-                spec,
-                _MEAN if best else None,
-                remove_unused_columns=False,
-            ),
+            args=arguments,
             order=MixedOrder(
-                [(name, found.lengths) for name, found in zip(self._tasks, learned, strict=True)],
+                [(name, rows.lengths) for name, rows in zip(self._tasks, learned, strict=True)],
                 self._training.rows_per_epoch,
                 self._training.batch_size,
                 spec.seed,
@@ -105,48 +166,49 @@ class MultitaskTrainer:
             ),
             trainable=trainable,
             probe=self.probe,
-            train_dataset=rows,
-            eval_dataset=rows,  # Trainer asks for one; the scores are of the rows that choose
+            train_dataset=all_rows,
+            eval_dataset=all_rows,  # Trainer asks for one; the scores are of the rows that choose
             data_collator=self._collate,
             callbacks=[progress, self._stopwatch, RetieGates()],
         )
 
     @property
     def cost(self) -> dict[str, Any]:
-        """What training and all evaluations so far took, for ``cost`` of ``metrics.json``."""
-        took, evaluation = self._stopwatch.cost(self._trainer.state.global_step), self._stopwatch.evaluation
-        return {**took, "evaluation_seconds": evaluation + self._evaluation, "precision": self._precision}
+        """Return the cost of training and all evaluations so far, for ``metrics.json``."""
+        cost, evaluation = self._stopwatch.cost(self._trainer.state.global_step), self._stopwatch.evaluation
+        return {**cost, "evaluation_seconds": evaluation + self._evaluation, "precision": self._precision}
 
     def train(self) -> tuple[list[Epoch], Epoch]:
-        """Train, from the last complete checkpoint where there is one; returns all epochs, and the one whose weights the model has."""
+        """Train, from the last complete checkpoint if there is one.
+
+        Returns:
+            All epochs, and the one whose weights the model has.
+        """
         self._trainer.train(resume_from_checkpoint=resume(self._checkpoints, self._stopwatch, self.probe))
-        state = self._trainer.state
-        names = (_MEAN, *self._tasks)
         epochs: list[Epoch] = [
-            {"epoch": entry["epoch"], **{name: entry[f"eval_{name}"] for name in names}}
-            for entry in state.log_history
+            {"epoch": entry["epoch"], **{name: entry[f"eval_{name}"] for name in (_MEAN, *self._tasks)}}
+            for entry in self._trainer.state.log_history
             if f"eval_{_MEAN}" in entry
         ]
         best = self._training.checkpoint_selection == "best"
-        kept = max(epochs, key=lambda entry: (entry[_MEAN], -entry["epoch"])) if best else epochs[-1]
-        return epochs, kept
+        return epochs, max(epochs, key=lambda entry: (entry[_MEAN], -entry["epoch"])) if best else epochs[-1]
 
     def evaluate(self, split: TextSplit, task: WrittenTask | OtherTask) -> dict[str, float | None]:
-        """Scores on a split of a task, or of another set as it is read out of domain; and the cross entropy among the answers, where these are its classes."""
+        """Score a split of a task or of another set; the loss is given if the answers are the set's classes."""
         start = time.perf_counter()
-        found = self._scored(split, task)
+        scores = self._scored(split, task)
         self._evaluation += time.perf_counter() - start
-        return found
+        return scores
 
     def dev_scores(self) -> dict[str, dict[str, float | None]]:
-        """Scores of every task on the rows that choose."""
+        """Score every task on the rows that choose."""
         return {name: self.evaluate(self._dev[name], task) for name, task in self._tasks.items()}
 
     def _mean_and_tasks(self) -> dict[str, float]:
-        """What an epoch is chosen by, and each task's part in it."""
+        """Return the mean that chooses an epoch, and the score of each task."""
         scored = {name: self._scored(self._dev[name], task)[task.metric] for name, task in self._tasks.items()}
-        found = cast(dict[str, float], scored)
-        return {_MEAN: sum(found.values()) / len(found), **found}
+        scores = cast(dict[str, float], scored)
+        return {_MEAN: sum(scores.values()) / len(scores), **scores}
 
     def _scored(self, split: TextSplit, task: WrittenTask | OtherTask) -> dict[str, float | None]:
         learned = self._tasks[task.read_as if isinstance(task, OtherTask) else task.name]
@@ -164,8 +226,8 @@ class MultitaskTrainer:
         scores: dict[str, float | None] = {name: score(name, ranked, rows.labels, read) for name in metrics}
         return {**scores, "loss": finite(mean_loss(ranked, rows.labels))} if read.same else scores
 
-    def _plain_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Rows as the model is called with them without labels."""
+    def _unlabelled(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate rows without their labels."""
         return {name: tensor for name, tensor in self._collate(rows).items() if name != "labels"}
 
     def _rows(self, split: TextSplit, task: WrittenTask, *, labelled: bool = True) -> TokenisedRows:

@@ -17,7 +17,7 @@ import emoe
 
 
 class FFN(nn.Module):
-    """A plain (GELU, with biases) or gated (SiLU, without) FFN with random weights, alone in a model."""
+    """Compute a plain (GELU, with biases) or gated (SiLU, without) FFN with random weights."""
 
     def __init__(self, hidden: int, neurons: int, *, gated: bool) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class FFN(nn.Module):
 
 
 class SpeedNet(nn.Module):
-    """Nothing but one FFN, in a list where its row finds it."""
+    """Hold one FFN in a list, which is what ``emoe.convert_`` reads."""
 
     def __init__(self, ffn: FFN) -> None:
         super().__init__()
@@ -49,8 +49,8 @@ emoe.register_ffn(
 )
 
 
-def ours(ffn: FFN, num_experts: int, top_k: int, backend: str) -> nn.Module:
-    """Convert a copy of the FFN. The partition is random, which takes no time to compute."""
+def convert_copy(ffn: FFN, num_experts: int, top_k: int, backend: str) -> nn.Module:
+    """Convert a copy of the FFN, by a random partition, which takes no time to compute."""
     net = SpeedNet(copy.deepcopy(ffn))
     emoe.convert_(net, emoe.EMoEConfig(num_experts=num_experts, top_k=top_k, layers=[0], partition="random"))
     emoe.set_backend_(net, backend)
@@ -58,7 +58,7 @@ def ours(ffn: FFN, num_experts: int, top_k: int, backend: str) -> nn.Module:
 
 
 class BlockMask(nn.Module):
-    """What the authors' Llama code computes: every neuron, then a mask by the mean pre-activation of each block."""
+    """Compute what the authors' Llama code does: every neuron, then a mask by the mean pre-activation of each block."""
 
     def __init__(self, ffn: FFN, num_experts: int, top_k: int) -> None:
         super().__init__()
@@ -75,13 +75,13 @@ class BlockMask(nn.Module):
 
 
 class TransformersExperts(nn.Module):
-    """The FFN's blocks in an expert layer of transformers (without biases, which its plain experts lack), chosen by mean keys.
+    """Compute the FFN's blocks in an expert layer of transformers (without biases), chosen by mean keys.
 
     Args:
-        ffn: the weights.
+        ffn: The weights.
         num_experts: N.
         top_k: k.
-        implementation: of transformers' experts, ``eager`` or ``grouped_mm``.
+        implementation: The implementation of transformers' experts, ``eager`` or ``grouped_mm``.
     """
 
     def __init__(self, ffn: FFN, num_experts: int, top_k: int, implementation: str) -> None:
@@ -119,8 +119,8 @@ class TransformersExperts(nn.Module):
 
 CANDIDATES: dict[str, Callable[[FFN, int, int], nn.Module]] = {
     "dense": lambda ffn, *_: SpeedNet(ffn),
-    "sparse": lambda ffn, n, k: ours(ffn, n, k, "sparse"),
-    "masked": lambda ffn, n, k: ours(ffn, n, k, "masked"),
+    "sparse": lambda ffn, n, k: convert_copy(ffn, n, k, "sparse"),
+    "masked": lambda ffn, n, k: convert_copy(ffn, n, k, "masked"),
     "block_mask": BlockMask,
     "transformers_eager": lambda ffn, n, k: TransformersExperts(ffn, n, k, "eager"),
     "transformers_grouped": lambda ffn, n, k: TransformersExperts(ffn, n, k, "grouped_mm"),

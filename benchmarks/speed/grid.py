@@ -1,22 +1,21 @@
-"""Runs of a benchmark that measures: one for each model and setting, with all candidates side by side."""
+"""Specs of measurements: a run for each model and setting, with all candidates side by side."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.kinds import Benchmark, Domain, Kind, Offer, Specs
-from benchmarks.harness.config.schema import check_names, parse
-from benchmarks.harness.config.workload import Workload
-from benchmarks.speed.definition import SETTINGS, Measure, MeasurementDefinition
-from benchmarks.speed.workload import measured_workload
+from pydantic import Field
 
-# shape how much is measured, not what
-_NOT_IN_VARIANT = ("candidates", "rounds")
-_SHORT = {
+from benchmarks.harness.config.benchmark import Benchmark, Definition, Domain, Entry, Kind, Offer, Resources, SuitePart
+from benchmarks.harness.config.methods import Layers
+from benchmarks.harness.config.yaml import Count, Key, Names, Share, Strict, Whole, check_names, left_out, parse
+
+MEASURES = ("layer", "step", "decode", "prompt", "generate", "partition")
+# settings in a run's name, by their letter; candidates and rounds say how much is measured, not what
+_LETTERS = {
     "num_experts": "N",
     "top_k_fraction": "k",
     "layers": "L",
@@ -24,20 +23,117 @@ _SHORT = {
     "threads": "t",
     "batch_size": "B",
     "starts": "x",
+    "dtype": "",
+    "length": "",
 }
 
 
+class MeasuredModel(Entry):
+    """One FFN by its sizes, one layer of a model of models.yaml, or a whole model with random weights."""
+
+    hidden: Count | None = left_out()
+    """Width of the FFN's input."""
+    neurons: Count | None = left_out()
+    """Neurons of the FFN."""
+    gated: bool | None = left_out()
+    """True for a gated FFN."""
+    model: str | None = left_out()
+    """Name in models.yaml."""
+    layer: Whole | None = left_out()
+    """Number of its layer."""
+    config: dict[str, Any] | None = left_out()
+    """Configuration of the whole model."""
+
+
+class Settings(Strict):
+    """Settings of a measure; each measure takes those that its entry in `measures` lists."""
+
+    num_experts: Count
+    """N."""
+    candidates: Names
+    """What is compared, beside the dense model where there is one."""
+    threads: Count
+    """Threads of PyTorch."""
+    top_k_fraction: Share = 1.0
+    """k / N."""
+    rounds: Count = 1
+    """How often all candidates are timed in turn."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
+    tokens: Count = 1
+    """Tokens of a pass, of the prompt, or of the answer."""
+    layers: Layers = "all"
+    """Layers that are converted."""
+    batch_size: Count = 1
+    """Rows of a training step."""
+    length: Count = 1
+    """Tokens of a row."""
+    starts: Count = 1
+    """Starts of k-means-constrained."""
+
+    @property
+    def top_k(self) -> int:
+        return round(self.top_k_fraction * self.num_experts)
+
+
+class Measure(Entry):
+    """What is measured."""
+
+    settings: dict[str, Any]
+    """Every setting of the measure with its usual value."""
+
+
+class MeasurementResources(Resources):
+    """What the scheduler reserves for one run."""
+
+    threads: Whole = 0
+    """CPU threads; 0 for all of the machine's, so that nothing runs beside it."""
+
+
+class MeasurementBlock(Strict):
+    """A measure, and the product of its lists."""
+
+    measure: str
+    """A name in measures."""
+    model: Names
+    """Names in models."""
+    settings: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({})
+    """Values of the measure's settings to run, as lists; the others keep their usual value."""
+
+
+class MeasurementSuite(SuitePart):
+    """One suite's part of the benchmark."""
+
+    resources: MeasurementResources = MeasurementResources()
+    """What the scheduler reserves for one run."""
+    grid: Annotated[list[MeasurementBlock], Field(min_length=1)]
+    """Blocks of runs; each is the product of its lists."""
+
+
+class MeasurementDefinition(Definition):
+    """A benchmark that trains nothing. It measures candidates side by side, each run under one setting."""
+
+    models: Annotated[dict[str, MeasuredModel], Field(min_length=1)]
+    """What is measured on, by name."""
+    candidates: Annotated[dict[str, Entry], Field(min_length=1)]
+    """What is compared; the order is that of columns and legends."""
+    measures: Annotated[dict[str, Measure], Field(min_length=1)]
+    """What is measured, by name."""
+    suites: dict[Key, MeasurementSuite]
+    """What to run, by suite."""
+
+
 class MeasurementKind(Kind[MeasurementDefinition, Measure]):
-    """Things measured side by side, each run under one setting; nothing is trained."""
+    """Measurements side by side, each run under one setting; nothing is trained."""
 
     files = (("speed", MeasurementDefinition),)
     has_models = has_seeds = counts_labels = False
 
     def load(self, content: object, file: Path) -> tuple[MeasurementDefinition, Mapping[str, Measure]]:
         definition = parse(content, MeasurementDefinition, str(file))
-        check_names(f"{file}: '", "measures", definition.measures, SETTINGS)
+        check_names(f"{file}: '", "measures", definition.measures, MEASURES)
         for name, measure in definition.measures.items():
-            parse(measure.settings, SETTINGS[name], str(file), "measures", name, "settings")
+            parse(measure.settings, Settings, str(file), "measures", name, "settings")
         return definition, definition.measures
 
     def specs(
@@ -48,7 +144,6 @@ class MeasurementKind(Kind[MeasurementDefinition, Measure]):
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
         definition = benchmark.definition
-        seen: set[tuple[str, str, str]] = set()
         for number, block in enumerate(definition.suites[suite].grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
             check_names(where, "measure", [block.measure], definition.measures)
@@ -59,18 +154,18 @@ class MeasurementKind(Kind[MeasurementDefinition, Measure]):
             check_names(where, "settings.candidates", candidates, definition.candidates)
             for model, *values in itertools.product(block.model, *block.settings.values()):
                 settings = {**usual, **dict(zip(block.settings, values, strict=True))}
-                parse(
-                    settings, SETTINGS[block.measure], str(benchmark.file), "suites", suite, "grid", number, "settings"
-                )
-                spec = _spec(benchmark, block.measure, model, settings, usual)
-                key = (block.measure, model, spec["method"]["variant"])
-                if key in seen:
-                    raise DefinitionError(f"{where}' measures {' '.join(filter(None, key))} a second time")
-                seen.add(key)
-                yield spec
-
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, Measure], specs: Specs) -> Workload | None:
-        return measured_workload(spec)
+                parse(settings, Settings, str(benchmark.file), "suites", suite, "grid", number, "settings")
+                yield {
+                    **benchmark.of_every_spec,
+                    "model": {"name": model, **definition.models[model].model_dump(exclude={"title"})},
+                    "task": {"name": block.measure},
+                    "ood": [],
+                    # nothing is trained: no method, no learning rate
+                    "method": {"name": "", "variant": _variant(settings, usual), "config": None},
+                    "settings": settings,
+                    "learning_rate": 0.0,
+                    "seed": 0,
+                }
 
     def compared_domains(self, definition: MeasurementDefinition) -> Mapping[str, Domain]:
         return dict.fromkeys(definition.measures, Domain(("ratio", "ratio_low", "ratio_high"), "setting"))
@@ -90,31 +185,10 @@ class MeasurementKind(Kind[MeasurementDefinition, Measure]):
 KIND = MeasurementKind()
 
 
-def _spec(
-    benchmark: Benchmark[MeasurementDefinition, Measure],
-    measure: str,
-    model: str,
-    settings: Mapping[str, Any],
-    usual: Mapping[str, Any],
-) -> dict[str, Any]:
-    definition = benchmark.definition
-    other = {name: value for name, value in settings.items() if value != usual[name] and name not in _NOT_IN_VARIANT}
-    return {
-        **benchmark.of_every_spec,
-        "model": definition.models[model].spec(model),
-        "task": {"name": measure},
-        "ood": [],
-        # nothing is trained: no method, no learning rate
-        "method": {
-            "name": "",
-            "variant": "-".join(_short(name, value) for name, value in other.items()),
-            "config": None,
-        },
-        "settings": dict(settings),
-        "learning_rate": 0.0,
-        "seed": 0,
-    }
-
-
-def _short(name: str, value: Any) -> str:
-    return f"{_SHORT.get(name, '')}{value:g}" if isinstance(value, int | float) else f"{_SHORT.get(name, '')}{value}"
+def _variant(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+    """Name the settings that are not the usual ones."""
+    values = {name: settings[name] for name in settings if name in _LETTERS and settings[name] != usual[name]}
+    return "-".join(
+        f"{_LETTERS[name]}{value:g}" if isinstance(value, int | float) else f"{_LETTERS[name]}{value}"
+        for name, value in values.items()
+    )

@@ -1,41 +1,243 @@
-"""Measure one thing under one setting, all candidates in turn in one process."""
+"""Measure candidates under one setting, in turn in one process."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+import emoe
+from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.yaml import parse
+from benchmarks.harness.models.loading import load_backbone
 from benchmarks.harness.training.progress import Progress
-from benchmarks.speed import decode, layer, partition, step
-from benchmarks.speed.definition import RunModel, read_spec
+from benchmarks.speed.ffn import CANDIDATES, FFN
+from benchmarks.speed.grid import Settings
+from emoe.architectures import find_ffns
+from emoe.clustering import balanced_kmeans, explained_variance_ratio
+from emoe.sparse.cost_model import predicted_time_ratio
 
-_MEASURES: dict[str, Callable[[RunModel, Any], dict[str, dict[str, float]]]] = {
-    "layer": layer.measure,
-    "step": step.measure,
-    "decode": decode.measure_ffns,
-    "prompt": decode.measure_prompt,
-    "generate": decode.measure_generate,
-    "partition": partition.measure,
-}
+_PROMPT = 16  # tokens before an answer
+
+Numbers = dict[str, dict[str, float]]
+Calls = Mapping[str, Callable[[], object]]
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
     """Run one spec.
 
     Args:
-        spec: the content of ``run.json``.
-        folder: the run's folder; nothing is written there.
-        progress: where to say what is going on.
+        spec: The content of ``run.json``.
+        folder: The run's folder; nothing is written there.
+        progress: The reporter of progress.
 
     Returns:
         The content of ``metrics.json``, less what the harness adds: ``measured`` by candidate.
     """
-    measure, (model, settings) = spec["task"]["name"], read_spec(spec, str(folder / "run.json"))
+    measure = spec["task"]["name"]
+    settings = parse(spec["settings"], Settings, str(folder / "run.json"), "settings")
     torch.set_num_threads(settings.threads)
     torch.manual_seed(derive_seed("speed", spec["seed"]))
     progress.say(f"measuring the {measure}")
-    return {"measured": _MEASURES[measure](model, settings), "cost": {}}
+    return {"measured": _MEASURES[measure](spec["model"], settings), "cost": {}}
+
+
+def time_in_turn(calls: Calls, rounds: int) -> Numbers:
+    """Time calls in turn, so that a disturbance slows all of them, after a round that does not count.
+
+    Args:
+        calls: The calls by name, ``dense`` among them.
+        rounds: The number of rounds.
+
+    Returns:
+        By name: the ``ratio`` to the dense time in the same round (median, lowest, highest), and the median
+        ``seconds``.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    numbers = {}
+    for name, times in seconds.items():
+        ratios = [one / dense for one, dense in zip(times, seconds["dense"], strict=True)]
+        numbers[name] = {
+            "ratio": statistics.median(ratios),
+            "ratio_low": min(ratios),
+            "ratio_high": max(ratios),
+            "seconds": statistics.median(times),
+        }
+    return numbers
+
+
+def measure_layer(model: Mapping[str, Any], settings: Settings) -> Numbers:
+    """Measure one FFN, forward and backward: its time, and the memory that is kept for the backward pass."""
+    n, k, dtype = settings.num_experts, settings.top_k, getattr(torch, settings.dtype)
+    hidden, neurons = model["hidden"], model["neurons"]
+    ffn = FFN(hidden, neurons, gated=model["gated"])
+    nets = {name: CANDIDATES[name](ffn, n, k).to(dtype) for name in ("dense", *settings.candidates)}
+    x = torch.randn(settings.tokens, hidden, dtype=dtype)
+    gradient = torch.randn_like(x)
+
+    def pass_through(net: nn.Module) -> None:
+        net.zero_grad()
+        net(x.detach().requires_grad_()).backward(gradient)
+
+    numbers = time_in_turn({name: functools.partial(pass_through, net) for name, net in nets.items()}, settings.rounds)
+    kept = {name: kept_bytes(net, functools.partial(net, x.requires_grad_())) for name, net in nets.items()}
+    for name, row in numbers.items():
+        row["memory_ratio"] = kept[name] / kept["dense"]
+    expected = predicted_time_ratio(len(x), hidden, neurons // n, k / n, dtype, torch.get_num_threads())
+    if "sparse" in numbers and expected is not None:
+        numbers["sparse"]["expected_ratio"] = expected
+    return numbers
+
+
+def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:
+    """Count the bytes that a forward pass keeps for the backward pass, without weights and buffers."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(size for pointer, size in sizes.items() if pointer not in weights)
+
+
+def measure_step(model: Mapping[str, Any], settings: Settings) -> Numbers:
+    """Measure a training step of a whole model with random weights: forward, backward, AdamW."""
+    dense = AutoModel.from_config(AutoConfig.for_model(**model["config"])).train()
+    inputs = _step_inputs(dense, settings)
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        net(**inputs).last_hidden_state.square().mean().backward()
+        optimizer.step()
+
+    nets = _converted(dense, settings, "random")
+    calls = {name: functools.partial(step, net, torch.optim.AdamW(net.parameters())) for name, net in nets.items()}
+    return time_in_turn(calls, settings.rounds)
+
+
+def _step_inputs(model: Any, settings: Settings) -> dict[str, Tensor]:
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        shape = (settings.batch_size, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(shape)}
+    ids = torch.randint(config.vocab_size, (settings.batch_size, settings.length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _converted(dense: Any, settings: Settings, partition: str) -> dict[str, Any]:
+    """Convert a copy of a model for each candidate, which is the name of a backend or ``inference``."""
+    nets = {"dense": dense}
+    for name in settings.candidates:
+        nets[name] = copy.deepcopy(dense)
+        config = emoe.EMoEConfig(
+            num_experts=settings.num_experts,
+            top_k=settings.top_k,
+            layers=settings.layers,
+            partition=partition,  # type: ignore[arg-type]
+        )
+        emoe.convert_(nets[name], config)
+        if name == "inference":
+            emoe.for_inference_(nets[name])
+        else:
+            emoe.set_backend_(nets[name], name)
+    return nets
+
+
+def _language_models(model: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model["config"]))
+    return _converted(dense.to(getattr(torch, settings.dtype)).eval(), settings, "contiguous")
+
+
+def measure_ffns(model: Mapping[str, Any], settings: Settings) -> Numbers:
+    """Measure ``tokens`` tokens at once through all FFNs of a language model, so that no weight is still in a cache."""
+    nets = _language_models(model, settings)
+    x = torch.randn(1, settings.tokens, nets["dense"].config.hidden_size).to(getattr(torch, settings.dtype))
+
+    @torch.inference_mode()
+    def pass_through(net: Any) -> None:
+        for layer in net.model.layers:
+            layer.mlp(x)
+
+    return time_in_turn({name: functools.partial(pass_through, net) for name, net in nets.items()}, settings.rounds)
+
+
+def measure_generate(model: Mapping[str, Any], settings: Settings) -> Numbers:
+    """Measure a greedy answer of ``tokens`` tokens to a prompt of 16, with a key-value cache."""
+    nets = _language_models(model, settings)
+    prompt = torch.randint(3, nets["dense"].config.vocab_size, (1, _PROMPT))
+    options: dict[str, Any] = {"max_new_tokens": settings.tokens, "min_new_tokens": settings.tokens, "do_sample": False}
+    options |= {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+    calls = {name: functools.partial(net.generate, prompt, **options) for name, net in nets.items()}
+    return time_in_turn(calls, settings.rounds)
+
+
+def measure_partition(model: Mapping[str, Any], settings: Settings) -> Numbers:
+    """Measure balanced clustering of one layer's keys: seconds, and the share of the variance that is left unexplained."""
+    keys, n = layer_keys(model), settings.num_experts
+    numbers: Numbers = {}
+    for name in settings.candidates:
+        start, cpu = time.perf_counter(), time.process_time()
+        labels = balanced_kmeans(keys, n) if name == "emoe" else _kmeans_constrained(keys, n, settings.starts)
+        numbers[name] = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+        numbers[name]["inertia"] = 1 - explained_variance_ratio(keys, labels, n)
+    if library := numbers.get("kmeans_constrained"):
+        for row in numbers.values():
+            row["ratio"] = row["seconds"] / library["seconds"]
+    return numbers
+
+
+def layer_keys(model: Mapping[str, Any]) -> Tensor:
+    """Return key vectors ``[d, h]``: real ones, or Gaussian rows around 128 centres whose spread is a quarter of
+    theirs.
+    """
+    if "model" in model:
+        loaded = load_backbone(load_models()[model["model"]].spec(model["model"]))
+        return find_ffns(loaded)[model["layer"]].keys().detach().float()
+    neurons, hidden = model["neurons"], model["hidden"]
+    generator = torch.Generator().manual_seed(derive_seed("keys", neurons, hidden))
+    centres = torch.randn(128, hidden, generator=generator)
+    rows = torch.randn(neurons, hidden, generator=generator)
+    return rows + 0.25 * centres[torch.randint(128, (neurons,), generator=generator)]
+
+
+def _kmeans_constrained(keys: Tensor, num_clusters: int, starts: int) -> Tensor:
+    """Cluster as the authors do: normalised keys, equal sizes, random state 0."""
+    try:
+        from k_means_constrained import KMeansConstrained
+    except ImportError as error:
+        raise DataError("k-means-constrained is not installed: pip install '.[mini]'") from error
+    size = len(keys) // num_clusters
+    clusterer = KMeansConstrained(n_clusters=num_clusters, size_min=size, size_max=size, n_init=starts, random_state=0)
+    return torch.from_numpy(clusterer.fit_predict(F.normalize(keys, dim=1).double().numpy()).astype(np.int64))
+
+
+_MEASURES: dict[str, Callable[[Mapping[str, Any], Settings], Numbers]] = {
+    "layer": measure_layer,
+    "step": measure_step,
+    "decode": measure_ffns,
+    "prompt": measure_ffns,
+    "generate": measure_generate,
+    "partition": measure_partition,
+}

@@ -1,17 +1,188 @@
-"""Tables, figures and verdicts of the measurements."""
+"""Tables and verdicts of finished measurements."""
 
 from __future__ import annotations
 
-from benchmarks.harness.config.kinds import Benchmark
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.common import compared
 from benchmarks.harness.report.presentation import Presentation, make
-from benchmarks.speed.definition import Measure, MeasurementDefinition
-from benchmarks.speed.figures import draw_layer, draw_scaling
-from benchmarks.speed.measurements import Measurements
-from benchmarks.speed.tables import TABLES, verdicts
+from benchmarks.harness.report.table import Column, Table
+from benchmarks.harness.results.records import collect
+from benchmarks.speed.grid import Measure, MeasurementDefinition
 
 _NOTE = "Each ratio is the median over rounds in which all candidates ran in turn in one process. The middle here is the median over settings."
-_FIGURES = {"layer": draw_layer, "scaling": draw_scaling}
+_SETTING_KEYS = {"num_experts": "N", "top_k_fraction": "k/N"}
+
+
+class Measurements:
+    """Hold the numbers of finished runs.
+
+    Attributes:
+        titles: The titles of the candidates.
+        records: Every number with the settings of its run; the candidate stands in ``eval_task``.
+        origins: The same, as tables name their runs.
+    """
+
+    def __init__(self, benchmark: Benchmark[MeasurementDefinition, Measure], runs: list[Run]) -> None:
+        definition = benchmark.definition
+        self.measures = definition.measures
+        self.titles = {name: candidate.title for name, candidate in definition.candidates.items()}
+        settings = [
+            {
+                "run_id": run.id,
+                **{key: run.spec["model"].get(key) for key in ("neurons", "hidden")},
+                **run.spec["settings"],
+            }
+            for run in runs
+        ]
+        self.records = self.origins = collect(runs).merge(pd.DataFrame(settings), on="run_id")
+        self.records["model_title"] = self.records["model"].map(lambda name: definition.models[name].title)
+
+    def wide(self, measure: str) -> pd.DataFrame:
+        """Return a row a run, in the order of the grid, with columns ``<candidate>_<metric>``."""
+        rows = self.records[self.records["task"] == measure]
+        values = rows.assign(name=rows["eval_task"] + "_" + rows["metric"]).pivot_table(
+            index="run_id", columns="name", values="value"
+        )
+        frame = rows.drop_duplicates("run_id").set_index("run_id").join(values).reset_index()
+        for column in ("top_k_fraction", "num_experts", "tokens", "threads", "starts"):
+            frame[column] = frame[column].map("{:g}".format)
+        return frame
+
+    def compared(self) -> pd.DataFrame:
+        """Return the ratios of every setting, for claims."""
+        ratios = self.records[self.records["metric"].str.startswith("ratio")]
+        names = {"task": "domain", "eval_task": "method", "run_id": "pair"}
+        return compared(ratios.drop(columns="method").rename(columns=names))
+
+
+def layer(measured: Measurements) -> Table:
+    """Compare every candidate with the dense FFN."""
+    frame = measured.wide("layer")
+    frame["size"] = [f"{row.neurons / float(row.num_experts):g}" for row in frame.itertuples()]
+    return Table(
+        "One FFN of experts beside the dense FFN",
+        "Forward and backward, random weights and inputs. Time as a ratio to the dense FFN in the same round: median "
+        "[lowest, highest]; the lowest possible is k/N. EMoE is "
+        "emoe.set_backend_(model, 'sparse'); expected is the prediction of emoe.sparse.cost_model, which decides if "
+        "the sparse products are used. The authors' block mask is our version of their Llama code's "
+        "computation; their Tutel fork was not at hand. transformers' experts get the same weights without biases, "
+        "the same choice of experts, and no router's cost beyond it. The last column is what the "
+        "sparse path keeps for the backward pass.",
+        {
+            "model_title": "FFN",
+            "num_experts": "N",
+            "size": "Neurons an expert",
+            "top_k_fraction": "k/N",
+            "tokens": "Tokens",
+            "threads": "Threads",
+            "dtype": "Type",
+        },
+        [
+            *_ratio_columns(measured, frame),
+            Column("expected_ratio", "sparse_expected_ratio"),
+            Column("memory_ratio", "sparse_memory_ratio"),
+        ],
+        frame,
+    )
+
+
+def step(measured: Measurements) -> Table:
+    """Compare training steps of a whole model."""
+    frame = measured.wide("step")
+    frame["batch"] = [f"{row.batch_size:g} × {row.length:g}" for row in frame.itertuples()]
+    keys = {"model_title": "Model", "layers": "Layers", **_SETTING_KEYS, "batch": "Batch", "threads": "Threads"}
+    return Table(
+        "A training step beside the dense model's",
+        "Forward, backward and AdamW of a model with random weights, without a head. Ratios as above. A ViT reads "
+        "images of its own number of patches.",
+        keys,
+        _ratio_columns(measured, frame),
+        frame,
+    )
+
+
+def decode(measured: Measurements) -> Table:
+    """Compare one token or the tokens of a prompt in all FFNs, and an answer."""
+    frame = pd.concat([measured.wide(name) for name in measured.measures if name in ("decode", "prompt", "generate")])
+    frame["what"] = [
+        f"{measured.measures[row.task].title}{f', {row.tokens} tokens' if row.task == 'prompt' else ''}"
+        for row in frame.itertuples()
+    ]
+    keys = {"model_title": "Model", "what": "What", **_SETTING_KEYS, "threads": "Threads", "dtype": "Type"}
+    return Table(
+        "Decoding beside the dense model",
+        "A language model with random weights and all FFNs converted, in evaluation mode: one token, or the tokens of "
+        "a prompt at once, through all its FFNs one after another, and a greedy answer of 24 tokens to a prompt of 16 "
+        "with "
+        "a key-value cache. Ratios as above. EMoE is emoe.for_inference_(model), which stores a copy of the values by "
+        "neuron, as large as the out-projections.",
+        keys,
+        _ratio_columns(measured, frame),
+        frame.reset_index(drop=True),
+    )
+
+
+def partition(measured: Measurements) -> Table:
+    """Compare our clustering of keys with the library's."""
+    frame = measured.wide("partition")
+    columns = [Column("seconds", "emoe_seconds", "EMoE"), Column("inertia", "emoe_inertia", "Unexplained, EMoE")]
+    if "kmeans_constrained_seconds" in frame:
+        frame["speedup"] = 1 / frame["emoe_ratio"]
+        columns[1:1] = [
+            Column("seconds", "kmeans_constrained_seconds", "k-means-constrained"),
+            Column("speedup", "speedup"),
+        ]
+        columns.append(Column("inertia", "kmeans_constrained_inertia", "Unexplained, library"))
+    return Table(
+        "Balanced clustering of one layer's keys",
+        "Wall time, and the variance between normalised keys that the clusters leave unexplained (lower is better). "
+        "k-means-constrained is called as the authors call it. "
+        "MiniLM's keys are real; the others are Gaussian rows around 128 weak centres, of the sizes of the models "
+        "named.",
+        {"model_title": "Keys", "num_experts": "N", "starts": "Starts of the library", "threads": "Threads"},
+        columns,
+        frame,
+    )
+
+
+def _ratio_columns(measured: Measurements, frame: pd.DataFrame) -> list[Column]:
+    return [
+        Column("milliseconds", "dense_seconds", "Dense"),
+        *(
+            Column("ratio", f"{name}_ratio", title, interval=(f"{name}_ratio_low", f"{name}_ratio_high"))
+            for name, title in measured.titles.items()
+            if name != "dense" and f"{name}_ratio" in frame
+        ),
+    ]
+
+
+def verdicts(measured: Measurements) -> Iterator[str]:
+    """Write a sentence for each measure, type and share of experts: the middle over its settings, and both ends."""
+    rows = measured.records[
+        (measured.records["eval_task"].isin(["sparse", "inference"])) & (measured.records["metric"] == "ratio")
+    ]
+    for (measure, dtype, share), group in rows.groupby(["task", "dtype", "top_k_fraction"], dropna=False, sort=False):
+        ordered = group.sort_values("value")
+        kind = "" if pd.isna(dtype) else f", {dtype}"
+        ends = f", from {_setting(ordered.iloc[0])} to {_setting(ordered.iloc[-1])}" if len(group) > 1 else ""
+        settings = f"{len(group)} setting{'s' if len(group) > 1 else ''}"
+        title = measured.measures[measure].title
+        yield f"{title}{kind}, k/N {share:g}, {settings}: {group['value'].median():.2f} of the dense time{ends}."
+
+
+def _setting(row: Any) -> str:
+    tokens = f"{row['tokens']:g} tokens, {row['threads']:g} thread{'s' if row['threads'] > 1 else ''}"
+    where = f"layers {row['layers']}" if row["task"] == "step" else tokens
+    return f"{row['value']:.2f} ({row['model_title']}, N {row['num_experts']:g}, {where})"
+
+
+TABLES = {"layer": layer, "step": step, "decode": decode, "partition": partition}
 
 
 def present(benchmark: Benchmark[MeasurementDefinition, Measure], runs: list[Run]) -> Presentation:
@@ -20,7 +191,7 @@ def present(benchmark: Benchmark[MeasurementDefinition, Measure], runs: list[Run
     return make(
         benchmark,
         TABLES,
-        _FIGURES,
+        {},
         measured,
         verdicts=list(verdicts(measured)),
         note=_NOTE,

@@ -12,16 +12,13 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.definition import AnyBenchmark
+from benchmarks.harness.config.methods import ABLATION, CONTROL, setting_text, setting_values
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.schema import NUMBER_COLUMNS, check_names
-from benchmarks.harness.config.shared import ABLATION, CONTROL
-from benchmarks.harness.config.variants import setting_text, setting_values
-from benchmarks.harness.report.common_tables import means_by, with_numbers
-from benchmarks.harness.report.outcomes import SETTING, with_runs
-from benchmarks.harness.report.published import published_delta, read_published
-from benchmarks.harness.report.rendering import MISSING, Column, Table
+from benchmarks.harness.config.yaml import NUMBER_COLUMNS, check_names
+from benchmarks.harness.report.common import SETTING, means_by, published_delta, read_published, with_numbers, with_runs
+from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import collect
 from benchmarks.harness.results.statistics import confidence_interval, paired_differences, with_verdicts
 from benchmarks.text.definition import ABLATION_COLUMNS, Ablation

@@ -6,8 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.counts import PublishedRows, SetSize
-from benchmarks.harness.config.schema import (
+from benchmarks.harness.config.benchmark import Entry, Precision, TrainingDefinition, TrainingSettings, TrainingSuite
+from benchmarks.harness.config.counts import PublishedRows
+from benchmarks.harness.config.methods import LoRA, VariantAxes
+from benchmarks.harness.config.runs import RunSpec
+from benchmarks.harness.config.yaml import (
     AS_GIVEN,
     UNIQUE,
     Count,
@@ -25,16 +28,6 @@ from benchmarks.harness.config.schema import (
     left_out,
     zero_left_out,
 )
-from benchmarks.harness.config.shared import (
-    Entry,
-    LoRA,
-    Precision,
-    TrainingDefinition,
-    TrainingSettings,
-    TrainingSuite,
-    VariantAxes,
-)
-from benchmarks.harness.config.specs import RunSpec
 
 Protocol = Literal["published", "clean"]
 
@@ -326,8 +319,6 @@ class RunTask(TextTask):
 class TaskEntry(TextTask, Entry):
     """One task of ``tasks.yaml``."""
 
-    size: SetSize = SetSize()
-    """How large it is, as the hub's cards count it; of sets inside packages as it is read."""
     rows: Rows = Rows()
     """Rows of each part as their makers count them, those without a gold label included; of sets that GLUE-X's authors
     made, as their result files count them."""

@@ -13,9 +13,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.config.shared import CONTROL
-from benchmarks.harness.report.looks import curves
-from benchmarks.harness.report.outcomes import Outcomes
+from benchmarks.harness.config.methods import CONTROL
+from benchmarks.harness.report.common import Outcomes
 from benchmarks.harness.report.plots import (
     FEW,
     REFERENCE,
@@ -34,6 +33,7 @@ from benchmarks.harness.report.plots import (
     score_panels,
     wrapped,
 )
+from benchmarks.harness.report.style import curve_styles
 from benchmarks.harness.results.statistics import SIGNIFICANCE, critical_difference, nemenyi
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import ID, OOD
@@ -171,6 +171,9 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
     """
     import scikit_posthocs  # it takes a plotting library of its own along
 
+    if not rankings:
+        placeholder_figure(path, "the ranked rows have no common set and seed")
+        return
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         rows = max(len(one.scores) for one in rankings)
         figure, axes = panel_grid(len(rankings), 1, (WIDTH, (1.1 + 0.2 * rows) * len(rankings)))
@@ -184,7 +187,7 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
                 ax=axis,
                 label_fmt_left="{label} ({rank:.2f}) ",
                 label_fmt_right=" ({rank:.2f}) {label}",
-                color_palette={names[method]: outcomes.look(method).colour for method in names},
+                color_palette={names[method]: outcomes.style(method).colour for method in names},
                 crossbar_props={"color": REFERENCE},
             )
             axis.set_xlim(1, len(ranks))  # all ranks that there are
@@ -232,7 +235,7 @@ def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, ref
         for axis, (title, found) in zip(axes.flat, panels, strict=False):
             for row in found.itertuples():
                 place = names.index(row.method_title)
-                look = outcomes.look(row.method)
+                look = outcomes.style(row.method)
                 draw_difference(axis, row, place, look if row.is_ours else replace(look, marker="x", hollow=False), 100)
             axis.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
             axis.set_title(title, fontsize=8)
@@ -263,7 +266,7 @@ def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: st
         )
         return
     series = [(label, part) for _, found in panels for label, part in _series(found, axis)]
-    styles = curves((label, outcomes.look(part["method"].iloc[0])) for label, part in series)
+    styles = curve_styles((label, outcomes.style(part["method"].iloc[0])) for label, part in series)
     labels = list(styles)
     with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
         figure, axes = _axes(len(panels), 2.2, shared=False)

@@ -10,22 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
-from benchmarks.harness.config.catalogue import load_metrics, load_models, model_names
-from benchmarks.harness.config.frozen import check_frozen
-from benchmarks.harness.config.kinds import COUNTS, OOD_MEAN, Benchmark, D, Domain, Kind, Offer, SetPart, Specs
-from benchmarks.harness.config.method_rows import check_rows, resolve_methods
-from benchmarks.harness.config.methods import (
-    OF_TRAINING,
-    VARIANT_KEYS,
-    method_spec,
+from benchmarks.harness.config.benchmark import (
+    COUNTS,
+    OOD_MEAN,
+    Benchmark,
+    D,
+    Domain,
+    Kind,
+    MethodsDefinition,
+    Offer,
+    SetPart,
+    check_rows,
+    resolve_methods,
     suite_methods,
+    text_tokens,
     training_settings,
 )
-from benchmarks.harness.config.schema import check_file, check_names, parse, read
-from benchmarks.harness.config.shared import ABLATION, Method, MethodRow, MethodsDefinition
-from benchmarks.harness.config.specs import trained_sets
-from benchmarks.harness.config.variants import variant_of
-from benchmarks.harness.config.workload import Workload
+from benchmarks.harness.config.catalogue import load_metrics, load_models, model_names
+from benchmarks.harness.config.methods import (
+    ABLATION,
+    OF_TRAINING,
+    VARIANT_KEYS,
+    Method,
+    MethodRow,
+    check_frozen,
+    method_spec,
+    variant_of,
+)
+from benchmarks.harness.config.runs import trained_sets
+from benchmarks.harness.config.yaml import check_file, check_names, parse, read
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.training.label_mapping import label_mapping
@@ -41,11 +54,10 @@ from benchmarks.text.definition import (
     TextTrainingSettings,
     Transformed,
 )
-from benchmarks.text.workload import trained_workload
 from emoe.errors import EMoEError
 
 PUBLISHED, CLEAN = "published", "clean"
-ID, OOD, OWN = "id", "ood", "own"  # the last: other rows of the task itself, where gradients are compared
+ID, OOD = "id", "ood"
 _SCORES = Domain(("score",), selections=(CLEAN, PUBLISHED))
 _OTHER_AXES = (*OF_TRAINING, "protocol", "learning_rate", "seed")
 
@@ -114,16 +126,13 @@ class TextKind(TextSets[TextDefinition]):
         definition = definition.model_copy(update={"methods": {**definition.methods, **rows}})
         return definition, read(file.parent / definition.tasks, TaskFile).tasks
 
-    def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry], specs: Specs) -> Workload | None:
-        return trained_workload(spec, tasks)
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> float | None:
+        training, rows = spec["training"], tasks[spec["task"]["name"]].rows
+        return text_tokens(training["train_rows"] or rows.train, training["max_length"], training["epochs"])
 
     def published_files(self, definition: TextDefinition) -> list[str]:
         traces = definition.published_traces
         return [*super().published_files(definition), *(traces.rows.values() if traces else ())]
-
-    def rows_shown(self, definition: TextDefinition, shown: str) -> Collection[str] | None:
-        traces = definition.published_traces
-        return traces.rows if shown == "traces" and traces else super().rows_shown(definition, shown)
 
     def check(self, definition: TextDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
         file = folder / "benchmark.yaml"

@@ -9,13 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.kinds import OOD_MEAN, Benchmark
-from benchmarks.harness.config.method_rows import resolve_methods
+from benchmarks.harness.config.benchmark import OOD_MEAN, Benchmark, MethodsDefinition, resolve_methods
+from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.shared import ABLATION, MethodsDefinition
-from benchmarks.harness.config.variants import setting_text, setting_values, without
-from benchmarks.harness.report.outcomes import SETTING, Outcomes, compared, counts
+from benchmarks.harness.report.common import SETTING, Outcomes, compared, counts
 from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
 from benchmarks.harness.results.statistics import Ranking, friedman_ranks, paired_differences, with_verdicts
 from benchmarks.text.definition import TaskEntry
@@ -189,7 +186,7 @@ class TextOutcomes(Outcomes):
         found = []
         for record in self.order(chosen, ["model", "task", "method", "seed"]).itertuples():
             metrics = read_metrics(by_id[str(record.run_id)])
-            found.append((record, {part: metrics.get(part, {}) for part in ("model", "routing", "updates", "usage")}))
+            found.append((record, {part: metrics.get(part, {}) for part in ("model", "routing", "usage")}))
         return found
 
     def _chosen(self, protocol: str) -> pd.DataFrame:
@@ -281,10 +278,7 @@ class Ranked:
 def ranked(outcomes: TextOutcomes, methods: list[str], within: list[str]) -> list[Ranked]:
     """Rank methods over all pairs of training task and OOD set, within a protocol, a model, perhaps a task.
 
-    Means are over the seeds that all ranked methods have.
-
-    Raises:
-        DefinitionError: the methods share no set, or no seed on it.
+    Means are over the seeds that all ranked methods have. Methods without a common set and seed get no ranks.
     """
     seeds = outcomes.seeds[(outcomes.seeds["domain"] == OOD) & outcomes.seeds["method"].isin(methods)]
     found = []
@@ -293,9 +287,5 @@ def ranked(outcomes: TextOutcomes, methods: list[str], within: list[str]) -> lis
         by_seed = pairs.pivot_table(index="method", columns=["pair", "seed"], values="value", sort=False).dropna(axis=1)
         table = by_seed.T.groupby(level="pair", sort=False).mean().T
         table = table.loc[[name for name in methods if name in table.index]]
-        if table.empty:
-            raise DefinitionError(
-                f"{outcomes.benchmark.file}: methods that are ranked share no OOD set and seed ({' '.join(key)})"
-            )
         found.append(Ranked(dict(zip(within, key, strict=True)), table, friedman_ranks(table)))
     return found

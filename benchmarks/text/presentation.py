@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.harness.config.definition import AnyBenchmark
+from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import NOTE, Presentation, make
-from benchmarks.harness.report.rendering import Table
+from benchmarks.harness.report.table import Table
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.figures import draw_traces, draw_usage_by_set, scores_by_training_task
 from benchmarks.text.tables import TABLES, verdicts
 
+FIGURES = {"ood": scores_by_training_task, "traces": draw_traces, "usage": draw_usage_by_set}
+
 
 def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
     """Present finished runs."""
-    figures = {"ood": scores_by_training_task, "traces": draw_traces, "usage": draw_usage_by_set}
-    return shown(benchmark, Ablations(benchmark, runs), TABLES, figures)
+    return shown(benchmark, Ablations(benchmark, runs), TABLES, FIGURES)
 
 
 def shown(

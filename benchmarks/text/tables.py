@@ -7,27 +7,27 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from benchmarks.harness.config.benchmark import OOD_MEAN
 from benchmarks.harness.config.catalogue import load_metrics
-from benchmarks.harness.config.kinds import OOD_MEAN
-from benchmarks.harness.report.common_tables import (
+from benchmarks.harness.report.common import (
+    ALL,
     cost_table,
     difference_text,
     means_by,
+    published_delta,
+    read_published,
     tests_table,
     with_average,
     with_columns,
     with_numbers,
+    with_runs,
 )
-from benchmarks.harness.report.outcomes import ALL, with_runs
-from benchmarks.harness.report.published import published_delta, read_published
-from benchmarks.harness.report.rendering import MISSING, Column, Table
-from benchmarks.harness.results.information import PERMUTATIONS
+from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import information_numbers, scores_of
-from benchmarks.harness.results.statistics import critical_difference
+from benchmarks.harness.results.statistics import PERMUTATIONS, critical_difference
 from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
 from benchmarks.text.outcomes import CELL, CHOICE, PROTOCOLS, Ranked, TextOutcomes, choices, choosing_scores, ranked
 from benchmarks.text.traces import trace_table
-from benchmarks.text.updates import update_table
 
 _KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
 _BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
@@ -296,7 +296,8 @@ def _rankings_by_task(outcomes: TextOutcomes) -> list[Ranked]:
 
 def _rank_note(outcomes: TextOutcomes, rankings: list[Ranked]) -> str:
     notes = [
-        f"{outcomes.title('task', one.key['task'])}: {len(one.ranking.ranks)} rows"
+        f"{outcomes.title('task', one.key['task'])}: "
+        + ("no rows with a common seed" if one.scores.empty else f"{len(one.ranking.ranks)} rows")
         + ("" if math.isnan(one.ranking.p) else f", Friedman p = {one.ranking.p:.2f}")
         for one in rankings
     ]
@@ -421,6 +422,7 @@ def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
         + f", critical difference {critical_difference(*one.scores.shape):.2f}"
         for one in rankings
     ]
+    notes = notes or ["No ranks: the rows have no common set and seed"]
     pairs = list(dict.fromkeys(pair for one in rankings for pair in one.scores.columns))
     methods = list(dict.fromkeys(outcomes.title("method", name) for one in rankings for name in one.scores.index))
     return Table(
@@ -534,7 +536,6 @@ TABLES = {
     "cost": cost,
     "choices": chosen,
     "traces": trace_table,
-    "updates": update_table,
     "usage": usage_table,
     "paper": paper,
 }

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy.special import entr
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.shared import CONTROL
-from benchmarks.harness.report.rendering import MISSING, Column, Table
+from benchmarks.harness.config.methods import CONTROL
+from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.text.definition import PublishedTraces, TextDefinition
 from benchmarks.text.outcomes import TextOutcomes
 

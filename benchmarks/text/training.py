@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,25 +16,21 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.specs import RunSpec
+from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import resume
-from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
 from benchmarks.harness.training.probe import Probe, fixed_rows
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.routing_trace import RoutingTrace
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
-from benchmarks.harness.training.updates import WeightChange, gradient_agreement
 from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import evaluate_split, padding_collator
-from benchmarks.text.grid import OWN
 from benchmarks.text.tokenization import TokenisedRows
 from benchmarks.text.usage import RowRouting
-from benchmarks.text.workload import GRADIENT_ROWS
 
 _LOSS = "mean_loss"
 
@@ -133,7 +128,6 @@ class TextTrainer:
         self._prefix = classifier.prefix
         self._metric = spec.task.metric
         self._checkpoints = folder / "checkpoints"
-        self._model, self.weight_change = classifier.model, WeightChange(classifier.model)
         self._stopwatch, self.probe, self.routing_trace = Stopwatch(), Probe(), RoutingTrace()
         best = self._training.checkpoint_selection == "best"
         self._precision = precision_here(self._training.precision)
@@ -219,25 +213,3 @@ class TextTrainer:
         return evaluate_split(
             self._trainer, self._tokenizer, self._training.max_length, split, self._task, task, self._prefix, routing
         )
-
-    def gradient_agreement(
-        self, own: TextSplit, others: Mapping[str, tuple[TextSplit, RunTask]]
-    ) -> dict[str, dict[str, float | None]]:
-        """Compare gradients on other sets with those on half of some rows of the task, and those on the other half (:data:`OWN`) as what is to be had.
-
-        Sets whose classes are not the head's have no loss, and so are left out; see :func:`~benchmarks.harness.training.updates.gradient_agreement`.
-        """
-        compared = {
-            name: self._batches(split.head(GRADIENT_ROWS, "gradients"))
-            for name, (split, task) in others.items()
-            if label_mapping(self._task, task, name).same
-        }
-        if not compared:
-            return {}
-        first, second = own.head(2 * GRADIENT_ROWS, "gradients").divided(0.5, "gradients")
-        return gradient_agreement(self._model, self._batches(first), {OWN: self._batches(second), **compared})
-
-    def _batches(self, split: TextSplit) -> Iterator[dict[str, Any]]:
-        rows, size = self._rows(split, by_length=True), self._training.eval_batch_size
-        for start in range(0, len(rows), size):
-            yield self._collate([rows[place] for place in range(start, min(start + size, len(rows)))])

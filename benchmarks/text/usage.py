@@ -14,14 +14,14 @@ from torch import nn
 
 import emoe
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.results.information import LEVEL, PERMUTATIONS, Told, shuffled_information
+from benchmarks.harness.results.statistics import CONFIDENCE, PERMUTATIONS, MutualInformation, shuffled_information
 from benchmarks.harness.training.trainer import routing_summary
 from emoe.layer import routed_layers
 
 Loads = NDArray[np.int64]
 
 
-def told_of_tasks(loads: Loads, tasks: Loads, seed: int) -> Told:
+def told_of_tasks(loads: Loads, tasks: Loads, seed: int) -> MutualInformation:
     """Measure the information of experts on the task; rows are shuffled over all tasks.
 
     Args:
@@ -29,10 +29,10 @@ def told_of_tasks(loads: Loads, tasks: Loads, seed: int) -> Told:
         tasks: of the rows.
         seed: of the shuffles.
     """
-    return Told.mean(shuffled_information(loads[:, None], tasks, np.zeros_like(tasks), seed))
+    return MutualInformation.mean(shuffled_information(loads[:, None], tasks, np.zeros_like(tasks), seed))
 
 
-def told_of_classes(loads: Loads, tasks: Loads, classes: Loads, seed: int) -> Told | None:
+def told_of_classes(loads: Loads, tasks: Loads, classes: Loads, seed: int) -> MutualInformation | None:
     """Measure the information of experts on the class within a task, as a mean over tasks with classes.
 
     Args:
@@ -46,7 +46,7 @@ def told_of_classes(loads: Loads, tasks: Loads, classes: Loads, seed: int) -> To
         rows = (tasks == task) & (classes >= 0)
         if len(np.unique(classes[rows])) > 1:
             found.append(shuffled_information(loads[rows][:, None], classes[rows], np.zeros_like(classes[rows]), seed))
-    return Told.mean(np.concatenate(found, axis=1)) if found else None
+    return MutualInformation.mean(np.concatenate(found, axis=1)) if found else None
 
 
 def marks(loads: Loads, tasks: Loads, seed: int) -> Loads:
@@ -72,7 +72,7 @@ def marks(loads: Loads, tasks: Loads, seed: int) -> Loads:
     def far(shares: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.divide(shares - mean, deviation, out=np.zeros_like(shares), where=deviation > 0)
 
-    limit = np.quantile(np.abs(far(shuffled)).max((1, 2)), LEVEL)
+    limit = np.quantile(np.abs(far(shuffled)).max((1, 2)), CONFIDENCE)
     return (np.sign(far(own)) * (np.abs(far(own)) > limit)).astype(np.int64)
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,18 +124,6 @@ for run in load_suite({"suite": "smoke"}).runs:
 """
 
 
-def test_what_is_cancelled_leaves_no_job_behind(checkout: Checkout) -> None:
-    checkout.edit(
-        "benchmarks/glue/benchmark.yaml", "  smoke:\n    training: {epochs: 3,", "  smoke:\n    training: {epochs: 600,"
-    )
-    with (checkout.folder / "said.txt").open("w") as stream:
-        main = checkout.start(SNAKEMAKE, *SLURM, "--config", "suite=smoke", "--", "glue", stream=stream)
-        wait_for(lambda: any(state == "RUNNING" for _, state, _ in queued()))
-        main.send_signal(signal.SIGINT)
-        main.wait()
-    wait_for(lambda: not queued(), 60)
-
-
 def test_a_job_gets_the_gpu_that_its_run_asks_for(checkout: Checkout) -> None:
     checkout.edit("benchmarks/modularity/benchmark.yaml", "  smoke:\n", "  smoke:\n    resources: {gpu: 1}\n")
     ask = "import os; from benchmarks.harness.run.devices import visible; print(visible())"
@@ -148,9 +135,3 @@ def test_a_job_gets_the_gpu_that_its_run_asks_for(checkout: Checkout) -> None:
     assert "gres/gpu:1" in shown
     assert "NumNodes=1" in shown
     assert (checkout.folder / target).exists()
-
-
-def test_a_measurement_is_submitted_although_nobody_knows_the_nodes_cores(checkout: Checkout) -> None:
-    measurement = next(run for (benchmark, _), run in RUNS.items() if benchmark == "speed")
-    submit(checkout, "--config", "suite=smoke", "--", metrics(measurement))
-    assert (checkout.folder / metrics(measurement)).exists()

@@ -14,12 +14,10 @@ import pytest
 from benchmarks.glue_ood.grid import KIND as EVALUATION
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, RUNS
-from benchmarks.harness.config import definition
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import Benchmark, check_references, load_benchmark, resolve_methods
+from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
 from benchmarks.harness.config.runs import Run, plan
-from benchmarks.harness.config.schema import read_yaml
-from benchmarks.harness.config.shared import ABLATION
-from benchmarks.harness.config.variants import setting_text, setting_values, without
+from benchmarks.harness.config.yaml import read_yaml
 from benchmarks.harness.report.presentation import Presentation, present
 from benchmarks.text.ablations import Ablations, ablation_rows
 from benchmarks.text.data import TextSplit
@@ -89,7 +87,7 @@ def test_only_rows_of_ablations_are_trained_otherwise(key: str) -> None:
     with pytest.raises(
         DefinitionError, match=rf"suites\.mini\.grid\[0\]\.{key}' varies 'lora', whose runs would compete"
     ):
-        list(LORA.kind.specs(definition.Benchmark("glue_lora", changed, LORA.tasks), "mini", (), dict))
+        list(LORA.kind.specs(Benchmark("glue_lora", changed, LORA.tasks), "mini", (), dict))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +107,7 @@ def test_ablations_compare_what_exists(changes: dict[str, Any], message: str) ->
     found = LORA.definition.ablations["selection"].model_copy(update=changes)
     changed = LORA.definition.model_copy(update={"ablations": {**LORA.definition.ablations, "selection": found}})
     with pytest.raises(DefinitionError, match=message):
-        definition.check_references(changed, LORA.tasks, BENCHMARKS / "glue_lora")
+        check_references(changed, LORA.tasks, BENCHMARKS / "glue_lora")
 
 
 def test_a_model_is_used_as_one_row_and_not_as_several() -> None:
@@ -204,7 +202,7 @@ def test_main_tables_have_no_row_of_an_ablation(presented) -> None:
         rows = {name for table in usual if "method" in table.frame for name in table.frame["method"]}
         assert rows
         assert not {name for name in rows if benchmark.kind.row_titles(benchmark.definition).get(name) is None}
-        methods = definition.resolve_methods(benchmark.definition)
+        methods = resolve_methods(benchmark.definition)
         assert ABLATION not in {methods[name].role for name in rows}
 
 

@@ -1,4 +1,6 @@
-"""Whoever follows docs/adding.md word by word has a benchmark, a method, a task, a router, a way of tuning, a metric and an architecture of their own."""
+"""Whoever follows docs/adding.md word by word has a benchmark, a method, a task, a router, a way of tuning, a metric
+and an architecture of their own.
+"""
 
 from __future__ import annotations
 
@@ -163,7 +165,7 @@ def test_a_block_for_another_benchmark_grows_its_suite_alone(project: Path) -> N
 
 def test_its_router_its_tuning_its_metric_and_its_architecture_run(project: Path) -> None:
     look, printed, _, check = PAGE["An architecture"]
-    imports = "import torch, emoe\nfrom benchmarks.harness.config.plugins import import_plugins\nimport_plugins()\n"
+    imports = "import torch, emoe\nfrom benchmarks.harness.config.methods import import_plugins\nimport_plugins()\n"
     said = run(project, [sys.executable, "-c", imports + look + check + RUN])
     assert printed in said
     paths = [project / line for line in said.splitlines() if line.endswith("metrics.json")]

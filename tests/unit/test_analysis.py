@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import replace
@@ -11,19 +10,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 from scipy import stats
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.records import collect, read_metrics, scores_of
+from benchmarks.harness.results.statistics import holm
 from benchmarks.harness.training.metrics import SCORES, score
-from benchmarks.text.figures import rank_diagram
 from benchmarks.text.outcomes import TextOutcomes, choices, ranked, reported, select
 from benchmarks.text.tables import chosen, ranks, results, tasks
 from benchmarks.text.tables import paper as paper_table
@@ -31,10 +28,15 @@ from benchmarks.text.tables import tests as paired_tests
 from tests import fake_runs
 
 
-@pytest.fixture
-def finished(here: Path) -> Suite:
-    """The mini suite, finished with made-up numbers, in an empty working directory."""
+@pytest.fixture(scope="module")
+def finished(shared_here: Path) -> Suite:
+    """Finish the text of the mini suite with made-up numbers."""
     return fake_runs.text_suite()
+
+
+@pytest.fixture(scope="module")
+def glue(finished: Suite) -> TextOutcomes:
+    return outcomes_of(finished.runs)
 
 
 def outcomes_of(runs: list[Run], benchmark: str = "glue") -> TextOutcomes:
@@ -97,21 +99,22 @@ def test_records_name_unfinished_damaged_and_foreign_files(finished: Suite) -> N
     path = RUNS / run.folder / "metrics.json"
     text = path.read_text()
     path.write_text((RUNS / other.folder / "metrics.json").read_text())
-    with pytest.raises(DefinitionError, match=f"belongs to the run '{other.id}'"):
+    with pytest.raises(DataError, match=f"belongs to the run '{other.id}'"):
         read_metrics(run)
     path.write_text(text[:50])
-    with pytest.raises(DefinitionError, match="is damaged"):
+    with pytest.raises(DataError, match="is damaged"):
         read_metrics(run)
     path.unlink()
     with pytest.raises(DefinitionError, match="is not finished"):
         read_metrics(run)
+    path.write_text(text)
 
 
 # tables and figures
 
 
-def test_results_table_says_what_was_put_in(finished: Suite) -> None:
-    frame = results(outcomes_of(finished.runs)).frame.set_index(["task", "method"])
+def test_results_table_says_what_was_put_in(glue: TextOutcomes) -> None:
+    frame = results(glue).frame.set_index(["task", "method"])
     assert len(frame) == 7
     assert frame.loc[("tweets", "vanilla"), "n"] == 8
     assert frame.loc[("tweets", "gmoe"), "n"] == 5
@@ -123,24 +126,34 @@ def test_results_table_says_what_was_put_in(finished: Suite) -> None:
 
 
 def test_ranks_and_marks_compare_the_seeds_that_all_rows_have(finished: Suite) -> None:
-    for run in finished.runs:  # one that trains exactly like the dense model
-        if run.spec["method"]["name"] == "random_partition":
-            twin = next(
-                other
-                for other in finished.runs
-                if (other.spec["method"]["name"], other.spec["task"]["name"], other.spec["seed"])
-                == ("vanilla", run.spec["task"]["name"], run.spec["seed"])
-            )
-            content = json.loads((RUNS / twin.folder / "metrics.json").read_text())
-            (RUNS / run.folder / "metrics.json").write_text(json.dumps({**content, "run_id": run.id}))
-    frame = results(outcomes_of(finished.runs)).frame.set_index(["task", "method"])
+    records = collect(finished.runs_of("glue"))
+    others = records[records["method"] != "random_partition"]
+    # one that trains exactly like the dense model
+    ids = records.loc[records["method"] == "random_partition"].drop_duplicates(["task", "seed"])
+    twins = records[records["method"] == "vanilla"].drop(columns="run_id")
+    twins = twins.merge(ids[["task", "seed", "run_id"]], on=["task", "seed"]).assign(method="random_partition")
+    outcomes = TextOutcomes(load_benchmark("glue"), finished.runs_of("glue"), pd.concat([others, twins]))
+    frame = results(outcomes).frame.set_index(["task", "method"])
     for column in ("id_common", "ood_common", "ood_rank"):
         assert frame.loc[("tweets", "random_partition"), column] == frame.loc[("tweets", "vanilla"), column]
     assert frame.loc[("tweets", "random_partition"), "id_mean"] != frame.loc[("tweets", "vanilla"), "id_mean"]
 
 
-def test_choices_name_the_best_one_for_all_tasks(finished: Suite) -> None:
-    frame = chosen(outcomes_of(finished.runs)).frame
+def test_rows_without_a_common_seed_have_a_dash_and_a_note(finished: Suite) -> None:
+    def is_kept(run: Run) -> bool:
+        task, method, seed = run.spec["task"]["name"], run.spec["method"]["name"], run.spec["seed"]
+        return task != "tweets" or (seed == 0) == (method == "vanilla")
+
+    table = results(outcomes_of([run for run in finished.runs if is_kept(run)]))
+    position = table.frame.set_index(["task", "method"]).index.get_loc(("tweets", "emoe"))
+    assert "Tweets: no rows with a common seed" in table.caption
+    cells = table.texts().iloc[position]
+    headings = [heading for heading in cells.index if heading.startswith(("Δ ID", "Δ OOD", "OOD rank"))]
+    assert cells[headings].tolist() == ["–"] * 3
+
+
+def test_choices_name_the_best_one_for_all_tasks(glue: TextOutcomes) -> None:
+    frame = chosen(glue).frame
     joint = frame[(frame["task_title"] == "all") & (frame["method"] == "emoe")]
     joint = joint[joint["protocol"] == "clean"]
     own = frame[(frame["task_title"] != "all") & (frame["method"] == "emoe") & (frame["protocol"] == "clean")]
@@ -148,27 +161,8 @@ def test_choices_name_the_best_one_for_all_tasks(finished: Suite) -> None:
     assert joint["mean"].tolist() == pytest.approx([own["mean"].mean()])
 
 
-def test_a_test_counts_the_seeds_that_both_have(finished: Suite) -> None:
-    runs = finished.runs_of("glue")
-    lost = next(run for run in runs if run.spec["method"]["name"] == "vanilla")
-    frame = paired_tests(outcomes_of([run for run in runs if run is not lost])).frame
-    pairs = frame[(frame["method"] == "emoe") & (frame["task"] == lost.spec["task"]["name"])]["n"]
-    seeds = {run.spec["seed"] for run in runs if run.spec["method"]["name"] == "emoe"}
-    assert set(pairs) == {len(seeds) - 1}
-
-
-def test_differences_are_paired_by_seed(finished: Suite) -> None:
-    records = collect(finished.runs)
-    test = scores_of(records, "test")
-    test = test[test["task"] == "tweets"]
-    by_seed = {m: test[test["method"] == m].set_index("seed")["value"] for m in ("gmoe", "vanilla")}
-    expected = (by_seed["gmoe"] - by_seed["vanilla"]).dropna().mean()  # five of vanilla's eight seeds
-    frame = results(outcomes_of(finished.runs)).frame.set_index(["task", "method"])
-    assert frame.loc[("tweets", "gmoe"), "id_delta"] == pytest.approx(expected)
-
-
-def test_paper_table_puts_published_numbers_beside_ours(finished: Suite) -> None:
-    table = paper_table(outcomes_of(finished.runs), "id")
+def test_paper_table_puts_published_numbers_beside_ours(glue: TextOutcomes) -> None:
+    table = paper_table(glue, "id")
     frame = table.frame.set_index(["model", "scope", "method"])
     published = frame.loc[("bert-base-cased", "average", "emoe")]
     assert published["value"] == pytest.approx(0.8046)
@@ -192,7 +186,6 @@ def test_paper_table_puts_published_numbers_beside_ours(finished: Suite) -> None
     [
         ("gpt2,CoLA,emoe,1.0,publshed,Fig. 9", "line 2: status is 'publshed'; did you mean 'published'"),
         ("gpt2,CoLA,emoe,,published,Fig. 9", "line 2: a value is given where it is known, and only there"),
-        ("gpt2,CoLA,emoe,1.0,unknown,", "line 2: a value is given where it is known, and only there"),
     ],
 )
 def test_wrong_cells_of_the_paper_are_named(finished: Suite, tmp_path: Path, line: str, message: str) -> None:
@@ -225,81 +218,48 @@ def evaluated(paper: list[Run]) -> TextOutcomes:
 
 
 def test_published_and_clean_runs_stand_side_by_side(adapted: TextOutcomes) -> None:
-    frame = tasks(adapted).frame
-    assert set(frame["selection"]) == {"clean", "authors'"}
-    by = frame.set_index(["model", "protocol", "method"])
-    assert len(by.loc["gpt2-xl"].loc["published"]) == 12  # all rows; the paper's five were trained clean too
-    assert len(by.loc["gpt2-xl"].loc["clean"]) == 5
-    # the authors' numbers: best learning rate by its mean over seeds, that mean, and the population's standard deviation
-    rows = adapted.records
-    rows = rows[
-        (rows["model"] == "gpt2-xl")
-        & (rows["task"] == "cola")
-        & (rows["method"] == "lora")
-        & (rows["protocol"] == "published")
-    ]
-    dev = rows[(rows["part"] == "dev") & rows["is_score"]].groupby("learning_rate")["value"].mean()
-    test = rows[(rows["part"] == "test") & rows["is_score"] & (rows["learning_rate"] == dev.idxmax())]["value"]
-    cell = by.loc[("gpt2-xl", "published", "lora")]
-    assert cell["CoLA mean"] == pytest.approx(test.mean())
-    assert cell["CoLA std"] == pytest.approx(np.std(test))
-    assert cell["average"] == pytest.approx(
-        by.loc[("gpt2-xl", "published", "lora"), [c for c in by if c.endswith(" mean")]].mean()
-    )
+    by_row = tasks(adapted).frame.set_index(["model", "protocol", "method"])
+    assert len(by_row.loc["gpt2-xl"].loc["published"]) == 12  # all rows; the paper's five were trained clean too
+    assert len(by_row.loc["gpt2-xl"].loc["clean"]) == 5
+    # the authors' selection: the learning rate with the best mean over seeds, and the population's deviation
+    records = adapted.records.set_index(["model", "task", "method", "protocol"]).sort_index()
+    records = records.loc[("gpt2-xl", "cola", "lora", "published")]
+    scores = records[records["is_score"]]
+    rate = scores[scores["part"] == "dev"].groupby("learning_rate")["value"].mean().idxmax()
+    test = scores.loc[(scores["part"] == "test") & (scores["learning_rate"] == rate), "value"]
+    row = by_row.loc[("gpt2-xl", "published", "lora")]
+    assert (row["CoLA mean"], row["CoLA std"]) == pytest.approx((test.mean(), np.std(test)))
+    assert row["average"] == pytest.approx(row[[name for name in by_row if name.endswith(" mean")]].mean())
 
 
 def test_an_average_is_over_all_tasks_or_not_given(paper: list[Run]) -> None:
-    some = [
-        run for run in paper if not (run.spec["method"]["name"] == "lora_block" and run.spec["task"]["name"] == "cola")
-    ]
-    by = tasks(outcomes_of(some, "glue_lora")).frame.set_index(["model", "protocol", "method"])
-    assert math.isnan(by.loc[("gpt2-xl", "clean", "lora_block"), "average"])
-    assert not math.isnan(by.loc[("gpt2-xl", "clean", "lora"), "average"])
+    runs = [run for run in paper if (run.spec["method"]["name"], run.spec["task"]["name"]) != ("lora_block", "cola")]
+    by_row = tasks(outcomes_of(runs, "glue_lora")).frame.set_index(["model", "protocol", "method"])
+    assert math.isnan(by_row.loc[("gpt2-xl", "clean", "lora_block"), "average"])
+    assert not math.isnan(by_row.loc[("gpt2-xl", "clean", "lora"), "average"])
 
 
-def test_p_values_are_corrected_over_the_tasks_of_a_method(adapted: TextOutcomes) -> None:
+def test_p_is_corrected_over_the_tasks_of_a_method(adapted: TextOutcomes) -> None:
     frame = paired_tests(adapted).frame
     family = frame[(frame["model"] == "gpt2-xl") & (frame["protocol"] == "clean") & (frame["method"] == "lora_emoe")]
     assert len(family) == 8
-    ordered = family.sort_values("p")
-    steps = [min(1.0, p * (8 - place)) for place, p in enumerate(ordered["p"])]
-    assert ordered["p_holm"].tolist() == pytest.approx(np.maximum.accumulate(steps).tolist())
-    for row in frame.itertuples():
-        if row.p_holm >= 0.05:
-            assert row.verdict == "within noise"
-        elif row.p_holm < 0.05:
-            assert row.verdict == ("better" if row.delta > 0 else "worse")
-    assert set(family["verdict"]) <= {"better", "within noise"}
+    assert family["p_holm"].tolist() == pytest.approx(holm(family["p"]).tolist())
+    decided = frame[frame["p_holm"] < 0.05]
+    assert decided["verdict"].tolist() == ["better" if delta > 0 else "worse" for delta in decided["delta"]]
+    assert set(frame.loc[frame["p_holm"] >= 0.05, "verdict"]) == {"within noise"}
 
 
 def test_ranks_state_what_was_ranked(evaluated: TextOutcomes) -> None:
-    outcomes = evaluated
-    methods = outcomes.benchmark.definition.ranked
-    rankings = list(ranked(outcomes, methods, ["protocol", "model"]))
-    assert len(rankings) == 4
-    for one in rankings:
-        assert one.scores.shape == (5, 15)
-        assert one.ranking.ranks.sum() == pytest.approx(15)  # 1 + 2 + 3 + 4 + 5
-        assert one.ranking.ranks.idxmin() == "lora_emoe"
-    table = ranks(outcomes, rankings)
+    rankings = ranked(evaluated, evaluated.benchmark.definition.ranked, ["protocol", "model"])
+    assert [ranking.scores.shape for ranking in rankings] == [(5, 15)] * 4
+    assert {ranking.ranking.ranks.idxmin() for ranking in rankings} == {"lora_emoe"}
+    table = ranks(evaluated, rankings)
     assert "of 5 rows: LoRA, LoRA + Block, LoRA + GMoE, LoRA + EMoE, LoRA + EMoE-learn" in table.caption
-    assert "Sets (15): " in table.caption
     assert "critical difference 1.57" in table.caption  # 2.728 * sqrt(5 * 6 / (6 * 15)), Demšar's table
     frame = table.frame.set_index(["model", "protocol", "method"])
     assert frame.loc[("gpt2-xl", "published", "lora_emoe"), "paper"] == 3.88
-
-
-def test_a_rank_at_the_edge_of_the_diagram_is_drawn_whole(
-    evaluated: TextOutcomes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    rankings = list(ranked(evaluated, evaluated.benchmark.definition.ranked, ["protocol", "model"]))
-    rank_diagram(evaluated, tmp_path / "ranks", rankings)
-    marks = [(axis, mark) for axis in drawn[0].axes for mark in axis.collections]
-    edge = [mark for axis, mark in marks if set(mark.get_offsets()[:, 0]) & set(axis.get_xlim())]
-    assert edge
-    assert not any(mark.get_clip_on() for mark in edge)
+    # without a common seed there is a note in the place of ranks
+    assert "No ranks: the rows have no common set and seed" in ranks(evaluated, []).caption
 
 
 def test_own_metrics_stand_beside_the_papers(evaluated: TextOutcomes) -> None:
@@ -316,13 +276,13 @@ def test_rows_that_train_other_things_are_not_compared(finished: Suite) -> None:
     runs = [run for run in finished.runs if run.benchmark == "glue_lora"]
     present(load_benchmark("glue_lora"), runs)
     path = RUNS / runs[-1].folder / "metrics.json"
-    content = json.loads(path.read_text())
-    content["model"]["trained"]["head"]["names"] = "other"
-    path.write_text(json.dumps(content))
+    text = path.read_text()
+    fake_runs.edit(runs[-1], lambda content: content["model"]["trained"]["head"].update(names="other"))
     with pytest.raises(
         DefinitionError, match=f"{re.escape(runs[-1].folder)} and .* train other adapters or another head"
     ):
         present(load_benchmark("glue_lora"), runs)
+    path.write_text(text)
 
 
 # presentation

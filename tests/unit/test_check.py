@@ -1,352 +1,286 @@
-"""`check` and `bless`: two tiers, lost runs, times, spreads, and what cannot be blessed; on made-up runs."""
+"""`check`, `verify` and `bless`: equal on one machine, within tolerances on two, and what cannot be blessed."""
 
 from __future__ import annotations
 
 import json
-import math
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
 import pytest
 
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.config.runs import Run
-from benchmarks.harness.results.quantities import COLUMNS, KEYS, deviation, one_counts
-from benchmarks.harness.results.reference import (
-    FACTOR,
-    ROUNDING,
-    Spread,
-    SpreadFile,
+from benchmarks.harness.config.runs import Run, plan
+from benchmarks.harness.results import check as checking
+from benchmarks.harness.results.check import (
+    KEYS,
+    Numbers,
+    agree,
+    bless,
+    check,
+    clean_commit,
+    compare,
+    numbers_of,
+    read_numbers,
     read_reference,
-    read_tolerances,
-    spread_file,
+    tolerance_of,
     write_reference,
 )
-from benchmarks.harness.results.regression import Comparison, compare, present
-from benchmarks.harness.run import spread
+from benchmarks.harness.results.records import read_metrics
+from emoe.errors import EMoEError
 from tests import fake_runs
+from tests.executed import finish, prepare
 from tests.fake_runs import edit
 from tests.programs import call
+
+SCORES = ("dev", "test", "ood", "ood_mean")
 
 
 @pytest.fixture
 def runs(here: Path) -> list[Run]:
-    """Finished runs of text and measurements, in an empty working directory."""
+    """Write finished runs of text and measurements to an empty working directory."""
     return fake_runs.text_and_measurements()
 
 
 @pytest.fixture
 def blessed(runs: list[Run], tmp_path: Path) -> Path:
-    """A folder with their numbers as the reference."""
-    folder = tmp_path / "reference"
-    numbers, _ = present(runs, "mini")
-    write_reference("mini", numbers, "0" * 40, folder)
-    return folder
+    """Write their numbers as the reference."""
+    write_reference("mini", read_numbers(runs), "0" * 40, tmp_path / "reference")
+    return tmp_path / "reference"
 
 
-def score_of(run: Run, difference: float) -> None:
+def changed(runs: list[Run], folder: Path, *, elsewhere: bool = False) -> set[tuple[str, str]]:
+    differences = check(runs, "mini", folder, elsewhere=elsewhere).differences
+    return set(differences[["part", "metric"]].itertuples(index=False, name=None))
+
+
+def add_to_score(run: Run, difference: float) -> tuple[str, str]:
     name, metric = run.spec["task"]["name"], run.spec["task"]["metric"]
 
     def change(content: dict[str, Any]) -> None:
         content["scores"]["test"][name][metric] += difference
 
     edit(run, change)
+    return "test", metric
 
 
-def on_another_machine(runs: list[Run]) -> None:
+def swapped_methods(blessed: Numbers, parts: tuple[str, ...]) -> list[bool]:
+    """Give each run of smoke the numbers of every other method; return True for each run that the tolerant check flags."""
+    rows = blessed.rows[blessed.rows["part"].isin(parts) & ~blessed.rows["run"].str.startswith("speed ")]
+    runs = rows[["run", "seed"]].drop_duplicates()
+    names = runs.groupby([runs["run"].str.split(" ").str[0], "seed"])["run"]  # of one benchmark and seed
+    flagged = []
+    for shift in range(1, names.size().max()):
+        pairs = runs.assign(other=names.transform(np.roll, shift))[names.transform("size") > shift]
+        after = pairs.merge(rows.rename(columns={"run": "other"}), on=["other", "seed"])[rows.columns]
+        exact, tolerant = (
+            compare(
+                Numbers(rows.merge(pairs[["run", "seed"]]), blessed.machines),
+                Numbers(after, blessed.machines),
+                "smoke",
+                elsewhere=elsewhere,
+            ).differences.groupby(["run", "seed"])
+            for elsewhere in (False, True)
+        )
+        flagged += [key in tolerant.groups for key in exact.groups]
+    return flagged
+
+
+def test_the_tolerant_check_sees_swapped_methods_and_scores() -> None:
+    blessed = read_reference("smoke")
+    records, scores = swapped_methods(blessed, tuple(set(blessed.rows["part"]))), swapped_methods(blessed, SCORES)
+    assert min(len(records), len(scores)) > 1000
+    assert sum(records) / len(records) > 0.99
+    assert sum(records + scores) / len(records + scores) >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "after", "agrees"),
+    [
+        ("balanced_accuracy", "0.5", "0.52", True),
+        ("balanced_accuracy", "0.5", "0.54", False),
+        ("loss", "0.5", "0.509", True),
+        ("loss", "10.0", "10.09", True),  # relative above 1
+        ("loss_3", "nan", "nan", True),
+        ("loss_3", "0.5", "nan", False),
+        ("loss_3", "inf", "0.5", False),
+        ("loads", "100 100", "101 99", True),
+        ("loads", "10 10", "10 10 0", False),
+        ("logits", "0.1 0.2", "0.1 0.20001", True),
+        ("logits", "0.1 0.2", "0.1 0.2001", False),
+        ("content", "rows 3", "rows 4", False),
+    ],
+)
+def test_numbers_of_two_machines_agree_within_the_tolerance(metric: str, before: str, after: str, agrees: bool) -> None:
+    tolerance = tolerance_of(metric)
+    assert tolerance is not None
+    assert agree(before, after, tolerance) == agrees
+    assert agree(before, after, 0) == (before == after)
+
+
+def test_the_last_digit_counts_on_one_machine_and_the_tolerance_on_another(runs: list[Run], blessed: Path) -> None:
+    assert "to the last digit: the machine is the same" in str(check(runs, "mini", blessed))
+    score = add_to_score(runs[0], 2e-16)
+    assert changed(runs, blessed) == {score}
+    assert changed(runs, blessed, elsewhere=True) == set()
     for run in runs:
         edit(run, lambda content: content["environment"]["fingerprint"].update({"threads": "2"}))
+    found = check(runs, "mini", blessed)
+    assert found.passed
+    assert "within a tolerance: the machine is another one (threads: 1 -> 2)" in str(found)
+    add_to_score(runs[0], -0.3)
+    assert changed(runs, blessed) == {score}
+    assert "-0.3, tolerance 0.03" in str(check(runs, "mini", blessed))
 
 
-def write_spreads(folder: Path, suite: str = "mini", **largest: float) -> None:
-    spreads = [
-        Spread(quantity=name.replace("_losses", " losses"), largest=value, numbers=9) for name, value in largest.items()
-    ]
-    content = SpreadFile(made_by="", commit="", machine={}, variants=[], runs=1, spreads=spreads)
-    spread_file(suite, folder).write_text(content.model_dump_json())
-
-
-def named(comparison: Comparison) -> set[str]:
-    return {finding.metric for finding in comparison.findings if finding.status != "shown"}
-
-
-# same machine
-
-
-def test_on_the_machine_that_blessed_everything_is_equal_and_the_last_digit_counts(
-    runs: list[Run], blessed: Path
-) -> None:
-    same = compare(runs, "mini", blessed)
-    assert same.passed
-    assert [tier.name for tier in same.tiers] == ["equal"]
-    assert "the machine is the same" in str(same)
-
-    score_of(runs[0], 2e-16)
-    moved = compare(runs, "mini", blessed)
-    assert not moved.passed
-    assert len(moved.changed) == 1
-    assert moved.changed[0].difference == pytest.approx(2e-16, rel=0.5)
-
-
-def test_what_training_did_to_the_weights_is_compared(runs: list[Run], blessed: Path) -> None:
+def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(runs: list[Run], blessed: Path) -> None:
     def change(content: dict[str, Any]) -> None:
-        updates = content["updates"]
-        layer = next(iter(updates["change"]))
-        updates["change"][layer] = 0.24
-        last = next(iter(updates["gradients"].values()))
-        last[next(iter(last))] *= -1
+        content["probe"].update(losses=["0.75", *content["probe"]["losses"][1:]], loads={"1": [12, 8, 10, 10]})
+        content["probe"]["logits"].update(projection=0.51)
+        content["model"].update(
+            conversion=[{"index": 1, "experts": 4, "expert_size": 8, "top_k": 2, "explained": None}]
+        )
+        content["data"]["train"].update(rows=9)
 
-    edit(runs[0], change)
-    assert {(found.part, found.metric) for found in compare(runs, "mini", blessed).changed} == {
-        ("updates", "weight_change"),
-        ("updates", "gradient_agreement"),
-    }
-    edit(runs[1], lambda content: content["updates"]["change"].update({"0": None}))  # diverged, which is no number
-    assert compare(runs, "mini", blessed).missing
+    edit(next(run for run in runs if run.spec["method"].get("name") == "emoe"), change)
+    numbers = {metric for _, metric in changed(runs, blessed, elsewhere=True)}
+    assert numbers == {"loss_1", "loads", "logits", "conversion", "content"}
 
 
-def test_a_real_second_machine_counts_in_the_spreads(
-    runs: list[Run], blessed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Runs here that differ from what another machine blessed widen what may differ, with every run and not a sample."""
-    monkeypatch.setattr(spread, "clean_commit", lambda: "0" * 40)
-    text = [run for run in runs if run.benchmark == "glue"]
-    with pytest.raises(RunError, match="there is nothing to compare with"):  # the machine that blessed
-        spread.measure(text, "mini", "none", 1, blessed)
-    on_another_machine(runs)
-    score_of(text[-1], 0.002)
-    found = SpreadFile.model_validate_json(spread.measure(text, "mini", "none", 1, blessed).read_text())
-    assert found.variants == [f"as blessed on CPU, {len(text)} runs"]
-    metric = text[-1].spec["task"]["metric"]
-    assert {row.quantity: row.largest for row in found.spreads}[metric] == pytest.approx(0.002)
-
-    # a third machine, which is farther away in one quantity and nearer in the others
-    write_spreads(blessed, **{metric: 0.001, "first losses": 0.5, "of old": 0.25})
-    both = SpreadFile.model_validate_json(spread.measure(text, "mini", "none", 1, blessed, add=True).read_text())
-    largest = {row.quantity: row.largest for row in both.spreads}
-    assert largest == {row.quantity: row.largest for row in found.spreads} | {"first losses": 0.5, "of old": 0.25}
-    numbers = {row.quantity: row.numbers for row in found.spreads}
-    assert {row.quantity: row.numbers for row in both.spreads}[metric] == numbers[metric] + 9
-    assert both.variants == found.variants
-    assert both.made_by.endswith("(0000000)")
+def test_times_are_not_compared_but_the_work_of_a_measurement_is(runs: list[Run], blessed: Path) -> None:
+    run = next(run for run in runs if run.benchmark == "speed" and "sparse" in run.spec["settings"]["candidates"])
+    edit(run, lambda content: content["measured"]["sparse"].update(ratio=3.0))
+    assert changed(runs, blessed) == set()
+    edit(run, lambda content: content["measured"]["sparse"].update(expected_ratio=3.0))
+    assert {metric for _, metric in changed(runs, blessed)} == {"expected_ratio"}
 
 
-def test_a_seed_or_a_run_that_is_lost_fails(runs: list[Run], blessed: Path) -> None:
-    fewer = compare(runs[1:], "mini", blessed)
-    assert not fewer.passed
-    assert {(finding.run, finding.seed) for finding in fewer.missing} == {
-        ("glue " + fewer.missing[0].run[5:], runs[0].spec["seed"])
-    }
+def test_lost_and_new_runs_fail(runs: list[Run], blessed: Path) -> None:
+    lost = check(runs[1:], "mini", blessed)
+    assert set(lost.differences["status"]) == {"missing"}
+    assert set(lost.differences["seed"]) == {runs[0].spec["seed"]}
     (RUNS / runs[1].folder / "metrics.json").unlink()
-    unfinished = compare(runs, "mini", blessed)
-    assert unfinished.unfinished == (runs[1].id,)
+    unfinished = check(runs, "mini", blessed)
     assert not unfinished.passed
     assert f"1 runs are not finished, the first is {runs[1].id}" in str(unfinished)
+    assert json.loads(unfinished.to_json())["unfinished"] == [runs[1].id]
 
-
-def test_a_run_that_was_not_blessed_is_new(runs: list[Run], blessed: Path) -> None:
-    path = blessed / "mini.csv"
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    first = table["run"].iloc[0], table["seed"].iloc[0]
-    table[(table["run"] != first[0]) | (table["seed"] != first[1])].to_csv(path, index=False)
-    found = compare(runs, "mini", blessed)
-    assert not found.passed
-    assert not found.changed
-    assert not found.missing
-    assert {(finding.run, str(finding.seed)) for finding in found.new} == {first}
-
-
-def test_times_are_shown_and_decide_nothing(runs: list[Run], blessed: Path) -> None:
-    run = next(run for run in runs if run.benchmark == "speed" and "sparse" in run.spec["settings"]["candidates"])
-
-    def slower(content: dict[str, Any]) -> None:
-        content["measured"]["sparse"]["ratio"] *= 3
-
-    edit(run, slower)
-    found = compare(runs, "mini", blessed)
-    assert found.passed
-    assert [finding.metric for finding in found.shown] == ["ratio"]
-    assert "decides nothing" in str(found)
-
-    def other_work(content: dict[str, Any]) -> None:
-        content["measured"]["sparse"]["expected_ratio"] *= 1.001
-
-    edit(run, other_work)
-    assert named(compare(runs, "mini", blessed)) == {"expected_ratio"}
-
-
-def test_counts_and_digests_are_compared(runs: list[Run], blessed: Path) -> None:
-    edit(runs[0], lambda content: content["data"]["train"].update(rows=9))
-    assert named(compare(runs, "mini", blessed)) == {"content"}
-
-
-def test_a_difference_is_shown_in_units_of_the_seeds_spread(runs: list[Run], blessed: Path) -> None:
-    table = read_reference("mini", blessed).rows
-    score_of(runs[0], -0.5)
-    finding = next(one for one in compare(runs, "mini", blessed).changed if one.part == "test")
-    theirs = table[(table["run"] == finding.run) & (table["part"] == "test") & (table["metric"] == finding.metric)]
-    values = theirs["value"].astype(float)
-    assert finding.n == len(values) > 1
-    assert finding.spreads == pytest.approx(-0.5 / values.std())
-    assert f"n {finding.n}" in str(finding)
-    assert "sd of the seeds" in str(finding)
-
-
-# another machine
-
-
-def test_another_machine_may_differ_as_much_as_machines_were_seen_to(runs: list[Run], blessed: Path) -> None:
-    metric = runs[0].spec["task"]["metric"]
-    on_another_machine(runs)
-    found = compare(runs, "mini", blessed)  # equal numbers need no tolerance
-    assert found.passed
-    assert found.tiers[0].name == "tolerance"
-    assert "threads: 1 -> 2" in found.tiers[0].why
-
-    edit(runs[0], lambda content: content["data"]["test"].update(labels={"0": 4000, "1": 6000}))
-    write_reference("mini", present(runs, "mini")[0], "0" * 40, blessed)
-    score_of(runs[0], 0.001)
-    with pytest.raises(DefinitionError, match=r"measure how far machines are apart \(`python -m benchmarks spread"):
-        compare(runs, "mini", blessed, elsewhere=True)
-    write_spreads(blessed, **{metric: 0.0009})  # and one row of 8,000
-    assert compare(runs, "mini", blessed, elsewhere=True).passed
-    write_spreads(blessed, **{metric: 0.0008})
-    assert named(compare(runs, "mini", blessed, elsewhere=True)) == {metric}
-
-
-def test_another_machine_may_count_one_row_and_one_choice_otherwise(runs: list[Run], blessed: Path) -> None:
-    write_spreads(blessed, loss=0.0)
-    score_of(runs[0], -1 / 8)  # of two classes, the smaller one with four rows
-    assert compare(runs, "mini", blessed, elsewhere=True).passed
-    assert not compare(runs, "mini", blessed).passed
-    score_of(runs[0], -0.001)
-    assert not compare(runs, "mini", blessed, elsewhere=True).passed
-
-
-def test_the_mean_over_sets_may_differ_by_the_mean_of_their_rows() -> None:
-    rows = pd.DataFrame(
-        [
-            ("glue a", 0, "data", "ood:here", "content", "rows 8, 0: 4, 1: 4, abc"),
-            ("glue a", 0, "data", "ood:there", "content", "rows 20, 0: 10, 1: 10, abc"),
-            ("glue a", 0, "ood_mean", "", "score", "0.5"),
-            ("glue a", 0, "ood_mean as b", "", "score", "0.5"),
-            ("glue a", 1, "ood_mean", "", "score", "0.5"),
-        ],
-        columns=COLUMNS,
-    )
-    both = (1 / 8 + 1 / 20) / 2
-    assert one_counts(rows) == {tuple(rows.loc[place, KEYS]): pytest.approx(both) for place in (2, 3)}
-
-
-def test_logits_of_a_trained_model_have_a_spread_of_their_own(here: Path) -> None:
-    runs = fake_runs.text_suite().runs
-    chosen = next(run for run in runs if run.benchmark == "glue_ood")
-    edit(chosen, lambda content: content.update(probe={"logits": {"mean": 0.1, "projection": 0.5}}))
-    found = present(runs, "mini")[0].rows
-    names = found.loc[found["metric"].isin(["logits", "trained_logits"]), ["run", "metric"]]
-    # glue_ood opens what runs of glue and glue_lora have trained
-    assert {(run.partition(" ")[0], metric) for run, metric in names.itertuples(index=False)} == {
-        ("glue", "logits"),
-        ("glue_lora", "logits"),
-        ("glue_ood", "trained_logits"),
-    }
-
-
-def test_first_losses_and_loads_give_a_swapped_method_away_on_another_machine(runs: list[Run], blessed: Path) -> None:
-    metric = runs[0].spec["task"]["metric"]
-    write_spreads(blessed, **{metric: 1.0}, loss=1.0, first_losses=1e-6, logits=1e-5, loads=0.0)
-    for change in (
-        lambda content: content["probe"].update(losses=["0.7001", *content["probe"]["losses"][1:]]),
-        lambda content: content["probe"]["logits"].update(projection=0.51),
-        lambda content: content["probe"].update(loads={"1": [12, 8, 10, 10]}),
-    ):
-        path = next(RUNS / run.folder for run in runs if run.spec["method"].get("name") == "emoe") / "metrics.json"
-        before = path.read_text()
-        content = json.loads(before)
-        change(content)
-        path.write_text(json.dumps(content))
-        assert compare(runs, "mini", blessed, elsewhere=True).changed
-        path.write_text(before)
-    assert compare(runs, "mini", blessed, elsewhere=True).passed
-
-
-def test_the_smoke_suites_spreads_count_too(tmp_path: Path) -> None:
-    with pytest.raises(DefinitionError, match=r"mini_spread\.json does not exist"):
-        read_tolerances("mini", tmp_path)
-    write_spreads(tmp_path, accuracy=0.01, loss=0.03, first_losses=0.001)
-    write_spreads(tmp_path, "smoke", accuracy=0.02, routing=0.05, **{"ood loss": 0.04})
-    found = read_tolerances("mini", tmp_path)
-    assert found.of("test", "accuracy") == FACTOR * 0.02
-    assert found.of("test", "loss") == FACTOR * 0.03
-    assert found.of("ood", "loss") == found.of("ood as emoe2vanilla", "loss") == FACTOR * 0.04
-    assert found.of("test", "loss_3") == FACTOR * 0.001
-    assert found.of("test", "class_information") == found.of("test", "drop_rate") == FACTOR * 0.05
-    assert found.of("test", "f1") == ROUNDING  # not measured
-    assert found.of("test", "f1", 0.5) == pytest.approx(0.5)
-    assert found.of("test", "accuracy", 0.5) == pytest.approx(0.52)  # counted: one row more than was seen
-
-
-def test_how_far_two_values_are_apart() -> None:
-    assert deviation("accuracy", "0.5", "0.75") == 0.25
-    assert deviation("loss", "10.0", "11.0") == 0.1
-    assert deviation("loss_3", "0.5", "0.55") == pytest.approx(0.1)
-    assert deviation("loads", "10 10", "11 9") == pytest.approx(0.05)
-    assert deviation("loads", "10 10", "10 10 0") == math.inf
-    assert deviation("logits", "1.0 0.001", "1.0 0.002") == pytest.approx(0.001)
-    assert deviation("content", "rows 3", "rows 4") == math.inf
-    assert deviation("parameters", "3", "4") == math.inf
-    assert deviation("loss_1", "0.5", "nan") == math.inf
-    assert deviation("loss_1", "nan", "nan") == 0
-
-
-# files and messages
+    kept = [run for run in runs if run not in runs[:2]]
+    write_reference("mini", read_numbers(kept[1:]), "0" * 40, blessed)
+    assert set(check(kept, "mini", blessed).differences["status"]) == {"new"}
 
 
 def test_the_reference_has_every_number_with_all_digits_and_its_machine(runs: list[Run], blessed: Path) -> None:
-    found = read_reference("mini", blessed)
-    run = runs[0]
-    content = json.loads((RUNS / run.folder / "metrics.json").read_text())
-    value = content["scores"]["test"][run.spec["task"]["name"]][run.spec["task"]["metric"]]
-    theirs = found.rows[(found.rows["part"] == "test") & (found.rows["seed"] == run.spec["seed"])]
-    assert repr(value) in set(theirs["value"])
+    found, content = read_reference("mini", blessed), read_metrics(runs[0])
+    edit(runs[0], lambda content: content["model"].update(parameters=32_528_943_617))
+    value = content["scores"]["test"][runs[0].spec["task"]["name"]][runs[0].spec["task"]["metric"]]
+    assert repr(value) in set(found.rows["value"])
+    assert "32528943617" in set(read_numbers(runs[:1]).rows["value"])  # a count is whole
     assert set(found.rows["machine"]) == set(found.machines)
     assert next(iter(found.machines.values())) == content["environment"]["fingerprint"]
+    assert not found.rows.duplicated(KEYS).any()
+    with pytest.raises(DefinitionError, match="two finished runs have the same number"):
+        numbers_of([(run, content) for run in (runs[0], Run("other", runs[0].spec))])
 
 
-def test_an_older_or_damaged_reference_says_to_bless_again(runs: list[Run], blessed: Path, tmp_path: Path) -> None:
-    path = blessed / "mini.csv"
-    with pytest.raises(DefinitionError, match=r"mini.csv does not exist: bless a run of the suite"):
-        compare(runs, "mini", tmp_path / "none")
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("mini.csv", None, r"mini\.csv does not exist: bless a run of the suite \(`python -m benchmarks bless"),
+        ("mini.json", None, r"mini\.json cannot be read: No such file or directory; bless"),
+        ("mini.csv", lambda text: "benchmark,mean\n", "or of an older form: bless"),
+        ("mini.csv", lambda text: text + text.splitlines()[1] + "\n", "has twice the number"),
+        ("mini.json", lambda text: "{", r"mini\.json is damaged"),
+    ],
+)
+def test_a_missing_or_damaged_reference_says_to_bless_again(
+    file: str, change: Callable[[str], str] | None, message: str, runs: list[Run], blessed: Path
+) -> None:
+    path = blessed / file
     text = path.read_text()
-    path.write_text("benchmark,model,mean,n\nglue,bert,0.5,2\n")
-    with pytest.raises(DefinitionError, match=r"an older form: bless a run of the suite \(`python -m benchmarks bless"):
-        compare(runs, "mini", blessed)
-    path.write_text(text + text.splitlines()[1] + "\n")
-    with pytest.raises(DefinitionError, match="has two rows of"):
-        compare(runs, "mini", blessed)
-    path.write_text(text)
-    (blessed / "mini.json").write_text("{")
-    with pytest.raises(DefinitionError, match=r"mini.json is damaged"):
-        compare(runs, "mini", blessed)
-    (blessed / "mini.json").unlink()
-    with pytest.raises(DefinitionError, match=r"has no mini.json beside it"):
-        compare(runs, "mini", blessed)
+    path.unlink()
+    if change is not None:
+        path.write_text(change(text))
+    with pytest.raises(EMoEError, match=message):
+        check(runs[:1], "mini", blessed)
 
 
-def test_check_before_there_are_results_is_one_line_with_the_command(here: Path) -> None:
-    message = "no run of the suite 'smoke' is finished below results/runs: `snakemake --cores all --config suite=smoke`"
-    with pytest.raises(DefinitionError, match=f"^{message}$"):
-        call("check", "--suite", "smoke")
+# verify and bless
 
 
-def test_the_status_and_json_of_check(runs: list[Run], blessed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    score_of(runs[0], -0.25)
-    found = compare(runs, "mini", blessed)
-    monkeypatch.setattr("benchmarks.harness.results.regression.compare", lambda *args, **kwargs: found)
-    content = json.loads(call("check", "--json", status=1))
-    assert content["passed"] is False
-    assert content["findings"][0]["status"] == "changed"
-    assert content["findings"][0]["difference"] == pytest.approx(-0.25)
-    assert content["tiers"][0]["name"] == "equal"
+def test_verify_runs_again_and_leaves_the_run_as_it_is(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = next(run for run in plan(["modularity"], "smoke") if run.spec["method"]["name"] == "random_partition")
+    path = prepare(run, str(RUNS))
+    with pytest.raises(DefinitionError, match="no run of the suite 'smoke' is finished"):
+        call("verify", "--suite", "smoke")
+    finish(path)
+    edit(run, lambda content: next(iter(content["data"].values())).update(rows=7))
+    before = {file: file.stat().st_mtime_ns for file in path.parent.iterdir()}
+    found = json.loads(call("verify", "--suite", "smoke", "--runs", "5", "--json", status=1))
+    assert [(row["status"], row["metric"]) for row in found["differences"]] == [("changed", "content")]
+    assert found["equal"] > 10
+    assert found["unfinished"] == []
+    monkeypatch.setattr(sys, "executable", "false")
+    assert f"1 runs are not finished, the first is {run.id}: no output" in call("verify", "--suite", "smoke", status=1)
+    assert {file: file.stat().st_mtime_ns for file in path.parent.iterdir()} == before
+
+
+def checkout(folder: Path) -> Path:
+    folder.mkdir()
+    for command in ("init -q", "config user.email a@b", "config user.name a", "commit -q --allow-empty -m first"):
+        subprocess.run(["git", *command.split()], cwd=folder, check=True)
+    return folder
+
+
+def test_bless_refuses_a_tree_with_changes_but_for_blessed_numbers(tmp_path: Path) -> None:
+    root = checkout(tmp_path / "checkout")
+    (root / "results/reference").mkdir(parents=True)
+    (root / "results/reference/mini.csv").write_text("new")
+    assert len(clean_commit(root)) == 40
+    (root / "code.py").write_text("x = 1")
+    with pytest.raises(DefinitionError, match=r"1 files are not committed, the first is code\.py"):
+        clean_commit(root)
+    with pytest.raises(DefinitionError, match="is no git checkout"):
+        clean_commit(tmp_path)
+
+
+def test_only_numbers_that_repeat_are_blessed(runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, repeated = checkout(tmp_path / "checkout"), list[str]()
+    again: dict[str, Any] = {"change": lambda content: None, "failures": []}
+
+    def run_again(chosen: list[Run], _say: object) -> tuple[Numbers, list[str]]:
+        results = [(run, read_metrics(run)) for run in chosen]
+        repeated.extend(run.id for run in chosen)
+        for _, content in results:
+            again["change"](content)
+        return numbers_of(results), again["failures"]
+
+    def bless_runs() -> Path:
+        return bless(runs, "mini", print, tmp_path / "reference", root)
+
+    monkeypatch.setattr(checking, "run_again", run_again)
+    fastest = [next(run for run in runs if run.benchmark == name) for name in ("glue", "speed")]
+    for run in fastest:
+        edit(run, lambda content: content["cost"].update(job_seconds=0.5))
+    assert check(runs, "mini", bless_runs().parent).passed
+    assert sorted(repeated) == sorted(run.id for run in fastest)
+
+    again["change"] = lambda content: content.get("probe", {}).update(losses=["0.25"])
+    with pytest.raises(DefinitionError, match=r"numbers do not repeat, so they cannot be blessed:\nchanged"):
+        bless_runs()
+    again["change"] = lambda content: content["environment"]["fingerprint"].update(threads="2")
+    with pytest.raises(DefinitionError, match="were made on another machine"):
+        bless_runs()
+    again["failures"] = ["minilm: ValueError: odd"]
+    with pytest.raises(RunError, match="failed when it was executed again: minilm: ValueError: odd"):
+        bless_runs()
+    edit(runs[0], lambda content: content["environment"].pop("fingerprint"))
+    with pytest.raises(DefinitionError, match="recorded no machine"):
+        bless_runs()
+    (RUNS / runs[1].folder / "metrics.json").unlink()
+    with pytest.raises(DefinitionError, match=r"1 of \d+ runs .* is missing"):
+        bless_runs()

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from benchmarks.harness.base.errors import RunError
+from benchmarks.harness.config.suite import plain_suite
 from benchmarks.harness.run import devices
-from benchmarks.harness.run.devices import VISIBLE, reserved, visible
+from benchmarks.harness.run.devices import VISIBLE, check_accelerators, reserved, visible
 from tests.conftest import ROOT
 
 # says what it sees, and keeps it until its input ends
@@ -126,6 +127,17 @@ def test_on_a_machine_without_any_nothing_is_asked_for(monkeypatch: pytest.Monke
     monkeypatch.setenv(VISIBLE, "")
     with reserved(1, "llama", 8) as found:
         assert found == []
+
+
+def test_a_suite_of_gpus_does_not_start_on_a_machine_without_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    paper, smoke = plain_suite("paper").runs_of("modularity"), plain_suite("smoke").runs_of("modularity")
+    check_accelerators("paper", paper)
+    monkeypatch.setenv(VISIBLE, "")
+    check_accelerators("smoke", smoke)
+    with pytest.raises(
+        RunError, match=r"^the suite 'paper' asks .*'suites\.paper\.resources\.gpu: 0' in benchmarks/modularity/"
+    ):
+        check_accelerators("paper", paper)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from benchmarks.harness.config.paper_items import load_paper_items, shown_benchmarks
 from benchmarks.text import new
 from tests.conftest import ROOT, SHIPPED
 from tests.pages import python_blocks
@@ -56,15 +54,12 @@ def test_each_module_of_the_library_is_in_the_design() -> None:
     assert [name for name in sorted(modules) if "__init__" not in name and f"`{name}`" not in text] == []
 
 
-def test_the_first_page_counts_the_runs_and_the_minutes_that_were_blessed() -> None:
+def test_the_first_page_counts_the_runs_that_were_blessed() -> None:
     blessed = pd.read_csv(ROOT / "results/reference/mini.csv", dtype=str)[["run", "seed"]].drop_duplicates()
     runs = blessed["run"].str.partition(" ")[0].value_counts()
-    seconds = json.loads((ROOT / "results/reference/mini.json").read_text())["seconds"]
     text = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| \[`(\w+)`\].* (\d+) runs \| (\d+) min \|$", text, re.MULTILINE)
-    said = {name: (int(count), int(minutes)) for name, count, minutes in rows}
-    cores = 2
-    assert said == {name: (runs[name], round(seconds[name] * runs[name] / cores / 60)) for name in seconds}
+    counts = dict(re.findall(r"^\| \[`(\w+)`\].* (\d+) runs \| \d+ min \|$", text, re.MULTILINE))
+    assert {name: int(count) for name, count in counts.items()} == runs.to_dict()
     assert f"Made by `make run`: {len(blessed)} runs" in text
 
 
@@ -85,16 +80,6 @@ def test_a_table_of_suites_counts_the_runs_that_are_planned(page: str) -> None:
 def test_the_first_page_counts_the_papers_runs_that_are_planned() -> None:
     runs = pd.read_csv(ROOT / "tests/golden/run_ids.csv").groupby("suite")["runs"].sum()
     assert f"{runs['paper']:,} runs, planned" in (ROOT / "README.md").read_text()
-
-
-def test_the_papers_items_say_how_many_minutes_their_runs_take() -> None:
-    took = dict(re.findall(r"^\| \[`(\w+)`\].*\| (\d+) min \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
-    said = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", (ROOT / "docs/reproducing.md").read_text(), re.MULTILINE))
-    for name, item in load_paper_items().items():
-        made = set() if item.missing else set(shown_benchmarks(item))
-        made |= {"glue_lora"} if "glue_ood" in made else set()  # whose models it evaluates
-        minutes = sum(int(took[other]) for other in made) if made <= set(took) else None
-        assert said[name] == ("–" if item.missing else "not in `mini`" if minutes is None else f"{minutes} min"), name
 
 
 def test_every_difference_has_a_consequence_and_a_choice() -> None:

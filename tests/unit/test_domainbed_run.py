@@ -20,13 +20,11 @@ from benchmarks.domainbed import pipeline
 from benchmarks.domainbed.batches import EvaluationRows
 from benchmarks.domainbed.definition import ImageSpec, ImageSuite
 from benchmarks.domainbed.grid import KIND
-from benchmarks.domainbed.selection import best_record
-from benchmarks.domainbed.training import DomainTrainer
-from benchmarks.harness.base.errors import DataError
+from benchmarks.domainbed.protocol import best_record
 from benchmarks.harness.base.paths import DATA_ROOT
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.runs import Run, run_from_spec
-from benchmarks.harness.results.information import mutual_information
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.results.statistics import mutual_information
 from tests.executed import finish, killed_at, prepare
 from tests.image_sets import pacs_run, write_pacs
 
@@ -130,7 +128,9 @@ def test_a_run_has_domainbeds_records(capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_domainbeds_scripts_merge_the_runs_of_a_sweep_and_no_others() -> None:
-    """They group by dataset, algorithm, test_envs, trial_seed and hparams_seed, and average an algorithm over all of them."""
+    """They group by dataset, algorithm, test_envs, trial_seed and hparams_seed, and average an algorithm over all of
+    them.
+    """
     benchmark = load_benchmark("domainbed")
 
     def algorithms(**settings: Any) -> set[str]:
@@ -197,34 +197,6 @@ def test_held_out_images_are_never_trained_on(own_data: Path) -> None:
     assert before["confusion"]["S"] != after["confusion"]["S"]
 
 
-def test_only_what_is_needed_is_evaluated_where_that_is_asked_for(whole: Finished) -> None:
-    full = whole(pacs_run())["records"]
-    needed = finish(prepare(pacs_run(evaluate="needed"), "needed"))["records"]
-    assert set(full[0]) - set(needed[0]) == {"env1_in_acc", "env2_in_acc", "env3_in_acc"}
-    for record, other in zip(full, needed, strict=True):
-        assert other == {name: record[name] for name in other}
-
-
-def test_augmented_validation_is_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of training environments only, and without a trace in training."""
-    seen: dict[str, dict[str, torch.Tensor]] = {"plain": {}, "augmented": {}}
-    original = pipeline._evaluated
-    records = {}
-    for name, val_augment in (("plain", False), ("augmented", True)):
-
-        def spy(*args: Any, name: str = name) -> Any:
-            found = original(*args)
-            seen[name] |= {split: rows[0]["pixel_values"] for split, rows in found.items()}
-            return found
-
-        with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "_evaluated", spy)
-            records[name] = finish(prepare(pacs_run(val_augment=val_augment), name))["records"]
-    for split, pixels in seen["plain"].items():
-        assert torch.equal(pixels, seen["augmented"][split]) == split.startswith("env0")
-    assert [record["loss"] for record in records["plain"]] == [record["loss"] for record in records["augmented"]]
-
-
 def test_augmentation_of_validation_images_is_drawn_anew_at_every_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in DomainBed's code and the authors': of training environments only, both splits."""
     seen: dict[tuple[str, bool], list[torch.Tensor]] = {}
@@ -248,46 +220,6 @@ def test_worker_processes_give_the_same_numbers(whole: Finished, monkeypatch: py
     alone = whole(pacs_run("emoe"))
     monkeypatch.setattr("benchmarks.domainbed.training.reading_workers", lambda: 2)
     assert finish(prepare(pacs_run("emoe"), "workers")) == alone
-
-
-def test_a_run_that_was_killed_after_its_last_step_trains_nothing_again(
-    whole: Finished, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = whole(pacs_run("emoe"))
-    killed = prepare(pacs_run("emoe"), "killed")
-    with monkeypatch.context() as patch:
-        patch.setattr(DomainTrainer, "look", lambda *args, **named: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            finish(killed)
-    monkeypatch.setattr(Trainer, "training_step", lambda *args: pytest.fail("trained again"))
-    assert finish(killed) == wanted
-
-
-def test_an_environment_that_cannot_be_split_is_named(own_data: Path) -> None:
-    for name in ("dog", "elephant", "giraffe"):
-        for path in sorted((own_data / "cartoon" / name).iterdir())[1:]:
-            path.unlink()
-    with pytest.raises(DataError, match=r"the environment 'C' has 3 images, too few to split"):
-        finish(prepare(pacs_run()))
-
-
-def test_a_run_that_diverges_says_so() -> None:
-    spec = pacs_run().spec
-    found = finish(prepare(run_from_spec({**spec, "hparams": {**spec["hparams"], "lr": 1e30}, "learning_rate": 1e30})))
-    assert found["records"][-1]["loss"] is None
-
-
-def test_a_damaged_image_ends_the_run_before_it_trains(own_data: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    image = own_data / "cartoon/dog/003.jpg"
-    image.write_bytes(image.read_bytes()[:300])
-    path = prepare(pacs_run())
-    with pytest.raises(
-        DataError,
-        match=r"1 of 96 images cannot be used:\n.*cartoon/dog/003.jpg cannot be used: ",
-    ):
-        finish(path)
-    assert "training," not in "".join(capfd.readouterr())
-    assert not (path.parent / "checkpoints").exists()
 
 
 def test_adam_decays_every_parameter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot as plt
 
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.report.presentation import present
 from tests import fake_runs
 from tests.drawn import faults, watched
@@ -21,7 +21,6 @@ _PART = {"learning_rate": 3e-4, "protocol": "published"}  # of the paper's by ad
         *(("mini", name) for name in ("glue", "glue_lora", "glue_ood", "modularity", "domainbed", "llama")),
         ("mini_full", "multitask"),
         *(("paper", name) for name in ("glue_lora", "glue_ood", "multitask", "modularity", "domainbed", "llama")),
-        ("speed", "speed"),
     ],
 )
 def test_figures_fit_a_page_and_no_text_touches_another(suite: str, benchmark: str, here: Path) -> None:

@@ -9,8 +9,28 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from pydantic import BaseModel
 
-from benchmarks.harness.base.files import atomic_write, write_json
+from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.files import atomic_write, read_json, write_json
+
+
+class Receipt(BaseModel):
+    rows: int
+
+
+DAMAGE = {
+    "invalid UTF-8": b'{"rows": "\xff"}',
+    "null": b"null",
+    "a list": b"[]",
+    "empty": b"",
+    "truncated": b'{"rows": ',
+    "deep nesting": b"[" * 100_000,
+    "5,000 digits": b'{"rows": ' + b"9" * 5000 + b"}",
+    "no number": b'{"rows": NaN}',
+    "a missing key": b"{}",
+    "another type": b'{"rows": "many"}',
+}
 
 
 def test_after_a_power_cut_a_name_has_its_content(tmp_path: Path) -> None:
@@ -42,3 +62,22 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None
         write_json(path, {"loss": float("nan")})
     assert json.loads(path.read_text()) == {"loss": 0.5}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [*DAMAGE.values(), None], ids=[*DAMAGE, "a folder"])
+def test_a_damaged_file_is_one_line_that_names_it(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "receipt.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read_json(path, Receipt, "delete it")
+    assert str(error.value).startswith(f"{path} ")
+    assert str(error.value).endswith("; delete it")
+    assert "\n" not in str(error.value)
+
+
+def test_a_json_file_is_read_as_its_model(tmp_path: Path) -> None:
+    write_json(tmp_path / "receipt.json", {"rows": 3})
+    assert read_json(tmp_path / "receipt.json", Receipt).rows == 3
+    assert read_json(tmp_path / "receipt.json", dict[str, float]) == {"rows": 3.0}
+    with pytest.raises(DataError, match=r"other\.json cannot be read: No such file"):
+        read_json(tmp_path / "other.json", Receipt)

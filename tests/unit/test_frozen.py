@@ -21,11 +21,10 @@ from benchmarks.domainbed.grid import KIND as DOMAINS
 from benchmarks.glue import pipeline as texts
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, PREFIXES
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.frozen import check_frozen
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
+from benchmarks.harness.config.methods import check_frozen
 from benchmarks.harness.config.runs import Run, run_from_spec
-from benchmarks.harness.config.schema import parse
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import Trainable, build_language_model, reopen_classifier
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.prefix import STATES, Prefix

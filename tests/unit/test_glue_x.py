@@ -16,7 +16,7 @@ import emoe
 from benchmarks.glue_ood.grid import KIND as EVALUATION
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, RUNS
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.training.label_mapping import LabelMapping, label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score

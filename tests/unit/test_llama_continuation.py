@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from benchmarks.harness.base.paths import PREFIXES, QUESTIONS
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import plan, run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_tokenizer

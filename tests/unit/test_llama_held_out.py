@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import plan, run_from_spec
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.figures import draw_curves

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,21 @@ import torch
 
 import emoe
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import plan
-from benchmarks.harness.config.schema import parse
-from benchmarks.harness.report.presentation import Presentation, present
-from benchmarks.modularity.concentration import Concentration, gini, is_active
-from benchmarks.modularity.definition import ModularityDefinition
-from benchmarks.modularity.grid import KIND
-from benchmarks.modularity.outcomes import ModularityOutcomes
-from benchmarks.modularity.selected import Selected, dense_magnitudes, is_dead, neurons_used
+from benchmarks.harness.config.yaml import parse
+from benchmarks.harness.report.presentation import present
+from benchmarks.modularity.activations import (
+    concentration,
+    dense_magnitudes,
+    gini,
+    is_active,
+    is_dead,
+    neurons_used,
+    selected,
+)
+from benchmarks.modularity.grid import KIND, ModularityDefinition
+from benchmarks.modularity.tables import ModularityOutcomes
 from benchmarks.text.usage import marks, shared_and_specialised, told_of_classes, told_of_tasks
 from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare
@@ -33,19 +38,13 @@ BENCHMARK = load_benchmark("modularity")
 
 
 def test_a_tokens_best_quarter_is_counted_for_it_alone() -> None:
-    magnitudes = torch.zeros(2, 8)  # four blocks of two
+    magnitudes = torch.zeros(3, 8)  # four blocks of two
     magnitudes[0, [0, 1, 4]] = 3.0  # two of three in the first block
-    magnitudes[1, [6, 7]] = 1.0
-    found = Concentration.of(magnitudes, magnitudes > 0, 4)
-    assert found.best_quarter == pytest.approx((2 / 3 + 1) / 2)
-    assert found.best_quarter_mass == pytest.approx((2 / 3 + 1) / 2)
-    assert found.usage_gini == pytest.approx(gini(torch.tensor([2.0, 0.0, 1.0, 2.0])))
-
-
-def test_tokens_without_an_active_neuron_do_not_count() -> None:
-    magnitudes = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    assert Concentration.of(magnitudes, magnitudes > 0, 4).best_quarter == 1
-    assert Concentration.of(magnitudes, magnitudes > 9, 4) == Concentration(0.0, 1.0, 0.0)
+    magnitudes[1, [6, 7]] = 1.0  # and nothing of the third token, which does not count
+    expected = {"best_quarter": (2 / 3 + 1) / 2, "best_quarter_mass": (2 / 3 + 1) / 2}
+    expected["usage_gini"] = gini(torch.tensor([2.0, 0.0, 1.0, 2.0]))
+    assert concentration(magnitudes, magnitudes > 0, 4) == pytest.approx(expected)
+    assert concentration(magnitudes, magnitudes > 9, 4)["best_quarter"] == 0
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.1, 10), (0.333, 33), (1.0, 100), (0.001, 1)])
@@ -123,7 +122,7 @@ def test_what_is_used_fires_or_is_dead() -> None:
     used = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1]], dtype=torch.bool)
     magnitudes = torch.tensor([[4.0, 1.0, 2.0, 1.0], [4.0, 5.0, 2.0, 1.0]])
     assert is_dead(active).tolist() == [False, False, True, True]
-    assert Selected.of(used, magnitudes, active) == Selected(kept=12 / 20, active=0.5, dead=0.5)
+    assert selected(used, magnitudes, active) == {"kept": 12 / 20, "active": 0.5, "dead": 0.5}
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
@@ -142,47 +141,34 @@ def test_neurons_in_use_are_those_that_the_model_computes_with(name: str) -> Non
 # a run
 
 
-def test_a_run_measures_draws_and_counts_and_does_so_again(workdir: Path) -> None:
+def test_a_run_measures_and_counts_and_does_so_again(workdir: Path) -> None:
     run = smoke_run("modularity", "emoe", "reading")
-    found = finish(prepare(run))
-    config = run.spec["method"]["config"]
-    measured = found["measured"]["experts"]
-    share = config["top_k"] / config["num_experts"]
-    assert share < measured["kept_top"] < 1  # more than as many experts at random
+    metrics = finish(prepare(run))
+    config, measured = run.spec["method"]["config"], metrics["measured"]["experts"]
+    assert config["top_k"] / config["num_experts"] < measured["kept_top"] < 1  # more than as many random experts
     assert measured["kept_bottom"] < measured["kept_top"]
     assert measured["active_bottom"] < measured["active_top"]
     assert 0.25 < measured["best_quarter"] <= 1
-    assert set(found["usage"]["tasks"]) == {"tweets", "amazon"}
-    for used in found["usage"]["tasks"].values():
+    assert set(metrics["usage"]["tasks"]) == {"tweets", "amazon"}
+    for used in metrics["usage"]["tasks"].values():
         assert sum(used["shares"]) == pytest.approx(1)
         assert len(used["marks"]) == config["num_experts"]
         assert set(used["classes"]) == {"0", "1"}
-    matrix = found["matrix"]
+    matrix = metrics["matrix"]
     assert matrix["tasks"] == ["tweets"] * 20 + ["amazon"] * 20
     assert len(matrix["tokens"]) == len(matrix["places"]) == len(matrix["values"]) > 0
     assert max(matrix["places"]) < matrix["neurons"]
-    assert finish(prepare(run, "again")) == found
+    assert finish(prepare(run, "again")) == metrics
+    # batches of another size, but for rounding
+    other = finish(prepare(smoke_run("modularity", "emoe", "reading", batch_size=7)))
+    assert other["measured"]["experts"] == pytest.approx(measured, abs=1e-4)
 
-
-def test_constructions_see_the_same_activations_in_another_order(workdir: Path) -> None:
-    clustered, standing = (
-        finish(prepare(smoke_run("modularity", method, "reading"))) for method in ("emoe", "contiguous")
-    )
-
-    def by_token(found: dict[str, Any]) -> list[Any]:
-        return sorted(zip(found["matrix"]["tokens"], found["matrix"]["values"], strict=True))
-
-    assert by_token(clustered) == by_token(standing)
-    assert clustered["matrix"]["places"] != standing["matrix"]["places"]
-    assert clustered["measured"]["experts"]["inertia"] < standing["measured"]["experts"]["inertia"]
-
-
-def test_batches_of_another_size_give_the_same_numbers_but_for_rounding(workdir: Path) -> None:
-    one, other = (
-        finish(prepare(smoke_run("modularity", "emoe", "reading", batch_size=size)))["measured"]["experts"]
-        for size in (32, 7)
-    )
-    assert one == pytest.approx(other, abs=1e-4)
+    # neurons as they stand fire as the clustered ones do, in another order
+    standing = finish(prepare(smoke_run("modularity", "contiguous", "reading")))
+    by_token = [sorted(zip(shown["tokens"], shown["values"], strict=True)) for shown in (matrix, standing["matrix"])]
+    assert by_token[0] == by_token[1]
+    assert matrix["places"] != standing["matrix"]["places"]
+    assert measured["inertia"] < standing["measured"]["experts"]["inertia"]
 
 
 # what is planned, and what is not
@@ -196,15 +182,8 @@ def changed(change: dict[str, Any]) -> ModularityDefinition:
     ("methods", "message"),
     [
         ({"emoe": {}, "gmoe": {}}, "methods.gmoe' must be an EMoE"),
-        (
-            {"emoe": {"partition": "coactivation"}},
-            "methods.emoe' must be an EMoE whose experts are made of its weights",
-        ),
-        (
-            {"emoe": {}, "dense_dropout": {}},
-            "methods.dense_dropout' sets 'expert_dropout', which changes nothing before",
-        ),
-        ({"emoe": {}, "emoe_learn": {}}, "methods.emoe_learn' sets 'router'"),
+        ({"emoe": {"partition": "coactivation"}}, "methods.emoe' must be an EMoE with experts of its weights"),
+        ({"emoe": {}, "emoe_learn": {}}, "methods.emoe_learn' sets 'router', which needs training"),
     ],
 )
 def test_rows_that_say_nothing_before_training_are_refused(methods: dict[str, Any], message: str) -> None:
@@ -212,70 +191,40 @@ def test_rows_that_say_nothing_before_training_are_refused(methods: dict[str, An
         KIND.check(changed({"methods": methods}), BENCHMARK.tasks, BENCHMARK.folder)
 
 
-def suites(**change: object) -> dict[str, Any]:
-    smoke = BENCHMARK.definition.suites["smoke"].given()
-    return {"suites": {"smoke": {**smoke, **change}}}
-
-
-def test_tasks_that_do_not_exist_or_stand_alone_are_named() -> None:
-    with pytest.raises(DefinitionError, match=r"suites\.smoke\.tasks' is 'tweet'.*did you mean 'tweets'"):
-        KIND.check(changed(suites(tasks=["tweet", "amazon"])), BENCHMARK.tasks, BENCHMARK.folder)
-    with pytest.raises(DefinitionError, match="must be two at least: they are compared"):
-        KIND.check(changed(suites(tasks=["tweets"])), BENCHMARK.tasks, BENCHMARK.folder)
-
-
-def test_a_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = {"model": ["tiny-bert"], "method": ["emoe"], "num_experts": [8], "layers": [[0, 1]], "seed": [0]}
-    other = type(BENCHMARK)(BENCHMARK.name, changed(suites(grid=[block])), BENCHMARK.tasks)
-    with pytest.raises(
-        DefinitionError, match=r"grid\[0\]\.layers' must be lists of one layer each: \[\[5\]\], not \[0, 1\]"
-    ):
-        list(KIND.specs(other, "smoke", (), lambda _: {}))
-
-
-def test_an_excluded_task_is_not_read_and_one_alone_is_not_enough() -> None:
+def test_two_tasks_are_compared_in_one_layer() -> None:
     runs = plan(["modularity"], "mini", exclude=["nyt"])
     assert {other["name"] for run in runs for other in run.spec["ood"]} == {"amazon", "movie"}
-    with pytest.raises(DefinitionError, match="has 1 left without those that are excluded"):
+    with pytest.raises(DefinitionError, match="needs two tasks that are not excluded"):
         plan(["modularity"], "smoke", exclude=["amazon"])
+    block = {"model": ["tiny-bert"], "method": ["emoe"], "num_experts": [8], "layers": [[0, 1]], "seed": [0]}
+    smoke = {**BENCHMARK.definition.suites["smoke"].given(), "grid": [block]}
+    other = type(BENCHMARK)(BENCHMARK.name, changed({"suites": {"smoke": smoke}}), BENCHMARK.tasks)
+    with pytest.raises(DefinitionError, match=r"grid\[0\]\.layers' must be lists of one layer each"):
+        list(KIND.specs(other, "smoke", (), lambda _: {}))
 
 
 # what is shown
 
 
-@pytest.fixture
-def shown(here: Path) -> Presentation:
-    return present(BENCHMARK, fake_runs.write(Path("results/runs"), "mini", benchmarks=("modularity",)))
-
-
-def test_the_table_has_a_row_a_construction_with_the_papers_matrices_beside(shown: Presentation) -> None:
-    frame = shown.tables[0].frame
+def test_a_row_a_construction_has_means_over_seeds_and_the_papers_matrices_beside(here: Path) -> None:
+    runs = fake_runs.write(Path("results/runs"), "mini", benchmarks=("modularity",))
+    frame = present(BENCHMARK, runs).tables[0].frame
     assert list(frame["method"].unique()) == ["contiguous", "emoe", "random_partition"]
-    assert set(frame.loc[frame["method"] == "random_partition", "n"]) == {3}
-    paper = frame.set_index(["method", "num_experts"])["best_quarter_paper"]
-    assert paper["emoe", 64] == pytest.approx(0.957)
-    assert paper["contiguous", 16] == pytest.approx(0.482)
-    gini_of = frame.set_index(["method", "num_experts"])["usage_gini_paper"]
-    assert gini_of["emoe", 64] == pytest.approx(0.708)
-    assert np.isnan(gini_of["emoe", 16])
+    by_cell = frame.set_index(["method", "num_experts"])
+    assert by_cell.loc[("emoe", 64), "best_quarter_paper"] == pytest.approx(0.957)
+    assert by_cell.loc[("emoe", 64), "usage_gini_paper"] == pytest.approx(0.708)
+    assert np.isnan(by_cell.loc[("emoe", 16), "usage_gini_paper"])
+    rows = ModularityOutcomes(BENCHMARK, runs).rows
+    own = rows[(rows["method"] == "random_partition") & (rows["num_experts"] == 32)]
+    row = by_cell.loc[("random_partition", 32)]
+    assert row["best_quarter"] == pytest.approx(own["best_quarter"].mean())
+    assert row["n"] == len(own) == 3
 
 
 def test_a_sentence_says_whether_more_than_chance_is_told(here: Path) -> None:
     runs = fake_runs.write(Path("results/runs"), "smoke", benchmarks=("modularity",))
     for bits, words in ((0.9, "more than chance"), (0.0, "no more than chance")):
         for run in runs:
-            path = Path("results/runs") / run.folder / "metrics.json"
-            content = json.loads(path.read_text())
-            content["measured"]["experts"]["task_information"] = bits
-            path.write_text(json.dumps(content))
+            fake_runs.edit(run, lambda content, bits=bits: content["measured"]["experts"].update(task_information=bits))
         (sentence,) = present(BENCHMARK, runs).verdicts
         assert f"tells {words} of the task" in sentence
-
-
-def test_means_are_over_the_seeds_of_a_construction(here: Path) -> None:
-    runs = fake_runs.write(Path("results/runs"), "mini", benchmarks=("modularity",))
-    outcomes = ModularityOutcomes(BENCHMARK, runs)
-    own = outcomes.rows[(outcomes.rows["method"] == "random_partition") & (outcomes.rows["num_experts"] == 32)]
-    row = outcomes.means().set_index(["method", "num_experts"]).loc[("random_partition", 32)]
-    assert row["task_information"] == pytest.approx(own["task_information"].mean())
-    assert row["n"] == len(own) == 3

@@ -11,8 +11,7 @@ import yaml
 
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import ROOT
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.kinds import kind_of
+from benchmarks.harness.config.benchmark import kind_of, load_benchmark
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.text import new
 from benchmarks.text.new import new_benchmark
@@ -30,8 +29,7 @@ def project(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         shutil.copy(ROOT / "benchmarks" / file, here / "benchmarks" / file)
     monkeypatch.setattr(new, "BENCHMARKS", here / "benchmarks")
     monkeypatch.setattr(new, "CONFIG", here / "config")
-    for module in ("harness.config.definition", "harness.config.kinds"):
-        monkeypatch.setattr(f"benchmarks.{module}.BENCHMARKS", here / "benchmarks")
+    monkeypatch.setattr("benchmarks.harness.config.benchmark.BENCHMARKS", here / "benchmarks")
     monkeypatch.setattr("benchmarks.harness.base.paths.CONFIG", here / "config")
     for module in ("harness.sources.local", "text.data"):
         monkeypatch.setattr(f"benchmarks.{module}.ROOT", here)

@@ -9,11 +9,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from benchmarks.harness.config.benchmark import load_benchmark, resolve_methods
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.method_rows import resolve_methods
+from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.config.runs import plan
-from benchmarks.harness.config.shared import ABLATION
 from benchmarks.text.training import Patience
 from tests.planned import paper_runs
 

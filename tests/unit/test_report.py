@@ -16,8 +16,8 @@ from benchmarks.__main__ import cli
 from benchmarks.harness.base import paths
 from benchmarks.harness.config.artifacts import all_artifacts
 from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.report.outcomes import ALL, with_runs
-from benchmarks.harness.report.rendering import RUNS, Column, Table, with_code
+from benchmarks.harness.report.common import ALL, with_runs
+from benchmarks.harness.report.table import RUNS, Column, Table, code_as_html
 from tests import fake_runs
 from tests.drawn import undraw
 
@@ -122,7 +122,7 @@ def test_it_says_which_command_makes_the_papers_figures(page_file: Path) -> None
 def test_code_in_captions_is_marked_as_such(page_file: Path) -> None:
     read = re.sub(r"<(script|style)>.*?</\1>", "", page_file.read_text(), flags=re.DOTALL)
     assert "`" not in read
-    assert with_code("`a <b>` & c") == "<code>a &lt;b&gt;</code> &amp; c"
+    assert code_as_html("`a <b>` & c") == "<code>a &lt;b&gt;</code> &amp; c"
 
 
 def test_a_folded_figure_is_named_by_a_whole_sentence() -> None:

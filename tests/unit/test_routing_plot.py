@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 import emoe
-from benchmarks.harness.report.routing_plot import plot_routing
+from benchmarks.harness.report.plots import plot_routing
 from emoe.records import RoutingRecord
 from tests.drawn import drawn_texts
 

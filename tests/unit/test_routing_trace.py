@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.training import routing_trace
 from benchmarks.harness.training.routing_trace import window_steps

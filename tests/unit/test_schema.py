@@ -1,8 +1,9 @@
-"""How files are read into models: strictly, with every mistake named, and as editors are told."""
+"""Reading files into models: strictly, with every mistake named."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -12,10 +13,11 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, CONFIG
-from benchmarks.harness.config.editor import editor_schemas, write_schemas
-from benchmarks.harness.config.kinds import kind_name
+from benchmarks.harness.config.benchmark import kind_name
+from benchmarks.harness.config.methods import Method
 from benchmarks.harness.config.runs import canonical_json, plan
-from benchmarks.harness.config.schema import (
+from benchmarks.harness.config.schemas import write_schemas
+from benchmarks.harness.config.yaml import (
     UNIQUE,
     AsGiven,
     Count,
@@ -28,7 +30,6 @@ from benchmarks.harness.config.schema import (
     left_out,
     parse,
 )
-from benchmarks.harness.config.shared import Method
 from benchmarks.text.definition import TextSpec
 from emoe.config import EMoEConfig, GMoEConfig
 
@@ -136,28 +137,19 @@ def test_a_method_takes_every_field_of_a_configuration() -> None:
         parse({"title": "A", "kind": "emoe", "router": "cosin"}, Method, "f")
 
 
-def test_editors_know_the_present_models() -> None:
-    """``python -m benchmarks schemas`` writes them."""
-    for file, text in editor_schemas().items():
-        assert file.read_text(encoding="utf-8") == text, f"{file} is not current: python -m benchmarks schemas"
-    assert {file.name for file in editor_schemas()} == {file.name for file in (BENCHMARKS / "schemas").iterdir()}
-
-
-def test_schemas_are_written(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.harness.config.editor.SCHEMAS", tmp_path)
-    written = write_schemas()
-    assert sorted(written) == sorted(tmp_path.iterdir())
-
-
-def test_every_yaml_file_names_its_schema() -> None:
+def test_every_yaml_file_names_a_schema_that_editors_can_read(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.harness.config.schemas.SCHEMAS", tmp_path)
+    written = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in write_schemas()}
     for file in [*BENCHMARKS.glob("*.yaml"), *BENCHMARKS.glob("*/benchmark.yaml"), *CONFIG.glob("*.yaml")]:
         first = file.read_text(encoding="utf-8").splitlines()[0]
-        assert first.startswith("# yaml-language-server: $schema="), file
-        named = (file.parent / first.partition("=")[2]).resolve()
-        assert named.is_file(), file
+        named = (file.parent / first.removeprefix("# yaml-language-server: $schema=")).resolve()
+        assert named.parent == BENCHMARKS / "schemas", file
+        assert named.name in written, file
         if file.name == "benchmark.yaml":
             kind = kind_name(file.parent.name, yaml.safe_load(file.read_text(encoding="utf-8")))
             assert named.name == f"{kind}.schema.json"
+    described = written["config.schema.json"]["properties"]["benchmarks"]["description"]
+    assert described == "Which benchmarks to run, in the order of the report."
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import emoe
-from benchmarks.harness.config.tunings import block_of
+from benchmarks.harness.config.methods import block_of
 from benchmarks.harness.models.prefix import has_prefix
 from benchmarks.harness.models.states_below import StatesBelow
 from emoe.architectures import find_ffns

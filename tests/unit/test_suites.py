@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config import jobs, runs, suite
+from benchmarks.harness.config import runs, suite
 
 
 def test_suites_share_runs() -> None:
@@ -49,13 +49,6 @@ def test_jobs_see_the_command_lines_values(monkeypatch, tmp_path) -> None:
     assert suite.suite_of_job("mini").settings.data_root is None
 
 
-def test_jobs_keep_freed_memory_unless_told_otherwise(monkeypatch) -> None:
-    monkeypatch.delenv("MALLOC_TOP_PAD_", raising=False)
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
-    found = suite.load_suite({"suite": "smoke"}).environment()
-    assert (found["MALLOC_TRIM_THRESHOLD_"], found["MALLOC_TOP_PAD_"]) == ("1", str(64 << 20))
-
-
 def test_runs_are_found_in_any_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "suite_names", lambda: ["mini", "mini_search", "smoke"])
     mini = suite.load_suite({})
@@ -69,7 +62,7 @@ def test_runs_are_found_in_any_suite(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_clustered_methods_wait_for_a_partition() -> None:
     planned = [*suite.load_suite({}).runs, *runs.plan(["glue_lora"], "mini_full")]
     trained = [run for run in planned if run.benchmark in ("glue", "glue_lora")]
-    needs = {run.spec["method"]["name"]: bool(jobs.partition_jobs(run)) for run in trained}
+    needs = {run.spec["method"]["name"]: bool(runs.partition_jobs(run)) for run in trained}
     assert [name for name, needed in needs.items() if not needed] == [
         *("vanilla", "gmoe", "random_partition", "lora", "lora_block", "lora_gmoe", "lora_random", "lora_part"),
         *("lora_block_published", "lora_gmoe_published", "lora_random_bottom", "lora_contiguous", "lora_coactivation"),
@@ -77,12 +70,12 @@ def test_only_clustered_methods_wait_for_a_partition() -> None:
     ]
     assert {"emoe", "emoe_learn", "lora_emoe", "lora_bottom", "lora_emoe_settings", "lora_noise"} < set(needs)
     # one clustering serves all methods; other settings have another N, and layer 3
-    clusterings = {job.id.rpartition("-")[0] for run in trained for job in jobs.partition_jobs(run)}
+    clusterings = {job.id.rpartition("-")[0] for run in trained for job in runs.partition_jobs(run)}
     assert clusterings == {"minilm-N16-L5", "minilm-N32-L5", "minilm-N64-L5", "minilm-N16-L3"}
 
 
 def test_layers_are_clustered_one_by_one_and_shared() -> None:
     search = suite.plain_suite("mini_search")
     runs_of_both = [run for run in search.runs if run.spec["method"]["config"]["layers"] == [3, 5]]
-    assert all(len(jobs.partition_jobs(run)) == 2 for run in runs_of_both)
+    assert all(len(runs.partition_jobs(run)) == 2 for run in runs_of_both)
     assert len(search.partitions) == 3 * 2  # three numbers of experts, layers 3 and 5

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import emoe
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, RUNS
-from benchmarks.harness.config.definition import load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import plan, run_from_spec
-from benchmarks.harness.config.schema import read_yaml
+from benchmarks.harness.config.yaml import read_yaml
 from benchmarks.harness.models.conversion import apply_method_, use_as_
 from benchmarks.harness.models.loading import load_backbone
 from benchmarks.harness.results.records import collect
@@ -92,7 +92,7 @@ def test_they_are_read_and_checked_with_the_run(workdir: Path) -> None:
     content = json.loads(file.read_text())
     content["transformed"]["vanilla2emoe"]["scores"]["test"]["tweets"]["balanced_accuracy"] = 17.0
     file.write_text(json.dumps(content))
-    with pytest.raises(DefinitionError, match=r"test as vanilla2emoe tweets balanced_accuracy is 17\.0"):
+    with pytest.raises(DataError, match=r"test as vanilla2emoe tweets balanced_accuracy is 17\.0"):
         collect([run])
 
 

@@ -11,12 +11,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.kinds import Benchmark
-from benchmarks.harness.config.methods import method_spec
-from benchmarks.harness.config.schema import parse
-from benchmarks.harness.config.shared import Method
-from benchmarks.harness.config.tunings import register_tuning
+from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
+from benchmarks.harness.config.methods import Method, method_spec, register_tuning
+from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.tuning import tune_
 from benchmarks.llama.definition import InstructionDefinition
 
@@ -47,15 +44,6 @@ def test_it_trains_what_its_function_names_beside_head_and_adapters() -> None:
     named = [name for group in groups.values() for name, _ in group]
     assert sorted(named) == sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     assert {name for name, _ in groups["bias"]} == set(biases(model, None)) - {"classifier.bias"}  # of the head
-
-
-def test_without_adapters_it_trains_nothing_else() -> None:
-    register_tuning("bias", biases)
-    model = classifier()
-    adapters, groups = tune_(model, None, spec("bias")["tune"], 0)
-    assert adapters is None
-    assert set(groups) == {"head", "bias"}
-    assert {name for name, _ in groups["head"]} == {"classifier.weight", "classifier.bias"}
 
 
 def test_layers_are_for_those_that_need_them() -> None:

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.domainbed.jobs import find_validation
+from benchmarks.domainbed.grid import find_validation
 from benchmarks.harness.base.paths import PACKAGES
-from benchmarks.harness.config.jobs import run_inputs
-from benchmarks.harness.config.settings import SuiteSettings
-from benchmarks.harness.config.suite import load_suite, suite_names
+from benchmarks.harness.config.runs import run_inputs
+from benchmarks.harness.config.suite import SuiteSettings, load_suite, suite_names
 from tests.conftest import ROOT
 from tests.imported import imports
 

@@ -8,11 +8,12 @@ gc.set_threshold(100_000, 20, 20)
 
 sys.path.insert(0, str(workflow.basedir))
 
-from benchmarks.domainbed.jobs import find_validation
+from benchmarks.domainbed.grid import find_validation
 from benchmarks.harness.base.secrets import without_passwords
-from benchmarks.harness.config import jobs, paper_items
-from benchmarks.harness.config.artifacts import CLAIMS, all_artifacts
+from benchmarks.harness.config import artifacts, paper_items, runs
+from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config import suite as suites
+from benchmarks.harness.run import devices
 from benchmarks.harness.run.forkserver import Server
 from emoe.errors import EMoEError
 from snakemake.exceptions import WorkflowError
@@ -20,7 +21,7 @@ from snakemake.exceptions import WorkflowError
 try:
     SUITE = suites.load_suite(config)
     SUITE.runs
-    SHOWN = all_artifacts()
+    SHOWN = artifacts.all_artifacts()
     paper_items.load_paper_items()
     SUITE.claims_digest()
 except EMoEError as error:
@@ -55,16 +56,34 @@ os.environ.update(SUITE.environment())
 FORKSERVER = Server(SUITE.modules)
 
 
-def wanted_runs():
-    # of the targets that were asked for: of one table they are fewer than the suite's
-    jobs = [job for job in workflow.dag.jobs if job.rule.name.startswith("run_")]
-    return {f"{job.wildcards.benchmark}/{job.wildcards.run}" for job in jobs}
+def run_jobs(jobs):
+    return [job for job in jobs if job.rule.name.startswith("run_")]
 
 
 onstart:
+    needed = [
+        run_of(job.wildcards) for job in run_jobs(workflow.dag.needrun_jobs())
+    ]
+    try:
+        if workflow.local_exec:  # else a cluster's nodes have the accelerators
+            devices.check_accelerators(SUITE.name, needed)
+        if needed:
+            from benchmarks.harness.report.presentation import (
+                check_presentations,
+            )  # it takes a second
+
+            check_presentations(SUITE.settings.benchmarks)
+    except EMoEError as error:
+        sys.exit(f"error: {error}")
     if not workflow.deployment_settings.deployment_method:
         FORKSERVER.start()
-    SUITE.write_plan(wanted_runs())
+    # of the targets that were asked for: of one table they are fewer than the suite's
+    SUITE.write_plan(
+        {
+            f"{job.wildcards.benchmark}/{job.wildcards.run}"
+            for job in run_jobs(workflow.dag.jobs)
+        }
+    )
     if missing := SUITE.missing_sets():
         print(
             f"not there: {', '.join(missing)}. What needs them will fail; `python -m benchmarks data --check "
@@ -84,6 +103,11 @@ onerror:
 def suite_named(name):
     """The configured suite, or another one by name (`snakemake smoke` under any configuration)."""
     return SUITE if name == SUITE.name else suites.plain_suite(name)
+
+
+def code_of(*benchmarks):
+    # local: it is on this machine although results may be in a storage
+    return local(artifacts.code_files(*benchmarks))
 
 
 def in_report(shown, category):
@@ -140,7 +164,7 @@ def run_json(wildcards):
 
 
 def run_inputs(wildcards):
-    return jobs.run_inputs(run_of(wildcards))
+    return runs.run_inputs(run_of(wildcards))
 
 
 def run_resource(name, usual=None):
@@ -170,11 +194,11 @@ def partition_json(wildcards):
 
 
 def partition_inputs(wildcards):
-    return jobs.model_files(suites.find_partition(wildcards.partition, SUITE).model)
+    return runs.model_files(suites.find_partition(wildcards.partition, SUITE).model)
 
 
 def rebuilt_from(wildcards):
-    return jobs.rebuilt_from(wildcards.model).path
+    return runs.rebuilt_from(wildcards.model).path
 
 
 def validation_json(wildcards):
@@ -183,7 +207,7 @@ def validation_json(wildcards):
 
 def validation_inputs(wildcards):
     job = find_validation(wildcards.validation, SUITE)
-    return jobs.set_files(job.benchmark, job.task)
+    return runs.set_files(job.benchmark, job.task)
 
 
 def suite_metrics(wildcards):

@@ -14,6 +14,7 @@ for shown in SHOWN:
                 shown.benchmark, shown.part
             )
             + suite_named(wildcards.suite).figure_inputs(shown.benchmark, shown.part),
+            code_of(shown.benchmark),
         output:
             tables=shown.table_files("{suite}"),
             figures=in_report(shown, shown.benchmark),
@@ -41,6 +42,7 @@ for shown in SHOWN:
 rule table_of_claims:
     input:
         claimed_metrics,
+        lambda wildcards: code_of(*suite_named(wildcards.suite).claimed),
     output:
         tables=CLAIMS.table_files("{suite}"),
         figures=in_report(CLAIMS, "Claims"),
@@ -65,6 +67,7 @@ rule benchmark_report:
     input:
         lambda wildcards: suite_named(wildcards.suite).metric_files(wildcards.benchmark),
         lambda wildcards: suite_named(wildcards.suite).output_files(wildcards.benchmark),
+        local(artifacts.page_files()),
     output:
         "results/{suite}/{benchmark}.html",
     log:
@@ -84,6 +87,7 @@ rule report:
     input:
         suite_metrics,
         suite_tables,
+        local(artifacts.page_files()),
     output:
         report(
             "results/{suite}/report.html",

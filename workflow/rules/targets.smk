@@ -39,18 +39,6 @@ rule check:
         "python -m benchmarks check --suite {params.suite} 2>&1 | tee {log:q}"
 
 
-rule stale:
-    log:
-        "results/logs/stale.txt",
-    localrule: True
-    conda:
-        ENVIRONMENT
-    message:
-        "List results of other versions of their benchmarks"
-    shell:
-        "python -m benchmarks stale 2>&1 | tee {log:q}"
-
-
 # one target per benchmark: `snakemake glue`, `snakemake speed`
 for name in suites.benchmark_names():
 
@@ -89,6 +77,6 @@ for name, item in paper_items.load_paper_items().items():
                 name
             input:
                 paper_items.paper_files(SUITE, name)
-                or not_here(name, paper_items.shown_benchmarks(item)),
+                or not_here(name, paper_items.item_benchmarks(item)),
             message:
                 "The paper's table or figure is up to date: {input}"

@@ -14,7 +14,6 @@ REFERENCE = ROOT / "results" / "reference"
 RESULTS = Path("results")
 RUNS = RESULTS / "runs"
 LOCK, LOG = ".lock", "log.txt"  # in a run's folder
-ORIGIN = "origin.json"  # there: who ran it, where it was not run here
 PARTITIONS = Path("resources/partitions")
 PACKAGES = Path("resources/packages")
 MODELS = Path("resources/models")

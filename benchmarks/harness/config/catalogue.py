@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.config.schema import Number, Positive, Strict, Whole, left_out, read
-from benchmarks.harness.config.shapes import Shape
+from benchmarks.harness.config.yaml import Count, Number, Positive, Strict, Whole, left_out, read
 
 _NEEDS = (
     ("package", "path"),
@@ -53,16 +52,38 @@ class ModelSource(Strict):
             self.need_together(key, other)
 
 
+class Shape(Strict):
+    """The size of a transformer."""
+
+    width: Count
+    """Of the residual stream: `hidden_size` of transformers."""
+    layers: Count
+    """Transformer blocks."""
+    neurons: Count
+    """Of one FFN: `intermediate_size`. N has to divide it."""
+    gated: bool = False
+    """An FFN has three matrices (SwiGLU) instead of two."""
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of parameters in the blocks, about the number by which a token is multiplied.
+
+        >>> round(Shape(width=4096, layers=32, neurons=11008, gated=True).parameters / 1e9, 2)
+        6.48
+        """
+        return self.layers * self.width * (4 * self.width + (3 if self.gated else 2) * self.neurons)
+
+
 class ModelEntry(ModelSource):
     """One model of ``models.yaml``."""
 
     title: str
     """Label in tables."""
     shape: Shape | None = left_out()
-    """Its sizes, by which `plan` knows what its runs take; left out: those of `config`, else `plan` says that they are unknown."""
+    """Its size, which N is checked against and `status` estimates by; it shapes no run."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """The ``model`` part of a run's spec; title and shape shape no number."""
+        """Make the ``model`` part of a run's spec, without title and shape, which change no number."""
         return {"name": name, **self.model_dump(exclude={"title", "shape"})}
 
 
@@ -70,9 +91,6 @@ class ModelFile(Strict):
     """Models that benchmarks may name."""
 
     models: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9._-]*$")], ModelEntry]
-
-
-Judged = Literal["exact", "measured", "shown"]
 
 
 class Metric(Strict):
@@ -90,10 +108,12 @@ class Metric(Strict):
     """Which is better."""
     decimals: Whole
     """Decimals of the printed number."""
-    judged: Judged = "shown"
-    """How `make check` compares it on another machine: `exact` has to be equal, `measured` may differ by as much as it was seen to; `shown` decides nothing (times, memory)."""
+    tolerance: Annotated[float, Field(ge=0)] | None = None
+    """Largest difference, as stored, that `make check` accepts between two machines; null: not compared (times)."""
     equivalence_margin: Positive | None = None
-    """Largest difference between two methods, as stored, at which they are practically equal; claims are tested against it."""
+    """Largest difference between two methods, as stored, at which they are practically equal; claims are tested against
+    it.
+    """
 
 
 class MetricFile(Strict):
@@ -104,24 +124,24 @@ class MetricFile(Strict):
 
 @functools.cache
 def load_models() -> dict[str, ModelEntry]:
-    """The models that benchmarks may name, by name: ``benchmarks/models.yaml``.
+    """Load the models that benchmarks may name, by name: ``benchmarks/models.yaml``.
 
     Raises:
-        DefinitionError: the file is wrong; names the key and the nearest valid value.
+        DefinitionError: The file is wrong; names the key and the nearest valid value.
     """
     return read(BENCHMARKS / "models.yaml", ModelFile).models
 
 
 def model_names(modality: str | None) -> list[str]:
-    """The models that are for one thing; None is text classification."""
+    """Return the models for one modality; None is text classification."""
     return [name for name, model in load_models().items() if model.modality == modality]
 
 
 @functools.cache
 def load_metrics() -> dict[str, Metric]:
-    """Label, unit, direction, decimals and kind of every metric, by name: ``benchmarks/metrics.yaml``.
+    """Load label, unit, direction, decimals and kind of every metric, by name: ``benchmarks/metrics.yaml``.
 
     Raises:
-        DefinitionError: the file is wrong; names the key and the nearest valid value.
+        DefinitionError: The file is wrong; names the key and the nearest valid value.
     """
     return read(BENCHMARKS / "metrics.yaml", MetricFile).metrics

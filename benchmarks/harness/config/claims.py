@@ -11,9 +11,9 @@ from pydantic import Field
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS
+from benchmarks.harness.config.benchmark import AnyBenchmark, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
-from benchmarks.harness.config.definition import AnyBenchmark, benchmark_names, load_benchmark
-from benchmarks.harness.config.schema import Key, Names, Number, Strict, check_names, left_out, read
+from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, left_out, read
 
 _FILE = "claims.yaml"
 
@@ -43,8 +43,8 @@ class Comparison(Strict):
     metric: str
     """Name in metrics.yaml."""
     direction: Literal["higher", "lower", "same", "not_lower", "equal", "near"]
-    """What is claimed of the method's number: higher or lower (paired t-test), the same up to the metric's margin (two one-sided t-tests), not lower by more than that (one of them), equal
-    (exactly), or a ratio near 1 or below (interval)."""
+    """The claim on the method's number: `higher` or `lower` (paired t-test), the `same` or `not_lower` (interval within the metric's margin, or above its lower end), `equal` (counts), a ratio
+    `near` 1 or below (range within the margin)."""
     selection: str | None = left_out()
     """What chose epoch and hyper-parameters, where a benchmark reports several selections."""
     models: Names | None = left_out()
@@ -54,8 +54,7 @@ class Comparison(Strict):
     tunings: Names | None = left_out()
     """Only these ways of tuning, of instruction tuning."""
     settings: Names | Literal["all"] | None = left_out()
-    """Settings of a method that runs with several (`[D0.8]`), or `all` of them, each by itself: the claim is of every one, and the one that is furthest from it counts. Left out: the
-    method as it stands in main tables."""
+    """Settings of a method that runs with several (`[D0.8]`), or `all` of them: a pair's numbers are averaged over them. Left out: the method as in main tables."""
 
 
 class ClaimTest(Strict):
@@ -141,10 +140,6 @@ def check_comparison(compare: Comparison, file: Path, at: str) -> None:
                 f"{file}: '{at}.settings' is for rows with several settings; '{compare.method}' has one"
             )
         known("settings", compare.settings if isinstance(compare.settings, list) else (), settings)
-        if compare.direction not in ("higher", "lower") and (compare.settings == "all" or len(compare.settings) > 1):
-            raise DefinitionError(
-                f"{file}: '{at}.settings' must be a single one where the direction is '{compare.direction}'"
-            )
     if domain.selections and compare.selection is None:
         options = ", ".join(domain.selections)
         raise DefinitionError(f"{file}: '{at}' needs the key 'selection'; choose from {options}")

@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.config.schema import Count, Positive, Strict, left_out
-
-
-class SetSize(Strict):
-    """How large a set is, by which `plan` knows what its runs take; it shapes no run."""
-
-    row_bytes: Positive | None = left_out()
-    """Bytes of a row's text, on average; left out where they are not known: `plan` then takes rows to be as long as they may be."""
-    megabytes: Positive | None = left_out()
-    """Of the whole set, unpacked; left out where that is not known."""
+from benchmarks.harness.config.yaml import Count, Strict
 
 
 class PublishedRows(Strict):

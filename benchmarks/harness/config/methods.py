@@ -1,76 +1,478 @@
-"""The methods of a suite, and one method as a run's spec has it."""
+"""Methods, which are data: their settings, tunings and plugins, and the part of a run's spec that they make."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, TypeVar
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from benchmarks.harness.base.errors import DefinitionError
+from pydantic import Field, create_model
+
+from benchmarks.harness.base.errors import DefinitionError, first_line
+from benchmarks.harness.base.paths import BENCHMARKS, ROOT
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.kinds import Benchmark
-from benchmarks.harness.config.method_rows import check_rows, method_config, resolve_methods
-from benchmarks.harness.config.schema import Strict, check_names, parse
-from benchmarks.harness.config.shared import Entry, LoRA, Method, TrainingDefinition, TrainingSettings
-from benchmarks.harness.config.tunings import needs_layers, tuning_spec
-from benchmarks.harness.config.variants import variant_of
-from benchmarks.harness.config.workload import shape_of_model
-from emoe.errors import nearest_divisor
+from benchmarks.harness.config.yaml import (
+    AS_GIVEN,
+    AsGiven,
+    Count,
+    Counts,
+    Key,
+    Names,
+    NotNegative,
+    Positive,
+    Rate,
+    Registered,
+    Share,
+    Shares,
+    Strict,
+    left_out,
+    parse,
+    read,
+    read_yaml,
+)
+from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
+from emoe.errors import ConfigError, did_you_mean, nearest_divisor
+from emoe.layer_numbers import resolve_layers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Parameters = Callable[["nn.Module", Any], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Define one way of tuning.
+
+    Attributes:
+        parameters: gives the names of the parameters of a model that are trained; it is called with the model,
+            converted and
+            with its adapters, and the ``layers`` of the method.
+        needs_layers: True if a method with this tuning must give ``layers``; else the function gets ``None``.
+    """
+
+    parameters: Parameters
+    needs_layers: bool
+
+
+TUNINGS: dict[str, Tuning] = {}
+
+
+def register_tuning(name: str, parameters: Parameters, *, needs_layers: bool = False) -> None:
+    """Add a way of tuning, so that ``tune: name`` takes it (``docs/adding.md`` has a whole one).
+
+    >>> register_tuning("norms", lambda model, layers: [name for name, _ in model.named_parameters() if "norm" in name])
+    >>> del TUNINGS["norms"]
+
+    Args:
+        name: The name in YAML, and of the group of parameters in a run's record.
+        parameters: See :class:`Tuning`.
+        needs_layers: See :class:`Tuning`.
+
+    Raises:
+        DefinitionError: The name or the function is none.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise DefinitionError(f"register_tuning: {name!r} is no name; write one like 'my_tuning'")
+    if not callable(parameters):
+        raise DefinitionError(f"register_tuning('{name}'): {parameters!r} is no function of a model and layers")
+    TUNINGS[name] = Tuning(parameters, needs_layers)
+
+
+def needs_layers(name: str | None) -> bool:
+    """Return True if a way of tuning must be given layers; False for None."""
+    return name in TUNINGS and TUNINGS[name].needs_layers
+
+
+def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict[str, Any]:
+    """Make the ``tune`` part of a run's spec.
+
+    Args:
+        name: The way of tuning; None if only adapters, head and routers are trained.
+        layers: The layers of the method.
+        also: Further modules to train, by the last part of their name.
+    """
+    if name is None or name == "blocks":  # which has a key of its own
+        return {"blocks": layers if name else [], "also": list(also)}
+    found = {"blocks": [], "also": list(also), "tuning": name}
+    return found | ({"layers": layers} if needs_layers(name) else {})
+
+
+def is_below(name: str, modules: Iterable[str]) -> bool:
+    """Return True if a parameter belongs to one of the modules, which are given by their paths."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
+    """Return the parameters of the transformer blocks whose FFNs are named."""
+    from emoe.architectures import find_ffns  # needs PyTorch, and ways of tuning are named where nothing is trained
+
+    ffns = find_ffns(model)
+    blocks = [block_of(ffns[layer].name) for layer in resolve_layers(layers, len(ffns))]
+    return [name for name, _ in model.named_parameters() if is_below(name, blocks)]
+
+
+def block_of(ffn: str) -> str:
+    """Return the path of the block of an FFN: its own up to the last number."""
+    parts = ffn.split(".")
+    last = max(place for place, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[: last + 1])
+
+
+register_tuning("blocks", _block_parameters, needs_layers=True)
+# letter by setting: N experts, k as a share of them, converted layers, share of the training rows (data), times the
+# usual epochs
+_LETTERS = {"num_experts": "N", "top_k_fraction": "k", "layers": "L", "train_share": "D", "epochs_factor": "E"}
+_WORDS = {"N": "N {}", "k": "k/N {}", "L": "layers {}", "D": "{:g} % of the rows", "E": "{} times the epochs"}
+
+
+def variant_of(varied: Mapping[str, Any]) -> str:
+    """Name the variant of some settings.
+
+    >>> variant_of({"num_experts": 16, "top_k_fraction": 0.25, "layers": [3, 5]})
+    'N16-k0.25-L3+5'
+    """
+    values = {
+        key: "+".join(map(str, v)) if isinstance(v, list) else f"{v:g}" if isinstance(v, float) else str(v)
+        for key, v in varied.items()
+    }
+    return "-".join(f"{_LETTERS[key]}{value}" for key, value in values.items())
+
+
+def setting_values(variant: str) -> dict[str, str]:
+    """Return the values of a variant by letter.
+
+    >>> setting_values("N16-L-1")
+    {'N': '16', 'L': '-1'}
+    """
+    return dict(re.findall(rf"(?:^|-)([{''.join(_WORDS)}])(.*?)(?=-[{''.join(_WORDS)}]|$)", variant))
+
+
+def setting_text(variant: str) -> str:
+    """Describe a variant in words.
+
+    >>> setting_text("N32-k0.5-D0.8")
+    'N 32, k/N 0.5, 80 % of the rows'
+    """
+    values = setting_values(variant)
+    return ", ".join(_WORDS[key].format(float(value) * 100 if key == "D" else value) for key, value in values.items())
+
+
+def without(variant: str, usual: Collection[str]) -> str:
+    """Remove the usual settings from a variant.
+
+    >>> without("k0.5-L22", ["L22"])
+    'k0.5'
+    """
+    return "-".join(f"{key}{value}" for key, value in setting_values(variant).items() if f"{key}{value}" not in usual)
+
+
+KEY = "frozen_layers"
+
+
+def check_frozen(training: Mapping[str, Any], method: Mapping[str, Any], where: str) -> None:
+    """Check that a method converts and trains nothing below the frozen layers.
+
+    What hangs on the number of the model's layers (``last:2``, ``-1``) is checked when the model is there.
+
+    Args:
+        training: The training settings of the run's spec.
+        method: The method of the run's spec.
+        where: The file and the keys, for messages.
+
+    Raises:
+        DefinitionError: The method uses a frozen layer.
+    """
+    frozen = training.get(KEY) or 0
+    named = f"{where}': method '{method['name']}'"
+    for part, verb in ((method["config"] or {}, "converts"), (method["tune"] or {}, "trains")):
+        for key in ("layers", "blocks"):
+            lowest = _lowest(part[key]) if part.get(key) else None
+            if lowest is not None:
+                refuse_below(frozen, lowest, f"{named} {verb}")
+
+
+def refuse_below(frozen: int, lowest: int, what: str) -> None:
+    """Refuse a layer that is frozen.
+
+    Args:
+        frozen: The number of frozen layers.
+        lowest: The lowest layer that is used.
+        what: The beginning of the message.
+
+    Raises:
+        DefinitionError: The layer is frozen.
+    """
+    if lowest < frozen:
+        raise DefinitionError(
+            f"{what} layer {lowest}, but training.{KEY} is {frozen}: layers 0 to {frozen - 1} stay as they are. "
+            f"Freeze fewer, or take layers from {frozen} on"
+        )
+
+
+def _lowest(layers: Any) -> int | None:
+    """Return the lowest of some layers; None if it depends on the number of layers."""
+    if not isinstance(layers, str):
+        return None if min(layers) < 0 else int(min(layers))
+    if layers == "all":
+        return 0
+    match = re.fullmatch(r"(\d*):-?\d*(:\d*)?", layers)
+    return int(match[1] or 0) if match else None
+
+
+Layers = str | Annotated[list[int], Field(min_length=1)]
+CONTROL, ABLATION = "control", "ablation"
+Role = Literal["baseline", "method", "control", "ablation"]
+# bounds of numbers: their names in a configuration, and pydantic's
+_BOUNDS = {"minimum": "ge", "maximum": "le", "exclusiveMinimum": "gt", "exclusiveMaximum": "lt"}
+
+
+def _config_fields() -> dict[str, Any]:
+    """Return every field of the two configurations; a method may omit each."""
+    fields: dict[str, Any] = {}
+    for config in (GMoEConfig, EMoEConfig):
+        hints, descriptions = typing.get_type_hints(config), _field_descriptions(config)
+        for field in dataclasses.fields(config):
+            bounds = {_BOUNDS[bound]: value for bound, value in field.metadata.items()}
+            hint: Any = hints[field.name]
+            if field.name == "router":
+                hint = Annotated[str, Registered(ROUTERS)]
+            elif float in (hint, *typing.get_args(hint)):
+                number: Any = Annotated[float, Field(**bounds), AS_GIVEN]
+                hint, bounds = number | None if type(None) in typing.get_args(hint) else number, {}
+            fields[field.name] = (hint, Field(None, description=descriptions[field.name], **bounds))
+    return {name: field for name, field in fields.items() if name not in ("version", "layers", "partition_seed")}
+
+
+def _field_descriptions(config: type) -> dict[str, str]:
+    """Read the descriptions of a dataclass's fields from its docstring and those of its bases."""
+    descriptions = {}
+    for cls in reversed(config.__mro__):
+        _, _, attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n        .*)*)", attributes, re.MULTILINE):
+            descriptions[name] = re.sub(r":\w+:`([^`]*)`", r"\1", " ".join(text.split())).replace("``", "'")
+    return descriptions
+
+
+if TYPE_CHECKING:
+    _ConfigFields = AsGiven
+else:
+    _ConfigFields = create_model("_ConfigFields", __base__=AsGiven, **_config_fields())
+
+
+class MethodSettings(_ConfigFields):
+    """Settings of a method; beside these keys it takes every field of EMoEConfig and GMoEConfig."""
+
+    title: str = left_out()
+    """Label in tables and figures."""
+    role: Role = left_out()
+    """What the row is there for. An ablation stands in no table but those of `ablations`, each of its settings as a row
+    of its own.
+    """
+    noise: NotNegative = left_out()
+    """Intensity of noisy tuning; 0 for none."""
+    tune: Annotated[str, Registered(TUNINGS)] | None = None
+    """A registered way of tuning: what is trained beside adapters (where training.lora has any), head and routers,
+    instead of everything.
+    `blocks` are the transformer blocks whose FFNs `layers` names."""
+    also_train: Names | None = None
+    """With LoRA or `tune`: further modules to train, by the last part of their name (the authors' pooler and ln_f)."""
+    as_published: Literal["tutel", "llama"] | None = None
+    """Take the authors' own settings (of their Tutel layer, or of their Llama block mask) for every field that is not
+    given.
+    """
+    top_k_fraction: Share | None = None
+    """top_k as a share of num_experts."""
+    layers: Layers | None = None
+    """Which FFNs are converted: a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice."""
+    partition_seed: int | Literal["run"] | None = None
+    """Seed of the partition; `run` takes the run's own seed."""
+
+
+class Method(MethodSettings):
+    """What a method is: a title, a kind, and settings."""
+
+    title: str
+    """Label in tables and figures."""
+    kind: Literal["dense", "emoe", "gmoe"]
+    """Which model is built: the dense one, EMoE, or GMoE."""
+    role: Role = "method"
+    """What the row is there for."""
+    noise: NotNegative = 0.0
+    """Intensity of noisy tuning; 0 for none."""
+
+    def config_values(self) -> dict[str, Any]:
+        """Return the given fields of a configuration; ``partition_seed`` may be ``run``."""
+        own = {"title", "role", "kind", "noise", "top_k_fraction", "as_published", "tune", "also_train"}
+        return {name: value for name, value in self.given().items() if name not in own}
+
+
+class MethodRow(MethodSettings):
+    """A method of methods.yaml as a benchmark compares it, with what differs from there."""
+
+    method: str | None = None
+    """Its name in methods.yaml, where the row has another."""
+
+
+class MethodDefaults(Strict):
+    """What methods take that leave it open, by their kind."""
+
+    dense: MethodSettings = MethodSettings()
+    """Of dense models."""
+    emoe: MethodSettings = MethodSettings()
+    """Of EMoE."""
+    gmoe: MethodSettings = MethodSettings()
+    """Of GMoE."""
+
+
+class LoRA(Strict):
+    """Low-rank adapters, by peft."""
+
+    rank: Count
+    """r, the rank."""
+    alpha: Positive
+    """The scale is alpha / rank."""
+    dropout: Rate
+    """Dropout before an adapter."""
+    targets: Annotated[dict[str, Names], Field(min_length=1)]
+    """Names of the adapted layers, by the model's type."""
+    base_lr_ratio: Positive = 0.1
+    """Learning rate of what is trained beside adapters and head, as a share of theirs."""
+
+
+class VariantAxes(Strict):
+    """Lists of method settings, which become part of the method's variant."""
+
+    num_experts: Counts | None = left_out()
+    """Values of num_experts to try."""
+    top_k_fraction: Shares | None = left_out()
+    """Values of top_k_fraction to try."""
+    layers: Annotated[list[Layers], Field(min_length=1)] | None = left_out()
+    """Values of layers to try."""
+
+
+Plugins = list[Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*([.][A-Za-z_][A-Za-z0-9_]*)*$")]]
+
+
+class _PluginsOnly(Strict):
+    plugins: Plugins
+
+
+def import_plugins() -> None:
+    """Import the plugins, so that this process knows the names that they register.
+
+    Raises:
+        DefinitionError: A plugin cannot be imported; names the nearest module that exists.
+    """
+    file = BENCHMARKS / "methods.yaml"
+    content = read_yaml(file)
+    given = content.get("plugins", []) if isinstance(content, dict) else []
+    # the methods are checked when the plugins are there: they may name what those register
+    plugins = parse({"plugins": given}, _PluginsOnly, str(file)).plugins
+    if plugins and str(ROOT) not in sys.path:  # a job may have another working directory
+        sys.path.append(str(ROOT))
+    for name in plugins:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            near = did_you_mean(name, _siblings(name)) if name.startswith(str(error.name)) else f": {error}"
+            raise DefinitionError(f"{file}: 'plugins' names '{name}', which cannot be imported{near}") from error
+        except Exception as error:  # a module may raise anything
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise DefinitionError(f"{file}: 'plugins' names '{name}', which cannot be imported: {reason}") from error
+
+
+def _siblings(name: str) -> Iterator[str]:
+    """Return the modules beside the one that was looked for, below the project's folder."""
+    parent = name.rpartition(".")[0]
+    for module in pkgutil.iter_modules([str(ROOT / parent.replace(".", "/"))]):
+        yield f"{parent}.{module.name}" if parent else module.name
+
+
+# one setting in two forms
+_CHOSEN = {"top_k", "top_k_fraction"}
+
+
+class MethodFile(Strict):
+    """What methods are; a method is data, not code."""
+
+    plugins: Plugins = Field([])
+    """Python modules that register routers (emoe.register_router) or tunings (register_tuning); every process of the
+    suite imports them.
+    """
+    methods: dict[Key, Method]
+    """The methods, by name."""
+
+
+@functools.cache
+def load_methods() -> dict[str, Method]:
+    """Load the methods of ``benchmarks/methods.yaml``, after its plugins are imported.
+
+    Raises:
+        DefinitionError: A plugin, key or value does not exist.
+    """
+    import_plugins()
+    return read(BENCHMARKS / "methods.yaml", MethodFile).methods
+
+
+def stack_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge settings; a later layer overrides an earlier one."""
+    found: dict[str, Any] = {}
+    for layer in layers:
+        replaced = _CHOSEN if _CHOSEN & set(layer) else set()
+        found = {key: value for key, value in found.items() if key not in replaced} | dict(layer)
+    return found
+
+
+def method_config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
+    """Make the full configuration of an EMoE or GMoE with all its defaults; None for a dense model.
+
+    Args:
+        method: The settings of the method.
+        seed: The seed of the run.
+        where: The file and the key, for messages.
+
+    Raises:
+        DefinitionError: Settings do not go together.
+    """
+    values = method.config_values()
+    if method.top_k_fraction is not None and "top_k" in values:
+        raise DefinitionError(f"{where} sets both top_k and top_k_fraction; keep one")
+    if method.kind == "dense":
+        known = {"also_train", "kind", "noise", "role", "title", "top_k_fraction", "tune"}
+        extra = sorted(set(method.given()) - known - ({"layers"} if needs_layers(method.tune) else set()))
+        if extra:
+            raise DefinitionError(f"{where} is dense and takes no '{extra[0]}'")
+        return None
+    if method.top_k_fraction is not None:
+        share = method.top_k_fraction * values.get("num_experts", 1)
+        if share != int(share) or share < 1:
+            raise DefinitionError(
+                f"{where}: top_k_fraction {method.top_k_fraction} of {values.get('num_experts')} experts is "
+                f"{share:g}, not a whole number"
+            )
+        values["top_k"] = int(share)
+    if values.get("partition_seed") == "run":
+        values["partition_seed"] = seed
+    config: type[EMoEConfig] | type[GMoEConfig] = EMoEConfig if method.kind == "emoe" else GMoEConfig
+    try:
+        if method.as_published:
+            return config.as_published(method.as_published, **values).to_dict()
+        return config(**values).to_dict()
+    except ConfigError as error:
+        raise DefinitionError(f"{where}: {error}") from error
+
 
 VARIANT_KEYS = ("num_experts", "top_k_fraction", "layers")
 OF_TRAINING = ("train_share", "epochs_factor")  # settings that are no method's, but vary a row all the same
-Changed = TypeVar("Changed", bound=Strict)
-Settings = TypeVar("Settings", bound=TrainingSettings)
-
-
-def suite_methods(benchmark: Benchmark[TrainingDefinition, Entry], suite: str) -> dict[str, Method]:
-    """The benchmark's methods as the suite compares them, by name.
-
-    Raises:
-        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not have.
-    """
-    check_rows(benchmark.definition, str(benchmark.file))
-    return resolve_methods(benchmark.definition, suite)
-
-
-def with_changes(
-    entries: Mapping[str, Changed], changes: Mapping[str, Mapping[str, Any]], key: str, where: str
-) -> dict[str, Changed]:
-    """Named entries of a benchmark's file, with a suite's own settings on top.
-
-    Args:
-        entries: of the file.
-        changes: what the suite says, by the name of an entry.
-        key: under which both stand.
-        where: the file, and the keys before that of the suite's.
-
-    Raises:
-        DefinitionError: the suite names an entry that does not exist, or a setting that it does not have.
-    """
-    check_names(where, key, list(changes), entries)
-    return {
-        name: parse({**entry.model_dump(), **changes[name]}, type(entry), f"{where}.{key}'", key, name)
-        if name in changes
-        else entry
-        for name, entry in entries.items()
-    }
-
-
-def training_settings(usual: Settings, changes: Strict, model: str, where: str) -> Settings:
-    """The training settings of the runs of a model: the benchmark's, the suite's, the model's own.
-
-    Args:
-        usual: the benchmark's.
-        changes: what the suite says.
-        model: the model's name.
-        where: the file, and the keys that lead to ``by_model``.
-
-    Raises:
-        DefinitionError: settings of a model that does not exist.
-    """
-    found = usual.changed(changes)
-    check_names(where, "by_model", found.by_model, load_models())
-    return found.changed(found.by_model[model]) if model in found.by_model else found
 
 
 def method_spec(
@@ -80,17 +482,17 @@ def method_spec(
     lora: LoRA | None,
     where: str,
 ) -> dict[str, Any]:
-    """The ``method`` part of a run's spec.
+    """Make the ``method`` part of a run's spec.
 
     Args:
-        methods: what :func:`suite_methods` gave.
-        point: of the grid: the method's name, and perhaps its varied settings.
-        seed: the run's.
+        methods: The methods from :func:`suite_methods`.
+        point: The point of the grid: the method's name, and perhaps its varied settings.
+        seed: The seed of the run.
         lora: ``training.lora`` of the run.
-        where: file and key, for messages.
+        where: The file and the key, for messages.
 
     Raises:
-        DefinitionError: settings that do not go together.
+        DefinitionError: Settings do not go together.
     """
     base = methods[point["method"]]
     # a dense model has no experts to vary: it is one run for all variants, but for the blocks that it trains
@@ -110,26 +512,19 @@ def method_spec(
     }
 
 
-@functools.cache
-def _nearest(model: str, num_experts: int) -> tuple[int, int] | None:
-    """The neurons of a model's FFN and the nearest N, where they cannot be split into so many; once a process, not once a run."""
-    shape = shape_of_model(load_models()[model].spec(model))
-    if shape is None or shape.neurons % num_experts == 0:
-        return None
-    return shape.neurons, nearest_divisor(shape.neurons, num_experts)
-
-
 def _check_divisible(model: str, num_experts: int, where: str) -> None:
-    """See that experts are of equal size, as far as ``models.yaml`` knows the model's FFNs."""
-    if found := _nearest(model, num_experts):
-        neurons, best = found
+    """Check that experts are of equal size, if ``models.yaml`` has the shape of the model."""
+    shape = load_models()[model].shape
+    if shape and shape.neurons % num_experts:
         raise DefinitionError(
-            f"{where}: num_experts is {num_experts}, but the {neurons} neurons of an FFN of '{model}' cannot be split into so many equal experts; the nearest number that can is {best}"
+            f"{where}: num_experts is {num_experts}, but the {shape.neurons} neurons of an FFN of '{model}' cannot be "
+            "split into so many equal experts; the nearest number that can is "
+            f"{nearest_divisor(shape.neurons, num_experts)}"
         )
 
 
 def _tuned(method: Method, lora: LoRA | None, where: str) -> dict[str, Any] | None:
-    """What is trained beside adapters, head and routers; None where everything is trained."""
+    """Make the ``tune`` part of a run's spec; None if everything is trained."""
     if lora is None and method.tune is None:
         if method.also_train is not None:
             raise DefinitionError(f"{where} sets 'also_train', which needs training.lora or 'tune'")

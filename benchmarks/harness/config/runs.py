@@ -1,32 +1,112 @@
-"""From a benchmark's grid to runs: fully resolved, named by what they are."""
+"""Runs: their specs and ids, their plan, and the jobs that have to finish before them."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.definition import AnyBenchmark, benchmark_names, load_benchmark
-from benchmarks.harness.config.kinds import kind_of
-from emoe.errors import EMoEError, did_you_mean
+from benchmarks.harness.base import paths
+from benchmarks.harness.base.errors import DataError, DefinitionError
+from benchmarks.harness.base.files import read_json
+from benchmarks.harness.config.benchmark import AnyBenchmark, benchmark_names, kind_of, load_benchmark
+from benchmarks.harness.config.catalogue import ModelSource, load_models
+from benchmarks.harness.config.methods import Layers
+from benchmarks.harness.config.yaml import AsGiven, Count, Number, Strict, Whole, left_out
+from benchmarks.harness.sources.packages import PackageFile, packaged
+from emoe.errors import did_you_mean
+
+
+class RunModel(ModelSource):
+    """The model of a run, and in which form its weights are loaded."""
+
+    name: str
+    """Name in models.yaml."""
+    weights: Literal["bf16"] | None = left_out()
+    """Type of the weights, where it is not float32."""
+    quantize: Literal["nf4", "fp4"] | None = left_out()
+    """In 4 bits."""
+    whole: Layers | None = left_out()
+    """The FFNs that stay whole in a quantised model."""
+
+
+class RunTune(AsGiven):
+    """What is trained, where that is not everything."""
+
+    blocks: str | list[int]
+    """The blocks that are trained as a whole."""
+    also: list[str]
+    """Further modules, by the last part of their name."""
+    tuning: str | None = None
+    """Another registered way of tuning."""
+    layers: Layers | None = None
+    """What that is told."""
+    head: bool | None = None
+    """False where the head stays as it is."""
+
+
+class RunMethod(AsGiven):
+    """The method of a run."""
+
+    name: str
+    """The row of the comparison."""
+    variant: str
+    """What of it is varied, short."""
+    noise: Number | None = None
+    """Intensity of noisy tuning."""
+    config: dict[str, Any] | None
+    """The configuration of an EMoE or GMoE; null for a dense model."""
+    tune: RunTune | None = None
+    """What is trained; null for everything."""
+
+
+class RunSpec(Strict):
+    """What shapes a run's numbers; its dump is what is hashed."""
+
+    benchmark: str
+    """Whose run it is."""
+    version: Count
+    """Of the benchmark."""
+    pipeline: str
+    """The module that runs it."""
+    model: RunModel
+    """What is trained or evaluated."""
+    method: RunMethod
+    """How."""
+    learning_rate: Number
+    """Peak learning rate; 0 where nothing is trained."""
+    seed: Whole
+    """The run's seed."""
+
+
+def trained_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the sets that a run is trained on: one, or several of a mixture."""
+    found: list[Mapping[str, Any]] = spec["task"].get("tasks", [spec["task"]])
+    return found
+
+
+def all_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the sets that a run is trained or evaluated on."""
+    return [*trained_sets(spec), *spec["ood"]]
+
 
 _SLUG_LENGTH = 80
 
 
 @dataclass(frozen=True)
 class Run:
-    """One fully resolved run.
+    """Hold one fully resolved run.
 
     Attributes:
-        id: readable slug and eight hex digits of the hash of ``spec``.
-        spec: everything that shapes the numbers, plain values only. The suite is not part of it, so
+        id: A readable slug and eight hex digits of the hash of ``spec``.
+        spec: Everything that shapes the numbers, plain values only. The suite is not part of it, so
             that suites share runs.
-        resources: what the scheduler reserves; shapes no number and is not part of the id.
+        resources: The resources that the scheduler reserves; they shape no number and are not part of the id.
     """
 
     id: str
@@ -39,21 +119,21 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """Folder below ``results/runs``."""
+        """Return the folder below ``results/runs``."""
         return f"{self.benchmark}/{self.id}"
 
     def to_json(self) -> str:
-        """Canonical JSON: what is hashed, written and compared."""
+        """Return canonical JSON: it is hashed, written and compared."""
         return canonical_json(self.spec)
 
 
 def canonical_json(value: object) -> str:
-    """JSON with sorted keys and no spaces."""
+    """Write JSON with sorted keys and no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def run_from_spec(spec: Mapping[str, Any]) -> Run:
-    """Name a spec."""
+    """Make a run of a spec, named by its content."""
     kind = kind_of(spec["benchmark"])
     digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:8]
     parts = [spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], kind.variant(spec), *kind.marks(spec)]
@@ -65,62 +145,49 @@ def run_from_spec(spec: Mapping[str, Any]) -> Run:
 
 
 def slug(text: str) -> str:
-    """The readable part of an id, of all of its parts or of the first."""
+    """Return the readable part of an id."""
     return re.sub(r"[^A-Za-z0-9._+-]", "_", text)[: _SLUG_LENGTH - 9]
 
 
-def read_run(path: Path, *, anywhere: bool = False) -> Run:
+def read_run(path: Path) -> Run:
     """Read a ``run.json``.
 
     Args:
-        path: of the file.
-        anywhere: also in a folder that is not named after its content, such as a copy.
+        path: The path of the file.
 
     Raises:
-        DefinitionError: missing, not JSON, or not the spec that its folder is named after.
+        DefinitionError: The file is missing, or is not the spec that its folder is named after.
+        DataError: The file is no JSON.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
+    if not path.exists():
         raise DefinitionError(
             f"{path} does not exist; the workflow writes it when it runs `{path.parent}/metrics.json`"
-        ) from error
-    run = parse_run(content, str(path))
-    if path.parent.name != run.id and not anywhere:
+        )
+    spec = read_json(path, dict[str, Any])
+    name = spec.get("benchmark")
+    if name not in benchmark_names():
+        raise DefinitionError(
+            f"{path} names the benchmark {name!r}, which is not here{did_you_mean(name, benchmark_names())}"
+        )
+    try:
+        run = run_from_spec(spec)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # a key lacks or has another type
+        raise DefinitionError(f"{path} is no run specification: {error!r}") from error
+    if path.parent.name != run.id:
         raise DefinitionError(f"{path} was changed by hand: its content belongs into a folder named {run.id}")
     return run
 
 
-def parse_run(content: bytes, where: str) -> Run:
-    """Read the content of a ``run.json``, wherever it stands.
-
-    Raises:
-        DefinitionError: not JSON, or no spec of a run; names ``where``.
-    """
-    try:
-        spec = json.loads(content.decode())
-        name = spec["benchmark"]
-        if name not in benchmark_names():
-            raise DefinitionError(
-                f"{where} names the benchmark {name!r}, which is not here{did_you_mean(name, benchmark_names())}"
-            )
-        return run_from_spec(spec)
-    except EMoEError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # what odd content leads to
-        raise DefinitionError(f"{where} is no run specification: {error!r}") from error
-
-
 def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) -> list[Run]:
-    """Every run of a suite, each once, in grid order.
+    """Plan every run of a suite, each once, in grid order.
 
     Args:
-        benchmark_names: whose runs.
-        suite: the suite.
+        benchmark_names: The names of the benchmarks.
+        suite: The suite.
         exclude: OOD sets, image sets and sets of instructions to leave out.
 
     Raises:
-        DefinitionError: a name in a grid that does not exist, or a method that cannot be built.
+        DefinitionError: A name in a grid does not exist, or a method cannot be built.
     """
     planned: dict[str, list[Run]] = {}
 
@@ -141,3 +208,76 @@ def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) 
             yield replace(run_from_spec(spec), resources=kind.resources(suites[suite].resources, spec))
 
     return list({run.id: run for name in benchmark_names for run in runs_of(name)}.values())
+
+
+class Job:
+    """Hold a job whose content is its identity; a frozen dataclass of plain values."""
+
+    def to_json(self) -> str:
+        return canonical_json(dataclasses.asdict(cast(Any, self)))
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class PartitionJob(Job):
+    """Describe the clustering of one layer of a model under one setting, shared by all runs that need it."""
+
+    model: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        layers = "+".join(map(str, self.config["layers"])) if isinstance(self.config["layers"], list) else "layers"
+        return f"{self.model['name']}-N{self.config['num_experts']}-L{layers}-{self.digest}"
+
+    @property
+    def file(self) -> str:
+        """Return the path of the receipt, which names the cached partition by its content."""
+        return str(paths.PARTITIONS / f"{self.id}.json")
+
+
+def partition_jobs(run: Run) -> list[PartitionJob]:
+    """Return the clusterings that a run needs before it starts, one for each layer of its configuration."""
+    config = run.spec["method"]["config"]
+    if config is None or config.get("partition") != "kmeans":
+        return []
+    keys = ("num_experts", "partition", "partition_seed")
+    shared = {"kind": "emoe", "top_k": 1, **{key: config[key] for key in keys}}
+    # how many layers a word such as "all" means is known when the model is loaded
+    layers = [[layer] for layer in config["layers"]] if isinstance(config["layers"], list) else [config["layers"]]
+    return [PartitionJob(run.spec["model"], {**shared, "layers": chosen}) for chosen in layers]
+
+
+def rebuilt_from(name: str) -> PackageFile:
+    """Return the package file of a rebuilt model.
+
+    Raises:
+        DataError: There is no such model.
+    """
+    rebuilt = {model: found.rebuilt for model, found in load_models().items() if found.rebuilt}
+    if name not in rebuilt:
+        raise DataError(f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}")
+    return packaged(rebuilt[name])
+
+
+def model_files(model: Mapping[str, Any]) -> list[str]:
+    """Return the files that the workflow makes before it can load a model."""
+    return [str(paths.MODELS / model["name"] / "model.safetensors")] if "rebuilt" in model else []
+
+
+def set_files(benchmark: str, task: Mapping[str, Any]) -> list[str]:
+    """Return the package files that a set of a benchmark is read from."""
+    return [str(file.path) for file in kind_of(benchmark).package_files(task)]
+
+
+def run_inputs(run: Run) -> list[str]:
+    """List the files beside ``run.json`` that a run needs: data, weights, partitions and those of its kind."""
+    return [
+        *dict.fromkeys(file for task in all_sets(run.spec) for file in set_files(run.benchmark, task)),
+        *model_files(run.spec["model"]),
+        *kind_of(run.benchmark).inputs(run.spec),
+        *(job.file for job in partition_jobs(run)),
+    ]

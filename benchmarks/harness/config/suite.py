@@ -13,25 +13,49 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
 
 from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
+from benchmarks.harness.config.benchmark import benchmark_names, kind_of, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import compared_benchmarks, load_claims
-from benchmarks.harness.config.definition import benchmark_names, load_benchmark
-from benchmarks.harness.config.jobs import Job, PartitionJob, partition_jobs, set_files
-from benchmarks.harness.config.kinds import kind_of
-from benchmarks.harness.config.runs import Run, canonical_json, plan, slug
-from benchmarks.harness.config.schema import check_names, parse, read_yaml
-from benchmarks.harness.config.settings import SuiteSettings
+from benchmarks.harness.config.runs import Job, PartitionJob, Run, canonical_json, partition_jobs, plan, set_files, slug
+from benchmarks.harness.config.yaml import UNIQUE, Strict, check_names, parse, read_yaml
 from benchmarks.harness.sources.local import local_folder, own_file
 from emoe.errors import did_you_mean
 
+
+class SuiteSettings(Strict):
+    """What to run. Every key can also be given on the command line (`--config key=value`)."""
+
+    suite: str
+    """The suite, like the file's name. Its grids stand in benchmarks/<name>/benchmark.yaml under `suites`."""
+    benchmarks: Annotated[list[str], Field(min_length=1), UNIQUE]
+    """Which benchmarks to run, in the order of the report."""
+    exclude: Annotated[list[str], UNIQUE] = Field([])
+    """OOD sets to leave out, by their name in tasks.yaml, for those that you could not obtain. Tables say which sets
+    they cover.
+    """
+    data_root: str | None = None
+    """Folder with data sets, one subfolder each (`source.folder` in tasks.yaml). A set that is not there comes from the
+    hub.
+    """
+    model_root: str | None = None
+    """Folder with models, one subfolder each (the model's name). A model that is not there comes from the hub or its
+    package.
+    """
+    tracking_uri: str | None = None
+    """MLflow's store. Null: the variable MLFLOW_TRACKING_URI, else sqlite:///results/mlflow.db."""
+
+
 AnyJob = TypeVar("AnyJob", bound=Job)
-# Without them glibc gives memory back to the kernel and asks for it again in every step, which a small model pays for with a tenth of its training time.
+# Without them glibc gives memory back to the kernel and asks for it again in every step, which a small model pays for
+# with a tenth of its training time.
 # Of no account where they are set already, or where the C library is another.
 _GLIBC = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
@@ -42,7 +66,7 @@ DEFAULT_TRACKING_URI = "sqlite:///results/mlflow.db"
 
 
 def suite_names() -> list[str]:
-    """The suites that have a file in ``config/``."""
+    """Return the suites that have a file in ``config/``."""
     return sorted(path.stem for path in paths.CONFIG.glob("*.yaml"))
 
 
@@ -53,7 +77,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
         overrides: ``--config`` values; ``suite`` names the file (default ``mini``).
 
     Raises:
-        DefinitionError: no such suite, or a wrong key or value; names the file and the nearest valid one.
+        DefinitionError: There is no such suite, or a key or value is wrong; names the file and the nearest valid one.
     """
     name = overrides.get("suite", "mini")
     if name not in suite_names():
@@ -86,18 +110,18 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
 
 
 def suite_of_job(name: str) -> Suite:
-    """A suite as a job of the workflow sees it: with the command line's values, which reach it by its environment."""
+    """Load a suite in a job of the workflow, with the command line's values from the environment."""
     overrides = json.loads(os.environ.get(paths.OVERRIDES, "{}"))
     return load_suite(overrides if overrides.get("suite", "mini") == name else {"suite": name})
 
 
 def elsewhere(what: str, wanted: Collection[str], here: Suite) -> str:
-    """Say in which suites a target can be had that the given one does not have.
+    """Name the suites that have a target which the given one lacks.
 
     Args:
-        what: the target.
-        wanted: benchmarks, each of which shows it.
-        here: the suite.
+        what: The target.
+        wanted: The benchmarks, each of which shows it.
+        here: The suite.
     """
     ready = ("mini", "mini_full", "smoke")  # on any machine
     names = sorted(suite_names(), key=lambda name: (ready.index(name) if name in ready else len(ready), name))
@@ -111,10 +135,10 @@ def elsewhere(what: str, wanted: Collection[str], here: Suite) -> str:
 
 
 def find_part(benchmark: str, part: str, first: Suite) -> Suite:
-    """The given suite where it runs the part of the benchmark, else the first other one that does.
+    """Return the given suite if it runs the part of the benchmark, else the first other one that does.
 
     Raises:
-        DefinitionError: no suite runs it.
+        DefinitionError: No suite runs it.
     """
     for suite in _suites(first):
         if benchmark in suite.settings.benchmarks and part in suite.parts(benchmark):
@@ -124,12 +148,12 @@ def find_part(benchmark: str, part: str, first: Suite) -> Suite:
 
 @dataclass(frozen=True)
 class Suite:
-    """One suite.
+    """Hold one suite.
 
     Attributes:
         name: ``smoke``, ``mini``, …
-        settings: the checked configuration.
-        overrides: what of it the command line said.
+        settings: The checked configuration.
+        overrides: The values of the command line.
     """
 
     name: str
@@ -138,7 +162,7 @@ class Suite:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """Every run, each once, in the order of the grids."""
+        """Return every run, each once, in the order of the grids."""
         return plan(self.settings.benchmarks, self.name, self.settings.exclude)
 
     @cached_property
@@ -147,15 +171,17 @@ class Suite:
 
     @cached_property
     def partitions(self) -> dict[str, PartitionJob]:
-        """The clusterings that the runs need, by id."""
+        """Return the clusterings that the runs need, by id."""
         return {job.id: job for run in self.runs for job in partition_jobs(run)}
 
     def runs_of(self, benchmark: str, part: str | None = None) -> list[Run]:
-        """The runs of a benchmark, or of one of its parts."""
+        """Return the runs of a benchmark, or of one of its parts."""
         return [run for run in self.runs if run.benchmark == benchmark and part in (None, run.spec["task"]["name"])]
 
     def parts(self, benchmark: str) -> list[str]:
-        """The sets of a benchmark that have tables and figures of their own, and runs in this suite; by its grid, so that nothing is planned."""
+        """Return the sets of a benchmark with tables and figures of their own and runs in this suite, without planning
+        them.
+        """
         loaded = load_benchmark(benchmark)
         if not loaded.kind.shows_parts:
             return []
@@ -164,12 +190,12 @@ class Suite:
         return [name for name in named if name not in self.settings.exclude]
 
     def metric_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
-        """``metrics.json`` of every run, or of one benchmark's, or of one of its parts'."""
+        """Return ``metrics.json`` of every run, of one benchmark's, or of one of its parts'."""
         runs = self.runs if benchmark is None else self.runs_of(benchmark, part)
         return [str(paths.RUNS / run.folder / "metrics.json") for run in runs]
 
     def figure_inputs(self, benchmark: str, part: str | None) -> list[str]:
-        """Files that the figures of a part need beside the runs' numbers."""
+        """Return the files that the figures of a part need beside the runs' numbers."""
         if part is None:
             return []
         kind = kind_of(benchmark)
@@ -179,15 +205,17 @@ class Suite:
 
     @property
     def claimed(self) -> list[str]:
-        """Its benchmarks that claims of the paper are tested on; without any it shows no claims."""
+        """Return its benchmarks that claims of the paper are tested on."""
         return compared_benchmarks(self.settings.benchmarks)
 
     def claim_files(self) -> list[str]:
-        """The table of claims and its figure."""
+        """Return the files of the table of claims and its figure."""
         return [*CLAIMS.table_files(self.name), *CLAIMS.figure_files(self.name)] if self.claimed else []
 
     def output_files(self, benchmark: str | None = None, part: str | None = None) -> list[str]:
-        """Tables and figures: of every benchmark and of the claims, of one benchmark with its parts, or of one part alone."""
+        """Return tables and figures: of every benchmark and of the claims, of one benchmark with its parts, or of one
+        part.
+        """
         names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
         shown = [
             artifacts_of(name, found) for name in names for found in (None, *self.parts(name)) if part in (None, found)
@@ -196,17 +224,19 @@ class Suite:
         return files if benchmark else [*self.claim_files(), *files]
 
     def pages(self, benchmark: str | None = None) -> list[str]:
-        """A page of each benchmark, which is there as soon as its runs are; or that of one."""
+        """Return the page of each benchmark, or of one."""
         names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
         return [str(paths.RESULTS / self.name / f"{name}.html") for name in names]
 
     @property
     def tracking_uri(self) -> str:
-        """Where MLflow is: the configuration, else ``MLFLOW_TRACKING_URI``, else SQLite below ``results/``."""
+        """Return MLflow's store: the configuration, else ``MLFLOW_TRACKING_URI``, else SQLite below ``results/``."""
         return self.settings.tracking_uri or os.environ.get(paths.TRACKING_URI) or DEFAULT_TRACKING_URI
 
     def digest(self, benchmark: str, part: str | None = None) -> str:
-        """Hash of everything that shapes the tables of a benchmark or of a part beside its runs' numbers; comments do not count."""
+        """Hash everything that shapes the tables of a benchmark or of a part beside its runs' numbers; comments do not
+        count.
+        """
         loaded = load_benchmark(benchmark)
         definition, runs = loaded.definition, self.runs_of(benchmark, part)
         published = [(loaded.folder / name).read_text() for name in loaded.kind.published_files(definition)]
@@ -215,7 +245,7 @@ class Suite:
             # of its suites only what the report says of this one: their grids are in the runs
             definition.model_dump(exclude={"suites"}),
             definition.suites[self.name].note if self.name in definition.suites else None,
-            {name: task.model_dump(exclude={"size"}) for name, task in loaded.tasks.items()},
+            {name: task.model_dump() for name, task in loaded.tasks.items()},
             {name: metric.model_dump() for name, metric in load_metrics().items()},
             {  # of the models that it shows
                 name: model.title
@@ -228,13 +258,13 @@ class Suite:
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
 
     def claims_digest(self) -> str:
-        """Hash of everything that shapes the table of claims beside its runs' numbers; comments do not count."""
+        """Hash everything that shapes the table of claims beside its runs' numbers; comments do not count."""
         claims = {name: claim.model_dump() for name, claim in load_claims().items()}
         content = [claims, *(self.digest(name) for name in self.claimed)]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
 
     def environment(self) -> dict[str, str]:
-        """Environment variables for the jobs, which use this interpreter whether or not its environment is active."""
+        """Return environment variables for the jobs, which use this interpreter even if its environment is not active."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         found = {
             "PATH": path,
@@ -255,7 +285,7 @@ class Suite:
 
     @property
     def by_size(self) -> list[str]:
-        """All benchmarks, those of the suite first, with the fewest runs before the others."""
+        """Return all benchmarks, those of the suite first, with the fewest runs before the others."""
         sizes = {name: len(self.runs_of(name)) for name in self.settings.benchmarks}
         return [
             *sorted(sizes, key=lambda name: sizes[name]),
@@ -264,13 +294,13 @@ class Suite:
 
     @property
     def modules(self) -> list[str]:
-        """What its jobs import."""
+        """Return the modules that its jobs import."""
         loaded = [load_benchmark(name) for name in self.settings.benchmarks]
         own = [module for found in loaded for module in (found.definition.pipeline, *found.kind.late_imports)]
-        return [*dict.fromkeys(own), "benchmarks.harness.run.execution", "benchmarks.harness.report.report"]
+        return [*dict.fromkeys(own), "benchmarks.harness.run.execution", "benchmarks.harness.report.page"]
 
     def missing_sets(self) -> list[str]:
-        """Sets that only exist by hand and are not there: said before work starts, because what needs them will fail."""
+        """Return sets that only exist by hand and are missing; runs that need them will fail."""
         used = {
             task["name"]: (run.benchmark, task) for run in self.runs for task in kind_of(run.benchmark).sets(run.spec)
         }
@@ -283,37 +313,22 @@ class Suite:
             and own_file(name) is None
         ]
 
-    @property
-    def blessed_seconds(self) -> dict[str, float]:
-        """What a run of each benchmark took where the suite was blessed; nothing where it was not."""
-        try:  # it only makes times better known: `make check` says what is wrong with the file
-            found: dict[str, float] = json.loads((paths.REFERENCE / f"{self.name}.json").read_text()).get("seconds", {})
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
-        return found
-
     def write_plan(self, folders: Collection[str]) -> None:
-        """Write the list of runs that progress lines count, where the work starts, and which machine does it.
+        """Write the list of runs that progress lines count, the start of the work, and the name of the machine.
 
         Args:
-            folders: of the runs that the targets need, below ``results/runs``, those that are there already included.
+            folders: The folders below ``results/runs`` of all runs that the targets need, finished ones included.
         """
-        before = [folder for folder in folders if (paths.RUNS / folder / "metrics.json").exists()]
-        plan = {
-            "host": platform.node(),
-            "started": time.time(),
-            "before": before,
-            "runs": sorted(folders),
-            "expected": self.blessed_seconds,
-        }
+        before = sum((paths.RUNS / folder / "metrics.json").exists() for folder in folders)
+        plan = {"host": platform.node(), "started": time.time(), "before": before, "runs": sorted(folders)}
         write_json(paths.RESULTS / self.name / "plan.json", plan)
 
 
 def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:
-    """The run of a folder below ``results/runs``, in the given suite or in any other.
+    """Find the run of a folder below ``results/runs``, in the given suite or in any other.
 
     Raises:
-        DefinitionError: no suite has such a run; names the nearest.
+        DefinitionError: No suite has such a run; names the nearest.
     """
     for suite in _suites(first):
         if _may_have(suite, folder) and folder in suite.runs_by_folder:
@@ -322,7 +337,7 @@ def find_run(folder: str, first: Suite) -> tuple[Run, Suite]:
 
 
 def _may_have(suite: Suite, folder: str) -> bool:
-    """Whether a suite runs the model that a run's name begins with: to plan its runs takes seconds where there are ten thousand."""
+    """Return True if a suite runs the model that a run's name begins with. Planning ten thousand runs takes seconds."""
     name, _, run = folder.partition("/")
     if name not in suite.settings.benchmarks:
         return False
@@ -335,25 +350,25 @@ def _may_have(suite: Suite, folder: str) -> bool:
 
 
 def find_partition(name: str, first: Suite) -> PartitionJob:
-    """The clustering of that id, in the given suite or in any other.
+    """Find the clustering of an id, in the given suite or in any other.
 
     Raises:
-        DefinitionError: no suite needs such a clustering.
+        DefinitionError: No suite needs such a clustering.
     """
     return find_job(name, first, lambda suite: suite.partitions, "partition")
 
 
 def find_job(name: str, first: Suite, jobs_of: Callable[[Suite], Mapping[str, AnyJob]], word: str) -> AnyJob:
-    """The job of that id, in the given suite or in any other.
+    """Find the job of an id, in the given suite or in any other.
 
     Args:
-        name: the id.
-        first: the suite to look in first.
-        jobs_of: the jobs that a suite needs, by id.
-        word: what such a job is called.
+        name: The id.
+        first: The suite to search first.
+        jobs_of: A function that gives the jobs of a suite, by id.
+        word: The word for such a job.
 
     Raises:
-        DefinitionError: no suite needs it; names the nearest.
+        DefinitionError: No suite needs it; names the nearest.
     """
     for suite in _suites(first):
         if name in jobs_of(suite):
@@ -363,12 +378,12 @@ def find_job(name: str, first: Suite, jobs_of: Callable[[Suite], Mapping[str, An
 
 @functools.cache
 def plain_suite(name: str) -> Suite:
-    """A suite without any value of the command line; planned once a process."""
+    """Load a suite without any value of the command line; it is planned once a process."""
     return load_suite({"suite": name})
 
 
 def _suites(first: Suite) -> Iterator[Suite]:
-    """The given suite, then the others as they are needed, the usual ones first."""
+    """Yield the given suite, then the others as they are needed, the usual ones first."""
     yield first
     usual = ("smoke", "mini", "paper")
     for name in sorted(suite_names(), key=lambda name: (usual.index(name) if name in usual else len(usual), name)):

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.frozen import refuse_below
-from benchmarks.harness.config.tunings import block_of, is_below
+from benchmarks.harness.config.methods import block_of, is_below, refuse_below
 from emoe.architectures import find_ffns
 from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import tensor_digest

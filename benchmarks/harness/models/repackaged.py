@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness.config.jobs import rebuilt_from
+from benchmarks.harness.config.runs import rebuilt_from
 from benchmarks.harness.models import dinov2
 from benchmarks.harness.models.language import unpack_gguf
 from benchmarks.harness.sources.packages import packaged

@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.config.tunings import block_of
-from benchmarks.harness.config.workload import STATES_ROOM
+from benchmarks.harness.config.methods import block_of
 from benchmarks.harness.models.prefix import has_prefix
 from emoe.architectures import find_ffns
+
+STATES_ROOM = 2**29  # bytes of what is kept of one pass for the next
 
 
 class StatesBelow:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.config.tunings import TUNINGS, is_below
+from benchmarks.harness.config.methods import TUNINGS, is_below
 from benchmarks.harness.models.lora import inject_adapters_
 from emoe.errors import did_you_mean
 from emoe.layer import RoutedActivation
@@ -35,7 +35,7 @@ def tune_(
     Args:
         model: a classifier or language model, converted or dense.
         lora: ``training.lora`` of the spec; None adds no adapters.
-        tune: ``method.tune`` of the spec, as :func:`~benchmarks.harness.config.tunings.tuning_spec` makes it; with ``head: false``
+        tune: ``method.tune`` of the spec, as :func:`~benchmarks.harness.config.methods.tuning_spec` makes it; with ``head: false``
             the head stays as it is.
         seed: the run's seed; adapters are the same for all methods.
         frozen: parameters that stay as they are, and whose layers get no adapters.

@@ -1,151 +1,161 @@
-"""The table that a report opens with: what the paper claims, what these runs say, and the verdict."""
+"""Table and figure of the claims: the paper's numbers, the numbers of these runs, and the verdicts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
+from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.config.artifacts import CLAIMS
+from benchmarks.harness.config.benchmark import AnyBenchmark, kind_of, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, load_models
 from benchmarks.harness.config.claims import ClaimTest, Comparison, PaperEffect, load_claims, suites_with
-from benchmarks.harness.config.definition import AnyBenchmark, load_benchmark
-from benchmarks.harness.config.kinds import kind_of
+from benchmarks.harness.config.methods import setting_text
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
-from benchmarks.harness.config.variants import setting_text
+from benchmarks.harness.report.paper import draw_main, main_rows
+from benchmarks.harness.report.plots import STYLE, WIDTH, draw_interval, placeholder_figure, save
 from benchmarks.harness.report.presentation import present
-from benchmarks.harness.report.rendering import MISSING, Column, Table
-from benchmarks.harness.results.evidence import (
-    MOST_PAIRS,
-    Evidence,
-    Verdict,
-    beyond_p,
-    counted,
-    equivalence_p,
-    judge,
-    measured,
-    paired,
-    pairs_needed,
-    summary,
-)
-from benchmarks.harness.results.statistics import SIGNIFICANCE, holm
+from benchmarks.harness.report.table import MISSING, Column, Table
+from benchmarks.harness.results.claims import Evidence, Verdict, find_evidence, is_within, judge
+from benchmarks.harness.results.statistics import holm
 
-PAIRED = ("higher", "lower", "same", "not_lower")  # directions of what is compared pair by pair
+from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
+
 _FEW = 3
-_NUMBERS = ("delta", "low", "high", "deviation", "n", "p", "margin", "equivalence_p", "beyond_p", "effect")
-_TEXTS = ("benchmark", "method", "against", "domain", "metric", "unit", "pair")
+_TESTED = ("higher", "lower")  # the directions that a test decides
+_PAIRED = (*_TESTED, "same", "not_lower")  # the directions that compare pair by pair
+_TEXTS = ("contrast", "benchmark", "method", "against", "domain", "metric", "pair", "equivalent")
+_NUMBERS = ("delta", "low", "high", "n", "p", "margin", "effect")
+_RANDOM_WEIGHTS = (
+    "The models of this suite have random weights: it shows that everything works, and neither its scores nor its "
+    "verdicts mean anything. "
+)
+
+# inches: the width of a column of text, a claim's title, a test, and the space below a panel
+_TITLE, _TEST, _BELOW = 0.22, 0.18, 0.47
+_LEFT, _RIGHT = 0.36, 0.715  # of the width: the edges of the axes
+_REACH = 6.0  # intervals are cut at so many margins, or beyond the means
+_MARKS: dict[Verdict, dict[str, Any]] = {
+    Verdict.SUPPORTED: {"marker": "o", "color": "#0072b2"},
+    Verdict.CONTRADICTED: {"marker": "X", "color": "#d55e00"},
+    Verdict.UNDECIDED: {"marker": "D", "color": "#777777"},
+    Verdict.NO_TEST: {"marker": "D", "color": "#777777", "mfc": "white"},
+}
+_PAPER, _BAND = "#222222", "#dcebf5"
+_PATCH = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+
+
+def write_claims(suite: Suite) -> None:
+    """Write the table and the figure of the claims of a finished suite, and the figure of the main averages."""
+    numbers = claimed_numbers(suite)
+    rows = judged(suite, numbers)
+    folder = paths.RESULTS / suite.name
+    claims_table(suite, rows).write(folder / "tables")
+    draw_claims(rows, folder / "figures" / CLAIMS.name)
+    draw_main(main_rows(numbers), folder / "paper")
 
 
 def claimed_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
-    """The numbers of every benchmark that claims are tested on, in the columns :data:`~benchmarks.harness.report.outcomes.COMPARED`.
+    """Collect the numbers of every benchmark that a claim is tested on.
+
+    Returns:
+        By benchmark, a frame with the columns :data:`~benchmarks.harness.report.common.COMPARED`.
 
     Raises:
         DefinitionError: a run is not finished, or a benchmark has no numbers to compare.
     """
-    return {name: _numbers(suite, name) for name in suite.claimed}
+    numbers = {}
+    for name in suite.claimed:
+        benchmark = load_benchmark(name)
+        numbers[name] = present(benchmark, suite.runs_of(name)).compared()
+        if numbers[name].empty:
+            file = benchmark.folder / "presentation.py"
+            raise DefinitionError(f"{file} gives no 'compared', which claims.yaml needs")
+    return numbers
 
 
 def judged(suite: Suite, numbers: Mapping[str, pd.DataFrame] | None = None) -> pd.DataFrame:
-    """Test every claim on a suite's finished runs.
+    """Test every claim on the finished runs of a suite.
 
     Args:
-        suite: the suite.
-        numbers: what :func:`claimed_numbers` gave; asked for where left out.
+        suite: The suite.
+        numbers: The numbers by benchmark; None to collect them.
 
     Returns:
-        A row a test, in the order of the file: ``claim``, ``claim_title``, ``test``, ``contrast``, ``paper``, ``where``; what was compared (``benchmark``, ``method``, ``against``,
-        ``domain``, ``metric``); the paper's ``effect``, our ``delta``, ``low``, ``high`` and ``margin``, all as they are printed, in ``unit``; ``deviation`` of the
-        pairs' differences, ``n`` and what a ``pair`` is; ``p`` and ``p_holm``; ``equivalence_p`` and ``equivalence_p_holm`` (TOST); ``verdict``, ``equivalent``,
-        ``pairs_needed`` (for the corrected test), ``pairs_needed_alone`` (for a test at 5 %) and ``remark``.
+        A row a test, in the order of ``claims.yaml``: ``claim``, ``claim_title``, ``test``, ``contrast``, ``paper``,
+        ``where``; the comparison (``benchmark``, ``method``, ``against``, ``domain``, ``metric``); the paper's
+        ``effect``, our ``delta``, ``low``, ``high`` and ``margin``, in the ``unit`` of tables; ``n`` and the ``pair``
+        that it counts; ``p``, ``p_holm``, ``verdict``, ``equivalent`` and ``remark``.
 
     Raises:
         DefinitionError: a run is not finished, or a benchmark has no numbers to compare.
     """
     numbers = claimed_numbers(suite) if numbers is None else numbers
-    found = []
+    rows = []
     for name, claim in load_claims().items():
         for test in claim.tests:
-            row: dict[str, Any] = dict.fromkeys(_TEXTS, "") | dict.fromkeys(_NUMBERS, math.nan)
-            row |= {
-                "claim": name,
-                "claim_title": claim.title,
-                "test": test.title,
-                "contrast": "",
-                "where": test.paper.where,
-            }
-            row |= {"paper": _paper_text(test.paper), "unit": test.paper.unit, "compare": test.compare}
-            found.append(row | _tested(test, numbers))
-    return _with_verdicts(pd.DataFrame(found))
-
-
-def _numbers(suite: Suite, name: str) -> pd.DataFrame:
-    benchmark = load_benchmark(name)
-    found = present(benchmark, suite.runs_of(name)).compared()
-    if found.empty:
-        raise DefinitionError(f"{benchmark.folder / 'presentation.py'} gives no 'compared', which claims.yaml needs")
-    return found
+            row: dict[str, Any] = {"claim": name, "claim_title": claim.title, "test": test.title}
+            row |= dict.fromkeys(_TEXTS, "") | dict.fromkeys(_NUMBERS, math.nan)
+            row |= {"paper": _paper_text(test.paper), "where": test.paper.where, "unit": test.paper.unit}
+            rows.append(row | {"compare": test.compare, "evidence": None} | _tested(test, numbers))
+    frame = pd.DataFrame(rows)
+    frame["p_holm"] = holm(frame["p"])
+    return frame.assign(verdict=[_verdict(row).value for row in frame.itertuples()])
 
 
 def _tested(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-    """What of a row depends on runs."""
-    if test.compare is None:
-        return {"evidence": None, "remark": f"not tested in this suite: needs {test.needs}"}
-    compare, benchmark = test.compare, load_benchmark(test.compare.benchmark)
-    metric, domain = load_metrics()[compare.metric], benchmark.kind.compared_domains(benchmark.definition)
-    row: dict[str, Any] = {key: getattr(compare, key) for key in _TEXTS if hasattr(compare, key)}
-    row |= {"contrast": _contrast(compare, benchmark), "pair": domain[compare.domain].pair}
-    row |= {"unit": difference_unit(metric), "margin": (metric.equivalence_margin or math.nan) * metric.scale}
+    """Fill the columns of a row that depend on the comparison and its runs."""
+    compare = test.compare
+    if compare is None:
+        return {"remark": f"not tested in this suite: needs {test.needs}"}
+    benchmark, metric = load_benchmark(compare.benchmark), load_metrics()[compare.metric]
+    margin = metric.equivalence_margin or math.nan
+    row: dict[str, Any] = {name: getattr(compare, name) for name in _TEXTS[1:6]}
+    row |= {
+        "contrast": _contrast(compare, benchmark),
+        "unit": _difference_unit(metric),
+        "margin": margin * metric.scale,
+    }
+    row["pair"] = benchmark.kind.compared_domains(benchmark.definition)[compare.domain].pair
     if test.paper.effect is not None and test.paper.unit == row["unit"]:
         row["effect"] = float(test.paper.effect)
-    evidence = None
-    if compare.benchmark in numbers:
-        by = {"equal": counted, "near": measured}.get(compare.direction, paired)
-        evidence = by(numbers[compare.benchmark], compare)
+    is_run = compare.benchmark in numbers
+    evidence = find_evidence(numbers[compare.benchmark], compare) if is_run else None
     if evidence is None:
-        where = ", ".join(suites_with(compare)) or "no suite"
-        return row | {"evidence": None, "remark": f"not tested in this suite: its runs are in {where}"}
-    scale = metric.scale if compare.direction in PAIRED else 1
-    difference = evidence.difference
+        suites = ", ".join(suites_with(compare)) or "no suite"
+        return row | {"remark": f"not tested in this suite: its runs are in {suites}"}
+    difference, is_paired = evidence.difference, compare.direction in _PAIRED
+    scale = metric.scale if is_paired else 1
     row |= {"delta": difference.mean * scale, "low": difference.low * scale, "high": difference.high * scale}
-    row |= {"deviation": evidence.deviation * scale, "n": difference.n, "p": difference.p}
-    margin = metric.equivalence_margin or math.nan
-    if compare.direction in ("higher", "lower"):
-        row["equivalence_p"] = equivalence_p(difference, evidence.deviation, margin)
-    elif compare.direction in PAIRED:  # what decides is no test of a difference
-        below_only = compare.direction == "not_lower"
-        row["p"] = equivalence_p(difference, evidence.deviation, margin, below_only=below_only)
-        row["beyond_p"] = beyond_p(difference, evidence.deviation, margin, below_only=below_only)
+    row |= {"n": difference.n, "p": difference.p if compare.direction in _TESTED else math.nan}
+    if is_paired and not math.isnan(difference.low):
+        row["equivalent"] = is_within(difference, -margin, margin)
     return row | {"evidence": evidence, "remark": _remark(compare, evidence, row["pair"], benchmark)}
 
 
-def difference_unit(metric: Metric) -> str:
-    """The unit of a difference: points of what is in percent, times of the dense one of ratios."""
+def _verdict(row: Any) -> Verdict:
+    if row.evidence is None:
+        return Verdict.NOT_TESTED
+    margin = load_metrics()[row.metric].equivalence_margin or 0.0
+    return judge(row.compare, row.evidence.difference, row.p_holm, margin)
+
+
+def _difference_unit(metric: Metric) -> str:
+    """Return the unit of a difference: points of a percentage, times of a ratio."""
     if metric.unit == "%":
         return "points"
     return metric.unit if metric.unit not in ("", "M") else metric.label.split(" ")[0].lower()
-
-
-def _with_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with what depends on how many there are: corrected p, verdicts, and pairs that would decide."""
-    tested = int(rows["p"].notna().sum())
-    rows = rows.assign(p_holm=holm(rows["p"]), equivalence_p_holm=holm(rows["equivalence_p"]))
-    found = []
-    for row in rows.itertuples():
-        verdict = Verdict.NOT_TESTED
-        if row.evidence is not None:
-            # against a claim of sameness by Bonferroni's correction, Holm's strictest step
-            verdict = judge(row.compare, row.evidence, row.p_holm, row.margin, min(1.0, row.beyond_p * tested))
-        needed = alone = math.nan
-        if verdict is Verdict.UNDECIDED and row.compare.direction in ("higher", "lower"):
-            needed = pairs_needed(row.effect, row.deviation, SIGNIFICANCE / tested)
-            alone = pairs_needed(row.effect, row.deviation, SIGNIFICANCE)
-        found.append((verdict.value, needed, alone))
-    judged_rows = pd.DataFrame(found, columns=["verdict", "pairs_needed", "pairs_needed_alone"], index=rows.index)
-    equivalent = (rows["equivalence_p_holm"] < SIGNIFICANCE).astype(object).where(rows["equivalence_p"].notna(), "")
-    return rows.join(judged_rows).assign(equivalent=equivalent)
 
 
 def _contrast(compare: Comparison, benchmark: AnyBenchmark) -> str:
@@ -155,8 +165,8 @@ def _contrast(compare: Comparison, benchmark: AnyBenchmark) -> str:
         f"({title})" if "+" in title else title for title in (titles[compare.method], titles[compare.against])
     )
     if compare.settings:
-        every = compare.settings == "all"
-        method += ", every setting" if every else f", {'; '.join(map(setting_text, compare.settings))}"
+        is_all = compare.settings == "all"
+        method += ", all settings" if is_all else f", {'; '.join(map(setting_text, compare.settings))}"
     return f"{method} {joint} {against}"
 
 
@@ -168,64 +178,54 @@ def _paper_text(paper: PaperEffect) -> str:
 
 
 def _remark(compare: Comparison, evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
-    """What the numbers are over, and what they lack."""
+    """Name the models and tasks of a comparison, and the reason if it has no test."""
     known = benchmark.kind.task_titles(benchmark.definition, benchmark.tasks)
     tasks = [known.get(name, name) for name in evidence.tasks]
     models = [load_models()[name].title if name in load_models() else name for name in evidence.models]
-    over = [_listed(models, "models"), _listed(tasks, "tasks")]
-    found = ["; ".join(filter(None, over))]
+    remarks = [_listed(models, "models"), _listed(tasks, "tasks")]
     difference = evidence.difference
-    if compare.direction not in PAIRED:
-        return found[0]
-    if evidence.settings > 1:
-        found.append(f"the furthest from it of {evidence.settings} settings: {setting_text(evidence.setting)}")
-    if evidence.left_out:
-        found.append(f"{counted_noun(evidence.left_out, pair)} left out, which lack a part of it")
-    if math.isnan(difference.p) and math.isfinite(evidence.deviation):
-        found.append("no test: all differences are equal")
-    elif difference.n < 2:
-        found.append(f"no test: {counted_noun(difference.n, pair)}")
-    return "; ".join(filter(None, found))
+    if evidence.incomplete:
+        remarks.append(f"{_counted(evidence.incomplete, pair)} left out, which lack a part of it")
+    if math.isnan(difference.p if compare.direction in _TESTED else difference.low):
+        reason = _counted(difference.n, pair) if difference.n < 2 else "all differences are equal"
+        remarks.append(f"no test: {reason}")
+    return "; ".join(filter(None, remarks))
 
 
 def _listed(names: Sequence[str], noun: str) -> str:
     return ", ".join(names) if len(names) <= _FEW else f"{len(names)} {noun}"
 
 
-def counted_noun(count: int, noun: str) -> str:
-    """A number of things in words."""
+def _counted(count: int, noun: str) -> str:
     return f"{count:g} {noun}{'' if count == 1 else 's'}"
 
 
 def has_random_weights(runs: Sequence[Run]) -> bool:
-    """Whether the models of all these runs have random weights, so that their scores mean nothing."""
+    """Return True if the models of all runs have random weights, so that their scores mean nothing."""
     models = [run.spec["model"] for run in runs if kind_of(run.benchmark).has_models]
     return bool(models) and all({"config", "random"} & set(model) for model in models)
 
 
 def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
-    """Lay out what :func:`judged` found."""
-    tested = int(rows["p"].notna().sum())
-    warning = ""
-    if has_random_weights(suite.runs):
-        warning = "The models of this suite have random weights: it shows that everything works, and neither its scores nor its verdicts mean anything. "
-    first = ~rows["claim"].duplicated()
+    """Lay out the rows of :func:`judged`."""
     frame = rows.drop(columns=["compare", "evidence"]).assign(
-        claim_shown=rows["claim_title"].where(first, ""),
+        claim_shown=rows["claim_title"].where(~rows["claim"].duplicated(), ""),
         test_shown=[": ".join(filter(None, (row.test, row.contrast))) for row in rows.itertuples()],
         n_shown=[_n_text(row) for row in rows.itertuples()],
-        runs_shown=[runs_text(row) for row in rows.itertuples()],
+        runs_shown=[_runs_text(row) for row in rows.itertuples()],
         equal_shown=[_equal_text(row) for row in rows.itertuples()],
-        needed_shown=[_needed_text(row) for row in rows.itertuples()],
     )
     return Table(
         "Claims of the paper",
-        f"{warning}Differences are means over n pairs (a seed's or trial's numbers are averaged over tasks first), with a 95 % confidence interval and a paired t-test (Student's t), p corrected by Holm's "
-        f"procedure over the {tested} tests of this table. Supported or contradicted: corrected p below 5 %, in the claimed direction or the other. Of a claim that two numbers are the same, or that one is not lower, p is that of two one-sided t-tests against the margin, or of one, and it is contradicted where a test says that "
-        "the difference is beyond the margin. A claim of every setting of a method is tested on the setting furthest from it. Practically equal: two one-sided t-tests at 5 %, corrected likewise, "
-        "say that the true difference is below the margin of benchmarks/metrics.yaml; this is a finding beside the verdict. Pairs to decide: how many would find an effect of the paper's size with 80 % "
-        f"power, given the deviation of the pairs here, by a two-sided test at 5 % ÷ {max(tested, 1)}, which is Holm's strictest step. Parameters are counted, without a test. Of times the range over all rounds and settings has to "
-        "lie within the margin. Where the paper gives a difference in another unit, or none, there is no number of pairs.",
+        f"{_RANDOM_WEIGHTS if has_random_weights(suite.runs) else ''}Differences are means over n pairs, with a 95 % "
+        "confidence interval (Student's t). The numbers of a pair, a seed or a trial, are averaged over tasks first. "
+        f"p is of the paired t-test, corrected by Holm's procedure over the {int(rows['p'].notna().sum())} tests of "
+        "this table. Supported or contradicted: corrected p below 5 %, in the claimed direction or the other. A claim "
+        "that two numbers are the same, that one is not lower, or that a time is near the dense one is judged by the "
+        "interval, not corrected: supported if all of it lies within the margin of benchmarks/metrics.yaml, "
+        "contradicted if all of it lies beyond. The interval of a time is the range over all rounds and settings. "
+        "Practically equal: all of the interval lies within the margin, whatever the verdict. Parameters are counted, "
+        "without a test.",
         {
             "claim_shown": "Claim",
             "test_shown": "Tested on",
@@ -235,87 +235,154 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
         },
         [Column("p_value", "p", "p"), Column("p_value", "p_holm", "p (Holm)")],
         frame,
-        notes={
-            "verdict": "Verdict",
-            "equal_shown": "Practically equal",
-            "needed_shown": "Pairs to decide",
-            "remark": "Over, and remarks",
-        },
+        notes={"verdict": "Verdict", "equal_shown": "Practically equal", "remark": "Over, and remarks"},
         name="claims",
         wraps=True,
     )
 
 
-def runs_text(row: Any) -> str:
-    """What runs say, for a cell."""
-    if row.evidence is None:
+def _runs_text(row: Any) -> str:
+    if math.isnan(row.delta):
         return MISSING
     if row.compare.direction == "equal":
         return "0 parameters" if row.delta == 0 else f"{row.delta:+,.0f} parameters"
     if row.compare.direction == "near":
         return f"× {row.delta + 1:.2f} [{row.low + 1:.2f}, {row.high + 1:.2f}]"
-    decimals = _decimals(row.compare)
-    if math.isnan(row.delta):
-        return MISSING
+    metric = load_metrics()[row.metric]
+    decimals = metric.decimals + (1 if metric.unit == "%" else 0)  # differences are smaller than scores
     interval = "" if math.isnan(row.low) else f" [{row.low:+z.{decimals}f}, {row.high:+z.{decimals}f}]"
     return f"{row.delta:+z.{decimals}f}{' points' if row.unit == 'points' else ''}{interval}"
-
-
-def _decimals(compare: Comparison) -> int:
-    # differences are smaller than what they are of
-    metric = load_metrics()[compare.metric]
-    return metric.decimals + (1 if metric.unit == "%" else 0)
 
 
 def _n_text(row: Any) -> str:
     if row.evidence is None:
         return MISSING
-    return counted_noun(int(row.n), "run" if row.compare.direction == "equal" else row.pair)
+    return _counted(int(row.n), "run" if row.compare.direction == "equal" else row.pair)
 
 
 def _equal_text(row: Any) -> str:
-    if math.isnan(row.equivalence_p):
+    if row.equivalent == "":
         return MISSING
     margin = f"{row.margin:g} {row.unit.removesuffix('s') if row.margin == 1 else row.unit}"
     return f"yes, within {margin}" if row.equivalent else f"not shown ({margin})"
 
 
-def _needed_text(row: Any) -> str:
-    if math.isnan(row.pairs_needed):
-        return MISSING
-    if math.isinf(row.pairs_needed):
-        return f"> {MOST_PAIRS} {row.pair}s"
-    return f"{row.pairs_needed:g} {row.pair}s"
-
-
 def as_records(rows: pd.DataFrame) -> str:
-    """All columns of :func:`judged` as a JSON list; null where there is no number, or none below the most that is looked for."""
-    plain = rows.drop(columns=["compare", "evidence"]).replace(math.inf, math.nan)
+    """Write all columns of :func:`judged` as a JSON list; a missing number is null."""
+    plain = rows.drop(columns=["compare", "evidence"])
     return str(plain.to_json(orient="records", indent=1, force_ascii=False, double_precision=15))
 
 
 def sentences(rows: pd.DataFrame) -> Iterator[str]:
-    """What a reader should know before the table."""
-    claims = rows["claim"].nunique()
-    yield f"{claims} claims, {len(rows)} tests: {summary(list(rows['verdict']))}."
+    """Summarise the verdicts."""
+    counts = rows["verdict"].value_counts()
+    verdicts = ", ".join(f"{counts[word]} {word}" for word in map(str, Verdict) if word in counts)
+    yield f"{rows['claim'].nunique()} claims, {len(rows)} tests: {verdicts}."
     equal = int((rows["equivalent"] == True).sum())  # noqa: E712  (a column of objects)
     if equal:
-        yield f"Of {counted_noun(equal, 'comparison')} it is shown that there is no difference larger than the margin."
+        yield f"Of {_counted(equal, 'comparison')} the whole interval lies within the margin."
 
 
 def cards(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """What a reader sees first of every claim: ``title``, and of its ``tests`` the texts of ``test``, ``benchmark``, ``paper``, ``runs``, ``n`` and ``verdict``.
+    """Group the texts of a claim's tests for the first page of a report.
 
     Args:
-        rows: the frame of :func:`claims_table`, as its CSV has it.
+        rows: The frame of :func:`claims_table`, as its CSV has it.
     """
-    names = {
-        "test_shown": "test",
-        "benchmark": "benchmark",
-        "paper": "paper",
-        "runs_shown": "runs",
-        "n_shown": "n",
-        "verdict": "verdict",
-    }
+    names = {"test_shown": "test", "benchmark": "benchmark", "paper": "paper", "runs_shown": "runs", "n_shown": "n"}
+    names["verdict"] = "verdict"
     for title, tests in rows.fillna("").groupby("claim_title", sort=False):
         yield {"title": title, "tests": tests[list(names)].rename(columns=names).to_dict("records")}
+
+
+def draw_claims(rows: pd.DataFrame, path: Path) -> None:
+    """Draw a line a test with its interval, the margin and the paper's number, as ``<path>.pdf`` and ``.png``.
+
+    Tests of different units have panels of their own. Counts and claims without a test are in the table alone.
+    """
+    drawn = rows[[row.evidence is not None and row.compare.direction != "equal" for row in rows.itertuples()]]
+    drawn = drawn[drawn["delta"].notna()]
+    if drawn.empty:
+        placeholder_figure(path, "no claim was tested")
+        return
+    panels = [panel for _, panel in drawn.groupby("unit", sort=False)]
+    heights = [_TITLE * panel["claim"].nunique() + _TEST * len(panel) for panel in panels]
+    total = sum(heights) + _BELOW * len(panels) + 0.3
+    with mpl.rc_context({**STYLE, "font.size": 7.5, "axes.spines.left": False}):
+        figure = plt.figure(figsize=(WIDTH, total))
+        top = total
+        for panel, height in zip(panels, heights, strict=True):
+            top -= height
+            axis = figure.add_axes((_LEFT, top / total, _RIGHT - _LEFT, height / total))
+            _draw_panel(axis, panel, height)
+            top -= _BELOW
+        handles: list[Artist] = [
+            Line2D([], [], ls="", ms=5, label=str(word), **mark)
+            for word, mark in _MARKS.items()
+            if word in set(drawn["verdict"])
+        ]
+        handles.append(Line2D([], [], ls="", marker="|", ms=9, mew=1.6, color=_PAPER, label="the paper"))
+        handles.append(Rectangle((0, 0), 1, 1, color=_BAND, label="practically equal"))
+        figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=7.5)
+        save(figure, path)
+
+
+def _draw_panel(axis: Any, panel: pd.DataFrame, height: float) -> None:
+    """Draw rows from top to bottom, in inches."""
+    low, high = _limits(panel)
+    axis.set_xlim(low, high)
+    axis.set_ylim(height, 0)
+    axis.set_yticks([])
+    top = 0.0
+    for _, claim in panel.groupby("claim", sort=False):
+        title = claim["claim_title"].iloc[0]
+        _write(axis, 0, -_LEFT * WIDTH * 72 + 6, top + 0.62 * _TITLE, title, fontweight="bold", bbox=_PATCH)
+        top += _TITLE
+        for row in claim.itertuples():
+            _draw_row(axis, row, top, low, high)
+            top += _TEST
+    axis.axvline(0, color="#555555", lw=0.8, zorder=1)
+    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    unit = panel["unit"].iloc[0]
+    near = panel["compare"].iloc[0].direction == "near"
+    axis.set_xlabel("Time ÷ dense − 1" if near else f"Difference in {unit}", fontsize=7.5)
+
+
+def _write(axis: Any, side: int, shift: float, y: float, text: str, **style: Any) -> None:
+    """Write beside the axes: at the left (0) or right (1) edge, moved by points."""
+    axis.annotate(
+        text,
+        (side, y),
+        xytext=(shift, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        va="center",
+        annotation_clip=False,
+        zorder=5,
+        **style,
+    )
+
+
+def _draw_row(axis: Any, row: Any, top: float, low: float, high: float) -> None:
+    mark, y = _MARKS[Verdict(row.verdict)], top + _TEST / 2
+    if not math.isnan(row.margin):
+        start = low if row.compare.direction == "near" else -row.margin
+        axis.fill_betweenx([top, top + _TEST], start, row.margin, color=_BAND, lw=0, zorder=0)
+    if not math.isnan(row.low):
+        line = {"lw": 1.4, "zorder": 2, "solid_capstyle": "butt"}
+        draw_interval(axis, (row.low, row.high), y, (low, high), mark["color"], **line)
+    if not math.isnan(row.effect):
+        axis.plot(row.effect, y, "|", ms=11, mew=1.6, color=_PAPER, zorder=3)
+    axis.plot(row.delta, y, ms=5, zorder=4, **{"mec": mark["color"], **mark})
+    left = -_LEFT * WIDTH * 72 + 6
+    _write(axis, 0, left, y, row.test, fontsize=7)
+    _write(axis, 1, 8, y, f"{_runs_text(row).replace(' points', '')}, n {int(row.n)}", fontsize=7)
+
+
+def _limits(panel: pd.DataFrame) -> tuple[float, float]:
+    """Return the ends of the axis: all means, margins and the paper's numbers, and intervals cut at a reach."""
+    inner = pd.concat([panel["delta"], panel["effect"], panel["margin"], -panel["margin"]]).dropna()
+    reach = max(_REACH * panel["margin"].max(), 1.2 * inner.abs().max())
+    ends = pd.concat([panel["low"].clip(lower=-reach), panel["high"].clip(upper=reach), inner])
+    margin = 0.06 * (ends.max() - ends.min())
+    return ends.min() - margin, ends.max() + margin

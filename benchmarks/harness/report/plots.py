@@ -1,4 +1,4 @@
-"""Figures, from the same records as the tables."""
+"""Draw figures from the same records as the tables."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from benchmarks.harness.report.looks import Look
-from benchmarks.harness.report.outcomes import Outcomes
+from benchmarks.harness.base.files import atomic_write
+from benchmarks.harness.report.common import Outcomes
+from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.results.statistics import confidence_interval
+from emoe.errors import EMoEError
+
+if TYPE_CHECKING:
+    from emoe.records import RoutingRecord  # it takes PyTorch
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-REFERENCE = "#444444"  # lines that others are compared with
-# of use of an expert over its mean use: 1 is like the others
+REFERENCE = "#444444"  # the colour of lines that others are compared with
+# the use of an expert divided by its mean use: 1 is white; the colour-blind can distinguish purple and orange
 USE = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 2), "PuOr_r")
 STYLE: Any = {
     "font.size": 8,
@@ -36,64 +41,57 @@ STYLE: Any = {
     "pdf.fonttype": 42,
 }
 
+WIDTH = 6.9  # inches of a page's text, the largest width of a figure
+FEW = 3  # with fewer pairs no interval of a difference is drawn
+_NAMES, _COLUMNS = 1.7, 4  # inches beside the panels of scores; panels in a line
+_FEW_SCORES, _BELOW = 5, 0.26  # with fewer scores no interval is drawn; distance of the scores below their mean
 
-WIDTH = 6.9  # inches of a page's text: no figure is wider
-_NAMES, _COLUMNS = 1.7, 4  # inches beside the panels of scores, and how many stand beside each other
-_BARS, _BELOW = 5, 0.26  # below so many scores no interval is drawn; where they stand, in lines below their mean
-FEW = 3  # below so many pairs an interval says nothing that the numbers do not
 
-
-def draw_difference(axis: Any, row: Any, place: float, look: Look, scale: float = 1) -> None:
-    """Draw a difference and, where there are enough pairs, its interval.
+def draw_difference(axis: Any, row: Any, height: float, style: MethodStyle, scale: float = 1) -> None:
+    """Draw a difference and, if there are enough pairs, its interval.
 
     Args:
-        axis: where.
-        row: with ``delta``, ``low``, ``high`` and ``n``.
-        place: on the vertical axis.
-        look: of the method.
-        scale: what the numbers are drawn times.
+        axis: The axes.
+        row: The row with ``delta``, ``low``, ``high`` and ``n``.
+        height: The position on the vertical axis.
+        style: The style of the method.
+        scale: The factor of all numbers.
     """
     if row.n >= FEW and not math.isnan(row.low):
-        axis.plot([row.low * scale, row.high * scale], [place, place], color=look.colour, lw=1.4)
-    axis.plot(row.delta * scale, place, ls="", ms=4.5, **look.mark)
+        axis.plot([row.low * scale, row.high * scale], [height, height], color=style.colour, lw=1.4)
+    axis.plot(row.delta * scale, height, ls="", ms=4.5, **style.mark)
 
 
-def count_text(counts: Iterable[float], of: str = "seeds") -> str:
-    """How many there are of what is drawn, ``n = 5 to 8 seeds``; nothing where no count is known."""
+def count_text(counts: Iterable[float], unit: str = "seeds") -> str:
+    """Say how many seeds or pairs there are, such as ``n = 5 to 8 seeds``; empty if no count is known."""
     known = sorted({int(count) for count in counts if count and not math.isnan(count)})
     if not known:
         return ""
-    named = of.removesuffix("s") if known == [1] else of
-    return f"n = {known[0]}{f' to {known[-1]}' if len(known) > 1 else ''} {named}"
+    unit = unit.removesuffix("s") if known == [1] else unit
+    return f"n = {known[0]}{f' to {known[-1]}' if len(known) > 1 else ''} {unit}"
 
 
 def difference_label(reference: str, counts: Iterable[float]) -> str:
-    """What an axis of differences shows, and over how many seeds."""
+    """Label an axis of differences, with the number of seeds."""
     return ", ".join(filter(None, (f"Difference to {reference} (points)", count_text(counts))))
 
 
 def draw_interval(
-    axis: Any, ends: tuple[float, float], place: float, limits: tuple[float, float], colour: str, **line: Any
+    axis: Any, ends: tuple[float, float], height: float, limits: tuple[float, float], colour: str, **line: Any
 ) -> None:
-    """Draw an interval as far as the panel goes, with an arrow at an end that lies beyond it."""
-    shown = max(ends[0], limits[0]), min(ends[1], limits[1])
-    axis.plot(shown, [place, place], color=colour, **line)
-    for end, cut, arrow in zip(ends, shown, "<>", strict=True):
-        if end != cut:
-            axis.plot(cut, place, arrow, ms=4.5, color=colour, mew=0, clip_on=False, zorder=3)
+    """Draw an interval within the limits of the panel, with an arrow at an end beyond them."""
+    cut = max(ends[0], limits[0]), min(ends[1], limits[1])
+    axis.plot(cut, [height, height], color=colour, **line)
+    for end, position, arrow in zip(ends, cut, "<>", strict=True):
+        if end != position:
+            axis.plot(position, height, arrow, ms=4.5, color=colour, mew=0, clip_on=False, zorder=3)
 
 
 def legend_below(figure: Any, axes: Iterable[Any], columns: int) -> None:
-    """Name what is drawn in any of the axes once, below the figure."""
+    """Draw one legend for all axes below the figure."""
     named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        named.values(),
-        named.keys(),
-        loc="outside lower center",
-        ncols=min(len(named), columns),
-        fontsize=7,
-        frameon=False,
-    )
+    options: Any = {"loc": "outside lower center", "fontsize": 7, "frameon": False}
+    figure.legend(named.values(), named.keys(), ncols=min(len(named), columns), **options)
 
 
 def wrapped(text: str, inches: float, size: float = 8) -> str:
@@ -104,13 +102,18 @@ def wrapped(text: str, inches: float, size: float = 8) -> str:
 
 
 def over_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each row's shares of experts over their mean use, for :data:`USE`; 1 where that is nothing."""
+    """Divide each row's shares of experts by their mean use, for :data:`USE`; 1 if the mean is zero."""
     return np.divide(shares, mean, out=np.ones_like(shares), where=mean > 0)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of :func:`score_panels`: its title, and a row a method and seed with ``value``."""
+    """One panel of :func:`score_panels`.
+
+    Attributes:
+        title: The title.
+        rows: One row per method and seed, with ``value``.
+    """
 
     title: str
     rows: pd.DataFrame
@@ -122,47 +125,40 @@ def score_panels(
     path: Path,
     measure: str = "Score (%); large marks: mean over seeds, dots below: seeds",
 ) -> None:
-    """Score by method, one panel a set.
+    """Draw the scores of all methods, one panel per set; all panels share one axis.
 
-    Small dots are seeds, the large mark above them their mean, the bar its 95 % confidence interval: of fewer than five seeds it would say less than
-    the dots do. An arrow is an end beyond the panel.
-    All panels share one axis, and the dashed line is the baseline's mean.
+    Small dots are seeds, the large mark above them is their mean, and the bar its 95 % confidence interval, drawn from
+    five seeds on. The dashed line is the mean of the baseline.
 
     Args:
-        outcomes: for titles, roles and order.
-        panels: by row and column.
-        path: of the files, without ending.
-        measure: what the axis shows, and what marks and dots are.
+        outcomes: The finished runs, with the order and style of the methods.
+        panels: The panels by row and column.
+        path: The path of the files, without ending.
+        measure: The label of the axis, with what marks and dots are.
     """
     lines = [row[start : start + _COLUMNS] for row in panels for start in range(0, len(row), _COLUMNS)]
     values = pd.concat([panel.rows["value"] for row in lines for panel in row]) * 100
     low, high = values.min(), values.max()
     margin = max(high - low, 1.0) * 0.08
+    limits = (low - margin, high + margin)
     methods = outcomes.methods
     present = [[name for name in methods if any(name in set(panel.rows["method"]) for panel in row)] for row in lines]
     columns = max(map(len, lines))
     heights = [len(names) + 1.5 for names in present]
     width = min(2.1 * columns + _NAMES, WIDTH)
-    inches = (width - _NAMES) / columns
+    size = (width, 0.27 * sum(heights) + 0.6 * len(lines) + 0.3)
     with mpl.rc_context(STYLE):
-        figure, axes = panel_grid(
-            len(lines),
-            columns,
-            (width, 0.27 * sum(heights) + 0.6 * len(lines) + 0.3),
-            height_ratios=heights,
-            sharex=True,
-            sharey="row",
-        )
+        figure, axes = panel_grid(len(lines), columns, size, height_ratios=heights, sharex=True, sharey="row")
         for axis_row, row, names in zip(axes, lines, present, strict=True):
             for axis, panel in zip(axis_row, row, strict=False):
-                for place, method in enumerate(names):
+                for height, method in enumerate(names):
                     scores = panel.rows.loc[panel.rows["method"] == method, "value"].to_numpy(dtype=float) * 100
                     if len(scores):
-                        _draw_method(axis, place, scores, outcomes.look(method), (low - margin, high + margin))
+                        _draw_scores(axis, height, scores, outcomes.style(method), limits)
                     if len(scores) and method == outcomes.baseline:
                         axis.axvline(scores.mean(), color=REFERENCE, lw=0.8, ls="--", zorder=0)
-                axis.set_title(wrapped(panel.title, inches), fontsize=8)
-                axis.set_xlim(low - margin, high + margin)
+                axis.set_title(wrapped(panel.title, (width - _NAMES) / columns), fontsize=8)
+                axis.set_xlim(*limits)
             axis_row[0].set_yticks(range(len(names)), [methods[name].title for name in names])
             axis_row[0].set_ylim(len(names) - 0.4, -0.6)
         label = f"{measure}, bars: 95 % confidence interval (from five on; arrows: beyond the panel)"
@@ -171,47 +167,118 @@ def score_panels(
         save(figure, path)
 
 
-def _draw_method(axis: Any, place: int, scores: Any, look: Look, limits: tuple[float, float]) -> None:
-    if len(scores) >= _BARS:
-        draw_interval(axis, confidence_interval(scores), place, limits, look.colour, lw=1.2, alpha=0.6)
-    axis.plot(scores.mean(), place, ls="", ms=4.2, **{"mec": "white", "mew": 0.6, **look.mark})
-    axis.plot(scores, [place + _BELOW] * len(scores), "o", ms=2.6, color=look.colour, alpha=0.55, mew=0)
+def _draw_scores(axis: Any, height: int, scores: Any, style: MethodStyle, limits: tuple[float, float]) -> None:
+    if len(scores) >= _FEW_SCORES:
+        draw_interval(axis, confidence_interval(scores), height, limits, style.colour, lw=1.2, alpha=0.6)
+    axis.plot(scores.mean(), height, ls="", ms=4.2, **{"mec": "white", "mew": 0.6, **style.mark})
+    axis.plot(scores, [height + _BELOW] * len(scores), "o", ms=2.6, color=style.colour, alpha=0.55, mew=0)
 
 
 def panel_grid(lines: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """A figure with that many panels, and its axes ``[lines, columns]``.
-
-    Args:
-        lines: of panels, below each other.
-        columns: of panels.
-        size: in inches.
-        **options: of ``plt.subplots``.
-    """
+    """Make a figure of a size in inches and its axes ``[lines, columns]``, with options of ``plt.subplots``."""
     return plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 
 def hide_empty(axes: NDArray[np.object_]) -> None:
-    """Hide the axes ``[rows, columns]`` that nothing was drawn in; where ticks' labels are shared, they stand below the last panel of each column."""
+    """Hide the empty axes ``[lines, columns]``; the last visible ones of each column label their ticks."""
     for column in axes.T:
         for axis in column:
             axis.set_visible(axis.has_data())
-        if seen := [axis for axis in column if axis.get_visible()]:
-            seen[-1].tick_params(labelbottom=True)
+        if visible := [axis for axis in column if axis.get_visible()]:
+            visible[-1].tick_params(labelbottom=True)
 
 
 def save(figure: Any, path: Path) -> None:
     """Write ``<path>.pdf`` and ``.png``, the same bytes for the same numbers, and close the figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
-    figure.set_layout_engine("none")  # it stays as it was laid out, which takes as long as drawing
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    with atomic_write(path.with_suffix(".png")) as temporary:
+        figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
+    figure.set_layout_engine("none")  # a second layout would take as long as drawing
+    with atomic_write(path.with_suffix(".pdf")) as temporary:
+        figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
     plt.close(figure)
 
 
 def placeholder_figure(path: Path, text: str) -> None:
-    """A picture that says why there is none."""
+    """Write a figure that says why there is none."""
     with mpl.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(3, 0.6))
         axis.text(0.5, 0.5, text, ha="center", va="center")
         axis.axis("off")
         save(figure, path)
+
+
+_ROUTING_STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+}
+_ROW_HEIGHT, _MIN_HEIGHT, _MAX_HEIGHT, _BAR_HEIGHT, _MARGIN = 0.17, 0.4, 3.2, 0.08, 0.5  # inches
+_TEXT_HEIGHT = 0.14  # inches of a row's number
+
+
+def plot_routing(record: RoutingRecord, *, layer: int | None = None, width: float = WIDTH) -> Any:
+    """Plot the load of each expert by layer, the busiest expert of each layer and the loads by label.
+
+    Colours show an expert's load divided by the mean load of its layer or label: 1 (white) is an even load. A layer
+    without tokens is empty.
+
+    Args:
+        record: The record of :func:`emoe.record_routing`.
+        layer: The number of the layer whose loads are shown by label, by default the last one.
+        width: The width of the figure in inches.
+
+    Raises:
+        EMoEError: No token was recorded.
+        KeyError: The layer has no experts.
+    """
+    if not any(counts.tokens for counts in record.layers.values()):
+        raise EMoEError("nothing was recorded; call the model inside `with emoe.record_routing(model) as record:`")
+    layer = list(record.layers)[-1] if layer is None else layer
+    by_label = record.layers[layer].by_label
+    heatmaps = [("layer", {index: _relative_loads(counts.loads) for index, counts in record.layers.items()})]
+    if by_label:
+        heatmaps.append(("label", {label: _relative_loads(loads) for label, loads in by_label.items()}))
+    highest = max(2.0, *(np.nan_to_num(row).max() for _, rows in heatmaps for row in rows.values()))
+    norm = mpl.colors.TwoSlopeNorm(1, 0, highest)
+    heights = [min(max(_ROW_HEIGHT * len(rows), _MIN_HEIGHT), _MAX_HEIGHT) for _, rows in heatmaps] + [_BAR_HEIGHT]
+    with mpl.rc_context(_ROUTING_STYLE):
+        figure = plt.figure(figsize=(width, sum(heights) + _MARGIN * len(heights)), layout="constrained")
+        grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=[width - 0.85, 0.85])
+        axes = [figure.add_subplot(grid[row, 0]) for row in range(len(heatmaps))]
+        images = [_draw_loads(axis, rows, name, norm) for axis, (name, rows) in zip(axes, heatmaps, strict=True)]
+        if by_label:
+            axes[1].set_title(f"layer {layer}, by label")
+        _draw_balance(figure.add_subplot(grid[0, 1], sharey=axes[0]), record)
+        bar = figure.colorbar(images[0], figure.add_subplot(grid[-1, 0]), orientation="horizontal")
+        bar.set_ticks([0, 1, highest], labels=["0", "1", f"{highest:.1f}"])
+        bar.set_label("expert's load ÷ mean load")
+    return figure
+
+
+def _relative_loads(loads: Any) -> NDArray[np.float64]:
+    values = np.asarray(loads, dtype=float)
+    with np.errstate(invalid="ignore"):
+        return values / values.mean()
+
+
+def _draw_loads(axis: Any, rows: dict[int, NDArray[np.float64]], name: str, norm: Any) -> Any:
+    image = axis.imshow(np.stack(list(rows.values())), cmap=USE.cmap, norm=norm, aspect="auto", interpolation="nearest")
+    axis.set_xlabel("expert")
+    axis.set_ylabel(name)
+    axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator("auto", integer=True, min_n_ticks=1))
+    height = axis.get_window_extent().height / image.figure.dpi
+    step = max(1, math.ceil(len(rows) * _TEXT_HEIGHT / height))
+    axis.set_yticks(range(0, len(rows), step), [str(number) for number in rows][::step])
+    return image
+
+
+def _draw_balance(axis: Any, record: RoutingRecord) -> None:
+    busiest = [counts.max_over_mean if counts.tokens else math.nan for counts in record.layers.values()]
+    axis.axvline(1, color="#888888", lw=0.8, ls="--")
+    axis.plot(busiest, range(len(busiest)), "o-", color="#0072b2", ms=3, lw=1)
+    axis.tick_params(labelleft=False)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("max ÷ mean")
+    axis.spines[["top", "right"]].set_visible(False)

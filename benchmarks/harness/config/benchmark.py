@@ -1,0 +1,642 @@
+"""Benchmarks: the models of benchmark.yaml, the kinds that plan runs, and the loader of a benchmark's folder."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import Field
+
+from benchmarks.harness.base.errors import DefinitionError, RunError
+from benchmarks.harness.base.paths import BENCHMARKS
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.counts import PublishedRows, count_note
+from benchmarks.harness.config.methods import (
+    ABLATION,
+    Method,
+    MethodDefaults,
+    MethodRow,
+    MethodSettings,
+    load_methods,
+    stack_settings,
+)
+from benchmarks.harness.config.yaml import (
+    Count,
+    Key,
+    Names,
+    Strict,
+    Whole,
+    check_file,
+    check_names,
+    left_out,
+    parse,
+    read_yaml,
+)
+from benchmarks.harness.sources.packages import PackageFile
+from emoe.errors import did_you_mean
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+class Resources(Strict):
+    """What the scheduler reserves for one run."""
+
+    threads: Count = 1
+    """CPU threads of one run."""
+    mem_mb: Count = 3000
+    """Megabytes of memory."""
+    runtime: Count = 60
+    """Minutes."""
+    gpu: Whole = 0
+    """GPUs."""
+
+
+class TrainingSettings(Strict):
+    """How every run of a benchmark is trained."""
+
+    by_model: Mapping[str, Strict] = Field({})
+    """Settings of single models."""
+
+
+class Entry(Strict):
+    """One task, set or measure of a benchmark."""
+
+    title: str
+    """Label in tables."""
+
+
+class SuitePart(Strict):
+    """One suite's part of a benchmark."""
+
+    resources: Resources = Resources()
+    """What the scheduler reserves for one run."""
+    note: str | None = left_out()
+    """A sentence for the report: how far the suite is from the paper's experiment."""
+
+
+class Definition(Strict):
+    """What every benchmark.yaml says."""
+
+    kind: str | None = left_out()
+    """The folder of benchmarks/ whose grid.py says what the runs are; this one's own where it has one, else text."""
+    version: Count
+    """Part of every run's identity. Raise it when the same settings would give other numbers, or more of them."""
+    title: str
+    """Heading of the benchmark's tables and of its section in the report."""
+    pipeline: str
+    """Importable module with `run(spec, folder, progress)`."""
+    tables: Names
+    """The tables that the benchmark's presentation makes, in the order of the report."""
+    figures: dict[str, str] = Field({})
+    """The figures that it draws, each with its caption."""
+    paper: str | None = None
+    """CSV with published numbers, in the benchmark's folder; null where there are none."""
+    suites: Mapping[str, SuitePart]
+    """What to run, by suite."""
+
+
+class TrainingSuite(SuitePart):
+    """What one suite says of a benchmark that trains models by methods."""
+
+    method_defaults: MethodDefaults = MethodDefaults()
+    """What methods take that leave it open, by their kind; before the benchmark's."""
+    methods: dict[str, MethodSettings] = Field({})
+    """Settings of single methods that differ in this suite, by method."""
+
+
+class MethodsDefinition(Definition):
+    """What a benchmark says that compares methods."""
+
+    baseline: str
+    """The method that differences are taken against."""
+    method_defaults: MethodDefaults = MethodDefaults()
+    """What methods take that leave it open, by their kind. A row's own setting goes before it, a suite's default before
+    the benchmark's.
+    """
+    methods: Annotated[dict[Key, MethodRow], Field(min_length=1)]
+    """What is compared: methods of methods.yaml, each with what differs here. The order is the order of the rows."""
+
+
+class TrainingDefinition(MethodsDefinition):
+    """What a benchmark says that trains models by methods."""
+
+    suites: Mapping[str, TrainingSuite]
+    """What to run, by suite."""
+
+
+ALL = "all"  # the one part of a set that is read as a whole
+USUAL = "text"  # the kind of a benchmark that says none and has no grid of its own
+D = TypeVar("D", bound=Definition)
+Changed = TypeVar("Changed", bound=Strict)
+Settings = TypeVar("Settings", bound=TrainingSettings)
+E = TypeVar("E", bound=Entry)
+D_co = TypeVar("D_co", bound=Definition, covariant=True)
+E_co = TypeVar("E_co", bound=Entry, covariant=True)
+
+
+@dataclass(frozen=True)
+class Benchmark(Generic[D_co, E_co]):
+    """Hold one benchmark folder: its definition, and its tasks (measures of measurements, sets of images or
+    instructions).
+    """
+
+    name: str
+    definition: D_co
+    tasks: Mapping[str, E_co]
+
+    @functools.cached_property
+    def kind(self) -> Kind[Any, Any]:
+        return find_kind(self.definition.kind or usual_kind(self.name))
+
+    @property
+    def folder(self) -> Path:
+        return BENCHMARKS / self.name
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "benchmark.yaml"
+
+    @property
+    def of_every_spec(self) -> dict[str, Any]:
+        """Return the part that the specs of all its runs share."""
+        return {"benchmark": self.name, "version": self.definition.version, "pipeline": self.definition.pipeline}
+
+
+@dataclass(frozen=True)
+class SetPart:
+    """Describe one part of one set, for ``python -m benchmarks data``.
+
+    Attributes:
+        name: The name of the set.
+        part: ``train``, ``dev`` or ``test``; of an image set the environment; of instructions ``all``.
+        rows: The number of rows that are used; None if the part is missing.
+        dropped: The number of rows without a gold label or text, or broken.
+        expected: The number of rows by the set's makers, if known.
+        labels: The rows by label, as text.
+        source: The source of the rows.
+        advice: The way to get a missing part.
+        published: The number of rows that the paper's authors score, if it differs.
+        counts_dropped: True if the makers count dropped rows too.
+    """
+
+    name: str
+    part: str
+    rows: int | None
+    dropped: int = 0
+    expected: int | None = None
+    labels: str = ""
+    source: str = ""
+    advice: str = ""
+    published: PublishedRows | None = None
+    counts_dropped: bool = True
+
+    @property
+    def note(self) -> str | None:
+        """Say how its rows differ from the known number; None if they do not."""
+        if self.rows is None:
+            return None
+        return count_note(
+            self.name,
+            self.part,
+            self.rows,
+            self.dropped,
+            self.expected,
+            self.published,
+            counts_dropped=self.counts_dropped,
+        )
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Name the numbers of a kind's runs by which claims compare two methods.
+
+    Attributes:
+        metrics: The names of the metrics.
+        pair: The unit of pairs that are compared: ``seed``, ``trial``, ``question``, ``setting``.
+        selections: The names of the selections of epoch and hyper-parameters, if several are reported.
+    """
+
+    metrics: tuple[str, ...]
+    pair: str = "seed"
+    selections: tuple[str, ...] = ()
+
+
+OOD_MEAN = "ood_mean"  # the mean of a run's scores over its other sets
+COUNTS = Domain(("parameters", "trainable_parameters"))  # of every model
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Name the methods, models, domains and ways of tuning in the grid of a suite."""
+
+    methods: frozenset[str]
+    models: frozenset[str]
+    domains: frozenset[str]
+    tunings: frozenset[str] = frozenset()
+
+
+class Kind(ABC, Generic[D, E]):
+    """Define what the benchmarks of one kind have in common. The folder of the kind has an instance in its ``grid``
+    module, as ``KIND``.
+
+    Attributes:
+        files: The names of schemas for editors, and the models of its YAML files.
+        presentation: The module that shows its finished runs if a benchmark's folder has none; else every folder
+            needs one.
+        paper_columns: The columns of its ``paper.csv`` before value, status and source.
+        has_models: True if its runs have a model with weights.
+        has_seeds: True if its runs are seeded, so that their names say how.
+        shows_parts: True if each of its sets, which the blocks of its grids name under ``set``, has tables and figures
+            of its own.
+        counts_labels: True if its report shows the labels of its sets.
+        optimizer: The optimizer, for the report; empty if nothing is trained.
+        late_imports: The modules that its runs import when they need them.
+    """
+
+    files: tuple[tuple[str, type[Strict]], ...]
+    presentation: str | None = None
+    paper_columns: tuple[str, ...] = ()
+    has_models = True
+    has_seeds = True
+    shows_parts = False
+    counts_labels = True
+    optimizer = ""
+    late_imports: tuple[str, ...] = ()
+
+    @abstractmethod
+    def load(self, content: object, file: Path) -> tuple[D, Mapping[str, E]]:
+        """Read the definition and the tasks.
+
+        Args:
+            content: The content of the file.
+            file: ``benchmark.yaml``, beside which the others are.
+
+        Raises:
+            DefinitionError: A file is wrong; names the key and the nearest valid value.
+        """
+
+    @abstractmethod
+    def specs(
+        self,
+        benchmark: Benchmark[D, E],
+        suite: str,
+        exclude: Collection[str],
+        specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the specs of a suite's grid, in its order.
+
+        Args:
+            benchmark: The benchmark.
+            suite: The suite.
+            exclude: The sets to exclude.
+            specs_of: A function that gives the specs of another benchmark's runs in the suite, by their folders.
+
+        Raises:
+            DefinitionError: A name in the grid does not exist, or settings do not go together.
+        """
+
+    def check(self, definition: D, tasks: Mapping[str, E], folder: Path) -> None:
+        """Check that names exist and settings go together.
+
+        Raises:
+            DefinitionError: Names the file, the key and the nearest valid value.
+        """
+
+    def excludable(self, tasks: Mapping[str, E]) -> Iterable[str]:
+        """Return the sets that a suite may exclude."""
+        return ()
+
+    def evaluates(self, definition: D) -> str | None:
+        """Return the benchmark whose runs its runs evaluate."""
+        return None
+
+    def resources(self, resources: Resources, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the resources of a run."""
+        return resources.model_dump()
+
+    def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
+        """Check that a run can be spread over a number of processes, before any of them starts to work.
+
+        Raises:
+            RunError: It cannot.
+            DefinitionError: Its settings do not fit.
+        """
+        if processes > 1:
+            raise RunError(
+                "only runs of instruction tuning that train are spread over several processes; start it on one"
+            )
+
+    def variant(self, spec: Mapping[str, Any]) -> str:
+        """Name the settings of a run that vary beside model, task and method."""
+        return str(spec["method"]["variant"])
+
+    def marks(self, spec: Mapping[str, Any]) -> list[str]:
+        """Return further parts of a run's name."""
+        return []
+
+    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Return the sets of a run that may only exist by hand."""
+        return list(spec["ood"])
+
+    def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
+        """Return the files inside packages that a set is read from."""
+        return []
+
+    def inputs(self, spec: Mapping[str, Any]) -> list[str]:
+        """Return the files that a run needs beside data, weights and partitions."""
+        return []
+
+    def figure_inputs(self, spec: Mapping[str, Any]) -> list[str]:
+        """Return the files that the figures of a part need beside the runs' numbers."""
+        return []
+
+    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> list[tuple[str, str]]:
+        """Return name and part of every set that a run reads."""
+        return []
+
+    def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> float | None:
+        """Count the tokens that a run trains on, roughly; None if that is unknown.
+
+        A token that is read and not trained on counts a third: it takes no backward pass.
+
+        Args:
+            spec: The spec of the run.
+            tasks: The tasks of the benchmark.
+        """
+        return None
+
+    def describe(
+        self, spec: Mapping[str, Any], name: str, part: str, tasks: Mapping[str, E], *, open_files: bool
+    ) -> Iterator[SetPart]:
+        """Read one part of a set, and describe it.
+
+        Args:
+            spec: The spec of a run that reads it.
+            name: The name of the set.
+            part: The name of the part.
+            tasks: The tasks of the benchmark.
+            open_files: True to open every file of a set of files, which takes minutes.
+        """
+        return iter(())
+
+    def unpinned(self, spec: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what a run reads from elsewhere at no fixed version, beside models and sets of the hub."""
+        return iter(())
+
+    def compared_domains(self, definition: D) -> Mapping[str, Domain]:
+        """Return the numbers by which claims may compare methods, by name; the presentation's ``compared`` has them."""
+        return {}
+
+    def row_titles(self, definition: D) -> Mapping[str, str]:
+        """Return the titles of the rows that claims may compare, by name."""
+        methods = resolve_methods(definition) if isinstance(definition, MethodsDefinition) else {}
+        return {name: method.title for name, method in methods.items()}
+
+    def task_titles(self, definition: D, tasks: Mapping[str, E]) -> Mapping[str, str]:
+        """Return the titles of the sets of runs, by the names that tables and claims use."""
+        return {name: task.title for name, task in tasks.items()}
+
+    def published_files(self, definition: D) -> list[str]:
+        """Return the CSV files with published numbers that its tables show."""
+        return [definition.paper] if definition.paper else []
+
+    def settings(self, definition: D, method: str) -> list[str]:
+        """Return the variants of a method that claims may name."""
+        return []
+
+    def offer(self, benchmark: Benchmark[D, E], suite: str) -> Offer:
+        """Return the names in the grid of a suite."""
+        blocks = getattr(benchmark.definition.suites[suite], "grid", ())
+        return Offer(
+            frozenset(name for block in blocks for name in block.method),
+            frozenset(name for block in blocks for name in block.model),
+            frozenset(self.compared_domains(benchmark.definition)),
+        )
+
+
+class WholeSets(Kind[D, E]):
+    """Share the methods of kinds whose runs read one set each as a whole, which a suite may exclude."""
+
+    def excludable(self, tasks: Mapping[str, E]) -> Iterable[str]:
+        return tasks
+
+    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        return [spec["task"]]
+
+    def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> list[tuple[str, str]]:
+        return [(spec["task"]["name"], ALL)]
+
+
+def text_tokens(rows: int | None, max_length: int, times: float) -> float | None:
+    """Estimate the tokens of texts: rows fill about half of their longest length, with the padding of their batches.
+
+    Args:
+        rows: The number of rows; None if unknown.
+        max_length: The most tokens of a row.
+        times: The number of passes.
+    """
+    return None if rows is None else rows * max_length / 2 * times
+
+
+def missing_set(name: str, problem: object, instructions: str, expected: int | None) -> SetPart:
+    """Describe a set that is read as a whole and cannot be.
+
+    Args:
+        name: The name of the set.
+        problem: The error.
+        instructions: The source of the set.
+        expected: The number of rows by its makers.
+    """
+    advice = f"{name}: {problem}\n    {instructions}. Without it: `exclude: [{name}]`"
+    return SetPart(name, ALL, None, expected=expected, advice=advice)
+
+
+def kind_names() -> list[str]:
+    """Return the kinds: the folders that have a ``grid`` module."""
+    return sorted(path.parent.name for path in BENCHMARKS.glob("*/grid.py"))
+
+
+@functools.cache
+def find_kind(name: str) -> Kind[Any, Any]:
+    """Return the kind of a name.
+
+    Raises:
+        DefinitionError: There is no such kind; names the nearest.
+    """
+    if name not in kind_names():
+        raise DefinitionError(f"'kind' is {name!r}{did_you_mean(name, kind_names())}")
+    found: Kind[Any, Any] = importlib.import_module(f"benchmarks.{name}.grid").KIND
+    return found
+
+
+def usual_kind(benchmark: str) -> str:
+    """Return the kind of a benchmark whose file names none: its own folder's if that has a grid, else ``text``."""
+    return benchmark if benchmark in kind_names() else USUAL
+
+
+def kind_name(benchmark: str, content: object) -> Any:
+    """Return the kind that a benchmark's file names, or its usual one."""
+    said = content.get("kind") if isinstance(content, dict) else None
+    return usual_kind(benchmark) if said is None else said
+
+
+@functools.cache
+def kind_of(benchmark: str) -> Kind[Any, Any]:
+    """Return the kind of a benchmark.
+
+    Raises:
+        DefinitionError: There is no such benchmark.
+    """
+    return find_kind(kind_name(benchmark, read_yaml(BENCHMARKS / benchmark / "benchmark.yaml")))
+
+
+def check_rows(definition: MethodsDefinition, file: str) -> None:
+    """Check that the methods exist that a benchmark compares, and the rows that its suites change.
+
+    Raises:
+        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not
+            have.
+    """
+    for name, row in definition.methods.items():
+        at, known = (f"methods.{name}.method", row.method) if row.method else ("methods", name)
+        check_names(f"{file}: '", at, [known], load_methods())
+    for name, suite in definition.suites.items():
+        if isinstance(suite, TrainingSuite):
+            check_names(f"{file}: 'suites.{name}", "methods", suite.methods, definition.methods)
+
+
+def resolve_methods(definition: MethodsDefinition, suite: str | None = None) -> dict[str, Method]:
+    """Return a benchmark's methods with all their settings, for itself or for one of its suites.
+
+    A setting is taken from the first of these that gives it: the suite's ``methods``, the benchmark's ``methods``,
+    ``methods.yaml``,
+    the suite's ``method_defaults`` for the method's kind, the benchmark's.
+    """
+    part = definition.suites[suite] if suite else None
+    found = {}
+    for name, row in definition.methods.items():
+        method = load_methods()[row.method or name]
+        layers = [getattr(definition.method_defaults, method.kind)]
+        own = MethodSettings()
+        if isinstance(part, TrainingSuite):
+            layers.append(getattr(part.method_defaults, method.kind))
+            own = part.methods.get(name, own)
+        settings = [layer.given() for layer in (*layers, method, row, own)]
+        found[name] = Method(**{key: value for key, value in stack_settings(*settings).items() if key != "method"})
+    return found
+
+
+def suite_methods(benchmark: Benchmark[TrainingDefinition, Entry], suite: str) -> dict[str, Method]:
+    """Return the benchmark's methods as the suite compares them, by name.
+
+    Raises:
+        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not
+            have.
+    """
+    check_rows(benchmark.definition, str(benchmark.file))
+    return resolve_methods(benchmark.definition, suite)
+
+
+def with_changes(
+    entries: Mapping[str, Changed], changes: Mapping[str, Mapping[str, Any]], key: str, where: str
+) -> dict[str, Changed]:
+    """Apply a suite's settings to named entries of a benchmark's file.
+
+    Args:
+        entries: The entries of the file.
+        changes: The changes of the suite, by the name of an entry.
+        key: The key of the entries.
+        where: The file, and the keys before the suite's entries.
+
+    Raises:
+        DefinitionError: The suite names an entry that does not exist, or a setting that it does not have.
+    """
+    check_names(where, key, list(changes), entries)
+    return {
+        name: parse({**entry.model_dump(), **changes[name]}, type(entry), f"{where}.{key}'", key, name)
+        if name in changes
+        else entry
+        for name, entry in entries.items()
+    }
+
+
+def training_settings(usual: Settings, changes: Strict, model: str, where: str) -> Settings:
+    """Return the training settings of the runs of a model: the benchmark's, the suite's, the model's own.
+
+    Args:
+        usual: The settings of the benchmark.
+        changes: The changes of the suite.
+        model: The name of the model.
+        where: The file, and the keys that lead to ``by_model``.
+
+    Raises:
+        DefinitionError: Settings are of a model that does not exist.
+    """
+    found = usual.changed(changes)
+    check_names(where, "by_model", found.by_model, load_models())
+    return found.changed(found.by_model[model]) if model in found.by_model else found
+
+
+# as it is loaded by name, whatever its kind
+AnyBenchmark = Benchmark[Any, Any]
+
+
+def benchmark_names() -> list[str]:
+    """Return the names of all benchmarks: the folders with a ``benchmark.yaml``."""
+    return sorted(path.parent.name for path in BENCHMARKS.glob("*/benchmark.yaml"))
+
+
+@functools.cache
+def load_benchmark(name: str) -> AnyBenchmark:
+    """Read and check one benchmark.
+
+    Raises:
+        DefinitionError: There is no such benchmark, or its files are wrong.
+    """
+    if name not in benchmark_names():
+        raise DefinitionError(f"there is no benchmark '{name}'{did_you_mean(name, benchmark_names())}")
+    folder = BENCHMARKS / name
+    file = folder / "benchmark.yaml"
+    content = read_yaml(file)
+    try:
+        kind = find_kind(kind_name(name, content))
+    except DefinitionError as error:
+        raise DefinitionError(f"{file}: {error}") from error
+    load_methods()  # first, because its plugins make names known
+    definition, tasks = kind.load(content, file)
+    check_references(definition, tasks, folder)
+    return Benchmark(name, definition, tasks)
+
+
+def check_references(definition: Definition, tasks: Mapping[str, Entry], folder: Path) -> None:
+    """Check that names and files exist, and that settings go together.
+
+    Raises:
+        DefinitionError: Names the file, the key and the nearest valid value.
+    """
+    file, name = folder / "benchmark.yaml", definition.kind or usual_kind(folder.name)
+    kind = find_kind(name)
+    modules = [f"benchmarks.{path.parent.name}.pipeline" for path in BENCHMARKS.glob("*/pipeline.py")]
+    if definition.pipeline not in modules:
+        near = did_you_mean(definition.pipeline, modules)
+        raise DefinitionError(f"{file}: 'pipeline' is '{definition.pipeline}', which is no module{near}")
+    if isinstance(definition, MethodsDefinition):
+        check_rows(definition, str(file))
+        ablations = [row for row, method in resolve_methods(definition).items() if method.role == ABLATION]
+        if ablations and not hasattr(definition, "ablations"):
+            raise DefinitionError(
+                f"{file}: 'methods.{ablations[0]}' has role: {ABLATION}, which kind: {name} does not know"
+            )
+        if definition.baseline not in definition.methods:
+            near = did_you_mean(definition.baseline, definition.methods)
+            raise DefinitionError(f"{file}: 'baseline' is '{definition.baseline}', which is no method{near}")
+    if definition.paper:
+        check_file(f"{file}: '", "paper", definition.paper, folder, kind.paper_columns)
+    if "paper" in definition.tables and not definition.paper:
+        raise DefinitionError(f"{file}: 'tables' names 'paper', so it needs 'paper': a CSV with published numbers")
+    kind.check(definition, tasks, folder)

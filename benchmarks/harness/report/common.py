@@ -1,0 +1,368 @@
+"""Share the finished runs of a benchmark, published numbers, and the tables of several benchmarks."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Definition, Entry, MethodsDefinition, resolve_methods
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.methods import CONTROL
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.yaml import NUMBER_COLUMNS
+from benchmarks.harness.report.style import MethodStyle, style_of
+from benchmarks.harness.report.table import MISSING, RUNS, Column, Table
+from benchmarks.harness.results.records import COST, LOADS, MODEL, information_numbers
+from benchmarks.harness.results.statistics import confidence_interval
+from emoe.errors import did_you_mean
+
+SETTING = "|"  # between a row and a setting of it that is a row of its own
+ALL = "*"  # in place of a name: a mean over all
+_ORIGIN = (
+    *("run_id", "protocol", "model", "task", "set", "method", "tuning", "variant", "learning_rate"),
+    *("layer", "num_experts", "seed"),
+)
+# the numbers of the claims, one row per number: Presentation.compared
+COMPARED = [
+    *("selection", "domain", "metric", "model", "task", "eval_task", "tuning", "method", "setting", "pair", "value")
+]
+
+
+def compared(*parts: pd.DataFrame) -> pd.DataFrame:
+    """Join numbers in the columns :data:`COMPARED`; a missing column is empty text."""
+    return pd.concat([part.reindex(columns=COMPARED, fill_value="") for part in parts], ignore_index=True)
+
+
+def compared_nothing() -> pd.DataFrame:
+    """Return no numbers, in the columns :data:`COMPARED`."""
+    return pd.DataFrame(columns=COMPARED)
+
+
+def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
+    """Name the runs of each row of a table in the column :data:`~benchmarks.harness.report.table.RUNS`.
+
+    These are the runs with the row's names in every shared column; an empty name and :data:`ALL` stand for all names.
+    If a benchmark chooses among finished runs (DomainBed's draws), all candidates are named. A row of published numbers
+    has none.
+
+    Args:
+        table: The table, with names in its frame.
+        origins: The ``run_id`` and the names, one or more rows per run.
+        benchmark: The name of the benchmark.
+    """
+    frame = table.frame
+    keys = [key for key in _ORIGIN if key in frame and key in origins]
+    if not keys or RUNS in frame:  # the table has named them
+        return table
+    known = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates()
+    runs = [f"{benchmark}/{run}" for run in known["run_id"]]
+    numbers: dict[tuple[str, str], set[int]] = defaultdict(set)  # of the runs with a name
+    for number, names in enumerate(known[keys].to_dict("records")):
+        for item in names.items():
+            numbers[item].add(number)
+    folders = []
+    for names in frame[keys].fillna("").astype(str).to_dict("records"):
+        matching = (numbers[key, name] for key, name in names.items() if name not in ("", ALL))
+        of_row = set(range(len(runs))).intersection(*matching)
+        folders.append(" ".join(dict.fromkeys(runs[number] for number in sorted(of_row))))
+    return replace(table, frame=frame.assign(**{RUNS: folders}))
+
+
+def counts(records: pd.DataFrame) -> pd.DataFrame:
+    """Return the numbers of parameters of all runs, for :func:`compared`."""
+    rows = records[(records["part"] == "model") & records["metric"].isin(COUNTS.metrics)]
+    return rows.rename(columns={"seed": "pair"}).assign(domain="model")
+
+
+class Outcomes:
+    """The finished runs of a benchmark that trains; a subclass adds its results.
+
+    Args:
+        benchmark: The benchmark.
+        runs: The finished runs, in the order of the grid.
+        keys: The columns whose names have titles: ``model``, ``method``, ``task``, ``eval_task``, ``set``, or one of
+            ``titles``.
+        titles: The titles of other columns by name, in the order of rows.
+
+    Attributes:
+        name: The name of the benchmark.
+        methods: The methods by name.
+        baseline: The name of the baseline.
+        titles: The titles by column and name, in the order of rows: models and tasks as they ran, then as they are
+            defined.
+        records: Every number of every run; a subclass sets it.
+    """
+
+    records: pd.DataFrame
+
+    def __init__(
+        self,
+        benchmark: Benchmark[MethodsDefinition, Entry],
+        runs: Sequence[Run],
+        keys: Sequence[str],
+        **titles: Mapping[str, str],
+    ) -> None:
+        self.benchmark, self.runs, self.name = benchmark, list(runs), benchmark.name
+        self.methods = resolve_methods(benchmark.definition)
+        self.baseline = benchmark.definition.baseline
+        models = _titles_in_order({name: model.title for name, model in load_models().items()}, runs, "model")
+        tasks = _titles_in_order(benchmark.kind.task_titles(benchmark.definition, benchmark.tasks), runs, "task")
+        methods = {name: method.title for name, method in self.methods.items()}
+        known = {"model": models, "method": methods, **dict.fromkeys(("task", "eval_task", "set"), tasks), **titles}
+        self.titles: dict[str, Mapping[str, str]] = {key: known[key] for key in keys}
+
+    def title(self, key: str, name: str) -> str:
+        """Return the title of a name, or the name if it has none."""
+        return self.titles[key].get(name, name)
+
+    @property
+    def origins(self) -> pd.DataFrame:
+        """Return the runs and their names for :func:`with_runs`."""
+        return self.records
+
+    @property
+    def baseline_title(self) -> str:
+        return self.title("method", self.baseline)
+
+    def role(self, method: str) -> str:
+        """Return ``baseline``, ``method`` or ``control``; ``method`` for a row that only the paper has."""
+        return self.methods[method].role if method in self.methods else "method"
+
+    def style(self, method: str) -> MethodStyle:
+        """Return the style of a method or of one of its settings."""
+        return style_of(self.methods[method.partition(SETTING)[0]])
+
+    def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Add ``<key>_title`` for every key of the rows, and ``is_method``: True if the row is no control."""
+        titles = {f"{key}_title": [self.title(key, name) for name in frame[key]] for key in self.titles if key in frame}
+        return frame.assign(**titles, is_method=[self.role(name) != CONTROL for name in frame["method"]])
+
+    def order(self, frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+        """Add titles and sort by columns: names as their titles, unknown ones last; other columns by value."""
+
+        def rank(column: pd.Series) -> pd.Series:
+            ranks = {name: number for number, name in enumerate(self.titles.get(str(column.name), ()))}
+            return column.map(lambda name: ranks.get(name, len(ranks))) if ranks else column
+
+        return self.titled(frame.sort_values(list(keys), key=rank, kind="stable").reset_index(drop=True))
+
+
+def _titles_in_order(titles: Mapping[str, str], runs: Sequence[Run], part: str) -> dict[str, str]:
+    """Sort titles by name: the models or tasks of the runs first."""
+    ran = [run.spec[part]["name"] for run in runs]
+    return {name: titles[name] for name in dict.fromkeys([*ran, *titles]) if name in titles}
+
+
+_STATUS = ("published", "inferred", "unknown")
+
+
+def read_published(
+    benchmark: Benchmark[Definition, Entry], file: str | None = None, of: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Read published numbers in points (ranks unchanged), each with status and source, by default from ``paper.csv``.
+
+    Args:
+        benchmark: The benchmark.
+        file: The name of another file in its folder.
+        of: The columns that identify a number, by default those of the benchmark's kind.
+
+    Raises:
+        DefinitionError: A column or status is wrong, or a value does not fit its status.
+    """
+    file = file or benchmark.definition.paper
+    columns = [*(of or benchmark.kind.paper_columns), *NUMBER_COLUMNS]
+    if not file:
+        return pd.DataFrame(columns=columns)
+    path = benchmark.folder / file
+    published = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]})
+    if list(published.columns) != columns:
+        raise DefinitionError(f"{path}: the columns are {list(published.columns)}, but must be {columns}")
+    for number, row in enumerate(published.itertuples(), 2):
+        if row.status not in _STATUS:
+            raise DefinitionError(f"{path}, line {number}: status is '{row.status}'{did_you_mean(row.status, _STATUS)}")
+        if math.isnan(row.value) != (row.status == "unknown"):
+            raise DefinitionError(f"{path}, line {number}: a value is given where it is known, and only there")
+    return published
+
+
+def published_delta(published: pd.DataFrame, baseline: str) -> list[float]:
+    """Subtract the baseline of the same ``model`` and ``scope`` from each published ``value``; nan for the baseline."""
+    base = published[published["method"] == baseline].set_index(["model", "scope"])["value"]
+    return [
+        math.nan if row.method == baseline else row.value - base.get((row.model, row.scope), math.nan)
+        for row in published.itertuples()
+    ]
+
+
+_COST = (*COST, *MODEL, *LOADS, *information_numbers("class", "environment"))
+
+
+def with_numbers(frame: pd.DataFrame, on: Sequence[str], numbers: pd.DataFrame, prefix: str = "") -> pd.DataFrame:
+    """Add the numbers with the same values in the columns ``on``; their columns get the prefix."""
+    named = numbers.set_index(list(on)).add_prefix(prefix)
+    return frame.merge(named, left_on=list(on), right_index=True, how="left")
+
+
+def with_columns(
+    frame: pd.DataFrame,
+    on: Sequence[str],
+    numbers: pd.DataFrame,
+    headings: Mapping[str, str],
+    metric: str,
+    *,
+    std: str = "std",
+    best: str | None = "mean",
+    joint: str = " ",
+) -> tuple[pd.DataFrame, list[Column]]:
+    """Add one column of numbers per name.
+
+    Args:
+        frame: The rows, with the columns ``on``.
+        on: The columns that numbers and rows share.
+        numbers: These columns, ``mean``, ``std``, ``best``, and as the first column the name.
+        headings: The headings by name, in the order of the columns.
+        metric: The metric of the numbers.
+        std: The column of the numbers with their standard deviation.
+        best: The column of the numbers by which the best row is marked.
+        joint: The text between name and column in the columns of the frame.
+
+    Returns:
+        The rows with the numbers, and the columns of the table.
+    """
+    by, columns = numbers.columns[0], []
+    for name, heading in headings.items():
+        prefix = f"{name}{joint}"
+        frame = with_numbers(frame, on, numbers[numbers[by] == name].drop(columns=by), prefix)
+        columns.append(Column(metric, f"{prefix}mean", heading, std=f"{prefix}{std}", best=best and f"{prefix}{best}"))
+    return frame, columns
+
+
+def with_average(frame: pd.DataFrame, columns: list[Column], metric: str) -> tuple[pd.DataFrame, list[Column]]:
+    """Add the average of the columns for the rows with all of them; an average over fewer is another number."""
+    averages = frame[[column.value for column in columns]].mean(axis=1, skipna=False)
+    average = Column(metric, "average", "Average", best="average")
+    return frame.assign(average=averages), [*columns, average]
+
+
+def interval_text(low: float, high: float, decimals: int = 1) -> str:
+    """Print the confidence interval of a difference after a blank; empty if there is none."""
+    return "" if math.isnan(low) else f" [{low:+z.{decimals}f}, {high:+z.{decimals}f}]"
+
+
+def difference_text(row: Any, unit: str = "") -> str:
+    """Print a difference of shares in points, with its interval and verdict."""
+    interval = interval_text(row.low * 100, row.high * 100)
+    return f"{row.delta * 100:+z.1f}{unit}{interval}, {row.verdict or 'no test'}"
+
+
+def tests_table(against: str, caption: str, keys: Mapping[str, str], metric: str, frame: pd.DataFrame) -> Table:
+    """Make a table of paired differences to the baseline, with intervals, p and verdicts.
+
+    Args:
+        against: The title of the baseline.
+        caption: The explanation of pairs and correction.
+        keys: The columns that name a row, with their headings.
+        metric: The metric of the differences.
+        frame: The rows of :func:`~benchmarks.harness.results.statistics.with_verdicts`, with titles.
+    """
+    return Table(
+        f"Tests against {against}",
+        caption,
+        dict(keys),
+        [
+            Column(metric, "delta", "Δ", interval=("low", "high"), signed=True),
+            Column("p_value", "p", "p"),
+            Column("p_value", "p_holm", "p (Holm)"),
+        ],
+        frame.assign(verdict=frame["verdict"].replace("", MISSING)),
+        notes={"verdict": "Verdict"},
+    )
+
+
+def our_means(values: pd.Series[float], cell: Sequence[str]) -> pd.DataFrame:
+    """Compute ``ours`` for :func:`published_table`: means, their 95 % interval and the count ``n``."""
+    rows = values.groupby(list(cell), sort=False)
+    means = rows.agg(ours="mean", n="size")
+    for number, end in enumerate(("low", "high")):
+        ends = rows.agg(lambda cell_values, number=number: confidence_interval(cell_values.to_numpy())[number])
+        means[end] = ends.where(means["n"] > 1)
+    return means.reset_index()
+
+
+def published_table(title: str, caption: str, keys: Mapping[str, str], frame: pd.DataFrame) -> Table:
+    """Make a table of published accuracies and ours.
+
+    Args:
+        title: The heading.
+        caption: The explanation of columns and gaps.
+        keys: The columns that name a row, with their headings.
+        frame: The rows with ``value``, the columns of :func:`our_means`, ``difference``, ``status`` and ``source``.
+    """
+    return Table(
+        title,
+        f"{caption} Ours: mean over n runs, with a 95 % confidence interval.",
+        dict(keys),
+        [
+            Column("accuracy", "value", "Published", decimals=2),
+            Column("accuracy", "ours", "Ours", interval=("low", "high"), decimals=2),
+            Column("runs", "n", "n"),
+            Column("accuracy", "difference", "Ours − published", signed=True, decimals=2),
+        ],
+        frame.assign(status=frame["status"].fillna(MISSING), source=frame["source"].fillna(MISSING)),
+        notes={"status": "Status", "source": "Source of the published number"},
+    )
+
+
+def means_by(records: pd.DataFrame, cell: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
+    """Compute the means of costs and expert loads, one row per cell and one column per metric."""
+    records = records[records["part"].isin(("cost", "model", "routing"))]
+    by_metric = {metric: records[records["metric"] == metric].groupby(list(cell), sort=False) for metric in metrics}
+    return pd.DataFrame({metric: rows["value"].mean() for metric, rows in by_metric.items()}).reset_index()
+
+
+def cost_table(
+    keys: Mapping[str, str],
+    frame: pd.DataFrame,
+    cell: Sequence[str],
+    records: pd.DataFrame,
+    *,
+    averaged: str,
+    measured_on: str,
+    published: pd.DataFrame | None = None,
+) -> Table:
+    """Make a table of time, memory, parameters and loads.
+
+    Args:
+        keys: The columns that name a row, with their headings.
+        frame: One row per cell, with titles.
+        cell: The columns that identify a row.
+        records: The numbers of the runs of each cell.
+        averaged: The runs of the means, as the caption says it.
+        measured_on: The rows on which loads were counted.
+        published: The rows of others' numbers, with titles and ``source``, below ours.
+    """
+    frame, others = with_numbers(frame, cell, means_by(records, cell, _COST)), ""
+    if published is not None:
+        frame = pd.concat([frame, published], ignore_index=True)
+        others = (
+            f" Below ours: what others report of machines of their own ({'; '.join(published['source'].unique())})."
+        )
+    return Table(
+        "What it took, and how the experts were used",
+        f"{averaged}, on the machine of the runs (see the environment below). Runs share the machine, so times are "
+        "rough: they do not compare methods. Start-up is what passes before the run's own work begins, mostly imports. "
+        "Active neurons are the FFN neurons that a token uses, as a share of the dense model's. Load entropy is 1 for "
+        f"a perfectly balanced load; loads and drops are measured on {measured_on}. Operations are two for every "
+        "parameter in use that a token is multiplied with, without attention's own products; what a CPU or GPU "
+        "executes is more where the masked path computes experts that are not used. Only the published settings limit "
+        f"the capacity of experts, so only there are choices dropped.{others}",
+        dict(keys),
+        [Column(metric, metric) for metric in _COST],
+        frame,
+    )

@@ -1,0 +1,262 @@
+"""Write the page of a suite, one self-contained HTML file: verdicts first, then tables and figures, then costs."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+import emoe
+from benchmarks.harness.base import paths
+from benchmarks.harness.base.files import write_text
+from benchmarks.harness.config.artifacts import CLAIMS, Artifacts, artifacts_of
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.paper_items import load_paper_items, main_files
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report.claims import cards, has_random_weights, sentences
+from benchmarks.harness.report.paper import paper_index
+from benchmarks.harness.report.presentation import Presentation, present
+from benchmarks.harness.report.table import MISSING, code_as_html
+from benchmarks.harness.results.records import read_metrics
+
+_HERE = Path(__file__).parent
+_FEW_LABELS = 10
+_MOST_SENTENCES = 6  # of a benchmark that are not folded
+
+
+def write_report(suite: Suite, output: Path, benchmark: str | None = None) -> None:
+    """Write the page of a suite whose tables and figures exist.
+
+    Args:
+        suite: The suite, with finished runs.
+        output: The path of the page.
+        benchmark: The name of the only benchmark to show, without the claims.
+    """
+    page = _Page(suite, output.parent.absolute())
+    names = [name for name in suite.settings.benchmarks if benchmark in (None, name)]
+    costs, environments = _costs_and_environments({name: suite.runs_of(name) for name in names})
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    text = environment.get_template("page.html.j2").render(
+        suite=suite.name,
+        version=emoe.__version__,
+        claims={} if benchmark else page.claims(),
+        shown_names=names,
+        sections=[{**_section(page, name), "cost": costs[name]} for name in names],
+        most=_MOST_SENTENCES,
+        paper=[] if benchmark else page.paper_items(),
+        costs=costs,
+        environments=environments,
+        runs_folder=page.link(paths.RUNS),
+        style=_read_trusted(_HERE / "page.css"),
+        script=_read_trusted(_HERE / "page.js"),
+    )
+    write_text(output, text)
+
+
+def copy_report(page: Path, output: Path) -> None:
+    """Copy a page to another folder and adapt its links."""
+    folder = Path(os.path.relpath(page.parent, output.parent)).as_posix()
+    write_text(output, re.sub(r'((?:href|data-runs-folder)=")(?!#)', rf"\1{folder}/", page.read_text()))
+
+
+@dataclass(frozen=True)
+class _Page:
+    """The parts of a page with links, which are relative to its folder."""
+
+    suite: Suite
+    folder: Path
+
+    @property
+    def results(self) -> Path:
+        return paths.RESULTS / self.suite.name
+
+    def link(self, path: Path) -> str:
+        return Path(os.path.relpath(path.absolute(), self.folder)).as_posix()
+
+    def table(self, artifacts: Artifacts, name: str, title: str) -> dict[str, Any]:
+        path = self.results / "tables" / artifacts.stem(name)
+        return {
+            "title": title,
+            "html": _read_trusted(path.with_suffix(".html")),
+            "files": self.link(path),
+            "command": f"snakemake --cores 1 {path}.csv --config suite={self.suite.name}",
+        }
+
+    def figure(self, path: Path, caption: str, alt: str) -> dict[str, str]:
+        image = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
+        return {
+            "name": path.name,
+            "image": f"data:image/png;base64,{image}",
+            "files": self.link(path),
+            "caption": Markup(code_as_html(caption)),  # noqa: S704 -- it escapes
+            "alt": alt,
+        }
+
+    def figures(self, artifacts: Artifacts, without: Collection[str] = ()) -> list[dict[str, str]]:
+        return [
+            self.figure(self.results / "figures" / artifacts.stem(name), caption, artifacts.short_caption(name))
+            for name, caption in artifacts.figures.items()
+            if name not in without
+        ]
+
+    def main_figures(self) -> list[dict[str, str]]:
+        """Show the radar and the differences of the main averages; the caption is below the last."""
+        item = next(item for item in load_paper_items().values() if item.main)
+        radar, differences = dict.fromkeys(Path(file).with_suffix("") for file in main_files(self.suite.name))
+        return [
+            self.figure(radar, "", f"{item.title}, radar"),
+            self.figure(differences, item.caption or "", f"{item.title}, differences to the dense model"),
+        ]
+
+    def claims(self) -> dict[str, Any]:
+        """Show the claims, their table and figures; nothing if the suite tests no claim."""
+        if not self.suite.claimed:
+            return {}
+        verdicts = pd.read_csv(self.results / "tables" / f"{CLAIMS.name}.csv")
+        return {
+            "sentences": list(sentences(verdicts)),
+            "random_weights": has_random_weights(self.suite.runs),
+            "cards": list(cards(verdicts)),
+            "table": self.table(CLAIMS, "", "Every test"),
+            "figures": self.figures(CLAIMS),
+            "main": self.main_figures(),
+        }
+
+    def paper_items(self) -> list[dict[str, Any]]:
+        """List the files of the paper's items; nothing if the suite makes none of them."""
+        rows = paper_index(self.suite)
+        for row in rows:
+            files = [Path(re.sub(r"\.md$", ".html", file)) for file in row["files"]]  # a browser shows no Markdown
+            row["files"] = [(file.name, self.link(file) if file.exists() else "") for file in files]
+        return rows if any(row["files"] for row in rows) else []
+
+
+def _section(page: _Page, name: str) -> dict[str, Any]:
+    benchmark = load_benchmark(name)
+    definition, kind = benchmark.definition, benchmark.kind
+    runs = page.suite.runs_of(name)
+    presentation = present(benchmark, runs)
+    return {
+        "name": name,
+        "title": definition.title,
+        "runs": len(runs),
+        "random_weights": has_random_weights(runs),
+        "suite_note": definition.suites[page.suite.name].note or "",
+        "verdicts": presentation.verdicts,
+        "note": presentation.note,
+        "data": _data(runs) if kind.counts_labels else [],
+        "training": _training(runs) if kind.optimizer else {},
+        "optimiser": kind.optimizer,
+        **_tables_and_figures(page, artifacts_of(name), presentation),
+        "parts": [
+            {"title": benchmark.tasks[part].title, **_tables_and_figures(page, artifacts_of(name, part), presented)}
+            for part, presented in presentation.parts.items()
+        ],
+    }
+
+
+def _tables_and_figures(page: _Page, artifacts: Artifacts, presentation: Presentation) -> dict[str, Any]:
+    """Show the tables and figures of a benchmark or of one of its sets, and name the tables without a row."""
+    tables = dict(zip(artifacts.tables, presentation.tables, strict=True))
+    first = next(iter(tables))
+    empty = {name: table.title for name, table in tables.items() if table.frame.empty and name != first}
+    return {
+        "tables": [page.table(artifacts, name, table.title) for name, table in tables.items() if name not in empty],
+        "figures": page.figures(artifacts, empty),
+        "empty": list(empty.values()),
+    }
+
+
+def _data(runs: list[Run]) -> list[dict[str, Any]]:
+    """Count rows and labels of every split of a task; of splits that differ between runs the largest counts."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in runs:
+        for part, summary in read_metrics(run)["data"].items():
+            split, _, task = part.partition(":")  # of another set than the run's own, or of one of several
+            key = (task or run.spec["task"]["name"], "test" if split == "ood" else split)
+            if key in rows and rows[key]["rows"] > summary["rows"]:
+                continue
+            labels = summary.get("labels") or {"from": summary["range"][0], "to": summary["range"][1]}
+            text = ", ".join(f"{label}: {count}" for label, count in labels.items())
+            if len(labels) > _FEW_LABELS:
+                text = f"{len(labels)} classes, {min(labels.values())} to {max(labels.values())} each"
+            counts = {"rows": summary["rows"], "labels": text, "dropped": summary["dropped"]}
+            rows[key] = {"task": key[0], "split": key[1], **counts}
+    return [rows[key] for key in sorted(rows)]
+
+
+def _training(runs: list[Run]) -> dict[str, str]:
+    """Describe the training settings; a setting that differs between tasks has each value with its tasks."""
+    tasks: dict[str, dict[str, dict[str, None]]] = {}  # by setting and value
+    settings = [{**run.spec["training"], **run.spec.get("hparams", {})} for run in runs]
+    keys = dict.fromkeys(key for values in settings for key in values)
+    for run, values in zip(runs, settings, strict=True):
+        for key in keys:
+            text = MISSING if values.get(key) is None else str(values[key])
+            tasks.setdefault(key, {}).setdefault(text, {})[run.spec["task"]["name"]] = None
+    return {
+        key: next(iter(values))
+        if len(values) == 1
+        else "; ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
+        for key, values in tasks.items()
+    }
+
+
+def _costs_and_environments(
+    runs: dict[str, list[Run]],
+) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]]]:
+    """Sum the costs of each benchmark and of ``all``, and list machines and versions, the commonest first."""
+    machines: Counter[tuple[tuple[str, str], ...]] = Counter()
+    costs: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    for name, run in ((name, run) for name, members in runs.items() for run in members):
+        metrics = read_metrics(run)
+        machines[tuple(_environment(metrics["environment"]).items())] += 1
+        costs[name].append(metrics.get("cost", {}))
+    costs["all"] = [cost for members in costs.values() for cost in members]
+    environments = [{"runs": count, "rows": dict(rows)} for rows, count in machines.most_common()]
+    return {name: _cost_texts(members) for name, members in costs.items()}, environments
+
+
+def _cost_texts(costs: Sequence[dict[str, float]]) -> dict[str, str]:
+    """Print hours, seconds per run and memory; a dash if no run has them."""
+    seconds = [cost["job_seconds"] for cost in costs if "job_seconds" in cost]
+    memory = [cost["peak_memory_mb"] for cost in costs if "peak_memory_mb" in cost]
+    return {
+        "runs": f"{len(costs):,}",
+        "hours": f"{sum(seconds) / 3600:.2f}" if seconds else MISSING,
+        "median": f"{median(seconds):.0f}" if seconds else MISSING,
+        "longest": f"{max(seconds):.0f}" if seconds else MISSING,
+        "memory": f"{max(memory):,.0f}" if memory else MISSING,
+    }
+
+
+def _environment(environment: dict[str, Any]) -> dict[str, str]:
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    processor = f"{environment['processor']}, {environment['cores']} cores"
+    changes = " with uncommitted changes" if environment["git_dirty"] else ""
+    return {
+        "Processor": f"{processor}; {environment['threads']} thread(s) a run",
+        "GPUs": ", ".join(environment["gpus"]) or "none",
+        "Memory": f"{environment['memory_gb']} GB",
+        "System": f"{environment['platform']}, Python {environment['python']}",
+        "Packages": packages,
+        "Commit": f"{environment['git_commit'] or 'unknown'}{changes}",
+    }
+
+
+def _read_trusted(path: Path) -> Markup:
+    """Read a stylesheet, a script, or a table whose renderer escapes every cell."""
+    return Markup(path.read_text())  # noqa: S704

@@ -1,0 +1,321 @@
+"""Write the paper's tables and figures under its numbers, and draw its main averages (Fig. 2)."""
+
+from __future__ import annotations
+
+import itertools
+import string
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+
+from benchmarks.harness.base import paths
+from benchmarks.harness.base.files import atomic_write
+from benchmarks.harness.config.artifacts import FIGURE_FORMATS, Artifacts
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.paper_items import (
+    MainAverage,
+    PaperOutput,
+    item_benchmarks,
+    load_main_averages,
+    load_paper_items,
+    main_files,
+    outputs_of,
+    paper_files,
+)
+from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report.common import SETTING, difference_text
+from benchmarks.harness.report.plots import (
+    REFERENCE,
+    STYLE,
+    WIDTH,
+    count_text,
+    draw_difference,
+    placeholder_figure,
+    save,
+)
+from benchmarks.harness.report.presentation import Presentation
+from benchmarks.harness.report.style import DENSE, EMOE, GMOE
+from benchmarks.harness.report.table import MISSING, RUNS, Table
+from benchmarks.harness.results.claims import find_evidence
+from benchmarks.harness.results.statistics import mean_difference
+
+from matplotlib import pyplot as plt  # isort: skip  (plots chooses the backend)
+
+_PROTOCOLS = ("published", "clean")  # the paper's own first
+_FEW = 3  # verdicts in a caption
+_COST = "cost"  # the table that verdicts say nothing about
+
+
+def write_paper_items(suite: Suite, artifacts: Artifacts, presentation: Presentation) -> None:
+    """Write tables and figures once more into ``results/<suite>/paper/``, under the paper's numbers and with its rows.
+
+    Args:
+        suite: The suite.
+        artifacts: The names of the tables and figures of a benchmark, or of one of its sets.
+        presentation: These tables; the figures are drawn already.
+    """
+    folder = paths.RESULTS / suite.name / "paper"
+    tables = {table.name: table for table in presentation.tables}
+    for output in outputs_of(artifacts):
+        name = artifacts.stem(output.part.name)
+        if output.part.figure:
+            for end in FIGURE_FORMATS:
+                with atomic_write(folder / f"{output.name}.{end}") as temporary:
+                    temporary.write_bytes((folder.parent / "figures" / f"{name}.{end}").read_bytes())
+        else:
+            _select_paper_rows(tables[name], output, suite, presentation.verdicts).write(folder)
+
+
+def _select_paper_rows(table: Table, output: PaperOutput, suite: Suite, verdicts: Sequence[str]) -> Table:
+    """Keep the paper's rows of one selection: the authors' if the suite runs it, else the clean one."""
+    frame, caption = table.frame, [table.caption]
+    if output.part.rows and "method" in frame:
+        frame = frame[frame["method"].str.split(SETTING, regex=False).str[0].isin(output.part.rows)]
+    if "protocol" in frame:
+        ran = {run.spec.get("protocol") for run in suite.runs_of(output.part.benchmark)}
+        protocol = next((name for name in _PROTOCOLS if name in ran), None)
+        is_paper = frame["is_ours"].eq(False) if "is_ours" in frame else pd.Series(False, index=frame.index)
+        frame = frame[frame["protocol"].eq(protocol) | is_paper]
+    if "p_holm" in frame and len(frame) < len(table.frame):
+        caption.append(f"p is corrected over all rows of `{table.name}`, of which some stand here.")
+    if RUNS in frame and len(frame) > 0 and frame[RUNS].eq("").all():
+        caption.append("All numbers are published ones: this suite runs none of these rows.")
+    elif output.part.name != _COST and (summary := _summary(frame, verdicts)):
+        caption.append(f"What these runs see: {summary}")
+    caption.append(f"Made by `snakemake --cores all {output.item} --config suite={suite.name}`.")
+    titles = [output.title, *([] if table.title == load_paper_items()[output.item].title else [table.title])]
+    return replace(
+        table,
+        frame=frame.reset_index(drop=True),
+        name=output.name,
+        title=". ".join(titles),
+        caption=" ".join(caption),
+    )
+
+
+def _summary(frame: pd.DataFrame, verdicts: Sequence[str]) -> str:
+    """Summarize an ablation by the differences of its first model and set, another table by the first verdicts."""
+    if "is_ours" not in frame:  # no ablation
+        return " ".join(verdicts[:_FEW])
+    rows = frame[frame["is_ours"] & frame["delta"].notna()]
+    if rows.empty:
+        return ""
+    rows = rows.assign(verdict=rows["verdict"].replace(MISSING, ""))
+    first = rows[rows["on"].eq(rows["on"].iloc[0]) & rows["model"].eq(rows["model"].iloc[0])]
+    words = [f"{row.method_title} {difference_text(row)}" for row in first.itertuples()]
+    return f"{first['model_title'].iloc[0]}, {first['on'].iloc[0]}: {'; '.join(words)}."
+
+
+def paper_index(suite: Suite) -> list[dict[str, Any]]:
+    """List the paper's items: ``item``, ``title``, ``naacl``, ``command``, ``files`` of the suite, and ``status``."""
+    rows: list[dict[str, Any]] = []
+    for name, item in load_paper_items().items():
+        files = paper_files(suite, name)
+        existing = sum(Path(file).exists() for file in files)
+        if item.missing:
+            status = f"not made: {item.missing}"
+        elif not files:
+            status = f"not in this suite (benchmark {', '.join(item_benchmarks(item))})"
+        else:
+            status = "made" if existing == len(files) else f"{existing} of {len(files)} files"
+        command = "" if item.missing else f"snakemake --cores all {name} --config suite={suite.name}"
+        shown = [file for file in files if file.endswith((".md", ".png"))]
+        row = {"item": name, "title": item.title, "naacl": item.naacl, "command": command}
+        rows.append({**row, "files": shown, "status": status})
+    return rows
+
+
+_METHODS = {"dense": "dense", "gmoe": "GMoE", "emoe": "EMoE"}
+_STYLES = {"dense": DENSE, "gmoe": GMOE, "emoe": EMOE}
+_NOTHING = "this suite runs none of the main averages"
+_FEW_TASKS = 3  # whose names are listed
+_LETTERS = string.ascii_uppercase  # of the axes of a radar
+_EXPLANATION, _LABEL = 58, 52  # letters of a line below a radar, and beside a difference
+_RADAR, _LINE = 2.9, 0.135  # inches of a radar with its title, and of a line below it
+_PADDING = 0.25  # of the range of an axis of the radar, inside its least and outside its greatest value
+
+
+def main_rows(numbers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Compute the main averages of a suite, and add the paper's.
+
+    Args:
+        numbers: The numbers of :func:`~benchmarks.harness.report.claims.claimed_numbers`, by benchmark.
+
+    Returns:
+        One row per average, model and method (``dense``, ``gmoe``, ``emoe``), with these columns:
+
+        - ``axis`` (title and model), ``whose`` (``ours``, ``paper``), ``is_rank``
+        - ``mean`` in points, or a rank
+        - ``delta``, ``low``, ``high`` and ``n``, the paired difference to the dense row in points
+        - ``of`` and ``compared``, the tasks and pairs of our mean and of our difference
+    """
+    averages = []
+    for average in load_main_averages().values():
+        if average.of.benchmark in numbers:
+            averages += _ours(average, numbers[average.of.benchmark])
+        for models, is_rank in ((average.paper, False), (average.paper_ranks, True)):
+            for model, values in models.items():
+                for method in _METHODS:
+                    value, dense = getattr(values, method), values.dense
+                    row = {"axis": f"{average.title}, {model}", "whose": "paper", "is_rank": is_rank, "method": method}
+                    averages.append({**row, "mean": value, "delta": value - dense, "n": 0, "of": "", "compared": ""})
+    columns = ["axis", "whose", "is_rank", "method", "mean", "delta", "low", "high", "n", "of", "compared"]
+    return pd.DataFrame(averages, columns=columns)
+
+
+def _ours(average: MainAverage, numbers: pd.DataFrame) -> list[dict[str, Any]]:
+    """Average over the tasks and pairs of all methods; compare each with the dense one over the pairs of both."""
+    of = average.of
+    kept = numbers["selection"].eq(of.selection) & numbers["domain"].eq(of.domain) & numbers["metric"].eq(of.metric)
+    rows = numbers[kept & numbers["setting"].eq("")]
+    averages = []
+    for model, own in rows.groupby("model", sort=False):
+        title = load_models()[model].title if model in load_models() else str(model)
+        wide = own.pivot_table(index=["task", "eval_task", "pair"], columns="method", values="value", aggfunc="mean")
+        if of.dense not in wide or not {of.gmoe, of.emoe} & set(wide):
+            continue
+        shared = wide[[name for name in (of.dense, of.gmoe, of.emoe) if name in wide]].dropna()
+        by_pair = shared.groupby("pair")
+        means = by_pair.mean()[by_pair.size() == shared.groupby(["task", "eval_task"]).ngroups]
+        for method in _METHODS:
+            name = getattr(of, method)
+            if name not in wide or means.empty:
+                continue
+            evidence = None if name == of.dense else find_evidence(own, of.comparison(name))
+            difference = evidence.difference if evidence else mean_difference(np.zeros(len(means)))
+            averages.append(
+                {
+                    "axis": f"{average.title}, {title}",
+                    "whose": "ours",
+                    "is_rank": False,
+                    "method": method,
+                    "mean": float(means[name].mean()) * 100,
+                    "delta": difference.mean * 100,
+                    "low": difference.low * 100,
+                    "high": difference.high * 100,
+                    "n": difference.n,
+                    "of": _tasks_text(of.benchmark, shared, len(means)),
+                    "compared": _tasks_text(of.benchmark, wide[[of.dense, name]].dropna(), difference.n),
+                }
+            )
+    return averages
+
+
+def _tasks_text(benchmark: str, numbers: pd.DataFrame, pairs: int) -> str:
+    """Name the tasks of numbers, or count them, and count their pairs."""
+    known = load_benchmark(benchmark)
+    titles = known.kind.task_titles(known.definition, known.tasks)
+    names = [titles.get(name, name) for name in numbers.index.get_level_values("task").unique()]
+    return f"{', '.join(names) if len(names) <= _FEW_TASKS else f'{len(names)} sets'}; {count_text([pairs], 'pairs')}"
+
+
+def draw_main(rows: pd.DataFrame, folder: Path) -> None:
+    """Draw the radar and the differences into a folder."""
+    radar, differences = dict.fromkeys(folder / Path(file).stem for file in main_files(""))
+    if not (rows["whose"] == "ours").any():
+        placeholder_figure(radar, _NOTHING)
+        placeholder_figure(differences, _NOTHING)
+        return
+    draw_radar(rows, radar)
+    draw_differences(rows, differences)
+
+
+def draw_radar(rows: pd.DataFrame, path: Path) -> None:
+    """Draw two radars, ours and the paper's; each axis has its own range and a letter, which is explained below."""
+    with mpl.rc_context({**STYLE, "axes.grid": True, "axes.grid.axis": "both"}):
+        letters, sides = map("".join, itertools.product(("", *_LETTERS), _LETTERS)), {}
+        for whose in ("ours", "paper"):
+            group = rows[rows["whose"] == whose]
+            wide = group.pivot_table(index="axis", columns="method", values="mean", sort=False)
+            named = dict(zip(itertools.islice(letters, len(wide)), wide.index, strict=True))
+            sides[whose] = (group, wide, named, "\n".join(_explained(group, wide, named)))
+        words = _LINE * max(text.count("\n") + 1 for *_, text in sides.values())
+        figure = plt.figure(figsize=(WIDTH, _RADAR + words + 0.3), layout="constrained")
+        grid = figure.add_gridspec(2, 2, height_ratios=[_RADAR, words])
+        handles: dict[str, Any] = {}
+        for column, (whose, (group, wide, named, text)) in enumerate(sides.items()):
+            panel: Any = figure.add_subplot(grid[0, column], projection="polar")
+            handles |= _draw_polygons(panel, wide, group.drop_duplicates("axis").set_index("axis")["is_rank"], named)
+            panel.set_title("these runs" if whose == "ours" else "the paper (OOD: ranks, lower is better)", fontsize=8)
+            below = figure.add_subplot(grid[1, column])
+            below.axis("off")
+            below.text(0, 1, text, va="top", fontsize=7, linespacing=1.25)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+        save(figure, path)
+
+
+def _draw_polygons(panel: Any, wide: pd.DataFrame, ranks: pd.Series, named: Mapping[str, str]) -> dict[str, Any]:
+    """Draw the line of each method, with axes from the least to the greatest number, and return the lines by label."""
+    angles = np.linspace(0, 2 * np.pi, len(wide), endpoint=False)
+    better = wide.mul(np.where(ranks.loc[wide.index], -1.0, 1.0), axis=0)
+    low, high = better.min(axis=1), better.max(axis=1)
+    span = (high - low).where(high > low, 1.0)
+    radii = better.sub(low, axis=0).div(span, axis=0) * (1 - 2 * _PADDING) + _PADDING
+    drawn = {}
+    for method, label in _METHODS.items():
+        if method in radii:
+            values = radii[method].to_numpy(dtype=float)
+            (drawn[label],) = panel.plot(
+                [*angles, angles[0]], [*values, values[0]], ms=3.5, lw=1.2, **_STYLES[method].mark
+            )
+    panel.set_xticks(angles, list(named), fontsize=8)
+    panel.tick_params(axis="x", pad=1)
+    panel.set_ylim(0, 1)
+    panel.set_yticks([_PADDING, 0.5, 1 - _PADDING], ["", "", ""])
+    return drawn
+
+
+def _explained(rows: pd.DataFrame, wide: pd.DataFrame, named: Mapping[str, str]) -> Iterator[str]:
+    """Explain each axis: its letter, its title and its numbers."""
+    first = rows.drop_duplicates("axis").set_index("axis")
+    yield f"   {' / '.join(label for method, label in _METHODS.items() if method in wide)}"
+    for letter, axis in named.items():
+        numbers = " / ".join(f"{wide.loc[axis, method]:.1f}" for method in _METHODS if method in wide)
+        of = first.loc[axis, "of"]
+        yield textwrap.fill(
+            f"{letter}  {axis}{f' ({of})' if of else ''}: {numbers}", _EXPLANATION, subsequent_indent="     "
+        )
+
+
+def draw_differences(rows: pd.DataFrame, path: Path) -> None:
+    """Draw differences to the dense model in points: ours with 95 % intervals, the paper's as crosses, no ranks."""
+    drawn = rows[(rows["method"] != "dense") & ~rows["is_rank"]]
+    axes = list(drawn["axis"].drop_duplicates())
+    with mpl.rc_context(STYLE):
+        figure, panel = plt.subplots(figsize=(WIDTH, 0.36 * len(axes) + 1.0), layout="constrained")
+        for row in drawn.itertuples():
+            style = _STYLES[row.method]
+            height = axes.index(row.axis) + (0.14 if row.method == "gmoe" else -0.14)
+            draw_difference(panel, row, height, style if row.whose == "ours" else replace(style, marker="x"))
+        panel.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
+        labels = [_difference_title(axis, drawn[drawn["axis"] == axis]) for axis in axes]
+        panel.set_yticks(range(len(axes)), labels, fontsize=7)
+        panel.set_ylim(len(axes) - 0.4, -0.6)
+        panel.set_xlabel("Difference to the dense model (points)")
+        figure.supxlabel(
+            "bars: 95 % intervals of these runs, over n pairs of seeds or trials; crosses: the paper", fontsize=7.5
+        )
+        handles = [
+            mpl.lines.Line2D([], [], ls="", ms=5, label=_METHODS[name], **_STYLES[name].mark)
+            for name in ("gmoe", "emoe")
+        ]
+        panel.legend(handles=handles, loc="best", fontsize=7, frameon=False)
+        save(figure, path)
+
+
+def _difference_title(axis: str, rows: pd.DataFrame) -> str:
+    """Name a row of differences with its tasks and pairs, once if they are equal for all methods."""
+    ours = rows[rows["whose"] == "ours"]  # the paper may have a row of the same model
+    compared = dict(zip(ours["method"].map(_METHODS), ours["compared"], strict=True))
+    texts = set(compared.values())
+    if not texts:
+        return textwrap.fill(axis, _LABEL)
+    of = texts.pop() if len(texts) == 1 else ". ".join(f"{name}: {text}" for name, text in compared.items())
+    return "\n".join((textwrap.fill(axis, _LABEL), textwrap.fill(of, _LABEL)))

@@ -1,0 +1,89 @@
+"""Give a method the same colour and marker in every figure, by its settings and not by its name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.harness.config.methods import CONTROL, Method
+from emoe.config import ROUTERS
+
+
+@dataclass(frozen=True)
+class MethodStyle:
+    """The colour and marker of a method, in the colours of Okabe and Ito, which the colour-blind can distinguish.
+
+    Attributes:
+        colour: The colour of lines and marks.
+        marker: The marker, as matplotlib names it.
+        hollow: True if the mark is empty, as for the authors' own settings.
+    """
+
+    colour: str
+    marker: str
+    hollow: bool = False
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """Return the arguments of ``plot`` for the mark."""
+        arguments = {"color": self.colour, "marker": self.marker}
+        return {**arguments, "mfc": "white", "mec": self.colour} if self.hollow else arguments
+
+
+DENSE = MethodStyle("#444444", "o")
+GMOE = MethodStyle("#d55e00", "s")
+EMOE = MethodStyle("#0072b2", "D")
+_LEARNED = MethodStyle("#009e73", "^")
+_RANDOM = MethodStyle("#cc79a7", "v")
+_OTHER_NEURONS = MethodStyle("#56b4e9", "P")  # contiguous, by co-activation
+_OTHER_EXPERTS = MethodStyle("#e69f00", "<")  # not the top k; crosses are published numbers
+_OTHER_DENSE = MethodStyle("#8c6d31", "p")  # single blocks, noise
+_CONTROL = MethodStyle("#999999", "h")
+_DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))
+
+
+def style_of(method: Method) -> MethodStyle:
+    """Return the style of a method with all its settings.
+
+    Example:
+        >>> style_of(Method(title="LoRA + EMoE", kind="emoe")) == style_of(Method(title="EMoE", kind="emoe"))
+        True
+    """
+    style = _style_of_kind(method)
+    return replace(style, hollow=True) if method.as_published or method.also_train else style
+
+
+def _style_of_kind(method: Method) -> MethodStyle:
+    config = method.config_values()
+    if method.kind == "gmoe":
+        return GMOE
+    if method.kind == "dense":
+        return _OTHER_DENSE if method.tune or method.noise else DENSE
+    if config.get("partition") == "random":
+        return _RANDOM
+    if config.get("partition", "kmeans") != "kmeans" and config.get("num_experts") != 1:
+        return _OTHER_NEURONS
+    if method.role == CONTROL:
+        return _CONTROL
+    if config.get("selection", "top") != "top":
+        return _OTHER_EXPERTS
+    router = config.get("router", "avg_k")
+    return EMOE if router == "avg_k" else _LEARNED if ROUTERS[router].learned else _CONTROL
+
+
+def curve_styles(labelled: Iterable[tuple[str, MethodStyle]]) -> dict[str, dict[str, Any]]:
+    """Return the arguments of ``plot`` for the curves of a figure; curves of one method differ in dashes and marks.
+
+    Args:
+        labelled: The label of each curve and the style of its method; of equal labels the first counts.
+    """
+    arguments: dict[str, dict[str, Any]] = {}
+    seen: Counter[MethodStyle] = Counter()
+    for label, style in labelled:
+        if label not in arguments:
+            number = seen[style]
+            arguments[label] = {"ls": _DASHES[number % len(_DASHES)], **replace(style, hollow=number % 2 == 1).mark}
+            seen[style] += 1
+    return arguments

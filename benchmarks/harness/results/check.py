@@ -1,0 +1,380 @@
+"""Compare a suite's numbers with the blessed ones, run finished runs again, and bless numbers.
+
+Two numbers of the same machine have to be equal to the last digit. Two numbers of different machines may be as far apart
+as the ``tolerance`` of their metric in ``metrics.yaml``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.harness.base.errors import DefinitionError, RunError
+from benchmarks.harness.base.files import atomic_write, read_json, write_json, write_text
+from benchmarks.harness.base.paths import REFERENCE, ROOT, RUNS
+from benchmarks.harness.config.catalogue import load_metrics
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.config.yaml import Strict
+from benchmarks.harness.results.records import GROUP_KEYS, check_finished, collect_from, read_metrics
+
+KEYS = ["run", "seed", "part", "set", "metric"]
+_COLUMNS = [*KEYS, "value", "machine"]
+_LINES = 6  # printed of each run
+# Tolerances of the numbers that a run records only for this check. They were measured like those in metrics.yaml.
+_TOLERANCES = {
+    **dict.fromkeys(("content", "conversion", "trained"), 0.0),
+    **{f"loss_{step}": 0.007 for step in range(1, 9)},
+    "logits": 4e-5,
+    "trained_logits": 0.02,  # of a model that another run has trained
+    "loads": 0.05,
+}
+_SUITE_SCALES = {"smoke": 0.1}  # of all tolerances: its models are tiny and train for a few steps
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of finished runs.
+
+    Attributes:
+        rows: One row per number: :data:`KEYS`, the ``value`` as text with all digits, and the ``machine`` that made it.
+        machines: The fingerprint of each machine by its name. The name is empty if a run recorded no fingerprint.
+    """
+
+    rows: pd.DataFrame
+    machines: Mapping[str, Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The differences between two sets of numbers.
+
+    Attributes:
+        differences: One row per number that differs: :data:`KEYS`, ``status`` (changed, missing or new), ``before``,
+            ``after`` and ``tolerance``.
+        equal: The count of numbers that agree.
+        machines: One sentence per pair of machines that were compared.
+        unfinished: The runs without numbers, with the reason if it is known.
+    """
+
+    differences: pd.DataFrame
+    equal: int
+    machines: tuple[str, ...]
+    unfinished: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Return True if all numbers agree."""
+        return self.differences.empty and not self.unfinished
+
+    def to_json(self) -> str:
+        """Write everything as JSON."""
+        content = {"passed": self.passed, "equal": self.equal, "machines": self.machines, "unfinished": self.unfinished}
+        return json.dumps({**content, "differences": self.differences.to_dict("records")}, indent=1, allow_nan=False)
+
+    def __str__(self) -> str:
+        lines, counts = [], []
+        for status in ("changed", "missing", "new"):
+            rows = self.differences[self.differences["status"] == status]
+            for (run, seed), group in rows.groupby(["run", "seed"], sort=False):
+                start = f"{status:<8} {run} s{seed}"
+                lines += [f"{start} {_describe(row)}" for row in group.head(_LINES).to_dict("records")]
+                lines += [f"{start}: {len(group) - _LINES} more numbers"] if len(group) > _LINES else []
+            counts.append(f"{len(rows)} {status}")
+        if self.unfinished:
+            lines.append(f"{len(self.unfinished)} runs are not finished, the first is {self.unfinished[0]}")
+        return "\n".join([*lines, *self.machines, f"{self.equal} agree, {', '.join(counts)}"])
+
+
+def _describe(row: Mapping[str, Any]) -> str:
+    """Describe one difference in a line."""
+    name = " ".join(row[key] for key in ("part", "set", "metric") if row[key])
+    before, after = (f"{row[key]:.60}" for key in ("before", "after"))
+    if not (before and after):
+        return f"{name}: {before or after}"
+    try:
+        difference = f" ({float(row['after']) - float(row['before']):+.3g}, tolerance {row['tolerance']:g})"
+    except ValueError:  # several numbers, or words
+        difference = ""
+    return f"{name}: {before} -> {after}{difference}"
+
+
+def tolerance_of(metric: str) -> float | None:
+    """Return how far numbers of two machines may be apart; None if the metric is not compared."""
+    metrics = load_metrics()
+    return metrics[metric].tolerance if metric in metrics else _TOLERANCES.get(metric)
+
+
+def agree(before: str, after: str, tolerance: float) -> bool:
+    """Return True if two values are equal, or no further apart than the tolerance (relative to values above 1)."""
+    if before == after or not tolerance:
+        return before == after
+    old, new = (np.array(value.split(), dtype=float) for value in (before, after))
+    if old.shape != new.shape or not np.isfinite([old, new]).all():
+        return False
+    return bool(np.abs(old - new).max() <= tolerance * max(1, np.abs(old).max()))
+
+
+def compare(
+    before: Numbers, after: Numbers, suite: str, *, elsewhere: bool = False, unfinished: Sequence[str] = ()
+) -> Comparison:
+    """Compare present numbers with those before; with ``elsewhere``, as if all machines were different."""
+    rows = before.rows.merge(after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator=True)
+    rows["tolerance"] = pd.to_numeric(rows["metric"].map(tolerance_of)) * _SUITE_SCALES.get(suite, 1)
+    rows = rows.dropna(subset="tolerance").fillna("")
+    is_same = (rows["machine_before"] == rows["machine_after"]) & (rows["machine_before"] != "") & (not elsewhere)
+    rows["tolerance"] = rows["tolerance"].where(~is_same, 0.0)
+    values = zip(rows["value_before"], rows["value_after"], rows["tolerance"], strict=True)
+    is_equal = pd.Series([bool(old and new) and agree(old, new, limit) for old, new, limit in values], rows.index, bool)
+    status = rows["_merge"].astype(str).map({"both": "changed", "left_only": "missing", "right_only": "new"})
+    differences = rows.assign(status=status).rename(columns={"value_before": "before", "value_after": "after"})
+    return Comparison(
+        differences.loc[~is_equal, ["status", *KEYS, "before", "after", "tolerance"]],
+        int(is_equal.sum()),
+        tuple(_machines(rows[rows["_merge"] == "both"], before, after, elsewhere=elsewhere)),
+        tuple(unfinished),
+    )
+
+
+def _machines(rows: pd.DataFrame, before: Numbers, after: Numbers, *, elsewhere: bool) -> Iterator[str]:
+    """Say how many numbers of each pair of machines were compared, and how."""
+    for (old, new), group in rows.groupby(["machine_before", "machine_after"]):
+        if elsewhere:
+            how = "within a tolerance, as asked"
+        elif old == new != "":
+            how = f"to the last digit: the machine is the same ({old})"
+        else:
+            first, second = before.machines.get(old, {}), after.machines.get(new, {})
+            names = [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
+            changes = [f"{name}: {first.get(name, 'none')} -> {second.get(name, 'none')}" for name in names]
+            reason = "; ".join(changes) if first and second else "not recorded"
+            how = f"within a tolerance: the machine is another one ({reason})"
+        yield f"compared {len(group)} numbers, {how}"
+
+
+def numbers_of(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers:
+    """Collect the numbers of finished runs from their ``metrics.json``, without their costs.
+
+    Raises:
+        DefinitionError: Two runs have the same name.
+    """
+    records = collect_from((run, dict(metrics)) for run, metrics in results)
+    keys = records.drop_duplicates("run_id").set_index("run_id")[GROUP_KEYS]
+    names = {run_id: _run_name(row) for run_id, row in keys.iterrows()}
+    fingerprints = {run.id: metrics["environment"].get("fingerprint", {}) for run, metrics in results}
+    machines = {_machine_name(parts): parts for parts in fingerprints.values()}
+    machine_by_run = {run_id: _machine_name(parts) for run_id, parts in fingerprints.items()}
+    seeds = {run.id: int(run.spec["seed"]) for run, _ in results}
+    is_compared = records["metric"].isin(set(load_metrics())) & ~records["part"].isin(["cost", "dev_best"])
+    values = [
+        (row.run_id, row.part, row.eval_task, row.metric, _digits(row.metric, float(row.value)))
+        for row in records[is_compared].itertuples()
+    ]
+    values += [(run.id, *number) for run, metrics in results for number in _other_numbers(run, metrics)]
+    rows = pd.DataFrame(
+        [(names[run_id], seeds[run_id], *number, machine_by_run[run_id]) for run_id, *number in values],
+        columns=_COLUMNS,
+    )
+    _check_unique(rows, "two finished runs have the same")
+    return Numbers(rows.sort_values(KEYS, kind="stable", ignore_index=True), machines)
+
+
+def _run_name(record: pd.Series[Any]) -> str:
+    values = [f"{record[key]:g}" if key == "learning_rate" else str(record[key]) for key in GROUP_KEYS]
+    return " ".join(value for value in values if value)
+
+
+def _machine_name(fingerprint: Mapping[str, str]) -> str:
+    """Return a short hash of a fingerprint; empty if there is none."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8] if fingerprint else ""
+
+
+def _digits(metric: str, value: float) -> str:
+    """Write a number with all digits, and a count as a whole number."""
+    return str(int(value)) if tolerance_of(metric) == 0 and value.is_integer() else repr(value)
+
+
+def _check_unique(rows: pd.DataFrame, message: str) -> None:
+    twice = rows[rows.duplicated(KEYS)]
+    if len(twice):
+        raise DefinitionError(f"{message} number '{' '.join(map(str, twice.iloc[0][KEYS]))}'")
+
+
+def _other_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield part, set, metric and value of a run's probe, model and data."""
+    probe, model = metrics.get("probe", {}), metrics.get("model", {})
+    for step, loss in enumerate(probe.get("losses", ()), 1):
+        yield "probe", "", f"loss_{step}", loss
+    if probe.get("logits"):
+        name = "trained_logits" if "candidates" in run.spec else "logits"
+        yield "probe", "", name, " ".join(map(repr, probe["logits"].values()))
+    for layer, loads in probe.get("loads", {}).items():
+        yield "probe", f"layer {layer}", "loads", " ".join(map(str, loads))
+    for layer in model.get("conversion", ()):
+        name, experts = f"layer {layer['index']}", f"{layer['experts']} experts of {layer['expert_size']}"
+        yield "model", name, "conversion", f"{experts}, top {layer['top_k']}"
+        if layer["explained"] is not None:
+            yield "model", name, "inertia", repr(1 - layer["explained"])
+    for group, content in model.get("trained", {}).items():
+        yield "model", group, "trained", f"{content['parameters']} {content['names']}"
+    for name, summary in metrics.get("data", {}).items():
+        counts = [f"{key} {count}" for key, count in sorted(summary.items()) if isinstance(count, int)]
+        labels = [f"{label}: {count}" for label, count in summary.get("labels", {}).items()]
+        digest = [summary["digest"]] if "digest" in summary else []
+        yield "data", name, "content", ", ".join([*counts, *labels, *digest])
+
+
+class ReferenceFile(Strict):
+    """Origin of blessed numbers: ``<suite>.json``."""
+
+    commit: str
+    """Commit of the code."""
+    machines: dict[str, dict[str, str]]
+    """Fingerprint of each machine, by the name in the rows."""
+
+
+def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
+    """Read blessed numbers.
+
+    Raises:
+        DefinitionError: A file is missing, damaged or of an older form.
+    """
+    path = folder / f"{suite}.csv"
+    advice = f"bless a run of the suite (`python -m benchmarks bless --suite {suite}`)"
+    try:
+        rows = pd.read_csv(path, keep_default_na=False, dtype=str)[_COLUMNS].astype({"seed": int})
+    except FileNotFoundError as error:
+        raise DefinitionError(f"{path} does not exist: {advice}") from error
+    except (KeyError, ValueError) as error:
+        raise DefinitionError(f"{path} is damaged, or of an older form: {advice}") from error
+    _check_unique(rows, f"{path} has twice the")
+    return Numbers(rows, read_json(path.with_suffix(".json"), ReferenceFile, advice).machines)
+
+
+def write_reference(suite: str, numbers: Numbers, commit: str, folder: Path = REFERENCE) -> Path:
+    """Write blessed numbers and their machines."""
+    path = folder / f"{suite}.csv"
+    with atomic_write(path) as temporary:
+        numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
+    machines = {name: dict(parts) for name, parts in numbers.machines.items()}
+    content = ReferenceFile(commit=commit, machines=machines)
+    write_json(path.with_suffix(".json"), content.model_dump())
+    return path
+
+
+def _finished(runs: Sequence[Run], suite: str) -> list[Run]:
+    finished = [run for run in runs if (RUNS / run.folder / "metrics.json").exists()]
+    if not finished:
+        raise DefinitionError(f"no run of the suite '{suite}' is finished below {RUNS}: `make run SUITE={suite}`")
+    return finished
+
+
+def read_numbers(runs: Sequence[Run], root: Path = RUNS) -> Numbers:
+    """Read the numbers of finished runs."""
+    return numbers_of([(run, read_metrics(run, root)) for run in runs])
+
+
+def check(runs: Sequence[Run], suite: str, folder: Path = REFERENCE, *, elsewhere: bool = False) -> Comparison:
+    """Compare the finished runs of a suite with its blessed numbers.
+
+    Raises:
+        DefinitionError: No run is finished, or a file is missing or damaged.
+    """
+    finished = _finished(runs, suite)
+    unfinished = sorted({run.id for run in runs} - {run.id for run in finished})
+    before, after = read_reference(suite, folder), read_numbers(finished)
+    return compare(before, after, suite, elsewhere=elsewhere, unfinished=unfinished)
+
+
+def run_again(runs: Sequence[Run], say: Callable[[str], None]) -> tuple[Numbers, list[str]]:
+    """Execute finished runs again, each in a new process that writes to a temporary folder.
+
+    Returns:
+        The new numbers, and the id and last line of output of each run that failed.
+    """
+    results, failures = [], []
+    with tempfile.TemporaryDirectory(prefix="again-") as folder:
+        for run in runs:
+            before = read_metrics(run)
+            say(f"running {run.id} again, about {before['cost']['job_seconds']:.0f} s")
+            path = Path(folder) / run.folder / "run.json"
+            write_text(path, run.to_json())
+            threads = str(before["environment"]["threads"])
+            command = [sys.executable, "-m", "benchmarks", "run", str(path), "--threads", threads]
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            if process.returncode:
+                failures.append(f"{run.id}: {(process.stderr.strip() or 'no output').splitlines()[-1]}")
+            else:
+                results.append((run, read_metrics(run, Path(folder))))
+    return numbers_of(results), failures
+
+
+def verify(runs: Sequence[Run], suite: str, count: int, seed: int, say: Callable[[str], None]) -> Comparison:
+    """Draw some finished runs, execute them again, and compare their numbers.
+
+    Raises:
+        DefinitionError: No run is finished, or a file is damaged.
+    """
+    finished = _finished(runs, suite)
+    chosen = random.Random(seed).sample(finished, min(count, len(finished)))
+    after, failures = run_again(chosen, say)
+    return compare(read_numbers(chosen), after, suite, unfinished=failures)
+
+
+def bless(
+    runs: Sequence[Run], suite: str, say: Callable[[str], None], folder: Path = REFERENCE, root: Path = ROOT
+) -> Path:
+    """Make the present numbers the blessed ones, after the fastest run of every benchmark gave the same numbers again.
+
+    Raises:
+        DefinitionError: The checkout is not clean, a run is not finished or recorded no machine, or a number differs.
+        RunError: A run failed when it was executed again.
+    """
+    commit = clean_commit(root)
+    check_finished(runs, f"of the suite '{suite}'", f"make run SUITE={suite}")
+    results = [(run, read_metrics(run)) for run in runs]
+    numbers = numbers_of(results)
+    if "" in numbers.machines:
+        raise DefinitionError(f"a run below {RUNS} recorded no machine: older code made it; delete it and run it again")
+    seconds = {run.id: metrics["cost"]["job_seconds"] for run, metrics in results}
+    by_speed = sorted(runs, key=lambda run: seconds[run.id], reverse=True)
+    fastest = list({run.benchmark: run for run in by_speed}.values())
+    after, failures = run_again(fastest, say)
+    if failures:
+        raise RunError(f"a run failed when it was executed again: {failures[0]}")
+    if not after.machines.keys() <= numbers.machines.keys():
+        raise DefinitionError("the runs were made on another machine: run the suite again here, or bless it there")
+    comparison = compare(read_numbers(fastest), after, suite)
+    if not comparison.passed:
+        raise DefinitionError(f"numbers do not repeat, so they cannot be blessed:\n{comparison}")
+    return write_reference(suite, numbers, commit, folder)
+
+
+def clean_commit(root: Path = ROOT) -> str:
+    """Return the commit of a checkout without changes, except to blessed numbers.
+
+    Raises:
+        DefinitionError: The folder is no checkout, or a file is not committed.
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", ".", ":(exclude)results/reference").splitlines()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise DefinitionError(f"{root} is no git checkout: blessed numbers belong to a commit") from error
+    if changed:
+        raise DefinitionError(f"{len(changed)} files are not committed, the first is {changed[0].split()[-1]}")
+    return commit

@@ -1,0 +1,158 @@
+"""Test claims on the numbers of finished runs: paired differences, counts, measured ratios, verdicts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.harness.config.claims import Comparison
+from benchmarks.harness.results.statistics import SIGNIFICANCE, Difference, mean_difference
+
+_CELL = ["model", "task", "eval_task", "tuning"]
+
+
+class Verdict(StrEnum):
+    """The verdicts on a claim."""
+
+    SUPPORTED = "supported"
+    CONTRADICTED = "contradicted"
+    UNDECIDED = "undecided"
+    NO_TEST = "no test"
+    NOT_TESTED = "not tested"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The numbers of one comparison.
+
+    Attributes:
+        difference: The difference of the methods; of a ratio its median less 1, with the range of all rounds.
+        incomplete: The number of pairs that are left out because they lack a model, task or set.
+        models: The models that both methods ran on.
+        tasks: The tasks that both methods ran on.
+    """
+
+    difference: Difference
+    incomplete: int
+    models: tuple[str, ...]
+    tasks: tuple[str, ...]
+
+
+def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None:
+    """Compare two methods as the direction of a claim asks for.
+
+    Args:
+        numbers: The numbers of all runs of a benchmark, see :data:`benchmarks.harness.report.common.COMPARED`.
+        compare: The comparison.
+
+    Returns:
+        None if the methods share nothing.
+    """
+    rows = _select(numbers, compare)
+    if compare.direction == "near":
+        return _measured(rows, compare)
+    rows = rows[rows["metric"] == compare.metric]
+    own, other = (rows[rows["method"] == name].astype({"value": float}) for name in (compare.method, compare.against))
+    return _counted(own, other) if compare.direction == "equal" else _paired(own, other)
+
+
+def _select(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
+    """Select the numbers of both methods; the other method stands as in main tables, without a setting."""
+    if compare.settings == "all":
+        is_meant = numbers["setting"].ne("")
+    else:
+        is_meant = numbers["setting"].isin(compare.settings or [""])
+    kept = (numbers["method"].eq(compare.method) & is_meant) | (
+        numbers["method"].eq(compare.against) & numbers["setting"].eq("")
+    )
+    kept &= numbers["domain"] == compare.domain
+    if compare.selection is not None:
+        kept &= numbers["selection"] == compare.selection
+    for column, names in (("model", compare.models), ("task", compare.tasks), ("tuning", compare.tunings)):
+        if names:
+            kept &= numbers[column].isin(names)
+    return numbers[kept]
+
+
+def _paired(own: pd.DataFrame, other: pd.DataFrame) -> Evidence | None:
+    """Compare over pairs: the numbers of a pair are averaged over models, tasks, sets and settings first.
+
+    Only what both methods have counts. A pair that lacks a cell of another pair is left out: its mean would be of
+    other things.
+    """
+    # repeated numbers count once
+    means = own.groupby([*_CELL, "setting", "pair"], sort=False)["value"].mean()
+    others = other.groupby([*_CELL, "pair"], sort=False)["value"].mean().rename("other")
+    both = means.reset_index().merge(others.reset_index(), on=[*_CELL, "pair"])
+    if both.empty:
+        return None
+    by_pair = both.assign(difference=both["value"] - both["other"]).groupby("pair", sort=True)["difference"]
+    complete = by_pair.mean()[by_pair.size() == len(both[[*_CELL, "setting"]].drop_duplicates())]
+    difference = mean_difference(complete.to_numpy(dtype=float))
+    return Evidence(difference, by_pair.ngroups - len(complete), _names(both, "model"), _names(both, "task"))
+
+
+def _counted(own: pd.DataFrame, other: pd.DataFrame) -> Evidence | None:
+    """Find the largest difference of counts, which do not depend on chance; ``n`` counts the method's runs."""
+    cell = ["model", "task", "tuning"]
+    ends = [rows.groupby(cell, sort=False)["value"].agg(["min", "max", "size"]) for rows in (own, other)]
+    both = ends[0].join(ends[1], how="inner", rsuffix="_other").reset_index()
+    if both.empty:
+        return None
+    spans = np.concatenate([both["max"] - both["min_other"], both["min"] - both["max_other"]])
+    largest = float(spans[np.abs(spans).argmax()])
+    difference = Difference(largest, largest, largest, math.nan, int(both["size"].sum()))
+    return Evidence(difference, 0, _names(both, "model"), _names(both, "task"))
+
+
+def _measured(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
+    """Find the median of a ratio less 1, and its range over the rounds of all settings; ``n`` counts the settings."""
+    rows = rows[rows["method"] == compare.method]
+    ratios, low, high = (
+        rows.loc[rows["metric"] == f"{compare.metric}{end}", "value"].astype(float) for end in ("", "_low", "_high")
+    )
+    if ratios.empty:
+        return None
+    difference = Difference(ratios.median() - 1, low.min() - 1, high.max() - 1, math.nan, len(ratios))
+    return Evidence(difference, 0, _names(rows, "model"), ())
+
+
+def _names(rows: pd.DataFrame, column: str) -> tuple[str, ...]:
+    return tuple(rows[column].drop_duplicates())
+
+
+def is_within(difference: Difference, least: float, most: float) -> bool:
+    """Return True if the whole interval of a difference lies between two bounds."""
+    return least <= difference.low and difference.high <= most
+
+
+def judge(compare: Comparison, difference: Difference, p: float, margin: float) -> Verdict:
+    """Judge a comparison.
+
+    A claim of more or less is judged by the test, any other claim by the interval.
+
+    Args:
+        compare: The comparison.
+        difference: The difference that the runs show.
+        p: The corrected p of the paired t-test.
+        margin: The largest difference that is practically negligible.
+    """
+    if compare.direction in ("higher", "lower"):
+        if math.isnan(p):
+            return Verdict.NO_TEST
+        if p >= SIGNIFICANCE:
+            return Verdict.UNDECIDED
+        is_claimed = (difference.mean > 0) == (compare.direction == "higher")
+        return Verdict.SUPPORTED if is_claimed else Verdict.CONTRADICTED
+    if math.isnan(difference.low):
+        return Verdict.NO_TEST
+    bounds = {"same": (-margin, margin), "not_lower": (-margin, math.inf), "near": (-math.inf, margin)}
+    least, most = bounds.get(compare.direction, (0, 0))
+    if is_within(difference, least, most):
+        return Verdict.SUPPORTED
+    is_beyond = difference.high < least or difference.low > most
+    return Verdict.CONTRADICTED if is_beyond else Verdict.UNDECIDED

@@ -1,0 +1,130 @@
+"""The status of a suite's runs: finished, running, failed or missing. Reads files and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.locks import is_held
+from benchmarks.harness.base.paths import LOCK, LOG, RUNS
+from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.catalogue import load_models
+from benchmarks.harness.config.runs import Run
+
+State = Literal["finished", "running", "failed", "missing"]
+_TAIL = 8192
+# dense TFLOP/s of the makers' data sheets: float32, and half precision
+_DEVICES = {
+    "one CPU core": (0.25, 0.25),
+    "an RTX 4090": (83, 165),
+    "an A100": (19.5, 312),
+    "an H100": (67, 989),
+}
+_UTILIZATION = 0.15
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """The status of one run.
+
+    Attributes:
+        run: The run.
+        state: ``finished`` if its numbers exist, ``running`` if a process holds its lock, ``failed`` if it was begun and
+            has neither, else ``missing``.
+        last: The last line of the log of a running or failed run.
+        silent: The seconds since that line was written.
+    """
+
+    run: Run
+    state: State
+    last: str = ""
+    silent: float | None = None
+
+
+def run_status(run: Run) -> RunStatus:
+    """Return the status of a run."""
+    folder = RUNS / run.folder
+    log, metrics = folder / LOG, folder / "metrics.json"
+    if metrics.exists():
+        return RunStatus(run, "finished")
+    if is_held(folder / LOCK):
+        state: State = "running"
+    elif log.exists() or (folder / LOCK).exists():
+        # a run writes its numbers before it lets its lock go, so it may have finished meanwhile
+        state = "finished" if metrics.exists() else "failed"
+    else:
+        state = "missing"
+    if state not in ("running", "failed") or not log.exists():
+        return RunStatus(run, state)
+    return RunStatus(run, state, last_line(log), time.time() - log.stat().st_mtime)
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log that is not empty; a progress bar counts as it stands."""
+    with log.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, 0))
+        text = file.read().decode(errors="replace")
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def median_seconds(runs: Sequence[Run]) -> float | None:
+    """Return the median duration of finished runs; None if none is finished."""
+    files = [RUNS / run.folder / "metrics.json" for run in runs]
+    return round(statistics.median(map(_seconds, files)), 1) if files else None
+
+
+def _seconds(file: Path) -> float:
+    try:
+        return float(json.loads(file.read_text())["cost"]["job_seconds"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DefinitionError(f"{file} is damaged: delete it and run `snakemake --cores all {file}`") from error
+
+
+def estimate(runs: Sequence[Run]) -> Mapping[str, float] | None:
+    """Estimate the hours of runs of one benchmark, one after the other, by device: 6 × parameters × tokens ÷ rate.
+
+    Returns:
+        None if the size of a model or of a set is unknown.
+    """
+    hours = dict.fromkeys(_DEVICES, 0.0)
+    for run in runs:
+        benchmark, model = load_benchmark(run.benchmark), load_models().get(run.spec["model"]["name"])
+        shape = model.shape if model else None  # a measurement names models of its own
+        tokens = benchmark.kind.training_tokens(run.spec, benchmark.tasks) if shape else None
+        if shape is None or tokens is None:
+            return None
+        frozen = run.spec.get("training", {}).get("frozen_layers") or 0
+        operations = 6 * shape.parameters * (1 - frozen / shape.layers) * tokens
+        half = run.spec.get("training", {}).get("precision", "fp32") != "fp32"
+        for device, rates in _DEVICES.items():
+            hours[device] += operations / (rates[half] * 1e12 * _UTILIZATION) / 3600
+    return hours
+
+
+def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int | float | None]:
+    """Count the runs of a benchmark by state, with the median seconds of the finished ones."""
+    states: dict[str, list[Run]] = {"finished": [], "running": [], "failed": [], "missing": []}
+    for status in statuses:
+        if status.run.benchmark == benchmark:
+            states[status.state].append(status.run)
+    row: dict[str, str | int | float | None] = {state: len(runs) for state, runs in states.items()}
+    return {"benchmark": benchmark, **row, "median seconds": median_seconds(states["finished"])}
+
+
+def estimate_text(runs: Sequence[Run]) -> str:
+    """Return one line with the estimated hours of a benchmark's runs, of which none is finished."""
+    hours, name = estimate(runs), runs[0].benchmark
+    if hours is None:
+        return f"{name}: no run is finished; how long they take is unknown"
+    times = ", ".join(f"{value:,.1f} h on {device}" for device, value in hours.items())
+    return (
+        f"{name}: no run is finished; one after the other they take about {times} "
+        "(6 × parameters × tokens ÷ rate, within a factor of three; the start of each run comes on top)"
+    )

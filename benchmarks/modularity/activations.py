@@ -1,0 +1,123 @@
+"""Measure which neurons of an FFN fire: how concentrated they are in blocks, and which ones the chosen experts use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness.base.seeds import derive_seed
+from emoe.architectures import find_ffns
+from emoe.calibration import record_activations
+from emoe.config import EMoEConfig, Selection
+from emoe.layer import routed_layers
+
+Batches = Iterable[Mapping[str, Any]]
+
+
+def dense_magnitudes(model: nn.Module, layer: int, batches: Batches) -> Tensor:
+    """Record ``|activation|`` in a layer's FFN, ``[tokens, d]``, of the same tokens each time, without padding."""
+    ffn = find_ffns(model)[layer]
+    return record_activations(model, [ffn], batches, seed=derive_seed("tokens"))[layer].t()
+
+
+def neurons_used(model: nn.Module, layer: int, batches: Batches, selection: Selection) -> Tensor:
+    """Find the neurons that a selection of experts uses, ``[tokens, d]`` bool, of the tokens of :func:`dense_magnitudes`.
+
+    An activation that returns 1 for every neuron makes the input of the out-projection the mask itself. The model
+    is restored.
+    """
+    (routed,) = routed_layers(model)
+    config, activation = routed.config, routed.activation
+    assert isinstance(config, EMoEConfig)  # noqa: S101 -- the grid sees to it
+    routed.configure_(dataclasses.replace(config, selection=selection))
+    routed.activation = _Ones()
+    try:
+        return dense_magnitudes(model, layer, batches) != 0
+    finally:
+        routed.activation = activation
+        routed.configure_(config)
+
+
+class _Ones(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.ones_like(z)
+
+
+def is_active(magnitudes: Tensor, share: float) -> Tensor:
+    """Mark the entries among a share of the largest ones; ties with the smallest of them are left out."""
+    flat = magnitudes.flatten()
+    kept = max(1, round(share * flat.numel()))
+    threshold = flat.kthvalue(flat.numel() - kept).values if kept < flat.numel() else flat.min() - 1
+    return magnitudes > threshold
+
+
+def is_dead(active: Tensor) -> Tensor:
+    """Mark the neurons, ``[d]``, that are active for none of the tokens ``[tokens, d]``."""
+    return ~active.any(0)
+
+
+def concentration(magnitudes: Tensor, active: Tensor, num_blocks: int) -> dict[str, float]:
+    """Measure how far activations are concentrated in a few contiguous blocks of neurons.
+
+    Args:
+        magnitudes: The magnitudes ``[tokens, d]``.
+        active: The active neurons ``[tokens, d]``, bool.
+        num_blocks: The number of blocks of equal size, N.
+
+    Returns:
+        ``best_quarter``: the share of a token's active neurons in the quarter of the blocks with most of them, mean
+        over tokens with any; ``best_quarter_mass``: the same of all magnitudes, without a threshold; ``usage_gini``:
+        the Gini coefficient of the blocks' active neurons over all tokens.
+    """
+    counts = active.unflatten(1, (num_blocks, -1)).sum(-1).double()
+    mass = magnitudes.unflatten(1, (num_blocks, -1)).double().sum(-1)
+    return {
+        "best_quarter": _best_quarter(counts),
+        "best_quarter_mass": _best_quarter(mass),
+        "usage_gini": gini(counts.sum(0)),
+    }
+
+
+def _best_quarter(by_block: Tensor) -> float:
+    blocks = max(by_block.shape[1] // 4, 1)
+    total = by_block.sum(1)
+    shares = by_block.topk(blocks, dim=1).values.sum(1)[total > 0] / total[total > 0]
+    return float(shares.mean()) if len(shares) else 0.0
+
+
+def gini(values: Tensor) -> float:
+    """Compute the Gini coefficient of non-negative values: 0 if all are equal, near 1 if one has everything.
+
+    >>> round(gini(torch.tensor([1.0, 1.0])), 3), round(gini(torch.tensor([0.0, 0.0, 0.0, 8.0])), 3)
+    (0.0, 0.75)
+    """
+    ordered = values.double().sort().values
+    count, total = len(ordered), float(ordered.sum())
+    if total == 0:
+        return 0.0
+    ranks = torch.arange(1, count + 1, dtype=torch.float64)
+    return float((2 * (ranks * ordered).sum()) / (count * total) - (count + 1) / count)
+
+
+def selected(used: Tensor, magnitudes: Tensor, active: Tensor) -> dict[str, float]:
+    """Measure the neurons that a selection of experts uses.
+
+    Args:
+        used: The neurons in use ``[tokens, d]``, bool.
+        magnitudes: The magnitudes ``[tokens, d]`` of the dense model.
+        active: The active neurons ``[tokens, d]``, bool.
+
+    Returns:
+        ``kept``: their share of all magnitude; ``active`` and ``dead``: the share of them that is active for the
+        token, and for no token at all, means over tokens.
+    """
+    number = used.sum(1).double()
+    return {
+        "kept": float((magnitudes.double() * used).sum() / magnitudes.double().sum()),
+        "active": float(((active & used).sum(1) / number).mean()),
+        "dead": float(((is_dead(active) & used).sum(1) / number).mean()),
+    }

@@ -1,0 +1,282 @@
+"""The mirror in MLflow: its content, SQLite's file, and PostgreSQL behind a server."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from benchmarks.harness.base.errors import RunError
+from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.base.secrets import without_passwords
+from benchmarks.harness.config.runs import Run, plan, run_from_spec
+from benchmarks.harness.results import mlflow
+from benchmarks.harness.results.mlflow import mirror
+from tests import fake_runs
+from tests.checkout import wait_for
+from tests.conftest import ROOT
+from tests.forked import start as start_fork
+
+KEPT_QUIET = "S3cret"
+ENDED = 1_700_000_000
+SCORE = "test.tweets.balanced_accuracy"
+PLANNED = [
+    run
+    for run in plan(["glue"], "mini")
+    if run.spec["task"]["name"] == "tweets" and run.spec["method"]["name"] in ("vanilla", "emoe")
+]
+
+
+@pytest.fixture
+def runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """Two seeds of two methods; the first has two extreme settings, and diverged."""
+    monkeypatch.setattr(mlflow, "_WAIT_SECONDS", 0.1)
+    runs = [run for run in PLANNED if run.spec["seed"] < 2]
+    for spec in [run.spec for run in runs if run.spec["method"]["name"] == "vanilla"]:
+        spec["remark"] = {"+90%": 1, "long": ["x" * 9000], **dict.fromkeys(map(str, range(150)), 1)}
+    runs = [run_from_spec(run.spec) for run in runs]
+    fake_runs.write_runs(runs)
+    for run in runs:
+        path = RUNS / run.folder / "metrics.json"
+        path.with_name("log.txt").write_text("trained")
+        os.utime(path, (ENDED, ENDED + run.spec["seed"]))
+    return runs
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/m.db"
+
+
+def mirrored(uri: str, benchmark: str = "glue") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the children by name and the parents by id; no name may occur twice."""
+    client = MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name(benchmark).experiment_id], max_results=1000)
+    assert len({run.info.run_name for run in found}) == len(found)
+    children = {run.info.run_name: run for run in found if "mlflow.parentRunId" in run.data.tags}
+    return children, {run.info.run_id: run for run in found if run.info.run_name not in children}
+
+
+def edit(run: Run, change: Any) -> None:
+    fake_runs.edit(run, change)
+    os.utime(RUNS / run.folder / "metrics.json", (ENDED, ENDED))
+
+
+def test_runs_have_their_numbers_and_parents_the_means_of_their_seeds(runs: list[Run], uri: str) -> None:
+    picture = Path("results/mini/figures/glue_scores.png")
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"a picture")
+
+    def diverge(metrics: dict[str, Any]) -> None:
+        metrics["curve"] = [0.5, None, 0.25]
+        metrics["scores"]["dev"]["tweets"]["loss"] = None
+
+    edit(runs[0], diverge)
+    before = os.umask(0o002)
+    try:
+        counts = mirror(runs, uri, {"glue": [picture, picture.with_name("not_drawn.png")]})
+    finally:
+        os.umask(before)
+    assert counts == {"added": len(runs), "replaced": 0, "unchanged": 0}
+    assert Path(uri.removeprefix("sqlite:///")).stat().st_mode & 0o777 == 0o664  # the group goes on with it
+    client = MlflowClient(uri)
+    children, parents = mirrored(uri)
+    assert set(children) == {run.id for run in runs}
+    for run in runs:
+        child = children[run.id]
+        assert (child.info.status, child.info.end_time) == ("FINISHED", 1000 * (ENDED + run.spec["seed"]))
+        assert child.info.end_time - child.info.start_time == 2000  # cost.job_seconds
+        assert {file.path for file in client.list_artifacts(child.info.run_id)} == {"metrics.json", "log.txt"}
+        assert child.data.params["seed"] == str(run.spec["seed"])
+    for identifier, parent in list(parents.items()):
+        seeds = [run for run in children.values() if run.data.tags["mlflow.parentRunId"] == identifier]
+        if not seeds:
+            assert [file.path for file in client.list_artifacts(identifier)] == [picture.name]
+            continue
+        values = [run.data.metrics[SCORE] for run in seeds]
+        assert parent.data.metrics["seeds"] == len(values) == 2
+        assert parent.data.metrics[SCORE] == pytest.approx(sum(values) / 2)
+        assert parent.data.metrics[f"{SCORE}.std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        assert (parent.info.start_time, parent.info.end_time) == (1000 * ENDED - 2000, 1000 * (ENDED + 1))
+    assert len(parents) == 3
+    strange = children[runs[0].id]
+    history = client.get_metric_history(strange.info.run_id, "step.loss")
+    assert [(point.step, point.value) for point in history] == [(1, 0.5), (3, 0.25)]
+    assert strange.data.params["remark._90_"] == strange.data.params["remark.149"] == "1"
+    assert strange.data.params["remark.long"].endswith("… (whole in run.json, among the files)")
+
+
+def test_a_second_mirror_does_nothing_and_a_new_number_replaces_its_setting(runs: list[Run], uri: str) -> None:
+    mirror(runs, uri)
+    children, parents = mirrored(uri)
+    assert mirror(runs, uri) == {"added": 0, "replaced": 0, "unchanged": 4}
+    again = mirrored(uri)
+    assert {run.info.run_id for run in again[0].values()} == {run.info.run_id for run in children.values()}
+
+    edit(runs[0], lambda metrics: metrics["scores"]["test"]["tweets"].update(balanced_accuracy=0.25))
+    assert mirror(runs, uri) == {"added": 0, "replaced": 2, "unchanged": 2}
+    children, parents = mirrored(uri)
+    assert (len(children), len(parents)) == (4, 2)
+    assert children[runs[0].id].data.metrics[SCORE] == 0.25
+
+    client = MlflowClient(uri)
+    identifier = children[runs[0].id].data.tags["mlflow.parentRunId"]
+    client.delete_tag(identifier, "emoe.digest")  # the mirror was interrupted
+    other = parents[next(key for key in parents if key != identifier)]
+    experiment = client.get_experiment_by_name("glue").experiment_id
+    client.create_run(experiment, tags=dict(other.data.tags), run_name=other.info.run_name)  # a second folder's
+    assert mirror(runs, uri)["replaced"] == 4
+    assert [len(found) for found in mirrored(uri)] == [4, 2]
+
+
+def mirror_from(folder: Path, runs: list[Run], uri: str) -> None:
+    os.chdir(folder)
+    mirror(runs, uri)
+
+
+def test_two_folders_mirror_into_one_new_database_at_once(runs: list[Run], uri: str, tmp_path: Path) -> None:
+    folders = [Path.cwd(), shutil.copytree(Path.cwd(), tmp_path / "other")]
+    forks = [start_fork(mirror_from, folder, runs[2 * number :][:2], uri) for number, folder in enumerate(folders)]
+    for fork in forks:
+        fork.join(240)
+    assert [fork.exitcode for fork in forks] == [0, 0]
+    assert set(mirrored(uri)[0]) == {run.id for run in runs}
+
+
+def test_a_refusal_is_one_line_without_the_password(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    for uri, message in (
+        (f"postgresql://lab:{KEPT_QUIET}@db/mlflow", r"\*\*\*@db/mlflow: .*pip install 'emoe\[postgres\]'"),
+        ("sqlite:////proc/none/m.db", "/proc/none"),
+    ):
+        monkeypatch.setitem(sys.modules, "psycopg2", None)
+        with pytest.raises((RunError, OSError), match=message) as refused:
+            mirror(runs, uri)
+        assert KEPT_QUIET not in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_full_disk_is_named(runs: list[Run], uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_words: object) -> None:
+        raise OSError(28, "No space left on device", "results/mlflow/glue/metrics.json")
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", full)
+    with pytest.raises(RunError, match=r"No space left on device: 'results/mlflow/glue/metrics\.json'"):
+        mirror(runs, uri)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"postgresql://lab:{KEPT_QUIET}@db:5432/mlflow",
+        f"https://lab:{KEPT_QUIET}@lab.org",
+        f"postgresql://db/mlflow?user=lab&password={KEPT_QUIET}&sslmode=require",
+        f"mysql://lab:{KEPT_QUIET}@/@db/mlflow",
+    ],
+)
+def test_passwords_are_hidden(uri: str) -> None:
+    assert KEPT_QUIET not in without_passwords(f"no answer of {uri} today")
+    assert "***" in without_passwords(uri)
+
+
+def test_no_library_reports_usage_unless_asked_to(tmp_path: Path) -> None:
+    code = (
+        "import os, benchmarks.__main__; from huggingface_hub.constants import HF_HUB_DISABLE_TELEMETRY as hub;"
+        "from mlflow.telemetry.utils import is_telemetry_disabled; print(is_telemetry_disabled(), hub)"
+    )
+    # no variable by which mlflow knows a test
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "True True\n"
+
+
+_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+_INITDB = shutil.which("initdb") or (str(_BINARIES[-1]) if _BINARIES else None)
+postgres_present = pytest.mark.skipif(
+    _INITDB is None or importlib.util.find_spec("psycopg2") is None,
+    reason="needs Debian's postgresql, and pip's psycopg2-binary",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """The address of a new PostgreSQL server; root starts it as another user, as PostgreSQL demands."""
+    assert _INITDB
+    programs = Path(_INITDB).resolve().parent
+    user = {"user": "nobody"} if os.geteuid() == 0 else {}
+    folder = Path(tempfile.mkdtemp(prefix="emoe-postgres-"))
+    secret, port = folder / "secret", free_port()
+    secret.write_text(KEPT_QUIET)
+    if user:
+        for path in (folder, secret):
+            shutil.chown(path, "nobody")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+
+    def call(name: str, *words: str, check: bool = True) -> None:
+        command = [programs / name, "-D", folder / "data", *words]
+        subprocess.run(command, check=check, cwd=folder, stdout=subprocess.DEVNULL, **user)
+
+    try:
+        call("initdb", "-U", "lab", "-A", "scram-sha-256", "--pwfile", str(secret))
+        call("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
+        yield f"postgresql://lab:{KEPT_QUIET}@127.0.0.1:{port}/postgres"
+    finally:
+        call("pg_ctl", "-m", "immediate", "stop", check=False)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@postgres_present
+def test_postgres_takes_several_mirrors_at_once(
+    runs: list[Run], postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow, "_WAIT_SECONDS", 10.0)
+    folders = [shutil.copytree(Path.cwd(), tmp_path / f"folder{number}") for number in range(2)]
+    # into a new database, then by a server as well
+    forks = [start_fork(mirror_from, folder, runs[2 * number :][:2], postgres) for number, folder in enumerate(folders)]
+    for fork in forks:
+        fork.join(240)
+    assert [fork.exitcode for fork in forks] == [0, 0]
+    assert mirror(runs, postgres) == {"added": 0, "replaced": 0, "unchanged": 4}
+    port = free_port()
+    words = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    # without its nine processes for other jobs, which import for two minutes of a core
+    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": postgres, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", *words]
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True) as process:
+        try:
+
+            def answers() -> bool:
+                with socket.socket() as found:
+                    return found.connect_ex(("127.0.0.1", port)) == 0
+
+            wait_for(answers, 120)
+            edit(runs[0], lambda metrics: metrics["scores"]["test"]["tweets"].update(balanced_accuracy=0.25))
+            server = f"http://127.0.0.1:{port}"
+            assert mirror(runs, server) == {"added": 0, "replaced": 2, "unchanged": 2}
+            children, parents = mirrored(server)
+            assert (len(children), len(parents)) == (4, 2)
+            stored = MlflowClient(server).list_artifacts(children[runs[0].id].info.run_id)
+            assert {file.path for file in stored} == {"metrics.json", "log.txt"}
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 2)  # of ten, which take two minutes
+    with pytest.raises(RunError, match=r"MLflow at postgresql://lab:\*\*\*@") as refused:
+        mirror(runs, postgres.replace("/postgres", "/none").replace(f":{KEPT_QUIET}@", f":x{KEPT_QUIET}@"))
+    assert KEPT_QUIET not in str(refused.value)
+    assert "\n" not in str(refused.value)

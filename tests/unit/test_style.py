@@ -1,0 +1,55 @@
+"""How methods look in figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.harness.config.benchmark import MethodsDefinition, benchmark_names, load_benchmark, resolve_methods
+from benchmarks.harness.config.methods import load_methods
+from benchmarks.harness.report.style import DENSE, EMOE, GMOE, curve_styles, style_of
+
+BENCHMARKS = [name for name in benchmark_names() if isinstance(load_benchmark(name).definition, MethodsDefinition)]
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_a_method_looks_the_same_in_every_benchmark(benchmark: str) -> None:
+    definition = load_benchmark(benchmark).definition
+    for name, method in resolve_methods(definition).items():
+        kind = definition.methods[name].method or name
+        same = load_methods()[kind]
+        own = {"selection", "partition", "router", "num_experts", "also_train"} & set(definition.methods[name].given())
+        if not own:
+            assert style_of(method) == style_of(same), name
+    baseline = resolve_methods(definition)[definition.baseline]
+    assert style_of(baseline) == (DENSE if baseline.kind == "dense" else EMOE)  # modularity compares ways to cluster
+
+
+def test_methods_that_stand_beside_each_other_are_told_apart() -> None:
+    methods = load_methods()
+    names = (
+        "vanilla",
+        "block",
+        "gmoe",
+        "emoe",
+        "emoe_learn",
+        "random_partition",
+        "all_experts",
+        "gmoe_published",
+        "emoe_published",
+    )
+    looks = [style_of(methods[name]) for name in names]
+    assert len(set(looks)) == len(looks)
+    assert looks[:4:3] == [DENSE, EMOE]
+    assert looks[2] == GMOE
+    rows = resolve_methods(load_benchmark("glue_lora").definition)
+    selected = [style_of(rows[name]) for name in ("lora", "lora_emoe", "lora_bottom", "lora_random", "lora_contiguous")]
+    assert len(set(selected)) == len(selected)
+
+
+def test_curves_of_a_method_have_a_style_each_wherever_they_are_drawn() -> None:
+    looks = [("N 64", EMOE), ("N 16", EMOE), ("dense", DENSE), ("N 16", EMOE), ("N 32", EMOE)]
+    found = curve_styles(looks)
+    assert list(found) == ["N 64", "N 16", "dense", "N 32"]
+    styles = [(str(style["ls"]), style.get("mfc"), style["color"]) for style in found.values()]
+    assert len(set(styles)) == len(styles)
+    assert {style["color"] for name, style in found.items() if name != "dense"} == {EMOE.colour}
