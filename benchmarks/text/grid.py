@@ -401,5 +401,11 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
     columns = ", ".join([*task.fields, task.label])
     folder = f"{wanted_place(source.model_dump())} ({', '.join(files) or 'its files'}; hub columns {columns})"
     if task.download_instructions:
-        return f"{name}: by hand. {task.download_instructions.strip()}.\n    Folder: {folder}. Without it: `exclude: [{name}]`"
-    return f"{name}: on the hub as {source.hub} ({source.config}); `python -m benchmarks data` or the first run downloads it.\n    Or put it into {folder}"
+        return (
+            f"{name}: by hand. {task.download_instructions.strip()}.\n"
+            f"    Folder: {folder}. Without it: `exclude: [{name}]`"
+        )
+    return (
+        f"{name}: on the hub as {source.hub} ({source.config}); `python -m benchmarks data` or the first run "
+        f"downloads it.\n    Or put it into {folder}"
+    )

@@ -64,14 +64,14 @@ def results(outcomes: TextOutcomes) -> Table:
     frame = with_numbers(frame, CELL, pd.DataFrame(ranks, columns=[*CELL, "ood_rank"]))
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
     frame = with_numbers(frame, CELL, means_by(_usual_records(outcomes), CELL, took))
-    baseline = outcomes.baseline_title
+    baseline, has_ood = outcomes.baseline_title, OOD in set(outcomes.rows["domain"])
     return Table(
         f"Scores under both selections, and differences to {baseline}",
         "Mean ± standard deviation over n seeds (sample; of the authors' selection the population's, as theirs); "
         f"differences to {baseline} are paired by "
         "seed, with a 95 % confidence interval (Student's t), not corrected for their number: the table of tests is. "
         "ID is the training task"
-        f"{', OOD the mean over the other sets without further training' if OOD in set(outcomes.rows['domain']) else ''}. "
+        f"{', OOD the mean over the other sets without further training' if has_ood else ''}. "
         f"{_SELECTIONS} {_rank_note(outcomes, rankings)} Bold marks the best method, controls apart; marks and ranks "
         "compare the "
         "seeds that all rows of a training task have. n, training time, neurons and parameters are of the clean "

@@ -80,7 +80,8 @@ PAIRS = [
 
 @pytest.mark.parametrize("task", sorted({name for name, _ in PAIRS}))
 def test_every_pair_is_evaluated_as_the_libraries_would(workdir: Path, task: str) -> None:
-    """Scores are scikit-learn's and scipy's on predictions of the plain model, labels those of the sets' documentation."""
+    """Scores are scikit-learn's and scipy's on predictions of the plain model, labels those of the sets'
+    documentation."""
     model = "gpt2-xl" if task in ("cola", "stsb", "rte") else "bert-large-cased"
     method = "lora_emoe" if task in ("cola", "mnli", "rte") else "lora_gmoe"
     runs = trainings(model, task, method)

@@ -1,4 +1,4 @@
-"""Full fine-tuning: models that are evaluated once more as another method's, in the run that trained them; and how rows of every set are routed."""
+"""Full fine-tuning: models that are also evaluated as another method's; and how rows of every set are routed."""
 
 from __future__ import annotations
 
