@@ -10,14 +10,14 @@ import csv
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 TASKS = Path(__file__).resolve().parents[1] / "benchmarks/glue/tasks.yaml"
-Row = dict[str, Any]
+Row = dict[Any, Any]  # by the names of columns, or their places in a file without a header
 
 csv.field_size_limit(sys.maxsize)  # a review may be long
 
@@ -41,7 +41,9 @@ def main(root: Path, names: list[str]) -> None:
                     rows = [{**first, **second} for first, second in zip(outputs[file], rows, strict=True)]
                 outputs[file] = rows
     for file, rows in outputs.items():
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(file)
         sys.stdout.write(f"{file}: {len(rows):,} rows\n")
     if not outputs:
         raise SystemExit(f"{root} holds no file in a layout of {TASKS}")
@@ -54,7 +56,10 @@ def converted(folder: Path, task: Row) -> Iterator[tuple[Path, list[Row]]]:
         for layout in task.get("raw_formats", []):
             file = folder / layout["files"].get(split, "")
             if split in layout["files"] and file.exists():
-                yield folder / f"{split}.jsonl", list(read(file, split, layout, task))
+                try:
+                    yield folder / f"{split}.jsonl", list(read(file, split, layout, task))
+                except (OSError, ValueError, csv.Error) as error:
+                    raise SystemExit(f"{file} cannot be read: {error}") from error
                 break
 
 
@@ -64,15 +69,15 @@ def read(file: Path, split: str, layout: Row, task: Row) -> Iterator[Row]:
     unlabelled = {None, "", *map(str, task.get("unlabelled", []))}
     names = layout.get("label_names")
     required = [*columns.values(), *([where["column"]] if where else [])]
-    for place, cells in READERS[layout.get("format", "tsv")](file, layout, label):
-        if place == 1 and (missing := [column for column in required if column not in cells]):
+    for number, cells in READERS[layout.get("format", "tsv")](file, layout, label):
+        if number == 1 and (missing := [column for column in required if column not in cells]):
             raise SystemExit(f"{file} has no column '{missing[0]}'; it has {', '.join(map(str, cells))}")
         if where and cells[where["column"]] != where["values"][split]:
             continue
         row = {name: cells.get(column) for name, column in ({label: label} | columns).items()}
         if names and row[label] not in unlabelled:
             if row[label] not in names:
-                raise SystemExit(f"{file}, row {place}: '{row[label]}' is no label; choose from {', '.join(names)}")
+                raise SystemExit(f"{file}, row {number}: '{row[label]}' is no label; choose from {', '.join(names)}")
             row[label] = names[row[label]]
         yield row
 
@@ -87,12 +92,12 @@ def _separated(file: Path, layout: Row, _label: str) -> Iterator[tuple[int, Row]
         else:
             rows = (text.split("\t") for line in lines if (text := line.rstrip("\n").removesuffix("\r")))
         header = next(rows, []) if layout.get("header", True) else None
-        for place, cells in enumerate(rows, start=1):
-            names = header or range(len(cells))
+        for number, cells in enumerate(rows, start=1):
+            names: Sequence[Any] = header or range(len(cells))
             if header and any(cells[len(header) :]):
-                raise SystemExit(f"{file}, row {place} has {len(cells)} cells, and the first line {len(header)}")
+                raise SystemExit(f"{file}, row {number} has {len(cells)} cells, and the first line {len(header)}")
             # a row that ends early lacks its last cells
-            yield place, {**dict.fromkeys(names), **dict(zip(names, cells, strict=False))}
+            yield number, {**dict.fromkeys(names), **dict(zip(names, cells, strict=False))}
 
 
 def _json_lines(file: Path, _layout: Row, _label: str) -> Iterator[tuple[int, Row]]:
@@ -102,13 +107,13 @@ def _json_lines(file: Path, _layout: Row, _label: str) -> Iterator[tuple[int, Ro
 
 def _folders(file: Path, layout: Row, label: str) -> Iterator[tuple[int, Row]]:
     """Yield one row a text file below a folder of its label's name."""
-    places = itertools.count(1)
+    numbers = itertools.count(1)
     for name in layout["label_names"]:
         texts = [path for path in sorted((file / name).glob("*.txt")) if not path.name.startswith(".")]
         if not texts:
             raise SystemExit(f"{file / name} holds no .txt file")
         for path in texts:
-            yield next(places), {0: path.read_text(encoding="utf-8-sig"), label: name}
+            yield next(numbers), {0: path.read_text(encoding="utf-8-sig"), label: name}
 
 
 READERS = {"tsv": _separated, "csv": _separated, "jsonl": _json_lines, "folders": _folders}

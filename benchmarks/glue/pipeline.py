@@ -18,9 +18,9 @@ from benchmarks.harness.models.states_below import StatesBelow
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec, TextTraining
-from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import calibration_batches
 from benchmarks.text.training import TextTrainer
+from benchmarks.text.usage import RowRouting
 from emoe.architectures import find_ffns
 from emoe.layer_numbers import resolve_layers
 

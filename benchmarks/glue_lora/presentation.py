@@ -1,4 +1,4 @@
-"""Tables, figure and verdicts of tuning by adapters."""
+"""Present tuning by adapters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.definition import TaskEntry, TextDefinition
-from benchmarks.text.figures import id_scores
+from benchmarks.text.figures import draw_traces, id_scores
 from benchmarks.text.presentation import shown
 from benchmarks.text.tables import TABLES
-from benchmarks.text.trace_figures import draw_traces
 
 FIGURES = {"scores": id_scores, "traces": draw_traces}
 # what every row trains; the rest is what the row is about
@@ -23,7 +22,7 @@ def present(benchmark: Benchmark[TextDefinition, TaskEntry], runs: list[Run]) ->
     """Present finished runs.
 
     Raises:
-        DefinitionError: two rows of a model do not train the same adapters and head.
+        DefinitionError: Two rows of a model do not train the same adapters and head.
     """
     check_same_trained(runs)
     return shown(benchmark, Ablations(benchmark, runs), TABLES, FIGURES)
@@ -33,7 +32,7 @@ def check_same_trained(runs: list[Run]) -> None:
     """Check that all rows of a model train the same adapters and the same head.
 
     Raises:
-        DefinitionError: names two runs that do not.
+        DefinitionError: Two runs do not.
     """
     first: dict[tuple[str, str], tuple[Run, object]] = {}
     for run in runs:

@@ -1,4 +1,4 @@
-"""What the file of a benchmark says that evaluates the chosen runs of another."""
+"""Define the file of a benchmark that evaluates the chosen runs of another."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class EvaluationSuite(SuitePart):
 
 
 class EvaluationFile(Definition, Ablated):
-    """A benchmark that trains nothing. It evaluates the chosen runs of another on their task and on the OOD sets of it."""
+    """A benchmark that trains nothing. It evaluates the chosen runs of another on their task and on the OOD sets of
+    it."""
 
     figures: dict[str, str]
     """The figures that it draws, each with its caption."""

@@ -1,4 +1,4 @@
-"""Runs of a benchmark that evaluates the chosen runs of another: one for each of its cells and seeds."""
+"""Plan runs that evaluate the chosen runs of another benchmark: one for each of its cells and seeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from benchmarks.text.grid import TextKind, TextSets, check_ablations, transforme
 
 
 class EvaluationKind(TextSets[EvaluationDefinition]):
-    """The chosen runs of another benchmark, evaluated on the OOD sets of their tasks: one run for each of its cells and seeds."""
+    """Evaluate the chosen runs of another benchmark on the OOD sets of their tasks."""
 
     files = (("glue_ood", EvaluationFile),)
 
@@ -62,7 +62,8 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        # Which learning rate and variant is evaluated is known only when the other benchmark's runs are finished, so a spec
+        # Which learning rate and variant is evaluated is known only when the other benchmark's runs are finished, so a
+        # spec
         # names all candidates of its cell, over all seeds; the run chooses among them by their records.
         definition = benchmark.definition
         others = specs_of(definition.evaluates)
@@ -71,7 +72,8 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
         for folder, spec in others.items():
             if not spec["training"]["keep_weights"]:
                 raise DefinitionError(
-                    f"{benchmark.file}: 'evaluates' is '{definition.evaluates}', whose runs in the suite '{suite}' do not keep "
+                    f"{benchmark.file}: 'evaluates' is '{definition.evaluates}', whose runs in the suite '{suite}' do "
+                    "not keep "
                     "their weights; set training.keep_weights: true there"
                 )
             if spec["method"]["name"] in definition.methods:
@@ -131,7 +133,7 @@ KIND = EvaluationKind()
 
 
 class _Cell(NamedTuple):
-    """What is evaluated together: the chosen run of every seed."""
+    """Group the candidates of one evaluation: the chosen run of every seed."""
 
     model: str
     task: str
@@ -146,7 +148,8 @@ class _Cell(NamedTuple):
 def _rows(
     definition: EvaluationDefinition, cells: Mapping[_Cell, list[str]]
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Every row with the runs that it chooses among, and those as whose model these are evaluated: none where they stay as they were trained."""
+    """Yield every row, the runs that it chooses among, and the runs of the method that it is evaluated as, if
+    another."""
     for cell, folders in cells.items():
         yield cell.method, folders, []
     for name, row in definition.transformed.items():
@@ -159,10 +162,10 @@ def _rows(
 def _changes(
     name: str, used_as: list[str], others: Mapping[str, Mapping[str, Any]], file: Path
 ) -> dict[int, dict[str, Any]]:
-    """What the spec of a transformed row says in the place of the usual, by seed.
+    """Return the changes to the spec of a transformed row, by seed.
 
     Raises:
-        DefinitionError: the row that it is used as has several settings.
+        DefinitionError: The row that it is used as has several settings.
     """
     found: dict[int, dict[str, Any]] = {}
     for folder in used_as:
@@ -173,6 +176,7 @@ def _changes(
         }
         if found.setdefault(seed, change) != change:
             raise DefinitionError(
-                f"{file}: 'transformed.{name}.used_as' runs with several N, k or layers, so that it is open which are meant"
+                f"{file}: 'transformed.{name}.used_as' runs with several N, k or layers, so that it is open which are "
+                "meant"
             )
     return found

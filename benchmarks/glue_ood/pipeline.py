@@ -22,8 +22,8 @@ from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import TextEvaluator
-from benchmarks.text.row_routing import RowRouting
-from benchmarks.text.selection import CHOICE, select
+from benchmarks.text.outcomes import CHOICE, select
+from benchmarks.text.usage import RowRouting
 from emoe.errors import CheckpointError
 from emoe.layer import routed_layers
 

@@ -1,4 +1,4 @@
-"""Tables, figures and verdicts out of distribution."""
+"""Present evaluations out of distribution."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from benchmarks.harness.report.presentation import Presentation
 from benchmarks.harness.report.table import Table
 from benchmarks.text.ablations import Ablations
 from benchmarks.text.definition import TaskEntry
-from benchmarks.text.figures import ood_scores, rank_diagram
+from benchmarks.text.figures import draw_usage_by_set, ood_scores, rank_diagram
 from benchmarks.text.grid import OOD
 from benchmarks.text.outcomes import Ranked, TextOutcomes, ranked
-from benchmarks.text.paper_tables import paper, ranks
 from benchmarks.text.presentation import shown
-from benchmarks.text.tables import tasks, tests
-from benchmarks.text.usage_figures import draw_usage_by_set
-from benchmarks.text.usage_tables import usage_table
+from benchmarks.text.tables import paper, ranks, tasks, tests, usage_table
 
 
 def _rankings(outcomes: TextOutcomes) -> list[Ranked]:

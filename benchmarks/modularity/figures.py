@@ -15,7 +15,7 @@ from benchmarks.harness.report.plots import REFERENCE, STYLE, WIDTH, hide_empty,
 from benchmarks.harness.report.style import EMOE
 from benchmarks.modularity.grid import EXPERTS
 from benchmarks.modularity.tables import ModularityOutcomes
-from benchmarks.text.usage_figures import UsagePanel, draw_usage
+from benchmarks.text.figures import UsagePanel, draw_usage
 
 _PAPERS_N = 64  # of Fig. 4
 _BESIDE = 0.14  # the distance of the paper's cross from our mark

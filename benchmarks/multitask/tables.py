@@ -25,8 +25,7 @@ from benchmarks.harness.results.statistics import paired_differences, with_verdi
 from benchmarks.multitask.grid import ID_MEAN, MultitaskDefinition
 from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import CLEAN, ID, OOD
-from benchmarks.text.outcomes import TextOutcomes
-from benchmarks.text.selection import CELL
+from benchmarks.text.outcomes import CELL, TextOutcomes
 from benchmarks.text.tables import cost, ood, tests
 
 _KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}

@@ -1,4 +1,4 @@
-"""Ablations of a text benchmark: rows that differ from a method in one thing, each against the baseline, with the paper's numbers beside."""
+"""Compare the ablations of a text benchmark with the baseline, and with the paper's numbers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from benchmarks.harness.report.common import SETTING, means_by, published_delta,
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.harness.results.records import collect
 from benchmarks.harness.results.statistics import confidence_interval, paired_differences, with_verdicts
-from benchmarks.text.ablation_figures import draw_curves, draw_differences
 from benchmarks.text.definition import ABLATION_COLUMNS, Ablation
+from benchmarks.text.figures import draw_curves, draw_differences
 from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
 from benchmarks.text.outcomes import ARROW, TextOutcomes
 
@@ -39,16 +39,16 @@ _AXIS_VALUES = ["D", "k", "N", "L"]
 
 
 class Ablations:
-    """What the ablations of a benchmark show; made when it is asked for.
+    """Compute the ablations of a benchmark, each when it is first asked for.
 
     Args:
-        benchmark: its definition, with ``ablations``.
-        runs: all its finished runs, whose numbers are read once.
+        benchmark: The benchmark, whose definition has ``ablations``.
+        runs: All its finished runs.
 
     Attributes:
-        usual: what came out without the rows of ablations.
-        tables: what makes each table, by its name, of the usual outcomes, which it does not read.
-        figures: what draws each figure, likewise.
+        usual: The outcomes without the rows of ablations.
+        tables: The function that makes each table, by name.
+        figures: The function that draws each figure, by name.
     """
 
     def __init__(self, benchmark: AnyBenchmark, runs: list[Run]) -> None:
@@ -60,7 +60,7 @@ class Ablations:
         self.figures = {name: partial(self._draw, name) for name in self._definitions}
 
     def compared(self) -> pd.DataFrame:
-        """The numbers that claims are tested on, those of ablations among them."""
+        """Return the numbers that claims are tested on, with those of ablations."""
         usual = self.usual.compared()
         if not self._definitions:
             return usual
@@ -92,10 +92,11 @@ class Ablations:
 
 
 def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
-    """A row a selection, domain, model, scope (task, pair of tasks, or the average that all rows have) and row of the ablation.
+    """Compute a row for each selection, domain, model, scope (task, pair of tasks or average) and row of the ablation.
 
-    Columns: those, ``mean``, ``std``, ``n``, the paired difference to the baseline (``delta``, ``low``, ``high``, ``p``, ``p_holm`` over the rows of a scope, ``verdict``),
-    ``active_neurons``, what the paper says (``paper``, ``paper_delta``, ``status``, ``source``), and titles. Where main rows alone ran, or the baseline did not, there is none.
+    Columns: these keys, ``mean``, ``std``, ``n``, the paired difference to the baseline (``delta``, ``low``, ``high``,
+    ``p``, ``p_holm`` over the rows of a scope, ``verdict``), ``active_neurons``, the paper's numbers (``paper``,
+    ``paper_delta``, ``status``, ``source``), and titles. A scope needs a row of the ablation and the baseline.
     """
     names = _names(outcomes, ablation)
     seeds = outcomes.seeds[outcomes.seeds["protocol"].isin(outcomes.run_protocols)]
@@ -142,13 +143,13 @@ def ablation_rows(outcomes: TextOutcomes, ablation: Ablation) -> pd.DataFrame:
 
 
 def _compared(seeds: pd.DataFrame, reference: str, row: str | None) -> pd.DataFrame:
-    """Paired differences of a row, or of all, to a reference."""
+    """Compute paired differences of one row, or of all, to a reference."""
     own = seeds if row is None else seeds[seeds["method"].isin([reference, row])]
     return paired_differences(own, _ROW, {"method": reference}, "seed").drop(columns=["values", "n"])
 
 
 def _names(outcomes: TextOutcomes, ablation: Ablation) -> list[str]:
-    """The names that ``method`` has of an ablation's rows: a row itself, then its settings."""
+    """List the names of an ablation's rows in ``method``: each row, then its settings."""
     return [
         name
         for row in ablation.rows
@@ -157,7 +158,7 @@ def _names(outcomes: TextOutcomes, ablation: Ablation) -> list[str]:
 
 
 def _place(outcomes: TextOutcomes, ablation: Ablation, name: str) -> tuple[int, list[tuple[str, float, str]]]:
-    """Where a row stands: in the order of the ablation, its settings by their numbers."""
+    """Return the sort key of a row: its place in the ablation, then the numbers of its setting."""
     row, setting = _split(outcomes, name)
     return ablation.rows.index(row), [(key, *_number_or_text(value)) for key, value in setting_values(setting).items()]
 
@@ -170,7 +171,7 @@ def _number_or_text(value: str) -> tuple[float, str]:
 
 
 def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
-    """The mean over the tasks (or pairs) that all rows of a selection, domain and model have, of the seeds that have them all; nothing for one task."""
+    """Average over the tasks (or pairs) that all rows of a selection, domain and model share, by seed."""
     found = []
     for (protocol, domain, model), group in seeds.groupby(["protocol", "domain", "model"], sort=False):
         scopes = group.groupby("scope", sort=False)["method"].nunique()
@@ -187,7 +188,7 @@ def _averages(seeds: pd.DataFrame) -> pd.DataFrame:
 
 
 def _split(outcomes: TextOutcomes, name: str) -> tuple[str, str]:
-    """The row and the setting of a name."""
+    """Split a name into its row and its setting."""
     row, _, setting = name.partition(SETTING)
     return outcomes.settings.get(name, (row, setting))
 
@@ -198,7 +199,7 @@ def _title(outcomes: TextOutcomes, name: str) -> str:
 
 
 def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with what the paper has of them, and rows of what the paper alone has; its numbers are by its authors' selection."""
+    """Join the paper's numbers, which are by its authors' selection, and add rows that only the paper has."""
     published = pd.DataFrame(columns=[*ABLATION_COLUMNS, *NUMBER_COLUMNS])
     if ablation.paper:
         published = read_published(outcomes.benchmark, ablation.paper, ABLATION_COLUMNS)
@@ -225,13 +226,13 @@ def _with_paper(outcomes: TextOutcomes, ablation: Ablation, rows: pd.DataFrame) 
 
 
 def _scopes(outcomes: TextOutcomes) -> list[str]:
-    """What a number can be of: a task, or a pair of tasks."""
+    """List the scopes of a number: each task and each pair of tasks."""
     tasks = outcomes.benchmark.tasks
     return [outcomes.pair_title(name, other) for name, task in tasks.items() for other in (name, *task.ood)]
 
 
 def _with_axes(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with what figures have on their axes: N, k as a share of N, layers, the share of training rows; and ``kind``, the method without its settings."""
+    """Add the axes of figures (N, k as a share of N, layers, share of training rows) and ``kind``, the plain method."""
     found = []
     for row in rows.itertuples():
         name, setting = _split(outcomes, row.method)
@@ -244,7 +245,7 @@ def _with_axes(outcomes: TextOutcomes, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _values_of(spec: Mapping[str, Any]) -> dict[str, str]:
-    """The values of a run's settings, as :func:`~benchmarks.text.outcomes.setting_values` has them."""
+    """Return the values of a run's settings by their letters."""
     config = spec["method"]["config"]
     found = {"D": f"{spec.get('training', {}).get('train_share', 1)}"}
     if config and config["kind"] == "emoe":
@@ -255,12 +256,12 @@ def _values_of(spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _with_n_and_k(row: Any) -> str:
-    """The title of a row, with N and k where it is a main row, whose title does not say them."""
+    """Return the title of a row; of a main row with N and k."""
     return f"{row.method_title}, N {row.N}, k/N {row.k}" if row.N and SETTING not in row.method else row.method_title
 
 
 def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
-    """Lay out what :func:`ablation_rows` found."""
+    """Lay out the rows of :func:`ablation_rows`."""
     frame = rows.assign(
         **{key: rows[key].fillna("").replace("", MISSING) for key in ("verdict", "status", "source")},
         n=[MISSING if math.isnan(n) else f"{n:.0f}" for n in rows["n"]],
@@ -272,8 +273,11 @@ def ablation_table(definition: Ablation, rows: pd.DataFrame) -> Table:
     )
     return Table(
         definition.title,
-        f"{definition.question} Score (%): mean ± standard deviation over n seeds; Δ is the difference to the {'row above' if definition.steps else 'first row'}, paired by seed, with a 95 % confidence interval (Student's t); p of the "
-        "paired t-test is corrected by Holm's procedure over the rows of a set and selection, and the verdict takes it at 5 %. The paper's numbers are of its own models and tasks, in rows of their own "
+        f"{definition.question} Score (%): mean ± standard deviation over n seeds; Δ is the difference to the "
+        f"{'row above' if definition.steps else 'first row'}, paired by seed, with a 95 % confidence interval "
+        "(Student's t); p of the "
+        "paired t-test is corrected by Holm's procedure over the rows of a set and selection, and the verdict takes it "
+        "at 5 %. The paper's numbers are of its own models and tasks, in rows of their own "
         "where these did not run here.",
         {"model_title": "Model", "selection": "Selection", "on": "On", "method_title": "Method", "n": "n"},
         [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import glob
 import hashlib
 import math
 import random
@@ -38,7 +39,7 @@ DEV_SHARE, TEST_SHARE = 0.15, 0.15  # of a csv without a column `split`
 _NO_LABEL = {"", "-1", "nan", "none", "null"}  # unless the task has a class of this name
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)  # Python also reads 1_0
 _WHOLE = re.compile(r"(-?\d+)\.0*")
-_LIBRARY_ERRORS = (pa.ArrowException, yaml.YAMLError, pd.errors.ParserWarning)
+_LIBRARY_ERRORS = (pa.ArrowException, yaml.YAMLError, pd.errors.ParserWarning, StopIteration)
 _ROWS_AT_ONCE = 10_000
 
 
@@ -237,10 +238,10 @@ def _read_hub(task: RunTask, split: str) -> Table:
     import datasets
 
     source = task.source
-    place = wanted_place(source.model_dump())
+    folder = wanted_place(source.model_dump())
     if source.hub is None:
         raise DataError(
-            f"the set '{task.name}' is not on the hub and not in {place}; "
+            f"the set '{task.name}' is not on the hub and not in {folder}; "
             "`python -m benchmarks data --check` says how to get it"
         )
     try:
@@ -248,7 +249,7 @@ def _read_hub(task: RunTask, split: str) -> Table:
     except Exception as error:  # the hub raises many kinds; all mean the same to the user
         raise DataError(
             f"could not load '{source.hub}' ({source.config}) from the hub: {type(error).__name__}: {error}\n"
-            f"Without the hub, put its files into {place} (config/README.md)"
+            f"Without the hub, put its files into {folder} (config/README.md)"
         ) from error
     name = hub_name(source.hub, source.revision, commit_of(dataset))
     return _to_table(dataset, f"{name} ({source.config}), split {split}")
@@ -270,11 +271,11 @@ def _read_saved(folder: Path, split: str | None) -> Table:
 def _read_folder(folder: Path, task: RunTask, split: str) -> list[Table]:
     """Read a split from files under the hub's names, in the first format that is there."""
     config = task.source.config
-    places = [folder, *([folder / config, folder / "data"] if config else [])]
-    for place in places:
+    folders = [folder, *([folder / config, folder / "data"] if config else [])]
+    for subfolder in folders:
         for suffix in BUILDERS:
-            if files := _split_files(place, split, suffix):
-                return [_read_file(file, [*dict.fromkeys((*places, file.parent))], task) for file in files]
+            if files := _split_files(subfolder, split, suffix):
+                return [_read_file(file, [*dict.fromkeys((*folders, file.parent))], task) for file in files]
     present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
     wanted = ", ".join(f"{split}.{suffix}" for suffix in BUILDERS)
     convert = "; `python tools/convert_glue_x.py` converts its makers' files" if task.raw_formats else ""
@@ -283,32 +284,32 @@ def _read_folder(folder: Path, task: RunTask, split: str) -> list[Table]:
     )
 
 
-def _split_files(place: Path, split: str, suffix: str) -> list[Path]:
+def _split_files(folder: Path, split: str, suffix: str) -> list[Path]:
     """Find the files of a split: one file, numbered pieces, or all files in a folder of its name.
 
     Raises:
         DataError: The split is there in two of these forms, or a piece is missing.
     """
     piece = re.compile(rf"{re.escape(split)}-(\d+)-of-(\d+)\.{suffix}")
-    files = sorted(place.glob(f"*.{suffix}"))
+    files = sorted(folder.glob(f"*.{suffix}"))
     pieces = [file for file in files if piece.fullmatch(file.name)]
-    inside = [file for file in sorted(place.glob(f"{split}/*.{suffix}")) if not file.name.startswith(".")]
+    inside = [file for file in sorted(folder.glob(f"{split}/*.{suffix}")) if not file.name.startswith(".")]
     forms = [form for form in ([file for file in files if file.stem == split], pieces, inside) if form]
     if len(forms) > 1:
-        first, second = (form[0].relative_to(place) for form in forms[:2])
-        raise DataError(f"{place} has the split '{split}' twice: {first} and {second}; leave one of them")
+        first, second = (form[0].relative_to(folder) for form in forms[:2])
+        raise DataError(f"{folder} has the split '{split}' twice: {first} and {second}; leave one of them")
     expected = [f"{split}-{i:05}-of-{len(pieces):05}.{suffix}" for i in range(len(pieces))]
     if [file.name for file in pieces] != expected:
-        raise DataError(f"{place} lacks a piece of the split '{split}': {', '.join(file.name for file in pieces)}")
+        raise DataError(f"{folder} lacks a piece of the split '{split}': {', '.join(file.name for file in pieces)}")
     return forms[0] if forms else []
 
 
-def _read_file(file: Path, places: Sequence[Path], task: RunTask) -> Table:
+def _read_file(file: Path, folders: Sequence[Path], task: RunTask) -> Table:
     """Read a file with the builder of its format; nothing of it is executed, cached or looked up elsewhere.
 
     Args:
         file: The file.
-        places: The folders of the set, which may hold the class names of its labels.
+        folders: The folders of the set, which may hold the class names of its labels.
         task: The task.
     """
     import datasets
@@ -323,11 +324,13 @@ def _read_file(file: Path, places: Sequence[Path], task: RunTask) -> Table:
             options = {"names": names, "header": 0, "index_col": False, "features": features}
             options |= {"na_filter": False, "engine": "python"}
         builder = BUILDERS[file.suffix.removeprefix(".")]
-        dataset = datasets.load_dataset(builder, data_files=str(file), split="train", streaming=True, **options)
+        dataset = datasets.load_dataset(
+            builder, data_files=glob.escape(str(file)), split="train", streaming=True, **options
+        )
         table = _to_table(dataset, str(file))
         label_columns = [name for name in table.columns if task.column_aliases.get(name, name) == task.label]
         for name in label_columns:
-            table = _with_names_beside(table, name, places, task.source.config)
+            table = _with_names_beside(table, name, folders, task.source.config)
     return table
 
 
@@ -353,9 +356,9 @@ def _csv_split(file: Path, task: RunTask, split: str) -> Table:
 
 
 def _drawn_split(text: str) -> str:
-    """Draw the split of a text by its hash, so that other rows never move it."""
-    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
-    return "dev" if place < DEV_SHARE else "test" if place < DEV_SHARE + TEST_SHARE else "train"
+    """Draw the split of a text by its hash, so other rows never move it."""
+    fraction = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+    return "dev" if fraction < DEV_SHARE else "test" if fraction < DEV_SHARE + TEST_SHARE else "train"
 
 
 def _to_table(dataset: Any, source: str) -> Table:
@@ -380,15 +383,15 @@ def _class_name(value: object, names: Sequence[str]) -> object:
     return names[int(text)] if text.isdecimal() and int(text) < len(names) else value
 
 
-def _with_names_beside(table: Table, column: str, places: Sequence[Path], config: str | None) -> Table:
+def _with_names_beside(table: Table, column: str, folders: Sequence[Path], config: str | None) -> Table:
     """Replace numbers of a label column by the class names in the set's README.md or ``dataset_info(s).json``.
 
     Raises:
-        DataError: Two places disagree, or the names are themselves numbers that the file's numbers may mean.
+        DataError: Two files disagree, or the names are themselves numbers that the file's numbers may mean.
     """
     stored = table.class_names.get(column)
     named = [(table.source, stored)] if stored else []
-    named += [pair for place in places for pair in _names_beside(place, config, column)]
+    named += [pair for folder in folders for pair in _names_beside(folder, config, column)]
     for source, names in named[1:]:
         if names != named[0][1]:
             raise DataError(
@@ -409,20 +412,20 @@ def _with_names_beside(table: Table, column: str, places: Sequence[Path], config
     return replace(table, columns=columns, class_names={**table.class_names, column: names})
 
 
-def _names_beside(place: Path, config: str | None, column: str) -> Iterator[tuple[str, Sequence[str]]]:
+def _names_beside(folder: Path, config: str | None, column: str) -> Iterator[tuple[str, Sequence[str]]]:
     """Yield each file in a folder that names the classes of a column, and the names."""
     from datasets import ClassLabel, DatasetInfo
     from datasets.info import DatasetInfosDict
 
-    infos = {"README.md or dataset_infos.json": dict(DatasetInfosDict.from_directory(str(place)))}
-    if (place / "dataset_info.json").exists():
-        infos["dataset_info.json"] = {"default": DatasetInfo.from_directory(str(place))}
+    infos = {"README.md or dataset_infos.json": dict(DatasetInfosDict.from_directory(str(folder)))}
+    if (folder / "dataset_info.json").exists():
+        infos["dataset_info.json"] = {"default": DatasetInfo.from_directory(str(folder))}
     for file, by_config in infos.items():
         chosen = next((name for name in (config, "default") if name in by_config), None)
         for name, info in by_config.items():
             feature = (info.features or {}).get(column)
             if chosen in (None, name) and isinstance(feature, ClassLabel):
-                yield f"{place / file} ({name})", feature.names
+                yield f"{folder / file} ({name})", feature.names
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the files of a text benchmark say: how it trains, what its suites run, and its tasks."""
+"""Define the files of a text benchmark: how it trains, what its suites run, and its tasks."""
 
 from __future__ import annotations
 
@@ -57,13 +57,16 @@ class TextTraining(Strict):
     train_rows: Count | None
     """Training rows, taken from the shuffled training split; null for all."""
     train_share: Annotated[float, Field(gt=0, lt=1), AS_GIVEN] | None = left_out()
-    """A share of these rows only, every class in proportion; a smaller share is a part of a larger one. Left out: all."""
+    """A share of these rows only, every class in proportion; a smaller share is a part of a larger one. Left out:
+    all."""
     eval_rows: Count | None
     """Rows of every evaluation split; null for all."""
     dev_rows: Count | None = left_out()
-    """Rows of the split that selects, of tasks that have one beside a test split, where it is evaluated on fewer; left out, or null: as many as of the others."""
+    """Rows of the split that selects, of tasks that have one beside a test split, where it is evaluated on fewer; left
+    out, or null: as many as of the others."""
     ood_rows: Count | None = left_out()
-    """Rows of every set that the task is not trained on, where they are not as many as `eval_rows` says; left out, or null: as many."""
+    """Rows of every set that the task is not trained on, where they are not as many as `eval_rows` says; left out, or
+    null: as many."""
     weight_decay: NotNegative
     """AdamW's weight decay."""
     warmup: Rate
@@ -71,7 +74,8 @@ class TextTraining(Strict):
     checkpoint_selection: Literal["last", "best"]
     """Which epoch's weights are evaluated."""
     patience: Count | None
-    """Stop after that many epochs without a new best, which must be above 0 (needs checkpoint_selection: best); null never."""
+    """Stop after that many epochs without a new best, which must be above 0 (needs checkpoint_selection: best); null
+    never."""
     gradient_accumulation_steps: Count
     """Batches whose gradients one step adds up."""
     precision: Precision
@@ -79,8 +83,10 @@ class TextTraining(Strict):
     validation_fraction: Rate
     """Share of the training rows that a clean run holds out to choose by, where the task has no split for that."""
     frozen_layers: Whole | None = zero_left_out()
-    """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a row is computed once and kept
-    (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below. 0, or left out: none."""
+    """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a
+    row is computed once and kept
+    (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below.
+    0, or left out: none."""
     lora: LoRA | None
     """Train adapters and the head only; null trains everything."""
     keep_weights: bool
@@ -93,7 +99,8 @@ class TextTrainingSettings(TextTraining, TrainingSettings):
     validation_fraction: Annotated[float, Field(gt=0, lt=1), AS_GIVEN]
     """Share of the training rows that a clean run holds out to choose by, where the task has no split for that."""
     evaluate_ood: bool | Names
-    """Evaluate every run on the task's OOD sets at its end, or those of some methods. Large sets are for a benchmark that evaluates the chosen runs only."""
+    """Evaluate every run on the task's OOD sets at its end, or those of some methods. Large sets are for a benchmark
+    that evaluates the chosen runs only."""
     epochs_by_task: dict[str, Positive] = Field({})
     """Epochs of single tasks."""
     by_model: dict[str, Annotated[Strict, PartOf(TextTraining)]] = Field({})
@@ -118,7 +125,8 @@ class TextBlock(VariantAxes):
     epochs_factor: Positives | None = left_out()
     """Times the usual epochs, for rows with `role: ablation`."""
     protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = left_out()
-    """How epoch and hyper-parameters are chosen. published: by the dev split, which is also reported. clean: by a split that is not reported.
+    """How epoch and hyper-parameters are chosen. published: by the dev split, which is also reported. clean: by a split
+    that is not reported.
     Left out: clean for tasks with a test split, else published."""
 
 
@@ -139,7 +147,8 @@ class Transformed(Strict):
     trained: str
     """The row whose runs are evaluated."""
     used_as: str
-    """The row as whose model they are evaluated: without experts where that is dense, else with its experts, made of the trained weights. Both train the same."""
+    """The row as whose model they are evaluated: without experts where that is dense, else with its experts, made of
+    the trained weights. Both train the same."""
 
 
 class Ablation(Strict):
@@ -150,7 +159,8 @@ class Ablation(Strict):
     question: str
     """What it asks, and what the paper says of it."""
     rows: Annotated[Names, UNIQUE]
-    """Rows that are compared with the baseline, which stands first. Of rows with `role: ablation`, and of others with several variants, every setting is a row."""
+    """Rows that are compared with the baseline, which stands first. Of rows with `role: ablation`, and of others with
+    several variants, every setting is a row."""
     axis: Literal["train_share", "top_k_fraction"] | None = left_out()
     """What the figure has on its horizontal axis; left out: the differences, row by row."""
     steps: Literal[True] | None = left_out()
@@ -204,7 +214,8 @@ class TextSource(Strict):
     folder: str | None = left_out()
     """Name of the set's folder below data_root."""
     csv: str | None = left_out()
-    """One csv in this project. Its column `split` names the split of each row; without it the hash of the text draws it."""
+    """One csv in this project. Its column `split` names the split of each row; without it the hash of the text draws
+    it."""
     vader_sentiment: str | None = left_out()
     """A domain of the human-rated sentiment set."""
     vader_label: Literal["strength"] | None = left_out()
@@ -239,7 +250,8 @@ class FileLayout(Strict):
     """One form of the set's own files."""
 
     format: Literal["tsv", "csv", "jsonl", "folders"] = "tsv"
-    """Tab-separated without quoting, comma-separated with quoting, JSON lines, or a folder of text files for each label."""
+    """Tab-separated without quoting, comma-separated with quoting, JSON lines, or a folder of text files for each
+    label."""
     files: dict[str, str]
     """File names (of folders, the folder that holds those of the labels) by split name."""
     columns: dict[str, str | int] = Field({})
@@ -277,21 +289,26 @@ class TextTask(Strict):
     column_aliases: dict[str, str] = Field({})
     """Names that columns have in other copies of the set, to the names here."""
     labels: list[str] = Field([])
-    """Names of the classes in the order of their numbers; empty for a regression. A model's class i is read as class i of any other set with as many classes."""
+    """Names of the classes in the order of their numbers; empty for a regression. A model's class i is read as class i
+    of any other set with as many classes."""
     range: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = left_out()
     """Lowest and highest score of a regression; a row with another is refused."""
     label_names: dict[str, str] = Field({})
     """Other spellings of the labels that files use, to the class names."""
     unlabelled: list[str | int | float] = Field([])
-    """Label values that mark a row without a gold label, beside -1, null, nan and an empty cell; such rows are dropped and counted, as are rows without any text."""
+    """Label values that mark a row without a gold label, beside -1, null, nan and an empty cell; such rows are dropped
+    and counted, as are rows without any text."""
     label_map: dict[Annotated[str, Field(pattern="^[0-9]+$")], list[Whole]] = Field({})
-    """How classes are read where a model or a set has fewer of them: by that number of classes, the new number of each class."""
+    """How classes are read where a model or a set has fewer of them: by that number of classes, the new number of each
+    class."""
     metric: str
     """Name in metrics.yaml: what training on the task selects by and reports."""
     ood_metrics: Names | None = left_out()
-    """What is reported of a model that was trained elsewhere: the paper's metric first, others beside it. Left out: metric."""
+    """What is reported of a model that was trained elsewhere: the paper's metric first, others beside it. Left out:
+    metric."""
     splits: Splits
-    """Split names by part. The dev part selects; the test part is reported (dev where there is none). Sets without train and dev are for evaluation only."""
+    """Split names by part. The dev part selects; the test part is reported (dev where there is none). Sets without
+    train and dev are for evaluation only."""
     raw_formats: Annotated[list[FileLayout], Field(min_length=1)] | None = left_out()
     """Layouts of the makers' own files, for `tools/convert_glue_x.py`; it takes the first whose file is there."""
 
@@ -309,9 +326,11 @@ class TaskEntry(TextTask, Entry):
     """One task of ``tasks.yaml``."""
 
     rows: Rows = Rows()
-    """Rows of each part as their makers count them, those without a gold label included; of sets that GLUE-X's authors made, as their result files count them."""
+    """Rows of each part as their makers count them, those without a gold label included; of sets that GLUE-X's authors
+    made, as their result files count them."""
     published_rows: PublishedRows | None = left_out()
-    """Where the paper's authors score another number of rows of the test part than is scored here: how many, who says so, and why."""
+    """Where the paper's authors score another number of rows of the test part than is scored here: how many, who says
+    so, and why."""
     download_instructions: str | None = left_out()
     """For sets that must be fetched by hand: which file, from whom."""
     ood: list[str] = Field([])

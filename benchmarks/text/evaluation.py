@@ -25,8 +25,8 @@ from benchmarks.harness.training.trainer import (
 )
 from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import RunTask
-from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import TokenisedRows
+from benchmarks.text.usage import RowRouting
 
 
 def padding_collator(

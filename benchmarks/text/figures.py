@@ -1,38 +1,52 @@
-"""Figures of text benchmarks."""
+"""Draw the figures of text benchmarks: scores, ranks, ablations, experts over training, and their use by sets."""
 
 from __future__ import annotations
 
 import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
+from benchmarks.harness.config.methods import CONTROL
+from benchmarks.harness.report.common import Outcomes
 from benchmarks.harness.report.plots import (
+    FEW,
     REFERENCE,
     STYLE,
+    USE,
     WIDTH,
     Panel,
+    difference_label,
+    draw_difference,
     hide_empty,
+    legend_below,
+    over_mean,
     panel_grid,
     placeholder_figure,
     save,
     score_panels,
     wrapped,
 )
+from benchmarks.harness.report.style import curve_styles
 from benchmarks.harness.results.statistics import SIGNIFICANCE, critical_difference, nemenyi
+from benchmarks.text.definition import TaskEntry
 from benchmarks.text.grid import ID, OOD
-from benchmarks.text.outcomes import Ranked, TextOutcomes
-from benchmarks.text.selection import PROTOCOLS
+from benchmarks.text.outcomes import PROTOCOLS, Ranked, TextOutcomes
+from benchmarks.text.traces import Trace, published_traces, shown_traces
 
 _DIFFERENCE = mpl.colormaps["PuOr_r"]
-_MOST = 12  # panels of scores; of more sets a map of differences is drawn
+_MOST_SETS = 12  # panels of scores; of more sets a map of differences is drawn
 _CELL, _READABLE = 4.6, 0.27  # inches of all cells beside each other, and of one that a number fits in
 
 
 def scores_by_training_task(outcomes: TextOutcomes, path: Path) -> None:
-    """A row of panels a selection, model and training task, a panel an evaluation set, the training task's own first."""
+    """Draw a row of panels for each selection, model and training task, and a panel for each evaluation set."""
     if _many(outcomes, [ID, OOD]):
         difference_map(outcomes, path, [ID, OOD])
         return
@@ -52,12 +66,12 @@ def scores_by_training_task(outcomes: TextOutcomes, path: Path) -> None:
 
 
 def id_scores(outcomes: TextOutcomes, path: Path) -> None:
-    """A panel a training task, or of many a map."""
+    """Draw a panel for each training task, or a map of many."""
     _scores(outcomes, path, ID)
 
 
 def ood_scores(outcomes: TextOutcomes, path: Path) -> None:
-    """A panel a pair of training task and OOD set, or of many a map."""
+    """Draw a panel for each pair of training task and OOD set, or a map of many."""
     _scores(outcomes, path, OOD)
 
 
@@ -70,13 +84,13 @@ def _scores(outcomes: TextOutcomes, path: Path, domain: str) -> None:
 
 def _many(outcomes: TextOutcomes, domains: list[str]) -> bool:
     sets = _shown(outcomes, domains)[["protocol", "model", "task", "eval_task"]]
-    return len(sets.drop_duplicates()) > _MOST
+    return len(sets.drop_duplicates()) > _MOST_SETS
 
 
 def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> None:
-    """Differences to the baseline, paired by seed: a panel a model and selection, a row a method, a column a set. Bold where the interval leaves out 0.
+    """Map paired differences to the baseline: a panel for each model and selection, methods down, sets across.
 
-    Numbers stand in the cells where there is room; they are in the table of scores.
+    Cells have numbers if there is room, in bold if the interval excludes 0.
     """
     rows = outcomes.rows[outcomes.rows["domain"].isin(domains) & outcomes.rows["protocol"].isin(outcomes.run_protocols)]
     rows = rows[rows["method"] != outcomes.baseline]
@@ -124,7 +138,7 @@ def difference_map(outcomes: TextOutcomes, path: Path, domains: list[str]) -> No
 
 
 def _by_model(outcomes: TextOutcomes, domain: str) -> list[list[Panel]]:
-    """A row of panels a selection and model."""
+    """List the panels of each selection and model."""
     found: list[list[Panel]] = []
     for (protocol, model), rows in _shown(outcomes, [domain]).groupby(["protocol", "model"], sort=False):
         above = _selected(outcomes, protocol, outcomes.title("model", model))
@@ -137,22 +151,22 @@ def _by_model(outcomes: TextOutcomes, domain: str) -> list[list[Panel]]:
 
 
 def _shown(outcomes: TextOutcomes, domains: list[str]) -> pd.DataFrame:
-    """The scores of the protocols that have runs of their own."""
+    """Select the scores of the protocols that have runs of their own."""
     seeds = outcomes.seeds
     return seeds[seeds["domain"].isin(domains) & seeds["protocol"].isin(outcomes.run_protocols)]
 
 
 def _selected(outcomes: TextOutcomes, protocol: str, title: str) -> str:
-    """A title that says which selection, where there are two."""
+    """Add the selection to a title if there are two."""
     return title if len(outcomes.run_protocols) == 1 else f"{title}, {PROTOCOLS[protocol]} selection"
 
 
 def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> None:
-    """Critical difference diagrams (Demšar 2006), one a model and selection.
+    """Draw a critical difference diagram (Demšar 2006) for each model and selection.
 
     Args:
         outcomes: for titles.
-        path: of the files, without ending.
+        path: The files' path, without suffix.
         rankings: what was ranked.
     """
     import scikit_posthocs  # it takes a plotting library of its own along
@@ -182,8 +196,296 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
             axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
             axis.spines["top"].set(visible=True, color="black")  # the diagram hides its own axis
             title = (
-                f"{outcomes.title('model', one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: mean rank over {one.scores.shape[1]} sets, "
+                f"{outcomes.title('model', one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: mean rank "
+                f"over {one.scores.shape[1]} sets, "
                 f"critical difference {critical_difference(*one.scores.shape):.2f}"
             )
             axis.set_title(wrapped(title, WIDTH), fontsize=8)
         save(figure, path)
+
+
+_COLUMNS, _MOST_SCOPES, _NAMES = 3, 12, 2.3  # panels beside each other and in all, inches of names beside them
+_TITLE, _TICKS = 1.4, 6  # inches of a panel's title, and labels below it
+_NOTHING = "this suite runs no row of this ablation"
+_AXIS_LABELS = {"D": "Share of the training rows", "k": "Experts in use, k/N"}
+
+
+def draw_differences(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, reference: str = "the baseline") -> None:
+    """Draw the difference of each row to its reference: a panel for each model, selection and scope (of many,
+    averages).
+
+    All panels share one axis. Intervals are 95 %, from three seeds on; crosses are the paper's.
+
+    Args:
+        outcomes: The outcomes, for the methods' styles.
+        rows: The rows of :func:`~benchmarks.text.ablations.ablation_rows`.
+        path: The files' path, without suffix.
+        reference: The name of the reference.
+    """
+    panels = [(title, found[found["delta"].notna()]) for title, found in panels_of(rows)]
+    panels = [(title, found) for title, found in panels if len(found)]
+    if len(panels) > _MOST_SCOPES:  # every set is in the table
+        panels = [(title, found) for title, found in panels if not found["is_ours"].any() or found["is_average"].any()]
+    if not panels:
+        placeholder_figure(path, _NOTHING)
+        return
+    names = list(dict.fromkeys(name for _, found in panels for name in found["method_title"]))
+    with mpl.rc_context(STYLE):
+        figure, axes = _axes(len(panels), 0.24 * len(names) + 0.9, shared=True)
+        for axis, (title, found) in zip(axes.flat, panels, strict=False):
+            for row in found.itertuples():
+                place = names.index(row.method_title)
+                look = outcomes.style(row.method)
+                draw_difference(axis, row, place, look if row.is_ours else replace(look, marker="x", hollow=False), 100)
+            axis.axvline(0, color=REFERENCE, lw=0.8, ls="--", zorder=0)
+            axis.set_title(title, fontsize=8)
+            axis.set_yticks(range(len(names)), [textwrap.fill(name, 34) for name in names])
+            axis.set_ylim(len(names) - 0.4, -0.6)
+        hide_empty(axes)
+        counts = (n for _, found in panels for n in found.loc[found["is_ours"], "n"])
+        figure.supxlabel(difference_label(reference, counts), fontsize=8)
+        save(figure, path)
+
+
+def draw_curves(outcomes: TextOutcomes, rows: pd.DataFrame, path: Path, axis: str) -> None:
+    """Draw the score of each method over a setting: a panel for each model, selection and scope.
+
+    Intervals are 95 %, from three seeds on. The dashed line is the baseline.
+
+    Args:
+        outcomes: The outcomes, for the methods' styles.
+        rows: The rows of :func:`~benchmarks.text.ablations.ablation_rows`.
+        path: The files' path, without suffix.
+        axis: The letter of the setting.
+    """
+    panels = [(title, found) for title, found in panels_of(rows) if found.loc[found[axis].ne(""), axis].nunique() > 1]
+    if not panels:
+        placeholder_figure(
+            path,
+            f"no row of this suite has two values of:\n{_AXIS_LABELS[axis]}" if rows["is_ours"].any() else _NOTHING,
+        )
+        return
+    series = [(label, part) for _, found in panels for label, part in _series(found, axis)]
+    styles = curve_styles((label, outcomes.style(part["method"].iloc[0])) for label, part in series)
+    labels = list(styles)
+    with mpl.rc_context({**STYLE, "axes.grid.axis": "both"}):
+        figure, axes = _axes(len(panels), 2.2, shared=False)
+        for panel, (title, found) in zip(axes.flat, panels, strict=False):
+            places = sorted({float(value) for value in found[axis] if value})
+            apart = 0.012 * (places[-1] - places[0])
+            for label, part in _series(found, axis):
+                shift = apart * (labels.index(label) - (len(labels) - 1) / 2)  # so that no interval hides another
+                panel.errorbar(
+                    part[axis].astype(float) + shift,
+                    part["score"] * 100,
+                    yerr=None if part["half"].isna().all() else part["half"] * 100,
+                    label=label,
+                    ms=3.5,
+                    lw=1.2,
+                    capsize=2,
+                    **styles[label],
+                )
+            base = found[found["is_baseline"]]["score"]
+            if len(base):
+                panel.axhline(float(base.iloc[0]) * 100, color=REFERENCE, lw=0.8, ls="--", zorder=0)
+            low, high = panel.get_ylim()
+            panel.set_ylim(max(low, 0.0), min(high, 101.0))  # intervals of few seeds know no bounds
+            panel.set_xticks(places)
+            every = math.ceil(len(places) / _TICKS)
+            panel.set_xticklabels(
+                ["" if (len(places) - 1 - number) % every else f"{place:g}" for number, place in enumerate(places)],
+                size=7,
+            )
+            panel.set_title(title, fontsize=8)
+            panel.set_xlabel(_AXIS_LABELS[axis], fontsize=7)
+        hide_empty(axes)
+        legend_below(figure, axes.flat, 2)
+        figure.supylabel("Score (%)", fontsize=8)
+        save(figure, path)
+
+
+def _axes(panels: int, height: float, *, shared: bool) -> tuple[Any, Any]:
+    """Make a figure of panels, at most three beside each other, all of one width."""
+    columns = min(panels, _COLUMNS)
+    lines = math.ceil(panels / columns)
+    return panel_grid(
+        lines, columns, (min(2.1 * columns + _NAMES, WIDTH), height * lines + 0.5), sharex=shared, sharey=shared
+    )
+
+
+def panels_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield title and rows of each model, selection and scope: ours first, then the paper's in panels of their own."""
+    several = rows.loc[rows["is_ours"], "protocol"].nunique() > 1
+    ours = rows[rows["is_ours"]]
+    half = ((ours["high_mean"] - ours["low_mean"]) / 2).where(ours["n"] >= FEW)
+    ours = ours.assign(score=ours["mean"], half=half)
+    paper = rows[rows["paper"].notna()]
+    paper = paper.assign(score=paper["paper"], delta=paper["paper_delta"], is_ours=False, n=math.nan, half=math.nan)
+    keys = ["is_ours", "model_title", "protocol", "domain", "scope"]
+    for (is_ours, model, protocol, domain, scope), found in pd.concat([ours, paper]).groupby(keys, sort=False):
+        who = model if is_ours else ", ".join(filter(None, ("the paper", model)))
+        selection = f", {PROTOCOLS[protocol]}" if several and is_ours else ""
+        where = scope if domain == ID else f"{scope} (OOD)"
+        yield wrapped(f"{who}{selection}\n{where}", _TITLE), found
+
+
+def _series(rows: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield label and points of each curve: rows that differ in one setting alone."""
+    rows = rows[rows[axis].ne("")]
+    others = [key for key in ("N", "L", "k", "D") if key != axis and rows.groupby("kind")[key].nunique().max() > 1]
+    for key, found in rows.groupby(["kind", *others], sort=False):
+        values = dict(zip(others, key[1:], strict=True))
+        named = ", ".join(f"{'layers' if name == 'L' else name} {value}" for name, value in values.items() if value)
+        title = found["row_title"].iloc[0]
+        # a main row, and the same setting among those of an ablation: the main row stands first
+        points = found.drop_duplicates(axis).sort_values(axis, key=lambda column: column.astype(float))
+        yield ", ".join(filter(None, (title, named))), points
+
+
+_MOST_TASKS = 4  # rows of panels
+
+
+def draw_traces(outcomes: TextOutcomes, path: Path) -> None:
+    """Draw experts over training: a row for each model and task (four at most), a panel for each method; the paper
+    below."""
+    rows = [
+        (f"{outcomes.title('model', model)}\n{outcomes.title('task', task)}", found)
+        for (model, task), found in list(shown_traces(outcomes).items())[:_MOST_TASKS]
+    ]
+    if published := published_traces(outcomes):
+        rows.append(
+            ("the paper's", {name: (outcomes.title("method", name), trace) for name, trace in published.items()})
+        )
+    if not rows:
+        placeholder_figure(path, "this suite trains no routed method")
+        return
+    names = [name for name in outcomes.methods if any(name in found for _, found in rows)]
+    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
+        figure, axes = panel_grid(len(rows), len(names), (WIDTH, 1.75 * len(rows) + 0.3))
+        for axis_row, (title, found) in zip(axes, rows, strict=True):
+            for axis, name in zip(axis_row, names, strict=True):
+                if name not in found:
+                    axis.set_visible(False)
+                    continue
+                named, trace = found[name]
+                _draw_trace(axis, trace)
+                axis.set_title(wrapped(named, (WIDTH - 1.1) / len(names), 7), fontsize=7)
+            next(axis for axis in axis_row if axis.get_visible()).set_ylabel(f"{title}\nstep")
+        for axis in axes[-1]:
+            axis.set_xlabel("experts")
+        figure.colorbar(USE, ax=axes, shrink=0.6, label="load ÷ mean load", extend="max")
+        save(figure, path)
+
+
+def _draw_trace(axis: Any, trace: Trace) -> None:
+    windows, count = trace.shares.shape
+    last = trace.ends[-1] if trace.ends else windows * 100
+    axis.imshow(
+        trace.shares * count,
+        norm=USE.norm,
+        cmap=USE.cmap,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(-0.5, count - 0.5, last, 0),
+    )
+    axis.set_xticks([0, count - 1], ["1", str(count)])
+    axis.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
+
+
+_MOST_MARKED = 32  # experts that a panel has room to mark
+_MOST_LINES = 40  # of sets and classes
+_MOST_PANELS = 3
+
+
+@dataclass(frozen=True)
+class UsagePanel:
+    """Hold the content of one panel.
+
+    Attributes:
+        title: The panel's title.
+        information: The numbers of :func:`~benchmarks.text.usage.describe_usage`, by their names in metrics.yaml.
+        usage: Its shares and marks.
+    """
+
+    title: str
+    information: Mapping[str, float]
+    usage: Mapping[str, Any]
+
+
+def draw_usage_by_set(outcomes: TextOutcomes, path: Path) -> None:
+    """Draw a panel for each routed method (no controls, three at most) of the first model, training task and seed."""
+    found: dict[tuple[str, str], dict[str, UsagePanel]] = {}
+    for record, content in outcomes.training:
+        if content["usage"] and outcomes.role(record.method) != CONTROL:
+            usage, sets = content["usage"], content["usage"]["tasks"]
+            in_order = {name: sets[name] for name in dict.fromkeys([record.task, *sets])}
+            trained = f"{outcomes.title('model', record.model)}, trained on {outcomes.title('task', record.task)}"
+            panel = UsagePanel(
+                f"{outcomes.title('method', record.method)}, {trained}",
+                content["routing"],
+                {**usage, "tasks": in_order},
+            )
+            found.setdefault((record.model, record.task), {}).setdefault(record.method, panel)
+    panels = next(iter(found.values()), {})
+    draw_usage(list(panels.values())[:_MOST_PANELS], outcomes, path)
+
+
+def draw_usage(panels: Sequence[UsagePanel], outcomes: Outcomes, path: Path) -> None:
+    """Draw panels below each other: sets (and, if there is room, their classes) down, experts across."""
+    if not panels:
+        placeholder_figure(path, "this suite has no experts to show")
+        return
+    heights = [sum(1 + len(one["classes"]) for one in panel.usage["tasks"].values()) for panel in panels]
+    classes = sum(heights) <= _MOST_LINES
+    if not classes:
+        heights = [len(panel.usage["tasks"]) for panel in panels]
+    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
+        figure, axes = panel_grid(
+            len(panels), 1, (WIDTH, 0.19 * sum(heights) + 0.8 * len(panels) + 0.2), height_ratios=heights
+        )
+        for axis, panel in zip(axes[:, 0], panels, strict=True):
+            _draw_use(axis, outcomes, panel.usage, classes=classes)
+            axis.set_title("\n".join([panel.title, *_information_line(panel.information)]), fontsize=7.5)
+        axes[-1, 0].set_xlabel("experts")
+        figure.colorbar(USE, ax=axes, shrink=0.6, label="use ÷ mean use over sets", extend="max")
+        save(figure, path)
+
+
+def _information_line(numbers: Mapping[str, float]) -> list[str]:
+    """Write the mutual information of experts with set and class in a line."""
+    parts = [
+        f"{label} {numbers[name]:.3f} bit (chance {numbers[f'{name}_chance']:.3f}, 95 % "
+        f"{numbers[f'{name}_chance_95']:.3f})"
+        for name, label in (("task_information", "set"), ("class_information", "class"))
+        if name in numbers
+    ]
+    return ["; ".join(parts)] if parts else []
+
+
+def _draw_use(axis: Any, outcomes: Outcomes, used: Mapping[str, Any], *, classes: bool) -> None:
+    sets = used["tasks"]
+    mean = np.mean([one["shares"] for one in sets.values()], axis=0)
+    lines, labels, marked = [], [], []
+    for name, one in sets.items():
+        lines.append(one["shares"])
+        labels.append(outcomes.titles["task"].get(name, name))
+        marked.append(one["marks"])
+        known = cast(TaskEntry, outcomes.benchmark.tasks[name]).labels
+        for number, shares in one["classes"].items() if classes else ():
+            lines.append(shares)
+            labels.append(f"{known[int(number)] if known else number} ")
+            marked.append([0] * len(mean))
+    axis.imshow(over_mean(np.array(lines), mean), norm=USE.norm, cmap=USE.cmap, aspect="auto")
+    axis.set_yticks(range(len(labels)), labels)
+    for tick, label in zip(axis.get_yticklabels(), labels, strict=True):
+        tick.set_fontweight("normal" if label.endswith(" ") else "bold")
+    axis.set_xticks([])
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    if len(mean) <= _MOST_MARKED:
+        for line, marks in enumerate(marked):
+            for expert, mark in enumerate(marks):
+                if mark:
+                    axis.plot(expert, line, "^" if mark > 0 else "v", ms=3, color="black", mec="white", mew=0.4)
+    if used["shared"]:  # a line without points would take the figure's corner for its place
+        axis.plot(used["shared"], [len(labels) - 0.15] * len(used["shared"]), "o", ms=2.5, color="black", clip_on=False)

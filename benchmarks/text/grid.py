@@ -1,4 +1,4 @@
-"""Runs of text classification: one for each model, task, method, learning rate, protocol and seed."""
+"""Plan runs of text classification: one for each model, task, method, learning rate, protocol and seed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _OTHER_AXES = (*OF_TRAINING, "protocol", "learning_rate", "seed")
 
 
 class TextSets(Kind[D, TaskEntry]):
-    """What all benchmarks on text sets share: which sets they read, and from where."""
+    """Share what all benchmarks on text sets need: which sets they read, and from where."""
 
     paper_columns: tuple[str, ...] = PAPER_COLUMNS
 
@@ -111,7 +111,7 @@ class TextSets(Kind[D, TaskEntry]):
 
 
 class TextKind(TextSets[TextDefinition]):
-    """Classifiers of texts, fine-tuned on one task and judged on it and on other sets."""
+    """Plan classifiers of texts, fine-tuned on one task and evaluated on it and on other sets."""
 
     files = (("text", TextDefinition), ("tasks", TaskFile))
     presentation = "benchmarks.text.presentation"
@@ -176,7 +176,8 @@ class TextKind(TextSets[TextDefinition]):
             for key in OF_TRAINING if usual else ():
                 if given.get(key):
                     raise DefinitionError(
-                        f"{where}.{key}' varies '{usual[0]}', whose runs would compete with those that are trained as usual; take a row with role: {ABLATION}"
+                        f"{where}.{key}' varies '{usual[0]}', whose runs would compete with those that are trained as "
+                        f"usual; take a row with role: {ABLATION}"
                     )
             axes = [key for key in ("model", "task", "method", *VARIANT_KEYS, *_OTHER_AXES) if key in given]
             made: dict[str, dict[str, Any]] = {}
@@ -213,15 +214,15 @@ KIND = TextKind()
 def transformed_rows(
     transformed: Mapping[str, Transformed], definition: MethodsDefinition, file: Path
 ) -> dict[str, MethodRow]:
-    """The rows that are trained as one thing and evaluated as another, as methods of a definition.
+    """Make methods of the rows that are trained as one method and evaluated as another.
 
     Args:
-        transformed: what the file says of them.
-        definition: with the methods that train.
-        file: the file, for messages.
+        transformed: The rows in the file.
+        definition: The definition, with the methods that train.
+        file: The file's path, for messages.
 
     Raises:
-        DefinitionError: a row that does not exist, whose weights would mean something else in the other's model, or that is transformed twice.
+        DefinitionError: A row does not exist, or its weights would mean something else in the other's model.
     """
     check_rows(definition, str(file))
     resolved = resolve_methods(definition)
@@ -240,10 +241,10 @@ def transformed_rows(
 
 
 def _check_transformed(trained: Method, used_as: Method, where: str) -> None:
-    """See that weights of one row mean the same in the model of another.
+    """Check that weights of one row mean the same in the model of another.
 
     Raises:
-        DefinitionError: they would not.
+        DefinitionError: They would not.
     """
     if {trained.kind, used_as.kind} != {"dense", "emoe"}:
         raise DefinitionError(
@@ -261,7 +262,7 @@ def _check_transformed(trained: Method, used_as: Method, where: str) -> None:
 
 
 def check_ablations(definition: MethodsDefinition, ablations: Mapping[str, Ablation], file: Path) -> None:
-    """Check that the ablations of a benchmark compare rows that exist, and that no row with that role is left without a table.
+    """Check that ablations compare rows that exist, and that each row with this role is in one.
 
     Raises:
         DefinitionError: names the file, the key and the nearest valid value.
@@ -297,7 +298,8 @@ def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> 
         )
     if not (task.source.hub or task.source.csv or task.source.vader_sentiment or task.download_instructions):
         raise DefinitionError(
-            f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions': from whom, which file"
+            f"{where}' is neither on the hub nor in a package, so it needs 'download_instructions': from whom, which "
+            "file"
         )
     named = {split for part in task.splits.model_dump().values() if part for split in part.split("+")}
     for number, layout in enumerate(task.raw_formats or ()):
@@ -317,7 +319,7 @@ def _spec(
     exclude: Collection[str],
     made: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """A run's spec; ``made`` are the methods of its block so far, which thousands of runs share that differ in task and rate."""
+    """Build a run's spec; ``made`` caches the methods of its block, which thousands of runs share."""
     task = benchmark.tasks[point["task"]]
     protocol = _protocol(task, point, where)
     settings = _settings(benchmark, suite, point)
@@ -357,7 +359,7 @@ def _used_as(
     settings: TextTrainingSettings,
     where: str,
 ) -> dict[str, Any]:
-    """As what a run's model is evaluated once more, with the settings of the same point of the grid."""
+    """Return the method that a run's model is also evaluated as, with the settings of the same point of the grid."""
     for name, row in definition.transformed.items():
         if row.trained == point["method"]:
             config = method_spec(methods, {**point, "method": row.used_as}, point["seed"], settings.lora, where)[
@@ -368,12 +370,13 @@ def _used_as(
 
 
 def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
-    """What chooses epoch and hyper-parameters: a split that is also reported (the authors'), or one that is not."""
+    """Return the protocol: a split chooses that is also reported (the authors'), or one that is not."""
     usual = PUBLISHED if task.splits.test is None else CLEAN
     asked = point.get("protocol", usual)
     if asked == PUBLISHED != usual:
         raise DefinitionError(
-            f"{where}.protocol': '{PUBLISHED}' is for tasks without a test split; a clean run of '{point['task']}' has its "
+            f"{where}.protocol': '{PUBLISHED}' is for tasks without a test split; a clean run of '{point['task']}' has "
+            "its "
             "number too, as the score of the best dev epoch"
         )
     return str(asked)
@@ -382,7 +385,7 @@ def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
 def _settings(
     benchmark: Benchmark[TextDefinition, TaskEntry], suite: str, point: Mapping[str, Any]
 ) -> TextTrainingSettings:
-    """The training settings of one run, those of its task included."""
+    """Return the training settings of one run, with those of its task."""
     definition, where = benchmark.definition, f"{benchmark.file}: 'suites.{suite}.training"
     found = training_settings(definition.training, definition.suites[suite].training, point["model"], where)
     check_names(where, "epochs_by_task", found.epochs_by_task, benchmark.tasks)
@@ -390,7 +393,7 @@ def _settings(
 
 
 def _advice(name: str, task: TaskEntry, problem: str) -> str:
-    """What is wrong with a set and what to do."""
+    """Say what is wrong with a set and what to do."""
     source = task.source
     if source.vader_sentiment or source.csv or local_folder(name, source.model_dump()) is not None:
         return f"{name}: {problem}"
@@ -398,5 +401,11 @@ def _advice(name: str, task: TaskEntry, problem: str) -> str:
     columns = ", ".join([*task.fields, task.label])
     folder = f"{wanted_place(source.model_dump())} ({', '.join(files) or 'its files'}; hub columns {columns})"
     if task.download_instructions:
-        return f"{name}: by hand. {task.download_instructions.strip()}.\n    Folder: {folder}. Without it: `exclude: [{name}]`"
-    return f"{name}: on the hub as {source.hub} ({source.config}); `python -m benchmarks data` or the first run downloads it.\n    Or put it into {folder}"
+        return (
+            f"{name}: by hand. {task.download_instructions.strip()}.\n"
+            f"    Folder: {folder}. Without it: `exclude: [{name}]`"
+        )
+    return (
+        f"{name}: on the hub as {source.hub} ({source.config}); `python -m benchmarks data` or the first run "
+        f"downloads it.\n    Or put it into {folder}"
+    )

@@ -35,14 +35,9 @@ def new_benchmark(name: str, file: Path, text: str = "text", label: str = "label
     _check_name(name)
     labels = _labels(file, text, label)
     rows = f"rows-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.csv"
-    values = {
-        "name": name,
-        "title": name.replace("_", " ").capitalize(),
-        "csv": f"benchmarks/{name}/{rows}",
-        "text": json.dumps(text, ensure_ascii=False),
-        "label": json.dumps(label, ensure_ascii=False),
-        "labels": json.dumps(labels, ensure_ascii=False),
-    }
+    columns = {"text": text, "label": label, "labels": labels}
+    values = {key: json.dumps(value, ensure_ascii=False) for key, value in columns.items()}  # which is YAML too
+    values |= {"name": name, "title": name.replace("_", " ").capitalize(), "csv": f"benchmarks/{name}/{rows}"}
     folder = BENCHMARKS / name
     folder.mkdir()
     (folder / rows).write_bytes(file.read_bytes())

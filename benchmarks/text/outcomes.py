@@ -1,4 +1,4 @@
-"""What came out of a text benchmark: one long frame from which its tables and figures are laid out."""
+"""Choose hyper-parameters over finished runs, and collect the scores of a text benchmark in one long frame."""
 
 from __future__ import annotations
 
@@ -16,8 +16,59 @@ from benchmarks.harness.report.common import SETTING, Outcomes, compared, counts
 from benchmarks.harness.results.records import AS, collect, read_metrics, scores_of
 from benchmarks.harness.results.statistics import Ranking, friedman_ranks, paired_differences, with_verdicts
 from benchmarks.text.definition import TaskEntry
-from benchmarks.text.grid import ID, OOD
-from benchmarks.text.selection import PROTOCOLS, reported, select
+from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
+
+CELL = ["model", "task", "method"]
+CHOICE = ["variant", "learning_rate"]
+PROTOCOLS = {
+    # a split that is not reported chooses epoch, learning rate and variant
+    CLEAN: "clean",
+    # the authors': the dev split chooses them and is itself reported, which is optimistic
+    PUBLISHED: "authors'",
+}
+
+
+def choosing_scores(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """Return the score of every run by which its hyper-parameters are chosen.
+
+    Tasks with a test split have clean runs only; there the authors' protocol is the score of the best dev epoch.
+    """
+    own = scores_of(records[records["protocol"] == protocol], "dev")
+    return own if protocol == CLEAN else pd.concat([own, scores_of(records, "dev_best")])
+
+
+def choices(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """Return the mean choosing score of every choice over seeds, and mark the chosen ones.
+
+    A cell is one model, task and method; a choice is a variant and a learning rate. The first of equal
+    choices wins, in the order of the grid.
+
+    Returns:
+        Columns ``model, task, method, variant, learning_rate, mean, std, n, chosen``.
+    """
+    grouped = choosing_scores(records, protocol).groupby([*CELL, *CHOICE], sort=False)["value"]
+    table = grouped.agg(mean="mean", std="std", n="count").reset_index()
+    best = table.groupby(CELL, sort=False)["mean"].idxmax()
+    return table.assign(chosen=table.index.isin(best))
+
+
+def select(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """Return the records of the chosen runs only."""
+    table = choices(records, protocol)
+    chosen = table.loc[table["chosen"], [*CELL, *CHOICE]]
+    runs = choosing_scores(records, protocol)["run_id"]
+    return records[records["run_id"].isin(runs)].merge(chosen, on=[*CELL, *CHOICE], how="inner")
+
+
+def reported(records: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """Return the in-domain score that a protocol reports of each chosen run: a row for each cell and seed.
+
+    The reported split's score; of a task with a test split under the authors' protocol, the best dev epoch's.
+    """
+    chosen = select(records, protocol)
+    test = scores_of(chosen[chosen["protocol"] == protocol], "test")
+    return test if protocol == CLEAN else pd.concat([test, scores_of(chosen, "dev_best")])
+
 
 ARROW = " → "  # from the set that was trained on to the one that is evaluated on
 _PAIR = ["model", "task", "eval_task"]
@@ -25,25 +76,26 @@ _SET = ["protocol", "domain", *_PAIR]
 
 
 class TextOutcomes(Outcomes):
-    """The finished runs of one text benchmark, by protocol.
+    """Collect the finished runs of one text benchmark, by protocol.
 
     Args:
-        benchmark: its definition.
-        runs: the finished runs.
-        records: every number of these, where they were read before.
-        ablated: with the rows that stand in ablations alone, and every setting of them, and of others with several variants, as a row of its own
-            (:attr:`settings`), so that nothing chooses among settings. Without, and for main tables, there are none of these rows.
+        benchmark: The benchmark.
+        runs: The finished runs.
+        records: Every number of these, if they were read before.
+        ablated: True adds the rows of ablations, and makes every setting of a row with several variants a row of its
+            own (:attr:`settings`), so that nothing chooses among settings.
 
     Attributes:
-        settings: of rows that are one setting of a method: its name and variant, by the name that ``method`` then has.
-        records: every number.
-        chosen: by protocol, the records of the chosen runs.
-        seeds: a row a protocol, ``domain`` (``id``, ``ood``, ``ood_mean``), model, training task, evaluation task, method
-            and seed, with its score.
-        protocols: those that have scores.
-        rows: the same over seeds: ``mean``, ``std`` (sample), ``population_std``, ``n``, over ``pairs`` the paired difference to the
-            baseline (``delta``, ``low``, ``high``, ``p``), ``p_holm`` corrected over the tasks, its ``verdict``, and ``common``,
-            the mean over the seeds that all methods have; in order and with titles.
+        settings: The method and variant of rows that are one setting, by their name in ``method``.
+        records: Every number.
+        chosen: The records of the chosen runs, by protocol.
+        seeds: The scores: a row for each protocol, ``domain`` (``id``, ``ood``, ``ood_mean``), model, training task,
+            evaluation task, method and seed.
+        protocols: The protocols that have scores.
+        rows: The statistics over seeds: ``mean``, ``std`` (sample), ``population_std``, ``n``, over ``pairs`` the
+            paired
+            difference to the baseline (``delta``, ``low``, ``high``, ``p``), ``p_holm`` corrected over the tasks, its
+            ``verdict``, and ``common``, the mean over the seeds that all methods have.
     """
 
     benchmark: Benchmark[MethodsDefinition, TaskEntry]
@@ -104,11 +156,11 @@ class TextOutcomes(Outcomes):
 
     @property
     def origins(self) -> pd.DataFrame:
-        """The chosen runs, by selection: the authors' takes runs of the clean protocol too."""
+        """Return the chosen runs by selection; the authors' takes runs of the clean protocol too."""
         return pd.concat([chosen.assign(protocol=protocol) for protocol, chosen in self.chosen.items()])
 
     def _usual_settings(self, records: pd.DataFrame) -> set[str]:
-        """Settings that all rows of a model with experts say in their variants (the layers of that model), and that are no row's own."""
+        """Return the settings that the variants of all rows with experts share, such as the model's layers."""
         methods = records[["method", "variant"]].drop_duplicates().itertuples(index=False, name=None)
         found = [
             {f"{key}{value}" for key, value in setting_values(variant).items()}
@@ -119,14 +171,14 @@ class TextOutcomes(Outcomes):
 
     @cached_property
     def specs(self) -> Mapping[tuple[str, str], Mapping[str, Any]]:
-        """The spec of some run of each row, by model and method."""
+        """Return the spec of one run of each row, by model and method."""
         by_id = {run.id: run.spec for run in self.runs}
         rows = self.records.drop_duplicates(["model", "method"])
         return {(row.model, row.method): by_id[row.run_id] for row in rows[["model", "method", "run_id"]].itertuples()}
 
     @cached_property
     def training(self) -> list[tuple[Any, dict[str, Any]]]:
-        """The chosen runs of the first selection, by record, with ``model``, ``routing`` and ``usage`` as ``metrics.json`` has them."""
+        """Return the chosen runs of the first selection: the record and parts of its ``metrics.json``."""
         if not self.run_protocols:
             return []
         chosen = self.chosen[self.run_protocols[0]].drop_duplicates("run_id")
@@ -170,11 +222,11 @@ class TextOutcomes(Outcomes):
         return self.order(rows.assign(place=places), ["place", "method"]).drop(columns="place")
 
     def of(self, domain: str, protocol: str) -> pd.DataFrame:
-        """The rows of one domain under one protocol."""
+        """Return the rows of one domain under one protocol."""
         return self.rows[(self.rows["domain"] == domain) & (self.rows["protocol"] == protocol)]
 
     def compared(self) -> pd.DataFrame:
-        """Scores of every seed, and numbers of parameters, for claims."""
+        """Return scores of every seed and parameter counts, for claims."""
         scores = self.seeds.rename(columns={"protocol": "selection", "seed": "pair"}).assign(metric="score")
         found = compared(scores, counts(self.records))
         rows = [self.settings.get(name, (name, "")) for name in found["method"]]
@@ -182,23 +234,23 @@ class TextOutcomes(Outcomes):
 
     @property
     def run_protocols(self) -> list[str]:
-        """The protocols that have runs of their own."""
+        """Return the protocols that have runs of their own."""
         return [protocol for protocol in PROTOCOLS if protocol in set(self.records["protocol"])]
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """With titles; that of the protocol is ``selection``."""
+        """Add titles; that of the protocol is ``selection``."""
         return super().titled(frame).rename(columns={"protocol_title": "selection"})
 
     def pair_title(self, task: str, eval_task: str) -> str:
-        """``SST-2 → IMDB``, or the task alone in domain and over all sets."""
+        """Write ``SST-2 → IMDB``, or the task alone in domain and over all sets."""
         titles = [self.title("task", name) for name in dict.fromkeys([task, eval_task or task])]
         return ARROW.join(titles)
 
 
 def with_transformed(records: pd.DataFrame) -> pd.DataFrame:
-    """The records, with the numbers of a run whose model was made another method's under the name of that method.
+    """Return the records, with numbers of a model that was evaluated as another method under that method's name.
 
-    What chose the run is its own: the row is of the chosen runs of the method that trained it.
+    The run's own dev score still chooses it.
     """
     made = records["part"].str.partition(AS)
     own = records[made[2] == ""]
@@ -210,12 +262,12 @@ def with_transformed(records: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Ranked:
-    """Ranks over the sets that all ranked methods have.
+    """Hold ranks over the sets that all ranked methods have.
 
     Attributes:
-        key: values of the keys that were ranked within.
-        scores: what was ranked: methods in rows, pairs of training task and OOD set in columns.
-        ranking: the ranks.
+        key: The values of the keys that were ranked within.
+        scores: The ranked scores: methods in rows, pairs of training task and OOD set in columns.
+        ranking: The ranks.
     """
 
     key: dict[str, str]

@@ -1,4 +1,4 @@
-"""Tables, figure and verdicts of full fine-tuning, and of text benchmarks without a presentation of their own."""
+"""Present full fine-tuning, and text benchmarks without a presentation of their own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import NOTE, Presentation, make
 from benchmarks.harness.report.table import Table
 from benchmarks.text.ablations import Ablations
-from benchmarks.text.figures import scores_by_training_task
+from benchmarks.text.figures import draw_traces, draw_usage_by_set, scores_by_training_task
 from benchmarks.text.tables import TABLES, verdicts
-from benchmarks.text.trace_figures import draw_traces
-from benchmarks.text.usage_figures import draw_usage_by_set
 
 FIGURES = {"ood": scores_by_training_task, "traces": draw_traces, "usage": draw_usage_by_set}
 
@@ -28,13 +26,13 @@ def shown(
     tables: Mapping[str, Callable[..., Table]],
     figures: Mapping[str, Callable[..., None]],
 ) -> Presentation:
-    """What a text benchmark shows of its runs: tables and figures of its own, those of its ablations, and a verdict on every method.
+    """Present a text benchmark: its tables and figures, those of its ablations, and a verdict on every method.
 
     Args:
-        benchmark: its definition.
-        ablations: of its runs.
-        tables: by name, what makes it of the usual outcomes.
-        figures: by name, what draws it of the usual outcomes.
+        benchmark: The benchmark.
+        ablations: The ablations of its runs.
+        tables: The function that makes each table of the usual outcomes, by name.
+        figures: The function that draws each figure of the usual outcomes, by name.
     """
     return make(
         benchmark,

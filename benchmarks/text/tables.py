@@ -1,4 +1,4 @@
-"""The tables of a text benchmark, and its verdicts."""
+"""Lay out the tables of a text benchmark, and write its verdicts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from benchmarks.harness.report.common import (
     cost_table,
     difference_text,
     means_by,
+    published_delta,
+    read_published,
     tests_table,
     with_average,
     with_columns,
@@ -21,25 +23,25 @@ from benchmarks.harness.report.common import (
     with_runs,
 )
 from benchmarks.harness.report.table import MISSING, Column, Table
-from benchmarks.harness.results.records import scores_of
+from benchmarks.harness.results.records import information_numbers, scores_of
+from benchmarks.harness.results.statistics import PERMUTATIONS, critical_difference
 from benchmarks.text.grid import CLEAN, ID, OOD, PUBLISHED
-from benchmarks.text.outcomes import Ranked, TextOutcomes, ranked
-from benchmarks.text.paper_tables import paper
-from benchmarks.text.selection import CELL, CHOICE, PROTOCOLS, choices, choosing_scores
+from benchmarks.text.outcomes import CELL, CHOICE, PROTOCOLS, Ranked, TextOutcomes, choices, choosing_scores, ranked
 from benchmarks.text.traces import trace_table
-from benchmarks.text.usage_tables import usage_table
 
 _KEYS = {"model_title": "Model", "task_title": "Trained on", "method_title": "Method"}
 _BY_SELECTION = {"model_title": "Model", "selection": "Selection", "method_title": "Method"}
 _SELECTIONS = (
-    "Selection says what chose epoch, learning rate and variant. Clean: a split that is not reported (of tasks without a test split a tenth of "
-    "the training rows, held out). Authors': the dev split, which is also reported, so that the number is optimistic (of tasks with a test split "
+    "Selection says what chose epoch, learning rate and variant. Clean: a split that is not reported (of tasks without "
+    "a test split a tenth of "
+    "the training rows, held out). Authors': the dev split, which is also reported, so that the number is optimistic "
+    "(of tasks with a test split "
     "the score of the best dev epoch)."
 )
 
 
 def results(outcomes: TextOutcomes) -> Table:
-    """In-domain and out-of-domain scores under both selections, differences to the baseline, ranks and what it took."""
+    """Lay out scores under both selections, differences to the baseline, ranks and costs."""
     frame = _cells(outcomes)
     columns = {}
     for prefix, domain, protocol, score, delta, std in (
@@ -62,13 +64,18 @@ def results(outcomes: TextOutcomes) -> Table:
     frame = with_numbers(frame, CELL, pd.DataFrame(ranks, columns=[*CELL, "ood_rank"]))
     took = ["train_seconds", "active_neurons", "trainable_parameters"]
     frame = with_numbers(frame, CELL, means_by(_usual_records(outcomes), CELL, took))
-    baseline = outcomes.baseline_title
+    baseline, has_ood = outcomes.baseline_title, OOD in set(outcomes.rows["domain"])
     return Table(
         f"Scores under both selections, and differences to {baseline}",
-        f"Mean ± standard deviation over n seeds (sample; of the authors' selection the population's, as theirs); differences to {baseline} are paired by "
-        "seed, with a 95 % confidence interval (Student's t), not corrected for their number: the table of tests is. ID is the training task"
-        f"{', OOD the mean over the other sets without further training' if OOD in set(outcomes.rows['domain']) else ''}. {_SELECTIONS} {_rank_note(outcomes, rankings)} Bold marks the best method, controls apart; marks and ranks compare the "
-        f"seeds that all rows of a training task have. n, training time, neurons and parameters are of the clean runs, of rows without such of the others. {_metric_note(outcomes)}",
+        "Mean ± standard deviation over n seeds (sample; of the authors' selection the population's, as theirs); "
+        f"differences to {baseline} are paired by "
+        "seed, with a 95 % confidence interval (Student's t), not corrected for their number: the table of tests is. "
+        "ID is the training task"
+        f"{', OOD the mean over the other sets without further training' if has_ood else ''}. "
+        f"{_SELECTIONS} {_rank_note(outcomes, rankings)} Bold marks the best method, controls apart; marks and ranks "
+        "compare the "
+        "seeds that all rows of a training task have. n, training time, neurons and parameters are of the clean "
+        f"runs, of rows without such of the others. {_metric_note(outcomes)}",
         {**_KEYS, "n": "n"},
         [
             *columns["id"],
@@ -84,7 +91,7 @@ def results(outcomes: TextOutcomes) -> Table:
 
 
 def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
-    """The paper's layout: a row a model, selection and method, a column a task (or a pair of tasks), and the average."""
+    """Lay out scores as the paper does: a column for each task (or pair of tasks), and the average."""
     keys = ["model", "protocol", "method"]
     rows = outcomes.rows[outcomes.rows["domain"] == domain]
     rows = rows.assign(
@@ -103,7 +110,8 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
         columns += beside
     return Table(
         "Scores by task" if domain == ID else "Scores by OOD set",
-        "Mean ± standard deviation over n seeds (sample; of the authors' selection the population's, as theirs). The average is over all tasks, where a row has all. "
+        "Mean ± standard deviation over n seeds (sample; of the authors' selection the population's, as theirs). The "
+        "average is over all tasks, where a row has all. "
         f"{_SELECTIONS} {_metric_note(outcomes, domain)}",
         {**_BY_SELECTION, "n": "n"},
         columns,
@@ -114,7 +122,7 @@ def tasks(outcomes: TextOutcomes, domain: str = ID) -> Table:
 
 
 def _with_other_metrics(outcomes: TextOutcomes, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[Column]]:
-    """Columns of the metrics that stand beside the paper's."""
+    """Add columns of the metrics beside the paper's."""
     keys = ["model", "protocol", "method"]
     found = []
     for protocol in outcomes.protocols:
@@ -135,14 +143,16 @@ def _with_other_metrics(outcomes: TextOutcomes, frame: pd.DataFrame) -> tuple[pd
 
 
 def tests(outcomes: TextOutcomes) -> Table:
-    """Paired tests over seeds against the baseline, corrected over the tasks."""
+    """Lay out paired tests over seeds against the baseline, corrected over the tasks."""
     rows = outcomes.rows
     rows = rows[rows["domain"].isin([ID, OOD]) & (rows["method"] != outcomes.baseline)]
     rows = rows.assign(n=rows["pairs"].fillna(0).astype(int))  # seeds of both
     return tests_table(
         outcomes.baseline_title,
-        f"Differences to {outcomes.baseline_title}, paired by seed, over n seeds, with a 95 % confidence interval; p of the paired t-test, and p corrected by Holm's procedure over all "
-        "tasks of a model, method and selection (in domain and out of domain apart). The verdict takes the corrected p at 5 %; “equal”: every difference is zero; a dash means that there is no test: one seed, or "
+        f"Differences to {outcomes.baseline_title}, paired by seed, over n seeds, with a 95 % confidence interval; p "
+        "of the paired t-test, and p corrected by Holm's procedure over all "
+        "tasks of a model, method and selection (in domain and out of domain apart). The verdict takes the corrected p "
+        "at 5 %; “equal”: every difference is zero; a dash means that there is no test: one seed, or "
         f"differences that are all the same and not zero. {_SELECTIONS}",
         {
             "model_title": "Model",
@@ -158,7 +168,7 @@ def tests(outcomes: TextOutcomes) -> Table:
 
 
 def ood(outcomes: TextOutcomes) -> Table:
-    """The score on every set, of models trained on one."""
+    """Lay out the score on every set, of models trained on one."""
     rows = outcomes.rows
     rows = rows[(rows["protocol"] == CLEAN) & rows["domain"].isin([ID, OOD])]
     headings = {name: outcomes.title("task", name) for name in rows["eval_task"].unique()}
@@ -166,7 +176,8 @@ def ood(outcomes: TextOutcomes) -> Table:
     frame, columns = with_columns(_cells(outcomes), CELL, numbers, headings, "score", best="common", joint="_")
     return Table(
         "Scores by evaluation set",
-        f"Clean selection. Mean ± sample standard deviation over n seeds; the column of the training domain is its ID score. {_metric_note(outcomes)}",
+        "Clean selection. Mean ± sample standard deviation over n seeds; the column of the training domain is its ID "
+        f"score. {_metric_note(outcomes)}",
         {**_KEYS, "n": "n"},
         columns,
         frame,
@@ -176,7 +187,7 @@ def ood(outcomes: TextOutcomes) -> Table:
 
 
 def cost(outcomes: TextOutcomes) -> Table:
-    """Time, memory, parameters and how the experts were used."""
+    """Lay out time, memory, parameters and the use of experts."""
     records = _usual_records(outcomes)
     return cost_table(
         _KEYS,
@@ -189,7 +200,7 @@ def cost(outcomes: TextOutcomes) -> Table:
 
 
 def chosen(outcomes: TextOutcomes) -> Table:
-    """Every choice of hyper-parameters with its dev score, and the chosen one."""
+    """Lay out every choice of hyper-parameters with its dev score, and mark the chosen one."""
     parts = []
     for protocol in outcomes.protocols:
         table = choices(outcomes.records, protocol)
@@ -207,8 +218,10 @@ def chosen(outcomes: TextOutcomes) -> Table:
     shown = Table(
         "Hyper-parameters and what was chosen",
         "Choosing score is the mean over n seeds of the score that chooses; the best one of every method is "
-        "chosen (✓). ID and OOD stand beside it for the reader and chose nothing. Where several tasks were trained on, the rows of “all” are "
-        "means over them, with the best one choice for all. A method with more choices has more chances: compare with that in mind. In a variant N is the number of experts, k the share "
+        "chosen (✓). ID and OOD stand beside it for the reader and chose nothing. Where several tasks were trained on, "
+        "the rows of “all” are "
+        "means over them, with the best one choice for all. A method with more choices has more chances: compare with "
+        "that in mind. In a variant N is the number of experts, k the share "
         f"of them that is used, L the converted layers. {_SELECTIONS}",
         {
             "model_title": "Model",
@@ -230,21 +243,8 @@ def chosen(outcomes: TextOutcomes) -> Table:
     return with_runs(shown, pd.concat(tried), outcomes.name)
 
 
-TABLES = {
-    "results": results,
-    "tasks": tasks,
-    "tests": tests,
-    "ood": ood,
-    "cost": cost,
-    "choices": chosen,
-    "traces": trace_table,
-    "usage": usage_table,
-    "paper": paper,
-}
-
-
 def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
-    """A sentence a model, method of the paper and selection: does it differ from the baseline?"""
+    """Yield a sentence for each model, method of the paper and selection: does it differ from the baseline?"""
     rows = outcomes.rows
     rows = rows[(rows["method"].map(outcomes.role) == "method") & rows["delta"].notna()]
     keys = ["protocol", "model", "method"]
@@ -260,7 +260,7 @@ def verdicts(outcomes: TextOutcomes) -> Iterator[str]:
 
 
 def _phrase(rows: pd.DataFrame, outcomes: TextOutcomes) -> str:
-    """What came out over one or many tasks, in points."""
+    """Write the difference over one or many tasks, in points."""
     if len(rows) == 1:
         row = rows.iloc[0]
         return f"{difference_text(row)} ({outcomes.pair_title(row['task'], row['eval_task'])}, n = {row['n']})"
@@ -276,20 +276,20 @@ def _phrase(rows: pd.DataFrame, outcomes: TextOutcomes) -> str:
 
 
 def _cells(outcomes: TextOutcomes) -> pd.DataFrame:
-    """One row a model, task and method, with its number of seeds: of the clean runs where there are any."""
+    """Return a row for each model, task and method with its number of seeds, of the clean runs if there are any."""
     rows = outcomes.rows[outcomes.rows["domain"] == ID]
     rows = rows.sort_values("protocol", key=lambda column: column != CLEAN, kind="stable")
     return outcomes.order(rows.drop_duplicates(CELL)[[*CELL, "n"]], CELL)
 
 
 def _usual_records(outcomes: TextOutcomes) -> pd.DataFrame:
-    """The records of the chosen clean runs, and of the others where a cell has no clean ones."""
+    """Return the records of the chosen clean runs, and of the others if a cell has no clean ones."""
     records = pd.concat([outcomes.chosen[protocol].assign(chosen_by=protocol) for protocol in outcomes.protocols])
     return records[records["chosen_by"] == records.groupby(CELL)["chosen_by"].transform("first")]
 
 
 def _rankings_by_task(outcomes: TextOutcomes) -> list[Ranked]:
-    """Ranks of all methods over the OOD sets, by model and training task."""
+    """Rank all methods over the OOD sets, by model and training task."""
     found = ranked(outcomes, list(outcomes.methods), ["protocol", *CELL[:2]])
     return [one for one in found if one.key["protocol"] == CLEAN]
 
@@ -302,14 +302,15 @@ def _rank_note(outcomes: TextOutcomes, rankings: list[Ranked]) -> str:
         for one in rankings
     ]
     return (
-        f"OOD rank is the average rank over the OOD sets among the rows of the same training domain ({'; '.join(notes)})."
+        "OOD rank is the average rank over the OOD sets among the rows of the same training domain "
+        f"({'; '.join(notes)})."
         if notes
         else ""
     )
 
 
 def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
-    """Which task, or out of domain which set, is scored by what."""
+    """Say which task, or out-of-domain set, is scored by which metric."""
     rows = outcomes.rows[outcomes.rows["domain"] == domain]
     by_metric: dict[str, list[str]] = {}
     for name in rows["eval_task"].unique():
@@ -321,7 +322,7 @@ def _metric_note(outcomes: TextOutcomes, domain: str = ID) -> str:
 
 
 def _joint_choices(table: pd.DataFrame) -> pd.DataFrame:
-    """Choices that all tasks of a model and method have, averaged over the tasks; empty for a single task."""
+    """Average the choices that all tasks of a model and method share; return no row for a single task."""
     keys = ["model", "method", "variant", "learning_rate"]
     tasks = table.groupby(["model", "method"])["task"].transform("nunique")
     grouped = table[tasks > 1].groupby(keys, sort=False)
@@ -336,3 +337,205 @@ def _joint_choices(table: pd.DataFrame) -> pd.DataFrame:
     best = joint.groupby(["model", "method"], sort=False)["mean"].idxmax()
     empty = {"std": math.nan, "id_std": math.nan, "ood_std": math.nan}
     return joint.assign(task=ALL, chosen=joint.index.isin(best), **empty).drop(columns="tasks")
+
+
+AVERAGE, RANK = "average", "OOD Friedman rank"
+_PUBLISHED_KEY = ["model", "scope", "method"]
+_OUR_NUMBERS = ["", "_delta", "_low", "_high", "_n"]  # what there is of ours, after the selection's name
+_PAPERS_RANKS = (
+    "; which ones the paper ranks is unknown, so that its ranks stand here for the reader and not for comparison"
+)
+
+
+def paper(outcomes: TextOutcomes, domain: str = ID) -> Table:
+    """Lay out the paper's numbers beside ours, under both selections.
+
+    Args:
+        outcomes: The finished runs.
+        domain: The domain, ``id`` or ``ood``.
+    """
+    published = read_published(outcomes.benchmark)
+    published = published[published["scope"] != RANK].assign(value=lambda frame: frame["value"] / 100)
+    published["paper_delta"] = published_delta(published, outcomes.baseline)
+    frame = published
+    for protocol in (PUBLISHED, CLEAN):
+        ours = _ours(outcomes, domain, protocol).rename(
+            columns={f"ours{end}": f"{protocol}{end}" for end in _OUR_NUMBERS}
+        )
+        frame = frame.merge(ours, on=_PUBLISHED_KEY, how="outer", sort=False)
+    # of what was not found a row is shown where we have a number ourselves
+    frame = frame[frame[["value", PUBLISHED, CLEAN]].notna().any(axis=1)].reset_index(drop=True)
+    places = {name: place for place, name in enumerate(outcomes.methods)}
+    frame = frame.sort_values(
+        _PUBLISHED_KEY, key=lambda column: column.map(places) if column.name == "method" else column, kind="stable"
+    )
+    frame = outcomes.titled(frame)
+    frame[["status", "source"]] = frame[["status", "source"]].fillna(MISSING).replace("", MISSING)
+    return Table(
+        "The paper's numbers beside ours",
+        f"Δ is the difference to {outcomes.baseline_title}; ours is paired by seed, with a 95 % confidence interval "
+        "where it is of one task. A mean is over n seeds, a difference over those that both methods have. Status: "
+        "published (typed in the authors' notebooks or quoted from the paper), inferred "
+        "(published, but the row is our reading), unknown (in the paper, but not found by us). A dash is a number that "
+        "was not found, or that this suite did not run. Another model "
+        "and other data can neither confirm nor refute the paper's value.",
+        {"model_title": "Model", "scope": "Task", "method_title": "Method"},
+        [
+            Column("score", "value", "Paper", decimals=2),
+            Column("score", "paper_delta", "Δ paper", signed=True, decimals=2),
+            *(
+                column
+                for protocol in (PUBLISHED, CLEAN)
+                for column in (
+                    Column("score", protocol, f"Ours, {PROTOCOLS[protocol]} selection", decimals=2),
+                    Column(
+                        "score",
+                        f"{protocol}_delta",
+                        f"Δ ours, {PROTOCOLS[protocol]}",
+                        interval=(f"{protocol}_low", f"{protocol}_high"),
+                        signed=True,
+                        decimals=2,
+                    ),
+                    Column("runs", f"{protocol}_n", f"n, {PROTOCOLS[protocol]}"),
+                )
+            ),
+        ],
+        frame,
+        notes={"status": "Status", "source": "Source of the paper's number"},
+    )
+
+
+def ranks(outcomes: TextOutcomes, rankings: list[Ranked]) -> Table:
+    """Lay out mean ranks over the OOD sets, the paper's beside ours."""
+    published = read_published(outcomes.benchmark)
+    published = published[published["scope"] == RANK].set_index(["model", "method"])["value"]
+    rows = [
+        {**one.key, "method": method, "rank": rank, "sets": one.scores.shape[1], "ranked": len(one.scores)}
+        for one in rankings
+        for method, rank in one.ranking.ranks.items()
+    ]
+    frame = pd.DataFrame(rows, columns=["protocol", "model", "method", "rank", "sets", "ranked"])
+    frame["paper"] = [published.get((row.model, row.method), math.nan) for row in frame.itertuples()]
+    notes = [
+        f"{outcomes.title('model', one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: "
+        + ("no test" if math.isnan(one.ranking.p) else f"Friedman p = {one.ranking.p:.3f}")
+        + f", critical difference {critical_difference(*one.scores.shape):.2f}"
+        for one in rankings
+    ]
+    notes = notes or ["No ranks: the rows have no common set and seed"]
+    pairs = list(dict.fromkeys(pair for one in rankings for pair in one.scores.columns))
+    methods = list(dict.fromkeys(outcomes.title("method", name) for one in rankings for name in one.scores.index))
+    return Table(
+        "Friedman ranks out of domain",
+        f"Mean rank over the OOD sets, 1 is best, of {len(methods)} rows: {', '.join(methods)}. A rank means something "
+        "only among the rows that are ranked "
+        f"together{_PAPERS_RANKS if frame['paper'].notna().any() else ''}. "
+        f"Sets ({len(pairs)}): {', '.join(pairs)}. {'; '.join(notes)}. Ranks that are further apart than the critical "
+        "difference differ by Nemenyi's test at 5 %.",
+        {"model_title": "Model", "selection": "Selection", "method_title": "Method"},
+        [
+            Column("ood_rank", "rank", "Rank", best="rank"),
+            Column("sets", "sets", "Sets"),
+            Column("sets", "ranked", "Rows ranked"),
+            Column("ood_rank", "paper", "Rank in the paper"),
+        ],
+        outcomes.order(frame, ["protocol", "model", "method"]),
+        group=("model", "protocol"),
+    )
+
+
+def _ours(outcomes: TextOutcomes, domain: str, protocol: str) -> pd.DataFrame:
+    """Return our scores by pair of tasks, and in domain the averages over the tasks that a method ran.
+
+    Methods that ran fewer tasks than others form a scope of their own, with the baseline on the same tasks.
+    """
+    rows = outcomes.of(domain, protocol)
+    found = [
+        {
+            "model": row.model,
+            "scope": outcomes.pair_title(row.task, row.eval_task),
+            "method": row.method,
+            "ours": row.mean,
+            "ours_delta": row.delta,
+            "ours_low": row.low,
+            "ours_high": row.high,
+            "ours_n": row.n,
+        }
+        for row in rows.itertuples()
+    ]
+    for model, of_model in rows.groupby("model", sort=False) if domain == ID else ():
+        tasks_of = {method: tuple(part["task"]) for method, part in of_model.groupby("method", sort=False)}
+        for tasks in dict.fromkeys(tasks for tasks in tasks_of.values() if len(tasks) > 1):
+            for method, own in tasks_of.items():
+                if own != tasks and method != outcomes.baseline:
+                    continue
+                part = of_model[(of_model["method"] == method) & of_model["task"].isin(tasks)]
+                numbers = {"ours": part["mean"].mean(), "ours_delta": part["delta"].mean()}
+                found.append({"model": model, "scope": _scope(outcomes, tasks), "method": method, **numbers})
+    return pd.DataFrame(found, columns=[*_PUBLISHED_KEY, *(f"ours{end}" for end in _OUR_NUMBERS)])
+
+
+def _scope(outcomes: TextOutcomes, tasks: tuple[str, ...]) -> str:
+    """Name the tasks of an average; all tasks that the paper trains on have its name."""
+    glue = {
+        name
+        for name, task in outcomes.benchmark.tasks.items()
+        if task.splits.train is not None and task.source.vader_sentiment is None
+    }
+    return AVERAGE if set(tasks) == glue else ", ".join(outcomes.title("task", task) for task in tasks)
+
+
+_INFORMATION = information_numbers("task", "class")
+
+
+def usage_table(outcomes: TextOutcomes) -> Table:
+    """Lay out the mutual information of experts with set and class, by model, training task and method."""
+    rows = [
+        {
+            **{key: getattr(record, key) for key in (*CELL, "seed")},
+            **{name: found["routing"].get(name) for name in _INFORMATION},
+            "specialised_experts": float(len(found["usage"]["specialised"])),
+            "shared_experts": float(len(found["usage"]["shared"])),
+        }
+        for record, found in outcomes.training
+        if found["usage"]
+    ]
+    counted = ["specialised_experts", "shared_experts"]
+    frame = pd.DataFrame(rows, columns=[*CELL, "seed", *_INFORMATION, *counted])
+    frame = frame.astype(dict.fromkeys([*_INFORMATION, *counted], float))
+    by_row = frame.groupby(CELL, sort=False)
+    shown = by_row[[*_INFORMATION, *counted]].mean().join(by_row[_INFORMATION].std().add_suffix("_std"))
+    shown = outcomes.order(shown.join(by_row.size().rename("n")).reset_index(), CELL)
+    return Table(
+        "What the choice of an expert tells after training",
+        "Mutual information, in bits, of a token's expert (of the last converted layer) with the set that its row is "
+        "of, over the training task and the sets that were evaluated on, and with the row's class "
+        f"(within a set, mean over the sets); of 200 rows a set. Chance: mean and 95 % quantile of {PERMUTATIONS} "
+        "shuffles of rows over the sets, or within their set; more than the quantile is more than chance. Specialised "
+        "experts are "
+        "those that some set uses more than shuffles explain (5 %, all experts and sets together); shared ones are "
+        "used above 1/N by every set, and by none more or less than by the others. Means over n seeds ± "
+        "standard deviation. Before training: the benchmark modularity.",
+        {"model_title": "Model", "task_title": "Trained on", "method_title": "Method", "n": "n"},
+        [
+            *(
+                Column(name, name, std=f"{name}_std" if name.endswith("_information") else None)
+                for name in _INFORMATION
+            ),
+            *(Column(name, name) for name in counted),
+        ],
+        shown.assign(n=shown["n"].astype(str)),
+    )
+
+
+TABLES = {
+    "results": results,
+    "tasks": tasks,
+    "tests": tests,
+    "ood": ood,
+    "cost": cost,
+    "choices": chosen,
+    "traces": trace_table,
+    "usage": usage_table,
+    "paper": paper,
+}

@@ -1,4 +1,4 @@
-"""A split as a model reads it, tokenised once for each set, tokenizer and length."""
+"""Tokenise splits, once for each set, tokenizer and length."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _LENGTHS = "lengths"
 
 
 class TokenisedRows(Dataset[dict[str, Any]]):
-    """Rows of token ids, kept flat, so that a large set takes little memory.
+    """Hold rows of token ids, kept flat, so that a large set takes little memory.
 
     The tokens are taken from the cache (``resources/tokens/``), which is keyed by the texts, the tokenizer and the
     length, never by name; labels are not part of it.
 
     Args:
-        split: the rows.
-        tokenizer: the model's.
-        max_length: tokens kept.
-        by_length: sort by length, so that evaluation batches need little padding.
-        labelled: give the labels to the model, which then computes a loss.
-        prefix: of the model, where its first layers are frozen; rows then have what it makes of them.
+        split: The rows.
+        tokenizer: The model's tokenizer.
+        max_length: The tokens kept of a row.
+        by_length: True sorts by length, so that evaluation batches need little padding.
+        labelled: True gives the labels to the model, which then computes a loss.
+        prefix: The model's frozen first layers; rows then have their outputs.
 
     Attributes:
-        order: places in the split, in the order of the rows.
-        labels: of the rows, in their order.
+        order: The places in the split, in the order of the rows.
+        labels: The labels in the order of the rows.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """Return the token count of each row."""
         return [int(length) for length in self._lengths[self.order]]
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class TokenisedRows(Dataset[dict[str, Any]]):
 def calibration_batches(
     split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int, rows: int = 256
 ) -> Iterator[dict[str, Any]]:
-    """``rows`` rows of a split, drawn once and for all and cut to ``max_length`` tokens, as batches to call a model with, without labels."""
+    """Yield ``rows`` rows of a split, the same for every run, as batches without labels for a model."""
     encoded = TokenisedRows(
         split.head(min(rows, len(split)), "calibration"),
         tokenizer,
@@ -111,7 +111,7 @@ def calibration_batches(
 
 
 def _cached(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, NDArray[np.int32]]:
-    """Every column of tokens end to end, and the rows' lengths."""
+    """Return every column of tokens end to end, and the rows' lengths."""
     key = hashlib.sha256(f"{_VERSION}\n{_tokenizer_digest(tokenizer)}\n{max_length}\n{split.texts_digest}".encode())
     file = TOKENS / f"{key.hexdigest()[:24]}.safetensors"
     with suppress(FileNotFoundError, SafetensorError):  # the latter where a machine went down while it was written
@@ -141,7 +141,7 @@ def _tokenise(split: TextSplit, tokenizer: PreTrainedTokenizerBase, max_length: 
 
 @functools.lru_cache(maxsize=4)
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What shapes its tokens: the tokenizer's own description, less the settings that each call sets anew."""
+    """Digest a tokenizer's description, without the settings that each call sets anew."""
     if tokenizer.is_fast:
         described = json.loads(tokenizer.backend_tokenizer.to_str())
         content: Any = {key: value for key, value in described.items() if key not in ("truncation", "padding")}

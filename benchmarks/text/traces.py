@@ -1,4 +1,4 @@
-"""How routing changes while models are trained: the loads of experts, window by window."""
+"""Show how routing changes while models are trained: the loads of experts, window by window."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUMBERS = ("load_entropy", "load_max_over_mean", "load_change", "load_drift", "l
 
 @dataclass(frozen=True)
 class Trace:
-    """The shares of experts in the windows of one layer's training.
+    """Hold the shares of experts in the windows of one layer's training.
 
     Attributes:
         shares: ``[windows, N]``; each row sums to 1.
@@ -36,11 +36,14 @@ class Trace:
     ends: list[int]
 
     def numbers(self) -> dict[str, float]:
-        """What is told of it, by :data:`NUMBERS`.
+        """Return the numbers of a trace, by :data:`NUMBERS`.
 
-        Entropy (by ln N) and load of the busiest expert over the mean load are means over windows, and so is the L1 distance of a window's shares to the next one's. That
-        distance is larger the fewer tokens a window has, so that it compares rows of one run with each other, and not runs of other lengths. Drift is the L1 distance between
-        the first and the last quarter of the training; its chance is the distance between two halves of as many windows, taken in turn, which differ by the tokens in them alone.
+        Entropy (by ln N) and load of the busiest expert over the mean load are means over windows, and so is the L1
+        distance of a window's shares to the next one's. That
+        distance is larger the fewer tokens a window has, so that it compares rows of one run with each other, and not
+        runs of other lengths. Drift is the L1 distance between
+        the first and the last quarter of the training; its chance is the distance between two halves of as many
+        windows, taken in turn, which differ by the tokens in them alone.
         """
         found = self.shares
         count = found.shape[1]
@@ -63,7 +66,7 @@ def _distance(one: Shares, other: Shares) -> float:
 
 
 def traces(outcomes: TextOutcomes) -> Iterator[tuple[Any, int, Trace]]:
-    """Every chosen run of the first selection that routes: its record (``model``, ``task``, ``method``, ``seed``), layer and trace."""
+    """Yield record, layer and trace of every chosen run of the first selection that routes."""
     for record, found in outcomes.training:
         windows = found["routing"].get("windows")
         if windows:
@@ -73,7 +76,7 @@ def traces(outcomes: TextOutcomes) -> Iterator[tuple[Any, int, Trace]]:
 
 
 def published_traces(outcomes: TextOutcomes) -> dict[str, Trace]:
-    """The paper's own, by row; see ``published_traces`` of the definition.
+    """Read the paper's traces, by row (``published_traces`` of the definition).
 
     Raises:
         DefinitionError: a file that is no table of numbers.
@@ -90,7 +93,7 @@ def published_traces(outcomes: TextOutcomes) -> dict[str, Trace]:
 
 
 def trace_table(outcomes: TextOutcomes) -> Table:
-    """A row a model, task and routed method, and the paper's."""
+    """Lay out a row for each model, task and routed method, and the paper's."""
     keys = ["model", "task", "method"]
     rows = [
         {
@@ -123,9 +126,12 @@ def trace_table(outcomes: TextOutcomes) -> Table:
     shown = shown.assign(n=shown["n"].astype(int).astype(str), windows=shown["windows"].map("{:.0f}".format))
     return Table(
         "Shares of experts over training",
-        "Loads of training batches, in windows of 100 steps as in the authors' code (of fewer where a run would have less than 20 windows), padding left out; means over layers and n seeds ± standard "
-        "deviation. Entropy is 1, and the busiest expert over the mean 1, where loads are balanced in every window. Change is the L1 distance between the shares of a window and of the next, which is the larger the "
-        "fewer tokens a window has. Drift is that between the first and the last quarter of the training; within quarters is what as many windows differ by when nothing but their tokens differs: drift above it is "
+        "Loads of training batches, in windows of 100 steps as in the authors' code (of fewer where a run would have "
+        "less than 20 windows), padding left out; means over layers and n seeds ± standard "
+        "deviation. Entropy is 1, and the busiest expert over the mean 1, where loads are balanced in every window. "
+        "Change is the L1 distance between the shares of a window and of the next, which is the larger the "
+        "fewer tokens a window has. Drift is that between the first and the last quarter of the training; within "
+        "quarters is what as many windows differ by when nothing but their tokens differs: drift above it is "
         "a change of routing.",
         {"model_title": "Model", "task_title": "Trained on", "method_title": "Method", "n": "n", "windows": "Windows"},
         [Column(name, name, std=f"{name}_std") for name in NUMBERS],
@@ -150,7 +156,7 @@ def _paper_task(outcomes: TextOutcomes) -> str:
 
 
 def shown_traces(outcomes: TextOutcomes) -> dict[tuple[str, str], dict[str, tuple[str, Trace]]]:
-    """What a figure has room for: by model and task, the paper's first, and by method (no controls), title and trace of the first layer and seed."""
+    """Select the traces of a figure: of the first layer and seed, by model and task (the paper's first) and method."""
     found: dict[tuple[str, str], dict[str, tuple[str, Trace]]] = {}
     for record, layer, trace in traces(outcomes):
         if outcomes.role(record.method) != CONTROL:

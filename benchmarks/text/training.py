@@ -29,8 +29,8 @@ from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_log
 from benchmarks.text.data import TextSplit
 from benchmarks.text.definition import RunTask, TextSpec
 from benchmarks.text.evaluation import evaluate_split, padding_collator
-from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import TokenisedRows
+from benchmarks.text.usage import RowRouting
 
 _LOSS = "mean_loss"
 

@@ -1,22 +1,28 @@
-"""Which experts the tokens of each set and class choose, beside what chance would give."""
+"""Measure how the rows of sets are routed, and what the choice of an expert says about set and class."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
+import emoe
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.results.statistics import CONFIDENCE, PERMUTATIONS, MutualInformation, shuffled_information
+from benchmarks.harness.training.trainer import routing_summary
+from emoe.layer import routed_layers
 
 Loads = NDArray[np.int64]
 
 
 def told_of_tasks(loads: Loads, tasks: Loads, seed: int) -> MutualInformation:
-    """What experts tell of the task; rows are shuffled over all tasks.
+    """Measure the information of experts on the task; rows are shuffled over all tasks.
 
     Args:
         loads: ``[rows, N]``, how often the tokens of a row chose each expert.
@@ -27,7 +33,7 @@ def told_of_tasks(loads: Loads, tasks: Loads, seed: int) -> MutualInformation:
 
 
 def told_of_classes(loads: Loads, tasks: Loads, classes: Loads, seed: int) -> MutualInformation | None:
-    """What experts tell of the class within a task, mean over tasks that have classes; rows are shuffled within their task.
+    """Measure the information of experts on the class within a task, as a mean over tasks with classes.
 
     Args:
         loads: ``[rows, N]``.
@@ -44,9 +50,10 @@ def told_of_classes(loads: Loads, tasks: Loads, classes: Loads, seed: int) -> Mu
 
 
 def marks(loads: Loads, tasks: Loads, seed: int) -> Loads:
-    """Which experts a task uses more (1) or less (-1) than chance would explain, among all tasks and experts together; 0 for the others.
+    """Mark experts that a task uses more (1) or less (-1) than chance explains, over all tasks and experts; else 0.
 
-    Rows are shuffled over the tasks. A use is marked where it is farther from its mean over shuffles, in their deviations, than the farthest of all uses is
+    Rows are shuffled over the tasks. A use is marked where it is farther from its mean over shuffles, in their
+    deviations, than the farthest of all uses is
     in 95 % of the shuffles, so that by chance alone one mark in twenty such matrices is expected.
 
     Args:
@@ -70,21 +77,21 @@ def marks(loads: Loads, tasks: Loads, seed: int) -> Loads:
 
 
 def shares_by(loads: Loads, groups: Loads) -> NDArray[np.float64]:
-    """``[groups, N]``, the share of each expert in what the rows of a group chose; groups are numbered from 0."""
+    """Return ``[groups, N]``, the share of each expert in the choices of a group; groups are numbered from 0."""
     counts = np.zeros((int(groups.max()) + 1, loads.shape[1]), dtype=np.int64)
     np.add.at(counts, groups, loads)
     return counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
 
 def shared_and_specialised(shares: NDArray[np.float64], marked: Loads) -> tuple[Loads, Loads]:
-    """The experts that every task uses above the average 1/N and none uses more or less than the others, and those that some task uses more than chance would explain."""
+    """Return the shared experts (above 1/N in every task, marked in none), and those that some task marks."""
     shared = (shares > 1 / shares.shape[1]).all(0) & (marked == 0).all(0)
     return np.flatnonzero(shared), np.flatnonzero((marked > 0).any(0))
 
 
 @dataclass(frozen=True)
 class SetLoads:
-    """How the rows of one set were routed.
+    """Hold the routing of one set's rows.
 
     Attributes:
         loads: ``[rows, N]``, how often the tokens of a row chose each expert.
@@ -96,13 +103,14 @@ class SetLoads:
 
 
 def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict[str, Any]]:
-    """What the choice of an expert tells of sets and classes, and the shares behind it.
+    """Describe the information of experts on sets and classes, and the shares behind it.
 
     Args:
         sets: two at least, by name.
 
     Returns:
-        Numbers by the names of metrics.yaml; and, by set, shares of the experts, marks (see :func:`marks`) and shares by class, with the shared and the
+        Numbers by the names of metrics.yaml; and, by set, shares of the experts, marks (see :func:`marks`) and shares
+        by class, with the shared and the
         specialised experts.
     """
     rows = np.concatenate([one.loads for one in sets.values()])
@@ -121,8 +129,77 @@ def describe_usage(sets: Mapping[str, SetLoads]) -> tuple[dict[str, float], dict
 
 
 def _by_class(found: SetLoads) -> dict[str, list[float]]:
-    """Shares of every class that has rows; none of a regression's."""
+    """Return the shares of every class that has rows; none of a regression's."""
     if (found.classes < 0).any():
         return {}
     shares = shares_by(found.loads, found.classes)
     return {str(label): shares[label].tolist() for label in np.unique(found.classes)}
+
+
+_ROWS = 200  # of every set, whose loads are kept row by row
+
+
+class RowRouting:
+    """Collect the experts that the rows of each set use, in the evaluations that are watched.
+
+    Of the last converted layer, the loads of some rows are kept row by row. A dense model has none.
+
+    Args:
+        model: that is evaluated.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._sets: dict[str, SetLoads] = {}
+        self._summaries: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def watching(self, name: str, classes: Loads) -> Iterator[None]:
+        """Watch the model while it is called once with every row of a set, batch by batch.
+
+        Args:
+            name: of the set.
+            classes: of its rows ``[rows]``, in the order in which they come; -1 where there are none.
+        """
+        if not routed_layers(self._model):
+            yield
+            return
+        draw = np.random.default_rng(derive_seed("rows by their routing", name))
+        chosen = np.sort(draw.permutation(len(classes))[:_ROWS])
+        labels = torch.full((len(classes),), -1)
+        labels[torch.from_numpy(chosen)] = torch.arange(len(chosen))
+        seen = 0
+
+        def name_rows(_module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
+            nonlocal seen
+            count = len(given["input_ids"])
+            record.set_labels(labels[seen : seen + count])
+            seen += count
+
+        with emoe.record_routing(self._model) as record:
+            hook = self._model.register_forward_pre_hook(name_rows, with_kwargs=True)
+            try:
+                yield
+            finally:
+                hook.remove()
+        by_row = record.layers[max(record.layers)].by_label
+        loads = np.stack([by_row[row].numpy() for row in range(len(chosen))])
+        self._sets[name] = SetLoads(loads, classes[chosen])
+        self._summaries[name] = routing_summary(record)
+
+    def described(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the collected numbers.
+
+        Args:
+            name: of the set whose tokens are summed up.
+
+        Returns:
+            How its tokens were routed (:func:`~benchmarks.harness.training.trainer.routing_summary`), and where there
+            are several sets what experts tell of sets and
+            classes; and shares of experts by set and class (:func:`~benchmarks.text.usage.describe_usage`), which one
+            set alone has none of.
+        """
+        if len(self._sets) < 2:
+            return self._summaries.get(name, {}), {}
+        told, usage = describe_usage(self._sets)
+        return self._summaries[name] | told, usage

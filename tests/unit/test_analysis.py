@@ -21,11 +21,9 @@ from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.records import collect, read_metrics, scores_of
 from benchmarks.harness.results.statistics import holm
 from benchmarks.harness.training.metrics import SCORES, score
-from benchmarks.text.outcomes import TextOutcomes, ranked
-from benchmarks.text.paper_tables import paper as paper_table
-from benchmarks.text.paper_tables import ranks
-from benchmarks.text.selection import choices, reported, select
-from benchmarks.text.tables import chosen, results, tasks
+from benchmarks.text.outcomes import TextOutcomes, choices, ranked, reported, select
+from benchmarks.text.tables import chosen, ranks, results, tasks
+from benchmarks.text.tables import paper as paper_table
 from benchmarks.text.tables import tests as paired_tests
 from tests import fake_runs
 

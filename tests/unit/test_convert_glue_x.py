@@ -107,6 +107,7 @@ def test_other_layouts_of_the_makers(root: Path, name: str, files: dict[str, str
         ("yelp_polarity", "test.csv", '"2"', '"0"', r"row 2: '0' is no label"),  # 0 is the hub's negative
         ("twitter_pit", "dev.data", "(1, 4)", "(1, 5)", r"dev\.data, row 2: '\(1, 5\)' is no label"),
         ("sick_entailment", "SICK.txt", "entailment_label", "entailment_labl", "no column 'entailment_label'; it has"),
+        ("snli", "snli_1.0_test.jsonl", '"entailment"', "", r"snli_1\.0_test\.jsonl cannot be read"),
         ("imdb", "test/neg/0_2.txt", None, None, r"test/neg holds no \.txt file"),
     ],
 )

@@ -24,7 +24,6 @@ from benchmarks.text.data import load_part
 from benchmarks.text.definition import RunTask
 from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.tokenization import TokenisedRows
-from emoe.errors import EMoEError
 from emoe.layer import routed_layers
 from tests.executed import recorded, reopened
 from tests.planned import paper_runs
@@ -81,7 +80,8 @@ PAIRS = [
 
 @pytest.mark.parametrize("task", sorted({name for name, _ in PAIRS}))
 def test_every_pair_is_evaluated_as_the_libraries_would(workdir: Path, task: str) -> None:
-    """Scores are scikit-learn's and scipy's on predictions of the plain model, labels those of the sets' documentation."""
+    """Scores are scikit-learn's and scipy's on predictions of the plain model, labels those of the sets'
+    documentation."""
     model = "gpt2-xl" if task in ("cola", "stsb", "rte") else "bert-large-cased"
     method = "lora_emoe" if task in ("cola", "mnli", "rte") else "lora_gmoe"
     runs = trainings(model, task, method)
@@ -236,16 +236,6 @@ def test_a_three_way_model_on_a_two_way_set_and_the_other_way_round() -> None:
     assert score("accuracy", np.array([[1, 0], [0, 1], [0, 1]]), np.array([0, 1, 2]), two_on_three) == 1.0
     assert not two_on_three.same
     assert label_mapping(mnli, snli, "snli").same
-
-
-def test_classes_that_cannot_be_compared_are_refused() -> None:
-    mnli, hans, stsb = (GLUE_OOD.tasks[name].as_run(name) for name in ("mnli", "hans", "stsb"))
-    with pytest.raises(
-        EMoEError, match="'hans' has 2 classes, the model 3: the task with 3 needs 'label_map' with \"2\""
-    ):
-        label_mapping(mnli.model_copy(update={"label_map": {}}), hans, "hans")
-    with pytest.raises(EMoEError, match="'hans' has classes as labels, the model numbers"):
-        label_mapping(stsb, hans, "hans")
 
 
 def test_a_three_way_model_is_evaluated_on_hans(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:

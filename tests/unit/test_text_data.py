@@ -242,6 +242,8 @@ def test_rows_without_a_text_or_half_of_a_pair_are_dropped_and_counted(root: Pat
         ("sst2", "validation.csv", 'sentence,label\n"fine" film,1\n', "cannot be read: ',' expected after"),
         ("sst2", "validation.csv", 'sentence,label\nfine,1\n"dull,0\n', "cannot be read: unexpected end of data"),
         ("sst2", "validation.csv", "sentence,label,label\nfine,1,0\n", "cannot be read: Duplicate names"),
+        ("sst2", "validation.csv", "sentence,label\n", "is empty"),
+        ("sst2", "validation.jsonl", "", "cannot be read: "),
         ("sst2", "validation.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": \n', "cannot be read: JSON parse"),
         ("sst2", "validation.jsonl", '{"sentence": ["a"], "label": 1}\n', "row 1: a cell is list, not text$"),
         ("sst2", "validation.jsonl", '{"sentence": "a", "label": [1]}\n', r"row 1: '\[1\]' is no label"),
@@ -319,7 +321,7 @@ def test_local_files_need_no_network_and_copy_no_rows(root: Path, monkeypatch: p
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     for number, form in enumerate([*FILES, "saved"]):
-        folder = root / str(number)
+        folder = root / f"[{number}] *"  # no pattern
         folder.mkdir()
         monkeypatch.setenv("EMOE_DATA_ROOT", str(folder))
         write_rows(folder, "rte", [1, 0], form, monkeypatch)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
-from pathlib import Path
-
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -78,14 +74,6 @@ def test_one_set_is_tokenised_once_for_each_tokenizer_and_length(
     assert len(calls) == 4
 
 
-def test_a_damaged_cache_is_made_again(tokenizer: PreTrainedTokenizerBase, calls: list[int]) -> None:
-    before = list(TokenisedRows(PAIRS, tokenizer, 16, by_length=False))
-    (file,) = TOKENS.glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-4])
-    assert list(TokenisedRows(PAIRS, tokenizer, 16, by_length=False)) == before
-    assert calls == [3, 3]
-
-
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_cache_with_other_tokens_is_made_again(
     tokenizer: PreTrainedTokenizerBase, calls: list[int], keep: bool
@@ -101,29 +89,7 @@ def test_a_cache_with_other_tokens_is_made_again(
     assert calls == [3, 3]
 
 
-def test_a_cache_can_be_read_by_whom_the_umask_allows(tokenizer: PreTrainedTokenizerBase) -> None:
-    old = os.umask(0o002)
-    try:
-        TokenisedRows(PAIRS, tokenizer, 16, by_length=False)
-    finally:
-        os.umask(old)
-    (file,) = TOKENS.glob("*.safetensors")
-    assert stat.S_IMODE(file.stat().st_mode) == 0o664
-
-
-def test_large_sets_are_tokenised_in_parts(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = list(TokenisedRows(PAIRS, tokenizer, 16, by_length=False))
-    monkeypatch.setattr(tokenised, "_ROWS_AT_ONCE", 2)
-    monkeypatch.setattr(tokenised, "_VERSION", -1)  # another key
-    assert list(TokenisedRows(PAIRS, tokenizer, 16, by_length=False)) == whole
-
-
 def test_calibration_batches_are_the_models_inputs(tokenizer: PreTrainedTokenizerBase) -> None:
     batches = list(calibration_batches(PAIRS, tokenizer, 16, 2))
     assert [len(batch["input_ids"]) for batch in batches] == [2, 1]
     assert all("labels" not in batch for batch in batches)
-
-
-def test_tokenizers_pad_on_the_right(tmp_path: Path) -> None:
-    model = load_models()["minilm"].spec("minilm")
-    assert load_tokenizer(model).padding_side == "right"

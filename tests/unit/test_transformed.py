@@ -1,4 +1,4 @@
-"""Full fine-tuning: models that are evaluated once more as another method's, in the run that trained them; and how rows of every set are routed."""
+"""Full fine-tuning: models that are also evaluated as another method's; and how rows of every set are routed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ import torch
 import emoe
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import BENCHMARKS, RUNS
-from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import plan, run_from_spec
 from benchmarks.harness.config.yaml import read_yaml
 from benchmarks.harness.models.conversion import apply_method_, use_as_
 from benchmarks.harness.models.loading import load_backbone
-from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.records import collect
 from benchmarks.text.data import load_part
 from benchmarks.text.definition import RunTask
 from benchmarks.text.evaluation import TextEvaluator
 from benchmarks.text.outcomes import TextOutcomes
-from benchmarks.text.row_routing import RowRouting
 from benchmarks.text.tokenization import calibration_batches
+from benchmarks.text.usage import RowRouting
 from emoe.layer import routed_layers
 from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare, recorded, reopened
-from tests.planned import paper_runs, smoke_run
+from tests.planned import smoke_run
 
 GLUE = load_benchmark("glue")
 
@@ -121,20 +120,6 @@ def test_a_run_is_made_one_thing() -> None:
         GLUE.kind.load(content, GLUE.file)
 
 
-def test_nothing_trains_a_row_that_is_made() -> None:
-    suite = GLUE.definition.suites["smoke"]
-    block = suite.grid[0].model_copy(update={"method": ["vanilla2emoe"]})
-    suites = {**GLUE.definition.suites, "smoke": suite.model_copy(update={"grid": [block]})}
-    benchmark = Benchmark("glue", GLUE.definition.model_copy(update={"suites": suites}), GLUE.tasks)
-    with pytest.raises(DefinitionError, match=r"grid\[0\]\.method' is 'vanilla2emoe', which does not exist"):
-        list(GLUE.kind.specs(benchmark, "smoke", (), dict))
-
-
-def test_sets_of_some_methods_alone_are_evaluated() -> None:
-    found = {run.spec["method"]["name"] for run in paper_runs("glue") if run.spec["ood"]}
-    assert found == {"vanilla", "emoe"}
-
-
 # how rows are routed
 
 
@@ -190,13 +175,6 @@ def test_an_evaluation_names_its_rows_in_their_order(workdir: Path) -> None:
     # every row of the split counts, so shares of the test split are those of all its tokens
     layer = max(found["routing"]["shares"])
     assert found["usage"]["tasks"]["tweets"]["shares"] == pytest.approx(found["routing"]["shares"][layer])
-
-
-def test_a_table_shows_it(workdir: Path) -> None:
-    runs = [run for run in plan(["glue"], "smoke") if run.spec["method"]["name"] in ("vanilla", "emoe", "gmoe")]
-    fake_runs.write_runs(runs)
-    tables = dict(zip(GLUE.definition.tables, present(GLUE, runs).tables, strict=True))
-    assert set(tables["usage"].frame["method"]) == {"emoe", "gmoe"}
 
 
 # the experts that are used most

@@ -1,4 +1,4 @@
-"""Which commit of the hub something was read from."""
+"""Name the commit of the hub that something was read from."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_commit(revision: str | None) -> bool:
-    """Whether a revision always is the same content, and no branch."""
+    """Return True if a revision is a commit, not a branch."""
     return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
 def commit_of(loaded: Any) -> str | None:
-    """The commit of a data set, or of one of its splits, that ``datasets`` loaded from the hub; None where that cannot be told."""
+    """Return the commit of a set that ``datasets`` loaded from the hub; None if it is unknown."""
     files = getattr(loaded, "cache_files", None) or []
     first = next(iter(files.values()), []) if isinstance(files, dict) else files
     return _commit_in(first[0]["filename"]) if first else None
 
 
 def cached_commit(repository: str, file: str, revision: str | None) -> str | None:
-    """The commit of a model's file in the hub's cache; None where it is not there."""
+    """Return the commit of a model's file in the hub's cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, file, revision=revision)
@@ -30,12 +30,12 @@ def cached_commit(repository: str, file: str, revision: str | None) -> str | Non
 
 
 def hub_name(place: str, revision: str | None, commit: str | None) -> str:
-    """A place on the hub with the commit that was read, for the record.
+    """Write a place on the hub with the commit that was read, for the record.
 
     Args:
-        place: the repository.
-        revision: what was asked for; None is the newest.
-        commit: what was read; None where that is not known.
+        place: The repository.
+        revision: The revision that was asked for; None is the newest.
+        commit: The commit that was read; None if it is unknown.
     """
     if not is_commit(revision):
         return f"{place}@{commit or revision or 'newest'} (not pinned)"
@@ -45,5 +45,5 @@ def hub_name(place: str, revision: str | None, commit: str | None) -> str:
 
 
 def _commit_in(file: str) -> str | None:
-    """Caches name the folder of a revision after its commit."""
+    """Find the commit in a cached file's path, where a folder has its name."""
     return next((part for part in reversed(Path(file).parts) if _COMMIT.fullmatch(part)), None)

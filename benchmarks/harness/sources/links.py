@@ -1,4 +1,4 @@
-"""Links in the user's own folders: a set is read with everything in it once."""
+"""Check links in the user's own folders, so that everything in a set is read once."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from benchmarks.harness.base.errors import DataError
 
 
 def is_broken(path: Path) -> bool:
-    """Whether a path is a link to what is not there, of which nobody knows whether it was a folder."""
+    """Return True if a path is a link to a missing target."""
     return path.is_symlink() and not path.exists()
 
 
 class Links:
-    """Refuses what a set may not link to; single files elsewhere it may, as content stores keep them.
+    """Refuse links that a set may not have; links to single files elsewhere are allowed, for content stores.
 
     Args:
-        root: the set's folder, which may itself be a link.
+        root: The set's folder, which may itself be a link.
     """
 
     def __init__(self, root: Path) -> None:
@@ -28,7 +28,7 @@ class Links:
         """Refuse a link to nothing, to a folder, to a file of the set, or to one to which another path is a link.
 
         Raises:
-            DataError: names the link and its target.
+            DataError: The link is not allowed.
         """
         if not path.is_symlink():
             return

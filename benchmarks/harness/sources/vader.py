@@ -1,4 +1,4 @@
-"""Human sentiment ratings of four domains, from the source package of vaderSentiment.
+"""Load human sentiment ratings of four domains from the source package of vaderSentiment.
 
 Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
 Text", ICWSM 2014: twenty raters a sentence, mean rating from -4 to 4.
@@ -34,17 +34,17 @@ _TEST_SHARE, _DEV_SHARE = 0.25, 0.15
 def load_vader(
     domain: str, split: str, archive: Path = ARCHIVE, *, strength: bool = False
 ) -> tuple[list[str], list[int], int]:
-    """Sentences of one split, in a fixed shuffled order.
+    """Load the sentences of one split, in a fixed shuffled order.
 
     Near-neutral sentences (absolute rating of at most 0.5) are dropped; the label is the sign
     (negative 0, positive 1). Splits are by document, so that no review or editorial has sentences on
     both sides; they are the same for every seed.
 
     Args:
-        domain: ``amazon``, ``movie``, ``nyt`` or ``tweets``.
-        split: ``train`` (60 % of the documents), ``dev`` (15 %) or ``test`` (25 %).
-        archive: the source package.
-        strength: the label is not the sign but whether the rating is strong: above 1.5, whatever its sign (weak 0, strong 1).
+        domain: The domain: ``amazon``, ``movie``, ``nyt`` or ``tweets``.
+        split: The split: ``train`` (60 % of the documents), ``dev`` (15 %) or ``test`` (25 %).
+        archive: The source package.
+        strength: True labels ratings by strength instead of sign: weak 0, strong (absolute value above 1.5) 1.
 
     Returns:
         Texts, labels, and how many near-neutral sentences of the split were dropped.
@@ -88,7 +88,7 @@ def _lines(domain: str, archive: Path) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _unpacked(archive: bytes) -> dict[str, bytes]:
-    """The files with ratings; read in one go, because a packed archive can only be read from its start."""
+    """Unpack the files with ratings, all at once, because a packed archive can only be read from its start."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
         inner = outer.extractfile(_INNER)
         assert inner is not None  # noqa: S101  the checksum fixes the content
