@@ -17,7 +17,7 @@ from benchmarks.harness.models.build import reopen_classifier
 from benchmarks.harness.models.conversion import use_as_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.results.records import collect, read_metrics
-from benchmarks.harness.training.probe import Probe
+from benchmarks.harness.training.callbacks import Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.datasets import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec
@@ -68,7 +68,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     )
     probe = Probe()
     if read.ood:  # sets can be excluded
-        probe.look(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
+        probe.observe(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
     training, routing = trained.training, RowRouting(classifier.model)
     same = read.transform is None and (training.eval_rows, training.max_length) == (settings.rows, settings.max_length)
     if same and not routed_layers(classifier.model):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
-from benchmarks.harness.training.undisturbed import undisturbed
+from benchmarks.harness.training.callbacks import restore_rng_and_modes
 from benchmarks.llama.encoding import EncodedRows
 from benchmarks.llama.evaluation import held_out_loss
 
@@ -47,7 +47,7 @@ class HeldOutCurve(TrainerCallback):
             self._take(state, model)
 
     def _take(self, state: TrainerState, model: nn.Module) -> None:
-        with undisturbed(model):
+        with restore_rng_and_modes(model):
             loss = held_out_loss(
                 cast(PreTrainedModel, model), self._rows, self._tokenizer, self._batch_size, self._precision
             )

@@ -21,17 +21,15 @@ from benchmarks.harness.config.schema import parse
 from benchmarks.harness.models.build import Trainable, build_language_model, permutations, save_trained, set_trained_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.prefix import Prefix
-from benchmarks.harness.training.callbacks import Stopwatch
-from benchmarks.harness.training.distributed import gather_trained, shard_
-from benchmarks.harness.training.probe import Probe
+from benchmarks.harness.training.callbacks import Probe, Stopwatch
 from benchmarks.harness.training.processes import broadcast, destroy_process_group, is_main, is_sharded
 from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.sharding import gather_trained, shard_
 from benchmarks.harness.training.trainer import precision_here, with_routing
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator
 from benchmarks.llama.evaluation import LoadedTask, answers, held_out_loss, load_tasks, run_task, task_title
 from benchmarks.llama.instructions import load_instructions, refuse_broken
-from benchmarks.llama.memory_estimate import check_memory, estimate_memory
 from benchmarks.llama.templates import Template, find_template
 from benchmarks.llama.training import Trained, train
 from emoe.layer import routed_layers
@@ -50,27 +48,26 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
     Raises:
         DefinitionError: a template or task that does not exist, or settings that do not go with the model.
-        DataError: broken or too few rows, a model that is not there, one that no memory here holds, too little disk; before any of it is loaded.
+        DataError: broken or too few rows, a model that is not there.
     """
     read = parse(spec, InstructionSpec, str(folder / "run.json"))
     training = read.training
-    estimate = estimate_memory(read)
     data = read_data(read, load_tokenizer(spec["model"]))
     asked: list[LoadedTask] = []
     if is_main():
         asked = load_tasks(read.evaluation.tasks)
-        for warning in (*data.notes, *check_memory(estimate, folder)):
+        for warning in data.notes:
             progress.say(f"warning: {warning}")
     progress.say(
         f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {data.broken} broken left out, "
-        f"{data.train.summary()['truncated_responses']} responses cut at {read.data.max_length} tokens; at least {estimate.memory / 1e9:.1f} GB"
+        f"{data.train.summary()['truncated_responses']} responses cut at {read.data.max_length} tokens"
     )
     trainable = _build(spec, data)
     data = data.prefixed(trainable.prefix)
     if routed := routed_layers(trainable.model):
         progress.say(f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}")
     probe = Probe()
-    probe.look(trainable.model, collator(data.template.tokenizer)([data.train[0]]))
+    probe.observe(trainable.model, collator(data.template.tokenizer)([data.train[0]]))
     trained = Trained([], Stopwatch().cost(0))
     if isinstance(training, RunInstructionTraining):
         trained = train(
@@ -92,7 +89,6 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         "cost": {
             **trained.cost,
             "precision": precision_here(training.precision),
-            "least_memory_mb": estimate.memory / 1e6,
             **trainable.prefix_cost(),
         },
         "data": data.summary(),

@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
+from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch
 from benchmarks.harness.training.checkpoints import resume
-from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.processes import world_size
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
@@ -85,7 +84,6 @@ def train(
         seed=derive_seed("dropout", spec.seed),
         save_strategy="steps",
         save_steps=training.save_steps,
-        save_total_limit=1,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,

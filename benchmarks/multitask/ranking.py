@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.training.undisturbed import undisturbed
+from benchmarks.harness.training.callbacks import restore_rng_and_modes
 from benchmarks.text.tokenization import TokenisedRows
 
 IGNORED = -100
@@ -64,7 +64,7 @@ def rank(
     """
     collate, found = DataCollatorWithPadding(tokenizer), []
     mixed = torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    with undisturbed(model), mixed:
+    with restore_rng_and_modes(model), mixed:
         model.eval()
         for start in range(0, len(rows), batch_size):
             batch = collate([rows[place] for place in range(start, min(start + batch_size, len(rows)))])

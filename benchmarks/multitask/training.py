@@ -11,11 +11,10 @@ from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
+from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
-from benchmarks.harness.training.probe import Probe, fixed_rows
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here
 from benchmarks.multitask.definition import MultitaskSpec, OtherTask, WrittenTask
@@ -83,7 +82,7 @@ class MultitaskTrainer:
         ]
         rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned)
         self._collate = DataCollatorForSeq2Seq(tokenizer, model=self._model)
-        self.probe.look(self._model, self._plain_batch(fixed_rows(rows)))
+        self.probe.observe(self._model, self._plain_batch(fixed_rows(rows)))
         best = self._training.checkpoint_selection == "best"
         self._trainer = _ScoringTrainer(
             self._mean_and_tasks,

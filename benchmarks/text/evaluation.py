@@ -12,10 +12,9 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Train
 from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.models.prefix_cache import with_states
-from benchmarks.harness.training.callbacks import Stopwatch
+from benchmarks.harness.training.callbacks import Stopwatch, fixed_rows
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
-from benchmarks.harness.training.probe import fixed_rows
 from benchmarks.harness.training.trainer import (
     PrefixTrainer,
     finite,

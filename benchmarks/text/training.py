@@ -18,12 +18,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.config.specs import RunSpec
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
+from benchmarks.harness.training.callbacks import Probe, RetieGates, RoutingTrace, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import mean_loss, score
-from benchmarks.harness.training.probe import Probe, fixed_rows
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.routing_trace import RoutingTrace
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
 from benchmarks.text.datasets import TextSplit
@@ -79,7 +77,6 @@ def epoch_arguments(
         seed=derive_seed("dropout", spec.seed),
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,
         load_best_model_at_end=best is not None,
         metric_for_best_model=best,
         greater_is_better=None if best is None else True,
@@ -144,7 +141,7 @@ class TextTrainer:
         rows, self._dev = self._rows(train, by_length=False), self._rows(dev, by_length=True)
         by_length = self._training.sampling == "group_by_length"
         self._collate = padding_collator(tokenizer, self._precision)
-        self.probe.look(classifier.model, self._collate(fixed_rows(rows)))
+        self.probe.observe(classifier.model, self._collate(fixed_rows(rows)))
         self._trainer = RoutedTrainer(
             args=arguments,
             order=EpochOrder(rows.lengths, self._training.batch_size, spec.seed, by_length=by_length),

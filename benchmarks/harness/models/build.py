@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from peft import LoraModel
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError
@@ -226,7 +227,7 @@ def _looked_up(model: nn.Module) -> int:
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The part of a model's state that training changes: trained parameters, and buffers such as running gates."""
+    """Return the part of a model's state that training changes: trained parameters, and buffers such as running gates."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(model).items()}
 
 
@@ -256,7 +257,8 @@ def set_trained_(model: nn.Module, state: Mapping[str, torch.Tensor], where: str
     if {name: tensor.shape for name, tensor in state.items()} != wanted:
         odd = sorted(set(state) ^ set(wanted)) or sorted(n for n in wanted if state[n].shape != wanted[n])
         raise DataError(f"{where} belongs to another model: they differ in '{odd[0]}'")
-    model.load_state_dict(state, strict=False)
+    # a sharded model takes its part of each tensor
+    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def permutations(model: nn.Module) -> dict[int, torch.Tensor]:

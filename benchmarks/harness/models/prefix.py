@@ -164,15 +164,6 @@ def has_prefix(network: nn.Module) -> bool:
     return _kind(network) in _BEFORE
 
 
-def frozen_names(network: nn.Module, layers: int) -> frozenset[str]:
-    """The parameters of a network's embeddings and first layers.
-
-    Raises:
-        DefinitionError: as :class:`Prefix` does.
-    """
-    return _below(network, _frozen_paths(network, layers))
-
-
 def _below(network: nn.Module, paths: Collection[str]) -> frozenset[str]:
     return frozenset(name for name, _ in network.named_parameters() if name in paths or is_below(name, paths))
 

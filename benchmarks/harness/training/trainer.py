@@ -16,11 +16,10 @@ from transformers import Trainer, TrainingArguments
 import emoe
 from benchmarks.harness.models.build import Trainable, load_trained_, trained_state
 from benchmarks.harness.models.prefix import STATES
-from benchmarks.harness.training.callbacks import FollowEpochs
-from benchmarks.harness.training.checkpoints import SCHEDULER, WEIGHTS
-from benchmarks.harness.training.distributed import SHARDS, load_shards_, save_shards
-from benchmarks.harness.training.probe import Probe
+from benchmarks.harness.training.callbacks import FollowEpochs, Probe
+from benchmarks.harness.training.checkpoints import OPTIMIZER, SCHEDULER, WEIGHTS, CompleteCheckpoints
 from benchmarks.harness.training.processes import is_sharded, world_size
+from benchmarks.harness.training.sharding import distribute_optimizer_, gather_optimizer, gather_trained
 from emoe.errors import EMoEError
 from emoe.files import write_tensors
 from emoe.layer import routed_layers
@@ -49,6 +48,7 @@ def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArg
         bf16=precision == "bf16",
         ddp_backend="gloo" if world_size() > 1 and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
+        save_total_limit=2,  # the previous checkpoint counts if the last one is damaged
         **options,
     )
     if found.n_gpu > 1:
@@ -103,6 +103,7 @@ class RoutedTrainer(PrefixTrainer):
         self._base_lr_ratio = base_lr_ratio
         if hasattr(order, "set_epoch"):
             self.add_callback(FollowEpochs(order))
+        self.add_callback(CompleteCheckpoints())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         return self._order
@@ -128,7 +129,7 @@ class RoutedTrainer(PrefixTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         if self._probe is not None:
-            self._probe.note(loss)
+            self._probe.add_loss(loss)
         return loss
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -146,47 +147,34 @@ class RoutedTrainer(PrefixTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        if is_sharded():
-            save_shards(self._trained, self._plain_optimizer, folder / SHARDS)
-        elif self.args.should_save:
-            write_tensors(trained_state(self._trained), folder / WEIGHTS)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not is_sharded():
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # each process writes its own, and Trainer's state, written next, says that all of it is there
-        self.accelerator.wait_for_everyone()
+        state = gather_trained(self._trained) if is_sharded() else trained_state(self._trained)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(state, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._has_shards(resume_from_checkpoint):  # shards are read with the optimiser's
-            load_trained_(self._trained, Path(resume_from_checkpoint) / WEIGHTS)
+        load_trained_(self._trained, Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint)).name
+        load_trained_(self._trained, Path(str(self.args.output_dir)) / best / WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = gather_optimizer(self._trained, self._plain_optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._has_shards(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        load_shards_(self._trained, self._plain_optimizer, Path(checkpoint) / SHARDS)
-        scheduler = cast(Any, self.lr_scheduler)
-        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
-        for group, rate in zip(self._plain_optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-
-    def _has_shards(self, checkpoint: str) -> bool:
-        # a sharded run reads no other checkpoints; load_shards_ says so
-        return is_sharded() or (Path(checkpoint) / SHARDS).is_dir()
+        if checkpoint is not None:
+            folder = Path(checkpoint)
+            state = torch.load(folder / OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
+            distribute_optimizer_(self._trained, self._plain_optimizer, state)
+            cast(Any, self.lr_scheduler).load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
 
     @property
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
-
-    def _load_best_model(self) -> None:
-        load_trained_(self._trained, Path(str(self.state.best_model_checkpoint)) / WEIGHTS)
 
 
 def with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
