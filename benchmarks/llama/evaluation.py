@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.base.paths import QUESTIONS
-from benchmarks.harness.models.language import DTYPES
+from benchmarks.harness.models.loading import DTYPES
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.llama.definition import AskedTask

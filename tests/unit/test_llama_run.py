@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import emoe
@@ -20,9 +20,7 @@ from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import MODEL_ROOT, QUESTIONS
 from benchmarks.harness.models.build import build_language_model
-from benchmarks.harness.models.language import load_language_model
-from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.harness.training.distributed import is_complete
+from benchmarks.harness.models.loading import load_language_model, load_tokenizer
 from benchmarks.llama.definition import AskedTask, InstructionSpec
 from benchmarks.llama.encoding import IGNORED
 from benchmarks.llama.evaluation import load_tasks, summarise
@@ -381,14 +379,3 @@ def test_lm_evals_own_command_line_agrees_on_the_exported_folder(monkeypatch: py
     samples = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda one: one["doc_id"])
     assert "".join(str(int(one["acc"])) for one in samples) == ours["correct"]["anatomy"]
     assert len(samples) == ours["questions"]
-
-
-def test_a_half_written_shard_makes_no_checkpoint(tmp_path: Path) -> None:
-    assert not is_complete(tmp_path)
-    for name in ("a", "b"):
-        save_file({"x": torch.zeros(100)}, tmp_path / f"{name}.safetensors")
-    assert is_complete(tmp_path)
-    whole = (tmp_path / "b.safetensors").read_bytes()
-    for length in (len(whole) - 1, 5, 0):
-        (tmp_path / "b.safetensors").write_bytes(whole[:length])
-        assert not is_complete(tmp_path)

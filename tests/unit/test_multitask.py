@@ -20,7 +20,7 @@ from benchmarks.harness.config.jobs import partition_jobs, run_inputs
 from benchmarks.harness.config.kinds import Benchmark
 from benchmarks.harness.config.runs import canonical_json, plan, run_from_spec
 from benchmarks.harness.config.schema import parse
-from benchmarks.harness.models.seq2seq import load_seq2seq, load_seq2seq_tokenizer
+from benchmarks.harness.models.loading import load_seq2seq, load_seq2seq_tokenizer
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.quantities import one_counts, quantities
 from benchmarks.harness.sources.vader import load_vader

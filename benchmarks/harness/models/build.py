@@ -18,10 +18,15 @@ from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.conversion import apply_method_, use_sparse_
 from benchmarks.harness.models.image import load_image_classifier
-from benchmarks.harness.models.language import load_language_model
-from benchmarks.harness.models.loading import describe, load_classifier, read_tensors, weights_digest
+from benchmarks.harness.models.loading import (
+    describe,
+    load_classifier,
+    load_language_model,
+    load_seq2seq,
+    read_tensors,
+    weights_digest,
+)
 from benchmarks.harness.models.prefix import Prefix
-from benchmarks.harness.models.seq2seq import load_seq2seq
 from benchmarks.harness.models.tuning import FAST, tune_
 from emoe.architectures import find_ffns
 from emoe.files import write_tensors

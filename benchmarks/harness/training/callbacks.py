@@ -39,7 +39,7 @@ def restore_rng_and_modes(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-class SavedCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # its base has no types
+class SavedCallback(TrainerCallback, ExportableState):
     """A callback whose attributes Trainer saves in ``trainer_state.json``."""
 
     SAVED: ClassVar[tuple[str, ...]]

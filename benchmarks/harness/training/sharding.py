@@ -39,8 +39,8 @@ def shard_(model: PreTrainedModel, precision: str) -> None:
         # the rest of a block must have one type, and trained adapters are float32
         if name in blocks or any(weight.dtype != model.dtype for weight in module.parameters(recurse=False))
     }
-    config = DistributedConfig(fsdp_size=world_size(), fsdp_mixed_precision=precision == "bf16")
-    config, _, mesh = model.prepare_distribute_model(config)
+    requested = DistributedConfig(fsdp_size=world_size(), fsdp_mixed_precision=precision == "bf16")
+    config, _, mesh = model.prepare_distribute_model(requested)
     model.maybe_distribute_model(model, config, mesh)
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     for buffer in model.buffers():
