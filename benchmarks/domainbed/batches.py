@@ -16,8 +16,7 @@ from benchmarks.domainbed.environments import Environment
 from benchmarks.domainbed.protocol import class_weights
 from benchmarks.domainbed.transforms import Transform, load_pixels, plain
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.models.prefix import STATES, Prefix
-from benchmarks.harness.models.prefix_cache import PrefixStates
+from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates
 
 Draw = tuple[int, int, int]
 

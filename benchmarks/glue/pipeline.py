@@ -14,7 +14,7 @@ from benchmarks.harness.config.schema import parse
 from benchmarks.harness.models.build import build_classifier, save_trained
 from benchmarks.harness.models.conversion import use_as_
 from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.harness.models.states_below import StatesBelow
+from benchmarks.harness.models.prefix import StatesBelow
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.datasets import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec, TextTraining

@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.models.prefix import STATES, Prefix
-from benchmarks.harness.models.prefix_cache import PrefixStates, columns_digest, with_states
+from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest, with_states
 from benchmarks.llama.instructions import Broken, Instruction
 from benchmarks.llama.templates import Template
 

@@ -10,8 +10,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from benchmarks.harness.models.prefix import STATES, Prefix
-from benchmarks.harness.models.prefix_cache import PrefixStates, columns_digest
+from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 Answer = tuple[float, bool]

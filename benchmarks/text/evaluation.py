@@ -10,8 +10,7 @@ from typing import Any, cast
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
 
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.models.prefix import Prefix
-from benchmarks.harness.models.prefix_cache import with_states
+from benchmarks.harness.models.prefix import Prefix, with_states
 from benchmarks.harness.training.callbacks import Stopwatch, fixed_rows
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score

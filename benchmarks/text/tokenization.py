@@ -18,8 +18,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.base.paths import TOKENS
-from benchmarks.harness.models.prefix import STATES, Prefix
-from benchmarks.harness.models.prefix_cache import PrefixStates, columns_digest
+from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest
 from benchmarks.text.datasets import TextSplit
 
 _VERSION = 1

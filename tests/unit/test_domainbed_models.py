@@ -119,7 +119,7 @@ def test_weights_of_another_model_are_refused(model_root: Path, name: str) -> No
     state = load_file(file)
     state.pop(next(key for key in state if key.endswith("fc1.weight")))
     save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(DataError, match=rf"does not hold the weights of '{name}': '.*fc1.weight' is missing"):
+    with pytest.raises(DataError, match=r"fc1\.weight"):
         finish(prepare(with_model(name, image_size=28 if "dino" in name else 32)))
 
 

@@ -321,7 +321,7 @@ def test_what_hangs_on_the_number_of_layers_is_refused_before_anything_is_conver
     with pytest.raises(DefinitionError, match="frozen_layers is 4, but the model has 3 layers"):
         Prefix(model, model, 4)
     t5 = T5EncoderModel(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=60))
-    with pytest.raises(DefinitionError, match="nobody has said what stands before the layers of 't5'"):
+    with pytest.raises(DefinitionError, match="not known what stands before the layers of 't5'"):
         Prefix(t5, t5, 1)
 
 

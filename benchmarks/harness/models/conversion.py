@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from benchmarks.harness.base.paths import PARTITIONS
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.image import load_image_network
 from benchmarks.harness.models.loading import load_backbone, load_language_model, load_seq2seq
-from benchmarks.harness.models.noise import noisy_tuning_
 from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig
 from emoe.errors import CheckpointError
@@ -152,3 +151,32 @@ def _by_layer(model: nn.Module, config: EMoEConfig) -> list[tuple[int, EMoEConfi
     """The chosen layers, each with a configuration of its own."""
     layers = resolve_layers(config.layers, len(find_ffns(model)))  # type: ignore[arg-type]
     return [(layer, dataclasses.replace(config, layers=[layer])) for layer in layers]
+
+
+@torch.no_grad()
+def noisy_tuning_(
+    model: nn.Module, intensity: float = 0.15, *, seed: int = 0, exclude: Sequence[str] = ("classifier", "score")
+) -> int:
+    """Add uniform noise to the pre-trained weights in place, before fine-tuning.
+
+    Each parameter gets ``U(-1/2, 1/2) * intensity * std(parameter)``. Parameters with one element have no standard
+    deviation and stay unchanged, as does the new head.
+
+    Args:
+        model: the model.
+        intensity: lambda; the authors use 0.15.
+        seed: seed of the noise.
+        exclude: name components of the new head's parameters.
+
+    Returns:
+        The number of changed parameters.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    changed = 0
+    for name, parameter in model.named_parameters():
+        if parameter.numel() < 2 or not set(exclude).isdisjoint(name.split(".")):
+            continue
+        noise = torch.rand(parameter.shape, generator=generator) - 0.5
+        parameter.add_((noise * intensity * parameter.float().std().cpu()).to(parameter))
+        changed += parameter.numel()
+    return changed
