@@ -79,8 +79,7 @@ def export(spec: Path, output: Path, form: str) -> None:
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="Folder of the tasks.")
 def questions(output: Path | None) -> None:
     """Write MMLU-dev, the development questions inside lm-eval, as tasks for lm-eval (--include_path)."""
-    from benchmarks.llama.mmlu_dev import MMLU_DEV, mmlu_dev_file
-    from benchmarks.llama.questions import write_mmlu_dev
+    from benchmarks.llama.questions import MMLU_DEV, mmlu_dev_file, write_mmlu_dev
 
     folder = output or mmlu_dev_file(MMLU_DEV).parent
     click.echo(f"wrote {write_mmlu_dev(folder)} questions to {folder}", err=True)

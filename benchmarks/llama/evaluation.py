@@ -27,7 +27,7 @@ from benchmarks.llama.definition import AskedTask
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.instructions import Instruction
 from benchmarks.llama.likelihood import NATS, nats_per_byte
-from benchmarks.llama.mmlu_dev import MMLU_DEV, is_mmlu_dev, mmlu_dev_file
+from benchmarks.llama.questions import MMLU_DEV, is_mmlu_dev, mmlu_dev_file
 from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
 

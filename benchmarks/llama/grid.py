@@ -45,7 +45,7 @@ from benchmarks.llama.definition import (
     SetFile,
 )
 from benchmarks.llama.instructions import ALPACA_DEMO, load_instructions
-from benchmarks.llama.mmlu_dev import is_mmlu_dev, mmlu_dev_file
+from benchmarks.llama.questions import is_mmlu_dev, mmlu_dev_file
 from benchmarks.llama.workload import instruction_workload
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")

@@ -18,8 +18,10 @@ import yaml
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import write_text
-from benchmarks.llama.mmlu_dev import CONTINUATION, MMLU_DEV
+from benchmarks.harness.base.paths import QUESTIONS
 
+MMLU_DEV = "mmlu_dev"
+CONTINUATION = "continuation"
 _LETTERS = "ABCD"
 _CHOICES = re.compile(r"(?s)(.*?)\s*\(A\)\s(.*?)\s*\(B\)\s(.*?)\s*\(C\)\s(.*?)\s*\(D\)\s(.*)")
 _ANSWER = re.compile(r"\(([ABCD])\)\.?\s*$")
@@ -116,3 +118,14 @@ def _renamed(content: Any) -> Any:
 
 def _write_task(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+def is_mmlu_dev(task: str) -> bool:
+    """Whether a task of lm-eval is made of MMLU's development questions: all of them, a category, or a subject."""
+    return task == MMLU_DEV or task.startswith(f"{MMLU_DEV}_")
+
+
+def mmlu_dev_file(task: str) -> Path:
+    """The file that is there when such a task is; the workflow writes it."""
+    form = f"_{CONTINUATION}" if task.endswith(f"_{CONTINUATION}") else ""
+    return QUESTIONS / MMLU_DEV / f"{MMLU_DEV}{form}.yaml"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as Arguments
 
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch
+from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.processes import world_size
 from benchmarks.harness.training.progress import Progress
@@ -18,8 +20,8 @@ from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here, quiet_arguments
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator, without_prompt_logits
+from benchmarks.llama.evaluation import held_out_loss
 from benchmarks.llama.grid import accumulation
-from benchmarks.llama.held_out import HeldOutCurve
 
 
 @dataclass(frozen=True)
@@ -112,3 +114,50 @@ def train(
     trainer.train(resume_from_checkpoint=resume(checkpoints, stopwatch, probe))
     curve = [finite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return Trained(curve, stopwatch.cost(trainer.state.global_step), HeldOutCurve.points(trainer.state))
+
+
+_KEY = "held_out_loss"
+
+
+class HeldOutCurve(TrainerCallback):
+    """Takes the held-out loss before training and every few steps, but not after the last, when the model is evaluated anyway; training goes on as if it had not.
+
+    The points stand in the trainer's own history, which its checkpoints keep.
+
+    Args:
+        rows: held-out rows, the same each time.
+        tokenizer: the model's.
+        every: steps.
+        batch_size: rows at once.
+        precision: in which an accelerator computes.
+    """
+
+    def __init__(
+        self, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, every: int, batch_size: int, precision: str
+    ) -> None:
+        self._rows, self._tokenizer, self._every = rows, tokenizer, every
+        self._batch_size, self._precision = batch_size, precision
+
+    def on_train_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self._take(state, model)
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step % self._every == 0 and state.global_step < state.max_steps:
+            self._take(state, model)
+
+    def _take(self, state: TrainerState, model: nn.Module) -> None:
+        with restore_rng_and_modes(model):
+            loss = held_out_loss(
+                cast(PreTrainedModel, model), self._rows, self._tokenizer, self._batch_size, self._precision
+            )
+        state.log_history.append({_KEY: cast(Any, loss), "step": state.global_step})
+
+    @staticmethod
+    def points(state: TrainerState) -> list[dict[str, Any]]:
+        """What was taken: ``step`` and ``loss``; None of a model that diverged."""
+        return [{"step": entry["step"], "loss": entry[_KEY]} for entry in state.log_history if _KEY in entry]

@@ -18,7 +18,7 @@ from benchmarks.harness.config.workload import (
     trained_passes,
 )
 from benchmarks.llama.definition import InstructionSet, InstructionSpec, RunInstructionTraining
-from benchmarks.llama.mmlu_dev import MMLU_DEV, is_mmlu_dev
+from benchmarks.llama.questions import MMLU_DEV, is_mmlu_dev
 from benchmarks.llama.templates import template_bytes
 
 _QUESTION_BYTES = 417  # of an MMLU question with its choices, on average of the 281 development ones
