@@ -43,14 +43,14 @@ def apply_method_(
     """Turn a dense model into what the method trains, in place.
 
     Args:
-        model: the pre-trained model.
-        method: the ``method`` part of a run's spec.
-        seed: the run's seed, for noisy tuning.
-        calibration: batches of training rows, read for a co-activation partition and for experts that are fixed by their use.
-        partition: of a model that is built again, whose other state is loaded afterwards; made, or taken from the cache, where None.
+        model: The pre-trained model.
+        method: The ``method`` part of a run's spec.
+        seed: The seed of the run, for noisy tuning.
+        calibration: Batches of training rows, for a co-activation partition and for fixed experts.
+        partition: The partition of a model that is built again; by default it is computed or cached.
 
     Returns:
-        The conversion's report; None for a dense model.
+        The report of the conversion; None for a dense model.
     """
     if method["noise"]:
         noisy_tuning_(model, method["noise"], seed=derive_seed("noise", seed))
@@ -74,7 +74,7 @@ def apply_method_(
 
 
 def use_as_(model: nn.Module, config: Mapping[str, Any] | None, seed: int) -> None:
-    """Make a trained model dense (``config`` None), or a dense one an EMoE whose experts are made of its present weights, in place."""
+    """Make a trained EMoE dense (``config`` None), or a trained dense model an EMoE, in place."""
     if config is None:
         emoe.to_dense_(model)
     else:
@@ -104,34 +104,34 @@ def _usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[int, 
 
 
 def _unknown_usage(model: nn.Module) -> dict[int, torch.Tensor]:
-    """In the place of counts that are loaded."""
+    """Return placeholders for counts that are loaded later."""
     return {layer.ffn_index: torch.ones(layer.config.num_experts, dtype=torch.int64) for layer in routed_layers(model)}
 
 
 def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
-    """Cluster ahead of the runs, and write a receipt that says where the partition is.
+    """Cluster the neurons of a model into the cache before the runs, and write a receipt.
 
     Args:
-        spec: JSON with a resolved ``model`` and the ``config`` of the EMoE.
-        output: the receipt.
-        threads: CPU threads.
+        spec: The resolved ``model`` and the ``config`` of the EMoE as JSON.
+        output: The file of the receipt.
+        threads: The number of CPU threads.
     """
     content = json.loads(spec)
     torch.set_num_threads(threads)
     load = _LOADERS.get(content["model"].get("modality"), load_backbone)
     model, config = load(content["model"]), EMoEConfig.from_dict(content["config"])
-    found = cached_partition(model, config)
+    partition = cached_partition(model, config)
     receipt = {
         "partitions": {layer: partition_key(model, single) for layer, single in _by_layer(model, config)},
-        "explained": found.explained,
-        "seconds": found.seconds,
+        "explained": partition.explained,
+        "seconds": partition.seconds,
         **content,
     }
     write_json(output, receipt)
 
 
 def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:
-    """The model's partition, each layer from the cache where the same keys were clustered before.
+    """Return the model's partition, with each layer from the cache if its keys were clustered before.
 
     The cache is keyed by content (see :func:`emoe.partitioning.partition_key`), never by name.
     """
@@ -148,7 +148,7 @@ def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTIT
 
 
 def _by_layer(model: nn.Module, config: EMoEConfig) -> list[tuple[int, EMoEConfig]]:
-    """The chosen layers, each with a configuration of its own."""
+    """Return the converted layers, each with its own configuration."""
     layers = resolve_layers(config.layers, len(find_ffns(model)))  # type: ignore[arg-type]
     return [(layer, dataclasses.replace(config, layers=[layer])) for layer in layers]
 
@@ -163,10 +163,10 @@ def noisy_tuning_(
     deviation and stay unchanged, as does the new head.
 
     Args:
-        model: the model.
-        intensity: lambda; the authors use 0.15.
-        seed: seed of the noise.
-        exclude: name components of the new head's parameters.
+        model: The model.
+        intensity: The authors' lambda, 0.15.
+        seed: The seed of the noise.
+        exclude: The name components of the new head's parameters.
 
     Returns:
         The number of changed parameters.

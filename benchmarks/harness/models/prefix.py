@@ -120,7 +120,7 @@ class Prefix:
 
     @torch.inference_mode()
     def output(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the last frozen layer's output ``[rows, tokens, width]`` for the model's inputs: float32, on the CPU."""
+        """Return the last frozen layer's output ``[rows, tokens, width]`` for inputs: float32, on the CPU."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(device)
         handle, started = self._blocks[-1].register_forward_hook(_stop), time.perf_counter()

@@ -253,5 +253,5 @@ class RoutingTrace(SavedCallback):
         self._recording.close()
 
     def summary(self) -> dict[str, Any]:
-        """Return ``windows`` of ``routing`` in ``metrics.json``: last steps, and by layer the loads ``[windows, N]``."""
+        """Return ``windows`` of ``routing`` in ``metrics.json``: last steps, and loads ``[windows, N]`` by layer."""
         return {"windows": {"ends": self.ends, "loads": self.loads}} if self.ends else {}

@@ -48,7 +48,7 @@ def resume(folder: Path, *callbacks: SavedCallback) -> str | None:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is complete, with that of its best epoch, on all processes; remove damaged ones."""
+    """Return the newest checkpoint that is complete, with that of its best epoch; remove newer ones."""
     return cast("Path | None", broadcast(_last_complete(folder) if is_main() else None))
 
 
