@@ -25,7 +25,7 @@ _ROWS_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids of prompt and response; where the response begins; how many of its tokens were cut off."""
+    """The token ids of prompt and response, the begin of the response, and the number of tokens that were cut off."""
 
     tokens: list[int]
     begin: int
@@ -33,7 +33,7 @@ class EncodedRow:
 
     @property
     def labels(self) -> list[int]:
-        """The response's tokens; the prompt's are not learned."""
+        """Return the tokens of the response; those of the prompt are ignored."""
         return [IGNORED] * self.begin + self.tokens[self.begin :]
 
 
@@ -41,13 +41,13 @@ class EncodedRows(Dataset[dict[str, Any]]):
     """Encoded rows, for the training loop.
 
     Attributes:
-        rows: those that can be used.
-        broken: those of which the prompt alone fills the whole length.
-        sources: what the rows were made of.
+        rows: The usable rows.
+        broken: The rows whose prompt alone fills the whole length.
+        sources: The instructions of the usable rows.
 
     Raises:
-        DataError: the tokenizer does not tell prompt and response apart.
-        DefinitionError: a chat template that rewrites the prompt.
+        DataError: The tokenizer has no offsets, which separate prompt and response.
+        DefinitionError: The chat template rewrites the prompt.
     """
 
     def __init__(self, instructions: Sequence[Instruction], template: Template, max_length: int) -> None:
@@ -62,7 +62,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
         tokenizer = template.tokenizer
         if not tokenizer.is_fast:
             raise DataError(
-                f"the tokenizer of {tokenizer.name_or_path} tells no offsets, by which prompt and response are told apart"
+                f"the tokenizer of {tokenizer.name_or_path} has no offsets, which separate prompt and response"
             )
         prompts = [template.prompt(row) for row in instructions]
         texts = [prompt + template.response(row) for prompt, row in zip(prompts, instructions, strict=True)]
@@ -79,13 +79,13 @@ class EncodedRows(Dataset[dict[str, Any]]):
             self.sources.append(row)
 
     def chosen(self, places: Sequence[int]) -> EncodedRows:
-        """Some of the rows, by their place among those that can be used."""
+        """Return some of the usable rows, by their numbers."""
         found = copy.copy(self)
         found.rows, found.sources = [self.rows[i] for i in places], [self.sources[i] for i in places]
         return found
 
     def prefixed(self, prefix: Prefix | None, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
-        """These rows with what a model's frozen layers make of them; as they are where none is frozen."""
+        """Return these rows with the output of a model's frozen layers, if it has some."""
         if prefix is None:
             return self
         collate, lengths = collator(tokenizer), [len(row.tokens) for row in self.rows]
@@ -119,9 +119,9 @@ class EncodedRows(Dataset[dict[str, Any]]):
 
 
 def _begin(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
-    """Where the response's tokens begin, of prompt and response tokenised together, as they will be read.
+    """Return the number of the first token of the response in prompt and response tokenised together.
 
-    A token that begins within the prompt belongs to it, except where all it takes of the prompt is blanks.
+    A token that begins in the prompt belongs to it, unless it takes only blanks of the prompt.
     """
     for place, (start, end) in enumerate(offsets):
         if end > len(prompt) and not prompt[start:].strip():
@@ -130,12 +130,11 @@ def _begin(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
 
 
 def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Collate:
-    """What makes batches of rows: padded on the right, where padding is neither read, nor learned, nor counted in routing.
+    """Return a collator that pads rows on the right; padding is neither read, nor learned, nor counted in routing.
 
     Args:
-        tokenizer: the model's.
-        packing: lay the rows end to end instead of padding them. Positions begin anew with each row, by which
-            transformers keeps their attention apart.
+        tokenizer: The model's tokenizer.
+        packing: Lay the rows end to end instead. Positions restart with each row, which separates their attention.
     """
     if packing:
         return with_states(DataCollatorWithFlattening(separator_id=IGNORED))
@@ -143,9 +142,9 @@ def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Co
 
 
 def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
-    """A collator whose batches ask for logits only from where the first response begins; of models that cannot be asked so it is the same.
+    """Return a collator whose batches need logits only from the first response on, if the model can leave others out.
 
-    Nothing is learned of what is left away, and projecting on the vocabulary is a fifth of what a token costs a model of SmolLM2's size.
+    The others are not learned, and the projection on the vocabulary is a fifth of a token's cost in SmolLM2-135M.
     """
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return collate

@@ -1,4 +1,4 @@
-"""The pictures of instruction tuning: loss curves, accuracy by category, routing."""
+"""Draw the figures of instruction tuning: loss curves, accuracy by category, routing."""
 
 from __future__ import annotations
 

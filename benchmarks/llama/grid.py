@@ -223,13 +223,15 @@ def _tuned(tuning: Finetuning, named: str) -> dict[str, Any] | None:
     """What is trained; None where everything is."""
     if (tuning.train == "adapters") != (tuning.lora is not None):
         raise DefinitionError(
-            f"{named}: 'lora' says which adapters there are, and 'train: adapters' that they are trained; give both or none"
+            f"{named}: 'lora' says which adapters there are, and 'train: adapters' that they are trained; give both "
+            "or none"
         )
     if tuning.quantize and tuning.train != "adapters":
         raise DefinitionError(f"{named}: weights in 4 bits cannot be trained; 'quantize' needs 'train: adapters'")
     if (needs_layers(tuning.train) or tuning.quantize is not None) != (tuning.layers is not None):
         raise DefinitionError(
-            f"{named}: 'layers' says which blocks 'train: blocks' trains, or which FFNs 'quantize' leaves whole; it goes with one of them"
+            f"{named}: 'layers' says which blocks 'train: blocks' trains, or which FFNs 'quantize' leaves whole; it "
+            "goes with one of them"
         )
     if tuning.train == "all":
         return None

@@ -26,12 +26,12 @@ from benchmarks.llama.grid import accumulation
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gives back beside the model's new weights.
+    """The numbers of a training.
 
     Attributes:
-        curve: the loss of every step: the mean over its learned tokens.
-        cost: what it took: ``steps``, ``step_seconds``, ``train_seconds``.
-        held_out: step and loss on the held-out rows, where the settings ask for it.
+        curve: The loss of every step: the mean over its learned tokens.
+        cost: The times: ``steps``, ``step_seconds``, ``train_seconds``.
+        held_out: Step and loss on the held-out rows, if the settings ask for it.
     """
 
     curve: list[float | None]
@@ -50,23 +50,20 @@ def train(
     progress: Progress,
     probe: Probe,
 ) -> Trained:
-    """Train, from the last complete checkpoint where there is one.
+    """Train, from the last complete checkpoint if there is one.
 
     The rows of a step, and its loss, are the same for any number of processes and for any micro-batch.
 
     Args:
-        trainable: the model; sharded where several processes share it.
-        tokenizer: the model's.
-        spec: the run's.
-        training: its settings.
-        rows: to learn.
-        held_out: to take the loss on every ``eval_every`` steps.
-        folder: the run's folder; checkpoints are written below it.
-        progress: where to say what is going on.
-        probe: takes the first losses.
-
-    Raises:
-        DataError: a checkpoint that is damaged or of another model.
+        trainable: The model, sharded if several processes share it.
+        tokenizer: The model's tokenizer.
+        spec: The spec of the run.
+        training: The settings of the training.
+        rows: The rows to learn.
+        held_out: The rows whose loss is computed every ``eval_every`` steps.
+        folder: The folder of the run, for checkpoints.
+        progress: The progress line.
+        probe: The probe that records the first losses.
     """
     checkpoints, stopwatch = folder / "checkpoints", Stopwatch()
     arguments = quiet_arguments(
@@ -109,7 +106,7 @@ def train(
     )
     if every := training.eval_every:
         at_once, precision = spec.evaluation.batch_size, precision_here(training.precision)
-        # after the stopwatch, which shall not count it
+        # after the stopwatch, which does not measure it
         trainer.add_callback(HeldOutCurve(held_out, tokenizer, every, at_once, precision))
     trainer.train(resume_from_checkpoint=resume(checkpoints, stopwatch, probe))
     curve = [finite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
@@ -120,16 +117,17 @@ _KEY = "held_out_loss"
 
 
 class HeldOutCurve(TrainerCallback):
-    """Takes the held-out loss before training and every few steps, but not after the last, when the model is evaluated anyway; training goes on as if it had not.
+    """Computes the held-out loss before training and every few steps, without changing the training.
 
-    The points stand in the trainer's own history, which its checkpoints keep.
+    The last step is left out, because the model is evaluated then. The points are in Trainer's log, which checkpoints
+    keep.
 
     Args:
-        rows: held-out rows, the same each time.
-        tokenizer: the model's.
-        every: steps.
-        batch_size: rows at once.
-        precision: in which an accelerator computes.
+        rows: The held-out rows.
+        tokenizer: The model's tokenizer.
+        every: The steps between two points.
+        batch_size: The number of rows at once.
+        precision: The arithmetic of an accelerator.
     """
 
     def __init__(
@@ -142,15 +140,15 @@ class HeldOutCurve(TrainerCallback):
         self, args: Arguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if state.global_step == 0:
-            self._take(state, model)
+            self._add_point(state, model)
 
     def on_step_end(
         self, args: Arguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if state.global_step % self._every == 0 and state.global_step < state.max_steps:
-            self._take(state, model)
+            self._add_point(state, model)
 
-    def _take(self, state: TrainerState, model: nn.Module) -> None:
+    def _add_point(self, state: TrainerState, model: nn.Module) -> None:
         with restore_rng_and_modes(model):
             loss = held_out_loss(
                 cast(PreTrainedModel, model), self._rows, self._tokenizer, self._batch_size, self._precision
@@ -159,5 +157,5 @@ class HeldOutCurve(TrainerCallback):
 
     @staticmethod
     def points(state: TrainerState) -> list[dict[str, Any]]:
-        """What was taken: ``step`` and ``loss``; None of a model that diverged."""
+        """Return the points: ``step`` and ``loss``, which is None if the model diverged."""
         return [{"step": entry["step"], "loss": entry[_KEY]} for entry in state.log_history if _KEY in entry]
