@@ -36,7 +36,7 @@ _NAMES = 1.8  # inches beside the panels
 
 
 def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
-    """Loss by step, averaged over seeds: a column a model and way of tuning, a line a method; training above, held-out rows below."""
+    """Draw the loss by step, averaged over seeds: a column per model and way of tuning, a line per method."""
     groups: dict[tuple[str, str, str], dict[str, list[Run]]] = {}
     for run in (run for run in outcomes.runs if is_trained(run.spec)):
         cell = cell_of(run)
@@ -81,7 +81,7 @@ def _held_out(outcomes: InstructionOutcomes, run: Run) -> list[_Point]:
 
 
 def _draw_curve(axis: Any, title: str, style: Mapping[str, Any], found: list[list[_Point]]) -> None:
-    """The mean over seeds. Where lines lie on each other, each shows between the other's dashes and in its marks."""
+    """Draw the mean over seeds. Lines on each other show between the other's dashes, and by their marks."""
     steps = [step for step, _ in found[0]]
     if not steps:
         return
@@ -100,7 +100,7 @@ def _draw_curve(axis: Any, title: str, style: Mapping[str, Any], found: list[lis
 
 
 def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
-    """Accuracy by category: a row of panels a task, a panel a category, a line a cell."""
+    """Draw accuracy by category: a row of panels per task, a panel per category, a line per cell."""
     cells = outcomes.order(outcomes.cells(), CELL)
     panels: dict[str, dict[str, dict[tuple[str, ...], list[tuple[float, int]]]]] = {}
     for run in outcomes.runs:
@@ -142,7 +142,7 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
 
 
 def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]], look: Look) -> None:
-    """Seeds, their mean, and how sure the first one is of its questions."""
+    """Draw the seeds, their mean, and the interval of the first seed over questions."""
     share, count = shares[0]
     interval = stats.binomtest(round(share * count), count).proportion_ci(CONFIDENCE, "wilson")
     values = [value * 100 for value, _ in shares]
@@ -152,7 +152,7 @@ def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]], look: L
 
 
 def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:
-    """Load of every expert by layer: a panel a routed cell, its first seed."""
+    """Draw the load of every expert by layer: a panel per routed cell, for its first seed."""
     shown: dict[tuple[str, ...], Run] = {}
     for run in outcomes.runs:
         if outcomes.metrics[run.id]["routing"]:

@@ -1,4 +1,4 @@
-"""Runs of instruction tuning: one for each model, set, way of tuning, method, learning rate and seed."""
+"""Plan runs of instruction tuning: one per model, set, way of tuning, method, learning rate and seed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ HELD_OUT, QUESTIONS = "held_out", "questions"
 
 
 class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
-    """Language models, tuned on instructions and judged by lm-eval: one run for each model, set, way of tuning, method, learning rate and seed."""
+    """Language models, tuned on instructions and evaluated by lm-eval: a run per point of the grid."""
 
     files = (("llama", InstructionDefinition), ("instruction_sets", SetFile))
     counts_labels = False
@@ -155,22 +155,18 @@ KIND = InstructionKind()
 
 
 def accumulation(training: InstructionTraining, processes: int) -> int:
-    """Micro-batches of a step on each process.
-
-    Raises:
-        DefinitionError: the batch is no multiple of what the processes take at once.
-    """
+    """Return the micro-batches of a step on each process (:class:`DefinitionError` if the batch cannot be divided)."""
     at_once = training.per_device_train_batch_size * processes
     if training.batch_size % at_once:
         raise DefinitionError(
-            f"training.batch_size {training.batch_size} is no multiple of training.per_device_train_batch_size {training.per_device_train_batch_size} "
-            f"times {processes} processes"
+            f"training.batch_size {training.batch_size} is no multiple of training.per_device_train_batch_size "
+            f"{training.per_device_train_batch_size} times {processes} processes"
         )
     return training.batch_size // at_once
 
 
 def is_trained(spec: Mapping[str, Any]) -> bool:
-    """Whether a run trains anything."""
+    """Return True if a run trains."""
     return "batch_size" in spec["training"]
 
 
@@ -214,13 +210,13 @@ def _spec(
 
 
 def _form(tuning: Finetuning) -> dict[str, Any]:
-    """In which form the weights are loaded, where that is not float32."""
+    """Return the form of the weights, if it is not float32."""
     found: dict[str, Any] = {"weights": tuning.weights} if tuning.weights != "fp32" else {}
     return found | ({"quantize": tuning.quantize, "whole": tuning.layers} if tuning.quantize else {})
 
 
 def _tuned(tuning: Finetuning, named: str) -> dict[str, Any] | None:
-    """What is trained; None where everything is."""
+    """Return the trained parts; None for everything."""
     if (tuning.train == "adapters") != (tuning.lora is not None):
         raise DefinitionError(
             f"{named}: 'lora' says which adapters there are, and 'train: adapters' that they are trained; give both "
