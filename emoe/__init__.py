@@ -39,7 +39,6 @@ _NAMES = {
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 try:
-    # a checkout has the version of its last installation; runs record the commit too
     __version__ = importlib.metadata.version("emoe")
 except importlib.metadata.PackageNotFoundError:  # not installed
     __version__ = "0.0.0"
