@@ -161,3 +161,20 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(model_root: Path, damage: st
 def test_a_model_that_is_nowhere_names_the_remedy(model_root: Path) -> None:
     with pytest.raises(DataError, match=r"could not load the model 'nobody/bert': .*below model_root"):
         loading.load_backbone({"name": "bert", "hub": "nobody/bert"})
+
+
+def test_a_model_of_the_hub_is_recorded_with_its_commit(model_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(MODEL_ROOT)
+    commit = "a" * 40
+    (model_root / "bert-base-cased").rename(model_root / commit)
+    requests = []
+
+    def download(name: str, **options: Any) -> str:
+        requests.append((name, options["revision"]))
+        assert not any(pattern.endswith((".bin", ".py")) for pattern in options["allow_patterns"])
+        return str(model_root / commit)
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    model = {"name": "bert", "hub": "somebody/bert", "revision": "main"}
+    assert loading.describe(model, loading.load_backbone(model)) == f"somebody/bert@{commit} (not pinned)"
+    assert requests == [("somebody/bert", "main")]

@@ -95,9 +95,12 @@ def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> tu
                 raise DataError(f"{source} does not hold the weights of '{model['name']}': it lacks '{missing[0]}'")
             return loaded, Path(source)
         folder = Path(source)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=_DOWNLOADED))
-        return cast(PreTrainedModel, load_stock(loader, folder, **options)), folder
+        if folder.is_dir():
+            return cast(PreTrainedModel, load_stock(loader, folder, **options)), folder
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_DOWNLOADED))
+        loaded = cast(PreTrainedModel, load_stock(loader, folder, **options))
+        loaded.config._commit_hash = folder.name  # as transformers sets it for the hub's ids
+        return loaded, folder
 
 
 @contextmanager
