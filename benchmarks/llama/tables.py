@@ -57,7 +57,9 @@ def results(outcomes: InstructionOutcomes) -> Table:
             columns.append(Column(metric, name, f"{task_words(task)}{word}", std=f"{name} std", best=name))
     return Table(
         "Held-out loss and accuracy",
-        f"Mean ± standard deviation over n seeds; the loss is the mean over the responses' tokens of held-out instructions. {_likelihood(outcomes)}{_questions(outcomes)}Δ to {outcomes.baseline_title} is to {outcomes.baseline_title} tuned the same way, paired by seed: "
+        "Mean ± standard deviation over n seeds; the loss is the mean over the responses' tokens of held-out "
+        f"instructions. {_likelihood(outcomes)}{_questions(outcomes)}Δ to {outcomes.baseline_title} is to "
+        f"{outcomes.baseline_title} tuned the same way, paired by seed: "
         "of a model that is not tuned, what the conversion costs. Δ to not tuned is to the same method not tuned: "
         "what tuning gains. Both with a 95 % confidence interval over seeds (Student's t). "
         f"{_CHOSEN if outcomes.rates_chosen else ''}Bold marks the best method of a way of tuning, controls apart.",
@@ -261,8 +263,9 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
             same, nats = (_of_cell(tests, cell) for tests in (outcomes.tests, outcomes.nats_tests))
             accuracies = [f"{task_words(one.task)} {difference_text(one, ' points')}" for one in same.itertuples()]
             likely = [
-                f"{task_words(one.task)} {one.delta:+z.3f}{interval_text(one.low, one.high, 3)} nats a byte of the right answer, {one.verdict or 'no test'}"
-                for one in nats.itertuples()
+                f"{task_words(test.task)} {test.delta:+z.3f}{interval_text(test.low, test.high, 3)} nats a byte of "
+                f"the right answer, {test.verdict or 'no test'}"
+                for test in nats.itertuples()
             ]
             loss = f"held-out loss {row.delta:+z.3f}{interval_text(row.low, row.high, 3)}"
             both = {row.method_title: cell, outcomes.baseline_title: (*cell[: len(GROUP)], outcomes.baseline, "")}
@@ -300,7 +303,8 @@ def _questions(outcomes: InstructionOutcomes) -> str:
     for metrics in outcomes.metrics.values():
         found |= {task: tested["questions"] for task, tested in metrics["tasks"].items() if tested["metric"] == "acc"}
     words = [
-        f"{task_words(task)} has {count:,} questions, so that one accuracy near 30 % is uncertain by {45.8 / math.sqrt(count):.1f} points (one standard error){_chance(task)}"
+        f"{task_words(task)} has {count:,} questions, so that one accuracy near 30 % is uncertain by "
+        f"{45.8 / math.sqrt(count):.1f} points (one standard error){_chance(task)}"
         for task, count in found.items()
     ]
     dev = (
@@ -319,7 +323,10 @@ def _likelihood(outcomes: InstructionOutcomes) -> str:
     """Explain nats per byte and accuracy by length, if there are some."""
     if outcomes.nats_tests.empty:
         return ""
-    return "Right answer: minus the logarithm of its probability, over its bytes; less is better. By length: the answer that is likeliest a letter counts. "
+    return (
+        "Right answer: minus the logarithm of its probability, over its bytes; less is better. "
+        "By length: the answer that is likeliest a letter counts. "
+    )
 
 
 def _short(text: str) -> str:
