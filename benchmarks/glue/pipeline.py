@@ -47,7 +47,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     classifier = build_classifier(spec, tokenizer, calibration)
     if classifier.summary["trained"]:
         groups = classifier.summary["trained"].items()
-        progress.say("trained parameters: " + ", ".join(f"{name} {found['parameters']:,}" for name, found in groups))
+        progress.say("trained parameters: " + ", ".join(f"{name} {group['parameters']:,}" for name, group in groups))
     trainer = TextTrainer(classifier, tokenizer, read, splits["train"], splits["dev"], folder, progress)
     epochs, kept = trainer.train()
     progress.say("evaluating")

@@ -66,9 +66,9 @@ class EncodedRows(Dataset[dict[str, Any]]):
             )
         prompts = [template.prompt(row) for row in instructions]
         texts = [prompt + template.response(row) for prompt, row in zip(prompts, instructions, strict=True)]
-        found = tokenizer(texts, add_special_tokens=template.special_tokens, return_offsets_mapping=True)
+        encoded = tokenizer(texts, add_special_tokens=template.special_tokens, return_offsets_mapping=True)
         for row, prompt, tokens, offsets in zip(
-            instructions, prompts, found["input_ids"], found["offset_mapping"], strict=True
+            instructions, prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             begin = _begin(prompt, offsets)
             if begin >= max_length:
@@ -78,11 +78,11 @@ class EncodedRows(Dataset[dict[str, Any]]):
             self.rows.append(EncodedRow(tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
             self.sources.append(row)
 
-    def chosen(self, places: Sequence[int]) -> EncodedRows:
+    def chosen(self, numbers: Sequence[int]) -> EncodedRows:
         """Return some of the usable rows, by their numbers."""
-        found = copy.copy(self)
-        found.rows, found.sources = [self.rows[i] for i in places], [self.sources[i] for i in places]
-        return found
+        rows = copy.copy(self)
+        rows.rows, rows.sources = [self.rows[i] for i in numbers], [self.sources[i] for i in numbers]
+        return rows
 
     def prefixed(self, prefix: Prefix | None, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
         """Return these rows with the output of a model's frozen layers, if it has some."""
@@ -90,21 +90,21 @@ class EncodedRows(Dataset[dict[str, Any]]):
             return self
         collate, lengths = collator(tokenizer), [len(row.tokens) for row in self.rows]
 
-        def batch(places: Sequence[int]) -> dict[str, Tensor]:
-            return {name: values for name, values in collate([self[i] for i in places]).items() if name != "labels"}
+        def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
+            return {name: values for name, values in collate([self[i] for i in numbers]).items() if name != "labels"}
 
         columns = {"tokens": np.concatenate([row.tokens for row in self.rows]), "lengths": np.asarray(lengths)}
-        found = copy.copy(self)
-        found._states = PrefixStates(prefix, columns_digest(columns), lengths, batch)
-        return found
+        rows = copy.copy(self)
+        rows._states = PrefixStates(prefix, columns_digest(columns), lengths, batch)
+        return rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        found = {"input_ids": row.tokens, "attention_mask": [1] * len(row.tokens), "labels": row.labels}
-        return found if self._states is None else {**found, STATES: self._states[index]}
+        inputs = {"input_ids": row.tokens, "attention_mask": [1] * len(row.tokens), "labels": row.labels}
+        return inputs if self._states is None else {**inputs, STATES: self._states[index]}
 
     def summary(self) -> dict[str, Any]:
         """Counts for the record."""
@@ -150,10 +150,10 @@ def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
         return collate
 
     def collated(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
-        found = dict(collate(rows))
-        labels = found["labels"]
+        batch = dict(collate(rows))
+        labels = batch["labels"]
         learned = (labels != IGNORED).any(dim=0).nonzero()
         keep = labels.shape[1] - int(learned[0]) + 1 if len(learned) else 1  # a token is predicted by the one before it
-        return {**found, "labels": labels[:, -keep:], "logits_to_keep": keep}
+        return {**batch, "labels": labels[:, -keep:], "logits_to_keep": keep}
 
     return collated

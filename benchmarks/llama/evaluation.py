@@ -6,7 +6,7 @@ import functools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -79,8 +79,7 @@ def _load(entry: AskedTask) -> LoadedTask:
             f"'evaluation.tasks' names '{name}', which lm-eval does not have{did_you_mean(name, known)}"
         )
     try:
-        with _uncounted(folder):
-            loaded = _manager(folder).load([name])
+        loaded = _manager(folder).load([name])
     except Exception as error:  # whatever hub, parser and the task's own code raise
         raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
     tasks = loaded["tasks"]
@@ -136,19 +135,6 @@ def _manager(folder: Path | None) -> Any:
     return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
 
 
-@contextmanager
-def _uncounted(folder: Path | None) -> Iterator[None]:
-    """Stop `datasets` from reporting 57 reads of local files to the hub."""
-    from datasets import config
-
-    before = config.HF_UPDATE_DOWNLOAD_COUNTS
-    config.HF_UPDATE_DOWNLOAD_COUNTS = before and folder is None
-    try:
-        yield
-    finally:
-        config.HF_UPDATE_DOWNLOAD_COUNTS = before
-
-
 def run_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -190,15 +176,14 @@ def run_task(
         if member.get_config("num_fewshot") != 0:  # a task's own 0 is fixed
             member.set_config(key="num_fewshot", value=task.entry.num_fewshot)
         member.set_fewshot_seed(seed=_OTHER_SEED)
-    with _uncounted(_folder(task.entry.task)):
-        result = evaluate(
-            lm=wrapped,
-            task_dict=task.loaded,
-            limit=task.entry.limit,
-            log_samples=True,
-            bootstrap_iters=0,
-            fewshot_as_multiturn=True,
-        )
+    result = evaluate(
+        lm=wrapped,
+        task_dict=task.loaded,
+        limit=task.entry.limit,
+        log_samples=True,
+        bootstrap_iters=0,
+        fewshot_as_multiturn=True,
+    )
     return {**summarise(result), "source": task.sources}
 
 

@@ -80,12 +80,12 @@ def _held_out(outcomes: InstructionOutcomes, run: Run) -> list[_Point]:
     return [(point["step"], point["loss"]) for point in outcomes.metrics[run.id].get("held_out_curve", ())]
 
 
-def _draw_curve(axis: Any, title: str, style: Mapping[str, Any], found: list[list[_Point]]) -> None:
+def _draw_curve(axis: Any, title: str, style: Mapping[str, Any], curves: list[list[_Point]]) -> None:
     """Draw the mean over seeds. Lines on each other show between the other's dashes, and by their marks."""
-    steps = [step for step, _ in found[0]]
+    steps = [step for step, _ in curves[0]]
     if not steps:
         return
-    losses = [[math.nan if loss is None else loss for _, loss in curve] for curve in found if len(curve) == len(steps)]
+    losses = [[math.nan if loss is None else loss for _, loss in curve] for curve in curves if len(curve) == len(steps)]
     wide = style["color"] == DENSE.colour  # so that it shows below the others
     axis.plot(
         steps,

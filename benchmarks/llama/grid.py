@@ -93,8 +93,8 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
 
     def resources(self, resources: Resources, spec: Mapping[str, Any]) -> dict[str, Any]:
         """All of them; a run that trains nothing takes one process and at most one GPU."""
-        found = resources.model_dump()
-        return found if is_trained(spec) else found | {"processes": 1, "gpu": min(resources.gpu, 1)}
+        reserved = resources.model_dump()
+        return reserved if is_trained(spec) else reserved | {"processes": 1, "gpu": min(resources.gpu, 1)}
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         read = InstructionSpec.model_validate(spec)
@@ -135,12 +135,14 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
         """A set of instructions; rows that are broken without regard to their length count as dropped."""
         known = tasks[name]
         try:
-            found = load_instructions(name, InstructionSource.model_validate(spec["task"]["source"]))
+            instructions = load_instructions(name, InstructionSource.model_validate(spec["task"]["source"]))
         except DataError as error:
             yield missing_set(name, first_line(error), known.download_instructions, known.rows)
             return
-        inputs = f"{sum(bool(row.input) for row in found.rows):,} with an input"
-        yield SetPart(name, ALL, len(found.rows), len(found.broken), known.rows, inputs, found.source)
+        inputs = f"{sum(bool(row.input) for row in instructions.rows):,} with an input"
+        yield SetPart(
+            name, ALL, len(instructions.rows), len(instructions.broken), known.rows, inputs, instructions.source
+        )
 
     def workload(self, spec: Mapping[str, Any], tasks: Mapping[str, InstructionSet], specs: Specs) -> Workload | None:
         return instruction_workload(spec, tasks)
@@ -201,7 +203,7 @@ def _spec(
         "method": method,
         "finetuning": point["finetuning"],
         "data": definition.data.changed(part.data).model_dump(),
-        # what shapes no number of an untrained model shall not make it a new run
+        # what shapes no number of an untrained model must not make it a new run
         "training": {"lora": None, "precision": settings.precision, "keep_weights": False} if untrained else training,
         "evaluation": definition.evaluation.changed(part.evaluation).model_dump(),
         "learning_rate": 0.0 if untrained else float(point["learning_rate"]),
@@ -211,8 +213,8 @@ def _spec(
 
 def _form(tuning: Finetuning) -> dict[str, Any]:
     """Return the form of the weights, if it is not float32."""
-    found: dict[str, Any] = {"weights": tuning.weights} if tuning.weights != "fp32" else {}
-    return found | ({"quantize": tuning.quantize, "whole": tuning.layers} if tuning.quantize else {})
+    form: dict[str, Any] = {"weights": tuning.weights} if tuning.weights != "fp32" else {}
+    return form | ({"quantize": tuning.quantize, "whole": tuning.layers} if tuning.quantize else {})
 
 
 def _tuned(tuning: Finetuning, named: str) -> dict[str, Any] | None:

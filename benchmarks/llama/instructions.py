@@ -94,14 +94,14 @@ def _read_hub(hub: str, revision: str | None) -> Instructions:
     import datasets
 
     try:
-        found = datasets.load_dataset(hub, split="train", revision=revision)
+        loaded = datasets.load_dataset(hub, split="train", revision=revision)
     except Exception as error:  # whatever hub, network and parser raise
         raise DataError(
             f"could not load {hub} from the hub: {first_line(error)}; "
             "without the hub, put its rows below data_root (config/README.md)"
         ) from error
-    rows = ((f"row {number}", value) for number, value in enumerate(found, start=1))
-    return _checked(rows, hub_name(hub, revision, commit_of(found)))
+    rows = ((f"row {number}", value) for number, value in enumerate(loaded, start=1))
+    return _checked(rows, hub_name(hub, revision, commit_of(loaded)))
 
 
 def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
@@ -143,14 +143,14 @@ def _problem(value: Any) -> str | None:
         if field not in value:
             return f"lacks '{field}'"
     for field in _FIELDS:
-        found = value.get(field, "")
-        if found is None and field == "input":
+        text = value.get(field, "")
+        if text is None and field == "input":
             continue
-        if not isinstance(found, str):
-            return f"'{field}' is {type(found).__name__}, not text"
-        if any("\ud800" <= letter <= "\udfff" for letter in found):
+        if not isinstance(text, str):
+            return f"'{field}' is {type(text).__name__}, not text"
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
             return f"'{field}' is not UTF-8"
-        if field != "input" and not found.strip():
+        if field != "input" and not text.strip():
             return f"'{field}' is empty"
     return None
 

@@ -50,7 +50,7 @@ class InstructionOutcomes(Outcomes):
         records = collect_from((run, self.metrics[run.id]) for run in chosen)
         cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in chosen], columns=["run_id", *CELL])
         self.records = records.drop(columns=["model", "method", "variant"]).merge(cells, on="run_id", sort=False)
-        self.tasks = list(dict.fromkeys(name for found in self.metrics.values() for name in found["tasks"]))
+        self.tasks = list(dict.fromkeys(name for metrics in self.metrics.values() for name in metrics["tasks"]))
         untuned = next((run.spec["finetuning"] for run in runs if not is_trained(run.spec)), "")
         self._references = {BASELINE: {"method": self.baseline, "variant": ""}, UNTUNED: {"tuning": untuned}}
         self.tests = self._tests(_CORRECT)

@@ -77,10 +77,10 @@ def write_mmlu_dev(folder: Path) -> int:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{file} does not exist; this suite reads MMLU's files of lm-eval 0.4") from error
-    return found
+    return content
 
 
 def _question(sample: Mapping[str, str], file: Path) -> dict[str, Any]:

@@ -48,7 +48,9 @@ def results(outcomes: InstructionOutcomes) -> Table:
         interval = (f"{against} low", f"{against} high")
         columns.append(Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True))
     for task in outcomes.tasks:
-        scored = next(found["tasks"][task]["metric"] for found in outcomes.metrics.values() if task in found["tasks"])
+        scored = next(
+            metrics["tasks"][task]["metric"] for metrics in outcomes.metrics.values() if task in metrics["tasks"]
+        )
         parts = {"accuracy": "", "accuracy_macro": ", mean of subjects", "accuracy_norm": ", by length"}
         parts |= {NATS: ", right answer", "task_score": f", {scored}"}
         for metric, word in parts.items():
@@ -125,7 +127,7 @@ def subjects(outcomes: InstructionOutcomes) -> Table:
 
 def _parts(outcomes: InstructionOutcomes, key: str, title: str, caption: str) -> Table:
     """Tabulate parts of tasks by row, and cells by column."""
-    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    accuracies: dict[tuple[str, str], dict[str, list[float]]] = {}
     counts: dict[tuple[str, str], int] = {}
     for run in outcomes.runs:
         column = outcomes.row_title(cell_of(run))
@@ -133,7 +135,7 @@ def _parts(outcomes: InstructionOutcomes, key: str, title: str, caption: str) ->
             for part, values in tested[key].items():
                 if tested["metric"] != "acc":
                     continue
-                found.setdefault((task, part), {}).setdefault(column, []).append(values["acc"])
+                accuracies.setdefault((task, part), {}).setdefault(column, []).append(values["acc"])
                 counts[task, part] = values["questions"]
     rows = [
         {
@@ -141,9 +143,9 @@ def _parts(outcomes: InstructionOutcomes, key: str, title: str, caption: str) ->
             "part": f"{part_words(part)} ({counts[task, part]})",
             **{column: sum(values) / len(values) for column, values in by_column.items()},
         }
-        for (task, part), by_column in found.items()
+        for (task, part), by_column in accuracies.items()
     ]
-    names = list(dict.fromkeys(name for by_column in found.values() for name in by_column))
+    names = list(dict.fromkeys(name for by_column in accuracies.values() for name in by_column))
     return Table(
         title,
         caption,
@@ -176,9 +178,11 @@ def data(outcomes: InstructionOutcomes) -> Table:
     """Count rows and tokens that were learned, held out, cut or left out."""
     rows = []
     for run in outcomes.runs:
-        for part, found in outcomes.metrics[run.id]["data"].items():
+        for part, counts_of_part in outcomes.metrics[run.id]["data"].items():
             if part != "train" or is_trained(run.spec):
-                rows.append({**{key: cell_of(run)[key] for key in GROUP}, "part": part.replace("_", " "), **found})
+                rows.append(
+                    {**{key: cell_of(run)[key] for key in GROUP}, "part": part.replace("_", " "), **counts_of_part}
+                )
     frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
     frame["set_title"] = [outcomes.title("set", name) for name in frame["set"]]
     frame = frame.drop(columns="tuning").drop_duplicates().reset_index(drop=True)
@@ -299,13 +303,13 @@ def _first_of_each_cell(outcomes: InstructionOutcomes) -> list[Run]:
 
 def _questions(outcomes: InstructionOutcomes) -> str:
     """Describe the numbers of questions and their standard errors."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for metrics in outcomes.metrics.values():
-        found |= {task: tested["questions"] for task, tested in metrics["tasks"].items() if tested["metric"] == "acc"}
+        counts |= {task: tested["questions"] for task, tested in metrics["tasks"].items() if tested["metric"] == "acc"}
     words = [
         f"{task_words(task)} has {count:,} questions, so that one accuracy near 30 % is uncertain by "
         f"{45.8 / math.sqrt(count):.1f} points (one standard error){_chance(task)}"
-        for task, count in found.items()
+        for task, count in counts.items()
     ]
     dev = (
         "MMLU-dev are MMLU's few-shot development questions, as they ship inside lm-eval, and not its test. "

@@ -22,8 +22,8 @@ _FILE = BENCHMARKS / "llama" / "templates.yaml"
 
 @functools.cache
 def _templates() -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = read_yaml(_FILE)
-    return found
+    templates: dict[str, dict[str, str]] = read_yaml(_FILE)
+    return templates
 
 
 def template_names() -> list[str]:
