@@ -18,8 +18,7 @@ from torchvision.transforms.functional import normalize, resize
 
 from benchmarks.domainbed.images import Environment, Picture
 from benchmarks.harness.base.seeds import derive_seed
-from benchmarks.harness.models.prefix import STATES, Prefix
-from benchmarks.harness.models.prefix_cache import PrefixStates
+from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates
 
 Transform = Callable[[Picture], Tensor]
 

@@ -20,10 +20,9 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.results.statistics import MutualInformation, by_chance, shuffled_information
-from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
+from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import score
-from benchmarks.harness.training.probe import Probe, fixed_rows
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
 from emoe.layer import routed_layers
@@ -149,7 +148,6 @@ class DomainTrainer:
             precision=self._precision,
             seed=derive_seed("dropout", spec.seed),
             save_strategy="no",
-            save_total_limit=1,
             logging_strategy="no",
             logging_nan_inf_filter=False,  # a loss that is no number shall be seen
             dataloader_num_workers=reading_workers(),
@@ -157,7 +155,7 @@ class DomainTrainer:
         rows = fixed_rows(next(iter(splits.values())))
         # of a frozen prefix the images are elsewhere than in their pixels
         columns = [name for name in rows[0] if name != "labels"]
-        self.probe.look(classifier.model, {name: torch.stack([row[name] for row in rows]) for name in columns})
+        self.probe.observe(classifier.model, {name: torch.stack([row[name] for row in rows]) for name in columns})
         self._trainer = _DomainLoop(
             args=arguments,
             order=draws,

@@ -14,7 +14,7 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_classifier, save_trained
 from benchmarks.harness.models.conversion import use_as_
 from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.harness.models.states_below import StatesBelow
+from benchmarks.harness.models.prefix import StatesBelow
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec, TextTraining
@@ -29,12 +29,12 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     """Run one spec.
 
     Args:
-        spec: the content of ``run.json``.
-        folder: the run's folder, for checkpoints and what is kept of the weights.
-        progress: where to say what is going on.
+        spec: The content of ``run.json``.
+        folder: The run's folder, for checkpoints and kept weights.
+        progress: The progress line.
 
     Returns:
-        The content of ``metrics.json``, less what the harness adds.
+        The content of ``metrics.json`` without the harness's part.
     """
     read = parse(spec, TextSpec, str(folder / "run.json"))
     task, training = read.task, read.training
@@ -47,7 +47,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     classifier = build_classifier(spec, tokenizer, calibration)
     if classifier.summary["trained"]:
         groups = classifier.summary["trained"].items()
-        progress.say("trained parameters: " + ", ".join(f"{name} {found['parameters']:,}" for name, found in groups))
+        progress.say("trained parameters: " + ", ".join(f"{name} {group['parameters']:,}" for name, group in groups))
     trainer = TextTrainer(classifier, tokenizer, read, splits["train"], splits["dev"], folder, progress)
     epochs, kept = trainer.train()
     progress.say("evaluating")
@@ -62,7 +62,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     transformed = {}
     if read.used_as:
         made = {part: scores[part] for part in ("test", "ood")}
-        # a model that diverged has no weights of which experts could be made: its answers stay what they are
+        # a model that diverged has no weights to cluster, so its scores stay
         if kept["loss"] is not None:
             progress.say(f"evaluating as {read.used_as.name}")
             use_as_(classifier.model, read.used_as.config, read.seed)
@@ -91,7 +91,7 @@ def _evaluated(
     ood: Mapping[str, TextSplit],
     routing: RowRouting | None = None,
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Scores on the reported split and on the other sets."""
+    """Score the reported split and the other sets."""
     return {
         "test": {spec.task.name: trainer.evaluate(test, routing=routing)},
         "ood": {other.name: trainer.evaluate(ood[other.name], other, routing) for other in spec.ood},
@@ -99,15 +99,15 @@ def _evaluated(
 
 
 def _first_changed(model: nn.Module, spec: TextSpec) -> int:
-    """The first layer that is not the same in a model that is trained as one thing and used as another; 0 where it is used as nothing else."""
-    config = spec.used_as and (spec.method.config or spec.used_as.config)  # one of both has experts
+    """Return the first layer that differs if the trained model is used as another; 0 if it is not."""
+    config = spec.used_as and (spec.method.config or spec.used_as.config)  # one of them has experts
     return resolve_layers(config["layers"], len(find_ffns(model)))[0] if config else 0
 
 
 def _splits(task: RunTask, training: TextTraining, load: Callable[..., TextSplit]) -> dict[str, TextSplit]:
-    """Train, dev (which selects) and test (which is reported), cut to the rows that the run uses.
+    """Load the rows that a run uses: train, dev (which selects) and test (which is reported).
 
-    Without a test split the dev split is reported. A clean run then holds out a share of the training rows to select by.
+    Without a test split the dev split is reported, and a clean run selects by a share of the training rows.
     """
     train = load(task, "train", training.train_rows)
     test = load(task, "test", training.eval_rows)

@@ -17,7 +17,7 @@ from benchmarks.harness.models.build import reopen_classifier
 from benchmarks.harness.models.conversion import use_as_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.results.records import collect, read_metrics
-from benchmarks.harness.training.probe import Probe
+from benchmarks.harness.training.callbacks import Probe
 from benchmarks.harness.training.progress import Progress
 from benchmarks.text.data import TextSplit, load_part
 from benchmarks.text.definition import RunTask, TextSpec
@@ -32,12 +32,12 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     """Run one spec.
 
     Args:
-        spec: the content of ``run.json``.
-        folder: the run's folder.
-        progress: where to say what is going on.
+        spec: The content of ``run.json``.
+        folder: The run's folder.
+        progress: The progress line.
 
     Returns:
-        The content of ``metrics.json``, less what the harness adds; ``chosen`` is the folder of the run that was evaluated.
+        The content of ``metrics.json`` without the harness's part; ``chosen`` is the evaluated run.
     """
     read = parse(spec, EvaluationSpec, str(folder / "run.json"))
     settings = read.evaluation
@@ -53,7 +53,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         classifier = reopen_classifier(chosen.spec, recorded["model"]["source"]["weights"], tokenizer, weights)
     except (DataError, CheckpointError) as error:
         raise DataError(
-            f"{error}\nDelete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
+            f"{error}; delete {RUNS / chosen.folder / 'metrics.json'} and let Snakemake train the run again"
         ) from error
     if read.transform is not None:
         use_as_(classifier.model, read.method.config, read.seed)
@@ -68,7 +68,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     )
     probe = Probe()
     if read.ood:  # sets can be excluded
-        probe.look(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
+        probe.observe(classifier.model, evaluator.first_batch(splits[read.ood[0].name]))
     training, routing = trained.training, RowRouting(classifier.model)
     same = read.transform is None and (training.eval_rows, training.max_length) == (settings.rows, settings.max_length)
     if same and not routed_layers(classifier.model):
@@ -100,17 +100,17 @@ def _load(other: RunTask, load: Callable[..., TextSplit]) -> TextSplit:
     try:
         return load(other, "test")
     except DataError as error:
-        raise DataError(f"{error}\nTo go on without it: `--config exclude=[{other.name}]`") from error
+        raise DataError(f"{error}; to go on without it: `--config exclude=[{other.name}]`") from error
 
 
 def _chosen(spec: EvaluationSpec) -> Run:
-    """The candidate with this seed and the learning rate and variant of the best mean dev score over all seeds."""
+    """Return the candidate with this seed, and the learning rate and variant of the best mean dev score."""
     candidates = [read_run(RUNS / candidate / "run.json") for candidate in spec.candidates]
     records = select(collect(candidates), spec.protocol)
     best = records.iloc[0][[*CHOICE]]
     for candidate in candidates:
-        found = (candidate.spec["method"]["variant"], candidate.spec["learning_rate"])
-        if found == tuple(best) and candidate.spec["seed"] == spec.seed:
+        choice = (candidate.spec["method"]["variant"], candidate.spec["learning_rate"])
+        if choice == tuple(best) and candidate.spec["seed"] == spec.seed:
             return candidate
     raise DataError(
         f"{spec.benchmark}: seed {spec.seed} did not train {spec.method.name} with the chosen "

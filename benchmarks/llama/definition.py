@@ -1,4 +1,4 @@
-"""What the files of a benchmark of instruction tuning say: what is tuned how, what its suites run, and its sets."""
+"""Define the files of a benchmark of instruction tuning: ways of tuning, suites and sets."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from benchmarks.harness.config.yaml import (
 
 
 class Finetuning(Entry):
-    """What is trained of a model."""
+    """The trained parts of a model."""
 
     train: Annotated[str, Registered(TUNINGS, beside=("all", "adapters", "nothing"))]
-    """What of a language model is trained: everything; adapters; nothing, where it is only evaluated; or a registered way of tuning, such as
-    `blocks`: the transformer blocks that `layers` names."""
+    """Trained part of a language model: everything; adapters; nothing (it is only evaluated); or a registered way of
+    tuning, such as `blocks`: the transformer blocks of `layers`."""
     layers: Layers | None = None
-    """The blocks that are trained, named as converted layers are; with `quantize` those whose FFNs stay whole."""
+    """The trained blocks, named like converted layers; with `quantize`, the layers whose FFNs are not quantised."""
     lora: LoRA | None = None
     """The adapters."""
     weights: Literal["fp32", "bf16"] = "fp32"
@@ -45,22 +45,23 @@ class Finetuning(Entry):
 
 
 class Data(Strict):
-    """How instructions become rows; a suite may set its own."""
+    """Settings that make rows of instructions; a suite may change them."""
 
     template: str
-    """Prompt template: one of templates.yaml, the model's own `chat` template, or `random` for one of templates.yaml drawn by the run's seed."""
+    """Prompt template: one of templates.yaml, `chat` for the model's own, or `random` for one of templates.yaml drawn
+    by the seed."""
     max_length: Annotated[int, Field(ge=2)]
     """Tokens of prompt and response; what is longer is cut off the response and counted."""
     train_rows: Count | None
-    """Rows to learn, drawn once and for all; null for all that are not held out."""
+    """Number of rows to learn, the same rows for all runs; null for all that are not held out."""
     held_out_rows: Count
-    """Rows to evaluate the loss on, drawn once and for all."""
+    """Number of rows for the held-out loss, the same rows for all runs."""
     broken_rows: Literal["refuse", "skip"]
-    """What to do with rows that cannot be used: refuse the set, or leave them out and count them."""
+    """Refuse a set with unusable rows, or skip and count them."""
 
 
 class InstructionTraining(Strict):
-    """How a run is trained, its adapters aside."""
+    """Settings of the training, without adapters."""
 
     epochs: Positive
     """Passes over the rows."""
@@ -69,9 +70,9 @@ class InstructionTraining(Strict):
     batch_size: Count
     """Rows of a step, over all processes. Rows that do not fill a step are left out."""
     per_device_train_batch_size: Count
-    """Rows that a process takes at once; the rest of the batch is accumulated."""
+    """Rows of a process at once; the rest of the batch is accumulated."""
     schedule: Literal["cosine", "linear", "constant_with_warmup"]
-    """Of the learning rate."""
+    """Schedule of the learning rate."""
     warmup: Rate
     """Share of the steps over which the learning rate rises."""
     weight_decay: NotNegative
@@ -87,16 +88,17 @@ class InstructionTraining(Strict):
     save_steps: Count
     """Steps between checkpoints."""
     eval_every: Count | None = left_out()
-    """Steps between two looks at the held-out loss while training, the first before any step; not at all unless given."""
+    """Steps between two held-out losses during training, the first before any step; none unless given."""
     keep_weights: bool
-    """Keep what was trained, so that the run can be exported."""
+    """Keep the trained weights, so that the run can be exported."""
     frozen_layers: Whole | None = zero_left_out()
-    """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a row is computed once and kept
-    (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below. 0, or left out: none."""
+    """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output for a
+    row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method converts or
+    trains a layer below. 0, or left out: none."""
 
 
 class InstructionTrainingSettings(InstructionTraining, TrainingSettings):
-    """How every run is trained; a suite may set its own."""
+    """Settings of the training; a suite may change them."""
 
     by_model: dict[str, Annotated[Strict, PartOf(InstructionTraining)]] = Field({})
     """Settings of single models."""
@@ -114,7 +116,7 @@ class AskedTask(Strict):
 
 
 class Evaluation(Strict):
-    """How every run is evaluated; a suite may set its own."""
+    """Settings of the evaluation; a suite may change them."""
 
     tasks: list[AskedTask]
     """Tasks of lm-eval."""
@@ -127,12 +129,12 @@ class Evaluation(Strict):
 
 
 class ParallelResources(Resources):
-    """What the scheduler reserves for one run, and over how many processes it is spread; shapes no number beyond rounding."""
+    """Reservations of the scheduler for one run, and its processes; they change numbers only by rounding."""
 
     processes: Count = 1
     """Processes that torchrun starts; one a GPU."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes share the work: every one has the whole model (ddp), or each a part (fsdp: FSDP2)."""
+    """Way to share the work: each process has the whole model (ddp), or a part of it (fsdp: FSDP2)."""
 
 
 class InstructionBlock(VariantAxes):
@@ -164,7 +166,7 @@ class InstructionSuite(TrainingSuite):
     finetuning: dict[str, dict[str, Any]] = Field({})
     """Settings of single ways of finetuning that differ in this suite, by their names."""
     resources: ParallelResources = ParallelResources()
-    """What the scheduler reserves for one run, and over how many processes it is spread."""
+    """Reservations of the scheduler for one run, and its processes."""
     grid: Annotated[list[InstructionBlock], Field(min_length=1)]
     """Blocks of runs; each is the product of its lists."""
 
@@ -175,19 +177,19 @@ class InstructionDefinition(TrainingDefinition):
     sets: str
     """File with the sets of instructions, in the benchmark's folder."""
     finetuning: Annotated[dict[Key, Finetuning], Field(min_length=1)]
-    """What is trained of a model. The order is the order of the rows."""
+    """Ways of tuning, in the order of the rows."""
     data: Data
-    """How instructions become rows; a suite may set its own."""
+    """Settings that make rows of instructions; a suite may change them."""
     training: InstructionTrainingSettings
-    """How every run is trained; a suite may set its own."""
+    """Settings of the training; a suite may change them."""
     evaluation: Evaluation
-    """How every run is evaluated; a suite may set its own."""
+    """Settings of the evaluation; a suite may change them."""
     suites: dict[Key, InstructionSuite]
-    """What to run, by suite."""
+    """Grids and settings by suite."""
 
 
 class InstructionSource(AsGiven):
-    """Where rows come from, where there is no file `<name>.json` or `<name>.jsonl` below data_root."""
+    """Source of the rows if there is no file `<name>.json` or `<name>.jsonl` below data_root."""
 
     hub: str | None = None
     """Repository on the hub."""
@@ -205,14 +207,14 @@ class InstructionSet(Entry):
     """One set of instructions in Alpaca's form."""
 
     source: InstructionSource
-    """Where rows come from, where there is no file `<name>.json` or `<name>.jsonl` below data_root."""
+    """Source of the rows if there is no file `<name>.json` or `<name>.jsonl` below data_root."""
     rows: Count | None = left_out()
-    """Rows as its makers count them."""
+    """Number of rows according to its makers."""
     download_instructions: str
-    """Where the set comes from."""
+    """Instructions to download the set."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """What of the set shapes a run's numbers, with its name."""
+        """Return the part of the set that shapes a run's numbers."""
         return {"name": name, **self.model_dump(include={"source"})}
 
 
@@ -229,18 +231,18 @@ class RunInstructions(Strict):
     name: str
     """Name among the benchmark's sets."""
     source: InstructionSource
-    """Where its rows come from."""
+    """Source of its rows."""
 
 
 class RunInstructionTraining(InstructionTraining):
-    """How a run is trained."""
+    """Settings of a run's training."""
 
     lora: LoRA | None
-    """The adapters, where there are any."""
+    """The adapters, if there are some."""
 
 
 class Untrained(Strict):
-    """What is left of that where nothing is trained."""
+    """Settings of a run that trains nothing."""
 
     lora: None
     precision: Literal["fp32", "bf16"]
@@ -249,17 +251,17 @@ class Untrained(Strict):
 
 
 class InstructionSpec(RunSpec):
-    """What shapes the numbers of a run that tunes a language model on instructions, or evaluates it as it is."""
+    """The settings that shape the numbers of a run that tunes or evaluates a language model."""
 
     task: RunInstructions
     """The set of instructions."""
     ood: Annotated[list[Any], Field(max_length=0)]
     """Empty: it is evaluated on tasks of lm-eval."""
     finetuning: str
-    """What is trained, by its name in the benchmark."""
+    """Name of the way of tuning."""
     data: Data
-    """How instructions become rows."""
+    """Settings that make rows of instructions."""
     training: RunInstructionTraining | Untrained
-    """How it is trained."""
+    """Settings of the training."""
     evaluation: Evaluation
-    """How it is evaluated."""
+    """Settings of the evaluation."""

@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.models.prefix import STATES, Prefix
-from benchmarks.harness.models.prefix_cache import PrefixStates, columns_digest, with_states
+from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest, with_states
 from benchmarks.llama.instructions import Broken, Instruction
 from benchmarks.llama.templates import Template
 
@@ -26,7 +25,7 @@ _ROWS_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids of prompt and response; where the response begins; how many of its tokens were cut off."""
+    """The token ids of prompt and response, the begin of the response, and the number of tokens that were cut off."""
 
     tokens: list[int]
     begin: int
@@ -34,7 +33,7 @@ class EncodedRow:
 
     @property
     def labels(self) -> list[int]:
-        """The response's tokens; the prompt's are not learned."""
+        """Return the tokens of the response; those of the prompt are ignored."""
         return [IGNORED] * self.begin + self.tokens[self.begin :]
 
 
@@ -42,13 +41,13 @@ class EncodedRows(Dataset[dict[str, Any]]):
     """Encoded rows, for the training loop.
 
     Attributes:
-        rows: those that can be used.
-        broken: those of which the prompt alone fills the whole length.
-        sources: what the rows were made of.
+        rows: The usable rows.
+        broken: The rows whose prompt alone fills the whole length.
+        sources: The instructions of the usable rows.
 
     Raises:
-        DataError: the tokenizer does not tell prompt and response apart.
-        DefinitionError: a chat template that rewrites the prompt.
+        DataError: The tokenizer has no offsets, which separate prompt and response.
+        DefinitionError: The chat template rewrites the prompt.
     """
 
     def __init__(self, instructions: Sequence[Instruction], template: Template, max_length: int) -> None:
@@ -63,13 +62,13 @@ class EncodedRows(Dataset[dict[str, Any]]):
         tokenizer = template.tokenizer
         if not tokenizer.is_fast:
             raise DataError(
-                f"the tokenizer of {tokenizer.name_or_path} tells no offsets, by which prompt and response are told apart"
+                f"the tokenizer of {tokenizer.name_or_path} has no offsets, which separate prompt and response"
             )
         prompts = [template.prompt(row) for row in instructions]
         texts = [prompt + template.response(row) for prompt, row in zip(prompts, instructions, strict=True)]
-        found = tokenizer(texts, add_special_tokens=template.special_tokens, return_offsets_mapping=True)
+        encoded = tokenizer(texts, add_special_tokens=template.special_tokens, return_offsets_mapping=True)
         for row, prompt, tokens, offsets in zip(
-            instructions, prompts, found["input_ids"], found["offset_mapping"], strict=True
+            instructions, prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             begin = _begin(prompt, offsets)
             if begin >= max_length:
@@ -79,33 +78,33 @@ class EncodedRows(Dataset[dict[str, Any]]):
             self.rows.append(EncodedRow(tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
             self.sources.append(row)
 
-    def chosen(self, places: Sequence[int]) -> EncodedRows:
-        """Some of the rows, by their place among those that can be used."""
-        found = copy.copy(self)
-        found.rows, found.sources = [self.rows[i] for i in places], [self.sources[i] for i in places]
-        return found
+    def chosen(self, numbers: Sequence[int]) -> EncodedRows:
+        """Return some of the usable rows, by their numbers."""
+        rows = copy.copy(self)
+        rows.rows, rows.sources = [self.rows[i] for i in numbers], [self.sources[i] for i in numbers]
+        return rows
 
     def prefixed(self, prefix: Prefix | None, tokenizer: PreTrainedTokenizerBase) -> EncodedRows:
-        """These rows with what a model's frozen layers make of them; as they are where none is frozen."""
+        """Return these rows with the output of a model's frozen layers, if it has some."""
         if prefix is None:
             return self
         collate, lengths = collator(tokenizer), [len(row.tokens) for row in self.rows]
 
-        def batch(places: Sequence[int]) -> dict[str, Tensor]:
-            return {name: values for name, values in collate([self[i] for i in places]).items() if name != "labels"}
+        def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
+            return {name: values for name, values in collate([self[i] for i in numbers]).items() if name != "labels"}
 
         columns = {"tokens": np.concatenate([row.tokens for row in self.rows]), "lengths": np.asarray(lengths)}
-        found = copy.copy(self)
-        found._states = PrefixStates(prefix, columns_digest(columns), lengths, batch)
-        return found
+        rows = copy.copy(self)
+        rows._states = PrefixStates(prefix, columns_digest(columns), lengths, batch)
+        return rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        found = {"input_ids": row.tokens, "attention_mask": [1] * len(row.tokens), "labels": row.labels}
-        return found if self._states is None else {**found, STATES: self._states[index]}
+        inputs = {"input_ids": row.tokens, "attention_mask": [1] * len(row.tokens), "labels": row.labels}
+        return inputs if self._states is None else {**inputs, STATES: self._states[index]}
 
     def summary(self) -> dict[str, Any]:
         """Counts for the record."""
@@ -120,9 +119,9 @@ class EncodedRows(Dataset[dict[str, Any]]):
 
 
 def _begin(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
-    """Where the response's tokens begin, of prompt and response tokenised together, as they will be read.
+    """Return the number of the first token of the response in prompt and response tokenised together.
 
-    A token that begins within the prompt belongs to it, except where all it takes of the prompt is blanks.
+    A token that begins in the prompt belongs to it, unless it takes only blanks of the prompt.
     """
     for place, (start, end) in enumerate(offsets):
         if end > len(prompt) and not prompt[start:].strip():
@@ -131,12 +130,11 @@ def _begin(prompt: str, offsets: Sequence[tuple[int, int]]) -> int:
 
 
 def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Collate:
-    """What makes batches of rows: padded on the right, where padding is neither read, nor learned, nor counted in routing.
+    """Return a collator that pads rows on the right; padding is neither read, nor learned, nor counted in routing.
 
     Args:
-        tokenizer: the model's.
-        packing: lay the rows end to end instead of padding them. Positions begin anew with each row, by which
-            transformers keeps their attention apart.
+        tokenizer: The model's tokenizer.
+        packing: Lay the rows end to end instead. Positions restart with each row, which separates their attention.
     """
     if packing:
         return with_states(DataCollatorWithFlattening(separator_id=IGNORED))
@@ -144,18 +142,18 @@ def collator(tokenizer: PreTrainedTokenizerBase, *, packing: bool = False) -> Co
 
 
 def without_prompt_logits(collate: Collate, model: nn.Module) -> Collate:
-    """A collator whose batches ask for logits only from where the first response begins; of models that cannot be asked so it is the same.
+    """Return a collator whose batches need logits only from the first response on, if the model can leave others out.
 
-    Nothing is learned of what is left away, and projecting on the vocabulary is a fifth of what a token costs a model of SmolLM2's size.
+    The others are not learned, and the projection on the vocabulary is a fifth of a token's cost in SmolLM2-135M.
     """
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return collate
 
     def collated(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
-        found = dict(collate(rows))
-        labels = found["labels"]
+        batch = dict(collate(rows))
+        labels = batch["labels"]
         learned = (labels != IGNORED).any(dim=0).nonzero()
         keep = labels.shape[1] - int(learned[0]) + 1 if len(learned) else 1  # a token is predicted by the one before it
-        return {**found, "labels": labels[:, -keep:], "logits_to_keep": keep}
+        return {**batch, "labels": labels[:, -keep:], "logits_to_keep": keep}
 
     return collated

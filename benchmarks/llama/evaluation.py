@@ -1,4 +1,4 @@
-"""What a tuned model is worth: tasks of lm-eval, the loss on held-out instructions, and answers to read."""
+"""Evaluate a tuned model: tasks of lm-eval, the loss on held-out instructions, and answers to read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,14 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
 from benchmarks.harness.base.paths import QUESTIONS
-from benchmarks.harness.models.language import DTYPES
+from benchmarks.harness.models.loading import DTYPES
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.llama.definition import AskedTask
 from benchmarks.llama.encoding import IGNORED, EncodedRows, collator, without_prompt_logits
 from benchmarks.llama.instructions import Instruction
 from benchmarks.llama.likelihood import NATS, nats_per_byte
-from benchmarks.llama.mmlu_dev import MMLU_DEV, is_mmlu_dev, mmlu_dev_file
+from benchmarks.llama.questions import MMLU_DEV, is_mmlu_dev, mmlu_dev_file
 from benchmarks.llama.templates import Template
 from emoe.errors import did_you_mean
 
@@ -37,31 +37,31 @@ _SEED, _OTHER_SEED = 0, 1234  # those of lm-eval's own command: Python's; NumPy'
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task or group of lm-eval, ready to be asked once.
+    """A task or group of lm-eval, which can be evaluated once.
 
     Attributes:
-        entry: of ``evaluation.tasks``.
-        found: what lm-eval loaded, tasks and groups.
-        sources: where the questions came from.
+        entry: The entry of ``evaluation.tasks``.
+        loaded: The tasks and groups that lm-eval loaded.
+        sources: The sources of the questions.
     """
 
     entry: AskedTask
-    found: dict[str, Any]
+    loaded: dict[str, Any]
     sources: list[str]
 
 
 def task_title(entry: AskedTask) -> str:
-    """An entry of ``evaluation.tasks`` as records name it: ``mmlu (5-shot)``, ``mmlu_dev (0-shot, first 3)``."""
+    """Return the name of an entry in records: ``mmlu (5-shot)``, ``mmlu_dev (0-shot, first 3)``."""
     limit = f", first {entry.limit}" if entry.limit else ""
     return f"{entry.task} ({entry.num_fewshot}-shot{limit})"
 
 
 def load_tasks(tasks: Sequence[AskedTask]) -> list[LoadedTask]:
-    """Load what lm-eval is asked for, and see that it can be run as asked, before any other work is done.
+    """Load tasks of lm-eval, and check that they can be evaluated, before any other work.
 
     Raises:
-        DefinitionError: a task that does not exist, that needs what is not given here, or that has no such shots.
-        DataError: MMLU-dev has not been written, or a task's data cannot be loaded.
+        DefinitionError: A task does not exist, runs code, shows images, or does not have so many shots.
+        DataError: MMLU-dev has not been written, or the data of a task cannot be loaded.
     """
     return [_load(entry) for entry in tasks]
 
@@ -79,30 +79,29 @@ def _load(entry: AskedTask) -> LoadedTask:
             f"'evaluation.tasks' names '{name}', which lm-eval does not have{did_you_mean(name, known)}"
         )
     try:
-        with _uncounted(folder):
-            loaded = _manager(folder).load([name])
+        loaded = _manager(folder).load([name])
     except Exception as error:  # whatever hub, parser and the task's own code raise
         raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
     tasks = loaded["tasks"]
-    for task, found in tasks.items():
-        _check_task(entry, task, found)
-    if _shared_metric({task: list(found.aggregation()) for task, found in tasks.items()}) is None:
+    for name_of_task, task in tasks.items():
+        _check_task(entry, name_of_task, task)
+    if _shared_metric({key: list(task.aggregation()) for key, task in tasks.items()}) is None:
         raise DefinitionError(
             f"'evaluation.tasks' names '{name}', whose tasks are scored by different metrics; name them one by one"
         )
-    return LoadedTask(entry, loaded, sorted({_source(name, found) for found in tasks.values()}))
+    return LoadedTask(entry, loaded, sorted({_source(name, task) for task in tasks.values()}))
 
 
 def _source(name: str, task: Any) -> str:
-    """Where the questions of a loaded task came from; lm-eval pins hardly any."""
+    """Return the source of a loaded task's questions; lm-eval pins hardly any."""
     if _folder(name):
         return f"package lm-eval {version('lm-eval')}"
-    asked = (task.get_config("dataset_kwargs") or {}).get("revision")
-    return hub_name(task.DATASET_PATH, asked, commit_of(task.dataset))
+    revision = (task.get_config("dataset_kwargs") or {}).get("revision")
+    return hub_name(task.DATASET_PATH, revision, commit_of(task.dataset))
 
 
 def _check_task(entry: AskedTask, name: str, task: Any) -> None:
-    """One of the tasks that an entry of ``evaluation.tasks`` stands for."""
+    """Raise :class:`DefinitionError` if a task of an entry of ``evaluation.tasks`` cannot be evaluated."""
     shots = entry.num_fewshot
     where = f"'evaluation.tasks' names '{entry.task}' with {shots} shots"
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
@@ -112,19 +111,19 @@ def _check_task(entry: AskedTask, name: str, task: Any) -> None:
     if shots and task.get_config("num_fewshot") == 0:
         raise DefinitionError(f"{where}, but '{name}' has none in lm-eval; ask for 0")
     if shots and _folder(entry.task):
-        others = len(list(task.fewshot_docs())) - 1  # all but the one that is asked
+        others = len(list(task.fewshot_docs())) - 1  # all but the asked question
         if shots > others:
             raise DefinitionError(f"{where}, but '{name}' has {others} other questions")
 
 
 def _shared_metric(metrics: Mapping[str, Sequence[str]]) -> str | None:
-    """The metric by which all of these tasks are judged: accuracy, else the first one that they share."""
-    shared = [metric for metric in next(iter(metrics.values())) if all(metric in found for found in metrics.values())]
+    """Return the metric of tasks: accuracy, or else the first metric that they share."""
+    shared = [metric for metric in next(iter(metrics.values())) if all(metric in names for names in metrics.values())]
     return _ACCURACY if _ACCURACY in shared else next(iter(shared), None)
 
 
 def _folder(task: str) -> Path | None:
-    """Where a task is defined, if that is not inside lm-eval."""
+    """Return the folder of a task's definition; None if it is inside lm-eval."""
     return (QUESTIONS / MMLU_DEV).resolve() if is_mmlu_dev(task) else None
 
 
@@ -132,21 +131,8 @@ def _folder(task: str) -> Path | None:
 def _manager(folder: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
-    # lm-eval's own list is long to read
+    # reading lm-eval's own list takes seconds
     return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
-
-
-@contextmanager
-def _uncounted(folder: Path | None) -> Iterator[None]:
-    """Have `datasets` not tell the hub that it reads questions which are a file here: it would call for each of 57 subjects."""
-    from datasets import config
-
-    before = config.HF_UPDATE_DOWNLOAD_COUNTS
-    config.HF_UPDATE_DOWNLOAD_COUNTS = before and folder is None
-    try:
-        yield
-    finally:
-        config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 def run_task(
@@ -157,24 +143,23 @@ def run_task(
     precision: str,
     prefix: Prefix | None = None,
 ) -> dict[str, Any]:
-    """Run one task or group by lm-eval, on the model as it is in this process.
+    """Evaluate one task or group of lm-eval.
 
-    The same as ``lm_eval.simple_evaluate``, which would load the task again, and ask pip and git what there is on this machine.
+    This does the same as ``lm_eval.simple_evaluate``, which would load the task again and query pip and git.
 
     Args:
-        model: the model.
-        tokenizer: its own.
-        task: the task.
-        batch_size: rows at once.
-        precision: in which an accelerator computes.
-        prefix: the model's frozen layers, where it has some.
+        model: The model.
+        tokenizer: The model's tokenizer.
+        task: The loaded task.
+        batch_size: The number of rows at once.
+        precision: The arithmetic of an accelerator.
+        prefix: The frozen layers of the model; None if it has none.
 
     Returns:
-        ``scores``: ``accuracy`` over all questions (micro) and, of several subjects, ``accuracy_macro``, their mean, ``accuracy_norm`` where
-        lm-eval has it, ``nats_per_byte`` where answers are said (see :mod:`~benchmarks.llama.likelihood`); or, of tasks that are not
-        scored by accuracy, ``task_score``: ``metric``, lm-eval's first one; ``questions``: how many; ``subjects``: every metric of each task;
-        ``categories``: groups within the group; ``correct``: 1 or 0 for every question of a subject, in its order, where that is what
-        accuracy counts; ``nats_per_byte``: that of every question of a subject, where there is one; ``source``: where they came from.
+        ``scores`` (see below), ``metric``, the number of ``questions``, all metrics of the ``subjects`` and of the
+        ``categories`` (groups in the group), ``correct`` (a digit per question) and ``nats_per_byte`` by subject, and
+        ``source``. The scores are ``accuracy`` over all questions, ``accuracy_macro`` over subjects, and
+        ``accuracy_norm`` and ``nats_per_byte`` if the task has them. Tasks without accuracy have ``task_score``.
     """
     from lm_eval import evaluate
 
@@ -187,37 +172,36 @@ def run_task(
     random.seed(_SEED)
     np.random.seed(_OTHER_SEED)
     torch.manual_seed(_OTHER_SEED)
-    for one in task.found["tasks"].values():
-        if one.get_config("num_fewshot") != 0:  # 0 in a task's own file is meant
-            one.set_config(key="num_fewshot", value=task.entry.num_fewshot)
-        one.set_fewshot_seed(seed=_OTHER_SEED)
-    with _uncounted(_folder(task.entry.task)):
-        found = evaluate(
-            lm=wrapped,
-            task_dict=task.found,
-            limit=task.entry.limit,
-            log_samples=True,
-            bootstrap_iters=0,
-            fewshot_as_multiturn=True,
-        )
-    return {**summarise(found), "source": task.sources}
+    for member in task.loaded["tasks"].values():
+        if member.get_config("num_fewshot") != 0:  # a task's own 0 is fixed
+            member.set_config(key="num_fewshot", value=task.entry.num_fewshot)
+        member.set_fewshot_seed(seed=_OTHER_SEED)
+    result = evaluate(
+        lm=wrapped,
+        task_dict=task.loaded,
+        limit=task.entry.limit,
+        log_samples=True,
+        bootstrap_iters=0,
+        fewshot_as_multiturn=True,
+    )
+    return {**summarise(result), "source": task.sources}
 
 
-def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What lm-eval found, by subject and category; see :func:`run_task`."""
-    # groups have results of their own, but no samples
-    counts = {name: int(samples["effective"]) for name, samples in found["n-samples"].items()}
-    subjects = {name: _numbers(found["results"][name]) for name in counts}
+def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Summarise lm-eval's result by subject and category; see :func:`run_task`."""
+    # groups have results, but no samples
+    counts = {name: int(samples["effective"]) for name, samples in result["n-samples"].items()}
+    subjects = {name: _numbers(result["results"][name]) for name in counts}
     metric = _shared_metric({name: list(values) for name, values in subjects.items()})
-    assert metric is not None  # noqa: S101  load_tasks saw to it
+    assert metric is not None  # noqa: S101  load_tasks checked it
 
     def mean(names: Sequence[str], of: str = metric) -> float:
         return sum(subjects[name][of] * counts[name] for name in names) / sum(counts[name] for name in names)
 
-    members = found.get("group_subtasks", {})
+    members = result.get("group_subtasks", {})
     inside = {group: [leaf for leaf in _leaves(group, members) if leaf in counts] for group in members}
     categories = {
-        _alias(found, group): {metric: mean(leaves), "questions": sum(counts[leaf] for leaf in leaves)}
+        _alias(result, group): {metric: mean(leaves), "questions": sum(counts[leaf] for leaf in leaves)}
         for group, leaves in inside.items()
         if 0 < len(leaves) < len(counts)
     }
@@ -229,9 +213,9 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
             scores["accuracy_norm"] = mean(list(counts), _BY_LENGTH)
     else:
         scores = {"task_score": mean(list(counts))}
-    samples = found.get("samples", {}) if metric == _ACCURACY else {}
-    correct = {_alias(found, name): _correct(samples[name]) for name in samples}
-    nats = {_alias(found, name): nats_per_byte(samples[name]) for name in samples}
+    samples = result.get("samples", {}) if metric == _ACCURACY else {}
+    correct = {_alias(result, name): _correct(samples[name]) for name in samples}
+    nats = {_alias(result, name): nats_per_byte(samples[name]) for name in samples}
     by_question = {name: values for name, values in nats.items() if values is not None}
     likely: dict[str, Any] = {}
     if by_question and len(by_question) == len(counts):
@@ -243,14 +227,14 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
         "questions": sum(counts.values()),
         "metric": metric,
         "categories": categories,
-        "subjects": {_alias(found, name): values | {"questions": counts[name]} for name, values in subjects.items()},
+        "subjects": {_alias(result, name): values | {"questions": counts[name]} for name, values in subjects.items()},
         "correct": correct if all(value is not None for value in correct.values()) else {},
         **likely,
     }
 
 
 def _correct(samples: Sequence[Mapping[str, Any]]) -> str | None:
-    """A digit a question; None where accuracy is no yes or no (truthfulqa_mc2's is a probability)."""
+    """Return a digit per question; None if accuracy is no yes or no (truthfulqa_mc2's is a probability)."""
     in_order = sorted(samples, key=lambda sample: int(sample["doc_id"]))
     values = [float(sample[_ACCURACY]) for sample in in_order]
     return "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else None
@@ -264,12 +248,12 @@ def _leaves(name: str, members: Mapping[str, Sequence[str]]) -> Iterator[str]:
             yield member
 
 
-def _alias(found: Mapping[str, Any], name: str) -> str:
-    return str(found["results"].get(name, {}).get("alias", name)).strip(" -")
+def _alias(result: Mapping[str, Any], name: str) -> str:
+    return str(result["results"].get(name, {}).get("alias", name)).strip(" -")
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a task, without lm-eval's name of a filter where that is none."""
+    """Return the metrics of a task, without lm-eval's name for no filter."""
     return {
         key.removesuffix(f",{_FILTER}"): float(value)
         for key, value in values.items()
@@ -281,7 +265,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 def held_out_loss(
     model: PreTrainedModel, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, batch_size: int, precision: str
 ) -> float | None:
-    """Mean loss over the learned tokens of rows; None of a model that diverged."""
+    """Return the mean loss over the learned tokens of rows; None if the model diverged."""
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows.rows[i].tokens))
     total, tokens, collate = 0.0, 0, without_prompt_logits(collator(tokenizer), model)
@@ -298,7 +282,7 @@ def held_out_loss(
 
 
 def autocast(model: PreTrainedModel, precision: str) -> AbstractContextManager[Any]:
-    """Mixed precision where it was asked for and there is an accelerator."""
+    """Use mixed precision on an accelerator if asked."""
     return torch.autocast(model.device.type, DTYPES["bf16"]) if precision == "bf16" else nullcontext()
 
 
@@ -306,9 +290,9 @@ def autocast(model: PreTrainedModel, precision: str) -> AbstractContextManager[A
 def answers(
     model: PreTrainedModel, template: Template, instructions: Sequence[Instruction], new_tokens: int, precision: str
 ) -> list[dict[str, str]]:
-    """Greedy answers, one row at a time, so that no padding is read."""
+    """Generate greedy answers, one row at a time, without padding."""
     model.eval()
-    tokenizer, found = template.tokenizer, []
+    tokenizer, rows = template.tokenizer, []
     for row in instructions:
         encoded = tokenizer(template.prompt(row), return_tensors="pt", add_special_tokens=template.special_tokens).to(
             model.device
@@ -324,5 +308,5 @@ def answers(
                 pad_token_id=tokenizer.pad_token_id,
             )
         text = tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-        found.append({"instruction": row.instruction, "input": row.input, "reference": row.output, "answer": str(text)})
-    return found
+        rows.append({"instruction": row.instruction, "input": row.input, "reference": row.output, "answer": str(text)})
+    return rows

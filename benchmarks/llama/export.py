@@ -1,4 +1,4 @@
-"""A tuned model as a folder that others load: dense, or with its experts; adapters merged."""
+"""Export a tuned model as a folder: dense, or with its experts; adapters merged."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ DENSE, EXPERTS = "dense", "emoe"
 def export(path: Path, output: Path, form: str) -> str:
     """Write the model of a finished run.
 
-    The run's prompt template becomes the tokenizer's chat template, and its ``run.json`` lies beside the weights.
+    The run's prompt template becomes the tokenizer's chat template, and its ``run.json`` is copied.
 
     Args:
-        path: the ``run.json``.
-        output: a new folder.
-        form: ``dense``: what stock transformers loads, neurons in their old order; ``emoe``: what :func:`emoe.from_pretrained` loads.
+        path: The ``run.json``.
+        output: The new folder.
+        form: ``dense`` for stock transformers, with neurons in their old order; ``emoe`` for
+            :func:`emoe.from_pretrained`.
 
     Returns:
-        What was written.
+        A description of the written model.
 
     Raises:
-        DefinitionError: no run, or one that is not finished.
-        DataError: the run is not of a language model, kept no weights, or has no experts.
-        CheckpointError: the folder is not new.
+        DefinitionError: There is no run, or it is not finished.
+        DataError: The run is not of a language model, kept no weights, or has no experts.
+        CheckpointError: The folder is not new.
     """
     path = path.resolve()
     run = read_run(path)
@@ -47,7 +48,8 @@ def export(path: Path, output: Path, form: str) -> str:
         raise DataError(f"{path} is no run of instruction tuning; only those are exported")
     if not (path.parent / "model").is_dir():
         raise DataError(
-            f"{path.parent} keeps no weights: the run is not finished, trains nothing, or has training.keep_weights: false"
+            f"{path.parent} keeps no weights: the run is not finished, trains nothing, "
+            "or has training.keep_weights: false"
         )
     check_new(output)
     recorded = read_metrics(run, path.parents[2])["model"]["source"]["weights"]

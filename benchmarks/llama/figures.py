@@ -1,4 +1,4 @@
-"""The pictures of instruction tuning: loss curves, accuracy by category, routing."""
+"""Draw the figures of instruction tuning: loss curves, accuracy by category, routing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NAMES = 1.8  # inches beside the panels
 
 
 def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
-    """Loss by step, averaged over seeds: a column a model and way of tuning, a line a method; training above, held-out rows below."""
+    """Draw the loss by step, averaged over seeds: a column per model and way of tuning, a line per method."""
     groups: dict[tuple[str, str, str], dict[str, list[Run]]] = {}
     for run in (run for run in outcomes.runs if is_trained(run.spec)):
         cell = cell_of(run)
@@ -80,12 +80,12 @@ def _held_out(outcomes: InstructionOutcomes, run: Run) -> list[_Point]:
     return [(point["step"], point["loss"]) for point in outcomes.metrics[run.id].get("held_out_curve", ())]
 
 
-def _draw_curve(axis: Any, title: str, style: Mapping[str, Any], found: list[list[_Point]]) -> None:
-    """The mean over seeds. Where lines lie on each other, each shows between the other's dashes and in its marks."""
-    steps = [step for step, _ in found[0]]
+def _draw_curve(axis: Any, title: str, style: Mapping[str, Any], curves: list[list[_Point]]) -> None:
+    """Draw the mean over seeds. Lines on each other show between the other's dashes, and by their marks."""
+    steps = [step for step, _ in curves[0]]
     if not steps:
         return
-    losses = [[math.nan if loss is None else loss for _, loss in curve] for curve in found if len(curve) == len(steps)]
+    losses = [[math.nan if loss is None else loss for _, loss in curve] for curve in curves if len(curve) == len(steps)]
     wide = style["color"] == DENSE.colour  # so that it shows below the others
     axis.plot(
         steps,
@@ -100,7 +100,7 @@ def _draw_curve(axis: Any, title: str, style: Mapping[str, Any], found: list[lis
 
 
 def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
-    """Accuracy by category: a row of panels a task, a panel a category, a line a cell."""
+    """Draw accuracy by category: a row of panels per task, a panel per category, a line per cell."""
     cells = outcomes.order(outcomes.cells(), CELL)
     panels: dict[str, dict[str, dict[tuple[str, ...], list[tuple[float, int]]]]] = {}
     for run in outcomes.runs:
@@ -141,18 +141,18 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
         save(figure, path)
 
 
-def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]], look: MethodStyle) -> None:
-    """Seeds, their mean, and how sure the first one is of its questions."""
+def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]], style: MethodStyle) -> None:
+    """Draw the seeds, their mean, and the interval of the first seed over questions."""
     share, count = shares[0]
     interval = stats.binomtest(round(share * count), count).proportion_ci(CONFIDENCE, "wilson")
     values = [value * 100 for value, _ in shares]
-    axis.plot([interval.low * 100, interval.high * 100], [place, place], color=look.colour, alpha=0.4, lw=1.2)
-    axis.plot(values, [place] * len(values), "o", ms=2.6, color=look.colour, alpha=0.6, mew=0)
-    axis.plot(np.mean(values), place, ls="", ms=4, **{"mec": "white", "mew": 0.6, **look.mark})
+    axis.plot([interval.low * 100, interval.high * 100], [place, place], color=style.colour, alpha=0.4, lw=1.2)
+    axis.plot(values, [place] * len(values), "o", ms=2.6, color=style.colour, alpha=0.6, mew=0)
+    axis.plot(np.mean(values), place, ls="", ms=4, **{"mec": "white", "mew": 0.6, **style.mark})
 
 
 def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:
-    """Load of every expert by layer: a panel a routed cell, its first seed."""
+    """Draw the load of every expert by layer: a panel per routed cell, for its first seed."""
     shown: dict[tuple[str, ...], Run] = {}
     for run in outcomes.runs:
         if outcomes.metrics[run.id]["routing"]:

@@ -1,4 +1,4 @@
-"""Runs of instruction tuning: one for each model, set, way of tuning, method, learning rate and seed."""
+"""Plan runs of instruction tuning: one per model, set, way of tuning, method, learning rate and seed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from benchmarks.llama.definition import (
     SetFile,
 )
 from benchmarks.llama.instructions import ALPACA_DEMO, load_instructions
-from benchmarks.llama.mmlu_dev import is_mmlu_dev, mmlu_dev_file
+from benchmarks.llama.questions import is_mmlu_dev, mmlu_dev_file
 
 _AXES = (*VARIANT_KEYS, "learning_rate", "seed")
 _UNTRAINED = "nothing"
@@ -55,7 +55,7 @@ HELD_OUT, QUESTIONS = "held_out", "questions"
 
 
 class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
-    """Language models, tuned on instructions and judged by lm-eval: one run for each model, set, way of tuning, method, learning rate and seed."""
+    """Language models, tuned on instructions and evaluated by lm-eval: a run per point of the grid."""
 
     files = (("llama", InstructionDefinition), ("instruction_sets", SetFile))
     counts_labels = False
@@ -94,8 +94,8 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
 
     def resources(self, resources: Resources, spec: Mapping[str, Any]) -> dict[str, Any]:
         """All of them; a run that trains nothing takes one process and at most one GPU."""
-        found = resources.model_dump()
-        return found if is_trained(spec) else found | {"processes": 1, "gpu": min(resources.gpu, 1)}
+        reserved = resources.model_dump()
+        return reserved if is_trained(spec) else reserved | {"processes": 1, "gpu": min(resources.gpu, 1)}
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         read = InstructionSpec.model_validate(spec)
@@ -136,12 +136,14 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
         """A set of instructions; rows that are broken without regard to their length count as dropped."""
         known = tasks[name]
         try:
-            found = load_instructions(name, InstructionSource.model_validate(spec["task"]["source"]))
+            instructions = load_instructions(name, InstructionSource.model_validate(spec["task"]["source"]))
         except DataError as error:
             yield missing_set(name, first_line(error), known.download_instructions, known.rows)
             return
-        inputs = f"{sum(bool(row.input) for row in found.rows):,} with an input"
-        yield SetPart(name, ALL, len(found.rows), len(found.broken), known.rows, inputs, found.source)
+        inputs = f"{sum(bool(row.input) for row in instructions.rows):,} with an input"
+        yield SetPart(
+            name, ALL, len(instructions.rows), len(instructions.broken), known.rows, inputs, instructions.source
+        )
 
     def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, InstructionSet]) -> float | None:
         data, training = spec["data"], spec["training"]
@@ -164,22 +166,18 @@ KIND = InstructionKind()
 
 
 def accumulation(training: InstructionTraining, processes: int) -> int:
-    """Micro-batches of a step on each process.
-
-    Raises:
-        DefinitionError: the batch is no multiple of what the processes take at once.
-    """
+    """Return the micro-batches of a step on each process (:class:`DefinitionError` if the batch cannot be divided)."""
     at_once = training.per_device_train_batch_size * processes
     if training.batch_size % at_once:
         raise DefinitionError(
-            f"training.batch_size {training.batch_size} is no multiple of training.per_device_train_batch_size {training.per_device_train_batch_size} "
-            f"times {processes} processes"
+            f"training.batch_size {training.batch_size} is no multiple of training.per_device_train_batch_size "
+            f"{training.per_device_train_batch_size} times {processes} processes"
         )
     return training.batch_size // at_once
 
 
 def is_trained(spec: Mapping[str, Any]) -> bool:
-    """Whether a run trains anything."""
+    """Return True if a run trains."""
     return "batch_size" in spec["training"]
 
 
@@ -214,7 +212,7 @@ def _spec(
         "method": method,
         "finetuning": point["finetuning"],
         "data": definition.data.changed(part.data).model_dump(),
-        # what shapes no number of an untrained model shall not make it a new run
+        # what shapes no number of an untrained model must not make it a new run
         "training": {"lora": None, "precision": settings.precision, "keep_weights": False} if untrained else training,
         "evaluation": definition.evaluation.changed(part.evaluation).model_dump(),
         "learning_rate": 0.0 if untrained else float(point["learning_rate"]),
@@ -223,22 +221,24 @@ def _spec(
 
 
 def _form(tuning: Finetuning) -> dict[str, Any]:
-    """In which form the weights are loaded, where that is not float32."""
-    found: dict[str, Any] = {"weights": tuning.weights} if tuning.weights != "fp32" else {}
-    return found | ({"quantize": tuning.quantize, "whole": tuning.layers} if tuning.quantize else {})
+    """Return the form of the weights, if it is not float32."""
+    form: dict[str, Any] = {"weights": tuning.weights} if tuning.weights != "fp32" else {}
+    return form | ({"quantize": tuning.quantize, "whole": tuning.layers} if tuning.quantize else {})
 
 
 def _tuned(tuning: Finetuning, named: str) -> dict[str, Any] | None:
-    """What is trained; None where everything is."""
+    """Return the trained parts; None for everything."""
     if (tuning.train == "adapters") != (tuning.lora is not None):
         raise DefinitionError(
-            f"{named}: 'lora' says which adapters there are, and 'train: adapters' that they are trained; give both or none"
+            f"{named}: 'lora' says which adapters there are, and 'train: adapters' that they are trained; give both "
+            "or none"
         )
     if tuning.quantize and tuning.train != "adapters":
         raise DefinitionError(f"{named}: weights in 4 bits cannot be trained; 'quantize' needs 'train: adapters'")
     if (needs_layers(tuning.train) or tuning.quantize is not None) != (tuning.layers is not None):
         raise DefinitionError(
-            f"{named}: 'layers' says which blocks 'train: blocks' trains, or which FFNs 'quantize' leaves whole; it goes with one of them"
+            f"{named}: 'layers' says which blocks 'train: blocks' trains, or which FFNs 'quantize' leaves whole; it "
+            "goes with one of them"
         )
     if tuning.train == "all":
         return None

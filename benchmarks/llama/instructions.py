@@ -1,4 +1,4 @@
-"""Instructions in Alpaca's form, from the hub, a JSON or JSON-lines file, or a package; broken rows are named by line."""
+"""Read instructions in Alpaca's form from the hub, a JSON or JSON-lines file, or a package."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Instruction:
     """One row.
 
     Attributes:
-        place: where it stands, for messages: ``line 7``, in a list ``line 7 (row 2)``.
-        instruction: what to do.
-        input: what to do it with; empty for many.
-        output: the response.
+        place: The position in the file, for messages: ``line 7``, in a list ``line 7 (row 2)``.
+        instruction: The task.
+        input: The material of the task; often empty.
+        output: The response.
     """
 
     place: str
@@ -40,7 +40,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Broken:
-    """A row that cannot be used: where it stands, and why."""
+    """An unusable row: its position and the reason."""
 
     place: str
     reason: str
@@ -51,9 +51,9 @@ class Instructions:
     """The rows of a set.
 
     Attributes:
-        rows: in their order.
-        broken: those that cannot be used.
-        source: file, package, or hub id.
+        rows: The usable rows in order.
+        broken: The unusable rows.
+        source: The file, package, or hub id.
     """
 
     rows: list[Instruction]
@@ -64,14 +64,14 @@ class Instructions:
 def load_instructions(name: str, source: InstructionSource) -> Instructions:
     """Read a set.
 
-    The user's file ``<name>.json`` or ``<name>.jsonl`` below the data root (environment variable ``EMOE_DATA_ROOT``) comes first.
+    A file ``<name>.json`` or ``<name>.jsonl`` below the data root (``EMOE_DATA_ROOT``) comes first.
 
     Args:
-        name: of the set.
-        source: where its rows come from.
+        name: The name of the set.
+        source: The source of its rows.
 
     Raises:
-        DataError: it is missing, or no list of rows.
+        DataError: The set is missing, or no list of rows.
     """
     if own := own_file(name):
         return parse(own.read_bytes(), str(own), lines=own.suffix == ".jsonl")
@@ -94,25 +94,26 @@ def _read_hub(hub: str, revision: str | None) -> Instructions:
     import datasets
 
     try:
-        found = datasets.load_dataset(hub, split="train", revision=revision)
+        loaded = datasets.load_dataset(hub, split="train", revision=revision)
     except Exception as error:  # whatever hub, network and parser raise
         raise DataError(
-            f"could not load {hub} from the hub: {first_line(error)}\nWithout the hub, put its rows below data_root (config/README.md)"
+            f"could not load {hub} from the hub: {first_line(error)}; "
+            "without the hub, put its rows below data_root (config/README.md)"
         ) from error
-    rows = ((f"row {number}", value) for number, value in enumerate(found, start=1))
-    return _checked(rows, hub_name(hub, revision, commit_of(found)))
+    rows = ((f"row {number}", value) for number, value in enumerate(loaded, start=1))
+    return _checked(rows, hub_name(hub, revision, commit_of(loaded)))
 
 
 def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
-    """Rows from the content of a file.
+    """Read rows from the content of a file.
 
     Args:
-        content: UTF-8; a row with other bytes is broken.
-        where: its name, for messages.
-        lines: JSON lines; else one JSON list.
+        content: The bytes; a row that is not UTF-8 is broken.
+        where: The name of the file, for messages.
+        lines: True for JSON lines, False for one JSON list.
 
     Raises:
-        DataError: a list that is none, is damaged, or goes on after its end.
+        DataError: The list is damaged, or text follows it.
     """
     text = content.decode("utf-8-sig", errors="surrogateescape")
     if lines:
@@ -133,7 +134,7 @@ def _checked(rows: Iterator[tuple[str, Any]], source: str) -> Instructions:
 
 
 def _problem(value: Any) -> str | None:
-    """Why a row cannot be used, or None."""
+    """Return the reason for which a row is unusable, or None."""
     if isinstance(value, Damaged):
         return value.reason
     if not isinstance(value, Mapping):
@@ -142,33 +143,31 @@ def _problem(value: Any) -> str | None:
         if field not in value:
             return f"lacks '{field}'"
     for field in _FIELDS:
-        found = value.get(field, "")
-        if found is None and field == "input":
+        text = value.get(field, "")
+        if text is None and field == "input":
             continue
-        if not isinstance(found, str):
-            return f"'{field}' is {type(found).__name__}, not text"
-        if any("\ud800" <= letter <= "\udfff" for letter in found):
+        if not isinstance(text, str):
+            return f"'{field}' is {type(text).__name__}, not text"
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
             return f"'{field}' is not UTF-8"
-        if field != "input" and not found.strip():
+        if field != "input" and not text.strip():
             return f"'{field}' is empty"
     return None
 
 
 def refuse_broken(broken: list[Broken], source: str, rule: str) -> None:
-    """Refuse a set with broken rows, unless they shall be skipped.
+    """Raise :class:`DataError` if there are broken rows, unless they may be skipped.
 
     Args:
-        broken: those rows.
-        source: where they are from.
-        rule: ``data.broken_rows`` of the spec.
-
-    Raises:
-        DataError: names the first ones.
+        broken: The broken rows.
+        source: The source of the rows.
+        rule: The ``data.broken_rows`` of the spec.
     """
     if not broken or rule == "skip":
         return
     named = "; ".join(f"{row.place} {row.reason}" for row in broken[:_SHOWN])
     more = f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
     raise DataError(
-        f"{source} has {len(broken)} broken rows: {named}{more}. Mend them, or leave them out with data.broken_rows: skip"
+        f"{source} has {len(broken)} broken rows: {named}{more}. "
+        "Mend them, or leave them out with data.broken_rows: skip"
     )

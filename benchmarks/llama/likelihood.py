@@ -1,4 +1,4 @@
-"""How likely a model finds right answers: nats a byte, of tasks whose choices are answers and not letters."""
+"""Measure the likelihood of right answers in nats per byte, for tasks whose choices are answers and not letters."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 NATS = "nats_per_byte"
-_LETTER = 1  # byte; where every choice is that short, choices are named and not said
+_LETTER = 1  # byte; choices that are all so short are letters
 
 
 def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | None:
-    """Minus the logarithm of the right answer's probability, over its bytes: a number that moves where accuracy is at chance.
+    """Return minus the logarithm of the right answer's probability over its bytes, which varies at chance accuracy too.
 
     Args:
-        samples: lm-eval's, of one task.
+        samples: The samples of one task of lm-eval.
 
     Returns:
-        A number a question, in their order, None where it is not finite; or None where the task's questions do not offer several answers to
-        one prompt, or offer letters that stand for them. The blank between prompt and answer is no byte of the answer, as in lm-eval's
-        ``acc_bytes``.
+        A number per question in order, None if it is not finite. None instead of the list if the questions do not offer
+        several answers to one prompt, or offer letters. A blank before the answer does not count, as in ``acc_bytes``.
     """
     in_order = sorted(samples, key=lambda sample: int(sample["doc_id"]))
     if not in_order or not all(_is_choice(sample) for sample in in_order):
@@ -30,14 +29,14 @@ def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | 
 
 
 def _is_choice(sample: Mapping[str, Any]) -> bool:
-    """Whether a sample is one prompt with several answers, of which one is right."""
-    asked, found, right = sample.get("arguments", ()), sample.get("filtered_resps", ()), sample.get("target")
+    """Return True if a sample is one prompt with several answers, one of them right."""
+    asked, likelihoods, right = sample.get("arguments", ()), sample.get("filtered_resps", ()), sample.get("target")
     if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(asked) or len(asked) < 2:
         return False
     pairs = [tuple(pair) for pair in asked]
     are_pairs = all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs)
     one_prompt = are_pairs and len({prompt for prompt, _ in pairs}) == 1
-    return one_prompt and len(found) == len(pairs) and bool(_bytes(pairs[right][1]))
+    return one_prompt and len(likelihoods) == len(pairs) and bool(_bytes(pairs[right][1]))
 
 
 def _nats(sample: Mapping[str, Any]) -> float | None:

@@ -1,4 +1,4 @@
-"""What came out, over finished runs: losses, accuracies, and how methods differ from the dense model tuned the same way."""
+"""Collect losses and accuracies of finished runs, and compare methods with the dense model tuned the same way."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _NO_QUESTIONS = pd.DataFrame(columns=[*CELL, "seed", "task", "question", "value"
 class InstructionOutcomes(Outcomes):
     """The finished runs of a benchmark of instruction tuning.
 
-    Where several learning rates were tried, the one with the lowest held-out loss, as a mean over its seeds, stands for a cell.
+    A cell with several learning rates has the runs of the one with the lowest mean held-out loss.
 
     Attributes:
-        metrics: ``metrics.json`` of every run that stands for its cell, by its id.
-        runs: those runs.
-        records: every number of them, a row a number, with the columns of :data:`CELL`.
-        tasks: evaluated tasks by title, in order.
-        tests: paired differences of accuracy to the baseline tuned the same way, and to the same method not tuned.
-        nats_tests: the same of the right answers' nats a byte, lower being better.
-        rates_chosen: whether there was a learning rate to choose.
+        metrics: The ``metrics.json`` of the runs by their ids.
+        runs: The runs of the chosen learning rates.
+        records: All numbers of these runs, with the columns of :data:`CELL`.
+        tasks: The titles of the evaluated tasks, in order.
+        tests: Paired differences of accuracy to the baseline tuned the same way, and to the same method not tuned.
+        nats_tests: The same differences of the right answers' nats per byte; lower is better.
+        rates_chosen: True if some cell had several learning rates.
     """
 
     def __init__(self, benchmark: Benchmark[InstructionDefinition, InstructionSet], runs: Sequence[Run]) -> None:
@@ -50,7 +50,7 @@ class InstructionOutcomes(Outcomes):
         records = collect_from((run, self.metrics[run.id]) for run in chosen)
         cells = pd.DataFrame([{"run_id": run.id, **cell_of(run)} for run in chosen], columns=["run_id", *CELL])
         self.records = records.drop(columns=["model", "method", "variant"]).merge(cells, on="run_id", sort=False)
-        self.tasks = list(dict.fromkeys(name for found in self.metrics.values() for name in found["tasks"]))
+        self.tasks = list(dict.fromkeys(name for metrics in self.metrics.values() for name in metrics["tasks"]))
         untuned = next((run.spec["finetuning"] for run in runs if not is_trained(run.spec)), "")
         self._references = {BASELINE: {"method": self.baseline, "variant": ""}, UNTUNED: {"tuning": untuned}}
         self.tests = self._tests(_CORRECT)
@@ -61,7 +61,7 @@ class InstructionOutcomes(Outcomes):
         return self.records.drop(columns="task")  # in tables, the task that questions are of
 
     def numbers(self, part: str, metric: str, name: str | None = None) -> pd.Series[float]:
-        """One number of every run, by cell and seed; of the part's task of that name, where it has several."""
+        """Return one number of every run by cell and seed, of the task of that name if the part has several."""
         chosen = self.records[(self.records["part"] == part) & (self.records["metric"] == metric)]
         if name is not None:
             chosen = chosen[chosen["eval_task"] == name]
@@ -73,18 +73,18 @@ class InstructionOutcomes(Outcomes):
         return self.numbers("dev", _LOSS)
 
     def cells(self) -> pd.DataFrame:
-        """One row a cell, with the number of its runs."""
+        """Return a row per cell, with the number of its runs."""
         rows = pd.DataFrame([cell_of(run) for run in self.runs], columns=CELL)
         return rows.groupby(CELL, sort=False).size().rename("n").reset_index()
 
     def _tests(self, key: str, *, lower_is_better: bool = False) -> pd.DataFrame:
-        """By cell, what it is compared with, and task: paired differences over questions, each question's a mean over seeds."""
+        """Return paired differences over questions, by cell, reference and task; a question has its mean over seeds."""
         scores = self._all_questions(key)
-        found = [
+        differences = [
             self._differences(scores, [*CELL, "task"], against, "question").assign(against=against)
             for against in self._references
         ]
-        tests = pd.concat(found).rename(columns={"n": "questions"})
+        tests = pd.concat(differences).rename(columns={"n": "questions"})
         tests["seeds"] = tests["values"] // tests["questions"]  # every seed has every question
         tests = tests.sort_values("task", key=lambda names: names.map(self.tasks.index), kind="stable")
         row = [*CELL, "against", "task", "questions", "seeds", *Difference.COLUMNS]
@@ -94,14 +94,14 @@ class InstructionOutcomes(Outcomes):
         return pd.concat([_NO_QUESTIONS, *self._questions(key)], ignore_index=True)
 
     def _questions(self, key: str) -> Iterator[pd.DataFrame]:
-        """A row a question of a run: whether it was answered correctly, or its right answer's nats a byte."""
+        """Yield a row per question of each run: 1 if the answer is right, or the right answer's nats per byte."""
         for run in self.runs:
             for task, tested in self.metrics[run.id]["tasks"].items():
                 answers = [
                     (f"{subject} {number}", float(value))
                     for subject, values in tested.get(key, {}).items()
                     for number, value in enumerate(values)
-                    if value is not None  # of a model that diverged
+                    if value is not None  # the model diverged
                 ]
                 rows = pd.DataFrame(answers, columns=["question", "value"])
                 yield rows.assign(**cell_of(run), seed=run.spec["seed"], task=task)
@@ -112,12 +112,12 @@ class InstructionOutcomes(Outcomes):
         return paired_differences(scores, cell, self._references[against], pair, averaged)
 
     def loss_differences(self, against: str = BASELINE) -> pd.DataFrame:
-        """By cell: the difference of the held-out loss, paired by seed, to the baseline's or to that of the same method not tuned."""
-        found = self._differences(self.losses.reset_index(), CELL, against, "seed")
-        return found.drop(columns=["n", "values"])
+        """Return the difference of the held-out loss to a reference by cell, paired by seed."""
+        differences = self._differences(self.losses.reset_index(), CELL, against, "seed")
+        return differences.drop(columns=["n", "values"])
 
     def compared(self) -> pd.DataFrame:
-        """Held-out losses of every seed, answers to every question and their nats a byte, and numbers of parameters, for claims."""
+        """Return held-out losses by seed, answers and nats per byte by question, and parameters, for claims."""
         losses = self.losses.reset_index().rename(columns={"set": "task", "seed": "pair"})
         names = {"task": "eval_task", "set": "task", "question": "pair"}
         questions = [
@@ -127,19 +127,19 @@ class InstructionOutcomes(Outcomes):
         return compared(losses.assign(domain=HELD_OUT, metric=_LOSS), *questions, counts(self.records))
 
     def titled(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """With titles; that of a method names its variant."""
-        found = super().titled(frame)
+        """Add titles; a method's title names its variant."""
+        titled = super().titled(frame)
         if "variant" not in frame:
-            return found
-        return found.assign(method_title=[self.method_title(row) for row in found.to_dict("records")])
+            return titled
+        return titled.assign(method_title=[self.method_title(row) for row in titled.to_dict("records")])
 
     @property
     def several_sets(self) -> bool:
-        """Whether rows have to name their set."""
+        """Return True if rows must name their set."""
         return len({run.spec["task"]["name"] for run in self.runs}) > 1
 
     def row_title(self, cell: Mapping[str, str]) -> str:
-        """What tells a cell from the others, in one line."""
+        """Return a title that distinguishes a cell from the others."""
         several_models = len({run.spec["model"]["name"] for run in self.runs}) > 1
         parts = (
             self.title("model", cell["model"]) if several_models else "",
@@ -150,12 +150,12 @@ class InstructionOutcomes(Outcomes):
         return ", ".join(filter(None, parts))
 
     def method_title(self, cell: Mapping[str, str]) -> str:
-        """A method's title, with what of it is varied."""
+        """Return a method's title with its variant."""
         return " ".join(filter(None, (self.title("method", cell["method"]), cell["variant"])))
 
 
 def cell_of(run: Run) -> dict[str, str]:
-    """The cell of a run."""
+    """Return the cell of a run."""
     spec = run.spec
     return {
         "model": spec["model"]["name"],
@@ -167,18 +167,18 @@ def cell_of(run: Run) -> dict[str, str]:
 
 
 def task_words(task: str) -> str:
-    """The title of a task as people write it."""
+    """Return the title of a task."""
     name, _, shots = task.partition(" ")
     return " ".join((_TITLES.get(name, name), shots)).strip()
 
 
 def part_words(part: str) -> str:
-    """A category or subject as people write it: lm-eval names a group within a group by both."""
+    """Return the title of a category or subject, without the group around it."""
     return part.rpartition("::")[2].replace("_", " ")
 
 
 def _chosen(runs: Sequence[Run], read: dict[str, dict[str, Any]]) -> list[Run]:
-    """The runs of the best learning rate of each cell."""
+    """Return the runs of the best learning rate of each cell."""
     by_cell: dict[tuple[str, ...], dict[float, list[Run]]] = {}
     for run in runs:
         rates = by_cell.setdefault(tuple(cell_of(run).values()), {})

@@ -19,11 +19,10 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import Trainable, build_language_model, permutations, save_trained, set_trained_
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.models.prefix import Prefix
-from benchmarks.harness.training.callbacks import Stopwatch
-from benchmarks.harness.training.distributed import gather_trained, shard_
-from benchmarks.harness.training.probe import Probe
+from benchmarks.harness.training.callbacks import Probe, Stopwatch
 from benchmarks.harness.training.processes import broadcast, destroy_process_group, is_main, is_sharded
 from benchmarks.harness.training.progress import Progress
+from benchmarks.harness.training.sharding import gather_trained, shard_
 from benchmarks.harness.training.trainer import precision_here, with_routing
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator
@@ -38,23 +37,23 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     """Run one spec.
 
     Args:
-        spec: the content of ``run.json``.
-        folder: the run's folder, for checkpoints and what is kept of the weights.
-        progress: where to say what is going on.
+        spec: The content of ``run.json``.
+        folder: The run's folder, for checkpoints and kept weights.
+        progress: The progress line.
 
     Returns:
-        The content of ``metrics.json``, less what the harness adds; nothing on processes that only helped to train.
+        The content of ``metrics.json`` without the harness's part; empty on all processes but the main one.
 
     Raises:
-        DefinitionError: a template or task that does not exist, or settings that do not go with the model.
-        DataError: broken or too few rows, a model that is not there.
+        DefinitionError: A template or task does not exist, or settings do not fit the model.
+        DataError: Rows are broken or too few, or the model is missing.
     """
     read = parse(spec, InstructionSpec, str(folder / "run.json"))
     training = read.training
     data = read_data(read, load_tokenizer(spec["model"]))
-    asked: list[LoadedTask] = []
+    tasks: list[LoadedTask] = []
     if is_main():
-        asked = load_tasks(read.evaluation.tasks)
+        tasks = load_tasks(read.evaluation.tasks)
         for warning in data.notes:
             progress.say(f"warning: {warning}")
     progress.say(
@@ -66,7 +65,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     if routed := routed_layers(trainable.model):
         progress.say(f"experts in layers {', '.join(str(layer.ffn_index) for layer in routed)}")
     probe = Probe()
-    probe.look(trainable.model, collator(data.template.tokenizer)([data.train[0]]))
+    probe.observe(trainable.model, collator(data.template.tokenizer)([data.train[0]]))
     trained = Trained([], Stopwatch().cost(0))
     if isinstance(training, RunInstructionTraining):
         trained = train(
@@ -78,7 +77,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         return {}
     if training.keep_weights:
         save_trained(trainable.model, folder / "model")
-    evaluated = _evaluated(read, trainable, data, asked, progress)
+    evaluated = _evaluated(read, trainable, data, tasks, progress)
     last = {"step": trained.cost["steps"], "loss": evaluated["scores"]["dev"][read.task.name]["loss"]}
     return evaluated | {
         "curve": trained.curve,
@@ -99,12 +98,12 @@ class Data:
     """The rows of a run.
 
     Attributes:
-        template: how they became prompts.
-        train: to learn: whole steps of them.
-        held_out: to evaluate on.
-        broken: rows that were left out, where that was allowed.
-        source: where they came from.
-        notes: how they differ from what is known of the set.
+        template: The template of the prompts.
+        train: The rows to learn, in whole steps.
+        held_out: The rows to evaluate on.
+        broken: The number of broken rows, if they may be left out.
+        source: The source of the rows.
+        notes: Differences from the known number of rows.
     """
 
     template: Template
@@ -115,30 +114,26 @@ class Data:
     notes: list[str]
 
     def prefixed(self, prefix: Prefix | None) -> Data:
-        """With what a model's frozen layers make of the rows, where some are frozen."""
+        """Return the rows with the output of a model's frozen layers, if it has some."""
         tokenizer = self.template.tokenizer
         return replace(
             self, train=self.train.prefixed(prefix, tokenizer), held_out=self.held_out.prefixed(prefix, tokenizer)
         )
 
     def summary(self) -> dict[str, Any]:
-        """Counts for the record."""
+        """Return the counts for ``metrics.json``."""
         shared = {"source": self.source, "template": self.template.name, "broken_rows": self.broken}
         return {"train": shared | self.train.summary(), "held_out": shared | self.held_out.summary()}
 
 
 def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Read, check, divide and encode the rows of a run.
-
-    Raises:
-        DataError: broken rows that shall not be left out, or too few rows.
-    """
+    """Read, check, divide and encode the rows of a run (:class:`DataError` if some are broken, or too few)."""
     settings, training, name = spec.data, spec.training, spec.task.name
-    found = load_instructions(name, spec.task.source)
+    instructions = load_instructions(name, spec.task.source)
     template = find_template(settings.template, tokenizer, spec.seed)
-    whole = EncodedRows(found.rows, template, settings.max_length)
-    broken = [*found.broken, *whole.broken]
-    refuse_broken(broken, found.source, settings.broken_rows)
+    whole = EncodedRows(instructions.rows, template, settings.max_length)
+    broken = [*instructions.broken, *whole.broken]
+    refuse_broken(broken, instructions.source, settings.broken_rows)
     order = list(range(len(whole)))
     # the same rows for all runs on the set
     random.Random(derive_seed("held out", name)).shuffle(order)
@@ -148,52 +143,53 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
     learned = rest[: len(rest) // batch * batch]
     if not learned:
         raise DataError(
-            f"{found.source} has {len(whole)} usable rows: {len(held_out)} are held out, and what is left fills no step of {batch}"
+            f"{instructions.source} has {len(whole)} usable rows: {len(held_out)} are held out, "
+            f"and what is left fills no step of {batch}"
         )
     known = load_benchmark(spec.benchmark).tasks.get(name)
-    note = SetPart(name, ALL, len(found.rows), len(found.broken), known.rows).note if known else None
+    note = SetPart(name, ALL, len(instructions.rows), len(instructions.broken), known.rows).note if known else None
     notes = [note] if note else []
-    return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), found.source, notes)
+    return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), instructions.source, notes)
 
 
 def _calibration(data: Data, rows: int = 256) -> Iterator[dict[str, torch.Tensor]]:
-    """Rows to learn as a model is called with them, without labels; made as they are asked for."""
+    """Yield single training rows as inputs of a model, without labels."""
     collate = collator(data.template.tokenizer)
-    for place in range(min(len(data.train), rows)):
-        yield {name: tensor for name, tensor in collate([data.train[place]]).items() if name != "labels"}
+    for row in range(min(len(data.train), rows)):
+        yield {name: tensor for name, tensor in collate([data.train[row]]).items() if name != "labels"}
 
 
 def _build(spec: Mapping[str, Any], data: Data) -> Trainable:
-    """The model; where several processes share it, the main one's, divided among them."""
+    """Build the model; if processes share it, only the main one loads weights, which all of them get a part of."""
     if not is_sharded():
         return build_language_model(spec, _calibration(data))
     built = build_language_model(spec, _calibration(data)) if is_main() else None
-    found = broadcast(None if built is None else permutations(built.model))
+    partition = broadcast(None if built is None else permutations(built.model))
     if built is None:
-        built = build_language_model(spec, partition=found or None, empty=True)
+        built = build_language_model(spec, partition=partition or None, empty=True)
     shard_(cast(PreTrainedModel, built.model), precision_here(spec["training"]["precision"]))
     return built
 
 
 def _whole_again(spec: Mapping[str, Any], trainable: Trainable) -> Trainable:
-    """The trained model in one piece, on the main process."""
+    """Build the whole trained model on the main process."""
     if not is_sharded():
         return trainable
-    state, found = gather_trained(trainable.model), permutations(trainable.model)
+    state, partition = gather_trained(trainable.model), permutations(trainable.model)
     if not is_main():
         return trainable
-    whole = build_language_model(spec, partition=found or None)
+    whole = build_language_model(spec, partition=partition or None)
     set_trained_(whole.model, state, "the trained weights")
     return replace(whole, summary=trainable.summary)
 
 
 def _evaluated(
-    spec: InstructionSpec, trainable: Trainable, data: Data, asked: Sequence[LoadedTask], progress: Progress
+    spec: InstructionSpec, trainable: Trainable, data: Data, tasks: Sequence[LoadedTask], progress: Progress
 ) -> dict[str, Any]:
     evaluation, precision = spec.evaluation, precision_here(spec.training.precision)
     model, tokenizer = cast(PreTrainedModel, trainable.model), data.template.tokenizer
     if torch.cuda.is_available():
-        gc.collect()  # what training held
+        gc.collect()  # memory of the training
         torch.cuda.empty_cache()
         cast(Any, model).to("cuda")
     model.eval()
@@ -202,19 +198,19 @@ def _evaluated(
     loss, routing = with_routing(
         model, lambda: held_out_loss(model, data.held_out, tokenizer, evaluation.batch_size, precision)
     )
-    tasks = {}
-    for task in asked:
+    evaluated = {}
+    for task in tasks:
         title = task_title(task.entry)
         progress.say(f"evaluating on {title}")
-        tasks[title] = run_task(model, tokenizer, task, evaluation.batch_size, precision, trainable.prefix)
+        evaluated[title] = run_task(model, tokenizer, task, evaluation.batch_size, precision, trainable.prefix)
     instructions = data.held_out.sources[: evaluation.generations]
     progress.say(f"answering {len(instructions)} instructions")
     return {
         "scores": {
             "dev": {spec.task.name: {"loss": loss}},
-            "test": {name: found["scores"] for name, found in tasks.items()},
+            "test": {name: result["scores"] for name, result in evaluated.items()},
         },
-        "tasks": tasks,
+        "tasks": evaluated,
         "answers": answers(model, data.template, instructions, evaluation.new_tokens, precision),
         "routing": routing,
     }

@@ -11,7 +11,8 @@ from benchmarks.llama.outcomes import InstructionOutcomes
 from benchmarks.llama.tables import TABLES, verdicts
 
 _NOTE = (
-    "Losses are paired by seed, with a 95 % confidence interval over seeds where there are several; accuracies are paired by question, with an interval over questions, corrected by Holm's procedure over the tasks "
+    "Losses are paired by seed, with a 95 % confidence interval over seeds where there are several; accuracies are "
+    "paired by question, with an interval over questions, corrected by Holm's procedure over the tasks "
     "of a row, not over rows."
 )
 FIGURES = {"curves": draw_curves, "categories": draw_categories, "routing": draw_routing}

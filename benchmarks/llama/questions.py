@@ -1,8 +1,8 @@
 """MMLU-dev: the few-shot development questions of MMLU, which ship inside lm-eval, as tasks of lm-eval.
 
-They are 281, not MMLU's 14,042 test questions, about five a subject: a number that moves, not one to compare with others' MMLU.
-Everything but the questions (prompt, choices, metric, categories) is read from lm-eval's own files of MMLU, so that both are scored by the same code.
-They are asked in two of lm-eval's forms: by the letters of the choices, and by the choices themselves as continuations of the question.
+There are 281, about five per subject; they are not MMLU's 14,042 test questions and not comparable with them.
+Prompt, choices, metric and categories come from lm-eval's own files of MMLU, so the same code scores both.
+They are asked in two of lm-eval's forms: by the letters of the choices, and by the choices as continuations.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import yaml
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.files import write_text
-from benchmarks.llama.mmlu_dev import CONTINUATION, MMLU_DEV
+from benchmarks.harness.base.paths import QUESTIONS
 
+MMLU_DEV = "mmlu_dev"
+CONTINUATION = "continuation"
 _LETTERS = "ABCD"
 _CHOICES = re.compile(r"(?s)(.*?)\s*\(A\)\s(.*?)\s*\(B\)\s(.*?)\s*\(C\)\s(.*?)\s*\(D\)\s(.*)")
 _ANSWER = re.compile(r"\(([ABCD])\)\.?\s*$")
 _FIFTH = "(E)"  # one question of college chemistry came with five choices, and the fifth as its answer
 _SPLIT = "questions"
 _SHA256 = "5a94b761c7aa948a3d5117848440662f6cd9a2a44821344f95f550d02f4bf8bf"  # of all subjects and questions
-
-
-# ways of asking: the folder of lm-eval's files, inside those of MMLU, and how the tasks' names end
+# forms: the folder of lm-eval's files inside those of MMLU, and the ending of the tasks' names
 _FORMS = {"default": "", "continuation": f"_{CONTINUATION}"}
 
 
@@ -36,13 +36,13 @@ def write_mmlu_dev(folder: Path) -> int:
     """Write the tasks and their questions.
 
     Args:
-        folder: gets the YAML files of the tasks, for ``lm_eval --include_path``, and the questions as JSON lines.
+        folder: The folder for the tasks' YAML (``lm_eval --include_path``) and the questions as JSON lines.
 
     Returns:
-        How many questions there are.
+        The number of questions.
 
     Raises:
-        DataError: lm-eval's files are not as expected, or their questions are other ones.
+        DataError: lm-eval's files or questions are not those of the known release.
     """
     import lm_eval
 
@@ -64,7 +64,8 @@ def write_mmlu_dev(folder: Path) -> int:
             _write_task(folder / f"{MMLU_DEV}_{subject}{ending}.yaml", _subject(shared, own, subject, folder))
     if everything.hexdigest() != _SHA256:
         raise DataError(
-            f"the questions inside lm-eval {lm_eval.__version__} are not those of lm-eval 0.4.13, from which MMLU-dev is made"
+            f"the questions inside lm-eval {lm_eval.__version__} are not those of lm-eval 0.4.13, "
+            "from which MMLU-dev is made"
         )
     for form, ending in _FORMS.items():
         groups = [_renamed(_read(file)) for file in sorted((mmlu / form).glob("_mmlu*.yaml"))]
@@ -76,18 +77,18 @@ def write_mmlu_dev(folder: Path) -> int:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{file} does not exist; this suite reads MMLU's files of lm-eval 0.4") from error
-    return found
+    return content
 
 
 def _question(sample: Mapping[str, str], file: Path) -> dict[str, Any]:
-    """A question as MMLU has it, from one with its choices in a line and an answer in words."""
-    found, answer = _CHOICES.fullmatch(sample["question"].strip()), _ANSWER.search(sample["target"].strip())
-    if found is None or answer is None:
+    """Return a question in MMLU's form, from one with its choices in a line and an answer in words."""
+    match, answer = _CHOICES.fullmatch(sample["question"].strip()), _ANSWER.search(sample["target"].strip())
+    if match is None or answer is None:
         raise DataError(f"{file}: cannot read the question '{sample['question'][:60]}…'")
-    question, *choices = (part.strip() for part in found.groups())
+    question, *choices = (text.strip() for text in match.groups())
     return {"question": question, "choices": choices, "answer": _LETTERS.index(answer[1])}
 
 
@@ -116,3 +117,14 @@ def _renamed(content: Any) -> Any:
 
 def _write_task(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+def is_mmlu_dev(task: str) -> bool:
+    """Return True if a task of lm-eval is MMLU-dev, one of its categories or one of its subjects."""
+    return task == MMLU_DEV or task.startswith(f"{MMLU_DEV}_")
+
+
+def mmlu_dev_file(task: str) -> Path:
+    """Return the file that exists if such a task does; the workflow writes it."""
+    form = f"_{CONTINUATION}" if task.endswith(f"_{CONTINUATION}") else ""
+    return QUESTIONS / MMLU_DEV / f"{MMLU_DEV}{form}.yaml"

@@ -1,4 +1,4 @@
-"""The tables of a benchmark of instruction tuning."""
+"""Make the tables of instruction tuning."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MMLU = "mmlu"
 
 
 def results(outcomes: InstructionOutcomes) -> Table:
-    """Held-out loss, and accuracy on every task, by way of tuning and method; the model as it came first."""
+    """Tabulate held-out loss and accuracy by way of tuning and method."""
     frame = outcomes.cells()
     frame = _with(frame, outcomes.losses, "loss")
     columns = [Column("loss", "loss", "Held-out loss", std="loss std", best="loss")]
@@ -48,7 +48,9 @@ def results(outcomes: InstructionOutcomes) -> Table:
         interval = (f"{against} low", f"{against} high")
         columns.append(Column("loss", f"{against} delta", f"Δ loss to {words}", interval=interval, signed=True))
     for task in outcomes.tasks:
-        scored = next(found["tasks"][task]["metric"] for found in outcomes.metrics.values() if task in found["tasks"])
+        scored = next(
+            metrics["tasks"][task]["metric"] for metrics in outcomes.metrics.values() if task in metrics["tasks"]
+        )
         parts = {"accuracy": "", "accuracy_macro": ", mean of subjects", "accuracy_norm": ", by length"}
         parts |= {NATS: ", right answer", "task_score": f", {scored}"}
         for metric, word in parts.items():
@@ -57,8 +59,11 @@ def results(outcomes: InstructionOutcomes) -> Table:
             columns.append(Column(metric, name, f"{task_words(task)}{word}", std=f"{name} std", best=name))
     return Table(
         "Held-out loss and accuracy",
-        f"Mean ± standard deviation over n seeds; the loss is the mean over the responses' tokens of held-out instructions. {_likelihood(outcomes)}{_questions(outcomes)}Δ to {outcomes.baseline_title} is to {outcomes.baseline_title} tuned the same way, paired by seed: "
-        "of a model that is not tuned, what the conversion costs. Δ to not tuned is to the same method not tuned: what tuning gains. Both with a 95 % confidence interval over seeds (Student's t). "
+        "Mean ± standard deviation over n seeds; the loss is the mean over the responses' tokens of held-out "
+        f"instructions. {_likelihood(outcomes)}{_questions(outcomes)}Δ to {outcomes.baseline_title} is to "
+        f"{outcomes.baseline_title} tuned the same way, paired by seed: "
+        "of a model that is not tuned, what the conversion costs. Δ to not tuned is to the same method not tuned: "
+        "what tuning gains. Both with a 95 % confidence interval over seeds (Student's t). "
         f"{_CHOSEN if outcomes.rates_chosen else ''}Bold marks the best method of a way of tuning, controls apart.",
         {**_keys(outcomes), "n": "n"},
         columns,
@@ -69,12 +74,12 @@ def results(outcomes: InstructionOutcomes) -> Table:
 
 
 def tests(outcomes: InstructionOutcomes) -> Table:
-    """Paired tests over questions against the baseline tuned the same way, and against the same method not tuned."""
+    """Tabulate paired tests of accuracy against the baseline tuned the same way, and against the untuned method."""
     return _tests(outcomes, outcomes.tests, "accuracy", "accuracy", "")
 
 
 def nats_tests(outcomes: InstructionOutcomes) -> Table:
-    """The same tests of how likely the right answers are."""
+    """Tabulate the same tests of the right answers' nats per byte."""
     what = "the right answers' nats a byte (minus the logarithm of their probability over their bytes)"
     return _tests(outcomes, outcomes.nats_tests, NATS, what, "Less is better. ")
 
@@ -86,8 +91,12 @@ def _tests(outcomes: InstructionOutcomes, tests: pd.DataFrame, metric: str, what
     nats = ", by nats a byte" if metric == NATS else ""
     return tests_table(
         f"{outcomes.baseline_title}, and against the model not tuned{nats}",
-        f"{note}Differences of {what} to {outcomes.baseline_title} tuned the same way (each question's a mean over the seeds that both have) and to the same method not tuned, paired by question, with a 95 % confidence interval; p of the paired t-test over "
-        "questions, and p corrected by Holm's procedure over the tasks of a row. It says what other questions would show, not what other seeds would. The verdict takes the corrected p at 5 %; a dash means that there is no test.",
+        f"{note}Differences of {what} to {outcomes.baseline_title} tuned the same way (each question's a mean over "
+        "the seeds that both have) and to the same method not tuned, paired by question, with a 95 % confidence "
+        "interval; p of the paired t-test over "
+        "questions, and p corrected by Holm's procedure over the tasks of a row. It says what other questions would "
+        "show, not what other seeds would. The verdict takes the corrected p at 5 %; a dash means that there is no "
+        "test.",
         {**_keys(outcomes), "against": "Against", "task_title": "Task", "questions": "Questions", "seeds": "Seeds"},
         metric,
         frame,
@@ -95,7 +104,7 @@ def _tests(outcomes: InstructionOutcomes, tests: pd.DataFrame, metric: str, what
 
 
 def categories(outcomes: InstructionOutcomes) -> Table:
-    """Accuracy by category of questions."""
+    """Tabulate accuracy by category of questions."""
     return _parts(
         outcomes,
         "categories",
@@ -105,7 +114,7 @@ def categories(outcomes: InstructionOutcomes) -> Table:
 
 
 def subjects(outcomes: InstructionOutcomes) -> Table:
-    """Accuracy by subject."""
+    """Tabulate accuracy by subject."""
     counts = [
         subject["questions"]
         for metrics in outcomes.metrics.values()
@@ -117,8 +126,8 @@ def subjects(outcomes: InstructionOutcomes) -> Table:
 
 
 def _parts(outcomes: InstructionOutcomes, key: str, title: str, caption: str) -> Table:
-    """A row a part of a task, a column a cell."""
-    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    """Tabulate parts of tasks by row, and cells by column."""
+    accuracies: dict[tuple[str, str], dict[str, list[float]]] = {}
     counts: dict[tuple[str, str], int] = {}
     for run in outcomes.runs:
         column = outcomes.row_title(cell_of(run))
@@ -126,7 +135,7 @@ def _parts(outcomes: InstructionOutcomes, key: str, title: str, caption: str) ->
             for part, values in tested[key].items():
                 if tested["metric"] != "acc":
                     continue
-                found.setdefault((task, part), {}).setdefault(column, []).append(values["acc"])
+                accuracies.setdefault((task, part), {}).setdefault(column, []).append(values["acc"])
                 counts[task, part] = values["questions"]
     rows = [
         {
@@ -134,9 +143,9 @@ def _parts(outcomes: InstructionOutcomes, key: str, title: str, caption: str) ->
             "part": f"{part_words(part)} ({counts[task, part]})",
             **{column: sum(values) / len(values) for column, values in by_column.items()},
         }
-        for (task, part), by_column in found.items()
+        for (task, part), by_column in accuracies.items()
     ]
-    names = list(dict.fromkeys(name for by_column in found.values() for name in by_column))
+    names = list(dict.fromkeys(name for by_column in accuracies.values() for name in by_column))
     return Table(
         title,
         caption,
@@ -147,7 +156,7 @@ def _parts(outcomes: InstructionOutcomes, key: str, title: str, caption: str) ->
 
 
 def answers(outcomes: InstructionOutcomes) -> Table:
-    """Greedy answers to held-out instructions, for reading."""
+    """Tabulate greedy answers to held-out instructions."""
     rows = []
     for run in _first_of_each_cell(outcomes):
         for number, answer in enumerate(outcomes.metrics[run.id]["answers"], start=1):
@@ -166,12 +175,14 @@ def answers(outcomes: InstructionOutcomes) -> Table:
 
 
 def data(outcomes: InstructionOutcomes) -> Table:
-    """Rows and tokens of what was learned and held out, and what was cut or left out."""
+    """Count rows and tokens that were learned, held out, cut or left out."""
     rows = []
     for run in outcomes.runs:
-        for part, found in outcomes.metrics[run.id]["data"].items():
+        for part, counts_of_part in outcomes.metrics[run.id]["data"].items():
             if part != "train" or is_trained(run.spec):
-                rows.append({**{key: cell_of(run)[key] for key in GROUP}, "part": part.replace("_", " "), **found})
+                rows.append(
+                    {**{key: cell_of(run)[key] for key in GROUP}, "part": part.replace("_", " "), **counts_of_part}
+                )
     frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
     frame["set_title"] = [outcomes.title("set", name) for name in frame["set"]]
     frame = frame.drop(columns="tuning").drop_duplicates().reset_index(drop=True)
@@ -179,7 +190,9 @@ def data(outcomes: InstructionOutcomes) -> Table:
     words = ("Rows", "Tokens", "of responses", "Longest", "Responses cut", "Tokens cut", "Broken rows")
     return Table(
         "Instructions",
-        "Only the tokens of responses are learned. Responses are cut at the longest length; a row whose prompt alone is longer is broken, and so is one that lacks a field, is empty, or is not UTF-8: broken rows are left out of the whole set, "
+        "Only the tokens of responses are learned. Responses are cut at the longest length; a row whose prompt alone "
+        "is longer is broken, and so is one that lacks a field, is empty, or is not UTF-8: broken rows are left out "
+        "of the whole set, "
         "where the settings allow that.",
         {"set_title": "Set", "model": "Tokens of", "part": "Part", "template": "Template"},
         [Column("count", name, word) for name, word in zip(counts, words, strict=True)],
@@ -189,7 +202,7 @@ def data(outcomes: InstructionOutcomes) -> Table:
 
 
 def cost(outcomes: InstructionOutcomes) -> Table:
-    """Time, memory, parameters and loads."""
+    """Tabulate time, memory, parameters and loads."""
     return cost_table(
         _keys(outcomes),
         outcomes.order(outcomes.cells(), CELL),
@@ -201,7 +214,7 @@ def cost(outcomes: InstructionOutcomes) -> Table:
 
 
 def paper(outcomes: InstructionOutcomes) -> Table:
-    """The paper's MMLU accuracies beside ours."""
+    """Tabulate the paper's MMLU accuracies beside ours."""
     published = read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
     key = ["model", "tuning", "method"]
     ours = []
@@ -219,8 +232,11 @@ def paper(outcomes: InstructionOutcomes) -> Table:
     frame = outcomes.order(frame.assign(set=""), CELL)
     return published_table(
         "The paper's MMLU accuracies beside ours",
-        "Status: published (quoted by others; the paper's full tables could not be consulted). How many shots the paper used, and its learning rate and epochs of LoRA, are not known. A dash is a number that this suite did not run, or that was not found. "
-        "Another model, other data and other questions can neither confirm nor refute a published value; a difference is given only for MMLU itself.",
+        "Status: published (quoted by others; the paper's full tables could not be consulted). How many shots the "
+        "paper used, and its learning rate and epochs of LoRA, are not known. A dash is a number that this suite did "
+        "not run, or that was not found. "
+        "Another model, other data and other questions can neither confirm nor refute a published value; a "
+        "difference is given only for MMLU itself.",
         {**_keys(outcomes), "task": "Task"},
         frame,
     )
@@ -240,7 +256,7 @@ TABLES = {
 
 
 def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
-    """A sentence a way of tuning: what the methods differ by, and what tuning changed."""
+    """Yield a sentence per way of tuning: differences of methods, and gains of tuning."""
     gains = outcomes.loss_differences(UNTUNED).set_index(CELL)["delta"].to_dict()
     losses = outcomes.order(outcomes.loss_differences(), CELL)
     losses = losses[losses["method"].map(outcomes.role) == "method"]
@@ -251,8 +267,9 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
             same, nats = (_of_cell(tests, cell) for tests in (outcomes.tests, outcomes.nats_tests))
             accuracies = [f"{task_words(one.task)} {difference_text(one, ' points')}" for one in same.itertuples()]
             likely = [
-                f"{task_words(one.task)} {one.delta:+z.3f}{interval_text(one.low, one.high, 3)} nats a byte of the right answer, {one.verdict or 'no test'}"
-                for one in nats.itertuples()
+                f"{task_words(test.task)} {test.delta:+z.3f}{interval_text(test.low, test.high, 3)} nats a byte of "
+                f"the right answer, {test.verdict or 'no test'}"
+                for test in nats.itertuples()
             ]
             loss = f"held-out loss {row.delta:+z.3f}{interval_text(row.low, row.high, 3)}"
             both = {row.method_title: cell, outcomes.baseline_title: (*cell[: len(GROUP)], outcomes.baseline, "")}
@@ -263,18 +280,18 @@ def verdicts(outcomes: InstructionOutcomes) -> Iterator[str]:
 
 
 def _of_cell(tests: pd.DataFrame, cell: tuple[str, ...]) -> pd.DataFrame:
-    """A cell's tests against the baseline."""
+    """Return a cell's tests against the baseline."""
     return tests[(tests[[*CELL, "against"]] == [*cell, BASELINE]).all(axis=1)]
 
 
 def _keys(outcomes: InstructionOutcomes) -> dict[str, str]:
-    """What names a row, with headings; the set where there are several."""
+    """Return the key columns with their headings, with the set if there are several."""
     sets = {"set_title": "Set"} if outcomes.several_sets else {}
     return {"model_title": "Model", **sets, "tuning_title": "Tuned", "method_title": "Method"}
 
 
 def _with(frame: pd.DataFrame, values: pd.Series[float], name: str) -> pd.DataFrame:
-    """The mean of a number over a cell's seeds, and its standard deviation where there are several."""
+    """Add the mean of a number over a cell's seeds, and its standard deviation."""
     grouped = values.groupby(CELL, sort=False).agg(["mean", "std"])
     grouped.columns = [name, f"{name} std"]
     return frame.merge(grouped, left_on=CELL, right_index=True, how="left", sort=False)
@@ -285,13 +302,14 @@ def _first_of_each_cell(outcomes: InstructionOutcomes) -> list[Run]:
 
 
 def _questions(outcomes: InstructionOutcomes) -> str:
-    """How many questions there are and what that means."""
-    found: dict[str, int] = {}
+    """Describe the numbers of questions and their standard errors."""
+    counts: dict[str, int] = {}
     for metrics in outcomes.metrics.values():
-        found |= {task: tested["questions"] for task, tested in metrics["tasks"].items() if tested["metric"] == "acc"}
+        counts |= {task: tested["questions"] for task, tested in metrics["tasks"].items() if tested["metric"] == "acc"}
     words = [
-        f"{task_words(task)} has {count:,} questions, so that one accuracy near 30 % is uncertain by {45.8 / math.sqrt(count):.1f} points (one standard error){_chance(task)}"
-        for task, count in found.items()
+        f"{task_words(task)} has {count:,} questions, so that one accuracy near 30 % is uncertain by "
+        f"{45.8 / math.sqrt(count):.1f} points (one standard error){_chance(task)}"
+        for task, count in counts.items()
     ]
     dev = (
         "MMLU-dev are MMLU's few-shot development questions, as they ship inside lm-eval, and not its test. "
@@ -306,10 +324,13 @@ def _chance(task: str) -> str:
 
 
 def _likelihood(outcomes: InstructionOutcomes) -> str:
-    """What nats a byte and accuracy by length are, where there are some."""
+    """Explain nats per byte and accuracy by length, if there are some."""
     if outcomes.nats_tests.empty:
         return ""
-    return "Right answer: minus the logarithm of its probability, over its bytes; less is better. By length: the answer that is likeliest a letter counts. "
+    return (
+        "Right answer: minus the logarithm of its probability, over its bytes; less is better. "
+        "By length: the answer that is likeliest a letter counts. "
+    )
 
 
 def _short(text: str) -> str:
@@ -318,5 +339,5 @@ def _short(text: str) -> str:
 
 
 def _compared_with(outcomes: InstructionOutcomes) -> dict[str, str]:
-    """What rows are compared with, in words."""
+    """Return the references of comparisons in words."""
     return {BASELINE: outcomes.baseline_title, UNTUNED: "not tuned"}

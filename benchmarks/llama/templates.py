@@ -1,4 +1,4 @@
-"""Prompt templates by name."""
+"""Make prompts and responses by named templates."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _FILE = BENCHMARKS / "llama" / "templates.yaml"
 
 @functools.cache
 def _templates() -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = read_yaml(_FILE)
-    return found
+    templates: dict[str, dict[str, str]] = read_yaml(_FILE)
+    return templates
 
 
 def template_names() -> list[str]:
-    """What ``data.template`` may be."""
+    """Return the values of ``data.template``."""
     return [*_templates(), CHAT, RANDOM]
 
 
 @dataclass(frozen=True)
 class Template:
-    """How rows become prompt and response.
+    """A template that makes prompt and response of rows.
 
     Attributes:
-        name: of the template; of the drawn one where it was drawn.
-        tokenizer: the model's, for its chat template and end token.
+        name: The name of the template, also if it was drawn.
+        tokenizer: The model's tokenizer, with its chat template and end token.
     """
 
     name: str
@@ -45,44 +45,40 @@ class Template:
 
     @property
     def special_tokens(self) -> bool:
-        """Whether the tokenizer adds its own (Llama's ``<s>``): a chat template has them already."""
+        """Return True if the tokenizer adds special tokens (Llama's ``<s>``); a chat template has them already."""
         return self.name != CHAT
 
     def prompt(self, row: Instruction) -> str:
-        """What the model is given."""
+        """Return the prompt of a row."""
         if self.name == CHAT:
-            return str(self._chat(self._asked(row), add_generation_prompt=True))
+            return str(self._chat(self._messages(row), add_generation_prompt=True))
         form = _templates()[self.name]["with_input" if row.input else "without_input"]
         # not str.format, which would read braces in the texts
         before, _, rest = form.partition("{instruction}")
         return before + row.instruction + rest.replace("{input}", row.input)
 
     def response(self, row: Instruction) -> str:
-        """What it shall answer, with the token that ends it.
-
-        Raises:
-            DefinitionError: a chat template that changes the prompt when there is an answer.
-        """
+        """Return the response with its end token (:class:`DefinitionError` if the template rewrites the prompt)."""
         if self.name != CHAT:
             return f"{row.output}{self.tokenizer.eos_token}"
         prompt = self.prompt(row)
-        whole = str(self._chat([*self._asked(row), {"role": "assistant", "content": row.output}]))
+        whole = str(self._chat([*self._messages(row), {"role": "assistant", "content": row.output}]))
         if not whole.startswith(prompt):
             raise DefinitionError(
-                f"data.template: the chat template of {self.tokenizer.name_or_path} rewrites the prompt when there is an answer; "
-                "take a template by name"
+                f"data.template: the chat template of {self.tokenizer.name_or_path} rewrites the prompt when there is "
+                "an answer; take a template by name"
             )
         return whole[len(prompt) :]
 
     @property
     def end_tokens(self) -> list[int]:
-        """The tokens that end an answer: the tokenizer's own, and the chat template's where that is another one."""
-        found = self.tokenizer(self.response(Instruction("", "a", "", "b")), add_special_tokens=False)["input_ids"]
-        special = [token for token in found if token in self.tokenizer.all_special_ids]
+        """Return the tokens that end an answer: the tokenizer's, and the chat template's if it has another."""
+        tokens = self.tokenizer(self.response(Instruction("", "a", "", "b")), add_special_tokens=False)["input_ids"]
+        special = [token for token in tokens if token in self.tokenizer.all_special_ids]
         return list(dict.fromkeys([int(self.tokenizer.eos_token_id), *special]))
 
     def as_chat_template(self) -> str:
-        """A chat template (Jinja) that puts a user's message as :meth:`prompt` puts an instruction without input."""
+        """Return a chat template (Jinja) that renders a message as :meth:`prompt` renders an instruction."""
         if self.name == CHAT:
             return str(self.tokenizer.chat_template)
         before, _, after = _templates()[self.name]["without_input"].partition("{instruction}")
@@ -90,11 +86,12 @@ class Template:
             self.tokenizer.bos_token if self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id] else ""
         )
         return (
-            f"{{{{ {begins!r} }}}}{{% for message in messages %}}{{% if message['role'] == 'user' %}}{{{{ {before!r} + message['content'] + {after!r} }}}}"
+            f"{{{{ {begins!r} }}}}{{% for message in messages %}}{{% if message['role'] == 'user' %}}"
+            f"{{{{ {before!r} + message['content'] + {after!r} }}}}"
             "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
         )
 
-    def _asked(self, row: Instruction) -> list[dict[str, str]]:
+    def _messages(self, row: Instruction) -> list[dict[str, str]]:
         return [{"role": "user", "content": "\n\n".join(filter(None, (row.instruction, row.input)))}]
 
     def _chat(self, messages: list[dict[str, str]], **options: Any) -> Any:
@@ -102,16 +99,13 @@ class Template:
 
 
 def find_template(name: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Template:
-    """The template of a run.
+    """Return the template of a run (:class:`DefinitionError` if there is none).
 
     Args:
-        name: one of ``templates.yaml``; ``chat`` for the model's own; ``random`` for one of ``templates.yaml``, drawn once a run as the
+        name: One of ``templates.yaml``, ``chat`` for the model's own, or ``random`` for one drawn once per run, as the
             authors do (``moe_train.py``), but from the seed.
-        tokenizer: the model's.
-        seed: the run's.
-
-    Raises:
-        DefinitionError: there is none.
+        tokenizer: The model's tokenizer.
+        seed: The seed of the run.
     """
     check_names("'data", "template", [name], template_names())
     if name == RANDOM:
@@ -120,6 +114,7 @@ def find_template(name: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> T
         raise DefinitionError(f"the tokenizer of {tokenizer.name_or_path} has no token that ends an answer")
     if name == CHAT and not tokenizer.chat_template:
         raise DefinitionError(
-            f"data.template is 'chat', but {tokenizer.name_or_path} has no chat template; take one of {', '.join(_templates())}"
+            f"data.template is 'chat', but {tokenizer.name_or_path} has no chat template; "
+            f"take one of {', '.join(_templates())}"
         )
     return Template(name, tokenizer)

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as Arguments
 
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
+from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
-from benchmarks.harness.training.probe import Probe
 from benchmarks.harness.training.processes import world_size
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here, quiet_arguments
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator, without_prompt_logits
+from benchmarks.llama.evaluation import held_out_loss
 from benchmarks.llama.grid import accumulation
-from benchmarks.llama.held_out import HeldOutCurve
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gives back beside the model's new weights.
+    """The numbers of a training.
 
     Attributes:
-        curve: the loss of every step: the mean over its learned tokens.
-        cost: what it took: ``steps``, ``step_seconds``, ``train_seconds``.
-        held_out: step and loss on the held-out rows, where the settings ask for it.
+        curve: The loss of every step: the mean over its learned tokens.
+        cost: The times: ``steps``, ``step_seconds``, ``train_seconds``.
+        held_out: Step and loss on the held-out rows, if the settings ask for it.
     """
 
     curve: list[float | None]
@@ -49,23 +50,20 @@ def train(
     progress: Progress,
     probe: Probe,
 ) -> Trained:
-    """Train, from the last complete checkpoint where there is one.
+    """Train, from the last complete checkpoint if there is one.
 
     The rows of a step, and its loss, are the same for any number of processes and for any micro-batch.
 
     Args:
-        trainable: the model; sharded where several processes share it.
-        tokenizer: the model's.
-        spec: the run's.
-        training: its settings.
-        rows: to learn.
-        held_out: to take the loss on every ``eval_every`` steps.
-        folder: the run's folder; checkpoints are written below it.
-        progress: where to say what is going on.
-        probe: takes the first losses.
-
-    Raises:
-        DataError: a checkpoint that is damaged or of another model.
+        trainable: The model, sharded if several processes share it.
+        tokenizer: The model's tokenizer.
+        spec: The spec of the run.
+        training: The settings of the training.
+        rows: The rows to learn.
+        held_out: The rows whose loss is computed every ``eval_every`` steps.
+        folder: The folder of the run, for checkpoints.
+        progress: The progress line.
+        probe: The probe that records the first losses.
     """
     checkpoints, stopwatch = folder / "checkpoints", Stopwatch()
     arguments = quiet_arguments(
@@ -85,7 +83,6 @@ def train(
         seed=derive_seed("dropout", spec.seed),
         save_strategy="steps",
         save_steps=training.save_steps,
-        save_total_limit=1,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -109,8 +106,56 @@ def train(
     )
     if every := training.eval_every:
         at_once, precision = spec.evaluation.batch_size, precision_here(training.precision)
-        # after the stopwatch, which shall not count it
+        # after the stopwatch, which does not measure it
         trainer.add_callback(HeldOutCurve(held_out, tokenizer, every, at_once, precision))
     trainer.train(resume_from_checkpoint=resume(checkpoints, stopwatch, probe))
     curve = [finite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return Trained(curve, stopwatch.cost(trainer.state.global_step), HeldOutCurve.points(trainer.state))
+
+
+_KEY = "held_out_loss"
+
+
+class HeldOutCurve(TrainerCallback):
+    """Computes the held-out loss before training and every few steps, without changing the training.
+
+    The last step is left out, because the model is evaluated then. The points are in Trainer's log, which checkpoints
+    keep.
+
+    Args:
+        rows: The held-out rows.
+        tokenizer: The model's tokenizer.
+        every: The steps between two points.
+        batch_size: The number of rows at once.
+        precision: The arithmetic of an accelerator.
+    """
+
+    def __init__(
+        self, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, every: int, batch_size: int, precision: str
+    ) -> None:
+        self._rows, self._tokenizer, self._every = rows, tokenizer, every
+        self._batch_size, self._precision = batch_size, precision
+
+    def on_train_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self._add_point(state, model)
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step % self._every == 0 and state.global_step < state.max_steps:
+            self._add_point(state, model)
+
+    def _add_point(self, state: TrainerState, model: nn.Module) -> None:
+        with restore_rng_and_modes(model):
+            loss = held_out_loss(
+                cast(PreTrainedModel, model), self._rows, self._tokenizer, self._batch_size, self._precision
+            )
+        state.log_history.append({_KEY: cast(Any, loss), "step": state.global_step})
+
+    @staticmethod
+    def points(state: TrainerState) -> list[dict[str, Any]]:
+        """Return the points: ``step`` and ``loss``, which is None if the model diverged."""
+        return [{"step": entry["step"], "loss": entry[_KEY]} for entry in state.log_history if _KEY in entry]

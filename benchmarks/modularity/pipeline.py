@@ -20,7 +20,7 @@ from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import permutations
 from benchmarks.harness.models.conversion import apply_method_
 from benchmarks.harness.models.loading import describe, load_backbone, load_tokenizer, weights_digest
-from benchmarks.harness.models.states_below import StatesBelow
+from benchmarks.harness.models.prefix import StatesBelow
 from benchmarks.harness.training.progress import Progress
 from benchmarks.modularity.activations import (
     concentration,

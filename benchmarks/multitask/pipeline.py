@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_seq2seq
-from benchmarks.harness.models.seq2seq import load_seq2seq_tokenizer
+from benchmarks.harness.models.loading import load_seq2seq_tokenizer
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import with_routing
 from benchmarks.multitask.grid import MultitaskSpec, MultitaskTraining, WrittenTask

@@ -17,14 +17,12 @@ from torch.utils.data import ConcatDataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
+from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, fixed_rows, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
-from benchmarks.harness.training.probe import Probe, fixed_rows
 from benchmarks.harness.training.progress import Progress
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, precision_here
-from benchmarks.harness.training.undisturbed import undisturbed
 from benchmarks.multitask.grid import MultitaskSpec, OtherTask, WrittenTask
 from benchmarks.multitask.rows import LearnedRows, MixedOrder, answers, as_text
 from benchmarks.text.data import TextSplit
@@ -81,7 +79,7 @@ def rank(
     """
     collate, batches = DataCollatorWithPadding(tokenizer), []
     mixed = torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    with undisturbed(model), mixed:
+    with restore_rng_and_modes(model), mixed:
         model.eval()
         for start in range(0, len(rows), batch_size):
             batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
@@ -145,7 +143,7 @@ class MultitaskTrainer:
         ]
         all_rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned)
         self._collate = DataCollatorForSeq2Seq(tokenizer, model=self._model)
-        self.probe.look(self._model, self._unlabelled(fixed_rows(all_rows)))
+        self.probe.observe(self._model, self._unlabelled(fixed_rows(all_rows)))
         arguments = epoch_arguments(
             self._checkpoints,
             self._precision,

@@ -1,4 +1,4 @@
-"""Predict and score a split with a classifier that is trained, or in training."""
+"""Predict and score a split with a classifier."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from typing import Any, cast
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
 
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.models.prefix import Prefix
-from benchmarks.harness.models.prefix_cache import with_states
-from benchmarks.harness.training.callbacks import Stopwatch
+from benchmarks.harness.models.prefix import Prefix, with_states
+from benchmarks.harness.training.callbacks import Stopwatch, fixed_rows
 from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.harness.training.metrics import mean_loss, score
-from benchmarks.harness.training.probe import fixed_rows
 from benchmarks.harness.training.trainer import (
     PrefixTrainer,
     finite,
@@ -32,21 +30,21 @@ from benchmarks.text.usage import RowRouting
 def padding_collator(
     tokenizer: PreTrainedTokenizerBase, precision: str
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Pads a batch to its longest row; for fp16 to a multiple of 8, as the authors do."""
+    """Return a collator that pads to the longest row; for fp16 to a multiple of 8, as the authors do."""
     return with_states(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if precision == "fp16" else None))
 
 
 class TextEvaluator:
-    """Evaluates a classifier that is trained already.
+    """Evaluates a trained classifier.
 
     Args:
-        classifier: the classifier.
-        tokenizer: its tokenizer.
-        task: what it was trained on (``task`` of a spec).
-        batch_size: rows at once.
-        max_length: tokens kept of a row.
-        precision: what it was trained in.
-        folder: the run's.
+        classifier: The classifier.
+        tokenizer: The classifier's tokenizer.
+        task: The training task (``task`` of a spec).
+        batch_size: The number of rows at once.
+        max_length: The tokens kept of a row.
+        precision: The arithmetic of the training.
+        folder: The folder of the run.
     """
 
     def __init__(
@@ -74,18 +72,18 @@ class TextEvaluator:
 
     @property
     def evaluation_seconds(self) -> float:
-        """Time spent in evaluations so far."""
+        """Return the time of evaluations so far."""
         return self._stopwatch.evaluation
 
     def first_batch(self, split: TextSplit) -> dict[str, Any]:
-        """A split's first rows as the model is called with them."""
+        """Return a split's first rows as inputs of the model."""
         rows = TokenisedRows(split, self._tokenizer, self._max_length, by_length=False, labelled=False)
         return dict(self._collate(fixed_rows(rows)))
 
     def evaluate(
         self, split: TextSplit, task: RunTask | None = None, routing: RowRouting | None = None
     ) -> dict[str, float | None]:
-        """Scores and loss on a split of the task, or of another one, and how its rows are routed."""
+        """Score a split of the task, or of another one, and record how its rows are routed."""
         return evaluate_split(
             self._trainer, self._tokenizer, self._max_length, split, self._task, task, self._prefix, routing
         )
@@ -101,9 +99,9 @@ def evaluate_split(
     prefix: Prefix | None = None,
     routing: RowRouting | None = None,
 ) -> dict[str, float | None]:
-    """Predict a split in batches of like length and score it by what the task reports.
+    """Predict a split in batches of similar length, and score it by the metrics of the task.
 
-    The loss is left out where the set has other classes than the head.
+    There is no loss if the set has other classes than the head.
     """
     rows = TokenisedRows(split, tokenizer, max_length, by_length=True, labelled=False, prefix=prefix)
     name = (other or trained).name

@@ -18,9 +18,8 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.base.paths import TOKENS
-from benchmarks.harness.models.prefix import STATES, Prefix
-from benchmarks.harness.models.prefix_cache import PrefixStates, columns_digest
-from benchmarks.text.data import TextSplit
+from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest
+from benchmarks.text.datasets import TextSplit
 
 _VERSION = 1
 _ROWS_AT_ONCE = 10_000

@@ -18,12 +18,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.models.build import Trainable
-from benchmarks.harness.training.callbacks import RetieGates, Stopwatch
+from benchmarks.harness.training.callbacks import Probe, RetieGates, RoutingTrace, Stopwatch, fixed_rows
 from benchmarks.harness.training.checkpoints import resume
 from benchmarks.harness.training.metrics import mean_loss, score
-from benchmarks.harness.training.probe import Probe, fixed_rows
 from benchmarks.harness.training.progress import Progress
-from benchmarks.harness.training.routing_trace import RoutingTrace
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.harness.training.trainer import RoutedTrainer, finite, plain_logits, precision_here, quiet_arguments
 from benchmarks.text.data import TextSplit
@@ -38,7 +36,7 @@ Epoch = dict[str, Any]  # its number, and the dev scores after it
 
 
 class EpochSettings(Protocol):
-    """What the settings of runs say that train and choose by epochs."""
+    """The settings of runs that train, and choose a checkpoint, by epochs."""
 
     epochs: float
     batch_size: int
@@ -55,15 +53,15 @@ def epoch_arguments(
     best: str | None,
     **options: Any,
 ) -> TrainingArguments:
-    """Trainer's arguments for a run that evaluates, and writes a checkpoint, after every epoch.
+    """Return Trainer's arguments for a run that evaluates, and saves a checkpoint, after every epoch.
 
     Args:
-        folder: for checkpoints.
-        precision: of the arithmetic.
-        training: the run's settings.
-        spec: the run's, with rate and seed.
-        best: the metric whose best epoch is kept; None keeps the last one.
-        **options: other arguments.
+        folder: The folder of the checkpoints.
+        precision: The arithmetic.
+        training: The settings of the run.
+        spec: The spec of the run, with learning rate and seed.
+        best: The metric that chooses the epoch; None keeps the last epoch.
+        **options: Other arguments of Trainer.
     """
     return quiet_arguments(
         folder,
@@ -79,7 +77,6 @@ def epoch_arguments(
         seed=derive_seed("dropout", spec.seed),
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,
         load_best_model_at_end=best is not None,
         metric_for_best_model=best,
         greater_is_better=None if best is None else True,
@@ -89,16 +86,16 @@ def epoch_arguments(
 
 
 class Patience(TrainerCallback):
-    """Stops after a number of epochs without a new best dev score, of which none counts that is not above 0, as in the authors' code.
+    """Stops after a number of epochs without a new best dev score above 0, as in the authors' code.
 
-    Counts in the log, which checkpoints keep, so that a run that goes on stops where it would have stopped.
+    It counts in Trainer's log, which checkpoints keep, so a resumed run stops where an uninterrupted one does.
     """
 
     def __init__(self, metric: str, epochs: int) -> None:
         self._metric, self._epochs = f"eval_{metric}", epochs
 
     def is_over(self, log: list[dict[str, float]]) -> bool:
-        """Whether the last evaluations of a log are that many without a new best."""
+        """Return True if that many last evaluations of a log have no new best score."""
         scores = [0.0, *(entry[self._metric] for entry in log if self._metric in entry)]
         return len(scores) - 1 - scores.index(max(scores)) >= self._epochs
 
@@ -110,8 +107,8 @@ class Patience(TrainerCallback):
 class TextTrainer:
     """Trains and evaluates one text classifier as a run's spec says.
 
-    Checkpoints are written every epoch below ``folder``; a run that was killed goes on from the last
-    complete one and ends with the same numbers.
+    Checkpoints are saved every epoch below ``folder``. A killed run resumes from the last complete one, and ends with
+    the same numbers.
     """
 
     def __init__(
@@ -144,7 +141,7 @@ class TextTrainer:
         rows, self._dev = self._rows(train, by_length=False), self._rows(dev, by_length=True)
         by_length = self._training.sampling == "group_by_length"
         self._collate = padding_collator(tokenizer, self._precision)
-        self.probe.look(classifier.model, self._collate(fixed_rows(rows)))
+        self.probe.observe(classifier.model, self._collate(fixed_rows(rows)))
         self._trainer = RoutedTrainer(
             args=arguments,
             order=EpochOrder(rows.lengths, self._training.batch_size, spec.seed, by_length=by_length),
@@ -166,9 +163,9 @@ class TextTrainer:
 
     @property
     def cost(self) -> dict[str, Any]:
-        """What training and all evaluations so far took, for ``cost`` of ``metrics.json``."""
-        took = self._stopwatch.cost(self._trainer.state.global_step)
-        return {**took, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
+        """Return the times of training and evaluations so far, for ``cost`` of ``metrics.json``."""
+        times = self._stopwatch.cost(self._trainer.state.global_step)
+        return {**times, "evaluation_seconds": self._stopwatch.evaluation, "precision": self._precision}
 
     def _rows(self, split: TextSplit, *, by_length: bool) -> TokenisedRows:
         return TokenisedRows(
@@ -176,16 +173,16 @@ class TextTrainer:
         )
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
-        # Trainer's own labels are rounded to float32, and its loss counts a last batch that is not full as if it were
+        # Trainer rounds labels to float32, and weights an incomplete last batch like a full one
         logits, labels = plain_logits(prediction.predictions), self._dev.labels
         return {self._metric: score(self._metric, logits, labels), _LOSS: mean_loss(logits, labels)}
 
     def train(self) -> tuple[list[Epoch], Epoch]:
-        """Train, from the last complete checkpoint where there is one; returns all epochs, and the one whose weights the model has."""
+        """Train, from the last complete checkpoint if there is one; return all epochs, and the one that is kept."""
         checkpoint = resume(self._checkpoints, self._stopwatch, self.probe, self.routing_trace)
         saved = TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}") if checkpoint else None
         if saved and self._patience and self._patience.is_over(saved.log_history):
-            self._trainer.state = saved  # it had stopped already: only the best weights are missing
+            self._trainer.state = saved  # it had stopped: only the best weights are missing
             self._trainer._load_best_model()
         else:
             self._trainer.train(resume_from_checkpoint=checkpoint)
@@ -209,7 +206,7 @@ class TextTrainer:
     def evaluate(
         self, split: TextSplit, task: RunTask | None = None, routing: RowRouting | None = None
     ) -> dict[str, float | None]:
-        """Scores and loss on a split: of the training task, or of another as it is read out of domain; and how its rows are routed."""
+        """Score a split of the training task, or of another set, and record how its rows are routed."""
         return evaluate_split(
             self._trainer, self._tokenizer, self._training.max_length, split, self._task, task, self._prefix, routing
         )

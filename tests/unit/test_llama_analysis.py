@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -15,13 +14,9 @@ from benchmarks.harness.base import paths
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
-from benchmarks.harness.config.suite import load_suite
-from benchmarks.harness.report.claims import write_claims
-from benchmarks.harness.report.page import write_report
-from benchmarks.harness.report.presentation import present
 from benchmarks.harness.results.records import read_metrics
-from benchmarks.llama.outcomes import CELL, InstructionOutcomes, cell_of
-from benchmarks.llama.tables import answers, categories, data, paper, results, subjects, verdicts
+from benchmarks.llama.outcomes import InstructionOutcomes
+from benchmarks.llama.tables import categories, paper, results, subjects, verdicts
 from benchmarks.llama.tables import tests as paired_tests
 from emoe.layer_numbers import resolve_layers
 from tests.fake_runs import SUBJECTS, write_runs
@@ -40,14 +35,6 @@ def runs() -> list[Run]:
     for run in plan(["llama"], "smoke"):
         spec = {**run.spec, "evaluation": {**run.spec["evaluation"], **evaluation}}
         found += [run_from_spec({**spec, "seed": seed}) for seed in ((0, 1) if spec["finetuning"] == "lora" else (0,))]
-    write_runs(found, {"emoe": 0.3})
-    return found
-
-
-@pytest.fixture
-def mini() -> list[Run]:
-    """The mini suite's runs, finished."""
-    found = plan(["llama"], "mini")
     write_runs(found, {"emoe": 0.3})
     return found
 
@@ -176,49 +163,6 @@ def test_a_model_that_diverged_has_no_loss_and_is_not_chosen(runs: list[Run]) ->
     assert not math.isnan(frame.loc[2, "loss"])  # that of the other seed
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_everything_is_drawn_and_written(mini: list[Run], tmp_path: Path) -> None:
-    presented = present(LLAMA, mini)
-    for table in presented.tables:
-        table.write(tmp_path / "results/mini/tables")
-        assert table.markdown()
-    presented.draw(tmp_path / "results/mini/figures")
-    for name in LLAMA.definition.figures:
-        assert (tmp_path / f"results/mini/figures/llama_{name}.png").exists()
-    suite = load_suite({"suite": "mini", "benchmarks": ["llama"]})
-    write_claims(suite)
-    write_report(suite, tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    assert "Instruction tuning of Llama models" in page
-    assert "in both ways" not in page
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_suite_without_training_or_accuracy_still_has_its_pictures(runs: list[Run], tmp_path: Path) -> None:
-    base = [run for run in runs if run.spec["finetuning"] == "base" and run.spec["method"]["name"] == "dense"]
-    path = paths.RUNS / base[0].folder / "metrics.json"
-    found = json.loads(path.read_text())
-    found["tasks"] = {
-        "gsm8k (5-shot)": {
-            "scores": {"task_score": 0.2},
-            "questions": 9,
-            "metric": "exact_match",
-            "categories": {},
-            "subjects": {},
-            "correct": {},
-        }
-    }
-    found["scores"]["test"] = {"gsm8k (5-shot)": {"task_score": 0.2}}
-    path.write_text(json.dumps(found))
-    presented = present(LLAMA, base)
-    presented.draw(tmp_path)
-    assert "gsm8k (5-shot), exact_match" in presented.tables[0].markdown()
-    assert "| 0.200" in presented.tables[0].markdown()
-    assert len(answers(InstructionOutcomes(LLAMA, base)).frame) == 1
-    assert data(InstructionOutcomes(LLAMA, base)).frame["part"].tolist() == ["held out"]
-    assert InstructionOutcomes(LLAMA, base).tests[CELL].empty
-
-
 def test_wrong_settings_are_refused_by_name() -> None:
     from benchmarks.harness.config.benchmark import Benchmark
     from benchmarks.harness.config.yaml import parse
@@ -237,9 +181,6 @@ def test_wrong_settings_are_refused_by_name() -> None:
             {"grid": [{**block, "finetuning": ["lorra"]}]},
             "finetuning' is 'lorra', which does not exist; did you mean 'lora'",
         ),
-        ({"grid": [{**block, "model": ["minilm"]}]}, "model' is 'minilm', which does not exist"),
-        ({"grid": [{**block, "set": ["alpacca"]}]}, "set' is 'alpacca', which does not exist; did you mean 'alpaca'"),
-        ({"finetuning": {"lora": {"rank": 3}}}, "unknown key 'finetuning.lora.rank'"),
         (
             {"grid": [{**block, "learning_rate": [0.1]}], "finetuning": {"lora": {"lora": None}}},
             "'lora' says which adapters there are",
@@ -261,15 +202,6 @@ def test_wrong_settings_are_refused_by_name() -> None:
     ):
         with pytest.raises(DefinitionError, match=message.replace("'", ".")):
             list(KIND.specs(with_change(change), "smoke", (), dict))
-
-
-@pytest.mark.parametrize("suite", ["smoke", "mini", "paper"])
-def test_whatever_is_tuned_is_also_evaluated_as_it_came(suite: str) -> None:
-    tunings: dict[tuple[str, ...], set[str]] = {}
-    for run in plan(["llama"], suite):
-        cell = cell_of(run)
-        tunings.setdefault((cell["model"], cell["set"], cell["method"], cell["variant"]), set()).add(cell["tuning"])
-    assert all(len(found) > 1 and "base" in found for found in tunings.values())
 
 
 def test_the_papers_grid_is_as_published() -> None:

@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import emoe
 from benchmarks.__main__ import cli
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import MODEL_ROOT, QUESTIONS
+from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.build import build_language_model
-from benchmarks.harness.models.language import load_language_model
-from benchmarks.harness.models.loading import load_tokenizer
-from benchmarks.harness.training.distributed import is_complete
+from benchmarks.harness.models.loading import load_language_model, load_tokenizer
 from benchmarks.llama.definition import AskedTask, InstructionSpec
 from benchmarks.llama.encoding import IGNORED
 from benchmarks.llama.evaluation import load_tasks, summarise
@@ -140,14 +139,6 @@ def test_the_loss_is_that_of_the_responses_alone(monkeypatch: pytest.MonkeyPatch
     assert curve == [pytest.approx(loss / tokens, abs=1e-4)]
 
 
-def test_the_first_of_a_few_steps_learns() -> None:
-    path = prepare(tiny_run("dense", "full", training={"epochs": 1, "batch_size": 12, "keep_weights": True}))
-    assert len(finish(path)["curve"]) == 1
-    before = build_language_model(json.loads(path.read_text())).model.state_dict()
-    after = load_file(path.parent / "model" / "trained.safetensors")
-    assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
-
-
 @pytest.mark.parametrize("method", ["dense", "emoe"])
 def test_an_untrained_model_is_only_evaluated(method: str) -> None:
     path = prepare(tiny_run(method, "base"))
@@ -158,17 +149,6 @@ def test_an_untrained_model_is_only_evaluated(method: str) -> None:
     assert not (path.parent / "model").exists()
     with pytest.raises(DataError, match="keeps no weights"):
         export(path, Path("out"), "dense")
-
-
-def test_blocks_are_trained_as_a_whole_and_nothing_else() -> None:
-    tune = {"blocks": [2, 3], "also": [], "head": False}
-    run = tiny_run("dense", "full", {"method": {"tune": tune}, "finetuning": "blocks"})
-    found = finish(prepare(run))
-    model = load_language_model(run.spec["model"])
-    wanted = sum(
-        p.numel() for name, p in model.named_parameters() if name.startswith(("model.layers.2.", "model.layers.3."))
-    )
-    assert {group: trained["parameters"] for group, trained in found["model"]["trained"].items()} == {"blocks": wanted}
 
 
 def test_held_out_rows_are_the_same_for_all_seeds_and_never_learned() -> None:
@@ -203,24 +183,6 @@ def test_broken_rows_end_a_run_before_any_work_or_are_left_out(tmp_path: Path, m
     assert skipped["data"]["train"]["broken_rows"] == 2
 
 
-def test_another_number_of_rows_than_known_is_told(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (workdir / "data/own.json").rename(workdir / "data/alpaca.json")
-    alpaca = {"name": "alpaca", "source": {"hub": "tatsu-lab/alpaca", "revision": None}}
-    finish(prepare(tiny_run("dense", "base", {"task": alpaca})))
-    said = "warning: alpaca (all): 40 rows, its makers count 52,002: another version, or not all of it"
-    assert said in capfd.readouterr().err
-
-
-def test_too_few_rows_and_an_uneven_batch_are_refused() -> None:
-    with pytest.raises(DataError, match="has 40 usable rows: 37 are held out, and what is left fills no step of 4"):
-        finish(prepare(tiny_run("dense", "full", data={"held_out_rows": 37})))
-    with pytest.raises(
-        DefinitionError,
-        match=r"batch_size 4 is no multiple of training.per_device_train_batch_size 3 times 1 processes",
-    ):
-        finish(prepare(tiny_run("dense", "full", training={"per_device_train_batch_size": 3})))
-
-
 def test_unknown_tasks_end_a_run_before_any_work() -> None:
     with pytest.raises(
         DataError,
@@ -237,23 +199,6 @@ def test_unknown_tasks_end_a_run_before_any_work() -> None:
 
 def ask(task: str, shots: int = 0) -> AskedTask:
     return AskedTask(task=task, num_fewshot=shots)
-
-
-def test_shots_that_a_task_does_not_have_are_refused() -> None:
-    write_mmlu_dev(QUESTIONS / "mmlu_dev")
-    load_tasks([ask("mmlu_dev_anatomy", 4)])
-    with pytest.raises(
-        DefinitionError, match=r"'mmlu_dev_anatomy' with 5 shots, but 'mmlu_dev_anatomy' has 4 other questions"
-    ):
-        load_tasks([ask("mmlu_dev_anatomy", 5)])
-    with pytest.raises(DefinitionError, match=r"'mmlu_dev' with 3 shots, but 'mmlu_dev_\w+' has 2 other questions"):
-        load_tasks([ask("mmlu_dev", 3)])
-
-
-def test_a_task_whose_data_are_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    offer_only("hellaswag", monkeypatch)
-    with pytest.raises(DataError, match="lm-eval cannot load 'hellaswag'"):
-        load_tasks([ask("hellaswag", 5)])
 
 
 def result(**changes: Any) -> dict[str, Any]:
@@ -309,16 +254,6 @@ def test_four_bits_need_their_package(tmp_path: Path, monkeypatch: pytest.Monkey
         load_language_model(model, [2])
 
 
-def test_several_files_hold_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = load_language_model(tiny_run("dense", "base").spec["model"])
-    whole.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
-    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    monkeypatch.setenv(MODEL_ROOT, str(tmp_path))
-    found = load_language_model({"name": "sharded", "hub": "no/model", "revision": None}).state_dict()
-    assert found.keys() == whole.state_dict().keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in whole.state_dict().items())
-
-
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_exports_are_what_was_trained(tuning: str, tmp_path: Path) -> None:
     path = prepare(tiny_run("emoe", tuning, training={"keep_weights": True}))
@@ -348,14 +283,6 @@ def test_exports_are_what_was_trained(tuning: str, tmp_path: Path) -> None:
     assert prompt.endswith("### Instruction:\nSay 1.\n\n### Response:\n")
 
 
-def test_a_dense_run_has_no_experts_to_export() -> None:
-    path = prepare(tiny_run("dense", "lora"))
-    finish(path)
-    with pytest.raises(DataError, match="has no experts; export it as dense"):
-        export(path, Path("out"), "emoe")
-    assert not Path("out").exists()
-
-
 def test_lm_evals_own_command_line_agrees_on_the_exported_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.__main__ import cli_evaluate
 
@@ -383,12 +310,17 @@ def test_lm_evals_own_command_line_agrees_on_the_exported_folder(monkeypatch: py
     assert len(samples) == ours["questions"]
 
 
-def test_a_half_written_shard_makes_no_checkpoint(tmp_path: Path) -> None:
-    assert not is_complete(tmp_path)
-    for name in ("a", "b"):
-        save_file({"x": torch.zeros(100)}, tmp_path / f"{name}.safetensors")
-    assert is_complete(tmp_path)
-    whole = (tmp_path / "b.safetensors").read_bytes()
-    for length in (len(whole) - 1, 5, 0):
-        (tmp_path / "b.safetensors").write_bytes(whole[:length])
-        assert not is_complete(tmp_path)
+def test_the_held_out_curve_changes_no_other_number() -> None:
+    with_curve = finish(prepare(tiny_run("emoe", "lora", training={"eval_every": 2})))
+    plain = tiny_run("emoe", "lora")
+    del plain.spec["training"]["eval_every"]
+    assert plain.spec["training"]["lora"]["dropout"] > 0
+    numbers = finish(prepare(run_from_spec(plain.spec)))
+    points = with_curve.pop("held_out_curve")
+    assert {**with_curve, "run_id": ""} == {**numbers, "run_id": ""}
+    assert [point["step"] for point in points] == [0, 2, 4, 6]
+    losses = [point["loss"] for point in points]
+    assert losses[-1] == with_curve["scores"]["dev"]["own"]["loss"]
+    assert losses[0] > losses[-1]
+    untuned = finish(prepare(tiny_run("emoe", "base")))
+    assert losses[0] == pytest.approx(untuned["scores"]["dev"]["own"]["loss"], abs=1e-6)

@@ -17,7 +17,7 @@ from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import canonical_json, partition_jobs, plan, run_from_spec, run_inputs
 from benchmarks.harness.config.yaml import parse
-from benchmarks.harness.models.seq2seq import load_seq2seq, load_seq2seq_tokenizer
+from benchmarks.harness.models.loading import load_seq2seq, load_seq2seq_tokenizer
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.sources.vader import load_vader
 from benchmarks.multitask.grid import KIND, MultitaskDefinition, MultitaskSpec, WrittenTask

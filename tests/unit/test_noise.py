@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks.harness.models.noise import noisy_tuning_
+from benchmarks.harness.models.conversion import noisy_tuning_
 
 
 def test_noise_scales_with_each_parameter_and_spares_the_head() -> None:

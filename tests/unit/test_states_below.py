@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import emoe
 from benchmarks.harness.config.methods import block_of
-from benchmarks.harness.models.prefix import has_prefix
-from benchmarks.harness.models.states_below import StatesBelow
+from benchmarks.harness.models.prefix import StatesBelow, has_prefix
 from emoe.architectures import find_ffns
 from tests.tiny_models import VOCABULARY, build
 
@@ -104,7 +103,7 @@ def test_other_batches_are_refused() -> None:
         outputs(model, given)
     changed = [{**given[0], "input_ids": given[0]["input_ids"].flip(1)}]
     for others in (given[::-1], given * 2, changed):
-        with below.replaying(), pytest.raises(RuntimeError, match="a pass over other batches"):
+        with below.replaying(), pytest.raises(RuntimeError, match="this pass is over other batches"):
             outputs(model, others)
     assert len(outputs(model, given[::-1])) == 2  # the model is as it was
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -105,18 +104,6 @@ def test_names_that_the_library_changes_when_it_saves_are_found(name: str, tmp_p
     again = emoe.from_pretrained(type(model), tmp_path)
     values = tiny_models.inputs(name)
     assert torch.equal(tiny_models.output(again, values), tiny_models.output(model, values))
-
-
-def test_weights_that_were_saved_again_leave_an_older_sidecar_behind(tmp_path: Path) -> None:
-    model = bert(METHODS["emoe-learn"])
-    emoe.save_pretrained(model, tmp_path)
-    with torch.no_grad():
-        routed_layers(model)[0].router.proj.weight.mul_(-1)
-    model.save_pretrained(tmp_path)
-    assert_same_experts(emoe.from_pretrained(BertForSequenceClassification, tmp_path), model)
-    emoe.set_top_k_(model, 4)
-    model.save_pretrained(tmp_path)
-    assert_same_experts(emoe.from_pretrained(BertForSequenceClassification, tmp_path), model)
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
@@ -359,20 +346,6 @@ def test_a_part_that_was_converted_for_itself_is_saved_with_the_whole(tmp_path: 
     assert_same_experts(emoe.from_pretrained(BertForSequenceClassification, tmp_path / "checkpoint-4"), model)
     model.save_pretrained(tmp_path / "plain")
     assert_same_experts(emoe.from_pretrained(BertForSequenceClassification, tmp_path / "plain"), model)
-
-
-def test_nothing_but_the_callback_needs_transformers() -> None:
-    needy = {
-        path.stem
-        for path in Path(emoe.__file__).parent.glob("*.py")
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.Import | ast.ImportFrom) and "transformers" in ast.unparse(node)
-    }
-    assert needy == {"trainer"}
-    imports = [node for node in ast.parse(Path(emoe.__file__).read_text()).body if isinstance(node, ast.ImportFrom)]
-    assert "emoe.trainer" not in [node.module for node in imports]
-    with pytest.raises(AttributeError, match="no attribute 'TrainerCallbak'"):
-        emoe.TrainerCallbak  # noqa: B018
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

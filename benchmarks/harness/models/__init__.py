@@ -1,1 +1,1 @@
-"""The model of a run: loaded, converted, adapted."""
+"""Load, convert and adapt the model of a run."""

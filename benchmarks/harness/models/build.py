@@ -1,4 +1,4 @@
-"""A run's model: loaded, converted and adapted as its spec says, for training or to evaluate what was trained."""
+"""Build a run's model as its spec says: load, convert and adapt it; or reopen a trained one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from typing import Any, cast
 import torch
 from peft import LoraModel
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.harness.base.errors import DataError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.conversion import apply_method_, use_sparse_
 from benchmarks.harness.models.image import load_image_classifier
-from benchmarks.harness.models.language import load_language_model
-from benchmarks.harness.models.loading import describe, load_classifier, read_tensors, weights_digest
+from benchmarks.harness.models.loading import (
+    describe,
+    load_classifier,
+    load_language_model,
+    load_seq2seq,
+    read_tensors,
+    weights_digest,
+)
 from benchmarks.harness.models.prefix import Prefix
-from benchmarks.harness.models.seq2seq import load_seq2seq
 from benchmarks.harness.models.tuning import FAST, tune_
 from emoe.architectures import find_ffns
 from emoe.files import write_tensors
@@ -32,15 +38,15 @@ _TRAINED, _PARTITION = "trained.safetensors", "partition.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """A classifier or language model and what is known of it.
+    """A converted and adapted model.
 
     Attributes:
-        model: as it is trained; called with ``labels`` it also gives the loss.
-        summary: the ``model`` part of ``metrics.json``.
-        trained: names of the parameters that shall be trained.
-        slow: those of them that take a share of the learning rate (:data:`~benchmarks.harness.models.tuning.FAST`).
-        adapters: those that were added, which peft merges.
-        prefix: its embeddings and first layers, where they are frozen.
+        model: The model; called with ``labels`` it also returns the loss.
+        summary: The ``model`` part of ``metrics.json``.
+        trained: The names of the trained parameters.
+        slow: The trained parameters that get a share of the learning rate.
+        adapters: The added adapters, which peft can merge.
+        prefix: The frozen embeddings and first layers; None if none are frozen.
     """
 
     model: nn.Module
@@ -51,7 +57,7 @@ class Trainable:
     prefix: Prefix | None = None
 
     def prefix_cost(self) -> dict[str, float]:
-        """What this process spent on the frozen layers; nothing where none is frozen, little where the cache had everything."""
+        """Return the seconds that this process spent on frozen layers, if there are some."""
         return {"prefix_seconds": self.prefix.seconds} if self.prefix else {}
 
 
@@ -61,13 +67,13 @@ def build_classifier(
     calibration: Iterable[Mapping[str, Any]] = (),
     partition: Mapping[int, torch.Tensor] | None = None,
 ) -> Trainable:
-    """Load, convert and adapt.
+    """Load, convert and adapt a text classifier.
 
     Args:
-        spec: of a training run.
-        tokenizer: the model's.
-        calibration: batches of training rows, for a co-activation partition.
-        partition: of a classifier that is built again.
+        spec: The spec of a training run.
+        tokenizer: The model's tokenizer.
+        calibration: Batches of training rows, for a co-activation partition.
+        partition: The partition of a model that is built again.
     """
     model = load_classifier(
         spec["model"], max(len(spec["task"]["labels"]), 1), derive_seed("head", spec["seed"]), tokenizer.pad_token_id
@@ -80,8 +86,8 @@ def build_image_classifier(spec: Mapping[str, Any], num_classes: int) -> Trainab
     """Load, convert and adapt a classifier of images.
 
     Args:
-        spec: of a run that trains on images.
-        num_classes: classes of the set.
+        spec: The spec of a run that trains on images.
+        num_classes: The classes of the set.
     """
     training = spec["training"]
     model = load_image_classifier(
@@ -105,41 +111,41 @@ def build_language_model(
     """Load, convert and adapt a language model.
 
     Args:
-        spec: of a run of instruction tuning.
-        calibration: batches of training rows, for a co-activation partition.
-        partition: of a model that is built again.
-        empty: the weights come from another process.
+        spec: The spec of a run of instruction tuning.
+        calibration: Batches of training rows, for a co-activation partition.
+        partition: The partition of a model that is built again.
+        empty: Leave the weights uninitialised: another process sends them.
 
     Raises:
-        DataError: the weights are not there or are other ones.
-        DefinitionError: 4 bits without the package that makes them, or adapters for layers that the model does not have.
-        EMoEError: the model cannot be converted as asked.
+        DataError: The weights are missing or damaged.
+        DefinitionError: 4 bits without the package that makes them, or adapters for layers that the model lacks.
+        EMoEError: The method does not fit the model.
     """
     config = spec["method"]["config"]
     model = load_language_model(spec["model"], config["layers"] if config else (), empty=empty)
-    # quantised weights have no digest that another machine would find
-    known = not empty and "quantize" not in spec["model"]
-    source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model) if known else ""}
-    found = _converted(model, model, source, spec, calibration, partition)
+    # the digest of quantised weights depends on the machine
+    has_digest = not empty and "quantize" not in spec["model"]
+    source = {"from": describe(spec["model"], model), "weights": weights_digest(model.base_model) if has_digest else ""}
+    trainable = _converted(model, model, source, spec, calibration, partition)
     if "quantize" in spec["model"]:
-        cast(Any, model)._hf_peft_config_loaded = True  # Trainer asks whether quantised weights have adapters
+        cast(Any, model)._hf_peft_config_loaded = True  # Trainer requires adapters on quantised weights
     elif not torch.cuda.is_available():
-        model.float()  # in which a CPU computes; grouped by the weights as they were asked for, as on an accelerator
+        model.float()  # after clustering the weights in their own type, as on an accelerator
     for parameter in model.parameters():
         if parameter.requires_grad:  # small steps vanish in bf16
             parameter.data = parameter.data.float()
-    return found
+    return trainable
 
 
 def build_seq2seq(spec: Mapping[str, Any]) -> Trainable:
-    """Load and convert an encoder-decoder model, all of which is trained.
+    """Load and convert an encoder-decoder model, and train all of it.
 
     Args:
-        spec: of a run on several tasks.
+        spec: The spec of a run on several tasks.
 
     Raises:
-        DataError: the weights are not there.
-        EMoEError: the model cannot be converted as asked.
+        DataError: The weights are missing or damaged.
+        EMoEError: The method does not fit the model.
     """
     model = load_seq2seq(spec["model"])
     source = {"from": describe(spec["model"], model), "weights": weights_digest(model)}
@@ -157,7 +163,7 @@ def _converted(
     """Convert and adapt a model's network, which is the model itself or a part of it."""
     seed, lora, tune = spec["seed"], spec["training"].get("lora"), spec["method"]["tune"]
     dense_parameters = _count(model)
-    in_ffns, in_tables = _ffn_parameters(network), _looked_up(model)
+    in_ffns, in_tables = _ffn_parameters(network), _embedding_parameters(model)
     prefix = Prefix(model, network, layers) if (layers := spec["training"].get("frozen_layers")) else None
     if prefix:
         prefix.check(spec["method"])
@@ -169,14 +175,14 @@ def _converted(
     adapters = None
     if tune is not None:
         adapters, groups = tune_(cast(PreTrainedModel, network), lora, tune, seed, frozen)
-        names = [name for found in groups.values() for name, _ in found]
-        slow = [name for group, found in groups.items() if group not in FAST for name, _ in found]
+        names = [name for members in groups.values() for name, _ in members]
+        slow = [name for group, members in groups.items() if group not in FAST for name, _ in members]
         trained = {
             group: {
-                "parameters": sum(parameter.numel() for _, parameter in found),
-                "names": _digest(name for name, _ in found),
+                "parameters": sum(parameter.numel() for _, parameter in members),
+                "names": _digest(name for name, _ in members),
             }
-            for group, found in groups.items()
+            for group, members in groups.items()
         }
     if prefix:
         prefix.freeze_()
@@ -195,12 +201,12 @@ def _converted(
         "active_neurons": share,
         "conversion": [dataclasses.asdict(layer) for layer in report.layers] if report else [],
     }
-    around = next(f"{name}." if name else "" for name, module in model.named_modules() if module is network)
+    prefix_of_network = next(f"{name}." if name else "" for name, module in model.named_modules() if module is network)
     return Trainable(
         model,
         summary,
-        frozenset(around + name for name in names),
-        frozenset(around + name for name in slow),
+        frozenset(prefix_of_network + name for name in names),
+        frozenset(prefix_of_network + name for name in slow),
         adapters,
         prefix,
     )
@@ -208,17 +214,17 @@ def _converted(
 
 def _count(model: nn.Module) -> int:
     if getattr(model, "is_quantized", False):
-        return int(cast(PreTrainedModel, model).num_parameters())  # two of four bits stand in one byte
+        return int(cast(PreTrainedModel, model).num_parameters())  # a byte holds two numbers of 4 bits
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _ffn_parameters(network: nn.Module) -> int:
-    """Weights in the matrices of a dense model's FFNs."""
+    """Count the weights in the matrices of a dense model's FFNs."""
     return sum(ffn.d * ffn.h * (len(ffn.inputs()) + 1) for ffn in find_ffns(network))
 
 
-def _looked_up(model: nn.Module) -> int:
-    """Weights of tables that are looked up and not multiplied with, as the vocabulary's is where the head shares it."""
+def _embedding_parameters(model: nn.Module) -> int:
+    """Count the weights of embedding tables, without a table that the output head shares and multiplies with."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     shared = getattr(head, "weight", None)
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -226,77 +232,83 @@ def _looked_up(model: nn.Module) -> int:
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The part of a model's state that training changes: trained parameters, and buffers such as running gates."""
+    """Return the tensors that training changes: trained parameters, and buffers such as running gates."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(model).items()}
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    # tied weights under their first name; what quantised weights put into a state is neither
+    # tied weights under their first name, and no states of quantised weights
     kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     kept |= {name for name, _ in model.named_buffers()}
     return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
 
 
 def load_trained_(model: nn.Module, file: Path) -> None:
-    """Put what :func:`trained_state` saved back into a model that was built the same way.
+    """Load a file with a :func:`trained_state` into a model that was built the same way.
 
     Raises:
-        DataError: the file is missing, damaged, or of another model.
+        DataError: The file is missing, damaged, or another model's.
     """
     set_trained_(model, read_tensors(file), str(file))
 
 
-def set_trained_(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
-    """Give a model what another one, built the same way, had in :func:`trained_state`.
+def set_trained_(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Load a :func:`trained_state` into a model that was built the same way.
+
+    Args:
+        model: The model.
+        state: The tensors.
+        source: Their source, for messages.
 
     Raises:
-        DataError: the tensors are of another model; names where they are from.
+        DataError: The tensors are another model's.
     """
-    wanted = {name: tensor.shape for name, tensor in _trained(model).items()}
-    if {name: tensor.shape for name, tensor in state.items()} != wanted:
-        odd = sorted(set(state) ^ set(wanted)) or sorted(n for n in wanted if state[n].shape != wanted[n])
-        raise DataError(f"{where} belongs to another model: they differ in '{odd[0]}'")
-    model.load_state_dict(state, strict=False)
+    expected = {name: tensor.shape for name, tensor in _trained(model).items()}
+    if {name: tensor.shape for name, tensor in state.items()} != expected:
+        wrong = sorted(set(state) ^ set(expected)) or sorted(n for n in expected if state[n].shape != expected[n])
+        raise DataError(f"{source} belongs to another model: they differ in '{wrong[0]}'")
+    # a sharded model takes its part of each tensor
+    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def permutations(model: nn.Module) -> dict[int, torch.Tensor]:
-    """How a converted model's neurons are grouped, by layer; empty for a dense model."""
+    """Return the permutations of a converted model's neurons by layer; empty for a dense model."""
     return {layer.ffn_index: layer.permutation for layer in routed_layers(model) if layer.permutation is not None}
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Keep what training made of a model: its trained tensors, and the grouping of its neurons."""
+    """Save the trained tensors of a model, and the partition of its neurons."""
     folder.mkdir(parents=True, exist_ok=True)
-    if found := permutations(model):
-        save_partition(Partition(found), folder / _PARTITION)
+    if partition := permutations(model):
+        save_partition(Partition(partition), folder / _PARTITION)
     write_tensors(trained_state(model), folder / _TRAINED)
 
 
 def reopen_classifier(
     spec: Mapping[str, Any], weights: str, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> Trainable:
-    """The classifier of a finished run, routed as it was trained; see :func:`reopen_language_model`.
+    """Build the classifier of a finished run with its trained weights; see :func:`reopen_language_model`.
 
     Args:
-        spec: of the training run.
-        weights: digest of the pre-trained weights that the run recorded.
-        tokenizer: the model's.
-        folder: what :func:`save_trained` wrote.
+        spec: The spec of the training run.
+        weights: The recorded digest of the pre-trained weights.
+        tokenizer: The model's tokenizer.
+        folder: The folder that :func:`save_trained` wrote.
     """
     return _reopened(lambda partition: build_classifier(spec, tokenizer, partition=partition), spec, weights, folder)
 
 
 def reopen_language_model(spec: Mapping[str, Any], weights: str, folder: Path) -> Trainable:
-    """The language model of a finished run, routed as it was trained.
+    """Build the language model of a finished run with its trained weights.
 
     Args:
-        spec: of the training run.
-        weights: digest of the pre-trained weights that the run recorded; empty where they were quantised.
-        folder: what :func:`save_trained` wrote.
+        spec: The spec of the training run.
+        weights: The recorded digest of the pre-trained weights; empty if they were quantised.
+        folder: The folder that :func:`save_trained` wrote.
 
     Raises:
-        DataError: trained tensors are missing or damaged, or the pre-trained weights are other ones now.
-        CheckpointError: the grouping is missing or damaged.
+        DataError: The trained tensors are missing or damaged, or the pre-trained weights have changed.
+        CheckpointError: The partition is missing or damaged.
     """
     return _reopened(lambda partition: build_language_model(spec, partition=partition), spec, weights, folder)
 
@@ -305,16 +317,16 @@ def _reopened(
     build: Callable[[Partition | None], Trainable], spec: Mapping[str, Any], weights: str, folder: Path
 ) -> Trainable:
     config = spec["method"]["config"]
-    found = build(load_partition(folder / _PARTITION) if config and config["kind"] == "emoe" else None)
-    now = found.summary["source"]["weights"]
+    trainable = build(load_partition(folder / _PARTITION) if config and config["kind"] == "emoe" else None)
+    now = trainable.summary["source"]["weights"]
     if weights and now != weights:
         raise DataError(
             f"the weights of '{spec['model']['name']}' changed since the run was trained: {now} instead of {weights}"
         )
-    load_trained_(found.model, folder / _TRAINED)
-    return found
+    load_trained_(trainable.model, folder / _TRAINED)
+    return trainable
 
 
 def _digest(names: Iterable[str]) -> str:
-    """To tell whether two rows train the same."""
+    """Return a digest by which two runs with the same trained parameters are recognised."""
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,7 @@ from benchmarks.harness.base.files import write_json
 from benchmarks.harness.base.paths import PARTITIONS
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.image import load_image_network
-from benchmarks.harness.models.language import load_language_model
-from benchmarks.harness.models.loading import load_backbone
-from benchmarks.harness.models.noise import noisy_tuning_
-from benchmarks.harness.models.seq2seq import load_seq2seq
+from benchmarks.harness.models.loading import load_backbone, load_language_model, load_seq2seq
 from emoe.architectures import find_ffns
 from emoe.config import EMoEConfig
 from emoe.errors import CheckpointError
@@ -46,14 +43,14 @@ def apply_method_(
     """Turn a dense model into what the method trains, in place.
 
     Args:
-        model: the pre-trained model.
-        method: the ``method`` part of a run's spec.
-        seed: the run's seed, for noisy tuning.
-        calibration: batches of training rows, read for a co-activation partition and for experts that are fixed by their use.
-        partition: of a model that is built again, whose other state is loaded afterwards; made, or taken from the cache, where None.
+        model: The pre-trained model.
+        method: The ``method`` part of a run's spec.
+        seed: The seed of the run, for noisy tuning.
+        calibration: Batches of training rows, for a co-activation partition and for fixed experts.
+        partition: The partition of a model that is built again; by default it is computed or cached.
 
     Returns:
-        The conversion's report; None for a dense model.
+        The report of the conversion; None for a dense model.
     """
     if method["noise"]:
         noisy_tuning_(model, method["noise"], seed=derive_seed("noise", seed))
@@ -77,7 +74,7 @@ def apply_method_(
 
 
 def use_as_(model: nn.Module, config: Mapping[str, Any] | None, seed: int) -> None:
-    """Make a trained model dense (``config`` None), or a dense one an EMoE whose experts are made of its present weights, in place."""
+    """Make a trained EMoE dense (``config`` None), or a trained dense model an EMoE, in place."""
     if config is None:
         emoe.to_dense_(model)
     else:
@@ -107,34 +104,34 @@ def _usage(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[int, 
 
 
 def _unknown_usage(model: nn.Module) -> dict[int, torch.Tensor]:
-    """In the place of counts that are loaded."""
+    """Return placeholders for counts that are loaded later."""
     return {layer.ffn_index: torch.ones(layer.config.num_experts, dtype=torch.int64) for layer in routed_layers(model)}
 
 
 def partition_to_cache(spec: str, output: Path, *, threads: int) -> None:
-    """Cluster ahead of the runs, and write a receipt that says where the partition is.
+    """Cluster the neurons of a model into the cache before the runs, and write a receipt.
 
     Args:
-        spec: JSON with a resolved ``model`` and the ``config`` of the EMoE.
-        output: the receipt.
-        threads: CPU threads.
+        spec: The resolved ``model`` and the ``config`` of the EMoE as JSON.
+        output: The file of the receipt.
+        threads: The number of CPU threads.
     """
     content = json.loads(spec)
     torch.set_num_threads(threads)
     load = _LOADERS.get(content["model"].get("modality"), load_backbone)
     model, config = load(content["model"]), EMoEConfig.from_dict(content["config"])
-    found = cached_partition(model, config)
+    partition = cached_partition(model, config)
     receipt = {
         "partitions": {layer: partition_key(model, single) for layer, single in _by_layer(model, config)},
-        "explained": found.explained,
-        "seconds": found.seconds,
+        "explained": partition.explained,
+        "seconds": partition.seconds,
         **content,
     }
     write_json(output, receipt)
 
 
 def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTITIONS) -> Partition:
-    """The model's partition, each layer from the cache where the same keys were clustered before.
+    """Return the model's partition, with each layer from the cache if its keys were clustered before.
 
     The cache is keyed by content (see :func:`emoe.partitioning.partition_key`), never by name.
     """
@@ -151,6 +148,35 @@ def cached_partition(model: nn.Module, config: EMoEConfig, folder: Path = PARTIT
 
 
 def _by_layer(model: nn.Module, config: EMoEConfig) -> list[tuple[int, EMoEConfig]]:
-    """The chosen layers, each with a configuration of its own."""
+    """Return the converted layers, each with its own configuration."""
     layers = resolve_layers(config.layers, len(find_ffns(model)))  # type: ignore[arg-type]
     return [(layer, dataclasses.replace(config, layers=[layer])) for layer in layers]
+
+
+@torch.no_grad()
+def noisy_tuning_(
+    model: nn.Module, intensity: float = 0.15, *, seed: int = 0, exclude: Sequence[str] = ("classifier", "score")
+) -> int:
+    """Add uniform noise to the pre-trained weights in place, before fine-tuning.
+
+    Each parameter gets ``U(-1/2, 1/2) * intensity * std(parameter)``. Parameters with one element have no standard
+    deviation and stay unchanged, as does the new head.
+
+    Args:
+        model: The model.
+        intensity: The authors' lambda, 0.15.
+        seed: The seed of the noise.
+        exclude: The name components of the new head's parameters.
+
+    Returns:
+        The number of changed parameters.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    changed = 0
+    for name, parameter in model.named_parameters():
+        if parameter.numel() < 2 or not set(exclude).isdisjoint(name.split(".")):
+            continue
+        noise = torch.rand(parameter.shape, generator=generator) - 0.5
+        parameter.add_((noise * intensity * parameter.float().std().cpu()).to(parameter))
+        changed += parameter.numel()
+    return changed

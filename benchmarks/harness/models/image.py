@@ -1,4 +1,4 @@
-"""Image classifiers by name: timm's, and those of transformers."""
+"""Load image classifiers of timm and transformers by name."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.models.loading import (
+    check_stored,
     describe,
-    from_pretrained,
-    locate,
+    load_pretrained,
+    load_settings,
     read_tensors,
     weights_digest,
 )
 from benchmarks.harness.sources.hub import cached_commit, hub_name
 from benchmarks.harness.sources.local import own_folder
 from emoe.errors import did_you_mean
+from emoe.files import one_line
 
 _DEVIATION = 0.02  # timm cuts these numbers at 100 times of it, which is no cut
 _ANY_CLASSES = 2  # for a network whose head nobody uses
 
 
 class ImageClassifier(nn.Module):
-    """An image network with one interface, whatever library it is from.
+    """An image network with the same interface for both libraries.
 
     Attributes:
-        network: timm's or transformers' model.
-        source: where its weights came from and the digest of all but the head.
+        network: The model of timm or transformers.
+        source: The source of its weights, and the digest of all but the head.
     """
 
     def __init__(self, network: nn.Module, source: Mapping[str, str], options: Mapping[str, Any]) -> None:
@@ -45,8 +47,8 @@ class ImageClassifier(nn.Module):
         """Classify.
 
         Args:
-            pixel_values: ``[rows, 3, height, width]``, normalised.
-            labels: ``[rows]``; with them the mean cross entropy is given too.
+            pixel_values: Normalised images ``[rows, 3, height, width]``.
+            labels: Classes ``[rows]``; with them the mean cross entropy is returned too.
         """
         output = self.network(pixel_values, **self._options)
         logits = output if isinstance(output, Tensor) else output.logits
@@ -54,7 +56,7 @@ class ImageClassifier(nn.Module):
 
 
 def load_image_network(model: Mapping[str, Any]) -> nn.Module:
-    """The pre-trained network, for clustering its neurons."""
+    """Load the pre-trained network, to cluster its neurons."""
     network, _ = _load(model, _ANY_CLASSES, None, 0.0, 0)
     return network
 
@@ -62,20 +64,20 @@ def load_image_network(model: Mapping[str, Any]) -> nn.Module:
 def load_image_classifier(
     model: Mapping[str, Any], num_classes: int, image_size: int, drop_path: float, seed: int, dropout: float = 0.0
 ) -> ImageClassifier:
-    """The pre-trained network with a new head, the head drawn from ``seed``.
+    """Load the pre-trained network with a new head.
 
     Args:
-        model: a resolved entry of ``models.yaml``.
-        num_classes: classes of the head.
-        image_size: pixels along each side of the images it will see.
-        drop_path: rate of stochastic depth in training: in timm that of the last block, to which it rises linearly; in DINOv2 of every
-            block.
-        seed: of the head.
-        dropout: in training, of what goes into the head.
+        model: The resolved entry of ``models.yaml``.
+        num_classes: The classes of the head.
+        image_size: The width and height of the images in pixels.
+        drop_path: The rate of stochastic depth: in timm of the last block, to which it rises linearly; in DINOv2 of
+            every block.
+        seed: The seed of the head.
+        dropout: The dropout before the head.
 
     Raises:
-        DataError: the weights are not there.
-        DefinitionError: a stochastic depth that the architecture does not have.
+        DataError: The weights are missing or damaged.
+        DefinitionError: The architecture has no stochastic depth.
     """
     network, source = _load(model, num_classes, image_size, drop_path, seed)
     if dropout:
@@ -95,29 +97,17 @@ def _load(
 ) -> tuple[nn.Module, dict[str, str]]:
     if "timm" in model:
         return _load_timm(model, num_classes, image_size, drop_path, seed)
-    place, revision = locate(model)
     options: dict[str, Any] = {"num_labels": num_classes}
     if drop_path:
-        if not hasattr(from_pretrained(AutoConfig, place, revision), "drop_path_rate"):
+        if not hasattr(load_settings(AutoConfig, model), "drop_path_rate"):
             raise DefinitionError(f"the model '{model['name']}' has no drop_path; set training.drop_path to 0 for it")
         options["drop_path_rate"] = drop_path
     torch.manual_seed(seed)
     # a checkpoint may have a head for other classes, or none
-    network, loaded = from_pretrained(
-        AutoModelForImageClassification,
-        place,
-        revision,
-        dtype=torch.float32,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
+    network, folder = load_pretrained(
+        AutoModelForImageClassification, model, dtype=torch.float32, ignore_mismatched_sizes=True, **options
     )
-    odd = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
-    if wrong := sorted(name for name in odd if name.startswith(f"{network.base_model_prefix}.")):
-        raise DataError(
-            f"{place} does not hold the weights of '{model['name']}': '{wrong[0]}' is missing or has another shape"
-        )
+    check_stored(network.base_model, folder, model["name"])
     return network, {"from": describe(model, network), "weights": weights_digest(network.base_model)}
 
 
@@ -134,20 +124,21 @@ def _load_timm(
         options["pretrained_cfg_overlay"] = {"hf_hub_id": f"{_repository(model)}@{revision}"}
     try:
         network: Any = timm.create_model(model["timm"], pretrained=from_hub, **options)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of the network, the hub and damaged files
         raise DataError(
-            f"could not load the model '{model['name']}' ({_repository(model)}): {error}\n"
-            f"Without the hub, put its weights below model_root as {model['name']}/model.safetensors (see config/README.md)"
+            f"could not load the model '{model['name']}' ({_repository(model)}): {one_line(error)}; "
+            f"without the hub, put its weights below model_root as {model['name']}/model.safetensors "
+            "(see config/README.md)"
         ) from error
     if file is not None:
         _load_weights_(network, file, model["name"])
     if model.get("random"):
         _draw_(network, derive_seed("random weights", model["name"]))
-    place = str(file.parent) if file else "random weights"
+    origin = str(file.parent) if file else "random weights"
     if from_hub:
         commit = cached_commit(_repository(model), "model.safetensors", revision)
-        place = hub_name(_repository(model), revision, commit)
-    source = {"from": place, "weights": weights_digest(network)}
+        origin = hub_name(_repository(model), revision, commit)
+    source = {"from": origin, "weights": weights_digest(network)}
     if image_size is not None:
         network.set_input_size(img_size=image_size)  # resamples the positions
     torch.manual_seed(seed)
@@ -159,41 +150,34 @@ def _load_timm(
 
 
 def _draw_(network: nn.Module, seed: int) -> None:
-    """Random weights that every release of torch draws alike; timm's own, by ``trunc_normal_``, are others from one to the next."""
+    """Draw random weights that are the same in all releases of torch, unlike timm's own (``trunc_normal_``)."""
     torch.manual_seed(seed)
     for name, weight in network.named_parameters():
         if weight.ndim > 1:
             nn.init.normal_(weight, std=_DEVIATION)
         elif name.endswith("bias"):
-            nn.init.zeros_(weight)  # some are drawn, too
+            nn.init.zeros_(weight)  # timm draws some
 
 
 def _repository(model: Mapping[str, Any]) -> str:
-    """Where on the hub timm has the weights."""
+    """Return the repository of timm's weights on the hub."""
     return f"timm/{model['timm']}"
 
 
 def _load_weights_(network: Any, file: Path, name: str) -> None:
-    """Load a file of timm's; its head, which has other classes, is left out.
-
-    Raises:
-        DataError: the file is damaged or of another model.
-    """
+    """Load a file of timm without its head (:class:`DataError` if it is damaged or another model's)."""
     state = read_tensors(file)
     for key, tensor in network.state_dict().items():
         if key not in state or state[key].shape != tensor.shape:
             raise DataError(
-                f"{file} does not hold the weights of '{name}': '{key}' is missing or has another shape{did_you_mean(key, state)}"
+                f"{file} does not hold the weights of '{name}': '{key}' is missing or has another shape"
+                f"{did_you_mean(key, state)}"
             )
     network.load_state_dict({key: state[key] for key in network.state_dict()})
 
 
 def _local_weights(model: Mapping[str, Any]) -> Path | None:
-    """The weights below the model root, where its folder is there.
-
-    Raises:
-        DataError: the folder has no safetensors file; others would have to be unpickled.
-    """
+    """Return the file of weights below the model root, if there is a folder (:class:`DataError` if it has no file)."""
     folder = own_folder(model)
     if folder is None:
         return None

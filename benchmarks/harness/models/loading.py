@@ -1,39 +1,56 @@
-"""Models by name: from the hub, a local folder, a package, or (for tests) a configuration."""
+"""Load models and tokenizers by name: from the hub, a folder, a package, or (for tests) a configuration.
+
+All of them are read by the rules of :mod:`emoe.files`: safetensors or GGUF, complete, and without code of their own.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
-from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base.errors import DataError, DefinitionError
 from benchmarks.harness.base.paths import MODELS
 from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.sources.hub import hub_name
 from benchmarks.harness.sources.local import own_folder
 from benchmarks.harness.sources.packages import package_folder
+from emoe.architectures import find_ffns
+from emoe.errors import CheckpointError
+from emoe.files import Weights, load_stock, one_line, save_weights
+from emoe.files import read_tensors as read_checkpoint_tensors
+from emoe.layer_numbers import resolve_layers
 from emoe.partitioning import tensor_digest
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def locate(model: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Where a model's files are: a folder or a hub id, and the hub's revision.
+    """Return the folder or the hub id of a model's files, and the hub's revision.
 
     A folder of the model's name below the model root (environment variable ``EMOE_MODEL_ROOT``) comes first.
     """
@@ -46,17 +63,81 @@ def locate(model: Mapping[str, Any]) -> tuple[str, str | None]:
     return model["hub"], model.get("revision")
 
 
-def gguf_option(place: str) -> dict[str, str]:
-    """How transformers is told of a folder that holds its weights as GGUF; nothing for other folders and the hub.
+def load_settings(loader: Any, model: Mapping[str, Any]) -> Any:
+    """Load what needs no weights: a configuration or a tokenizer (:class:`DataError`)."""
+    source, revision = locate(model)
+    pinned = {"revision": revision} if revision else {}
+    with _loading(source):
+        return loader.from_pretrained(source, trust_remote_code=False, **pinned, **_gguf_option(source))
+
+
+def load_pretrained(loader: Any, model: Mapping[str, Any], **options: Any) -> tuple[PreTrainedModel, Path]:
+    """Load a model's weights.
+
+    Args:
+        loader: The auto class of transformers.
+        model: The resolved entry of ``models.yaml``.
+        **options: Options of the loader.
+
+    Returns:
+        The model, and the folder of its weights.
 
     Raises:
-        DataError: several GGUF files, or the library that reads them is missing.
+        DataError: The weights are missing, damaged, pickled or another model's.
     """
-    folder = Path(place)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return {}
+    source, revision = locate(model)
+    with _loading(source):
+        if gguf := _gguf_option(source):
+            loaded, info = loader.from_pretrained(
+                source, trust_remote_code=False, output_loading_info=True, **gguf, **options
+            )
+            if missing := sorted(info["missing_keys"]):
+                raise DataError(f"{source} does not hold the weights of '{model['name']}': it lacks '{missing[0]}'")
+            return loaded, Path(source)
+        folder = Path(source)
+        if folder.is_dir():
+            return cast(PreTrainedModel, load_stock(loader, folder, **options)), folder
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_DOWNLOADED))
+        loaded = cast(PreTrainedModel, load_stock(loader, folder, **options))
+        loaded.config._commit_hash = folder.name  # as transformers sets it for the hub's ids
+        return loaded, folder
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Report in one line that files cannot be loaded."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file raises anything
+        reason = str(error) if isinstance(error, CheckpointError) else one_line(error)
+        raise DataError(
+            f"could not load the model '{source}': {reason}; without the hub, put its folder below model_root "
+            "(see config/README.md)"
+        ) from error
+
+
+def check_stored(network: nn.Module, folder: Path, name: str) -> None:
+    """Raise :class:`DataError` if a folder lacks a parameter of a network, or has it in another shape."""
+    shapes = {key: parameter.shape for key, parameter in network.named_parameters()}  # tied ones once
+    stored = Weights(folder)
+    names = stored.find(network, shapes)
+    for key, shape in shapes.items():
+        if key not in names or _stored_shape(stored, names[key]) != shape:
+            raise DataError(f"{folder} does not hold the weights of '{name}': '{key}' is missing or has another shape")
+
+
+def _stored_shape(stored: Weights, name: str) -> torch.Size:
+    with safe_open(stored.files[name], framework="pt") as file:
+        return torch.Size(file.get_slice(name).get_shape())
+
+
+def _gguf_option(source: str) -> dict[str, str]:
+    """Return transformers' option for a folder with one GGUF file; empty for other folders and the hub."""
+    folder = Path(source)
     files = sorted(folder.glob("*.gguf"))
-    if not files:
+    if not files or any(folder.glob("*.safetensors")):
         return {}
     if len(files) > 1:
         raise DataError(f"{folder} holds several GGUF files ({files[0].name}, {files[1].name}, …); keep one")
@@ -66,75 +147,175 @@ def gguf_option(place: str) -> dict[str, str]:
 
 
 def load_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which pads on the right; one without a padding token (GPT-2) pads with its end token."""
+    """Load a model's tokenizer, which pads on the right, with the end token if it has no padding token (GPT-2)."""
     if "config" in model:
         name = model["tokenizer"]
         lent = load_tokenizer(load_models()[name].spec(name))
         if lent.eos_token is None:  # BERT's, for a decoder
             lent.bos_token, lent.eos_token = lent.cls_token, lent.sep_token
         return lent
-    place, revision = locate(model)
-    tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, place, revision, **gguf_option(place))
+    tokenizer: PreTrainedTokenizerBase = load_settings(AutoTokenizer, model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # padding on the left would shift the positions of a decoder, by what else is in the batch
+    # padding on the left would shift the positions of a decoder, depending on the other rows of the batch
     tokenizer.padding_side = "right"
     return tokenizer
 
 
-def load_backbone(model: Mapping[str, Any]) -> PreTrainedModel:
-    """The pre-trained text model without a head, for clustering its neurons."""
+def load_seq2seq_tokenizer(model: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of an encoder-decoder; another model's gives the inputs of an encoder-decoder."""
+    tokenizer = load_tokenizer(model)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+def load_config(model: Mapping[str, Any]) -> PreTrainedConfig:
+    """Load a model's configuration, without its weights (:class:`DataError`)."""
     if "config" in model:
-        torch.manual_seed(derive_seed("random weights", model["name"]))
-        return cast(PreTrainedModel, AutoModel.from_config(AutoConfig.for_model(**model["config"])))
-    place, revision = locate(model)
-    loaded: PreTrainedModel = from_pretrained(AutoModel, place, revision, dtype=torch.float32)
-    return loaded
+        return AutoConfig.for_model(**model["config"])
+    return cast(PreTrainedConfig, load_settings(AutoConfig, model))
+
+
+def _random_model(loader: Any, model: Mapping[str, Any], **options: Any) -> PreTrainedModel:
+    """Build a model with random weights, the same each time."""
+    torch.manual_seed(derive_seed("random weights", model["name"]))
+    return cast(PreTrainedModel, loader.from_config(AutoConfig.for_model(**model["config"]), **options))
+
+
+def load_backbone(model: Mapping[str, Any]) -> PreTrainedModel:
+    """Load a pre-trained text model without a head, to cluster its neurons (:class:`DataError`)."""
+    if "config" in model:
+        return _random_model(AutoModel, model)
+    return load_pretrained(AutoModel, model, dtype=torch.float32)[0]
 
 
 def load_classifier(model: Mapping[str, Any], num_labels: int, seed: int, pad_token_id: int | None) -> PreTrainedModel:
-    """The pre-trained model with a new head, the head drawn from ``seed``.
+    """Load a pre-trained model with a new head (:class:`DataError`).
 
     Args:
-        model: a resolved entry of ``models.yaml``.
-        num_labels: classes; 1 for a regression.
-        seed: of the head.
-        pad_token_id: the tokenizer's padding token.
+        model: The resolved entry of ``models.yaml``.
+        num_labels: The number of classes; 1 for a regression.
+        seed: The seed of the head.
+        pad_token_id: The padding token of the tokenizer.
     """
     options: dict[str, Any] = {
         "num_labels": num_labels,
         "problem_type": "regression" if num_labels == 1 else "single_label_classification",
     }
     if "config" in model:
-        # as a checkpoint without a file, so that the head is drawn as that of any other
+        # as a checkpoint without a file, so that the head is drawn like any other
         config, weights = AutoConfig.for_model(**model["config"], **options), load_backbone(model).state_dict()
         kind = cast(Any, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)])
         torch.manual_seed(seed)
         loaded: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=weights)
     else:
-        place, revision = locate(model)
         torch.manual_seed(seed)
-        loaded = from_pretrained(AutoModelForSequenceClassification, place, revision, dtype=torch.float32, **options)
+        loaded, _ = load_pretrained(AutoModelForSequenceClassification, model, dtype=torch.float32, **options)
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = pad_token_id
     return loaded
 
 
+def load_seq2seq(model: Mapping[str, Any]) -> PreTrainedModel:
+    """Load a pre-trained encoder-decoder with its language-modelling head, in float32 (:class:`DataError`)."""
+    if "config" in model:
+        return _random_model(AutoModelForSeq2SeqLM, model)
+    loaded, folder = load_pretrained(AutoModelForSeq2SeqLM, model, dtype=torch.float32)
+    check_stored(loaded, folder, model["name"])
+    return loaded
+
+
+def load_language_model(model: Mapping[str, Any], converted: Any = (), *, empty: bool = False) -> PreTrainedModel:
+    """Load a pre-trained model with its language-modelling head.
+
+    Args:
+        model: The resolved entry of ``models.yaml``, with ``weights`` (their type, ``fp32`` by default) and perhaps
+            ``quantize`` and ``whole`` (layers whose FFNs are not quantised).
+        converted: The layers whose FFNs will be converted; only read with ``empty``.
+        empty: Leave the weights uninitialised, but zero in these layers: another process will send them.
+
+    Raises:
+        DataError: The weights are missing, damaged or incomplete.
+        DefinitionError: 4 bits are asked for without the package that makes them.
+    """
+    dtype = DTYPES[model.get("weights", "fp32")]
+    if empty:
+        with no_init_weights():
+            built: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(model), dtype=dtype)
+        built.tie_weights()
+        ffns = find_ffns(built)
+        for number in _layer_numbers(converted, len(ffns)):  # a conversion reads them
+            for parameter in built.get_submodule(ffns[number].name).parameters():
+                parameter.data.zero_()
+        return built
+    if "config" in model:
+        return _random_model(AutoModelForCausalLM, model, dtype=dtype)
+    options: dict[str, Any] = {"quantization_config": _four_bit(model)} if "quantize" in model else {}
+    loaded, folder = load_pretrained(AutoModelForCausalLM, model, dtype=dtype, **options)
+    if not options and not _gguf_option(str(folder)):
+        check_stored(loaded, folder, model["name"])
+    return loaded
+
+
+def unpack_gguf(source: Path, folder: Path) -> None:
+    """Write the model of a GGUF folder as safetensors in float32, with its tokenizer (:class:`DataError`)."""
+    model = {"name": source.name, "hub": str(source)}
+    loaded, _ = load_pretrained(AutoModelForCausalLM, model, dtype=torch.float32)
+    config = copy.deepcopy(loaded.config)
+    del config.quantization_config  # the weights are plain now, which transformers does not know
+    with no_init_weights():
+        plain = AutoModelForCausalLM.from_config(config)
+    plain.tie_weights()
+    plain.load_state_dict(loaded.state_dict())
+    load_settings(AutoTokenizer, model).save_pretrained(folder)
+    save_weights(plain, folder)
+
+
+def _four_bit(model: Mapping[str, Any]) -> Any:
+    """Return bitsandbytes' settings for all but the head and some FFNs, whose keys must be readable."""
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise DefinitionError(
+            f"'{model['name']}' is asked for in 4 bits (tuning.quantize), which needs the package 'bitsandbytes'; "
+            "`pip install bitsandbytes`"
+        )
+    with torch.device("meta"):
+        ffns = find_ffns(AutoModelForCausalLM.from_config(load_config(model)))
+    kept = [
+        f"{ffns[number].name}.{path}"
+        for number in _layer_numbers(model["whole"], len(ffns))
+        for path in (*(path for path, _ in ffns[number].inputs()), ffns[number].spec.proj_out)
+    ]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model["quantize"],
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=[*kept, "lm_head"],
+    )
+
+
+def _layer_numbers(layers: Any, count: int) -> Sequence[int]:
+    return resolve_layers(layers, count) if layers else ()
+
+
 def describe(model: Mapping[str, Any], loaded: PreTrainedModel) -> str:
-    """Where the weights came from, for the record: folder, package, or hub id with its commit."""
+    """Describe the source of the weights for the record: folder, package, or hub id with its commit."""
     if "config" in model:
         return "random weights"
-    place, _ = locate(model)
-    commit = getattr(loaded.config, "_commit_hash", None)
-    if "package" in model and not own_folder(model):
+    source, _ = locate(model)
+    if own_folder(model):
+        return source
+    if "package" in model:
         return f"package {model['package']}"
-    if "rebuilt" in model and not own_folder(model):
+    if "rebuilt" in model:
         return f"rebuilt from the package {model['rebuilt']}"
-    return place if own_folder(model) else hub_name(place, model.get("revision"), commit)
+    return hub_name(source, model.get("revision"), getattr(loaded.config, "_commit_hash", None))
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 (16 hex digits) over all weights of a model."""
+    """Return 16 hex digits of the sha256 over all weights of a model."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tensor_digest(tensor)}".encode())
@@ -142,49 +323,8 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        DataError: it is missing or damaged.
-    """
+    """Read the tensors of a safetensors file (:class:`DataError`)."""
     try:
-        return load_file(file)
-    except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist") from error
-    except SafetensorError as error:
-        raise DataError(f"{file} is damaged: {error}") from error
-
-
-def load_whole(loader: Any, model: Mapping[str, Any], **options: Any) -> PreTrainedModel:
-    """A pre-trained model with its own head, every weight of which is there.
-
-    Args:
-        loader: one of transformers' auto classes.
-        model: a resolved entry of ``models.yaml``.
-        **options: how it loads.
-
-    Raises:
-        DataError: it is not there, or lacks weights of its layers.
-    """
-    place, revision = locate(model)
-    loaded, notes = from_pretrained(loader, place, revision, output_loading_info=True, **options)
-    if missing := sorted(notes["missing_keys"]):
-        raise DataError(
-            f"{place} does not hold the weights of '{model['name']}': it lacks '{missing[0]}' ({len(missing)} tensors in all)"
-        )
-    return cast(PreTrainedModel, loaded)
-
-
-def from_pretrained(loader: Any, place: str, revision: str | None, **options: Any) -> Any:
-    """What one of transformers' auto classes loads.
-
-    Raises:
-        DataError: it is not there.
-    """
-    try:
-        return loader.from_pretrained(place, **({"revision": revision} if revision else {}), **options)
-    except OSError as error:
-        raise DataError(
-            f"could not load the model '{place}': {error}\n"
-            "Without the hub, put its folder below model_root (see config/README.md)"
-        ) from error
+        return read_checkpoint_tensors(file)
+    except CheckpointError as error:
+        raise DataError(str(error)) from error

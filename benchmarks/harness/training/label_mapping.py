@@ -1,4 +1,4 @@
-"""How the classes of a model's head and those of a set are compared where their numbers differ."""
+"""Compare the classes of a model's head with those of a set if their numbers differ."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from emoe.errors import EMoEError
 
 @dataclass(frozen=True)
 class LabelMapping:
-    """The new number of each of the head's classes and of each of the set's; None keeps them."""
+    """The new numbers of the head's classes and of the set's classes; None keeps them."""
 
     predictions: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
 
     @property
     def same(self) -> bool:
-        """Whether head and set have the same classes, so that a loss means something."""
+        """Return True if head and set have the same classes, so that a loss is defined."""
         return self.predictions is None and self.labels is None
 
     def read(self, predictions: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Predicted and gold classes in the common numbers."""
+        """Return predicted and gold classes in the common numbers."""
         return _renumber(predictions, self.predictions), _renumber(labels, self.labels)
 
 
@@ -34,7 +34,7 @@ def _renumber(classes: NDArray[Any], numbers: tuple[int, ...] | None) -> NDArray
 
 
 class Labelled(Protocol):
-    """What is known of a task's classes."""
+    """A task with its classes."""
 
     @property
     def labels(self) -> Sequence[str]: ...
@@ -44,25 +44,24 @@ class Labelled(Protocol):
 
 
 def label_mapping(trained: Labelled, evaluated: Labelled, name: str) -> LabelMapping:
-    """How a model that was trained on one task is read on another.
+    """Map the classes of a model's training task to those of another task.
 
-    Equal numbers of classes correspond by their order (``labels`` in ``tasks.yaml``). Where the set has fewer, the
-    head's class is chosen first and then folded by the training task's ``label_map`` (three-way NLI on HANS: neutral
-    and contradiction are no entailment); where it has more, its gold labels are folded by its own.
+    Equal numbers of classes correspond by their order (``labels`` in ``tasks.yaml``). If the set has fewer, the head's
+    prediction is folded by the training task's ``label_map`` (three-way NLI on HANS: neutral and contradiction are no
+    entailment). If it has more, its gold labels are folded by its own ``label_map``.
 
     Args:
-        trained: the training task.
-        evaluated: the other task.
-        name: of the other task, for messages.
+        trained: The training task.
+        evaluated: The other task.
+        name: The name of the other task, for messages.
 
     Raises:
-        EMoEError: one has classes and the other numbers, or the task with more classes does not say how to fold them.
+        EMoEError: One task has classes and the other numbers, or the task with more classes has no such ``label_map``.
     """
     head, classes = len(trained.labels), len(evaluated.labels)
     if bool(head) != bool(classes):
-        raise EMoEError(
-            f"'{name}' has {'classes' if classes else 'numbers'} as labels, the model {'classes' if head else 'numbers'}"
-        )
+        of_set, of_head = ("classes", "numbers") if classes else ("numbers", "classes")
+        raise EMoEError(f"'{name}' has {of_set} as labels, the model {of_head}")
     if head == classes:
         return LabelMapping()
     more = trained if head > classes else evaluated
@@ -70,7 +69,8 @@ def label_mapping(trained: Labelled, evaluated: Labelled, name: str) -> LabelMap
     numbers = tuple(more.label_map.get(str(fewer), ()))
     if len(numbers) != most or set(numbers) != set(range(fewer)):
         raise EMoEError(
-            f"'{name}' has {classes} classes, the model {head}: the task with {most} needs 'label_map' with \"{fewer}\": "
+            f"'{name}' has {classes} classes, the model {head}: "
+            f"the task with {most} needs 'label_map' with \"{fewer}\": "
             f"{most} numbers, each class from 0 to {fewer - 1} among them"
         )
     return LabelMapping(predictions=numbers) if more is trained else LabelMapping(labels=numbers)

@@ -1,4 +1,4 @@
-"""Task scores from predictions, by the field's libraries."""
+"""Compute task scores with the field's libraries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _accuracy_f1(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
 
 
 def _pearson_spearman(labels: NDArray[Any], predictions: NDArray[Any]) -> float:
-    """Mean of both correlations; 0 for a prediction that is constant or not finite, which correlates with nothing."""
+    """Return the mean of both correlations; 0 if the predictions are constant or not finite."""
     if not np.isfinite(predictions).all() or np.ptp(predictions) == 0:
         return 0.0
     with warnings.catch_warnings():
@@ -46,10 +46,10 @@ def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], read: LabelMa
     """Score logits ``[rows, classes]``, or ``[rows, 1]`` for a regression, against labels ``[rows]``.
 
     Args:
-        metric: a key of :data:`SCORES`.
-        logits: of the head.
-        labels: of the set.
-        read: how classes are compared where head and set have different ones.
+        metric: The key in :data:`SCORES`.
+        logits: The logits of the head.
+        labels: The labels of the set.
+        read: The mapping between the classes of head and set; None if they are the same.
     """
     predictions = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
     if read is not None:
@@ -58,7 +58,7 @@ def score(metric: str, logits: NDArray[Any], labels: NDArray[Any], read: LabelMa
 
 
 def mean_loss(logits: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Mean over rows of the cross entropy, or of the squared error of a regression."""
+    """Return the mean over rows of the cross entropy, or of the squared error of a regression."""
     values = torch.as_tensor(logits, dtype=torch.float64)
     if values.shape[1] == 1:
         return float(F.mse_loss(values[:, 0], torch.as_tensor(labels, dtype=torch.float64)))

@@ -1,4 +1,4 @@
-"""The processes of one run: started by torchrun, each with its number; what one of them tells the others."""
+"""Run one training on several processes, which torchrun starts."""
 
 from __future__ import annotations
 
@@ -17,48 +17,38 @@ _PATIENCE = timedelta(days=1)  # while the first process loads, or waits for a l
 
 
 def world_size() -> int:
-    """Processes that torchrun started for this run."""
+    """Return the number of processes of this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number among them."""
+    """Return the number of this process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this process writes what there is one of."""
+    """Return True if this process writes the results."""
     return rank() == 0
 
 
-def local_size() -> int:
-    """Processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
-
-
-def local_rank() -> int:
-    """This process's number on this machine, which is that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 def share_by(parallel: str) -> None:
-    """Say how the processes share the work: ``ddp`` or ``fsdp``."""
+    """Set how the processes share the work: ``ddp`` or ``fsdp``."""
     os.environ[_PARALLEL] = parallel
 
 
 def is_sharded() -> bool:
-    """Whether the processes of this run share one model (FSDP2)."""
+    """Return True if the processes of this run share one model (FSDP2)."""
     return world_size() > 1 and os.environ.get(_PARALLEL) == "fsdp"
 
 
 def init_process_group() -> None:
-    """Find the other processes; nothing in a run of one."""
+    """Connect to the other processes, if there are any."""
     if world_size() > 1:
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
 
 def destroy_process_group() -> None:
-    """Part from the other processes; what follows is this process's own work."""
+    """Disconnect from the other processes."""
     if dist.is_initialized():
         dist.barrier()
         PartialState().destroy_process_group()
@@ -66,9 +56,9 @@ def destroy_process_group() -> None:
 
 
 def exit_worker() -> None:
-    """End a process that worked with others, at once; nothing in a run of one.
+    """Exit at once if there are other processes.
 
-    Threads of gloo may outlive its groups, and an ordinary exit that meets them aborts, which torchrun takes for a failure.
+    Threads of gloo may outlive its groups and abort an ordinary exit, which torchrun would report as a failure.
     """
     if world_size() > 1:
         sys.stdout.flush()
@@ -77,11 +67,11 @@ def exit_worker() -> None:
 
 
 def torchrun_command(processes: int, command: Sequence[str]) -> list[str]:
-    """How a Python module is started several times on this machine.
+    """Return the command that starts a Python module several times on this machine.
 
     Args:
-        processes: how often.
-        command: module and arguments.
+        processes: The number of processes.
+        command: The module and its arguments.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     launcher.append(f"--nproc-per-node={processes}")
@@ -90,7 +80,7 @@ def torchrun_command(processes: int, command: Sequence[str]) -> list[str]:
 
 
 def broadcast(value: Any) -> Any:
-    """A plain value of the main process, on all of them."""
+    """Send a plain value of the main process to all processes."""
     if world_size() == 1:
         return value
     box = [value]

@@ -1,4 +1,4 @@
-"""The order of the rows."""
+"""Order the training rows."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from benchmarks.harness.base.seeds import derive_seed
 
 
 class EpochOrder(Sampler[int]):
-    """Order of the training rows: a function of the seed and the epoch, and of nothing else.
+    """The order of the training rows, which depends only on the seed and the epoch.
 
-    So all methods see the same rows in the same order, however much randomness they use up themselves,
-    and a run that goes on sees the order that it would have seen.
+    All methods see the same rows in the same order, and a resumed run sees the order of an uninterrupted one.
 
     Args:
-        lengths: tokens of each row.
-        batch_size: rows of a step.
-        seed: the run's seed.
-        by_length: put rows of like length into one batch.
+        lengths: The tokens of each row.
+        batch_size: The rows of a step.
+        seed: The seed of the run.
+        by_length: Put rows of similar length into one batch.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, *, by_length: bool) -> None:
@@ -29,7 +28,7 @@ class EpochOrder(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before every epoch."""
+        """Set the epoch; the data loader calls this before each."""
         self._epoch = epoch
 
     def __len__(self) -> int:

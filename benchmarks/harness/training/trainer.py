@@ -1,4 +1,4 @@
-"""The one training loop: transformers' Trainer, with what routed models add to it."""
+"""Train routed and adapted models with transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from transformers import Trainer, TrainingArguments
 import emoe
 from benchmarks.harness.models.build import Trainable, load_trained_, trained_state
 from benchmarks.harness.models.prefix import STATES
-from benchmarks.harness.training.callbacks import FollowEpochs
-from benchmarks.harness.training.checkpoints import SCHEDULER, WEIGHTS
-from benchmarks.harness.training.distributed import SHARDS, load_shards_, save_shards
-from benchmarks.harness.training.probe import Probe
+from benchmarks.harness.training.callbacks import FollowEpochs, Probe
+from benchmarks.harness.training.checkpoints import OPTIMIZER, SCHEDULER, WEIGHTS, CompleteCheckpoints
 from benchmarks.harness.training.processes import is_sharded, world_size
+from benchmarks.harness.training.sharding import distribute_optimizer_, gather_optimizer, gather_trained
 from emoe.errors import EMoEError
 from emoe.files import write_tensors
 from emoe.layer import routed_layers
@@ -30,17 +29,17 @@ Result = TypeVar("Result")
 
 
 class TrainedSetError(EMoEError):
-    """What the optimiser trains is not what the run's method says."""
+    """The optimizer trains other parameters than the run's method says."""
 
 
-def precision_here(asked: str) -> str:
-    """The arithmetic that this machine computes in: mixed only on an accelerator."""
-    return asked if torch.cuda.is_available() else "fp32"
+def precision_here(requested: str) -> str:
+    """Return the arithmetic of this machine: mixed only on an accelerator."""
+    return requested if torch.cuda.is_available() else "fp32"
 
 
 def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArguments:
-    """Trainer's arguments for one quiet run, on one device a process."""
-    found = TrainingArguments(
+    """Return Trainer's arguments for a run without reports, on one device per process."""
+    arguments = TrainingArguments(
         output_dir=str(folder),
         report_to=[],
         disable_tqdm=True,
@@ -49,37 +48,37 @@ def quiet_arguments(folder: Path, precision: str, **options: Any) -> TrainingArg
         bf16=precision == "bf16",
         ddp_backend="gloo" if world_size() > 1 and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
+        save_total_limit=2,  # the previous checkpoint counts if the last one is damaged
         **options,
     )
-    if found.n_gpu > 1:
-        found._n_gpu = 1  # Trainer's DataParallel would multiply the batch size; one run takes one GPU
-    return found
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # Trainer's DataParallel would multiply the batch size; one run takes one GPU
+    return arguments
 
 
 class PrefixTrainer(Trainer):
-    """A Trainer that leaves to a model what its frozen prefix made of the rows."""
+    """A Trainer that passes the prefix states of rows to the model."""
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = cast(list[str], self._signature_columns)
-        if STATES not in columns:  # taken by a hook, which no signature shows
+        if STATES not in columns:  # a hook takes it, so no signature shows it
             columns.append(STATES)
 
 
 class RoutedTrainer(PrefixTrainer):
     """Trainer for routed and adapted models.
 
-    Adds the balance loss to the task's, orders the rows by seed and epoch, gives some parameters a share of the learning
-    rate, trains what it shall and nothing else, and keeps that in its checkpoints.
+    Adds the balance loss to the task's loss, orders the rows by seed and epoch, gives some parameters a share of the
+    learning rate, checks that the right parameters are trained, and saves these alone in its checkpoints.
 
     Args:
-        order: of the rows.
-        trainable: the model.
-        base_lr_ratio: share of the learning rate of what is trained beside adapters and head.
-        probe: takes the loss of the first batches.
-        by_token: the loss of a step is the mean over its learned tokens, however they are spread over batches and processes; else over
-            its batches.
-        **kwargs: what Trainer takes.
+        order: The order of the rows.
+        trainable: The model and its trained parameters.
+        base_lr_ratio: The share of the learning rate for trained parameters other than adapters and head.
+        probe: The probe that records the loss of the first batches.
+        by_token: Average the loss of a step over all its learned tokens; otherwise over its batches.
+        **kwargs: The arguments of Trainer.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class RoutedTrainer(PrefixTrainer):
         by_token: bool = False,
         **kwargs: Any,
     ) -> None:
-        # Trainer refuses checkpoints of models that are sharded already, because it has none for them; here are ones
+        # Trainer refuses to save models that were sharded before; this class can
         kwargs["args"].save_only_model = is_sharded()
         super().__init__(model=trainable.model, **kwargs)
         self.args.save_only_model = False
@@ -103,6 +102,7 @@ class RoutedTrainer(PrefixTrainer):
         self._base_lr_ratio = base_lr_ratio
         if hasattr(order, "set_epoch"):
             self.add_callback(FollowEpochs(order))
+        self.add_callback(CompleteCheckpoints())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any]:
         return self._order
@@ -110,25 +110,25 @@ class RoutedTrainer(PrefixTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         names = {id(parameter): name for name, parameter in self._trained.named_parameters()}
-        taken = {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
-        if taken != self._trainable.trained:
-            odd = sorted(taken ^ self._trainable.trained)
+        trained = {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
+        if trained != self._trainable.trained:
+            wrong = sorted(trained ^ self._trainable.trained)
             raise TrainedSetError(
-                f"{len(odd)} parameters are trained that shall not be, or the other way round, among them '{odd[0]}'"
+                f"{len(wrong)} parameters are trained but must not be, or the other way round, among them '{wrong[0]}'"
             )
-        slow = {place for place, name in names.items() if name in self._trainable.slow}
+        slow = {identity for identity, name in names.items() if name in self._trainable.slow}
         for group in list(optimizer.param_groups) if slow else []:
             members = group["params"]
             group["params"] = [parameter for parameter in members if id(parameter) not in slow]
-            theirs = [parameter for parameter in members if id(parameter) in slow]
-            if theirs:
-                optimizer.add_param_group({**group, "params": theirs, "lr": group["lr"] * self._base_lr_ratio})
+            slower = [parameter for parameter in members if id(parameter) in slow]
+            if slower:
+                optimizer.add_param_group({**group, "params": slower, "lr": group["lr"] * self._base_lr_ratio})
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         if self._probe is not None:
-            self._probe.note(loss)
+            self._probe.add_loss(loss)
         return loss
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +136,7 @@ class RoutedTrainer(PrefixTrainer):
         extra = emoe.aux_loss(model) if model.training else 0.0
         if not isinstance(extra, Tensor):
             return result
-        if self.loss_is_scaled_for_ga:  # the task's loss is a part of the step's already
+        if self.loss_is_scaled_for_ga:  # as the task's loss is
             extra = extra / self.current_gradient_accumulation_steps
         return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
 
@@ -146,51 +146,38 @@ class RoutedTrainer(PrefixTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        if is_sharded():
-            save_shards(self._trained, self._plain_optimizer, folder / SHARDS)
-        elif self.args.should_save:
-            write_tensors(trained_state(self._trained), folder / WEIGHTS)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not is_sharded():
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # each process writes its own, and Trainer's state, written next, says that all of it is there
-        self.accelerator.wait_for_everyone()
+        state = gather_trained(self._trained) if is_sharded() else trained_state(self._trained)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(state, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._has_shards(resume_from_checkpoint):  # shards are read with the optimiser's
-            load_trained_(self._trained, Path(resume_from_checkpoint) / WEIGHTS)
+        load_trained_(self._trained, Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint)).name
+        load_trained_(self._trained, Path(str(self.args.output_dir)) / best / WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = gather_optimizer(self._trained, self._plain_optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._has_shards(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        load_shards_(self._trained, self._plain_optimizer, Path(checkpoint) / SHARDS)
-        scheduler = cast(Any, self.lr_scheduler)
-        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
-        for group, rate in zip(self._plain_optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-
-    def _has_shards(self, checkpoint: str) -> bool:
-        # a sharded run reads no other checkpoints; load_shards_ says so
-        return is_sharded() or (Path(checkpoint) / SHARDS).is_dir()
+        if checkpoint is not None:
+            folder = Path(checkpoint)
+            state = torch.load(folder / OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
+            distribute_optimizer_(self._trained, self._plain_optimizer, state)
+            cast(Any, self.lr_scheduler).load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
 
     @property
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
-    def _load_best_model(self) -> None:
-        load_trained_(self._trained, Path(str(self.state.best_model_checkpoint)) / WEIGHTS)
-
 
 def with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
-    """What an evaluation gives, and how its tokens were routed: a summary, and each expert's share by layer; nothing of a dense model."""
+    """Evaluate a model, and summarise the routing of its tokens; the summary of a dense model is empty."""
     if not routed_layers(model):
         return evaluate(), {}
     with emoe.record_routing(model) as record:
@@ -199,16 +186,16 @@ def with_routing(model: nn.Module, evaluate: Callable[[], Result]) -> tuple[Resu
 
 
 def routing_summary(record: RoutingRecord) -> dict[str, Any]:
-    """How tokens were routed: means over layers, and ``shares`` of each expert by layer."""
-    shares = {str(layer): found.shares.tolist() for layer, found in record.layers.items()}
+    """Summarise routing: means over layers, and ``shares`` of each expert by layer."""
+    shares = {str(number): layer.shares.tolist() for number, layer in record.layers.items()}
     return record.summary() | {"shares": shares}
 
 
 def plain_logits(predictions: Any) -> NDArray[Any]:
-    """The logits of what a model gave back."""
+    """Return the logits of a model's output."""
     return cast(NDArray[Any], predictions[0] if isinstance(predictions, tuple) else predictions)
 
 
 def finite(loss: float) -> float | None:
-    """A loss, or None for that of a model that diverged: JSON knows no other numbers, and means shall not."""
+    """Return a loss, or None if it is not finite, which JSON cannot hold."""
     return loss if math.isfinite(loss) else None

@@ -1,0 +1,107 @@
+"""Resume from the newest checkpoint that is complete: with the numbers of a run that was never interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.training.callbacks import Probe, RoutingTrace, Stopwatch
+from benchmarks.harness.training.checkpoints import last_complete_checkpoint, resume
+from tests.executed import finish, killed_at, prepare
+from tests.planned import smoke_run
+
+
+@pytest.fixture(scope="module")
+def runs(shared_here: Path, archive: Path) -> tuple[dict[str, Any], Path]:
+    """Finish a run, and kill it in its last epoch of three; return the numbers and the ``run.json`` of the killed one."""
+    from benchmarks.harness.sources.vader import ARCHIVE
+
+    ARCHIVE.parent.mkdir(parents=True)
+    ARCHIVE.symlink_to(archive)
+    run = smoke_run("glue", "emoe_learn", train_rows=48, eval_rows=20, epochs=3, checkpoint_selection="best")
+    killed = prepare(run, "killed")
+    with killed_at(14):
+        finish(killed)
+    return finish(prepare(run, str(RUNS))), killed
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def zero_the_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10] + bytes(10))
+
+
+def write_null(path: Path) -> None:
+    path.write_text("null")
+
+
+def copy_checkpoints(killed: Path, folder: Path) -> Path:
+    shutil.copytree(killed.parent, folder)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint-12", "checkpoint-6"]
+    return folder / "checkpoints"
+
+
+DAMAGE = [
+    ("trained.safetensors", zero_the_end),
+    ("trained.safetensors", truncate),
+    ("optimizer.pt", zero_the_end),
+    ("scheduler.pt", Path.unlink),
+    ("rng_state.pth", Path.unlink),
+    ("rng_state.pth", truncate),
+    ("trainer_state.json", truncate),
+    ("complete.json", Path.unlink),
+    ("complete.json", truncate),
+    ("complete.json", write_null),
+]
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGE)
+def test_a_damaged_checkpoint_is_removed_and_the_previous_one_is_used(
+    runs: tuple[dict[str, Any], Path], tmp_path: Path, name: str, damage: Any
+) -> None:
+    checkpoints = copy_checkpoints(runs[1], tmp_path / "run")
+    damage(checkpoints / "checkpoint-12" / name)
+    assert last_complete_checkpoint(checkpoints) == checkpoints / "checkpoint-6"
+    assert not (checkpoints / "checkpoint-12").exists()
+    damage(checkpoints / "checkpoint-6" / name)
+    assert last_complete_checkpoint(checkpoints) is None
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_resumed_runs_equal_uninterrupted_ones(
+    runs: tuple[dict[str, Any], Path], tmp_path: Path, damaged: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole, killed = runs
+    path = tmp_path / killed.parent.name / "run.json"
+    checkpoints = copy_checkpoints(killed, path.parent)
+    for step in (12, 6)[:damaged]:
+        zero_the_end(checkpoints / f"checkpoint-{step}" / "trained.safetensors")
+    assert finish(path) == whole
+    log = "".join(capfd.readouterr())
+    assert ("resumed at step" in log) == (damaged < 2)
+
+
+def test_a_checkpoint_needs_that_of_its_best_epoch(runs: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    checkpoints = copy_checkpoints(runs[1], tmp_path / "run")
+    state = json.loads((checkpoints / "checkpoint-12" / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"]).name
+    (checkpoints / best / "rng_state.pth").unlink()
+    expected = checkpoints / "checkpoint-6" if best == "checkpoint-12" else None
+    assert last_complete_checkpoint(checkpoints) == expected
+
+
+def test_callbacks_go_on_from_a_checkpoint(runs: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    whole, killed = runs
+    stopwatch, probe, trace = Stopwatch(), Probe(), RoutingTrace()
+    assert resume(copy_checkpoints(killed, tmp_path / "run"), stopwatch, probe, trace)
+    assert stopwatch.steps == 12
+    assert stopwatch.seconds > 0
+    assert probe.summary()["losses"] == whole["probe"]["losses"]
+    assert trace.ends == [end for end in whole["routing"]["windows"]["ends"] if end <= 12]
