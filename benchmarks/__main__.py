@@ -361,8 +361,7 @@ def rebuild(name: str, output: Path) -> None:
 @cli.command()
 def questions() -> None:
     """Write MMLU-dev as tasks of lm-eval."""
-    from benchmarks.llama.mmlu_dev import MMLU_DEV, mmlu_dev_file
-    from benchmarks.llama.questions import write_mmlu_dev
+    from benchmarks.llama.questions import MMLU_DEV, mmlu_dev_file, write_mmlu_dev
 
     folder = mmlu_dev_file(MMLU_DEV).parent
     click.echo(f"wrote {write_mmlu_dev(folder)} questions to {folder}", err=True)

@@ -19,7 +19,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from benchmarks.harness.base.files import atomic_write
 from benchmarks.harness.base.paths import TOKENS
 from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest
-from benchmarks.text.datasets import TextSplit
+from benchmarks.text.data import TextSplit
 
 _VERSION = 1
 _ROWS_AT_ONCE = 10_000
