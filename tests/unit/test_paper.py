@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.harness.base.errors import DefinitionError
 from benchmarks.harness.base.paths import ROOT
-from benchmarks.harness.config.artifacts import FIGURE_FORMATS, all_artifacts, artifacts_of
+from benchmarks.harness.config.artifacts import FIGURE_FORMATS, all_artifacts, artifacts_of, code_files
 from benchmarks.harness.config.benchmark import benchmark_names, check_references, load_benchmark
 from benchmarks.harness.config.paper_items import (
     PaperPart,
@@ -27,6 +27,13 @@ from benchmarks.harness.report.presentation import check_presentations, present
 from tests import fake_runs
 from tests.drawn import watched
 from tests.programs import call
+
+
+def test_the_code_of_a_table_is_its_package_its_kind_and_the_report() -> None:
+    glue_ood, llama = ({Path(file).as_posix() for file in code_files(name)} for name in ("glue_ood", "llama"))
+    assert {"benchmarks/glue_ood/presentation.py", "benchmarks/text/tables.py"} <= glue_ood - llama
+    assert "benchmarks/llama/presentation.py" in llama - glue_ood
+    assert {"benchmarks/harness/report/table.py", "benchmarks/harness/results/statistics.py"} <= glue_ood & llama
 
 
 def test_every_part_is_made_by_one_rule() -> None:
@@ -161,7 +168,7 @@ def test_main_averages_are_those_of_the_runs_and_of_the_paper(here: Path) -> Non
 
     both = ("tweets", "amazon")
     full = ours[ours["axis"].str.startswith("Text in full")].set_index("method")
-    # GMoE ran on tweets with five seeds alone: means are over these, differences over all that a method shares with the dense model
+    # GMoE ran on tweets with five seeds alone: means are over these, differences over all pairs with the dense model
     rows_of = (("dense", "vanilla"), ("gmoe", "gmoe"), ("emoe", "emoe"))
     assert full["mean"].to_dict() == pytest.approx({name: mean(method, ("tweets",), 5) for name, method in rows_of})
     difference = mean("emoe", both, 8) - mean("vanilla", both, 8)

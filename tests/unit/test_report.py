@@ -1,4 +1,4 @@
-"""The report as its readers meet it: in a browser, on a phone, by keyboard, on paper; and where its numbers come from."""
+"""The page in a browser, on a phone, by keyboard and on paper; and the runs of its numbers."""
 
 from __future__ import annotations
 
@@ -70,31 +70,17 @@ def test_what_no_run_is_of_is_named_and_not_shown(here: Path, monkeypatch: pytes
     assert "glue_lora_controls." not in text
 
 
-def test_links_to_files_hold(page_file: Path) -> None:
-    targets = set(re.findall(r'href="([^"#]+)"', page_file.read_text()))
-    assert len(targets) > 40
-    assert [target for target in targets if not (page_file.parent / unescape(target)).exists()] == []
-
-
-def test_links_hold_in_the_copy_one_folder_up(page_file: Path) -> None:
-    copy = page_file.parents[1] / "report.html"
-    cli(["report", "--suite", "mini", "--output", str(copy)], standalone_mode=False)
-    targets = set(re.findall(r'href="([^"#]+)"', copy.read_text()))
-    assert [target for target in targets if not (copy.parent / target).exists()] == []
-    assert 'data-runs-folder="runs"' in copy.read_text()
-
-
-def test_a_copy_is_the_page_with_links_that_hold(page_file: Path) -> None:
-    copy = page_file.parents[1] / "copy.html"
+def test_links_hold_in_a_page_one_folder_up_and_in_a_copy(page_file: Path) -> None:
+    above, copy = page_file.parents[1] / "report.html", page_file.parents[1] / "copy.html"
+    cli(["report", "--suite", "mini", "--output", str(above)], standalone_mode=False)
     cli(["report", "--copy", str(page_file), "--output", str(copy)], standalone_mode=False)
-    text = copy.read_text()
-    targets = set(re.findall(r'href="([^"#]+)"', text))
-    assert len(targets) > 40
-    assert [target for target in targets if not (copy.parent / unescape(target)).exists()] == []
-    folder = re.search(r'data-runs-folder="([^"]+)"', text)
-    assert folder is not None
-    assert (copy.parent / folder[1]).resolve() == page_file.parents[1] / "runs"
-    assert 'href="#glue"' in text
+    for page, runs in ((page_file, "../runs"), (above, "runs"), (copy, "mini/../runs")):
+        text = page.read_text()
+        targets = set(re.findall(r'href="([^"#]+)"', text))
+        assert len(targets) > 40
+        assert [target for target in targets if not (page.parent / unescape(target)).exists()] == []
+        assert f'data-runs-folder="{runs}"' in text
+        assert 'href="#glue"' in text
 
 
 def test_verdicts_stand_before_numbers_and_one_table_of_a_benchmark_is_open(page_file: Path) -> None:
@@ -180,6 +166,8 @@ def test_it_is_readable_at_every_width_and_for_everybody(
     browser: Browser, page_file: Path, width: int, scheme: str
 ) -> None:
     page, said = opened(browser, page_file, width, scheme)
+    heights = "[...document.querySelectorAll('.whole')].map((box) => box.scrollHeight - box.clientHeight)"
+    assert page.evaluate(heights) == [0, 0]  # claims and the paper's items are no window to scroll in
     pages = [page]
     if scheme == "dark":  # a smaller one with nothing folded: axe takes its time over large tables
         small = page_file.with_name("modularity.html")
@@ -192,13 +180,6 @@ def test_it_is_readable_at_every_width_and_for_everybody(
     if scheme == "dark":
         assert violations(pages[-1]) == []
     assert said == []
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-def test_claims_are_read_without_a_window_to_scroll_in(browser: Browser, page_file: Path, width: int) -> None:
-    page, _ = opened(browser, page_file, width)
-    heights = "[...document.querySelectorAll('.whole')].map((box) => box.scrollHeight - box.clientHeight)"
-    assert page.evaluate(heights) == [0, 0]  # claims, and the paper's tables and figures
 
 
 def test_a_click_on_a_heading_sorts_by_the_number(browser: Browser, page_file: Path) -> None:
@@ -228,8 +209,8 @@ def test_runs_are_listed_by_keyboard_and_their_links_hold(browser: Browser, page
     assert listed.count() == 0
 
 
-def test_a_link_opens_what_is_folded_and_paper_shows_all(browser: Browser, page_file: Path) -> None:
-    page, _ = opened(browser, page_file)
+def test_a_link_opens_what_is_folded_and_paper_is_white_and_shows_all(browser: Browser, page_file: Path) -> None:
+    page, _ = opened(browser, page_file, scheme="dark")
     assert not page.locator("#glue_tests").is_visible()
     page.evaluate("location.hash = '#glue_tests'")
     page.locator("#glue_tests").wait_for(state="visible")
@@ -237,10 +218,6 @@ def test_a_link_opens_what_is_folded_and_paper_shows_all(browser: Browser, page_
     assert page.locator("details:not([open])").count() == 0
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details:not([open])").count() > 5
-
-
-def test_paper_is_white_whatever_the_screen_is(browser: Browser, page_file: Path) -> None:
-    page, _ = opened(browser, page_file, scheme="dark")
     ink = "getComputedStyle(document.body).color"
     assert page.evaluate(ink) == "rgb(231, 232, 234)"
     page.emulate_media(media="print", color_scheme="dark")

@@ -40,7 +40,7 @@ TABLE = Table(
     ),
     group=("g",),
 )
-ODD = ["a < b > c | d", "α 中 ŧ é ł “x” ✓ ≤", "\\ { } $ # % & _ ^ ~ \" '", "x\n\ny\ttab \x07", "word " * 40]
+ODD = ["a < b > c | d", "α 中 ŧ é ł “x” ✓ ≤", "\\ { } $ # % & _ ^ ~ \" '", "x\n\ny\t \x07", "word " * 40]
 
 
 def test_cells_and_the_best_by_number() -> None:

@@ -205,10 +205,10 @@ def test_what_was_killed_or_deleted_is_run_again_alone_with_the_same_numbers(che
 
 def test_an_edit_of_a_table_makes_the_tables_and_pages_of_its_benchmark_again(checkout: Finished) -> None:
     assert "Nothing to be done" in checkout.snakemake("-n", "smoke")
-    checkout.edit("benchmarks/llama/tables.py", '"""The tables', '"""All tables')
+    checkout.edit("benchmarks/llama/presentation.py", '"""', '"""Edited. ')
     rerun = {"tables_of_llama", "table_of_claims", "benchmark_report", "report", "mirror_to_mlflow", "smoke"}
     assert jobs(checkout.snakemake("-n", "smoke")) == dict.fromkeys(rerun, 1)
-    checkout.edit("benchmarks/llama/tables.py", '"""All tables', '"""The tables')
+    checkout.edit("benchmarks/llama/presentation.py", '"""Edited. ', '"""')
 
 
 @pytest.mark.parametrize(
