@@ -141,14 +141,14 @@ def draw_categories(outcomes: InstructionOutcomes, path: Path) -> None:
         save(figure, path)
 
 
-def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]], look: MethodStyle) -> None:
+def _draw_shares(axis: Any, place: int, shares: list[tuple[float, int]], style: MethodStyle) -> None:
     """Seeds, their mean, and how sure the first one is of its questions."""
     share, count = shares[0]
     interval = stats.binomtest(round(share * count), count).proportion_ci(CONFIDENCE, "wilson")
     values = [value * 100 for value, _ in shares]
-    axis.plot([interval.low * 100, interval.high * 100], [place, place], color=look.colour, alpha=0.4, lw=1.2)
-    axis.plot(values, [place] * len(values), "o", ms=2.6, color=look.colour, alpha=0.6, mew=0)
-    axis.plot(np.mean(values), place, ls="", ms=4, **{"mec": "white", "mew": 0.6, **look.mark})
+    axis.plot([interval.low * 100, interval.high * 100], [place, place], color=style.colour, alpha=0.4, lw=1.2)
+    axis.plot(values, [place] * len(values), "o", ms=2.6, color=style.colour, alpha=0.6, mew=0)
+    axis.plot(np.mean(values), place, ls="", ms=4, **{"mec": "white", "mew": 0.6, **style.mark})
 
 
 def draw_routing(outcomes: InstructionOutcomes, path: Path) -> None:
