@@ -355,7 +355,7 @@ def _made_up(run: Run, gain: float) -> dict[str, Any]:
 
 
 def write_samples(runs: list[Run]) -> None:
-    """A picture of samples, and their environments' names, for the image sets of these runs, where figures look for them."""
+    """Write a picture of samples and the names of their environments for the image sets of runs."""
     for job in {found.id: found for found in (validation_job(run.spec) for run in runs)}.values():
         picture = Path(job.picture)
         picture.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Processes of tests that fork from one that has imported what they need: a fork of pytest's own, which has threads, could wait for ever for what one of them holds."""
+"""Processes of tests, forked from one that has imported their modules: a fork of pytest itself has threads, and may hang."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from multiprocessing.process import BaseProcess
 
 
 def start(work: Callable[..., object], *arguments: object) -> BaseProcess:
-    """A process that does this."""
+    """Start a process that does this work."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.unit.test_streaming_interrupted", "tests.unit.test_mlflow"])
     process = context.Process(target=work, args=arguments)

@@ -156,7 +156,7 @@ def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
 
 
 def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(workdir: Path) -> None:
-    """The reported split is the dev split, and chooses nothing: epochs are scored on rows that were never trained on."""
+    """The reported split is the dev split, and chooses nothing: held-out rows score the epochs."""
     spec = copy.deepcopy(SPEC)
     spec["task"]["splits"]["test"] = None
     spec["training"] |= {
@@ -228,10 +228,7 @@ def test_checkpoints_that_are_not_complete_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_file_that_ends_too_early_is_no_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ends(*args: object, **named: object) -> None:
-        raise EOFError("Ran out of input")
-
-    monkeypatch.setattr(execution, "execute", ends)
+    monkeypatch.setattr(execution, "execute", mock.Mock(side_effect=EOFError("Ran out of input")))
     monkeypatch.setattr(sys, "argv", ["benchmarks", "run", "run.json"])
     with pytest.raises(EOFError, match="Ran out of input"):
         main()
@@ -254,14 +251,11 @@ def test_wrong_run_files_are_named(tmp_path: Path) -> None:
     ("old", "new"),
     [
         ('"learning_rate":0.003', '"learning_rate":NaN'),
-        ('"learning_rate":0.003', '"learning_rate":"fast"'),
         ('"learning_rate":0.003', '"learning_rate":' + "9" * 5000),
-        ('"seed":0', '"seed":"\\ud800"'),
         ('"model":{', '"model":[],"models":{'),
         ('"benchmark":"glue"', '"benchmark":"glu"'),
         ('"benchmark":"glue"', '"benchmark":"../glue"'),
         ('"benchmark":"glue"', '"benchmark":["glue"]'),
-        ('"benchmark":"glue"', '"benchmark":"' + "a" * 300 + '"'),
         ('"benchmark":"glue"', '"nested":' + "[" * 100_000 + "]" * 100_000),
     ],
 )
@@ -287,7 +281,7 @@ def test_a_run_file_does_not_choose_what_is_executed(
     with pytest.raises(SystemExit):
         main()
     said = capsys.readouterr().err.strip()
-    assert "'pipeline' is 'evilmod', but runs of glue are executed by 'benchmarks.glue.pipeline'" in said
+    assert "'pipeline' is 'evilmod', but glue is executed by 'benchmarks.glue.pipeline'" in said
     assert "\n" not in said
     assert not (tmp_path / "executed").exists()
 
@@ -304,18 +298,6 @@ def test_a_full_disk_is_one_line_that_names_the_folder(workdir: Path, monkeypatc
         with mock.patch.object(shutil, "disk_usage", return_value=full), pytest.raises(RunError) as named:
             finish(path)
         assert str(named.value).startswith(f"{path.parent}: the disk is full")
-
-
-def test_command_line_errors_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "run", str(tmp_path / "run.json")])
-    with pytest.raises(SystemExit, match="1"):
-        main()
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith("error: ")
-    assert len(shown.err.splitlines()) == 1
 
 
 class Terminal(io.StringIO):

@@ -13,7 +13,7 @@ REFERENCE = ROOT / "results" / "reference"
 # outputs, relative to the working directory
 RESULTS = Path("results")
 RUNS = RESULTS / "runs"
-LOCK, LOG = ".lock", "log.txt"  # in a run's folder
+LOCK, LOG, WEIGHTS = ".lock", "log.txt", "model/trained.safetensors"  # in a run's folder
 PARTITIONS = Path("resources/partitions")
 PACKAGES = Path("resources/packages")
 MODELS = Path("resources/models")

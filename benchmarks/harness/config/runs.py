@@ -96,7 +96,6 @@ def all_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 _SLUG_LENGTH = 80
-WEIGHTS = "model/trained.safetensors"  # in the folder of a run that keeps them
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,7 @@ from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
 from benchmarks.harness.config.benchmark import benchmark_names, kind_of, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import compared_benchmarks, load_claims
-from benchmarks.harness.config.runs import (
-    WEIGHTS,
-    Job,
-    PartitionJob,
-    Run,
-    canonical_json,
-    partition_jobs,
-    plan,
-    set_files,
-    slug,
-)
+from benchmarks.harness.config.runs import Job, PartitionJob, Run, canonical_json, partition_jobs, plan, set_files, slug
 from benchmarks.harness.config.yaml import UNIQUE, Strict, check_names, parse, read_yaml
 from benchmarks.harness.sources.local import local_folder, own_file
 from emoe.errors import did_you_mean
@@ -215,7 +205,7 @@ class Suite:
         """Return the files of weights that runs keep."""
         names = [name for name in self.settings.benchmarks if self.keeps_weights(name)]
         runs = [run for name in names for run in self.runs_of(name) if run.spec["learning_rate"]]
-        return [str(paths.RUNS / run.folder / WEIGHTS) for run in runs]
+        return [str(paths.RUNS / run.folder / paths.WEIGHTS) for run in runs]
 
     def figure_inputs(self, benchmark: str, part: str | None) -> list[str]:
         """Return the files that the figures of a part need beside the runs' numbers."""

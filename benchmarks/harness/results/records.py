@@ -191,9 +191,14 @@ def read_metrics(run: Run, root: Path = RUNS) -> dict[str, Any]:
 
     Raises:
         DefinitionError: The run is not finished.
-        DataError: Its file is damaged.
+        DataError: Its file is damaged, or belongs to another run.
     """
-    return read_metrics_file(root / run.folder / "metrics.json", run)
+    path = root / run.folder / "metrics.json"
+    if not path.exists():
+        raise DefinitionError(f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)")
+    content = read_json(path, dict[str, Any], _again(path))
+    check_content(run, content, path)
+    return content
 
 
 def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
@@ -211,20 +216,6 @@ def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
     if missing:
         verb, them = ("is", "it") if missing == 1 else ("are", "them")
         raise DefinitionError(f"{missing:,} of {len(runs):,} runs {which} {verb} missing; make {them} with `{command}`")
-
-
-def read_metrics_file(path: Path, run: Run) -> dict[str, Any]:
-    """Read the ``metrics.json`` of a run from any folder.
-
-    Raises:
-        DefinitionError: The run is not finished.
-        DataError: The file is damaged, or belongs to another run.
-    """
-    if not path.exists():
-        raise DefinitionError(f"{path} does not exist: the run is not finished (`snakemake --cores all {path}`)")
-    content = read_json(path, dict[str, Any], _again(path))
-    check_content(run, content, path)
-    return content
 
 
 def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
@@ -278,19 +269,19 @@ def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
 def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
     """Collect the numbers of runs from their ``metrics.json``, a row for each number.
 
-    The columns are :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``, and ``is_score``, which is
+    The columns are :data:`RUN_KEYS`, ``run_id``, ``part``, ``eval_task``, ``metric``, ``value``, and ``is_score``:
     True for the one number that judges a text task. The parts are
 
-    - ``dev``: the kept epoch on the split that selects. ``dev_best``: the best epoch there, for clean runs of tasks with a
-      dev split of their own; for other runs the reported score, or the score on rows held out.
+    - ``dev``: the kept epoch on the split that selects. ``dev_best``: the best epoch there, for clean runs of tasks
+      with a dev split of their own; for other runs the reported score, or the score on rows held out.
     - ``test``: the reported split of the training task. ``ood``: each other task.
     - ``ood_mean``: the mean of the scores over the other tasks (metric ``score``).
     - ``test as <method>``, ``ood as <method>``, ``ood_mean as <method>``: the same after converting to another method.
     - ``cost``, ``model``, ``routing``: the cost of the run and the sizes of its model.
 
-    For domain generalisation the accuracies are those of the record that training-domain validation selects: ``dev`` is the
-    mean over the training environments' *out* splits, ``test`` each held-out environment's *in* split. A measurement has one
-    part, its measure, with the candidate as the evaluation task.
+    For domain generalisation the accuracies are those of the record that training-domain validation selects: ``dev`` is
+    the mean over the training environments' *out* splits, ``test`` each held-out environment's *in* split. A
+    measurement has one part, its measure, with the candidate as the evaluation task.
     """
     rows = [
         {

@@ -65,7 +65,7 @@ VARIABLES = (
 
 
 def capture() -> dict[str, Any]:
-    """Return the versions of :data:`PACKAGES`, CUDA and BLAS, the git commit, and the processor, memory and accelerators."""
+    """Return the versions of :data:`PACKAGES`, CUDA and BLAS, the commit, the processor, memory and accelerators."""
     versions = {}
     for name in PACKAGES:
         try:

@@ -153,7 +153,7 @@ def _pipeline(run: Run) -> Any:
     pipeline = load_benchmark(run.benchmark).definition.pipeline  # a run.json must not choose the code
     if run.spec["pipeline"] != pipeline:
         raise DefinitionError(
-            f"{run.id}: 'pipeline' is {run.spec['pipeline']!r}, but runs of {run.benchmark} are executed by '{pipeline}'"
+            f"{run.id}: 'pipeline' is {run.spec['pipeline']!r}, but {run.benchmark} is executed by '{pipeline}'"
         )
     torch.manual_seed(derive_seed("run", run.spec["seed"]))
     return importlib.import_module(pipeline)
@@ -169,7 +169,7 @@ def _exclusive(folder: Path, run_id: str) -> AcquireReturnProxy[Any]:
     try:
         return hold(folder / LOCK, blocking=False)
     except Timeout:
-        print(f"[{run_id}] another process works on this run; waiting for it", file=sys.stderr, flush=True)  # noqa: T201
+        sys.stderr.write(f"[{run_id}] another process works on this run; waiting for it\n")
         return hold(folder / LOCK)
 
 

@@ -1,8 +1,8 @@
 """Commands that share their imports: one process imports everything once and forks for each of them.
 
-Importing torch and transformers takes longer than many runs. A fork has only imported, so a run's numbers are the same as
-alone. It ends with its caller, and the server with the workflow. A caller with another environment (threads, devices,
-settings) works by itself, and so does a caller without a server.
+Importing torch and transformers takes longer than many runs. A fork has only imported, so the numbers of a run are the
+same as alone. It ends with its caller, and the server with the workflow. A caller with another environment (threads,
+devices, settings) works by itself, and so does a caller without a server.
 
 This module imports the standard library alone, because a caller must not import what the server has imported.
 """
