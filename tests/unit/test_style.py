@@ -1,4 +1,4 @@
-"""How methods look in figures."""
+"""A method has one style in every figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BENCHMARKS = [name for name in benchmark_names() if isinstance(load_benchmark(na
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_a_method_looks_the_same_in_every_benchmark(benchmark: str) -> None:
+def test_a_method_has_the_same_style_in_every_benchmark(benchmark: str) -> None:
     definition = load_benchmark(benchmark).definition
     for name, method in resolve_methods(definition).items():
         kind = definition.methods[name].method or name
@@ -24,7 +24,7 @@ def test_a_method_looks_the_same_in_every_benchmark(benchmark: str) -> None:
     assert style_of(baseline) == (DENSE if baseline.kind == "dense" else EMOE)  # modularity compares ways to cluster
 
 
-def test_methods_that_stand_beside_each_other_are_told_apart() -> None:
+def test_methods_of_one_figure_have_different_styles() -> None:
     methods = load_methods()
     names = (
         "vanilla",
@@ -37,19 +37,19 @@ def test_methods_that_stand_beside_each_other_are_told_apart() -> None:
         "gmoe_published",
         "emoe_published",
     )
-    looks = [style_of(methods[name]) for name in names]
-    assert len(set(looks)) == len(looks)
-    assert looks[:4:3] == [DENSE, EMOE]
-    assert looks[2] == GMOE
+    styles = [style_of(methods[name]) for name in names]
+    assert len(set(styles)) == len(styles)
+    assert styles[:4:3] == [DENSE, EMOE]
+    assert styles[2] == GMOE
     rows = resolve_methods(load_benchmark("glue_lora").definition)
     selected = [style_of(rows[name]) for name in ("lora", "lora_emoe", "lora_bottom", "lora_random", "lora_contiguous")]
     assert len(set(selected)) == len(selected)
 
 
-def test_curves_of_a_method_have_a_style_each_wherever_they_are_drawn() -> None:
-    looks = [("N 64", EMOE), ("N 16", EMOE), ("dense", DENSE), ("N 16", EMOE), ("N 32", EMOE)]
-    found = curve_styles(looks)
-    assert list(found) == ["N 64", "N 16", "dense", "N 32"]
-    styles = [(str(style["ls"]), style.get("mfc"), style["color"]) for style in found.values()]
+def test_curves_of_a_method_have_a_style_each_in_all_panels() -> None:
+    curves = [("N 64", EMOE), ("N 16", EMOE), ("dense", DENSE), ("N 16", EMOE), ("N 32", EMOE)]
+    arguments = curve_styles(curves)
+    assert list(arguments) == ["N 64", "N 16", "dense", "N 32"]
+    styles = [(str(style["ls"]), style.get("mfc"), style["color"]) for style in arguments.values()]
     assert len(set(styles)) == len(styles)
-    assert {style["color"] for name, style in found.items() if name != "dense"} == {EMOE.colour}
+    assert {style["color"] for name, style in arguments.items() if name != "dense"} == {EMOE.colour}
