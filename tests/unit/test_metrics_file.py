@@ -36,7 +36,7 @@ def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
         ("glue", [], [], "should be a valid dictionary"),
         ("glue", ["run_id"], "other", "belongs to the run 'other'"),
         ("glue", ["scores"], GONE, "'scores' is missing"),
-        ("glue", ["scores", "test"], {}, "'scores.test' is missing"),
+        ("glue", ["scores"], {}, "'scores' has no number"),
         ("glue", ["scores", "ood"], {}, "lacks something"),
         (
             "glue",

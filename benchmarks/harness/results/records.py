@@ -252,8 +252,8 @@ def _check_parts(run: Run, metrics: Metrics) -> None:
         needed.append("usage")
     if missing := [part for part in needed if getattr(metrics, part) is None]:
         raise ValueError(f"'{missing[0]}' is missing")
-    if "scores" in needed and not (metrics.scores or {}).get("test"):
-        raise ValueError("'scores.test' is missing")
+    if "scores" in needed and not any((metrics.scores or {}).values()):
+        raise ValueError("'scores' has no number")
     for scores in (metrics.scores or {}, *(transformed.scores for transformed in metrics.transformed.values())):
         for part, by_task in scores.items():
             for task, values in by_task.items():
