@@ -156,7 +156,7 @@ def export(spec: Path, output: Path, form: str) -> None:
 @click.option("--part", help="Only this set of a benchmark that shows its sets one by one.")
 def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark."""
-    from benchmarks.harness.base import paths
+    from benchmarks.harness import base as paths
     from benchmarks.harness.config.artifacts import artifacts_of
     from benchmarks.harness.config.benchmark import load_benchmark
     from benchmarks.harness.config.yaml import check_names
@@ -218,8 +218,7 @@ def mirror(suite: str, output: Path | None) -> None:
     """Mirror finished runs to MLflow.
 
     A second time adds nothing."""
-    from benchmarks.harness.base.files import write_json
-    from benchmarks.harness.base.secrets import without_passwords
+    from benchmarks.harness.base import without_passwords, write_json
     from benchmarks.harness.results.mlflow import mirror as mirror_runs
 
     loaded = _load_suite(suite)
@@ -296,7 +295,7 @@ def data(suite: str, check: bool, open_images: bool, data_root: str | None, as_j
 
     Ends with status 1 if something is missing.
     """
-    from benchmarks.harness.base.paths import DATA_ROOT
+    from benchmarks.harness.base import DATA_ROOT
     from benchmarks.harness.run import data as sets
 
     loaded = _load_suite(suite)

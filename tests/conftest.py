@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import emoe
-from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.base import DATA_ROOT
 from benchmarks.harness.config.methods import TUNINGS
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.harness.sources.vader import ARCHIVE

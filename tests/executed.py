@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.models.build import Trainable, reopen_classifier
 from benchmarks.harness.models.loading import load_tokenizer

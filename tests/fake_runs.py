@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.domainbed.grid import validation_job
-from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.base import RUNS
 from benchmarks.harness.config.runs import Run, plan
 from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.llama.definition import InstructionSpec

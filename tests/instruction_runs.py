@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.base import DATA_ROOT
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.llama import evaluation
 

@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import normalize, resize
 
 from benchmarks.domainbed.images import Environment, Picture
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates
 
 Transform = Callable[[Picture], Tensor]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.domainbed.grid import held_out_names, validation_job
 from benchmarks.domainbed.outcomes import DomainOutcomes
-from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base import DataError
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.plots import (
     STYLE,

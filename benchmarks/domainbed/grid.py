@@ -12,8 +12,7 @@ from typing import Any
 
 from benchmarks.domainbed.definition import ImageDefinition, ImageTraining, ImageTrainingSettings, SetEntry, SetFile
 from benchmarks.domainbed.protocol import BASELINE, SELECTIONS, held_out_combinations, hyper_parameters, sweep_seed
-from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
-from benchmarks.harness.base.paths import IMAGES
+from benchmarks.harness.base import IMAGES, DataError, DefinitionError, first_line
 from benchmarks.harness.config.benchmark import (
     ALL,
     COUNTS,

@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from benchmarks.domainbed.definition import RunSet
-from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base import DataError
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import local_folder, wanted_place
 from emoe.errors import did_you_mean

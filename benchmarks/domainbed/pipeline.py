@@ -20,9 +20,7 @@ from benchmarks.domainbed.images import ImageSet, plain_name
 from benchmarks.domainbed.protocol import HOLDOUT_FRACTION, Split, best_record, split_environment
 from benchmarks.domainbed.training import ACCURACY, DomainTrainer
 from benchmarks.domainbed.validation import counts, load_set
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.files import write_text
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import DataError, derive_seed, write_text
 from benchmarks.harness.config.benchmark import ALL, SetPart, load_benchmark
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import build_image_classifier

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 import emoe
 from benchmarks.domainbed.batches import EnvironmentBatches, EvaluationRows, TrainingRows
 from benchmarks.domainbed.definition import ImageSpec
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.results.statistics import MutualInformation, by_chance, shuffled_information
 from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, fixed_rows

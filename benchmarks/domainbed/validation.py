@@ -17,9 +17,7 @@ from benchmarks.domainbed.batches import augmented, load_pixels, plain, visible
 from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.images import REFUSE, Environment, ImageSet, load_folders
 from benchmarks.domainbed.mnist import load_mnist
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.files import atomic_write, write_json
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import DataError, atomic_write, derive_seed, write_json
 from benchmarks.harness.config.yaml import parse
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation

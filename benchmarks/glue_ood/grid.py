@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.glue_ood.definition import EvaluationDefinition, EvaluationFile
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import (
     Benchmark,
     Definition,

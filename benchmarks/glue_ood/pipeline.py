@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.glue_ood.definition import EvaluationSpec
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.base import RUNS, DataError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.config.yaml import parse

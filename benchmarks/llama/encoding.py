@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
-from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base import DataError
 from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest, with_states
 from benchmarks.llama.instructions import Broken, Instruction
 from benchmarks.llama.templates import Template

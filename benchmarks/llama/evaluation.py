@@ -18,8 +18,7 @@ from accelerate.utils import send_to_device
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
-from benchmarks.harness.base.paths import QUESTIONS
+from benchmarks.harness.base import QUESTIONS, DataError, DefinitionError, first_line
 from benchmarks.harness.models.loading import DTYPES
 from benchmarks.harness.models.prefix import Prefix
 from benchmarks.harness.sources.hub import commit_of, hub_name

@@ -10,7 +10,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 import emoe
-from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base import DataError
 from benchmarks.harness.config.runs import read_run
 from benchmarks.harness.models.build import reopen_language_model
 from benchmarks.harness.models.loading import load_tokenizer

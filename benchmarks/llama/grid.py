@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.base.errors import DataError, DefinitionError, RunError, first_line
+from benchmarks.harness.base import DataError, DefinitionError, RunError, first_line
 from benchmarks.harness.config.benchmark import (
     ALL,
     COUNTS,

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.harness.base.errors import DataError, first_line
-from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.base import DATA_ROOT, DataError, first_line
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.json_rows import Damaged, json_lines, json_list
 from benchmarks.harness.sources.local import OWN_SUFFIXES, own_file

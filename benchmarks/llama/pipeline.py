@@ -12,8 +12,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.config.benchmark import ALL, SetPart, load_benchmark
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import Trainable, build_language_model, permutations, save_trained, set_trained_

@@ -16,9 +16,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.files import write_text
-from benchmarks.harness.base.paths import QUESTIONS
+from benchmarks.harness.base import QUESTIONS, DataError, write_text
 
 MMLU_DEV = "mmlu_dev"
 CONTINUATION = "continuation"

@@ -7,9 +7,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import BENCHMARKS
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import BENCHMARKS, DefinitionError, derive_seed
 from benchmarks.harness.config.yaml import check_names, read_yaml
 from benchmarks.llama.instructions import Instruction
 

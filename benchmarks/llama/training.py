@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import derive_seed
 from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.training.callbacks import Probe, RetieGates, Stopwatch, restore_rng_and_modes
 from benchmarks.harness.training.checkpoints import resume

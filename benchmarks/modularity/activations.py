@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import derive_seed
 from emoe.architectures import find_ffns
 from emoe.calibration import record_activations
 from emoe.config import EMoEConfig, Selection

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import (
     Benchmark,
     Domain,

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 import emoe
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import derive_seed
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.build import permutations

@@ -10,8 +10,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.training.samplers import EpochOrder
 from benchmarks.multitask.grid import WrittenTask
 from benchmarks.text.data import TextSplit

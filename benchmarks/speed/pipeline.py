@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import emoe
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.loading import load_backbone

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import AnyBenchmark
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import ABLATION, CONTROL, setting_text, setting_values

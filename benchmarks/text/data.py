@@ -23,9 +23,7 @@ import pyarrow as pa
 import yaml
 from numpy.typing import NDArray
 
-from benchmarks.harness.base.errors import DataError, first_line
-from benchmarks.harness.base.paths import ROOT
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import ROOT, DataError, derive_seed, first_line
 from benchmarks.harness.config.benchmark import PublishedRows, SetPart
 from benchmarks.harness.sources.hub import commit_of, hub_name
 from benchmarks.harness.sources.local import local_folder, wanted_place

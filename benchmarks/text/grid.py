@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.base.errors import DataError, DefinitionError, first_line
+from benchmarks.harness.base import DataError, DefinitionError, first_line
 from benchmarks.harness.config.benchmark import (
     COUNTS,
     OOD_MEAN,

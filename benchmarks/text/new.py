@@ -9,8 +9,7 @@ import re
 from pathlib import Path
 from string import Template
 
-from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.paths import BENCHMARKS, CONFIG, ROOT
+from benchmarks.harness.base import BENCHMARKS, CONFIG, ROOT, DataError, DefinitionError
 from benchmarks.text.data import label_text
 from emoe.errors import did_you_mean
 

@@ -16,8 +16,7 @@ from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from benchmarks.harness.base.files import atomic_write
-from benchmarks.harness.base.paths import TOKENS
+from benchmarks.harness.base import TOKENS, atomic_write
 from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest
 from benchmarks.text.data import TextSplit
 

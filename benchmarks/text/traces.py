@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import entr
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.methods import CONTROL
 from benchmarks.harness.report.table import MISSING, Column, Table
 from benchmarks.text.definition import PublishedTraces, TextDefinition

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import derive_seed
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.models.build import Trainable
 from benchmarks.harness.training.callbacks import Probe, RetieGates, RoutingTrace, Stopwatch, fixed_rows

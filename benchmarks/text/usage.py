@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import emoe
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import derive_seed
 from benchmarks.harness.results.statistics import CONFIDENCE, PERMUTATIONS, MutualInformation, shuffled_information
 from benchmarks.harness.training.trainer import routing_summary
 from emoe.layer import routed_layers

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.__main__ import cli
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.run.execution import RunError, launch_distributed
 from tests.checkout import wait_for

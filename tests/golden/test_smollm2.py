@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import emoe
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import MODEL_ROOT
+from benchmarks.harness.base import MODEL_ROOT, DataError
 from benchmarks.harness.models.loading import load_language_model, load_tokenizer, unpack_gguf
 from benchmarks.harness.models.repackaged import _GGUF
 from benchmarks.harness.sources.packages import packaged

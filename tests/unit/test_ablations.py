@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.glue_ood.grid import KIND as EVALUATION
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import BENCHMARKS, RUNS
+from benchmarks.harness.base import BENCHMARKS, RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import Benchmark, check_references, load_benchmark, resolve_methods
 from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
 from benchmarks.harness.config.runs import Run, plan

@@ -12,8 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.base import RUNS, DataError, DefinitionError
 from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.harness.base.errors import DefinitionError, RunError
-from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.base import RUNS, DefinitionError, RunError
 from benchmarks.harness.config.runs import Run, plan
 from benchmarks.harness.results import check as checking
 from benchmarks.harness.results.check import (

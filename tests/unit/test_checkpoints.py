@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.base import RUNS
 from benchmarks.harness.training.callbacks import Probe, RoutingTrace, Stopwatch
 from benchmarks.harness.training.checkpoints import last_complete_checkpoint, resume
 from tests.executed import finish, killed_at, prepare

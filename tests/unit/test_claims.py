@@ -13,8 +13,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import BENCHMARKS, OVERRIDES, RUNS
+from benchmarks.harness.base import BENCHMARKS, OVERRIDES, RUNS, DefinitionError
 from benchmarks.harness.config.claims import Claim, Comparison, load_claims, suites_with
 from benchmarks.harness.config.suite import Suite, load_suite
 from benchmarks.harness.report.claims import claims_table, draw_claims, judged, write_claims

@@ -10,8 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.__main__ import cli
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.base import DATA_ROOT, DataError
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.sources.packages import PackageFile, sha256
 from benchmarks.harness.sources.vader import ARCHIVE

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from benchmarks.glue_ood.grid import KIND as EVALUATION
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import benchmark, runs, suite
 from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.harness.base.errors import RunError
+from benchmarks.harness.base import RunError
 from benchmarks.harness.config.suite import plain_suite
 from benchmarks.harness.run import devices
 from benchmarks.harness.run.devices import VISIBLE, check_accelerators, reserved, visible

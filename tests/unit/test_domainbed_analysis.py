@@ -20,8 +20,8 @@ from benchmarks.domainbed.protocol import (
     standard_error,
     training_domain_validation,
 )
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import suite as planning
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec

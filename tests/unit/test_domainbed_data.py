@@ -21,8 +21,7 @@ from benchmarks.domainbed.definition import RunSet
 from benchmarks.domainbed.images import ImageSet
 from benchmarks.domainbed.mnist import load_digits
 from benchmarks.domainbed.validation import counts, list_environments, validate_dataset
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.base import DATA_ROOT, DataError
 from benchmarks.harness.config.benchmark import load_benchmark
 from tests.image_sets import CLASSES, FOLDERS, PACS, load
 

@@ -16,8 +16,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT
+from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, DefinitionError
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.models.build import build_image_classifier

@@ -21,7 +21,7 @@ from benchmarks.domainbed.batches import EvaluationRows
 from benchmarks.domainbed.definition import ImageSpec, ImageSuite
 from benchmarks.domainbed.grid import KIND
 from benchmarks.domainbed.protocol import best_record
-from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.base import DATA_ROOT
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.results.statistics import mutual_information

@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.__main__ import main
-from benchmarks.harness.base.errors import DataError, DefinitionError, RunError
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import DataError, DefinitionError, RunError, derive_seed
 from benchmarks.harness.config.runs import Run, plan, read_run, run_from_spec
 from benchmarks.harness.run import execution
 from benchmarks.harness.training import progress as progress_module

@@ -11,8 +11,7 @@ from unittest import mock
 import pytest
 from pydantic import BaseModel
 
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.files import atomic_write, read_json, write_json
+from benchmarks.harness.base import DataError, atomic_write, read_json, write_json
 
 
 class Receipt(BaseModel):

@@ -18,8 +18,7 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 from benchmarks.domainbed import pipeline as images
 from benchmarks.glue import pipeline as texts
-from benchmarks.harness.base.errors import DefinitionError, RunError
-from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, PREFIXES
+from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, PREFIXES, DefinitionError, RunError
 from benchmarks.harness.config.methods import check_frozen
 from benchmarks.harness.config.runs import Run, run_from_spec
 from benchmarks.harness.config.yaml import parse

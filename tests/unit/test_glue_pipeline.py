@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 import emoe
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, RUNS
+from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, RUNS, DataError
 from benchmarks.harness.config.runs import run_from_spec
 from tests.executed import recorded
 from tests.planned import paper_runs

@@ -14,8 +14,7 @@ from sklearn import metrics
 
 import emoe
 from benchmarks.glue_ood.grid import KIND as EVALUATION
-from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, RUNS
+from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, RUNS, DataError, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.training.label_mapping import LabelMapping, label_mapping

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import Dinov2Config, Dinov2Model
 
 import emoe
-from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base import DataError
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.models.image import load_image_classifier, load_image_network
 from benchmarks.harness.models.repackaged import read_backbone, rebuild

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import emoe
-from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.paths import DATA_ROOT
+from benchmarks.harness.base import DATA_ROOT, DataError, DefinitionError
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.harness.sources.packages import packaged
 from benchmarks.llama.definition import InstructionSource

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.results.records import read_metrics

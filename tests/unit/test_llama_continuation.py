@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from benchmarks.harness.base.paths import PREFIXES, QUESTIONS
+from benchmarks.harness.base import PREFIXES, QUESTIONS
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import plan, run_from_spec
 from benchmarks.harness.models.build import build_language_model

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import emoe
 from benchmarks.__main__ import cli
-from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.paths import MODEL_ROOT, QUESTIONS
+from benchmarks.harness.base import MODEL_ROOT, QUESTIONS, DataError, DefinitionError
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_language_model, load_tokenizer

@@ -14,8 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import MODEL_ROOT
+from benchmarks.harness.base import MODEL_ROOT, DataError
 from benchmarks.harness.models import loading
 from benchmarks.harness.models.image import load_image_classifier
 from tests import tiny_models

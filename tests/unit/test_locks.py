@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 from filelock import Timeout
 
-from benchmarks.harness.base.locks import hold, is_held
+from benchmarks.harness.base import hold, is_held
 from tests.checkout import wait_for
 from tests.forked import start as start_fork
 

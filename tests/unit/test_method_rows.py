@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import benchmark, methods
 from benchmarks.harness.config.benchmark import TrainingDefinition, TrainingSuite, resolve_methods
 from benchmarks.harness.config.methods import Method, load_methods

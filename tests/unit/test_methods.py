@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import emoe
-from benchmarks.harness.base.paths import MODEL_ROOT
+from benchmarks.harness.base import MODEL_ROOT
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.models.conversion import cached_partition
 from benchmarks.harness.models.loading import load_backbone, load_classifier, weights_digest

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.base import RUNS, DataError
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.results.records import read_metrics
 from tests import fake_runs

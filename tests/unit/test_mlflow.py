@@ -20,9 +20,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from benchmarks.harness.base.errors import RunError
-from benchmarks.harness.base.paths import RUNS
-from benchmarks.harness.base.secrets import without_passwords
+from benchmarks.harness.base import RUNS, RunError, without_passwords
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.results import mlflow
 from benchmarks.harness.results.mlflow import mirror

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import emoe
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import plan
 from benchmarks.harness.config.yaml import parse

@@ -11,8 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
-from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT
+from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, DataError, DefinitionError
 from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import canonical_json, partition_jobs, plan, run_from_spec, run_inputs

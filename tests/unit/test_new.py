@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.paths import ROOT
+from benchmarks.harness.base import ROOT, DataError, DefinitionError
 from benchmarks.harness.config.benchmark import kind_of, load_benchmark
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.text import new
@@ -30,7 +29,7 @@ def project(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(new, "BENCHMARKS", here / "benchmarks")
     monkeypatch.setattr(new, "CONFIG", here / "config")
     monkeypatch.setattr("benchmarks.harness.config.benchmark.BENCHMARKS", here / "benchmarks")
-    monkeypatch.setattr("benchmarks.harness.base.paths.CONFIG", here / "config")
+    monkeypatch.setattr("benchmarks.harness.base.CONFIG", here / "config")
     for module in ("harness.sources.local", "text.data"):
         monkeypatch.setattr(f"benchmarks.{module}.ROOT", here)
     load_benchmark.cache_clear()

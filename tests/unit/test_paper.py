@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import ROOT
+from benchmarks.harness.base import ROOT, DefinitionError
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, all_artifacts, artifacts_of, code_files
 from benchmarks.harness.config.benchmark import benchmark_names, check_references, load_benchmark
 from benchmarks.harness.config.paper_items import (

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.__main__ import cli
-from benchmarks.harness.base import paths
+from benchmarks.harness import base as paths
 from benchmarks.harness.config.artifacts import all_artifacts
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.report.common import ALL, with_runs

@@ -11,8 +11,7 @@ import yaml
 
 from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.glue_ood.definition import EvaluationSpec
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import BENCHMARKS, CONFIG
+from benchmarks.harness.base import BENCHMARKS, CONFIG, DefinitionError
 from benchmarks.harness.config.benchmark import kind_name
 from benchmarks.harness.config.methods import Method
 from benchmarks.harness.config.runs import canonical_json, plan

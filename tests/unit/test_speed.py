@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import runs
 from benchmarks.harness.config.benchmark import AnyBenchmark, Benchmark, load_benchmark
 from benchmarks.harness.config.yaml import parse

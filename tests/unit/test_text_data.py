@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base import DataError
 from benchmarks.harness.sources.vader import load_vader
 from benchmarks.text import data
 from benchmarks.text.data import TextSplit, load_part, load_split

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.harness.base.paths import TOKENS
+from benchmarks.harness.base import TOKENS
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.text import tokenization as tokenised

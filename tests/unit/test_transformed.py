@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import emoe
-from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.paths import BENCHMARKS, RUNS
+from benchmarks.harness.base import BENCHMARKS, RUNS, DataError, DefinitionError
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import plan, run_from_spec
 from benchmarks.harness.config.yaml import read_yaml

@@ -9,8 +9,8 @@ import yaml
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
 from benchmarks.harness.config.methods import Method, method_spec, register_tuning
 from benchmarks.harness.config.yaml import parse

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from benchmarks.domainbed.grid import find_validation
-from benchmarks.harness.base.paths import PACKAGES
+from benchmarks.harness.base import PACKAGES
 from benchmarks.harness.config.runs import run_inputs
 from benchmarks.harness.config.suite import SuiteSettings, load_suite, suite_names
 from tests.conftest import ROOT

@@ -9,8 +9,8 @@ gc.set_threshold(100_000, 20, 20)
 sys.path.insert(0, str(workflow.basedir))
 
 from benchmarks.domainbed.grid import find_validation
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.secrets import without_passwords
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import without_passwords
 from benchmarks.harness.config import artifacts, paper_items, runs
 from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config import suite as suites

@@ -10,8 +10,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.files import read_json
+from benchmarks.harness.base import DataError, read_json
 
 
 def active_process(folder: Path) -> int | None:

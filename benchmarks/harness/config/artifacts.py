@@ -6,8 +6,8 @@ import os
 import re
 from dataclasses import dataclass
 
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.paths import BENCHMARKS
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import BENCHMARKS
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 
 FORMATS = ("csv", "md", "tex", "html")

@@ -12,8 +12,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from benchmarks.harness.base.errors import DefinitionError, RunError
-from benchmarks.harness.base.paths import BENCHMARKS
+from benchmarks.harness.base import BENCHMARKS, DefinitionError, RunError
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import (
     ABLATION,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.base.paths import BENCHMARKS
+from benchmarks.harness.base import BENCHMARKS
 from benchmarks.harness.config.yaml import Count, Number, Positive, Strict, Whole, left_out, read
 
 _NEEDS = (

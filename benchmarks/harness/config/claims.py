@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import BENCHMARKS
+from benchmarks.harness.base import BENCHMARKS, DefinitionError
 from benchmarks.harness.config.benchmark import AnyBenchmark, benchmark_names, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.yaml import Key, Names, Number, Strict, check_names, left_out, read

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, create_model
 
-from benchmarks.harness.base.errors import DefinitionError, first_line
-from benchmarks.harness.base.paths import BENCHMARKS, ROOT
+from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError, first_line
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.yaml import (
     AS_GIVEN,

@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.paths import BENCHMARKS
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import BENCHMARKS, DefinitionError
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, FORMATS, Artifacts
 from benchmarks.harness.config.benchmark import benchmark_names, load_benchmark
 from benchmarks.harness.config.claims import Comparison, check_comparison

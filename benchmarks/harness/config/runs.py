@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.files import read_json
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import DataError, DefinitionError, read_json
 from benchmarks.harness.config.benchmark import AnyBenchmark, benchmark_names, kind_of, load_benchmark
 from benchmarks.harness.config.catalogue import ModelSource, load_models
 from benchmarks.harness.config.methods import Layers

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.harness.base.files import write_text
-from benchmarks.harness.base.paths import SCHEMAS
+from benchmarks.harness.base import SCHEMAS, write_text
 from benchmarks.harness.config.benchmark import find_kind, kind_names
 from benchmarks.harness.config.catalogue import MetricFile, ModelFile
 from benchmarks.harness.config.claims import ClaimFile

@@ -17,9 +17,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.files import write_json
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import DefinitionError, write_json
 from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
 from benchmarks.harness.config.benchmark import benchmark_names, kind_of, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models

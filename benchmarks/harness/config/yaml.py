@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base import DefinitionError
 from emoe.errors import did_you_mean
 
 _AT_MOST = 5

@@ -14,8 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.models.conversion import apply_method_, use_sparse_
 from benchmarks.harness.models.image import load_image_classifier
 from benchmarks.harness.models.loading import (

@@ -12,9 +12,7 @@ import torch
 from torch import nn
 
 import emoe
-from benchmarks.harness.base.files import write_json
-from benchmarks.harness.base.paths import PARTITIONS
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import PARTITIONS, derive_seed, write_json
 from benchmarks.harness.models.image import load_image_network
 from benchmarks.harness.models.loading import load_backbone, load_language_model, load_seq2seq
 from emoe.architectures import find_ffns

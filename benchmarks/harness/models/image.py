@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import DataError, DefinitionError, derive_seed
 from benchmarks.harness.models.loading import (
     check_stored,
     describe,

@@ -31,9 +31,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.paths import MODELS
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import MODELS, DataError, DefinitionError, derive_seed
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.sources.hub import hub_name
 from benchmarks.harness.sources.local import own_folder

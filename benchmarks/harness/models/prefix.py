@@ -18,10 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.files import atomic_write, write_json
-from benchmarks.harness.base.locks import hold
-from benchmarks.harness.base.paths import PREFIXES
+from benchmarks.harness.base import PREFIXES, DefinitionError, atomic_write, hold, write_json
 from benchmarks.harness.config.methods import block_of, is_below, refuse_below
 from emoe.architectures import find_ffns
 from emoe.layer_numbers import resolve_layers

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.harness.base.files import atomic_write
+from benchmarks.harness.base import atomic_write
 from benchmarks.harness.config.runs import rebuilt_from
 from benchmarks.harness.models.loading import unpack_gguf
 from benchmarks.harness.sources.packages import packaged

@@ -10,8 +10,7 @@ from peft import LoraConfig, LoraModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.harness.base.errors import DefinitionError
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import DefinitionError, derive_seed
 from benchmarks.harness.config.methods import TUNINGS, is_below
 from emoe.errors import did_you_mean
 from emoe.layer import RoutedActivation

@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.artifacts import CLAIMS
 from benchmarks.harness.config.benchmark import AnyBenchmark, kind_of, load_benchmark
 from benchmarks.harness.config.catalogue import Metric, load_metrics, load_models

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import COUNTS, Benchmark, Definition, Entry, MethodsDefinition, resolve_methods
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import CONTROL

@@ -17,8 +17,8 @@ import pandas as pd
 from markupsafe import Markup
 
 import emoe
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.files import write_text
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import write_text
 from benchmarks.harness.config.artifacts import CLAIMS, Artifacts, artifacts_of
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.paper_items import load_paper_items, main_files

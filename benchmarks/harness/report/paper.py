@@ -14,8 +14,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.files import atomic_write
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import atomic_write
 from benchmarks.harness.config.artifacts import FIGURE_FORMATS, Artifacts
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import load_models

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from benchmarks.harness.base.files import atomic_write
+from benchmarks.harness.base import atomic_write
 from benchmarks.harness.report.common import Outcomes
 from benchmarks.harness.report.style import MethodStyle
 from benchmarks.harness.results.statistics import confidence_interval

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.base.errors import DefinitionError
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import AnyBenchmark, Benchmark, Definition, Entry, load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.harness.base.files import atomic_write, write_text
+from benchmarks.harness.base import atomic_write, write_text
 from benchmarks.harness.config.catalogue import load_metrics
 
 MISSING = "–"

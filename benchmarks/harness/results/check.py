@@ -20,9 +20,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.harness.base.errors import DefinitionError, RunError
-from benchmarks.harness.base.files import atomic_write, read_json, write_json, write_text
-from benchmarks.harness.base.paths import REFERENCE, ROOT, RUNS
+from benchmarks.harness.base import (
+    REFERENCE,
+    ROOT,
+    RUNS,
+    DefinitionError,
+    RunError,
+    atomic_write,
+    read_json,
+    write_json,
+    write_text,
+)
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import Strict

@@ -16,11 +16,8 @@ from typing import Any
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
-from benchmarks.harness.base import paths
-from benchmarks.harness.base.errors import RunError, first_line
-from benchmarks.harness.base.files import atomic_write
-from benchmarks.harness.base.locks import hold
-from benchmarks.harness.base.secrets import without_passwords
+from benchmarks.harness import base as paths
+from benchmarks.harness.base import RunError, atomic_write, first_line, hold, without_passwords
 from benchmarks.harness.config.runs import Run, canonical_json
 from benchmarks.harness.results.records import GROUP_KEYS, collect_from, read_metrics, run_keys
 

@@ -11,9 +11,7 @@ import pandas as pd
 from annotated_types import Ge, Len, MinLen
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from benchmarks.harness.base.errors import DataError, DefinitionError
-from benchmarks.harness.base.files import first_problem, read_json
-from benchmarks.harness.base.paths import RUNS
+from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_json
 from benchmarks.harness.config.benchmark import OOD_MEAN, kind_of
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run, trained_sets

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, Timeout
 
-from benchmarks.harness.base.errors import RunError
-from benchmarks.harness.base.locks import hold
+from benchmarks.harness.base import RunError, hold
 from benchmarks.harness.config.runs import Run
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # ROCm's torch reads it too

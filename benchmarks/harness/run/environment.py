@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.harness.base.paths import ROOT
+from benchmarks.harness.base import ROOT
 from emoe.sparse.build import compiled_kernels
 
 # the packages that can change a number: they compute (some only if they are installed), read weights, rows or images,

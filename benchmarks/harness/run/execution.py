@@ -22,11 +22,7 @@ import torch
 from filelock import AcquireReturnProxy, Timeout
 from safetensors import SafetensorError
 
-from benchmarks.harness.base.errors import DefinitionError, RunError
-from benchmarks.harness.base.files import write_json
-from benchmarks.harness.base.locks import hold
-from benchmarks.harness.base.paths import LOCK
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import LOCK, DefinitionError, RunError, derive_seed, hold, write_json
 from benchmarks.harness.config.benchmark import kind_of, load_benchmark
 from benchmarks.harness.config.runs import Run, read_run
 from benchmarks.harness.results.records import check_content

@@ -12,9 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from benchmarks.harness.base.files import read_json
-from benchmarks.harness.base.locks import is_held
-from benchmarks.harness.base.paths import LOCK, LOG, RUNS
+from benchmarks.harness.base import LOCK, LOG, RUNS, is_held, read_json
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import Run

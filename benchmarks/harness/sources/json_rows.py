@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base import DataError
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

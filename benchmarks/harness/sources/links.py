@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from benchmarks.harness.base.errors import DataError
+from benchmarks.harness.base import DataError
 
 
 def is_broken(path: Path) -> bool:

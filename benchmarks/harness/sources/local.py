@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.base.paths import DATA_ROOT, MODEL_ROOT, ROOT
+from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, ROOT
 
 OWN_SUFFIXES = (".json", ".jsonl")  # of a set of instructions below the data root
 

@@ -16,9 +16,7 @@ from typing import Literal
 
 import yaml
 
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.files import atomic_write
-from benchmarks.harness.base.paths import PACKAGES
+from benchmarks.harness.base import PACKAGES, DataError, atomic_write
 from emoe.errors import did_you_mean
 
 # by its hash, pip tells the source from the wheel, and runs nothing of a source before it is checked

@@ -12,8 +12,7 @@ import random
 import tarfile
 from pathlib import Path
 
-from benchmarks.harness.base.errors import DataError
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import DataError, derive_seed
 from benchmarks.harness.sources.packages import packaged
 from emoe.errors import did_you_mean
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 import emoe
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import derive_seed
 from benchmarks.harness.training.processes import is_sharded, world_size
 from emoe.layer import routed_layers
 from emoe.records import RoutingRecord

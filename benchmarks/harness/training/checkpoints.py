@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from benchmarks.harness.base.files import write_text
+from benchmarks.harness.base import write_text
 from benchmarks.harness.training.callbacks import SavedCallback
 from benchmarks.harness.training.processes import broadcast, is_main
 

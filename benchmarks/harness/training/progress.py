@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from benchmarks.harness.base.paths import PLAN, RUNS
+from benchmarks.harness.base import PLAN, RUNS
 
 _SECONDS_BETWEEN_LINES = 15.0
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from benchmarks.harness.base.seeds import derive_seed
+from benchmarks.harness.base import derive_seed
 
 
 class EpochOrder(Sampler[int]):

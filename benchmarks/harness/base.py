@@ -1,0 +1,198 @@
+"""Paths, files, locks, seeds and errors, on which everything else rests."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import AcquireReturnProxy, FileLock, SoftFileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from emoe.errors import EMoEError
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+SCHEMAS = BENCHMARKS / "schemas"
+CONFIG = ROOT / "config"
+REFERENCE = ROOT / "results" / "reference"
+
+# outputs, relative to the working directory
+RESULTS = Path("results")
+RUNS = RESULTS / "runs"
+LOCK, LOG, WEIGHTS = ".lock", "log.txt", "model/trained.safetensors"  # in the folder of a run
+PARTITIONS = Path("resources/partitions")
+PACKAGES = Path("resources/packages")
+MODELS = Path("resources/models")
+IMAGES = Path("resources/images")
+TOKENS = Path("resources/tokens")
+PREFIXES = Path("resources/prefixes")
+QUESTIONS = Path("resources/questions")
+
+# environment variables, set by the workflow from the configuration, or by hand
+DATA_ROOT = "EMOE_DATA_ROOT"
+MODEL_ROOT = "EMOE_MODEL_ROOT"
+PLAN = "EMOE_PLAN"
+OVERRIDES = "EMOE_OVERRIDES"
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+
+_NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+Model = TypeVar("Model")
+
+
+class DefinitionError(EMoEError):
+    """Signal a wrong configuration or benchmark file."""
+
+
+class DataError(EMoEError):
+    """Signal data or weights that are missing, damaged, or not as defined."""
+
+
+class RunError(EMoEError):
+    """Signal a run that cannot go on."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its name if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def first_problem(error: ValidationError) -> str:
+    """Describe the first problem that pydantic has with a content."""
+    first = error.errors(include_url=False)[0]
+    return f"'{'.'.join(map(str, first['loc'])) or 'the file'}': {first['msg']}"
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions of the umask. SQLite and safetensors let only the owner read."""
+    os.umask(umask := os.umask(0))  # the only way to read it
+    path.chmod(0o666 & ~umask)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary file that replaces the path at the end: readers see the old file or the new one, never a part.
+
+    The name is unique, also among processes on other machines. The content is on the disk before the name is, so that it
+    survives a power cut.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        share(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a full disk names no file
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON atomically, lists of numbers on one line each."""
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+    text = re.sub(r"\[\n[\s\d.,eE+-]*\]", lambda numbers: "".join(numbers[0].split()).replace(",", ", "), text)
+    write_text(path, text + "\n")
+
+
+def read_json(path: Path, model: type[Model], advice: str = "") -> Model:
+    """Read a JSON file and validate its content.
+
+    Args:
+        path: The path of the file.
+        model: The pydantic model of the content, or a type such as ``dict[str, float]``.
+        advice: The end of the message of an error, such as "delete it".
+
+    Raises:
+        DataError: The file is missing, unreadable, no JSON, or its content does not fit the model. Names file and key.
+    """
+    try:
+        return TypeAdapter(model).validate_python(from_json(path.read_bytes(), allow_inf_nan=False))
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    except ValidationError as error:
+        problem = f"is damaged: {first_problem(error)}"
+    except ValueError as error:
+        problem = f"is damaged: {error}"
+    raise DataError(f"{path} {problem}" + (f"; {advice}" if advice else ""))
+
+
+def hold(path: Path, *, blocking: bool = True) -> AcquireReturnProxy[Any]:
+    """Lock a file, as a context manager or until ``.lock.release()``; the end of the process releases it.
+
+    On file systems without ``flock`` (NFS without its lock server) the file ``<path>.held`` is the lock while it exists. If
+    its process was killed on another machine, delete the file.
+
+    Args:
+        path: The path of the file, which is created.
+        blocking: True to wait for the process that holds the lock.
+
+    Raises:
+        Timeout: Another process holds the lock, and ``blocking`` is False.
+    """
+    try:
+        return FileLock(path).acquire(blocking=blocking)
+    except NotImplementedError:  # older versions of filelock without flock
+        pass
+    except OSError as error:
+        if isinstance(error, Timeout) or error.errno not in _NO_FLOCK:
+            raise
+    return SoftFileLock(f"{path}.held").acquire(blocking=blocking)
+
+
+def is_held(path: Path) -> bool:
+    """Return True if a process holds a lock; works in folders without write permission."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise
+            # filelock writes into the file itself if flock is unknown
+            return Path(f"{path}.held").exists() or path.stat().st_size > 0
+    return False
+
+
+def derive_seed(*parts: object) -> int:
+    """Hash named parts to a seed below 2**31, so that a change of one part leaves the randomness of the others alone.
+
+    >>> derive_seed("order", 0) == derive_seed("order", 0) != derive_seed("order", 1)
+    True
+    """
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 2**31
+
+
+def without_passwords(text: str) -> str:
+    """Hide the passwords of the addresses in a text.
+
+    >>> without_passwords("postgresql://lab:secret@db/mlflow?sslmode=require")
+    'postgresql://lab:***@db/mlflow?sslmode=require'
+    >>> without_passwords("https://lab.org?password=secret&team=a")
+    'https://lab.org?password=***&team=a'
+    """
+    text = re.sub(r"(://[^:/@\s]*:)[^\s]*@", r"\1***@", text)
+    return re.sub(r"(?i)(\b\w*(?:password|token|secret)=)[^&\s'\"]*", r"\1***", text)

@@ -1,1 +1,0 @@
-"""Paths, files, seeds and errors, which everything else rests on."""
