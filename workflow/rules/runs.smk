@@ -107,7 +107,11 @@ for place, name in enumerate(SUITE.by_size):
                 run_inputs,
             output:
                 "results/runs/{benchmark}/{run}/metrics.json",
-                *([f"results/runs/{{benchmark}}/{{run}}/{paths.WEIGHTS}"] if trains else []),
+                *(
+                    [f"results/runs/{{benchmark}}/{{run}}/{paths.WEIGHTS}"]
+                    if trains
+                    else []
+                ),
                 spec="results/runs/{benchmark}/{run}/run.json",
             log:
                 "results/runs/{benchmark}/{run}/log.txt",
