@@ -146,7 +146,7 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
     kept.write_bytes(whole[:-8])
     with pytest.raises(DataError, match="is damaged") as caught:
         recorded(evaluation)
-    assert f"Delete {RUNS / runs[0].folder / 'metrics.json'}" in str(caught.value)
+    assert f"delete {RUNS / runs[0].folder / 'metrics.json'}" in str(caught.value)
     kept.unlink()
     with pytest.raises(DataError, match=r"trained\.safetensors does not exist"):
         recorded(evaluation)

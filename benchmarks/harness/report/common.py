@@ -187,7 +187,7 @@ def read_published(
         if row.status not in _STATUS:
             raise DefinitionError(f"{path}, line {number}: status is '{row.status}'{did_you_mean(row.status, _STATUS)}")
         if math.isnan(row.value) != (row.status == "unknown"):
-            raise DefinitionError(f"{path}, line {number}: a value is given where it is known, and only there")
+            raise DefinitionError(f"{path}, line {number}: a value is given if the status is not 'unknown'")
     return published
 
 
