@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 
@@ -170,8 +171,9 @@ def paper(outcomes: DomainOutcomes) -> Table:
     published = read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
     trials = outcomes.trials(complete=True)
     ours = our_means(trials, CELL)
-    four = trials.reset_index().query("set in @FOUR").groupby(["selection", "model", "method", "trial"], sort=False)
-    whole = four["value"].mean()[four["value"].count() == len(FOUR)]
+    of_four = trials[trials.index.get_level_values("set").isin(FOUR)]
+    four = of_four.groupby(["selection", "model", "method", "trial"], sort=False)
+    whole = four.mean()[four.count() == len(FOUR)]
     averages = our_means(whole, ["selection", "model", "method"]).assign(set=_FOUR)
     ours = pd.concat([ours[ours["set"].isin(published["set"])], averages])
     frame = published.merge(ours, on=["model", "set", "method", "selection"], how="outer", sort=False)
@@ -264,5 +266,5 @@ def present(benchmark: Benchmark[ImageDefinition, SetEntry], runs: list[Run]) ->
     """Present finished runs."""
     outcomes = DomainOutcomes(benchmark, runs)
     parts = {name: make(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets}
-    sentences = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "compared": outcomes.compared}
+    sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "compared": outcomes.compared}
     return make(benchmark, TABLES, {}, outcomes, **sentences, parts=parts)
