@@ -15,7 +15,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Pre
 
 from benchmarks.harness.base import DataError
 from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest, with_states
-from benchmarks.llama.instructions import Broken, Instruction
+from benchmarks.llama.instructions import Instruction
 from benchmarks.llama.templates import Template
 
 IGNORED = -100
@@ -53,7 +53,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
     def __init__(self, instructions: Sequence[Instruction], template: Template, max_length: int) -> None:
         self.rows: list[EncodedRow] = []
         self.sources: list[Instruction] = []
-        self.broken: list[Broken] = []
+        self.broken: list[str] = []
         self._states: PrefixStates | None = None
         for start in range(0, len(instructions), _ROWS_AT_ONCE):
             self._encode(instructions[start : start + _ROWS_AT_ONCE], template, max_length)
@@ -73,7 +73,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
             begin = _begin(prompt, offsets)
             if begin >= max_length:
                 reason = f"has a prompt of {begin} tokens, so that nothing of the response fits into {max_length}"
-                self.broken.append(Broken(row.place, reason))
+                self.broken.append(f"{row.place} {reason}")
                 continue
             self.rows.append(EncodedRow(tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
             self.sources.append(row)
@@ -107,7 +107,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
         return inputs if self._states is None else {**inputs, STATES: self._states[index]}
 
     def summary(self) -> dict[str, Any]:
-        """Counts for the record."""
+        """Return the counts for the record."""
         return {
             "rows": len(self.rows),
             "tokens": sum(len(row.tokens) for row in self.rows),

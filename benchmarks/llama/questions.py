@@ -67,17 +67,14 @@ def write_mmlu_dev(folder: Path) -> int:
         )
     for form, ending in _FORMS.items():
         groups = [_renamed(_read(file)) for file in sorted((mmlu / form).glob("_mmlu*.yaml"))]
-        # that of all subjects last: who finds it finds the others
-        for group in sorted(groups, key=lambda one: one["group"] == f"{MMLU_DEV}{ending}"):
+        # the group of all subjects is last: if it is there, so are the others
+        for group in sorted(groups, key=lambda group: group["group"] == f"{MMLU_DEV}{ending}"):
             _write_task(folder / f"{group['group']}.yaml", group)
     return count
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist; this suite reads MMLU's files of lm-eval 0.4") from error
+    content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     return content
 
 
@@ -105,7 +102,7 @@ def _subject(template: Mapping[str, Any], own: Mapping[str, Any], subject: str, 
 
 
 def _renamed(content: Any) -> Any:
-    """lm-eval's definition under our names: ``mmlu_…`` becomes ``mmlu_dev_…``."""
+    """Rename lm-eval's definitions: ``mmlu_…`` becomes ``mmlu_dev_…``."""
     if isinstance(content, Mapping):
         return {key: _renamed(value) if key in ("group", "task", "tag") else value for key, value in content.items()}
     if isinstance(content, list):

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.common import (
     cost_table,
     difference_text,
@@ -105,12 +104,8 @@ def _tests(outcomes: InstructionOutcomes, tests: pd.DataFrame, metric: str, what
 
 def categories(outcomes: InstructionOutcomes) -> Table:
     """Tabulate accuracy by category of questions."""
-    return _parts(
-        outcomes,
-        "categories",
-        "Accuracy by category",
-        "Over all questions of a category, mean over seeds; the number of questions is in brackets.",
-    )
+    caption = "Over all questions of a category, mean over seeds; the number of questions is in brackets."
+    return _parts(outcomes, "categories", "Accuracy by category", caption)
 
 
 def subjects(outcomes: InstructionOutcomes) -> Table:
@@ -158,7 +153,8 @@ def _parts(outcomes: InstructionOutcomes, key: str, title: str, caption: str) ->
 def answers(outcomes: InstructionOutcomes) -> Table:
     """Tabulate greedy answers to held-out instructions."""
     rows = []
-    for run in _first_of_each_cell(outcomes):
+    first = {tuple(cell_of(run).values()): run for run in reversed(outcomes.runs)}
+    for run in reversed(first.values()):
         for number, answer in enumerate(outcomes.metrics[run.id]["answers"], start=1):
             asked = "\n".join(filter(None, (answer["instruction"], answer["input"])))
             rows.append({**cell_of(run), "number": number, "asked": _short(asked), "answer": _short(answer["answer"])})
@@ -180,12 +176,10 @@ def data(outcomes: InstructionOutcomes) -> Table:
     for run in outcomes.runs:
         for part, counts_of_part in outcomes.metrics[run.id]["data"].items():
             if part != "train" or is_trained(run.spec):
-                rows.append(
-                    {**{key: cell_of(run)[key] for key in GROUP}, "part": part.replace("_", " "), **counts_of_part}
-                )
+                model, name = (cell_of(run)[key] for key in ("model", "set"))
+                rows.append({"model": model, "set": name, "part": part.replace("_", " "), **counts_of_part})
     frame = pd.DataFrame(rows).drop_duplicates().reset_index(drop=True)
     frame["set_title"] = [outcomes.title("set", name) for name in frame["set"]]
-    frame = frame.drop(columns="tuning").drop_duplicates().reset_index(drop=True)
     counts = ("rows", "tokens", "learned_tokens", "longest", "truncated_responses", "truncated_tokens", "broken_rows")
     words = ("Rows", "Tokens", "of responses", "Longest", "Responses cut", "Tokens cut", "Broken rows")
     return Table(
@@ -216,15 +210,13 @@ def cost(outcomes: InstructionOutcomes) -> Table:
 def paper(outcomes: InstructionOutcomes) -> Table:
     """Tabulate the paper's MMLU accuracies beside ours."""
     published = read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
-    key = ["model", "tuning", "method"]
-    ours = []
+    ours = [pd.DataFrame(columns=[*CELL, "ours", "low", "high", "n", "task"])]
     for task in outcomes.tasks:
         values = outcomes.numbers("test", "accuracy", task)
         ours.append(our_means(values, CELL).assign(task=task_words(task)))
-    own = pd.concat(ours) if ours else pd.DataFrame(columns=[*CELL, "ours", "low", "high", "n", "task"])
-    frame = published.assign(task="MMLU (shots unknown)").merge(
-        own, on=key, how="outer", sort=False, suffixes=("_paper", "")
-    )
+    own = pd.concat(ours[1:] or ours)
+    published["task_paper"] = "MMLU (shots unknown)"
+    frame = published.merge(own, on=["model", "tuning", "method"], how="outer", sort=False)
     frame["task"] = frame["task"].fillna(frame["task_paper"])
     frame["variant"] = frame["variant"].fillna("")
     is_mmlu = frame["task"].str.startswith(f"{_MMLU.upper()} (")
@@ -297,10 +289,6 @@ def _with(frame: pd.DataFrame, values: pd.Series[float], name: str) -> pd.DataFr
     return frame.merge(grouped, left_on=CELL, right_index=True, how="left", sort=False)
 
 
-def _first_of_each_cell(outcomes: InstructionOutcomes) -> list[Run]:
-    return list({tuple(cell_of(run).values()): run for run in reversed(outcomes.runs)}.values())[::-1]
-
-
 def _questions(outcomes: InstructionOutcomes) -> str:
     """Describe the numbers of questions and their standard errors."""
     counts: dict[str, int] = {}
@@ -308,7 +296,7 @@ def _questions(outcomes: InstructionOutcomes) -> str:
         counts |= {task: tested["questions"] for task, tested in metrics["tasks"].items() if tested["metric"] == "acc"}
     words = [
         f"{task_words(task)} has {count:,} questions, so that one accuracy near 30 % is uncertain by "
-        f"{45.8 / math.sqrt(count):.1f} points (one standard error){_chance(task)}"
+        f"{45.8 / math.sqrt(count):.1f} points (one standard error){'; chance is 25 %' if task.startswith(_MMLU) else ''}"
         for task, count in counts.items()
     ]
     dev = (
@@ -317,10 +305,6 @@ def _questions(outcomes: InstructionOutcomes) -> str:
         else ""
     )
     return f"{'; '.join(words)}. {dev}" if words else ""
-
-
-def _chance(task: str) -> str:
-    return "; chance is 25 %" if task.startswith(_MMLU) else ""
 
 
 def _likelihood(outcomes: InstructionOutcomes) -> str:

@@ -45,14 +45,8 @@ def number(run: Run, metric: str = "accuracy") -> float:
 
 def test_results_begin_with_the_model_as_it_came(runs: list[Run]) -> None:
     frame = results(InstructionOutcomes(LLAMA, runs)).frame
-    assert list(zip(frame["tuning"], frame["method"], strict=True)) == [
-        ("base", "dense"),
-        ("base", "emoe"),
-        ("lora", "dense"),
-        ("lora", "emoe"),
-        ("full", "dense"),
-        ("full", "emoe"),
-    ]
+    rows = list(zip(frame["tuning"], frame["method"], strict=True))
+    assert rows == [(tuning, method) for tuning in ("base", "lora", "full") for method in ("dense", "emoe")]
     assert frame["n"].tolist() == [1, 1, 2, 2, 1, 1]
     lora = [run for run in runs if run.spec["finetuning"] == "lora" and run.spec["method"]["name"] == "emoe"]
     row = frame[(frame["tuning"] == "lora") & (frame["method"] == "emoe")].iloc[0]

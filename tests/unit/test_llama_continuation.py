@@ -16,7 +16,7 @@ from benchmarks.harness.config.runs import plan, run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.llama.definition import AskedTask
-from benchmarks.llama.evaluation import load_tasks
+from benchmarks.llama.evaluation import load_task
 from benchmarks.llama.grid import KIND
 from benchmarks.llama.likelihood import nats_per_byte
 from benchmarks.llama.outcomes import InstructionOutcomes
@@ -60,8 +60,7 @@ def test_all_subjects_are_there_in_both_forms() -> None:
     write_mmlu_dev(FILES)
     for form in ("", "_continuation"):
         assert len(list(FILES.glob(f"mmlu_dev_anatomy{form}.yaml"))) == 1
-    (found,) = load_tasks([AskedTask.model_validate(TASK)])
-    assert found.sources[0].startswith("package lm-eval")
+    assert load_task(AskedTask.model_validate(TASK)).sources[0].startswith("package lm-eval")
     (run,) = [run for run in plan(["llama"], "smoke") if "emoe-base" in run.id]
     assert KIND.inputs(run.spec) == [f"{FILES}/mmlu_dev.yaml", f"{FILES}/mmlu_dev_continuation.yaml"]
 

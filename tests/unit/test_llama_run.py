@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,17 +12,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import emoe
 from benchmarks.__main__ import cli
-from benchmarks.harness.base import MODEL_ROOT, QUESTIONS, DataError, DefinitionError
+from benchmarks.harness.base import QUESTIONS, DataError, DefinitionError
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.build import build_language_model
-from benchmarks.harness.models.loading import load_language_model, load_tokenizer
+from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.llama.definition import AskedTask, InstructionSpec
 from benchmarks.llama.encoding import IGNORED
-from benchmarks.llama.evaluation import load_tasks, summarise
+from benchmarks.llama.evaluation import load_task, summarise
 from benchmarks.llama.export import export
 from benchmarks.llama.pipeline import read_data
 from benchmarks.llama.questions import write_mmlu_dev
@@ -117,34 +117,23 @@ def test_the_loss_is_that_of_the_responses_alone(monkeypatch: pytest.MonkeyPatch
     curve = finish(prepare(run))["curve"]
     model = build_language_model(run.spec).model.eval()
     loss, tokens = 0.0, 0
-    with torch.no_grad():
-        for batch in seen:
-            assert batch["logits_to_keep"] < batch["input_ids"].shape[1]  # nothing is learned of what stands before
-            logits, mask = (
-                values[:, -batch["logits_to_keep"] :]
-                for values in (
-                    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
-                    batch["attention_mask"],
-                )
-            )
-            targets = batch["labels"][:, 1:]
-            loss += float(
-                torch.nn.functional.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-                )
-            )
-            tokens += int((targets != IGNORED).sum())
-            assert ((batch["labels"] == IGNORED) | (mask == 1)).all()
+    for batch in seen:
+        keep, targets = batch["logits_to_keep"], batch["labels"][:, 1:].flatten()
+        assert keep < batch["input_ids"].shape[1]  # nothing before is learned
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, -keep:-1]
+        loss += float(F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"))
+        tokens += int((targets != IGNORED).sum())
+        assert ((batch["labels"] == IGNORED) | (batch["attention_mask"][:, -keep:] == 1)).all()
     assert curve == [pytest.approx(loss / tokens, abs=1e-4)]
 
 
-@pytest.mark.parametrize("method", ["dense", "emoe"])
-def test_an_untrained_model_is_only_evaluated(method: str) -> None:
-    path = prepare(tiny_run(method, "base"))
-    found = finish(path)
-    assert (found["curve"], found["model"]["trainable_parameters"]) == ([], 0)
-    assert [layer["index"] for layer in found["model"]["conversion"]] == ([2, 3] if method == "emoe" else [])
-    assert bool(found["routing"]) == (method == "emoe")
+def test_an_untrained_model_is_only_evaluated() -> None:
+    path = prepare(tiny_run("emoe", "base"))
+    metrics = finish(path)
+    assert (metrics["curve"], metrics["model"]["trainable_parameters"]) == ([], 0)
+    assert [layer["index"] for layer in metrics["model"]["conversion"]] == [2, 3]
+    assert metrics["routing"]
     assert not (path.parent / "model").exists()
     with pytest.raises(DataError, match="keeps no weights"):
         export(path, Path("out"), "dense")
@@ -187,13 +176,13 @@ def test_unknown_tasks_end_a_run_before_any_work() -> None:
         DataError,
         match=r"resources/questions/mmlu_dev/mmlu_dev.yaml does not exist; .* `python -m benchmarks questions`",
     ):
-        load_tasks([ask("mmlu_dev")])
+        load_task(ask("mmlu_dev"))
     write_mmlu_dev(QUESTIONS / "mmlu_dev")
-    load_tasks([ask("mmlu_dev")])
+    load_task(ask("mmlu_dev"))
     with pytest.raises(
         DefinitionError, match="names 'mmlu_dev_anatomie', which lm-eval does not have; did you mean 'mmlu_dev_anatomy'"
     ):
-        load_tasks([ask("mmlu_dev_anatomie")])
+        load_task(ask("mmlu_dev_anatomie"))
 
 
 def ask(task: str, shots: int = 0) -> AskedTask:
@@ -240,17 +229,6 @@ def test_what_is_no_yes_or_no_has_no_questions_to_pair() -> None:
     }
     found = summarise(other)
     assert (found["metric"], found["scores"], found["correct"]) == ("exact_match,strict", {"task_score": 0.2}, {})
-
-
-def test_four_bits_need_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = tiny_run("emoe", "lora").spec
-    load_language_model(spec["model"]).save_pretrained(tmp_path / "models" / "own")
-    monkeypatch.setenv(MODEL_ROOT, str(tmp_path / "models"))
-    model = {"name": "own", "hub": "no/model", "revision": None, "quantize": "nf4"}
-    find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else find(name))
-    with pytest.raises(DefinitionError, match=r"'own' is asked for in 4 bits .* needs the package 'bitsandbytes'"):
-        load_language_model(model, [2])
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
