@@ -89,7 +89,7 @@ def rank(
 
 
 class _ScoringTrainer(RoutedTrainer):
-    """A trainer that evaluates by the scores of all tasks instead of the loss of one set."""
+    """Train, and evaluate by the scores of all tasks instead of the loss of one set."""
 
     def __init__(self, scores: Callable[[], dict[str, float]], **kwargs: Any) -> None:
         self._scores = scores
@@ -144,13 +144,9 @@ class MultitaskTrainer:
         all_rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned)
         self._collate = DataCollatorForSeq2Seq(tokenizer, model=self._model)
         self.probe.observe(self._model, self._unlabelled(fixed_rows(all_rows)))
+        best = _MEAN if self._training.checkpoint_selection == "best" else None
         arguments = epoch_arguments(
-            self._checkpoints,
-            self._precision,
-            self._training,
-            spec,
-            _MEAN if self._training.checkpoint_selection == "best" else None,
-            remove_unused_columns=False,
+            self._checkpoints, self._precision, self._training, spec, best, remove_unused_columns=False
         )
         self._trainer = _ScoringTrainer(
             self._mean_and_tasks,
@@ -210,15 +206,8 @@ class MultitaskTrainer:
 
     def _scored(self, split: TextSplit, task: WrittenTask | OtherTask) -> dict[str, float | None]:
         learned = self._tasks[task.read_as if isinstance(task, OtherTask) else task.name]
-        rows = self._rows(split, learned, labelled=False)
-        ranked = rank(
-            self._model,
-            rows,
-            self._tokenizer,
-            self._answers[learned.name],
-            self._training.eval_batch_size,
-            self._precision,
-        )
+        rows, names = self._rows(split, learned, labelled=False), self._answers[learned.name]
+        ranked = rank(self._model, rows, self._tokenizer, names, self._training.eval_batch_size, self._precision)
         read = label_mapping(learned, task, task.name)
         metrics = task.ood_metrics if isinstance(task, OtherTask) else [task.metric]
         scores: dict[str, float | None] = {name: score(name, ranked, rows.labels, read) for name in metrics}
