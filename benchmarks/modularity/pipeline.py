@@ -91,8 +91,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         numbers = selected(torch.cat(used), whole, active)
         measured |= {f"{name}_{selection}": value for name, value in numbers.items()}
     measured["inertia"] = 1 - converted[0]["explained"]
-    told, usage = describe_usage(loads)
-    measured |= told | {f"{kind}_experts": float(len(usage[kind])) for kind in ("shared", "specialised")}
+    information, usage = describe_usage(loads)
+    measured |= information | {f"{kind}_experts": float(len(usage[kind])) for kind in ("shared", "specialised")}
     return {
         "measured": {EXPERTS: measured},
         "usage": usage,
@@ -105,7 +105,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a task, in batches for a model."""
+    """Hold the rows of a task, in batches for a model."""
 
     rows: TokenisedRows
     tokenizer: PreTrainedTokenizerBase
