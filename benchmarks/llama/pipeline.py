@@ -53,8 +53,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     tasks: list[LoadedTask] = []
     if is_main():
         tasks = [load_task(entry) for entry in read.evaluation.tasks]
-        for warning in data.notes:
-            progress.say(f"warning: {warning}")
+        if data.note:
+            progress.say(f"warning: {data.note}")
     progress.say(
         f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {data.broken} broken left out, "
         f"{data.train.summary()['truncated_responses']} responses cut at {read.data.max_length} tokens"
@@ -89,7 +89,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of a run.
+    """Hold the rows of a run.
 
     Attributes:
         template: The template of the prompts.
@@ -97,7 +97,7 @@ class Data:
         held_out: The rows to evaluate on.
         broken: The number of broken rows, if they may be left out.
         source: The source of the rows.
-        notes: Differences from the known number of rows.
+        note: The difference from the known number of rows; None without one.
     """
 
     template: Template
@@ -105,7 +105,7 @@ class Data:
     held_out: EncodedRows
     broken: int
     source: str
-    notes: list[str]
+    note: str | None
 
     def prefixed(self, prefix: Prefix | None) -> Data:
         """Return the rows with the output of a model's frozen layers, if it has some."""
@@ -139,10 +139,9 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
             f"{instructions.source} has {len(whole)} usable rows: {len(held_out)} are held out, "
             f"and what is left fills no step of {batch}"
         )
-    known = load_benchmark(spec.benchmark).tasks.get(name)
-    note = SetPart(name, ALL, len(instructions.rows), len(instructions.broken), known.rows).note if known else None
-    notes = [note] if note else []
-    return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), instructions.source, notes)
+    entry = load_benchmark(spec.benchmark).tasks.get(name)
+    note = SetPart(name, ALL, len(instructions.rows), len(instructions.broken), entry.rows).note if entry else None
+    return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), instructions.source, note)
 
 
 def _calibration(data: Data, rows: int = 256) -> Iterator[dict[str, torch.Tensor]]:

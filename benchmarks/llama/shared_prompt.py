@@ -88,7 +88,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
 @dataclass(frozen=True)
 class _Question:
-    """The tokens of a prompt and of its choices."""
+    """Hold the tokens of a prompt and of its choices."""
 
     prompt: tuple[int, ...]
     choices: list[list[int]]

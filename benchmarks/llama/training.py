@@ -28,7 +28,7 @@ from benchmarks.llama.grid import accumulation
 
 @dataclass(frozen=True)
 class Trained:
-    """The numbers of a training.
+    """Hold the numbers of a training.
 
     Attributes:
         curve: The loss of every step: the mean over its learned tokens.
@@ -126,7 +126,7 @@ _KEY = "held_out_loss"
 
 
 class HeldOutCurve(TrainerCallback):
-    """Computes the held-out loss before training and every few steps, without changing the training.
+    """Compute the held-out loss before training and every few steps, without changing the training.
 
     The last step is left out, because the model is evaluated then. The points are in Trainer's log, which checkpoints
     keep.

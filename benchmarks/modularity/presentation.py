@@ -60,7 +60,8 @@ def selected(outcomes: ModularityOutcomes) -> Table:
         "Are the experts with the lowest scores dead, which would explain that using them does harm (the paper's Table "
         "4)? A neuron is dead here if it is active for none of the tokens that are read, and active as above. Shares "
         "are of the neurons of the experts in use, means over tokens; without a selection the share of dead neurons "
-        "would be that of all. Kept is the share of all magnitude. Means over n random partitions ± standard deviation.",
+        "would be that of all. Kept is the share of all magnitude. Means over n random partitions ± standard "
+        "deviation.",
         dict(_KEYS),
         [Column(name, name, std=f"{name}_std") for name in names],
         outcomes.means,

@@ -51,7 +51,8 @@ class MultitaskOutcomes(TextOutcomes):
 
     def _seeds(self, protocol: str) -> pd.DataFrame:
         seeds = super()._seeds(protocol)
-        tasks = seeds[(seeds["domain"] == ID) & seeds["task"].isin(self.benchmark.definition.mixtures)]  # type: ignore[attr-defined]
+        mixtures = self.benchmark.definition.mixtures  # type: ignore[attr-defined]
+        tasks = seeds[(seeds["domain"] == ID) & seeds["task"].isin(mixtures)]
         means = tasks.groupby(["model", "task", "method", "seed"], sort=False)["value"].mean().reset_index()
         return pd.concat([seeds, means.assign(domain=ID_MEAN, eval_task="", protocol=protocol)], ignore_index=True)
 

@@ -18,7 +18,6 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks.domainbed.batches import DEVIATION, MEAN, augmented, plain
 from benchmarks.domainbed.definition import RunSet
-from benchmarks.domainbed.images import ImageSet
 from benchmarks.domainbed.mnist import load_digits
 from benchmarks.domainbed.validation import counts, list_environments, validate_dataset
 from benchmarks.harness.base import DATA_ROOT, DataError
@@ -150,53 +149,28 @@ def test_other_kinds_of_images_become_rgb_and_are_counted(pacs: Path) -> None:
         assert np.array_equal(np.asarray(image)[..., 1], grey), name
 
 
-def hub_copy(pacs: Path, folder: Path, **renamed: str) -> None:
-    """The set as the hub hands it out: rows in any order, one split, an image column."""
-    found = load()
-    rows = [
-        {"image": Image.open(environment.places[row]), "domain": folder_name, "label": environment.labels[row]}
-        for row in (5, 2, 8, 1, 0, 3, 4, 7, 6)
-        for environment, folder_name in zip(found.environments, FOLDERS, strict=True)
-    ]
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "domain": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=list(CLASSES)),
-        }
-    )
-    table = datasets.Dataset.from_list(rows, features=features)
-    for old, new in renamed.items():
-        table = table.rename_column(old, new)
-    folder.mkdir()
-    table.to_parquet(str(folder / "train-00000-of-00001.parquet"))
-
-
 def test_a_hub_set_has_the_same_environments_and_classes(
     pacs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub_copy(pacs, tmp_path / "hub")
-    local = load()
+    local, hub = load(), tmp_path / "hub"
+    rows = [
+        {"image": Image.open(environment.places[row]), "domain": folder, "label": environment.labels[row]}
+        for row in (5, 2, 8, 1, 0, 3, 4, 7, 6)  # in any order
+        for environment, folder in zip(local.environments, FOLDERS, strict=True)
+    ]
+    features = {"image": datasets.Image(), "domain": datasets.Value("string")}
+    features["label"] = datasets.ClassLabel(names=list(CLASSES))
+    hub.mkdir()
+    table = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    table.to_parquet(str(hub / "train-00000-of-00001.parquet"))
     monkeypatch.delenv(DATA_ROOT)
-    found = load(task={**PACS, "source": {"folder": "PACS", "hub": str(tmp_path / "hub"), "revision": None}})
+    found = load(task={**PACS, "source": {"folder": "PACS", "hub": str(hub), "revision": None}})
     assert [environment.name for environment in found.environments] == ["A", "C", "P", "S"]
     assert found.classes == local.classes
     for ours, theirs in zip(found.environments, local.environments, strict=True):
         assert ours.labels == theirs.labels
         assert {ours.open(row)[0].tobytes() for row in range(9)} == {theirs.open(row)[0].tobytes() for row in range(9)}
     assert validate_dataset(found)["environments"]["A"]["rows"] == 9
-
-
-PLAIN_HUB = {"image": [None] * 8, "domain": [*FOLDERS, *FOLDERS], "label": [0] * 4 + [1] * 4}
-
-
-def load_hub(monkeypatch: pytest.MonkeyPatch, names: list[str] | None = None, **columns: Any) -> ImageSet:
-    """A set of the hub with those columns instead of usual ones."""
-    rows = datasets.Dataset.from_dict({**PLAIN_HUB, **columns})
-    rows = rows.cast_column("label", datasets.ClassLabel(names=names)) if names else rows
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=rows))
-    monkeypatch.delenv(DATA_ROOT, raising=False)
-    return load()
 
 
 @pytest.mark.parametrize(
@@ -214,20 +188,22 @@ def load_hub(monkeypatch: pytest.MonkeyPatch, names: list[str] | None = None, **
 def test_rows_of_a_hub_set_without_class_or_environment_are_refused(
     monkeypatch: pytest.MonkeyPatch, names: list[str] | None, columns: dict[str, Any], message: str
 ) -> None:
+    usual = {"image": [None] * 8, "domain": [*FOLDERS, *FOLDERS], "label": [0] * 4 + [1] * 4}
+    rows = datasets.Dataset.from_dict({**usual, **columns})
+    rows = rows.cast_column("label", datasets.ClassLabel(names=names)) if names else rows
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=rows))
+    monkeypatch.delenv(DATA_ROOT, raising=False)
     with pytest.raises(DataError, match=rf"^flwrlabs/pacs,? {message}"):
-        load_hub(monkeypatch, names, **columns)
+        load()
 
 
 def test_every_set_has_domainbeds_environments() -> None:
     sets = load_benchmark("domainbed").tasks
-    names = {name: list(found.environments) for name, found in sets.items()}
-    assert names["pacs"] == ["A", "C", "P", "S"]
-    assert names["vlcs"] == ["C", "L", "S", "V"]
-    assert names["office_home"] == ["A", "C", "P", "R"]
-    assert names["terra_incognita"] == ["L100", "L38", "L43", "L46"]
-    assert names["domain_net"] == ["clip", "info", "paint", "quick", "real", "sketch"]
-    assert names["rotated_mnist"] == ["0", "15", "30", "45", "60", "75"]
-    assert names["colored_mnist"] == ["+90%", "+80%", "-90%"]
+    names = {name: " ".join(entry.environments) for name, entry in sets.items()}
+    assert (names["pacs"], names["vlcs"], names["office_home"]) == ("A C P S", "C L S V", "A C P R")
+    assert names["terra_incognita"] == "L100 L38 L43 L46"
+    assert names["domain_net"] == "clip info paint quick real sketch"
+    assert (names["rotated_mnist"], names["colored_mnist"]) == ("0 15 30 45 60 75", "+90% +80% -90%")
     for found in sets.values():
         if found.source.folder:
             folders = list(found.environments.values())
@@ -235,16 +211,14 @@ def test_every_set_has_domainbeds_environments() -> None:
 
 
 def write_idx(folder: Path, rows: dict[str, int]) -> None:
-    """MNIST's four files with random digits, as their makers hand them out."""
+    """Write MNIST's four files with random digits."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
     for name, count in rows.items():
-        images, labels = (
-            draw.integers(0, 256, (count, 28, 28), dtype=np.uint8),
-            draw.integers(0, 10, count, dtype=np.uint8),
-        )
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.tobytes())
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
+        images = draw.integers(0, 256, (count, 28, 28), dtype=np.uint8).tobytes()
+        labels = draw.integers(0, 10, count, dtype=np.uint8).tobytes()
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images)
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
 
 
 def test_all_of_mnist_is_read_train_before_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,10 +231,6 @@ def test_all_of_mnist_is_read_train_before_test(tmp_path: Path, monkeypatch: pyt
     assert images.dtype == torch.uint8
     assert len(labels) == 16
     assert source == str(tmp_path / "MNIST")
-    task = {
-        "name": "mnist",
-        "domainbed": "ColoredMNIST",
-        "source": {"mnist": "colored", "digits": "all"},
-        "environments": [["+90%", 0.1], ["+80%", 0.2], ["-90%", 0.9]],
-    }
+    task = {"name": "mnist", "domainbed": "ColoredMNIST", "source": {"mnist": "colored", "digits": "all"}}
+    task["environments"] = [["+90%", 0.1], ["+80%", 0.2], ["-90%", 0.9]]
     assert [len(environment) for environment in load(task=task).environments] == [6, 5, 5]

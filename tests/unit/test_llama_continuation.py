@@ -20,8 +20,8 @@ from benchmarks.llama.evaluation import load_task
 from benchmarks.llama.grid import KIND
 from benchmarks.llama.likelihood import nats_per_byte
 from benchmarks.llama.outcomes import InstructionOutcomes
+from benchmarks.llama.presentation import nats_tests, results, verdicts
 from benchmarks.llama.questions import write_mmlu_dev
-from benchmarks.llama.tables import nats_tests, results, verdicts
 from tests.executed import finish, prepare
 from tests.fake_runs import write_runs
 from tests.instruction_runs import offer_only, tiny_run, write_rows

@@ -152,19 +152,13 @@ def test_held_out_rows_are_the_same_for_all_seeds_and_never_learned() -> None:
 
 
 def test_broken_rows_end_a_run_before_any_work_or_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows(
-        tmp_path / "data", [*ROWS, {"instruction": "Say.", "input": ""}, {"instruction": "x " * 500, "output": "y"}]
-    )
-
-    def no_model(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a model was loaded")
-
+    broken = [{"instruction": "Say.", "input": ""}, {"instruction": "x " * 500, "output": "y"}]
+    write_rows(tmp_path / "data", [*ROWS, *broken])
     refused = prepare(tiny_run("dense", "full", data={"broken_rows": "refuse"}))
     with monkeypatch.context() as patch:
-        patch.setattr("benchmarks.llama.pipeline.build_language_model", no_model)
+        patch.setattr("benchmarks.llama.pipeline.build_language_model", None)  # no model is loaded
         with pytest.raises(
-            DataError,
-            match=r"own.json has 2 broken rows: line \d+ \(row 41\) lacks 'output'; line \d+ \(row 42\) has a prompt of",
+            DataError, match=r"own.json has 2 broken rows: .*41\) lacks 'output'; .*42\) has a prompt of"
         ):
             finish(refused)
     skipped = finish(prepare(tiny_run("dense", "full", data={"broken_rows": "skip"})))
@@ -172,63 +166,54 @@ def test_broken_rows_end_a_run_before_any_work_or_are_left_out(tmp_path: Path, m
 
 
 def test_unknown_tasks_end_a_run_before_any_work() -> None:
-    with pytest.raises(
-        DataError,
-        match=r"resources/questions/mmlu_dev/mmlu_dev.yaml does not exist; .* `python -m benchmarks questions`",
-    ):
-        load_task(ask("mmlu_dev"))
+    group, wrong = (AskedTask(task=name, num_fewshot=0) for name in ("mmlu_dev", "mmlu_dev_anatomie"))
+    with pytest.raises(DataError, match=r"mmlu_dev.yaml does not exist; .* `python -m benchmarks questions`"):
+        load_task(group)
     write_mmlu_dev(QUESTIONS / "mmlu_dev")
-    load_task(ask("mmlu_dev"))
+    load_task(group)
     with pytest.raises(
-        DefinitionError, match="names 'mmlu_dev_anatomie', which lm-eval does not have; did you mean 'mmlu_dev_anatomy'"
+        DefinitionError, match="'mmlu_dev_anatomie', which lm-eval does not have; did you mean 'mmlu_dev_ana"
     ):
-        load_task(ask("mmlu_dev_anatomie"))
+        load_task(wrong)
 
 
-def ask(task: str, shots: int = 0) -> AskedTask:
-    return AskedTask(task=task, num_fewshot=shots)
-
-
-def result(**changes: Any) -> dict[str, Any]:
-    """As lm-eval gives it: a group of two groups, one of them without results of its own."""
-
-    def samples(name: str, digits: str) -> list[dict[str, Any]]:
-        return [{"doc_id": number, "acc": float(digit)} for number, digit in enumerate(digits)][::-1]
-
-    found = {
-        "results": {
-            "all": {"alias": "all"},
-            "a": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": " - first"},
-            "b": {"acc,none": 1.0, "acc_norm,none": 0.0, "alias": " - second"},
-            "c": {"acc,none": 0.0, "alias": "third"},
-        },
-        "groups": {},
-        "group_subtasks": {"all": ["ab", "c"], "ab": ["a", "b"]},
-        "n-samples": {"a": {"effective": 4}, "b": {"effective": 1}, "c": {"effective": 5}},
-        "samples": {"a": samples("a", "1010"), "b": samples("b", "1"), "c": samples("c", "00000")},
-    }
-    return {**found, **changes}
+def samples(digits: str) -> list[dict[str, Any]]:
+    """Return lm-eval's samples in another order."""
+    return [{"doc_id": number, "acc": float(digit)} for number, digit in enumerate(digits)][::-1]
 
 
 def test_accuracies_of_groups_are_over_questions_and_over_subjects() -> None:
-    found = summarise(result())
-    assert found["scores"] == {"accuracy": 0.3, "accuracy_macro": 0.5}
-    assert found["questions"] == 10
-    assert found["categories"] == {"ab": {"acc": 0.6, "questions": 5}}
-    assert found["subjects"]["first"] == {"acc": 0.5, "questions": 4}
-    assert found["correct"] == {"first": "1010", "second": "1", "third": "00000"}
+    numbers = summarise(
+        {  # as lm-eval has it: a group of two groups, one of them without results of its own
+            "results": {
+                "all": {"alias": "all"},
+                "a": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": " - first"},
+                "b": {"acc,none": 1.0, "acc_norm,none": 0.0, "alias": " - second"},
+                "c": {"acc,none": 0.0, "alias": "third"},
+            },
+            "group_subtasks": {"all": ["ab", "c"], "ab": ["a", "b"]},
+            "n-samples": {"a": {"effective": 4}, "b": {"effective": 1}, "c": {"effective": 5}},
+            "samples": {"a": samples("1010"), "b": samples("1"), "c": samples("00000")},
+        }
+    )
+    assert numbers["scores"] == {"accuracy": 0.3, "accuracy_macro": 0.5}
+    assert numbers["questions"] == 10
+    assert numbers["categories"] == {"ab": {"acc": 0.6, "questions": 5}}
+    assert numbers["subjects"]["first"] == {"acc": 0.5, "questions": 4}
+    assert numbers["correct"] == {"first": "1010", "second": "1", "third": "00000"}
 
 
-def test_what_is_no_yes_or_no_has_no_questions_to_pair() -> None:
-    half = [{"doc_id": 0, "acc": 0.7}]
-    alone = {"results": {"a": {"acc,none": 0.7}}, "group_subtasks": {}, "n-samples": {"a": {"effective": 1}}}
-    assert summarise({**alone, "samples": {"a": half}})["correct"] == {}
-    other = {
-        "results": {"g": {"exact_match,strict": 0.2, "exact_match_stderr,strict": 0.0}},
-        "n-samples": {"g": {"effective": 9}},
-    }
-    found = summarise(other)
-    assert (found["metric"], found["scores"], found["correct"]) == ("exact_match,strict", {"task_score": 0.2}, {})
+@pytest.mark.parametrize(
+    ("values", "samples", "metric", "scores"),
+    [
+        ({"acc,none": 0.7}, [{"doc_id": 0, "acc": 0.7}], "acc", {"accuracy": 0.7}),
+        ({"exact_match,strict": 0.2, "exact_match_stderr,strict": 0.0}, [], "exact_match,strict", {"task_score": 0.2}),
+    ],
+)
+def test_what_is_no_yes_or_no_has_no_questions_to_pair(values, samples, metric, scores) -> None:
+    counts = {"a": {"effective": 1}}
+    numbers = summarise({"results": {"a": values}, "n-samples": counts, "samples": {"a": samples}})
+    assert (numbers["metric"], numbers["scores"], numbers["correct"]) == (metric, scores, {})
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

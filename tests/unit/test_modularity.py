@@ -1,4 +1,4 @@
-"""Pre-trained models as they are: concentration of activations, use of experts beside chance, and the benchmark that shows both."""
+"""Test the concentration of activations, the use of experts beside chance, and the benchmark that shows both."""
 
 from __future__ import annotations
 

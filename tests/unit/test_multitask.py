@@ -1,4 +1,4 @@
-"""Several tasks at once: rows as text, answers by likelihood, how tasks are mixed, a run from start to end, and what is shown."""
+"""Test runs on several tasks at once: rows as text, answers by likelihood, mixing, a run, and its tables."""
 
 from __future__ import annotations
 
