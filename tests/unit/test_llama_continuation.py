@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -22,9 +21,8 @@ from benchmarks.llama.likelihood import nats_per_byte
 from benchmarks.llama.outcomes import InstructionOutcomes
 from benchmarks.llama.presentation import nats_tests, results, verdicts
 from benchmarks.llama.questions import write_mmlu_dev
-from tests.executed import finish, prepare
 from tests.fake_runs import write_runs
-from tests.instruction_runs import offer_only, tiny_run, write_rows
+from tests.instruction_runs import offer_only, tiny_run
 
 pytestmark = pytest.mark.usefixtures("here")
 TASK = {"task": "mmlu_dev_continuation", "num_fewshot": 0, "limit": 1}
@@ -83,21 +81,6 @@ def test_letters_and_several_prompts_have_no_nats() -> None:
     several["arguments"][1] = ("another", " no")
     assert nats_per_byte([several]) is None
     assert nats_per_byte([{"doc_id": 0, "acc": 1.0}]) is None
-
-
-def test_a_run_records_each_questions_nats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows(tmp_path / "data")
-    monkeypatch.setenv("EMOE_DATA_ROOT", str(tmp_path / "data"))
-    write_mmlu_dev(FILES)
-    name = "mmlu_dev_anatomy_continuation"
-    found = finish(prepare(tiny_run("emoe", evaluation={"tasks": [{"task": name, "num_fewshot": 0, "limit": None}]})))
-    task = found["tasks"][f"{name} (0-shot)"]
-    nats = task["nats_per_byte"]["anatomy"]
-    assert len(nats) == task["questions"] == len(task["correct"]["anatomy"]) == 5
-    assert all(value > 0 for value in nats)
-    scores = found["scores"]["test"][f"{name} (0-shot)"]
-    assert scores["nats_per_byte"] == pytest.approx(sum(nats) / 5)
-    assert scores["accuracy_norm"] == task["subjects"]["anatomy"]["acc_norm"]
 
 
 def test_nats_are_paired_by_question_and_less_is_better() -> None:
