@@ -127,8 +127,8 @@ def _draw_series(axis: Any, outcomes: ModularityOutcomes, rows: pd.DataFrame, si
     axis.plot(x, means, ls="", ms=4.5, **style.mark, label=outcomes.title("method", name))
     published = outcomes.paper[(outcomes.paper["method"] == name) & (outcomes.paper["metric"] == "best_quarter")]
     published = published[published["num_experts"].isin(sizes)]
-    x = [sizes.index(size) + shift + _BESIDE for size in published["num_experts"]]
-    axis.plot(x, published["value"] * 100, "x", ms=5, color=style.colour)
+    beside = [sizes.index(size) + shift + _BESIDE for size in published["num_experts"]]
+    axis.plot(beside, published["value"] * 100, "x", ms=5, color=style.colour)
 
 
 def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:

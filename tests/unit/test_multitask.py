@@ -22,7 +22,7 @@ from benchmarks.harness.sources.vader import load_vader
 from benchmarks.multitask.grid import KIND, MultitaskDefinition, MultitaskSpec, WrittenTask
 from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.multitask.rows import MixedOrder, answers, as_text, written
-from benchmarks.multitask.training import log_likelihoods
+from benchmarks.multitask.training import MultitaskTrainer, log_likelihoods
 from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows
 from tests import fake_runs
@@ -143,10 +143,10 @@ def test_a_killed_run_resumes_to_the_same_numbers(
 
 
 def test_scores_are_of_the_likelier_answers_and_the_best_epoch_is_kept(workdir: Path, monkeypatch) -> None:
-    def known(model, rows, *rest: object) -> Any:
+    def known(trainer: object, rows: TokenisedRows, answers: object = ()) -> Any:
         return np.where(np.arange(len(rows))[:, None] % 3 == np.array([[0, 1]]), 1.0, 0.0)
 
-    monkeypatch.setattr("benchmarks.multitask.training.rank", known)
+    monkeypatch.setattr(MultitaskTrainer, "_ranked", known)
     run = smoke_run("multitask", "vanilla", checkpoint_selection="best")
     found = finish(prepare(run))
     amazon = task("amazon", "sentiment")
