@@ -25,12 +25,12 @@ Transform = Callable[[Picture], Tensor]
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
+_NORMAL = (transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION))
+
+
 def plain(size: int) -> Transform:
     """Make the transform of test environments: both sides resized to ``size``, normalised."""
-    image = transforms.Compose(
-        [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION)]
-    )
-    return partial(_see, image, size)
+    return partial(_see, transforms.Compose([transforms.Resize((size, size)), *_NORMAL]), size)
 
 
 def augmented(size: int) -> Transform:
@@ -38,17 +38,9 @@ def augmented(size: int) -> Transform:
 
     MNIST's digits stay as they are, as in DomainBed. Draws from torch's global generator.
     """
-    image = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, scale=(0.7, 1.0)),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
-            transforms.RandomGrayscale(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, DEVIATION),
-        ]
-    )
-    return partial(_see, image, size)
+    crop, mirror = transforms.RandomResizedCrop(size, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip()
+    colours = [transforms.ColorJitter(0.3, 0.3, 0.3, 0.3), transforms.RandomGrayscale()]
+    return partial(_see, transforms.Compose([crop, mirror, *colours, *_NORMAL]), size)
 
 
 def _see(image: Callable[[Image.Image], Tensor], size: int, picture: Picture) -> Tensor:
