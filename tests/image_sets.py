@@ -1,4 +1,4 @@
-"""Small image sets in DomainBed's layout, written to disk."""
+"""Write small image sets in DomainBed's layout."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PACS = load_benchmark("domainbed").tasks["pacs"].spec("pacs")
 
 
 def write_images(root: Path, name: str, rows: int = 2) -> Path:
-    """An image set in small: ``root/<folder>/<environment>/<class>/<image>``; the class is a colour, the environment a stripe."""
+    """Write an image set in small: the class is a colour, the environment a stripe."""
     task = load_benchmark("domainbed").tasks[name]
     return _write(root / task.source.folder, list(task.environments.values()), rows, 40)
 
 
 def write_pacs(root: Path, rows: int = 8, size: int = 40) -> Path:
-    """PACS in small."""
+    """Write PACS in small."""
     return _write(root / "PACS", FOLDERS, rows, size)
 
 
@@ -49,7 +49,7 @@ def _write(folder: Path, environments: Sequence[str], rows: int, size: int) -> P
 
 
 def pacs_run(method: str = "erm", held_out: int = 0, trial: int = 0, **training: Any) -> Run:
-    """A run on PACS with timm's test_vit, cut to seconds; ``training`` are settings on top."""
+    """Return a run on PACS with timm's test_vit, cut to seconds; ``training`` are settings on top."""
     spec = next(
         run.spec
         for run in paper_runs("domainbed")
@@ -70,5 +70,5 @@ def pacs_run(method: str = "erm", held_out: int = 0, trial: int = 0, **training:
 
 
 def load(truncated: str = "refuse", task: dict[str, Any] = PACS) -> ImageSet:
-    """A set as runs of the first trial read it."""
+    """Load a set as runs of the first trial do."""
     return load_set(RunSet.model_validate(task), 0, truncated=truncated)

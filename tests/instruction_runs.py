@@ -1,4 +1,4 @@
-"""Runs of instruction tuning on a few rows that are written to disk."""
+"""Plan runs of instruction tuning on a few rows, and write the rows to disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROWS = [
 
 
 def write_rows(root: Path, rows: list[Any] = ROWS) -> Path:
-    """A set called ``own`` below a data root."""
+    """Write a set called ``own`` below a data root."""
     root.mkdir(exist_ok=True)
     path = root / "own.json"
     path.write_text(json.dumps(rows, indent=1))
@@ -40,7 +40,7 @@ def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def offer_only(folder: str, patch: pytest.MonkeyPatch) -> None:
-    """Have lm-eval's own list hold the tasks of one of its folders: to read the nine thousand files of all takes five seconds."""
+    """Restrict lm-eval's list to the tasks of one folder: reading its nine thousand files takes five seconds."""
     from lm_eval.tasks import _index
 
     patch.setattr(evaluation, "_manager", evaluation._manager.__wrapped__)  # other tests see the whole list
@@ -52,7 +52,7 @@ def offer_only(folder: str, patch: pytest.MonkeyPatch) -> None:
 
 
 def tiny_run(method: str = "emoe", tuning: str = "lora", changes: Mapping[str, Any] | None = None, **parts: Any) -> Run:
-    """A run of the smoke suite on the set ``own``, with no task of lm-eval.
+    """Return a run of the smoke suite on the set ``own``, with no task of lm-eval.
 
     Args:
         method: dense, or one that the smoke suite has.

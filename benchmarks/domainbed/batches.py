@@ -25,31 +25,22 @@ Transform = Callable[[Picture], Tensor]
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
+_NORMAL = (transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION))
+
+
 def plain(size: int) -> Transform:
     """Make the transform of test environments: both sides resized to ``size``, normalised."""
-    image = transforms.Compose(
-        [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(MEAN, DEVIATION)]
-    )
-    return partial(_see, image, size)
+    return partial(_see, transforms.Compose([transforms.Resize((size, size)), *_NORMAL]), size)
 
 
 def augmented(size: int) -> Transform:
-    """Make the transform of training environments: a random crop, mirror, colour jitter; MNIST's digits stay as they
-    are, as in DomainBed.
+    """Make the transform of training environments: a random crop, mirror, colour jitter.
 
-    Draws from torch's global generator.
+    MNIST's digits stay as they are, as in DomainBed. Draws from torch's global generator.
     """
-    image = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, scale=(0.7, 1.0)),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
-            transforms.RandomGrayscale(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, DEVIATION),
-        ]
-    )
-    return partial(_see, image, size)
+    crop, mirror = transforms.RandomResizedCrop(size, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip()
+    colours = [transforms.ColorJitter(0.3, 0.3, 0.3, 0.3), transforms.RandomGrayscale()]
+    return partial(_see, transforms.Compose([crop, mirror, *colours, *_NORMAL]), size)
 
 
 def _see(image: Callable[[Image.Image], Tensor], size: int, picture: Picture) -> Tensor:
@@ -57,8 +48,7 @@ def _see(image: Callable[[Image.Image], Tensor], size: int, picture: Picture) ->
 
 
 def _digit(pixels: Tensor, size: int) -> Tensor:
-    """Prepare a digit for a model of colour images: one channel three times, or two as red and green; resized,
-    normalised.
+    """Prepare a digit for a model of colour images: one channel three times, or two as red and green.
 
     DomainBed gives its digits to a small network of their own size and channels, so this step is ours.
     """
@@ -127,16 +117,16 @@ class PrefixedImages:
     def __init__(self, prefix: Prefix, environment: Environment, rows: Sequence[int], size: int) -> None:
         transform = plain(size)
 
-        def batch(places: Sequence[int]) -> dict[str, Tensor]:
-            return {"pixel_values": torch.stack([load_pixels(environment, rows[i], transform, 0) for i in places])}
+        def batch(indices: Sequence[int]) -> dict[str, Tensor]:
+            return {"pixel_values": torch.stack([load_pixels(environment, rows[i], transform, 0) for i in indices])}
 
         tokens = prefix.output(batch([0])).shape[1]
         self._states = PrefixStates(prefix, _pictures_digest(environment, rows, size), [tokens] * len(rows), batch)
-        self._places = {row: place for place, row in enumerate(rows)}
-        self._blank = torch.zeros(1).expand(3, size, size)  # of which the model makes nothing
+        self._indices = {row: index for index, row in enumerate(rows)}
+        self._blank = torch.zeros(1).expand(3, size, size)  # the model ignores it
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"pixel_values": self._blank, STATES: self._states[self._places[row]]}
+        return {"pixel_values": self._blank, STATES: self._states[self._indices[row]]}
 
 
 def _pictures_digest(environment: Environment, rows: Sequence[int], size: int) -> str:
@@ -152,6 +142,20 @@ def _pictures_digest(environment: Environment, rows: Sequence[int], size: int) -
     return digest.hexdigest()
 
 
+Prefixed = Mapping[str, PrefixedImages]  # by the name of the environment; empty if no layer is frozen
+
+
+def _example(
+    environment: Environment, row: int, transform: Transform, prefixed: Prefixed, *seed: object
+) -> dict[str, Any]:
+    """Return a row for the training loop: its label, and pixels or the output of the frozen layers."""
+    if environment.name in prefixed:
+        inputs = prefixed[environment.name][row]
+    else:
+        inputs = {"pixel_values": load_pixels(environment, row, transform, derive_seed("augment", *seed))}
+    return {**inputs, "labels": environment.labels[row]}
+
+
 class TrainingRows(Dataset[dict[str, Any]]):
     """Hold the rows of the training environments' *in* splits, by draw.
 
@@ -162,7 +166,7 @@ class TrainingRows(Dataset[dict[str, Any]]):
         rows: The rows of each.
         transform: The transform of pictures.
         seed: The seed of the transform.
-        prefixed: The outputs of a frozen prefix by the name of the environment; empty if no layer is frozen.
+        prefixed: The outputs of a frozen prefix.
     """
 
     def __init__(
@@ -171,21 +175,18 @@ class TrainingRows(Dataset[dict[str, Any]]):
         rows: Sequence[Sequence[int]],
         transform: Transform,
         seed: int,
-        prefixed: Mapping[str, PrefixedImages] | None = None,
+        prefixed: Prefixed,
     ) -> None:
-        self._environments, self._rows, self._transform, self._seed = environments, rows, transform, seed
-        self._prefixed = prefixed or {}
+        self._environments, self._rows, self._transform = environments, rows, transform
+        self._seed, self._prefixed = seed, prefixed
 
     def __len__(self) -> int:
         return sum(map(len, self._rows))
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        number, env, place = draw
-        environment, row = self._environments[env], self._rows[env][place]
-        if environment.name in self._prefixed:
-            return {**self._prefixed[environment.name][row], "labels": environment.labels[row]}
-        pixels = load_pixels(environment, row, self._transform, derive_seed("augment", self._seed, number))
-        return {"pixel_values": pixels, "labels": environment.labels[row]}
+        number, env, index = draw
+        row = self._rows[env][index]
+        return _example(self._environments[env], row, self._transform, self._prefixed, self._seed, number)
 
 
 class EvaluationRows(Dataset[dict[str, Any]]):
@@ -195,37 +196,21 @@ class EvaluationRows(Dataset[dict[str, Any]]):
         environment: The environment.
         rows: The rows of the split.
         transform: The transform of pictures.
-        prefixed: The outputs of a frozen prefix by the name of the environment; empty if no layer is frozen.
+        prefixed: The outputs of a frozen prefix.
 
     Attributes:
         step: The step after which they are evaluated; a random transform draws anew at every step, as in DomainBed.
+        labels: The class numbers of the rows.
     """
 
-    def __init__(
-        self,
-        environment: Environment,
-        rows: Sequence[int],
-        transform: Transform,
-        prefixed: Mapping[str, PrefixedImages] | None = None,
-    ) -> None:
-        self._environment, self._rows, self._transform = environment, rows, transform
-        self._prefixed = (prefixed or {}).get(environment.name)
+    def __init__(self, environment: Environment, rows: Sequence[int], transform: Transform, prefixed: Prefixed) -> None:
+        self._environment, self._rows, self._transform, self._prefixed = environment, rows, transform, prefixed
         self.step = 0
-
-    @property
-    def labels(self) -> list[int]:
-        """Return the class numbers of the rows."""
-        return [self._environment.labels[row] for row in self._rows]
+        self.labels = [environment.labels[row] for row in rows]
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        row = self._rows[place]
-        environment = self._environment
-        if self._prefixed is not None:
-            return {**self._prefixed[row], "labels": environment.labels[row]}
-        pixels = load_pixels(
-            environment, row, self._transform, derive_seed("augment", environment.name, row, self.step)
-        )
-        return {"pixel_values": pixels, "labels": environment.labels[row]}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        environment, row = self._environment, self._rows[index]
+        return _example(environment, row, self._transform, self._prefixed, environment.name, row, self.step)

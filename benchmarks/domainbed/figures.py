@@ -45,17 +45,11 @@ def draw_accuracy(outcomes: DomainOutcomes, name: str, path: Path) -> None:
     if cells.empty:
         placeholder_figure(path, _NO_SINGLE)
         return
-    panels = [
-        [
-            Panel(
-                f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}, "
-                f"{outcomes.env_title(name, str(env))} held out",
-                rows,
-            )
-            for env, rows in of_model.groupby("env", sort=False)
-        ]
-        for model, of_model in cells.groupby("model", sort=False)
-    ]
+    panels = []
+    for model, of_model in cells.groupby("model", sort=False):
+        title = f"{outcomes.title('model', model)}\n{outcomes.title('set', name)}"
+        by_env = of_model.groupby("env", sort=False)
+        panels.append([Panel(f"{title}, {outcomes.env_title(name, str(env))} held out", rows) for env, rows in by_env])
     score_panels(outcomes, panels, path, "Accuracy (%); large marks: mean over trials, dots below: trials")
 
 
@@ -125,7 +119,7 @@ def draw_confusion(outcomes: DomainOutcomes, name: str, path: Path) -> None:
 
 
 def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
-    """Draw the use of experts by class and by environment, for each method and layer; first environment, first trial."""
+    """Draw the use of experts by class and environment, by method and layer, for the first environment and trial."""
     rows = _first_runs(outcomes, name)
     if not rows:
         placeholder_figure(path, _NO_SINGLE)
@@ -160,8 +154,8 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
                 axis.set_yticks(range(len(beside)), beside)
                 axis.set_xticks([])
             title = wrapped(f"{outcomes.title('method', method)}, block {layer}", 1.4, 7)
-            above.set_title(f"{title}\n{_told('class', loads.sum(0), chance)}", fontsize=7)
-            below.set_title(_told("environment", loads.sum(1), chance), fontsize=7)
+            above.set_title(f"{title}\n{_information('class', loads.sum(0), chance)}", fontsize=7)
+            below.set_title(_information("environment", loads.sum(1), chance), fontsize=7)
             below.set_xlabel(f"{loads.shape[2]} experts")
         hide_empty(axes)
         figure.colorbar(USE, ax=axes, shrink=0.6, label="use ÷ mean use of the expert", extend="max")
@@ -171,7 +165,7 @@ def draw_routing(outcomes: DomainOutcomes, name: str, path: Path) -> None:
         save(figure, path)
 
 
-def _told(name: str, counts: NDArray[np.int64], chance: Mapping[str, tuple[float, float]]) -> str:
+def _information(name: str, counts: NDArray[np.int64], chance: Mapping[str, tuple[float, float]]) -> str:
     mean, high = chance[name]
     return f"{name} {mutual_information(counts):.3f} bit\nchance {mean:.3f}, 95 % {high:.3f}"
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
+from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from benchmarks.domainbed.definition import RunSet
@@ -51,9 +51,9 @@ class Environment:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def summary(self, rows: Iterable[int], classes: list[str]) -> dict[str, Any]:
-        """Count rows and their classes, as ``metrics.json`` keeps them."""
-        counts = Counter(self.labels[row] for row in rows)
+    def summary(self, classes: list[str], rows: Iterable[int] | None = None) -> dict[str, Any]:
+        """Count some rows (None for all) and their classes, as ``metrics.json`` keeps them."""
+        counts = Counter(self.labels if rows is None else (self.labels[row] for row in rows))
         return {"rows": counts.total(), "dropped": 0, "labels": {name: counts[i] for i, name in enumerate(classes)}}
 
 
@@ -74,15 +74,13 @@ class ImageSet:
 
 REFUSE, LOAD = "refuse", "load"
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
-_THIRTY_TWO_BITS = ("I", "F")
 
 
 def open_image(file: Path | bytes, where: str, *, truncated: str = REFUSE) -> tuple[Image.Image, str]:
     """Open an image as RGB, and name the mode that it was converted from (empty for RGB).
 
     Greyscale becomes three equal channels; CMYK, YCbCr and palettes are converted by Pillow; transparency is dropped,
-    as DomainBed
-    drops it; 16 bits a channel become 8 by dropping the lower half (DomainBed would cut all above 255 to white).
+    as in DomainBed; 16 bits a channel become 8 by dropping the lower half (DomainBed would cut all above 255 to white).
 
     Args:
         file: The path, or the content of a file.
@@ -92,49 +90,24 @@ def open_image(file: Path | bytes, where: str, *, truncated: str = REFUSE) -> tu
     Raises:
         DataError: The file is no image, is damaged, or ends early.
     """
+    ImageFile.LOAD_TRUNCATED_IMAGES = truncated == LOAD  # Pillow has it for the whole process
     try:
-        with _truncation(truncated), Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             image.load()
-            if image.mode in _THIRTY_TWO_BITS:
+            if image.mode in ("I", "F"):
                 raise ValueError("32 bits a channel, whose black and white nobody knows; make it 8 or 16")
             if image.mode in _SIXTEEN_BITS:
                 eight = (np.asarray(image) >> 8).astype(np.uint8)
                 return Image.fromarray(eight).convert("RGB"), image.mode
             return image.convert("RGB"), "" if image.mode == "RGB" else image.mode
-    except FileNotFoundError as error:
-        raise DataError(f"{where} does not exist") from error
-    except UnidentifiedImageError as error:
-        raise DataError(f"{where} is no image that can be read") from error
     except Exception as error:  # Pillow's readers raise what their formats' code happens to
-        hint = (
-            "; to fill what is missing, as DomainBed does, set training.truncated: load"
-            if truncated == REFUSE and _is_short(error)
-            else ""
-        )
+        is_short = "truncated" in str(error).lower()
+        hint = "; to fill what is missing, as DomainBed does, set training.truncated: load" if is_short else ""
         raise DataError(f"{where} cannot be used: {error}{hint}") from error
 
 
-def _is_short(error: Exception) -> bool:
-    return "truncated" in str(error).lower()
-
-
-@contextmanager
-def _truncation(asked: str) -> Iterator[None]:
-    """Set Pillow's option, which holds for the whole process, and restore it."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = asked == LOAD
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-_COLUMNS = ("image", "domain", "label")
-
-
 def load_folders(task: RunSet, *, truncated: str = REFUSE) -> ImageSet:
-    """Load the environments of a set from its folder below the data root (variable ``EMOE_DATA_ROOT``), else from the
-    hub.
+    """Load the environments of a set from its folder below the data root (``EMOE_DATA_ROOT``), else from the hub.
 
     Args:
         task: The set.
@@ -154,55 +127,39 @@ def load_folders(task: RunSet, *, truncated: str = REFUSE) -> ImageSet:
 
 
 def _from_disk(task: RunSet, root: Path, truncated: str) -> ImageSet:
-    folders = _environment_order(_folders(root), task, str(root))
-    environments: list[Environment] = []
-    classes: list[str] = []
-    first = root / folders[0]
+    folders = [root / name for name in _environment_order(_folders(root), task, str(root))]
+    classes = _folders(folders[0])
+    environments = []
     for (name, _), folder in zip(task.environments, folders, strict=True):
-        here = root / folder
-        names_here = _folders(here)
-        if not names_here:
-            raise DataError(f"{here} has no class folder")
-        if classes and names_here != classes:
-            odd, *others = sorted(set(names_here) ^ set(classes))
-            has, lacks = (here, first) if odd in names_here else (first, here)
-            raise DataError(
-                f"classes differ between environments: {has} has '{odd}', {lacks} does not{did_you_mean(odd, others)}"
-            )
-        classes = names_here
-        ignored = Counter(f"{_ending(path)} in no class" for path in _visible(here) if path.is_file())
-        paths: list[str] = []
-        labels: list[int] = []
-        for label, class_name in enumerate(classes):
-            images = _images(here / class_name, ignored)
-            paths += images
-            labels += [label] * len(images)
-        environments.append(
-            Environment(name, labels, partial(_open_file, paths, truncated), paths, dict(sorted(ignored.items())))
-        )
+        if odd := sorted(set(_folders(folder)) ^ set(classes)):
+            raise DataError(f"classes differ between environments: '{odd[0]}' is only in one of {folders[0]}, {folder}")
+        numbers = {class_name: number for number, class_name in enumerate(classes)}
+        try:
+            rows = ImageFolder.make_dataset(str(folder), numbers, is_valid_file=_is_image)
+        except FileNotFoundError as error:  # a class without images
+            raise DataError(f"{folder}: {error}; images are {', '.join(IMG_EXTENSIONS)}") from error
+        paths = [path for path, _ in rows]
+        others = {str(path) for path in folder.rglob("*") if path.is_file() and not _is_hidden(path)} - set(paths)
+        ignored = dict(sorted(Counter(Path(path).suffix.lower() or Path(path).name for path in others).items()))
+        open_row = partial(_open_file, paths, truncated)
+        environments.append(Environment(name, [label for _, label in rows], open_row, paths, ignored))
     return ImageSet(environments, classes, str(root))
 
 
 def _environment_order(present: list[str], task: RunSet, where: str) -> list[str]:
     """Return the names of the environments on disk or on the hub, in DomainBed's order.
 
-    Quite other names are taken by their order, as DomainBed takes all folders; where some are known, the rest must be
-    too.
+    Case, spaces and signs do not count. If no name is known, their order is taken, as DomainBed takes all folders.
     """
-    wanted = {name: str(called) for name, called in task.environments}
+    wanted = [plain_name(str(title)) for _, title in task.environments]
     names = {plain_name(name): name for name in present}
-    missing = [called for called in wanted.values() if plain_name(called) not in names]
-    extra = [name for plain, name in names.items() if plain not in map(plain_name, wanted.values())]
-    twice = sorted(set(present) - set(names.values()))
-    if not (missing or extra or twice):
-        return [names[plain_name(called)] for called in wanted.values()]
-    if len(missing) == len(extra) == len(wanted) and not twice:
-        return sorted(extra)
-    expected = ", ".join(f"{called} ({name})" for name, called in wanted.items())
-    wrong = [f"lacks the environment {missing[0]}{did_you_mean(missing[0], extra) if extra else ''}"] if missing else []
-    wrong += [f"has {', '.join(extra)}, which is no environment"] if extra else []
-    wrong += [f"has {twice[0]} beside {names[plain_name(twice[0])]}"] if twice else []
-    raise DataError(f"{where} {' and '.join(wrong)}; it must have {expected}, and no other")
+    if len(present) == len(wanted):
+        if set(names) == set(wanted):
+            return [names[name] for name in wanted]
+        if not set(names) & set(wanted):
+            return sorted(present)
+    expected = ", ".join(f"{title} ({name})" for name, title in task.environments)
+    raise DataError(f"{where} has the environments {', '.join(present)}; it must have {expected}, and no other")
 
 
 def plain_name(name: str) -> str:
@@ -210,48 +167,17 @@ def plain_name(name: str) -> str:
     return re.sub(r"[\W_]", "", name).casefold()
 
 
-def _visible(folder: Path) -> list[Path]:
-    """Return what a folder holds in order, without hidden names such as ``.ipynb_checkpoints`` and macOS's
-    ``._000.jpg``.
-    """
-    try:
-        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
-    for path in paths:
-        if not path.exists():  # a class would be lost without a word
-            raise DataError(f"{path} is a link to nothing")
-    return paths
+def _is_hidden(path: Path) -> bool:
+    """Return True for ``.ipynb_checkpoints``, macOS's ``._000.jpg``, and all that is in such a folder of a class."""
+    return any(name.startswith(".") for name in path.parts[-3:])
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(IMG_EXTENSIONS) and not _is_hidden(Path(path))
 
 
 def _folders(here: Path) -> list[str]:
-    return [path.name for path in _visible(here) if path.is_dir()]
-
-
-def _images(folder: Path, ignored: Counter[str]) -> list[str]:
-    """List the image files in and below a folder in torchvision's order, and count other files by their ending.
-
-    Raises:
-        DataError: No image is there, or a folder in it is a link.
-    """
-    images, folders = [], [folder]
-    for current in folders:
-        for path in _visible(current):
-            if path.is_dir():
-                if path.is_symlink():
-                    raise DataError(f"{path} is a link to a folder; put a copy in its place")
-                folders.append(path)
-            elif path.name.lower().endswith(IMG_EXTENSIONS):
-                images.append(path)
-            else:
-                ignored[_ending(path)] += 1
-    if not images:
-        raise DataError(f"{folder} has no image ({', '.join(IMG_EXTENSIONS)})")
-    return [str(path) for path in sorted(images, key=lambda path: (str(path.parent), path.name))]
-
-
-def _ending(path: Path) -> str:
-    return path.suffix.lower() or path.name
+    return sorted(path.name for path in here.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _open_file(paths: list[str], truncated: str, row: int) -> tuple[Image.Image, str]:
@@ -259,9 +185,7 @@ def _open_file(paths: list[str], truncated: str, row: int) -> tuple[Image.Image,
 
 
 def _from_hub(task: RunSet, truncated: str) -> ImageSet:
-    """Load every row of the hub's set by environment and class; within a class in the hub's order, which is not that of
-    file names.
-    """
+    """Load every row of the hub's set by environment and class; within a class in the hub's own order."""
     import datasets
 
     where = str(task.source.hub)
@@ -274,9 +198,9 @@ def _from_hub(task: RunSet, truncated: str) -> ImageSet:
         ) from error
     rows = datasets.concatenate_datasets(list(parts.values()))
     read = hub_name(where, task.source.revision, commit_of(parts))
-    for column in _COLUMNS:
-        if column not in rows.column_names:
-            raise DataError(f"{where} has no column '{column}'{did_you_mean(column, rows.column_names)}")
+    missing = sorted({"image", "domain", "label"} - set(rows.column_names))
+    if missing:
+        raise DataError(f"{where} has no column '{missing[0]}'{did_you_mean(missing[0], rows.column_names)}")
     labels, domains = (_names(rows, column, where) for column in ("label", "domain"))
     classes, present = sorted(set(labels)), _environment_order(sorted(set(domains)), task, where)
     images = rows.cast_column("image", datasets.Image(decode=False))
@@ -285,8 +209,7 @@ def _from_hub(task: RunSet, truncated: str) -> ImageSet:
         chosen = sorted(
             (i for i, name_of_row in enumerate(domains) if name_of_row == domain), key=lambda i: (labels[i], i)
         )
-        absent = sorted(set(classes) - {labels[i] for i in chosen})
-        if absent:
+        if absent := sorted(set(classes) - {labels[i] for i in chosen}):
             raise DataError(f"{where}: the domain '{domain}' has no image of the class '{absent[0]}'")
         numbers = [classes.index(labels[i]) for i in chosen]
         places = [f"{where}, row {i + 1}" for i in chosen]
@@ -311,7 +234,5 @@ def _names(rows: Any, column: str, where: str) -> list[str]:
 
 def _open_row(rows: Any, chosen: list[int], places: list[str], truncated: str, row: int) -> tuple[Image.Image, str]:
     content = rows[chosen[row]]["image"]
-    if content is None:
-        raise DataError(f"{places[row]} has no image")
     file = content["bytes"] if content["bytes"] is not None else Path(content["path"])
     return open_image(file, places[row], truncated=truncated)

@@ -23,11 +23,11 @@ class DomainOutcomes(Outcomes):
     """Hold the finished runs of a benchmark of domain generalisation.
 
     Attributes:
-        cells: A row a selection, model, set, held-out environment, method and trial: ``value`` (the accuracy that is
-            reported), ``chosen_by`` (the value by which it was chosen), ``step``, ``hparams_seed`` and ``variant`` of
-            what was chosen.
+        cells: The chosen records, by selection, model, set, held-out environment, method and trial: ``value`` (the
+            accuracy that is reported), ``chosen_by`` (the value by which it was chosen), ``step``, ``hparams_seed``
+            and ``variant``.
         records: Every number of every run.
-        tests: By cell, the paired difference to the baseline: over trials, of the mean over the environments that both
+        tests: The paired difference to the baseline, by cell, over trials, of the mean over the environments that both
             have.
     """
 
@@ -68,10 +68,10 @@ class DomainOutcomes(Outcomes):
         return list(self.benchmark.tasks[name].environments)
 
     def env_title(self, name: str, env: str) -> str:
-        """Return the title of an environment of a set: its name and, if that is a number, the unit."""
+        """Return the title of an environment: its name and, if that is a number, the unit."""
         return f"{env}{self.benchmark.tasks[name].unit}"
 
-    def _cells(self) -> list[dict[str, Any]]:
+    def _cells(self) -> list[tuple[Any, ...]]:
         groups: dict[tuple[str, str, str, int], list[Run]] = {}
         for run in self.runs:
             spec = run.spec
@@ -90,16 +90,13 @@ class DomainOutcomes(Outcomes):
                     chosen: Chosen | None = choose(trained, env)
                     if chosen is None:
                         continue
-                    row: dict[str, Any] = dict(zip(CELL, (selection, model, name, method), strict=True))
-                    row |= {"env": env_name, "trial": trial, "value": chosen.test_accuracy(env)}
-                    row |= {"chosen_by": chosen.value, "step": chosen.record["step"]}
-                    rows.append(row | dict(zip(_CHOICE, choices[chosen.choice], strict=True)))
+                    accuracy, step = chosen.test_accuracy(env), chosen.record["step"]
+                    row = (selection, model, name, method, env_name, trial, accuracy, chosen.value, step)
+                    rows.append((*row, *choices[chosen.choice]))
         return rows
 
     def trials(self, *, complete: bool = False) -> pd.Series[float]:
-        """Average over the held-out environments of a set, by cell and trial; ``complete``: only if all of the set's
-        were held out.
-        """
+        """Average over the held-out environments, by cell and trial; if ``complete``, only if all were held out."""
         grouped = self.cells.groupby([*CELL, "trial"], sort=False)["value"]
         means, counts = grouped.mean(), grouped.count()
         if not complete:

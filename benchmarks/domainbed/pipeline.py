@@ -45,11 +45,14 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     training, hparams, held_out = read.training, read.hparams, read.test_envs
     image_set = load_set(read.task, read.data_seed, truncated=training.truncated)
     progress.say(f"{image_set.source}\n{counts(image_set)}")
-    known, total = load_benchmark(read.benchmark).tasks.get(read.task.name), sum(map(len, image_set.environments))
-    if known and (note := SetPart(read.task.name, ALL, total, expected=known.images).note):
+    entry, total = load_benchmark(read.benchmark).tasks.get(read.task.name), sum(map(len, image_set.environments))
+    if entry and (note := SetPart(read.task.name, ALL, total, expected=entry.images).note):
         progress.say(f"warning: {note}")
     envs = image_set.environments
-    splits = [_split(image_set, env, read.seed, is_test=env in held_out) for env in range(len(envs))]
+    splits = [
+        split_environment(len(environment), env, read.seed, is_test=env in held_out)
+        for env, environment in enumerate(envs)
+    ]
     for environment, split in zip(envs, splits, strict=True):
         if not split.within or not split.out:
             raise DataError(
@@ -84,7 +87,7 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     records = [record | {"epoch": record["step"] / epoch} for record in records]
     _write_results(folder / _RESULTS, read, records)
     progress.say("looking at the predictions")
-    seen = trainer.predict(
+    confusion, routing = trainer.predict(
         [
             EvaluationRows(environment, split.out[: training.eval_rows], plain(size), prefixed)
             for environment, split in zip(envs, splits, strict=True)
@@ -99,33 +102,18 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
             "dev": {read.task.name: {ACCURACY: best.value}},
             "test": {envs[env].name: {ACCURACY: best.record[f"env{env}_in_acc"]} for env in held_out},
         },
-        "confusion": {
-            environment.name: matrix.tolist() for environment, matrix in zip(envs, seen.confusion, strict=True)
-        },
+        "confusion": {environment.name: matrix.tolist() for environment, matrix in zip(envs, confusion, strict=True)},
         "classes": image_set.classes,
-        "routing": {
-            **seen.summary,
-            "loads": {str(layer): loads.tolist() for layer, loads in seen.loads.items()},
-            "chance": {
-                str(layer): {name: list(bits) for name, bits in chance.items()} for layer, chance in seen.chance.items()
-            },
-        }
-        if seen.loads
-        else {},
+        "routing": routing,
         "probe": trainer.probe.summary(),
         "model": classifier.summary,
         "cost": {**trainer.cost, **classifier.prefix_cost()},
         "data": {
-            f"{environment.name} {name}": {"source": image_set.source, **environment.summary(chosen, image_set.classes)}
+            f"{environment.name} {name}": {"source": image_set.source, **environment.summary(image_set.classes, chosen)}
             for environment, split in zip(envs, splits, strict=True)
             for name, chosen in (("in", split.within), ("out", split.out))
         },
     }
-
-
-def _split(image_set: ImageSet, env: int, trial_seed: int, *, is_test: bool) -> Split:
-    rows = len(image_set.environments[env])
-    return split_environment(rows, env, trial_seed, is_test=is_test)
 
 
 def _prefixed(
@@ -140,7 +128,7 @@ def _prefixed(
     begin = derive_seed("first", spec.method.name) % len(environments)
     for env, (environment, split) in [*environments[begin:], *environments[:begin]]:
         within = split.within[: training.eval_rows] if env in spec.test_envs else split.within
-        # in an order that does not depend on the split: where all rows are in use, trials share them
+        # in an order that does not depend on the split: if all rows are in use, trials share them
         rows = sorted([*within, *split.out[: training.eval_rows]])
         prefixed[environment.name] = PrefixedImages(prefix, environment, rows, training.image_size)
     return prefixed
@@ -169,12 +157,11 @@ def sweep_arguments(spec: ImageSpec) -> dict[str, Any]:
     """Describe a run for DomainBed's own scripts.
 
     They group by data set, algorithm, held-out environments, draw and trial. All else is part of the algorithm's name:
-    a digest of the settings, the variant,
-    the model, and the set where it is a variant of DomainBed's.
+    a digest of the settings, the variant, the model, and the set if it is a variant of DomainBed's.
     """
     method, task = spec.method, spec.task
-    own = task.name if plain_name(task.name) != plain_name(task.domainbed) else ""
-    parts = (f"{method.name}-{spec.sweep}", method.variant, spec.model.name, own)
+    variant = task.name if plain_name(task.name) != plain_name(task.domainbed) else ""
+    parts = (f"{method.name}-{spec.sweep}", method.variant, spec.model.name, variant)
     return {
         "dataset": task.domainbed,
         "algorithm": "@".join(filter(None, parts)),

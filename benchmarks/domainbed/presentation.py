@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 
@@ -33,6 +34,7 @@ FOUR = ("pacs", "vlcs", "office_home", "terra_incognita")
 _FOUR = "average of four"
 _ORDER = ["model", "selection", "set", "method"]
 _KEYS = {"model_title": "Model", "selection_title": "Selection", "method_title": "Method"}
+_ROW = {"model_title": "Model", "selection_title": "Selection", "set_title": "Set", "method_title": "Method"}
 _SELECTIONS = (
     "Selections are DomainBed's. Training-domain validation: the step with the highest mean accuracy on held-out "
     "images of the training environments. Leave-one-domain-out: on each "
@@ -40,8 +42,10 @@ _SELECTIONS = (
     "whose last step does best on images of the test environment itself, an oracle."
 )
 _VALIDATION = {
-    True: "Validation sees the images of training environments augmented, as in DomainBed's code and the paper's authors'.",
-    False: "Validation sees the images of training environments as they are: this suite's own choice; DomainBed and the paper's authors augment them.",
+    True: "Validation sees the images of training environments augmented, as in DomainBed's code and the paper's "
+    "authors'.",
+    False: "Validation sees the images of training environments as they are: this suite's own choice; DomainBed and "
+    "the paper's authors augment them.",
 }
 _ERROR = "± is DomainBed's: the population's standard deviation over trials by the root of their number"
 
@@ -50,18 +54,16 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
     """Tabulate one set in DomainBed's layout: a column a held-out environment, and their mean."""
     cells = outcomes.cells[outcomes.cells["set"] == name]
     grouped = cells.groupby([*CELL, "env"], sort=False)["value"]
-    spread = grouped.agg(mean="mean", error=_error).reset_index()
+    numbers = grouped.agg(mean="mean", error=_error).reset_index()[["env", *CELL, "mean", "error"]]
     frame = cells.groupby(CELL, sort=False).agg(n=("trial", "nunique")).reset_index()
-    numbers = spread[["env", *CELL, "mean", "error"]]
     envs = [env for env in outcomes.environments(name) if env in set(cells["env"])]
     headings = {env: outcomes.env_title(name, env) for env in envs}
     frame, columns = with_columns(frame, CELL, numbers, headings, "accuracy", std="error")
-    # as DomainBed averages: the mean of the cells, where a row has all of them
+    # as DomainBed averages: the mean of the cells, if a row has all of them
     frame, columns = with_average(frame, columns, "accuracy")
     frame = with_numbers(frame, CELL, outcomes.tests[[*CELL, "delta", "low", "high"]])
-    columns.append(
-        Column("accuracy", "delta", f"Δ to {outcomes.baseline_title}", interval=("low", "high"), signed=True)
-    )
+    delta = f"Δ to {outcomes.baseline_title}"
+    columns.append(Column("accuracy", "delta", delta, interval=("low", "high"), signed=True))
     return Table(
         f"{outcomes.title('set', name)}: accuracy by held-out environment",
         f"{_judged_on(outcomes, name)} Mean over n trials. {_ERROR}. "
@@ -77,9 +79,7 @@ def results(outcomes: DomainOutcomes, name: str) -> Table:
 
 
 def choices(outcomes: DomainOutcomes, name: str) -> Table:
-    """Tabulate the choices of each selection on one set: step and draw of hyper-parameters by held-out environment and
-    trial.
-    """
+    """Tabulate the step and draw of hyper-parameters that each selection chose on one set."""
     frame = outcomes.order(outcomes.cells[outcomes.cells["set"] == name], ["model", "selection", "method"])
     frame["env_title"] = [outcomes.env_title(name, env) for env in frame["env"]]
     frame["draw"] = frame["hparams_seed"].map(lambda seed: str(seed) if seed else "defaults")
@@ -98,9 +98,7 @@ def choices(outcomes: DomainOutcomes, name: str) -> Table:
 def summary(outcomes: DomainOutcomes) -> Table:
     """Average over the environments of every set, as DomainBed summarises them."""
     keys = ["selection", "model", "method"]
-    trials = outcomes.trials()
-    spread = trials.groupby(CELL, sort=False).agg(mean="mean", error=_error, n="count")
-    spread = spread.reset_index()
+    spread = outcomes.trials().groupby(CELL, sort=False).agg(mean="mean", error=_error, n="count").reset_index()
     frame = spread.groupby(keys, sort=False).agg(n=("n", "max")).reset_index()
     headings = {name: outcomes.title("set", name) for name in outcomes.sets if outcomes.held_out(name)}
     numbers = spread[["set", *keys, "mean", "error"]]
@@ -109,7 +107,9 @@ def summary(outcomes: DomainOutcomes) -> Table:
         frame, columns = with_average(frame, columns, "accuracy")
     return Table(
         "Accuracy on held-out environments, by set",
-        f"Mean over the held-out environments of a trial, then over n trials. {_ERROR}. {_partly(outcomes, outcomes.sets)}The average is over all sets, where a row has all. {_selections(outcomes, outcomes.sets)} {_experts(outcomes, outcomes.sets)}".strip(),
+        f"Mean over the held-out environments of a trial, then over n trials. {_ERROR}. "
+        f"{_partly(outcomes, outcomes.sets)}The average is over all sets, where a row has all. "
+        f"{_selections(outcomes, outcomes.sets)} {_experts(outcomes, outcomes.sets)}".strip(),
         {**_KEYS, "n": "n"},
         columns,
         outcomes.order(frame, ["model", "selection", "method"]),
@@ -127,13 +127,7 @@ def tests(outcomes: DomainOutcomes) -> Table:
         "procedure over the sets of a model, method and selection. The verdict takes the corrected p at 5 %; “equal”: "
         "every difference is zero; a dash means that there is no test: one trial, or differences that are all the "
         "same and not zero.",
-        {
-            "model_title": "Model",
-            "selection_title": "Selection",
-            "set_title": "Set",
-            "method_title": "Method",
-            "n": "n",
-        },
+        {**_ROW, "n": "n"},
         "accuracy",
         outcomes.order(outcomes.tests.drop(columns="values"), _ORDER),
     )
@@ -149,7 +143,8 @@ def cost(outcomes: DomainOutcomes) -> Table:
         cell,
         records,
         averaged="Means over all runs; times of steps are without reading and augmenting images",
-        measured_on="the out splits of all environments at the last step. Expert tells class (environment) is the mutual information of a token's expert and its image's class (environment), "
+        measured_on="the out splits of all environments at the last step. Expert tells class (environment) is the "
+        "mutual information of a token's expert and its image's class (environment), "
         f"and by chance the same after {PERMUTATIONS} shuffles of classes over the images of an environment "
         "(environments over those of a class): their mean, and what 95 % stay below. Only what is above that means "
         "anything",
@@ -158,9 +153,7 @@ def cost(outcomes: DomainOutcomes) -> Table:
 
 
 def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
-    """Read costs that others report: a row a model, set and method with titles, a column a metric, and ``source``, all
-    sources of the row.
-    """
+    """Read the costs that others report, a row per model, set and method, a column per metric, with the ``source``."""
     file = outcomes.benchmark.definition.published_costs
     if not file:
         return None
@@ -176,15 +169,14 @@ def _published_costs(outcomes: DomainOutcomes) -> pd.DataFrame | None:
 def paper(outcomes: DomainOutcomes) -> Table:
     """Compare published averages with ours."""
     published = read_published(outcomes.benchmark).assign(value=lambda frame: frame["value"] / 100)
-    key = ["model", "set", "method", "selection"]
     trials = outcomes.trials(complete=True)
     ours = our_means(trials, CELL)
-    by_trial = trials.reset_index()
-    four = by_trial[by_trial["set"].isin(FOUR)].groupby(["selection", "model", "method", "trial"], sort=False)["value"]
+    of_four = trials[trials.index.get_level_values("set").isin(FOUR)]
+    four = of_four.groupby(["selection", "model", "method", "trial"], sort=False)
     whole = four.mean()[four.count() == len(FOUR)]
     averages = our_means(whole, ["selection", "model", "method"]).assign(set=_FOUR)
     ours = pd.concat([ours[ours["set"].isin(published["set"])], averages])
-    frame = published.merge(ours, on=key, how="outer", sort=False)
+    frame = published.merge(ours, on=["model", "set", "method", "selection"], how="outer", sort=False)
     frame["difference"] = frame["ours"] - frame["value"]
     frame = outcomes.order(frame, ["selection", "set", "model", "method"])
     return published_table(
@@ -196,7 +188,7 @@ def paper(outcomes: DomainOutcomes) -> Table:
         "authors stand "
         "there for the reader. Another model and other data can neither confirm nor refute a published value. "
         f"{_experts(outcomes, outcomes.sets)}".strip(),
-        {"selection_title": "Selection", "set_title": "Set", "model_title": "Model", "method_title": "Method"},
+        {key: _ROW[key] for key in ("selection_title", "set_title", "model_title", "method_title")},
         frame,
     )
 
@@ -215,7 +207,7 @@ SET_TABLES = {"results": results, "choices": choices}
 
 
 def _judged_on(outcomes: DomainOutcomes, name: str) -> str:
-    """Say on which images accuracy is measured."""
+    """Describe the images on which accuracy is measured."""
     limits = {run.spec["training"]["eval_rows"] for run in outcomes.runs if run.spec["task"]["name"] == name}
     cut = "".join(f", of which {limit} are used" for limit in limits if limit)
     return f"On the in split of the environment that was held out (80 % of its images{cut})."
@@ -234,17 +226,15 @@ def _selections(outcomes: DomainOutcomes, names: list[str]) -> str:
 
 
 def _experts(outcomes: DomainOutcomes, names: list[str]) -> str:
-    """Say how many experts each method's tokens use, of how many, in which blocks."""
+    """List the numbers of experts that tokens of each method use, and the blocks that have them."""
     experts: dict[str, dict[str, None]] = {}
     for run in outcomes.runs:
-        method = run.spec["method"]
-        if run.spec["task"]["name"] not in names or method["config"] is None:
-            continue
-        config = method["config"]
-        layers = config["layers"]
-        blocks = layers if isinstance(layers, str) else ", ".join(map(str, layers))
-        text = f"{config['top_k']} of {config['num_experts']} in {blocks}"
-        experts.setdefault(outcomes.title("method", method["name"]), {})[text] = None
+        method, config = run.spec["method"], run.spec["method"]["config"]
+        if run.spec["task"]["name"] in names and config is not None:
+            layers = config["layers"]
+            blocks = layers if isinstance(layers, str) else ", ".join(map(str, layers))
+            text = f"{config['top_k']} of {config['num_experts']} in {blocks}"
+            experts.setdefault(outcomes.title("method", method["name"]), {})[text] = None
     words = "; ".join(f"{title} {' or '.join(texts)}" for title, texts in experts.items())
     return f"Experts that a token uses, and the blocks that have them: {words}. " if words else ""
 
@@ -269,25 +259,12 @@ _NOTE = (
     "verdicts by paired t-tests at 5 %, corrected by Holm's procedure over a method's "
     "sets, not over methods. With two trials a test rests on two differences: read it as a hint."
 )
-SET_FIGURES = {
-    "accuracy": draw_accuracy,
-    "samples": draw_samples,
-    "confusion": draw_confusion,
-    "routing": draw_routing,
-}
+SET_FIGURES = {"accuracy": draw_accuracy, "samples": draw_samples, "confusion": draw_confusion, "routing": draw_routing}
 
 
 def present(benchmark: Benchmark[ImageDefinition, SetEntry], runs: list[Run]) -> Presentation:
     """Present finished runs."""
     outcomes = DomainOutcomes(benchmark, runs)
     parts = {name: make(benchmark, SET_TABLES, SET_FIGURES, outcomes, name) for name in outcomes.sets}
-    return make(
-        benchmark,
-        TABLES,
-        {},
-        outcomes,
-        verdicts=list(verdicts(outcomes)),
-        note=_NOTE,
-        compared=outcomes.compared,
-        parts=parts,
-    )
+    sentences: dict[str, Any] = {"verdicts": list(verdicts(outcomes)), "note": _NOTE, "compared": outcomes.compared}
+    return make(benchmark, TABLES, {}, outcomes, **sentences, parts=parts)

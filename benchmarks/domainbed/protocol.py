@@ -1,8 +1,7 @@
-"""DomainBed's protocol (Gulrajani and Lopez-Paz, ICLR 2021), number for number: seeds, splits, hyper-parameters,
-selections.
+"""DomainBed's protocol (Gulrajani and Lopez-Paz, ICLR 2021): seeds, splits, hyper-parameters, selections.
 
-Facts from github.com/facebookresearch/DomainBed at b93c22a, and for the registry ``emoe`` from the fork of the paper's
-authors."""
+Facts from github.com/facebookresearch/DomainBed at b93c22a, and for the registry ``emoe`` from the authors' fork.
+"""
 
 from __future__ import annotations
 
@@ -78,9 +77,7 @@ def _shuffled_parts(rows: list[int], count: int, seed: int) -> tuple[list[int], 
 
 
 def held_out_combinations(count: int) -> Iterator[tuple[int, ...]]:
-    """Yield every single environment and every pair, in a sweep's order; leave-one-domain-out selection needs the
-    pairs.
-    """
+    """Yield every single environment and every pair (for leave-one-domain-out selection), in a sweep's order."""
     for first in range(count):
         yield (first,)
         yield from ((first, second) for second in range(first + 1, count))
@@ -91,18 +88,14 @@ def hyper_parameters(registry: Registry, dataset: str, hparams_seed: int, trial_
     """Return a run's hyper-parameters.
 
     Args:
-        registry: The source of defaults and distributions: DomainBed's, or those of the EMoE authors' fork for GMoE and
-            EMoE.
+        registry: The source of defaults and distributions: DomainBed, or the EMoE authors' fork for GMoE and EMoE.
         dataset: DomainBed's name of the set.
         hparams_seed: The seed of the draw: 0 for the defaults, others for a random draw.
         trial_seed: The seed of the trial; random draws differ between trials.
 
     Returns:
-        ``data_augmentation, resnet18, resnet_dropout, class_balanced, nonlinear_classifier, lr, weight_decay,
-        batch_size``
-        (those of a ResNet shape nothing here; they are kept so that a draw can be compared), and of DomainBed's
-        registry
-        ``vit_dropout``, which the older one of the fork has not.
+        DomainBed's hyper-parameters by name. Those of a ResNet shape nothing here; they are kept so that a draw can
+        be compared. The fork's older registry has no ``vit_dropout``.
     """
     definitions = _definitions(registry, dataset)
     if hparams_seed == 0:
@@ -235,16 +228,9 @@ def _left_out(run: RunRecords, runs: Sequence[RunRecords], env: int) -> Chosen |
 
 
 def oracle_validation(runs: Sequence[RunRecords], env: int) -> Chosen | None:
-    """Choose the run whose *last* record has the highest accuracy on the held-out environment's *out* split (an
-    oracle).
-    """
-    return _best(
-        [
-            Chosen(float(record[f"env{env}_out_acc"]), record, run.choice)
-            for run in _single(runs, env)
-            for record in (max(run.records, key=lambda record: record["step"]),)
-        ]
-    )
+    """Choose the run whose *last* record is the best on the held-out environment's *out* split (an oracle)."""
+    last = [(max(run.records, key=lambda record: record["step"]), run.choice) for run in _single(runs, env)]
+    return _best([Chosen(float(record[f"env{env}_out_acc"]), record, choice) for record, choice in last])
 
 
 Selection = Callable[[Sequence[RunRecords], int], Chosen | None]

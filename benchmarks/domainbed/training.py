@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,10 @@ from emoe.records import LayerRecord
 def expert_information(
     loads: NDArray[np.int64], classes: NDArray[np.int64], environments: NDArray[np.int64], *, seed: int
 ) -> dict[str, NDArray[np.float64]]:
-    """Measure what experts tell of ``class`` and ``environment``: as it is, and after shuffles over images.
+    """Compute the information of experts on ``class`` and ``environment``: as it is, and after shuffles over images.
 
     Images are shuffled, not tokens, which belong together. Classes are shuffled among the images of an environment and
-    environments among those of
-    a class, because the one may hold more of the other: what that alone tells is then part of what chance tells.
+    environments among those of a class, so that what one tells of the other is part of chance.
 
     Args:
         loads: The number of choices ``[images, layers, experts]``.
@@ -84,24 +82,6 @@ class EvaluationSteps(TrainerCallback):
         if step % self._every == 0 or state.global_step == state.max_steps:
             control.should_log = control.should_evaluate = True
             control.should_save = step > 0  # the first step is sooner done again than saved
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Hold the predictions of a trained model, and its routing.
-
-    Attributes:
-        confusion: The number of images ``[environments, classes, classes]`` by true and predicted class.
-        loads: The number of choices ``[environments, classes, experts]`` by layer; empty for a dense model.
-        chance: The information on ``class`` and ``environment`` by chance, by layer: mean and 95 % of shuffled labels,
-            in bits.
-        summary: A summary of the routing.
-    """
-
-    confusion: NDArray[np.int64]
-    loads: dict[int, NDArray[np.int64]]
-    chance: dict[int, dict[str, tuple[float, float]]]
-    summary: dict[str, float]
 
 
 class DomainTrainer:
@@ -194,18 +174,23 @@ class DomainTrainer:
         # Trainer ends its log with an entry of its own, without an evaluation
         return [record for record in records.values() if len(record) > 2]
 
-    def predict(self, splits: Sequence[EvaluationRows], num_classes: int) -> Predictions:
-        """Predict the splits once more, one an environment, and record which experts their images use.
+    def predict(self, splits: Sequence[EvaluationRows], num_classes: int) -> tuple[NDArray[np.int64], dict[str, Any]]:
+        """Predict the splits once more, one per environment, and record the experts that their images use.
 
         Args:
             splits: The split of every environment.
             num_classes: The number of classes.
+
+        Returns:
+            The number of images ``[environments, classes, classes]`` by true and predicted class, and a summary of
+            the routing with the number of choices ``loads``, ``[environments, classes, experts]``, and the information
+            by ``chance`` (mean and 95 % of shuffled labels, in bits), both by layer; empty for a dense model.
         """
         model = self._classifier.model
         confusion = np.zeros((len(splits), num_classes, num_classes), dtype=np.int64)
         if not routed_layers(model):
             self._predict(splits, confusion, None)
-            return Predictions(confusion, {}, {}, {})
+            return confusion, {}
         with emoe.record_routing(model) as record:
             self._predict(splits, confusion, record)
         environments = np.repeat(np.arange(len(splits)), [len(rows) for rows in splits])
@@ -214,18 +199,14 @@ class DomainTrainer:
         counts = np.zeros((len(splits), num_classes, *loads.shape[1:]), dtype=np.int64)
         np.add.at(counts, (environments, classes), loads)
         bits = expert_information(loads, classes, environments, seed=self._seed)
-        summary = record.summary()
+        routing: dict[str, Any] = record.summary()
         for name, values in bits.items():
-            summary |= MutualInformation.mean(values).numbers(name)
-        return Predictions(
-            confusion,
-            {layer: counts[:, :, i] for i, layer in enumerate(record.layers)},
-            {
-                layer: {name: by_chance(values[:, i]) for name, values in bits.items()}
-                for i, layer in enumerate(record.layers)
-            },
-            summary,
-        )
+            routing |= MutualInformation.mean(values).numbers(name)
+        routing["loads"], routing["chance"] = {}, {}
+        for i, layer in enumerate(record.layers):
+            routing["loads"][str(layer)] = counts[:, :, i].tolist()
+            routing["chance"][str(layer)] = {name: list(by_chance(values[:, i])) for name, values in bits.items()}
+        return confusion, routing
 
     def _predict(self, splits: Sequence[EvaluationRows], confusion: NDArray[np.int64], record: Any) -> None:
         model = self._classifier.model.eval()
@@ -244,7 +225,7 @@ class DomainTrainer:
 
 
 def reading_workers() -> int:
-    """Return the number of processes that read images: the cores if a GPU computes, else none. No result depends on it."""
+    """Return the number of processes that read images: the cores if a GPU computes, else none."""
     return torch.get_num_threads() if torch.cuda.is_available() else 0
 
 

@@ -37,8 +37,7 @@ def load_set(task: RunSet, seed: int, *, truncated: str) -> ImageSet:
     return load_folders(task, truncated=truncated)
 
 
-SAMPLES = 8
-_SHOWN = 10
+_SHOWN = 10  # damaged images that a message names
 
 
 def validate_to_file(job: Mapping[str, Any], output: Path) -> None:
@@ -78,21 +77,13 @@ def validate_dataset(image_set: ImageSet) -> dict[str, Any]:
         environments[environment.name] = {
             "converted": dict(sorted(converted.items())),
             "ignored": environment.ignored,
-            **environment.summary(range(len(environment)), image_set.classes),
+            **environment.summary(image_set.classes),
         }
     if damaged:
-        more = f"\nand {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
         total = sum(map(len, image_set.environments))
-        raise DataError(
-            f"{image_set.source}: {len(damaged)} of {total:,} images cannot be used:\n"
-            + "\n".join(damaged[:_SHOWN])
-            + more
-        )
-    return {
-        "source": image_set.source,
-        "classes": image_set.classes,
-        "environments": environments,
-    }
+        first = "\n".join(damaged[:_SHOWN])
+        raise DataError(f"{image_set.source}: {len(damaged)} of {total:,} images cannot be used, the first:\n{first}")
+    return {"source": image_set.source, "classes": image_set.classes, "environments": environments}
 
 
 def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tuple[str, int, str, str]]:
@@ -111,8 +102,8 @@ def list_environments(task: RunSet, seed: int, *, open_images: bool) -> list[tup
 
 
 def _by_class(environment: Environment, classes: list[str]) -> str:
-    by_class = environment.summary(range(len(environment)), classes)["labels"].values()
-    return f"{len(classes)} classes, {min(by_class)} to {max(by_class)} each" + _ignored(environment, "; ")
+    by_class = environment.summary(classes)["labels"].values()
+    return f"{len(classes)} classes, {min(by_class)} to {max(by_class)} each{_ignored(environment, '; ')}"
 
 
 def _ignored(environment: Environment, before: str) -> str:
@@ -123,20 +114,18 @@ def _ignored(environment: Environment, before: str) -> str:
 
 def counts(image_set: ImageSet) -> str:
     """Tabulate images by class and environment, and the files that are not read."""
-    summaries = [
-        environment.summary(range(len(environment)), image_set.classes) for environment in image_set.environments
-    ]
-    rows = [[name, *(summary["labels"][name] for summary in summaries)] for name in image_set.classes]
-    rows.append(["all", *(summary["rows"] for summary in summaries)])
-    table = tabulate(rows, headers=["class", *(environment.name for environment in image_set.environments)])
+    summaries = {environment.name: environment.summary(image_set.classes) for environment in image_set.environments}
+    rows = [[name, *(summary["labels"][name] for summary in summaries.values())] for name in image_set.classes]
+    rows.append(["all", *(summary["rows"] for summary in summaries.values())])
+    table = tabulate(rows, headers=["class", *summaries])
     return table + "".join(_ignored(environment, f"\n{environment.name}: ") for environment in image_set.environments)
 
 
-def sample_grid(image_set: ImageSet, size: int, samples: int = SAMPLES) -> tuple[list[str], Tensor]:
+def sample_grid(image_set: ImageSet, size: int, samples: int = 8) -> tuple[list[str], Tensor]:
     """Make a grid of pictures as a model sees them.
 
     Returns:
-        The rows' names, and the grid ``[3, height, width]`` of bytes: a row an environment, of images one more,
+        The rows' names, and the grid ``[3, height, width]`` of bytes: a row per environment, and of images one more,
         augmented.
     """
     names: list[str] = []
@@ -145,8 +134,8 @@ def sample_grid(image_set: ImageSet, size: int, samples: int = SAMPLES) -> tuple
         seed = derive_seed("samples", environment.name)
         order = torch.randperm(len(environment), generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = [order[i % len(order)] for i in range(samples)]
-        kinds = {"": plain(size)} | ({", training": augmented(size)} if environment.places else {})
-        for kind, transform in kinds.items():
-            names.append(f"{environment.name}{kind}")
+        transforms = {"": plain(size)} | ({", training": augmented(size)} if environment.places else {})
+        for suffix, transform in transforms.items():
+            names.append(f"{environment.name}{suffix}")
             pictures += [visible(load_pixels(environment, row, transform, derive_seed(seed, row))) for row in chosen]
     return names, make_grid(torch.stack(pictures), nrow=samples, padding=2, pad_value=255)

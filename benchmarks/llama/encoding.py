@@ -13,19 +13,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
-from benchmarks.harness.base import DataError
 from benchmarks.harness.models.prefix import STATES, Prefix, PrefixStates, columns_digest, with_states
-from benchmarks.llama.instructions import Broken, Instruction
+from benchmarks.llama.instructions import Instruction
 from benchmarks.llama.templates import Template
 
 IGNORED = -100
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
-_ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """The token ids of prompt and response, the begin of the response, and the number of tokens that were cut off."""
+    """Hold the tokens of prompt and response, the begin of the response, and the number of tokens that were cut."""
 
     tokens: list[int]
     begin: int
@@ -46,34 +44,25 @@ class EncodedRows(Dataset[dict[str, Any]]):
         sources: The instructions of the usable rows.
 
     Raises:
-        DataError: The tokenizer has no offsets, which separate prompt and response.
+        NotImplementedError: The tokenizer has no offsets, which separate prompt and response.
         DefinitionError: The chat template rewrites the prompt.
     """
 
     def __init__(self, instructions: Sequence[Instruction], template: Template, max_length: int) -> None:
         self.rows: list[EncodedRow] = []
         self.sources: list[Instruction] = []
-        self.broken: list[Broken] = []
+        self.broken: list[str] = []
         self._states: PrefixStates | None = None
-        for start in range(0, len(instructions), _ROWS_AT_ONCE):
-            self._encode(instructions[start : start + _ROWS_AT_ONCE], template, max_length)
-
-    def _encode(self, instructions: Sequence[Instruction], template: Template, max_length: int) -> None:
-        tokenizer = template.tokenizer
-        if not tokenizer.is_fast:
-            raise DataError(
-                f"the tokenizer of {tokenizer.name_or_path} has no offsets, which separate prompt and response"
-            )
         prompts = [template.prompt(row) for row in instructions]
         texts = [prompt + template.response(row) for prompt, row in zip(prompts, instructions, strict=True)]
-        encoded = tokenizer(texts, add_special_tokens=template.special_tokens, return_offsets_mapping=True)
-        for row, prompt, tokens, offsets in zip(
-            instructions, prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
+        special = template.special_tokens
+        encoded = template.tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True) if texts else {}
+        columns = (encoded.get(name, []) for name in ("input_ids", "offset_mapping"))
+        for row, prompt, tokens, offsets in zip(instructions, prompts, *columns, strict=True):
             begin = _begin(prompt, offsets)
             if begin >= max_length:
                 reason = f"has a prompt of {begin} tokens, so that nothing of the response fits into {max_length}"
-                self.broken.append(Broken(row.place, reason))
+                self.broken.append(f"{row.place} {reason}")
                 continue
             self.rows.append(EncodedRow(tokens[:max_length], begin, max(len(tokens) - max_length, 0)))
             self.sources.append(row)
@@ -107,7 +96,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
         return inputs if self._states is None else {**inputs, STATES: self._states[index]}
 
     def summary(self) -> dict[str, Any]:
-        """Counts for the record."""
+        """Return the counts for the record."""
         return {
             "rows": len(self.rows),
             "tokens": sum(len(row.tokens) for row in self.rows),

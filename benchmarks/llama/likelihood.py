@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 NATS = "nats_per_byte"
-_LETTER = 1  # byte; choices that are all so short are letters
 
 
 def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | None:
@@ -21,29 +20,26 @@ def nats_per_byte(samples: Sequence[Mapping[str, Any]]) -> list[float | None] | 
         several answers to one prompt, or offer letters. A blank before the answer does not count, as in ``acc_bytes``.
     """
     in_order = sorted(samples, key=lambda sample: int(sample["doc_id"]))
-    if not in_order or not all(_is_choice(sample) for sample in in_order):
+    if not all(_is_choice(sample) for sample in in_order):
         return None
-    if all(len(_bytes(text)) <= _LETTER for sample in in_order for _, text in sample["arguments"]):
+    if all(_bytes(answer) == 1 for sample in in_order for _, answer in sample["arguments"]):
         return None
     return [_nats(sample) for sample in in_order]
 
 
 def _is_choice(sample: Mapping[str, Any]) -> bool:
     """Return True if a sample is one prompt with several answers, one of them right."""
-    asked, likelihoods, right = sample.get("arguments", ()), sample.get("filtered_resps", ()), sample.get("target")
-    if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(asked) or len(asked) < 2:
+    asked, right = sample.get("arguments", ()), sample.get("target")
+    if type(right) is not int or len(asked) < 2 or any(len(pair) != 2 for pair in asked):
         return False
-    pairs = [tuple(pair) for pair in asked]
-    are_pairs = all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs)
-    one_prompt = are_pairs and len({prompt for prompt, _ in pairs}) == 1
-    return one_prompt and len(likelihoods) == len(pairs) and bool(_bytes(pairs[right][1]))
+    return len({prompt for prompt, _ in asked}) == 1 and _bytes(asked[right][1]) > 0
 
 
 def _nats(sample: Mapping[str, Any]) -> float | None:
     right = sample["target"]
-    value = -float(sample["filtered_resps"][right][0]) / len(_bytes(sample["arguments"][right][1]))
+    value = -float(sample["filtered_resps"][right][0]) / _bytes(sample["arguments"][right][1])
     return round(value, 6) if math.isfinite(value) else None
 
 
-def _bytes(answer: str) -> bytes:
-    return answer.strip().encode()
+def _bytes(answer: str) -> int:
+    return len(answer.strip().encode())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -21,11 +21,10 @@ CELL = [*GROUP, "method", "variant"]
 BASELINE, UNTUNED = "baseline", "untuned"
 _LOSS, _CORRECT = "loss", "correct"
 _TITLES = {"mmlu": "MMLU", "mmlu_dev": "MMLU-dev", "mmlu_dev_continuation": "MMLU-dev, continuations"}
-_NO_QUESTIONS = pd.DataFrame(columns=[*CELL, "seed", "task", "question", "value"])
 
 
 class InstructionOutcomes(Outcomes):
-    """The finished runs of a benchmark of instruction tuning.
+    """Collect the finished runs of a benchmark of instruction tuning.
 
     A cell with several learning rates has the runs of the one with the lowest mean held-out loss.
 
@@ -69,7 +68,7 @@ class InstructionOutcomes(Outcomes):
 
     @property
     def losses(self) -> pd.Series[float]:
-        """Held-out loss, by cell and seed."""
+        """Return the held-out loss by cell and seed."""
         return self.numbers("dev", _LOSS)
 
     def cells(self) -> pd.DataFrame:
@@ -91,20 +90,18 @@ class InstructionOutcomes(Outcomes):
         return with_verdicts(tests[row], [*CELL, "against"], lower_is_better=lower_is_better)
 
     def _all_questions(self, key: str) -> pd.DataFrame:
-        return pd.concat([_NO_QUESTIONS, *self._questions(key)], ignore_index=True)
-
-    def _questions(self, key: str) -> Iterator[pd.DataFrame]:
-        """Yield a row per question of each run: 1 if the answer is right, or the right answer's nats per byte."""
-        for run in self.runs:
-            for task, tested in self.metrics[run.id]["tasks"].items():
-                answers = [
-                    (f"{subject} {number}", float(value))
-                    for subject, values in tested.get(key, {}).items()
-                    for number, value in enumerate(values)
-                    if value is not None  # the model diverged
-                ]
-                rows = pd.DataFrame(answers, columns=["question", "value"])
-                yield rows.assign(**cell_of(run), seed=run.spec["seed"], task=task)
+        """Return a row per question of each run: 1 if the answer is right, or the right answer's nats per byte."""
+        columns = [*CELL, "seed", "task", "question", "value"]
+        rows = [
+            (*cell_of(run).values(), run.spec["seed"], task, f"{subject} {number}", float(value))
+            for run in self.runs
+            for task, tested in self.metrics[run.id]["tasks"].items()
+            for subject, values in tested.get(key, {}).items()
+            for number, value in enumerate(values)
+            if value is not None  # the model diverged
+        ]
+        # pandas sums objects in order, floats pairwise, which shows in the last digit
+        return pd.DataFrame(rows, columns=columns, dtype=object)
 
     def _differences(self, scores: pd.DataFrame, cell: list[str], against: str, pair: str) -> pd.DataFrame:
         # a model that is not tuned has no seed, and is the same for all of them

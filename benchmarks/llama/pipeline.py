@@ -25,7 +25,7 @@ from benchmarks.harness.training.sharding import gather_trained, shard_
 from benchmarks.harness.training.trainer import precision_here, with_routing
 from benchmarks.llama.definition import InstructionSpec, RunInstructionTraining
 from benchmarks.llama.encoding import EncodedRows, collator
-from benchmarks.llama.evaluation import LoadedTask, answers, held_out_loss, load_tasks, run_task, task_title
+from benchmarks.llama.evaluation import LoadedTask, answers, held_out_loss, load_task, run_task, task_title
 from benchmarks.llama.instructions import load_instructions, refuse_broken
 from benchmarks.llama.templates import Template, find_template
 from benchmarks.llama.training import Trained, train
@@ -52,9 +52,9 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     data = read_data(read, load_tokenizer(spec["model"]))
     tasks: list[LoadedTask] = []
     if is_main():
-        tasks = load_tasks(read.evaluation.tasks)
-        for warning in data.notes:
-            progress.say(f"warning: {warning}")
+        tasks = [load_task(entry) for entry in read.evaluation.tasks]
+        if data.note:
+            progress.say(f"warning: {data.note}")
     progress.say(
         f"{len(data.train)} rows to learn, {len(data.held_out)} held out, {data.broken} broken left out, "
         f"{data.train.summary()['truncated_responses']} responses cut at {read.data.max_length} tokens"
@@ -67,9 +67,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     probe.observe(trainable.model, collator(data.template.tokenizer)([data.train[0]]))
     trained = Trained([], Stopwatch().cost(0))
     if isinstance(training, RunInstructionTraining):
-        trained = train(
-            trainable, data.template.tokenizer, read, training, data.train, data.held_out, folder, progress, probe
-        )
+        tokenizer = data.template.tokenizer
+        trained = train(trainable, tokenizer, read, training, data.train, data.held_out, folder, progress, probe)
         trainable = _whole_again(spec, trainable)
     destroy_process_group()
     if not is_main():
@@ -83,18 +82,14 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         **({"held_out_curve": [*trained.held_out, last]} if trained.held_out else {}),
         "probe": probe.summary(),
         "model": trainable.summary,
-        "cost": {
-            **trained.cost,
-            "precision": precision_here(training.precision),
-            **trainable.prefix_cost(),
-        },
+        "cost": {**trained.cost, "precision": precision_here(training.precision), **trainable.prefix_cost()},
         "data": data.summary(),
     }
 
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of a run.
+    """Hold the rows of a run.
 
     Attributes:
         template: The template of the prompts.
@@ -102,7 +97,7 @@ class Data:
         held_out: The rows to evaluate on.
         broken: The number of broken rows, if they may be left out.
         source: The source of the rows.
-        notes: Differences from the known number of rows.
+        note: The difference from the known number of rows; None without one.
     """
 
     template: Template
@@ -110,14 +105,12 @@ class Data:
     held_out: EncodedRows
     broken: int
     source: str
-    notes: list[str]
+    note: str | None
 
     def prefixed(self, prefix: Prefix | None) -> Data:
         """Return the rows with the output of a model's frozen layers, if it has some."""
-        tokenizer = self.template.tokenizer
-        return replace(
-            self, train=self.train.prefixed(prefix, tokenizer), held_out=self.held_out.prefixed(prefix, tokenizer)
-        )
+        train, held_out = (rows.prefixed(prefix, self.template.tokenizer) for rows in (self.train, self.held_out))
+        return replace(self, train=train, held_out=held_out)
 
     def summary(self) -> dict[str, Any]:
         """Return the counts for ``metrics.json``."""
@@ -132,7 +125,8 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
     template = find_template(settings.template, tokenizer, spec.seed)
     whole = EncodedRows(instructions.rows, template, settings.max_length)
     broken = [*instructions.broken, *whole.broken]
-    refuse_broken(broken, instructions.source, settings.broken_rows)
+    if settings.broken_rows == "refuse":
+        refuse_broken(broken, instructions.source)
     order = list(range(len(whole)))
     # the same rows for all runs on the set
     random.Random(derive_seed("held out", name)).shuffle(order)
@@ -145,10 +139,9 @@ def read_data(spec: InstructionSpec, tokenizer: PreTrainedTokenizerBase) -> Data
             f"{instructions.source} has {len(whole)} usable rows: {len(held_out)} are held out, "
             f"and what is left fills no step of {batch}"
         )
-    known = load_benchmark(spec.benchmark).tasks.get(name)
-    note = SetPart(name, ALL, len(instructions.rows), len(instructions.broken), known.rows).note if known else None
-    notes = [note] if note else []
-    return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), instructions.source, notes)
+    entry = load_benchmark(spec.benchmark).tasks.get(name)
+    note = SetPart(name, ALL, len(instructions.rows), len(instructions.broken), entry.rows).note if entry else None
+    return Data(template, whole.chosen(learned), whole.chosen(held_out), len(broken), instructions.source, note)
 
 
 def _calibration(data: Data, rows: int = 256) -> Iterator[dict[str, torch.Tensor]]:

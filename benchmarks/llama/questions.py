@@ -40,7 +40,7 @@ def write_mmlu_dev(folder: Path) -> int:
         The number of questions.
 
     Raises:
-        DataError: lm-eval's files or questions are not those of the known release.
+        DataError: lm-eval's files or questions are not those of lm-eval 0.4.13.
     """
     import lm_eval
 
@@ -58,8 +58,8 @@ def write_mmlu_dev(folder: Path) -> int:
         lines = (json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
         write_text(folder / f"{subject}.jsonl", "".join(lines))
         for form, ending in _FORMS.items():
-            shared, own = (_read(mmlu / form / name) for name in (f"_{form}_template_yaml", file.name))
-            _write_task(folder / f"{MMLU_DEV}_{subject}{ending}.yaml", _subject(shared, own, subject, folder))
+            template, task = (_read(mmlu / form / name) for name in (f"_{form}_template_yaml", file.name))
+            _write_task(folder / f"{MMLU_DEV}_{subject}{ending}.yaml", _subject(template, task, subject, folder))
     if everything.hexdigest() != _SHA256:
         raise DataError(
             f"the questions inside lm-eval {lm_eval.__version__} are not those of lm-eval 0.4.13, "
@@ -67,17 +67,14 @@ def write_mmlu_dev(folder: Path) -> int:
         )
     for form, ending in _FORMS.items():
         groups = [_renamed(_read(file)) for file in sorted((mmlu / form).glob("_mmlu*.yaml"))]
-        # that of all subjects last: who finds it finds the others
-        for group in sorted(groups, key=lambda one: one["group"] == f"{MMLU_DEV}{ending}"):
+        # the group of all subjects is last: if it is there, so are the others
+        for group in sorted(groups, key=lambda group: group["group"] == f"{MMLU_DEV}{ending}"):
             _write_task(folder / f"{group['group']}.yaml", group)
     return count
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist; this suite reads MMLU's files of lm-eval 0.4") from error
+    content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     return content
 
 
@@ -90,12 +87,12 @@ def _question(sample: Mapping[str, str], file: Path) -> dict[str, Any]:
     return {"question": question, "choices": choices, "answer": _LETTERS.index(answer[1])}
 
 
-def _subject(template: Mapping[str, Any], own: Mapping[str, Any], subject: str, folder: Path) -> dict[str, Any]:
-    own = {key: value for key, value in own.items() if key not in ("include", "dataset_name")}
+def _subject(template: Mapping[str, Any], task: Mapping[str, Any], subject: str, folder: Path) -> dict[str, Any]:
+    task = {key: value for key, value in task.items() if key not in ("include", "dataset_name")}
     return {
         **template,
         "task_alias": subject,
-        **_renamed(own),
+        **_renamed(task),
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {_SPLIT: str((folder / f"{subject}.jsonl").resolve())}},
         # shots are the other questions of the subject: lm-eval leaves out the one that is asked
@@ -105,7 +102,7 @@ def _subject(template: Mapping[str, Any], own: Mapping[str, Any], subject: str, 
 
 
 def _renamed(content: Any) -> Any:
-    """lm-eval's definition under our names: ``mmlu_…`` becomes ``mmlu_dev_…``."""
+    """Rename lm-eval's definitions: ``mmlu_…`` becomes ``mmlu_dev_…``."""
     if isinstance(content, Mapping):
         return {key: _renamed(value) if key in ("group", "task", "tag") else value for key, value in content.items()}
     if isinstance(content, list):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         for number, request in enumerate(requests):
             by_prompt.setdefault(tuple(request[1]), []).append(number)
         questions = [_Question(prompt, [requests[i][2] for i in numbers]) for prompt, numbers in by_prompt.items()]
-        shared = [question for question in questions if self._fits(question.longest)]
+        shared = [question for question in questions if self._fits(question)]
         states = self._states(shared)
         for row, question in enumerate(shared):
             given = {} if states is None else {STATES: states[row][None]}
@@ -50,9 +51,10 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             answers |= dict(zip(rest, others, strict=True))
         return [answers[number] for number in range(len(requests))]
 
-    def _fits(self, tokens: int) -> bool:
+    def _fits(self, question: _Question) -> bool:
         """Return True if a prompt with its longest choice fits one mask."""
         config = cast(Any, self.model).config
+        tokens = len(question.prompt) + max(map(len, question.choices))
         longest = min(self.max_length, getattr(config, "sliding_window", None) or self.max_length)
         return self.device.type == "cpu" and config._attn_implementation == "sdpa" and tokens <= longest
 
@@ -60,7 +62,7 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """Return the frozen layers' output for the questions; None if no layer is frozen."""
         if self._prefix is None or not questions:
             return None
-        sizes = [len(tokens) for question in questions for tokens in (question.prompt, *question.read)]
+        sizes = [len(part) for question in questions for part in question.parts]
         columns = {"tokens": np.concatenate([question.tokens for question in questions]), "parts": np.asarray(sizes)}
         lengths = [len(question.tokens) for question in questions]
         return PrefixStates(
@@ -84,39 +86,34 @@ class SharedPromptLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return answers
 
 
-class _Question(NamedTuple):
+@dataclass(frozen=True)
+class _Question:
+    """Hold the tokens of a prompt and of its choices."""
+
     prompt: tuple[int, ...]
     choices: list[list[int]]
 
     @property
-    def read(self) -> list[list[int]]:
-        """Return the choices without their last tokens, which predict nothing."""
-        return [choice[:-1] for choice in self.choices]
+    def parts(self) -> list[Sequence[int]]:
+        """Return the prompt, then the choices without their last tokens, which predict nothing."""
+        return [self.prompt, *(choice[:-1] for choice in self.choices)]
 
     @property
     def tokens(self) -> list[int]:
-        """Return the tokens of the prompt, then of each choice."""
-        return [*self.prompt, *(token for choice in self.read for token in choice)]
-
-    @property
-    def longest(self) -> int:
-        """Return the number of tokens of the prompt with its longest choice."""
-        return len(self.prompt) + max(map(len, self.choices))
-
-    def segments(self) -> Tensor:
-        """Return 0 for each token of the prompt, and the number of its choice, from 1 on, for others: ``[tokens]``."""
-        counts = [len(self.prompt), *map(len, self.read)]
-        return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        """Return the tokens of all parts."""
+        return [token for part in self.parts for token in part]
 
     def mask(self) -> Tensor:
         """Return the mask ``[tokens, tokens]``: a token sees the prompt, and its choice up to itself."""
-        segments = self.segments()
-        return ((segments[:, None] == segments[None, :]) | (segments[None, :] == 0)).tril()
+        sizes = torch.tensor([len(part) for part in self.parts])
+        part = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        return ((part[:, None] == part[None, :]) | (part[None, :] == 0)).tril()
 
     def positions(self) -> Tensor:
         """Return the positions ``[tokens]`` as if every choice came right after the prompt."""
-        after = [torch.arange(len(self.prompt), len(self.prompt) + len(choice)) for choice in self.read]
-        return torch.cat([torch.arange(len(self.prompt)), *after])
+        prompt, *choices = self.parts
+        starts = [0, *[len(prompt)] * len(choices)]
+        return torch.cat([torch.arange(len(part)) + start for part, start in zip(self.parts, starts, strict=True)])
 
 
 def _inputs(questions: Sequence[_Question]) -> dict[str, Tensor]:

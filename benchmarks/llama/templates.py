@@ -31,7 +31,7 @@ def template_names() -> list[str]:
 
 @dataclass(frozen=True)
 class Template:
-    """A template that makes prompt and response of rows.
+    """Make prompt and response of rows.
 
     Attributes:
         name: The name of the template, also if it was drawn.

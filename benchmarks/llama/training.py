@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
 from benchmarks.harness.base import derive_seed
@@ -26,7 +28,7 @@ from benchmarks.llama.grid import accumulation
 
 @dataclass(frozen=True)
 class Trained:
-    """The numbers of a training.
+    """Hold the numbers of a training.
 
     Attributes:
         curve: The loss of every step: the mean over its learned tokens.
@@ -105,36 +107,37 @@ def train(
         callbacks=[progress, stopwatch, RetieGates()],
     )
     if every := training.eval_every:
-        at_once, precision = spec.evaluation.batch_size, precision_here(training.precision)
-        # after the stopwatch, which does not measure it
-        trainer.add_callback(HeldOutCurve(held_out, tokenizer, every, at_once, precision))
+        loss = partial(
+            held_out_loss,
+            rows=held_out,
+            tokenizer=tokenizer,
+            batch_size=spec.evaluation.batch_size,
+            precision=precision_here(training.precision),
+        )
+        trainer.add_callback(HeldOutCurve(loss, every))  # after the stopwatch, which does not measure it
     trainer.train(resume_from_checkpoint=resume(checkpoints, stopwatch, probe))
-    curve = [finite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return Trained(curve, stopwatch.cost(trainer.state.global_step), HeldOutCurve.points(trainer.state))
+    log = trainer.state.log_history
+    curve = [finite(entry["loss"]) for entry in log if "loss" in entry]
+    points = [{"step": entry["step"], "loss": entry[_KEY]} for entry in log if _KEY in entry]
+    return Trained(curve, stopwatch.cost(trainer.state.global_step), points)
 
 
 _KEY = "held_out_loss"
 
 
 class HeldOutCurve(TrainerCallback):
-    """Computes the held-out loss before training and every few steps, without changing the training.
+    """Compute the held-out loss before training and every few steps, without changing the training.
 
     The last step is left out, because the model is evaluated then. The points are in Trainer's log, which checkpoints
     keep.
 
     Args:
-        rows: The held-out rows.
-        tokenizer: The model's tokenizer.
+        loss: The function that computes the loss of a model, None if the model diverged.
         every: The steps between two points.
-        batch_size: The number of rows at once.
-        precision: The arithmetic of an accelerator.
     """
 
-    def __init__(
-        self, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, every: int, batch_size: int, precision: str
-    ) -> None:
-        self._rows, self._tokenizer, self._every = rows, tokenizer, every
-        self._batch_size, self._precision = batch_size, precision
+    def __init__(self, loss: Callable[[Any], float | None], every: int) -> None:
+        self._loss, self._every = loss, every
 
     def on_train_begin(
         self, args: Arguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -150,12 +153,4 @@ class HeldOutCurve(TrainerCallback):
 
     def _add_point(self, state: TrainerState, model: nn.Module) -> None:
         with restore_rng_and_modes(model):
-            loss = held_out_loss(
-                cast(PreTrainedModel, model), self._rows, self._tokenizer, self._batch_size, self._precision
-            )
-        state.log_history.append({_KEY: cast(Any, loss), "step": state.global_step})
-
-    @staticmethod
-    def points(state: TrainerState) -> list[dict[str, Any]]:
-        """Return the points: ``step`` and ``loss``, which is None if the model diverged."""
-        return [{"step": entry["step"], "loss": entry[_KEY]} for entry in state.log_history if _KEY in entry]
+            state.log_history.append({_KEY: cast(Any, self._loss(model)), "step": state.global_step})

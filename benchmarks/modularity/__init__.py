@@ -1,1 +1,1 @@
-"""What is modular in pre-trained models before anything is trained: activations in blocks, experts by task."""
+"""Measure pre-trained models before any training: activations in blocks, experts by task."""

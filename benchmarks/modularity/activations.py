@@ -25,7 +25,7 @@ def dense_magnitudes(model: nn.Module, layer: int, batches: Batches) -> Tensor:
 
 
 def neurons_used(model: nn.Module, layer: int, batches: Batches, selection: Selection) -> Tensor:
-    """Find the neurons that a selection of experts uses, ``[tokens, d]`` bool, of the tokens of :func:`dense_magnitudes`.
+    """Find the neurons, ``[tokens, d]`` bool, that a selection uses for the tokens of :func:`dense_magnitudes`.
 
     An activation that returns 1 for every neuron makes the input of the out-projection the mask itself. The model
     is restored.

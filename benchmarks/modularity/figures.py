@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from benchmarks.harness.report.plots import REFERENCE, STYLE, WIDTH, hide_empty, panel_grid, placeholder_figure, save
 from benchmarks.harness.report.style import EMOE
 from benchmarks.modularity.grid import EXPERTS
-from benchmarks.modularity.tables import ModularityOutcomes
+from benchmarks.modularity.outcomes import ModularityOutcomes
 from benchmarks.text.figures import UsagePanel, draw_usage
 
 _PAPERS_N = 64  # of Fig. 4
@@ -100,9 +100,8 @@ def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
             sizes = sorted(rows["num_experts"].unique())
             axis.axhline(25, color="#bbbbbb", lw=0.8, ls=":", zorder=0)
             for number, name in enumerate(outcomes.methods):
-                own = rows[rows["method"] == name]
-                if len(own):
-                    _draw_series(axis, outcomes, own, sizes, number)
+                if name in set(rows["method"]):
+                    _draw_series(axis, outcomes, rows[rows["method"] == name], sizes, number)
             axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
             axis.set_xlim(-0.5, len(sizes) - 0.5)
             axis.set_ylim(0, 102)
@@ -119,31 +118,25 @@ def draw_concentration(outcomes: ModularityOutcomes, path: Path) -> None:
 
 def _draw_series(axis: Any, outcomes: ModularityOutcomes, rows: pd.DataFrame, sizes: list[int], number: int) -> None:
     name = str(rows["method"].iloc[0])
-    look = outcomes.style(name)
+    style = outcomes.style(name)
     by_size = rows.groupby("num_experts")["best_quarter"]
     shift = 0.12 * (number - 1)
     means, low, high = by_size.mean() * 100, by_size.min() * 100, by_size.max() * 100
     x = np.array([sizes.index(size) for size in by_size.groups]) + shift
-    axis.vlines(x, low, high, color=look.colour, lw=1.4)
-    axis.plot(x, means, ls="", ms=4.5, **look.mark, label=outcomes.title("method", name))
-    known = outcomes.paper[(outcomes.paper["method"] == name) & (outcomes.paper["metric"] == "best_quarter")]
-    known = known[known["num_experts"].isin(sizes)]
-    axis.plot(
-        [sizes.index(size) + shift + _BESIDE for size in known["num_experts"]],
-        known["value"] * 100,
-        "x",
-        ms=5,
-        color=look.colour,
-    )
+    axis.vlines(x, low, high, color=style.colour, lw=1.4)
+    axis.plot(x, means, ls="", ms=4.5, **style.mark, label=outcomes.title("method", name))
+    published = outcomes.paper[(outcomes.paper["method"] == name) & (outcomes.paper["metric"] == "best_quarter")]
+    published = published[published["num_experts"].isin(sizes)]
+    beside = [sizes.index(size) + shift + _BESIDE for size in published["num_experts"]]
+    axis.plot(beside, published["value"] * 100, "x", ms=5, color=style.colour)
 
 
 def draw_experts(outcomes: ModularityOutcomes, path: Path) -> None:
     """Draw the use of experts by task and class, a panel a model (its first layer), with its smallest N."""
     panels = []
     for title, rows in outcomes.first_panels():
-        own = rows[rows["method"] == outcomes.baseline]
-        if len(own):
-            row = next(own.sort_values("num_experts", kind="stable").itertuples())
+        clusters = rows[rows["method"] == outcomes.baseline].sort_values("num_experts", kind="stable")
+        for row in clusters.head(1).itertuples():
             metrics = outcomes.metrics_of(row)
             numbers = metrics["measured"][EXPERTS]
             panels.append(UsagePanel(f"{title}, N = {row.num_experts}", numbers, metrics["usage"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding
 
 import emoe
 from benchmarks.harness.base import derive_seed
@@ -57,18 +57,15 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     model.to(cast(Any, "cuda" if torch.cuda.is_available() else "cpu"))
     source = {"from": describe(spec["model"], model), "weights": weights_digest(model)}
     (layer,) = spec["method"]["config"]["layers"]
+    length = read.reading.max_length
     rows = {
-        name: _Rows(
-            TokenisedRows(split, tokenizer, read.reading.max_length, by_length=False, labelled=False),
-            tokenizer,
-            read.reading.batch_size,
-        )
-        for name, split in splits.items()
+        name: TokenisedRows(split, tokenizer, length, by_length=False, labelled=False) for name, split in splits.items()
     }
+    batches = partial(_batches, DataCollatorWithPadding(tokenizer), read.reading.batch_size)
     progress.say(f"reading {sum(map(len, splits.values())):,} rows of {len(splits)} tasks with the dense model")
     below = StatesBelow(model, layer)
     with below.recording():
-        dense = {name: dense_magnitudes(model, layer, task.batches()) for name, task in rows.items()}
+        dense = {name: dense_magnitudes(model, layer, batches(task)) for name, task in rows.items()}
     report = apply_method_(model, spec["method"], read.seed)
     converted = [asdict(entry) for entry in report.layers] if report else []
     progress.say("reading them again with experts")
@@ -76,12 +73,12 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     with below.replaying():
         for name, task in rows.items():
             with emoe.record_routing(model) as record:
-                top.append(neurons_used(model, layer, task.batches(record), "top"))
+                top.append(neurons_used(model, layer, batches(task, record), "top"))
             by_row = record.layers[layer].by_label
-            by_expert = np.stack([by_row[row].numpy() for row in range(len(task.rows))])
+            by_expert = np.stack([by_row[row].numpy() for row in range(len(task))])
             loads[name] = SetLoads(by_expert, splits[name].class_numbers)
     with below.replaying():
-        bottom = [neurons_used(model, layer, task.batches(), "bottom") for task in rows.values()]
+        bottom = [neurons_used(model, layer, batches(task), "bottom") for task in rows.values()]
     order = permutations(model)[layer]
     whole = torch.cat([magnitudes[:, order] for magnitudes in dense.values()])
     active = is_active(whole, read.reading.active_share)
@@ -91,8 +88,8 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
         numbers = selected(torch.cat(used), whole, active)
         measured |= {f"{name}_{selection}": value for name, value in numbers.items()}
     measured["inertia"] = 1 - converted[0]["explained"]
-    told, usage = describe_usage(loads)
-    measured |= told | {f"{kind}_experts": float(len(usage[kind])) for kind in ("shared", "specialised")}
+    information, usage = describe_usage(loads)
+    measured |= information | {f"{kind}_experts": float(len(usage[kind])) for kind in ("shared", "specialised")}
     return {
         "measured": {EXPERTS: measured},
         "usage": usage,
@@ -103,22 +100,15 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     }
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of a task, in batches for a model."""
-
-    rows: TokenisedRows
-    tokenizer: PreTrainedTokenizerBase
-    batch_size: int
-
-    def batches(self, record: RoutingRecord | None = None) -> Iterator[dict[str, Any]]:
-        """Yield batches in the order of the rows; the record counts by row."""
-        collate = DataCollatorWithPadding(self.tokenizer)
-        for start in range(0, len(self.rows), self.batch_size):
-            indices = range(start, min(start + self.batch_size, len(self.rows)))
-            if record is not None:
-                record.set_labels(torch.tensor(indices))
-            yield dict(collate([self.rows[index] for index in indices]))
+def _batches(
+    collate: DataCollatorWithPadding, size: int, rows: TokenisedRows, record: RoutingRecord | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield batches in the order of the rows; the record counts by row."""
+    for start in range(0, len(rows), size):
+        indices = range(start, min(start + size, len(rows)))
+        if record is not None:
+            record.set_labels(torch.tensor(indices))
+        yield dict(collate([rows[index] for index in indices]))
 
 
 def _matrix(tokens: Mapping[str, int], whole: Tensor, active: Tensor, reading: Reading) -> dict[str, Any]:

@@ -1,22 +1,122 @@
-"""Tables, figures and sentences of pre-trained models as they are."""
+"""Tables, figures and verdicts of pre-trained models as they are."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from benchmarks.harness.config.benchmark import Benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.report.presentation import Presentation, make
+from benchmarks.harness.report.table import Column, Table
+from benchmarks.harness.results.records import information_numbers
+from benchmarks.harness.results.statistics import PERMUTATIONS
 from benchmarks.modularity.figures import draw_activations, draw_activations_3d, draw_concentration, draw_experts
 from benchmarks.modularity.grid import ModularityDefinition
-from benchmarks.modularity.tables import TABLES, ModularityOutcomes, verdicts
+from benchmarks.modularity.outcomes import CELL, PLACE, ModularityOutcomes
 from benchmarks.text.definition import TaskEntry
 
+_KEYS = {"model_title": "Model", "layer": "Layer", "num_experts": "N", "method_title": "Neurons in blocks", "n": "n"}
+_IN_PAPER = ("best_quarter", "usage_gini")
+
+
+def concentration(outcomes: ModularityOutcomes) -> Table:
+    """Show the concentration by construction, beside the paper's matrices."""
+    frame = outcomes.means.copy()
+    for metric in _IN_PAPER:
+        published = outcomes.paper[outcomes.paper["metric"] == metric].set_index(["method", "num_experts"])["value"]
+        frame[f"{metric}_paper"] = [
+            published.get((row.method, row.num_experts), float("nan")) for row in frame.itertuples()
+        ]
+    shares = ", ".join(
+        f"{share * 100:g}" for share in sorted({run.spec["reading"]["active_share"] for run in outcomes.runs})
+    )
+    return Table(
+        "Activations in blocks of neurons, nothing trained",
+        "Means over n random partitions ± standard deviation; the other constructions have no seed. A neuron is active "
+        f"for a token where |activation| is among the {shares} % largest of all tokens and neurons, as many as are not "
+        "zero in the paper's matrix. Best quarter: share of a token's active neurons that are in the N/4 blocks with "
+        "most of them, mean over tokens; of their magnitudes, all neurons counted. Gini: of the blocks' active neurons "
+        "over all tokens. What avg-k keeps is the share of all magnitude in the top k of the row's own experts. "
+        "Unexplained variance is that of the keys. The paper's two matrices are of a model, layer and set that it does "
+        "not name (as they stand, and clustered), so that directions compare and values do not.",
+        dict(_KEYS),
+        [
+            *(
+                Column(metric, metric, std=f"{metric}_std")
+                for metric in ("best_quarter", "best_quarter_mass", "usage_gini", "kept_top", "inertia")
+            ),
+            Column("best_quarter", "best_quarter_paper", "Paper: best quarter"),
+            Column("usage_gini", "usage_gini_paper", "Paper: Gini"),
+        ],
+        frame,
+    )
+
+
+def selected(outcomes: ModularityOutcomes) -> Table:
+    """Show the neurons that the top k and the bottom k experts use."""
+    names = ["dead", *(f"{name}_{selection}" for name in ("dead", "active", "kept") for selection in ("top", "bottom"))]
+    return Table(
+        "Neurons in use by the top and the bottom k experts, nothing trained",
+        "Are the experts with the lowest scores dead, which would explain that using them does harm (the paper's Table "
+        "4)? A neuron is dead here if it is active for none of the tokens that are read, and active as above. Shares "
+        "are of the neurons of the experts in use, means over tokens; without a selection the share of dead neurons "
+        "would be that of all. Kept is the share of all magnitude. Means over n random partitions ± standard "
+        "deviation.",
+        dict(_KEYS),
+        [Column(name, name, std=f"{name}_std") for name in names],
+        outcomes.means,
+    )
+
+
+def usage(outcomes: ModularityOutcomes) -> Table:
+    """Show the information in the choice of an expert, beside chance."""
+    metrics = [*information_numbers("task", "class"), "specialised_experts", "shared_experts"]
+    frame = outcomes.means.reindex(columns=list(dict.fromkeys([*_KEYS, *CELL, *metrics])))
+    return Table(
+        "What the choice of an expert tells, nothing trained",
+        "Mutual information of a token's expert with the task that its row is of, and with the row's class (within a "
+        f"task, mean over the tasks that have classes). Chance: mean and 95 % quantile of {PERMUTATIONS} shuffles of "
+        "rows over the tasks, or within their task; more than the quantile is more than chance. Specialised experts "
+        "are those that some task uses more than shuffles explain (5 %, all experts and tasks together); shared ones "
+        "are used above 1/N by every task, and by none more or less than by the others. Means over random partitions.",
+        {key: label for key, label in _KEYS.items() if key != "n"},
+        [Column(metric, metric) for metric in metrics],
+        frame,
+    )
+
+
+def verdicts(outcomes: ModularityOutcomes) -> Iterator[str]:
+    """Yield a sentence a model and layer, at its largest N."""
+    means = outcomes.means
+    for key, rows in means.groupby(PLACE, sort=False):
+        largest = rows[rows["num_experts"] == rows["num_experts"].max()].set_index("method")
+        if outcomes.baseline not in largest.index:
+            continue
+        baseline = largest.loc[outcomes.baseline]
+        others = ", ".join(
+            f"{row.method_title.lower()} {row.best_quarter * 100:.0f} %"
+            for row in largest.drop(index=outcomes.baseline).itertuples()
+        )
+        bits, chance, most = (baseline[name] for name in information_numbers("task"))
+        yield (
+            f"{baseline['model_title']}, layer {key[1]}, N = {baseline['num_experts']}: a token has "
+            f"{baseline['best_quarter'] * 100:.0f} % of its active neurons in the best quarter of the clusters"
+            f"{f' ({others})' if others else ''}; the choice of an expert tells {'more' if bits > most else 'no more'} "
+            f"than chance of the task ({bits:.3f} bit, chance {chance:.3f})."
+        )
+
+
+TABLES = {"concentration": concentration, "selected": selected, "usage": usage}
 FIGURES = {
     "activations": draw_activations,
     "activations_3d": draw_activations_3d,
     "concentration": draw_concentration,
     "experts": draw_experts,
 }
-_NOTE = "Nothing is trained, so that nothing varies but random partitions. A mark or a bit above chance says that experts are used differently, not that this helps."
+_NOTE = (
+    "Nothing is trained, so that nothing varies but random partitions. A mark or a bit above chance says that experts "
+    "are used differently, not that this helps."
+)
 
 
 def present(benchmark: Benchmark[ModularityDefinition, TaskEntry], runs: list[Run]) -> Presentation:

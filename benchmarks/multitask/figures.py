@@ -21,7 +21,7 @@ from benchmarks.harness.report.plots import (
     wrapped,
 )
 from benchmarks.multitask.grid import ID_MEAN
-from benchmarks.multitask.tables import MultitaskOutcomes
+from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.text.grid import ID, OOD
 
 _DOMAINS = {ID: "", ID_MEAN: "mean of the tasks", OOD: " (OOD)", OOD_MEAN: "mean out of domain"}
@@ -29,7 +29,7 @@ _LINE, _APART = 0.27, 0.8  # inches of a set, and the share of it that its metho
 
 
 def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
-    """Draw the differences to the baseline: a panel a model and mixture, a line a set; 95 % intervals from three seeds."""
+    """Draw the differences to the baseline: a panel per model and mixture, a line per set; 95 % intervals."""
     rows = outcomes.of_mixtures(outcomes.rows)
     rows = rows[rows["delta"].notna()].assign(n=rows["pairs"])
     methods = [name for name in outcomes.methods if name in set(rows["method"])]
@@ -55,14 +55,8 @@ def draw_differences(outcomes: MultitaskOutcomes, path: Path) -> None:
             axis.set_yticks(range(len(names)), [name for name, _ in names])
             axis.set_ylim(len(names) - 0.4, -0.6)
         handles = [mpl.lines.Line2D([], [], ls="", ms=4.5, **outcomes.style(name).mark) for name in methods]
-        figure.legend(
-            handles,
-            [outcomes.title("method", name) for name in methods],
-            loc="outside lower center",
-            ncols=3,
-            fontsize=7,
-            frameon=False,
-        )
+        titles = [outcomes.title("method", name) for name in methods]
+        figure.legend(handles, titles, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
         axes[-1, 0].set_xlabel(difference_label(outcomes.baseline_title, rows["n"]))
         save(figure, path)
 
@@ -74,10 +68,10 @@ def _lines(outcomes: MultitaskOutcomes, rows: pd.DataFrame) -> list[tuple[str, A
     """
     lines = []
     for domain, words in _DOMAINS.items():
-        own = rows[rows["domain"] == domain]
+        of_domain = rows[rows["domain"] == domain]
         if domain == OOD_MEAN and rows.loc[rows["domain"] == OOD, "eval_task"].nunique() < 2:
             continue
-        for name, group in own.groupby("eval_task", sort=False):
+        for name, group in of_domain.groupby("eval_task", sort=False):
             label = f"{outcomes.title('task', str(name))}{words}" if name else words
             lines.append((label, group.index))
     return lines

@@ -1,4 +1,4 @@
-"""The rows that an encoder-decoder learns: their text, their answers, and the order in which tasks are mixed."""
+"""Write the rows that an encoder-decoder learns and their answers, and mix the tasks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def answers(tokenizer: PreTrainedTokenizerBase, task: WrittenTask) -> list[list[
 
 
 class LearnedRows(Dataset[dict[str, Any]]):
-    """Rows of a task with the tokens of their answers as labels.
+    """Hold rows of a task with the tokens of their answers as labels.
 
     Args:
         rows: The tokenised rows, with class numbers.
@@ -122,5 +122,4 @@ class MixedOrder(Sampler[int]):
 
     def _pass(self, name: str, number: int, rows: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed("rows of", name, self._seed, number))
-        order: list[int] = torch.randperm(rows, generator=generator).tolist()
-        return order
+        return list(torch.randperm(rows, generator=generator).tolist())

@@ -59,37 +59,8 @@ def log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor], answers: S
     return -losses.view(rows, count, longest).sum(-1)
 
 
-def rank(
-    model: PreTrainedModel,
-    rows: TokenisedRows,
-    tokenizer: PreTrainedTokenizerBase,
-    answers: Sequence[Sequence[int]],
-    batch_size: int,
-    precision: str,
-) -> NDArray[np.float32]:
-    """Compute :func:`log_likelihoods` of all rows, in their order; restores RNG state and train/eval mode.
-
-    Args:
-        model: The encoder-decoder, in training.
-        rows: The rows, without labels.
-        tokenizer: The tokenizer of the model.
-        answers: The answers of the task that the rows are read as.
-        batch_size: The rows of a batch.
-        precision: The arithmetic; ``bf16`` is mixed precision.
-    """
-    collate, batches = DataCollatorWithPadding(tokenizer), []
-    mixed = torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    with restore_rng_and_modes(model), mixed:
-        model.eval()
-        for start in range(0, len(rows), batch_size):
-            batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            batches.append(log_likelihoods(model, inputs, answers).cpu().numpy())
-    return np.concatenate(batches)
-
-
 class _ScoringTrainer(RoutedTrainer):
-    """A trainer that evaluates by the scores of all tasks instead of the loss of one set."""
+    """Train, and evaluate by the scores of all tasks instead of the loss of one set."""
 
     def __init__(self, scores: Callable[[], dict[str, float]], **kwargs: Any) -> None:
         self._scores = scores
@@ -144,13 +115,9 @@ class MultitaskTrainer:
         all_rows: ConcatDataset[dict[str, Any]] = ConcatDataset(learned)
         self._collate = DataCollatorForSeq2Seq(tokenizer, model=self._model)
         self.probe.observe(self._model, self._unlabelled(fixed_rows(all_rows)))
+        best = _MEAN if self._training.checkpoint_selection == "best" else None
         arguments = epoch_arguments(
-            self._checkpoints,
-            self._precision,
-            self._training,
-            spec,
-            _MEAN if self._training.checkpoint_selection == "best" else None,
-            remove_unused_columns=False,
+            self._checkpoints, self._precision, self._training, spec, best, remove_unused_columns=False
         )
         self._trainer = _ScoringTrainer(
             self._mean_and_tasks,
@@ -211,18 +178,24 @@ class MultitaskTrainer:
     def _scored(self, split: TextSplit, task: WrittenTask | OtherTask) -> dict[str, float | None]:
         learned = self._tasks[task.read_as if isinstance(task, OtherTask) else task.name]
         rows = self._rows(split, learned, labelled=False)
-        ranked = rank(
-            self._model,
-            rows,
-            self._tokenizer,
-            self._answers[learned.name],
-            self._training.eval_batch_size,
-            self._precision,
-        )
+        ranked = self._ranked(rows, self._answers[learned.name])
         read = label_mapping(learned, task, task.name)
         metrics = task.ood_metrics if isinstance(task, OtherTask) else [task.metric]
         scores: dict[str, float | None] = {name: score(name, ranked, rows.labels, read) for name in metrics}
         return {**scores, "loss": finite(mean_loss(ranked, rows.labels))} if read.same else scores
+
+    def _ranked(self, rows: TokenisedRows, answers: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Compute :func:`log_likelihoods` of all rows, in their order; restores RNG state and train/eval mode."""
+        collate, size, batches = DataCollatorWithPadding(self._tokenizer), self._training.eval_batch_size, []
+        is_mixed = self._precision == "bf16"
+        mixed = torch.autocast(self._model.device.type, torch.bfloat16) if is_mixed else nullcontext()
+        with restore_rng_and_modes(self._model), mixed:
+            self._model.eval()
+            for start in range(0, len(rows), size):
+                batch = collate([rows[index] for index in range(start, min(start + size, len(rows)))])
+                inputs = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
+                batches.append(log_likelihoods(self._model, inputs, answers).cpu().numpy())
+        return np.concatenate(batches)
 
     def _unlabelled(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows without their labels."""

@@ -1,1 +1,1 @@
-"""What experts cost: one FFN, a whole training step, finding them."""
+"""Measure the cost of experts: one FFN, a whole training step, finding them."""

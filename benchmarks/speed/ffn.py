@@ -32,7 +32,7 @@ class FFN(nn.Module):
 
 
 class SpeedNet(nn.Module):
-    """Hold one FFN in a list, which is what ``emoe.convert_`` reads."""
+    """Hold one FFN in a list, as ``emoe.convert_`` reads it."""
 
     def __init__(self, ffn: FFN) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def convert_copy(ffn: FFN, num_experts: int, top_k: int, backend: str) -> nn.Mod
 
 
 class BlockMask(nn.Module):
-    """Compute what the authors' Llama code does: every neuron, then a mask by the mean pre-activation of each block."""
+    """Compute every neuron, then a mask by the mean pre-activation of each block, as the authors' Llama code does."""
 
     def __init__(self, ffn: FFN, num_experts: int, top_k: int) -> None:
         super().__init__()

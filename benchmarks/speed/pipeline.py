@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import emoe
-from benchmarks.harness.base import DataError, derive_seed
+from benchmarks.harness.base import derive_seed
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.loading import load_backbone
@@ -31,7 +30,7 @@ from emoe.sparse.cost_model import predicted_time_ratio
 _PROMPT = 16  # tokens before an answer
 
 Numbers = dict[str, dict[str, float]]
-Calls = Mapping[str, Callable[[], object]]
+Net = TypeVar("Net")
 
 
 def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -53,33 +52,30 @@ def run(spec: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, 
     return {"measured": _MEASURES[measure](spec["model"], settings), "cost": {}}
 
 
-def time_in_turn(calls: Calls, rounds: int) -> Numbers:
-    """Time calls in turn, so that a disturbance slows all of them, after a round that does not count.
+def time_in_turn(call: Callable[[Net], object], nets: Mapping[str, Net], rounds: int) -> Numbers:
+    """Time a call of each net in turn, so that a disturbance slows all of them, after a round that does not count.
 
     Args:
-        calls: The calls by name, ``dense`` among them.
+        call: The call.
+        nets: The nets by name, ``dense`` among them.
         rounds: The number of rounds.
 
     Returns:
         By name: the ``ratio`` to the dense time in the same round (median, lowest, highest), and the median
         ``seconds``.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in nets}
     for turn in range(rounds + 1):
-        for name, call in calls.items():
+        for name, net in nets.items():
             start = time.perf_counter()
-            call()
+            call(net)
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     numbers = {}
     for name, times in seconds.items():
-        ratios = [one / dense for one, dense in zip(times, seconds["dense"], strict=True)]
-        numbers[name] = {
-            "ratio": statistics.median(ratios),
-            "ratio_low": min(ratios),
-            "ratio_high": max(ratios),
-            "seconds": statistics.median(times),
-        }
+        ratios = [taken / dense for taken, dense in zip(times, seconds["dense"], strict=True)]
+        ends = {"ratio_low": min(ratios), "ratio_high": max(ratios)}
+        numbers[name] = {"ratio": statistics.median(ratios), **ends, "seconds": statistics.median(times)}
     return numbers
 
 
@@ -96,8 +92,8 @@ def measure_layer(model: Mapping[str, Any], settings: Settings) -> Numbers:
         net.zero_grad()
         net(x.detach().requires_grad_()).backward(gradient)
 
-    numbers = time_in_turn({name: functools.partial(pass_through, net) for name, net in nets.items()}, settings.rounds)
-    kept = {name: kept_bytes(net, functools.partial(net, x.requires_grad_())) for name, net in nets.items()}
+    numbers = time_in_turn(pass_through, nets, settings.rounds)
+    kept = {name: kept_bytes(net, x.requires_grad_()) for name, net in nets.items()}
     for name, row in numbers.items():
         row["memory_ratio"] = kept[name] / kept["dense"]
     expected = predicted_time_ratio(len(x), hidden, neurons // n, k / n, dtype, torch.get_num_threads())
@@ -106,7 +102,7 @@ def measure_layer(model: Mapping[str, Any], settings: Settings) -> Numbers:
     return numbers
 
 
-def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:
+def kept_bytes(net: nn.Module, x: Tensor) -> int:
     """Count the bytes that a forward pass keeps for the backward pass, without weights and buffers."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
     sizes: dict[int, int] = {}
@@ -117,7 +113,7 @@ def kept_bytes(net: nn.Module, forward: Callable[[], object]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
+        net(x)
     return sum(size for pointer, size in sizes.items() if pointer not in weights)
 
 
@@ -126,14 +122,15 @@ def measure_step(model: Mapping[str, Any], settings: Settings) -> Numbers:
     dense = AutoModel.from_config(AutoConfig.for_model(**model["config"])).train()
     inputs = _step_inputs(dense, settings)
 
-    def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def step(trained: tuple[nn.Module, torch.optim.Optimizer]) -> None:
+        net, optimizer = trained
         optimizer.zero_grad()
         net(**inputs).last_hidden_state.square().mean().backward()
         optimizer.step()
 
     nets = _converted(dense, settings, "random")
-    calls = {name: functools.partial(step, net, torch.optim.AdamW(net.parameters())) for name, net in nets.items()}
-    return time_in_turn(calls, settings.rounds)
+    trained = {name: (net, torch.optim.AdamW(net.parameters())) for name, net in nets.items()}
+    return time_in_turn(step, trained, settings.rounds)
 
 
 def _step_inputs(model: Any, settings: Settings) -> dict[str, Tensor]:
@@ -179,7 +176,7 @@ def measure_ffns(model: Mapping[str, Any], settings: Settings) -> Numbers:
         for layer in net.model.layers:
             layer.mlp(x)
 
-    return time_in_turn({name: functools.partial(pass_through, net) for name, net in nets.items()}, settings.rounds)
+    return time_in_turn(pass_through, nets, settings.rounds)
 
 
 def measure_generate(model: Mapping[str, Any], settings: Settings) -> Numbers:
@@ -188,12 +185,11 @@ def measure_generate(model: Mapping[str, Any], settings: Settings) -> Numbers:
     prompt = torch.randint(3, nets["dense"].config.vocab_size, (1, _PROMPT))
     options: dict[str, Any] = {"max_new_tokens": settings.tokens, "min_new_tokens": settings.tokens, "do_sample": False}
     options |= {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
-    calls = {name: functools.partial(net.generate, prompt, **options) for name, net in nets.items()}
-    return time_in_turn(calls, settings.rounds)
+    return time_in_turn(lambda net: net.generate(prompt, **options), nets, settings.rounds)
 
 
 def measure_partition(model: Mapping[str, Any], settings: Settings) -> Numbers:
-    """Measure balanced clustering of one layer's keys: seconds, and the share of the variance that is left unexplained."""
+    """Measure balanced clustering of one layer's keys: seconds, and the share of the variance that is unexplained."""
     keys, n = layer_keys(model), settings.num_experts
     numbers: Numbers = {}
     for name in settings.candidates:
@@ -208,9 +204,7 @@ def measure_partition(model: Mapping[str, Any], settings: Settings) -> Numbers:
 
 
 def layer_keys(model: Mapping[str, Any]) -> Tensor:
-    """Return key vectors ``[d, h]``: real ones, or Gaussian rows around 128 centres whose spread is a quarter of
-    theirs.
-    """
+    """Return key vectors ``[d, h]``: real ones, or Gaussian rows around 128 centres with a quarter of their spread."""
     if "model" in model:
         loaded = load_backbone(load_models()[model["model"]].spec(model["model"]))
         return find_ffns(loaded)[model["layer"]].keys().detach().float()
@@ -223,10 +217,8 @@ def layer_keys(model: Mapping[str, Any]) -> Tensor:
 
 def _kmeans_constrained(keys: Tensor, num_clusters: int, starts: int) -> Tensor:
     """Cluster as the authors do: normalised keys, equal sizes, random state 0."""
-    try:
-        from k_means_constrained import KMeansConstrained
-    except ImportError as error:
-        raise DataError("k-means-constrained is not installed: pip install '.[mini]'") from error
+    from k_means_constrained import KMeansConstrained
+
     size = len(keys) // num_clusters
     clusterer = KMeansConstrained(n_clusters=num_clusters, size_min=size, size_max=size, n_init=starts, random_state=0)
     return torch.from_numpy(clusterer.fit_predict(F.normalize(keys, dim=1).double().numpy()).astype(np.int64))

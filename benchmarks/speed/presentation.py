@@ -15,8 +15,11 @@ from benchmarks.harness.report.table import Column, Table
 from benchmarks.harness.results.records import collect
 from benchmarks.speed.grid import Measure, MeasurementDefinition
 
-_NOTE = "Each ratio is the median over rounds in which all candidates ran in turn in one process. The middle here is the median over settings."
-_SETTING_KEYS = {"num_experts": "N", "top_k_fraction": "k/N"}
+_NOTE = (
+    "Each ratio is the median over rounds in which all candidates ran in turn in one process. The middle here is the "
+    "median over settings."
+)
+_KEYS = {"num_experts": "N", "top_k_fraction": "k/N"}
 
 
 class Measurements:
@@ -33,18 +36,15 @@ class Measurements:
         self.measures = definition.measures
         self.titles = {name: candidate.title for name, candidate in definition.candidates.items()}
         settings = [
-            {
-                "run_id": run.id,
-                **{key: run.spec["model"].get(key) for key in ("neurons", "hidden")},
-                **run.spec["settings"],
-            }
+            {"run_id": run.id, "neurons": run.spec["model"].get("neurons"), "hidden": run.spec["model"].get("hidden")}
+            | run.spec["settings"]
             for run in runs
         ]
         self.records = self.origins = collect(runs).merge(pd.DataFrame(settings), on="run_id")
         self.records["model_title"] = self.records["model"].map(lambda name: definition.models[name].title)
 
     def wide(self, measure: str) -> pd.DataFrame:
-        """Return a row a run, in the order of the grid, with columns ``<candidate>_<metric>``."""
+        """Return a row per run, in the order of the grid, with columns ``<candidate>_<metric>``."""
         rows = self.records[self.records["task"] == measure]
         values = rows.assign(name=rows["eval_task"] + "_" + rows["metric"]).pivot_table(
             index="run_id", columns="name", values="value"
@@ -74,15 +74,8 @@ def layer(measured: Measurements) -> Table:
         "computation; their Tutel fork was not at hand. transformers' experts get the same weights without biases, "
         "the same choice of experts, and no router's cost beyond it. The last column is what the "
         "sparse path keeps for the backward pass.",
-        {
-            "model_title": "FFN",
-            "num_experts": "N",
-            "size": "Neurons an expert",
-            "top_k_fraction": "k/N",
-            "tokens": "Tokens",
-            "threads": "Threads",
-            "dtype": "Type",
-        },
+        {"model_title": "FFN", "num_experts": "N", "size": "Neurons an expert", "top_k_fraction": "k/N"}
+        | {"tokens": "Tokens", "threads": "Threads", "dtype": "Type"},
         [
             *_ratio_columns(measured, frame),
             Column("expected_ratio", "sparse_expected_ratio"),
@@ -96,7 +89,7 @@ def step(measured: Measurements) -> Table:
     """Compare training steps of a whole model."""
     frame = measured.wide("step")
     frame["batch"] = [f"{row.batch_size:g} × {row.length:g}" for row in frame.itertuples()]
-    keys = {"model_title": "Model", "layers": "Layers", **_SETTING_KEYS, "batch": "Batch", "threads": "Threads"}
+    keys = {"model_title": "Model", "layers": "Layers", **_KEYS, "batch": "Batch", "threads": "Threads"}
     return Table(
         "A training step beside the dense model's",
         "Forward, backward and AdamW of a model with random weights, without a head. Ratios as above. A ViT reads "
@@ -114,7 +107,7 @@ def decode(measured: Measurements) -> Table:
         f"{measured.measures[row.task].title}{f', {row.tokens} tokens' if row.task == 'prompt' else ''}"
         for row in frame.itertuples()
     ]
-    keys = {"model_title": "Model", "what": "What", **_SETTING_KEYS, "threads": "Threads", "dtype": "Type"}
+    keys = {"model_title": "Model", "what": "What", **_KEYS, "threads": "Threads", "dtype": "Type"}
     return Table(
         "Decoding beside the dense model",
         "A language model with random weights and all FFNs converted, in evaluation mode: one token, or the tokens of "
@@ -134,10 +127,8 @@ def partition(measured: Measurements) -> Table:
     columns = [Column("seconds", "emoe_seconds", "EMoE"), Column("inertia", "emoe_inertia", "Unexplained, EMoE")]
     if "kmeans_constrained_seconds" in frame:
         frame["speedup"] = 1 / frame["emoe_ratio"]
-        columns[1:1] = [
-            Column("seconds", "kmeans_constrained_seconds", "k-means-constrained"),
-            Column("speedup", "speedup"),
-        ]
+        library = Column("seconds", "kmeans_constrained_seconds", "k-means-constrained")
+        columns[1:1] = [library, Column("speedup", "speedup")]
         columns.append(Column("inertia", "kmeans_constrained_inertia", "Unexplained, library"))
     return Table(
         "Balanced clustering of one layer's keys",
@@ -152,14 +143,12 @@ def partition(measured: Measurements) -> Table:
 
 
 def _ratio_columns(measured: Measurements, frame: pd.DataFrame) -> list[Column]:
-    return [
-        Column("milliseconds", "dense_seconds", "Dense"),
-        *(
-            Column("ratio", f"{name}_ratio", title, interval=(f"{name}_ratio_low", f"{name}_ratio_high"))
-            for name, title in measured.titles.items()
-            if name != "dense" and f"{name}_ratio" in frame
-        ),
+    ratios = [
+        Column("ratio", f"{name}_ratio", title, interval=(f"{name}_ratio_low", f"{name}_ratio_high"))
+        for name, title in measured.titles.items()
+        if name != "dense" and f"{name}_ratio" in frame
     ]
+    return [Column("milliseconds", "dense_seconds", "Dense"), *ratios]
 
 
 def verdicts(measured: Measurements) -> Iterator[str]:
@@ -188,12 +177,5 @@ TABLES = {"layer": layer, "step": step, "decode": decode, "partition": partition
 def present(benchmark: Benchmark[MeasurementDefinition, Measure], runs: list[Run]) -> Presentation:
     """Present finished runs."""
     measured = Measurements(benchmark, runs)
-    return make(
-        benchmark,
-        TABLES,
-        {},
-        measured,
-        verdicts=list(verdicts(measured)),
-        note=_NOTE,
-        compared=measured.compared,
-    )
+    sentences: dict[str, Any] = {"verdicts": list(verdicts(measured)), "note": _NOTE, "compared": measured.compared}
+    return make(benchmark, TABLES, {}, measured, **sentences)

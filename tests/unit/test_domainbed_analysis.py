@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from benchmarks.domainbed.outcomes import DomainOutcomes
@@ -25,11 +24,8 @@ from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config import suite as planning
 from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
-from benchmarks.harness.config.suite import Suite, find_part, load_suite
-from benchmarks.harness.report.claims import write_claims
-from benchmarks.harness.report.page import write_report
-from benchmarks.harness.report.presentation import present
-from tests.fake_runs import write_runs, write_samples
+from benchmarks.harness.config.suite import find_part, load_suite
+from tests.fake_runs import write_runs
 from tests.image_sets import pacs_run
 
 
@@ -187,39 +183,6 @@ def test_tables_say_whose_validation_and_whose_gmoe_it_is(val_augment: bool, her
     frame = paper(found).frame.set_index(["set", "method_title", "selection", "model"])
     assert frame.loc[("pacs", "GMoE (GMoE's code)", "training", "deit-small"), "value"] == pytest.approx(0.881)
     assert frame.loc[("average of four", "GMoE (EMoE's README)", "training", "deit-small"), "value"] == 0.7134
-
-
-def write_outputs(suite: Suite, runs: list[Run]) -> None:
-    presented = present(load_benchmark("domainbed"), runs)
-    folder = paths.RESULTS / suite.name
-    for shown in (presented, *presented.parts.values()):
-        for table in shown.tables:
-            table.write(folder / "tables")
-        shown.draw(folder / "figures")
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_everything_that_the_suite_shows_is_made(runs: list[Run]) -> None:
-    suite = load_suite({"suite": "mini", "benchmarks": ["domainbed"]})
-    write_samples(suite.runs_of("domainbed"))
-    write_outputs(suite, runs)
-    write_claims(suite)
-    for file in suite.output_files():
-        assert Path(file).stat().st_size > 50, file
-    write_report(suite, Path("report.html"))
-    page = Path("report.html").read_text()
-    assert "A small stand-in" in page
-    assert "RotatedMNIST, 5,000 digits</h3>" in page
-    assert page.count("data:image/png") == 7  # two of them the main averages
-    assert "Main averages, differences to the dense model" in page
-    assert "Adam, constant rate, no clipping" in page
-    rows = pd.read_csv(paths.RESULTS / "mini/tables/domainbed_cost.csv")
-    costs = rows[rows["set_title"] != "VLCS"].set_index("method").loc["emoe"]  # ours, and not what others report
-    for name, numbers in (("class", (0.1, 0.03, 0.05)), ("environment", (0.01, 0.01, 0.02))):
-        found = [costs[f"{name}_information{end}"] for end in ("", "_chance", "_chance_95")]
-        assert found == pytest.approx(numbers)
-    assert "Class by chance, 95 % (bit)" in page
-    assert "EMoE +" in page
 
 
 def test_a_set_is_found_in_the_suite_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:

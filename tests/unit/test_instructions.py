@@ -36,44 +36,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def test_a_list_is_read_with_the_lines_of_its_rows() -> None:
-    text = json.dumps([GOOD, {**GOOD, "input": None}, {"instruction": "Hi", "output": "Ho"}], indent=2)
-    found = parse(text.encode(), "x.json", lines=False)
-    assert [row.place for row in found.rows] == ["line 2 (row 1)", "line 7 (row 2)", "line 12 (row 3)"]
-    assert found.rows[0] == Instruction("line 2 (row 1)", "Add.", "1 and 2", "3")
-    assert [row.input for row in found.rows] == ["1 and 2", "", ""]
-    assert not found.broken
-
-
 @pytest.mark.parametrize("lines", [True, False])
 def test_broken_rows_are_named_by_line_and_the_others_are_read(lines: bool) -> None:
-    rows = [
-        json.dumps(GOOD),
-        json.dumps({"instruction": "Add.", "input": ""}),
-        json.dumps({**GOOD, "output": "  "}),
-        json.dumps({**GOOD, "instruction": 7}),
-        '"just text"',
-        json.dumps({**GOOD, "output": "caf\u00e9"}, ensure_ascii=False).encode("latin-1").decode("latin-1"),
-        json.dumps(GOOD),
+    rows: list[tuple[object, str]] = [
+        (GOOD, ""),
+        ({"instruction": "Add.", "input": ""}, "lacks 'output'"),
+        ({**GOOD, "output": "  "}, "'output' is empty"),
+        ({**GOOD, "instruction": 7}, "'instruction' is int, not text"),
+        ("just text", "is str, not an object with instruction, input, output"),
+        ({**GOOD, "output": "caf\u00e9"}, "'output' is not UTF-8"),
+        ({**GOOD, "input": None}, ""),
     ]
-    encoded = [row.encode() for row in rows]
-    encoded[5] = rows[5].encode("latin-1")  # not UTF-8
+    encoded = [json.dumps(row, ensure_ascii=False).encode("latin-1") for row, _ in rows]
     content = b"\n".join(encoded) if lines else b"[\n" + b",\n".join(encoded) + b"\n]"
-    found = parse(content, "x", lines=lines)
+    result = parse(content, "x", lines=lines)
     places = [f"line {n}" if lines else f"line {n + 1} (row {n})" for n in range(1, 8)]
-    assert [row.place for row in found.rows] == [places[0], places[6]]
-    assert [(row.place, row.reason) for row in found.broken] == [
-        (places[1], "lacks 'output'"),
-        (places[2], "'output' is empty"),
-        (places[3], "'instruction' is int, not text"),
-        (places[4], "is str, not an object with instruction, input, output"),
-        (places[5], "'output' is not UTF-8"),
-    ]
-    with pytest.raises(
-        DataError, match=rf"x has 5 broken rows: {re.escape(places[1])} lacks 'output'; .*data.broken_rows: skip"
-    ):
-        refuse_broken(found.broken, "x", "refuse")
-    refuse_broken(found.broken, "x", "skip")
+    assert result.rows == [Instruction(places[0], "Add.", "1 and 2", "3"), Instruction(places[6], "Add.", "", "3")]
+    assert result.broken == [f"{place} {reason}" for place, (_, reason) in zip(places, rows, strict=True) if reason]
+    with pytest.raises(DataError, match=rf"x has 5 broken rows: {re.escape(places[1])} lacks 'output'; .*rows: skip"):
+        refuse_broken(result.broken, "x")
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -83,17 +64,12 @@ DEEP = "[" * 100_000 + "]" * 100_000
     ("content", "message"),
     [
         (json.dumps([GOOD] * 40) + json.dumps([GOOD] * 960), r"x.json, line 1: something stands after the list: '\["),
-        (json.dumps([GOOD], indent=1) + "\n\n}", "x.json, line 9: something stands after the list: '}'"),
         (" [\n]\n", "x.json, line 2: the list is empty$"),
-        ('[\n{"instruction": "a", "output": "b"},\n]', r"x.json, line \d: the list is not JSON"),
         ('[\n{"instruction": "a", "output": "b"},\n{"instruction": ]', "x.json, line 3: the list is not JSON"),
-        ('[\n{"instruction": "a", "output": "b"}', "x.json, line 2: the list is not JSON"),
         ('\n{"instruction": "a", "output": "b"}\n', "x.json, line 2: .*name it .jsonl"),
-        ("", "x.json, line 1: .*name it .jsonl"),
         (json.dumps([GOOD]).encode("utf-16"), "x.json, line 1: is not UTF-8"),
         ('[\n{"output": "b", "output": "c"}]', r"x.json, line 2: the list is not JSON \('output' stands twice"),
         (DEEP, "x.json, line 1: the list is nested too deeply"),
-        ("[" + "1" * 5000 + "]", "x.json, line 1: the list is not JSON"),
     ],
 )
 def test_a_damaged_list_is_refused_and_so_is_what_follows_one(content: str | bytes, message: str) -> None:
@@ -104,9 +80,9 @@ def test_a_damaged_list_is_refused_and_so_is_what_follows_one(content: str | byt
 def test_a_line_that_is_no_json_is_broken() -> None:
     content = '{"instruction": "a", "output": "b"}\n{"instruction": \n' + DEEP + "\n" + "1" * 5000
     found = parse(content.encode(), "x.jsonl", lines=True)
-    assert (len(found.rows), [row.place for row in found.broken]) == (1, ["line 2", "line 3", "line 4"])
-    assert "is not JSON" in found.broken[0].reason
-    assert found.broken[1].reason == "is nested too deeply"
+    assert (len(found.rows), [row[:6] for row in found.broken]) == (1, ["line 2", "line 3", "line 4"])
+    assert "is not JSON" in found.broken[0]
+    assert found.broken[1] == "line 3 is nested too deeply"
 
 
 def test_a_set_is_read_from_the_users_file_else_the_package(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,8 +153,7 @@ def test_only_the_response_is_learned_and_what_is_cut_is_counted(tokenizer: PreT
     assert [(row.begin, len(row.tokens), row.cut) for row in found.rows] == [(3, 6, 0), (4, 7, 2)]
     assert found[0]["labels"] == [IGNORED] * 3 + found[0]["input_ids"][3:]
     assert found[0]["input_ids"][-1] == tokenizer.eos_token_id  # the end is learned too
-    assert [row.place for row in found.broken] == ["line 3"]
-    assert "has a prompt of 10000 tokens, so that nothing of the response fits into 7" in found.broken[0].reason
+    assert found.broken == ["line 3 has a prompt of 10000 tokens, so that nothing of the response fits into 7"]
     summary = found.summary()
     assert (summary["rows"], summary["truncated_responses"], summary["truncated_tokens"]) == (2, 1, 2)
     assert (summary["tokens"], summary["learned_tokens"], summary["longest"]) == (13, 6, 7)
@@ -198,11 +173,9 @@ def test_the_split_of_prompt_and_response_is_that_of_the_texts() -> None:
 
 def test_a_blank_before_the_response_is_learned_with_its_first_word(tokenizer: PreTrainedTokenizerFast) -> None:
     """Byte-level tokenizers put a blank and the word after it into one token."""
-    text = "Answer: Red"
     assert _begin("Answer: ", [(0, 0), (0, 6), (6, 7), (7, 11)]) == 3
     assert _begin("Answer:", [(0, 0), (0, 6), (6, 9), (9, 11)]) == 3  # ":Re" belongs to the prompt
     assert _begin("Answer: ", [(0, 0), (0, 6), (6, 7), (7, 8), (8, 11), (0, 0)]) == 4
-    assert len(text) == 11
     for name in template_names():
         if name not in ("chat", "random"):
             assert not find_template(name, tokenizer, 0).prompt(Instruction("", "a", "b", "c")).endswith(" ")

@@ -16,8 +16,8 @@ from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.results.records import read_metrics
 from benchmarks.llama.outcomes import InstructionOutcomes
-from benchmarks.llama.tables import categories, paper, results, subjects, verdicts
-from benchmarks.llama.tables import tests as paired_tests
+from benchmarks.llama.presentation import categories, paper, results, subjects, verdicts
+from benchmarks.llama.presentation import tests as paired_tests
 from emoe.layer_numbers import resolve_layers
 from tests.fake_runs import SUBJECTS, write_runs
 from tests.planned import paper_runs
@@ -45,14 +45,8 @@ def number(run: Run, metric: str = "accuracy") -> float:
 
 def test_results_begin_with_the_model_as_it_came(runs: list[Run]) -> None:
     frame = results(InstructionOutcomes(LLAMA, runs)).frame
-    assert list(zip(frame["tuning"], frame["method"], strict=True)) == [
-        ("base", "dense"),
-        ("base", "emoe"),
-        ("lora", "dense"),
-        ("lora", "emoe"),
-        ("full", "dense"),
-        ("full", "emoe"),
-    ]
+    rows = list(zip(frame["tuning"], frame["method"], strict=True))
+    assert rows == [(tuning, method) for tuning in ("base", "lora", "full") for method in ("dense", "emoe")]
     assert frame["n"].tolist() == [1, 1, 2, 2, 1, 1]
     lora = [run for run in runs if run.spec["finetuning"] == "lora" and run.spec["method"]["name"] == "emoe"]
     row = frame[(frame["tuning"] == "lora") & (frame["method"] == "emoe")].iloc[0]
@@ -175,32 +169,15 @@ def test_wrong_settings_are_refused_by_name() -> None:
         return Benchmark("llama", parse(content, InstructionDefinition, "benchmark.yaml"), LLAMA.tasks)
 
     block = {"model": ["tiny-llama"], "set": ["alpaca_demo"], "finetuning": ["lora"], "method": ["dense"], "seed": [0]}
+    trains = {**block, "finetuning": ["full"], "learning_rate": [0.1]}
     for change, message in (
         ({"grid": [block]}, "the finetuning 'lora' trains, so it needs 'learning_rate'"),
-        (
-            {"grid": [{**block, "finetuning": ["lorra"]}]},
-            "finetuning' is 'lorra', which does not exist; did you mean 'lora'",
-        ),
-        (
-            {"grid": [{**block, "learning_rate": [0.1]}], "finetuning": {"lora": {"lora": None}}},
-            "'lora' says which adapters there are",
-        ),
-        (
-            {
-                "grid": [{**block, "finetuning": ["full"], "learning_rate": [0.1]}],
-                "finetuning": {"full": {"quantize": "nf4"}},
-            },
-            "weights in 4 bits cannot be trained",
-        ),
-        (
-            {
-                "grid": [{**block, "finetuning": ["full"], "learning_rate": [0.1]}],
-                "finetuning": {"full": {"layers": "all"}},
-            },
-            "'layers' says which blocks",
-        ),
+        ({"grid": [{**block, "finetuning": ["lorra"]}]}, "'lorra', which does not exist; did you mean 'lora'"),
+        ({"grid": [{**block, "learning_rate": [0.1]}], "finetuning": {"lora": {"lora": None}}}, "says which adapters"),
+        ({"grid": [trains], "finetuning": {"full": {"quantize": "nf4"}}}, "weights in 4 bits cannot be trained"),
+        ({"grid": [trains], "finetuning": {"full": {"layers": "all"}}}, "'layers' says which blocks"),
     ):
-        with pytest.raises(DefinitionError, match=message.replace("'", ".")):
+        with pytest.raises(DefinitionError, match=message):
             list(KIND.specs(with_change(change), "smoke", (), dict))
 
 
@@ -208,41 +185,25 @@ def test_the_papers_grid_is_as_published() -> None:
     found = paper_runs("llama")
     full = [run for run in found if run.spec["finetuning"] == "full"]
     training = full[0].spec["training"]
-    assert (training["epochs"], training["batch_size"], training["schedule"], training["warmup"]) == (
-        3,
-        128,
-        "cosine",
-        0.03,
-    )
+    schedule = [training[name] for name in ("epochs", "batch_size", "schedule", "warmup")]
+    assert schedule == [3, 128, "cosine", 0.03]
     assert {run.spec["learning_rate"] for run in full} == {2e-5}
     assert full[0].spec["data"]["max_length"] == 512
     lora = next(run for run in found if run.spec["finetuning"] == "lora").spec["training"]["lora"]
-    assert (lora["rank"], lora["alpha"], lora["dropout"], lora["targets"]["llama"]) == (
-        8,
-        16,
-        0.05,
-        ["q_proj", "v_proj"],
-    )
-    cells = {
-        (run.spec["model"]["name"], run.spec["method"]["config"]["num_experts"], run.spec["method"]["config"]["top_k"])
-        for run in found
-        if run.spec["method"]["config"]
-    }
+    assert [lora[name] for name in ("rank", "alpha", "dropout")] == [8, 16, 0.05]
+    assert lora["targets"]["llama"] == ["q_proj", "v_proj"]
+    configs = [(run.spec["model"]["name"], run.spec["method"]["config"]) for run in found]
+    configs = [(name, config) for name, config in configs if config]
+    cells = {(name, config["num_experts"], config["top_k"]) for name, config in configs}
     assert cells == {("llama2-7b", 64, 16), ("llama2-7b", 64, 32), ("llama-30b", 256, 64)}
     depths = {"llama2-7b": 32, "llama-30b": 60}
-    layers = {
-        (name, tuple(resolve_layers(run.spec["method"]["config"]["layers"], depths[name])))
-        for run in found
-        if run.spec["method"]["config"]
-        for name in [run.spec["model"]["name"]]
-    }
-    assert layers == {
+    assert {(name, tuple(resolve_layers(config["layers"], depths[name]))) for name, config in configs} == {
         ("llama2-7b", (28, 30)),  # the authors' commands
         ("llama2-7b", (16, 20, 24, 28)),
         ("llama-30b", tuple(range(45, 60, 2))),  # their words
         ("llama-30b", tuple(range(30, 60, 4))),
     }
-    assert {run.spec["method"]["config"]["score"] for run in found if run.spec["method"]["config"]} == {"gate"}
+    assert {config["score"] for _, config in configs} == {"gate"}
     assert all(
         (run.resources["processes"], run.resources["parallel"]) == (8, "fsdp")
         for run in found

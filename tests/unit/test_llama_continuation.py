@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,15 +15,14 @@ from benchmarks.harness.config.runs import plan, run_from_spec
 from benchmarks.harness.models.build import build_language_model
 from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.llama.definition import AskedTask
-from benchmarks.llama.evaluation import load_tasks
+from benchmarks.llama.evaluation import load_task
 from benchmarks.llama.grid import KIND
 from benchmarks.llama.likelihood import nats_per_byte
 from benchmarks.llama.outcomes import InstructionOutcomes
+from benchmarks.llama.presentation import nats_tests, results, verdicts
 from benchmarks.llama.questions import write_mmlu_dev
-from benchmarks.llama.tables import nats_tests, results, verdicts
-from tests.executed import finish, prepare
 from tests.fake_runs import write_runs
-from tests.instruction_runs import offer_only, tiny_run, write_rows
+from tests.instruction_runs import offer_only, tiny_run
 
 pytestmark = pytest.mark.usefixtures("here")
 TASK = {"task": "mmlu_dev_continuation", "num_fewshot": 0, "limit": 1}
@@ -60,8 +58,7 @@ def test_all_subjects_are_there_in_both_forms() -> None:
     write_mmlu_dev(FILES)
     for form in ("", "_continuation"):
         assert len(list(FILES.glob(f"mmlu_dev_anatomy{form}.yaml"))) == 1
-    (found,) = load_tasks([AskedTask.model_validate(TASK)])
-    assert found.sources[0].startswith("package lm-eval")
+    assert load_task(AskedTask.model_validate(TASK)).sources[0].startswith("package lm-eval")
     (run,) = [run for run in plan(["llama"], "smoke") if "emoe-base" in run.id]
     assert KIND.inputs(run.spec) == [f"{FILES}/mmlu_dev.yaml", f"{FILES}/mmlu_dev_continuation.yaml"]
 
@@ -84,21 +81,6 @@ def test_letters_and_several_prompts_have_no_nats() -> None:
     several["arguments"][1] = ("another", " no")
     assert nats_per_byte([several]) is None
     assert nats_per_byte([{"doc_id": 0, "acc": 1.0}]) is None
-
-
-def test_a_run_records_each_questions_nats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows(tmp_path / "data")
-    monkeypatch.setenv("EMOE_DATA_ROOT", str(tmp_path / "data"))
-    write_mmlu_dev(FILES)
-    name = "mmlu_dev_anatomy_continuation"
-    found = finish(prepare(tiny_run("emoe", evaluation={"tasks": [{"task": name, "num_fewshot": 0, "limit": None}]})))
-    task = found["tasks"][f"{name} (0-shot)"]
-    nats = task["nats_per_byte"]["anatomy"]
-    assert len(nats) == task["questions"] == len(task["correct"]["anatomy"]) == 5
-    assert all(value > 0 for value in nats)
-    scores = found["scores"]["test"][f"{name} (0-shot)"]
-    assert scores["nats_per_byte"] == pytest.approx(sum(nats) / 5)
-    assert scores["accuracy_norm"] == task["subjects"]["anatomy"]["acc_norm"]
 
 
 def test_nats_are_paired_by_question_and_less_is_better() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,17 +12,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import emoe
 from benchmarks.__main__ import cli
-from benchmarks.harness.base import MODEL_ROOT, QUESTIONS, DataError, DefinitionError
+from benchmarks.harness.base import QUESTIONS, DataError, DefinitionError
 from benchmarks.harness.config.runs import run_from_spec
 from benchmarks.harness.models.build import build_language_model
-from benchmarks.harness.models.loading import load_language_model, load_tokenizer
+from benchmarks.harness.models.loading import load_tokenizer
 from benchmarks.llama.definition import AskedTask, InstructionSpec
 from benchmarks.llama.encoding import IGNORED
-from benchmarks.llama.evaluation import load_tasks, summarise
+from benchmarks.llama.evaluation import load_task, summarise
 from benchmarks.llama.export import export
 from benchmarks.llama.pipeline import read_data
 from benchmarks.llama.questions import write_mmlu_dev
@@ -31,7 +31,8 @@ from emoe.errors import CheckpointError
 from tests.executed import finish, killed_at, prepare
 from tests.instruction_runs import ROWS, enter, offer_only, tiny_run, write_rows
 
-ONE_TASK = {"tasks": [{"task": "mmlu_dev_anatomy", "num_fewshot": 0, "limit": None}]}
+LETTERS, ANSWERS = "mmlu_dev_anatomy", "mmlu_dev_anatomy_continuation"
+TASKS = {"tasks": [{"task": task, "num_fewshot": 0, "limit": None} for task in (LETTERS, ANSWERS)]}
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_run_leaves_its_numbers(capfd: pytest.CaptureFixture[str]) -> None:
     write_mmlu_dev(QUESTIONS / "mmlu_dev")
-    path = prepare(tiny_run("emoe", evaluation=ONE_TASK))
+    path = prepare(tiny_run("emoe", evaluation=TASKS))
     found = finish(path)
     assert len(found["curve"]) == 6  # 12 rows, 4 a step, twice
     assert found["curve"][-1] < found["curve"][0]
@@ -51,11 +52,17 @@ def test_a_run_leaves_its_numbers(capfd: pytest.CaptureFixture[str]) -> None:
     assert found["data"]["held_out"]["rows"] == 6
     assert found["data"]["train"]["source"].endswith("own.json")
     assert found["scores"]["dev"]["own"]["loss"] > 0
-    task = found["tasks"]["mmlu_dev_anatomy (0-shot)"]
+    task = found["tasks"][f"{LETTERS} (0-shot)"]
     assert (task["questions"], len(task["correct"]["anatomy"])) == (5, 5)
     assert [source.partition(" 0")[0] for source in task["source"]] == ["package lm-eval"]
     right = task["correct"]["anatomy"].count("1")
-    assert found["scores"]["test"]["mmlu_dev_anatomy (0-shot)"] == {"accuracy": right / 5}
+    assert found["scores"]["test"][f"{LETTERS} (0-shot)"] == {"accuracy": right / 5}
+    task, scores = found["tasks"][f"{ANSWERS} (0-shot)"], found["scores"]["test"][f"{ANSWERS} (0-shot)"]
+    nats = task["nats_per_byte"]["anatomy"]
+    assert len(nats) == task["questions"] == len(task["correct"]["anatomy"]) == 5
+    assert min(nats) > 0
+    assert scores["nats_per_byte"] == pytest.approx(sum(nats) / 5)
+    assert scores["accuracy_norm"] == task["subjects"]["anatomy"]["acc_norm"]
     (answer,) = found["answers"]
     assert {row["instruction"]: row["output"] for row in ROWS}[answer["instruction"]] == answer["reference"]
     assert found["model"]["trained"]["adapters"]["parameters"] == found["model"]["trainable_parameters"]
@@ -117,34 +124,23 @@ def test_the_loss_is_that_of_the_responses_alone(monkeypatch: pytest.MonkeyPatch
     curve = finish(prepare(run))["curve"]
     model = build_language_model(run.spec).model.eval()
     loss, tokens = 0.0, 0
-    with torch.no_grad():
-        for batch in seen:
-            assert batch["logits_to_keep"] < batch["input_ids"].shape[1]  # nothing is learned of what stands before
-            logits, mask = (
-                values[:, -batch["logits_to_keep"] :]
-                for values in (
-                    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
-                    batch["attention_mask"],
-                )
-            )
-            targets = batch["labels"][:, 1:]
-            loss += float(
-                torch.nn.functional.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-                )
-            )
-            tokens += int((targets != IGNORED).sum())
-            assert ((batch["labels"] == IGNORED) | (mask == 1)).all()
+    for batch in seen:
+        keep, targets = batch["logits_to_keep"], batch["labels"][:, 1:].flatten()
+        assert keep < batch["input_ids"].shape[1]  # nothing before is learned
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, -keep:-1]
+        loss += float(F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"))
+        tokens += int((targets != IGNORED).sum())
+        assert ((batch["labels"] == IGNORED) | (batch["attention_mask"][:, -keep:] == 1)).all()
     assert curve == [pytest.approx(loss / tokens, abs=1e-4)]
 
 
-@pytest.mark.parametrize("method", ["dense", "emoe"])
-def test_an_untrained_model_is_only_evaluated(method: str) -> None:
-    path = prepare(tiny_run(method, "base"))
-    found = finish(path)
-    assert (found["curve"], found["model"]["trainable_parameters"]) == ([], 0)
-    assert [layer["index"] for layer in found["model"]["conversion"]] == ([2, 3] if method == "emoe" else [])
-    assert bool(found["routing"]) == (method == "emoe")
+def test_an_untrained_model_is_only_evaluated() -> None:
+    path = prepare(tiny_run("emoe", "base"))
+    metrics = finish(path)
+    assert (metrics["curve"], metrics["model"]["trainable_parameters"]) == ([], 0)
+    assert [layer["index"] for layer in metrics["model"]["conversion"]] == [2, 3]
+    assert metrics["routing"]
     assert not (path.parent / "model").exists()
     with pytest.raises(DataError, match="keeps no weights"):
         export(path, Path("out"), "dense")
@@ -163,19 +159,13 @@ def test_held_out_rows_are_the_same_for_all_seeds_and_never_learned() -> None:
 
 
 def test_broken_rows_end_a_run_before_any_work_or_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows(
-        tmp_path / "data", [*ROWS, {"instruction": "Say.", "input": ""}, {"instruction": "x " * 500, "output": "y"}]
-    )
-
-    def no_model(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a model was loaded")
-
+    broken = [{"instruction": "Say.", "input": ""}, {"instruction": "x " * 500, "output": "y"}]
+    write_rows(tmp_path / "data", [*ROWS, *broken])
     refused = prepare(tiny_run("dense", "full", data={"broken_rows": "refuse"}))
     with monkeypatch.context() as patch:
-        patch.setattr("benchmarks.llama.pipeline.build_language_model", no_model)
+        patch.setattr("benchmarks.llama.pipeline.build_language_model", None)  # no model is loaded
         with pytest.raises(
-            DataError,
-            match=r"own.json has 2 broken rows: line \d+ \(row 41\) lacks 'output'; line \d+ \(row 42\) has a prompt of",
+            DataError, match=r"own.json has 2 broken rows: .*41\) lacks 'output'; .*42\) has a prompt of"
         ):
             finish(refused)
     skipped = finish(prepare(tiny_run("dense", "full", data={"broken_rows": "skip"})))
@@ -183,74 +173,54 @@ def test_broken_rows_end_a_run_before_any_work_or_are_left_out(tmp_path: Path, m
 
 
 def test_unknown_tasks_end_a_run_before_any_work() -> None:
-    with pytest.raises(
-        DataError,
-        match=r"resources/questions/mmlu_dev/mmlu_dev.yaml does not exist; .* `python -m benchmarks questions`",
-    ):
-        load_tasks([ask("mmlu_dev")])
+    group, wrong = (AskedTask(task=name, num_fewshot=0) for name in ("mmlu_dev", "mmlu_dev_anatomie"))
+    with pytest.raises(DataError, match=r"mmlu_dev.yaml does not exist; .* `python -m benchmarks questions`"):
+        load_task(group)
     write_mmlu_dev(QUESTIONS / "mmlu_dev")
-    load_tasks([ask("mmlu_dev")])
+    load_task(group)
     with pytest.raises(
-        DefinitionError, match="names 'mmlu_dev_anatomie', which lm-eval does not have; did you mean 'mmlu_dev_anatomy'"
+        DefinitionError, match="'mmlu_dev_anatomie', which lm-eval does not have; did you mean 'mmlu_dev_ana"
     ):
-        load_tasks([ask("mmlu_dev_anatomie")])
+        load_task(wrong)
 
 
-def ask(task: str, shots: int = 0) -> AskedTask:
-    return AskedTask(task=task, num_fewshot=shots)
-
-
-def result(**changes: Any) -> dict[str, Any]:
-    """As lm-eval gives it: a group of two groups, one of them without results of its own."""
-
-    def samples(name: str, digits: str) -> list[dict[str, Any]]:
-        return [{"doc_id": number, "acc": float(digit)} for number, digit in enumerate(digits)][::-1]
-
-    found = {
-        "results": {
-            "all": {"alias": "all"},
-            "a": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": " - first"},
-            "b": {"acc,none": 1.0, "acc_norm,none": 0.0, "alias": " - second"},
-            "c": {"acc,none": 0.0, "alias": "third"},
-        },
-        "groups": {},
-        "group_subtasks": {"all": ["ab", "c"], "ab": ["a", "b"]},
-        "n-samples": {"a": {"effective": 4}, "b": {"effective": 1}, "c": {"effective": 5}},
-        "samples": {"a": samples("a", "1010"), "b": samples("b", "1"), "c": samples("c", "00000")},
-    }
-    return {**found, **changes}
+def samples(digits: str) -> list[dict[str, Any]]:
+    """Return lm-eval's samples in another order."""
+    return [{"doc_id": number, "acc": float(digit)} for number, digit in enumerate(digits)][::-1]
 
 
 def test_accuracies_of_groups_are_over_questions_and_over_subjects() -> None:
-    found = summarise(result())
-    assert found["scores"] == {"accuracy": 0.3, "accuracy_macro": 0.5}
-    assert found["questions"] == 10
-    assert found["categories"] == {"ab": {"acc": 0.6, "questions": 5}}
-    assert found["subjects"]["first"] == {"acc": 0.5, "questions": 4}
-    assert found["correct"] == {"first": "1010", "second": "1", "third": "00000"}
+    numbers = summarise(
+        {  # as lm-eval has it: a group of two groups, one of them without results of its own
+            "results": {
+                "all": {"alias": "all"},
+                "a": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": " - first"},
+                "b": {"acc,none": 1.0, "acc_norm,none": 0.0, "alias": " - second"},
+                "c": {"acc,none": 0.0, "alias": "third"},
+            },
+            "group_subtasks": {"all": ["ab", "c"], "ab": ["a", "b"]},
+            "n-samples": {"a": {"effective": 4}, "b": {"effective": 1}, "c": {"effective": 5}},
+            "samples": {"a": samples("1010"), "b": samples("1"), "c": samples("00000")},
+        }
+    )
+    assert numbers["scores"] == {"accuracy": 0.3, "accuracy_macro": 0.5}
+    assert numbers["questions"] == 10
+    assert numbers["categories"] == {"ab": {"acc": 0.6, "questions": 5}}
+    assert numbers["subjects"]["first"] == {"acc": 0.5, "questions": 4}
+    assert numbers["correct"] == {"first": "1010", "second": "1", "third": "00000"}
 
 
-def test_what_is_no_yes_or_no_has_no_questions_to_pair() -> None:
-    half = [{"doc_id": 0, "acc": 0.7}]
-    alone = {"results": {"a": {"acc,none": 0.7}}, "group_subtasks": {}, "n-samples": {"a": {"effective": 1}}}
-    assert summarise({**alone, "samples": {"a": half}})["correct"] == {}
-    other = {
-        "results": {"g": {"exact_match,strict": 0.2, "exact_match_stderr,strict": 0.0}},
-        "n-samples": {"g": {"effective": 9}},
-    }
-    found = summarise(other)
-    assert (found["metric"], found["scores"], found["correct"]) == ("exact_match,strict", {"task_score": 0.2}, {})
-
-
-def test_four_bits_need_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = tiny_run("emoe", "lora").spec
-    load_language_model(spec["model"]).save_pretrained(tmp_path / "models" / "own")
-    monkeypatch.setenv(MODEL_ROOT, str(tmp_path / "models"))
-    model = {"name": "own", "hub": "no/model", "revision": None, "quantize": "nf4"}
-    find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else find(name))
-    with pytest.raises(DefinitionError, match=r"'own' is asked for in 4 bits .* needs the package 'bitsandbytes'"):
-        load_language_model(model, [2])
+@pytest.mark.parametrize(
+    ("values", "samples", "metric", "scores"),
+    [
+        ({"acc,none": 0.7}, [{"doc_id": 0, "acc": 0.7}], "acc", {"accuracy": 0.7}),
+        ({"exact_match,strict": 0.2, "exact_match_stderr,strict": 0.0}, [], "exact_match,strict", {"task_score": 0.2}),
+    ],
+)
+def test_what_is_no_yes_or_no_has_no_questions_to_pair(values, samples, metric, scores) -> None:
+    counts = {"a": {"effective": 1}}
+    numbers = summarise({"results": {"a": values}, "n-samples": counts, "samples": {"a": samples}})
+    assert (numbers["metric"], numbers["scores"], numbers["correct"]) == (metric, scores, {})
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -321,5 +291,3 @@ def test_the_held_out_curve_changes_no_other_number() -> None:
     losses = [point["loss"] for point in points]
     assert losses[-1] == with_curve["scores"]["dev"]["own"]["loss"]
     assert losses[0] > losses[-1]
-    untuned = finish(prepare(tiny_run("emoe", "base")))
-    assert losses[0] == pytest.approx(untuned["scores"]["dev"]["own"]["loss"], abs=1e-6)

@@ -1,4 +1,4 @@
-"""Pre-trained models as they are: concentration of activations, use of experts beside chance, and the benchmark that shows both."""
+"""Test the concentration of activations, the use of experts beside chance, and the benchmark that shows both."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from benchmarks.modularity.activations import (
     selected,
 )
 from benchmarks.modularity.grid import KIND, ModularityDefinition
-from benchmarks.modularity.tables import ModularityOutcomes
+from benchmarks.modularity.outcomes import ModularityOutcomes
 from benchmarks.text.usage import marks, shared_and_specialised, told_of_classes, told_of_tasks
 from tests import fake_runs, tiny_models
 from tests.executed import finish, prepare

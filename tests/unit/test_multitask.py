@@ -1,4 +1,4 @@
-"""Several tasks at once: rows as text, answers by likelihood, how tasks are mixed, a run from start to end, and what is shown."""
+"""Test runs on several tasks at once: rows as text, answers by likelihood, mixing, a run, and its tables."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, DataError, DefinitionError
-from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
+from benchmarks.harness.config.benchmark import load_benchmark
 from benchmarks.harness.config.catalogue import load_models
-from benchmarks.harness.config.runs import canonical_json, partition_jobs, plan, run_from_spec, run_inputs
+from benchmarks.harness.config.runs import canonical_json, plan, run_from_spec
 from benchmarks.harness.config.yaml import parse
 from benchmarks.harness.models.loading import load_seq2seq, load_seq2seq_tokenizer
 from benchmarks.harness.report.presentation import present
 from benchmarks.harness.sources.vader import load_vader
 from benchmarks.multitask.grid import KIND, MultitaskDefinition, MultitaskSpec, WrittenTask
+from benchmarks.multitask.outcomes import MultitaskOutcomes
 from benchmarks.multitask.rows import MixedOrder, answers, as_text, written
-from benchmarks.multitask.tables import MultitaskOutcomes
-from benchmarks.multitask.training import log_likelihoods, rank
+from benchmarks.multitask.training import MultitaskTrainer, log_likelihoods
 from benchmarks.text.data import load_part
 from benchmarks.text.tokenization import TokenisedRows
 from tests import fake_runs
@@ -87,20 +87,6 @@ def test_likelihoods_are_those_of_the_answers_said_one_token_after_the_other() -
             assert float(ranked[row, number]) == pytest.approx(total, abs=1e-4)
 
 
-def test_ranking_leaves_the_model_and_chance_as_they_were_and_keeps_the_order_of_rows(workdir: Path) -> None:
-    model, tokenizer = load_seq2seq(TINY).train(), load_seq2seq_tokenizer(TINY)
-    amazon = task("amazon")
-    split = as_text(load_part(amazon, "test", 10), amazon)
-    rows = TokenisedRows(split, tokenizer, 32, by_length=True, labelled=False)
-    found = answers(tokenizer, amazon)
-    state = torch.random.get_rng_state()
-    three, all_at_once = (rank(model, rows, tokenizer, found, size, "fp32") for size in (3, 10))
-    assert model.training
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert three.shape == (10, 2)
-    np.testing.assert_allclose(three, all_at_once, atol=1e-4)
-
-
 # how tasks are mixed
 
 SIZES = {"large": 10, "small": 3}
@@ -134,15 +120,6 @@ def test_an_epoch_mixes_tasks_up_to_a_limit_and_large_ones_go_through_all_rows()
     assert sorted(epoch(order(None), 0)) == list(range(13))
 
 
-def test_rows_of_like_length_go_together_where_that_is_asked() -> None:
-    lengths = [("one", [5, 50] * 50), ("other", [5, 50] * 50)]
-    rows = epoch(MixedOrder(lengths, 100, 4, 0, by_length=True), 0)
-    tokens = [lengths[row // 100][1][row % 100] for row in rows]
-    batches = [set(tokens[start : start + 4]) for start in range(0, len(tokens), 4)]
-    assert sum(len(batch) == 1 for batch in batches) > 0.9 * len(batches)
-    assert sorted(rows) == list(range(200))
-
-
 # a run
 
 
@@ -166,10 +143,10 @@ def test_a_killed_run_resumes_to_the_same_numbers(
 
 
 def test_scores_are_of_the_likelier_answers_and_the_best_epoch_is_kept(workdir: Path, monkeypatch) -> None:
-    def known(model, rows, *rest: object) -> Any:
+    def known(trainer: object, rows: TokenisedRows, answers: object = ()) -> Any:
         return np.where(np.arange(len(rows))[:, None] % 3 == np.array([[0, 1]]), 1.0, 0.0)
 
-    monkeypatch.setattr("benchmarks.multitask.training.rank", known)
+    monkeypatch.setattr(MultitaskTrainer, "_ranked", known)
     run = smoke_run("multitask", "vanilla", checkpoint_selection="best")
     found = finish(prepare(run))
     amazon = task("amazon", "sentiment")
@@ -199,12 +176,8 @@ def test_the_papers_runs_train_and_read_other_sets_as_the_task_that_names_them(
         for run in paper_runs("multitask")
         if (run.spec["task"]["name"], run.spec["method"]["name"]) == ("nli", "emoe")
     )
-    assert {other["name"]: other["read_as"] for other in spec["ood"]} == {
-        "snli": "mnli",
-        "sick_entailment": "mnli",
-        "scitail": "rte",
-        "hans": "rte",
-    }
+    read_as = {other["name"]: other["read_as"] for other in spec["ood"]}
+    assert read_as == {"snli": "mnli", "sick_entailment": "mnli", "scitail": "rte", "hans": "rte"}
     config = spec["method"]["config"]
     assert (config["num_experts"], config["top_k"], config["layers"]) == (32, 8, [10])
     found = finish(prepare(run_from_spec({**spec, "training": {**spec["training"], "epochs": 2}})))
@@ -225,10 +198,7 @@ def changed(change: dict[str, Any]) -> MultitaskDefinition:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"mixtures": {"six": {"title": "x", "tasks": ["mnlo", "rte"]}}},
-            r"six\.tasks' is 'mnlo'.*did you mean 'mnli'",
-        ),
+        ({"mixtures": {"six": {"title": "x", "tasks": ["mnlo"]}}}, r"six\.tasks' is 'mnlo'.*did you mean 'mnli'"),
         ({"mixtures": {"rte": {"title": "x", "tasks": ["rte", "mnli"]}}}, "mixtures.rte' has the name of a task"),
         ({"mixtures": {"six": {"title": "x", "tasks": ["stsb", "rte"]}}}, "has 'stsb', a regression"),
         ({"mixtures": {"six": {"title": "x", "tasks": ["snli", "rte"]}}}, "has 'snli', which has no split to train on"),
@@ -241,36 +211,19 @@ def test_what_cannot_be_learned_so_is_named(change: dict[str, Any], message: str
         KIND.check(changed(change), BENCHMARK.tasks, BENCHMARK.folder)
 
 
-def test_a_grid_names_mixtures_or_tasks() -> None:
-    block = {"model": ["tiny-t5"], "mixture": ["tow"], "method": ["vanilla"], "learning_rate": [1e-3], "seed": [0]}
-    smoke = {**BENCHMARK.definition.suites["smoke"].given(), "grid": [block]}
-    other = Benchmark(BENCHMARK.name, changed({"suites": {"smoke": smoke}}), BENCHMARK.tasks)
-    with pytest.raises(DefinitionError, match=r"grid\[0\]\.mixture' is 'tow'.*did you mean 'two'"):
-        list(KIND.specs(other, "smoke", (), lambda _: {}))
-
-
 def test_sets_that_are_learned_are_not_out_of_domain_and_excluded_ones_are_not_read() -> None:
     run = next(run for run in plan(["multitask"], "mini_full") if run.spec["task"]["name"] == "sentences")
-    assert {other["name"]: other["read_as"] for other in run.spec["ood"]} == {
-        "tweets": "amazon",
-        "nyt": "amazon",
-        "tweets_strength": "amazon_strength",
-        "nyt_strength": "amazon_strength",
-    }
+    read_as = {other["name"]: other["read_as"] for other in run.spec["ood"]}
+    strength = {"tweets_strength": "amazon_strength", "nyt_strength": "amazon_strength"}
+    assert read_as == {"tweets": "amazon", "nyt": "amazon", **strength}
     assert {one["prefix"] for one in run.spec["task"]["tasks"]} == {"sentiment", "strength"}
     without = next(iter(plan(["multitask"], "mini_full", exclude=["tweets"])))
     assert [other["name"] for other in without.spec["ood"]] == ["nyt", "tweets_strength", "nyt_strength"]
 
 
-def test_a_spec_is_read_back_as_it_is_hashed_and_waits_for_its_package_and_clustering() -> None:
-    for suite in ("smoke", "mini_full"):
-        for run in plan(["multitask"], suite):
-            assert canonical_json(parse(run.spec, MultitaskSpec, "run.json").model_dump()) == run.to_json()
-    run = smoke_run("multitask", "emoe")
-    (job,) = partition_jobs(run)
-    files = run_inputs(run)
-    assert any("vader" in file.lower() for file in files)
-    assert job.file in files
+def test_a_spec_is_read_back_as_it_is_hashed() -> None:
+    for run in [*plan(["multitask"], "smoke"), *plan(["multitask"], "mini_full")]:
+        assert canonical_json(parse(run.spec, MultitaskSpec, "run.json").model_dump()) == run.to_json()
 
 
 # what is shown

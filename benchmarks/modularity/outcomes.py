@@ -1,0 +1,73 @@
+"""Collect the numbers of pre-trained models as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.harness.config.benchmark import Benchmark
+from benchmarks.harness.config.catalogue import load_metrics
+from benchmarks.harness.config.runs import Run
+from benchmarks.harness.report.common import Outcomes, read_published
+from benchmarks.harness.results.records import collect, read_metrics
+from benchmarks.modularity.grid import ModularityDefinition
+from benchmarks.text.definition import TaskEntry
+
+PLACE = ["model", "layer"]
+CELL = [*PLACE, "num_experts", "method"]
+
+
+class ModularityOutcomes(Outcomes):
+    """Collect the finished runs.
+
+    Attributes:
+        rows: The numbers, a row per run, in the order of models and methods: ``model``, ``layer``, ``num_experts``,
+            ``method``, ``seed``, ``run_id``, a column per metric, and titles.
+        means: The means over seeds, with ``<metric>_std``, ``n`` and titles.
+        paper: The numbers of the paper's matrices, as they are stored, by ``method``, ``num_experts`` and ``metric``.
+    """
+
+    benchmark: Benchmark[ModularityDefinition, TaskEntry]
+
+    def __init__(self, benchmark: Benchmark[ModularityDefinition, TaskEntry], runs: list[Run]) -> None:
+        super().__init__(benchmark, runs, ["model", "method", "task"])
+        self._by_id = {run.id: run for run in runs}
+        numbers = collect(runs).pivot_table(index="run_id", columns="metric", values="value", sort=False)
+        rows = pd.DataFrame([_settings(run) for run in runs]).merge(numbers, left_on="run_id", right_index=True)
+        self.records = self.rows = self.order(rows, [*PLACE, "num_experts", "method", "seed"])
+        by_cell = self.rows.groupby(CELL, sort=False)
+        means = by_cell[list(numbers)].mean().join(by_cell[list(numbers)].std().add_suffix("_std"))
+        self.means = self.titled(means.join(by_cell.size().rename("n")).reset_index())
+        published = read_published(benchmark)
+        scales = [load_metrics()[metric].scale for metric in published["metric"]]
+        self.paper = published.assign(value=published["value"].astype(float) / pd.Series(scales, dtype=float))
+
+    def panels(self) -> Iterator[tuple[str, pd.DataFrame]]:
+        """Yield the title and the rows of every model and layer."""
+        for (model, layer), rows in self.rows.groupby(PLACE, sort=False):
+            yield f"{self.title('model', str(model))}, layer {layer}", rows
+
+    def first_panels(self) -> list[tuple[str, pd.DataFrame]]:
+        """Return the first panel of every model."""
+        first: dict[str, tuple[str, pd.DataFrame]] = {}
+        for title, rows in self.panels():
+            first.setdefault(rows["model"].iloc[0], (title, rows))
+        return list(first.values())
+
+    def metrics_of(self, row: Any) -> dict[str, Any]:
+        """Read the ``metrics.json`` of a row."""
+        return read_metrics(self._by_id[row.run_id])
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    config = run.spec["method"]["config"]
+    return {
+        "run_id": run.id,
+        "model": run.spec["model"]["name"],
+        "layer": config["layers"][0],
+        "num_experts": config["num_experts"],
+        "method": run.spec["method"]["name"],
+        "seed": run.spec["seed"],
+    }
