@@ -36,11 +36,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def test_a_list_is_read_with_the_lines_of_its_rows() -> None:
+def test_a_list_is_read_with_the_numbers_of_its_rows() -> None:
     text = json.dumps([GOOD, {**GOOD, "input": None}, {"instruction": "Hi", "output": "Ho"}], indent=2)
     found = parse(text.encode(), "x.json", lines=False)
-    assert [row.place for row in found.rows] == ["line 2 (row 1)", "line 7 (row 2)", "line 12 (row 3)"]
-    assert found.rows[0] == Instruction("line 2 (row 1)", "Add.", "1 and 2", "3")
+    assert [row.place for row in found.rows] == ["row 1", "row 2", "row 3"]
+    assert found.rows[0] == Instruction("row 1", "Add.", "1 and 2", "3")
     assert [row.input for row in found.rows] == ["1 and 2", "", ""]
     assert not found.broken
 
@@ -60,7 +60,7 @@ def test_broken_rows_are_named_by_line_and_the_others_are_read(lines: bool) -> N
     encoded[5] = rows[5].encode("latin-1")  # not UTF-8
     content = b"\n".join(encoded) if lines else b"[\n" + b",\n".join(encoded) + b"\n]"
     found = parse(content, "x", lines=lines)
-    places = [f"line {n}" if lines else f"line {n + 1} (row {n})" for n in range(1, 8)]
+    places = [f"line {n}" if lines else f"row {n}" for n in range(1, 8)]
     assert [row.place for row in found.rows] == [places[0], places[6]]
     assert [(row.place, row.reason) for row in found.broken] == [
         (places[1], "lacks 'output'"),
@@ -82,18 +82,20 @@ DEEP = "[" * 100_000 + "]" * 100_000
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (json.dumps([GOOD] * 40) + json.dumps([GOOD] * 960), r"x.json, line 1: something stands after the list: '\["),
-        (json.dumps([GOOD], indent=1) + "\n\n}", "x.json, line 9: something stands after the list: '}'"),
-        (" [\n]\n", "x.json, line 2: the list is empty$"),
-        ('[\n{"instruction": "a", "output": "b"},\n]', r"x.json, line \d: the list is not JSON"),
-        ('[\n{"instruction": "a", "output": "b"},\n{"instruction": ]', "x.json, line 3: the list is not JSON"),
-        ('[\n{"instruction": "a", "output": "b"}', "x.json, line 2: the list is not JSON"),
-        ('\n{"instruction": "a", "output": "b"}\n', "x.json, line 2: .*name it .jsonl"),
-        ("", "x.json, line 1: .*name it .jsonl"),
-        (json.dumps([GOOD]).encode("utf-16"), "x.json, line 1: is not UTF-8"),
-        ('[\n{"output": "b", "output": "c"}]', r"x.json, line 2: the list is not JSON \('output' stands twice"),
-        (DEEP, "x.json, line 1: the list is nested too deeply"),
-        ("[" + "1" * 5000 + "]", "x.json, line 1: the list is not JSON"),
+        (
+            json.dumps([GOOD], indent=1) + "\n\n}",
+            r"x.json is not JSON: Extra data: line 9 column 1 \(char \d+\); name it .jsonl",
+        ),
+        (" [\n]\n", "x.json is no list of objects, or an empty one"),
+        (
+            '[\n{"instruction": "a", "output": "b"},\n{"instruction": ]',
+            "x.json is not JSON: Expecting value: line 3 column",
+        ),
+        ('\n{"instruction": "a", "output": "b"}\n', "x.json is no list .*name it .jsonl"),
+        ("", "x.json is not JSON: .*name it .jsonl"),
+        (json.dumps([GOOD]).encode("utf-16"), "x.json is not JSON: "),
+        (DEEP, "x.json is not JSON: maximum recursion depth"),
+        ("[" + "1" * 5000 + "]", "x.json is not JSON: "),
     ],
 )
 def test_a_damaged_list_is_refused_and_so_is_what_follows_one(content: str | bytes, message: str) -> None:
@@ -105,8 +107,7 @@ def test_a_line_that_is_no_json_is_broken() -> None:
     content = '{"instruction": "a", "output": "b"}\n{"instruction": \n' + DEEP + "\n" + "1" * 5000
     found = parse(content.encode(), "x.jsonl", lines=True)
     assert (len(found.rows), [row.place for row in found.broken]) == (1, ["line 2", "line 3", "line 4"])
-    assert "is not JSON" in found.broken[0].reason
-    assert found.broken[1].reason == "is nested too deeply"
+    assert all(row.reason.startswith("is not JSON (") for row in found.broken)
 
 
 def test_a_set_is_read_from_the_users_file_else_the_package(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
