@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +14,10 @@ from unittest import mock
 import pytest
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from benchmarks.__main__ import main
-from benchmarks.harness.base import DataError, DefinitionError, RunError, derive_seed
+from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.runs import Run, plan, read_run, run_from_spec
 from benchmarks.harness.run import execution
 from benchmarks.harness.training import progress as progress_module
@@ -91,7 +89,6 @@ def test_all_experts_train_exactly_like_the_dense_model(
 @pytest.mark.parametrize(
     ("method", "keep", "sampling"),
     [
-        ("vanilla", "best", "random"),
         ("gmoe", "last", "group_by_length"),
         ("emoe_published", "best", "group_by_length"),
         ("lora_emoe_learn", "last", "random"),
@@ -207,39 +204,24 @@ def test_a_file_that_ends_too_early_is_no_interruption(monkeypatch: pytest.Monke
         main()
 
 
-def test_wrong_run_files_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "x" / "run.json"
-    with pytest.raises(DefinitionError, match="does not exist; the workflow writes it"):
-        read_run(path)
-    path.parent.mkdir()
-    path.write_text("{")
-    with pytest.raises(DataError, match="is damaged"):
-        read_run(path)
-    path.write_text(plan(["glue"], "smoke")[0].to_json())
-    with pytest.raises(DefinitionError, match="was changed by hand"):
-        read_run(path)
-
-
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "message"),
     [
-        ('"learning_rate":0.003', '"learning_rate":NaN'),
-        ('"learning_rate":0.003', '"learning_rate":' + "9" * 5000),
-        ('"model":{', '"model":[],"models":{'),
-        ('"benchmark":"glue"', '"benchmark":"glu"'),
-        ('"benchmark":"glue"', '"benchmark":"../glue"'),
-        ('"benchmark":"glue"', '"benchmark":["glue"]'),
-        ('"benchmark":"glue"', '"nested":' + "[" * 100_000 + "]" * 100_000),
+        ('"learning_rate":0.003', '"learning_rate":NaN', "is damaged"),
+        ('"learning_rate":0.003', '"learning_rate":0.004', "was changed by hand"),
+        ('"model":{', '"model":[],"models":{', "is no run specification"),
+        ('"benchmark":"glue"', '"benchmark":"../glue"', "names the benchmark"),
+        ('"benchmark":"glue"', '"benchmark":["glue"]', "is no run specification"),
+        ('"benchmark":"glue"', '"nested":' + "[" * 100_000 + "]" * 100_000, "is damaged"),
     ],
 )
-def test_odd_run_files_are_refused_in_one_line(tmp_path: Path, old: str, new: str) -> None:
-    text = plan(["glue"], "smoke")[0].to_json()
+def test_odd_run_files_are_refused_in_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text, path = SMOKE[0].to_json(), tmp_path / "run.json"
+    with pytest.raises(DefinitionError, match="does not exist; the workflow writes it"):
+        read_run(path)
     assert text.count(old) == 1
-    path = tmp_path / "run.json"
     path.write_text(text.replace(old, new))
-    with pytest.raises(
-        EMoEError, match=r"run\.json (is damaged|is no run specification|names the benchmark)"
-    ) as raised:
+    with pytest.raises(EMoEError, match=f"run\\.json.* {message}") as raised:
         read_run(path)
     assert "\n" not in str(raised.value)
 
@@ -257,20 +239,6 @@ def test_a_run_file_does_not_choose_what_is_executed(
     assert "'pipeline' is 'evilmod', but glue is executed by 'benchmarks.glue.pipeline'" in said
     assert "\n" not in said
     assert not (tmp_path / "executed").exists()
-
-
-def test_a_full_disk_is_one_line_that_names_the_folder(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Libraries report a full disk in their own ways."""
-    path = prepare("vanilla")
-    full = SimpleNamespace(free=0)
-    for error in (OSError(28, "No space left on device"), RuntimeError("file write failed"), SafetensorError("I/O")):
-        pipeline = SimpleNamespace(run=mock.Mock(side_effect=error))
-        monkeypatch.setattr(execution, "_pipeline", lambda _run, pipeline=pipeline: pipeline)
-        with pytest.raises(type(error)):
-            finish(path)
-        with mock.patch.object(shutil, "disk_usage", return_value=full), pytest.raises(RunError) as named:
-            finish(path)
-        assert str(named.value).startswith(f"{path.parent}: the disk is full")
 
 
 class Terminal(io.StringIO):
@@ -311,7 +279,7 @@ def test_progress_counts_files_and_reads_none(planned: Run) -> None:
     assert clock(3725) == "1:02:05"
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"runs": 3}', '{"runs": ["glue/RUN"], "before": null}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"runs": 3}', '{"runs": ["glue/RUN"], "before": null}'])
 def test_a_damaged_plan_or_a_closed_terminal_fails_no_finished_run(planned: Run, content: str) -> None:
     Path("plan.json").write_text(content.replace("RUN", planned.id))
     stream = Terminal()
@@ -329,11 +297,3 @@ def test_off_a_terminal_a_run_takes_one_line(capsys: pytest.CaptureFixture[str])
     progress.finish(75)
     assert stream.getvalue() == "[a-run] warning: a set has other rows\n[a-run] finished in 1:15\n"
     assert capsys.readouterr().out == "[a-run] evaluating\n"
-
-
-def test_seeds_depend_on_every_part() -> None:
-    assert derive_seed("order", 0) == derive_seed("order", 0)
-    assert (
-        len({derive_seed(*parts) for parts in (("order", 0), ("order", 1), ("head", 0), ("order0",), ("order", 0, ""))})
-        == 5
-    )
