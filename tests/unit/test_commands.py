@@ -33,7 +33,7 @@ PROGRAMS = {"emoe-bench": suite_cli, "emoe": library.cli}
 
 
 def shown(program: str, *path: str) -> str:
-    """A help page at 80 columns."""
+    """Return a help page at 80 columns."""
     command: click.Command = PROGRAMS[program]
     for name in path:
         assert isinstance(command, click.Group)
@@ -90,8 +90,8 @@ def test_snakemake_plans_without_waiting_for_what_trains() -> None:
     ],
 )
 def test_a_shell_completes_names(program: str, words: list[str], begun: str, offered: list[str]) -> None:
-    found = ShellComplete(PROGRAMS[program], {}, program, "_COMPLETE").get_completions(words, begun)
-    assert [item.value for item in found] == offered
+    items = ShellComplete(PROGRAMS[program], {}, program, "_COMPLETE").get_completions(words, begun)
+    assert [item.value for item in items] == offered
 
 
 def test_the_packages_scripts_start_the_programs_which_know_their_version() -> None:
@@ -165,11 +165,11 @@ def test_what_there_is_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def runs(here: Path) -> list[Run]:
     """Smoke's finished runs of text classification."""
-    found = plan(["glue"], "smoke")
-    fake_runs.write_runs(found)
-    for run in found:
+    planned = plan(["glue"], "smoke")
+    fake_runs.write_runs(planned)
+    for run in planned:
         prepare(run, str(RUNS))
-    return found
+    return planned
 
 
 def state_of(suite: str = "smoke") -> dict[str, Any]:

@@ -76,7 +76,7 @@ def test_no_two_jobs_see_the_same_and_those_of_a_killed_job_are_free() -> None:
 
 
 def test_a_job_of_a_scheduler_takes_the_devices_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may number those of every job from 0, so that a lock would part jobs that have nothing to do with each other."""
+    """Take no locks, because a scheduler may number the devices of every job from 0."""
     monkeypatch.setenv(VISIBLE, "0,1")
     with held(2, CUDA_VISIBLE_DEVICES="0,1") as other:
         assert seen(other) == ["0", "1"]

@@ -1,4 +1,4 @@
-"""One run: locks, logs, resumption, determinism, messages."""
+"""Execute one run: locks, logs, resumption, determinism, messages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPEC = SMOKE[0].spec
 
 
 def prepare(method: str, folder: str = "runs", **training: object) -> Path:
-    """The ``run.json`` of a small smoke run."""
+    """Write the ``run.json`` of a small smoke run."""
     spec = next(run.spec for run in SMOKE if run.spec["method"]["name"] == method)
     run = run_from_spec({**spec, "training": {**spec["training"], "train_rows": 48, "eval_rows": 30, **training}})
     return write_run(run, folder)
@@ -68,7 +68,6 @@ def test_two_processes_never_share_a_run_which_leaves_numbers_and_a_log_and_says
 def test_all_experts_train_exactly_like_the_dense_model(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, pair: tuple[str, str]
 ) -> None:
-    """On the same rows in the same order, too."""
     seen: list[list[int]] = []
     step = Trainer.training_step
 
@@ -151,7 +150,7 @@ def test_the_best_epochs_weights_are_kept_and_patience_ends_the_run(
 
 
 def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(workdir: Path) -> None:
-    """The reported split is the dev split, and chooses nothing: held-out rows score the epochs."""
+    """Score the epochs by held-out rows, because the dev split is the reported one."""
     spec = copy.deepcopy(SPEC)
     spec["task"]["splits"]["test"] = None
     spec["training"] |= {
@@ -163,12 +162,12 @@ def test_a_clean_run_of_a_task_without_a_test_split_holds_rows_out_to_choose_by(
     }
     run = run_from_spec(spec)
     assert "-clean-" in run.id
-    found = finish(write_run(run))
-    assert [found["data"][part]["rows"] for part in ("train", "dev", "test")] == [54, 6, 30]
-    kept = found["scores"]["dev"]["tweets"]
-    assert kept in [{k: epoch[k] for k in ("balanced_accuracy", "loss")} for epoch in found["epochs"]]
+    metrics = finish(write_run(run))
+    assert [metrics["data"][part]["rows"] for part in ("train", "dev", "test")] == [54, 6, 30]
+    kept = metrics["scores"]["dev"]["tweets"]
+    assert kept in [{k: epoch[k] for k in ("balanced_accuracy", "loss")} for epoch in metrics["epochs"]]
     dev = load_split(RunTask.model_validate(spec["task"]), "dev").head(30, "tweets/dev")
-    assert found["data"]["test"] == dev.summary()
+    assert metrics["data"]["test"] == dev.summary()
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -189,12 +188,12 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone(by_length: bool) -> N
 def test_a_diverged_run_is_recorded_as_such(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SPEC | {"learning_rate": 1e30}
     run = run_from_spec({**spec, "training": {**spec["training"], "train_rows": 48, "eval_rows": 30}})
-    found = finish(write_run(run))
-    assert found["scores"]["test"]["tweets"]["loss"] is None
-    assert 0 <= found["scores"]["test"]["tweets"]["balanced_accuracy"] <= 1
+    metrics = finish(write_run(run))
+    assert metrics["scores"]["test"]["tweets"]["loss"] is None
+    assert 0 <= metrics["scores"]["test"]["tweets"]["balanced_accuracy"] <= 1
     # no experts are made of weights that are no numbers
-    (made,) = found["transformed"].values()
-    assert made["scores"] == {part: found["scores"][part] for part in ("test", "ood")}
+    (made,) = metrics["transformed"].values()
+    assert made["scores"] == {part: metrics["scores"][part] for part in ("test", "ood")}
 
 
 def test_a_file_that_ends_too_early_is_no_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,9 +234,9 @@ def test_a_run_file_does_not_choose_what_is_executed(
     monkeypatch.setattr(sys, "argv", ["benchmarks", "run", str(path)])
     with pytest.raises(SystemExit):
         main()
-    said = capsys.readouterr().err.strip()
-    assert "'pipeline' is 'evilmod', but glue is executed by 'benchmarks.glue.pipeline'" in said
-    assert "\n" not in said
+    shown = capsys.readouterr().err.strip()
+    assert "'pipeline' is 'evilmod', but glue is executed by 'benchmarks.glue.pipeline'" in shown
+    assert "\n" not in shown
     assert not (tmp_path / "executed").exists()
 
 
@@ -248,7 +247,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def planned(here: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A run of a workflow of five, of which three are finished, one of them before the start, all unreadable."""
+    """Plan a run in a workflow of five: three are finished, one of them before the start, all unreadable."""
     run: Run = plan(["glue"], "smoke")[0]
     done = ["glue/a-s0-00000000", "glue/b-s0-00000000", "llama/c-s0-00000000"]
     for folder in done:

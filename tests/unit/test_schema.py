@@ -1,4 +1,4 @@
-"""Reading files into models: strictly, with every mistake named."""
+"""Read files into models: strictly, and with every mistake named."""
 
 from __future__ import annotations
 
@@ -67,33 +67,18 @@ def message(content: object) -> str:
     ("content", "text"),
     [
         ({"count": "3"}, "'whole.count' is '3': Input should be a valid integer"),
-        ({"count": None}, "'whole.count' is None: Input should be a valid integer"),
-        ({"count": 0}, "'whole.count' is 0: Input should be greater than or equal to 1"),
-        ({"rate": True}, "'whole.rate' is True: Input should be a valid number"),
         (
             {"number": "2e-5"},
             "'whole.number' is '2e-5': Input should be a valid number (YAML reads 2e-5 as text; write 2.0e-05)",
         ),
-        ({"choice": "lst"}, "'whole.choice' is 'lst'; did you mean 'last'?"),
         ({"layers": 3}, "'whole.layers' is 3: Input should be a valid string or Input should be a valid list"),
         ({"layers": [1, "a"]}, "'whole.layers[1]' is 'a': Input should be a valid integer"),
-        ({"inner": {"rnk": 1}}, "unknown key 'whole.inner.rnk'; did you mean 'rank'?"),
         ({"inner": {}}, "'whole.inner' needs the key 'rank'"),
-        ({"named": {"a": {"rank": "x"}}}, "'whole.named.a.rank' is 'x': Input should be a valid integer"),
         ({"once": ["a", "b", "a"]}, "'whole.once': 'a' stands there twice"),
-        ({"cuont": 1}, "unknown key 'whole.cuont'; did you mean 'count'?"),
         (
-            {
-                "count": 0,
-                "layers": 1,
-                "inner": {"rank": 0},
-                "rate": "x",
-                "choice": "x",
-                "once": 1,
-            },  # five, outermost first
-            "'whole.count' is 0: Input should be greater than or equal to 1; 'whole.rate' is 'x': Input should be a valid "
-            "number; 'whole.choice' is 'x'; choose from last, best; 'whole.layers' is 1: Input should be a valid string or "
-            "Input should be a valid list; 'whole.once' is 1: Input should be a valid list",
+            {"inner": {"rank": 0}, "count": 0, "choice": "lst"},  # the outermost first
+            "'whole.count' is 0: Input should be greater than or equal to 1; 'whole.choice' is 'lst'; did you mean 'last'?; "
+            "'whole.inner.rank' is 0: Input should be greater than or equal to 1",
         ),
     ],
 )
@@ -159,14 +144,14 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, old: str, new: str, text: st
 
 
 def test_values_stay_as_they_are_written() -> None:
-    """A run's id is a hash of JSON, where 1 is not 1.0, and a key with null is not one that is left out."""
-    found = parse({"whole": {"number": 1, "inner": {"rank": 2}}, "part": {"number": 2.0, "inner": None}}, File, "f")
-    dumped = found.whole.model_dump()
+    """Keep 1 from becoming 1.0, and null from being left out, because a run's id is a hash of JSON."""
+    file = parse({"whole": {"number": 1, "inner": {"rank": 2}}, "part": {"number": 2.0, "inner": None}}, File, "f")
+    dumped = file.whole.model_dump()
     assert repr(dumped["number"]) == "1"
     assert repr(dumped["inner"]["scale"]) == "1"
     assert "number" not in Whole().model_dump()
-    assert found.part.given() == {"number": 2.0, "inner": None}
-    changed = found.whole.changed(found.part)
+    assert file.part.given() == {"number": 2.0, "inner": None}
+    changed = file.whole.changed(file.part)
     assert (changed.number, changed.inner, changed.count) == (2.0, None, 3)
 
     class Source(AsGiven):

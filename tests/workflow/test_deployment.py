@@ -50,7 +50,6 @@ def test_the_image_has_a_python_extras_and_a_user_that_fit() -> None:
 
 
 def test_an_image_is_built_of_what_git_tracks() -> None:
-    """All of it, because git tells the version, and no environments, weights or results."""
     git = ["git", "ls-files", "--cached", "--ignored", "--exclude-from", ".dockerignore"]
     assert subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
     git_ignores, docker_ignores = (

@@ -1,4 +1,4 @@
-"""The repository's own promises: layers, environments, targets, releases, pages for contributors."""
+"""Check the repository: layers, environments, targets, releases, pages for contributors."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_snakemake_plans_a_part_of_the_paper(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mini_search", "paper"])
 def test_runs_ask_for_nothing_that_no_rule_makes(name: str) -> None:
-    """A dry run of the whole suite would find it, but Snakemake's graph has thousands of jobs."""
+    """Check the files of all runs without Snakemake's graph of thousands of jobs."""
     suite = load_suite({"suite": name})
     made = {*suite.metric_files(), *(job.file for job in suite.partitions.values())}
     needed = {file for run in suite.runs for file in run_inputs(run) if not file.startswith(str(PACKAGES))}

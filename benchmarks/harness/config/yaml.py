@@ -89,8 +89,9 @@ def _describe(path: KeyPath, problems: Sequence[Mapping[str, Any]]) -> str:
 
 def _float_hint(value: object) -> str:
     """Say how to write ``2e-5``, which YAML 1.1 reads as text."""
-    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value)
-    return f" (YAML reads {value} as text; write {float(value):.1e})" if is_number else ""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
+        return f" (YAML reads {value} as text; write {float(value):.1e})"
+    return ""
 
 
 Model = TypeVar("Model", bound="Strict")
@@ -144,7 +145,8 @@ def _check_events(text: str) -> None:
     """Refuse tags, and aliases that make the content much larger than the file."""
     sizes: dict[str | None, int] = {}  # the characters of each anchor's value
     anchors, lengths = list[str | None](), [0]  # of the collections around an event
-    for event in yaml.parse(text, SafeLoader):
+    events: Iterable[Any] = yaml.parse(text, SafeLoader)
+    for event in events:
         anchor, size = getattr(event, "anchor", None), 0
         if getattr(event, "tag", None):
             raise yaml.MarkedYAMLError(problem=f"the tag '{event.tag}' is not allowed", problem_mark=event.start_mark)
@@ -343,7 +345,7 @@ def check_names(where: str, key: str, names: Iterable[str], known: Collection[st
     for name in names:
         if name not in known:
             at = f"{where}.{key}" if not where.endswith("'") else f"{where}{key}"
-            raise DefinitionError(f"{at}' is '{name}', which does not exist{did_you_mean(name, known)}")
+            raise DefinitionError(f"{at}' is '{name[:_LONGEST]}', which does not exist{did_you_mean(name, known)}")
 
 
 def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
@@ -360,9 +362,9 @@ def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[
         DefinitionError: The CSV is missing or has other columns; names the nearest CSV.
     """
     known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]
-    check_names(where, key, () if (folder / name).is_file() else [name], known)
+    check_names(where, key, [name], known)
     if columns:
         with (folder / name).open(encoding="utf-8-sig", errors="replace", newline="") as rows:
-            found, wanted = next(csv.reader(rows), []), [*columns, *NUMBER_COLUMNS]
-        if found != wanted:
-            raise DefinitionError(f"{folder / name}: the columns are {found}, but must be {wanted}")
+            header, wanted = next(csv.reader(rows), []), [*columns, *NUMBER_COLUMNS]
+        if header != wanted:
+            raise DefinitionError(f"{folder / name}: the columns are {header}, but must be {wanted}")

@@ -178,5 +178,6 @@ def _logged(path: Path) -> Iterator[TextIO]:
 def _redirect(output: int, errors: int) -> None:
     """Send standard output and standard error to these file descriptors."""
     for stream, number, target in ((sys.stdout, 1, output), (sys.stderr, 2, errors)):
-        stream.flush()
+        with suppress(OSError):  # the disk is full
+            stream.flush()
         os.dup2(target, number)

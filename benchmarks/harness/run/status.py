@@ -1,4 +1,4 @@
-"""The status of a suite's runs: finished, running, failed or missing. Reads files and changes nothing."""
+"""Tell if a suite's runs are finished, running, failed or missing. Reads files and changes nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Metrics(BaseModel):
 
 @dataclass(frozen=True)
 class RunStatus:
-    """The status of one run.
+    """Hold the status of one run.
 
     Attributes:
         run: The run.
