@@ -198,7 +198,7 @@ def test_status_counts_runs_and_shows_the_last_line_of_those_that_run_or_failed(
         (runs[0].folder, "running", "step 20"),
         (runs[1].folder, "failed", "ValueError: odd"),
     ]
-    assert "ValueError: odd (0 s ago)" in text
+    assert "ValueError: odd (" in text
     assert "\nglue: " not in text  # of a benchmark with finished runs nothing is estimated
     assert "\nglue_lora: no run is finished; how long they take is unknown\n" in text
     assert state_of()["benchmarks"][0]["failed"] == 2  # whoever ran it is gone
