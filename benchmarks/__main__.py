@@ -33,7 +33,6 @@ _KINDS = ("suites", "benchmarks", "methods", "tasks", "models", "metrics", "clai
 for _telemetry in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(_telemetry, "true")
 
-
 _PATH = click.Path(path_type=Path)
 _suite = click.option("--suite", default="mini", show_default=True, help="A file in config/.")
 _benchmark = click.option("--benchmark", help="Only this benchmark.")
@@ -83,8 +82,7 @@ def list_command(kind: str | None, suite: str, as_json: bool) -> None:
 def status(suite: str, as_json: bool) -> None:
     """Show finished, running, failed and missing runs.
 
-    Running and failed runs are shown with the last line of their logs. A failed run was begun, is not running and has
-    no numbers. A benchmark without a finished run gets an estimate.
+    With the last line of the log of each that runs or failed. A benchmark without a finished run gets an estimate.
     """
     from benchmarks.harness.run.status import count, estimate_text, run_status
 
@@ -156,7 +154,7 @@ def export(spec: Path, output: Path, form: str) -> None:
 @click.option("--part", help="Only this set of a benchmark that shows its sets one by one.")
 def tables(suite: str, benchmark: str, part: str | None) -> None:
     """Write the tables and figures of a benchmark."""
-    from benchmarks.harness import base as paths
+    from benchmarks.harness.base import RESULTS
     from benchmarks.harness.config.artifacts import artifacts_of
     from benchmarks.harness.config.benchmark import load_benchmark
     from benchmarks.harness.config.yaml import check_names
@@ -169,10 +167,9 @@ def tables(suite: str, benchmark: str, part: str | None) -> None:
     _check_finished(loaded, [benchmark], part)
     presented = present(load_benchmark(benchmark), loaded.runs_of(benchmark, part))
     shown = presented.parts[part] if part else presented
-    folder = paths.RESULTS / suite
     for table in shown.tables:
-        table.write(folder / "tables")
-    shown.draw(folder / "figures")
+        table.write(RESULTS / suite / "tables")
+    shown.draw(RESULTS / suite / "figures")
     write_paper_items(loaded, artifacts_of(benchmark, part), shown)
 
 

@@ -1,4 +1,4 @@
-"""A copy of the working tree in which the workflow runs, as a user runs it."""
+"""Copy the working tree, to run the workflow in it as a user does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 
 
 class Checkout:
-    """A copy of the working tree."""
+    """Copy the working tree to a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,35 +38,23 @@ class Checkout:
         return {**os.environ, "PYTHONPATH": str(self.folder)}
 
     def put(self, archive: Path) -> None:
-        """The sentences, as if they were fetched."""
+        """Put the sentences there, as if they were fetched."""
         (self.folder / vader.ARCHIVE).parent.mkdir(parents=True)
         shutil.copy2(archive, self.folder / vader.ARCHIVE)
 
     def start(self, *command: object, stream: IO[str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(word) for word in command],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=stream,
-            stderr=stream,
-            text=True,
-        )
+        words = [str(word) for word in command]
+        return subprocess.Popen(words, cwd=self.folder, env=self.environment, stdout=stream, stderr=stream, text=True)
 
     def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        found = subprocess.run(
-            [str(word) for word in command],
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert not check or found.returncode == 0, found.stdout + found.stderr
-        return found
+        options = {"cwd": self.folder, "env": self.environment, "capture_output": True, "text": True}
+        done = subprocess.run([str(word) for word in command], check=False, **options)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
 
     def snakemake(self, *words: object, check: bool = True) -> str:
-        found = self.run(SNAKEMAKE, "--cores", 2, *words, check=check)
-        return found.stdout + found.stderr
+        done = self.run(SNAKEMAKE, "--cores", 2, *words, check=check)
+        return done.stdout + done.stderr
 
     def edit(self, file: str, old: str, new: str) -> None:
         path = self.folder / file
@@ -76,7 +64,7 @@ class Checkout:
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    """Return when it holds; fail where it does not in time."""
+    """Return when the condition holds; fail if it does not in time."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"

@@ -41,7 +41,7 @@ def recorded(run: Run) -> dict[str, Any]:
 
 
 def reopened(run: Run, found: dict[str, Any]) -> tuple[Trainable, Any]:
-    """The model that a recorded run kept, and its tokenizer."""
+    """Return the model that a recorded run kept, and its tokenizer."""
     tokenizer = load_tokenizer(run.spec["model"])
     weights = found["model"]["source"]["weights"]
     return reopen_classifier(run.spec, weights, tokenizer, RUNS / run.folder / "model"), tokenizer
@@ -58,7 +58,7 @@ def numbers(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def killed_at(step: int) -> Iterator[None]:
-    """What is executed inside is killed when a step ends, and has to come that far."""
+    """Kill the run that is executed inside when a step ends; fail if it does not come that far."""
 
     def die(
         self: Progress, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

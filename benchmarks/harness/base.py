@@ -50,7 +50,10 @@ Model = TypeVar("Model")
 
 
 class DefinitionError(EMoEError):
-    """Signal a wrong configuration or benchmark file."""
+    """Signal a wrong configuration or benchmark file in one line, also if a key or value in it has several."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
 
 
 class DataError(EMoEError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,6 @@ from typing import Any
 
 from benchmarks.harness.base import DATA_ROOT, DataError, first_line
 from benchmarks.harness.sources.hub import commit_of, hub_name
-from benchmarks.harness.sources.json_rows import Damaged, json_lines, json_list
 from benchmarks.harness.sources.local import OWN_SUFFIXES, own_file
 from benchmarks.harness.sources.packages import packaged
 from benchmarks.llama.definition import InstructionSource
@@ -25,7 +25,7 @@ class Instruction:
     """One row.
 
     Attributes:
-        place: The position in the file, for messages: ``line 7``, in a list ``line 7 (row 2)``.
+        place: The position in the file, for messages: ``line 7``, in a list ``row 2``.
         instruction: The task.
         input: The material of the task; often empty.
         output: The response.
@@ -102,13 +102,26 @@ def parse(content: bytes, where: str, *, lines: bool) -> Instructions:
         lines: True for JSON lines, False for one JSON list.
 
     Raises:
-        DataError: The list is damaged, or text follows it.
+        DataError: The content is no list, or an empty one.
     """
     text = content.decode("utf-8-sig", errors="surrogateescape")
     if lines:
-        return _checked(((f"line {line}", value) for line, value in json_lines(text.split("\n"))), where)
-    listed = enumerate(json_list(text, where), start=1)
-    return _checked(((f"line {line} (row {number})", value) for number, (line, value) in listed), where)
+        numbered = enumerate(text.split("\n"), start=1)
+        return _checked(((f"line {number}", _decode(line)) for number, line in numbered if line.strip()), where)
+    values = _decode(text)
+    if isinstance(values, Exception):
+        raise DataError(f"{where} is not JSON: {values}; name it .jsonl if every line is an object")
+    if not isinstance(values, list) or not values:
+        raise DataError(f"{where} is no list of objects, or an empty one; name it .jsonl if every line is an object")
+    return _checked(((f"row {number}", value) for number, value in enumerate(values, start=1)), where)
+
+
+def _decode(text: str) -> Any:
+    """Decode JSON; return the error if the text is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return error
 
 
 def _checked(rows: Iterator[tuple[str, Any]], source: str) -> Instructions:
@@ -124,8 +137,8 @@ def _checked(rows: Iterator[tuple[str, Any]], source: str) -> Instructions:
 
 def _problem(value: Any) -> str | None:
     """Return the reason for which a row is unusable, or None."""
-    if isinstance(value, Damaged):
-        return value.reason
+    if isinstance(value, Exception):
+        return f"is not JSON ({value})"
     if not isinstance(value, Mapping):
         return f"is {type(value).__name__}, not an object with {', '.join(_FIELDS)}"
     for field in _FIELDS:

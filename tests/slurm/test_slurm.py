@@ -1,4 +1,4 @@
-"""The workflow on a real Slurm: controller and node on this machine, started for these tests alone."""
+"""Run the workflow on a real Slurm, whose controller and node are started on this machine for these tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import load_suite
 from tests.checkout import SNAKEMAKE, Checkout, wait_for
 from tests.conftest import ROOT
@@ -34,12 +33,11 @@ pytestmark = [
 # this cluster keeps no accounts, and answers at once
 SLURM = ("--workflow-profile", "profiles/slurm", "--slurm-status-command", "squeue", "--slurm-no-account")
 SLURM += ("--slurm-init-seconds-before-status-checks", "2", "--seconds-between-status-checks", "2")
-RUNS = {(run.benchmark, run.spec["method"]["name"]): run for run in load_suite({"suite": "smoke"}).runs}
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One node with the cores and the memory of this machine, and two made-up GPUs."""
+    """Start one node with this machine's cores and memory, and two made-up GPUs."""
     folder = tmp_path_factory.mktemp("slurm")
     subprocess.run([_CLUSTER, "start", folder], env={**os.environ, "GPUS": "2"}, check=True)
     yield
@@ -48,43 +46,42 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def checkout(cluster: None, tmp_path: Path, archive: Path) -> Checkout:
-    """A copy of the working tree, with the sentences fetched."""
+    """Copy the working tree, with the sentences fetched."""
     made = Checkout(tmp_path)
     made.put(archive)
     return made
 
 
-def metrics(run: Run) -> str:
-    return f"results/runs/{run.folder}/metrics.json"
-
-
 def submit(checkout: Checkout, *words: str) -> str:
-    """As on a login node, whose cores say nothing."""
-    found = checkout.run(SNAKEMAKE, *SLURM, *words)
-    return found.stdout + found.stderr
+    done = checkout.run(SNAKEMAKE, *SLURM, *words)
+    return done.stdout + done.stderr
 
 
 def queued() -> list[list[str]]:
-    """Number, state, and rule with run of the jobs that Slurm knows and that have not ended."""
-    shown = subprocess.run(
-        ["squeue", "--noheader", "--format", "%A %T %k"], capture_output=True, text=True, check=True
-    ).stdout
+    """List number, state, and rule with run of the jobs that have not ended."""
+    shown = subprocess.check_output(["squeue", "--noheader", "--format", "%A %T %k"], text=True)
     return [line.split() for line in shown.splitlines()]
 
 
-def test_a_benchmark_runs_from_its_partitions_to_its_tables(checkout: Checkout) -> None:
+def test_a_benchmark_runs_from_its_partitions_to_its_tables_on_the_gpu_that_it_asks_for(checkout: Checkout) -> None:
+    checkout.edit("benchmarks/modularity/benchmark.yaml", "  smoke:\n", "  smoke:\n    resources: {gpu: 1}\n")
+    ask = "from benchmarks.harness.run.devices import visible; print(visible())"
+    assert checkout.run("srun", "--gpus", 1, sys.executable, "-c", ask).stdout.strip() in ("['0']", "['1']")
     table = "results/smoke/tables/modularity_usage.csv"
-    said = submit(checkout, "--config", "suite=smoke", "--", table)
-    assert len(re.findall(r"has been submitted with SLURM jobid", said)) == 4  # three runs, and what they wait for
+    shown = submit(checkout, "--config", "suite=smoke", "--", table)
+    numbers = re.findall(r"has been submitted with SLURM jobid (\d+)", shown)
+    assert len(numbers) == 4  # three runs, and their partitions
+    jobs = [subprocess.check_output(["scontrol", "show", "job", number], text=True) for number in numbers]
+    assert sum("gres/gpu:1" in job for job in jobs) == 3
+    assert all("NumNodes=1" in job for job in jobs)
     assert (checkout.folder / table).stat().st_size > 20
-    for (benchmark, _), run in RUNS.items():
-        if benchmark == "modularity":
-            assert json.loads((checkout.folder / metrics(run)).read_text())["run_id"] == run.id
+    for run in load_suite({"suite": "smoke"}).runs_of("modularity"):
+        assert json.loads((checkout.folder / f"results/runs/{run.folder}/metrics.json").read_text())["run_id"] == run.id
     assert not queued()
 
 
 def test_jobs_that_the_cluster_ends_are_tried_again_with_more_and_go_on(checkout: Checkout) -> None:
-    """One takes more memory than it asked for, one is cancelled by somebody, one takes longer than it may."""
+    """End one job for its memory, one by a user, and one for its time."""
     files = {name: f"benchmarks/{name}/benchmark.yaml" for name in ("glue", "glue_lora", "modularity")}
     checkout.edit(files["modularity"], "  smoke:\n", "  smoke:\n    resources: {mem_mb: 300}\n")
     checkout.edit(
@@ -95,16 +92,16 @@ def test_jobs_that_the_cluster_ends_are_tried_again_with_more_and_go_on(checkout
     checkout.edit(files["glue_lora"], "  smoke:\n    training: {epochs: 2,", "  smoke:\n    training: {epochs: 60,")
     listed = checkout.run(sys.executable, "-c", _LISTED).stdout.splitlines()
     cancelled = next(name for name in listed if "glue_lora" in name)
-    with (checkout.folder / "said.txt").open("w") as stream:
+    with (checkout.folder / "shown.txt").open("w") as stream:
         main = checkout.start(SNAKEMAKE, *SLURM, "--config", "suite=smoke", "--", *listed, stream=stream)
         log = (checkout.folder / cancelled).with_name("log.txt")
         wait_for(lambda: log.exists() and "training," in log.read_text())
         (number,) = (job[0] for job in queued() if "run_glue_lora" in job[2] and job[1] == "RUNNING")
         subprocess.run(["scancel", number], check=True)
-        assert main.wait() == 0, (checkout.folder / "said.txt").read_text()
-    said = (checkout.folder / "said.txt").read_text()
+        assert main.wait() == 0, (checkout.folder / "shown.txt").read_text()
+    shown = (checkout.folder / "shown.txt").read_text()
     for name in ("glue", "glue_lora", "modularity"):
-        assert f"Error in rule run_{name}:" in said
+        assert f"Error in rule run_{name}:" in shown
     assert all((checkout.folder / name).exists() for name in listed)
     assert (
         "resumed at step"
@@ -122,16 +119,3 @@ for run in load_suite({"suite": "smoke"}).runs:
         wanted.pop(run.benchmark)
         print(f"results/runs/{run.folder}/metrics.json")
 """
-
-
-def test_a_job_gets_the_gpu_that_its_run_asks_for(checkout: Checkout) -> None:
-    checkout.edit("benchmarks/modularity/benchmark.yaml", "  smoke:\n", "  smoke:\n    resources: {gpu: 1}\n")
-    ask = "import os; from benchmarks.harness.run.devices import visible; print(visible())"
-    assert checkout.run("srun", "--gpus", 1, sys.executable, "-c", ask).stdout.strip() in ("['0']", "['1']")
-    target = metrics(RUNS["modularity", "contiguous"])
-    said = submit(checkout, "--config", "suite=smoke", "--", target)
-    (number,) = re.findall(r"Job \d+ has been submitted with SLURM jobid (\d+)", said)
-    shown = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True, check=True).stdout
-    assert "gres/gpu:1" in shown
-    assert "NumNodes=1" in shown
-    assert (checkout.folder / target).exists()

@@ -33,7 +33,7 @@ PROGRAMS = {"emoe-bench": suite_cli, "emoe": library.cli}
 
 
 def shown(program: str, *path: str) -> str:
-    """A help page at 80 columns."""
+    """Return a help page at 80 columns."""
     command: click.Command = PROGRAMS[program]
     for name in path:
         assert isinstance(command, click.Group)
@@ -49,14 +49,7 @@ def test_the_help_of_a_program_is_whole_at_80_columns(program: str) -> None:
     rows = [" ".join(line.split()) for line in text.splitlines()]
     for name, command in cli.commands.items():
         assert (f"{name} {command.get_short_help_str(60)}" in rows) != command.hidden
-    assert all(str(code) in text for code in (0, 1, 2, 130))
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_every_command_and_option_is_explained(program: str) -> None:
-    for name, command in PROGRAMS[program].commands.items():
-        assert command.help
-        assert [one.name for one in command.params if isinstance(one, click.Option) and not one.help] == []
+        assert [option.name for option in command.params if isinstance(option, click.Option) and not option.help] == []
         assert max(map(len, shown(program, name).splitlines())) <= 80
 
 
@@ -97,20 +90,17 @@ def test_snakemake_plans_without_waiting_for_what_trains() -> None:
     ],
 )
 def test_a_shell_completes_names(program: str, words: list[str], begun: str, offered: list[str]) -> None:
-    found = ShellComplete(PROGRAMS[program], {}, program, "_COMPLETE").get_completions(words, begun)
-    assert [item.value for item in found] == offered
+    items = ShellComplete(PROGRAMS[program], {}, program, "_COMPLETE").get_completions(words, begun)
+    assert [item.value for item in items] == offered
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_knows_its_version(program: str) -> None:
-    done = CliRunner().invoke(PROGRAMS[program], ["--version"], prog_name=program)
-    assert done.output == f"{program} {library.emoe.__version__}\n"
-
-
-def test_the_packages_scripts_start_the_programs() -> None:
+def test_the_packages_scripts_start_the_programs_which_know_their_version() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     started = {name: EntryPoint(name, target, "console_scripts").load() for name, target in scripts.items()}
     assert started == {"emoe": library.main, "emoe-bench": main}
+    for program, cli in PROGRAMS.items():
+        done = CliRunner().invoke(cli, ["--version"], prog_name=program)
+        assert done.output == f"{program} {library.emoe.__version__}\n"
 
 
 def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,12 +114,31 @@ def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert end.value.code == 130
 
 
-@pytest.mark.parametrize("arguments", [["status", "--suite", "smok"], ["bless", "--suite", "smok"]])
-def test_a_wrong_suite_is_one_line_with_the_nearest(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("status --suite smok", "there is no suite 'smok'; did you mean 'smoke'?"),
+        ("tables --benchmark speed", "suite mini: 'benchmark' is 'speed', which does not exist; choose from glue,"),
+        ("claims --suite smoke", "72 of 86 runs of the suite smoke "),
+        ("report --output r.html --suite smoke", "75 of 89 runs of the suite smoke "),
+        ("mirror --suite smoke", "75 of 89 runs of the suite smoke "),
+        (
+            "tables --suite smoke --benchmark glue",
+            "1 of 15 runs of glue in the suite smoke is missing; make it with `make",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    runs: list[Run], arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refusal(arguments, monkeypatch, capsys)
-    assert said.startswith("error: there is no suite 'smok'; did you mean 'smoke'?")
+    (RUNS / runs[0].folder / "metrics.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["emoe-bench", *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {message}")
+    assert len(shown.splitlines()) == 1
 
 
 # lists
@@ -156,11 +165,11 @@ def test_what_there_is_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def runs(here: Path) -> list[Run]:
     """Smoke's finished runs of text classification."""
-    found = plan(["glue"], "smoke")
-    fake_runs.write_runs(found)
-    for run in found:
+    planned = plan(["glue"], "smoke")
+    fake_runs.write_runs(planned)
+    for run in planned:
         prepare(run, str(RUNS))
-    return found
+    return planned
 
 
 def state_of(suite: str = "smoke") -> dict[str, Any]:
@@ -189,7 +198,7 @@ def test_status_counts_runs_and_shows_the_last_line_of_those_that_run_or_failed(
         (runs[0].folder, "running", "step 20"),
         (runs[1].folder, "failed", "ValueError: odd"),
     ]
-    assert "ValueError: odd (0 s ago)" in text
+    assert "ValueError: odd (" in text
     assert "\nglue: " not in text  # of a benchmark with finished runs nothing is estimated
     assert "\nglue_lora: no run is finished; how long they take is unknown\n" in text
     assert state_of()["benchmarks"][0]["failed"] == 2  # whoever ran it is gone
@@ -209,34 +218,3 @@ def test_estimates_are_within_a_factor_of_three(here: Path) -> None:
     hours = estimate([next(run for run in llama if run.spec["finetuning"] == "full")])
     assert hours
     assert 1 < hours["an A100"] / 8 < 9
-
-
-def test_a_benchmark_that_the_suite_does_not_run_is_one_line_with_those_that_it_does(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = refusal(["tables", "--suite", "mini", "--benchmark", "speed"], monkeypatch, capsys)
-    assert said.startswith("error: suite mini: 'benchmark' is 'speed', which does not exist; choose from glue,")
-
-
-@pytest.mark.parametrize("command", [["claims"], ["report", "--output", "r.html"], ["mirror"]])
-def test_runs_that_are_missing_are_counted(
-    runs: list[Run], command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    missing, wanted = (86 - len(runs), "86") if command == ["claims"] else (89 - len(runs), "89")
-    assert refusal([*command, "--suite", "smoke"], monkeypatch, capsys).startswith(
-        f"error: {missing} of {wanted} runs of the suite smoke "
-    )
-    (RUNS / runs[0].folder / "metrics.json").unlink()
-    of_one = refusal(["tables", "--suite", "smoke", "--benchmark", "glue"], monkeypatch, capsys)
-    assert of_one == (
-        f"error: 1 of {len(runs)} runs of glue in the suite smoke is missing; make it with `make run SUITE=smoke`\n"
-    )
-
-
-def refusal(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the suite's program says when it ends with status 1."""
-    monkeypatch.setattr(sys, "argv", ["emoe-bench", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 1
-    return capsys.readouterr().err

@@ -57,11 +57,19 @@ def test_every_shipped_file_is_valid() -> None:
             r"unknown key 'suites\.mini\.methods\.emoe\.layer'; did you mean 'layers'",
         ),
         ("methods.emoe.partition", "k-means", r"'methods\.emoe\.partition' is 'k-means'; did you mean 'kmeans'"),
-        ("suites.mini.grid.0.seed", ["a"], r"'suites\.mini\.grid\[0\]\.seed\[0\]' is 'a', but must be integer"),
+        (
+            "suites.mini.grid.0.seed",
+            ["a"],
+            r"'suites\.mini\.grid\[0\]\.seed\[0\]' is 'a': Input should be a valid integer",
+        ),
         ("suites.mini.grid.0.learning_rate", ["5e-5"], r"YAML reads 5e-5 as text; write 5\.0e-05"),
         ("suites.mini.grid.0.sed", [0], r"unknown key 'suites\.mini\.grid\[0\]\.sed'; did you mean 'seed'"),
         ("training.checkpoint_selection", "lst", r"did you mean 'last'"),
-        ("suites.mini.note", ["long"] * 3000, r"'suites\.mini\.note' is \['long', .{80,120}…, but must be string"),
+        (
+            "suites.mini.note",
+            ["long"] * 3000,
+            r"'suites\.mini\.note' is \['long', .{80,120}…: Input should be a valid string",
+        ),
     ],
 )
 def test_wrong_keys_and_values_are_named_with_the_nearest_valid_one(path, value, message) -> None:
@@ -78,7 +86,7 @@ def test_wrong_keys_and_values_are_named_with_the_nearest_valid_one(path, value,
         ("[a, b]: 1", "found unhashable key"),
         ("a: " + "9" * 5000, "is not valid YAML"),
         ("a: " + "[" * 50_000, "is not valid YAML"),
-        ("[]", "must be object"),
+        ("[]", "should be a valid dictionary"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Jobs of one machine and its accelerators: made-up ones, which a variable of the environment names."""
+"""Share accelerators among jobs: made-up ones, which a variable of the environment names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.harness.run import devices
 from benchmarks.harness.run.devices import VISIBLE, check_accelerators, reserved, visible
 from tests.conftest import ROOT
 
-# says what it sees, and keeps it until its input ends
+# prints what it sees, and keeps it until its input ends
 HOLD = """
 import os, sys
 from benchmarks.harness.run.devices import reserved
@@ -40,15 +40,10 @@ def four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def held(count: int, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process with so many."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(count)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
-    ) as process:
+    """Start a process that holds so many devices."""
+    environment, pipe = {**os.environ, "PYTHONPATH": str(ROOT), **variables}, subprocess.PIPE
+    command = [sys.executable, "-c", HOLD, str(count)]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         try:
             yield process
         finally:
@@ -60,65 +55,45 @@ def seen(process: subprocess.Popen[str]) -> list[str]:
     return process.stdout.readline().strip().split(",")
 
 
-def test_no_two_jobs_see_the_same_and_what_a_killed_one_had_is_free() -> None:
-    with held(1) as one, held(2) as two:
-        first, second = seen(one), seen(two)
+def test_no_two_jobs_see_the_same_and_those_of_a_killed_job_are_free() -> None:
+    with held(1) as job, held(2) as other:
+        first, second = seen(job), seen(other)
         assert (len(first), len(second)) == (1, 2)
         with reserved(1, "third") as third:
             assert os.environ[VISIBLE] == third[0]
             assert sorted([*first, *second, *third]) == ["0", "1", "2", "3"]
-        one.kill()
-        one.wait()
-        with reserved(2, "fourth") as fourth:
-            assert set(first) < set(fourth)
-    assert os.environ[VISIBLE] == "0,1,2,3"
-
-
-def test_a_job_waits_until_there_are_as_many_as_it_wants() -> None:
-    with held(3) as other:
-        seen(other)
-        with reserved(1, "small"), held(2, CUDA_VISIBLE_DEVICES="0,1,2,3") as large:
+        job.kill()
+        job.wait()
+        with reserved(1, "small"), held(3, CUDA_VISIBLE_DEVICES="0,1,2,3") as large:
             assert large.stderr is not None
-            assert large.stderr.readline() == "[a run] waiting for 2 of 4 accelerators\n"
+            assert large.stderr.readline() == "[a run] waiting for 3 of 4 accelerators\n"
             time.sleep(0.1)
             assert large.poll() is None
             assert other.stdin is not None
             other.stdin.close()
-            assert len(seen(large)) == 2
+            assert len(seen(large)) == 3
+    assert os.environ[VISIBLE] == "0,1,2,3"
 
 
-def test_what_a_scheduler_gave_a_job_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may number those of every job from 0, so that a lock would part what has nothing to do with each other."""
+def test_a_job_of_a_scheduler_takes_the_devices_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take no locks, because a scheduler may number the devices of every job from 0."""
     monkeypatch.setenv(VISIBLE, "0,1")
     with held(2, CUDA_VISIBLE_DEVICES="0,1") as other:
         assert seen(other) == ["0", "1"]
         monkeypatch.setenv("SLURM_JOB_ID", "7")
-        with reserved(2, "a run") as found:
-            assert found == ["0", "1"]
-        with (
-            reserved(1, "a run") as found,
-            held(1, CUDA_VISIBLE_DEVICES="0,1") as beside,
-        ):  # one job, several runs: they share what it has
-            assert found == ["0"]
+        with reserved(2, "a run") as given:
+            assert given == ["0", "1"]
+        # the runs of one job share what it has
+        with reserved(1, "a run") as given, held(1, CUDA_VISIBLE_DEVICES="0,1") as beside:
+            assert given == ["0"]
             assert seen(beside) == ["1"]
 
 
-def test_it_is_refused_what_is_not_there_and_to_share_one_among_processes() -> None:
-    for count, processes in ((8, 8), (8, 1), (4, 8)):
-        with (
-            pytest.raises(
-                RunError,
-                match=rf"^llama asks for {count} accelerators for {processes} process\(es\), and 4 are visible;",
-            ),
-            reserved(count, "llama", processes),
-        ):
-            pass
-
-
-def test_on_a_machine_without_any_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VISIBLE, "")
-    with reserved(1, "llama", 8) as found:
-        assert found == []
+@pytest.mark.parametrize(("count", "processes"), [(8, 8), (8, 1), (4, 8)])
+def test_more_than_there_are_and_one_for_two_processes_are_refused(count: int, processes: int) -> None:
+    message = rf"^llama asks for {count} accelerators for {processes} process\(es\), and 4 are visible;"
+    with pytest.raises(RunError, match=message), reserved(count, "llama", processes):
+        pass
 
 
 def test_a_suite_of_gpus_does_not_start_on_a_machine_without_any(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,33 +101,32 @@ def test_a_suite_of_gpus_does_not_start_on_a_machine_without_any(monkeypatch: py
     check_accelerators("paper", paper)
     monkeypatch.setenv(VISIBLE, "")
     check_accelerators("smoke", smoke)
-    with pytest.raises(
-        RunError, match=r"^the suite 'paper' asks .*'suites\.paper\.resources\.gpu: 0' in benchmarks/modularity/"
-    ):
+    message = r"^the suite 'paper' asks .*'suites\.paper\.resources\.gpu: 0' in benchmarks/modularity/"
+    with pytest.raises(RunError, match=message):
         check_accelerators("paper", paper)
 
 
 @pytest.mark.parametrize(
-    ("given", "found"),
+    ("value", "names"),
     [
         ("", []),
         ("-1", []),
-        ("2", ["2"]),
         (" 1, 0 ", ["1", "0"]),
         ("0,-1,1", ["0"]),
         ("NoDevFiles", []),
         ("GPU-8f2a,MIG-1/2/0", ["GPU-8f2a", "MIG-1/2/0"]),
     ],
 )
-def test_what_is_visible_is_what_cuda_reads(given: str, found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VISIBLE, given)
-    assert visible() == found
+def test_visible_devices_are_those_that_cuda_reads(
+    value: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VISIBLE, value)
+    assert visible() == names
     with reserved(0, "a run on the CPU") as nothing:
         assert nothing == []
-        assert os.environ[VISIBLE] == given
-    if found:
-        with reserved(1, "a run") as one:
-            assert one == found[:1]
+        assert os.environ[VISIBLE] == value
+    with reserved(1, "a run") as given:  # waits for nothing on a machine without any
+        assert given == names[:1]
 
 
 def test_without_a_variable_torch_counts_and_an_error_gives_them_back(monkeypatch: pytest.MonkeyPatch) -> None:

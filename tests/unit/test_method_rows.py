@@ -128,7 +128,7 @@ def test_a_plugin_makes_its_router_and_its_tuning_known(read, tmp_path: Path) ->
         ("brokne", r"'plugins' names 'brokne', which cannot be imported; did you mean 'broken'"),
         ("broken", r"'plugins' names 'broken', which cannot be imported: No module named 'no_such_package'"),
         ("damaged", r"'plugins' names 'damaged', which cannot be imported: SyntaxError: "),
-        ("my plugin", r"'plugins\[0\]': 'my plugin' does not match"),
+        ("my plugin", r"'plugins\[0\]' is 'my plugin': String should match"),
     ],
 )
 def test_a_plugin_that_cannot_be_imported_is_named(read, tmp_path: Path, name: str, message: str) -> None:

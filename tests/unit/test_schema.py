@@ -1,9 +1,11 @@
-"""Reading files into models: strictly, with every mistake named."""
+"""Read files into models: strictly, and with every mistake named."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -13,7 +15,7 @@ from benchmarks.domainbed.definition import ImageSpec
 from benchmarks.glue_ood.definition import EvaluationSpec
 from benchmarks.harness.base import BENCHMARKS, CONFIG, DefinitionError
 from benchmarks.harness.config.benchmark import kind_name
-from benchmarks.harness.config.methods import Method
+from benchmarks.harness.config.methods import Method, MethodFile
 from benchmarks.harness.config.runs import canonical_json, plan
 from benchmarks.harness.config.schemas import write_schemas
 from benchmarks.harness.config.yaml import (
@@ -28,6 +30,7 @@ from benchmarks.harness.config.yaml import (
     Strict,
     left_out,
     parse,
+    read,
 )
 from benchmarks.text.definition import TextSpec
 from emoe.config import EMoEConfig, GMoEConfig
@@ -60,42 +63,28 @@ def message(content: object) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["whole", "part"])
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"count": "3"}, "'{}.count' is '3', but must be integer"),
-        ({"count": True}, "'{}.count' is True, but must be integer"),
-        ({"count": 3.0}, "'{}.count' is 3.0, but must be integer"),
-        ({"count": None}, "'{}.count' is None, but must be integer"),
-        ({"count": 0}, "'{}.count': 0 is less than the minimum of 1"),
-        ({"rate": True}, "'{}.rate' is True, but must be number"),
-        ({"rate": 1}, "'{}.rate': 1 is greater than or equal to the maximum of 1"),
+        ({"count": "3"}, "'whole.count' is '3': Input should be a valid integer"),
         (
             {"number": "2e-5"},
-            "'{}.number' is '2e-5', but must be number or null (YAML reads 2e-5 as text; write 2.0e-05)",
+            "'whole.number' is '2e-5': Input should be a valid number (YAML reads 2e-5 as text; write 2.0e-05)",
         ),
-        ({"choice": "lst"}, "'{}.choice' is 'lst'; did you mean 'last'?"),
-        ({"layers": 3}, "'{}.layers' is 3, but must be string or array"),
-        ({"layers": [1, "a"]}, "'{}.layers[1]' is 'a', but must be integer"),
-        ({"inner": {"rnk": 1}}, "unknown key '{0}.inner.rnk'; did you mean 'rank'?; '{0}.inner' needs the key 'rank'"),
-        ({"inner": []}, "'{}.inner' is [], but must be object or null"),
-        ({"named": {"a": {"rank": "x"}}}, "'{}.named.a.rank' is 'x', but must be integer"),
-        ({"named": {"A b": {"rank": 1}}}, "'{}.named': the key 'A b' does not match '^[a-z][a-z0-9_]*$'"),
-        ({"named": {1: {"rank": 1}}}, "'{}.named': the key 1 is no text; put it in quotation marks"),
-        ({"once": ["a", "b", "a"]}, "'{}.once': 'a' stands there twice"),
-        ({"cuont": 1}, "unknown key '{}.cuont'; did you mean 'count'?"),
+        ({"layers": 3}, "'whole.layers' is 3: Input should be a valid string or Input should be a valid list"),
+        ({"layers": [1, "a"]}, "'whole.layers[1]' is 'a': Input should be a valid integer"),
+        ({"inner": {}}, "'whole.inner' needs the key 'rank'"),
+        ({"once": ["a", "b", "a"]}, "'whole.once': 'a' stands there twice"),
+        (
+            {"inner": {"rank": 0}, "count": 0, "choice": "lst"},  # the outermost first
+            "'whole.count' is 0: Input should be greater than or equal to 1; 'whole.choice' is 'lst'; did you mean 'last'?; "
+            "'whole.inner.rank' is 0: Input should be greater than or equal to 1",
+        ),
     ],
 )
-def test_a_mistake_is_named_with_key_value_and_what_is_valid(place: str, content: Any, text: str) -> None:
-    assert message({"whole": {}, place: content}) == f"some.yaml: {text.format(place)}"
-
-
-def test_five_mistakes_are_told_at_once_the_outermost_first() -> None:
-    found = message({"whole": {"count": 0, "rate": -1, "choice": "x", "layers": 1, "inner": {"rank": 0}}, "hole": 1})
-    assert found.startswith("some.yaml: unknown key 'hole'; did you mean 'whole'?; 'whole.choice' is 'x'; choose from")
-    assert "whole.count" in found
-    assert "inner" not in found
+def test_a_mistake_is_named_with_key_value_and_what_is_valid(content: Any, text: str) -> None:
+    assert message({"whole": content}) == f"some.yaml: {text}"
+    assert message({"whole": {}, "part": content}) == f"some.yaml: {text.replace('whole', 'part')}"
 
 
 def test_a_part_that_is_parsed_alone_is_named_by_its_place_in_the_file() -> None:
@@ -103,15 +92,66 @@ def test_a_part_that_is_parsed_alone_is_named_by_its_place_in_the_file() -> None
         parse({"rank": 1, "rnk": 2}, Inner, "f.yaml", "methods", "emoe")
 
 
+BOMB = "[&a [x, x, x], " + ", ".join(f"&{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghijk")) + "]"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        (
+            "kind: dense, noise: 0.15",
+            "kind: dens, noise: 0.15",
+            "'methods.noisy_tuning.kind' is 'dens'; did you mean 'dense'",
+        ),
+        ("kind: dense, noise: 0.15", "knd: dense", "unknown key 'methods.noisy_tuning.knd'; did you mean 'kind'"),
+        ("kind: dense, noise: 0.15", "noise: 0.15", "'methods.noisy_tuning' needs the key 'kind'"),
+        ("noise: 0.15", "noise: -1", "'methods.noisy_tuning.noise' is -1: Input should be greater than"),
+        ("noise: 0.15", "noise: .nan", "'methods.noisy_tuning.noise' is nan: Input should be"),
+        ("noise: 0.15", "noise: [1]", "'methods.noisy_tuning.noise' is [1]: Input should be a valid number"),
+        ("noise: 0.15", "noise: 2024-01-01", "'methods.noisy_tuning.noise' is datetime.date(2024, 1, 1): Input"),
+        ("noise: 0.15", "noise: 2024-13-45", "is not valid YAML: month must be in 1..12"),
+        ("noise: 0.15", f"noise: {'9' * 5000}", "is not valid YAML: "),
+        ("noise: 0.15", f"noise: 1:{':'.join('1' * 400)}.5", "is not valid YAML: "),
+        ("noise: 0.15", "noise: *nope", "found undefined alias"),
+        ("noise: 0.15", "noise: &r [*r]", "is not valid YAML: it is too large or too deep"),
+        ("noise: 0.15", f"noise: {BOMB}", "is not valid YAML: it is too large or too deep"),
+        ("noise: 0.15", f"noise: {'[' * 99}{']' * 99}", "is not valid YAML: it is too large or too deep"),
+        ("noise: 0.15", "noise: !!bool maybe", "is not valid YAML: the tag 'tag:yaml.org,2002:bool' is not allowed"),
+        ("noise: 0.15", "noise: !!timestamp x", "is not valid YAML: the tag"),
+        ("noise: 0.15", "noise: !!set {a, b}", "is not valid YAML: the tag"),
+        ("noise: 0.15", "noise: !!str 3", "is not valid YAML: the tag"),
+        ("noise: 0.15", "noise: !own x", "is not valid YAML: the tag '!own' is not allowed at line "),
+        ("noise: 0.15", '"noi\\n\\nse": 1', "unknown key 'methods.noisy_tuning.noi se'; did you mean 'noise'"),
+        ("noise: 0.15", "? [noise]: 1", "is not valid YAML: while"),
+        ("noise: 0.15", "<<: 3", "is not valid YAML: while constructing a mapping"),
+        ("noise: 0.15", "noise: 0.15, noise: 0.2", "the key 'noise' is given twice"),
+        ("noise: 0.15}", "noise: 0.15", "is not valid YAML: while parsing"),
+        ("plugins: []", "plugins: [my plugin]", "'plugins[0]' is 'my plugin': String should match pattern"),
+        ("methods:\n", "methods: 3\nrest:\n", "unknown key 'rest'"),
+        ("noisy_tuning:", "Noisy Tuning:", "'methods.Noisy Tuning' is 'Noisy Tuning': String should match pattern"),
+        ("noisy_tuning:", "1:", "'methods[1]' is 1: Input should be a valid string"),
+    ],
+)
+def test_a_damaged_file_is_one_line(tmp_path: Path, old: str, new: str, text: str) -> None:
+    content, path = (BENCHMARKS / "methods.yaml").read_text(), tmp_path / "methods.yaml"
+    path.write_text(content.replace(old, new, 1))
+    with pytest.raises(DefinitionError) as caught:
+        read(path, MethodFile)
+    assert str(caught.value).startswith(str(path))
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
 def test_values_stay_as_they_are_written() -> None:
-    """A run's id is a hash of JSON, where 1 is not 1.0, and a key with null is not one that is left out."""
-    found = parse({"whole": {"number": 1, "inner": {"rank": 2}}, "part": {"number": 2.0, "inner": None}}, File, "f")
-    dumped = found.whole.model_dump()
+    """Keep 1 from becoming 1.0, and null from being left out, because a run's id is a hash of JSON."""
+    file = parse({"whole": {"number": 1, "inner": {"rank": 2}}, "part": {"number": 2.0, "inner": None}}, File, "f")
+    dumped = file.whole.model_dump()
     assert repr(dumped["number"]) == "1"
     assert repr(dumped["inner"]["scale"]) == "1"
     assert "number" not in Whole().model_dump()
-    assert found.part.given() == {"number": 2.0, "inner": None}
-    changed = found.whole.changed(found.part)
+    assert file.part.given() == {"number": 2.0, "inner": None}
+    changed = file.whole.changed(file.part)
     assert (changed.number, changed.inner, changed.count) == (2.0, None, 3)
 
     class Source(AsGiven):
@@ -136,7 +176,7 @@ def test_a_method_takes_every_field_of_a_configuration() -> None:
         parse({"title": "A", "kind": "emoe", "router": "cosin"}, Method, "f")
 
 
-def test_every_yaml_file_names_a_schema_that_editors_can_read(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_yaml_file_names_a_schema_that_editors_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.harness.config.schemas.SCHEMAS", tmp_path)
     written = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in write_schemas()}
     for file in [*BENCHMARKS.glob("*.yaml"), *BENCHMARKS.glob("*/benchmark.yaml"), *CONFIG.glob("*.yaml")]:

@@ -114,7 +114,7 @@ def test_keys_are_real_or_made_up_and_the_same_each_time() -> None:
         ({"measure": "layer", "model": ["bert-base"], "settings": {"token": [1]}}, "did you mean 'tokens'"),
         (
             {"measure": "layer", "model": ["bert-base"], "settings": {"tokens": ["1"]}},
-            r"tokens' is '1', but must be int",
+            r"'suites.smoke.grid\[0\].settings.tokens' is '1': Input should be a valid integer",
         ),
         (
             {"measure": "layer", "model": ["bert-base"], "settings": {"candidates": [["spars"]]}},

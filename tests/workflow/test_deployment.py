@@ -1,4 +1,4 @@
-"""Jobs in software of their own: the image, and ``--sdm apptainer`` with a script in the place of Apptainer."""
+"""Run jobs in an image: the Dockerfile, and ``--sdm apptainer`` with a script in place of Apptainer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ exec "$@"
 
 @pytest.mark.slow
 def test_apptainer_runs_the_jobs_in_the_image(checkout: Checkout, tmp_path: Path, monkeypatch) -> None:
-    """And there alone: the whole suite of test_smoke.py runs without ``--sdm``, and has no image."""
     program = tmp_path / "bin/apptainer"
     program.parent.mkdir()
     program.write_text(_APPTAINER.replace("{folder}", str(tmp_path)))
@@ -51,7 +50,6 @@ def test_the_image_has_a_python_extras_and_a_user_that_fit() -> None:
 
 
 def test_an_image_is_built_of_what_git_tracks() -> None:
-    """All of it, so that the version is the commit's, and nothing that git ignores: environments, weights, results."""
     git = ["git", "ls-files", "--cached", "--ignored", "--exclude-from", ".dockerignore"]
     assert subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
     git_ignores, docker_ignores = (

@@ -12,7 +12,7 @@ from benchmarks.harness.config.claims import ClaimFile
 from benchmarks.harness.config.methods import MethodFile
 from benchmarks.harness.config.paper_items import PaperFile
 from benchmarks.harness.config.suite import SuiteSettings
-from benchmarks.harness.config.yaml import Strict, json_schema
+from benchmarks.harness.config.yaml import Strict
 
 
 def write_schemas() -> list[Path]:
@@ -31,5 +31,5 @@ def write_schemas() -> list[Path]:
         **{name: model for kind in kind_names() for name, model in find_kind(kind).files},
     }
     for name, model in models.items():
-        write_text(SCHEMAS / f"{name}.schema.json", json.dumps(json_schema(model), indent=1, ensure_ascii=False))
+        write_text(SCHEMAS / f"{name}.schema.json", json.dumps(model.model_json_schema(), indent=1, ensure_ascii=False))
     return [SCHEMAS / f"{name}.schema.json" for name in models]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
@@ -23,6 +23,7 @@ from pydantic import (
     WrapValidator,
     create_model,
     model_serializer,
+    model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -30,163 +31,67 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from benchmarks.harness.base import DefinitionError
 from emoe.errors import did_you_mean
 
-_AT_MOST = 5
-_LONGEST = 100  # characters of a value
-# what pydantic appends to the place of a key that is wrong itself
-_KEY = "[key]"
-_TYPES = ("bool", "dict", "float", "int", "list", "model", "string")
-_BOUNDS = {
-    "greater_than_equal": ("ge", "is less than the minimum of"),
-    "greater_than": ("gt", "is less than or equal to the minimum of"),
-    "less_than_equal": ("le", "is greater than the maximum of"),
-    "less_than": ("lt", "is greater than or equal to the maximum of"),
-}
-_LENGTHS = {"too_short": ("min_length", "at least"), "too_long": ("max_length", "at most")}
+_AT_MOST = 5  # mistakes in one message
+_LONGEST = 100  # characters of a value in a message
+_LARGEST, _DEEPEST = 1_000_000, 50  # characters and levels of a file, each alias replaced by its value
 KeyPath = tuple[str | int, ...]
 
 
-def explain(error: ValidationError, content: object, described: Mapping[str, Any], at: KeyPath = ()) -> str:
-    """Describe the errors that pydantic found in one line.
+def explain(error: ValidationError, content: object, at: KeyPath = ()) -> str:
+    """Describe the mistakes that pydantic reports: key, value, pydantic's message and the nearest valid value.
 
     Args:
-        error: The errors that pydantic found.
+        error: The error of pydantic.
         content: The validated content.
-        described: The JSON Schema of the model, which has the valid keys and values.
         at: The keys that lead to ``content`` in its file.
     """
-    found = [_read(one, content) for one in error.errors(include_url=False)]
-    # a value that fits no branch of a union is told by the branch that it fits best
-    deepest = [one for one in found if not (one.of_union and any(other.is_nearer(one) for other in found))]
-    # the outermost first; an unknown key may be what is missing
-    deepest.sort(key=lambda one: (len(one.path), one.kind == "missing", str(one.path)))
-    texts = dict.fromkeys(one.text(described, at) for one in deepest)
-    return "; ".join(list(texts)[:_AT_MOST])
+    problems: dict[KeyPath, dict[str, Mapping[str, Any]]] = {}
+    for problem in error.errors(include_url=False):
+        problems.setdefault(_path(problem, content), {})[problem["msg"]] = problem
+    # a value that fits no branch of a union is described by the branch that it fits best
+    deepest = [path for path in problems if not any(path == other[: len(path)] != other for other in problems)]
+    texts = [_describe((*at, *path), list(problems[path].values())) for path in sorted(deepest, key=len)]
+    return "; ".join(texts[:_AT_MOST])
 
 
-@dataclass(frozen=True)
-class _Mistake:
-    """Hold one error: its place in the content, and pydantic's words."""
-
-    kind: str
-    path: KeyPath
-    of_union: bool
-    value: object
-    context: Mapping[str, Any]
-    message: str
-
-    @property
-    def shown(self) -> str:
-        """Return the value as text, shortened if it is long."""
-        text = repr(self.value)
-        return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-
-    @property
-    def is_type(self) -> bool:
-        return self.kind.removesuffix("_type") in _TYPES
-
-    def is_nearer(self, other: _Mistake) -> bool:
-        """Return True if this error is at a deeper place than the other, or says more of the same place."""
-        if len(self.path) == len(other.path):
-            return self.path == other.path and other.is_type and not self.is_type
-        return self.path[: len(other.path)] == other.path
-
-    def text(self, described: Mapping[str, Any], at: KeyPath) -> str:
-        allowed = _allowed(described, self.path)
-        path, key = (*at, *self.path), _dotted((*at, *self.path)) or "the file"
-        if self.kind == "extra_forbidden":
-            known = [name for part in _allowed(described, self.path[:-1]) for name in part.get("properties", {})]
-            return f"unknown key '{key}'{did_you_mean(path[-1], known)}"
-        if self.kind == "missing":
-            return f"'{_dotted(path[:-1]) or 'the file'}' needs the key '{path[-1]}'"
-        if self.kind == "literal_error":
-            options = [
-                option for part in allowed for option in part.get("enum", [part["const"]] if "const" in part else [])
-            ]
-            return f"'{key}' is {self.shown}{did_you_mean(self.value, options)}"
-        if self.kind == "unknown_name":
-            return f"'{key}' is {self.shown}{did_you_mean(self.value, self.context['options'])}"
-        if self.kind == _KEY:
-            pattern = self.context.get("pattern")
-            rule = f"does not match '{pattern}'" if pattern else "is no text; put it in quotation marks"
-            return f"'{key}': the key {self.shown} {rule}"
-        if self.kind == "string_pattern_mismatch":
-            return f"'{key}': {self.shown} does not match '{self.context['pattern']}'"
-        if self.is_type:
-            wanted = dict.fromkeys(part["type"] for part in allowed if "type" in part)
-            return f"'{key}' is {self.shown}, but must be {' or '.join(wanted)}{_float_hint(self.value) if 'number' in wanted else ''}"
-        if self.kind in _BOUNDS:
-            bound, words = _BOUNDS[self.kind]
-            return f"'{key}': {self.shown} {words} {self.context[bound]:g}"
-        if self.kind in _LENGTHS:
-            bound, words = _LENGTHS[self.kind]
-            return f"'{key}' is {self.shown}, but must have {words} {self.context[bound]}"
-        return f"'{key}': {self.message}"
-
-
-def _read(error: Mapping[str, Any], content: object) -> _Mistake:
-    """Locate an error in the content. Other steps of pydantic's location name branches of unions, or mark a key."""
+def _path(problem: Mapping[str, Any], content: Any) -> KeyPath:
+    """Return the keys that lead to a problem; other steps of pydantic's location name the branches of unions."""
     path: list[str | int] = []
-    steps = [step for step in error["loc"] if step != _KEY]
-    for step in steps:
-        if _holds(content, step):
+    for step in problem["loc"]:
+        if isinstance(content, dict | list) and step in (content if isinstance(content, dict) else range(len(content))):
             path.append(step)
-            content = content[step]  # type: ignore[index]
-    kind = error["type"]
-    if kind == "missing":
-        path.append(steps[-1])
-    elif _KEY in error["loc"]:
-        kind, path = _KEY, path[:-1]
-    of_union = kind not in ("missing", _KEY) and len(path) < len(steps)
-    return _Mistake(kind, tuple(path), of_union, error["input"], error.get("ctx", {}), error["msg"])
+            content = content[step]
+    if problem["type"] == "missing":
+        path.append(problem["loc"][-1])
+    elif problem["type"] == "unknown_key":
+        path.append(problem["ctx"]["key"])
+    return tuple(path)
 
 
-def _holds(content: object, step: str | int) -> bool:
-    if isinstance(content, list):
-        return isinstance(step, int) and step < len(content)
-    return isinstance(content, dict) and step in content
-
-
-def _allowed(described: Mapping[str, Any], path: KeyPath) -> list[Mapping[str, Any]]:
-    """Return the JSON Schemas that describe a place: one for each branch."""
-    parts = [*_branches(described, described)]
-    for step in path:
-        below = [found for part in parts for found in _below(part, step)]
-        parts = [branch for part in below for branch in _branches(part, described)]
-    return parts
-
-
-def _below(part: Mapping[str, Any], step: str | int) -> Iterator[Mapping[str, Any]]:
-    if isinstance(step, int):
-        candidates = [part.get("items")]
-    else:
-        candidates = [part.get("properties", {}).get(step) or part.get("additionalProperties")]
-        candidates += part.get("patternProperties", {}).values()
-    yield from (candidate for candidate in candidates if isinstance(candidate, Mapping))
-
-
-def _branches(part: Mapping[str, Any], described: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    if "$ref" in part:
-        part = described["$defs"][part["$ref"].removeprefix("#/$defs/")]
-    below = [*part.get("anyOf", ()), *part.get("oneOf", ())]
-    for branch in below:
-        yield from _branches(branch, described)
-    if not below:
-        yield part
-
-
-def _dotted(path: KeyPath) -> str:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
+def _describe(path: KeyPath, problems: Sequence[Mapping[str, Any]]) -> str:
+    first, key = (
+        problems[0],
+        "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix("."),
+    )
+    context, value = first.get("ctx", {}), first["input"]
+    if first["type"] == "missing":
+        return f"'{key.rpartition('.')[0] or 'the file'}' needs the key '{path[-1]}'"
+    if first["type"] == "unknown_key":
+        return f"unknown key '{key}'{did_you_mean(path[-1], context['options'])}"
+    messages = " or ".join(problem["msg"] for problem in problems)
+    if first["type"] == "refusal":
+        return f"'{key or 'the file'}': {messages}"
+    shown = repr(value) if len(repr(value)) <= _LONGEST else f"{repr(value)[:_LONGEST]}…"
+    if options := context.get("options") or re.findall("'([^']+)'", context.get("expected", "")):
+        return f"'{key}' is {shown}{did_you_mean(value, options)}"
+    return f"'{key or 'the file'}' is {shown}: {messages}{_float_hint(value)}"
 
 
 def _float_hint(value: object) -> str:
     """Say how to write ``2e-5``, which YAML 1.1 reads as text."""
-    try:
-        return f" (YAML reads {value} as text; write {float(value):.1e})" if isinstance(value, str) else ""
-    except ValueError:
-        return ""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
+        return f" (YAML reads {value} as text; write {float(value):.1e})"
+    return ""
 
 
 Model = TypeVar("Model", bound="Strict")
@@ -216,21 +121,49 @@ class _Loader(SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse one YAML file.
+    """Parse one YAML file, which has no tags.
 
     Raises:
         DefinitionError: The file is missing, cannot be read or is not valid YAML; names the line.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
+        text = path.read_text(encoding="utf-8")
+        _check_events(text)
+        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except FileNotFoundError as error:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise DefinitionError(f"{path} does not exist{did_you_mean(path.name, near)}") from error
     except OSError as error:
         raise DefinitionError(f"{path} cannot be read: {error.strerror}") from error
-    # a number or date beyond what Python reads is a ValueError
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DefinitionError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    # a number or date beyond what Python reads is a ValueError or an OverflowError
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        problem = str(error).replace('in "<unicode string>", ', "at ")
+        raise DefinitionError(f"{path} is not valid YAML: {problem}") from error
+
+
+def _check_events(text: str) -> None:
+    """Refuse tags, and aliases that make the content much larger than the file."""
+    sizes: dict[str | None, int] = {}  # the characters of each anchor's value
+    anchors, lengths = list[str | None](), [0]  # of the collections around an event
+    events: Iterable[Any] = yaml.parse(text, SafeLoader)
+    for event in events:
+        anchor, size = getattr(event, "anchor", None), 0
+        if getattr(event, "tag", None):
+            raise yaml.MarkedYAMLError(problem=f"the tag '{event.tag}' is not allowed", problem_mark=event.start_mark)
+        if isinstance(event, yaml.CollectionStartEvent):
+            anchors.append(anchor)
+            lengths.append(1)
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = anchors.pop(), lengths.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            size = len(event.value) + 1
+        elif isinstance(event, yaml.AliasEvent):
+            size = _LARGEST + 1 if anchor in anchors else sizes.get(anchor, 0)  # in its own value it has no end
+        sizes[anchor] = size
+        lengths[-1] += size
+        if lengths[-1] > _LARGEST or len(lengths) > _DEEPEST:
+            raise yaml.MarkedYAMLError(problem="it is too large or too deep", problem_mark=event.start_mark)
 
 
 class Strict(BaseModel):
@@ -242,6 +175,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, content: Any) -> Any:
+        for key in content if isinstance(content, dict) else ():
+            if key not in cls.model_fields:
+                raise PydanticCustomError("unknown_key", "unknown key", {"key": key, "options": list(cls.model_fields)})
+        return content
 
     def given(self) -> dict[str, Any]:
         """Return the values that the file gives, without defaults."""
@@ -366,12 +307,6 @@ Shares = Annotated[list[Share], _NotEmpty]
 Key = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 
 
-@functools.cache
-def json_schema(model: type[Strict]) -> dict[str, Any]:
-    """Describe a model as a JSON Schema, with the docstrings of its fields as descriptions."""
-    return model.model_json_schema()
-
-
 def parse(content: object, model: type[Model], where: str, *at: str | int) -> Model:
     """Validate the content of a file.
 
@@ -387,7 +322,7 @@ def parse(content: object, model: type[Model], where: str, *at: str | int) -> Mo
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise DefinitionError(f"{where}: {explain(error, content, json_schema(model), at)}") from error
+        raise DefinitionError(f"{where}: {explain(error, content, at)}") from error
 
 
 def read(path: Path, model: type[Model]) -> Model:
@@ -410,7 +345,7 @@ def check_names(where: str, key: str, names: Iterable[str], known: Collection[st
     for name in names:
         if name not in known:
             at = f"{where}.{key}" if not where.endswith("'") else f"{where}{key}"
-            raise DefinitionError(f"{at}' is '{name}', which does not exist{did_you_mean(name, known)}")
+            raise DefinitionError(f"{at}' is '{name[:_LONGEST]}', which does not exist{did_you_mean(name, known)}")
 
 
 def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[str] = ()) -> None:
@@ -427,9 +362,9 @@ def check_file(where: str, key: str, name: str, folder: Path, columns: Sequence[
         DefinitionError: The CSV is missing or has other columns; names the nearest CSV.
     """
     known = [str(path.relative_to(folder)) for path in folder.glob("**/*.csv")]
-    check_names(where, key, () if (folder / name).is_file() else [name], known)
+    check_names(where, key, [name], known)
     if columns:
         with (folder / name).open(encoding="utf-8-sig", errors="replace", newline="") as rows:
-            found, wanted = next(csv.reader(rows), []), [*columns, *NUMBER_COLUMNS]
-        if found != wanted:
-            raise DefinitionError(f"{folder / name}: the columns are {found}, but must be {wanted}")
+            header, wanted = next(csv.reader(rows), []), [*columns, *NUMBER_COLUMNS]
+        if header != wanted:
+            raise DefinitionError(f"{folder / name}: the columns are {header}, but must be {wanted}")

@@ -1,1 +1,1 @@
-"""One run from start to end, and the check of its data."""
+"""Execute one run, and check its data."""

@@ -58,14 +58,14 @@ def _cells(part: SetPart) -> list[str]:
 
 def unpinned(suite: Suite) -> list[str]:
     """List the models and sets of the hub that the suite's runs read without a fixed commit."""
-    return list(dict.fromkeys(place for run in suite.runs for place in _unpinned(run)))
+    return list(dict.fromkeys(repository for run in suite.runs for repository in _unpinned(run)))
 
 
 def _unpinned(run: Run) -> Iterator[str]:
     spec, model = run.spec, run.spec["model"]
-    place = model.get("hub") or (f"timm/{model['timm']}" if "timm" in model and not model.get("random") else None)
-    if place and not is_commit(model["revision"]) and own_folder(model) is None:
-        yield f"{place} (the model {model['name']})"
+    repository = model.get("hub") or (f"timm/{model['timm']}" if "timm" in model and not model.get("random") else None)
+    if repository and not is_commit(model["revision"]) and own_folder(model) is None:
+        yield f"{repository} (the model {model['name']})"
     for task in all_sets(spec):
         source = task.get("source", {})
         revision = source.get("revision")

@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, Timeout
@@ -26,9 +26,9 @@ _PAUSE = 1.0  # seconds between two attempts
 def reserved(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
     """Reserve accelerators for this process and those that it starts, which see no others.
 
-    Waits until enough are free. A device is free if no process of this user on this machine holds its lock, in any
-    checkout; a lock ends with its process. A scheduler's job that sees exactly as many devices as it asks for needs no
-    locks: schedulers may number the devices of each job from 0. Call this before anything uses an accelerator.
+    Waits until enough are free: no process of this user on this machine holds their locks, which end with a process. A
+    scheduler's job that sees as many devices as it asks for needs no locks: schedulers may number the devices of each
+    job from 0. Call this before anything uses an accelerator.
 
     Args:
         count: The number of accelerators. With 0, or on a machine without any, nothing is reserved and nothing changes.
@@ -49,25 +49,23 @@ def reserved(count: int, name: str, processes: int = 1) -> Iterator[list[str]]:
     devices = visible() if count else []
     if devices and (len(devices) < count or count < processes):
         raise RunError(
-            f"{name} asks for {count} accelerators for {processes} process(es), and {len(devices)} are visible; let "
-            "Snakemake give as many (`--resources gpu=N`, which caps what each run gets), show the run more, or have "
-            "it take fewer: 'resources.gpu' and 'resources.processes' in the suite's part of benchmark.yaml"
+            f"{name} asks for {count} accelerators for {processes} process(es), and {len(devices)} are visible; give "
+            "it more (`--resources gpu=N`), or set 'resources.gpu' and 'resources.processes' in benchmark.yaml"
         )
     job = next(filter(None, map(os.environ.get, _JOBS)), "")
     if not devices or (job and len(devices) == count):
         yield devices
         return
-    taken = _take(_folder(job), devices, count, name)
-    before = os.environ.get(VISIBLE)
-    os.environ[VISIBLE] = ",".join(taken)
+    locks = _lock_devices(_folder(job), devices, count, name)
+    before = os.environ.pop(VISIBLE, None)
+    os.environ[VISIBLE] = ",".join(locks)
     try:
-        yield list(taken)
+        yield list(locks)
     finally:
-        if before is None:
-            del os.environ[VISIBLE]
-        else:
+        del os.environ[VISIBLE]
+        if before is not None:
             os.environ[VISIBLE] = before
-        for lock in taken.values():
+        for lock in locks.values():
             lock.release()
 
 
@@ -101,33 +99,24 @@ def visible() -> list[str]:
     return [name for name in itertools.takewhile(lambda name: name not in _ENDS, names) if name]
 
 
-def _take(folder: Path, devices: list[str], count: int, name: str) -> dict[str, BaseFileLock]:
+def _lock_devices(folder: Path, devices: list[str], count: int, name: str) -> dict[str, BaseFileLock]:
     """Lock so many devices, all at once or none, so that two jobs never wait for each other's."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    waiting = False
-    while True:
+    for attempt in itertools.count():
+        locks: dict[str, BaseFileLock] = {}
         with hold(folder / "choice.lock"):
-            free = _locked(folder, devices, count)
-        if len(free) == count:
-            return free
-        for lock in free.values():
-            lock.release()
-        if not waiting:
-            sys.stderr.write(f"[{name}] waiting for {count} of {len(devices)} accelerators\n")
-            sys.stderr.flush()
-            waiting = True
-        time.sleep(_PAUSE)
-
-
-def _locked(folder: Path, devices: list[str], count: int) -> dict[str, BaseFileLock]:
-    locks: dict[str, BaseFileLock] = {}
-    for device in devices:
+            for device in devices:
+                if len(locks) < count:
+                    with suppress(Timeout):
+                        locks[device] = hold(folder / f"{device.replace('/', '_')}.lock", blocking=False).lock
         if len(locks) == count:
             break
-        try:
-            locks[device] = hold(folder / f"{device.replace('/', '_')}.lock", blocking=False).lock
-        except Timeout:
-            continue
+        for lock in locks.values():
+            lock.release()
+        if attempt == 0:
+            sys.stderr.write(f"[{name}] waiting for {count} of {len(devices)} accelerators\n")
+            sys.stderr.flush()
+        time.sleep(_PAUSE)
     return locks
 
 

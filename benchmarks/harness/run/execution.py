@@ -16,11 +16,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from filelock import AcquireReturnProxy, Timeout
-from safetensors import SafetensorError
 
 from benchmarks.harness.base import LOCK, DefinitionError, RunError, derive_seed, hold, write_json
 from benchmarks.harness.config.benchmark import kind_of, load_benchmark
@@ -31,7 +30,6 @@ from benchmarks.harness.training import processes as group
 from benchmarks.harness.training.progress import Progress
 
 _LAUNCHER = "EMOE_LAUNCHER"  # the id of the process that started several processes for a run
-_LITTLE = 1 << 20  # bytes of free space on a disk that counts as full
 
 
 def execute(path: Path, *, threads: int, log: Path, started: float | None = None, parallel: str = "ddp") -> Path:
@@ -49,9 +47,6 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
 
     Returns:
         The path of ``metrics.json``.
-
-    Raises:
-        RunError: The disk is full.
     """
     started = time.time() if started is None else started
     _end_with_launcher()
@@ -67,18 +62,16 @@ def execute(path: Path, *, threads: int, log: Path, started: float | None = None
         group.init_process_group()
         if group.broadcast(output.exists()):
             return output
-        with _full_disk_named(folder), _logged(log) as terminal:
+        with _logged(log) as terminal:
             progress = Progress(run.id, terminal)
             captured = environment.capture()
             pipeline = _pipeline(run)
             startup = time.time() - started
             metrics: dict[str, Any] = pipeline.run(run.spec, folder, progress)
             seconds = time.time() - started
-            metrics["cost"] |= {
-                "startup_seconds": startup,
-                "job_seconds": seconds,
-                "peak_memory_mb": _peak_memory_mb(),
-            }
+            is_gpu, usage = torch.cuda.is_available(), resource.getrusage(resource.RUSAGE_SELF)
+            memory = torch.cuda.max_memory_allocated() if is_gpu else usage.ru_maxrss * 1024
+            metrics["cost"] |= {"startup_seconds": startup, "job_seconds": seconds, "peak_memory_mb": memory / 1e6}
             captured["fingerprint"] = environment.fingerprint(captured["packages"], captured["gpus"])
             content = {"run_id": run.id, **metrics, "environment": captured}
             check_content(run, content, output)
@@ -155,12 +148,6 @@ def _pipeline(run: Run) -> Any:
     return importlib.import_module(pipeline)
 
 
-def _peak_memory_mb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
 def _exclusive(folder: Path, run_id: str) -> AcquireReturnProxy[Any]:
     try:
         return hold(folder / LOCK, blocking=False)
@@ -170,39 +157,27 @@ def _exclusive(folder: Path, run_id: str) -> AcquireReturnProxy[Any]:
 
 
 @contextmanager
-def _full_disk_named(folder: Path) -> Iterator[None]:
-    """Turn the errors of libraries on a full disk into one that names the folder."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if shutil.disk_usage(folder).free > _LITTLE:
-            raise
-        raise RunError(
-            f"{folder}: the disk is full; free some space, and the run goes on from its last checkpoint"
-        ) from error
-
-
-@contextmanager
-def _logged(path: Path) -> Iterator[Any]:
+def _logged(path: Path) -> Iterator[TextIO]:
     """Send all output of the process, native libraries included, to a log; yield the terminal's stream."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     terminal = os.fdopen(os.dup(2), "w")
     with path.open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+        _redirect(log.fileno(), log.fileno())
         try:
             yield terminal
         except BaseException:
-            with suppress(OSError):  # the disk is full
-                traceback.print_exc(file=log)  # the terminal gets the message alone
+            traceback.print_exc(file=log)  # the terminal gets the message alone
             raise
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError):
-                    stream.flush()
-            for number, copy in zip((1, 2), saved, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)
+            _redirect(*saved)
+            for number in saved:
+                os.close(number)
             terminal.close()
+
+
+def _redirect(output: int, errors: int) -> None:
+    """Send standard output and standard error to these file descriptors."""
+    for stream, number, target in ((sys.stdout, 1, output), (sys.stderr, 2, errors)):
+        with suppress(OSError):  # the disk is full
+            stream.flush()
+        os.dup2(target, number)

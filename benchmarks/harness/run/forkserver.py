@@ -67,7 +67,7 @@ def ask(arguments: Sequence[str]) -> int | None:
 
 
 class Server:
-    """The process that imports and forks.
+    """Start and stop the process that imports and forks.
 
     Args:
         modules: The modules to import; a command may need others.

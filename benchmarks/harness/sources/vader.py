@@ -49,7 +49,7 @@ def load_vader(
         Texts, labels, and how many near-neutral sentences of the split were dropped.
 
     Raises:
-        DataError: unknown domain or split, or the archive is missing or damaged.
+        DataError: The domain or split is unknown, or the archive is missing or damaged.
     """
     if domain not in _FILES:
         raise DataError(f"there is no VADER domain '{domain}'{did_you_mean(domain, _FILES)}")
