@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import pandas as pd
-from annotated_types import Ge, Len, MinLen
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from annotated_types import Ge, MinLen
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_json
 from benchmarks.harness.config.benchmark import OOD_MEAN, kind_of
@@ -39,32 +39,16 @@ class _Strict(BaseModel):
 
 
 Scores = dict[str, dict[str, Annotated[dict[str, float | None], MinLen(1)]]]  # by part, set and metric
-Loads = dict[str, list[list[int]]]  # by layer, for each window or class
+Curve = list[dict[str, float | None]]
 
 
 class _Environment(_Strict):
     processor: str
-    cores: int
     threads: int
-    gpus: list[str]
-    memory_gb: float
-    platform: str
-    python: str
     packages: dict[str, str]
     git_commit: str | None
     git_dirty: bool | None
     fingerprint: dict[str, str] = {}
-
-
-class _Layer(_Strict):
-    index: int
-    explained: float | None
-
-
-class _Model(_Strict):
-    conversion: list[_Layer] = []
-    trained: dict[str, dict[str, Any]] = {}
-    source: dict[str, str] = {}
 
 
 class _Cost(_Strict):
@@ -72,78 +56,8 @@ class _Cost(_Strict):
     job_seconds: Annotated[float, Ge(0)]
 
 
-class _Rows(_Strict):
-    """The rows of a set: classes by their counts, the range of their numbers, or their tokens."""
-
-    __pydantic_extra__: dict[str, int | str]
-    rows: int
-    labels: Annotated[dict[str, int], MinLen(1)] | None = None
-    range: Annotated[list[float], Len(2, 2)] | None = None
-    tokens: int | None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if self.labels is None and self.range is None and self.tokens is None:
-            raise ValueError("it needs 'labels', 'range' or 'tokens'")
-        return self
-
-
 class _Transformed(_Strict):
     scores: Scores
-
-
-class _Windows(_Strict):
-    ends: list[int]
-    loads: Loads
-
-
-class _Routing(_Strict):
-    windows: _Windows | None = None
-    loads: dict[str, list[list[list[int]]]] = {}
-    chance: dict[str, dict[str, list[float]]] = {}
-
-
-class _SetUsage(_Strict):
-    shares: list[float]
-    marks: list[int]
-    classes: dict[str, list[float]]
-
-
-class _Usage(_Strict):
-    """The use of experts; empty for a model without experts."""
-
-    tasks: dict[str, _SetUsage] = {}
-    shared: list[int] = []
-    specialised: list[int] = []
-
-
-class _Matrix(_Strict):
-    tasks: list[str]
-    neurons: int
-    tokens: list[int]
-    places: list[int]
-    values: list[float]
-
-
-class _Group(_Strict):
-    __pydantic_extra__: dict[str, float]
-    questions: int
-
-
-class _Task(_Strict):
-    scores: dict[str, float]
-    questions: int
-    metric: str
-    categories: dict[str, _Group]
-    subjects: dict[str, _Group]
-    correct: dict[str, str]
-    nats_per_byte: dict[str, list[float]] = {}
-
-
-class _Answer(_Strict):
-    instruction: str
-    input: str
-    answer: str
 
 
 class Metrics(_Strict):
@@ -155,18 +69,18 @@ class Metrics(_Strict):
     scores: Scores | None = None
     measured: dict[str, Annotated[dict[str, float], MinLen(1)]] | None = None
     transformed: dict[str, _Transformed] = {}
-    data: dict[str, _Rows] | None = None
-    model: _Model | None = None
-    routing: _Routing | None = None
-    usage: _Usage | None = None
-    matrix: _Matrix | None = None
-    tasks: dict[str, _Task] | None = None
-    answers: list[_Answer] | None = None
+    data: dict[str, dict[str, Any]] | None = None
+    model: dict[str, Any] | None = None
+    routing: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None
+    matrix: dict[str, Any] | None = None
+    tasks: dict[str, dict[str, Any]] | None = None
+    answers: list[dict[str, str]] | None = None
     chosen: dict[str, str | float] | None = None
-    epochs: list[dict[str, float | None]] = []
-    dev_curve: list[dict[str, float | None]] = []
-    held_out_curve: list[dict[str, float]] = []
-    records: list[dict[str, float | None]] | None = None
+    epochs: Curve = []
+    dev_curve: Curve = []
+    held_out_curve: Curve = []
+    records: Curve | None = None
     curve: list[float | None] = []
     confusion: dict[str, list[list[int]]] | None = None
     classes: list[str] | None = None
