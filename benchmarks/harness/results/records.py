@@ -19,7 +19,7 @@ from benchmarks.harness.config.runs import Run, trained_sets
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
 AS = " as "  # in a part, before the method that the model of a run was converted to
-_MAY_DIVERGE = ("loss", "nats_per_byte")
+_MAY_DIVERGE = ("loss", "nats_per_byte")  # null if the model diverged
 _ROUNDING = 1e-6  # of a share that is computed
 COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
 MODEL = ("active_neurons", "parameters", "trainable_parameters", "active_parameters", "flops_per_token")
@@ -117,12 +117,12 @@ def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
     """Check that all runs that a command shows are finished, before it reads any.
 
     Args:
-        runs: The runs that the command shows.
-        which: The name of these runs for the message.
+        runs: The runs.
+        which: Their name for the message.
         command: The command that makes them.
 
     Raises:
-        DefinitionError: Some are missing; names their number.
+        DefinitionError: Some are missing; counts them.
     """
     missing = sum(not (RUNS / run.folder / "metrics.json").exists() for run in runs)
     if missing:
@@ -134,7 +134,7 @@ def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
     """Check that a ``metrics.json`` has the parts of its run, and no number beyond its ``range`` in metrics.yaml.
 
     Raises:
-        DataError: It has not; names the file, the number, and the valid range.
+        DataError: Something is missing or wrong; names the file and the part or number.
     """
     try:
         _check_parts(run, Metrics.model_validate(content))
@@ -143,13 +143,16 @@ def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
         raise DataError(f"{path} is damaged: {first_problem(error)}; {_again(path)}") from None
     except (LookupError, ValueError, TypeError) as error:
         raise DataError(f"{path} lacks something that such a run records ({error}); {_again(path)}") from None
-    metrics = load_metrics()
     for part, task, name, value in numbers:
-        low, high = metrics[name].range if name in metrics else (None, None)
-        least, most = (-math.inf if low is None else low), (math.inf if high is None else high)
-        if not isinstance(value, (int, float)) or not least - _ROUNDING <= value <= most + _ROUNDING:
+        low, high = _range(name)
+        if not isinstance(value, (int, float)) or not low - _ROUNDING <= value <= high + _ROUNDING:
             number = " ".join(filter(None, (part, task, name)))
-            raise DataError(f"{path}: {number} is {value!r}, not a number from {least:g} to {most:g}; {_again(path)}")
+            raise DataError(f"{path}: {number} is {value!r}, not a number from {low:g} to {high:g}; {_again(path)}")
+
+
+def _range(metric: str) -> tuple[float, float]:
+    low, high = load_metrics()[metric].range if metric in load_metrics() else (None, None)
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def _again(path: Path) -> str:
@@ -166,11 +169,6 @@ def _check_parts(run: Run, metrics: Metrics) -> None:
         raise ValueError(f"'{missing[0]}' is missing")
     if "scores" in needed and not any((metrics.scores or {}).values()):
         raise ValueError("'scores' has no number")
-    for scores in (metrics.scores or {}, *(transformed.scores for transformed in metrics.transformed.values())):
-        for part, by_task in scores.items():
-            for task, values in by_task.items():
-                if nulls := [name for name, value in values.items() if value is None and name not in _MAY_DIVERGE]:
-                    raise ValueError(f"'scores.{part}.{task}.{nulls[0]}' is null")
 
 
 def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
@@ -213,12 +211,9 @@ def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
 
 def _judging_metrics(run: Run) -> dict[tuple[str, str], str]:
     """Map each part and set to the metric that judges it: the task's own, or the paper's out of domain."""
-    own = {
-        (part, task["name"]): task.get("metric", "")
-        for task in trained_sets(run.spec)
-        for part in ("dev", "dev_best", "test")
-    }
-    return own | {("ood", other["name"]): other["ood_metrics"][0] for other in run.spec["ood"]}
+    parts, sets = ("dev", "dev_best", "test"), trained_sets(run.spec)
+    metrics = {(part, task["name"]): task.get("metric", "") for part in parts for task in sets}
+    return metrics | {("ood", other["name"]): other["ood_metrics"][0] for other in run.spec["ood"]}
 
 
 def run_keys(run: Run) -> dict[str, Any]:
@@ -261,7 +256,7 @@ def _scored(run: Run, scores: Mapping[str, Any], suffix: str = "") -> Iterator[t
     for part, by_task in scores.items():
         for name, values in by_task.items():
             for key, value in values.items():
-                if value is not None:  # the loss of a model that diverged
+                if value is not None or key not in _MAY_DIVERGE:
                     yield part + suffix, name, key, value
     ood = [scores["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]]
     if ood:
