@@ -36,7 +36,7 @@ from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import Strict
-from benchmarks.harness.results.records import GROUP_KEYS, check_finished, collect_from, read_metrics
+from benchmarks.harness.results.records import GROUP_KEYS, check_finished, read_metrics, run_keys, run_numbers
 
 KEYS = ["run", "seed", "part", "set", "metric"]
 _COLUMNS = [*KEYS, "value", "machine"]
@@ -197,42 +197,34 @@ def numbers_of(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers:
     Raises:
         DefinitionError: Two runs have the same name.
     """
-    records = collect_from((run, dict(metrics)) for run, metrics in results)
-    keys = records.drop_duplicates("run_id").set_index("run_id")[GROUP_KEYS]
-    names = {run_id: _run_name(row) for run_id, row in keys.iterrows()}
-    fingerprints = {run.id: metrics["environment"].get("fingerprint", {}) for run, metrics in results}
-    machines = {_machine_name(parts): parts for parts in fingerprints.values()}
-    machine_by_run = {run_id: _machine_name(parts) for run_id, parts in fingerprints.items()}
-    seeds = {run.id: int(run.spec["seed"]) for run, _ in results}
-    is_compared = records["metric"].isin(set(load_metrics())) & ~records["part"].isin(["cost", "dev_best"])
-    values = [
-        (row.run_id, row.part, row.eval_task, row.metric, _digits(row.metric, float(row.value)))
-        for row in records[is_compared].itertuples()
-    ]
-    values += [(run.id, *number) for run, metrics in results for number in _other_numbers(run, metrics)]
-    rows = pd.DataFrame(
-        [(names[run_id], seeds[run_id], *number, machine_by_run[run_id]) for run_id, *number in values],
-        columns=_COLUMNS,
-    )
+    numbers, machines = list[tuple[object, ...]](), dict[str, Mapping[str, str]]()
+    for run, metrics in results:
+        fingerprint = metrics["environment"].get("fingerprint", {})
+        machine = _machine_name(fingerprint)
+        machines[machine] = fingerprint
+        keys = run_keys(run)
+        keys["learning_rate"] = f"{keys['learning_rate']:g}"
+        name = " ".join(str(keys[key]) for key in GROUP_KEYS if keys[key])
+        values = [*_scores(run, metrics), *_other_numbers(run, metrics)]
+        numbers += [(name, keys["seed"], *value, machine) for value in values]
+    rows = pd.DataFrame(numbers, columns=_COLUMNS)
     twice = rows[rows.duplicated(KEYS)]
     if len(twice):
         raise DefinitionError(f"two finished runs have the same number '{' '.join(map(str, twice.iloc[0][KEYS]))}'")
     return Numbers(rows.sort_values(KEYS, kind="stable", ignore_index=True), machines, code_digest())
 
 
-def _run_name(record: pd.Series[Any]) -> str:
-    values = [f"{record[key]:g}" if key == "learning_rate" else str(record[key]) for key in GROUP_KEYS]
-    return " ".join(value for value in values if value)
+def _scores(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield part, set, metric and value of the numbers of tables, with all digits; counts are whole numbers."""
+    for part, task, metric, number in run_numbers(run, metrics):
+        if metric in load_metrics() and part not in ("cost", "dev_best"):
+            value = float(number)
+            yield part, task, metric, repr(int(value) if value.is_integer() and tolerance_of(metric) == 0 else value)
 
 
 def _machine_name(fingerprint: Mapping[str, str]) -> str:
     """Return a short hash of a fingerprint; empty if there is none."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8] if fingerprint else ""
-
-
-def _digits(metric: str, value: float) -> str:
-    """Write a number with all digits, and a count as a whole number."""
-    return str(int(value)) if tolerance_of(metric) == 0 and value.is_integer() else repr(value)
 
 
 def _other_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:

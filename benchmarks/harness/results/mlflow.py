@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
 from benchmarks.harness import base as paths
@@ -29,7 +29,7 @@ _KIND = {"mlflow.experimentKind": "custom_model_development"}
 _FILES = ("run.json", "metrics.json", paths.LOG)
 _WAIT_SECONDS = 10.0  # before the second attempt
 
-Read = Sequence[tuple[Run, dict[str, Any]]]
+_Read = Sequence[tuple[Run, dict[str, Any]]]
 
 
 def mirror(runs: Sequence[Run], uri: str, figures: Mapping[str, Sequence[Path]] | None = None) -> dict[str, int]:
@@ -129,65 +129,64 @@ class _Experiment:
             digests = self._parents.setdefault(run.data.tags[_SETTING], {})
             digests[run.info.run_id] = run.data.tags.get(_DIGEST)
 
-    def write_setting(self, name: str, members: Read) -> str:
+    def write_setting(self, name: str, members: _Read) -> str:
         """Write a parent with the means of its seeds, and its runs; return ``added``, ``replaced`` or ``unchanged``."""
         digest = _sha256("\n".join(canonical_json(metrics) for _, metrics in members).encode())
         if self._has(name, digest):
             return "unchanged"
+        self._delete(name)
         records = collect_from(members)
         times = {run.id: _times(run, metrics) for run, metrics in members}
-        parent = self._replace(name, min(start for start, _ in times.values()))
-        end = max(end for _, end in times.values())
-        rows = dict(iter(records.groupby("run_id", sort=False)))
-        for run, metrics in members:
-            began, ended = times[run.id]
-            files = [paths.RUNS / run.folder / file for file in _FILES]
-            child = self._create(run.id, began, {_PARENT: parent, **_tags(run, metrics["environment"])}, files)
-            params = [Param(_plain(key), str(value)) for key, value in _flat(run.spec).items()]
-            self._finish(child, ended, _numbers(rows[run.id], metrics, ended), params)
+        span = (min(start for start, _ in times.values()), max(end for _, end in times.values()))
         values = records.groupby(["part", "eval_task", "metric"], sort=False)["value"]
         means = {_metric_name(*key): value for key, value in values.mean().items()}
         means |= {f"{_metric_name(*key)}.std": value for key, value in values.std().dropna().items()}
-        numbers = [Metric(key, float(value), end, 0) for key, value in {**means, "seeds": len(members)}.items()]
-        # the digest comes last: an interrupted mirror writes the setting again
-        self._finish(parent, end, numbers, tags=[RunTag(_DIGEST, digest)])
+        numbers = [Metric(key, float(value), span[1], 0) for key, value in {**means, "seeds": len(members)}.items()]
+        parent = self._log(name, span, {_SETTING: name}, numbers)
+        rows = dict(iter(records.groupby("run_id", sort=False)))
+        for run, metrics in members:
+            tags = {_PARENT: parent, **_tags(run, metrics["environment"])}
+            params = [Param(_plain(key), str(value)) for key, value in _flat(run.spec).items()]
+            files = [paths.RUNS / run.folder / file for file in _FILES]
+            self._log(run.id, times[run.id], tags, _numbers(rows[run.id], metrics, times[run.id][1]), params, files)
+        self._client.set_tag(parent, _DIGEST, digest)  # at the end: an interrupted mirror writes the setting again
         return "replaced" if name in self._parents else "added"
 
     def write_figures(self, files: Sequence[Path]) -> None:
         """Keep the figures of the benchmark in a run of their own."""
         name, digest = f"figures of {self._benchmark}", _sha256(b"".join(path.read_bytes() for path in files))
         if files and not self._has(name, digest):
+            self._delete(name)
             end = round(max(path.stat().st_mtime for path in files) * 1000)
-            self._finish(self._replace(name, end, files), end, tags=[RunTag(_DIGEST, digest)])
+            self._log(name, (end, end), {_SETTING: name, _DIGEST: digest}, files=files)
 
     def _has(self, setting: str, digest: str) -> bool:
         return list(self._parents.get(setting, {}).values()) == [digest]
 
-    def _replace(self, setting: str, start: int, files: Sequence[Path] = ()) -> str:
-        """Delete a setting, several times if two folders wrote it at once, and return a new parent."""
+    def _delete(self, setting: str) -> None:
+        """Delete a setting and its runs, several times if two folders wrote it at once."""
         for parent in self._parents.get(setting, ()):
             for run in self._search(f"tags.`{_PARENT}` = '{parent}'"):
                 self._client.delete_run(run.info.run_id)
             self._client.delete_run(parent)
-        return self._create(setting, start, {_SETTING: setting}, files)
 
-    def _create(self, name: str, start: int, tags: Mapping[str, str], files: Sequence[Path]) -> str:
-        identifier = str(self._client.create_run(self._id, start, tags, name).info.run_id)
+    def _log(
+        self,
+        name: str,
+        times: tuple[int, int],
+        tags: dict[str, str],
+        numbers: Sequence[Metric] = (),
+        params: Sequence[Param] = (),
+        files: Sequence[Path] = (),
+    ) -> str:
+        """Write a run of MLflow, and return its identifier."""
+        identifier = str(self._client.create_run(self._id, times[0], tags, name).info.run_id)
         for file in files:
             if file.exists():
                 self._client.log_artifact(identifier, str(file))
+        self._client.log_batch(identifier, numbers, params)
+        self._client.set_terminated(identifier, end_time=times[1])
         return identifier
-
-    def _finish(
-        self,
-        identifier: str,
-        end: int,
-        numbers: Sequence[Metric] = (),
-        params: Sequence[Param] = (),
-        tags: Sequence[RunTag] = (),
-    ) -> None:
-        self._client.set_terminated(identifier, end_time=end)
-        self._client.log_batch(identifier, numbers, params, tags)
 
     def _search(self, condition: str) -> Iterator[Any]:
         token = None

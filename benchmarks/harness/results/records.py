@@ -138,7 +138,7 @@ def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
     """
     try:
         _check_parts(run, Metrics.model_validate(content))
-        numbers = list(_numbers(run, content))
+        numbers = list(run_numbers(run, content))
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {first_problem(error)}; {_again(path)}") from None
     except (LookupError, ValueError, TypeError) as error:
@@ -204,7 +204,7 @@ def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
             "is_score": metric == judging.get((part.partition(AS)[0], task), "score"),
         }
         for run, judging, metrics in ((run, _judging_metrics(run), metrics) for run, metrics in read)
-        for part, task, metric, value in _numbers(run, metrics)
+        for part, task, metric, value in run_numbers(run, metrics)
     ]
     return pd.DataFrame(rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"])
 
@@ -231,7 +231,7 @@ def run_keys(run: Run) -> dict[str, Any]:
     }
 
 
-def _numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+def run_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
     """Yield part, set, metric and value of every number of a run."""
     task = run.spec["task"]["name"]
     if "measured" in metrics:
