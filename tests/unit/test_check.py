@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.harness.base import RUNS, DefinitionError, RunError
+from benchmarks.harness.base import RUNS, DefinitionError, RunError, write_json
 from benchmarks.harness.config.runs import Run, plan
 from benchmarks.harness.results import check as checking
 from benchmarks.harness.results.check import (
@@ -103,11 +104,8 @@ def test_the_tolerant_check_sees_swapped_methods_and_scores() -> None:
         ("loss", "10.0", "10.09", True),  # relative above 1
         ("loss_3", "nan", "nan", True),
         ("loss_3", "0.5", "nan", False),
-        ("loss_3", "inf", "0.5", False),
         ("loads", "100 100", "101 99", True),
         ("loads", "10 10", "10 10 0", False),
-        ("logits", "0.1 0.2", "0.1 0.20001", True),
-        ("logits", "0.1 0.2", "0.1 0.2001", False),
         ("content", "rows 3", "rows 4", False),
     ],
 )
@@ -144,28 +142,19 @@ def test_the_last_digit_counts_for_one_machine_and_code_and_the_tolerance_otherw
     assert "-0.3, tolerance 0.03" in str(check(runs, "mini", blessed))
 
 
-@pytest.mark.parametrize(
-    ("file", "is_digested"),
-    [
-        ("emoe/layer.py", True),
-        ("emoe/sparse/kernels.cpp", True),
-        ("benchmarks/harness/training/samplers.py", True),
-        ("benchmarks/glue/pipeline.py", True),
-        ("benchmarks/glue/presentation.py", False),
-        ("benchmarks/harness/report/table.py", False),
-        ("README.md", False),
-    ],
-)
-def test_the_digest_is_of_the_code_that_numbers_depend_on(
-    file: str, is_digested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_digest_is_of_the_code_that_numbers_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "ROOT", tmp_path)
     monkeypatch.setattr(checking, "BENCHMARKS", tmp_path / "benchmarks")
-    before = code_digest()
-    path = tmp_path / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("x = 1")
-    assert (code_digest() != before) == is_digested
+    files = ("emoe/a.py", "emoe/sparse/a.cpp", "benchmarks/harness/training/a.py", "benchmarks/glue/pipeline.py")
+    others = ("benchmarks/glue/presentation.py", "benchmarks/harness/report/a.py", "README.md")
+    digests = [code_digest()]
+    for file in (*files, *others):
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x = 1")
+        digests.append(code_digest())
+    assert len(set(digests)) == 1 + len(files)
+    assert len(set(digests[len(files) :])) == 1
 
 
 def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(runs: list[Run], blessed: Path) -> None:
@@ -184,9 +173,7 @@ def test_the_probe_the_conversion_and_the_rows_are_compared_on_another_machine(r
 
 def test_times_are_not_compared_but_the_work_of_a_measurement_is(runs: list[Run], blessed: Path) -> None:
     run = next(run for run in runs if run.benchmark == "speed" and "sparse" in run.spec["settings"]["candidates"])
-    edit(run, lambda content: content["measured"]["sparse"].update(ratio=3.0))
-    assert changed(runs, blessed) == set()
-    edit(run, lambda content: content["measured"]["sparse"].update(expected_ratio=3.0))
+    edit(run, lambda content: content["measured"]["sparse"].update(ratio=3.0, expected_ratio=3.0))
     assert {metric for _, metric in changed(runs, blessed)} == {"expected_ratio"}
 
 
@@ -264,44 +251,37 @@ def checkout(folder: Path) -> Path:
 
 def test_bless_refuses_a_tree_with_changes_but_for_blessed_numbers(tmp_path: Path) -> None:
     root = checkout(tmp_path / "checkout")
-    (root / "results/reference").mkdir(parents=True)
-    (root / "results/reference/mini.csv").write_text("new")
+    write_json(root / "results/reference/mini.json", {})
     assert len(clean_commit(root)) == 40
     (root / "code.py").write_text("x = 1")
     with pytest.raises(DefinitionError, match=r"1 files are not committed, the first is code\.py"):
         clean_commit(root)
-    with pytest.raises(DefinitionError, match="is no git checkout"):
-        clean_commit(tmp_path)
 
 
 def test_only_numbers_that_repeat_are_blessed(runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, repeated = checkout(tmp_path / "checkout"), list[str]()
-    again: dict[str, Any] = {"change": lambda content: None, "failures": []}
+    root, repeated, failures = checkout(tmp_path / "checkout"), list[str](), list[str]()
 
-    def run_again(chosen: list[Run], _say: object) -> tuple[Numbers, list[str]]:
-        results = [(run, read_metrics(run)) for run in chosen]
-        repeated.extend(run.id for run in chosen)
-        for _, content in results:
-            again["change"](content)
-        return numbers_of(results), again["failures"]
+    def bless_runs(change: Callable[[dict[str, Any]], None] = lambda content: None) -> Path:
+        def run_again(chosen: list[Run], _say: object) -> tuple[Numbers, list[str]]:
+            results = [(run, read_metrics(run)) for run in chosen]
+            repeated.extend(run.id for run in chosen)
+            for _, content in results:
+                change(content)
+            return numbers_of(results), failures
 
-    def bless_runs() -> Path:
+        monkeypatch.setattr(checking, "run_again", run_again)
         return bless(runs, "mini", print, tmp_path / "reference", root)
 
-    monkeypatch.setattr(checking, "run_again", run_again)
     fastest = [next(run for run in runs if run.benchmark == name) for name in ("glue", "speed")]
     for run in fastest:
         edit(run, lambda content: content["cost"].update(job_seconds=0.5))
     assert check(runs, "mini", bless_runs().parent).passed
     assert sorted(repeated) == sorted(run.id for run in fastest)
-
-    again["change"] = lambda content: content.get("probe", {}).update(losses=["0.25"])
     with pytest.raises(DefinitionError, match=r"numbers do not repeat, so they cannot be blessed:\nchanged"):
-        bless_runs()
-    again["change"] = lambda content: content["environment"]["fingerprint"].update(threads="2")
+        bless_runs(lambda content: content.get("probe", {}).update(losses=["0.25"]))
     with pytest.raises(DefinitionError, match="were made on another machine"):
-        bless_runs()
-    again["failures"] = ["minilm: ValueError: odd"]
+        bless_runs(lambda content: content["environment"]["fingerprint"].update(threads="2"))
+    failures.append("minilm: ValueError: odd")
     with pytest.raises(RunError, match="failed when it was executed again: minilm: ValueError: odd"):
         bless_runs()
     edit(runs[0], lambda content: content["environment"].pop("fingerprint"))

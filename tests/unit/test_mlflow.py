@@ -6,7 +6,6 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from benchmarks.harness.config.runs import Run, plan, run_from_spec
 from benchmarks.harness.results import mlflow
 from benchmarks.harness.results.mlflow import mirror
 from tests import fake_runs
-from tests.checkout import wait_for
 from tests.conftest import ROOT
 from tests.forked import start as start_fork
 
@@ -200,19 +198,16 @@ postgres_present = pytest.mark.skipif(
 )
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.fixture
 def postgres() -> Iterator[str]:
     """Start a PostgreSQL server; root starts it as another user, as PostgreSQL demands."""
     assert _INITDB
     user = {"user": "nobody"} if os.geteuid() == 0 else {}
     folder = Path(tempfile.mkdtemp(prefix="emoe-postgres-"))
-    secret, port = folder / "secret", free_port()
+    secret = folder / "secret"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     secret.write_text(KEPT_QUIET)
     for path in (folder, secret) if user else ():
         shutil.chown(path, "nobody")
@@ -238,26 +233,8 @@ def test_postgres_takes_several_mirrors_at_once(
 ) -> None:
     monkeypatch.setattr(mlflow, "_WAIT_SECONDS", 10.0)
     folders = [shutil.copytree(Path.cwd(), tmp_path / f"folder{number}") for number in range(2)]
-    # into a new database, then by a server as well
     forks = [start_fork(mirror_from, folder, runs[2 * number :][:2], postgres) for number, folder in enumerate(folders)]
     for fork in forks:
         fork.join(240)
     assert [fork.exitcode for fork in forks] == [0, 0]
     assert mirror(runs, postgres) == {"added": 0, "replaced": 0, "unchanged": 4}
-    port = free_port()
-    words = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    # without its nine processes for other jobs, which import for two minutes of a core
-    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": postgres, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    command = [sys.executable, "-m", "mlflow", *words]
-    with subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True) as process:
-        try:
-            wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 120)
-            edit(runs[0], lambda metrics: metrics["scores"]["test"]["tweets"].update(balanced_accuracy=0.25))
-            server = f"http://127.0.0.1:{port}"
-            assert mirror(runs, server) == {"added": 0, "replaced": 2, "unchanged": 2}
-            children, parents = mirrored(server)
-            assert (len(children), len(parents)) == (4, 2)
-            stored = MlflowClient(server).list_artifacts(children[runs[0].id].info.run_id)
-            assert {file.path for file in stored} == {"metrics.json", "log.txt"}
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
