@@ -70,13 +70,13 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences between two sets of numbers.
+    """The result of a comparison of two sets of numbers.
 
     Attributes:
         differences: One row per number that differs: :data:`KEYS`, ``status`` (changed, missing or new), ``before``,
             ``after`` and ``tolerance``.
         equal: The count of numbers that agree.
-        machines: A sentence for each pair of machines: how many numbers were compared, and how.
+        machines: A sentence for each pair of machines that counts the numbers and names the kind of comparison.
         unfinished: The runs without numbers, with the reason if it is known.
     """
 
@@ -157,15 +157,15 @@ def compare(
         differences.loc[~is_equal, ["status", *KEYS, "before", "after", "tolerance"]],
         int(is_equal.sum()),
         tuple(
-            f"compared {count} numbers {'within tolerances, as asked' if elsewhere else _how(before, after, *pair)}"
+            f"compared {count} numbers {'within tolerances, as asked' if elsewhere else _kind(before, after, *pair)}"
             for pair, count in pairs.items()
         ),
         tuple(unfinished),
     )
 
 
-def _how(before: Numbers, after: Numbers, old: str, new: str) -> str:
-    """Say how the numbers of two machines are compared, and why."""
+def _kind(before: Numbers, after: Numbers, old: str, new: str) -> str:
+    """Describe the comparison of the numbers of two machines, with its reason."""
     if old == new != "":
         is_older = before.code != after.code
         return "within tolerances: the reference was made by older code" if is_older else "exactly"

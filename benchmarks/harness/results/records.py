@@ -193,19 +193,12 @@ def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
     the mean over the training environments' *out* splits, ``test`` each held-out environment's *in* split. A
     measurement has one part, its measure, with the candidate as the evaluation task.
     """
-    rows = [
-        {
-            **run_keys(run),
-            "run_id": run.id,
-            "part": part,
-            "eval_task": task,
-            "metric": metric,
-            "value": value,
-            "is_score": metric == judging.get((part.partition(AS)[0], task), "score"),
-        }
-        for run, judging, metrics in ((run, _judging_metrics(run), metrics) for run, metrics in read)
-        for part, task, metric, value in run_numbers(run, metrics)
-    ]
+    rows = []
+    for run, metrics in read:
+        judging, keys = _judging_metrics(run), run_keys(run).values()
+        for part, task, metric, value in run_numbers(run, metrics):
+            is_score = metric == judging.get((part.partition(AS)[0], task), "score")
+            rows.append((*keys, run.id, part, task, metric, value, is_score))
     return pd.DataFrame(rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"])
 
 
@@ -219,16 +212,10 @@ def _judging_metrics(run: Run) -> dict[tuple[str, str], str]:
 def run_keys(run: Run) -> dict[str, Any]:
     """Return the values of :data:`RUN_KEYS` of a run."""
     spec = run.spec
-    return {
-        "benchmark": spec["benchmark"],
-        "model": spec["model"]["name"],
-        "task": spec["task"]["name"],
-        "method": spec["method"]["name"],
-        "protocol": spec.get("protocol", ""),
-        "variant": kind_of(run.benchmark).variant(spec),
-        "learning_rate": spec["learning_rate"],
-        "seed": spec["seed"],
-    }
+    names = [spec[key]["name"] for key in ("model", "task", "method")]
+    variant = kind_of(run.benchmark).variant(spec)
+    values = (run.benchmark, *names, spec.get("protocol", ""), variant, spec["learning_rate"], spec["seed"])
+    return dict(zip(RUN_KEYS, values, strict=True))
 
 
 def run_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
