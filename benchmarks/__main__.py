@@ -237,8 +237,8 @@ def mirror(suite: str, output: Path | None) -> None:
 def check(suite: str, as_json: bool, elsewhere: bool) -> None:
     """Compare a suite's numbers with the blessed ones.
 
-    Ends with status 1 if a number changed, is missing or is new. On the machine that blessed them numbers must be equal
-    to the last digit, on another machine within their tolerance. Times are not compared.
+    Ends with status 1 if a number changed, is missing or is new. On the machine and with the code that blessed them
+    numbers must be equal to the last digit, otherwise within their tolerance. Times are not compared.
     """
     from benchmarks.harness.results.check import check as check_suite
 

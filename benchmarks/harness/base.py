@@ -83,10 +83,9 @@ def share(path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that replaces the path at the end: readers see the old file or the new one, never a part.
+    """Yield a temporary file that replaces the path at the end, so that readers see the old file or the new one.
 
-    The name is unique, also among processes on other machines. The content is on the disk before the name is, so that it
-    survives a power cut.
+    Its name is unique among all machines. The content reaches the disk before the name, and survives a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -126,7 +125,7 @@ def read_json(path: Path, model: type[Model], advice: str = "") -> Model:
         advice: The end of the message of an error, such as "delete it".
 
     Raises:
-        DataError: The file is missing, unreadable, no JSON, or its content does not fit the model. Names file and key.
+        DataError: The file cannot be read, or its content does not fit the model; names file and key.
     """
     try:
         return TypeAdapter(model).validate_python(from_json(path.read_bytes(), allow_inf_nan=False))
@@ -142,12 +141,8 @@ def read_json(path: Path, model: type[Model], advice: str = "") -> Model:
 def hold(path: Path, *, blocking: bool = True) -> AcquireReturnProxy[Any]:
     """Lock a file, as a context manager or until ``.lock.release()``; the end of the process releases it.
 
-    On file systems without ``flock`` (NFS without its lock server) the file ``<path>.held`` is the lock while it exists. If
-    its process was killed on another machine, delete the file.
-
-    Args:
-        path: The path of the file, which is created.
-        blocking: True to wait for the process that holds the lock.
+    On file systems without ``flock`` (NFS without its lock server) the file ``<path>.held`` is the lock. If its process
+    was killed on another machine, delete the file.
 
     Raises:
         Timeout: Another process holds the lock, and ``blocking`` is False.
@@ -164,27 +159,23 @@ def hold(path: Path, *, blocking: bool = True) -> AcquireReturnProxy[Any]:
 
 def is_held(path: Path) -> bool:
     """Return True if a process holds a lock; works in folders without write permission."""
-    if not path.exists():
-        return False
-    with path.open("rb") as file:
-        try:
+    try:
+        with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError as error:
-            if error.errno not in _NO_FLOCK:
-                raise
-            # filelock writes into the file itself if flock is unknown
-            return Path(f"{path}.held").exists() or path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        # filelock writes into the file itself if flock is unknown
+        return Path(f"{path}.held").exists() or path.stat().st_size > 0
     return False
 
 
 def derive_seed(*parts: object) -> int:
-    """Hash named parts to a seed below 2**31, so that a change of one part leaves the randomness of the others alone.
-
-    >>> derive_seed("order", 0) == derive_seed("order", 0) != derive_seed("order", 1)
-    True
-    """
+    """Hash named parts to a seed below 2**31, so that each use of randomness is independent of the others."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 2**31
 

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Files that exist as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,12 +20,8 @@ class Receipt(BaseModel):
 
 DAMAGE = {
     "invalid UTF-8": b'{"rows": "\xff"}',
-    "null": b"null",
-    "a list": b"[]",
     "empty": b"",
     "truncated": b'{"rows": ',
-    "deep nesting": b"[" * 100_000,
-    "5,000 digits": b'{"rows": ' + b"9" * 5000 + b"}",
     "no number": b'{"rows": NaN}',
     "a missing key": b"{}",
     "another type": b'{"rows": "many"}',

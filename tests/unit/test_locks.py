@@ -1,4 +1,4 @@
-"""A file that one process holds at a time, where the file system has locks and where it has none."""
+"""One process holds a lock at a time, on file systems with and without locks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -19,17 +19,15 @@ from benchmarks.harness.base import hold, is_held
 from tests.checkout import wait_for
 from tests.forked import start as start_fork
 
-# what flock says: nothing wrong, NFS without its lock server, file systems of clusters, kernels without it
+# errors of flock: none, NFS without its lock server, file systems of clusters, kernels without flock
 SYSTEMS = {"flock": None, "no lock server": errno.ENOLCK, "not supported": errno.EOPNOTSUPP, "unknown": errno.ENOSYS}
 
 
 @contextmanager
 def system(name: str) -> Iterator[None]:
     refusal = SYSTEMS[name]
-    if refusal is None:
-        yield
-        return
-    with mock.patch.object(fcntl, "flock", side_effect=OSError(refusal, "no flock")):
+    patch = mock.patch.object(fcntl, "flock", side_effect=OSError(refusal, "no flock"))
+    with patch if refusal else nullcontext():
         yield
 
 

@@ -15,7 +15,7 @@ from benchmarks.harness.results.records import read_metrics
 from tests import fake_runs
 
 BENCHMARKS = ("glue", "glue_ood", "domainbed", "llama", "modularity", "speed")
-GONE = object()
+GONE, SCORES = object(), ("scores", "test", "tweets")
 RUN = {
     benchmark: next(run for run in load_suite({"suite": "smoke"}).runs_of(benchmark) if run.spec["method"]["config"])
     for benchmark in BENCHMARKS[:-1]
@@ -37,27 +37,17 @@ def test_a_whole_file_is_read_as_it_is(benchmark: str, here: Path) -> None:
         ("glue", ["scores"], GONE, "'scores' is missing"),
         ("glue", ["scores"], {}, "'scores' has no number"),
         ("glue", ["scores", "ood"], {}, "lacks something"),
-        (
-            "glue",
-            ["scores", "test", "tweets", "balanced_accuracy"],
-            None,
-            "'scores.test.tweets.balanced_accuracy' is null",
-        ),
-        ("glue", ["scores", "test", "tweets", "balanced_accuracy"], 17.0, "not a number from 0 to 1"),
-        ("glue", ["scores", "test", "tweets", "balanced_accuracy"], True, "should be a valid number"),
-        ("glue", ["scores", "test", "tweets", "loss"], float("nan"), "is damaged"),
-        ("glue", ["cost"], [], "'cost'"),
+        ("glue", [*SCORES, "balanced_accuracy"], None, "balanced_accuracy is None, not a number from 0 to 1"),
+        ("glue", [*SCORES, "balanced_accuracy"], 17.0, "is 17.0, not a number from 0 to 1"),
+        ("glue", [*SCORES, "balanced_accuracy"], True, "should be a valid number"),
+        ("glue", [*SCORES, "loss"], float("nan"), "is damaged"),
         ("glue", ["cost", "job_seconds"], GONE, "'cost.job_seconds': Field required"),
-        ("glue", ["environment", "processor"], GONE, "'environment.processor': Field required"),
         ("glue", ["model"], [], "'model'"),
-        ("glue", ["data", "test"], {"rows": 3}, "it needs 'labels', 'range' or 'tokens'"),
         ("glue", ["usage"], GONE, "'usage' is missing"),
         ("glue_ood", ["chosen"], GONE, "'chosen' is missing"),
         ("domainbed", ["records"], GONE, "'records' is missing"),
-        ("domainbed", ["confusion"], [], "'confusion'"),
         ("llama", ["tasks"], GONE, "'tasks' is missing"),
-        ("llama", ["curve"], ["x"], "'curve.0'"),
-        ("modularity", ["matrix", "places"], GONE, "'matrix.places': Field required"),
+        ("modularity", ["matrix"], GONE, "'matrix' is missing"),
         ("speed", ["measured"], GONE, "lacks something"),
     ],
 )

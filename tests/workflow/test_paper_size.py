@@ -1,4 +1,4 @@
-"""The suite `paper` at its whole size, with made-up results: its graph, its tables and figures, its report, its mirror in MLflow. Minutes; `make test-paper-size` runs it, and the night."""
+"""The suite `paper` at its whole size, with made-up results: its graph, its tables and figures, its report. Minutes; `make test-paper-size` runs it, and the night."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,14 +83,3 @@ def test_the_report_opens(checkout: Checkout) -> None:
         re.findall(r'<section id="(\w+)">', text)[1 : 1 + len(SUITE.settings.benchmarks)] == SUITE.settings.benchmarks
     )
     assert re.search(rf"{len(SUITE.runs):,} runs|{len(SUITE.runs)} runs", text)
-
-
-def test_all_runs_are_mirrored_in_batches(checkout: Checkout) -> None:
-    command = [sys.executable, "-m", "benchmarks", "mirror", "--suite", "paper", "--uri", "sqlite:///results/mlflow.db"]
-    for word in ("added", "unchanged"):
-        began = time.monotonic()
-        said, memory = finished(checkout, *command)
-        assert re.search(rf"\b{len(SUITE.runs)} {word}", said)
-        assert memory < 4 * GIB
-        # a fortieth second a run; MLflow's client takes a twentieth, and more
-        assert time.monotonic() - began < len(SUITE.runs) / 40

@@ -67,13 +67,10 @@ def write_claims(suite: Suite) -> None:
 
 
 def claimed_numbers(suite: Suite) -> dict[str, pd.DataFrame]:
-    """Collect the numbers of every benchmark that a claim is tested on.
-
-    Returns:
-        By benchmark, a frame with the columns :data:`~benchmarks.harness.report.common.COMPARED`.
+    """Collect the numbers that claims compare by benchmark, in the columns ``COMPARED`` of :mod:`.common`.
 
     Raises:
-        DefinitionError: a run is not finished, or a benchmark has no numbers to compare.
+        DefinitionError: A run is not finished, or a benchmark has no numbers to compare.
     """
     numbers = {}
     for name in suite.claimed:
@@ -93,13 +90,11 @@ def judged(suite: Suite, numbers: Mapping[str, pd.DataFrame] | None = None) -> p
         numbers: The numbers by benchmark; None to collect them.
 
     Returns:
-        A row a test, in the order of ``claims.yaml``: ``claim``, ``claim_title``, ``test``, ``contrast``, ``paper``,
-        ``where``; the comparison (``benchmark``, ``method``, ``against``, ``domain``, ``metric``); the paper's
-        ``effect``, our ``delta``, ``low``, ``high`` and ``margin``, in the ``unit`` of tables; ``n`` and the ``pair``
-        that it counts; ``p``, ``p_holm``, ``verdict``, ``equivalent`` and ``remark``.
+        One row per test, in the order of ``claims.yaml``. The differences ``delta``, ``low``, ``high``, ``margin`` and
+        the paper's ``effect`` are in the ``unit`` of tables, and ``n`` counts the kind of ``pair``.
 
     Raises:
-        DefinitionError: a run is not finished, or a benchmark has no numbers to compare.
+        DefinitionError: A run is not finished, or a benchmark has no numbers to compare.
     """
     numbers = claimed_numbers(suite) if numbers is None else numbers
     rows = []
@@ -121,17 +116,16 @@ def _tested(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, A
         return {"remark": f"not tested in this suite: needs {test.needs}"}
     benchmark, metric = load_benchmark(compare.benchmark), load_metrics()[compare.metric]
     margin = metric.equivalence_margin or math.nan
-    row: dict[str, Any] = {name: getattr(compare, name) for name in _TEXTS[1:6]}
-    row |= {
+    row = {
+        **{name: getattr(compare, name) for name in _TEXTS[1:6]},
         "contrast": _contrast(compare, benchmark),
         "unit": _difference_unit(metric),
         "margin": margin * metric.scale,
+        "pair": benchmark.kind.compared_domains(benchmark.definition)[compare.domain].pair,
     }
-    row["pair"] = benchmark.kind.compared_domains(benchmark.definition)[compare.domain].pair
     if test.paper.effect is not None and test.paper.unit == row["unit"]:
         row["effect"] = float(test.paper.effect)
-    is_run = compare.benchmark in numbers
-    evidence = find_evidence(numbers[compare.benchmark], compare) if is_run else None
+    evidence = find_evidence(numbers[compare.benchmark], compare) if compare.benchmark in numbers else None
     if evidence is None:
         suites = ", ".join(suites_with(compare)) or "no suite"
         return row | {"remark": f"not tested in this suite: its runs are in {suites}"}
@@ -160,14 +154,13 @@ def _difference_unit(metric: Metric) -> str:
 
 def _contrast(compare: Comparison, benchmark: AnyBenchmark) -> str:
     titles = benchmark.kind.row_titles(benchmark.definition)
-    joint = "÷" if compare.direction == "near" else "−"
     method, against = (
         f"({title})" if "+" in title else title for title in (titles[compare.method], titles[compare.against])
     )
     if compare.settings:
         is_all = compare.settings == "all"
         method += ", all settings" if is_all else f", {'; '.join(map(setting_text, compare.settings))}"
-    return f"{method} {joint} {against}"
+    return f"{method} {'÷' if compare.direction == 'near' else '−'} {against}"
 
 
 def _paper_text(paper: PaperEffect) -> str:
@@ -179,10 +172,13 @@ def _paper_text(paper: PaperEffect) -> str:
 
 def _remark(compare: Comparison, evidence: Evidence, pair: str, benchmark: AnyBenchmark) -> str:
     """Name the models and tasks of a comparison, and the reason if it has no test."""
-    known = benchmark.kind.task_titles(benchmark.definition, benchmark.tasks)
-    tasks = [known.get(name, name) for name in evidence.tasks]
+    titles = benchmark.kind.task_titles(benchmark.definition, benchmark.tasks)
     models = [load_models()[name].title if name in load_models() else name for name in evidence.models]
-    remarks = [_listed(models, "models"), _listed(tasks, "tasks")]
+    tasks = [titles.get(name, name) for name in evidence.tasks]
+    remarks = [
+        ", ".join(names) if len(names) <= _FEW else f"{len(names)} {noun}"
+        for names, noun in ((models, "models"), (tasks, "tasks"))
+    ]
     difference = evidence.difference
     if evidence.incomplete:
         remarks.append(f"{_counted(evidence.incomplete, pair)} left out, which lack a part of it")
@@ -190,10 +186,6 @@ def _remark(compare: Comparison, evidence: Evidence, pair: str, benchmark: AnyBe
         reason = _counted(difference.n, pair) if difference.n < 2 else "all differences are equal"
         remarks.append(f"no test: {reason}")
     return "; ".join(filter(None, remarks))
-
-
-def _listed(names: Sequence[str], noun: str) -> str:
-    return ", ".join(names) if len(names) <= _FEW else f"{len(names)} {noun}"
 
 
 def _counted(count: int, noun: str) -> str:
@@ -211,7 +203,12 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
     frame = rows.drop(columns=["compare", "evidence"]).assign(
         claim_shown=rows["claim_title"].where(~rows["claim"].duplicated(), ""),
         test_shown=[": ".join(filter(None, (row.test, row.contrast))) for row in rows.itertuples()],
-        n_shown=[_n_text(row) for row in rows.itertuples()],
+        n_shown=[
+            MISSING
+            if row.evidence is None
+            else _counted(int(row.n), "run" if row.compare.direction == "equal" else row.pair)
+            for row in rows.itertuples()
+        ],
         runs_shown=[_runs_text(row) for row in rows.itertuples()],
         equal_shown=[_equal_text(row) for row in rows.itertuples()],
     )
@@ -254,12 +251,6 @@ def _runs_text(row: Any) -> str:
     return f"{row.delta:+z.{decimals}f}{' points' if row.unit == 'points' else ''}{interval}"
 
 
-def _n_text(row: Any) -> str:
-    if row.evidence is None:
-        return MISSING
-    return _counted(int(row.n), "run" if row.compare.direction == "equal" else row.pair)
-
-
 def _equal_text(row: Any) -> str:
     if row.equivalent == "":
         return MISSING
@@ -284,11 +275,7 @@ def sentences(rows: pd.DataFrame) -> Iterator[str]:
 
 
 def cards(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Group the texts of a claim's tests for the first page of a report.
-
-    Args:
-        rows: The frame of :func:`claims_table`, as its CSV has it.
-    """
+    """Group the texts of each claim's tests for a report, from the CSV of :func:`claims_table`."""
     names = {"test_shown": "test", "benchmark": "benchmark", "paper": "paper", "runs_shown": "runs", "n_shown": "n"}
     names["verdict"] = "verdict"
     for title, tests in rows.fillna("").groupby("claim_title", sort=False):
@@ -296,9 +283,9 @@ def cards(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def draw_claims(rows: pd.DataFrame, path: Path) -> None:
-    """Draw a line a test with its interval, the margin and the paper's number, as ``<path>.pdf`` and ``.png``.
+    """Draw each test with its interval, the margin and the paper's number, as ``<path>.pdf`` and ``.png``.
 
-    Tests of different units have panels of their own. Counts and claims without a test are in the table alone.
+    Each unit has a panel. Counts and claims without a test are in the table alone.
     """
     drawn = rows[rows["delta"].notna() & rows["metric"].ne("") & rows["unit"].ne("parameters")]
     if drawn.empty:
@@ -306,14 +293,14 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
         return
     panels = [panel for _, panel in drawn.groupby("unit", sort=False)]
     heights = [len(panel) + panel["claim"].nunique() for panel in panels]
-    drawn_inches = _LINE * sum(heights)
-    inches = drawn_inches + _BELOW * len(panels) + 0.3
+    space = _BELOW * len(panels)
+    inches = _LINE * sum(heights) + space + 0.3
     with mpl.rc_context({**STYLE, "font.size": 7, "axes.spines.left": False}):
         figure, axes = plt.subplots(
             len(panels), 1, figsize=(WIDTH, inches), squeeze=False, gridspec_kw={"height_ratios": heights}
         )
-        space = _BELOW * len(panels) / drawn_inches
-        figure.subplots_adjust(_LEFT, (_BELOW + 0.3) / inches, _RIGHT, 1, hspace=space)
+        bottom = (_BELOW + 0.3) / inches
+        figure.subplots_adjust(_LEFT, bottom, _RIGHT, 1, hspace=space / (_LINE * sum(heights)))
         for axis, panel, height in zip(axes[:, 0], panels, heights, strict=True):
             _draw_panel(axis, panel, height)
         handles: list[Artist] = [
@@ -336,9 +323,7 @@ def _draw_panel(axis: Any, panel: pd.DataFrame, height: int) -> None:
             _draw_row(axis, row, y + number, limits)
         y += 1 + len(claim)
     axis.axvline(0, color="#555555", lw=0.8, zorder=1)
-    axis.set_xlim(*limits)
-    axis.set_ylim(height - 0.5, -0.5)
-    axis.set_yticks([])
+    axis.set(xlim=limits, ylim=(height - 0.5, -0.5), yticks=[])
     axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     is_ratio = panel["compare"].iloc[0].direction == "near"
     axis.set_xlabel("Time ÷ dense − 1" if is_ratio else f"Difference in {panel['unit'].iloc[0]}")

@@ -1,7 +1,7 @@
 """Compare a suite's numbers with the blessed ones, run finished runs again, and bless numbers.
 
-Two numbers of the same machine have to be equal to the last digit. Two numbers of different machines may be as far apart
-as the ``tolerance`` of their metric in ``metrics.yaml``.
+Two numbers of the same machine and code have to be equal to the last digit. Other numbers may be as far apart as the
+``tolerance`` of their metric in ``metrics.yaml``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.harness.base import (
+    BENCHMARKS,
     REFERENCE,
     ROOT,
     RUNS,
@@ -31,10 +32,11 @@ from benchmarks.harness.base import (
     write_json,
     write_text,
 )
+from benchmarks.harness.config.benchmark import benchmark_names
 from benchmarks.harness.config.catalogue import load_metrics
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import Strict
-from benchmarks.harness.results.records import GROUP_KEYS, check_finished, collect_from, read_metrics
+from benchmarks.harness.results.records import GROUP_KEYS, check_finished, read_metrics, run_keys, run_numbers
 
 KEYS = ["run", "seed", "part", "set", "metric"]
 _COLUMNS = [*KEYS, "value", "machine"]
@@ -47,6 +49,7 @@ _TOLERANCES = {
     "trained_logits": 0.02,  # of a model that another run has trained
     "loads": 0.05,
 }
+_SHOWING = ("figures.py", "presentation.py", "tables.py")  # these files change no number
 _SUITE_SCALES = {"smoke": 0.1}  # of all tolerances: its models are tiny and train for a few steps
 
 
@@ -57,21 +60,23 @@ class Numbers:
     Attributes:
         rows: One row per number: :data:`KEYS`, the ``value`` as text with all digits, and the ``machine`` that made it.
         machines: The fingerprint of each machine by its name. The name is empty if a run recorded no fingerprint.
+        code: The digest of the code that made them, see :func:`code_digest`.
     """
 
     rows: pd.DataFrame
     machines: Mapping[str, Mapping[str, str]]
+    code: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences between two sets of numbers.
+    """The result of a comparison of two sets of numbers.
 
     Attributes:
         differences: One row per number that differs: :data:`KEYS`, ``status`` (changed, missing or new), ``before``,
             ``after`` and ``tolerance``.
         equal: The count of numbers that agree.
-        machines: One sentence per pair of machines that were compared.
+        machines: A sentence for each pair of machines that counts the numbers and names the kind of comparison.
         unfinished: The runs without numbers, with the reason if it is known.
     """
 
@@ -140,34 +145,50 @@ def compare(
     rows = before.rows.merge(after.rows, on=KEYS, how="outer", suffixes=("_before", "_after"), indicator=True)
     rows["tolerance"] = pd.to_numeric(rows["metric"].map(tolerance_of)) * _SUITE_SCALES.get(suite, 1)
     rows = rows.dropna(subset="tolerance").fillna("")
-    is_same = (rows["machine_before"] == rows["machine_after"]) & (rows["machine_before"] != "") & (not elsewhere)
-    rows["tolerance"] = rows["tolerance"].where(~is_same, 0.0)
+    if before.code == after.code and not elsewhere:
+        is_same = (rows["machine_before"] == rows["machine_after"]) & (rows["machine_before"] != "")
+        rows["tolerance"] = rows["tolerance"].where(~is_same, 0.0)
     values = zip(rows["value_before"], rows["value_after"], rows["tolerance"], strict=True)
     is_equal = pd.Series([bool(old and new) and agree(old, new, limit) for old, new, limit in values], rows.index, bool)
     status = rows["_merge"].astype(str).map({"both": "changed", "left_only": "missing", "right_only": "new"})
     differences = rows.assign(status=status).rename(columns={"value_before": "before", "value_after": "after"})
+    pairs = rows[rows["_merge"] == "both"].groupby(["machine_before", "machine_after"]).size()
     return Comparison(
         differences.loc[~is_equal, ["status", *KEYS, "before", "after", "tolerance"]],
         int(is_equal.sum()),
-        tuple(_machines(rows[rows["_merge"] == "both"], before, after, elsewhere=elsewhere)),
+        tuple(
+            f"compared {count} numbers {'within tolerances, as asked' if elsewhere else _kind(before, after, *pair)}"
+            for pair, count in pairs.items()
+        ),
         tuple(unfinished),
     )
 
 
-def _machines(rows: pd.DataFrame, before: Numbers, after: Numbers, *, elsewhere: bool) -> Iterator[str]:
-    """Say how many numbers of each pair of machines were compared, and how."""
-    for (old, new), group in rows.groupby(["machine_before", "machine_after"]):
-        if elsewhere:
-            how = "within a tolerance, as asked"
-        elif old == new != "":
-            how = f"to the last digit: the machine is the same ({old})"
-        else:
-            first, second = before.machines.get(old, {}), after.machines.get(new, {})
-            names = [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
-            changes = [f"{name}: {first.get(name, 'none')} -> {second.get(name, 'none')}" for name in names]
-            reason = "; ".join(changes) if first and second else "not recorded"
-            how = f"within a tolerance: the machine is another one ({reason})"
-        yield f"compared {len(group)} numbers, {how}"
+def _kind(before: Numbers, after: Numbers, old: str, new: str) -> str:
+    """Describe the comparison of the numbers of two machines, with its reason."""
+    if old == new != "":
+        is_older = before.code != after.code
+        return "within tolerances: the reference was made by older code" if is_older else "exactly"
+    first, second = before.machines.get(old, {}), after.machines.get(new, {})
+    changes = [
+        f"{name}: {first.get(name, 'none')} -> {second.get(name, 'none')}"
+        for name in sorted({*first, *second})
+        if first.get(name) != second.get(name)
+    ]
+    reason = "; ".join(changes) if first and second else "not recorded"
+    return f"within tolerances: the reference was made on another machine ({reason})"
+
+
+def code_digest() -> str:
+    """Hash the code that numbers depend on: the experts, the models, the data and the training of all benchmarks."""
+    harness = [BENCHMARKS / "harness" / room for room in ("models", "sources", "training")]
+    folders = [ROOT / "emoe", *harness, BENCHMARKS / "text", *(BENCHMARKS / name for name in benchmark_names())]
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")):
+            if file.name not in _SHOWING:
+                digest.update(f"{file.relative_to(folder.parent).as_posix()}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def numbers_of(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers:
@@ -176,46 +197,34 @@ def numbers_of(results: Sequence[tuple[Run, Mapping[str, Any]]]) -> Numbers:
     Raises:
         DefinitionError: Two runs have the same name.
     """
-    records = collect_from((run, dict(metrics)) for run, metrics in results)
-    keys = records.drop_duplicates("run_id").set_index("run_id")[GROUP_KEYS]
-    names = {run_id: _run_name(row) for run_id, row in keys.iterrows()}
-    fingerprints = {run.id: metrics["environment"].get("fingerprint", {}) for run, metrics in results}
-    machines = {_machine_name(parts): parts for parts in fingerprints.values()}
-    machine_by_run = {run_id: _machine_name(parts) for run_id, parts in fingerprints.items()}
-    seeds = {run.id: int(run.spec["seed"]) for run, _ in results}
-    is_compared = records["metric"].isin(set(load_metrics())) & ~records["part"].isin(["cost", "dev_best"])
-    values = [
-        (row.run_id, row.part, row.eval_task, row.metric, _digits(row.metric, float(row.value)))
-        for row in records[is_compared].itertuples()
-    ]
-    values += [(run.id, *number) for run, metrics in results for number in _other_numbers(run, metrics)]
-    rows = pd.DataFrame(
-        [(names[run_id], seeds[run_id], *number, machine_by_run[run_id]) for run_id, *number in values],
-        columns=_COLUMNS,
-    )
-    _check_unique(rows, "two finished runs have the same")
-    return Numbers(rows.sort_values(KEYS, kind="stable", ignore_index=True), machines)
+    numbers, machines = list[tuple[object, ...]](), dict[str, Mapping[str, str]]()
+    for run, metrics in results:
+        fingerprint = metrics["environment"].get("fingerprint", {})
+        machine = _machine_name(fingerprint)
+        machines[machine] = fingerprint
+        keys = run_keys(run)
+        keys["learning_rate"] = f"{keys['learning_rate']:g}"
+        name = " ".join(str(keys[key]) for key in GROUP_KEYS if keys[key])
+        values = [*_scores(run, metrics), *_other_numbers(run, metrics)]
+        numbers += [(name, keys["seed"], *value, machine) for value in values]
+    rows = pd.DataFrame(numbers, columns=_COLUMNS)
+    twice = rows[rows.duplicated(KEYS)]
+    if len(twice):
+        raise DefinitionError(f"two finished runs have the same number '{' '.join(map(str, twice.iloc[0][KEYS]))}'")
+    return Numbers(rows.sort_values(KEYS, kind="stable", ignore_index=True), machines, code_digest())
 
 
-def _run_name(record: pd.Series[Any]) -> str:
-    values = [f"{record[key]:g}" if key == "learning_rate" else str(record[key]) for key in GROUP_KEYS]
-    return " ".join(value for value in values if value)
+def _scores(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield part, set, metric and value of the numbers of tables, with all digits; counts are whole numbers."""
+    for part, task, metric, number in run_numbers(run, metrics):
+        if metric in load_metrics() and part not in ("cost", "dev_best"):
+            value = float(number)
+            yield part, task, metric, repr(int(value) if value.is_integer() and tolerance_of(metric) == 0 else value)
 
 
 def _machine_name(fingerprint: Mapping[str, str]) -> str:
     """Return a short hash of a fingerprint; empty if there is none."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8] if fingerprint else ""
-
-
-def _digits(metric: str, value: float) -> str:
-    """Write a number with all digits, and a count as a whole number."""
-    return str(int(value)) if tolerance_of(metric) == 0 and value.is_integer() else repr(value)
-
-
-def _check_unique(rows: pd.DataFrame, message: str) -> None:
-    twice = rows[rows.duplicated(KEYS)]
-    if len(twice):
-        raise DefinitionError(f"{message} number '{' '.join(map(str, twice.iloc[0][KEYS]))}'")
 
 
 def _other_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -249,6 +258,8 @@ class ReferenceFile(Strict):
     """Commit of the code."""
     machines: dict[str, dict[str, str]]
     """Fingerprint of each machine, by the name in the rows."""
+    code: str = ""
+    """Digest of the code that numbers depend on."""
 
 
 def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
@@ -265,18 +276,17 @@ def read_reference(suite: str, folder: Path = REFERENCE) -> Numbers:
         raise DefinitionError(f"{path} does not exist: {advice}") from error
     except (KeyError, ValueError) as error:
         raise DefinitionError(f"{path} is damaged, or of an older form: {advice}") from error
-    _check_unique(rows, f"{path} has twice the")
-    return Numbers(rows, read_json(path.with_suffix(".json"), ReferenceFile, advice).machines)
+    origin = read_json(path.with_suffix(".json"), ReferenceFile, advice)
+    return Numbers(rows, origin.machines, origin.code)
 
 
 def write_reference(suite: str, numbers: Numbers, commit: str, folder: Path = REFERENCE) -> Path:
-    """Write blessed numbers and their machines."""
+    """Write blessed numbers, their machines and the digest of the code."""
     path = folder / f"{suite}.csv"
     with atomic_write(path) as temporary:
         numbers.rows.to_csv(temporary, index=False, lineterminator="\n")
     machines = {name: dict(parts) for name, parts in numbers.machines.items()}
-    content = ReferenceFile(commit=commit, machines=machines)
-    write_json(path.with_suffix(".json"), content.model_dump())
+    write_json(path.with_suffix(".json"), {"commit": commit, "machines": machines, "code": numbers.code})
     return path
 
 
@@ -288,7 +298,7 @@ def _finished(runs: Sequence[Run], suite: str) -> list[Run]:
 
 
 def read_numbers(runs: Sequence[Run], root: Path = RUNS) -> Numbers:
-    """Read the numbers of finished runs."""
+    """Read the numbers of finished runs; see :func:`numbers_of`."""
     return numbers_of([(run, read_metrics(run, root)) for run in runs])
 
 
@@ -350,12 +360,10 @@ def bless(
     """
     commit = clean_commit(root)
     check_finished(runs, f"of the suite '{suite}'", f"make run SUITE={suite}")
-    results = [(run, read_metrics(run)) for run in runs]
-    numbers = numbers_of(results)
+    numbers = read_numbers(runs)
     if "" in numbers.machines:
         raise DefinitionError(f"a run below {RUNS} recorded no machine: older code made it; delete it and run it again")
-    seconds = {run.id: metrics["cost"]["job_seconds"] for run, metrics in results}
-    by_speed = sorted(runs, key=lambda run: seconds[run.id], reverse=True)
+    by_speed = sorted(runs, key=lambda run: float(read_metrics(run)["cost"]["job_seconds"]), reverse=True)
     fastest = list({run.benchmark: run for run in by_speed}.values())
     after, failures = run_again(fastest, say)
     if failures:

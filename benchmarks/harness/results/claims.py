@@ -54,21 +54,17 @@ def find_evidence(numbers: pd.DataFrame, compare: Comparison) -> Evidence | None
     """
     rows = _select(numbers, compare)
     if compare.direction == "near":
-        return _measured(rows, compare)
+        return _compare_ratios(rows, compare)
     rows = rows[rows["metric"] == compare.metric]
-    own, other = (rows[rows["method"] == name].astype({"value": float}) for name in (compare.method, compare.against))
-    return _counted(own, other) if compare.direction == "equal" else _paired(own, other)
+    ours, others = (rows[rows["method"] == name].astype({"value": float}) for name in (compare.method, compare.against))
+    return _compare_counts(ours, others) if compare.direction == "equal" else _compare_pairs(ours, others)
 
 
 def _select(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
-    """Select the numbers of both methods; the other method stands as in main tables, without a setting."""
-    if compare.settings == "all":
-        is_meant = numbers["setting"].ne("")
-    else:
-        is_meant = numbers["setting"].isin(compare.settings or [""])
-    kept = (numbers["method"].eq(compare.method) & is_meant) | (
-        numbers["method"].eq(compare.against) & numbers["setting"].eq("")
-    )
+    """Select the numbers of both methods; the other method has no setting, as in main tables."""
+    setting, is_main = numbers["setting"], numbers["setting"].eq("")
+    is_compared = ~is_main if compare.settings == "all" else setting.isin(compare.settings or [""])
+    kept = numbers["method"].eq(compare.method) & is_compared | numbers["method"].eq(compare.against) & is_main
     kept &= numbers["domain"] == compare.domain
     if compare.selection is not None:
         kept &= numbers["selection"] == compare.selection
@@ -78,16 +74,15 @@ def _select(numbers: pd.DataFrame, compare: Comparison) -> pd.DataFrame:
     return numbers[kept]
 
 
-def _paired(own: pd.DataFrame, other: pd.DataFrame) -> Evidence | None:
+def _compare_pairs(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
     """Compare over pairs: the numbers of a pair are averaged over models, tasks, sets and settings first.
 
-    Only what both methods have counts. A pair that lacks a cell of another pair is left out: its mean would be of
-    other things.
+    A pair that lacks a model, task, set or setting of another pair is left out.
     """
     # repeated numbers count once
-    means = own.groupby([*_CELL, "setting", "pair"], sort=False)["value"].mean()
-    others = other.groupby([*_CELL, "pair"], sort=False)["value"].mean().rename("other")
-    both = means.reset_index().merge(others.reset_index(), on=[*_CELL, "pair"])
+    means = ours.groupby([*_CELL, "setting", "pair"], sort=False)["value"].mean()
+    other_means = others.groupby([*_CELL, "pair"], sort=False)["value"].mean().rename("other")
+    both = means.reset_index().merge(other_means.reset_index(), on=[*_CELL, "pair"])
     if both.empty:
         return None
     by_pair = both.assign(difference=both["value"] - both["other"]).groupby("pair", sort=True)["difference"]
@@ -96,10 +91,10 @@ def _paired(own: pd.DataFrame, other: pd.DataFrame) -> Evidence | None:
     return Evidence(difference, by_pair.ngroups - len(complete), _names(both, "model"), _names(both, "task"))
 
 
-def _counted(own: pd.DataFrame, other: pd.DataFrame) -> Evidence | None:
+def _compare_counts(ours: pd.DataFrame, others: pd.DataFrame) -> Evidence | None:
     """Find the largest difference of counts, which do not depend on chance; ``n`` counts the method's runs."""
     cell = ["model", "task", "tuning"]
-    ends = [rows.groupby(cell, sort=False)["value"].agg(["min", "max", "size"]) for rows in (own, other)]
+    ends = [rows.groupby(cell, sort=False)["value"].agg(["min", "max", "size"]) for rows in (ours, others)]
     both = ends[0].join(ends[1], how="inner", rsuffix="_other").reset_index()
     if both.empty:
         return None
@@ -109,7 +104,7 @@ def _counted(own: pd.DataFrame, other: pd.DataFrame) -> Evidence | None:
     return Evidence(difference, 0, _names(both, "model"), _names(both, "task"))
 
 
-def _measured(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
+def _compare_ratios(rows: pd.DataFrame, compare: Comparison) -> Evidence | None:
     """Find the median of a ratio less 1, and its range over the rounds of all settings; ``n`` counts the settings."""
     rows = rows[rows["method"] == compare.method]
     ratios, low, high = (
@@ -131,14 +126,12 @@ def is_within(difference: Difference, least: float, most: float) -> bool:
 
 
 def judge(compare: Comparison, difference: Difference, p: float, margin: float) -> Verdict:
-    """Judge a comparison.
-
-    A claim of more or less is judged by the test, any other claim by the interval.
+    """Judge a claim of more or less by the corrected p of the test, and any other claim by the interval.
 
     Args:
         compare: The comparison.
         difference: The difference that the runs show.
-        p: The corrected p of the paired t-test.
+        p: The corrected p.
         margin: The largest difference that is practically negligible.
     """
     if compare.direction in ("higher", "lower"):

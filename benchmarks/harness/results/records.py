@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import pandas as pd
-from annotated_types import Ge, Len, MinLen
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from annotated_types import Ge, MinLen
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks.harness.base import RUNS, DataError, DefinitionError, first_problem, read_json
 from benchmarks.harness.config.benchmark import OOD_MEAN, kind_of
@@ -19,7 +19,7 @@ from benchmarks.harness.config.runs import Run, trained_sets
 RUN_KEYS = ["benchmark", "model", "task", "method", "protocol", "variant", "learning_rate", "seed"]
 GROUP_KEYS = [key for key in RUN_KEYS if key != "seed"]
 AS = " as "  # in a part, before the method that the model of a run was converted to
-_MAY_DIVERGE = ("loss", "nats_per_byte")
+_MAY_DIVERGE = ("loss", "nats_per_byte")  # null if the model diverged
 _ROUNDING = 1e-6  # of a share that is computed
 COST = ("train_seconds", "step_seconds", "evaluation_seconds", "startup_seconds", "job_seconds", "peak_memory_mb")
 MODEL = ("active_neurons", "parameters", "trainable_parameters", "active_parameters", "flops_per_token")
@@ -39,32 +39,16 @@ class _Strict(BaseModel):
 
 
 Scores = dict[str, dict[str, Annotated[dict[str, float | None], MinLen(1)]]]  # by part, set and metric
-Loads = dict[str, list[list[int]]]  # by layer, for each window or class
+Curve = list[dict[str, float | None]]
 
 
 class _Environment(_Strict):
     processor: str
-    cores: int
     threads: int
-    gpus: list[str]
-    memory_gb: float
-    platform: str
-    python: str
     packages: dict[str, str]
     git_commit: str | None
     git_dirty: bool | None
     fingerprint: dict[str, str] = {}
-
-
-class _Layer(_Strict):
-    index: int
-    explained: float | None
-
-
-class _Model(_Strict):
-    conversion: list[_Layer] = []
-    trained: dict[str, dict[str, Any]] = {}
-    source: dict[str, str] = {}
 
 
 class _Cost(_Strict):
@@ -72,78 +56,8 @@ class _Cost(_Strict):
     job_seconds: Annotated[float, Ge(0)]
 
 
-class _Rows(_Strict):
-    """The rows of a set: classes by their counts, the range of their numbers, or their tokens."""
-
-    __pydantic_extra__: dict[str, int | str]
-    rows: int
-    labels: Annotated[dict[str, int], MinLen(1)] | None = None
-    range: Annotated[list[float], Len(2, 2)] | None = None
-    tokens: int | None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if self.labels is None and self.range is None and self.tokens is None:
-            raise ValueError("it needs 'labels', 'range' or 'tokens'")
-        return self
-
-
 class _Transformed(_Strict):
     scores: Scores
-
-
-class _Windows(_Strict):
-    ends: list[int]
-    loads: Loads
-
-
-class _Routing(_Strict):
-    windows: _Windows | None = None
-    loads: dict[str, list[list[list[int]]]] = {}
-    chance: dict[str, dict[str, list[float]]] = {}
-
-
-class _SetUsage(_Strict):
-    shares: list[float]
-    marks: list[int]
-    classes: dict[str, list[float]]
-
-
-class _Usage(_Strict):
-    """The use of experts; empty for a model without experts."""
-
-    tasks: dict[str, _SetUsage] = {}
-    shared: list[int] = []
-    specialised: list[int] = []
-
-
-class _Matrix(_Strict):
-    tasks: list[str]
-    neurons: int
-    tokens: list[int]
-    places: list[int]
-    values: list[float]
-
-
-class _Group(_Strict):
-    __pydantic_extra__: dict[str, float]
-    questions: int
-
-
-class _Task(_Strict):
-    scores: dict[str, float]
-    questions: int
-    metric: str
-    categories: dict[str, _Group]
-    subjects: dict[str, _Group]
-    correct: dict[str, str]
-    nats_per_byte: dict[str, list[float]] = {}
-
-
-class _Answer(_Strict):
-    instruction: str
-    input: str
-    answer: str
 
 
 class Metrics(_Strict):
@@ -155,18 +69,18 @@ class Metrics(_Strict):
     scores: Scores | None = None
     measured: dict[str, Annotated[dict[str, float], MinLen(1)]] | None = None
     transformed: dict[str, _Transformed] = {}
-    data: dict[str, _Rows] | None = None
-    model: _Model | None = None
-    routing: _Routing | None = None
-    usage: _Usage | None = None
-    matrix: _Matrix | None = None
-    tasks: dict[str, _Task] | None = None
-    answers: list[_Answer] | None = None
+    data: dict[str, dict[str, Any]] | None = None
+    model: dict[str, Any] | None = None
+    routing: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None
+    matrix: dict[str, Any] | None = None
+    tasks: dict[str, dict[str, Any]] | None = None
+    answers: list[dict[str, str]] | None = None
     chosen: dict[str, str | float] | None = None
-    epochs: list[dict[str, float | None]] = []
-    dev_curve: list[dict[str, float | None]] = []
-    held_out_curve: list[dict[str, float]] = []
-    records: list[dict[str, float | None]] | None = None
+    epochs: Curve = []
+    dev_curve: Curve = []
+    held_out_curve: Curve = []
+    records: Curve | None = None
     curve: list[float | None] = []
     confusion: dict[str, list[list[int]]] | None = None
     classes: list[str] | None = None
@@ -203,12 +117,12 @@ def check_finished(runs: Sequence[Run], which: str, command: str) -> None:
     """Check that all runs that a command shows are finished, before it reads any.
 
     Args:
-        runs: The runs that the command shows.
-        which: The name of these runs for the message.
+        runs: The runs.
+        which: Their name for the message.
         command: The command that makes them.
 
     Raises:
-        DefinitionError: Some are missing; names their number.
+        DefinitionError: Some are missing; counts them.
     """
     missing = sum(not (RUNS / run.folder / "metrics.json").exists() for run in runs)
     if missing:
@@ -220,22 +134,25 @@ def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
     """Check that a ``metrics.json`` has the parts of its run, and no number beyond its ``range`` in metrics.yaml.
 
     Raises:
-        DataError: It has not; names the file, the number, and the valid range.
+        DataError: Something is missing or wrong; names the file and the part or number.
     """
     try:
         _check_parts(run, Metrics.model_validate(content))
-        numbers = list(_numbers(run, content))
+        numbers = list(run_numbers(run, content))
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {first_problem(error)}; {_again(path)}") from None
     except (LookupError, ValueError, TypeError) as error:
         raise DataError(f"{path} lacks something that such a run records ({error}); {_again(path)}") from None
-    metrics = load_metrics()
     for part, task, name, value in numbers:
-        low, high = metrics[name].range if name in metrics else (None, None)
-        least, most = (-math.inf if low is None else low), (math.inf if high is None else high)
-        if not isinstance(value, (int, float)) or not least - _ROUNDING <= value <= most + _ROUNDING:
+        low, high = _range(name)
+        if not isinstance(value, (int, float)) or not low - _ROUNDING <= value <= high + _ROUNDING:
             number = " ".join(filter(None, (part, task, name)))
-            raise DataError(f"{path}: {number} is {value!r}, not a number from {least:g} to {most:g}; {_again(path)}")
+            raise DataError(f"{path}: {number} is {value!r}, not a number from {low:g} to {high:g}; {_again(path)}")
+
+
+def _range(metric: str) -> tuple[float, float]:
+    low, high = load_metrics()[metric].range if metric in load_metrics() else (None, None)
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def _again(path: Path) -> str:
@@ -252,11 +169,6 @@ def _check_parts(run: Run, metrics: Metrics) -> None:
         raise ValueError(f"'{missing[0]}' is missing")
     if "scores" in needed and not any((metrics.scores or {}).values()):
         raise ValueError("'scores' has no number")
-    for scores in (metrics.scores or {}, *(transformed.scores for transformed in metrics.transformed.values())):
-        for part, by_task in scores.items():
-            for task, values in by_task.items():
-                if nulls := [name for name, value in values.items() if value is None and name not in _MAY_DIVERGE]:
-                    raise ValueError(f"'scores.{part}.{task}.{nulls[0]}' is null")
 
 
 def collect(runs: Iterable[Run], root: Path = RUNS) -> pd.DataFrame:
@@ -281,48 +193,32 @@ def collect_from(read: Iterable[tuple[Run, dict[str, Any]]]) -> pd.DataFrame:
     the mean over the training environments' *out* splits, ``test`` each held-out environment's *in* split. A
     measurement has one part, its measure, with the candidate as the evaluation task.
     """
-    rows = [
-        {
-            **run_keys(run),
-            "run_id": run.id,
-            "part": part,
-            "eval_task": task,
-            "metric": metric,
-            "value": value,
-            "is_score": metric == judging.get((part.partition(AS)[0], task), "score"),
-        }
-        for run, judging, metrics in ((run, _judging_metrics(run), metrics) for run, metrics in read)
-        for part, task, metric, value in _numbers(run, metrics)
-    ]
+    rows = []
+    for run, metrics in read:
+        judging, keys = _judging_metrics(run), run_keys(run).values()
+        for part, task, metric, value in run_numbers(run, metrics):
+            is_score = metric == judging.get((part.partition(AS)[0], task), "score")
+            rows.append((*keys, run.id, part, task, metric, value, is_score))
     return pd.DataFrame(rows, columns=[*RUN_KEYS, "run_id", "part", "eval_task", "metric", "value", "is_score"])
 
 
 def _judging_metrics(run: Run) -> dict[tuple[str, str], str]:
     """Map each part and set to the metric that judges it: the task's own, or the paper's out of domain."""
-    own = {
-        (part, task["name"]): task.get("metric", "")
-        for task in trained_sets(run.spec)
-        for part in ("dev", "dev_best", "test")
-    }
-    return own | {("ood", other["name"]): other["ood_metrics"][0] for other in run.spec["ood"]}
+    parts, sets = ("dev", "dev_best", "test"), trained_sets(run.spec)
+    metrics = {(part, task["name"]): task.get("metric", "") for part in parts for task in sets}
+    return metrics | {("ood", other["name"]): other["ood_metrics"][0] for other in run.spec["ood"]}
 
 
 def run_keys(run: Run) -> dict[str, Any]:
     """Return the values of :data:`RUN_KEYS` of a run."""
     spec = run.spec
-    return {
-        "benchmark": spec["benchmark"],
-        "model": spec["model"]["name"],
-        "task": spec["task"]["name"],
-        "method": spec["method"]["name"],
-        "protocol": spec.get("protocol", ""),
-        "variant": kind_of(run.benchmark).variant(spec),
-        "learning_rate": spec["learning_rate"],
-        "seed": spec["seed"],
-    }
+    names = [spec[key]["name"] for key in ("model", "task", "method")]
+    variant = kind_of(run.benchmark).variant(spec)
+    values = (run.benchmark, *names, spec.get("protocol", ""), variant, spec["learning_rate"], spec["seed"])
+    return dict(zip(RUN_KEYS, values, strict=True))
 
 
-def _numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+def run_numbers(run: Run, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
     """Yield part, set, metric and value of every number of a run."""
     task = run.spec["task"]["name"]
     if "measured" in metrics:
@@ -347,7 +243,7 @@ def _scored(run: Run, scores: Mapping[str, Any], suffix: str = "") -> Iterator[t
     for part, by_task in scores.items():
         for name, values in by_task.items():
             for key, value in values.items():
-                if value is not None:  # the loss of a model that diverged
+                if value is not None or key not in _MAY_DIVERGE:
                     yield part + suffix, name, key, value
     ood = [scores["ood"][other["name"]][other["ood_metrics"][0]] for other in run.spec["ood"]]
     if ood:

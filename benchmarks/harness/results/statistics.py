@@ -54,20 +54,16 @@ def mean_difference(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -
         # equal differences say nothing of their spread, unless there is no difference at all
         end = 0.0 if abs(mean) < 1e-12 else math.nan
         return Difference(mean, end, end, math.nan, n)
-    error = _error(differences)
-    reach = error * _quantile(n)
+    error = float(differences.std(ddof=1)) / math.sqrt(n)
+    # scipy's special functions, because its distributions take a millisecond to check their arguments
+    reach = error * float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2))
     return Difference(mean, mean - reach, mean + reach, 2 * float(special.stdtr(n - 1, -abs(mean) / error)), n)
 
 
-# by scipy's special functions: its distributions check their arguments for a millisecond a call, for thousands of calls
-def _error(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
-    """Compute the standard error of a mean."""
-    return float(values.std(ddof=1)) / math.sqrt(len(values))
-
-
-def _quantile(n: int) -> float:
-    """Return the standard errors on each side of a mean of ``n`` that its interval covers (Student's t)."""
-    return float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2))
+def confidence_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean; the mean itself if there is only one value, or if all are equal."""
+    mean = mean_difference(values)
+    return (mean.mean, mean.mean) if math.isnan(mean.low) else (mean.low, mean.high)
 
 
 def paired_differences(
@@ -78,20 +74,20 @@ def paired_differences(
     Values are paired by all other columns; a pair is the mean over its values.
 
     Args:
-        scores: The values, a row a ``value``, with the columns of ``cell``, ``pair`` and perhaps more.
+        scores: The values, one ``value`` per row, with the columns of ``cell``, ``pair`` and perhaps more.
         cell: The columns that name a cell.
-        reference: The columns and values of the reference, whose rows are compared with nothing.
-        pair: The column of the pairs: a seed, a question.
-        averaged: The columns that average the reference: its mean over them stands against every value.
+        reference: The columns and values of the reference, which is compared with nothing.
+        pair: The column of the pairs, such as the seed.
+        averaged: The columns over which the reference is averaged.
 
     Returns:
-        A row a cell that shares pairs with its reference: ``cell``, :attr:`Difference.COLUMNS`, ``n`` pairs and their
-        number of ``values``.
+        One row per cell that shares pairs with its reference: ``cell``, :attr:`Difference.COLUMNS`, ``n`` pairs and
+        their number of ``values``.
     """
-    of_reference = (scores[list(reference)] == list(reference.values())).all(axis=1)
+    is_reference = (scores[list(reference)] == list(reference.values())).all(axis=1)
     shared = [column for column in scores if column not in ("value", *reference, *averaged)]
-    base = scores[of_reference].groupby(shared, sort=False)["value"].mean().rename("reference").reset_index()
-    both = scores[~of_reference].merge(base, on=shared)
+    base = scores[is_reference].groupby(shared, sort=False)["value"].mean().rename("reference").reset_index()
+    both = scores[~is_reference].merge(base, on=shared)
     by_pair = both.groupby([*cell, pair], sort=False)
     means = by_pair[["value", "reference"]].mean().assign(values=by_pair.size())
     rows = []
@@ -120,7 +116,7 @@ def with_verdicts(rows: pd.DataFrame, family: list[str], *, lower_is_better: boo
 
 
 def _verdict(better: float, low: float, high: float, p: float) -> str:
-    """Put a corrected test in words; empty if there is no test."""
+    """Describe a corrected test in words; empty if there is no test."""
     if low == high == 0:
         return "equal"
     if math.isnan(p):
@@ -128,19 +124,9 @@ def _verdict(better: float, low: float, high: float, p: float) -> str:
     return "within noise" if p >= SIGNIFICANCE else "better" if better > 0 else "worse"
 
 
-def confidence_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
-    """Return the 95 % interval of a mean; the value itself if there is only one, or if all are equal."""
-    mean, n = float(values.mean()), len(values)
-    error = _error(values) if n > 1 else 0.0
-    if error == 0:
-        return mean, mean
-    reach = error * _quantile(n)
-    return mean - reach, mean + reach
-
-
 @dataclass(frozen=True)
 class Ranking:
-    """Friedman ranks: ``ranks`` by row (1 is best), the test's ``p`` (nan below three rows or two sets)."""
+    """Hold Friedman ranks by row (1 is best), and the test's p (nan below three rows or two sets)."""
 
     ranks: pd.Series[float]
     p: float
@@ -150,7 +136,7 @@ def friedman_ranks(scores: pd.DataFrame) -> Ranking:
     """Compute the average rank of each row over the columns; higher is better, ties share their mean rank.
 
     Args:
-        scores: The scores, one row a method, one column a data set, no gaps.
+        scores: The scores, one row per method, one column per data set, no gaps.
     """
     ranks = scores.rank(axis=0, ascending=False, method="average").mean(axis=1)
     all_tied = bool((scores.nunique(axis=0) == 1).all())
@@ -183,9 +169,8 @@ def mutual_information(counts: NDArray[np.int64]) -> NDArray[np.float64]:
         counts: The choices of each expert, ``[..., labels, experts]``.
     """
     shares = counts / np.maximum(counts.sum((-2, -1), keepdims=True), 1)
-    nats = (
-        special.entr(shares.sum(-1)).sum(-1) + special.entr(shares.sum(-2)).sum(-1) - special.entr(shares).sum((-2, -1))
-    )
+    of_labels, of_experts = (special.entr(shares.sum(axis)).sum(-1) for axis in (-1, -2))
+    nats = of_labels + of_experts - special.entr(shares).sum((-2, -1))
     return np.maximum(nats / math.log(2), 0.0)
 
 
@@ -224,7 +209,7 @@ def by_chance(bits: NDArray[np.float64]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class MutualInformation:
-    """Bits that the choice of an expert tells of a label: as it is, the mean of shuffles, and their 95 % quantile."""
+    """Hold the bits that an expert's choice tells of a label, the mean of shuffles, and their 95 % quantile."""
 
     bits: float
     chance: float
