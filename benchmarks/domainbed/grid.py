@@ -21,7 +21,7 @@ from benchmarks.harness.config.benchmark import (
     SetPart,
     WholeSets,
     missing_set,
-    suite_methods,
+    resolve_methods,
     training_settings,
 )
 from benchmarks.harness.config.catalogue import load_models, model_names
@@ -110,7 +110,7 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        methods = suite_methods(benchmark, suite)
+        methods = resolve_methods(benchmark.definition, suite)
         for number, block in enumerate(benchmark.definition.suites[suite].grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
             check_names(where, "model", block.model, model_names("image"))

@@ -19,7 +19,7 @@ from benchmarks.harness.config.benchmark import (
     SetPart,
     WholeSets,
     missing_set,
-    suite_methods,
+    resolve_methods,
     text_tokens,
     training_settings,
     with_changes,
@@ -75,7 +75,7 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
         part, where = benchmark.definition.suites[suite], f"{benchmark.file}: 'suites.{suite}"
-        methods = suite_methods(benchmark, suite)
+        methods = resolve_methods(benchmark.definition, suite)
         tunings = with_changes(benchmark.definition.finetuning, part.finetuning, "finetuning", where)
         for number, block in enumerate(part.grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"

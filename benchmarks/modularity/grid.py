@@ -16,7 +16,6 @@ from benchmarks.harness.config.benchmark import (
     TrainingDefinition,
     TrainingSuite,
     resolve_methods,
-    suite_methods,
     text_tokens,
 )
 from benchmarks.harness.config.catalogue import load_models, model_names
@@ -148,7 +147,7 @@ class ModularityKind(TextSets[ModularityDefinition]):
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        definition, methods = benchmark.definition, suite_methods(benchmark, suite)
+        definition, methods = benchmark.definition, resolve_methods(benchmark.definition, suite)
         part = definition.suites[suite]
         tasks = [name for name in part.tasks if name not in exclude]
         if len(tasks) < 2:

@@ -19,7 +19,6 @@ from benchmarks.harness.config.benchmark import (
     TrainingSettings,
     TrainingSuite,
     resolve_methods,
-    suite_methods,
     text_tokens,
     training_settings,
 )
@@ -228,7 +227,7 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        definition, methods = benchmark.definition, suite_methods(benchmark, suite)
+        definition, methods = benchmark.definition, resolve_methods(benchmark.definition, suite)
         part, place = definition.suites[suite], f"{benchmark.file}: 'suites.{suite}"
         mixtures = definition.mixtures | {
             name: Mixture(title=task.title, tasks=[name]) for name, task in benchmark.tasks.items()

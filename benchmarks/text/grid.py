@@ -22,7 +22,6 @@ from benchmarks.harness.config.benchmark import (
     SetPart,
     check_rows,
     resolve_methods,
-    suite_methods,
     text_tokens,
     training_settings,
 )
@@ -32,7 +31,6 @@ from benchmarks.harness.config.methods import (
     OF_TRAINING,
     VARIANT_KEYS,
     Method,
-    MethodRow,
     check_frozen,
     method_spec,
     variant_of,
@@ -163,7 +161,7 @@ class TextKind(TextSets[TextDefinition]):
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        methods = suite_methods(benchmark, suite)
+        methods = resolve_methods(benchmark.definition, suite)
         trained = [name for name in methods if name not in benchmark.definition.transformed]
         trainable = [name for name, task in benchmark.tasks.items() if task.splits.train and task.splits.dev]
         for number, block in enumerate(benchmark.definition.suites[suite].grid):
@@ -213,7 +211,7 @@ KIND = TextKind()
 
 def transformed_rows(
     transformed: Mapping[str, Transformed], definition: MethodsDefinition, file: Path
-) -> dict[str, MethodRow]:
+) -> dict[str, Method]:
     """Make methods of the rows that are trained as one method and evaluated as another.
 
     Args:
@@ -227,7 +225,7 @@ def transformed_rows(
     check_rows(definition, str(file))
     resolved = resolve_methods(definition)
     usual = [name for name, method in resolved.items() if method.role != ABLATION]
-    found: dict[str, MethodRow] = {}
+    found: dict[str, Method] = {}
     for name, row in transformed.items():
         where = f"{file}: 'transformed.{name}"
         check_names(where, "trained", [row.trained], usual)
@@ -236,7 +234,7 @@ def transformed_rows(
         if name in definition.methods:
             raise DefinitionError(f"{where}' has the name of a method; give it another")
         trained = definition.methods[row.trained].given()
-        found[name] = MethodRow(**{"method": row.trained, **trained, "title": row.title, "role": ABLATION})
+        found[name] = Method(**{"method": row.trained, **trained, "title": row.title, "role": ABLATION})
     return found
 
 

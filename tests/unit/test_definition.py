@@ -119,6 +119,7 @@ def changed(monkeypatch):
             ["tweet"],
             r"'suites\.mini\.grid\[0\]\.task' is 'tweet', which does not exist; did you mean 'tweets'",
         ),
+        ("method_defaults.emo", {}, r"'method_defaults' is 'emo', which does not exist; did you mean 'emoe'"),
         ("methods.emo", {}, r"benchmark\.yaml: 'methods' is 'emo', which does not exist; did you mean 'emoe'"),
         (
             "suites.mini.methods.emoe.num_experts",

@@ -17,11 +17,8 @@ from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import (
     ABLATION,
     Method,
-    MethodDefaults,
-    MethodRow,
-    MethodSettings,
     load_methods,
-    stack_settings,
+    merge_methods,
 )
 from benchmarks.harness.config.yaml import (
     Count,
@@ -101,9 +98,9 @@ class Definition(Strict):
 class TrainingSuite(SuitePart):
     """What one suite says of a benchmark that trains models by methods."""
 
-    method_defaults: MethodDefaults = MethodDefaults()
-    """What methods take that leave it open, by their kind; before the benchmark's."""
-    methods: dict[str, MethodSettings] = Field({})
+    method_defaults: dict[str, Method] = Field({})
+    """Settings of methods that leave them open, by their kind; before the benchmark's."""
+    methods: dict[str, Method] = Field({})
     """Settings of single methods that differ in this suite, by method."""
 
 
@@ -112,12 +109,11 @@ class MethodsDefinition(Definition):
 
     baseline: str
     """The method that differences are taken against."""
-    method_defaults: MethodDefaults = MethodDefaults()
-    """What methods take that leave it open, by their kind. A row's own setting goes before it, a suite's default before
-    the benchmark's.
-    """
-    methods: Annotated[dict[Key, MethodRow], Field(min_length=1)]
-    """What is compared: methods of methods.yaml, each with what differs here. The order is the order of the rows."""
+    method_defaults: dict[str, Method] = Field({})
+    """Settings of methods that leave them open, by their kind: dense, emoe or gmoe. A row's own setting goes before
+    it, a suite's default before the benchmark's."""
+    methods: Annotated[dict[Key, Method], Field(min_length=1)]
+    """The compared methods of methods.yaml, each with the settings that differ here, in the order of the rows."""
 
 
 class TrainingDefinition(MethodsDefinition):
@@ -515,50 +511,37 @@ def kind_of(benchmark: str) -> Kind[Any, Any]:
 
 
 def check_rows(definition: MethodsDefinition, file: str) -> None:
-    """Check that the methods exist that a benchmark compares, and the rows that its suites change.
+    """Check the names of the methods that a benchmark compares, of the rows that its suites change, and of kinds.
 
     Raises:
-        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not
-            have.
+        DefinitionError: A name does not exist.
     """
     for name, row in definition.methods.items():
         at, known = (f"methods.{name}.method", row.method) if row.method else ("methods", name)
         check_names(f"{file}: '", at, [known], load_methods())
+    kinds = [method.kind for method in load_methods().values()]
+    check_names(f"{file}: '", "method_defaults", definition.method_defaults, kinds)
     for name, suite in definition.suites.items():
         if isinstance(suite, TrainingSuite):
             check_names(f"{file}: 'suites.{name}", "methods", suite.methods, definition.methods)
+            check_names(f"{file}: 'suites.{name}", "method_defaults", suite.method_defaults, kinds)
 
 
 def resolve_methods(definition: MethodsDefinition, suite: str | None = None) -> dict[str, Method]:
     """Return a benchmark's methods with all their settings, for itself or for one of its suites.
 
     A setting is taken from the first of these that gives it: the suite's ``methods``, the benchmark's ``methods``,
-    ``methods.yaml``,
-    the suite's ``method_defaults`` for the method's kind, the benchmark's.
+    ``methods.yaml``, the suite's ``method_defaults`` for the method's kind, the benchmark's.
     """
+    resolved = {}
     part = definition.suites[suite] if suite else None
-    found = {}
+    defaults, changes = (part.method_defaults, part.methods) if isinstance(part, TrainingSuite) else ({}, {})
     for name, row in definition.methods.items():
-        method = load_methods()[row.method or name]
-        layers = [getattr(definition.method_defaults, method.kind)]
-        own = MethodSettings()
-        if isinstance(part, TrainingSuite):
-            layers.append(getattr(part.method_defaults, method.kind))
-            own = part.methods.get(name, own)
-        settings = [layer.given() for layer in (*layers, method, row, own)]
-        found[name] = Method(**{key: value for key, value in stack_settings(*settings).items() if key != "method"})
-    return found
-
-
-def suite_methods(benchmark: Benchmark[TrainingDefinition, Entry], suite: str) -> dict[str, Method]:
-    """Return the benchmark's methods as the suite compares them, by name.
-
-    Raises:
-        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not
-            have.
-    """
-    check_rows(benchmark.definition, str(benchmark.file))
-    return resolve_methods(benchmark.definition, suite)
+        layers = [load_methods()[row.method or name], row, changes.get(name, Method())]
+        kind = merge_methods(*layers).kind
+        usual = [settings[kind] for settings in (definition.method_defaults, defaults) if kind in settings]
+        resolved[name] = merge_methods(*usual, *layers)
+    return resolved
 
 
 def with_changes(
