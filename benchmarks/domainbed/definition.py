@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.benchmark import Entry, Precision, TrainingDefinition, TrainingSettings, TrainingSuite
+from benchmarks.harness.config.benchmark import Entry, Precision, Training, TrainingDefinition, TrainingSuite
 from benchmarks.harness.config.methods import LoRA, VariantAxes
+from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
     UNIQUE,
@@ -16,7 +17,6 @@ from benchmarks.harness.config.yaml import (
     Key,
     Names,
     NotNegative,
-    PartOf,
     Positive,
     Rate,
     Strict,
@@ -40,8 +40,10 @@ class HParams(Strict):
     """Augment the training environments."""
 
 
-class ImageTraining(Strict):
-    """How a run is trained."""
+class ImageTraining(Training):
+    """The training of a run; a suite may change the benchmark's."""
+
+    in_no_spec: ClassVar = {"by_model", "registry", "hparams"}
 
     steps: Count
     """Steps."""
@@ -74,17 +76,10 @@ class ImageTraining(Strict):
     row is computed once and kept
     (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below.
     0, or left out: none. Only for images that are not augmented."""
-
-
-class ImageTrainingSettings(ImageTraining, TrainingSettings):
-    """How every run of the benchmark is trained; a suite may set its own."""
-
-    registry: Literal["domainbed", "emoe"]
-    """Whose default hyper-parameters and random draws: DomainBed's, or those of the EMoE authors' fork."""
-    hparams: HParams
-    """Hyper-parameters that are set by hand, over default and random ones."""
-    by_model: dict[str, Annotated[Strict, PartOf(ImageTraining)]] = Field({})
-    """Settings of single models."""
+    registry: Literal["domainbed", "emoe"] | None = left_out()
+    """Origin of default hyper-parameters and random draws: DomainBed, or the EMoE authors' fork; in no run's spec."""
+    hparams: HParams | None = left_out()
+    """Hyper-parameters that are set by hand, over default and random ones; a run has them in its own `hparams`."""
 
 
 class ImageBlock(VariantAxes):
@@ -112,7 +107,7 @@ class ImageBlock(VariantAxes):
 class ImageSuite(TrainingSuite):
     """One suite's part of the benchmark."""
 
-    training: Annotated[Strict, PartOf(ImageTrainingSettings)] = Strict()
+    training: Annotated[dict[str, Any], Changes(ImageTraining)] = Field({})
     """Settings that differ in this suite."""
     grid: Annotated[list[ImageBlock], Field(min_length=1)]
     """Blocks of runs; each is the product of its lists."""
@@ -132,7 +127,7 @@ class ImageDefinition(TrainingDefinition):
     """The tables of each set."""
     set_figures: dict[str, str]
     """The figures of each set, with their captions."""
-    training: ImageTrainingSettings
+    training: ImageTraining
     """How every run of the benchmark is trained; a suite may set its own."""
     suites: dict[Key, ImageSuite]
     """What to run, by suite."""

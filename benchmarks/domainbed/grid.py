@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.domainbed.definition import ImageDefinition, ImageTraining, ImageTrainingSettings, SetEntry, SetFile
+from benchmarks.domainbed.definition import ImageDefinition, ImageTraining, SetEntry, SetFile
 from benchmarks.domainbed.protocol import BASELINE, SELECTIONS, held_out_combinations, hyper_parameters, sweep_seed
 from benchmarks.harness.base import IMAGES, DataError, DefinitionError, first_line
 from benchmarks.harness.config.benchmark import (
@@ -22,7 +22,6 @@ from benchmarks.harness.config.benchmark import (
     WholeSets,
     missing_set,
     resolve_methods,
-    training_settings,
 )
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.methods import VARIANT_KEYS, Method, check_frozen, method_spec
@@ -116,6 +115,7 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
             check_names(where, "model", block.model, model_names("image"))
             check_names(where, "set", block.set, benchmark.tasks)
             check_names(where, "method", block.method, methods)
+            training = {model: benchmark.settings("training", suite, model) for model in block.model}
             for model, name, method in itertools.product(block.model, block.set, block.method):
                 if name in exclude:
                     continue
@@ -125,12 +125,11 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
                 axes = {key: given[key] for key in _AXES if key in given}
                 for values in itertools.product(*axes.values()):
                     point = {"model": model, "set": name, "method": method, **dict(zip(axes, values, strict=True))}
-                    yield _spec(benchmark, suite, methods, point, where)
+                    yield _spec(benchmark, training[model], methods, point, where)
 
-    def check(self, definition: ImageDefinition, tasks: Mapping[str, SetEntry], folder: Path) -> None:
-        if definition.published_costs:
-            where = f"{folder / 'benchmark.yaml'}: '"
-            check_file(where, "published_costs", definition.published_costs, folder, COST_COLUMNS)
+    def check(self, benchmark: Benchmark[ImageDefinition, SetEntry]) -> None:
+        if costs := benchmark.definition.published_costs:
+            check_file(f"{benchmark.file}: '", "published_costs", costs, benchmark.folder, COST_COLUMNS)
 
     def published_files(self, definition: ImageDefinition) -> list[str]:
         costs = definition.published_costs
@@ -190,24 +189,24 @@ def _held_out(asked: str | list[list[str]], environments: list[str], where: str)
 
 def _spec(
     benchmark: Benchmark[ImageDefinition, SetEntry],
-    suite: str,
+    settings: ImageTraining,
     methods: Mapping[str, Method],
     point: Mapping[str, Any],
     where: str,
 ) -> dict[str, Any]:
     task, trial, draw = benchmark.tasks[point["set"]], point["trial"], point["hparams_seed"]
-    definition, changes = benchmark.definition, benchmark.definition.suites[suite].training
-    place = f"{benchmark.file}: 'suites.{suite}.training"
-    settings = training_settings(definition.training, changes, point["model"], place)
-    drawn = hyper_parameters(settings.registry, task.domainbed, draw, trial)
-    hparams = {**drawn, **settings.hparams.model_dump()}
-    training = settings.model_dump(include=set(ImageTraining.model_fields))
-    training["eval_every"] = settings.eval_every or task.eval_every
+    if settings.registry is None or settings.hparams is None:
+        raise DefinitionError(f"{benchmark.file}: 'training' needs the keys 'registry' and 'hparams'")
+    hparams = {
+        **hyper_parameters(settings.registry, task.domainbed, draw, trial),
+        **settings.hparams.model_dump(),
+    }
+    training = settings.spec() | {"eval_every": settings.eval_every or task.eval_every}
     method = method_spec(methods, point, trial, settings.lora, where)
     check_frozen(training, method, where)
     if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
         raise DefinitionError(
-            f"{place}.frozen_layers' is {settings.frozen_layers}, but images of '{point['set']}' are augmented anew "
+            f"{benchmark.file}: 'training.frozen_layers' is {settings.frozen_layers}, but images of '{point['set']}' are augmented anew "
             "at every step, so that nothing "
             "could be kept of them; set hparams.data_augmentation: false"
         )
@@ -220,7 +219,7 @@ def _spec(
         "test_envs": list(point["test_envs"]),
         "hparams_seed": draw,
         "hparams": hparams,
-        "sweep": _sweep(definition.version, methods[point["method"]], settings),
+        "sweep": _sweep(benchmark.definition.version, methods[point["method"]], settings),
         "training": training,
         "learning_rate": float(hparams["lr"]),
         # one for all methods, so that they see the same digits: that of DomainBed's own baseline
@@ -229,7 +228,7 @@ def _spec(
     }
 
 
-def _sweep(version: int, method: Method, training: ImageTrainingSettings) -> str:
+def _sweep(version: int, method: Method, training: ImageTraining) -> str:
     """Hash the settings that a method's runs share over all sets, draws, trials and held-out environments."""
     settings = [method.model_dump(exclude={"title", "role"}), training.model_dump(exclude={"by_model"})]
     text = json.dumps([version, *settings], sort_keys=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from benchmarks.harness.config.benchmark import Definition, MethodsDefinition, SuitePart
+from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
-from benchmarks.harness.config.yaml import UNIQUE, Count, Key, PartOf, Strict, left_out
+from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, left_out
 from benchmarks.text.definition import Ablated, Protocol, RunTask
 
 
@@ -26,7 +27,7 @@ class Evaluation(Strict):
 class EvaluationSuite(SuitePart):
     """One suite's part of the benchmark."""
 
-    evaluation: Annotated[Strict, PartOf(Evaluation)] = Strict()
+    evaluation: Annotated[dict[str, Any], Changes(Evaluation)] = Field({})
     """Settings that differ in this suite."""
 
 

@@ -46,10 +46,11 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
         rows |= transformed_rows(found.transformed, other.definition, file)
         return EvaluationDefinition(**found.given(), **{**taken, "methods": rows}), other.tasks
 
-    def check(self, definition: EvaluationDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
+    def check(self, benchmark: Benchmark[EvaluationDefinition, TaskEntry]) -> None:
+        definition = benchmark.definition
         main = [name for name in definition.methods if name not in definition.transformed]
-        check_names(f"{folder / 'benchmark.yaml'}: '", "ranked", definition.ranked, main)
-        check_ablations(definition, definition.ablations, folder / "benchmark.yaml")
+        check_names(f"{benchmark.file}: '", "ranked", definition.ranked, main)
+        check_ablations(definition, definition.ablations, benchmark.file)
 
     def evaluates(self, definition: EvaluationDefinition) -> str:
         return definition.evaluates
@@ -66,7 +67,7 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
         # names all candidates of its cell, over all seeds; the run chooses among them by their records.
         definition = benchmark.definition
         others = specs_of(definition.evaluates)
-        settings = definition.evaluation.changed(definition.suites[suite].evaluation).model_dump()
+        settings = benchmark.settings("evaluation", suite).model_dump()
         cells: dict[_Cell, list[str]] = {}
         for folder, spec in others.items():
             if not spec["training"]["keep_weights"]:

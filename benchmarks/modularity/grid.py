@@ -20,13 +20,13 @@ from benchmarks.harness.config.benchmark import (
 )
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.methods import VARIANT_KEYS, VariantAxes, method_spec
+from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
     UNIQUE,
     Count,
     Key,
     Names,
-    PartOf,
     Share,
     Strict,
     Wholes,
@@ -74,7 +74,7 @@ class ModularitySuite(TrainingSuite):
 
     tasks: Annotated[Names, UNIQUE]
     """Tasks whose rows are read, two at least."""
-    reading: Annotated[Strict, PartOf(Reading)] = Strict()
+    reading: Annotated[dict[str, Any], Changes(Reading)] = Field({})
     """Settings that differ in this suite."""
     grid: Annotated[list[ModularityBlock], Field(min_length=1)]
     """Blocks of runs; each is the product of its lists."""
@@ -115,8 +115,8 @@ class ModularityKind(TextSets[ModularityDefinition]):
         definition = parse(content, ModularityDefinition, str(file))
         return definition, read(file.parent / definition.tasks, TaskFile).tasks
 
-    def check(self, definition: ModularityDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
-        where = f"{folder / 'benchmark.yaml'}: '"
+    def check(self, benchmark: Benchmark[ModularityDefinition, TaskEntry]) -> None:
+        definition, where = benchmark.definition, f"{benchmark.file}: '"
         for name, method in resolve_methods(definition).items():
             if method.kind != "emoe" or method.given().get("partition") == "coactivation":
                 raise DefinitionError(
@@ -125,7 +125,7 @@ class ModularityKind(TextSets[ModularityDefinition]):
             if other := sorted(set(method.given()) - _FREE):
                 raise DefinitionError(f"{where}methods.{name}' sets '{other[0]}', which needs training")
         for name, suite in definition.suites.items():
-            check_names(where, f"suites.{name}.tasks", suite.tasks, tasks)
+            check_names(where, f"suites.{name}.tasks", suite.tasks, benchmark.tasks)
 
     def marks(self, spec: Mapping[str, Any]) -> list[str]:
         return []
@@ -153,7 +153,7 @@ class ModularityKind(TextSets[ModularityDefinition]):
         if len(tasks) < 2:
             raise DefinitionError(f"{benchmark.file}: 'suites.{suite}.tasks' needs two tasks that are not excluded")
         first, *others = (benchmark.tasks[name].spec(name) for name in tasks)
-        reading = definition.reading.changed(part.reading).model_dump()
+        reading = benchmark.settings("reading", suite).model_dump()
         for number, block in enumerate(part.grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
             check_names(where, "model", block.model, model_names(None))

@@ -15,15 +15,15 @@ from benchmarks.harness.config.benchmark import (
     OOD_MEAN,
     Benchmark,
     Domain,
+    Training,
     TrainingDefinition,
-    TrainingSettings,
     TrainingSuite,
     resolve_methods,
     text_tokens,
-    training_settings,
 )
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.methods import VARIANT_KEYS, VariantAxes, method_spec
+from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
     AS_GIVEN,
@@ -32,7 +32,6 @@ from benchmarks.harness.config.yaml import (
     Key,
     Names,
     NotNegative,
-    PartOf,
     Positive,
     Positives,
     Rate,
@@ -61,7 +60,7 @@ class Mixture(Strict):
     """Names in the task file."""
 
 
-class MultitaskTraining(Strict):
+class MultitaskTraining(Training):
     """How a run is trained."""
 
     epochs: Positive
@@ -94,13 +93,6 @@ class MultitaskTraining(Strict):
     """Share of the training rows that is held out to choose by, of tasks without a split for that."""
 
 
-class MultitaskTrainingSettings(MultitaskTraining, TrainingSettings):
-    """Settings of every run; a suite may set its own."""
-
-    by_model: dict[str, Annotated[Strict, PartOf(MultitaskTraining)]] = Field({})
-    """Settings of single models."""
-
-
 class MultitaskBlock(VariantAxes):
     """A product of lists. Lists of method settings become part of the method's variant."""
 
@@ -119,7 +111,7 @@ class MultitaskBlock(VariantAxes):
 class MultitaskSuite(TrainingSuite):
     """One suite's part of the benchmark."""
 
-    training: Annotated[Strict, PartOf(MultitaskTrainingSettings)] = Strict()
+    training: Annotated[dict[str, Any], Changes(MultitaskTraining)] = Field({})
     """Settings that differ in this suite."""
     grid: Annotated[list[MultitaskBlock], Field(min_length=1)]
     """Blocks of runs; each is the product of its lists."""
@@ -136,7 +128,7 @@ class MultitaskDefinition(TrainingDefinition):
     """Tasks that are learned at once, by name."""
     prefixes: dict[str, str] = Field({})
     """Prefixes of tasks whose rows do not begin with their name; only the rows tell tasks with one prefix apart."""
-    training: MultitaskTrainingSettings
+    training: MultitaskTraining
     """Settings of every run; a suite may set its own."""
     suites: dict[Key, MultitaskSuite]
     """The runs of each suite."""
@@ -189,8 +181,8 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
         definition = parse(content, MultitaskDefinition, str(file))
         return definition, read(file.parent / definition.tasks, TaskFile).tasks
 
-    def check(self, definition: MultitaskDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
-        where = f"{folder / 'benchmark.yaml'}: '"
+    def check(self, benchmark: Benchmark[MultitaskDefinition, TaskEntry]) -> None:
+        definition, tasks, where = benchmark.definition, benchmark.tasks, f"{benchmark.file}: '"
         check_names(where, "prefixes", definition.prefixes, tasks)
         for name, mixture in definition.mixtures.items():
             at = f"{where}mixtures.{name}"
@@ -239,12 +231,12 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
             check_names(where, "method", block.method, methods)
             for name in block.mixture:
                 _check_tasks(where, "mixture", mixtures[name].tasks, benchmark.tasks)
+            training = {model: benchmark.settings("training", suite, model) for model in block.model}
             given = block.model_dump()
             axes = [key for key in _AXES if key in given]
             for values in itertools.product(*(given[key] for key in axes)):
                 point = dict(zip(axes, values, strict=True))
                 names = mixtures[point["mixture"]].tasks
-                training = training_settings(definition.training, part.training, point["model"], f"{place}.training")
                 yield {
                     **benchmark.of_every_spec,
                     "protocol": CLEAN,
@@ -256,7 +248,7 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
                         if other not in exclude
                     ],
                     "method": method_spec(methods, point, point["seed"], None, where),
-                    "training": training.model_dump(include=set(MultitaskTraining.model_fields)),
+                    "training": training[point["model"]].spec(),
                     "learning_rate": float(point["learning_rate"]),
                     "seed": point["seed"],
                 }

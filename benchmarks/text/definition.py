@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,11 +10,12 @@ from benchmarks.harness.config.benchmark import (
     Entry,
     Precision,
     PublishedRows,
+    Training,
     TrainingDefinition,
-    TrainingSettings,
     TrainingSuite,
 )
 from benchmarks.harness.config.methods import LoRA, VariantAxes
+from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
     AS_GIVEN,
@@ -24,7 +25,6 @@ from benchmarks.harness.config.yaml import (
     Names,
     NotNegative,
     Number,
-    PartOf,
     Positive,
     Positives,
     Rate,
@@ -41,8 +41,10 @@ PAPER_COLUMNS = ("model", "scope", "method")  # of published numbers, before val
 ABLATION_COLUMNS = (*PAPER_COLUMNS, "setting")
 
 
-class TextTraining(Strict):
-    """How a run is trained."""
+class TextTraining(Training):
+    """The training of a run; a suite may change the benchmark's."""
+
+    in_no_spec: ClassVar = {"by_model", "evaluate_ood", "epochs_by_task"}
 
     epochs: Positive
     """Passes over the training set."""
@@ -91,20 +93,11 @@ class TextTraining(Strict):
     """Train adapters and the head only; null trains everything."""
     keep_weights: bool
     """Keep what was trained below the run's folder, for benchmarks that evaluate it."""
-
-
-class TextTrainingSettings(TextTraining, TrainingSettings):
-    """How every run of the benchmark is trained; a suite may set its own."""
-
-    validation_fraction: Annotated[float, Field(gt=0, lt=1), AS_GIVEN]
-    """Share of the training rows that a clean run holds out to choose by, where the task has no split for that."""
-    evaluate_ood: bool | Names
-    """Evaluate every run on the task's OOD sets at its end, or those of some methods. Large sets are for a benchmark
-    that evaluates the chosen runs only."""
-    epochs_by_task: dict[str, Positive] = Field({})
-    """Epochs of single tasks."""
-    by_model: dict[str, Annotated[Strict, PartOf(TextTraining)]] = Field({})
-    """Settings of single models."""
+    evaluate_ood: bool | Names | None = left_out()
+    """Evaluate every run on the task's OOD sets at its end, or those of some methods; in no run's spec. Large sets are
+    for a benchmark that evaluates the chosen runs only."""
+    epochs_by_task: dict[str, Positive] | None = left_out()
+    """Epochs of single tasks; in no run's spec."""
 
 
 class TextBlock(VariantAxes):
@@ -133,7 +126,7 @@ class TextBlock(VariantAxes):
 class TextSuite(TrainingSuite):
     """One suite's part of a text benchmark."""
 
-    training: Annotated[Strict, PartOf(TextTrainingSettings)] = Strict()
+    training: Annotated[dict[str, Any], Changes(TextTraining)] = Field({})
     """Settings that differ in this suite."""
     grid: Annotated[list[TextBlock], Field(min_length=1)]
     """Blocks of runs; each is the product of its lists."""
@@ -196,7 +189,7 @@ class TextDefinition(TrainingDefinition, Ablated):
     """File with the task definitions, in the benchmark's folder."""
     published_traces: PublishedTraces | None = left_out()
     """The paper's loads of experts over training, which are shown beside ours."""
-    training: TextTrainingSettings
+    training: TextTraining
     """How every run of the benchmark is trained; a suite may set its own."""
     suites: dict[Key, TextSuite]
     """What to run, by suite."""

@@ -23,7 +23,6 @@ from benchmarks.harness.config.benchmark import (
     check_rows,
     resolve_methods,
     text_tokens,
-    training_settings,
 )
 from benchmarks.harness.config.catalogue import load_metrics, load_models, model_names
 from benchmarks.harness.config.methods import (
@@ -49,7 +48,6 @@ from benchmarks.text.definition import (
     TaskFile,
     TextDefinition,
     TextTraining,
-    TextTrainingSettings,
     Transformed,
 )
 from emoe.errors import EMoEError
@@ -132,27 +130,29 @@ class TextKind(TextSets[TextDefinition]):
         traces = definition.published_traces
         return [*super().published_files(definition), *(traces.rows.values() if traces else ())]
 
-    def check(self, definition: TextDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
-        file = folder / "benchmark.yaml"
+    def check(self, benchmark: Benchmark[TextDefinition, TaskEntry]) -> None:
+        definition, tasks, file = benchmark.definition, benchmark.tasks, benchmark.file
         check_ablations(definition, definition.ablations, file)
         if traces := definition.published_traces:
             where = f"{file}: 'published_traces"
             check_names(where, "task", [traces.task], tasks)
             check_names(where, "rows", traces.rows, definition.methods)
             for name, trace in traces.rows.items():
-                check_file(f"{where}.rows", name, trace, folder)
-        for suite, part in definition.suites.items():
-            training = definition.training.changed(part.training)
+                check_file(f"{where}.rows", name, trace, benchmark.folder)
+        for suite in definition.suites:
+            training: TextTraining = benchmark.settings("training", suite)
+            where = f"{file}: 'suites.{suite}.training"
+            check_names(where, "epochs_by_task", training.epochs_by_task or (), tasks)
             if not isinstance(training.evaluate_ood, bool):
-                check_names(
-                    f"{file}: 'suites.{suite}.training", "evaluate_ood", training.evaluate_ood, definition.methods
-                )
+                check_names(where, "evaluate_ood", training.evaluate_ood or (), definition.methods)
+            if not training.validation_fraction:
+                raise DefinitionError(f"{where}.validation_fraction' is 0, but clean runs need rows to choose by")
             if training.patience is not None and training.checkpoint_selection != "best":
                 raise DefinitionError(
                     f"{file}: 'suites.{suite}.training.patience' needs checkpoint_selection: best; set patience: null"
                 )
         for name, task in tasks.items():
-            _check_task(f"{folder / definition.tasks}: 'tasks.{name}", task, tasks)
+            _check_task(f"{benchmark.folder / definition.tasks}: 'tasks.{name}", task, tasks)
 
     def specs(
         self,
@@ -178,9 +178,11 @@ class TextKind(TextSets[TextDefinition]):
                         f"usual; take a row with role: {ABLATION}"
                     )
             axes = [key for key in ("model", "task", "method", *VARIANT_KEYS, *_OTHER_AXES) if key in given]
+            training = {model: benchmark.settings("training", suite, model) for model in block.model}
             made: dict[str, dict[str, Any]] = {}
             for values in itertools.product(*(given[key] for key in axes)):
-                yield _spec(benchmark, suite, methods, dict(zip(axes, values, strict=True)), where, exclude, made)
+                point = dict(zip(axes, values, strict=True))
+                yield _spec(benchmark, training[point["model"]], methods, point, where, exclude, made)
 
     def settings(self, definition: TextDefinition, method: str) -> list[str]:
         is_ablation = resolve_methods(definition)[method].role == ABLATION
@@ -200,10 +202,12 @@ class TextKind(TextSets[TextDefinition]):
         found = super().offer(benchmark, suite)
         transformed = {name for name, row in benchmark.definition.transformed.items() if row.trained in found.methods}
         found = replace(found, methods=found.methods | transformed)
-        training = benchmark.definition.suites[suite].training.given()
-        out_of_domain = training.get("evaluate_ood", benchmark.definition.training.evaluate_ood)
-        # of some methods alone it is not to be had of all that the suite runs
-        return found if out_of_domain is True else replace(found, domains=found.domains - {OOD, OOD_MEAN})
+        # claims need the scores of all methods that the suite runs
+        return (
+            found
+            if benchmark.settings("training", suite).evaluate_ood is True
+            else replace(found, domains=found.domains - {OOD, OOD_MEAN})
+        )
 
 
 KIND = TextKind()
@@ -310,7 +314,7 @@ def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> 
 
 def _spec(
     benchmark: Benchmark[TextDefinition, TaskEntry],
-    suite: str,
+    settings: TextTraining,
     methods: Mapping[str, Method],
     point: Mapping[str, Any],
     where: str,
@@ -320,21 +324,14 @@ def _spec(
     """Build a run's spec; ``made`` caches the methods of its block, which thousands of runs share."""
     task = benchmark.tasks[point["task"]]
     protocol = _protocol(task, point, where)
-    settings = _settings(benchmark, suite, point)
-    training = settings.model_dump(include=set(TextTraining.model_fields))
-    if protocol == PUBLISHED or task.splits.test is not None:
-        training["validation_fraction"] = 0.0
-    if "train_share" in point:
-        training["train_share"] = point["train_share"]
-    training["epochs"] *= point.get("epochs_factor", 1)
+    training = run_training(settings, task, point, protocol)
     shaping = repr([point.get(key) for key in ("model", "method", "seed", *VARIANT_KEYS, *OF_TRAINING)])
     if shaping not in made:
         made[shaping] = method_spec(methods, point, point["seed"], settings.lora, where)
     method = copy.deepcopy(made[shaping])
     check_frozen(training, method, where)
-    evaluated = (
-        settings.evaluate_ood if isinstance(settings.evaluate_ood, bool) else point["method"] in settings.evaluate_ood
-    )
+    asked = settings.evaluate_ood
+    evaluated = asked if isinstance(asked, bool) else point["method"] in (asked or ())
     ood = [name for name in task.ood if name not in exclude] if evaluated else []
     return {
         **benchmark.of_every_spec,
@@ -354,7 +351,7 @@ def _used_as(
     definition: TextDefinition,
     methods: Mapping[str, Method],
     point: Mapping[str, Any],
-    settings: TextTrainingSettings,
+    settings: TextTraining,
     where: str,
 ) -> dict[str, Any]:
     """Return the method that a run's model is also evaluated as, with the settings of the same point of the grid."""
@@ -380,14 +377,16 @@ def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
     return str(asked)
 
 
-def _settings(
-    benchmark: Benchmark[TextDefinition, TaskEntry], suite: str, point: Mapping[str, Any]
-) -> TextTrainingSettings:
-    """Return the training settings of one run, with those of its task."""
-    definition, where = benchmark.definition, f"{benchmark.file}: 'suites.{suite}.training"
-    found = training_settings(definition.training, definition.suites[suite].training, point["model"], where)
-    check_names(where, "epochs_by_task", found.epochs_by_task, benchmark.tasks)
-    return found.model_copy(update={"epochs": found.epochs_by_task.get(point["task"], found.epochs)})
+def run_training(settings: TextTraining, task: TaskEntry, point: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """Return the training settings of a run's spec: those of its model, changed by its task, protocol and row."""
+    training = settings.spec()
+    epochs = (settings.epochs_by_task or {}).get(point["task"], settings.epochs)
+    training["epochs"] = epochs * point.get("epochs_factor", 1)
+    if protocol == PUBLISHED or task.splits.test is not None:  # a split chooses
+        training["validation_fraction"] = 0.0
+    if "train_share" in point:
+        training["train_share"] = point["train_share"]
+    return training
 
 
 def _advice(name: str, task: TaskEntry, problem: str) -> str:

@@ -238,7 +238,7 @@ def changed(change: dict[str, Any]) -> MultitaskDefinition:
 )
 def test_what_cannot_be_learned_so_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
-        KIND.check(changed(change), BENCHMARK.tasks, BENCHMARK.folder)
+        KIND.check(Benchmark(BENCHMARK.name, changed(change), BENCHMARK.tasks))
 
 
 def test_a_grid_names_mixtures_or_tasks() -> None:

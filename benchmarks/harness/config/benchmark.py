@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from benchmarks.harness.config.methods import (
     load_methods,
     merge_methods,
 )
+from benchmarks.harness.config.overlay import Changes, Layer, merge, overlay
 from benchmarks.harness.config.yaml import (
     Count,
     Key,
@@ -29,7 +30,6 @@ from benchmarks.harness.config.yaml import (
     check_file,
     check_names,
     left_out,
-    parse,
     read_yaml,
 )
 from benchmarks.harness.sources.packages import PackageFile
@@ -51,11 +51,17 @@ class Resources(Strict):
     """GPUs."""
 
 
-class TrainingSettings(Strict):
-    """How every run of a benchmark is trained."""
+class Training(Strict):
+    """The training of a run."""
 
-    by_model: Mapping[str, Strict] = Field({})
-    """Settings of single models."""
+    in_no_spec: ClassVar[set[str]] = {"by_model"}
+
+    by_model: dict[str, dict[str, Any]] | None = left_out()
+    """Settings of single models; in no run's spec."""
+
+    def spec(self) -> dict[str, Any]:
+        """Return the settings of a run's spec."""
+        return self.model_dump(exclude=self.in_no_spec)
 
 
 class Entry(Strict):
@@ -126,8 +132,6 @@ class TrainingDefinition(MethodsDefinition):
 ALL = "all"  # the one part of a set that is read as a whole
 USUAL = "text"  # the kind of a benchmark that says none and has no grid of its own
 D = TypeVar("D", bound=Definition)
-Changed = TypeVar("Changed", bound=Strict)
-Settings = TypeVar("Settings", bound=TrainingSettings)
 E = TypeVar("E", bound=Entry)
 D_co = TypeVar("D_co", bound=Definition, covariant=True)
 E_co = TypeVar("E_co", bound=Entry, covariant=True)
@@ -154,6 +158,25 @@ class Benchmark(Generic[D_co, E_co]):
     @property
     def file(self) -> Path:
         return self.folder / "benchmark.yaml"
+
+    def settings(self, key: str, suite: str, model: str | None = None) -> Any:
+        """Return settings of the benchmark, changed by a suite and by those of a model.
+
+        Args:
+            key: The key of the settings, in the benchmark and in the suite.
+            suite: The name of the suite.
+            model: The name of the model whose ``by_model`` counts; None for no model.
+
+        Raises:
+            DefinitionError: A setting is wrong; names the keys of the layer that gave it.
+        """
+        usual: Strict = getattr(self.definition, key)
+        at, changes = ("suites", suite, key), getattr(self.definition.suites[suite], key)
+        layers: list[Layer] = [((key,), usual.model_dump(exclude_unset=True)), (at, changes)]
+        by_model = merge(*(values for _, values in layers)).get("by_model") or {}
+        if model is not None and model in by_model:
+            layers.append(((*at, "by_model", model), by_model[model]))
+        return overlay(type(usual), str(self.file), *layers)
 
     @property
     def of_every_spec(self) -> dict[str, Any]:
@@ -315,7 +338,7 @@ class Kind(ABC, Generic[D, E]):
             DefinitionError: A name in the grid does not exist, or settings do not go together.
         """
 
-    def check(self, definition: D, tasks: Mapping[str, E], folder: Path) -> None:
+    def check(self, benchmark: Benchmark[D, E]) -> None:
         """Check that names exist and settings go together.
 
         Raises:
@@ -544,44 +567,19 @@ def resolve_methods(definition: MethodsDefinition, suite: str | None = None) -> 
     return resolved
 
 
-def with_changes(
-    entries: Mapping[str, Changed], changes: Mapping[str, Mapping[str, Any]], key: str, where: str
-) -> dict[str, Changed]:
-    """Apply a suite's settings to named entries of a benchmark's file.
-
-    Args:
-        entries: The entries of the file.
-        changes: The changes of the suite, by the name of an entry.
-        key: The key of the entries.
-        where: The file, and the keys before the suite's entries.
+def check_settings(benchmark: AnyBenchmark) -> None:
+    """Check what the suites change of the benchmark's settings.
 
     Raises:
-        DefinitionError: The suite names an entry that does not exist, or a setting that it does not have.
+        DefinitionError: A setting is wrong, or a model does not exist.
     """
-    check_names(where, key, list(changes), entries)
-    return {
-        name: parse({**entry.model_dump(), **changes[name]}, type(entry), f"{where}.{key}'", key, name)
-        if name in changes
-        else entry
-        for name, entry in entries.items()
-    }
-
-
-def training_settings(usual: Settings, changes: Strict, model: str, where: str) -> Settings:
-    """Return the training settings of the runs of a model: the benchmark's, the suite's, the model's own.
-
-    Args:
-        usual: The settings of the benchmark.
-        changes: The changes of the suite.
-        model: The name of the model.
-        where: The file, and the keys that lead to ``by_model``.
-
-    Raises:
-        DefinitionError: Settings are of a model that does not exist.
-    """
-    found = usual.changed(changes)
-    check_names(where, "by_model", found.by_model, load_models())
-    return found.changed(found.by_model[model]) if model in found.by_model else found
+    for suite, part in benchmark.definition.suites.items():
+        for key, field in type(part).model_fields.items():
+            if any(isinstance(mark, Changes) for mark in field.metadata):
+                by_model = getattr(benchmark.settings(key, suite), "by_model", None) or {}
+                check_names(f"{benchmark.file}: 'suites.{suite}.{key}", "by_model", by_model, load_models())
+                for model in by_model:
+                    benchmark.settings(key, suite, model)
 
 
 # as it is loaded by name, whatever its kind
@@ -610,19 +608,18 @@ def load_benchmark(name: str) -> AnyBenchmark:
     except DefinitionError as error:
         raise DefinitionError(f"{file}: {error}") from error
     load_methods()  # first, because its plugins make names known
-    definition, tasks = kind.load(content, file)
-    check_references(definition, tasks, folder)
-    return Benchmark(name, definition, tasks)
+    benchmark = Benchmark(name, *kind.load(content, file))
+    check_references(benchmark)
+    return benchmark
 
 
-def check_references(definition: Definition, tasks: Mapping[str, Entry], folder: Path) -> None:
+def check_references(benchmark: AnyBenchmark) -> None:
     """Check that names and files exist, and that settings go together.
 
     Raises:
         DefinitionError: Names the file, the key and the nearest valid value.
     """
-    file, name = folder / "benchmark.yaml", definition.kind or usual_kind(folder.name)
-    kind = find_kind(name)
+    definition, file, kind = benchmark.definition, benchmark.file, benchmark.kind
     modules = [f"benchmarks.{path.parent.name}.pipeline" for path in BENCHMARKS.glob("*/pipeline.py")]
     if definition.pipeline not in modules:
         near = did_you_mean(definition.pipeline, modules)
@@ -632,13 +629,14 @@ def check_references(definition: Definition, tasks: Mapping[str, Entry], folder:
         ablations = [row for row, method in resolve_methods(definition).items() if method.role == ABLATION]
         if ablations and not hasattr(definition, "ablations"):
             raise DefinitionError(
-                f"{file}: 'methods.{ablations[0]}' has role: {ABLATION}, which kind: {name} does not know"
+                f"{file}: 'methods.{ablations[0]}' has role: {ABLATION}, but the benchmark has no 'ablations'"
             )
         if definition.baseline not in definition.methods:
             near = did_you_mean(definition.baseline, definition.methods)
             raise DefinitionError(f"{file}: 'baseline' is '{definition.baseline}', which is no method{near}")
     if definition.paper:
-        check_file(f"{file}: '", "paper", definition.paper, folder, kind.paper_columns)
+        check_file(f"{file}: '", "paper", definition.paper, benchmark.folder, kind.paper_columns)
     if "paper" in definition.tables and not definition.paper:
         raise DefinitionError(f"{file}: 'tables' names 'paper', so it needs 'paper': a CSV with published numbers")
-    kind.check(definition, tasks, folder)
+    check_settings(benchmark)
+    kind.check(benchmark)
