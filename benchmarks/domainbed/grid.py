@@ -131,10 +131,6 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
         if costs := benchmark.definition.published_costs:
             check_file(f"{benchmark.file}: '", "published_costs", costs, benchmark.folder, COST_COLUMNS)
 
-    def published_files(self, definition: ImageDefinition) -> list[str]:
-        costs = definition.published_costs
-        return [*super().published_files(definition), *([costs] if costs else [])]
-
     def compared_domains(self, definition: ImageDefinition) -> Mapping[str, Domain]:
         return {"held_out": Domain(("accuracy",), "trial", tuple(SELECTIONS)), "model": COUNTS}
 

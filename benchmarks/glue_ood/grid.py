@@ -52,9 +52,6 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
         check_names(f"{benchmark.file}: '", "ranked", definition.ranked, main)
         check_ablations(definition, definition.ablations, benchmark.file)
 
-    def evaluates(self, definition: EvaluationDefinition) -> str:
-        return definition.evaluates
-
     def specs(
         self,
         benchmark: Benchmark[EvaluationDefinition, TaskEntry],

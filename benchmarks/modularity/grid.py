@@ -127,12 +127,6 @@ class ModularityKind(TextSets[ModularityDefinition]):
         for name, suite in definition.suites.items():
             check_names(where, f"suites.{name}.tasks", suite.tasks, benchmark.tasks)
 
-    def marks(self, spec: Mapping[str, Any]) -> list[str]:
-        return []
-
-    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        return [spec["task"], *spec["ood"]]
-
     def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> float | None:
         reading = spec["reading"]  # three passes over the rows: the dense model, its best experts, its worst
         return text_tokens(reading["rows"] * (1 + len(spec["ood"])), reading["max_length"], 3 / 3)

@@ -206,9 +206,6 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
         rows = sum(training["rows_per_epoch"] or tasks[task["name"]].rows.train or 0 for task in spec["task"]["tasks"])
         return text_tokens(rows or None, training["max_length"], training["epochs"])
 
-    def marks(self, spec: Mapping[str, Any]) -> list[str]:
-        return []
-
     def compared_domains(self, definition: MultitaskDefinition) -> Mapping[str, Domain]:
         return {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
 

@@ -127,7 +127,7 @@ class MeasurementKind(Kind[MeasurementDefinition, Measure]):
     """Measurements side by side, each run under one setting; nothing is trained."""
 
     files = (("speed", MeasurementDefinition),)
-    has_models = has_seeds = counts_labels = False
+    counts_labels = False
 
     def load(self, content: object, file: Path) -> tuple[MeasurementDefinition, Mapping[str, Measure]]:
         definition = parse(content, MeasurementDefinition, str(file))

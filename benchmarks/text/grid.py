@@ -42,7 +42,6 @@ from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.text.definition import (
     ABLATION_COLUMNS,
     PAPER_COLUMNS,
-    Ablated,
     Ablation,
     TaskEntry,
     TaskFile,
@@ -65,13 +64,6 @@ class TextSets(Kind[D, TaskEntry]):
 
     def excludable(self, tasks: Mapping[str, TaskEntry]) -> Iterable[str]:
         return {name for task in tasks.values() for name in task.ood}
-
-    def marks(self, spec: Mapping[str, Any]) -> list[str]:
-        return [CLEAN] if spec["protocol"] == CLEAN and spec["task"]["splits"]["test"] is None else []
-
-    def published_files(self, definition: D) -> list[str]:
-        ablations: Mapping[str, Ablation] = definition.ablations if isinstance(definition, Ablated) else {}
-        return [*super().published_files(definition), *(one.paper for one in ablations.values() if one.paper)]
 
     def compared_domains(self, definition: D) -> Mapping[str, Domain]:
         return {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
@@ -125,10 +117,6 @@ class TextKind(TextSets[TextDefinition]):
     def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> float | None:
         training, rows = spec["training"], tasks[spec["task"]["name"]].rows
         return text_tokens(training["train_rows"] or rows.train, training["max_length"], training["epochs"])
-
-    def published_files(self, definition: TextDefinition) -> list[str]:
-        traces = definition.published_traces
-        return [*super().published_files(definition), *(traces.rows.values() if traces else ())]
 
     def check(self, benchmark: Benchmark[TextDefinition, TaskEntry]) -> None:
         definition, tasks, file = benchmark.definition, benchmark.tasks, benchmark.file

@@ -179,9 +179,27 @@ class Benchmark(Generic[D_co, E_co]):
         return overlay(type(usual), str(self.file), *layers)
 
     @property
+    def evaluates(self) -> str | None:
+        """Return the benchmark whose runs its runs evaluate; None if it has runs of its own."""
+        return getattr(self.definition, "evaluates", None)
+
+    @property
+    def published_files(self) -> list[str]:
+        """Return the CSV files that ``benchmark.yaml`` names: published numbers, which its tables show."""
+        return sorted(set(_csv_names(self.definition.model_dump(exclude={"suites"}))))
+
+    @property
     def of_every_spec(self) -> dict[str, Any]:
         """Return the part that the specs of all its runs share."""
         return {"benchmark": self.name, "version": self.definition.version, "pipeline": self.definition.pipeline}
+
+
+def _csv_names(value: object) -> Iterator[str]:
+    if isinstance(value, str) and value.endswith(".csv"):
+        yield value
+    elif isinstance(value, dict):
+        for below in value.values():
+            yield from _csv_names(below)
 
 
 class PublishedRows(Strict):
@@ -287,8 +305,6 @@ class Kind(ABC, Generic[D, E]):
         presentation: The module that shows its finished runs if a benchmark's folder has none; else every folder
             needs one.
         paper_columns: The columns of its ``paper.csv`` before value, status and source.
-        has_models: True if its runs have a model with weights.
-        has_seeds: True if its runs are seeded, so that their names say how.
         shows_parts: True if each of its sets, which the blocks of its grids name under ``set``, has tables and figures
             of its own.
         counts_labels: True if its report shows the labels of its sets.
@@ -299,8 +315,6 @@ class Kind(ABC, Generic[D, E]):
     files: tuple[tuple[str, type[Strict]], ...]
     presentation: str | None = None
     paper_columns: tuple[str, ...] = ()
-    has_models = True
-    has_seeds = True
     shows_parts = False
     counts_labels = True
     optimizer = ""
@@ -349,10 +363,6 @@ class Kind(ABC, Generic[D, E]):
         """Return the sets that a suite may exclude."""
         return ()
 
-    def evaluates(self, definition: D) -> str | None:
-        """Return the benchmark whose runs its runs evaluate."""
-        return None
-
     def resources(self, resources: Resources, spec: Mapping[str, Any]) -> dict[str, Any]:
         """Return the resources of a run."""
         return resources.model_dump()
@@ -372,14 +382,6 @@ class Kind(ABC, Generic[D, E]):
     def variant(self, spec: Mapping[str, Any]) -> str:
         """Name the settings of a run that vary beside model, task and method."""
         return str(spec["method"]["variant"])
-
-    def marks(self, spec: Mapping[str, Any]) -> list[str]:
-        """Return further parts of a run's name."""
-        return []
-
-    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """Return the sets of a run that may only exist by hand."""
-        return list(spec["ood"])
 
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
         """Return the files inside packages that a set is read from."""
@@ -439,10 +441,6 @@ class Kind(ABC, Generic[D, E]):
         """Return the titles of the sets of runs, by the names that tables and claims use."""
         return {name: task.title for name, task in tasks.items()}
 
-    def published_files(self, definition: D) -> list[str]:
-        """Return the CSV files with published numbers that its tables show."""
-        return [definition.paper] if definition.paper else []
-
     def settings(self, definition: D, method: str) -> list[str]:
         """Return the variants of a method that claims may name."""
         return []
@@ -462,9 +460,6 @@ class WholeSets(Kind[D, E]):
 
     def excludable(self, tasks: Mapping[str, E]) -> Iterable[str]:
         return tasks
-
-    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        return [spec["task"]]
 
     def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> list[tuple[str, str]]:
         return [(spec["task"]["name"], ALL)]

@@ -172,5 +172,5 @@ def _offers(benchmark: AnyBenchmark, suite: str, compare: Comparison) -> bool:
         and compare.domain in offer.domains
         and (not compare.models or bool(offer.models & set(compare.models)))
         and (not compare.tunings or bool(offer.tunings & set(compare.tunings)))
-        and (not benchmark.kind.has_models or any(real.get(model, True) for model in offer.models))
+        and any(real.get(model, True) for model in offer.models)
     )

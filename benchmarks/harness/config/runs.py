@@ -133,12 +133,16 @@ def canonical_json(value: object) -> str:
 
 def run_from_spec(spec: Mapping[str, Any]) -> Run:
     """Make a run of a spec, named by its content."""
-    kind = kind_of(spec["benchmark"])
     digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:8]
-    parts = [spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], kind.variant(spec), *kind.marks(spec)]
+    method, task = spec["method"]["name"], spec["task"]
+    parts = [spec["model"]["name"], task["name"], method, kind_of(spec["benchmark"]).variant(spec)]
+    if (
+        spec.get("protocol") == "clean" and task.get("splits", {}).get("test", "") is None
+    ):  # its usual protocol is the other
+        parts.append("clean")
     if spec["learning_rate"]:  # else nothing was trained
         parts.append(f"lr{spec['learning_rate']:g}")
-    if kind.has_seeds:
+    if method:  # a measurement has no seed
         parts.append(f"s{spec['seed']}")
     return Run(f"{slug('-'.join(part for part in parts if part))}-{digest}", dict(spec))
 

@@ -23,7 +23,17 @@ from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
 from benchmarks.harness.config.benchmark import benchmark_names, kind_of, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import compared_benchmarks, load_claims
-from benchmarks.harness.config.runs import Job, PartitionJob, Run, canonical_json, partition_jobs, plan, set_files, slug
+from benchmarks.harness.config.runs import (
+    Job,
+    PartitionJob,
+    Run,
+    all_sets,
+    canonical_json,
+    partition_jobs,
+    plan,
+    set_files,
+    slug,
+)
 from benchmarks.harness.config.yaml import UNIQUE, Strict, check_names, parse, read_yaml
 from benchmarks.harness.sources.local import local_folder, own_file
 from emoe.errors import did_you_mean
@@ -97,7 +107,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     known = {name for benchmark in loaded for name in benchmark.kind.excludable(benchmark.tasks)}
     check_names(f"{where}: '", "exclude", settings.exclude, known)
     for benchmark in loaded:
-        other = benchmark.kind.evaluates(benchmark.definition)
+        other = benchmark.evaluates
         if other and other not in settings.benchmarks:
             raise DefinitionError(
                 f"{where}: 'benchmarks' names '{benchmark.name}', which evaluates '{other}'; name that too"
@@ -251,7 +261,7 @@ class Suite:
         """
         loaded = load_benchmark(benchmark)
         definition, runs = loaded.definition, self.runs_of(benchmark, part)
-        published = [(loaded.folder / name).read_text() for name in loaded.kind.published_files(definition)]
+        published = [(loaded.folder / name).read_text() for name in loaded.published_files]
         models = {run.spec["model"]["name"] for run in runs}
         content: list[object] = [
             # of its suites only what the report says of this one: their grids are in the runs
@@ -314,7 +324,7 @@ class Suite:
     def missing_sets(self) -> list[str]:
         """Return sets that only exist by hand and are missing; runs that need them will fail."""
         used = {
-            task["name"]: (run.benchmark, task) for run in self.runs for task in kind_of(run.benchmark).sets(run.spec)
+            task["name"]: (run.benchmark, task) for run in self.runs for task in all_sets(run.spec) if "source" in task
         }
         return [
             name
