@@ -136,9 +136,8 @@ def run_from_spec(spec: Mapping[str, Any]) -> Run:
     digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:8]
     method, task = spec["method"]["name"], spec["task"]
     parts = [spec["model"]["name"], task["name"], method, kind_of(spec["benchmark"]).variant(spec)]
-    if (
-        spec.get("protocol") == "clean" and task.get("splits", {}).get("test", "") is None
-    ):  # its usual protocol is the other
+    # a task without a test split has runs of both protocols
+    if spec.get("protocol") == "clean" and task.get("splits", {}).get("test", "") is None:
         parts.append("clean")
     if spec["learning_rate"]:  # else nothing was trained
         parts.append(f"lr{spec['learning_rate']:g}")
