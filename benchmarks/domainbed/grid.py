@@ -94,7 +94,6 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
 
     files = (("domainbed", ImageDefinition), ("image_sets", SetFile))
     paper_columns = ("model", "set", "method", "selection")
-    shows_parts = True
     optimizer = "Adam, constant rate, no clipping"
     late_imports = ("timm",)
 

@@ -16,7 +16,6 @@ from benchmarks.harness.config.benchmark import (
     Benchmark,
     Domain,
     Offer,
-    Resources,
     SetPart,
     WholeSets,
     missing_set,
@@ -92,11 +91,6 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
                 point = {"model": model, "set": name, "finetuning": tuning, "method": method}
                 point |= dict(zip(axes, values, strict=True))
                 yield _spec(benchmark, usual, training[model], methods, tunings[tuning], point, where)
-
-    def resources(self, resources: Resources, spec: Mapping[str, Any]) -> dict[str, Any]:
-        """All of them; a run that trains nothing takes one process and at most one GPU."""
-        reserved = resources.model_dump()
-        return reserved if is_trained(spec) else reserved | {"processes": 1, "gpu": min(resources.gpu, 1)}
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         read = InstructionSpec.model_validate(spec)

@@ -102,7 +102,6 @@ class TextKind(TextSets[TextDefinition]):
     """Plan classifiers of texts, fine-tuned on one task and evaluated on it and on other sets."""
 
     files = (("text", TextDefinition), ("tasks", TaskFile))
-    presentation = "benchmarks.text.presentation"
     optimizer = "AdamW, linear decay, no clipping"
 
     def load(self, content: object, file: Path) -> tuple[TextDefinition, Mapping[str, TaskEntry]]:

@@ -147,9 +147,13 @@ class Benchmark(Generic[D_co, E_co]):
     definition: D_co
     tasks: Mapping[str, E_co]
 
+    @property
+    def kind_name(self) -> str:
+        return self.definition.kind or usual_kind(self.name)
+
     @functools.cached_property
     def kind(self) -> Kind[Any, Any]:
-        return find_kind(self.definition.kind or usual_kind(self.name))
+        return find_kind(self.kind_name)
 
     @property
     def folder(self) -> Path:
@@ -182,6 +186,11 @@ class Benchmark(Generic[D_co, E_co]):
     def evaluates(self) -> str | None:
         """Return the benchmark whose runs its runs evaluate; None if it has runs of its own."""
         return getattr(self.definition, "evaluates", None)
+
+    @property
+    def shows_parts(self) -> bool:
+        """Return True if each of its sets has tables and figures of its own."""
+        return bool(getattr(self.definition, "set_tables", ()))
 
     @property
     def published_files(self) -> list[str]:
@@ -302,20 +311,14 @@ class Kind(ABC, Generic[D, E]):
 
     Attributes:
         files: The names of schemas for editors, and the models of its YAML files.
-        presentation: The module that shows its finished runs if a benchmark's folder has none; else every folder
-            needs one.
         paper_columns: The columns of its ``paper.csv`` before value, status and source.
-        shows_parts: True if each of its sets, which the blocks of its grids name under ``set``, has tables and figures
-            of its own.
         counts_labels: True if its report shows the labels of its sets.
         optimizer: The optimizer, for the report; empty if nothing is trained.
         late_imports: The modules that its runs import when they need them.
     """
 
     files: tuple[tuple[str, type[Strict]], ...]
-    presentation: str | None = None
     paper_columns: tuple[str, ...] = ()
-    shows_parts = False
     counts_labels = True
     optimizer = ""
     late_imports: tuple[str, ...] = ()
@@ -362,10 +365,6 @@ class Kind(ABC, Generic[D, E]):
     def excludable(self, tasks: Mapping[str, E]) -> Iterable[str]:
         """Return the sets that a suite may exclude."""
         return ()
-
-    def resources(self, resources: Resources, spec: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the resources of a run."""
-        return resources.model_dump()
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         """Check that a run can be spread over a number of processes, before any of them starts to work.

@@ -205,9 +205,12 @@ def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) 
         suites = benchmark.definition.suites
         if suite not in suites:
             raise DefinitionError(f"{benchmark.file}: 'suites' has no suite '{suite}'{did_you_mean(suite, suites)}")
-        kind = benchmark.kind  # looked up once, not for each of thousands of runs
-        for spec in kind.specs(benchmark, suite, exclude, specs_of):
-            yield replace(run_from_spec(spec), resources=kind.resources(suites[suite].resources, spec))
+        resources = suites[suite].resources.model_dump()
+        # a run that trains nothing takes one process and at most one GPU
+        fewer = {key: min(resources[key], 1) for key in ("gpu", "processes") if key in resources}
+        for spec in benchmark.kind.specs(benchmark, suite, exclude, specs_of):
+            reserved = resources if spec["learning_rate"] else resources | fewer
+            yield replace(run_from_spec(spec), resources=dict(reserved))
 
     return list({run.id: run for name in benchmark_names for run in runs_of(name)}.values())
 

@@ -192,7 +192,7 @@ class Suite:
         them.
         """
         loaded = load_benchmark(benchmark)
-        if not loaded.kind.shows_parts:
+        if not loaded.shows_parts:
             return []
         blocks = getattr(loaded.definition.suites.get(self.name), "grid", ())
         named = dict.fromkeys(name for block in blocks for name in block.set)
