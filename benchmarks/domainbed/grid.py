@@ -201,8 +201,8 @@ def _spec(
     check_frozen(training, method, where)
     if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
         raise DefinitionError(
-            f"{benchmark.file}: 'training.frozen_layers' is {settings.frozen_layers}, but images of '{point['set']}' are augmented anew "
-            "at every step, so that nothing "
+            f"{benchmark.file}: 'training.frozen_layers' is {settings.frozen_layers}, but images of "
+            f"'{point['set']}' are augmented anew at every step, so that nothing "
             "could be kept of them; set hparams.data_augmentation: false"
         )
     return {

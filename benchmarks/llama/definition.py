@@ -92,9 +92,9 @@ class InstructionTraining(Training):
     keep_weights: bool
     """Keep the trained weights, so that the run can be exported."""
     frozen_layers: Whole | None = zero_left_out()
-    """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output for a
-    row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method converts or
-    trains a layer below. 0, or left out: none."""
+    """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
+    for a row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method
+    converts or trains a layer below. 0, or left out: none."""
 
 
 class AskedTask(Strict):

@@ -195,7 +195,8 @@ def _spec(
         check_frozen(training, method, where)
         if tuning.quantize:
             raise DefinitionError(
-                f"{benchmark.file}: 'training.frozen_layers' does not go with weights in 4 bits ('quantize'); take one of them"
+                f"{benchmark.file}: 'training.frozen_layers' does not go with weights in 4 bits ('quantize'); take "
+                "one of them"
             )
     return {
         **benchmark.of_every_spec,

@@ -81,7 +81,7 @@ class ModularitySuite(TrainingSuite):
 
 
 class ModularityDefinition(TrainingDefinition):
-    """A benchmark that trains nothing: the neurons of pre-trained FFNs that fire, and the experts that tokens choose."""
+    """A benchmark that trains nothing: neurons of pre-trained FFNs that fire, and experts that tokens choose."""
 
     figures: dict[str, str]
     """The figures that it draws, each with its caption."""

@@ -61,7 +61,7 @@ class Mixture(Strict):
 
 
 class MultitaskTraining(Training):
-    """How a run is trained."""
+    """The training of a run; a suite may change the benchmark's."""
 
     epochs: Positive
     """Passes over the rows that `rows_per_epoch` leaves."""
@@ -163,15 +163,15 @@ class MultitaskSpec(RunSpec):
     protocol: Literal["clean"]
     """The selection of epoch and hyper-parameters: by rows that are not reported."""
     task: RunMixture
-    """What it is trained on."""
+    """The tasks that it is trained on."""
     ood: list[OtherTask]
-    """What it is evaluated on beside."""
+    """The other sets that it is evaluated on."""
     training: MultitaskTraining
-    """How it is trained."""
+    """The training."""
 
 
 class MultitaskKind(TextSets[MultitaskDefinition]):
-    """Encoder-decoder models that learn several tasks at once, as text from text, and are judged on each and on other sets."""
+    """Plan encoder-decoder models that learn several tasks at once and are evaluated on each and on other sets."""
 
     files = (("multitask", MultitaskDefinition),)
     paper_columns = ("domain", "method")
@@ -194,7 +194,8 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
                 raise DefinitionError(f"{where}methods.{name}' trains a part of the model; here everything is trained")
             if method.given().get("partition") == "coactivation":
                 raise DefinitionError(
-                    f"{where}methods.{name}' groups neurons by co-activation, for which no rows are read here; take kmeans, random or contiguous"
+                    f"{where}methods.{name}' groups neurons by co-activation, for which no rows are read here; "
+                    "take kmeans, random or contiguous"
                 )
 
     def task_titles(self, definition: MultitaskDefinition, tasks: Mapping[str, TaskEntry]) -> Mapping[str, str]:

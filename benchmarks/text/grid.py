@@ -87,14 +87,14 @@ class TextSets(Kind[D, TaskEntry]):
         task = tasks[name]
         expected, published = known_rows(task, part)
         try:
-            found = load_split(task.as_run(name), part)
+            split = load_split(task.as_run(name), part)
         except DataError as error:
             yield SetPart(name, part, None, expected=expected, advice=_advice(name, task, first_line(error)))
             return
-        labels = label_counts(found, task.labels)
+        labels = label_counts(split, task.labels)
         counted = counts_unlabelled(task)
         yield SetPart(
-            name, part, len(found), found.dropped, expected, labels, found.source, "", published, counts_dropped=counted
+            name, part, len(split), split.dropped, expected, labels, split.source, "", published, counts_dropped=counted
         )
 
 
@@ -173,7 +173,7 @@ class TextKind(TextSets[TextDefinition]):
 
     def settings(self, definition: TextDefinition, method: str) -> list[str]:
         is_ablation = resolve_methods(definition)[method].role == ABLATION
-        found: list[str] = []
+        variants: list[str] = []
         for part in definition.suites.values():
             for block in part.grid:
                 given = block.given()
@@ -182,18 +182,18 @@ class TextKind(TextSets[TextDefinition]):
                     varied = dict(zip(axes, values, strict=True))
                     # layers that all rows of a model have are said of none
                     other = variant_of({key: varied[key] for key in axes if key != "layers"})
-                    found += [variant_of(varied), other] if other or is_ablation else []
-        return [setting for setting in dict.fromkeys(found) if setting]
+                    variants += [variant_of(varied), other] if other or is_ablation else []
+        return [variant for variant in dict.fromkeys(variants) if variant]
 
     def offer(self, benchmark: Benchmark[TextDefinition, TaskEntry], suite: str) -> Offer:
-        found = super().offer(benchmark, suite)
-        transformed = {name for name, row in benchmark.definition.transformed.items() if row.trained in found.methods}
-        found = replace(found, methods=found.methods | transformed)
+        offer = super().offer(benchmark, suite)
+        transformed = {name for name, row in benchmark.definition.transformed.items() if row.trained in offer.methods}
+        offer = replace(offer, methods=offer.methods | transformed)
         # claims need the scores of all methods that the suite runs
         return (
-            found
+            offer
             if benchmark.settings("training", suite).evaluate_ood is True
-            else replace(found, domains=found.domains - {OOD, OOD_MEAN})
+            else replace(offer, domains=offer.domains - {OOD, OOD_MEAN})
         )
 
 
@@ -216,7 +216,7 @@ def transformed_rows(
     check_rows(definition, str(file))
     resolved = resolve_methods(definition)
     usual = [name for name, method in resolved.items() if method.role != ABLATION]
-    found: dict[str, Method] = {}
+    rows: dict[str, Method] = {}
     for name, row in transformed.items():
         where = f"{file}: 'transformed.{name}"
         check_names(where, "trained", [row.trained], usual)
@@ -225,8 +225,8 @@ def transformed_rows(
         if name in definition.methods:
             raise DefinitionError(f"{where}' has the name of a method; give it another")
         trained = definition.methods[row.trained].given()
-        found[name] = Method(**{"method": row.trained, **trained, "title": row.title, "role": ABLATION})
-    return found
+        rows[name] = Method(**{"method": row.trained, **trained, "title": row.title, "role": ABLATION})
+    return rows
 
 
 def _check_transformed(trained: Method, used_as: Method, where: str) -> None:

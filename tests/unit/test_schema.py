@@ -152,7 +152,7 @@ def test_every_yaml_file_names_a_schema_that_editors_can_read(tmp_path, monkeypa
             kind = kind_name(file.parent.name, yaml.safe_load(file.read_text(encoding="utf-8")))
             assert named.name == f"{kind}.schema.json"
     described = written["config.schema.json"]["properties"]["benchmarks"]["description"]
-    assert described == "Which benchmarks to run, in the order of the report."
+    assert described == "Benchmarks to run, in the order of the report."
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 
 class Resources(Strict):
-    """What the scheduler reserves for one run."""
+    """Reservations of the scheduler for one run."""
 
     threads: Count = 1
     """CPU threads of one run."""
@@ -75,16 +75,16 @@ class SuitePart(Strict):
     """One suite's part of a benchmark."""
 
     resources: Resources = Resources()
-    """What the scheduler reserves for one run."""
+    """Reservations of the scheduler for one run."""
     note: str | None = left_out()
     """A sentence for the report: how far the suite is from the paper's experiment."""
 
 
 class Definition(Strict):
-    """What every benchmark.yaml says."""
+    """The keys of every benchmark.yaml."""
 
     kind: str | None = left_out()
-    """The folder of benchmarks/ whose grid.py says what the runs are; this one's own where it has one, else text."""
+    """The folder of benchmarks/ whose grid.py plans the runs; if left out, this folder if it has one, else text."""
     version: Count
     """Part of every run's identity. Raise it when the same settings would give other numbers, or more of them."""
     title: str
@@ -98,11 +98,11 @@ class Definition(Strict):
     paper: str | None = None
     """CSV with published numbers, in the benchmark's folder; null where there are none."""
     suites: Mapping[str, SuitePart]
-    """What to run, by suite."""
+    """Runs by suite."""
 
 
 class TrainingSuite(SuitePart):
-    """What one suite says of a benchmark that trains models by methods."""
+    """One suite's part of a benchmark that trains models by methods."""
 
     method_defaults: dict[str, Method] = Field({})
     """Settings of methods that leave them open, by their kind; before the benchmark's."""
@@ -111,7 +111,7 @@ class TrainingSuite(SuitePart):
 
 
 class MethodsDefinition(Definition):
-    """What a benchmark says that compares methods."""
+    """The keys of a benchmark that compares methods."""
 
     baseline: str
     """The method that differences are taken against."""
@@ -123,10 +123,10 @@ class MethodsDefinition(Definition):
 
 
 class TrainingDefinition(MethodsDefinition):
-    """What a benchmark says that trains models by methods."""
+    """The keys of a benchmark that trains models by methods."""
 
     suites: Mapping[str, TrainingSuite]
-    """What to run, by suite."""
+    """Runs by suite."""
 
 
 ALL = "all"  # the one part of a set that is read as a whole
@@ -215,11 +215,11 @@ class PublishedRows(Strict):
     """Another number of rows that the paper's authors score."""
 
     rows: Count
-    """How many."""
+    """Number of rows."""
     of: str
-    """Who says so."""
+    """Source of that number."""
     why: str
-    """Why they differ."""
+    """Reason for the difference."""
 
 
 @dataclass(frozen=True)
@@ -502,8 +502,8 @@ def find_kind(name: str) -> Kind[Any, Any]:
     """
     if name not in kind_names():
         raise DefinitionError(f"'kind' is {name!r}{did_you_mean(name, kind_names())}")
-    found: Kind[Any, Any] = importlib.import_module(f"benchmarks.{name}.grid").KIND
-    return found
+    kind: Kind[Any, Any] = importlib.import_module(f"benchmarks.{name}.grid").KIND
+    return kind
 
 
 def usual_kind(benchmark: str) -> str:

@@ -59,9 +59,8 @@ class Tuning:
     """Define one way of tuning.
 
     Attributes:
-        parameters: gives the names of the parameters of a model that are trained; it is called with the model,
-            converted and
-            with its adapters, and the ``layers`` of the method.
+        parameters: The function that names the trained parameters of a model; its arguments are the model, converted
+            and with its adapters, and the ``layers`` of the method.
         needs_layers: True if a method with this tuning must give ``layers``; else the function gets ``None``.
     """
 
@@ -108,8 +107,8 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
     """
     if name is None or name == "blocks":  # which has a key of its own
         return {"blocks": layers if name else [], "also": list(also)}
-    found = {"blocks": [], "also": list(also), "tuning": name}
-    return found | ({"layers": layers} if needs_layers(name) else {})
+    tune = {"blocks": [], "also": list(also), "tuning": name}
+    return tune | ({"layers": layers} if needs_layers(name) else {})
 
 
 def is_below(name: str, modules: Iterable[str]) -> bool:
@@ -129,7 +128,7 @@ def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
 def block_of(ffn: str) -> str:
     """Return the path of the block of an FFN: its own up to the last number."""
     parts = ffn.split(".")
-    last = max(place for place, part in enumerate(parts) if part.isdigit())
+    last = max(number for number, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: last + 1])
 
 
@@ -246,7 +245,7 @@ class Method(AsGiven):
     """
 
     method: str | None = None
-    """Of a benchmark's row: the name in methods.yaml, if the row has another one."""
+    """Name in methods.yaml of a benchmark's row, if the row has another name."""
     title: str = left_out()
     """Label in tables and figures."""
     kind: Literal["dense", "emoe", "gmoe"] = left_out()
@@ -389,7 +388,7 @@ _TOP_K = {"top_k", "top_k_fraction"}  # two forms of one setting: each replaces 
 
 
 class MethodFile(Strict):
-    """What methods are; a method is data, not code."""
+    """The definitions of methods; a method is data, not code."""
 
     plugins: Plugins = Field([])
     """Python modules that register routers (emoe.register_router) or tunings (register_tuning); every process of the

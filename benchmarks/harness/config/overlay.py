@@ -4,7 +4,7 @@ These rules are no merge:
 
 - ``top_k`` and ``top_k_fraction`` replace each other (:func:`benchmarks.harness.config.methods.merge_methods`).
 - ``partition_seed: run`` is the run's seed (:func:`benchmarks.harness.config.methods.method_config`).
-- ``by_model`` is a layer of its own, after the suite's (:func:`benchmarks.harness.config.benchmark.Benchmark.settings`).
+- ``by_model`` is a layer after the suite's (:func:`benchmarks.harness.config.benchmark.Benchmark.settings`).
 - The epochs of a task, of a row, and the rows that choose (:func:`benchmarks.text.grid.run_training`).
 - An untrained model has no training settings (:mod:`benchmarks.llama.grid`).
 - A set of images has its own ``eval_every``, a draw its own hyper-parameters (:mod:`benchmarks.domainbed.grid`).
