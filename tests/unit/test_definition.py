@@ -159,6 +159,11 @@ def test_a_plan_that_cannot_run_is_refused_before_it_starts(changed, path, value
         ),
         ("suites.mini.training.validation_fraction", 0, "clean runs need rows to choose by"),
         ("training.by_model", {"gpt2-x": {"batch_size": 8}}, "did you mean 'gpt2-xl'"),
+        (
+            "training.by_model",
+            {"gpt2-xl": {"epoch": 8}},
+            r"'training\.by_model\.gpt2-xl\.epoch'; did you mean 'epochs'",
+        ),
         ("training.epochs", "2", r"'training\.epochs' is '2', but must be number"),
         ("pipeline", "benchmarks.gleu.pipeline", r"did you mean 'benchmarks\.glue\.pipeline'"),
         ("paper", "papers.csv", r"'paper' is 'papers\.csv', which does not exist; did you mean 'paper\.csv'"),

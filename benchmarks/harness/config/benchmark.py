@@ -179,7 +179,8 @@ class Benchmark(Generic[D_co, E_co]):
         layers: list[Layer] = [((key,), usual.model_dump(exclude_unset=True)), (at, changes)]
         by_model = merge(*(values for _, values in layers)).get("by_model") or {}
         if model is not None and model in by_model:
-            layers.append(((*at, "by_model", model), by_model[model]))
+            origin = at if model in (changes.get("by_model") or {}) else (key,)
+            layers.append(((*origin, "by_model", model), by_model[model]))
         return overlay(type(usual), str(self.file), *layers)
 
     @property
@@ -572,8 +573,12 @@ def check_settings(benchmark: AnyBenchmark) -> None:
             if any(isinstance(mark, Changes) for mark in field.metadata):
                 by_model = getattr(benchmark.settings(key, suite), "by_model", None) or {}
                 check_names(f"{benchmark.file}: 'suites.{suite}.{key}", "by_model", by_model, load_models())
-                for model in by_model:
+                for model, settings in by_model.items():
                     benchmark.settings(key, suite, model)
+                    if "by_model" in settings:
+                        raise DefinitionError(
+                            f"{benchmark.file}: 'suites.{suite}.{key}.by_model.{model}' has a by_model"
+                        )
 
 
 # as it is loaded by name, whatever its kind
