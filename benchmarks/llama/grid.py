@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -76,21 +76,17 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
         definition = benchmark.definition
         methods, tunings = resolve_methods(definition, suite), _tunings(benchmark, suite)
         usual = {key: benchmark.settings(key, suite).model_dump() for key in ("data", "evaluation")}
-        for number, block in enumerate(definition.suites[suite].grid):
-            where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            check_names(where, "model", block.model, model_names("language"))
-            check_names(where, "set", block.set, benchmark.tasks)
-            check_names(where, "method", block.method, methods)
-            check_names(where, "finetuning", block.finetuning, tunings)
-            given = block.model_dump()
-            axes = {key: given[key] for key in _AXES if key in given}
-            sets = [name for name in block.set if name not in exclude]
-            training = {model: benchmark.settings("training", suite, model) for model in block.model}
-            names = itertools.product(block.model, sets, block.finetuning, block.method)
-            for (model, name, tuning, method), values in itertools.product(names, itertools.product(*axes.values())):
-                point = {"model": model, "set": name, "finetuning": tuning, "method": method}
-                point |= dict(zip(axes, values, strict=True))
-                yield _spec(benchmark, usual, training[model], methods, tunings[tuning], point, where)
+        names = {
+            "model": model_names("language"),
+            "set": benchmark.tasks,
+            "finetuning": tunings,
+            "method": methods,
+        }
+        training = functools.cache(functools.partial(benchmark.settings, "training", suite))
+        for where, point in benchmark.grid_points(suite, names, (*names, *_AXES)):
+            if point["set"] not in exclude:
+                tuning = tunings[point["finetuning"]]
+                yield _spec(benchmark, usual, training(point["model"]), methods, tuning, point, where)
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         read = InstructionSpec.model_validate(spec)

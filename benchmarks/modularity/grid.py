@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -142,34 +141,27 @@ class ModularityKind(TextSets[ModularityDefinition]):
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
         definition, methods = benchmark.definition, resolve_methods(benchmark.definition, suite)
-        part = definition.suites[suite]
-        tasks = [name for name in part.tasks if name not in exclude]
+        tasks = [name for name in definition.suites[suite].tasks if name not in exclude]
         if len(tasks) < 2:
             raise DefinitionError(f"{benchmark.file}: 'suites.{suite}.tasks' needs two tasks that are not excluded")
         first, *others = (benchmark.tasks[name].spec(name) for name in tasks)
         reading = benchmark.settings("reading", suite).model_dump()
-        for number, block in enumerate(part.grid):
-            where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            check_names(where, "model", block.model, model_names(None))
-            check_names(where, "method", block.method, methods)
-            given = block.model_dump()
-            axes = [key for key in ("model", "method", *VARIANT_KEYS, "seed") if key in given]
-            for values in itertools.product(*(given[key] for key in axes)):
-                point = dict(zip(axes, values, strict=True))
-                method = method_spec(methods, point, point["seed"], None, where)
-                layers = method["config"]["layers"]
-                if not isinstance(layers, list) or len(layers) != 1:
-                    raise DefinitionError(f"{where}.layers' must be lists of one layer each: [[5]], not {layers}")
-                yield {
-                    **benchmark.of_every_spec,
-                    "model": load_models()[point["model"]].spec(point["model"]),
-                    "task": first,
-                    "ood": others,
-                    "method": method,
-                    "reading": reading,
-                    "learning_rate": 0.0,
-                    "seed": point["seed"],
-                }
+        names = {"model": model_names(None), "method": methods}
+        for where, point in benchmark.grid_points(suite, names, (*names, *VARIANT_KEYS, "seed")):
+            method = method_spec(methods, point, point["seed"], None, where)
+            layers = method["config"]["layers"]
+            if not isinstance(layers, list) or len(layers) != 1:
+                raise DefinitionError(f"{where}.layers' must be lists of one layer each: [[5]], not {layers}")
+            yield {
+                **benchmark.of_every_spec,
+                "model": load_models()[point["model"]].spec(point["model"]),
+                "task": first,
+                "ood": others,
+                "method": method,
+                "reading": reading,
+                "learning_rate": 0.0,
+                "seed": point["seed"],
+            }
 
 
 KIND = ModularityKind()

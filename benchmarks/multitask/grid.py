@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,7 +48,6 @@ from emoe.errors import EMoEError
 
 ID_MEAN = "id_mean"  # the mean of a run's scores over its tasks
 _SCORES = Domain(("score",), selections=(CLEAN,))
-_AXES = ("model", "mixture", "method", *VARIANT_KEYS, "learning_rate", "seed")
 
 
 class Mixture(Strict):
@@ -218,38 +217,29 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
         definition, methods = benchmark.definition, resolve_methods(benchmark.definition, suite)
-        part, place = definition.suites[suite], f"{benchmark.file}: 'suites.{suite}"
         mixtures = definition.mixtures | {
             name: Mixture(title=task.title, tasks=[name]) for name, task in benchmark.tasks.items()
         }
-        for number, block in enumerate(part.grid):
-            where = f"{place}.grid[{number}]"
-            check_names(where, "model", block.model, model_names("seq2seq"))
-            check_names(where, "mixture", block.mixture, mixtures)
-            check_names(where, "method", block.method, methods)
-            for name in block.mixture:
-                _check_tasks(where, "mixture", mixtures[name].tasks, benchmark.tasks)
-            training = {model: benchmark.settings("training", suite, model) for model in block.model}
-            given = block.model_dump()
-            axes = [key for key in _AXES if key in given]
-            for values in itertools.product(*(given[key] for key in axes)):
-                point = dict(zip(axes, values, strict=True))
-                names = mixtures[point["mixture"]].tasks
-                yield {
-                    **benchmark.of_every_spec,
-                    "protocol": CLEAN,
-                    "model": load_models()[point["model"]].spec(point["model"]),
-                    "task": {"name": point["mixture"], "tasks": [_written(benchmark, name) for name in names]},
-                    "ood": [
-                        benchmark.tasks[other].spec(other) | {"read_as": name}
-                        for other, name in _others(benchmark.tasks, names).items()
-                        if other not in exclude
-                    ],
-                    "method": method_spec(methods, point, point["seed"], None, where),
-                    "training": training[point["model"]].spec(),
-                    "learning_rate": float(point["learning_rate"]),
-                    "seed": point["seed"],
-                }
+        names = {"model": model_names("seq2seq"), "mixture": mixtures, "method": methods}
+        training = functools.cache(functools.partial(benchmark.settings, "training", suite))
+        for where, point in benchmark.grid_points(suite, names, (*names, *VARIANT_KEYS, "learning_rate", "seed")):
+            tasks = mixtures[point["mixture"]].tasks
+            _check_tasks(where, "mixture", tasks, benchmark.tasks)
+            yield {
+                **benchmark.of_every_spec,
+                "protocol": CLEAN,
+                "model": load_models()[point["model"]].spec(point["model"]),
+                "task": {"name": point["mixture"], "tasks": [_written(benchmark, name) for name in tasks]},
+                "ood": [
+                    benchmark.tasks[other].spec(other) | {"read_as": name}
+                    for other, name in _others(benchmark.tasks, tasks).items()
+                    if other not in exclude
+                ],
+                "method": method_spec(methods, point, point["seed"], None, where),
+                "training": training(point["model"]).spec(),
+                "learning_rate": float(point["learning_rate"]),
+                "seed": point["seed"],
+            }
 
 
 KIND = MultitaskKind()

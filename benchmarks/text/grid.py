@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -151,25 +152,17 @@ class TextKind(TextSets[TextDefinition]):
         methods = resolve_methods(benchmark.definition, suite)
         trained = [name for name in methods if name not in benchmark.definition.transformed]
         trainable = [name for name, task in benchmark.tasks.items() if task.splits.train and task.splits.dev]
-        for number, block in enumerate(benchmark.definition.suites[suite].grid):
-            where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            check_names(where, "model", block.model, model_names(None))
-            check_names(where, "task", block.task, trainable)
-            check_names(where, "method", block.method, trained)
-            given = block.model_dump()
-            usual = [name for name in block.method if methods[name].role != ABLATION]
-            for key in OF_TRAINING if usual else ():
-                if given.get(key):
+        names = {"model": model_names(None), "task": trainable, "method": trained}
+        training = functools.cache(functools.partial(benchmark.settings, "training", suite))
+        made: dict[str, dict[str, Any]] = {}
+        for where, point in benchmark.grid_points(suite, names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
+            for key in OF_TRAINING:
+                if key in point and methods[point["method"]].role != ABLATION:
                     raise DefinitionError(
-                        f"{where}.{key}' varies '{usual[0]}', whose runs would compete with those that are trained as "
-                        f"usual; take a row with role: {ABLATION}"
+                        f"{where}.{key}' varies '{point['method']}', whose runs would compete with those that are "
+                        f"trained as usual; take a row with role: {ABLATION}"
                     )
-            axes = [key for key in ("model", "task", "method", *VARIANT_KEYS, *_OTHER_AXES) if key in given]
-            training = {model: benchmark.settings("training", suite, model) for model in block.model}
-            made: dict[str, dict[str, Any]] = {}
-            for values in itertools.product(*(given[key] for key in axes)):
-                point = dict(zip(axes, values, strict=True))
-                yield _spec(benchmark, training[point["model"]], methods, point, where, exclude, made)
+            yield _spec(benchmark, training(point["model"]), methods, point, where, exclude, made)
 
     def settings(self, definition: TextDefinition, method: str) -> list[str]:
         is_ablation = resolve_methods(definition)[method].role == ABLATION
@@ -308,7 +301,7 @@ def _spec(
     exclude: Collection[str],
     made: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Build a run's spec; ``made`` caches the methods of its block, which thousands of runs share."""
+    """Build a run's spec; ``made`` caches the methods, which thousands of runs share."""
     task = benchmark.tasks[point["task"]]
     protocol = _protocol(task, point, where)
     training = run_training(settings, task, point, protocol)

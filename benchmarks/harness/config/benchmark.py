@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -182,6 +183,28 @@ class Benchmark(Generic[D_co, E_co]):
             origin = at if model in (changes.get("by_model") or {}) else (key,)
             layers.append(((*origin, "by_model", model), by_model[model]))
         return overlay(type(usual), str(self.file), *layers)
+
+    def grid_points(
+        self, suite: str, names: Mapping[str, Collection[str]], axes: Iterable[str]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the points of a suite's grid, each after its block's place in the file.
+
+        Args:
+            suite: The name of the suite.
+            names: The valid names by key of a block.
+            axes: The keys of a point, the slowest first; a block may lack some.
+
+        Raises:
+            DefinitionError: A name does not exist.
+        """
+        part: Any = self.definition.suites[suite]
+        for number, block in enumerate(part.grid):
+            where, values = f"{self.file}: 'suites.{suite}.grid[{number}]", block.model_dump()
+            for key, known in names.items():
+                check_names(where, key, values[key], known)
+            keys = [key for key in axes if key in values]
+            for point in itertools.product(*(values[key] for key in keys)):
+                yield where, dict(zip(keys, point, strict=True))
 
     @property
     def evaluates(self) -> str | None:
