@@ -1,13 +1,14 @@
-"""What the files of a benchmark of domain generalisation say: how it trains, what its suites run, and its image sets."""
+"""Define the files of a benchmark of domain generalisation: training, suites and image sets."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.benchmark import Entry, Precision, TrainingDefinition, TrainingSettings, TrainingSuite
+from benchmarks.harness.config.benchmark import Entry, Precision, Training, TrainingDefinition, TrainingSuite
 from benchmarks.harness.config.methods import LoRA, VariantAxes
+from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
     UNIQUE,
@@ -16,7 +17,6 @@ from benchmarks.harness.config.yaml import (
     Key,
     Names,
     NotNegative,
-    PartOf,
     Positive,
     Rate,
     Strict,
@@ -40,8 +40,10 @@ class HParams(Strict):
     """Augment the training environments."""
 
 
-class ImageTraining(Strict):
-    """How a run is trained."""
+class ImageTraining(Training):
+    """The training of a run; a suite may change the benchmark's."""
+
+    in_no_spec: ClassVar = {"by_model", "registry", "hparams"}
 
     steps: Count
     """Steps."""
@@ -52,7 +54,7 @@ class ImageTraining(Strict):
     eval_rows: Count | None
     """Images of every split that are evaluated: its first ones, the split being shuffled. null for all."""
     evaluate: Literal["all", "needed"]
-    """Which splits are evaluated: all, as DomainBed does, or only those that a selection or a table reads (not the *in*
+    """Evaluated splits: all, as DomainBed does, or only the splits that a selection or a table reads (not the *in*
     splits of training environments).
     """
     image_size: Annotated[int, Field(ge=14)]
@@ -64,7 +66,7 @@ class ImageTraining(Strict):
     drop_path: Rate
     """Rate of stochastic depth."""
     truncated: Literal["refuse", "load"]
-    """What to do with an image file that ends early: refuse the set, or fill what is missing, as DomainBed does."""
+    """Treatment of an image file that ends early: refuse the set, or fill the missing part, as DomainBed does."""
     precision: Precision
     """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
     lora: LoRA | None
@@ -74,17 +76,10 @@ class ImageTraining(Strict):
     row is computed once and kept
     (`resources/prefixes/`). Adapters then sit only in the layers above, and no method converts or trains a layer below.
     0, or left out: none. Only for images that are not augmented."""
-
-
-class ImageTrainingSettings(ImageTraining, TrainingSettings):
-    """How every run of the benchmark is trained; a suite may set its own."""
-
-    registry: Literal["domainbed", "emoe"]
-    """Whose default hyper-parameters and random draws: DomainBed's, or those of the EMoE authors' fork."""
-    hparams: HParams
-    """Hyper-parameters that are set by hand, over default and random ones."""
-    by_model: dict[str, Annotated[Strict, PartOf(ImageTraining)]] = Field({})
-    """Settings of single models."""
+    registry: Literal["domainbed", "emoe"] | None = left_out()
+    """Origin of default hyper-parameters and random draws: DomainBed, or the EMoE authors' fork; in no run's spec."""
+    hparams: HParams | None = left_out()
+    """Hyper-parameters that are set by hand, over default and random ones; a run has them in its own `hparams`."""
 
 
 class ImageBlock(VariantAxes):
@@ -100,7 +95,7 @@ class ImageBlock(VariantAxes):
         Literal["single", "all"]
         | Annotated[list[Annotated[list[str], Field(min_length=1, max_length=2), UNIQUE]], Field(min_length=1)]
     )
-    """Which environments are held out: lists of names; `single` is each by itself, `all` is also every pair, which
+    """Environments that are held out: lists of names; `single` is each by itself, `all` is also every pair, which
     leave-one-domain-out selection needs.
     """
     hparams_seed: Wholes
@@ -112,7 +107,7 @@ class ImageBlock(VariantAxes):
 class ImageSuite(TrainingSuite):
     """One suite's part of the benchmark."""
 
-    training: Annotated[Strict, PartOf(ImageTrainingSettings)] = Strict()
+    training: Annotated[dict[str, Any], Changes(ImageTraining)] = Field({})
     """Settings that differ in this suite."""
     grid: Annotated[list[ImageBlock], Field(min_length=1)]
     """Blocks of runs; each is the product of its lists."""
@@ -132,14 +127,14 @@ class ImageDefinition(TrainingDefinition):
     """The tables of each set."""
     set_figures: dict[str, str]
     """The figures of each set, with their captions."""
-    training: ImageTrainingSettings
-    """How every run of the benchmark is trained; a suite may set its own."""
+    training: ImageTraining
+    """The training of every run; a suite may change it."""
     suites: dict[Key, ImageSuite]
-    """What to run, by suite."""
+    """Runs by suite."""
 
 
 class ImageSource(AsGiven):
-    """Where images come from."""
+    """Source of the images."""
 
     folder: str | None = None
     """Name of the set's folder below data_root, in DomainBed's layout `<environment>/<class>/<image>`."""
@@ -150,7 +145,7 @@ class ImageSource(AsGiven):
     mnist: Literal["rotated", "colored"] | None = None
     """MNIST digits, turned or coloured by DomainBed's definitions."""
     digits: Literal["all", "package"] | None = None
-    """Which digits: all 70,000 (`MNIST/raw` below data_root), or the 5,000 that ship inside a package."""
+    """Digits: all 70,000 (`MNIST/raw` below data_root), or the 5,000 that ship inside a package."""
 
     def model_post_init(self, _context: Any, /) -> None:
         self.need_one_of("folder", "mnist")
@@ -159,12 +154,12 @@ class ImageSource(AsGiven):
 
 
 class ImageTask(Strict):
-    """What of an image set shapes a run's numbers."""
+    """The part of an image set that shapes a run's numbers."""
 
     domainbed: str
     """DomainBed's name of the set, by which it seeds and draws; another set's own."""
     source: ImageSource
-    """Where images come from."""
+    """Source of the images."""
 
 
 class RunSet(ImageTask):
@@ -184,21 +179,21 @@ class SetEntry(ImageTask, Entry):
     environments: Annotated[dict[str, str | int | float], Field(min_length=3)]
     """Short names in DomainBed's order, each with what it is called on disk: a folder, an angle, a probability."""
     unit: str = ""
-    """Of the environments' names, where they are numbers: readers see it behind them."""
+    """Unit of the environments' names if they are numbers; readers see it behind them."""
     eval_every: Count
     """Steps between evaluations in DomainBed."""
     images: Count | None = left_out()
     """Images in all as its makers count them."""
     download_instructions: str
-    """Where the set comes from."""
+    """Instructions to download the set."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """What of the set shapes a run's numbers, with its name."""
-        found = self.model_dump(include=set(ImageTask.model_fields))
-        return {"name": name, **found, "environments": [list(pair) for pair in self.environments.items()]}
+        """Return the part of the set that shapes a run's numbers, with its name."""
+        values = self.model_dump(include=set(ImageTask.model_fields))
+        return {"name": name, **values, "environments": [list(pair) for pair in self.environments.items()]}
 
     def as_run(self, name: str) -> RunSet:
-        """The set as a run reads it."""
+        """Return the set as a run reads it."""
         return RunSet.model_validate(self.spec(name))
 
 
@@ -225,22 +220,22 @@ class RunHParams(AsGiven):
     vit_dropout: Rate | None = None
     """Dropout in front of the head; not every registry has it."""
     resnet18: bool
-    """Of a ResNet."""
+    """Setting of a ResNet."""
     resnet_dropout: Rate
-    """Of a ResNet."""
+    """Setting of a ResNet."""
     nonlinear_classifier: bool
-    """Of a ResNet."""
+    """Setting of a ResNet."""
 
 
 class RunImageTraining(ImageTraining):
-    """How a run is trained, its set's own steps filled in."""
+    """The training of a run, with the evaluation steps of its set."""
 
     eval_every: Count
     """Steps between evaluations."""
 
 
 class ImageSpec(RunSpec):
-    """What shapes the numbers of a run that trains an image classifier."""
+    """The settings that shape the numbers of a run that trains an image classifier."""
 
     task: RunSet
     """The set."""
@@ -255,6 +250,6 @@ class ImageSpec(RunSpec):
     sweep: str
     """Digest of what a method's runs have in common."""
     training: RunImageTraining
-    """How it is trained."""
+    """The training."""
     data_seed: int
     """Splits and draws of DomainBed's data."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.domainbed.definition import ImageDefinition, ImageTraining, ImageTrainingSettings, SetEntry, SetFile
+from benchmarks.domainbed.definition import ImageDefinition, ImageTraining, SetEntry, SetFile
 from benchmarks.domainbed.protocol import BASELINE, SELECTIONS, held_out_combinations, hyper_parameters, sweep_seed
 from benchmarks.harness.base import IMAGES, DataError, DefinitionError, first_line
 from benchmarks.harness.config.benchmark import (
@@ -21,8 +21,7 @@ from benchmarks.harness.config.benchmark import (
     SetPart,
     WholeSets,
     missing_set,
-    suite_methods,
-    training_settings,
+    resolve_methods,
 )
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.methods import VARIANT_KEYS, Method, check_frozen, method_spec
@@ -95,7 +94,6 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
 
     files = (("domainbed", ImageDefinition), ("image_sets", SetFile))
     paper_columns = ("model", "set", "method", "selection")
-    shows_parts = True
     optimizer = "Adam, constant rate, no clipping"
     late_imports = ("timm",)
 
@@ -110,12 +108,13 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        methods = suite_methods(benchmark, suite)
+        methods = resolve_methods(benchmark.definition, suite)
         for number, block in enumerate(benchmark.definition.suites[suite].grid):
             where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
             check_names(where, "model", block.model, model_names("image"))
             check_names(where, "set", block.set, benchmark.tasks)
             check_names(where, "method", block.method, methods)
+            training = {model: benchmark.settings("training", suite, model) for model in block.model}
             for model, name, method in itertools.product(block.model, block.set, block.method):
                 if name in exclude:
                     continue
@@ -125,16 +124,11 @@ class DomainsKind(WholeSets[ImageDefinition, SetEntry]):
                 axes = {key: given[key] for key in _AXES if key in given}
                 for values in itertools.product(*axes.values()):
                     point = {"model": model, "set": name, "method": method, **dict(zip(axes, values, strict=True))}
-                    yield _spec(benchmark, suite, methods, point, where)
+                    yield _spec(benchmark, training[model], methods, point, where)
 
-    def check(self, definition: ImageDefinition, tasks: Mapping[str, SetEntry], folder: Path) -> None:
-        if definition.published_costs:
-            where = f"{folder / 'benchmark.yaml'}: '"
-            check_file(where, "published_costs", definition.published_costs, folder, COST_COLUMNS)
-
-    def published_files(self, definition: ImageDefinition) -> list[str]:
-        costs = definition.published_costs
-        return [*super().published_files(definition), *([costs] if costs else [])]
+    def check(self, benchmark: Benchmark[ImageDefinition, SetEntry]) -> None:
+        if costs := benchmark.definition.published_costs:
+            check_file(f"{benchmark.file}: '", "published_costs", costs, benchmark.folder, COST_COLUMNS)
 
     def compared_domains(self, definition: ImageDefinition) -> Mapping[str, Domain]:
         return {"held_out": Domain(("accuracy",), "trial", tuple(SELECTIONS)), "model": COUNTS}
@@ -190,25 +184,25 @@ def _held_out(asked: str | list[list[str]], environments: list[str], where: str)
 
 def _spec(
     benchmark: Benchmark[ImageDefinition, SetEntry],
-    suite: str,
+    settings: ImageTraining,
     methods: Mapping[str, Method],
     point: Mapping[str, Any],
     where: str,
 ) -> dict[str, Any]:
     task, trial, draw = benchmark.tasks[point["set"]], point["trial"], point["hparams_seed"]
-    definition, changes = benchmark.definition, benchmark.definition.suites[suite].training
-    place = f"{benchmark.file}: 'suites.{suite}.training"
-    settings = training_settings(definition.training, changes, point["model"], place)
-    drawn = hyper_parameters(settings.registry, task.domainbed, draw, trial)
-    hparams = {**drawn, **settings.hparams.model_dump()}
-    training = settings.model_dump(include=set(ImageTraining.model_fields))
-    training["eval_every"] = settings.eval_every or task.eval_every
+    if settings.registry is None or settings.hparams is None:
+        raise DefinitionError(f"{benchmark.file}: 'training' needs the keys 'registry' and 'hparams'")
+    hparams = {
+        **hyper_parameters(settings.registry, task.domainbed, draw, trial),
+        **settings.hparams.model_dump(),
+    }
+    training = settings.spec() | {"eval_every": settings.eval_every or task.eval_every}
     method = method_spec(methods, point, trial, settings.lora, where)
     check_frozen(training, method, where)
     if settings.frozen_layers and hparams["data_augmentation"] and not task.source.mnist:
         raise DefinitionError(
-            f"{place}.frozen_layers' is {settings.frozen_layers}, but images of '{point['set']}' are augmented anew "
-            "at every step, so that nothing "
+            f"{benchmark.file}: 'training.frozen_layers' is {settings.frozen_layers}, but images of "
+            f"'{point['set']}' are augmented anew at every step, so that nothing "
             "could be kept of them; set hparams.data_augmentation: false"
         )
     return {
@@ -220,7 +214,7 @@ def _spec(
         "test_envs": list(point["test_envs"]),
         "hparams_seed": draw,
         "hparams": hparams,
-        "sweep": _sweep(definition.version, methods[point["method"]], settings),
+        "sweep": _sweep(benchmark.definition.version, methods[point["method"]], settings),
         "training": training,
         "learning_rate": float(hparams["lr"]),
         # one for all methods, so that they see the same digits: that of DomainBed's own baseline
@@ -229,7 +223,7 @@ def _spec(
     }
 
 
-def _sweep(version: int, method: Method, training: ImageTrainingSettings) -> str:
+def _sweep(version: int, method: Method, training: ImageTraining) -> str:
     """Hash the settings that a method's runs share over all sets, draws, trials and held-out environments."""
     settings = [method.model_dump(exclude={"title", "role"}), training.model_dump(exclude={"by_model"})]
     text = json.dumps([version, *settings], sort_keys=True)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from benchmarks.harness.config.benchmark import Definition, MethodsDefinition, SuitePart
+from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
-from benchmarks.harness.config.yaml import UNIQUE, Count, Key, PartOf, Strict, left_out
+from benchmarks.harness.config.yaml import UNIQUE, Count, Key, Strict, left_out
 from benchmarks.text.definition import Ablated, Protocol, RunTask
 
 
 class Evaluation(Strict):
-    """How every set is evaluated; a suite may set its own."""
+    """The evaluation of every set; a suite may change it."""
 
     batch_size: Count
     """Rows of a batch."""
@@ -26,7 +27,7 @@ class Evaluation(Strict):
 class EvaluationSuite(SuitePart):
     """One suite's part of the benchmark."""
 
-    evaluation: Annotated[Strict, PartOf(Evaluation)] = Strict()
+    evaluation: Annotated[dict[str, Any], Changes(Evaluation)] = Field({})
     """Settings that differ in this suite."""
 
 
@@ -41,9 +42,9 @@ class EvaluationFile(Definition, Ablated):
     ranked: Annotated[list[str], Field(min_length=2), UNIQUE]
     """Methods that are ranked together; a rank means something among them only."""
     evaluation: Evaluation
-    """How every set is evaluated; a suite may set its own."""
+    """The evaluation of every set; a suite may change it."""
     suites: dict[Key, EvaluationSuite]
-    """What to run, by suite; every run of the other benchmark in that suite takes part."""
+    """Runs by suite; every run of the other benchmark in that suite takes part."""
 
 
 class EvaluationDefinition(EvaluationFile, MethodsDefinition):
@@ -51,17 +52,17 @@ class EvaluationDefinition(EvaluationFile, MethodsDefinition):
 
 
 class EvaluationSpec(RunSpec):
-    """What shapes the numbers of a run that evaluates one of another benchmark."""
+    """The settings that shape the numbers of a run that evaluates a run of another benchmark."""
 
     protocol: Protocol
-    """What chose among the candidates."""
+    """The protocol that chose among the candidates."""
     task: RunTask
-    """What they were trained on."""
+    """The task that they were trained on."""
     ood: list[RunTask]
-    """What the chosen one is evaluated on beside."""
+    """The other sets that the chosen run is evaluated on."""
     transform: Literal["dense", "emoe"] | None = left_out()
-    """What its model is made before, by ``method.config``; left out: nothing, it is as it was trained."""
+    """The model that it is turned into first, by ``method.config``; left out: the model as it was trained."""
     evaluation: Evaluation
-    """How."""
+    """The evaluation."""
     candidates: list[str]
     """Folders of the runs among which one is chosen."""

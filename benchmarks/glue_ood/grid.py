@@ -32,10 +32,10 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
     files = (("glue_ood", EvaluationFile),)
 
     def load(self, content: object, file: Path) -> tuple[EvaluationDefinition, Mapping[str, TaskEntry]]:
-        found = parse(content, EvaluationFile, str(file))
+        own_file = parse(content, EvaluationFile, str(file))
         trained = [name for name in benchmark_names() if isinstance(kind_of(name), TextKind)]
-        check_names(f"{file}: '", "evaluates", [found.evaluates], trained)
-        other = load_benchmark(found.evaluates)
+        check_names(f"{file}: '", "evaluates", [own_file.evaluates], trained)
+        other = load_benchmark(own_file.evaluates)
         taken = {
             key: getattr(other.definition, key)
             for key in MethodsDefinition.model_fields
@@ -43,16 +43,14 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
         }
         resolved = resolve_methods(other.definition)
         rows = {name: row for name, row in taken["methods"].items() if resolved[name].role != ABLATION}
-        rows |= transformed_rows(found.transformed, other.definition, file)
-        return EvaluationDefinition(**found.given(), **{**taken, "methods": rows}), other.tasks
+        rows |= transformed_rows(own_file.transformed, other.definition, file)
+        return EvaluationDefinition(**own_file.given(), **{**taken, "methods": rows}), other.tasks
 
-    def check(self, definition: EvaluationDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
+    def check(self, benchmark: Benchmark[EvaluationDefinition, TaskEntry]) -> None:
+        definition = benchmark.definition
         main = [name for name in definition.methods if name not in definition.transformed]
-        check_names(f"{folder / 'benchmark.yaml'}: '", "ranked", definition.ranked, main)
-        check_ablations(definition, definition.ablations, folder / "benchmark.yaml")
-
-    def evaluates(self, definition: EvaluationDefinition) -> str:
-        return definition.evaluates
+        check_names(f"{benchmark.file}: '", "ranked", definition.ranked, main)
+        check_ablations(definition, definition.ablations, benchmark.file)
 
     def specs(
         self,
@@ -66,7 +64,7 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
         # names all candidates of its cell, over all seeds; the run chooses among them by their records.
         definition = benchmark.definition
         others = specs_of(definition.evaluates)
-        settings = definition.evaluation.changed(definition.suites[suite].evaluation).model_dump()
+        settings = benchmark.settings("evaluation", suite).model_dump()
         cells: dict[_Cell, list[str]] = {}
         for folder, spec in others.items():
             if not spec["training"]["keep_weights"]:
@@ -77,7 +75,7 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
                 )
             if spec["method"]["name"] in definition.methods:
                 cells.setdefault(_Cell.of(spec), []).append(folder)
-        found = False
+        has_specs = False
         for name, folders, used_as in _rows(definition, cells):
             first = others[folders[0]]
             changes = _changes(name, used_as, others, benchmark.file)
@@ -87,7 +85,7 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
             for seed in dict.fromkeys(others[folder]["seed"] for folder in folders):
                 if used_as and seed not in changes:
                     continue
-                found = True
+                has_specs = True
                 yield {
                     **benchmark.of_every_spec,
                     "protocol": first["protocol"],
@@ -101,7 +99,7 @@ class EvaluationKind(TextSets[EvaluationDefinition]):
                     "method": {"name": name, "variant": "", "config": None},
                     **changes.get(seed, {}),
                 }
-        if not found:
+        if not has_specs:
             tasks = sorted({spec["task"]["name"] for spec in others.values()})
             raise DefinitionError(
                 f"{benchmark.file}: no task of the suite '{suite}' ({', '.join(tasks)}) has an OOD set left"
@@ -166,16 +164,16 @@ def _changes(
     Raises:
         DefinitionError: The row that it is used as has several settings.
     """
-    found: dict[int, dict[str, Any]] = {}
+    changes: dict[int, dict[str, Any]] = {}
     for folder in used_as:
         config, seed = others[folder]["method"]["config"], others[folder]["seed"]
         change = {
             "transform": "emoe" if config else "dense",
             "method": {"name": name, "variant": "", "config": config},
         }
-        if found.setdefault(seed, change) != change:
+        if changes.setdefault(seed, change) != change:
             raise DefinitionError(
                 f"{file}: 'transformed.{name}.used_as' runs with several N, k or layers, so that it is open which are "
                 "meant"
             )
-    return found
+    return changes

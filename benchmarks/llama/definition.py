@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from benchmarks.harness.config.benchmark import Entry, Resources, TrainingDefinition, TrainingSettings, TrainingSuite
+from benchmarks.harness.config.benchmark import Entry, Resources, Training, TrainingDefinition, TrainingSuite
 from benchmarks.harness.config.methods import TUNINGS, Layers, LoRA, VariantAxes
+from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
     AsGiven,
@@ -15,7 +16,6 @@ from benchmarks.harness.config.yaml import (
     Key,
     Names,
     NotNegative,
-    PartOf,
     Positive,
     Positives,
     Rate,
@@ -60,7 +60,7 @@ class Data(Strict):
     """Refuse a set with unusable rows, or skip and count them."""
 
 
-class InstructionTraining(Strict):
+class InstructionTraining(Training):
     """Settings of the training, without adapters."""
 
     epochs: Positive
@@ -92,16 +92,9 @@ class InstructionTraining(Strict):
     keep_weights: bool
     """Keep the trained weights, so that the run can be exported."""
     frozen_layers: Whole | None = zero_left_out()
-    """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output for a
-    row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method converts or
-    trains a layer below. 0, or left out: none."""
-
-
-class InstructionTrainingSettings(InstructionTraining, TrainingSettings):
-    """Settings of the training; a suite may change them."""
-
-    by_model: dict[str, Annotated[Strict, PartOf(InstructionTraining)]] = Field({})
-    """Settings of single models."""
+    """Number of first layers that are frozen with the embeddings, without dropout and stochastic depth. Their output
+    for a row is computed once and kept (`resources/prefixes/`). Adapters are only in the layers above, and no method
+    converts or trains a layer below. 0, or left out: none."""
 
 
 class AskedTask(Strict):
@@ -157,11 +150,11 @@ class InstructionBlock(VariantAxes):
 class InstructionSuite(TrainingSuite):
     """One suite's part of the benchmark."""
 
-    data: Annotated[Strict, PartOf(Data)] = Strict()
+    data: Annotated[dict[str, Any], Changes(Data)] = Field({})
     """Settings of the data that differ in this suite."""
-    training: Annotated[Strict, PartOf(InstructionTrainingSettings)] = Strict()
+    training: Annotated[dict[str, Any], Changes(InstructionTraining)] = Field({})
     """Settings of the training that differ in this suite."""
-    evaluation: Annotated[Strict, PartOf(Evaluation)] = Strict()
+    evaluation: Annotated[dict[str, Any], Changes(Evaluation)] = Field({})
     """Settings of the evaluation that differ in this suite."""
     finetuning: dict[str, dict[str, Any]] = Field({})
     """Settings of single ways of finetuning that differ in this suite, by their names."""
@@ -180,7 +173,7 @@ class InstructionDefinition(TrainingDefinition):
     """Ways of tuning, in the order of the rows."""
     data: Data
     """Settings that make rows of instructions; a suite may change them."""
-    training: InstructionTrainingSettings
+    training: InstructionTraining
     """Settings of the training; a suite may change them."""
     evaluation: Evaluation
     """Settings of the evaluation; a suite may change them."""

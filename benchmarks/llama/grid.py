@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +16,11 @@ from benchmarks.harness.config.benchmark import (
     Benchmark,
     Domain,
     Offer,
-    Resources,
     SetPart,
     WholeSets,
     missing_set,
-    suite_methods,
+    resolve_methods,
     text_tokens,
-    training_settings,
-    with_changes,
 )
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.methods import (
@@ -34,6 +32,7 @@ from benchmarks.harness.config.methods import (
     needs_layers,
     tuning_spec,
 )
+from benchmarks.harness.config.overlay import overlay
 from benchmarks.harness.config.yaml import check_names, parse, read
 from benchmarks.harness.sources.packages import PackageFile, packaged
 from benchmarks.llama.definition import (
@@ -74,28 +73,20 @@ class InstructionKind(WholeSets[InstructionDefinition, InstructionSet]):
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        part, where = benchmark.definition.suites[suite], f"{benchmark.file}: 'suites.{suite}"
-        methods = suite_methods(benchmark, suite)
-        tunings = with_changes(benchmark.definition.finetuning, part.finetuning, "finetuning", where)
-        for number, block in enumerate(part.grid):
-            where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            check_names(where, "model", block.model, model_names("language"))
-            check_names(where, "set", block.set, benchmark.tasks)
-            check_names(where, "method", block.method, methods)
-            check_names(where, "finetuning", block.finetuning, tunings)
-            given = block.model_dump()
-            axes = {key: given[key] for key in _AXES if key in given}
-            sets = [name for name in block.set if name not in exclude]
-            names = itertools.product(block.model, sets, block.finetuning, block.method)
-            for (model, name, tuning, method), values in itertools.product(names, itertools.product(*axes.values())):
-                point = {"model": model, "set": name, "finetuning": tuning, "method": method}
-                point |= dict(zip(axes, values, strict=True))
-                yield _spec(benchmark, suite, methods, tunings[tuning], point, where)
-
-    def resources(self, resources: Resources, spec: Mapping[str, Any]) -> dict[str, Any]:
-        """All of them; a run that trains nothing takes one process and at most one GPU."""
-        reserved = resources.model_dump()
-        return reserved if is_trained(spec) else reserved | {"processes": 1, "gpu": min(resources.gpu, 1)}
+        definition = benchmark.definition
+        methods, tunings = resolve_methods(definition, suite), _tunings(benchmark, suite)
+        usual = {key: benchmark.settings(key, suite).model_dump() for key in ("data", "evaluation")}
+        names = {
+            "model": model_names("language"),
+            "set": benchmark.tasks,
+            "finetuning": tunings,
+            "method": methods,
+        }
+        training = functools.cache(functools.partial(benchmark.settings, "training", suite))
+        for where, point in benchmark.grid_points(suite, names, (*names, *_AXES)):
+            if point["set"] not in exclude:
+                tuning = tunings[point["finetuning"]]
+                yield _spec(benchmark, usual, training(point["model"]), methods, tuning, point, where)
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         read = InstructionSpec.model_validate(spec)
@@ -183,26 +174,25 @@ def is_trained(spec: Mapping[str, Any]) -> bool:
 
 def _spec(
     benchmark: Benchmark[InstructionDefinition, InstructionSet],
-    suite: str,
+    usual: Mapping[str, Any],
+    settings: InstructionTraining,
     methods: Mapping[str, Method],
     tuning: Finetuning,
     point: Mapping[str, Any],
     where: str,
 ) -> dict[str, Any]:
-    definition, part = benchmark.definition, benchmark.definition.suites[suite]
     untrained = tuning.train == _UNTRAINED
     if not untrained and not point.get("learning_rate"):
         raise DefinitionError(f"{where}': the finetuning '{point['finetuning']}' trains, so it needs 'learning_rate'")
-    place = f"{benchmark.file}: 'suites.{suite}.training"
-    settings = training_settings(definition.training, part.training, point["model"], place)
-    training = settings.model_dump(exclude={"by_model"}) | tuning.model_dump(include={"lora"})
+    training = settings.spec() | tuning.model_dump(include={"lora"})
     method = method_spec(methods, point, point["seed"], None, where)
     method |= {"tune": _tuned(tuning, f"{where}': finetuning '{point['finetuning']}'")}
     if settings.frozen_layers and not untrained:
         check_frozen(training, method, where)
         if tuning.quantize:
             raise DefinitionError(
-                f"{place}.frozen_layers' does not go with weights in 4 bits ('quantize'); take one of them"
+                f"{benchmark.file}: 'training.frozen_layers' does not go with weights in 4 bits ('quantize'); take "
+                "one of them"
             )
     return {
         **benchmark.of_every_spec,
@@ -211,12 +201,26 @@ def _spec(
         "ood": [],
         "method": method,
         "finetuning": point["finetuning"],
-        "data": definition.data.changed(part.data).model_dump(),
+        **copy.deepcopy(dict(usual)),
         # what shapes no number of an untrained model must not make it a new run
         "training": {"lora": None, "precision": settings.precision, "keep_weights": False} if untrained else training,
-        "evaluation": definition.evaluation.changed(part.evaluation).model_dump(),
         "learning_rate": 0.0 if untrained else float(point["learning_rate"]),
         "seed": point["seed"],
+    }
+
+
+def _tunings(benchmark: Benchmark[InstructionDefinition, InstructionSet], suite: str) -> dict[str, Finetuning]:
+    """Return the ways of tuning as a suite changes them."""
+    usual, changes = benchmark.definition.finetuning, benchmark.definition.suites[suite].finetuning
+    check_names(f"{benchmark.file}: 'suites.{suite}", "finetuning", changes, usual)
+    return {
+        name: overlay(
+            Finetuning,
+            str(benchmark.file),
+            (("finetuning", name), tuning.model_dump(exclude_unset=True)),
+            (("suites", suite, "finetuning", name), changes.get(name, {})),
+        )
+        for name, tuning in usual.items()
     }
 
 

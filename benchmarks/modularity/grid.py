@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,18 +15,17 @@ from benchmarks.harness.config.benchmark import (
     TrainingDefinition,
     TrainingSuite,
     resolve_methods,
-    suite_methods,
     text_tokens,
 )
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.methods import VARIANT_KEYS, VariantAxes, method_spec
+from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
     UNIQUE,
     Count,
     Key,
     Names,
-    PartOf,
     Share,
     Strict,
     Wholes,
@@ -75,14 +73,14 @@ class ModularitySuite(TrainingSuite):
 
     tasks: Annotated[Names, UNIQUE]
     """Tasks whose rows are read, two at least."""
-    reading: Annotated[Strict, PartOf(Reading)] = Strict()
+    reading: Annotated[dict[str, Any], Changes(Reading)] = Field({})
     """Settings that differ in this suite."""
     grid: Annotated[list[ModularityBlock], Field(min_length=1)]
     """Blocks of runs; each is the product of its lists."""
 
 
 class ModularityDefinition(TrainingDefinition):
-    """A benchmark that trains nothing: the neurons of pre-trained FFNs that fire, and the experts that tokens choose."""
+    """A benchmark that trains nothing: neurons of pre-trained FFNs that fire, and experts that tokens choose."""
 
     figures: dict[str, str]
     """The figures that it draws, each with its caption."""
@@ -116,8 +114,8 @@ class ModularityKind(TextSets[ModularityDefinition]):
         definition = parse(content, ModularityDefinition, str(file))
         return definition, read(file.parent / definition.tasks, TaskFile).tasks
 
-    def check(self, definition: ModularityDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
-        where = f"{folder / 'benchmark.yaml'}: '"
+    def check(self, benchmark: Benchmark[ModularityDefinition, TaskEntry]) -> None:
+        definition, where = benchmark.definition, f"{benchmark.file}: '"
         for name, method in resolve_methods(definition).items():
             if method.kind != "emoe" or method.given().get("partition") == "coactivation":
                 raise DefinitionError(
@@ -126,13 +124,7 @@ class ModularityKind(TextSets[ModularityDefinition]):
             if other := sorted(set(method.given()) - _FREE):
                 raise DefinitionError(f"{where}methods.{name}' sets '{other[0]}', which needs training")
         for name, suite in definition.suites.items():
-            check_names(where, f"suites.{name}.tasks", suite.tasks, tasks)
-
-    def marks(self, spec: Mapping[str, Any]) -> list[str]:
-        return []
-
-    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        return [spec["task"], *spec["ood"]]
+            check_names(where, f"suites.{name}.tasks", suite.tasks, benchmark.tasks)
 
     def training_tokens(self, spec: Mapping[str, Any], tasks: Mapping[str, TaskEntry]) -> float | None:
         reading = spec["reading"]  # three passes over the rows: the dense model, its best experts, its worst
@@ -148,35 +140,28 @@ class ModularityKind(TextSets[ModularityDefinition]):
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        definition, methods = benchmark.definition, suite_methods(benchmark, suite)
-        part = definition.suites[suite]
-        tasks = [name for name in part.tasks if name not in exclude]
+        definition, methods = benchmark.definition, resolve_methods(benchmark.definition, suite)
+        tasks = [name for name in definition.suites[suite].tasks if name not in exclude]
         if len(tasks) < 2:
             raise DefinitionError(f"{benchmark.file}: 'suites.{suite}.tasks' needs two tasks that are not excluded")
         first, *others = (benchmark.tasks[name].spec(name) for name in tasks)
-        reading = definition.reading.changed(part.reading).model_dump()
-        for number, block in enumerate(part.grid):
-            where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            check_names(where, "model", block.model, model_names(None))
-            check_names(where, "method", block.method, methods)
-            given = block.model_dump()
-            axes = [key for key in ("model", "method", *VARIANT_KEYS, "seed") if key in given]
-            for values in itertools.product(*(given[key] for key in axes)):
-                point = dict(zip(axes, values, strict=True))
-                method = method_spec(methods, point, point["seed"], None, where)
-                layers = method["config"]["layers"]
-                if not isinstance(layers, list) or len(layers) != 1:
-                    raise DefinitionError(f"{where}.layers' must be lists of one layer each: [[5]], not {layers}")
-                yield {
-                    **benchmark.of_every_spec,
-                    "model": load_models()[point["model"]].spec(point["model"]),
-                    "task": first,
-                    "ood": others,
-                    "method": method,
-                    "reading": reading,
-                    "learning_rate": 0.0,
-                    "seed": point["seed"],
-                }
+        reading = benchmark.settings("reading", suite).model_dump()
+        names = {"model": model_names(None), "method": methods}
+        for where, point in benchmark.grid_points(suite, names, (*names, *VARIANT_KEYS, "seed")):
+            method = method_spec(methods, point, point["seed"], None, where)
+            layers = method["config"]["layers"]
+            if not isinstance(layers, list) or len(layers) != 1:
+                raise DefinitionError(f"{where}.layers' must be lists of one layer each: [[5]], not {layers}")
+            yield {
+                **benchmark.of_every_spec,
+                "model": load_models()[point["model"]].spec(point["model"]),
+                "task": first,
+                "ood": others,
+                "method": method,
+                "reading": reading,
+                "learning_rate": 0.0,
+                "seed": point["seed"],
+            }
 
 
 KIND = ModularityKind()

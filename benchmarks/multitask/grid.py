@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,16 +15,15 @@ from benchmarks.harness.config.benchmark import (
     OOD_MEAN,
     Benchmark,
     Domain,
+    Training,
     TrainingDefinition,
-    TrainingSettings,
     TrainingSuite,
     resolve_methods,
-    suite_methods,
     text_tokens,
-    training_settings,
 )
 from benchmarks.harness.config.catalogue import load_models, model_names
 from benchmarks.harness.config.methods import VARIANT_KEYS, VariantAxes, method_spec
+from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
     AS_GIVEN,
@@ -33,7 +32,6 @@ from benchmarks.harness.config.yaml import (
     Key,
     Names,
     NotNegative,
-    PartOf,
     Positive,
     Positives,
     Rate,
@@ -50,7 +48,6 @@ from emoe.errors import EMoEError
 
 ID_MEAN = "id_mean"  # the mean of a run's scores over its tasks
 _SCORES = Domain(("score",), selections=(CLEAN,))
-_AXES = ("model", "mixture", "method", *VARIANT_KEYS, "learning_rate", "seed")
 
 
 class Mixture(Strict):
@@ -62,8 +59,8 @@ class Mixture(Strict):
     """Names in the task file."""
 
 
-class MultitaskTraining(Strict):
-    """How a run is trained."""
+class MultitaskTraining(Training):
+    """The training of a run; a suite may change the benchmark's."""
 
     epochs: Positive
     """Passes over the rows that `rows_per_epoch` leaves."""
@@ -95,13 +92,6 @@ class MultitaskTraining(Strict):
     """Share of the training rows that is held out to choose by, of tasks without a split for that."""
 
 
-class MultitaskTrainingSettings(MultitaskTraining, TrainingSettings):
-    """Settings of every run; a suite may set its own."""
-
-    by_model: dict[str, Annotated[Strict, PartOf(MultitaskTraining)]] = Field({})
-    """Settings of single models."""
-
-
 class MultitaskBlock(VariantAxes):
     """A product of lists. Lists of method settings become part of the method's variant."""
 
@@ -120,7 +110,7 @@ class MultitaskBlock(VariantAxes):
 class MultitaskSuite(TrainingSuite):
     """One suite's part of the benchmark."""
 
-    training: Annotated[Strict, PartOf(MultitaskTrainingSettings)] = Strict()
+    training: Annotated[dict[str, Any], Changes(MultitaskTraining)] = Field({})
     """Settings that differ in this suite."""
     grid: Annotated[list[MultitaskBlock], Field(min_length=1)]
     """Blocks of runs; each is the product of its lists."""
@@ -137,7 +127,7 @@ class MultitaskDefinition(TrainingDefinition):
     """Tasks that are learned at once, by name."""
     prefixes: dict[str, str] = Field({})
     """Prefixes of tasks whose rows do not begin with their name; only the rows tell tasks with one prefix apart."""
-    training: MultitaskTrainingSettings
+    training: MultitaskTraining
     """Settings of every run; a suite may set its own."""
     suites: dict[Key, MultitaskSuite]
     """The runs of each suite."""
@@ -172,15 +162,15 @@ class MultitaskSpec(RunSpec):
     protocol: Literal["clean"]
     """The selection of epoch and hyper-parameters: by rows that are not reported."""
     task: RunMixture
-    """What it is trained on."""
+    """The tasks that it is trained on."""
     ood: list[OtherTask]
-    """What it is evaluated on beside."""
+    """The other sets that it is evaluated on."""
     training: MultitaskTraining
-    """How it is trained."""
+    """The training."""
 
 
 class MultitaskKind(TextSets[MultitaskDefinition]):
-    """Encoder-decoder models that learn several tasks at once, as text from text, and are judged on each and on other sets."""
+    """Plan encoder-decoder models that learn several tasks at once and are evaluated on each and on other sets."""
 
     files = (("multitask", MultitaskDefinition),)
     paper_columns = ("domain", "method")
@@ -190,8 +180,8 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
         definition = parse(content, MultitaskDefinition, str(file))
         return definition, read(file.parent / definition.tasks, TaskFile).tasks
 
-    def check(self, definition: MultitaskDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
-        where = f"{folder / 'benchmark.yaml'}: '"
+    def check(self, benchmark: Benchmark[MultitaskDefinition, TaskEntry]) -> None:
+        definition, tasks, where = benchmark.definition, benchmark.tasks, f"{benchmark.file}: '"
         check_names(where, "prefixes", definition.prefixes, tasks)
         for name, mixture in definition.mixtures.items():
             at = f"{where}mixtures.{name}"
@@ -203,7 +193,8 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
                 raise DefinitionError(f"{where}methods.{name}' trains a part of the model; here everything is trained")
             if method.given().get("partition") == "coactivation":
                 raise DefinitionError(
-                    f"{where}methods.{name}' groups neurons by co-activation, for which no rows are read here; take kmeans, random or contiguous"
+                    f"{where}methods.{name}' groups neurons by co-activation, for which no rows are read here; "
+                    "take kmeans, random or contiguous"
                 )
 
     def task_titles(self, definition: MultitaskDefinition, tasks: Mapping[str, TaskEntry]) -> Mapping[str, str]:
@@ -215,9 +206,6 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
         rows = sum(training["rows_per_epoch"] or tasks[task["name"]].rows.train or 0 for task in spec["task"]["tasks"])
         return text_tokens(rows or None, training["max_length"], training["epochs"])
 
-    def marks(self, spec: Mapping[str, Any]) -> list[str]:
-        return []
-
     def compared_domains(self, definition: MultitaskDefinition) -> Mapping[str, Domain]:
         return {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
 
@@ -228,39 +216,30 @@ class MultitaskKind(TextSets[MultitaskDefinition]):
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        definition, methods = benchmark.definition, suite_methods(benchmark, suite)
-        part, place = definition.suites[suite], f"{benchmark.file}: 'suites.{suite}"
+        definition, methods = benchmark.definition, resolve_methods(benchmark.definition, suite)
         mixtures = definition.mixtures | {
             name: Mixture(title=task.title, tasks=[name]) for name, task in benchmark.tasks.items()
         }
-        for number, block in enumerate(part.grid):
-            where = f"{place}.grid[{number}]"
-            check_names(where, "model", block.model, model_names("seq2seq"))
-            check_names(where, "mixture", block.mixture, mixtures)
-            check_names(where, "method", block.method, methods)
-            for name in block.mixture:
-                _check_tasks(where, "mixture", mixtures[name].tasks, benchmark.tasks)
-            given = block.model_dump()
-            axes = [key for key in _AXES if key in given]
-            for values in itertools.product(*(given[key] for key in axes)):
-                point = dict(zip(axes, values, strict=True))
-                names = mixtures[point["mixture"]].tasks
-                training = training_settings(definition.training, part.training, point["model"], f"{place}.training")
-                yield {
-                    **benchmark.of_every_spec,
-                    "protocol": CLEAN,
-                    "model": load_models()[point["model"]].spec(point["model"]),
-                    "task": {"name": point["mixture"], "tasks": [_written(benchmark, name) for name in names]},
-                    "ood": [
-                        benchmark.tasks[other].spec(other) | {"read_as": name}
-                        for other, name in _others(benchmark.tasks, names).items()
-                        if other not in exclude
-                    ],
-                    "method": method_spec(methods, point, point["seed"], None, where),
-                    "training": training.model_dump(include=set(MultitaskTraining.model_fields)),
-                    "learning_rate": float(point["learning_rate"]),
-                    "seed": point["seed"],
-                }
+        names = {"model": model_names("seq2seq"), "mixture": mixtures, "method": methods}
+        training = functools.cache(functools.partial(benchmark.settings, "training", suite))
+        for where, point in benchmark.grid_points(suite, names, (*names, *VARIANT_KEYS, "learning_rate", "seed")):
+            tasks = mixtures[point["mixture"]].tasks
+            _check_tasks(where, "mixture", tasks, benchmark.tasks)
+            yield {
+                **benchmark.of_every_spec,
+                "protocol": CLEAN,
+                "model": load_models()[point["model"]].spec(point["model"]),
+                "task": {"name": point["mixture"], "tasks": [_written(benchmark, name) for name in tasks]},
+                "ood": [
+                    benchmark.tasks[other].spec(other) | {"read_as": name}
+                    for other, name in _others(benchmark.tasks, tasks).items()
+                    if other not in exclude
+                ],
+                "method": method_spec(methods, point, point["seed"], None, where),
+                "training": training(point["model"]).spec(),
+                "learning_rate": float(point["learning_rate"]),
+                "seed": point["seed"],
+            }
 
 
 KIND = MultitaskKind()

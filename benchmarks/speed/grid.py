@@ -51,13 +51,13 @@ class Settings(Strict):
     num_experts: Count
     """N."""
     candidates: Names
-    """What is compared, beside the dense model where there is one."""
+    """Candidates that are compared, beside the dense model if there is one."""
     threads: Count
     """Threads of PyTorch."""
     top_k_fraction: Share = 1.0
     """k / N."""
     rounds: Count = 1
-    """How often all candidates are timed in turn."""
+    """Number of times that all candidates are timed in turn."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     tokens: Count = 1
@@ -77,14 +77,14 @@ class Settings(Strict):
 
 
 class Measure(Entry):
-    """What is measured."""
+    """A measure."""
 
     settings: dict[str, Any]
     """Every setting of the measure with its usual value."""
 
 
 class MeasurementResources(Resources):
-    """What the scheduler reserves for one run."""
+    """Reservations of the scheduler for one run."""
 
     threads: Whole = 0
     """CPU threads; 0 for all of the machine's, so that nothing runs beside it."""
@@ -105,7 +105,7 @@ class MeasurementSuite(SuitePart):
     """One suite's part of the benchmark."""
 
     resources: MeasurementResources = MeasurementResources()
-    """What the scheduler reserves for one run."""
+    """Reservations of the scheduler for one run."""
     grid: Annotated[list[MeasurementBlock], Field(min_length=1)]
     """Blocks of runs; each is the product of its lists."""
 
@@ -114,20 +114,20 @@ class MeasurementDefinition(Definition):
     """A benchmark that trains nothing. It measures candidates side by side, each run under one setting."""
 
     models: Annotated[dict[str, MeasuredModel], Field(min_length=1)]
-    """What is measured on, by name."""
+    """Models that are measured, by name."""
     candidates: Annotated[dict[str, Entry], Field(min_length=1)]
-    """What is compared; the order is that of columns and legends."""
+    """Candidates; their order is that of columns and legends."""
     measures: Annotated[dict[str, Measure], Field(min_length=1)]
-    """What is measured, by name."""
+    """Measures, by name."""
     suites: dict[Key, MeasurementSuite]
-    """What to run, by suite."""
+    """Runs by suite."""
 
 
 class MeasurementKind(Kind[MeasurementDefinition, Measure]):
     """Measurements side by side, each run under one setting; nothing is trained."""
 
     files = (("speed", MeasurementDefinition),)
-    has_models = has_seeds = counts_labels = False
+    counts_labels = False
 
     def load(self, content: object, file: Path) -> tuple[MeasurementDefinition, Mapping[str, Measure]]:
         definition = parse(content, MeasurementDefinition, str(file))

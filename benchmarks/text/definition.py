@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,11 +10,12 @@ from benchmarks.harness.config.benchmark import (
     Entry,
     Precision,
     PublishedRows,
+    Training,
     TrainingDefinition,
-    TrainingSettings,
     TrainingSuite,
 )
 from benchmarks.harness.config.methods import LoRA, VariantAxes
+from benchmarks.harness.config.overlay import Changes
 from benchmarks.harness.config.runs import RunSpec
 from benchmarks.harness.config.yaml import (
     AS_GIVEN,
@@ -24,7 +25,6 @@ from benchmarks.harness.config.yaml import (
     Names,
     NotNegative,
     Number,
-    PartOf,
     Positive,
     Positives,
     Rate,
@@ -41,8 +41,10 @@ PAPER_COLUMNS = ("model", "scope", "method")  # of published numbers, before val
 ABLATION_COLUMNS = (*PAPER_COLUMNS, "setting")
 
 
-class TextTraining(Strict):
-    """How a run is trained."""
+class TextTraining(Training):
+    """The training of a run; a suite may change the benchmark's."""
+
+    in_no_spec: ClassVar = {"by_model", "evaluate_ood", "epochs_by_task"}
 
     epochs: Positive
     """Passes over the training set."""
@@ -72,7 +74,7 @@ class TextTraining(Strict):
     warmup: Rate
     """Share of the steps with a rising rate."""
     checkpoint_selection: Literal["last", "best"]
-    """Which epoch's weights are evaluated."""
+    """The epoch whose weights are evaluated."""
     patience: Count | None
     """Stop after that many epochs without a new best, which must be above 0 (needs checkpoint_selection: best); null
     never."""
@@ -81,7 +83,7 @@ class TextTraining(Strict):
     precision: Precision
     """Arithmetic on accelerators: float32 or mixed. A CPU always computes in float32, and the record says so."""
     validation_fraction: Rate
-    """Share of the training rows that a clean run holds out to choose by, where the task has no split for that."""
+    """Share of the training rows that a clean run holds out to choose by, if the task has no split for that."""
     frozen_layers: Whole | None = zero_left_out()
     """Embeddings and so many first layers stay as they are, dropout and stochastic depth left out: what they make of a
     row is computed once and kept
@@ -91,20 +93,11 @@ class TextTraining(Strict):
     """Train adapters and the head only; null trains everything."""
     keep_weights: bool
     """Keep what was trained below the run's folder, for benchmarks that evaluate it."""
-
-
-class TextTrainingSettings(TextTraining, TrainingSettings):
-    """How every run of the benchmark is trained; a suite may set its own."""
-
-    validation_fraction: Annotated[float, Field(gt=0, lt=1), AS_GIVEN]
-    """Share of the training rows that a clean run holds out to choose by, where the task has no split for that."""
-    evaluate_ood: bool | Names
-    """Evaluate every run on the task's OOD sets at its end, or those of some methods. Large sets are for a benchmark
-    that evaluates the chosen runs only."""
-    epochs_by_task: dict[str, Positive] = Field({})
-    """Epochs of single tasks."""
-    by_model: dict[str, Annotated[Strict, PartOf(TextTraining)]] = Field({})
-    """Settings of single models."""
+    evaluate_ood: bool | Names | None = left_out()
+    """Evaluate every run on the task's OOD sets at its end, or those of some methods; in no run's spec. Large sets are
+    for a benchmark that evaluates the chosen runs only."""
+    epochs_by_task: dict[str, Positive] | None = left_out()
+    """Epochs of single tasks; in no run's spec."""
 
 
 class TextBlock(VariantAxes):
@@ -125,7 +118,7 @@ class TextBlock(VariantAxes):
     epochs_factor: Positives | None = left_out()
     """Times the usual epochs, for rows with `role: ablation`."""
     protocol: Annotated[list[Protocol], Field(min_length=1), UNIQUE] | None = left_out()
-    """How epoch and hyper-parameters are chosen. published: by the dev split, which is also reported. clean: by a split
+    """Selection of epoch and hyper-parameters. published: by the dev split, which is also reported. clean: by a split
     that is not reported.
     Left out: clean for tasks with a test split, else published."""
 
@@ -133,7 +126,7 @@ class TextBlock(VariantAxes):
 class TextSuite(TrainingSuite):
     """One suite's part of a text benchmark."""
 
-    training: Annotated[Strict, PartOf(TextTrainingSettings)] = Strict()
+    training: Annotated[dict[str, Any], Changes(TextTraining)] = Field({})
     """Settings that differ in this suite."""
     grid: Annotated[list[TextBlock], Field(min_length=1)]
     """Blocks of runs; each is the product of its lists."""
@@ -157,12 +150,12 @@ class Ablation(Strict):
     title: str
     """Heading of the table."""
     question: str
-    """What it asks, and what the paper says of it."""
+    """Its question, and the paper's answer."""
     rows: Annotated[Names, UNIQUE]
     """Rows that are compared with the baseline, which stands first. Of rows with `role: ablation`, and of others with
     several variants, every setting is a row."""
     axis: Literal["train_share", "top_k_fraction"] | None = left_out()
-    """What the figure has on its horizontal axis; left out: the differences, row by row."""
+    """Horizontal axis of the figure; left out: the differences, row by row."""
     steps: Literal[True] | None = left_out()
     """Each row is compared with the one above it, of which it differs in one thing more, and not with the baseline."""
     paper: str | None = left_out()
@@ -170,7 +163,7 @@ class Ablation(Strict):
 
 
 class Ablated(Strict):
-    """What a benchmark of texts says of its ablations."""
+    """The ablations of a benchmark of texts."""
 
     ablations: dict[Key, Ablation] = Field({})
     """Tables of their own for rows with `role: ablation`, by name; `tables` and `figures` name those that are made."""
@@ -182,7 +175,7 @@ class PublishedTraces(Strict):
     """The paper's loads of experts over training."""
 
     task: str
-    """What it was trained on."""
+    """The task that was trained on."""
     rows: dict[str, str]
     """By method, a CSV in the benchmark's folder: a row a window, a column an expert's share."""
 
@@ -196,14 +189,14 @@ class TextDefinition(TrainingDefinition, Ablated):
     """File with the task definitions, in the benchmark's folder."""
     published_traces: PublishedTraces | None = left_out()
     """The paper's loads of experts over training, which are shown beside ours."""
-    training: TextTrainingSettings
-    """How every run of the benchmark is trained; a suite may set its own."""
+    training: TextTraining
+    """The training of every run; a suite may change it."""
     suites: dict[Key, TextSuite]
-    """What to run, by suite."""
+    """Runs by suite."""
 
 
 class TextSource(Strict):
-    """Where rows come from: a set on the hub, a folder that the user has, a csv, or one that ships inside a package."""
+    """Source of rows: a set on the hub, a folder of the user's, a csv, or a set that ships inside a package."""
 
     hub: str | None = left_out()
     """Repository on the hub."""
@@ -219,7 +212,7 @@ class TextSource(Strict):
     vader_sentiment: str | None = left_out()
     """A domain of the human-rated sentiment set."""
     vader_label: Literal["strength"] | None = left_out()
-    """Its label is how strong the rating is (weak, strong) and not its sign, which it is where left out."""
+    """Take the strength of the rating (weak, strong) as the label; left out: its sign."""
 
     def model_post_init(self, _context: Any, /) -> None:
         self.need_one_of("folder", "csv", "vader_sentiment")
@@ -238,10 +231,10 @@ class Splits(Strict):
 
 
 class WhereRows(Strict):
-    """Rows of one file that belong to a split, where one file holds several."""
+    """Rows of one file that belong to a split, if one file holds several."""
 
     column: str
-    """Column that tells."""
+    """Column that names the split."""
     values: dict[str, str]
     """Its value by split."""
 
@@ -257,31 +250,31 @@ class FileLayout(Strict):
     columns: dict[str, str | int] = Field({})
     """Column of each field and of the label: its header, or its place for files without header."""
     encoding_errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are no UTF-8: end with an error, or put a sign in their place."""
+    """Treatment of bytes that are no UTF-8: end with an error, or replace them by a sign."""
     header: bool = True
-    """Whether the first line names the columns."""
+    """True if the first line names the columns."""
     where: WhereRows | None = left_out()
-    """Rows of one file that belong to a split, where one file holds several."""
+    """Rows of one file that belong to a split, if one file holds several."""
     label_names: dict[str, str] = Field({})
-    """What the labels are called in these files, to the class names; nothing else is then a label."""
+    """Class names by the labels of these files; nothing else is then a label."""
 
 
 class Rows(Strict):
     """Rows of each part as their makers count them."""
 
     train: int | None = left_out()
-    """Of the training split."""
+    """Rows of the training split."""
     dev: int | None = left_out()
-    """Of the split that selects."""
+    """Rows of the split that selects."""
     test: int | None = left_out()
-    """Of the split that is reported."""
+    """Rows of the split that is reported."""
 
 
 class TextTask(Strict):
-    """What of a task shapes a run's numbers."""
+    """The part of a task that shapes a run's numbers."""
 
     source: TextSource
-    """Where rows come from."""
+    """Source of the rows."""
     fields: Annotated[list[str], Field(min_length=1, max_length=2)]
     """Columns with the text, one or two, under the hub's names."""
     label: str = "label"
@@ -299,12 +292,12 @@ class TextTask(Strict):
     """Label values that mark a row without a gold label, beside -1, null, nan and an empty cell; such rows are dropped
     and counted, as are rows without any text."""
     label_map: dict[Annotated[str, Field(pattern="^[0-9]+$")], list[Whole]] = Field({})
-    """How classes are read where a model or a set has fewer of them: by that number of classes, the new number of each
+    """Classes as read if a model or a set has fewer of them: by that number of classes, the new number of each
     class."""
     metric: str
     """Name in metrics.yaml: what training on the task selects by and reports."""
     ood_metrics: Names | None = left_out()
-    """What is reported of a model that was trained elsewhere: the paper's metric first, others beside it. Left out:
+    """Metrics of a model that was trained on another task: the paper's first, others beside it. Left out:
     metric."""
     splits: Splits
     """Split names by part. The dev part selects; the test part is reported (dev where there is none). Sets without
@@ -319,7 +312,7 @@ class RunTask(TextTask):
     name: str
     """Name in tasks.yaml."""
     ood_metrics: Names
-    """What is reported of a model that was trained elsewhere."""
+    """Metrics of a model that was trained on another task."""
 
 
 class TaskEntry(TextTask, Entry):
@@ -329,7 +322,7 @@ class TaskEntry(TextTask, Entry):
     """Rows of each part as their makers count them, those without a gold label included; of sets that GLUE-X's authors
     made, as their result files count them."""
     published_rows: PublishedRows | None = left_out()
-    """Where the paper's authors score another number of rows of the test part than is scored here: how many, who says
+    """Another number of rows of the test part that the paper's authors score: how many, who says
     so, and why."""
     download_instructions: str | None = left_out()
     """For sets that must be fetched by hand: which file, from whom."""
@@ -337,11 +330,11 @@ class TaskEntry(TextTask, Entry):
     """Tasks that a model trained on this one is also evaluated on, without further training."""
 
     def spec(self, name: str) -> dict[str, Any]:
-        """What of the task shapes a run's numbers, with its name."""
+        """Return the part of the task that shapes a run's numbers, with its name."""
         return self.as_run(name).model_dump()
 
     def as_run(self, name: str) -> RunTask:
-        """The task as a run reads it."""
+        """Return the task as a run reads it."""
         given = {key: getattr(self, key) for key in TextTask.model_fields}
         return RunTask(**{**given, "name": name, "ood_metrics": self.ood_metrics or [self.metric]})
 
@@ -354,7 +347,7 @@ class TaskFile(Strict):
 
 
 class UsedAs(Strict):
-    """As what a run's model is evaluated once more."""
+    """The method that a run's model is also evaluated as."""
 
     name: str
     """The row whose numbers these are."""
@@ -363,15 +356,15 @@ class UsedAs(Strict):
 
 
 class TextSpec(RunSpec):
-    """What shapes the numbers of a run that trains a text classifier."""
+    """The settings that shape the numbers of a run that trains a text classifier."""
 
     protocol: Protocol
-    """What chooses epoch and hyper-parameters."""
+    """The protocol that chooses epoch and hyper-parameters."""
     task: RunTask
-    """What it is trained on."""
+    """The task that it is trained on."""
     ood: list[RunTask]
-    """What it is evaluated on beside."""
+    """The other sets that it is evaluated on."""
     training: TextTraining
-    """How it is trained."""
+    """The training."""
     used_as: UsedAs | None = left_out()
-    """What its model is made at the end, and evaluated as once more; left out: nothing."""
+    """The method that its model is turned into and evaluated as at the end; left out: none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -22,9 +23,7 @@ from benchmarks.harness.config.benchmark import (
     SetPart,
     check_rows,
     resolve_methods,
-    suite_methods,
     text_tokens,
-    training_settings,
 )
 from benchmarks.harness.config.catalogue import load_metrics, load_models, model_names
 from benchmarks.harness.config.methods import (
@@ -32,7 +31,6 @@ from benchmarks.harness.config.methods import (
     OF_TRAINING,
     VARIANT_KEYS,
     Method,
-    MethodRow,
     check_frozen,
     method_spec,
     variant_of,
@@ -45,13 +43,11 @@ from benchmarks.harness.training.label_mapping import label_mapping
 from benchmarks.text.definition import (
     ABLATION_COLUMNS,
     PAPER_COLUMNS,
-    Ablated,
     Ablation,
     TaskEntry,
     TaskFile,
     TextDefinition,
     TextTraining,
-    TextTrainingSettings,
     Transformed,
 )
 from emoe.errors import EMoEError
@@ -69,13 +65,6 @@ class TextSets(Kind[D, TaskEntry]):
 
     def excludable(self, tasks: Mapping[str, TaskEntry]) -> Iterable[str]:
         return {name for task in tasks.values() for name in task.ood}
-
-    def marks(self, spec: Mapping[str, Any]) -> list[str]:
-        return [CLEAN] if spec["protocol"] == CLEAN and spec["task"]["splits"]["test"] is None else []
-
-    def published_files(self, definition: D) -> list[str]:
-        ablations: Mapping[str, Ablation] = definition.ablations if isinstance(definition, Ablated) else {}
-        return [*super().published_files(definition), *(one.paper for one in ablations.values() if one.paper)]
 
     def compared_domains(self, definition: D) -> Mapping[str, Domain]:
         return {ID: _SCORES, OOD: _SCORES, OOD_MEAN: _SCORES, "model": COUNTS}
@@ -99,14 +88,14 @@ class TextSets(Kind[D, TaskEntry]):
         task = tasks[name]
         expected, published = known_rows(task, part)
         try:
-            found = load_split(task.as_run(name), part)
+            split = load_split(task.as_run(name), part)
         except DataError as error:
             yield SetPart(name, part, None, expected=expected, advice=_advice(name, task, first_line(error)))
             return
-        labels = label_counts(found, task.labels)
+        labels = label_counts(split, task.labels)
         counted = counts_unlabelled(task)
         yield SetPart(
-            name, part, len(found), found.dropped, expected, labels, found.source, "", published, counts_dropped=counted
+            name, part, len(split), split.dropped, expected, labels, split.source, "", published, counts_dropped=counted
         )
 
 
@@ -114,7 +103,6 @@ class TextKind(TextSets[TextDefinition]):
     """Plan classifiers of texts, fine-tuned on one task and evaluated on it and on other sets."""
 
     files = (("text", TextDefinition), ("tasks", TaskFile))
-    presentation = "benchmarks.text.presentation"
     optimizer = "AdamW, linear decay, no clipping"
 
     def load(self, content: object, file: Path) -> tuple[TextDefinition, Mapping[str, TaskEntry]]:
@@ -130,31 +118,29 @@ class TextKind(TextSets[TextDefinition]):
         training, rows = spec["training"], tasks[spec["task"]["name"]].rows
         return text_tokens(training["train_rows"] or rows.train, training["max_length"], training["epochs"])
 
-    def published_files(self, definition: TextDefinition) -> list[str]:
-        traces = definition.published_traces
-        return [*super().published_files(definition), *(traces.rows.values() if traces else ())]
-
-    def check(self, definition: TextDefinition, tasks: Mapping[str, TaskEntry], folder: Path) -> None:
-        file = folder / "benchmark.yaml"
+    def check(self, benchmark: Benchmark[TextDefinition, TaskEntry]) -> None:
+        definition, tasks, file = benchmark.definition, benchmark.tasks, benchmark.file
         check_ablations(definition, definition.ablations, file)
         if traces := definition.published_traces:
             where = f"{file}: 'published_traces"
             check_names(where, "task", [traces.task], tasks)
             check_names(where, "rows", traces.rows, definition.methods)
             for name, trace in traces.rows.items():
-                check_file(f"{where}.rows", name, trace, folder)
-        for suite, part in definition.suites.items():
-            training = definition.training.changed(part.training)
+                check_file(f"{where}.rows", name, trace, benchmark.folder)
+        for suite in definition.suites:
+            training: TextTraining = benchmark.settings("training", suite)
+            where = f"{file}: 'suites.{suite}.training"
+            check_names(where, "epochs_by_task", training.epochs_by_task or (), tasks)
             if not isinstance(training.evaluate_ood, bool):
-                check_names(
-                    f"{file}: 'suites.{suite}.training", "evaluate_ood", training.evaluate_ood, definition.methods
-                )
+                check_names(where, "evaluate_ood", training.evaluate_ood or (), definition.methods)
+            if not training.validation_fraction:
+                raise DefinitionError(f"{where}.validation_fraction' is 0, but clean runs need rows to choose by")
             if training.patience is not None and training.checkpoint_selection != "best":
                 raise DefinitionError(
                     f"{file}: 'suites.{suite}.training.patience' needs checkpoint_selection: best; set patience: null"
                 )
         for name, task in tasks.items():
-            _check_task(f"{folder / definition.tasks}: 'tasks.{name}", task, tasks)
+            _check_task(f"{benchmark.folder / definition.tasks}: 'tasks.{name}", task, tasks)
 
     def specs(
         self,
@@ -163,30 +149,24 @@ class TextKind(TextSets[TextDefinition]):
         exclude: Collection[str],
         specs_of: Callable[[str], Mapping[str, Mapping[str, Any]]],
     ) -> Iterator[dict[str, Any]]:
-        methods = suite_methods(benchmark, suite)
+        methods = resolve_methods(benchmark.definition, suite)
         trained = [name for name in methods if name not in benchmark.definition.transformed]
         trainable = [name for name, task in benchmark.tasks.items() if task.splits.train and task.splits.dev]
-        for number, block in enumerate(benchmark.definition.suites[suite].grid):
-            where = f"{benchmark.file}: 'suites.{suite}.grid[{number}]"
-            check_names(where, "model", block.model, model_names(None))
-            check_names(where, "task", block.task, trainable)
-            check_names(where, "method", block.method, trained)
-            given = block.model_dump()
-            usual = [name for name in block.method if methods[name].role != ABLATION]
-            for key in OF_TRAINING if usual else ():
-                if given.get(key):
+        names = {"model": model_names(None), "task": trainable, "method": trained}
+        training = functools.cache(functools.partial(benchmark.settings, "training", suite))
+        made: dict[str, dict[str, Any]] = {}
+        for where, point in benchmark.grid_points(suite, names, (*names, *VARIANT_KEYS, *_OTHER_AXES)):
+            for key in OF_TRAINING:
+                if key in point and methods[point["method"]].role != ABLATION:
                     raise DefinitionError(
-                        f"{where}.{key}' varies '{usual[0]}', whose runs would compete with those that are trained as "
-                        f"usual; take a row with role: {ABLATION}"
+                        f"{where}.{key}' varies '{point['method']}', whose runs would compete with those that are "
+                        f"trained as usual; take a row with role: {ABLATION}"
                     )
-            axes = [key for key in ("model", "task", "method", *VARIANT_KEYS, *_OTHER_AXES) if key in given]
-            made: dict[str, dict[str, Any]] = {}
-            for values in itertools.product(*(given[key] for key in axes)):
-                yield _spec(benchmark, suite, methods, dict(zip(axes, values, strict=True)), where, exclude, made)
+            yield _spec(benchmark, training(point["model"]), methods, point, where, exclude, made)
 
     def settings(self, definition: TextDefinition, method: str) -> list[str]:
         is_ablation = resolve_methods(definition)[method].role == ABLATION
-        found: list[str] = []
+        variants: list[str] = []
         for part in definition.suites.values():
             for block in part.grid:
                 given = block.given()
@@ -195,17 +175,19 @@ class TextKind(TextSets[TextDefinition]):
                     varied = dict(zip(axes, values, strict=True))
                     # layers that all rows of a model have are said of none
                     other = variant_of({key: varied[key] for key in axes if key != "layers"})
-                    found += [variant_of(varied), other] if other or is_ablation else []
-        return [setting for setting in dict.fromkeys(found) if setting]
+                    variants += [variant_of(varied), other] if other or is_ablation else []
+        return [variant for variant in dict.fromkeys(variants) if variant]
 
     def offer(self, benchmark: Benchmark[TextDefinition, TaskEntry], suite: str) -> Offer:
-        found = super().offer(benchmark, suite)
-        transformed = {name for name, row in benchmark.definition.transformed.items() if row.trained in found.methods}
-        found = replace(found, methods=found.methods | transformed)
-        training = benchmark.definition.suites[suite].training.given()
-        out_of_domain = training.get("evaluate_ood", benchmark.definition.training.evaluate_ood)
-        # of some methods alone it is not to be had of all that the suite runs
-        return found if out_of_domain is True else replace(found, domains=found.domains - {OOD, OOD_MEAN})
+        offer = super().offer(benchmark, suite)
+        transformed = {name for name, row in benchmark.definition.transformed.items() if row.trained in offer.methods}
+        offer = replace(offer, methods=offer.methods | transformed)
+        # claims need the scores of all methods that the suite runs
+        return (
+            offer
+            if benchmark.settings("training", suite).evaluate_ood is True
+            else replace(offer, domains=offer.domains - {OOD, OOD_MEAN})
+        )
 
 
 KIND = TextKind()
@@ -213,7 +195,7 @@ KIND = TextKind()
 
 def transformed_rows(
     transformed: Mapping[str, Transformed], definition: MethodsDefinition, file: Path
-) -> dict[str, MethodRow]:
+) -> dict[str, Method]:
     """Make methods of the rows that are trained as one method and evaluated as another.
 
     Args:
@@ -227,7 +209,7 @@ def transformed_rows(
     check_rows(definition, str(file))
     resolved = resolve_methods(definition)
     usual = [name for name, method in resolved.items() if method.role != ABLATION]
-    found: dict[str, MethodRow] = {}
+    rows: dict[str, Method] = {}
     for name, row in transformed.items():
         where = f"{file}: 'transformed.{name}"
         check_names(where, "trained", [row.trained], usual)
@@ -236,8 +218,8 @@ def transformed_rows(
         if name in definition.methods:
             raise DefinitionError(f"{where}' has the name of a method; give it another")
         trained = definition.methods[row.trained].given()
-        found[name] = MethodRow(**{"method": row.trained, **trained, "title": row.title, "role": ABLATION})
-    return found
+        rows[name] = Method(**{"method": row.trained, **trained, "title": row.title, "role": ABLATION})
+    return rows
 
 
 def _check_transformed(trained: Method, used_as: Method, where: str) -> None:
@@ -312,31 +294,24 @@ def _check_task(where: str, task: TaskEntry, tasks: Mapping[str, TaskEntry]) -> 
 
 def _spec(
     benchmark: Benchmark[TextDefinition, TaskEntry],
-    suite: str,
+    settings: TextTraining,
     methods: Mapping[str, Method],
     point: Mapping[str, Any],
     where: str,
     exclude: Collection[str],
     made: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Build a run's spec; ``made`` caches the methods of its block, which thousands of runs share."""
+    """Build a run's spec; ``made`` caches the methods, which thousands of runs share."""
     task = benchmark.tasks[point["task"]]
     protocol = _protocol(task, point, where)
-    settings = _settings(benchmark, suite, point)
-    training = settings.model_dump(include=set(TextTraining.model_fields))
-    if protocol == PUBLISHED or task.splits.test is not None:
-        training["validation_fraction"] = 0.0
-    if "train_share" in point:
-        training["train_share"] = point["train_share"]
-    training["epochs"] *= point.get("epochs_factor", 1)
+    training = run_training(settings, task, point, protocol)
     shaping = repr([point.get(key) for key in ("model", "method", "seed", *VARIANT_KEYS, *OF_TRAINING)])
     if shaping not in made:
         made[shaping] = method_spec(methods, point, point["seed"], settings.lora, where)
     method = copy.deepcopy(made[shaping])
     check_frozen(training, method, where)
-    evaluated = (
-        settings.evaluate_ood if isinstance(settings.evaluate_ood, bool) else point["method"] in settings.evaluate_ood
-    )
+    asked = settings.evaluate_ood
+    evaluated = asked if isinstance(asked, bool) else point["method"] in (asked or ())
     ood = [name for name in task.ood if name not in exclude] if evaluated else []
     return {
         **benchmark.of_every_spec,
@@ -356,7 +331,7 @@ def _used_as(
     definition: TextDefinition,
     methods: Mapping[str, Method],
     point: Mapping[str, Any],
-    settings: TextTrainingSettings,
+    settings: TextTraining,
     where: str,
 ) -> dict[str, Any]:
     """Return the method that a run's model is also evaluated as, with the settings of the same point of the grid."""
@@ -382,14 +357,16 @@ def _protocol(task: TaskEntry, point: Mapping[str, Any], where: str) -> str:
     return str(asked)
 
 
-def _settings(
-    benchmark: Benchmark[TextDefinition, TaskEntry], suite: str, point: Mapping[str, Any]
-) -> TextTrainingSettings:
-    """Return the training settings of one run, with those of its task."""
-    definition, where = benchmark.definition, f"{benchmark.file}: 'suites.{suite}.training"
-    found = training_settings(definition.training, definition.suites[suite].training, point["model"], where)
-    check_names(where, "epochs_by_task", found.epochs_by_task, benchmark.tasks)
-    return found.model_copy(update={"epochs": found.epochs_by_task.get(point["task"], found.epochs)})
+def run_training(settings: TextTraining, task: TaskEntry, point: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """Return the training settings of a run's spec: those of its model, changed by its task, protocol and row."""
+    training = settings.spec()
+    epochs = (settings.epochs_by_task or {}).get(point["task"], settings.epochs)
+    training["epochs"] = epochs * point.get("epochs_factor", 1)
+    if protocol == PUBLISHED or task.splits.test is not None:  # a split chooses
+        training["validation_fraction"] = 0.0
+    if "train_share" in point:
+        training["train_share"] = point["train_share"]
+    return training
 
 
 def _advice(name: str, task: TaskEntry, problem: str) -> str:

@@ -112,7 +112,7 @@ class TextOutcomes(Outcomes):
         shown = [run for run in runs if ablated or roles[run.spec["method"]["name"]] != ABLATION]
         super().__init__(benchmark, shown, ["method", *_PAIR, "protocol"], protocol=PROTOCOLS)
         records = collect(shown) if records is None else records
-        self._evaluates = benchmark.kind.evaluates(benchmark.definition) is not None
+        self._evaluates = benchmark.evaluates is not None
         self._ablated = ablated
         records = with_transformed(records[records["run_id"].isin({run.id for run in shown})])
         if not ablated:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.glue_ood.grid import KIND as EVALUATION
-from benchmarks.harness.base import BENCHMARKS, RUNS, DefinitionError
+from benchmarks.harness.base import RUNS, DefinitionError
 from benchmarks.harness.config.benchmark import Benchmark, check_references, load_benchmark, resolve_methods
 from benchmarks.harness.config.methods import ABLATION, setting_text, setting_values, without
 from benchmarks.harness.config.runs import Run, plan
@@ -106,7 +106,7 @@ def test_ablations_compare_what_exists(changes: dict[str, Any], message: str) ->
     found = LORA.definition.ablations["selection"].model_copy(update=changes)
     changed = LORA.definition.model_copy(update={"ablations": {**LORA.definition.ablations, "selection": found}})
     with pytest.raises(DefinitionError, match=message):
-        check_references(changed, LORA.tasks, BENCHMARKS / "glue_lora")
+        check_references(Benchmark("glue_lora", changed, LORA.tasks))
 
 
 def test_a_model_is_used_as_one_row_and_not_as_several() -> None:

@@ -127,6 +127,7 @@ def changed(monkeypatch):
             ["tweet"],
             r"'suites\.mini\.grid\[0\]\.task' is 'tweet', which does not exist; did you mean 'tweets'",
         ),
+        ("method_defaults.emo", {}, r"'method_defaults' is 'emo', which does not exist; did you mean 'emoe'"),
         ("methods.emo", {}, r"benchmark\.yaml: 'methods' is 'emo', which does not exist; did you mean 'emoe'"),
         (
             "suites.mini.methods.emoe.num_experts",
@@ -136,7 +137,6 @@ def changed(monkeypatch):
         ),
         ("suites.mini.grid.0.task", ["imdb"], "task' is 'imdb', which does not exist"),  # it has no training split
         ("suites.mini.grid.0.protocol", ["published"], "'published' is for tasks without a test split"),
-        ("training.by_model", {"gpt2-x": {"batch_size": 8}}, "did you mean 'gpt2-xl'"),
         ("suites.mini.methods.vanilla", {"tune": "blocks"}, "sets 'tune: blocks' but no 'layers'"),
         ("methods.random_partition.also_train", ["pooler"], "sets 'also_train', which needs training.lora or 'tune'"),
     ],
@@ -150,6 +150,29 @@ def test_a_plan_that_cannot_run_is_refused_before_it_starts(changed, path, value
     ("path", "value", "message"),
     [
         ("baseline", "vanila", "'baseline' is 'vanila', which is no method; did you mean 'vanilla'"),
+        (
+            "suites.mini.training.batch_sice",
+            8,
+            r"unknown key 'suites\.mini\.training\.batch_sice'; did you mean 'batch_size'",
+        ),
+        (
+            "suites.mini.training.epochs",
+            0,
+            r"'suites\.mini\.training\.epochs': 0 is less than or equal to the minimum of 0",
+        ),
+        (
+            "suites.mini.training.by_model",
+            {"minilm": {"precision": "fp23"}},
+            r"'suites\.mini\.training\.by_model\.minilm\.precision' is 'fp23'; did you mean 'fp32'",
+        ),
+        ("suites.mini.training.validation_fraction", 0, "clean runs need rows to choose by"),
+        ("training.by_model", {"gpt2-x": {"batch_size": 8}}, "did you mean 'gpt2-xl'"),
+        (
+            "training.by_model",
+            {"gpt2-xl": {"epoch": 8}},
+            r"'training\.by_model\.gpt2-xl\.epoch'; did you mean 'epochs'",
+        ),
+        ("training.epochs", "2", r"'training\.epochs' is '2', but must be number"),
         ("pipeline", "benchmarks.gleu.pipeline", r"did you mean 'benchmarks\.glue\.pipeline'"),
         ("paper", "papers.csv", r"'paper' is 'papers\.csv', which does not exist; did you mean 'paper\.csv'"),
         ("suites.mini.training.patience", 3, r"'suites\.mini\.training\.patience' needs checkpoint_selection: best"),
@@ -158,7 +181,7 @@ def test_a_plan_that_cannot_run_is_refused_before_it_starts(changed, path, value
 def test_names_that_lead_nowhere_are_refused(path, value, message) -> None:
     real = load_benchmark("glue")
     with pytest.raises(DefinitionError, match=message):
-        benchmark.check_references(real.kind.load(edited(path, value), real.file)[0], real.tasks, real.folder)
+        benchmark.check_references(Benchmark("glue", *real.kind.load(edited(path, value), real.file)))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +219,7 @@ def test_tasks_that_lead_nowhere_are_refused(name: str, key: str, value: object,
     real = load_benchmark("glue")
     tasks = {**real.tasks, name: changed_task(name, **{key: value})}
     with pytest.raises(DefinitionError, match=message) as caught:
-        benchmark.check_references(real.definition, tasks, real.folder)
+        benchmark.check_references(Benchmark("glue", real.definition, tasks))
     assert "tasks.yaml: " in str(caught.value)
 
 
@@ -217,7 +240,7 @@ def test_classes_without_a_fold_are_refused() -> None:
     real = load_benchmark("glue")
     tasks = {**real.tasks, "mnli": changed_task("mnli", ood=["hans"], label_map={})}
     with pytest.raises(DefinitionError, match=r"'tasks\.mnli\.ood': 'hans' has 2 classes, the model 3"):
-        benchmark.check_references(real.definition, tasks, real.folder)
+        benchmark.check_references(Benchmark("glue", real.definition, tasks))
 
 
 def test_runs_that_keep_no_weights_cannot_be_evaluated() -> None:

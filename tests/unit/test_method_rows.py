@@ -97,6 +97,11 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ("method", "message"),
     [
         ({"title": "Mine", "kind": "emo"}, r"'methods\.mine\.kind' is 'emo'; did you mean 'emoe'"),
+        ({"title": "Mine"}, r"'methods\.mine' needs the key 'kind'"),
+        (
+            {"title": "Mine", "kind": "emoe", "top_k": 2, "top_k_fraction": 0.5},
+            r"'methods\.mine': it has both top_k and top_k_fraction; keep one",
+        ),
         (
             {"title": "Mine", "kind": "dense", "tune": "blocsk"},
             r"'methods\.mine\.tune' is 'blocsk'; did you mean 'blocks'",

@@ -188,7 +188,7 @@ def changed(change: dict[str, Any]) -> ModularityDefinition:
 )
 def test_rows_that_say_nothing_before_training_are_refused(methods: dict[str, Any], message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
-        KIND.check(changed({"methods": methods}), BENCHMARK.tasks, BENCHMARK.folder)
+        KIND.check(type(BENCHMARK)(BENCHMARK.name, changed({"methods": methods}), BENCHMARK.tasks))
 
 
 def test_two_tasks_are_compared_in_one_layer() -> None:

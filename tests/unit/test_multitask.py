@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 
 from benchmarks.harness.base import DATA_ROOT, MODEL_ROOT, DataError, DefinitionError
-from benchmarks.harness.config.benchmark import load_benchmark
+from benchmarks.harness.config.benchmark import Benchmark, load_benchmark
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.runs import canonical_json, plan, run_from_spec
 from benchmarks.harness.config.yaml import parse
@@ -208,7 +208,7 @@ def changed(change: dict[str, Any]) -> MultitaskDefinition:
 )
 def test_what_cannot_be_learned_so_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DefinitionError, match=message):
-        KIND.check(changed(change), BENCHMARK.tasks, BENCHMARK.folder)
+        KIND.check(Benchmark(BENCHMARK.name, changed(change), BENCHMARK.tasks))
 
 
 def test_sets_that_are_learned_are_not_out_of_domain_and_excluded_ones_are_not_read() -> None:

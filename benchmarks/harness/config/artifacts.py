@@ -104,5 +104,5 @@ def all_artifacts() -> list[Artifacts]:
     return [
         artifacts_of(name, part)
         for name, benchmark in benchmarks.items()
-        for part in (None, *(benchmark.tasks if benchmark.kind.shows_parts else ()))
+        for part in (None, *(benchmark.tasks if benchmark.shows_parts else ()))
     ]

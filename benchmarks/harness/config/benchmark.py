@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
@@ -17,12 +18,10 @@ from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.methods import (
     ABLATION,
     Method,
-    MethodDefaults,
-    MethodRow,
-    MethodSettings,
     load_methods,
-    stack_settings,
+    merge_methods,
 )
+from benchmarks.harness.config.overlay import Changes, Layer, merge, overlay
 from benchmarks.harness.config.yaml import (
     Count,
     Key,
@@ -32,7 +31,6 @@ from benchmarks.harness.config.yaml import (
     check_file,
     check_names,
     left_out,
-    parse,
     read_yaml,
 )
 from benchmarks.harness.sources.packages import PackageFile
@@ -42,7 +40,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 
 class Resources(Strict):
-    """What the scheduler reserves for one run."""
+    """Reservations of the scheduler for one run."""
 
     threads: Count = 1
     """CPU threads of one run."""
@@ -54,11 +52,17 @@ class Resources(Strict):
     """GPUs."""
 
 
-class TrainingSettings(Strict):
-    """How every run of a benchmark is trained."""
+class Training(Strict):
+    """The training of a run."""
 
-    by_model: Mapping[str, Strict] = Field({})
-    """Settings of single models."""
+    in_no_spec: ClassVar[set[str]] = {"by_model"}
+
+    by_model: dict[str, dict[str, Any]] | None = left_out()
+    """Settings of single models; in no run's spec."""
+
+    def spec(self) -> dict[str, Any]:
+        """Return the settings of a run's spec."""
+        return self.model_dump(exclude=self.in_no_spec)
 
 
 class Entry(Strict):
@@ -72,16 +76,16 @@ class SuitePart(Strict):
     """One suite's part of a benchmark."""
 
     resources: Resources = Resources()
-    """What the scheduler reserves for one run."""
+    """Reservations of the scheduler for one run."""
     note: str | None = left_out()
     """A sentence for the report: how far the suite is from the paper's experiment."""
 
 
 class Definition(Strict):
-    """What every benchmark.yaml says."""
+    """The keys of every benchmark.yaml."""
 
     kind: str | None = left_out()
-    """The folder of benchmarks/ whose grid.py says what the runs are; this one's own where it has one, else text."""
+    """The folder of benchmarks/ whose grid.py plans the runs; if left out, this folder if it has one, else text."""
     version: Count
     """Part of every run's identity. Raise it when the same settings would give other numbers, or more of them."""
     title: str
@@ -95,43 +99,40 @@ class Definition(Strict):
     paper: str | None = None
     """CSV with published numbers, in the benchmark's folder; null where there are none."""
     suites: Mapping[str, SuitePart]
-    """What to run, by suite."""
+    """Runs by suite."""
 
 
 class TrainingSuite(SuitePart):
-    """What one suite says of a benchmark that trains models by methods."""
+    """One suite's part of a benchmark that trains models by methods."""
 
-    method_defaults: MethodDefaults = MethodDefaults()
-    """What methods take that leave it open, by their kind; before the benchmark's."""
-    methods: dict[str, MethodSettings] = Field({})
+    method_defaults: dict[str, Method] = Field({})
+    """Settings of methods that leave them open, by their kind; before the benchmark's."""
+    methods: dict[str, Method] = Field({})
     """Settings of single methods that differ in this suite, by method."""
 
 
 class MethodsDefinition(Definition):
-    """What a benchmark says that compares methods."""
+    """The keys of a benchmark that compares methods."""
 
     baseline: str
     """The method that differences are taken against."""
-    method_defaults: MethodDefaults = MethodDefaults()
-    """What methods take that leave it open, by their kind. A row's own setting goes before it, a suite's default before
-    the benchmark's.
-    """
-    methods: Annotated[dict[Key, MethodRow], Field(min_length=1)]
-    """What is compared: methods of methods.yaml, each with what differs here. The order is the order of the rows."""
+    method_defaults: dict[str, Method] = Field({})
+    """Settings of methods that leave them open, by their kind: dense, emoe or gmoe. A row's own setting goes before
+    it, a suite's default before the benchmark's."""
+    methods: Annotated[dict[Key, Method], Field(min_length=1)]
+    """The compared methods of methods.yaml, each with the settings that differ here, in the order of the rows."""
 
 
 class TrainingDefinition(MethodsDefinition):
-    """What a benchmark says that trains models by methods."""
+    """The keys of a benchmark that trains models by methods."""
 
     suites: Mapping[str, TrainingSuite]
-    """What to run, by suite."""
+    """Runs by suite."""
 
 
 ALL = "all"  # the one part of a set that is read as a whole
 USUAL = "text"  # the kind of a benchmark that says none and has no grid of its own
 D = TypeVar("D", bound=Definition)
-Changed = TypeVar("Changed", bound=Strict)
-Settings = TypeVar("Settings", bound=TrainingSettings)
 E = TypeVar("E", bound=Entry)
 D_co = TypeVar("D_co", bound=Definition, covariant=True)
 E_co = TypeVar("E_co", bound=Entry, covariant=True)
@@ -147,9 +148,13 @@ class Benchmark(Generic[D_co, E_co]):
     definition: D_co
     tasks: Mapping[str, E_co]
 
+    @property
+    def kind_name(self) -> str:
+        return self.definition.kind or usual_kind(self.name)
+
     @functools.cached_property
     def kind(self) -> Kind[Any, Any]:
-        return find_kind(self.definition.kind or usual_kind(self.name))
+        return find_kind(self.kind_name)
 
     @property
     def folder(self) -> Path:
@@ -159,21 +164,86 @@ class Benchmark(Generic[D_co, E_co]):
     def file(self) -> Path:
         return self.folder / "benchmark.yaml"
 
+    def settings(self, key: str, suite: str, model: str | None = None) -> Any:
+        """Return settings of the benchmark, changed by a suite and by those of a model.
+
+        Args:
+            key: The key of the settings, in the benchmark and in the suite.
+            suite: The name of the suite.
+            model: The name of the model whose ``by_model`` counts; None for no model.
+
+        Raises:
+            DefinitionError: A setting is wrong; names the keys of the layer that gave it.
+        """
+        usual: Strict = getattr(self.definition, key)
+        at, changes = ("suites", suite, key), getattr(self.definition.suites[suite], key)
+        layers: list[Layer] = [((key,), usual.model_dump(exclude_unset=True)), (at, changes)]
+        by_model = merge(*(values for _, values in layers)).get("by_model") or {}
+        if model is not None and model in by_model:
+            origin = at if model in (changes.get("by_model") or {}) else (key,)
+            layers.append(((*origin, "by_model", model), by_model[model]))
+        return overlay(type(usual), str(self.file), *layers)
+
+    def grid_points(
+        self, suite: str, names: Mapping[str, Collection[str]], axes: Iterable[str]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the points of a suite's grid, each after its block's place in the file.
+
+        Args:
+            suite: The name of the suite.
+            names: The valid names by key of a block.
+            axes: The keys of a point, the slowest first; a block may lack some.
+
+        Raises:
+            DefinitionError: A name does not exist.
+        """
+        part: Any = self.definition.suites[suite]
+        for number, block in enumerate(part.grid):
+            where, values = f"{self.file}: 'suites.{suite}.grid[{number}]", block.model_dump()
+            for key, known in names.items():
+                check_names(where, key, values[key], known)
+            keys = [key for key in axes if key in values]
+            for point in itertools.product(*(values[key] for key in keys)):
+                yield where, dict(zip(keys, point, strict=True))
+
+    @property
+    def evaluates(self) -> str | None:
+        """Return the benchmark whose runs its runs evaluate; None if it has runs of its own."""
+        return getattr(self.definition, "evaluates", None)
+
+    @property
+    def shows_parts(self) -> bool:
+        """Return True if each of its sets has tables and figures of its own."""
+        return bool(getattr(self.definition, "set_tables", ()))
+
+    @property
+    def published_files(self) -> list[str]:
+        """Return the CSV files that ``benchmark.yaml`` names: published numbers, which its tables show."""
+        return sorted(set(_csv_names(self.definition.model_dump(exclude={"suites"}))))
+
     @property
     def of_every_spec(self) -> dict[str, Any]:
         """Return the part that the specs of all its runs share."""
         return {"benchmark": self.name, "version": self.definition.version, "pipeline": self.definition.pipeline}
 
 
+def _csv_names(value: object) -> Iterator[str]:
+    if isinstance(value, str) and value.endswith(".csv"):
+        yield value
+    elif isinstance(value, dict):
+        for below in value.values():
+            yield from _csv_names(below)
+
+
 class PublishedRows(Strict):
     """Another number of rows that the paper's authors score."""
 
     rows: Count
-    """How many."""
+    """Number of rows."""
     of: str
-    """Who says so."""
+    """Source of that number."""
     why: str
-    """Why they differ."""
+    """Reason for the difference."""
 
 
 @dataclass(frozen=True)
@@ -265,24 +335,14 @@ class Kind(ABC, Generic[D, E]):
 
     Attributes:
         files: The names of schemas for editors, and the models of its YAML files.
-        presentation: The module that shows its finished runs if a benchmark's folder has none; else every folder
-            needs one.
         paper_columns: The columns of its ``paper.csv`` before value, status and source.
-        has_models: True if its runs have a model with weights.
-        has_seeds: True if its runs are seeded, so that their names say how.
-        shows_parts: True if each of its sets, which the blocks of its grids name under ``set``, has tables and figures
-            of its own.
         counts_labels: True if its report shows the labels of its sets.
         optimizer: The optimizer, for the report; empty if nothing is trained.
         late_imports: The modules that its runs import when they need them.
     """
 
     files: tuple[tuple[str, type[Strict]], ...]
-    presentation: str | None = None
     paper_columns: tuple[str, ...] = ()
-    has_models = True
-    has_seeds = True
-    shows_parts = False
     counts_labels = True
     optimizer = ""
     late_imports: tuple[str, ...] = ()
@@ -319,7 +379,7 @@ class Kind(ABC, Generic[D, E]):
             DefinitionError: A name in the grid does not exist, or settings do not go together.
         """
 
-    def check(self, definition: D, tasks: Mapping[str, E], folder: Path) -> None:
+    def check(self, benchmark: Benchmark[D, E]) -> None:
         """Check that names exist and settings go together.
 
         Raises:
@@ -329,14 +389,6 @@ class Kind(ABC, Generic[D, E]):
     def excludable(self, tasks: Mapping[str, E]) -> Iterable[str]:
         """Return the sets that a suite may exclude."""
         return ()
-
-    def evaluates(self, definition: D) -> str | None:
-        """Return the benchmark whose runs its runs evaluate."""
-        return None
-
-    def resources(self, resources: Resources, spec: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the resources of a run."""
-        return resources.model_dump()
 
     def check_processes(self, spec: Mapping[str, Any], processes: int, parallel: str) -> None:
         """Check that a run can be spread over a number of processes, before any of them starts to work.
@@ -353,14 +405,6 @@ class Kind(ABC, Generic[D, E]):
     def variant(self, spec: Mapping[str, Any]) -> str:
         """Name the settings of a run that vary beside model, task and method."""
         return str(spec["method"]["variant"])
-
-    def marks(self, spec: Mapping[str, Any]) -> list[str]:
-        """Return further parts of a run's name."""
-        return []
-
-    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """Return the sets of a run that may only exist by hand."""
-        return list(spec["ood"])
 
     def package_files(self, task: Mapping[str, Any]) -> list[PackageFile]:
         """Return the files inside packages that a set is read from."""
@@ -420,10 +464,6 @@ class Kind(ABC, Generic[D, E]):
         """Return the titles of the sets of runs, by the names that tables and claims use."""
         return {name: task.title for name, task in tasks.items()}
 
-    def published_files(self, definition: D) -> list[str]:
-        """Return the CSV files with published numbers that its tables show."""
-        return [definition.paper] if definition.paper else []
-
     def settings(self, definition: D, method: str) -> list[str]:
         """Return the variants of a method that claims may name."""
         return []
@@ -443,9 +483,6 @@ class WholeSets(Kind[D, E]):
 
     def excludable(self, tasks: Mapping[str, E]) -> Iterable[str]:
         return tasks
-
-    def sets(self, spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        return [spec["task"]]
 
     def parts_read(self, spec: Mapping[str, Any], tasks: Mapping[str, E]) -> list[tuple[str, str]]:
         return [(spec["task"]["name"], ALL)]
@@ -489,8 +526,8 @@ def find_kind(name: str) -> Kind[Any, Any]:
     """
     if name not in kind_names():
         raise DefinitionError(f"'kind' is {name!r}{did_you_mean(name, kind_names())}")
-    found: Kind[Any, Any] = importlib.import_module(f"benchmarks.{name}.grid").KIND
-    return found
+    kind: Kind[Any, Any] = importlib.import_module(f"benchmarks.{name}.grid").KIND
+    return kind
 
 
 def usual_kind(benchmark: str) -> str:
@@ -515,90 +552,56 @@ def kind_of(benchmark: str) -> Kind[Any, Any]:
 
 
 def check_rows(definition: MethodsDefinition, file: str) -> None:
-    """Check that the methods exist that a benchmark compares, and the rows that its suites change.
+    """Check the names of the methods that a benchmark compares, of the rows that its suites change, and of kinds.
 
     Raises:
-        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not
-            have.
+        DefinitionError: A name does not exist.
     """
     for name, row in definition.methods.items():
         at, known = (f"methods.{name}.method", row.method) if row.method else ("methods", name)
         check_names(f"{file}: '", at, [known], load_methods())
+    kinds = [method.kind for method in load_methods().values()]
+    check_names(f"{file}: '", "method_defaults", definition.method_defaults, kinds)
     for name, suite in definition.suites.items():
         if isinstance(suite, TrainingSuite):
             check_names(f"{file}: 'suites.{name}", "methods", suite.methods, definition.methods)
+            check_names(f"{file}: 'suites.{name}", "method_defaults", suite.method_defaults, kinds)
 
 
 def resolve_methods(definition: MethodsDefinition, suite: str | None = None) -> dict[str, Method]:
     """Return a benchmark's methods with all their settings, for itself or for one of its suites.
 
     A setting is taken from the first of these that gives it: the suite's ``methods``, the benchmark's ``methods``,
-    ``methods.yaml``,
-    the suite's ``method_defaults`` for the method's kind, the benchmark's.
+    ``methods.yaml``, the suite's ``method_defaults`` for the method's kind, the benchmark's.
     """
+    resolved = {}
     part = definition.suites[suite] if suite else None
-    found = {}
+    defaults, changes = (part.method_defaults, part.methods) if isinstance(part, TrainingSuite) else ({}, {})
     for name, row in definition.methods.items():
-        method = load_methods()[row.method or name]
-        layers = [getattr(definition.method_defaults, method.kind)]
-        own = MethodSettings()
-        if isinstance(part, TrainingSuite):
-            layers.append(getattr(part.method_defaults, method.kind))
-            own = part.methods.get(name, own)
-        settings = [layer.given() for layer in (*layers, method, row, own)]
-        found[name] = Method(**{key: value for key, value in stack_settings(*settings).items() if key != "method"})
-    return found
+        layers = [load_methods()[row.method or name], row, changes.get(name, Method())]
+        kind = merge_methods(*layers).kind
+        usual = [settings[kind] for settings in (definition.method_defaults, defaults) if kind in settings]
+        resolved[name] = merge_methods(*usual, *layers)
+    return resolved
 
 
-def suite_methods(benchmark: Benchmark[TrainingDefinition, Entry], suite: str) -> dict[str, Method]:
-    """Return the benchmark's methods as the suite compares them, by name.
+def check_settings(benchmark: AnyBenchmark) -> None:
+    """Check what the suites change of the benchmark's settings.
 
     Raises:
-        DefinitionError: a method that ``methods.yaml`` does not have, or a suite's row that the benchmark does not
-            have.
+        DefinitionError: A setting is wrong, or a model does not exist.
     """
-    check_rows(benchmark.definition, str(benchmark.file))
-    return resolve_methods(benchmark.definition, suite)
-
-
-def with_changes(
-    entries: Mapping[str, Changed], changes: Mapping[str, Mapping[str, Any]], key: str, where: str
-) -> dict[str, Changed]:
-    """Apply a suite's settings to named entries of a benchmark's file.
-
-    Args:
-        entries: The entries of the file.
-        changes: The changes of the suite, by the name of an entry.
-        key: The key of the entries.
-        where: The file, and the keys before the suite's entries.
-
-    Raises:
-        DefinitionError: The suite names an entry that does not exist, or a setting that it does not have.
-    """
-    check_names(where, key, list(changes), entries)
-    return {
-        name: parse({**entry.model_dump(), **changes[name]}, type(entry), f"{where}.{key}'", key, name)
-        if name in changes
-        else entry
-        for name, entry in entries.items()
-    }
-
-
-def training_settings(usual: Settings, changes: Strict, model: str, where: str) -> Settings:
-    """Return the training settings of the runs of a model: the benchmark's, the suite's, the model's own.
-
-    Args:
-        usual: The settings of the benchmark.
-        changes: The changes of the suite.
-        model: The name of the model.
-        where: The file, and the keys that lead to ``by_model``.
-
-    Raises:
-        DefinitionError: Settings are of a model that does not exist.
-    """
-    found = usual.changed(changes)
-    check_names(where, "by_model", found.by_model, load_models())
-    return found.changed(found.by_model[model]) if model in found.by_model else found
+    for suite, part in benchmark.definition.suites.items():
+        for key, field in type(part).model_fields.items():
+            if any(isinstance(mark, Changes) for mark in field.metadata):
+                by_model = getattr(benchmark.settings(key, suite), "by_model", None) or {}
+                check_names(f"{benchmark.file}: 'suites.{suite}.{key}", "by_model", by_model, load_models())
+                for model, settings in by_model.items():
+                    benchmark.settings(key, suite, model)
+                    if "by_model" in settings:
+                        raise DefinitionError(
+                            f"{benchmark.file}: 'suites.{suite}.{key}.by_model.{model}' has a by_model"
+                        )
 
 
 # as it is loaded by name, whatever its kind
@@ -627,19 +630,18 @@ def load_benchmark(name: str) -> AnyBenchmark:
     except DefinitionError as error:
         raise DefinitionError(f"{file}: {error}") from error
     load_methods()  # first, because its plugins make names known
-    definition, tasks = kind.load(content, file)
-    check_references(definition, tasks, folder)
-    return Benchmark(name, definition, tasks)
+    benchmark = Benchmark(name, *kind.load(content, file))
+    check_references(benchmark)
+    return benchmark
 
 
-def check_references(definition: Definition, tasks: Mapping[str, Entry], folder: Path) -> None:
+def check_references(benchmark: AnyBenchmark) -> None:
     """Check that names and files exist, and that settings go together.
 
     Raises:
         DefinitionError: Names the file, the key and the nearest valid value.
     """
-    file, name = folder / "benchmark.yaml", definition.kind or usual_kind(folder.name)
-    kind = find_kind(name)
+    definition, file, kind = benchmark.definition, benchmark.file, benchmark.kind
     modules = [f"benchmarks.{path.parent.name}.pipeline" for path in BENCHMARKS.glob("*/pipeline.py")]
     if definition.pipeline not in modules:
         near = did_you_mean(definition.pipeline, modules)
@@ -649,13 +651,14 @@ def check_references(definition: Definition, tasks: Mapping[str, Entry], folder:
         ablations = [row for row, method in resolve_methods(definition).items() if method.role == ABLATION]
         if ablations and not hasattr(definition, "ablations"):
             raise DefinitionError(
-                f"{file}: 'methods.{ablations[0]}' has role: {ABLATION}, which kind: {name} does not know"
+                f"{file}: 'methods.{ablations[0]}' has role: {ABLATION}, but the benchmark has no 'ablations'"
             )
         if definition.baseline not in definition.methods:
             near = did_you_mean(definition.baseline, definition.methods)
             raise DefinitionError(f"{file}: 'baseline' is '{definition.baseline}', which is no method{near}")
     if definition.paper:
-        check_file(f"{file}: '", "paper", definition.paper, folder, kind.paper_columns)
+        check_file(f"{file}: '", "paper", definition.paper, benchmark.folder, kind.paper_columns)
     if "paper" in definition.tables and not definition.paper:
         raise DefinitionError(f"{file}: 'tables' names 'paper', so it needs 'paper': a CSV with published numbers")
-    kind.check(definition, tasks, folder)
+    check_settings(benchmark)
+    kind.check(benchmark)

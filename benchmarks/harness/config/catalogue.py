@@ -21,10 +21,10 @@ _NEEDS = (
 
 
 class ModelSource(Strict):
-    """Where a model comes from, and what it is for."""
+    """The source and the modality of a model."""
 
     modality: Literal["image", "language", "seq2seq"] | None = left_out()
-    """What it is for: images, language modelling, or text from text; text classification where left out."""
+    """Use of the model: images, language modelling, or text from text; text classification if left out."""
     hub: str | None = left_out()
     """Repository on the hub."""
     revision: str | None = None
@@ -56,11 +56,11 @@ class Shape(Strict):
     """The size of a transformer."""
 
     width: Count
-    """Of the residual stream: `hidden_size` of transformers."""
+    """Width of the residual stream: `hidden_size` of transformers."""
     layers: Count
     """Transformer blocks."""
     neurons: Count
-    """Of one FFN: `intermediate_size`. N has to divide it."""
+    """Width of one FFN: `intermediate_size`. N has to divide it."""
     gated: bool = False
     """An FFN has three matrices (SwiGLU) instead of two."""
 
@@ -94,7 +94,7 @@ class ModelFile(Strict):
 
 
 class Metric(Strict):
-    """How a number is named, printed and compared."""
+    """The name, print and comparison of a number."""
 
     label: str
     """Heading in tables and axes."""
@@ -105,7 +105,7 @@ class Metric(Strict):
     range: list[Number | None] = Field([None, None], min_length=2, max_length=2)
     """Smallest and largest possible stored value."""
     direction: Literal["higher", "lower", "none"]
-    """Which is better."""
+    """The better direction."""
     decimals: Whole
     """Decimals of the printed number."""
     tolerance: Annotated[float, Field(ge=0)] | None = None
@@ -117,7 +117,7 @@ class Metric(Strict):
 
 
 class MetricFile(Strict):
-    """How each number is named, printed and compared."""
+    """Names, print and comparison of all numbers."""
 
     metrics: dict[str, Metric]
 

@@ -38,12 +38,14 @@ class Comparison(Strict):
     against: str
     """The method that it is compared with."""
     domain: str
-    """`id`, `ood`, `ood_mean` of text; `held_out` of images; `held_out`, `questions` of instructions; `model` of counts; a measure of measurements."""
+    """`id`, `ood`, `ood_mean` of text; `held_out` of images; `held_out`, `questions` of instructions; `model` of
+    counts; a measure of measurements."""
     metric: str
     """Name in metrics.yaml."""
     direction: Literal["higher", "lower", "same", "not_lower", "equal", "near"]
-    """The claim on the method's number: `higher` or `lower` (paired t-test), the `same` or `not_lower` (interval within the metric's margin, or above its lower end), `equal` (counts), a ratio
-    `near` 1 or below (range within the margin)."""
+    """The claim on the method's number: `higher` or `lower` (paired t-test), the `same` or `not_lower` (interval within
+    the metric's margin, or above its lower end), `equal` (counts), a ratio `near` 1 or below (range within the
+    margin)."""
     selection: str | None = left_out()
     """The selection of epoch and hyper-parameters, if a benchmark reports several."""
     models: Names | None = left_out()
@@ -53,7 +55,8 @@ class Comparison(Strict):
     tunings: Names | None = left_out()
     """Only these ways of instruction tuning."""
     settings: Names | Literal["all"] | None = left_out()
-    """Settings of a method that runs with several (`[D0.8]`), or `all` of them: a pair's numbers are averaged over them. Left out: the method as in main tables."""
+    """Settings of a method that runs with several (`[D0.8]`), or `all` of them: a pair's numbers are averaged over
+    them. Left out: the method as in main tables."""
 
 
 class ClaimTest(Strict):
@@ -66,7 +69,7 @@ class ClaimTest(Strict):
     compare: Comparison | None = left_out()
     """The comparison."""
     needs: str | None = left_out()
-    """What every suite lacks."""
+    """Things that every suite lacks."""
 
     def model_post_init(self, _context: Any, /) -> None:
         self.need_one_of("compare", "needs")
@@ -172,5 +175,5 @@ def _offers(benchmark: AnyBenchmark, suite: str, compare: Comparison) -> bool:
         and compare.domain in offer.domains
         and (not compare.models or bool(offer.models & set(compare.models)))
         and (not compare.tunings or bool(offer.tunings & set(compare.tunings)))
-        and (not benchmark.kind.has_models or any(real.get(model, True) for model in offer.models))
+        and any(real.get(model, True) for model in offer.models)
     )

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
-import inspect
 import pkgutil
 import re
 import sys
-import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, create_model
+from pydantic import Field
 
 from benchmarks.harness.base import BENCHMARKS, ROOT, DefinitionError, first_line
 from benchmarks.harness.config.catalogue import load_models
 from benchmarks.harness.config.yaml import (
-    AS_GIVEN,
     AsGiven,
     Count,
     Counts,
@@ -32,12 +28,23 @@ from benchmarks.harness.config.yaml import (
     Share,
     Shares,
     Strict,
+    Whole,
     left_out,
     parse,
     read,
     read_yaml,
+    refusal,
 )
-from emoe.config import ROUTERS, EMoEConfig, GMoEConfig
+from emoe.config import (
+    ROUTERS,
+    BalanceLoss,
+    EMoEConfig,
+    GMoEConfig,
+    Partition,
+    Score,
+    Selection,
+    Weighting,
+)
 from emoe.errors import ConfigError, did_you_mean, nearest_divisor
 from emoe.layer_numbers import resolve_layers
 
@@ -52,9 +59,8 @@ class Tuning:
     """Define one way of tuning.
 
     Attributes:
-        parameters: gives the names of the parameters of a model that are trained; it is called with the model,
-            converted and
-            with its adapters, and the ``layers`` of the method.
+        parameters: The function that names the trained parameters of a model; its arguments are the model, converted
+            and with its adapters, and the ``layers`` of the method.
         needs_layers: True if a method with this tuning must give ``layers``; else the function gets ``None``.
     """
 
@@ -101,8 +107,8 @@ def tuning_spec(name: str | None, layers: Any, also: Iterable[str] = ()) -> dict
     """
     if name is None or name == "blocks":  # which has a key of its own
         return {"blocks": layers if name else [], "also": list(also)}
-    found = {"blocks": [], "also": list(also), "tuning": name}
-    return found | ({"layers": layers} if needs_layers(name) else {})
+    tune = {"blocks": [], "also": list(also), "tuning": name}
+    return tune | ({"layers": layers} if needs_layers(name) else {})
 
 
 def is_below(name: str, modules: Iterable[str]) -> bool:
@@ -122,7 +128,7 @@ def _block_parameters(model: nn.Module, layers: Any) -> list[str]:
 def block_of(ffn: str) -> str:
     """Return the path of the block of an FFN: its own up to the last number."""
     parts = ffn.split(".")
-    last = max(place for place, part in enumerate(parts) if part.isdigit())
+    last = max(number for number, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: last + 1])
 
 
@@ -230,106 +236,88 @@ def _lowest(layers: Any) -> int | None:
 Layers = str | Annotated[list[int], Field(min_length=1)]
 CONTROL, ABLATION = "control", "ablation"
 Role = Literal["baseline", "method", "control", "ablation"]
-# bounds of numbers: their names in a configuration, and pydantic's
-_BOUNDS = {"minimum": "ge", "maximum": "le", "exclusiveMinimum": "gt", "exclusiveMaximum": "lt"}
 
 
-def _config_fields() -> dict[str, Any]:
-    """Return every field of the two configurations; a method may omit each."""
-    fields: dict[str, Any] = {}
-    for config in (GMoEConfig, EMoEConfig):
-        hints, descriptions = typing.get_type_hints(config), _field_descriptions(config)
-        for field in dataclasses.fields(config):
-            bounds = {_BOUNDS[bound]: value for bound, value in field.metadata.items()}
-            hint: Any = hints[field.name]
-            if field.name == "router":
-                hint = Annotated[str, Registered(ROUTERS)]
-            elif float in (hint, *typing.get_args(hint)):
-                number: Any = Annotated[float, Field(**bounds), AS_GIVEN]
-                hint, bounds = number | None if type(None) in typing.get_args(hint) else number, {}
-            fields[field.name] = (hint, Field(None, description=descriptions[field.name], **bounds))
-    return {name: field for name, field in fields.items() if name not in ("version", "layers", "partition_seed")}
+class Method(AsGiven):
+    """A method, or some settings of one: methods.yaml defines it, a benchmark, a suite and a grid change it.
 
+    Each layer gives some of the keys. :func:`merge_methods` stacks them, and the result has a title and a kind.
+    """
 
-def _field_descriptions(config: type) -> dict[str, str]:
-    """Read the descriptions of a dataclass's fields from its docstring and those of its bases."""
-    descriptions = {}
-    for cls in reversed(config.__mro__):
-        _, _, attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")
-        for name, text in re.findall(r"^    (\w+): (.*(?:\n        .*)*)", attributes, re.MULTILINE):
-            descriptions[name] = re.sub(r":\w+:`([^`]*)`", r"\1", " ".join(text.split())).replace("``", "'")
-    return descriptions
-
-
-if TYPE_CHECKING:
-    _ConfigFields = AsGiven
-else:
-    _ConfigFields = create_model("_ConfigFields", __base__=AsGiven, **_config_fields())
-
-
-class MethodSettings(_ConfigFields):
-    """Settings of a method; beside these keys it takes every field of EMoEConfig and GMoEConfig."""
-
+    method: str | None = None
+    """Name in methods.yaml of a benchmark's row, if the row has another name."""
     title: str = left_out()
     """Label in tables and figures."""
-    role: Role = left_out()
-    """What the row is there for. An ablation stands in no table but those of `ablations`, each of its settings as a row
-    of its own.
-    """
-    noise: NotNegative = left_out()
+    kind: Literal["dense", "emoe", "gmoe"] = left_out()
+    """The model that is built: the dense one, EMoE, or GMoE."""
+    role: Role = "method"
+    """Purpose of the row. An ablation is in no table but those of `ablations`, each of its settings as a row of its
+    own."""
+    noise: NotNegative = 0.0
     """Intensity of noisy tuning; 0 for none."""
     tune: Annotated[str, Registered(TUNINGS)] | None = None
-    """A registered way of tuning: what is trained beside adapters (where training.lora has any), head and routers,
-    instead of everything.
-    `blocks` are the transformer blocks whose FFNs `layers` names."""
+    """A registered way of tuning: the parameters that are trained beside adapters (if training.lora has any), head and
+    routers, instead of everything. `blocks` are the transformer blocks whose FFNs `layers` names."""
     also_train: Names | None = None
     """With LoRA or `tune`: further modules to train, by the last part of their name (the authors' pooler and ln_f)."""
     as_published: Literal["tutel", "llama"] | None = None
     """Take the authors' own settings (of their Tutel layer, or of their Llama block mask) for every field that is not
-    given.
-    """
+    given."""
     top_k_fraction: Share | None = None
     """top_k as a share of num_experts."""
+    # the fields of EMoEConfig and GMoEConfig, which check how they go together
+    num_experts: Count | None = None
+    """Number of experts N. EMoE: N must divide the FFN's width."""
+    top_k: Count | None = None
+    """Number of experts that each token uses."""
     layers: Layers | None = None
-    """Which FFNs are converted: a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice."""
-    partition_seed: int | Literal["run"] | None = None
+    """FFNs to convert: a list, 'all', 'last:2', 'last-half:2', 'last-quarter:2' or a slice."""
+    capacity_factor: Positive | None = None
+    """Factor c that limits each expert to `top_k * int(c * ceil(T / N))` of a pass's T tokens; null for no limit."""
+    count_padding: bool | None = None
+    """Count padding in capacity and balance loss."""
+    router_noise: NotNegative | None = None
+    """Standard deviation of the noise on training scores, times num_experts."""
+    aux_loss_coefficient: NotNegative | None = None
+    """Weight of the balance loss."""
+    balance_loss: BalanceLoss | None = None
+    """`corrected`, or `published` for the authors' formula."""
+    expert_dropout: Rate | None = None
+    """Dropout probability on the hidden neurons of the converted FFNs."""
+    dropout_position: Literal["before", "after"] | None = None
+    """Dropout `after` the activation (the authors' vision code) or `before` it (language)."""
+    output_bias: Literal["shared", "per_expert", "per_expert_whole"] | None = None
+    """`shared` keeps the FFN's single output bias, `per_expert` gives each expert its own bias, and `per_expert_whole`
+    gives each copy of a GMoE the whole bias."""
+    partition: Partition | None = None
+    """Grouping of the neurons: `kmeans`, `coactivation`, `random` or `contiguous`."""
+    partition_seed: Whole | Literal["run"] | None = None
     """Seed of the partition; `run` takes the run's own seed."""
+    router: Annotated[str, Registered(ROUTERS)] | None = None
+    """A registered router. `avg_k` scores an expert by the mean of its keys, `cosine` is EMoE-learn's."""
+    selection: Selection | None = None
+    """Experts that are used: the `top` k by score, the `bottom` k, `random` k, or all but the top k (`not_top`)."""
+    score: Score | None = None
+    """avg-k's score of an expert: by `keys`, or a mean over the neurons of `gate`, `up`, `up_abs`, `inter` or
+    `inter_abs`."""
+    score_bias: bool | None = None
+    """Add the mean bias of the expert's neurons to the `keys` score."""
+    gate_momentum: Rate | None = None
+    """Momentum of running mean keys; with 0 they always follow the weights."""
+    weighting: Weighting | None = None
+    """Weights of the chosen experts: `binary`, `softmax` or `softmax_times_k`."""
 
-
-class Method(MethodSettings):
-    """What a method is: a title, a kind, and settings."""
-
-    title: str
-    """Label in tables and figures."""
-    kind: Literal["dense", "emoe", "gmoe"]
-    """Which model is built: the dense one, EMoE, or GMoE."""
-    role: Role = "method"
-    """What the row is there for."""
-    noise: NotNegative = 0.0
-    """Intensity of noisy tuning; 0 for none."""
+    def model_post_init(self, _context: Any, /) -> None:
+        if self.top_k is not None and self.top_k_fraction is not None:
+            raise refusal("it has both top_k and top_k_fraction; keep one")
 
     def config_values(self) -> dict[str, Any]:
         """Return the given fields of a configuration; ``partition_seed`` may be ``run``."""
-        own = {"title", "role", "kind", "noise", "top_k_fraction", "as_published", "tune", "also_train"}
-        return {name: value for name, value in self.given().items() if name not in own}
+        return {name: value for name, value in self.given().items() if name not in _NO_CONFIG}
 
 
-class MethodRow(MethodSettings):
-    """A method of methods.yaml as a benchmark compares it, with what differs from there."""
-
-    method: str | None = None
-    """Its name in methods.yaml, where the row has another."""
-
-
-class MethodDefaults(Strict):
-    """What methods take that leave it open, by their kind."""
-
-    dense: MethodSettings = MethodSettings()
-    """Of dense models."""
-    emoe: MethodSettings = MethodSettings()
-    """Of EMoE."""
-    gmoe: MethodSettings = MethodSettings()
-    """Of GMoE."""
+# keys of a method that are no fields of its configuration
+_NO_CONFIG = {"method", "title", "kind", "role", "noise", "tune", "also_train", "as_published", "top_k_fraction"}
 
 
 class LoRA(Strict):
@@ -396,12 +384,11 @@ def _siblings(name: str) -> Iterator[str]:
         yield f"{parent}.{module.name}" if parent else module.name
 
 
-# one setting in two forms
-_CHOSEN = {"top_k", "top_k_fraction"}
+_TOP_K = {"top_k", "top_k_fraction"}  # two forms of one setting: each replaces the other
 
 
 class MethodFile(Strict):
-    """What methods are; a method is data, not code."""
+    """The definitions of methods; a method is data, not code."""
 
     plugins: Plugins = Field([])
     """Python modules that register routers (emoe.register_router) or tunings (register_tuning); every process of the
@@ -419,16 +406,23 @@ def load_methods() -> dict[str, Method]:
         DefinitionError: A plugin, key or value does not exist.
     """
     import_plugins()
-    return read(BENCHMARKS / "methods.yaml", MethodFile).methods
+    file = BENCHMARKS / "methods.yaml"
+    methods = read(file, MethodFile).methods
+    for name, method in methods.items():
+        if missing := [key for key in ("title", "kind") if key not in method.model_fields_set]:
+            raise DefinitionError(f"{file}: 'methods.{name}' needs the key '{missing[0]}'")
+    return methods
 
 
-def stack_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge settings; a later layer overrides an earlier one."""
-    found: dict[str, Any] = {}
+def merge_methods(*layers: Method) -> Method:
+    """Merge the given settings of some layers; a later layer overrides an earlier one."""
+    merged: dict[str, Any] = {}
     for layer in layers:
-        replaced = _CHOSEN if _CHOSEN & set(layer) else set()
-        found = {key: value for key, value in found.items() if key not in replaced} | dict(layer)
-    return found
+        settings = layer.given()
+        replaced = _TOP_K if _TOP_K & set(settings) else set()
+        merged = {key: value for key, value in merged.items() if key not in replaced} | settings
+    merged.pop("method", None)
+    return Method(**merged)
 
 
 def method_config(method: Method, seed: int, where: str) -> dict[str, Any] | None:
@@ -443,12 +437,9 @@ def method_config(method: Method, seed: int, where: str) -> dict[str, Any] | Non
         DefinitionError: Settings do not go together.
     """
     values = method.config_values()
-    if method.top_k_fraction is not None and "top_k" in values:
-        raise DefinitionError(f"{where} sets both top_k and top_k_fraction; keep one")
     if method.kind == "dense":
-        known = {"also_train", "kind", "noise", "role", "title", "top_k_fraction", "tune"}
-        extra = sorted(set(method.given()) - known - ({"layers"} if needs_layers(method.tune) else set()))
-        if extra:
+        taken = {"layers"} if needs_layers(method.tune) else set()
+        if extra := sorted({*values, *({"as_published"} & method.model_fields_set)} - taken):
             raise DefinitionError(f"{where} is dense and takes no '{extra[0]}'")
         return None
     if method.top_k_fraction is not None:
@@ -484,7 +475,7 @@ def method_spec(
     """Make the ``method`` part of a run's spec.
 
     Args:
-        methods: The methods from :func:`suite_methods`.
+        methods: The methods from :func:`resolve_methods`.
         point: The point of the grid: the method's name, and perhaps its varied settings.
         seed: The seed of the run.
         lora: ``training.lora`` of the run.
@@ -497,7 +488,7 @@ def method_spec(
     # a dense model has no experts to vary: it is one run for all variants, but for the blocks that it trains
     varying = VARIANT_KEYS if base.kind != "dense" else ("layers",) if needs_layers(base.tune) else ()
     varied = {key: point[key] for key in varying if key in point}
-    method = base.model_copy(update=varied)
+    method = merge_methods(base, Method(**varied))
     named = f"{where}': method '{point['method']}'"
     config = method_config(method, seed, named)
     if config is not None and config.get("kind") == "emoe":

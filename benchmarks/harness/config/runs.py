@@ -27,7 +27,7 @@ class RunModel(ModelSource):
     name: str
     """Name in models.yaml."""
     weights: Literal["bf16"] | None = left_out()
-    """Type of the weights, where it is not float32."""
+    """Type of the weights, if it is not float32."""
     quantize: Literal["nf4", "fp4"] | None = left_out()
     """In 4 bits."""
     whole: Layers | None = left_out()
@@ -35,7 +35,7 @@ class RunModel(ModelSource):
 
 
 class RunTune(AsGiven):
-    """What is trained, where that is not everything."""
+    """The trained parts of a model, if not everything is trained."""
 
     blocks: str | list[int]
     """The blocks that are trained as a whole."""
@@ -44,9 +44,9 @@ class RunTune(AsGiven):
     tuning: str | None = None
     """Another registered way of tuning."""
     layers: Layers | None = None
-    """What that is told."""
+    """The layers that it is given."""
     head: bool | None = None
-    """False where the head stays as it is."""
+    """False if the head stays as it is."""
 
 
 class RunMethod(AsGiven):
@@ -55,38 +55,38 @@ class RunMethod(AsGiven):
     name: str
     """The row of the comparison."""
     variant: str
-    """What of it is varied, short."""
+    """Its varied settings, in short."""
     noise: Number | None = None
     """Intensity of noisy tuning."""
     config: dict[str, Any] | None
     """The configuration of an EMoE or GMoE; null for a dense model."""
     tune: RunTune | None = None
-    """What is trained; null for everything."""
+    """The trained parts; null for everything."""
 
 
 class RunSpec(Strict):
-    """What shapes a run's numbers; its dump is what is hashed."""
+    """The settings that shape a run's numbers; their dump is hashed."""
 
     benchmark: str
-    """Whose run it is."""
+    """Name of the benchmark."""
     version: Count
-    """Of the benchmark."""
+    """Version of the benchmark."""
     pipeline: str
-    """The module that runs it."""
+    """Module that runs it."""
     model: RunModel
-    """What is trained or evaluated."""
+    """The model that is trained or evaluated."""
     method: RunMethod
-    """How."""
+    """The method."""
     learning_rate: Number
-    """Peak learning rate; 0 where nothing is trained."""
+    """Peak learning rate; 0 if nothing is trained."""
     seed: Whole
     """The run's seed."""
 
 
 def trained_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the sets that a run is trained on: one, or several of a mixture."""
-    found: list[Mapping[str, Any]] = spec["task"].get("tasks", [spec["task"]])
-    return found
+    sets: list[Mapping[str, Any]] = spec["task"].get("tasks", [spec["task"]])
+    return sets
 
 
 def all_sets(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -133,12 +133,15 @@ def canonical_json(value: object) -> str:
 
 def run_from_spec(spec: Mapping[str, Any]) -> Run:
     """Make a run of a spec, named by its content."""
-    kind = kind_of(spec["benchmark"])
     digest = hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:8]
-    parts = [spec["model"]["name"], spec["task"]["name"], spec["method"]["name"], kind.variant(spec), *kind.marks(spec)]
+    method, task = spec["method"]["name"], spec["task"]
+    parts = [spec["model"]["name"], task["name"], method, kind_of(spec["benchmark"]).variant(spec)]
+    # a task without a test split has runs of both protocols
+    if spec.get("protocol") == "clean" and task.get("splits", {}).get("test", "") is None:
+        parts.append("clean")
     if spec["learning_rate"]:  # else nothing was trained
         parts.append(f"lr{spec['learning_rate']:g}")
-    if kind.has_seeds:
+    if method:  # a measurement has no seed
         parts.append(f"s{spec['seed']}")
     return Run(f"{slug('-'.join(part for part in parts if part))}-{digest}", dict(spec))
 
@@ -202,9 +205,12 @@ def plan(benchmark_names: list[str], suite: str, exclude: Collection[str] = ()) 
         suites = benchmark.definition.suites
         if suite not in suites:
             raise DefinitionError(f"{benchmark.file}: 'suites' has no suite '{suite}'{did_you_mean(suite, suites)}")
-        kind = benchmark.kind  # looked up once, not for each of thousands of runs
-        for spec in kind.specs(benchmark, suite, exclude, specs_of):
-            yield replace(run_from_spec(spec), resources=kind.resources(suites[suite].resources, spec))
+        resources = suites[suite].resources.model_dump()
+        # a run that trains nothing takes one process and at most one GPU
+        fewer = {key: min(resources[key], 1) for key in ("gpu", "processes") if key in resources}
+        for spec in benchmark.kind.specs(benchmark, suite, exclude, specs_of):
+            reserved = resources if spec["learning_rate"] else resources | fewer
+            yield replace(run_from_spec(spec), resources=dict(reserved))
 
     return list({run.id: run for name in benchmark_names for run in runs_of(name)}.values())
 
@@ -256,7 +262,7 @@ def rebuilt_from(name: str) -> PackageFile:
     Raises:
         DataError: There is no such model.
     """
-    rebuilt = {model: found.rebuilt for model, found in load_models().items() if found.rebuilt}
+    rebuilt = {name: model.rebuilt for name, model in load_models().items() if model.rebuilt}
     if name not in rebuilt:
         raise DataError(f"no model called '{name}' is rebuilt from a package{did_you_mean(name, rebuilt)}")
     return packaged(rebuilt[name])

@@ -23,19 +23,29 @@ from benchmarks.harness.config.artifacts import CLAIMS, artifacts_of
 from benchmarks.harness.config.benchmark import benchmark_names, kind_of, load_benchmark
 from benchmarks.harness.config.catalogue import load_metrics, load_models
 from benchmarks.harness.config.claims import compared_benchmarks, load_claims
-from benchmarks.harness.config.runs import Job, PartitionJob, Run, canonical_json, partition_jobs, plan, set_files, slug
+from benchmarks.harness.config.runs import (
+    Job,
+    PartitionJob,
+    Run,
+    all_sets,
+    canonical_json,
+    partition_jobs,
+    plan,
+    set_files,
+    slug,
+)
 from benchmarks.harness.config.yaml import UNIQUE, Strict, check_names, parse, read_yaml
 from benchmarks.harness.sources.local import local_folder, own_file
 from emoe.errors import did_you_mean
 
 
 class SuiteSettings(Strict):
-    """What to run. Every key can also be given on the command line (`--config key=value`)."""
+    """The runs of a suite. Every key can also be given on the command line (`--config key=value`)."""
 
     suite: str
     """The suite, like the file's name. Its grids stand in benchmarks/<name>/benchmark.yaml under `suites`."""
     benchmarks: Annotated[list[str], Field(min_length=1), UNIQUE]
-    """Which benchmarks to run, in the order of the report."""
+    """Benchmarks to run, in the order of the report."""
     exclude: Annotated[list[str], UNIQUE] = Field([])
     """OOD sets to leave out, by their name in tasks.yaml, for those that you could not obtain. Tables say which sets
     they cover.
@@ -97,7 +107,7 @@ def load_suite(overrides: Mapping[str, Any]) -> Suite:
     known = {name for benchmark in loaded for name in benchmark.kind.excludable(benchmark.tasks)}
     check_names(f"{where}: '", "exclude", settings.exclude, known)
     for benchmark in loaded:
-        other = benchmark.kind.evaluates(benchmark.definition)
+        other = benchmark.evaluates
         if other and other not in settings.benchmarks:
             raise DefinitionError(
                 f"{where}: 'benchmarks' names '{benchmark.name}', which evaluates '{other}'; name that too"
@@ -182,7 +192,7 @@ class Suite:
         them.
         """
         loaded = load_benchmark(benchmark)
-        if not loaded.kind.shows_parts:
+        if not loaded.shows_parts:
             return []
         blocks = getattr(loaded.definition.suites.get(self.name), "grid", ())
         named = dict.fromkeys(name for block in blocks for name in block.set)
@@ -229,10 +239,10 @@ class Suite:
         part.
         """
         names = [name for name in self.settings.benchmarks if benchmark in (None, name)]
-        shown = [
-            artifacts_of(name, found) for name in names for found in (None, *self.parts(name)) if part in (None, found)
+        artifacts = [
+            artifacts_of(name, shown) for name in names for shown in (None, *self.parts(name)) if part in (None, shown)
         ]
-        files = [file for one in shown for file in (*one.table_files(self.name), *one.figure_files(self.name))]
+        files = [file for each in artifacts for file in (*each.table_files(self.name), *each.figure_files(self.name))]
         return files if benchmark else [*self.claim_files(), *files]
 
     def pages(self, benchmark: str | None = None) -> list[str]:
@@ -251,7 +261,7 @@ class Suite:
         """
         loaded = load_benchmark(benchmark)
         definition, runs = loaded.definition, self.runs_of(benchmark, part)
-        published = [(loaded.folder / name).read_text() for name in loaded.kind.published_files(definition)]
+        published = [(loaded.folder / name).read_text() for name in loaded.published_files]
         models = {run.spec["model"]["name"] for run in runs}
         content: list[object] = [
             # of its suites only what the report says of this one: their grids are in the runs
@@ -276,9 +286,9 @@ class Suite:
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
 
     def environment(self) -> dict[str, str]:
-        """Return environment variables for the jobs, which use this interpreter even if its environment is not active."""
+        """Return environment variables for the jobs, which use this interpreter even if it is not on the path."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        found = {
+        variables = {
             "PATH": path,
             "TOKENIZERS_PARALLELISM": "false",
             # datasets asks the hub once for every local file that it opens
@@ -288,12 +298,12 @@ class Suite:
             paths.PLAN: str(paths.RESULTS / self.name / "plan.json"),
         }
         if self.settings.data_root:
-            found[paths.DATA_ROOT] = str(Path(self.settings.data_root).resolve())
+            variables[paths.DATA_ROOT] = str(Path(self.settings.data_root).resolve())
         if self.settings.model_root:
-            found[paths.MODEL_ROOT] = str(Path(self.settings.model_root).resolve())
+            variables[paths.MODEL_ROOT] = str(Path(self.settings.model_root).resolve())
         if self.settings.tracking_uri:  # may hold a password, which no command line shows
-            found[paths.TRACKING_URI] = self.settings.tracking_uri
-        return found
+            variables[paths.TRACKING_URI] = self.settings.tracking_uri
+        return variables
 
     @property
     def by_size(self) -> list[str]:
@@ -308,13 +318,13 @@ class Suite:
     def modules(self) -> list[str]:
         """Return the modules that its jobs import."""
         loaded = [load_benchmark(name) for name in self.settings.benchmarks]
-        own = [module for found in loaded for module in (found.definition.pipeline, *found.kind.late_imports)]
-        return [*dict.fromkeys(own), "benchmarks.harness.run.execution", "benchmarks.harness.report.page"]
+        imported = [module for each in loaded for module in (each.definition.pipeline, *each.kind.late_imports)]
+        return [*dict.fromkeys(imported), "benchmarks.harness.run.execution", "benchmarks.harness.report.page"]
 
     def missing_sets(self) -> list[str]:
         """Return sets that only exist by hand and are missing; runs that need them will fail."""
         used = {
-            task["name"]: (run.benchmark, task) for run in self.runs for task in kind_of(run.benchmark).sets(run.spec)
+            task["name"]: (run.benchmark, task) for run in self.runs for task in all_sets(run.spec) if "source" in task
         }
         return [
             name

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import yaml
 from pydantic import (
@@ -21,7 +20,6 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
-    create_model,
     model_serializer,
     model_validator,
 )
@@ -199,10 +197,6 @@ class Strict(BaseModel):
         if getattr(self, key) is not None and getattr(self, other) is None:
             raise refusal(f"'{key}' needs the key '{other}'")
 
-    def changed(self, changes: Strict) -> Self:
-        """Return this model with the values of a :class:`PartOf` on top."""
-        return self.model_copy(update=changes.given())
-
 
 class AsGiven(Strict):
     """Hold data in which null differs from a missing key: the dump has the given keys, and defaults that are not null."""
@@ -228,25 +222,6 @@ def left_out() -> Any:
 def zero_left_out() -> Any:
     """Return the default of an optional number; 0 means the same, and neither is in a run's spec."""
     return Field(default=None, exclude_if=lambda value: not value)
-
-
-class PartOf:
-    """Mark a field as some of a model's keys, as a suite changes them; each is checked as it is there."""
-
-    def __init__(self, model: type[Strict]) -> None:
-        self.model = model
-
-    def __get_pydantic_core_schema__(self, _source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return handler(_part_of(self.model))
-
-
-@functools.cache
-def _part_of(model: type[Strict]) -> type[Strict]:
-    fields: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        annotation = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-        fields[name] = (annotation, Field(None, description=field.description))
-    return create_model(f"{model.__name__}Changes", __base__=Strict, __doc__=model.__doc__, **fields)
 
 
 def _as_given(value: Any, check: ValidatorFunctionWrapHandler) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.harness.base import DefinitionError
 from benchmarks.harness.config.benchmark import AnyBenchmark, Benchmark, Definition, Entry, load_benchmark
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.yaml import check_names
@@ -116,10 +115,8 @@ def check_presentations(benchmarks: Iterable[str]) -> None:
 def _presentation_module(benchmark: AnyBenchmark) -> ModuleType:
     """Import the module that presents a benchmark: its own, or that of its kind."""
     has_module = (benchmark.folder / "presentation.py").exists()
-    name = f"benchmarks.{benchmark.name}.presentation" if has_module else benchmark.kind.presentation
-    if name is None:
-        raise DefinitionError(f"{benchmark.folder} has no presentation.py, which its kind needs")
-    module = importlib.import_module(name)
+    folder = benchmark.name if has_module else benchmark.kind_name
+    module = importlib.import_module(f"benchmarks.{folder}.presentation")
     ablations = getattr(benchmark.definition, "ablations", {})
     for key in ("tables", "figures", "set_tables", "set_figures"):
         known = [*getattr(module, key.upper(), ()), *ablations]

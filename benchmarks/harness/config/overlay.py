@@ -1,0 +1,72 @@
+"""Merge the settings of a benchmark, a suite and a model, and validate the result once.
+
+These rules are no merge:
+
+- ``top_k`` and ``top_k_fraction`` replace each other (:func:`benchmarks.harness.config.methods.merge_methods`).
+- ``partition_seed: run`` is the run's seed (:func:`benchmarks.harness.config.methods.method_config`).
+- ``by_model`` is a layer after the suite's (:func:`benchmarks.harness.config.benchmark.Benchmark.settings`).
+- The epochs of a task, of a row, and the rows that choose (:func:`benchmarks.text.grid.run_training`).
+- An untrained model has no training settings (:mod:`benchmarks.llama.grid`).
+- A set of images has its own ``eval_every``, a draw its own hyper-parameters (:mod:`benchmarks.domainbed.grid`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from benchmarks.harness.config.yaml import KeyPath, Model, Strict, parse
+
+Layer = tuple[KeyPath, Mapping[str, Any]]  # the keys that lead to some settings in a file, and the settings
+
+
+class Changes:
+    """Mark a dictionary as settings that change a model's; the overlay validates them, editors propose its keys."""
+
+    def __init__(self, model: type[Strict]) -> None:
+        self.model = model
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return handler(source)
+
+    def __get_pydantic_json_schema__(self, _schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        described = handler.resolve_ref_schema(handler(self.model.__pydantic_core_schema__))
+        return {key: value for key, value in described.items() if key != "required"}
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge settings; a later layer overrides an earlier one, key by key.
+
+    >>> merge({"epochs": 3, "lora": {"rank": 8, "alpha": 16}}, {"lora": {"rank": 4}})
+    {'epochs': 3, 'lora': {'rank': 4, 'alpha': 16}}
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            below = merged.get(key)
+            merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def overlay(model: type[Model], file: str, *layers: Layer) -> Model:
+    """Merge layers of settings and validate the result.
+
+    Args:
+        model: The model of the result.
+        file: The file of the layers, for messages.
+        layers: The layers; the first is valid by itself.
+
+    Raises:
+        DefinitionError: Settings are wrong; names the keys of the layer that gave them.
+    """
+    settings = [values for _, values in layers]
+    try:
+        return model.model_validate(merge(*settings))
+    except ValidationError:
+        for number, (at, _) in enumerate(layers, 1):
+            parse(merge(*settings[:number]), model, file, *at)
+        raise
