@@ -1,4 +1,4 @@
-"""A copy of the working tree in which the workflow runs, as a user runs it."""
+"""Run the workflow in a copy of the working tree, as a user does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 
 
 class Checkout:
-    """A copy of the working tree."""
+    """Copy the working tree and run commands in the copy."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,7 +38,7 @@ class Checkout:
         return {**os.environ, "PYTHONPATH": str(self.folder)}
 
     def put(self, archive: Path) -> None:
-        """The sentences, as if they were fetched."""
+        """Put the sentences into the folder of downloads."""
         (self.folder / vader.ARCHIVE).parent.mkdir(parents=True)
         shutil.copy2(archive, self.folder / vader.ARCHIVE)
 
@@ -53,7 +53,7 @@ class Checkout:
         )
 
     def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        found = subprocess.run(
+        result = subprocess.run(
             [str(word) for word in command],
             cwd=self.folder,
             env=self.environment,
@@ -61,12 +61,12 @@ class Checkout:
             text=True,
             check=False,
         )
-        assert not check or found.returncode == 0, found.stdout + found.stderr
-        return found
+        assert not check or result.returncode == 0, result.stdout + result.stderr
+        return result
 
     def snakemake(self, *words: object, check: bool = True) -> str:
-        found = self.run(SNAKEMAKE, "--cores", 2, *words, check=check)
-        return found.stdout + found.stderr
+        result = self.run(SNAKEMAKE, "--cores", 2, *words, check=check)
+        return result.stdout + result.stderr
 
     def edit(self, file: str, old: str, new: str) -> None:
         path = self.folder / file
@@ -76,8 +76,8 @@ class Checkout:
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    """Return when it holds; fail where it does not in time."""
+    """Wait until the condition holds; fail if it does not in time."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "the condition did not hold in time"
         time.sleep(0.05)

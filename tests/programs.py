@@ -1,4 +1,4 @@
-"""The suite's program, called in this process."""
+"""Call the suite's program in this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.__main__ import cli
 
 
 def call(*arguments: str, status: int = 0) -> str:
-    """What it prints; errors are raised, not shown."""
+    """Return the output of a call; unexpected errors are raised."""
     done = CliRunner().invoke(cli, arguments, obj=0.0)
     if done.exception and not isinstance(done.exception, SystemExit):
         raise done.exception
