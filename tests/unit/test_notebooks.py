@@ -34,7 +34,7 @@ def checkout(tmp_path: Path, archive: Path) -> Path:
 # smaller values, which change nothing but numbers
 SMALLER = {
     'rows("train", 160)': 'rows("train", 8)',
-    'rows("test", 200)': 'rows("test", 60)',
+    'rows("test", 200)': 'rows("test", 16)',
     'layers="last:2")': 'layers="last:2", partition="random")',
 }
 
