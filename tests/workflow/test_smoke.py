@@ -240,8 +240,7 @@ def test_deleted_weights_are_made_again(checkout: Finished) -> None:
 
 def test_runs_that_were_copied_from_another_machine_are_finished(checkout: Finished, tmp_path: Path) -> None:
     other = Checkout(tmp_path)
-    copy = (
-        ("rsync", "-rt") if shutil.which("rsync") else ("cp", "-a")
-    )  # with their times: a run is newer than its inputs
+    # rsync copies inputs before their runs, in the order of names; cp has no order, and must keep the times
+    copy = ("rsync", "-r") if shutil.which("rsync") else ("cp", "-a")
     other.run(*copy, checkout.folder / "results/runs", other.folder / "results")
     assert "Nothing to be done" in other.snakemake("-n", *SUITE.metric_files())
