@@ -30,8 +30,6 @@ class FFNSpec:
         fused: activated half, whose rows are the keys, if ``proj_in`` holds both halves of a gated FFN.
         transposed: weights are stored ``[in, out]`` (GPT-2's Conv1D) instead of ``[out, in]``.
         between: paths of the modules between activation and out-projection, each a dropout or an ``nn.Identity``.
-        rows_first: a layer takes ``[rows, tokens, h]``. False for ``[tokens, rows, h]`` (XLNet). PyTorch's own
-            ``batch_first`` is read from the layer.
     """
 
     layers: str
@@ -42,7 +40,6 @@ class FFNSpec:
     fused: Literal["first", "last"] | None = None
     transposed: bool = False
     between: tuple[str, ...] = ()
-    rows_first: bool = True
 
     def paths(self) -> list[str]:
         """Return the paths of all modules of the FFN."""
@@ -169,7 +166,7 @@ class FFN:
         spec: row of the architecture.
         parents: module that holds each path's last attribute, by path. The layer is not kept, so that a copy of an FFN
             does not copy the attention.
-        rows_first: the layer takes ``[rows, tokens, h]``.
+        rows_first: the layer takes ``[rows, tokens, h]``. False for PyTorch's own layers with ``batch_first=False``.
     """
 
     index: int
@@ -343,7 +340,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             continue
         parents = {path: layer.get_submodule(path.rpartition(".")[0]) for path in spec.paths()}
         batch_first = bool(getattr(getattr(layer, "self_attn", None), "batch_first", True))
-        ffn = FFN(len(ffns), name, spec, parents, spec.rows_first and batch_first)
+        ffn = FFN(len(ffns), name, spec, parents, batch_first)
         ffns.setdefault((id(layer), spec.proj_in), ffn)  # if several specs fit the same FFN, the first one counts
     if missing and (len(specs) == 1 or not ffns):
         raise ConversionError(f"{missing[0]}, which the row of its architecture names")

@@ -1,4 +1,4 @@
-"""Copy the working tree, to run the workflow in it as a user does."""
+"""Run the workflow in a copy of the working tree, as a user does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 
 
 class Checkout:
-    """Copy the working tree to a folder."""
+    """Copy the working tree and run commands in the copy."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,23 +38,35 @@ class Checkout:
         return {**os.environ, "PYTHONPATH": str(self.folder)}
 
     def put(self, archive: Path) -> None:
-        """Put the sentences there, as if they were fetched."""
+        """Put the sentences into the folder of downloads."""
         (self.folder / vader.ARCHIVE).parent.mkdir(parents=True)
         shutil.copy2(archive, self.folder / vader.ARCHIVE)
 
     def start(self, *command: object, stream: IO[str]) -> subprocess.Popen[str]:
-        words = [str(word) for word in command]
-        return subprocess.Popen(words, cwd=self.folder, env=self.environment, stdout=stream, stderr=stream, text=True)
+        return subprocess.Popen(
+            [str(word) for word in command],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=stream,
+            stderr=stream,
+            text=True,
+        )
 
     def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        options = {"cwd": self.folder, "env": self.environment, "capture_output": True, "text": True}
-        done = subprocess.run([str(word) for word in command], check=False, **options)
-        assert not check or done.returncode == 0, done.stdout + done.stderr
-        return done
+        result = subprocess.run(
+            [str(word) for word in command],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert not check or result.returncode == 0, result.stdout + result.stderr
+        return result
 
     def snakemake(self, *words: object, check: bool = True) -> str:
-        done = self.run(SNAKEMAKE, "--cores", 2, *words, check=check)
-        return done.stdout + done.stderr
+        result = self.run(SNAKEMAKE, "--cores", 2, *words, check=check)
+        return result.stdout + result.stderr
 
     def edit(self, file: str, old: str, new: str) -> None:
         path = self.folder / file
@@ -64,8 +76,8 @@ class Checkout:
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    """Return when the condition holds; fail if it does not in time."""
+    """Wait until the condition holds; fail if it does not in time."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "the condition did not hold in time"
         time.sleep(0.05)

@@ -34,8 +34,8 @@ emoe.register_ffn("PlainNet", *SPECS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, so that no worker is left alone with it at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Start with the whole smoke suite and other slow tests, so that no worker is left alone with them at the end."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.name != "test_smoke.py"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,10 +47,10 @@ def imported() -> None:
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test registers is gone after it."""
+    """Remove after a test what it registered."""
     monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
     saved = [(names, dict(names)) for names in (ROUTERS, TUNINGS)]
-    with mock.patch.dict(os.environ):  # commands tell those that they start where the data is
+    with mock.patch.dict(os.environ):  # commands set the data root for the processes that they start
         yield
     for names, before in saved:
         names.clear()
@@ -68,20 +68,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def archive() -> Path:
-    """The real sentiment set: the checkout's, or fetched once a machine from the package index."""
+    """Return the file of the real sentiment set, fetched once per checkout."""
     return fetched(packaged("vaderSentiment"))
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty data root."""
+    """Use an empty data root."""
     monkeypatch.setenv(DATA_ROOT, str(tmp_path))
     return tmp_path
 
 
 @pytest.fixture
 def pacs(root: Path) -> Path:
-    """A data root with a small PACS."""
+    """Use a data root with a small PACS."""
     from tests.image_sets import write_pacs
 
     write_pacs(root, rows=3)
@@ -90,7 +90,7 @@ def pacs(root: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_pacs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root with a small PACS to train on, that tests only read."""
+    """Make a data root with a small PACS, which tests only read."""
     from tests.image_sets import write_pacs
 
     return write_pacs(tmp_path_factory.mktemp("data")).parent
@@ -98,14 +98,14 @@ def shared_pacs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
+    """Change to an empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
 def shared_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working directory that the tests of a module share."""
+    """Change to a working directory that the tests of a module share."""
     folder = tmp_path_factory.mktemp("shared")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -114,7 +114,7 @@ def shared_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def workdir(here: Path, archive: Path) -> Path:
-    """An empty working directory with the real sentences."""
+    """Change to a working directory that holds only the real sentences."""
     ARCHIVE.parent.mkdir(parents=True)
     ARCHIVE.symlink_to(archive)
     return here
@@ -122,7 +122,7 @@ def workdir(here: Path, archive: Path) -> Path:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are a dot each: for where the files must be there and nobody looks at them."""
+    """Write a dot instead of each figure, for tests that need only the files."""
     from tests.drawn import undraw  # which imports Matplotlib
 
     undraw(monkeypatch)
@@ -130,7 +130,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path, archive: Path) -> Checkout:
-    """A copy of the working tree, with the sentences fetched."""
+    """Copy the working tree, with the sentences fetched."""
     from tests.checkout import Checkout  # which takes ROOT from here
 
     made = Checkout(tmp_path / "checkout")
@@ -139,7 +139,7 @@ def checkout(tmp_path: Path, archive: Path) -> Checkout:
 
 
 def fetched(package: PackageFile) -> Path:
-    """A package's file in the checkout, downloaded where it is not there."""
+    """Return a package's file in the checkout; download it if it is missing."""
     path = ROOT / package.path
     if not path.exists():
         package.fetch(path)

@@ -18,6 +18,11 @@ SETTINGS: dict[str, Settings] = {
     "learned": {"router": "cosine", "weighting": "softmax_times_k"},
     "output biases": {"output_bias": "per_expert"},
 }
+PUBLISHED: dict[str, Config] = {
+    "emoe": emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, layers="all"),
+    "emoe_learn": emoe.EMoEConfig.as_published("tutel", num_experts=8, top_k=2, layers="all", router="cosine"),
+    "gmoe": emoe.GMoEConfig.as_published("tutel", num_experts=4, layers="all", count_padding=False),
+}
 BACKENDS = ("masked", "sparse")
 
 
@@ -57,7 +62,7 @@ def step(model: nn.Module, values: Tensor | dict[str, Tensor]) -> dict[str, Tens
     torch.manual_seed(1)
     model.zero_grad()
     y = tiny_models.output(model, {"x": values} if isinstance(values, Tensor) else values)
-    loss = (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() + emoe.aux_loss(model)
+    loss = (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum() + emoe.aux_loss(model)
     loss.backward()
     return {"output": y.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

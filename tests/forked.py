@@ -1,4 +1,4 @@
-"""Processes of tests, forked from one that has imported their modules: a fork of pytest itself has threads, and may hang."""
+"""Start processes from a fork server with the tests' modules; a fork of pytest itself has threads and may hang."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from multiprocessing.process import BaseProcess
 
 
 def start(work: Callable[..., object], *arguments: object) -> BaseProcess:
-    """Start a process that does this work."""
+    """Start a process that calls a function."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.unit.test_streaming_interrupted", "tests.unit.test_mlflow"])
+    context.set_forkserver_preload(["tests.unit.test_streaming", "tests.unit.test_mlflow"])
     process = context.Process(target=work, args=arguments)
     process.start()
     return process

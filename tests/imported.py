@@ -1,4 +1,4 @@
-"""What a package imports."""
+"""Read the imports of a package."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from tests.conftest import ROOT
 
 
 def imports(package: str) -> set[str]:
-    """Top-level names that a package imports anywhere."""
-    found = set()
+    """Return the top-level names that a package imports anywhere."""
+    names = set()
     for path in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
+                names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                found.add(node.module.split(".")[0])
-    return found
+                names.add(node.module.split(".")[0])
+    return names

@@ -1,4 +1,4 @@
-"""The notebooks of the documentation: executed, and committed with what they show. ``python -m tests.notebooks`` executes and writes them again."""
+"""Execute the notebooks of the documentation. ``python -m tests.notebooks`` writes them with their new outputs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def executed(notebook: Any, folder: Path) -> Any:
     """Execute a notebook as a reader of the checkout would, offline and in one thread; an error in a cell is raised.
 
     Args:
-        notebook: changed in place.
-        folder: where its kernel starts.
+        notebook: the notebook, changed in place.
+        folder: the working directory of its kernel.
     """
     settings = {
         "PYTHONPATH": str(ROOT),
@@ -45,25 +45,25 @@ def executed(notebook: Any, folder: Path) -> Any:
 
 
 def shown(notebook: Any) -> list[list[str]]:
-    """What each code cell shows, as text; of a picture, that it is one."""
+    """Return the outputs of each code cell as text; ``picture`` for a picture."""
     return [
-        [output.text if output.output_type == "stream" else _said(output.data) for output in cell.outputs]
+        [output.text if output.output_type == "stream" else _text(output.data) for output in cell.outputs]
         for cell in notebook.cells
         if cell.cell_type == "code"
     ]
 
 
-def _said(data: Any) -> str:
+def _text(data: Any) -> str:
     return "picture" if "image/png" in data else str(data["text/plain"])
 
 
 def without_numbers(text: str) -> str:
-    """Text whose numbers are all the same, with the space around them: what is trained differs between machines."""
+    """Replace all numbers and the space around them, because trained numbers differ between machines."""
     return re.sub(r"\s*[-+]?\d+(\.\d+)?\s*", " # ", text)
 
 
 def pictures(notebook: Any) -> list[bytes]:
-    """The pictures that a notebook shows."""
+    """Return the pictures among the outputs of a notebook."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     return [base64.b64decode(output.data["image/png"]) for output in outputs if "image/png" in output.get("data", {})]
 

@@ -31,7 +31,7 @@ class FFN(nn.Module):
 
 
 class PlainNet(nn.Module):
-    """A stack of FFNs."""
+    """Apply FFNs one after another."""
 
     def __init__(self, *ffns: FFN) -> None:
         super().__init__()

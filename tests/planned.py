@@ -1,4 +1,4 @@
-"""Runs that are planned: the paper's thousands once a process, when the first test asks, only to be looked at; and evaluations of others."""
+"""Planned runs of suites. Tests must not change them, because the paper's are planned once per process."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def _planned(suite: str, benchmarks: tuple[str, ...], exclude: tuple[str, ...] =
 
 
 def paper_runs(*benchmarks: str) -> list[Run]:
-    """The runs of these benchmarks in the paper's suite."""
+    """Return the runs of these benchmarks in the paper's suite."""
     return _planned("paper", benchmarks)
 
 
 def plan_once(patch: pytest.MonkeyPatch) -> None:
-    """Have suites that are loaded several times planned once: for where nobody changes a definition."""
+    """Plan each suite once, for tests that change no definition."""
     patch.setattr(suites, "plan", lambda benchmarks, suite, exclude: _planned(suite, tuple(benchmarks), tuple(exclude)))
 
 
-def smoke_run(benchmark: str, method: str, part: str = "training", **changes: Any) -> Run:
-    """The first run of a method in the smoke suite, with other values in a part of its spec."""
+def smoke_run(benchmark: str, method: str, section: str = "training", **changes: Any) -> Run:
+    """Return the first run of a method in the smoke suite, with other values in a section of its spec."""
     spec = next(run.spec for run in _planned("smoke", (benchmark,)) if run.spec["method"]["name"] == method)
-    return run_from_spec({**spec, part: {**spec[part], **changes}})
+    return run_from_spec({**spec, section: {**spec[section], **changes}})
 
 
 def evaluations(runs: list[Run], **changes: Any) -> list[Run]:
-    """What glue_ood would evaluate of these runs in smoke, with another definition."""
-    own = load_benchmark("glue_ood")
-    benchmark = Benchmark("glue_ood", own.definition.model_copy(update=changes), own.tasks)
+    """Return glue_ood's evaluations of these runs in smoke, with another definition."""
+    ood = load_benchmark("glue_ood")
+    benchmark = Benchmark("glue_ood", ood.definition.model_copy(update=changes), ood.tasks)
     specs = EVALUATION.specs(benchmark, "smoke", (), lambda _: {run.folder: run.spec for run in runs})
     return [run_from_spec(spec) for spec in specs]

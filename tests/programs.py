@@ -8,7 +8,7 @@ from benchmarks.__main__ import cli
 
 
 def call(*arguments: str, status: int = 0) -> str:
-    """Return the printed text; errors are raised, not shown."""
+    """Return the output of a call; unexpected errors are raised."""
     done = CliRunner().invoke(cli, arguments, obj=0.0)
     if done.exception and not isinstance(done.exception, SystemExit):
         raise done.exception

@@ -1,4 +1,4 @@
-"""A model root and a data root for the paper's own runs: models under the real names, with all layers, as narrow as can be."""
+"""Model and data roots for the paper's runs: models with the real names and depths, but narrow layers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _words(words: list[str]) -> tuple[dict[str, int], Tokenizer]:
 
 
 def write_seq2seq(root: Path, name: str, layers: int) -> None:
-    """An encoder-decoder and its tokenizer, which knows the answers of NLI, below a model root."""
+    """Write an encoder-decoder and its tokenizer, which knows the answers of NLI, below a model root."""
     vocabulary, raw = _words([*WORDS, *ANSWERS])
     torch.manual_seed(0)
     config = T5Config(
@@ -52,7 +52,7 @@ def write_seq2seq(root: Path, name: str, layers: int) -> None:
 
 
 def write_models(root: Path, names: list[str]) -> None:
-    """Models and tokenizers below a model root."""
+    """Write models and tokenizers below a model root."""
     vocabulary, raw = _words(WORDS)
     for name in names:
         torch.manual_seed(0)
@@ -71,13 +71,13 @@ def write_models(root: Path, names: list[str]) -> None:
 
 
 def write_data(root: Path) -> None:
-    """Every GLUE task's own files below a data root."""
+    """Write the files of every GLUE task below a data root."""
     for name in GLUE:
         write_glue(root, name, train=True, copies=8)
 
 
 def write_glue_x(root: Path) -> None:
-    """Every GLUE-X set below a data root: as its makers hand it out, or as the hub does."""
+    """Write every GLUE-X set below a data root, in its authors' or the hub's format."""
     for name in sorted(set(OWN_FILES) - {"sick_entailment"}):  # one folder, two sets
         write_own(root, name)
     write_saved(root, "grammar_test", [0, 1, 1, 0])

@@ -108,13 +108,13 @@ DECODERS = _NAMES[_NAMES.index("gpt2") : _NAMES.index("phi3") + 1]
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """A tiny random model in eval mode; the same weights for the same seed."""
+    """Build a tiny random model in eval mode; equal seeds give equal weights."""
     torch.manual_seed(seed)
     return _settled(BUILDERS[name]())
 
 
 def build_generator(name: str, seed: int = 0) -> Any:
-    """The model of ``build(name)``'s kind with a language-modelling head."""
+    """Build the model of ``build(name)`` with a language-modelling head."""
     config = BUILDERS[name]().config
     auto = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
     torch.manual_seed(seed)
@@ -130,7 +130,7 @@ def _settled(model: nn.Module) -> nn.Module:
 
 
 def inputs(name: str, rows: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Keyword arguments for a forward pass of ``build(name)``."""
+    """Draw the keyword arguments of a forward pass of ``build(name)``."""
     generator = torch.Generator().manual_seed(seed)
     if name in TIMM:
         size = TIMM[name].get("img_size", 160)
@@ -140,20 +140,20 @@ def inputs(name: str, rows: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
         return {"src": x} if name == "TransformerEncoder" else {"tgt": x, "memory": x.flip(1)}
     if name in ("vit", "deit", "dinov2", "clip_vision_model"):
         return {"pixel_values": torch.randn(rows, 3, 32, 32, generator=generator)}
-    found = {"input_ids": torch.randint(3, VOCABULARY, (rows, 11), generator=generator)}
+    tokens = {"input_ids": torch.randint(3, VOCABULARY, (rows, 11), generator=generator)}
     if name.startswith("t5"):
-        found["decoder_input_ids"] = torch.randint(3, VOCABULARY, (rows, 7), generator=generator)
-    return found
+        tokens["decoder_input_ids"] = torch.randint(3, VOCABULARY, (rows, 7), generator=generator)
+    return tokens
 
 
 def output(model: nn.Module, values: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The main output: last hidden states, or timm's logits."""
+    """Return the main output of a forward pass: last hidden states, or timm's logits."""
     result = model(**values)
     return result if isinstance(result, torch.Tensor) else result[0]
 
 
 def stock(name: str, folder: Any) -> nn.Module:
-    """The dense model, loaded from a folder by its own library."""
+    """Load the dense model from a folder with its own library."""
     if name in TIMM:
         return timm.create_model(f"local-dir:{folder}", pretrained=True, **load_options(name)).eval()
     if name.startswith("Transformer"):
@@ -164,12 +164,12 @@ def stock(name: str, folder: Any) -> nn.Module:
 
 
 def loader(name: str) -> Any:
-    """What :func:`emoe.from_pretrained` takes for this model."""
+    """Return the loader that :func:`emoe.from_pretrained` takes for this model."""
     if name in TIMM:
         return timm.create_model
     return BUILDERS[name] if name.startswith("Transformer") else type(BUILDERS[name]())
 
 
 def load_options(name: str) -> dict[str, Any]:
-    """What :func:`emoe.from_pretrained` has to be told beside the folder."""
+    """Return the options that :func:`emoe.from_pretrained` needs for this model."""
     return {key: value for key, value in TIMM.get(name, {}).items() if key != "model_name"}

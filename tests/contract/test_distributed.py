@@ -23,7 +23,7 @@ import emoe
 from emoe.architectures import find_ffns
 from tests import tiny_models
 
-WORLD, ROWS, STEPS = 2, 4, 3
+WORLD, ROWS, STEPS = 2, 4, 2
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -61,25 +61,6 @@ def test_they_are_saved_and_loaded(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(tiny_models.output(again, values), tiny_models.output(model, values))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_counts_are_not_rounded(dtype: torch.dtype) -> None:
-    model = converted.model("bert")
-    counts = 2**53 + torch.tensor([0, 1, 3, 2, 0, 0, 0, 0])
-    emoe.fix_experts_(model, {layer.ffn_index: counts for layer in routed_layers(model)})
-    chosen = usage(model.to(dtype), tiny_models.inputs("bert"))
-    assert {expert for loads in chosen.values() for expert in loads.nonzero().flatten().tolist()} == {2, 3}
-
-
-def test_the_others_get_no_gradient() -> None:
-    values, model = tiny_models.inputs("bert"), converted.model("bert")
-    counts = usage(model, values)
-    emoe.fix_experts_(model, counts)
-    tiny_models.output(model.train(), values).square().sum().backward()
-    for ffn in find_ffns(model):
-        by_expert = ffn.proj_in.weight.grad.unflatten(0, (8, -1)).abs().sum((1, 2))
-        assert set(by_expert.nonzero().flatten().tolist()) == set(most_used(counts[ffn.index]).tolist())
-
-
 UNSUITABLE: dict[str, Callable[[Usage], Usage]] = {
     "missing layer": lambda counts: {},
     "other number of experts": lambda counts: {n: c[:4] for n, c in counts.items()},
@@ -97,10 +78,3 @@ def test_unsuitable_counts_are_rejected(case: str) -> None:
     with pytest.raises(emoe.ConversionError, match=r"layer.0"):
         emoe.fix_experts_(model, UNSUITABLE.get(case, dict)(counts))
     assert torch.equal(tiny_models.output(model, values), expected)
-
-
-def test_a_conversion_cannot_know_them() -> None:
-    dense = tiny_models.build("bert")
-    with pytest.raises(emoe.ConversionError, match=r"emoe\.fix_experts_"):
-        emoe.convert_(dense, emoe.EMoEConfig(num_experts=8, top_k=2, layers="all", router="fixed"))
-    assert not routed_layers(dense)

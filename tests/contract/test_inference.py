@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 import emoe
-from emoe.architectures import find_ffns
 from emoe.layer import routed_layers
 from tests import converted, tiny_models
 from tests.converted import assert_same, inputs, net, step
@@ -99,36 +96,6 @@ def test_it_is_frozen_until_it_trains() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(x), masked(x))
         assert not torch.allclose(model(x), frozen)
-
-
-def test_copies_and_the_way_back() -> None:
-    model, values = converted.model("llama"), tiny_models.inputs("llama", rows=1)
-    emoe.for_inference_(model)
-    values["input_ids"] = values["input_ids"][:, :1]
-    expected = tiny_models.output(converted.model("llama"), values)
-    for twin in (model, copy.deepcopy(model)):
-        torch.testing.assert_close(tiny_models.output(twin, values), expected)
-    emoe.set_backend_(model, "masked")
-    torch.testing.assert_close(tiny_models.output(model, values), expected)
-    emoe.to_dense_(model, restore_order=True)
-    dense = tiny_models.build("llama")
-    for ffn, before in zip(find_ffns(model), find_ffns(dense), strict=True):
-        assert torch.equal(ffn.values(), before.values())
-
-
-def test_threads_share_a_model() -> None:
-    model = net(**LEARNED)
-    emoe.for_inference_(model)
-    batches = [inputs(1), inputs(40, seed=1)]
-    with torch.no_grad():
-        expected = [model(x) for x in batches]
-
-    def serve(number: int) -> bool:
-        with torch.no_grad():
-            return all(torch.equal(model(batches[number]), expected[number]) for _ in range(100))
-
-    with ThreadPoolExecutor(2) as threads:
-        assert all(threads.map(serve, (0, 1)))
 
 
 def test_settings_of_a_frozen_model_can_change() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +108,6 @@ def test_learned_routers_are_the_same_each_time(kind: str, request: pytest.Fixtu
     ("arguments", "message"),
     [
         (["--num-experts", 7, "--top-k", 2], "64 neurons cannot be split into 7"),
-        (["--num-experts", 8, "--top-k", 9], "top_k is 9"),
-        ([*SIZE, "--layers", "last:9"], "more than the model's 4 layers"),
-        ([*SIZE, "--set", "selektion=top"], "did you mean 'selection'"),
         ([*SIZE, "--set", "selection"], "write name=value"),
         ([*SIZE, "--partition", "coactivation"], "needs calibration data"),
         ([*SIZE, "--as-published", "tutle"], "did you mean 'tutel'"),
@@ -124,71 +120,40 @@ def test_wrong_settings_are_named_and_nothing_is_written(
 
 
 def test_wrong_folders_are_named(bert: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out, converted = tmp_path / "out", tmp_path / "converted"
+    call("convert", bert, converted, *SIZE)
     assert "is not empty" in call("convert", bert, bert, *SIZE, fails=True)
-    assert_refused("convert", "no/such-model", out, *SIZE, message="the hub gave no model")
     assert "holds no experts" in call("inspect", bert, fails=True)
-    call("convert", bert, tmp_path / "converted", *SIZE)
-    assert_refused("convert", tmp_path / "converted", out, *SIZE, message="holds experts already")
+    assert_refused("convert", "no/such-model", out, *SIZE, message="the hub gave no model")
+    assert_refused("convert", converted, out, *SIZE, message="holds experts already")
     assert_refused("to-dense", bert, out, message="holds no experts")
 
 
-@pytest.mark.parametrize("command", ["convert", "to-dense"])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"architectures": ["NoSuchModel"]}, "'architectures' names 'NoSuchModel', which is not a model"),
-        ({"architectures": ["BertConfig"]}, "'architectures' names 'BertConfig', which is not a model"),
-        ({"architectures": [["BertModel"]]}, "which is not a model of transformers"),
-        ({"architectures": {"a": "x" * 5000}}, "which is not a model of transformers"),
         ({"architectures": ["LlamaForCausalLM"]}, ""),
-        ({"hidden_size": 0}, "cannot be loaded by BertForSequenceClassification"),
         ({"hidden_size": "x"}, "cannot be loaded by BertForSequenceClassification"),
-        ({"intermediate_size": 0}, "the weights in"),
         ({"num_hidden_layers": 9}, "lack bert.encoder.layer.4.attention.output.LayerNorm.bias"),
         ({"attn_implementation": "org/kernel"}, "attn_implementation 'org/kernel' is code from a hub"),
         ({"emoe": 3}, "config.json is damaged"),
     ],
 )
-def test_odd_configurations_are_one_line(
-    bert: Path, tmp_path: Path, command: str, changes: dict[str, Any], message: str
-) -> None:
-    source = bert
-    if command == "to-dense":
-        source = tmp_path / "converted"
-        call("convert", bert, source, *SIZE)
-    edit_json(source / "config.json", **changes)
-    assert_refused(command, source, tmp_path / "out", *(SIZE if command == "convert" else ()), message=message)
+def test_odd_configurations_are_one_line(bert: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    converted = tmp_path / "converted"
+    call("convert", bert, converted, *SIZE)
+    for command, source, options in (("convert", bert, SIZE), ("to-dense", converted, ())):
+        edit_json(source / "config.json", **changes)
+        assert_refused(command, source, tmp_path / "out", *options, message=message)
 
 
-@pytest.mark.parametrize(
-    "shards",
-    [
-        {"a": "../outside.safetensors"},
-        {"a": "shard.bin"},
-        {"a": "missing.safetensors"},
-        {"a": "pipe.safetensors"},
-        {"a": 3},
-        {},
-        3,
-    ],
-)
+@pytest.mark.parametrize("shards", [{"a": "../outside.safetensors"}, {"a": "shard.bin"}, {"a": "missing.safetensors"}])
 def test_shards_outside_the_folder_and_pickled_ones_are_refused(bert: Path, tmp_path: Path, shards: Any) -> None:
     (bert / "model.safetensors").rename(tmp_path / "outside.safetensors")
     (bert / "shard.bin").write_bytes(b"")
-    os.mkfifo(bert / "pipe.safetensors")
     (bert / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     assert_refused("convert", bert, tmp_path / "out", *SIZE, message=str(bert))
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", "vocab.txt"])
-def test_a_named_pipe_blocks_nothing(bert: Path, tmp_path: Path, name: str) -> None:
-    (bert / name).unlink(missing_ok=True)
-    os.mkfifo(bert / name)
-    if name == "vocab.txt":
-        call("convert", bert, tmp_path / "out", *SIZE)
-    elif name != "generation_config.json":  # transformers would read it
-        assert_refused("convert", bert, tmp_path / "out", *SIZE, message=name)
 
 
 def test_code_that_comes_with_a_model_is_not_run(bert: Path, tmp_path: Path) -> None:
@@ -198,20 +163,19 @@ def test_code_that_comes_with_a_model_is_not_run(bert: Path, tmp_path: Path) -> 
     assert_refused("convert", bert, tmp_path / "out", *SIZE, message="cannot be loaded by AutoModel")
 
 
-def test_links_out_of_the_folder_are_not_copied(bert: Path, tmp_path: Path) -> None:
-    (tmp_path / "secret.json").write_text("{}")
-    (bert / "special_tokens_map.json").symlink_to(tmp_path / "secret.json")
-    call("convert", bert, tmp_path / "out", *SIZE)
-    assert not (tmp_path / "out" / "special_tokens_map.json").exists()
-    # the hub's cache keeps the files beside its snapshots
+def test_links_are_copied_from_the_hubs_cache_and_not_from_elsewhere(bert: Path, tmp_path: Path) -> None:
+    """The hub's cache keeps the files beside its snapshots."""
     blobs, snapshot = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "abc"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for number, name in enumerate(("config.json", "model.safetensors", "vocab.txt")):
         (bert / name).rename(blobs / str(number))
         (snapshot / name).symlink_to(blobs / str(number))
-    call("convert", snapshot, tmp_path / "again", *SIZE)
-    assert (tmp_path / "again" / "vocab.txt").exists()
+    (tmp_path / "secret.json").write_text("{}")
+    (snapshot / "special_tokens_map.json").symlink_to(tmp_path / "secret.json")
+    call("convert", snapshot, tmp_path / "out", *SIZE)
+    assert (tmp_path / "out" / "vocab.txt").exists()
+    assert not (tmp_path / "out" / "special_tokens_map.json").exists()
 
 
 def test_a_folder_that_the_models_library_saved_is_shown_and_folded_back(bert: Path, tmp_path: Path) -> None:
@@ -229,7 +193,7 @@ def test_a_folder_that_the_models_library_saved_is_shown_and_folded_back(bert: P
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    """A tiny language model whose tokens are words."""
+    """Write a tiny language model whose tokens are words."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, eos_token_id=1

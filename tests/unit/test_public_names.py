@@ -1,11 +1,36 @@
-"""``import emoe`` offers its public names, and imports PyTorch only when one of them needs it."""
+"""``import emoe`` offers its public names, and the examples in the docstrings run."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import pkgutil
+from types import ModuleType
+
 import pytest
+import torch
 
 import emoe
 from emoe import config
+
+MODULES = ["emoe", *(module.name for module in pkgutil.walk_packages(emoe.__path__, "emoe."))]
+
+
+def examples(module: ModuleType) -> list[doctest.DocTest]:
+    given = {**vars(module), "emoe": emoe, "torch": torch}
+    return [test for test in doctest.DocTestFinder().find(module, globs=given) if test.examples]
+
+
+EXAMPLES = {test.name: test for name in MODULES for test in examples(importlib.import_module(name))}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run(name: str) -> None:
+    torch.manual_seed(0)
+    output: list[str] = []
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    failed, _ = doctest.DocTestRunner(optionflags=flags).run(EXAMPLES[name], out=output.append)
+    assert not failed, "".join(output)
 
 
 def test_every_name_exists_and_is_listed() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -59,13 +58,6 @@ def test_a_dense_state_dict_is_rejected_and_a_converted_one_is_not(name: str, ch
     assert orders(model) == permutations
 
 
-def test_one_hook_on_the_model_compares() -> None:
-    model, register = tiny_models.build("bert"), nn.Module.register_load_state_dict_pre_hook
-    with mock.patch.object(nn.Module, register.__name__, autospec=True, side_effect=register) as hooks:
-        emoe.convert_(model, CONFIG)
-    assert [call.args[0] for call in hooks.call_args_list] == [model]
-
-
 def test_wrappers_copies_and_adapters_are_checked_too() -> None:
     dense, model = tiny_models.build("bert"), converted()
     assert_rejected(nn.ModuleDict({"module": copy.deepcopy(model)}), nn.ModuleDict({"module": dense}).state_dict())
@@ -85,15 +77,6 @@ def test_the_weights_of_another_model_leave_the_first_order_unknown() -> None:
     with pytest.raises(emoe.ConversionError, match=r"order.*unknown"):
         emoe.to_dense_(model, restore_order=True)
     emoe.to_dense_(model)
-
-
-def test_a_dense_state_dict_is_loaded_before_the_conversion() -> None:
-    dense = tiny_models.build("bert", 1)
-    model = converted()
-    emoe.to_dense_(model, restore_order=True).load_state_dict(dense.state_dict())
-    emoe.convert_(model, CONFIG)
-    emoe.to_dense_(model, restore_order=True)
-    assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_states_that_cannot_be_compared_are_loaded() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import sys
@@ -147,15 +146,6 @@ def test_weights_that_cannot_be_converted_are_named_before_anything_is_written(
     with pytest.raises(emoe.EMoEError, match=message):
         convert_folder(source, tmp_path / "out", CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_permissions_follow_the_umask(tmp_path: Path) -> None:
-    source, before = save("bert", tmp_path / "source"), os.umask(0o027)
-    try:
-        convert_folder(source, tmp_path / "out", CONFIGS["cosine"])
-    finally:
-        os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
 
 
 def exit_code(work: Callable[..., None], *arguments: Any) -> int | None:

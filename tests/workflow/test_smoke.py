@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -16,7 +17,6 @@ from click.testing import CliRunner, Result
 from mlflow.tracking import MlflowClient
 
 from benchmarks.__main__ import cli
-from benchmarks.harness.config.paper_items import paper_files
 from benchmarks.harness.config.suite import load_suite
 from benchmarks.harness.sources import vader
 from tests.checkout import SNAKEMAKE, Checkout, wait_for
@@ -27,24 +27,21 @@ SUITE = load_suite({"suite": "smoke"})
 
 
 class Finished(Checkout):
-    """A copy with a finished smoke suite."""
+    """Copy the working tree, for a finished smoke suite."""
 
     def benchmarks(self, *words: str) -> Result:
-        """``python -m benchmarks`` in this folder, without a process of its own."""
+        """Run ``python -m benchmarks`` in this folder and process."""
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
             return CliRunner().invoke(cli, words)
 
-    def scores(self) -> dict[str, dict]:
-        found = {}
-        for path in sorted((self.folder / "results/runs/glue").glob("*/metrics.json")):
-            content = json.loads(path.read_text())
-            found[content["run_id"]] = {key: content[key] for key in ("scores", "epochs", "routing")}
-        return found
+    def metrics(self, folder: str) -> dict[str, Any]:
+        """Read the results of a run."""
+        return json.loads((self.folder / "results/runs" / folder / "metrics.json").read_text())
 
 
 def jobs(text: str) -> dict[str, int]:
-    """By rule, those that Snakemake said that it starts, or would."""
+    """Return the number of jobs by rule, from Snakemake's output."""
     return {name: int(count) for name, count in re.findall(r"^([a-z_]+) +(\d+)$", text, re.M) if name != "total"}
 
 
@@ -70,6 +67,16 @@ def test_everything_that_the_suite_promises_is_there(checkout: Finished) -> None
     assert "its scores mean nothing" in page
 
 
+def test_an_edit_of_a_table_makes_the_tables_and_pages_of_its_benchmark_again(checkout: Finished) -> None:
+    """Before the tests that run runs again, because the tables of those are then older than their runs."""
+    file = "benchmarks/llama/presentation.py"
+    assert "Nothing to be done" in checkout.snakemake("-n", "smoke")
+    checkout.edit(file, '"""', '"""Edited. ')
+    rerun = {"tables_of_llama", "table_of_claims", "benchmark_report", "report", "mirror_to_mlflow", "smoke"}
+    assert jobs(checkout.snakemake("-n", "smoke")) == dict.fromkeys(rerun, 1)
+    checkout.edit(file, '"""Edited. ', '"""')
+
+
 def test_pdflatex_compiles_every_table(checkout: Finished) -> None:
     if shutil.which("pdflatex") is None:
         pytest.skip("no LaTeX on this machine (Debian: apt-get install texlive-latex-recommended)")
@@ -79,9 +86,9 @@ def test_pdflatex_compiles_every_table(checkout: Finished) -> None:
     body = "\\clearpage\n".join(table.read_text() for table in tables)
     document = checkout.folder / "tables.tex"
     document.write_text(f"\\documentclass{{article}}{packages}\\begin{{document}}\n{body}\\end{{document}}\n")
-    found = checkout.run("pdflatex", "-interaction=nonstopmode", document.name, check=False)
+    result = checkout.run("pdflatex", "-interaction=nonstopmode", document.name, check=False)
     log = document.with_suffix(".log").read_text(errors="replace")
-    assert found.returncode == 0, log
+    assert result.returncode == 0, log
     assert re.findall(r".*multiply defined.*", log) == []
 
 
@@ -97,46 +104,30 @@ def test_a_number_that_moved_fails_the_check(checkout: Finished) -> None:
     row = table.index[(table["metric"] == "loss") & (table["part"] == "test")][0]
     table.loc[row, "value"] = repr(1.5 * float(table.loc[row, "value"]))
     table.to_csv(path, index=False)
-    found = checkout.run(
-        "make", "-o", ".venv/.installed", f"BIN={Path(sys.executable).parent}", "check", "SUITE=smoke", check=False
-    )
+    make = ("make", "-o", ".venv/.installed", f"BIN={Path(sys.executable).parent}")
+    check = checkout.run(*make, "check", "SUITE=smoke", check=False)
     path.write_text(text)
-    assert found.returncode != 0
-    assert sum(line.startswith("changed") for line in found.stdout.splitlines()) == 1
-    assert "1 changed, 0 missing, 0 new" in found.stdout
+    assert check.returncode != 0
+    assert "1 changed, 0 missing, 0 new" in check.stdout
 
 
 def test_using_all_experts_gives_the_dense_models_scores(checkout: Finished) -> None:
-    scores = {
-        name: value["scores"]
-        for run, value in checkout.scores().items()
-        for name in ("vanilla", "all_experts")
-        if f"-{name}-" in run and "-s0-" in run
-    }
+    runs = {run.spec["method"]["name"]: run.folder for run in reversed(SUITE.runs_of("glue"))}  # of the first seed
+    scores = {name: checkout.metrics(runs[name])["scores"] for name in ("vanilla", "all_experts")}
     for part, by_task in scores["vanilla"].items():
         for task, expected in by_task.items():
             assert scores["all_experts"][part][task] == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_papers_multitask_gains_stand_beside_ours(checkout: Finished) -> None:
-    files = [checkout.folder / file for file in paper_files(SUITE, "table_multitask")]
-    assert {file.name for file in files if file.suffix == ".md"} == {"table_multitask_a.md", "table_multitask_b.md"}
-    assert all(file.is_file() for file in files)
-    assert "+7.56" in next(file for file in files if file.name == "table_multitask_a.md").read_text()
-
-
 def test_the_chosen_weights_were_evaluated_out_of_domain(checkout: Finished) -> None:
-    """Of the row with two choices, the one with the better dev score."""
-    runs = {run.folder: run for run in SUITE.runs}
+    """The row with two choices keeps the one with the better dev score."""
     (search,) = (
-        run for run in runs.values() if run.benchmark == "glue_ood" and run.spec["method"]["name"] == "lora_emoe_search"
+        run for run in SUITE.runs if run.benchmark == "glue_ood" and run.spec["method"]["name"] == "lora_emoe_search"
     )
-    found = json.loads((checkout.folder / "results/runs" / search.folder / "metrics.json").read_text())
-    files = {folder: checkout.folder / "results/runs" / folder / "metrics.json" for folder in search.spec["candidates"]}
-    scores = {folder: json.loads(file.read_text())["scores"]["dev"]["tweets"] for folder, file in files.items()}
-    dev = {folder: found["balanced_accuracy"] for folder, found in scores.items()}
+    scores = {folder: checkout.metrics(folder)["scores"]["dev"]["tweets"] for folder in search.spec["candidates"]}
+    dev = {folder: values["balanced_accuracy"] for folder, values in scores.items()}
     assert len(dev) == 2
-    assert dev[found["chosen"]["run"]] == max(dev.values())
+    assert dev[checkout.metrics(search.folder)["chosen"]["run"]] == max(dev.values())
 
 
 def test_a_comment_runs_nothing_and_a_seed_only_the_new_runs(checkout: Finished) -> None:
@@ -159,29 +150,28 @@ def test_mirroring_again_adds_nothing(checkout: Finished) -> None:
     experiment = client.get_experiment_by_name("glue").experiment_id
     count = len(client.search_runs([experiment]))
     assert count == 15 + 13 + 1  # runs, their seeds' means, figures
-    found = checkout.benchmarks("mirror", "--suite", "smoke")
-    assert f"0 added, 0 replaced, {len(SUITE.runs)} unchanged" in found.stderr
+    result = checkout.benchmarks("mirror", "--suite", "smoke")
+    assert f"0 added, 0 replaced, {len(SUITE.runs)} unchanged" in result.stderr
     assert len(client.search_runs([experiment])) == count
 
 
 def test_what_was_killed_or_deleted_is_run_again_alone_with_the_same_numbers(checkout: Finished) -> None:
-    """A training that was killed, one that was not, an evaluation with its training, and one of weights that were kept."""
+    """Delete two trainings (one is killed then), an evaluation with its training, and an evaluation alone."""
     evaluations = [run for run in SUITE.runs if run.benchmark == "glue_ood"]
     (trained,) = evaluations[0].spec["candidates"]
     alone = next(run for run in evaluations if trained not in run.spec["candidates"])
     other, killed = (SUITE.runs_of("glue")[number].folder for number in (0, 2))
     before = {}
     for folder in (killed, other, trained, evaluations[0].folder, alone.folder):
-        path = checkout.folder / "results/runs" / folder / "metrics.json"
-        before[path] = json.loads(path.read_text())["scores"]
-        path.unlink()
+        before[folder] = checkout.metrics(folder)["scores"]
+        (checkout.folder / "results/runs" / folder / "metrics.json").unlink()
 
     target = f"results/runs/{killed}/metrics.json"
-    said = (checkout.folder / target).with_name("log.txt")
-    said.unlink()
+    log = (checkout.folder / target).with_name("log.txt")
+    log.unlink()
     with (checkout.folder / "killed.txt").open("w") as stream:
         main = checkout.start(SNAKEMAKE, "--cores", 1, target, stream=stream)
-        wait_for(lambda: said.exists() and "training," in said.read_text())
+        wait_for(lambda: log.exists() and "training," in log.read_text())
         main.send_signal(signal.SIGKILL)
         main.wait()
     assert list((checkout.folder / ".snakemake/locks").iterdir())
@@ -194,28 +184,18 @@ def test_what_was_killed_or_deleted_is_run_again_alone_with_the_same_numbers(che
     planned = jobs(checkout.snakemake("-n", "smoke"))
     assert {name: count for name, count in planned.items() if name.startswith("run_")} == runs
     assert {name for name in planned if name.startswith("tables_of_")} == shown
-    # the tables of these, which take longer, are made in the tests of tables
     folders = {killed, other, trained, alone.folder, *(run.folder for run in again)}
     assert jobs(checkout.snakemake(*(f"results/runs/{folder}/metrics.json" for folder in folders))) == runs
-    assert {path: json.loads(path.read_text())["scores"] for path in before} == before
+    assert {folder: checkout.metrics(folder)["scores"] for folder in before} == before
     plan = json.loads((checkout.folder / "results/mini/plan.json").read_text())
     needed = {folder for run in (alone, *again) for folder in run.spec["candidates"]}
     assert set(plan["runs"]) == folders | needed  # progress counts what was asked for, not the suite
-
-
-def test_an_edit_of_a_table_makes_the_tables_and_pages_of_its_benchmark_again(checkout: Finished) -> None:
-    assert "Nothing to be done" in checkout.snakemake("-n", "smoke")
-    checkout.edit("benchmarks/llama/presentation.py", '"""', '"""Edited. ')
-    rerun = {"tables_of_llama", "table_of_claims", "benchmark_report", "report", "mirror_to_mlflow", "smoke"}
-    assert jobs(checkout.snakemake("-n", "smoke")) == dict.fromkeys(rerun, 1)
-    checkout.edit("benchmarks/llama/presentation.py", '"""Edited. ', '"""')
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--config", "suite=minni"], "there is no suite 'minni'; did you mean 'mini'?"),
-        (["results/runs/glue/minilm-tweets-vanilla-lr0.0001-s0-00000000/metrics.json"], "no suite has the run"),
         (
             ["table_multitask", "--config", "suite=mini"],
             "error: the suite 'mini' does not run multitask; mini_full, smoke, paper do: "
@@ -224,14 +204,13 @@ def test_an_edit_of_a_table_makes_the_tables_and_pages_of_its_benchmark_again(ch
     ],
 )
 def test_wrong_words_end_with_one_clear_message(checkout: Finished, words: list[str], message: str) -> None:
-    found = checkout.run(SNAKEMAKE, "--cores", 1, "-n", *words, check=False)
-    assert found.returncode != 0
-    assert message in found.stdout + found.stderr
-    assert not message.startswith("error: ") or "Traceback" not in found.stderr
+    result = checkout.run(SNAKEMAKE, "--cores", 1, "-n", *words, check=False)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+    assert not message.startswith("error: ") or "Traceback" not in result.stderr
 
 
 def test_a_failed_run_shows_its_log_and_the_others_go_on(checkout: Finished) -> None:
-    before = checkout.scores()
     archive = checkout.folder / vader.ARCHIVE
     content, stamp = archive.read_bytes(), archive.stat()
     target = checkout.folder / SUITE.metric_files()[0]
@@ -240,15 +219,14 @@ def test_a_failed_run_shows_its_log_and_the_others_go_on(checkout: Finished) -> 
     archive.write_bytes(content[:-1])
     os.utime(archive, (stamp.st_atime, stamp.st_mtime))
     try:
-        found = checkout.run(SNAKEMAKE, "--cores", 1, SUITE.metric_files()[0], check=False)
-        assert found.returncode != 0
-        assert "is damaged or another version" in found.stdout + found.stderr
+        result = checkout.run(SNAKEMAKE, "--cores", 1, SUITE.metric_files()[0], check=False)
+        assert result.returncode != 0
+        assert "is damaged or another version" in result.stdout + result.stderr
         assert not target.exists()
     finally:
         archive.write_bytes(content)
         os.utime(archive, (stamp.st_atime, stamp.st_mtime))
         target.write_bytes(kept)
-    assert checkout.scores() == before
 
 
 def test_deleted_weights_are_made_again(checkout: Finished) -> None:
@@ -262,6 +240,7 @@ def test_deleted_weights_are_made_again(checkout: Finished) -> None:
 
 def test_runs_that_were_copied_from_another_machine_are_finished(checkout: Finished, tmp_path: Path) -> None:
     other = Checkout(tmp_path)
-    copied = ("rsync", "-r") if shutil.which("rsync") else ("cp", "-r")
-    other.run(*copied, checkout.folder / "results/runs", other.folder / "results")
+    # rsync copies inputs before their runs, in the order of names; cp has no order, and must keep the times
+    copy = ("rsync", "-r") if shutil.which("rsync") else ("cp", "-a")
+    other.run(*copy, checkout.folder / "results/runs", other.folder / "results")
     assert "Nothing to be done" in other.snakemake("-n", *SUITE.metric_files())
