@@ -197,8 +197,7 @@ def rank_diagram(outcomes: TextOutcomes, path: Path, rankings: list[Ranked]) -> 
             axis.spines["top"].set(visible=True, color="black")  # the diagram hides its own axis
             title = (
                 f"{outcomes.title('model', one.key['model'])}, {PROTOCOLS[one.key['protocol']]} selection: mean rank "
-                f"over {one.scores.shape[1]} sets, "
-                f"critical difference {critical_difference(*one.scores.shape):.2f}"
+                f"over {one.scores.shape[1]} sets, critical difference {critical_difference(*one.scores.shape):.2f}"
             )
             axis.set_title(wrapped(title, WIDTH), fontsize=8)
         save(figure, path)
