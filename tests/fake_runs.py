@@ -19,7 +19,13 @@ from benchmarks.llama.definition import InstructionSpec
 from benchmarks.llama.evaluation import task_title
 
 SUBJECTS = {"anatomy": 40, "astronomy": 40, "virology": 20}
-_ENVIRONMENT = {"packages": {"torch": "2"}, "python": "3", "platform": "Linux", "git_commit": "abc", "git_dirty": False}
+_ENVIRONMENT: dict[str, Any] = {
+    "packages": {"torch": "2"},
+    "python": "3",
+    "platform": "Linux",
+    "git_commit": "abc",
+    "git_dirty": False,
+}
 _ENVIRONMENT |= {"processor": "CPU", "cores": 2, "threads": 1, "memory_gb": 4.0, "gpus": []}
 _ENVIRONMENT |= {"fingerprint": {"processor": "CPU", "threads": "1", "package torch": "2"}}
 _EVALUATION = {"evaluation_seconds": 1.0, "startup_seconds": 0.2, "job_seconds": 2.0, "peak_memory_mb": 100.0}
@@ -79,7 +85,7 @@ def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
             "cost": _EVALUATION,
             "data": data,
         }
-    made = {"scores": {"dev": scores(0.9, tasks), "test": scores(0.88, tasks), "ood": ood}}
+    made: dict[str, Any] = {"scores": {"dev": scores(0.9, tasks), "test": scores(0.88, tasks), "ood": ood}}
     made["epochs"] = [
         {"epoch": epoch, **scores(base, tasks)[task["name"]]} for epoch, base in ((1.0, 0.85), (2.0, 0.9))
     ]
@@ -90,7 +96,7 @@ def _text(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
         other_scores = {"ood": scores(0.74, others), "test": scores(0.87, tasks)}
         made["transformed"] = {used_as["name"]: {"scores": other_scores}}
     same = {"parameters": 10, "names": "same"}
-    probe = {"losses": [repr(0.7 - 0.01 * step) for step in range(8)]}
+    probe: dict[str, Any] = {"losses": [repr(0.7 - 0.01 * step) for step in range(8)]}
     probe |= {"logits": {"mean": 0.1, "deviation": 1.0, "rms": 1.1, "projection": 0.5}}
     probe |= {"loads": {"1": [10, 10, 10, 10]} if config else {}}
     trained = _trained({"adapters": same, "head": same} if run.spec["training"]["lora"] else {})
@@ -203,7 +209,14 @@ def _instructions(run: Run, draw: random.Random, gain: float) -> dict[str, Any]:
             task["nats_per_byte"] = nats
             task["scores"] |= {"accuracy_norm": 0.5, "nats_per_byte": sum(values) / len(values)}
     config = run.spec["method"]["config"]
-    data = {"rows": 8, "tokens": 900, "learned_tokens": 300, "longest": 128, "source": "made up", "template": "alpaca"}
+    data: dict[str, Any] = {
+        "rows": 8,
+        "tokens": 900,
+        "learned_tokens": 300,
+        "longest": 128,
+        "source": "made up",
+        "template": "alpaca",
+    }
     data |= {"truncated_responses": 2, "truncated_tokens": 31, "broken_rows": 1}
     shares = {"16": [1 / config["num_experts"]] * config["num_experts"]} if config else {}
     return {

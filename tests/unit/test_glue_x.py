@@ -160,14 +160,12 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
 
     changed = tmp_path / "models"
     shutil.copytree(roots[0], changed)
-    config = json.loads((changed / "bert-large-cased" / "config.json").read_text())
     weights = changed / "bert-large-cased" / "model.safetensors"
     from safetensors.torch import load_file, save_file
 
     state = load_file(weights)
     state["embeddings.word_embeddings.weight"][0, 0] += 1
     save_file(state, weights, metadata={"format": "pt"})
-    assert config["num_hidden_layers"] == 24
     monkeypatch.setenv(MODEL_ROOT, str(changed))
     with pytest.raises(DataError, match="the weights of 'bert-large-cased' changed since the run was trained"):
         recorded(evaluation)
@@ -175,14 +173,7 @@ def test_weights_that_are_gone_or_changed_are_named_with_the_remedy(
     assert recorded(evaluation)["chosen"]["run"] == runs[0].folder
 
 
-@pytest.mark.parametrize(
-    ("model", "method"),
-    [
-        ("bert-large-cased", "lora_gmoe"),
-        ("bert-large-cased", "lora_emoe_learn"),
-        ("gpt2-xl", "lora_block"),
-    ],
-)
+@pytest.mark.parametrize(("model", "method"), [("bert-large-cased", "lora_gmoe"), ("gpt2-xl", "lora_block")])
 def test_the_evaluation_batch_size_changes_no_number(workdir: Path, model: str, method: str) -> None:
     runs = trainings(model, "cola", method)
     opened, tokenizer = reopened(runs[0], recorded(runs[0]))
@@ -204,10 +195,7 @@ def test_only_capacity_depends_on_the_batch(workdir: Path) -> None:
     """The documented exception: as published, experts are full when a batch is, and choices are dropped."""
     (run,) = trainings("bert-large-cased", "cola", "lora_emoe_published")
     assert run.spec["method"]["config"]["capacity_factor"] == 1.5
-    config = {
-        **run.spec["method"]["config"],
-        "capacity_factor": 0.5,
-    }  # made-up sentences are few: so that experts get full
+    config = {**run.spec["method"]["config"], "capacity_factor": 0.5}  # so that few sentences fill the experts
     runs = [run_from_spec({**run.spec, "method": {**run.spec["method"], "config": config}})]
     opened, tokenizer = reopened(runs[0], recorded(runs[0]))
     assert routed_layers(opened.model)[0].config.capacity_factor == 0.5

@@ -23,6 +23,7 @@ from benchmarks.harness.config.claims import ClaimTest, Comparison, PaperEffect,
 from benchmarks.harness.config.methods import setting_text
 from benchmarks.harness.config.runs import Run
 from benchmarks.harness.config.suite import Suite
+from benchmarks.harness.report.common import interval_text
 from benchmarks.harness.report.paper import draw_main, main_rows
 from benchmarks.harness.report.plots import STYLE, WIDTH, draw_interval, placeholder_figure, save
 from benchmarks.harness.report.presentation import present
@@ -120,18 +121,13 @@ def _tested(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, A
     if compare is None:
         return {"remark": f"not tested in this suite: needs {test.needs}"}
     benchmark, metric = load_benchmark(compare.benchmark), load_metrics()[compare.metric]
-    margin = metric.equivalence_margin or math.nan
+    margin, unit = metric.equivalence_margin or math.nan, _difference_unit(metric)
+    pair = benchmark.kind.compared_domains(benchmark.definition)[compare.domain].pair
     row: dict[str, Any] = {name: getattr(compare, name) for name in _TEXTS[1:6]}
-    row |= {
-        "contrast": _contrast(compare, benchmark),
-        "unit": _difference_unit(metric),
-        "margin": margin * metric.scale,
-    }
-    row["pair"] = benchmark.kind.compared_domains(benchmark.definition)[compare.domain].pair
-    if test.paper.effect is not None and test.paper.unit == row["unit"]:
+    row |= {"contrast": _contrast(compare, benchmark), "unit": unit, "margin": margin * metric.scale, "pair": pair}
+    if test.paper.effect is not None and test.paper.unit == unit:
         row["effect"] = float(test.paper.effect)
-    is_run = compare.benchmark in numbers
-    evidence = find_evidence(numbers[compare.benchmark], compare) if is_run else None
+    evidence = find_evidence(numbers[compare.benchmark], compare) if compare.benchmark in numbers else None
     if evidence is None:
         suites = ", ".join(suites_with(compare)) or "no suite"
         return row | {"remark": f"not tested in this suite: its runs are in {suites}"}
@@ -141,7 +137,7 @@ def _tested(test: ClaimTest, numbers: Mapping[str, pd.DataFrame]) -> dict[str, A
     row |= {"n": difference.n, "p": difference.p if compare.direction in _TESTED else math.nan}
     if is_paired and not math.isnan(difference.low):
         row["equivalent"] = is_within(difference, -margin, margin)
-    return row | {"evidence": evidence, "remark": _remark(compare, evidence, row["pair"], benchmark)}
+    return row | {"evidence": evidence, "remark": _remark(compare, evidence, pair, benchmark)}
 
 
 def _verdict(row: Any) -> Verdict:
@@ -160,14 +156,13 @@ def _difference_unit(metric: Metric) -> str:
 
 def _contrast(compare: Comparison, benchmark: AnyBenchmark) -> str:
     titles = benchmark.kind.row_titles(benchmark.definition)
-    joint = "÷" if compare.direction == "near" else "−"
     method, against = (
         f"({title})" if "+" in title else title for title in (titles[compare.method], titles[compare.against])
     )
     if compare.settings:
-        is_all = compare.settings == "all"
-        method += ", all settings" if is_all else f", {'; '.join(map(setting_text, compare.settings))}"
-    return f"{method} {joint} {against}"
+        all_settings = compare.settings == "all"
+        method += f", {'all settings' if all_settings else '; '.join(map(setting_text, compare.settings))}"
+    return f"{method} {'÷' if compare.direction == 'near' else '−'} {against}"
 
 
 def _paper_text(paper: PaperEffect) -> str:
@@ -226,13 +221,8 @@ def claims_table(suite: Suite, rows: pd.DataFrame) -> Table:
         "contradicted if all of it lies beyond. The interval of a time is the range over all rounds and settings. "
         "Practically equal: all of the interval lies within the margin, whatever the verdict. Parameters are counted, "
         "without a test.",
-        {
-            "claim_shown": "Claim",
-            "test_shown": "Tested on",
-            "paper": "The paper",
-            "runs_shown": "These runs",
-            "n_shown": "n",
-        },
+        {"claim_shown": "Claim", "test_shown": "Tested on", "paper": "The paper"}
+        | {"runs_shown": "These runs", "n_shown": "n"},
         [Column("p_value", "p", "p"), Column("p_value", "p_holm", "p (Holm)")],
         frame,
         notes={"verdict": "Verdict", "equal_shown": "Practically equal", "remark": "Over, and remarks"},
@@ -250,8 +240,8 @@ def _runs_text(row: Any) -> str:
         return f"× {row.delta + 1:.2f} [{row.low + 1:.2f}, {row.high + 1:.2f}]"
     metric = load_metrics()[row.metric]
     decimals = metric.decimals + (1 if metric.unit == "%" else 0)  # differences are smaller than scores
-    interval = "" if math.isnan(row.low) else f" [{row.low:+z.{decimals}f}, {row.high:+z.{decimals}f}]"
-    return f"{row.delta:+z.{decimals}f}{' points' if row.unit == 'points' else ''}{interval}"
+    points = " points" if row.unit == "points" else ""
+    return f"{row.delta:+z.{decimals}f}{points}{interval_text(row.low, row.high, decimals)}"
 
 
 def _n_text(row: Any) -> str:
@@ -309,9 +299,8 @@ def draw_claims(rows: pd.DataFrame, path: Path) -> None:
     drawn_inches = _LINE * sum(heights)
     inches = drawn_inches + _BELOW * len(panels) + 0.3
     with mpl.rc_context({**STYLE, "font.size": 7, "axes.spines.left": False}):
-        figure, axes = plt.subplots(
-            len(panels), 1, figsize=(WIDTH, inches), squeeze=False, gridspec_kw={"height_ratios": heights}
-        )
+        size: Any = {"figsize": (WIDTH, inches), "height_ratios": heights}
+        figure, axes = plt.subplots(len(panels), 1, squeeze=False, **size)
         space = _BELOW * len(panels) / drawn_inches
         figure.subplots_adjust(_LEFT, (_BELOW + 0.3) / inches, _RIGHT, 1, hspace=space)
         for axis, panel, height in zip(axes[:, 0], panels, heights, strict=True):
