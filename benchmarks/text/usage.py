@@ -65,15 +65,15 @@ def marks(loads: Loads, tasks: Loads, seed: int) -> Loads:
         The marks, ``[tasks, N]``.
     """
     random = np.random.default_rng(seed)
-    own = shares_by(loads, tasks)
+    shares = shares_by(loads, tasks)
     shuffled = np.stack([shares_by(loads, random.permutation(tasks)) for _ in range(PERMUTATIONS)])
     mean, deviation = shuffled.mean(0), shuffled.std(0)
 
-    def far(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.divide(shares - mean, deviation, out=np.zeros_like(shares), where=deviation > 0)
+    def far(uses: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.divide(uses - mean, deviation, out=np.zeros_like(uses), where=deviation > 0)
 
     limit = np.quantile(np.abs(far(shuffled)).max((1, 2)), CONFIDENCE)
-    return (np.sign(far(own)) * (np.abs(far(own)) > limit)).astype(np.int64)
+    return (np.sign(far(shares)) * (np.abs(far(shares)) > limit)).astype(np.int64)
 
 
 def shares_by(loads: Loads, groups: Loads) -> NDArray[np.float64]:

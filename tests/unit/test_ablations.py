@@ -146,7 +146,7 @@ TABLES.append(("glue_ood", "transformation"))
 
 @pytest.fixture(scope="module")
 def finished(shared_here: Path) -> list[Run]:
-    """The default suite's text, and of the night's a part of every ablation."""
+    """Make up numbers of the default suite's text, and of a part of every ablation of the nightly suite."""
     gains = {"lora_bottom": -0.05, "emoe2lora": 0.04}
     runs = fake_runs.write(RUNS, "mini", gains, ("glue", "glue_lora", "glue_ood"))
     known = {run.id for run in runs}
@@ -163,13 +163,13 @@ def of(runs: list[Run], benchmark: str) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def presented(finished: list[Run]) -> Callable[[str], Presentation]:
-    """What a benchmark shows of the finished runs; made once, and only looked at."""
+    """Present the finished runs of a benchmark once; tests only read it."""
     return functools.cache(lambda name: present(load_benchmark(name), of(finished, name)))
 
 
 @pytest.fixture(scope="module")
 def ablated(finished: list[Run]) -> TextOutcomes:
-    """The finished runs by adapters, every setting a row."""
+    """Collect the finished runs by adapters, every setting a row."""
     return TextOutcomes(LORA, of(finished, "glue_lora"), ablated=True)
 
 

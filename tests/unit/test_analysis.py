@@ -1,4 +1,4 @@
-"""Scores, selection, statistics, tables, figures, report, mirror: on made-up runs."""
+"""Test scores, selection, statistics and tables on made-up runs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_collapsed_models_have_a_score() -> None:
 
 
 def test_selection_takes_the_best_mean_dev_score_of_each_cell() -> None:
-    """Of a task with a test split: by the kept epoch, or, as the authors would, by the best dev epoch, which they report."""
+    """Choose by the kept epoch, or, as the authors do, by the best dev epoch, which they report."""
     rows = []
     for rate, values in ((1e-5, (0.8, 0.8)), (2e-5, (0.7, 0.95)), (3e-5, (0.9, 0.6))):
         for seed, value in enumerate(values):
@@ -202,7 +202,7 @@ def test_wrong_cells_of_the_paper_are_named(finished: Suite, tmp_path: Path, lin
 
 @pytest.fixture(scope="module")
 def paper(shared_here: Path) -> list[Run]:
-    """A part of the paper suite with made-up numbers: two models' LoRA rows on all tasks, and GLUE-X."""
+    """Make up numbers of a part of the paper suite: two models' LoRA rows on all tasks, and GLUE-X."""
     return fake_runs.write(RUNS, "paper", {"lora_emoe": 0.05}, ("glue_lora", "glue_ood"))
 
 

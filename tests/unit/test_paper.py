@@ -1,4 +1,4 @@
-"""The paper's tables and figures under its own numbers: which are made, from what, and with which rows."""
+"""Test the paper's tables and figures under its own numbers: their files, sources and rows."""
 
 from __future__ import annotations
 

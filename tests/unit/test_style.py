@@ -1,4 +1,4 @@
-"""A method has one style in every figure."""
+"""Test that a method has one style in every figure."""
 
 from __future__ import annotations
 

@@ -55,9 +55,9 @@ def with_runs(table: Table, origins: pd.DataFrame, benchmark: str) -> Table:
     keys = [key for key in _ORIGIN if key in frame and key in origins]
     if not keys or RUNS in frame:  # the table has named them
         return table
-    known = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates()
-    runs = [f"{benchmark}/{run}" for run in known["run_id"]]
-    numbers = {key: known.reset_index(drop=True).groupby(key).indices for key in keys}  # of the runs with a name
+    tried = origins[[*dict.fromkeys([*keys, "run_id"])]].astype(str).drop_duplicates()
+    runs = [f"{benchmark}/{run}" for run in tried["run_id"]]
+    numbers = {key: tried.reset_index(drop=True).groupby(key).indices for key in keys}  # of the runs with a name
     folders = []
     for names in frame[keys].fillna("").astype(str).to_dict("records"):
         matching = (set(numbers[key].get(name, ())) for key, name in names.items() if name not in ("", ALL))
@@ -73,7 +73,7 @@ def counts(records: pd.DataFrame) -> pd.DataFrame:
 
 
 class Outcomes:
-    """The finished runs of a benchmark that trains; a subclass adds its results.
+    """Collect the finished runs of a benchmark that trains; a subclass adds its results.
 
     Args:
         benchmark: The benchmark.
@@ -111,8 +111,8 @@ class Outcomes:
         models = in_order({name: model.title for name, model in load_models().items()}, "model")
         tasks = in_order(benchmark.kind.task_titles(benchmark.definition, benchmark.tasks), "task")
         methods = {name: method.title for name, method in self.methods.items()}
-        known = {"model": models, "method": methods, **dict.fromkeys(("task", "eval_task", "set"), tasks), **titles}
-        self.titles: dict[str, Mapping[str, str]] = {key: known[key] for key in keys}
+        by_key = {"model": models, "method": methods, **dict.fromkeys(("task", "eval_task", "set"), tasks), **titles}
+        self.titles: dict[str, Mapping[str, str]] = {key: by_key[key] for key in keys}
 
     def title(self, key: str, name: str) -> str:
         """Return the title of a name, or the name if it has none."""

@@ -102,7 +102,7 @@ def over_mean(shares: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of :func:`score_panels`.
+    """Hold one panel of :func:`score_panels`.
 
     Attributes:
         title: The title.

@@ -28,7 +28,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Presentation:
-    """The tables, figures and sentences of a benchmark or of one of its sets; :func:`make` makes it.
+    """Hold the tables, figures and sentences of a benchmark or of one of its sets; :func:`make` makes it.
 
     Attributes:
         makers: The functions that make the tables, by the name of the file without ending.

@@ -35,7 +35,7 @@ _T1 = {*map(chr, range(0x20, 0x7F)), *map(chr, range(0xA1, 0x17F)), *"–—‘�
 
 @dataclass(frozen=True)
 class Column:
-    """One printed column of numbers.
+    """Describe one printed column of numbers.
 
     Attributes:
         metric: The entry of ``metrics.yaml`` with scale, decimals and direction.
@@ -84,7 +84,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of names, numbers and notes.
+    """Hold a table of names, numbers and notes.
 
     Attributes:
         title: The heading.
